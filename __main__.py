@@ -1,0 +1,7 @@
+"""`python -m pocketlm`."""
+
+import sys
+
+from pocketlm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The conversation a friend sees: templates, transcripts, the prompt. Knows no weights."""

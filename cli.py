@@ -1,0 +1,248 @@
+"""The `pocketlm` command: one row a subcommand. Parses, calls the package, prints.
+
+Results go to stdout, notes and timings to stderr. Exit status 0: done, 1: the work failed, 2: wrong usage. Nothing heavy
+is imported before a subcommand needs it, so that `pocketlm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pocketlm.errors import FileError, PocketlmError, UsageError
+
+Parser = argparse.ArgumentParser
+Arguments = argparse.Namespace
+
+
+class Command(NamedTuple):
+    """A subcommand: what `--help` says, what it takes, what it does (returning the exit status)."""
+
+    help: str
+    arguments: Callable[[Parser], None]
+    run: Callable[[Arguments], int]
+
+
+SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
+    "--temp": ("temperature", float, "0 always takes the likeliest token; higher is more varied"),
+    "--top-k": ("top_k", int, "only the K likeliest tokens; 0: all"),
+    "--top-p": ("top_p", float, "the fewest likeliest tokens that together have this probability; 1: all"),
+    "--min-p": ("min_p", float, "only tokens with this share of the likeliest one's probability; 0: all"),
+    "--repeat-penalty": ("repeat_penalty", float, "makes recent tokens less likely; 1: off"),
+    "--presence-penalty": ("presence_penalty", float, "taken from the logit of every recent token"),
+    "--frequency-penalty": ("frequency_penalty", float, "the same for every time it occurs"),
+    "--seed": ("seed", int, "the same seed gives the same text"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except PocketlmError as error:
+        print(f"pocketlm: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("pocketlm: not enough memory; use a smaller model, a smaller --ctx, or close other programs", file=sys.stderr)
+        return 1
+
+
+def _parser() -> Parser:
+    from pocketlm import __version__
+
+    parser = Parser(prog="pocketlm", description="Small language models as one file, run in Python.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"pocketlm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        command.arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def _model_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a GGUF file, or the short name of an installed model (smollm2)")
+    parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
+    parser.add_argument("--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)")
+
+
+def _sampling_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("how to choose the next token")
+    for flag, (_, kind, text) in SAMPLING.items():
+        group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+
+def _sampling(arguments: Arguments) -> dict[str, Any]:
+    """The sampling keywords that were given; the rest keep their defaults."""
+    given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
+    given = {keyword: value for keyword, value in given.items() if value is not None}
+    return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos}
+
+
+def _load(arguments: Arguments) -> Any:
+    import pocketlm
+
+    return pocketlm.load(arguments.model, arguments.backend, arguments.threads, arguments.ctx)
+
+
+def _read_text(path: str) -> str:
+    """The UTF-8 text of a file, or of standard input for `-`."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except OSError as error:
+        raise FileError(path, error.strerror or str(error)) from None
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
+
+
+def _chat_arguments(parser: Parser) -> None:
+    _model_arguments(parser)
+    _sampling_arguments(parser)
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--template", metavar="NAME", help="chat template: chatml, markers, alpaca, plain or a Jinja file")
+    parser.add_argument("--resume", action="store_true", help="go on with the last conversation")
+    parser.add_argument("--no-save", dest="save", action="store_false", help="keep no record of the conversation")
+
+
+def _chat(arguments: Arguments) -> int:
+    from pocketlm.chat import repl
+
+    sampling = _sampling(arguments)
+    if arguments.max_tokens is not None:
+        sampling["max_tokens"] = arguments.max_tokens
+    with _load(arguments) as model:
+        return repl.run(
+            model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
+            template=arguments.template,
+        )  # fmt: skip
+
+
+def _generate_arguments(parser: Parser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue; - reads standard input")
+    parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file")
+    parser.add_argument("-n", "--max-tokens", type=int, default=128, metavar="N", help="at most this many tokens (default 128)")
+    parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
+    _sampling_arguments(parser)
+
+
+def _generate(arguments: Arguments) -> int:
+    if (arguments.prompt is None) == (arguments.file is None):
+        raise UsageError("generate: give the text to continue with either -p TEXT or -f FILE")
+    prompt = _read_text(arguments.file or "-") if arguments.file or arguments.prompt == "-" else arguments.prompt
+    with _load(arguments) as model:
+        text, ids, last = "", [], None
+        for last in model.generate(prompt, max_tokens=arguments.max_tokens, **_sampling(arguments)):
+            text += last.text
+            ids += [last.id] if last.id >= 0 else []
+            if not arguments.json:
+                print(last.text, end="", flush=True)
+        assert last is not None
+        speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
+        if arguments.json:
+            result = {
+                "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,
+                "threads": model.n_threads, "prompt_tokens": last.prompt_tokens, "generated_tokens": last.generated_tokens,
+                "prompt_seconds": last.prompt_seconds, "generation_seconds": last.generation_seconds, "tokens_per_second": speed,
+            }  # fmt: skip
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            print()
+            note = f"; {last.note}" if last.note else ""
+            print(f"[{last.generated_tokens} tokens, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
+    return 0
+
+
+def _tokenize_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a GGUF, a tokenizer.json, a SentencePiece .model, tiktoken ranks or a folder")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="default: standard input; with --decode, ids")
+    parser.add_argument("--decode", action="store_true", help="ids to text")
+    parser.add_argument("--special", action="store_true", help="markers such as <|im_end|> are tokens, not text")
+    parser.add_argument("--bos", action="store_true", help="put the begin-of-text token in front")
+
+
+def _tokenize(arguments: Arguments) -> int:
+    from pocketlm import tokenizer
+    from pocketlm.model import find_model
+
+    tok = tokenizer.load(find_model(arguments.model))
+    text = arguments.text if arguments.text is not None else _read_text("-")
+    if not arguments.decode:
+        print(*tok.encode(text, special=arguments.special, bos=arguments.bos))
+        return 0
+    try:
+        ids = [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise UsageError(f"tokenize --decode: {str(error).split(': ')[-1]} is not an id; give whole numbers") from None
+    print(tok.decode(ids, special=arguments.special))
+    return 0
+
+
+def _inspect_arguments(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a model file, or the short name of an installed model")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _inspect(arguments: Arguments) -> int:
+    from pocketlm.model import find_model
+    from pocketlm.runtime.inspection import describe, inspect
+
+    facts = inspect(find_model(arguments.file), tensors=arguments.tensors or arguments.json)
+    print(json.dumps(facts, ensure_ascii=False, indent=1) if arguments.json else describe(facts))
+    return 0
+
+
+def _eval_arguments(parser: Parser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to predict; - reads standard input")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _eval(arguments: Arguments) -> int:
+    from pocketlm.runtime.perplexity import perplexity
+
+    text = _read_text(arguments.text)
+    with _load(arguments) as model:
+        started = time.perf_counter()
+        result = perplexity(model.executor, model.tokenizer.encode(text), model.tokenizer.bos_id if model.tokenizer.adds_bos else None)
+        seconds = time.perf_counter() - started
+    bits = result.nats / 0.6931471805599453 / max(len(text), 1)
+    facts = {"perplexity": result.perplexity, "bits_per_character": bits, "tokens": result.n_tokens, "window": result.window,
+             "seconds": seconds}  # fmt: skip
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        print(f"perplexity {result.perplexity:.4f}, {bits:.4f} bits per character, {result.n_tokens} tokens in windows of {result.window}")
+        print(f"[{result.n_tokens / seconds:.0f} tokens/s, {model.backend}]", file=sys.stderr)
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "chat": Command("Talk to a model.", _chat_arguments, _chat),
+    "generate": Command("Complete a text.", _generate_arguments, _generate),
+    "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
+    "inspect": Command("Show what is in a model file.", _inspect_arguments, _inspect),
+    "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),
+}

@@ -1,0 +1,207 @@
+"""The weight formats: a table with one row for each, and the way back to float32.
+
+In: the type number of a GGUF tensor and its bytes. Out: names, block sizes and float32 weights. Knows nothing about
+files, models or matrices. Formats without `dequantize` are known by name and size only, so that a file which holds
+them can be inspected and the error can name them.
+
+A block is `block_size` neighbouring weights in `block_bytes` bytes, little-endian: float16 scales and packed integers,
+laid out as in the document of the GGUF format and ggml's block structures.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Dequantizer = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One weight format.
+
+    `dequantize` turns uint8 (n_blocks, block_bytes), C-contiguous, into float32 (n_blocks, block_size); it is None
+    where pocketlm does not run the format. Scales that are infinite or NaN give infinite or NaN weights.
+    """
+
+    name: str
+    gguf_type: int
+    block_size: int
+    block_bytes: int
+    dequantize: Dequantizer | None = None
+
+
+# ── parts of a block ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _half(blocks: np.ndarray, at: int) -> np.ndarray:  # [n, block_bytes] -> float32 [n, 1]
+    return blocks[:, at : at + 2].view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray, run: int) -> np.ndarray:  # [n, k] -> [n, 2k]
+    """Of every `run` bytes first the low halves, then the high ones."""
+    runs = np.ascontiguousarray(packed).reshape(-1, 1, run)
+    halves = np.empty((len(runs), 2, run), np.uint8)
+    np.bitwise_and(runs[:, 0], 15, out=halves[:, 0])
+    np.right_shift(runs[:, 0], 4, out=halves[:, 1])
+    return halves.reshape(len(packed), -1)
+
+
+def _bits(packed: np.ndarray, width: int, run: int) -> np.ndarray:  # [n, k] -> [n, k * 8 / width]
+    """Of every `run` bytes first their lowest `width` bits, then the next `width`, up to the highest."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, -1, 1)
+    fields = (packed.reshape(-1, 1, run) >> shifts) & np.uint8((1 << width) - 1)
+    return fields.reshape(len(packed), -1)
+
+
+def _fifth_bits(blocks: np.ndarray, at: int) -> np.ndarray:  # [n, block_bytes] -> [n, 32], each 0 or 16
+    return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
+
+
+def _scales_and_mins(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, block_bytes] -> 2 × float32 [n, 8, 1]
+    """Q4_K and Q5_K: two halves, then eight 6-bit scales and eight 6-bit minima in twelve bytes.
+
+    Bytes 0-3 and 4-7 hold the first four of each in their low six bits; bytes 8-11 hold the low four bits of the
+    last four, whose high two bits are the top bits of bytes 0-7.
+    """
+    first, second, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate([first & 0x3F, (last & 0x0F) | ((first >> 2) & 0x30)], axis=1)
+    mins = np.concatenate([second & 0x3F, (last >> 4) | ((second >> 2) & 0x30)], axis=1)
+    scaled = _half(blocks, 0) * scales.astype(np.float32), _half(blocks, 2) * mins.astype(np.float32)
+    return scaled[0][:, :, None], scaled[1][:, :, None]
+
+
+# ── the formats ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _f32(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f4")
+
+
+def _f16(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f2").astype(np.float32)
+
+
+def _bf16(blocks: np.ndarray) -> np.ndarray:
+    return (blocks.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    weights = blocks[:, 2:].view(np.int8).astype(np.float32)
+    weights *= _half(blocks, 0)
+    return weights
+
+
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+    weights = _nibbles(blocks[:, 2:], 16).astype(np.float32)
+    weights -= np.float32(8)
+    weights *= _half(blocks, 0)
+    return weights
+
+
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+    weights = _nibbles(blocks[:, 4:], 16).astype(np.float32)
+    weights *= _half(blocks, 0)
+    weights += _half(blocks, 2)
+    return weights
+
+
+def _q5_0(blocks: np.ndarray) -> np.ndarray:
+    weights = (_nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks, 2)).astype(np.float32)
+    weights -= np.float32(16)
+    weights *= _half(blocks, 0)
+    return weights
+
+
+def _q5_1(blocks: np.ndarray) -> np.ndarray:
+    weights = (_nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks, 4)).astype(np.float32)
+    weights *= _half(blocks, 0)
+    weights += _half(blocks, 2)
+    return weights
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    scales, mins = _scales_and_mins(blocks)
+    weights = _nibbles(blocks[:, 16:], 32).astype(np.float32).reshape(-1, 8, 32)
+    weights *= scales
+    weights -= mins
+    return weights.reshape(-1, 256)
+
+
+def _q5_k(blocks: np.ndarray) -> np.ndarray:
+    scales, mins = _scales_and_mins(blocks)
+    high = _bits(blocks[:, 16:48], 1, 32) << np.uint8(4)
+    weights = (_nibbles(blocks[:, 48:], 32) | high).astype(np.float32).reshape(-1, 8, 32)
+    weights *= scales
+    weights -= mins
+    return weights.reshape(-1, 256)
+
+
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
+    high = _bits(blocks[:, 128:192], 2, 32) << np.uint8(4)
+    weights = (_nibbles(blocks[:, :128], 64) | high).astype(np.float32).reshape(-1, 16, 16)
+    weights -= np.float32(32)
+    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
+    weights *= (_half(blocks, 208) * scales)[:, :, None]
+    return weights.reshape(-1, 256)
+
+
+_ROWS = (
+    Format("F32", 0, 1, 4, _f32),
+    Format("F16", 1, 1, 2, _f16),
+    Format("Q4_0", 2, 32, 18, _q4_0),
+    Format("Q4_1", 3, 32, 20, _q4_1),
+    Format("Q5_0", 6, 32, 22, _q5_0),
+    Format("Q5_1", 7, 32, 24, _q5_1),
+    Format("Q8_0", 8, 32, 34, _q8_0),
+    Format("Q8_1", 9, 32, 40),
+    Format("Q2_K", 10, 256, 84),
+    Format("Q3_K", 11, 256, 110),
+    Format("Q4_K", 12, 256, 144, _q4_k),
+    Format("Q5_K", 13, 256, 176, _q5_k),
+    Format("Q6_K", 14, 256, 210, _q6_k),
+    Format("Q8_K", 15, 256, 292),
+    Format("IQ2_XXS", 16, 256, 66),
+    Format("IQ2_XS", 17, 256, 74),
+    Format("IQ3_XXS", 18, 256, 98),
+    Format("IQ1_S", 19, 256, 50),
+    Format("IQ4_NL", 20, 32, 18),
+    Format("IQ3_S", 21, 256, 110),
+    Format("IQ2_S", 22, 256, 82),
+    Format("IQ4_XS", 23, 256, 136),
+    Format("I8", 24, 1, 1),
+    Format("I16", 25, 1, 2),
+    Format("I32", 26, 1, 4),
+    Format("I64", 27, 1, 8),
+    Format("F64", 28, 1, 8),
+    Format("IQ1_M", 29, 256, 56),
+    Format("BF16", 30, 1, 2, _bf16),
+    Format("TQ1_0", 34, 256, 54),
+    Format("TQ2_0", 35, 256, 66),
+    Format("MXFP4", 39, 32, 17),
+    Format("NVFP4", 40, 64, 36),
+    Format("Q1_0", 41, 128, 18),
+)
+
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
+_BY_TYPE = {row.gguf_type: row for row in _ROWS}
+
+
+def by_gguf_type(gguf_type: int) -> Format | None:
+    """The format with this number in a GGUF file, or None where the number is unknown (or withdrawn by ggml)."""
+    return _BY_TYPE.get(gguf_type)
+
+
+def dequantize(format: Format, data: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` (float32, C-contiguous, any shape) from `data` (uint8, whole blocks in a C-contiguous array).
+
+    Works through pieces of a few hundred kilobytes that stay in the CPU's cache, so the temporaries stay small however
+    large the tensor is. The format must have a `dequantize`.
+    """
+    assert format.dequantize is not None
+    assert out.flags.c_contiguous
+    blocks = data.reshape(-1, format.block_bytes)
+    weights = out.reshape(-1, format.block_size)
+    step = max(1, 65536 // format.block_size)
+    with np.errstate(all="ignore"):  # a scale may be infinite or NaN; so is the weight then
+        for start in range(0, len(blocks), step):
+            weights[start : start + step] = format.dequantize(blocks[start : start + step])

@@ -1,0 +1,393 @@
+"""Reads GGUF model files (versions 2 and 3) through a read-only memory mapping.
+
+In: a path. Out: metadata (decoded when first asked for) and tensors (views of the mapping, nothing is copied). Knows
+nothing about architectures or tokenizers.
+
+The file is not trusted. Every count, length, type, offset and size is checked against the file's real size before
+anything is read, multiplied or allocated by it, in Python's unbounded integers; after `open_gguf` every tensor lies
+inside the file, whole, aligned and apart from the others, so pointers into the mapping are safe. What cannot be
+guarded against: a program that shortens the file in place while it is mapped (reading the lost pages then ends the
+process, as with every mapping). Replacing the file by another one of the same name is harmless.
+
+Format: the GGUF document in the ggml repository (docs/gguf.md).
+"""
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.runtime.formats import FORMATS, Format, by_gguf_type, dequantize
+
+_BROKEN = "it is damaged or not complete, download it again"
+_MAX_ENTRIES = 1 << 16  # keys, or tensors: the largest published models have a few thousand
+_MAX_STRINGS = 1 << 21  # in all arrays together: the largest vocabularies have 800,000 with their merges
+_MAX_KEY_BYTES = 65535
+_MAX_TENSOR_NAME_BYTES = 64
+_MAX_ALIGNMENT = 1 << 20
+_MIN_KEY_BYTES = 8 + 4 + 1  # length of the name, value type, value
+_MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, number of dimensions, one dimension, type, offset
+
+# value type → the code of struct and of NumPy's dtype (both with "<" in front)
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_STRUCTS = {code: struct.Struct("<" + code) for code in _NUMBERS.values()}
+_LENGTH = struct.Struct("<Q")
+
+# The first bytes of files that people take for GGUF files → what it is, what to do
+_OTHER_FILES = (
+    (b"PK\x03\x04", "a zip archive, perhaps a PyTorch checkpoint", "convert it with pocketlm export"),
+    (b"\x80", "a pickle, perhaps an old PyTorch checkpoint", "convert it with pocketlm export"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself", "fetch the model with git lfs pull"),
+    (b"lmgg", "a GGML model from before GGUF", "convert it with llama.cpp's converter or download a GGUF file"),
+    (b"fmgg", "a GGML model from before GGUF", "convert it with llama.cpp's converter or download a GGUF file"),
+    (b"tjgg", "a GGML model from before GGUF", "convert it with llama.cpp's converter or download a GGUF file"),
+    (b"<", "a web page or XML", "download the model itself"),
+    (b"{", "JSON", "name the GGUF file"),
+    (b"\x7fELF", "a program", "name the GGUF file"),
+    (b"MZ", "a program", "name the GGUF file"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One tensor of a file.
+
+    `shape` is in NumPy's order (rows, columns): the file's dimensions reversed. `data` are its bytes, uint8, 1-D, a
+    read-only view of the mapping; `offset` is where they begin in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    data: np.ndarray
+    offset: int
+    path: Path
+
+    def to_float32(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The weights, float32, of `shape`; written to `out` (float32, C-contiguous, of `shape`) where it is given.
+
+        Raises FileError where pocketlm does not run the format.
+        """
+        return self._dequantized(self.data, self.shape, out)
+
+    def rows_float32(self, rows: np.ndarray) -> np.ndarray:
+        """Only some rows: float32 (len(rows), columns) for int row numbers, each from 0 to the number of rows - 1.
+
+        Rows run along the last dimension; a tensor of more than two is seen as one matrix.
+        """
+        table = self.data.reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
+        return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
+
+    def _dequantized(self, data: np.ndarray, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
+        if self.format.dequantize is None:
+            runs = ", ".join(row.name for row in FORMATS.values() if row.dequantize)
+            raise FileError(
+                self.path,
+                f"tensor {_quoted(self.name)} is {self.format.name}, which pocketlm does not run",
+                f"requantise the model to one of {runs}",
+            )
+        out = np.empty(shape, np.float32) if out is None else out
+        dequantize(self.format, data, out)
+        return out
+
+
+class GGUF:
+    """An opened, validated file: path, version, alignment, metadata and tensors (in the file's order).
+
+    `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. The tensors'
+    arrays keep the mapping alive, so they may outlive `close`.
+    """
+
+    def __init__(self, path: Path, version: int, alignment: int, metadata: Mapping[str, Any], tensors: dict[str, Tensor]):
+        self.path, self.version, self.alignment, self.metadata, self.tensors = path, version, alignment, metadata, tensors
+
+    def close(self) -> None:
+        """Let go of the file; the mapping ends with the last array that looks at it."""
+        self.metadata, self.tensors = {}, {}
+
+    def __enter__(self) -> "GGUF":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUF:
+    """Open and check a GGUF file. Raises FileError for anything that is not a whole, sound GGUF file."""
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(mode := path.stat().st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise FileError(path, f"is {kind}, not a file", "name the GGUF file")
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise FileError(path, "is empty", "download it again")
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise FileError(path, "there is no such file", "check the path") from None
+    except (OSError, ValueError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
+    return parse(buffer, path)
+
+
+def parse(buffer: mmap.mmap | bytes, path: Path) -> GGUF:
+    """Check a GGUF file that is already in memory or mapped; `path` is for error messages. Raises FileError."""
+    header = _Header(buffer, path)
+    version = _check_magic(header)
+    n_tensors = header.count("tensors", _MIN_TENSOR_BYTES)
+    n_keys = header.count("keys", _MIN_KEY_BYTES)
+    metadata = _read_keys(header, n_keys)
+    alignment = _alignment(header, metadata)
+    return GGUF(path, version, alignment, metadata, _read_tensors(header, n_tensors, alignment))
+
+
+# ── reading the header ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Header:
+    """A place in the file, moving forward; nothing is read before it is known to be inside the file."""
+
+    def __init__(self, buffer: mmap.mmap | bytes, path: Path):
+        self.buffer, self.path, self.size, self.at = buffer, path, len(buffer), 0
+        self.strings_left = _MAX_STRINGS
+
+    def fail(self, problem: str, advice: str = _BROKEN) -> NoReturn:
+        raise FileError(self.path, problem, advice)
+
+    def skip(self, n_bytes: int, what: str) -> int:
+        """Pass over `n_bytes`; where they begin."""
+        start = self.at
+        if n_bytes > self.size - start:
+            self.fail(f"the file is cut short: {what} goes on beyond its end at byte {self.size}")
+        self.at = start + n_bytes
+        return start
+
+    def number(self, code: str, what: str) -> Any:
+        packed = _STRUCTS[code]
+        return packed.unpack_from(self.buffer, self.skip(packed.size, what))[0]
+
+    def string(self, limit: int, what: str) -> str:
+        if (length := self.number("Q", what)) > limit:
+            self.fail(f"{what} is {length} bytes long, more than the {limit} allowed")
+        return _text(self.buffer, self.skip(length, what), length, self.path, what)
+
+    def count(self, what: str, least_bytes: int) -> int:
+        count = self.number("Q", f"the number of {what}")
+        if count > (most := min(_MAX_ENTRIES, (self.size - self.at) // least_bytes)):
+            self.fail(f"it claims {count} {what} where at most {most} are possible")
+        return count
+
+    def skip_strings(self, count: int, what: str) -> None:
+        """Pass over `count` strings: the loop that opening a file with a large vocabulary waits for."""
+        if count > (most := min(self.strings_left, (self.size - self.at) // 8)):
+            self.fail(f"{what} claims {count} strings where at most {most} are possible")
+        self.strings_left -= count
+        at, buffer, unpack = self.at, self.buffer, _LENGTH.unpack_from
+        try:
+            for _ in range(count):
+                at += 8 + unpack(buffer, at)[0]
+        except (struct.error, OverflowError, IndexError):
+            at = self.size + 1
+        self.skip(at - self.at, what)
+
+
+def _check_magic(header: _Header) -> int:
+    """The file's version."""
+    start = bytes(header.buffer[:24])
+    if start[:4] != b"GGUF":
+        if len(start) < 4 and b"GGUF".startswith(start):
+            header.fail(f"the file is cut short: it ends after {len(start)} bytes")
+        kinds = [row[1:] for row in _OTHER_FILES if start.startswith(row[0])]
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < header.size:
+            kinds.insert(0, ("a safetensors file", "convert it with pocketlm export"))
+        kind, advice = kinds[0] if kinds else ("something else", "check the path or download it again")
+        header.fail(f"is not a GGUF file but {kind}", advice)
+    header.at = 4
+    version = header.number("I", "the version")
+    if version and version & 0xFFFF == 0:
+        header.fail("is a big-endian GGUF file", "pocketlm reads little-endian ones: convert it or download that one")
+    if version not in (2, 3):
+        advice = "update pocketlm" if version > 3 else "convert the model again with a converter of today"
+        header.fail(f"is GGUF version {version}; pocketlm reads versions 2 and 3", advice)
+    return version
+
+
+def _read_keys(header: _Header, n_keys: int) -> "_Metadata":
+    metadata = _Metadata(header.buffer, header.path)
+    for i in range(n_keys):
+        key = header.string(_MAX_KEY_BYTES, f"the name of key {i}")
+        what = f"the value of {_quoted(key)}"
+        if key in metadata.places:
+            header.fail(f"key {_quoted(key)} is there twice")
+        metadata.places[key] = _skip_value(header, header.number("I", what), what)
+    return metadata
+
+
+def _skip_value(header: _Header, value_type: int, what: str) -> "_Place":
+    is_array = value_type == _ARRAY
+    item_type = header.number("I", what) if is_array else value_type
+    count = header.number("Q", what) if is_array or item_type == _STRING else 1
+    if item_type == _STRING and is_array:
+        start = header.at
+        header.skip_strings(count, what)
+    elif item_type == _STRING:
+        start = header.skip(count, what)
+    elif code := _NUMBERS.get(item_type):
+        start = header.skip(count * _STRUCTS[code].size, what)
+        if item_type == _BOOL and count and np.frombuffer(header.buffer, np.uint8, count, start).max() > 1:
+            header.fail(f"{what} is a truth value other than 0 and 1")
+    else:
+        kind = "an array of arrays" if item_type == _ARRAY else f"of the unknown type {item_type}"
+        header.fail(f"{what} is {kind}, which pocketlm does not read", "update pocketlm or download another file")
+    return _Place(item_type, is_array, start, count)
+
+
+def _alignment(header: _Header, metadata: "_Metadata") -> int:
+    """`general.alignment`; an unchecked one makes the arithmetic of every later offset wrong."""
+    place = metadata.places.get("general.alignment")
+    if place is None:
+        return 32
+    value = metadata["general.alignment"]
+    if place.item_type != 4 or place.is_array:
+        header.fail("general.alignment is not a 32-bit unsigned number")
+    if not 8 <= value <= _MAX_ALIGNMENT or value & (value - 1):
+        header.fail(f"general.alignment is {value}, not a power of two from 8 to {_MAX_ALIGNMENT}")
+    return value
+
+
+def _read_tensors(header: _Header, n_tensors: int, alignment: int) -> dict[str, Tensor]:
+    entries: dict[str, tuple[tuple[int, ...], Format, int, int]] = {}
+    for i in range(n_tensors):
+        name = header.string(_MAX_TENSOR_NAME_BYTES, f"the name of tensor {i}")
+        if name in entries:
+            header.fail(f"tensor {_quoted(name)} is there twice")
+        entries[name] = _read_tensor_entry(header, f"tensor {_quoted(name)}", alignment)
+
+    data_start = -(-header.at // alignment) * alignment
+    missing = max((data_start + offset + n_bytes for *_, offset, n_bytes in entries.values()), default=0) - header.size
+    if missing > 0:
+        header.fail(f"the file is cut short: {missing} bytes are missing", "download it again")
+    end, last = 0, ""
+    for name, (*_, offset, n_bytes) in sorted(entries.items(), key=lambda entry: entry[1][2]):
+        if offset < end:
+            header.fail(f"tensors {_quoted(last)} and {_quoted(name)} overlap")
+        end, last = offset + n_bytes, name
+
+    bytes_of_file = np.frombuffer(header.buffer, np.uint8)
+    tensors = {}
+    for name, (shape, format, offset, n_bytes) in entries.items():
+        offset += data_start
+        tensors[name] = Tensor(name, shape, format, bytes_of_file[offset : offset + n_bytes], offset, header.path)
+    return tensors
+
+
+def _read_tensor_entry(header: _Header, what: str, alignment: int) -> tuple[tuple[int, ...], Format, int, int]:
+    """Shape, format, offset in the data section and size in bytes of one tensor."""
+    n_dims = header.number("I", what)
+    if not 1 <= n_dims <= 4:
+        header.fail(f"{what} has {n_dims} dimensions; 1 to 4 are possible")
+    dims = [header.number("Q", what) for _ in range(n_dims)]
+    gguf_type = header.number("I", what)
+    format = by_gguf_type(gguf_type)
+    if format is None:
+        header.fail(f"{what} has the unknown format {gguf_type}", "update pocketlm or requantise the model to Q4_0 or Q8_0")
+    n_weights = 1
+    for dim in dims:
+        # A file gives 63 bits to a dimension (ggml's are signed), and no tensor has more weights than that
+        if not 1 <= dim < 1 << 63 or (n_weights := n_weights * dim) >= 1 << 63:
+            header.fail(f"{what} has the impossible shape {' × '.join(map(str, dims))}")
+    if dims[0] % format.block_size:
+        header.fail(f"{what} has rows of {dims[0]} weights, not a multiple of the {format.block_size} of {format.name}")
+    offset = header.number("Q", what)
+    if offset % alignment:
+        header.fail(f"{what} begins at {offset}, which is not a multiple of the alignment {alignment}")
+    return tuple(reversed(dims)), format, offset, n_weights // format.block_size * format.block_bytes
+
+
+# ── metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value is: `count` items of `item_type` (bytes, for a single string) from byte `start`."""
+
+    item_type: int
+    is_array: bool
+    start: int
+    count: int
+
+
+class _Metadata(Mapping[str, Any]):
+    """The keys of a file; a value is decoded when it is first asked for."""
+
+    def __init__(self, buffer: mmap.mmap | bytes, path: Path):
+        self._buffer, self._path = buffer, path
+        self.places: dict[str, _Place] = {}
+        self._values: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._values:
+            self._values[key] = self._decode(self.places[key], key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _decode(self, place: _Place, key: str) -> Any:
+        if place.item_type != _STRING:
+            code = _NUMBERS[place.item_type]
+            if place.is_array:
+                return np.frombuffer(self._buffer, np.dtype("<" + code), place.count, place.start).copy()
+            return _STRUCTS[code].unpack_from(self._buffer, place.start)[0]
+        if not place.is_array:
+            return _text(self._buffer, place.start, place.count, self._path, f"the value of {_quoted(key)}")
+        return self._strings(place, key)
+
+    def _strings(self, place: _Place, key: str) -> list[str]:
+        at, buffer, unpack, starts = place.start, self._buffer, _LENGTH.unpack_from, []
+        add = starts.append
+        for _ in range(place.count):
+            add(at)
+            at += 8 + unpack(buffer, at)[0]
+        # Every length becomes one NUL, so one `decode` and one `split` make all strings: 2/3 of the time of a loop
+        packed = np.frombuffer(buffer[place.start : at], np.uint8).copy()
+        lengths = np.array(starts, np.int64) - place.start
+        packed[lengths] = 0
+        keep = np.ones(len(packed), bool)
+        for i in range(1, 8):
+            keep[lengths + i] = False
+        try:
+            strings = packed[keep].tobytes().decode().split("\0")[1:]
+        except UnicodeDecodeError:
+            strings = []
+        if len(strings) == place.count:
+            return strings
+        # One of them holds a NUL itself or is not UTF-8, and then the error is to say which
+        return [
+            _text(buffer, start + 8, unpack(buffer, start)[0], self._path, f"entry {i} of {_quoted(key)}")
+            for i, start in enumerate(starts)
+        ]
+
+
+def _text(buffer: mmap.mmap | bytes, start: int, length: int, path: Path, what: str) -> str:
+    try:
+        return str(buffer[start : start + length], "utf-8")
+    except UnicodeDecodeError:
+        raise FileError(path, f"{what} is not UTF-8", _BROKEN) from None
+
+
+def _quoted(name: str) -> str:
+    """A name from the file for an error message: one line, printable, of bounded length."""
+    return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -1,0 +1,76 @@
+"""How much memory is free, and whether a model fits: asked before anything large is allocated.
+
+Knows operating systems, not models: the executors say what they need. The figure is an estimate at one moment;
+another program may take the memory a second later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pocketlm.errors import FileError
+
+MB = 1 << 20
+
+
+def available_bytes() -> int | None:
+    """Bytes a program can still take without swapping, the container's limit included; None where it cannot be told."""
+    readers: dict[str, Callable[[], int]] = {"linux": _linux, "win32": _windows, "darwin": _darwin}
+    try:
+        return readers[sys.platform]()
+    except (KeyError, OSError, ValueError, AttributeError, StopIteration):
+        return None
+
+
+def require(path: object, weights: int, cache: int, scratch: int, n_ctx: int) -> None:
+    """FileError with the three figures (bytes) and what would fit, if they exceed the free memory."""
+    free = available_bytes()
+    if free is None or weights + cache + scratch <= free:
+        return
+    fits = int(n_ctx * max(free - weights - scratch, 0) / max(cache, 1))
+    advice = f"--ctx {fits // 64 * 64} would fit" if fits >= 64 else "use a smaller or more quantised model, or close other programs"
+    problem = f"needs {weights // MB} MB for weights, {cache // MB} MB for the cache of {n_ctx} tokens and {scratch // MB} MB scratch"
+    raise FileError(path, f"{problem}, but only {free // MB} MB are free", advice)
+
+
+def _linux() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+    free = int(line.split()[1]) * 1024
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        folder = Path("/sys/fs/cgroup")  # a container's own limit, versions 2 and 1
+        try:
+            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
+        except (OSError, ValueError):  # no such limit, or "max"
+            continue
+    return max(free, 0)
+
+
+def _darwin() -> int:
+    libc = ctypes.CDLL(None)
+    value, size = ctypes.c_uint64(0), ctypes.c_size_t(8)
+
+    def read(name: bytes) -> int:
+        value.value, size.value = 0, 8
+        if libc.sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0):
+            raise OSError(name)
+        return value.value
+
+    # free and speculative pages are a lower bound: macOS also gives back file pages on demand
+    return max((read(b"vm.page_free_count") + read(b"vm.page_speculative_count")) * os.sysconf("SC_PAGE_SIZE"), read(b"hw.memsize") // 4)
+
+
+def _windows() -> int:
+    class Status(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)] + [
+            (name, ctypes.c_uint64) for name in ("total", "free", "page_total", "page_free", "virtual", "virtual_free", "extended")
+        ]
+
+    status = Status(length=ctypes.sizeof(Status))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]
+        raise OSError("GlobalMemoryStatusEx")
+    return status.free

@@ -1,0 +1,1 @@
+"""Kernels written in Python, compiled by LLVM: the fast executor."""

@@ -1,0 +1,183 @@
+"""The reference executor: a decoder in NumPy, float32, meant to be read.
+
+In: a plan, the tensors it names, token ids. Out: logits. Every method below is one operation of the plan; the comment
+on its first line gives the shapes, n being the number of tokens in this call and t the positions known after it.
+Weights are dequantised once. A product's rows are shared by a team of threads, each with a single-threaded BLAS; a prompt
+goes through in blocks of tokens. Knows nothing about text, sampling or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime import plan as P
+from pocketlm.runtime.activations import ACTIVATIONS
+from pocketlm.runtime.gguf import Tensor
+from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
+from pocketlm.runtime.threads import Team, set_blas_threads, share
+
+BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
+SMALL = 1 << 16  # multiplications below which waking the other threads costs more than it saves
+
+
+class NumpyExecutor:
+    """Runs a plan. Holds the dequantised weights , the KV cache and a team of threads; `close` ends them."""
+
+    name = "numpy"
+
+    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
+        self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
+        self._run = {
+            P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
+            P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Logits: self._linear,
+        }  # fmt: skip
+        matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
+        stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
+        alone = [(name,) for name in plan.weights if name not in stacked]
+        self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
+        self._team = Team(n_threads)
+        self._biases = {m: self._stack_biases(m) for m in matrices}
+        factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
+        self._rope = rope_table(plan.hyper.rope, n_ctx, factors) if plan.hyper.rope else None
+        self._slopes = alibi_slopes(self.hyper.n_head, self.hyper.alibi_max_bias) if self.hyper.position == "alibi" else None
+        self.cache = KVCache(plan.hyper, n_ctx, np.float32, factors)
+
+    @staticmethod
+    def memory(plan: P.Plan, n_ctx: int) -> tuple[int, int, int]:
+        """Bytes of weights, cache and scratch that an executor of this plan takes."""
+        weights = 4 * sum(math.prod(shape) for shape in plan.weights.values())
+        scores = plan.hyper.n_head * min(BLOCK, n_ctx) * n_ctx
+        return weights, KVCache.bytes_for(plan.hyper, n_ctx, 4), 4 * (2 * scores + BLOCK * sum(plan.buffers.values()))
+
+    def close(self) -> None:
+        """End the threads, give the weights and the cache back."""
+        self._team.close()
+        self._weights.clear()
+        del self.cache
+
+    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
+        """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
+
+        Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
+        """
+        ids = np.asarray(ids, np.int64)
+        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.hyper.n_vocab:
+            raise PocketlmError(f"token ids must be a list of one or more ids from 0 to {self.hyper.n_vocab - 1}")
+        if self.cache.length + len(ids) > self.n_ctx:
+            raise PocketlmError(f"{self.cache.length + len(ids)} tokens do not fit into a context of {self.n_ctx}; use a larger --ctx")
+        parts = [self._block(ids[i : i + BLOCK], rows) for i in range(0, len(ids), BLOCK)]
+        return np.concatenate(parts) if rows == "all" else parts[-1]
+
+    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """Indices of the k largest of logits [n_vocab], in no order."""
+        return np.argpartition(logits, -k)[-k:] if k < len(logits) else np.arange(len(logits))
+
+    def _block(self, ids: np.ndarray, rows: str) -> np.ndarray:
+        set_blas_threads(1)  # its own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
+        state = {"ids": ids}
+        for op in self.plan.ops[:-1]:
+            self._run[type(op)](op, state)
+        self.cache.length += len(ids)
+        head = self.plan.ops[-1]
+        assert isinstance(head, P.Logits)
+        if rows == "last":
+            state[head.x] = state[head.x][-1:]
+        self._linear(head, state)
+        return state[head.out]
+
+    def _embed(self, op: P.Embed, state: dict[str, np.ndarray]) -> None:  # [n] -> [n, n_embd]
+        table = self._rows(op.table)
+        state[op.out] = table[state["ids"]]
+        if op.positions:
+            start = self.cache.length
+            state[op.out] += self._rows(op.positions)[start : start + len(state["ids"])]
+
+    def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
+        x = state[op.x]
+        if op.kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        scale = 1 / np.sqrt(np.einsum("nw,nw->n", x, x)[:, None] / x.shape[1] + np.float32(op.eps))
+        state[op.out] = x * scale * self._rows(op.weight)
+        if op.bias:
+            state[op.out] += self._rows(op.bias)
+
+    def _linear(self, op: P.Linear | P.Logits, state: dict[str, np.ndarray]) -> None:  # [n, n_in] -> [n, n_out]
+        w, x = self._weights[op.matrix.weights], state[op.x]
+        y = state[op.out] = np.empty((len(x), len(w)), np.float32)
+
+        def product(part: int, parts: int) -> None:
+            mine = share(len(w), part, parts)
+            np.matmul(x, w[mine].T, out=y[:, mine])
+
+        if w.size * len(x) < SMALL:
+            product(0, 1)
+        else:
+            self._team.run(product)
+        if (bias := self._biases[op.matrix]) is not None:
+            state[op.out] += bias
+
+    def _rotate(self, op: P.Rotate, state: dict[str, np.ndarray]) -> None:  # [n, qkv], in place
+        hyper, qkv, start = self.hyper, state[op.qkv], self.cache.length
+        assert self._rope is not None
+        assert hyper.rope is not None
+        table = self._rope[start : start + len(qkv), :, None]  # [n, 2, 1, n_dims/2]
+        heads = qkv[:, : hyper.q_width + hyper.kv_width].reshape(len(qkv), -1, hyper.head_dim)  # [n, heads, head_dim]
+        rotate(heads, table[:, 0], table[:, 1], hyper.rope.pairs)
+
+    def _attend(self, op: P.Attend, state: dict[str, np.ndarray]) -> None:  # [n, qkv] -> [n, q_width]
+        hyper, qkv, start = self.hyper, state[op.qkv], self.cache.length
+        n, t, group = len(qkv), start + len(qkv), hyper.n_head // hyper.n_kv_head
+        q = qkv[:, : hyper.q_width].reshape(n, hyper.n_kv_head, group, hyper.head_dim)
+        k, v = np.split(qkv[:, hyper.q_width :].reshape(n, 2 * hyper.n_kv_head, hyper.head_dim), 2, axis=1)
+        keys, values = self.cache.keys[op.layer], self.cache.values[op.layer]
+        keys[:, start:t], values[:, start:t] = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [n_kv_head, n, head_dim]
+        q = q.transpose(1, 2, 0, 3).reshape(hyper.n_kv_head, group * n, hyper.head_dim)  # heads of a group share keys
+        scores = q @ keys[:, :t].swapaxes(1, 2)  # [n_kv_head, group * n, t]
+        scores *= np.float32(1 / math.sqrt(hyper.head_dim))
+        scores = scores.reshape(hyper.n_head, n, t)
+        distance = np.arange(t) - np.arange(start, t)[:, None]  # [n, t]; above zero is the future
+        if self._slopes is not None:
+            scores += self._slopes[:, None, None] * distance.astype(np.float32)
+        if n > 1:
+            scores[:, distance > 0] = -np.inf
+        scores -= scores.max(-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(-1, keepdims=True)
+        mix = scores.reshape(hyper.n_kv_head, group * n, t) @ values[:, :t]  # [n_kv_head, group * n, head_dim]
+        mix = mix.reshape(hyper.n_head, n, hyper.head_dim).swapaxes(0, 1)
+        state[op.out] = mix.reshape(n, hyper.q_width)
+
+    def _activate(self, op: P.Activate, state: dict[str, np.ndarray]) -> None:  # [n, ff] -> [n, n_ff]
+        x = state[op.x]
+        gate, up = (x[:, : self.hyper.n_ff], x[:, self.hyper.n_ff :]) if op.gated else (x, None)
+        state[op.out] = ACTIVATIONS[op.kind](gate) if up is None else ACTIVATIONS[op.kind](gate) * up
+
+    def _add(self, op: P.Add, state: dict[str, np.ndarray]) -> None:  # [n, width] += [n, width]
+        state[op.out] += state[op.x]
+
+    def _rows(self, name: str) -> np.ndarray:
+        return self._weights[name,]
+
+    def _stack(self, tensors: list[Tensor]) -> np.ndarray:
+        """The tensors below each other, dequantised: float32 (sum of rows, columns) or (n,)."""
+        out = np.empty((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), np.float32)
+        start = 0
+        for tensor in tensors:
+            tensor.to_float32(out[start : start + tensor.shape[0]])
+            start += tensor.shape[0]
+        return out
+
+    def _stack_biases(self, matrix: P.Matrix) -> np.ndarray | None:
+        if not any(matrix.biases):
+            return None
+        parts = [
+            self._rows(b) if b else np.zeros(self.plan.weights[w][0], np.float32)
+            for w, b in zip(matrix.weights, matrix.biases, strict=True)
+        ]
+        return np.concatenate(parts)
+

@@ -1,0 +1,264 @@
+"""From logits to the next token: penalties, filters, temperature and the draw, put together once into one function.
+
+In: logits, float32 (n_vocab,), and the ids so far. Out: an id and its log-probability. Knows nothing about models, text
+or when to stop.
+
+The order is llama.cpp's default one (`llama_sampler_chain` as its `common/sampling.cpp` builds it): logit bias, penalties,
+top-k, top-p, min-p, temperature, draw; top-p and min-p therefore look at the probabilities before the temperature.
+
+What makes it quick for a large vocabulary: the three filters all keep the likeliest few, so once the candidates are sorted
+each of them is only a question of how many of the first stay, and the vocabulary itself is never sorted. Top-k hands over k
+candidates; without it, min-p gives a threshold for the logits, and for top-p alone the likeliest few hundred are tried first.
+Measured (2.5 GHz x86-64, NumPy 2.4, 49,152 tokens): the log-probability 60 µs, the defaults 130 µs more, greedy 6 µs.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import PocketlmError, UsageError
+
+Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
+"""(logits float32 (n_vocab,), ids so far) -> (id, logprob). The logits are left as they are.
+
+`logprob` is the natural logarithm of the token's probability under the plain softmax of the logits: temperature 1, no
+penalty, no filter; computed in float32 (error about 1e-6), NaN from a sampler made with `logprobs=False`.
+"""
+
+GREEDY_BELOW = 1e-5  # a temperature this low is greedy: dividing by it would only overflow
+FIRST_NUCLEUS = 256  # how many tokens are looked at first where top-p is the only filter; a peaked distribution needs few
+N_ROWS = 64  # the vocabulary seen as this many rows: NumPy reduces over rows several times faster than along one
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to choose the next token. The defaults suit small models: little heat, a mild penalty against loops.
+
+    Raises UsageError naming the option, its value and the range.
+    """
+
+    temperature: float = 0.7  # 0: greedy, the likeliest token, the lowest id among equals
+    top_k: int = 40  # only the k likeliest; 0: off
+    top_p: float = 0.95  # the fewest likeliest that together have this probability; 1: off (arXiv 1904.09751)
+    min_p: float = 0.05  # only those with this share of the likeliest one's probability; 0: off (arXiv 2407.01082)
+    repeat_penalty: float = 1.1  # positive logits of recent tokens / it, negative ones * it; 1: off (CTRL, arXiv 1909.05858)
+    presence_penalty: float = 0.0  # taken from the logit of every recent token (OpenAI's API reference)
+    frequency_penalty: float = 0.0  # the same for every time it occurs
+    repeat_last_n: int = 64  # how many of the last tokens, prompt included, are "recent" for the three penalties
+    logit_bias: Mapping[int, float] | None = None  # id -> added to its logit; -inf: never this token
+    seed: int | None = None  # None: from the operating system
+
+    def __post_init__(self):
+        for name, kind, within, expected in _RANGES:
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or not within(value):
+                raise UsageError(f"{name} is {value!r}; it must be {expected}")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
+        for id, bias in (self.logit_bias or {}).items():
+            if not isinstance(bias, Real) or not (-1e6 <= bias <= 1e6 or bias == -math.inf):
+                raise UsageError(f"logit_bias of token {id!r} is {bias!r}; it must be a number from -1e6 to 1e6, or -inf")
+
+
+# option, its type, what holds for a good value, the same in words
+_RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    ("temperature", Real, lambda x: 0 <= x <= 1e6, "a number from 0 up (0: always the likeliest token)"),
+    ("top_k", Integral, lambda x: x >= 0, "a whole number from 0 up (0: off)"),
+    ("top_p", Real, lambda x: 0 < x <= 1, "over 0 and at most 1 (1: off)"),
+    ("min_p", Real, lambda x: 0 <= x <= 1, "from 0 to 1 (0: off)"),
+    ("repeat_penalty", Real, lambda x: 0.01 <= x <= 100, "from 0.01 to 100 (1: off)"),
+    ("presence_penalty", Real, lambda x: -100 <= x <= 100, "from -100 to 100 (0: off)"),
+    ("frequency_penalty", Real, lambda x: -100 <= x <= 100, "from -100 to 100 (0: off)"),
+    ("repeat_last_n", Integral, lambda x: x >= 1, "a whole number from 1 up"),
+    ("seed", (Integral, type(None)), lambda x: x is None or x >= 0, "a whole number from 0 up, or None"),
+)
+
+
+def make_sampler(
+    *, n_vocab: int, top_k_of: Callable[[np.ndarray, int], np.ndarray] | None = None, logprobs: bool = True, **options: Any
+) -> Sampler:
+    """The sampler for `options`, the fields of SamplingOptions. Its draws depend on the seed and the logits alone.
+
+    `top_k_of(logits, k)` gives the ids of the k largest in any order, an executor's own or `top_k`. `logprobs=False` saves
+    a pass over the vocabulary for a caller that does not look at them. Raises UsageError for a bad option. The sampler
+    raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
+    """
+    o = SamplingOptions(**options)
+    scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
+    adjust: list[Callable[[np.ndarray, Sequence[int]], None]] = []
+    if o.logit_bias:
+        adjust.append(_bias(o.logit_bias, n_vocab))
+    if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
+        adjust.append(_penalties(o))
+    choose = _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, top_k_of or top_k)
+
+    def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
+        used = logits
+        if adjust:
+            np.copyto(scores, logits)
+            used = scores
+            for step in adjust:
+                step(scores, ids)
+        likeliest = int(used.argmax())  # of a NaN, should there be one: argmax takes it for the largest
+        if not math.isfinite(used[likeliest]):
+            raise PocketlmError(_NO_CHOICE if used[likeliest] == -math.inf else _BROKEN)
+        id = choose(used, likeliest)
+        if not logprobs:
+            return id, math.nan
+        largest = logits.max() if adjust else logits[likeliest]
+        return id, float(logits[id] - largest) - math.log(weights.fill(logits, largest))
+
+    return sample
+
+
+_BROKEN = "the model computed NaN or infinite logits; its weights are damaged, get the model file again"
+_NO_CHOICE = "no token is left to choose: every logit is -inf; look at logit_bias, or get the model file again"
+
+
+def top_k(logits: np.ndarray, k: int) -> np.ndarray:
+    """The ids of the k largest logits, the largest first, lower ids before higher ones of the same value: int64 (min(k, n),).
+
+    The k-th largest of the column maxima is at most the k-th largest of all, so few others are above it.
+    """
+    n = logits.size
+    k = min(k, n)
+    columns = n // N_ROWS
+    coarse = logits[: columns * N_ROWS].reshape(N_ROWS, columns).max(axis=0) if k < columns // 2 else logits
+    bound = np.partition(coarse, coarse.size - k)[coarse.size - k]
+    ids = np.flatnonzero(logits >= bound)
+    return ids[np.argsort(-logits[ids], kind="stable")[:k]]
+
+
+# ---- steps on the logits of the whole vocabulary: in place --------------------------------------------------------------
+
+
+def _bias(logit_bias: Mapping[int, float], n_vocab: int) -> Callable[[np.ndarray, Sequence[int]], None]:
+    for id in logit_bias:
+        if not isinstance(id, Integral) or not 0 <= id < n_vocab:
+            raise UsageError(f"logit_bias names token {id!r}; the ids of this model are 0 to {n_vocab - 1}")
+    where = np.array(list(logit_bias), np.intp)
+    bias = np.array(list(logit_bias.values()), np.float32)
+
+    def step(logits: np.ndarray, ids: Sequence[int]) -> None:
+        logits[where] += bias
+
+    return step
+
+
+def _penalties(o: SamplingOptions) -> Callable[[np.ndarray, Sequence[int]], None]:
+    repeat = np.float32(o.repeat_penalty)
+
+    def step(logits: np.ndarray, ids: Sequence[int]) -> None:
+        counts = Counter(ids[-o.repeat_last_n :])
+        where = np.fromiter(counts, np.intp, len(counts))
+        x = logits[where]
+        x = np.where(x > 0, x / repeat, x * repeat)
+        if o.presence_penalty or o.frequency_penalty:
+            x -= o.presence_penalty + o.frequency_penalty * np.fromiter(counts.values(), np.float32, len(counts))
+        logits[where] = x
+
+    return step
+
+
+# ---- choosing one -------------------------------------------------------------------------------------------------------
+
+
+def _greedy(logits: np.ndarray, likeliest: int) -> int:
+    return likeliest
+
+
+def _draw(
+    o: SamplingOptions, weights: "_Weights", top_k_of: Callable[[np.ndarray, int], np.ndarray]
+) -> Callable[[np.ndarray, int], int]:
+    uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
+    filters: list[Callable[[np.ndarray, float], int]] = []
+    if o.top_p < 1:
+        filters.append(_top_p(o.top_p))
+    if o.min_p > 0:
+        filters.append(_min_p(o.min_p))
+
+    def candidates(logits: np.ndarray, best: np.floating) -> tuple[np.ndarray, float]:
+        """Ids that hold all the filters keep, and where they are not all that top-p counts, the sum of every exp(x)."""
+        if o.top_k:
+            return top_k_of(logits, min(o.top_k, logits.size)), 0.0
+        total = weights.fill(logits, best) if o.top_p < 1 else 0.0
+        if o.min_p:
+            return np.flatnonzero(logits >= best + np.float32(math.log(o.min_p) - 1e-3)), total
+        k = FIRST_NUCLEUS
+        while True:
+            ids = top_k_of(logits, min(k, logits.size))
+            if k >= logits.size or weights.used[ids].sum() > o.top_p * total * (1 + 1e-4):
+                return ids, total
+            k *= 8
+
+    def from_candidates(logits: np.ndarray, likeliest: int) -> int:
+        best = logits[likeliest]
+        ids, total = candidates(logits, best)
+        ids = np.sort(ids)
+        x = logits[ids].astype(np.float64) - float(best)
+        order = np.argsort(-x, kind="stable")
+        x = x[order]
+        for keep in filters:
+            x = x[: keep(x, total)]
+        return int(ids[order[_inverse_cdf(np.exp(x / o.temperature), uniform())]])
+
+    def from_all(logits: np.ndarray, likeliest: int) -> int:
+        weights.fill(logits, logits[likeliest], o.temperature)
+        return weights.draw(uniform())
+
+    return from_candidates if o.top_k or filters else from_all
+
+
+def _top_p(p: float) -> Callable[[np.ndarray, float], int]:
+    """How many of the descending logits `x` (the first is 0) stay; `total` is the sum of all exp(x), 0 where x is all."""
+
+    def keep(x: np.ndarray, total: float) -> int:
+        cumulative = np.exp(x).cumsum()
+        return int(cumulative.searchsorted(p * (total or cumulative[-1]))) + 1
+
+    return keep
+
+
+def _min_p(p: float) -> Callable[[np.ndarray, float], int]:
+    limit = -math.log(p)
+    return lambda x, total: int((-x).searchsorted(limit, side="right"))
+
+
+def _inverse_cdf(weights: np.ndarray, u: float) -> int:
+    """The index that `u` in [0, 1) falls on when each index has the share of its weight, float (n,); never one of weight 0."""
+    cumulative = weights.cumsum(dtype=np.float64)
+    i = int(cumulative.searchsorted(u * cumulative[-1], side="right"))
+    return i if i < weights.size else int(weights.argmax())  # u * sum may round up to the sum
+
+
+class _Weights:
+    """exp(logits) of the whole vocabulary, in memory that is used again; seen as N_ROWS rows, the last padded with zeros."""
+
+    def __init__(self, n_vocab: int):
+        table = np.zeros((N_ROWS, -(-n_vocab // N_ROWS)), np.float32)
+        self.table, self.used = table, table.reshape(-1)[:n_vocab]
+        self.columns = table[0]
+
+    def fill(self, logits: np.ndarray, largest: np.floating, temperature: float = 1.0) -> float:
+        """Weights exp((logits - largest) / temperature); returns their sum."""
+        np.subtract(logits, largest, out=self.used)
+        if temperature != 1:
+            self.used /= np.float32(temperature)
+        np.exp(self.used, out=self.used)
+        self.columns = self.table.sum(axis=0)
+        return float(self.columns.sum(dtype=np.float64))
+
+    def draw(self, u: float) -> int:
+        """An id by the weights of the last `fill`: first its column, then, with what is left of `u`, the row in it."""
+        cumulative = self.columns.cumsum(dtype=np.float64)
+        column = _inverse_cdf(self.columns, u)
+        before = cumulative[column - 1] if column else 0.0
+        within = (u * cumulative[-1] - before) / self.columns[column]
+        row = _inverse_cdf(self.table[:, column], min(max(float(within), 0.0), 1.0))
+        return row * self.table.shape[1] + column

