@@ -18,6 +18,8 @@ TEXT_LIMIT = 1 << 18
 DEPTH_LIMIT = 24
 """A rendering's limits; time, memory and text grow with the conversation that is rendered (see `Budget`)."""
 
+_CONTAINERS = (list, tuple, dict)
+
 # The clock of this thread alone: a machine that is busy or asleep does not make a template slow.
 _clock = getattr(time, "thread_time", time.perf_counter)
 
@@ -33,13 +35,18 @@ class TemplateRaised(TemplateError):
 class Budget:
     """The meter of one rendering.
 
-    `input_chars` is the length of the conversation. Every 16th operation reads the clock. `bytes_left` counts all
+    `input_chars` is the length of the conversation. Every fourth operation reads the clock. `bytes_left` counts all
     memory that was ever asked for, freed or not.
     """
 
-    __slots__ = ("bytes_left", "deadline", "depth", "text_limit", "ticks")
+    __slots__ = ("_handles", "_plain", "bytes_left", "deadline", "depth", "text_limit", "ticks")
 
     def __init__(self, input_chars: int = 0):
+        from jinja2.runtime import Undefined
+        from jinja2.utils import Namespace
+
+        self._plain = {int, float, bool, type(None), range, Undefined}
+        self._handles = {Namespace, type(iter([]))}
         self.text_limit = TEXT_LIMIT + 4 * input_chars
         self.bytes_left = MEMORY_BYTES + 64 * input_chars
         self.deadline = _clock() + CPU_SECONDS + 1e-6 * input_chars
@@ -49,7 +56,7 @@ class Budget:
     def tick(self) -> None:
         """Counts one operation. Raises TemplateError when the time is over."""
         self.ticks += 1
-        if not self.ticks & 15 and _clock() > self.deadline:
+        if not self.ticks & 3 and _clock() > self.deadline:
             raise TemplateError("it does not come to an end")
 
     def charge(self, n_bytes: int) -> None:
@@ -75,42 +82,35 @@ class Budget:
         if kind is str:
             self.check_text(len(value))
             self.charge(sys.getsizeof(value))
-        elif kind in (list, tuple, dict):
+        elif kind in _CONTAINERS:
             self.weigh(value)
             self.charge(sys.getsizeof(value))
         elif kind is int:
             if value.bit_length() > 63:
                 raise TemplateError("it computes with a number that is too large")
-        elif kind is complex or kind is bytes:
+        elif kind not in self._plain and kind not in self._handles:
             raise TemplateError(f"it makes a value of type {kind.__name__}")
         return value
 
-    def weigh(self, value: Any, *, printable: bool = False) -> int:
-        """The size of a value written out: characters and elements, shared parts counted as often as they occur.
+    def weigh(self, value: Any, depth: int = 0) -> int:
+        """The size of plain data written out: characters and elements, shared parts counted as often as they occur.
 
         Two lists that hold each other's parts twice, thirty deep, take no memory and 2³⁰ steps to compare or to
         print; whatever is admitted has a small weight, so no comparison, sort or conversion of it takes long.
-        `printable` refuses what is not plain data: the text of such an object would show the inside of Python.
+        Raises TemplateError for anything but plain data: the text of such an object would show the inside of Python.
         """
-        return self._weigh(value, printable, 0)
-
-    def _weigh(self, value: Any, printable: bool, depth: int) -> int:
         kind = type(value)
         if kind is str:
             return 1 + len(value)
-        if kind is dict:
-            parts: Any = (part for pair in value.items() for part in pair)
-        elif kind is list or kind is tuple:
-            parts = value
-        elif printable and kind not in _PRINTABLE and not _is_undefined(value):
-            raise TemplateError(f"it prints an object of type {kind.__name__}")
-        else:
-            return 1
+        if kind not in _CONTAINERS:
+            if kind in self._plain:
+                return 1
+            raise TemplateError(f"it takes an object of type {kind.__name__} for data")
         if depth == DEPTH_LIMIT:
             raise TemplateError("it nests lists too deeply")
         weight = 2
-        for part in parts:
-            weight += self._weigh(part, printable, depth + 1)
+        for part in [part for pair in value.items() for part in pair] if kind is dict else value:
+            weight += self.weigh(part, depth + 1)
             if weight > self.text_limit:
                 raise TemplateError("it builds a list that is too long")
         return weight
@@ -119,15 +119,7 @@ class Budget:
         """The value as Jinja prints it, charged. Raises TemplateError for what is not plain data."""
         self.tick()
         if type(value) is not str:
-            self.weigh(value, printable=True)
+            self.weigh(value)
             value = str(value)
         return self.admit(value)
 
-
-_PRINTABLE = frozenset({int, float, bool, type(None), range})
-
-
-def _is_undefined(value: Any) -> bool:
-    from jinja2 import Undefined
-
-    return type(value) is Undefined

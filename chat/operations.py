@@ -39,8 +39,8 @@ def _replace(budget: Budget, text: str, old: Any = "", new: Any = "", count: Any
 
 
 def _join(budget: Budget, values: Any, separator: Any = "", attribute: Any = None) -> None:
-    if isinstance(values, (str, list, tuple, dict)) and isinstance(separator, str):
-        budget.check_text(budget.weigh(values, printable=True) + len(values) * len(separator))
+    n_values = len(values) if isinstance(values, (str, list, tuple, dict, range)) else 0
+    budget.check_text(budget.weigh(values) + n_values * (len(budget.text(separator)) + 20))
 
 
 def _indent(budget: Budget, text: str, width: Any = 4, first: Any = False, blank: Any = False) -> None:
@@ -58,8 +58,8 @@ def _percent(budget: Budget, text: str, *arguments: Any, **named: Any) -> None:
     n_directives = len(_DIRECTIVE.findall(text))
     if "%" in _DIRECTIVE.sub("", text):
         raise TemplateError("it formats with a directive that is not for templates")
-    budget.check_text(len(text) + 999 * n_directives + budget.weigh(arguments, printable=True))
-    budget.weigh(list(named.values()), printable=True)
+    budget.check_text(len(text) + 999 * n_directives + budget.weigh(arguments))
+    budget.weigh(list(named.values()))
 
 
 def _number_text(budget: Budget, value: Any, *arguments: Any, **named: Any) -> None:
@@ -269,7 +269,7 @@ def _tojson(
         raise TemplateError("it asks for JSON of an undefined value or with a strange indent")
     for separator in separators or ():
         _short_argument(budget, "", separator)
-    budget.charge(budget.weigh(value, printable=True) * (8 + (indent or 0)))
+    budget.charge(budget.weigh(value) * (8 + (indent or 0)))
     return budget.admit(
         json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     )

@@ -26,7 +26,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime.formats import FORMATS, Format, by_gguf_type, dequantize
 
 _BROKEN = "it is damaged or not complete, download it again"
-_MAX_ENTRIES = 1 << 16  # keys, or tensors: the largest published models have a few thousand
+_MAX_ENTRIES = 1 << 15  # keys, or tensors: the largest published models have a few thousand
 _MAX_STRINGS = 1 << 21  # in all arrays together: the largest vocabularies have 800,000 with their merges
 _MAX_KEY_BYTES = 65535
 _MAX_TENSOR_NAME_BYTES = 64
@@ -38,7 +38,6 @@ _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, number of dimension
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _STRUCTS = {code: struct.Struct("<" + code) for code in _NUMBERS.values()}
-_LENGTH = struct.Struct("<Q")
 
 # The first bytes of files that people take for GGUF files → what it is, what to do
 _OTHER_FILES = (
@@ -191,7 +190,7 @@ class _Header:
         if count > (most := min(self.strings_left, (self.size - self.at) // 8)):
             self.fail(f"{what} claims {count} strings where at most {most} are possible")
         self.strings_left -= count
-        at, buffer, unpack = self.at, self.buffer, _LENGTH.unpack_from
+        at, buffer, unpack = self.at, self.buffer, _STRUCTS["Q"].unpack_from
         try:
             for _ in range(count):
                 at += 8 + unpack(buffer, at)[0]
@@ -214,7 +213,7 @@ def _check_magic(header: _Header) -> int:
     header.at = 4
     version = header.number("I", "the version")
     if version and version & 0xFFFF == 0:
-        header.fail("is a big-endian GGUF file", "pocketlm reads little-endian ones: convert it or download that one")
+        header.fail("is a big-endian GGUF file", "download the little-endian one")
     if version not in (2, 3):
         advice = "update pocketlm" if version > 3 else "convert the model again with a converter of today"
         header.fail(f"is GGUF version {version}; pocketlm reads versions 2 and 3", advice)
@@ -256,9 +255,9 @@ def _alignment(header: _Header, metadata: "_Metadata") -> int:
     place = metadata.places.get("general.alignment")
     if place is None:
         return 32
-    value = metadata["general.alignment"]
     if place.item_type != 4 or place.is_array:
         header.fail("general.alignment is not a 32-bit unsigned number")
+    value = metadata["general.alignment"]
     if not 8 <= value <= _MAX_ALIGNMENT or value & (value - 1):
         header.fail(f"general.alignment is {value}, not a power of two from 8 to {_MAX_ALIGNMENT}")
     return value
@@ -356,7 +355,7 @@ class _Metadata(Mapping[str, Any]):
         return self._strings(place, key)
 
     def _strings(self, place: _Place, key: str) -> list[str]:
-        at, buffer, unpack, starts = place.start, self._buffer, _LENGTH.unpack_from, []
+        at, buffer, unpack, starts = place.start, self._buffer, _STRUCTS["Q"].unpack_from, []
         add = starts.append
         for _ in range(place.count):
             add(at)

@@ -7,13 +7,17 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-VALUE_TYPES = dict(u8=0, i8=1, u16=2, i16=3, u32=4, i32=5, f32=6, bool=7, string=8, array=9, u64=10, i64=11, f64=12)
-_CODES = dict(u8="B", i8="b", u16="H", i16="h", u32="I", i32="i", f32="f", bool="?", u64="Q", i64="q", f64="d")
+# name → number in the file, code of the struct module
+VALUE_TYPES = {
+    "u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"),
+    "bool": (7, "?"), "string": (8, ""), "u64": (10, "Q"), "i64": (11, "q"), "f64": (12, "d"),
+}  # fmt: skip
 # name → number in the file, weights in a block, bytes in a block
-TENSOR_TYPES = dict(
-    F32=(0, 1, 4), F16=(1, 1, 2), Q4_0=(2, 32, 18), Q4_1=(3, 32, 20), Q5_0=(6, 32, 22), Q5_1=(7, 32, 24), Q8_0=(8, 32, 34),
-    Q4_K=(12, 256, 144), Q5_K=(13, 256, 176), Q6_K=(14, 256, 210), IQ4_NL=(20, 32, 18), BF16=(30, 1, 2),
-)  # fmt: skip
+TENSOR_TYPES = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "Q8_0": (8, 32, 34), "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20),
+    "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210),
+    "IQ4_NL": (20, 32, 18),
+}  # fmt: skip
 
 
 class Field(NamedTuple):
@@ -40,19 +44,19 @@ def _value(type_name: str, value: object) -> list[Field]:
     if type_name == "string":
         assert isinstance(value, str | bytes)
         return text(value)
-    return [Field("number", struct.pack("<" + _CODES[type_name], value))]
+    return [Field("number", struct.pack("<" + VALUE_TYPES[type_name][1], value))]
 
 
 def key(name: str | bytes, type_name: str, value: object) -> list[Field]:
     """One metadata entry; "array of u8" and the like make arrays."""
     if not type_name.startswith("array of "):
-        return [*text(name), u32("type", VALUE_TYPES[type_name]), *_value(type_name, value)]
+        return [*text(name), u32("type", VALUE_TYPES[type_name][0]), *_value(type_name, value)]
     item = type_name.removeprefix("array of ")
     assert isinstance(value, Sequence)
-    fields = [*text(name), u32("type", 9), u32("type", VALUE_TYPES[item]), u64("count", len(value))]
+    fields = [*text(name), u32("type", 9), u32("type", VALUE_TYPES[item][0]), u64("count", len(value))]
     if item == "string":
         return fields + [field for string in value for field in text(string)]
-    return [*fields, Field("number", struct.pack(f"<{len(value)}{_CODES[item]}", *value))]
+    return [*fields, Field("number", struct.pack(f"<{len(value)}{VALUE_TYPES[item][1]}", *value))]
 
 
 class Entry(NamedTuple):
@@ -86,7 +90,9 @@ def join(fields: Sequence[Field]) -> bytes:
     return b"".join(field.data for field in fields)
 
 
-def file_fields(keys: Sequence[list[Field]], tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]], alignment: int = 32):
+def file_fields(
+    keys: Sequence[list[Field]], tensors: Sequence[tuple[str, str, tuple[int, ...], bytes]] = (), alignment: int = 32
+) -> list[Field]:
     """A sound file: tensors are (name, format, dims in the file's order, data), laid one after the other."""
     fields = header(len(tensors), len(keys)) + [field for entry in keys for field in entry]
     offset, blocks = 0, []
@@ -97,9 +103,15 @@ def file_fields(keys: Sequence[list[Field]], tensors: Sequence[tuple[str, str, t
     return [*fields, pad(len(join(fields)), alignment), *blocks]
 
 
-def one_tensor_file(entry: Entry, data: bytes, keys: Sequence[list[Field]] = ()) -> bytes:
-    """A file with one row in its tensor table, right or wrong, and `data` at the default alignment."""
-    fields = header(1, len(keys)) + [field for row in keys for field in row] + entry.fields()
+def file_bytes(*keys: list[Field]) -> bytes:
+    """A sound file of these keys and no tensors."""
+    return join(file_fields(keys))
+
+
+def table_bytes(*entries: Entry, keys: Sequence[list[Field]] = (), data: bytes = bytes(4096)) -> bytes:
+    """A file with these rows in its tensor table, right or wrong, and `data` behind it at the default alignment."""
+    fields = header(len(entries), len(keys)) + [field for row in keys for field in row]
+    fields += [field for entry in entries for field in entry.fields()]
     return join([*fields, pad(len(join(fields))), Field("data", data)])
 
 

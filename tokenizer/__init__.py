@@ -1,1 +1,7 @@
 """Tokenizers: text to ids and back. Knows no model."""
+
+from pocketlm.tokenizer.base import StreamDecoder, Tokenizer
+from pocketlm.tokenizer.gguf_vocabulary import from_metadata
+from pocketlm.tokenizer.readers import load
+
+__all__ = ["StreamDecoder", "Tokenizer", "from_metadata", "load"]

@@ -70,7 +70,7 @@ def make_vocabulary(
     if len(index) != len(tokens):
         for i, token in enumerate(tokens):
             if token and index[token] != i:
-                raise FileError(path, f"tokens {i} and {index[token]} are both {token!r}")
+                raise FileError(path, f"tokens {i} and {index[token]} are both {token[:40]!r}")
     index.pop("", None)
     ends = set(end_ids) | {eos_id}
     for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends)):
@@ -118,8 +118,8 @@ class Tokenizer:
     # types of tokens that are cut out of the text before anything else: always, and with special=True
     _plain_markers: tuple[int, ...] = (USER_DEFINED,)
     _special_markers: tuple[int, ...] = (CONTROL, UNKNOWN, USER_DEFINED)
-    # bytes that may be left out at the start of a text, because encoding put them there
-    _prefix = b""
+    # what an unknown token is decoded to
+    _unknown_text = b""
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
@@ -130,12 +130,20 @@ class Tokenizer:
 
     # to be given by each kind
     def _encode_text(self, text: str, start: bool) -> list[int]:
-        """Ids of a text without markers; `start` says that nothing stands before it."""
+        """Ids of a text without markers, not empty; `start` says that nothing stands before it."""
         raise NotImplementedError
 
     def _token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token that is neither control nor unknown nor user-defined."""
+        """The bytes of a token that is neither control nor unknown."""
         raise NotImplementedError
+
+    def _at_start(self, token_id: int, data: bytes) -> tuple[bytes, bool]:
+        """The bytes of the first token of a text, and whether the token after it still counts as the first."""
+        return data, False
+
+    def _starts_anew_after(self, token_id: int) -> bool:
+        """Whether the text after this token was encoded like the start of a text."""
+        return False
 
     def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Text to ids.
@@ -189,10 +197,8 @@ class Tokenizer:
         found = self._bytes.get(token_id)
         if found is None:
             self._check(token_id)
-            if self.vocabulary.types[token_id] in (CONTROL, UNKNOWN, USER_DEFINED):
-                found = self.vocabulary.tokens[token_id].encode()
-            else:
-                found = self._token_bytes(token_id)
+            hidden = self.vocabulary.types[token_id] in (CONTROL, UNKNOWN)
+            found = self.vocabulary.tokens[token_id].encode() if hidden else self._token_bytes(token_id)
             self._bytes[token_id] = found
         return found
 
@@ -237,9 +243,15 @@ class StreamDecoder:
         """The text that is certain after this id; may be empty. UsageError for an id that is not in the vocabulary."""
         tokenizer = self._tokenizer
         data = tokenizer.token_bytes(token_id)
-        if tokenizer.vocabulary.types[token_id] in (CONTROL, UNKNOWN):
-            if not self._special:
+        kind = tokenizer.vocabulary.types[token_id]
+        if not self._special and kind in (CONTROL, UNKNOWN):
+            if kind == CONTROL:
                 return ""
+            data = tokenizer._unknown_text
+        if self._at_start:
+            data, self._at_start = tokenizer._at_start(token_id, data)
+        if tokenizer._starts_anew_after(token_id):
+            self._at_start = True
         return self._utf8.decode(data)
 
     def flush(self) -> str:

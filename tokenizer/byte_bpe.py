@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
 from pocketlm.tokenizer.merge import MergeTable, merge
+from pocketlm.tokenizer.normalize import NormalForm
 from pocketlm.tokenizer.pretokenize import splitter
 
 _CACHED_WORDS = 1 << 16
@@ -26,6 +26,7 @@ def _letters() -> str:
 
 LETTERS = _letters()
 BYTE_OF = {letter: byte for byte, letter in enumerate(LETTERS)}
+TO_LETTERS = dict(enumerate(LETTERS))  # for `str.translate` of bytes read as Latin-1
 
 
 @dataclass(frozen=True)
@@ -35,29 +36,8 @@ class Options:
     pre_tokenizer: str  # a name of PRE_TOKENIZERS
     whole_words_first: bool = False  # a word that is a token needs no merges
     space_prefix: bool = False  # a space goes before a text that does not begin with one
-    normal_form: str | None = None  # NFC, NFD, NFKC or NFKD of the text comes first
+    normal_form: NormalForm | None = None  # NFC, NFD, NFKC or NFKD of the text comes first
     fuse_unknown: bool = False  # bytes the vocabulary lacks: one unknown token for a run of them
-
-
-def merges_table(path: object, vocabulary: Vocabulary, lefts: Sequence[str], rights: Sequence[str]) -> MergeTable:
-    """The table of a list of merges, best first; FileError where one names a piece that is not in the vocabulary."""
-    get = vocabulary.index.get
-    left_ids, right_ids = list(map(get, lefts)), list(map(get, rights))
-    merged_ids = list(map(get, map(str.__add__, lefts, rights)))
-    for ids, what in ((left_ids, lefts), (right_ids, rights), (merged_ids, None)):
-        if None in ids:
-            i = ids.index(None)
-            piece = what[i] if what else lefts[i] + rights[i]
-            raise FileError(path, f"merge {i} needs the piece {piece!r}, which is not in the vocabulary")
-    import numpy as np
-
-    stride = len(vocabulary.tokens)
-    pairs = np.array(left_ids, dtype=np.int64) * stride + np.array(right_ids, dtype=np.int64)
-    values = np.arange(len(pairs), dtype=np.int64) << 32 | np.array(merged_ids, dtype=np.int64)
-    table = MergeTable(stride, zip(pairs.tolist(), values.tolist(), strict=True))
-    if len(table) != len(pairs):
-        raise FileError(path, f"{len(pairs) - len(table)} merges are listed twice")
-    return table
 
 
 class ByteBPE(Tokenizer):
@@ -77,7 +57,7 @@ class ByteBPE(Tokenizer):
         if options.normal_form:
             from unicodedata import normalize
 
-            text = normalize(options.normal_form, text)  # type: ignore[arg-type]
+            text = normalize(options.normal_form, text)
         if options.space_prefix and not text.startswith(" "):
             text = " " + text
         ids: list[int] = []
@@ -115,6 +95,8 @@ class ByteBPE(Tokenizer):
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.vocabulary.tokens[token_id]
+        if self.vocabulary.types[token_id] == USER_DEFINED:
+            return token.encode()
         try:
             return bytes(map(BYTE_OF.__getitem__, token))
         except KeyError:  # a token that was added in plain text

@@ -8,9 +8,12 @@ neighbours that may merge, the pair of the lowest rank goes first, the leftmost 
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from pocketlm.errors import FileError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,33 +22,63 @@ NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
 _LONG = 4096  # symbols from which merging a whole run of equal pairs at once in NumPy is tried
-_MISSES_KEPT = 1 << 20
+_PAIRS_KEPT = 1 << 20
 
 
 class MergeTable(dict[int, int]):
     """Pair of symbols `left * stride + right` → `rank << 32 | merged symbol`, or `NO_MERGE`.
 
-    A pair that is not there is asked of `resolve(left, right)` and remembered. `ties` says that different pairs
-    may have the same rank (SentencePiece vocabularies with equal scores).
+    It fills itself: a pair that is not there is asked of `resolve(left, right)` and remembered, so opening a
+    vocabulary costs nothing here. `ties` says that different pairs may have the same rank.
     """
 
-    def __init__(
-        self,
-        stride: int,
-        pairs: Iterable[tuple[int, int]] = (),
-        resolve: Callable[[int, int], int] = lambda left, right: NO_MERGE,
-        ties: bool = False,
-    ):
-        super().__init__(pairs)
+    def __init__(self, stride: int, resolve: Callable[[int, int], int], ties: bool = False):
+        super().__init__()
         self.stride, self.ties = stride, ties
         self._resolve = resolve
-        self._limit = len(self) + _MISSES_KEPT
 
     def __missing__(self, pair: int) -> int:
         value = self._resolve(*divmod(pair, self.stride))
-        if len(self) < self._limit:
+        if len(self) < _PAIRS_KEPT:
             self[pair] = value
         return value
+
+
+def rank_table(
+    path: object, text_of: Callable[[int], str], index: dict[str, int], merges: Sequence[str], stride: int
+) -> MergeTable:
+    """The table of a list of merges "left right", the best first. FileError where they do not fit `index`."""
+    _check_merges(path, index, merges)
+    ranks = dict(zip(merges, range(len(merges)), strict=True))
+
+    def resolve(left: int, right: int) -> int:
+        first, second = text_of(left), text_of(right)
+        rank = ranks.get(f"{first} {second}")
+        return NO_MERGE if rank is None else rank << 32 | index[first + second]
+
+    return MergeTable(stride, resolve)
+
+
+def _check_merges(path: object, index: dict[str, int], merges: Sequence[str]) -> None:
+    """FileError unless each merge is two pieces, there once, and what it gives is in the vocabulary.
+
+    In bulk first, because a vocabulary has 50,000 of them and the user waits. (A merge of a piece that is not in the
+    vocabulary can never come up and does no harm.)
+    """
+    lines = "\n".join(merges)
+    merged = lines.replace(" ", "").split("\n")
+    if lines.count(" ") == len(merged) == len(set(merges)) == len(merges) and index.keys() >= set(merged):
+        return
+    seen = set()
+    for i, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise FileError(path, f"merge {i} is not two pieces: {merge[:40]!r}")
+        if left + right not in index:
+            raise FileError(path, f"merge {i} gives {(left + right)[:40]!r}, which is not in the vocabulary")
+        if merge in seen:
+            raise FileError(path, f"merge {i} is there twice: {merge[:40]!r}")
+        seen.add(merge)
 
 
 def concatenation_table(
@@ -64,7 +97,7 @@ def concatenation_table(
         merged = index.get(first + second)
         return NO_MERGE if merged is None else ranks[merged] << 32 | merged
 
-    return MergeTable(stride, resolve=resolve, ties=ties)
+    return MergeTable(stride, resolve, ties)
 
 
 def merge(symbols: Sequence[int], table: MergeTable) -> list[int]:
@@ -80,7 +113,7 @@ def merge(symbols: Sequence[int], table: MergeTable) -> list[int]:
 
 def _merge_short(symbols: list[int], table: MergeTable) -> list[int]:
     stride = table.stride
-    values = [table[left * stride + right] for left, right in zip(symbols, symbols[1:], strict=False)]
+    values = [table[left * stride + right] for left, right in pairwise(symbols)]
     while values:
         best = min(values)
         if best == NO_MERGE:

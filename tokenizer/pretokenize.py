@@ -5,10 +5,12 @@ The names are those of `tokenizer.ggml.pre`; the same table maps the `pre_tokeni
 `tokenizer.json`, whose expressions are compared as text and never run when they are not known here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from itertools import chain
 from typing import Any
+
+from pocketlm.errors import FileError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Single digits first and then the GPT-2 expression on what is between them: there a text ends before each digit.
@@ -28,6 +30,30 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 }
 # A word that is a token as a whole is taken as it is, whatever the merges say (llama.cpp, Llama 3).
 WHOLE_WORDS_FIRST = frozenset({"llama-bpe"})
+
+
+# Other ways to write the same expressions, as files from elsewhere do → name; the table's own are known as they are.
+_OTHER_WRITINGS = {
+    # OpenAI's cl100k_base, which Llama 3 writes as the table does
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": (
+        "llama-bpe"
+    ),
+    # OpenAI's gpt2 and r50k_base
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""": "gpt-2",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""": "gpt-2",
+}
+
+
+def name_of_pattern(pattern: str) -> str | None:
+    """The name of the pre-tokenizer that is exactly this one expression, None where none is."""
+    own = (name for name, patterns in PRE_TOKENIZERS.items() if patterns == (pattern,))
+    return next(own, _OTHER_WRITINGS.get(pattern))
+
+
+def check_name(name: str, path: object) -> None:
+    """FileError unless `name` is a pre-tokenizer of the table."""
+    if name not in PRE_TOKENIZERS:
+        raise FileError(path, f"its pre-tokenizer {name[:80]!r} is not known", "known are " + ", ".join(PRE_TOKENIZERS))
 
 
 @cache

@@ -1,0 +1,176 @@
+"""The slash commands: one table, a row each.
+
+In: a line that starts with a slash, and the `Chat` it is for. Out: what the command does to that chat, and notes on its
+console. Values for the sampler are checked by `SamplingOptions`, so the ranges are those of the command line.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocketlm.chat import transcript
+from pocketlm.errors import PocketlmError, UsageError
+
+if TYPE_CHECKING:
+    from pocketlm.chat.repl import Chat
+
+MAX_TOKENS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Command:
+    """`argument`: how it is shown in the help. `run` gets the chat and the text after the name."""
+
+    argument: str
+    help: str
+    run: Callable[["Chat", str], None]
+    words: Callable[[], Iterable[str]] = tuple  # completions of the argument
+
+
+def run(chat: "Chat", line: str) -> None:
+    """Carry out one line such as `/temp 0.5`. Raises PocketlmError or UsageError, one line for the user."""
+    name, _, argument = line[1:].partition(" ")
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        raise UsageError(f"/{name[:40]} is no command{_nearest(name.lower())}; /help lists them, //… sends a line with a slash")
+    command.run(chat, argument.strip())
+
+
+def complete(line: str) -> list[str]:
+    """The command names, or the argument's values, that an unfinished line can go on with."""
+    name, space, argument = line.partition(" ")
+    if not line.startswith("/") or "\n" in line:
+        return []
+    if not space:
+        return [f"/{other}" for other in COMMANDS if f"/{other}".startswith(name)]
+    command = COMMANDS.get(name[1:])
+    return [word for word in command.words() if word.startswith(argument)] if command else []
+
+
+def _nearest(name: str) -> str:
+    from difflib import get_close_matches
+
+    found = get_close_matches(name, COMMANDS, 1, 0.5)
+    return f", did you mean /{found[0]}?" if found else ""
+
+
+# ---- what they do ------------------------------------------------------------------------------------------------------
+
+
+def _help(chat: "Chat", _: str) -> None:
+    width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
+    rows = [f"/{f'{name} {command.argument}':{width}}  {command.help}" for name, command in COMMANDS.items()]
+    keys = "A line that ends in \\ goes on in the next one, as does Alt-Enter. Ctrl-C stops an answer, Ctrl-D leaves."
+    chat.console.note("\n".join([*rows, keys]), style="")
+
+
+def _system(chat: "Chat", text: str) -> None:
+    if text:
+        chat.conversation.system = "" if text == "off" else text
+        chat.save()
+    chat.console.note(f"system: {chat.conversation.system or '(none)'}")
+
+
+def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[["Chat", str], None]:
+    """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
+
+    def command(chat: "Chat", text: str) -> None:
+        from pocketlm.runtime.sampling import SamplingOptions
+
+        if text:
+            value = empty if text == "off" and empty is not ... else _number(text, kind)
+            SamplingOptions(**{keyword: value})
+            chat.sampling[keyword] = value
+        default = next(field.default for field in fields(SamplingOptions) if field.name == keyword)
+        chat.console.note(f"{keyword}: {chat.sampling.get(keyword, default)}")
+
+    return command
+
+
+def _max_tokens(chat: "Chat", text: str) -> None:
+    if text:
+        value = _number(text, int)
+        if not 1 <= value <= MAX_TOKENS:
+            raise UsageError(f"max_tokens is {value}; it must be from 1 to {MAX_TOKENS}")
+        chat.sampling["max_tokens"] = value
+    chat.console.note(f"max_tokens: {chat.sampling['max_tokens']}")
+
+
+def _number(text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{text[:40]!r} is no {'whole number' if kind is int else 'number'}") from None
+
+
+def _stop(chat: "Chat", text: str) -> None:
+    stops = tuple(chat.sampling.get("stop", ()))
+    if text:
+        new = text.replace("\\n", "\n").replace("\\t", "\t")
+        chat.sampling["stop"] = stops = () if text == "off" else (*stops, new)
+    chat.console.note(f"stop: {', '.join(map(repr, stops)) or '(only where the model ends its turn)'}")
+
+
+def _stats(chat: "Chat", text: str) -> None:
+    if text in ("on", "off"):
+        chat.show_stats = text == "on"
+    elif text:
+        raise UsageError(f"/stats {text[:40]}: expected on, off or nothing")
+    else:
+        chat.console.note("\n".join(chat.statistics()), style="")
+
+
+def _save(chat: "Chat", name: str) -> None:
+    path = Path(name).expanduser() if name else chat.path or transcript.new_path()
+    transcript.save(path, chat.conversation)
+    chat.console.note(f"saved: {path}")
+
+
+def _saved_names() -> list[str]:
+    try:
+        return sorted((path.stem for path in transcript.chats_folder().glob("*.json")), reverse=True)
+    except PocketlmError:
+        return []
+
+
+def _load(chat: "Chat", name: str) -> None:
+    if name:
+        chat.resume(transcript.locate(name))
+    else:
+        chat.console.note("\n".join(["/load NAME; the latest:", *_saved_names()[:10]]), style="")
+
+
+def _threads(chat: "Chat", text: str) -> None:
+    if text:
+        chat.model.set_threads(_number(text, int))
+    chat.console.note(f"threads: {chat.model.n_threads}")
+
+
+def _backend(chat: "Chat", text: str) -> None:
+    if text:
+        chat.model.set_backend(text)
+    chat.console.note(f"backend: {chat.model.backend}")
+
+
+COMMANDS: dict[str, Command] = {
+    "help": Command("", "this list", _help),
+    "quit": Command("", "leave, as Ctrl-D does", lambda chat, _: chat.leave()),
+    "reset": Command("", "begin a new conversation; the system prompt stays", lambda chat, _: chat.reset()),
+    "system": Command("[TEXT|off]", "what the model is told before the conversation", _system),
+    "temp": Command("[X]", "temperature; 0 always takes the likeliest token", _sampled("temperature", float)),
+    "top_k": Command("[N]", "only the N likeliest tokens; 0: all", _sampled("top_k", int)),
+    "top_p": Command("[X]", "only the likeliest that make up this probability; 1: all", _sampled("top_p", float)),
+    "min_p": Command("[X]", "only those with this share of the likeliest one's probability; 0: all", _sampled("min_p", float)),
+    "repeat_penalty": Command("[X]", "makes recent tokens less likely; 1: off", _sampled("repeat_penalty", float)),
+    "max_tokens": Command("[N]", "the longest answer", _max_tokens),
+    "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None)),
+    "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop),
+    "stats": Command("[on|off]", "figures of the last answer; on, off: a line of them after each", _stats, lambda: ("on", "off")),
+    "undo": Command("", "take back the last question and its answer", lambda chat, _: chat.undo()),
+    "retry": Command("", "ask the last question again", lambda chat, _: chat.retry()),
+    "save": Command("[FILE]", "save the conversation", _save),
+    "load": Command("[NAME|FILE]", "go on with a saved conversation", _load, _saved_names),
+    "threads": Command("[N]", "on how many threads the model runs", _threads),
+    "backend": Command("[NAME]", "auto, native or numpy", _backend, lambda: ("auto", "native", "numpy")),
+}

@@ -1,0 +1,195 @@
+"""Where the conversation appears: a terminal with line editing, or plain pipes and files.
+
+In: answers, notes, a request for the next message. Out: bytes for people and for programs. Answers go to standard
+output; notes go there too in a conversation at a terminal, else to standard error. Knows no model and no commands.
+"""
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+# All of C0 and C1 but tab and newline: escape sequences could retitle, repaint or reprogram a terminal.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+DIM, BOLD = "\x1b[2m", "\x1b[1m"
+RESET = "\x1b[0m"
+PROMPT, CONTINUED = "> ", "… "
+
+Completer = Callable[[str], Iterable[str]]
+"""The words that can take the place of the last word of an unfinished line."""
+
+
+class OutputClosed(Exception):
+    """Nobody reads standard output any more, as in `| head -1`."""
+
+
+def without_controls(text: str) -> str:
+    """The text without control characters, newlines and tabs kept."""
+    return _CONTROLS.sub("", text)
+
+
+class Console:
+    """Standard input and output of one chat. `interactive`: a person types at a terminal and reads there."""
+
+    def __init__(self, stdin: TextIO | None, stdout: TextIO | None, stderr: TextIO | None):
+        self.stdin, self.stdout, self.stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if hasattr(stream, "reconfigure"):  # what an encoding cannot hold becomes a question mark, not an exception
+                stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+        self.interactive = self.stdin.isatty() and self.stdout.isatty()
+        self._dumb = os.environ.get("TERM") == "dumb"
+        self.colour = self.interactive and not self._dumb and not os.environ.get("NO_COLOR")
+        self._at_line_start = True
+        self._session: Any = None
+        self._history: Path | None = None
+        self._complete: Completer = lambda line: ()
+        self._started = False
+
+    def use(self, complete: Completer, history: Path | None) -> None:
+        """What a line editor offers: completions, and a file for the lines of other days. Before the first `read`."""
+        self._complete, self._history = complete, history
+
+    # ---- out
+
+    def write(self, text: str) -> None:
+        """A part of an answer, as it comes. Raises OutputClosed."""
+        text = without_controls(text)
+        if text:
+            self._at_line_start = text.endswith("\n")
+            self._emit(self.stdout, text)
+
+    def end_line(self) -> None:
+        """Ends the line that an answer has begun."""
+        if not self._at_line_start:
+            self.write("\n")
+
+    def note(self, text: str, style: str = DIM) -> None:
+        """A remark of the program, on lines of its own."""
+        self.end_line()
+        text = without_controls(text)
+        if self.colour and style:
+            text = f"{style}{text}{RESET}"
+        self._emit(self.stdout if self.interactive else self.stderr, text + "\n")
+
+    def _emit(self, stream: TextIO, text: str) -> None:
+        try:
+            stream.write(text)
+            stream.flush()
+        except (BrokenPipeError, ValueError) as error:
+            raise OutputClosed from error
+        except OSError as error:
+            if os.name == "nt" and error.errno == 22:  # how Windows says it
+                raise OutputClosed from error
+            raise
+
+    def give_up_output(self) -> None:
+        """After OutputClosed: keeps Python from trying once more, and complaining, when it ends."""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
+
+    # ---- in
+
+    def read(self) -> str:
+        """The next message; a backslash at the end of a line continues it. Raises EOFError, KeyboardInterrupt."""
+        self.end_line()
+        if self.interactive and not self._dumb:
+            return self._edited()
+        lines = [self._line(PROMPT)]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            try:
+                lines.append(self._line(CONTINUED))
+            except EOFError:
+                break
+        return "\n".join(lines)
+
+    def _line(self, prompt: str) -> str:
+        if self.interactive:
+            self._emit(self.stdout, prompt)
+        line = self.stdin.readline()
+        if not line:
+            raise EOFError
+        if not self._started:  # Windows shells put a byte order mark in front of what they pipe
+            self._started, line = True, line.removeprefix("\ufeff")
+        return line.rstrip("\r\n")
+
+    def _edited(self) -> str:
+        if self._session is None:
+            self._session = _editor(self._complete, self._history)
+        text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED)
+        return text.encode("utf-8", "replace").decode()  # a terminal can deliver lone surrogates
+
+    @contextmanager
+    def interruptible(self) -> Iterator[threading.Event]:
+        """While an answer comes: Ctrl-C sets the event; a second one, if that takes too long, interrupts at once."""
+        stop = threading.Event()
+
+        def pressed(signum: int, frame: Any) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            stop.set()
+
+        if not self.interactive or threading.current_thread() is not threading.main_thread():
+            yield stop
+            return
+        previous = signal.signal(signal.SIGINT, pressed)
+        try:
+            yield stop
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _editor(complete: Completer, history: Path | None) -> Any:
+    """A line editor: history, Tab, several lines by Alt-Enter or a backslash, a pasted block as one message."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer as ToolkitCompleter
+    from prompt_toolkit.completion import Completion
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.shortcuts import CompleteStyle
+
+    class Words(ToolkitCompleter):
+        def get_completions(self, document: Any, complete_event: Any) -> Iterator[Completion]:
+            line = document.text_before_cursor
+            for word in complete(line):
+                yield Completion(word, start_position=-len(line.rpartition(" ")[2]))
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: Any) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        history=FileHistory(str(history)) if history and _writable(history) else InMemoryHistory(),
+        completer=Words(),
+        complete_while_typing=False,
+        complete_style=CompleteStyle.READLINE_LIKE,
+        key_bindings=keys,
+        multiline=True,
+    )
+
+
+def _writable(path: Path) -> bool:
+    """Whether the file can be written; it is made, readable for its owner only, where it is missing."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError:
+        return False
+    return True

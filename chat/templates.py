@@ -1,0 +1,300 @@
+"""A conversation as the text, and as the ids, that a model was trained to continue.
+
+In: messages `[{"role": "user", "content": "…"}, …]`, the chat template of the model file or the name of a built-in
+one, a tokenizer. Out: `Template`, with `render` (text) and `encode` (ids, in which only the template's own markers are
+control tokens). Knows no weights; Jinja is imported when the first conversation is rendered, by `sandbox`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError, UsageError
+from pocketlm.tokenizer.base import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A template that is a table: what stands before and after the content of each role.
+
+    `needs`: it fits a model whose vocabulary has all of these as tokens, or whose own template writes them.
+    `stop`: texts that end an answer where the model's end-of-turn token does not.
+    """
+
+    name: str
+    roles: Mapping[str, tuple[str, str]]
+    needs: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    default_system: str = ""
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if self.default_system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        rows = [(*self.roles.get(message["role"], self.roles["user"]), message["content"]) for message in messages]
+        turns = "".join(before + content + after for before, after, content in rows)
+        return turns + self.roles["assistant"][0] * add_generation_prompt
+
+
+def _tagged(before: str, after: str) -> dict[str, tuple[str, str]]:
+    return {role: (before.format(role), after) for role in ("system", "user", "assistant")}
+
+
+BUILT_IN = {
+    row.name: row
+    for row in (
+        BuiltIn(
+            "chatml", _tagged("<|im_start|>{}\n", "<|im_end|>\n"), ("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)
+        ),
+        BuiltIn("markers", _tagged("<|{}|>\n", "<|end|>\n"), ("<|user|>", "<|assistant|>", "<|end|>"), ("<|end|>",)),
+        BuiltIn(
+            "alpaca",
+            {"system": ("", "\n\n"), "user": ("### Instruction:\n", "\n\n"), "assistant": ("### Response:\n", "\n\n")},
+            ("### Instruction:",),
+            ("### Instruction:",),
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+        ),
+        # Base models: what the model writes goes on where the text ends; each new text starts on a new line.
+        BuiltIn("plain", {"system": ("", "\n"), "user": ("", ""), "assistant": ("", "\n")}),
+    )
+}
+
+
+class Template:
+    """The chat template of one model. `source` is Jinja, or None where `built_in` is the template.
+
+    When the Jinja fails, the built-in one takes over and `note` says so in one line: for good if the template is
+    broken, for one conversation if the template refuses that. `note` is "" as long as all is well.
+    """
+
+    def __init__(self, source: str | None, built_in: BuiltIn, bos_token: str = "", eos_token: str = ""):
+        self.source, self.built_in = source, built_in
+        self.note = ""
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._compiled: Any = None
+
+    @property
+    def name(self) -> str:
+        """What to call it: the built-in name, or "the model's own"."""
+        return self.built_in.name if self.source is None else "the model's own"
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer, beside the end-of-turn tokens of the vocabulary."""
+        return self.built_in.stop if self.source is None else ()
+
+    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, with the opening of the next answer where `add_generation_prompt` asks for it.
+
+        Raises UsageError for messages that are not dicts of two texts, `role` and `content`.
+        """
+        return self._render(_checked(messages), add_generation_prompt)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if self.source is not None:
+            from pocketlm.chat.budget import TemplateError, TemplateRaised
+
+            try:
+                return self._render_jinja(messages, add_generation_prompt)
+            except TemplateRaised as error:
+                without_system = _fold_system(messages)
+                if without_system:
+                    try:
+                        return self._render_jinja(without_system, add_generation_prompt)
+                    except TemplateError:
+                        pass
+                self.note = f"the model's chat template refuses this conversation ({error}): {self.built_in.name} is used"
+            except TemplateError as error:
+                self.note = f"the model's chat template cannot be used ({error}): {self.built_in.name} takes its place"
+                self.source = None
+        return self.built_in.render(messages, add_generation_prompt)
+
+    def _render_jinja(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        from pocketlm.chat.sandbox import SandboxedTemplate
+
+        self._compiled = self._compiled or SandboxedTemplate(self.source or "")
+        variables = {**self._tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        size = sum(len(message["content"]) for message in messages)
+        return self._compiled.render({**variables, "tools": None, "documents": None}, size)
+
+    def encode(self, messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True) -> list[int]:
+        """The conversation as ids, the beginning-of-sequence token in front where the model asks for it.
+
+        The ids of `tokenizer.encode(render(messages), special=True)`, unless a content spells a marker of the
+        vocabulary: `<|im_end|>` typed by a user is then encoded as the letters it is made of. Raises UsageError for
+        texts that the tokenizer cannot take.
+        """
+        checked = _checked(messages)
+        text = self._render(checked, add_generation_prompt)
+        parts = self._parts(checked, text, add_generation_prompt)
+        bos = tokenizer.adds_bos and not self._writes_bos(text, parts)
+        ids = tokenizer.encode(text, special=True, bos=bos)
+        if parts is None:
+            safe = _without_markers(checked, tokenizer)
+            if safe == checked:
+                return ids
+            return tokenizer.encode(self._render(safe, add_generation_prompt), special=True, bos=bos)
+        markers = _Markers(tokenizer, [part for part, is_content in parts if not is_content])
+        own, position = [], 0
+        for part, is_content in parts:
+            if not is_content:
+                own += [(position + start, position + stop, i) for start, stop, i in markers.find(part)]
+            position += len(part)
+        if list(markers.find(text)) == own:
+            return ids
+        return _encode_between(text, own, tokenizer, markers, bos)
+
+    def _writes_bos(self, text: str, parts: list[tuple[str, bool]] | None) -> bool:
+        """Whether the template itself puts the beginning-of-sequence token in front."""
+        bos = self._tokens["bos_token"]
+        return bool(bos) and text.startswith(bos) and (parts is None or not parts[0][1])
+
+    def _parts(self, messages: list[dict[str, str]], text: str, add_generation_prompt: bool) -> list[tuple[str, bool]] | None:
+        """`text` as (piece, is content) in order, None for a template that changes what is said.
+
+        Found by rendering again with one private-use character in the place of each content, white space around it
+        kept, because templates trim it. It must give the same text when the contents are put back.
+        """
+        stand_ins = {chr(0xF0000 + n): message["content"].strip() for n, message in enumerate(messages[:0xFFFE])}
+        if len(messages) > len(stand_ins) or any("\U000f0000" <= letter <= "\U000fffff" for letter in text):
+            return None
+        masked = [
+            {**message, "content": message["content"].replace(content, mark, 1) if content else message["content"]}
+            for message, (mark, content) in zip(messages, stand_ins.items(), strict=True)
+        ]
+        pieces = re.split("([\U000f0000-\U000fffff])", self._render(masked, add_generation_prompt))
+        parts = [(stand_ins.get(piece, piece), piece in stand_ins) for piece in pieces if piece]
+        return parts if "".join(part for part, _ in parts) == text else None
+
+
+class _Markers:
+    """The tokens that steer a model: control tokens, ends of a turn, and whatever `<…>` or `[…]` its template writes."""
+
+    _BRACKETED = re.compile(r"<.{2,}>|\[.{2,}\]", re.DOTALL)
+
+    def __init__(self, tokenizer: Tokenizer, template_parts: list[str]):
+        self._tokenizer = tokenizer
+        ids = {i for part in template_parts for i in tokenizer.encode(part, special=True)}
+        self._written = {i for i in ids if self._BRACKETED.fullmatch(self.text(i))}
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._written or token_id in self._tokenizer.end_ids or self._tokenizer.is_control(token_id)
+
+    def text(self, token_id: int) -> str:
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+    def end_of_turn(self) -> str:
+        """The text of some marker, "" where the vocabulary has none."""
+        texts = ((i, self.text(i)) for i in sorted(self._tokenizer.end_ids))
+        return next((text for i, text in texts if self._tokenizer.encode(text, special=True) == [i]), "")
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, id) of the markers that the tokenizer reads in `text`."""
+        position = 0
+        for token_id in self._tokenizer.encode(text, special=True):
+            if token_id in self:
+                marker = self.text(token_id)
+                start = text.find(marker, position)
+                if start >= 0:
+                    position = start + len(marker)
+                    yield start, position, token_id
+
+
+def _encode_between(
+    text: str, own: list[tuple[int, int, int]], tokenizer: Tokenizer, markers: _Markers, bos: bool
+) -> list[int]:
+    """Ids of `text` in which only the markers at the places `own` are tokens."""
+    ids = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+    before, position = "", 0
+    for start, stop, token_id in own:
+        ids += [*_spelled(text[position:start], before, tokenizer, markers), token_id]
+        before, position = markers.text(token_id), stop
+    return ids + _spelled(text[position:], before, tokenizer, markers)
+
+
+def _spelled(text: str, before: str, tokenizer: Tokenizer, markers: _Markers) -> list[int]:
+    """Ids of `text` with every marker in it spelled: cut behind its first letter, so that no piece holds one.
+
+    The pieces are encoded behind the marker `before`, since a text in the middle may get other ids than one at the
+    start (SentencePiece puts a space in front of that).
+    """
+    if not text:
+        return []
+    cuts = [start + 1 for start, stop, _ in markers.find(text) if stop - start > 1]
+    if cuts:
+        edges = [0, *cuts, len(text)]
+        inner = before or markers.end_of_turn()
+        pieces = [text[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+        first = _spelled(pieces[0], before, tokenizer, markers)
+        return first + [i for piece in pieces[1:] for i in _spelled(piece, inner, tokenizer, markers)]
+    n_before = len(tokenizer.encode(before, special=True))
+    return tokenizer.encode(before + text, special=True)[n_before:]
+
+
+def _without_markers(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[dict[str, str]]:
+    """The messages with a zero-width space inside every marker that a content spells.
+
+    For templates that change the contents, where it cannot be told afterwards which letters were whose.
+    """
+    markers = _Markers(tokenizer, [])
+
+    def broken(content: str) -> str:
+        found = list(markers.find(content))
+        for start, _, _ in reversed(found):
+            content = content[: start + 1] + "\u200b" + content[start + 1 :]
+        return content
+
+    return [{**message, "content": broken(message["content"])} for message in messages]
+
+
+def _checked(messages: Messages) -> list[dict[str, str]]:
+    """Copies of the messages, plain dicts of plain texts. Raises UsageError."""
+    copies = []
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if not (isinstance(role, str) and isinstance(content, str)):
+            raise UsageError("a message is a dict of two texts, 'role' and 'content'")
+        if not re.fullmatch(r"[A-Za-z][\w-]*", role):
+            raise UsageError(f"{role[:40]!r} is no role: use system, user or assistant")
+        copies.append({"role": str(role), "content": str(content)})
+    if not copies:
+        raise UsageError("a conversation has at least one message")
+    return copies
+
+
+def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """For templates that know no system role: its text goes in front of the first question."""
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return None
+    text = messages[0]["content"] + "\n\n" + messages[1]["content"]
+    return [{"role": "user", "content": text}, *messages[2:]]
+
+
+def choose(source: str | None, tokenizer: Tokenizer) -> Template:
+    """The template for a model: the Jinja `source` of its file, else the built-in one that fits its vocabulary."""
+
+    def fits(row: BuiltIn) -> bool:
+        return all(tokenizer.token_id(marker) is not None or marker in (source or "") for marker in row.needs)
+
+    built_in = next(row for row in BUILT_IN.values() if fits(row))
+    bos, eos = (
+        "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        for token_id in (tokenizer.bos_id, tokenizer.eos_id)
+    )
+    return Template(source, built_in, bos, eos)
+
+
+def named(name: str, tokenizer: Tokenizer) -> Template:
+    """The template that a user asked for: a built-in name, or the path of a file with Jinja in it."""
+    if name in BUILT_IN:
+        return Template(None, BUILT_IN[name])
+    path = Path(name)
+    if not path.is_file():
+        raise FileError(name, "no such template file", f"or use a built-in one: {', '.join(BUILT_IN)}")
+    try:
+        return choose(path.read_text(encoding="utf-8"), tokenizer)
+    except (OSError, UnicodeError) as error:
+        raise FileError(name, f"cannot be read as a template ({error})") from None

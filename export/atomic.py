@@ -1,0 +1,121 @@
+"""Outputs that appear whole or not at all: written under another name beside the target, then renamed.
+
+Knows paths only. Whatever happens before the last line, a full disk, Ctrl-C, a killed process, leaves what was there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pocketlm.errors import FileError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
+
+
+@contextmanager
+def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
+    """The path to write to; becomes `target` when the block ends well, and disappears when it does not.
+
+    `n_bytes`: about how much will be written; refused at once where the disk has less. Raises FileError for anything
+    that the operating system refuses.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        raise FileError(target, "is there already and is not a file", "choose another name for the output")
+    _check_room(target, n_bytes)
+    part = _part_name(target)
+    with _cleared_on_failure(target, part):
+        yield part
+        _sync(part)
+        os.replace(part, target)
+        _sync(target.parent)
+
+
+@contextmanager
+def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> Iterator[Path]:
+    """The same for a folder. An old one is replaced only if it holds nothing but `files`: the rest is the user's."""
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise FileError(target, "is there already and is not a folder", "choose another name for the output")
+    if target.exists() and (others := sorted({entry.name for entry in target.iterdir()} - set(files))):
+        raise FileError(target, f"is there already and holds {others[0]}", "choose a new folder for the output")
+    _check_room(target, n_bytes)
+    part = _part_name(target)
+    with _cleared_on_failure(target, part):
+        part.mkdir()
+        yield part
+        for path in part.iterdir():
+            _sync(path)
+        _sync(part)
+        if target.exists():
+            _exchange(part, target)
+            shutil.rmtree(part)
+        else:
+            part.rename(target)
+        _sync(target.parent)
+
+
+def _part_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.part")
+
+
+def _check_room(target: Path, n_bytes: int) -> None:
+    if not target.parent.is_dir():
+        raise FileError(target, "its folder does not exist", "make the folder first")
+    free = shutil.disk_usage(target.parent).free
+    if n_bytes > free:
+        raise FileError(target, f"needs {n_bytes / 1e6:.0f} MB where {free / 1e6:.0f} MB are free", "make room or choose another disk")
+
+
+@contextmanager
+def _cleared_on_failure(target: Path, part: Path) -> Iterator[None]:
+    """Takes `part` away, and turns the system's errors into one line, where the block fails."""
+    _remove(part)
+    try:
+        yield
+    except OSError as error:
+        raise FileError(target, f"cannot be written ({error.strerror or error})", "what was there before is unchanged") from None
+    finally:
+        _remove(part)  # gone already where all went well
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk holds it; without this, a power cut after the rename could leave an empty file."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let the two folders change names: in one step on Linux, else in three, of which the first can be undone."""
+    if sys.platform == "linux":
+        rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if rename and rename(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
+            return
+    aside = old.with_name(f"{new.name}.old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)

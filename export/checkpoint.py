@@ -1,0 +1,236 @@
+"""Opens a checkpoint of any container: PyTorch (zip, old), safetensors (sharded too), .npz, a Hugging Face folder.
+
+In: a path. Out: a `Checkpoint`: named tensors that are not read yet, and everything else in it as plain data. Wrappers'
+prefixes are gone from the names, optimiser state is left out. Knows no dialect: what a name means is dialects.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError
+from pocketlm.export.arrays import Buffer, LazyTensor, map_file, quoted
+from pocketlm.export.npz_reader import read_npz
+from pocketlm.export.pickle_reader import Global, Record
+from pocketlm.export.safetensors_reader import looks_like_safetensors, parse_json, read_safetensors
+from pocketlm.export.torch_reader import read_torch_legacy, read_torch_zip
+from pocketlm.export.zip_reader import read_zip
+
+# entries that may hold the weights, best first; anything else is tried after them
+WEIGHTS = (
+    "model", "model_state_dict", "state_dict", "model_state", "module", "net", "weights", "params",
+    "ema", "ema_state_dict", "model_ema",
+)  # fmt: skip
+NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "loss", "callbacks")  # parts of names of training state
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+FOLDER_FILES = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+)  # fmt: skip
+ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
+CONFIGS = ("config.json", "model_config.json", "params.json")  # beside the weights
+OTHER_FILES = (  # offset, bytes → what it is, what to do
+    (0, b"GGUF", "a GGUF model", "open it with read_canonical"),
+    (0, b"\x89HDF", "an HDF5 file", "save the weights as safetensors"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the checkpoint itself", "fetch it with git lfs pull"),
+    (257, b"ustar", "a tar archive", "unpack it; a PyTorch checkpoint in tar is from before version 0.4: save it again"),
+    (0, b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (0, b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
+    (0, b"Rar!", "a RAR archive", "unpack it first"),
+    (0, b"<", "a web page or XML", "download the checkpoint itself"),
+)
+MAX_JSON = 1 << 28
+MAX_NODES, MAX_DEPTH = 1 << 20, 64
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` by their names without wrappers; `config`: what else was in the checkpoint and its config.json, plain data.
+
+    Plain data: dict, list, str, int, float, bool, None. `files` are those that were read; `folder` is where they lie.
+    """
+
+    path: Path
+    tensors: dict[str, LazyTensor]
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.files[0].parent
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open and check a checkpoint file or folder. Raises FileError in one line; no code of the checkpoint ever runs."""
+    path = Path(path)
+    weights = _file_of_folder(path) if path.is_dir() else path
+    tree, files = _read_index(weights) if weights.name.endswith(".index.json") else (_read_file(weights), (weights,))
+    found = _find_weights(tree)
+    if found is None:
+        raise FileError(path, "holds no weights", "name a checkpoint that has a state dict in it")
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in _named(found):
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if short in tensors and tensors[short].source != tensor.source:
+            raise FileError(path, f"two tensors are called {quoted(short)} once the wrappers' prefixes are gone", "save the bare model")
+        tensors[short] = replace(tensor, name=short)
+    config = {name: value for name, value in _fields(tree).items() if value is not found}
+    beside = [weights.parent / name for name in CONFIGS if (weights.parent / name).is_file()]
+    jsons = {file.name: read_json(file) for file in beside}
+    return Checkpoint(path, tensors, {**plain(config), **jsons}, (*files, *beside))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises FileError."""
+    buffer = map_file(path)
+    if len(buffer) > MAX_JSON:
+        raise FileError(path, f"is {len(buffer)} bytes long, more than a configuration can be")
+    return parse_json(buffer[:], path)
+
+
+# ── containers ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _file_of_folder(folder: Path) -> Path:
+    """The weights of a folder: Hugging Face's names, else the only checkpoint in it."""
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS and file.is_file())
+    if len(found) != 1:
+        problem = f"holds {len(found)} checkpoints" if found else "is a folder without a checkpoint in it"
+        raise FileError(folder, problem, "name the file itself" if found else "name a folder with model.safetensors or a .pt in it")
+    return found[0]
+
+
+def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+    """All tensors of a sharded checkpoint, from the index that says which file holds which."""
+    index = read_json(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise FileError(path, "has no weight_map that says which file holds which tensor", "download the index again")
+    tensors: dict[str, LazyTensor] = {}
+    files = sorted(set(places.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise FileError(path, f"refers to {quoted(file)}, outside its folder", "do not trust this checkpoint")
+        found = _find_weights(_read_file(path.parent / file)) or {}
+        for name, tensor in found.items():
+            if name in tensors:
+                raise FileError(path, f"tensor {quoted(name)} is in two of the files", "download the checkpoint again")
+            tensors[name] = tensor
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise FileError(path, f"{len(missing)} tensors are in none of the files, {quoted(missing[0])} first", "download all files again")
+    return tensors, tuple(path.parent / file for file in files)
+
+
+def _read_file(path: Path) -> Any:
+    """The object a file holds; its tensors are `LazyTensor`s."""
+    buffer = map_file(path)
+    if not len(buffer):
+        raise FileError(path, "is empty", "copy or save it again")
+    for matches, read in READERS:
+        if matches(buffer):
+            return read(buffer, path)
+    for offset, magic, kind, advice in OTHER_FILES:
+        if buffer[offset : offset + len(magic)] == magic:
+            raise FileError(path, f"is {kind}", advice)
+    raise FileError(path, "is no checkpoint that pocketlm reads", "give a .pt, .safetensors or .npz file, or a Hugging Face folder")
+
+
+def _read_any_zip(buffer: Buffer, path: Path) -> Any:
+    names = read_zip(buffer, path)
+    is_npz = bool(names) and all(name.endswith(".npy") for name in names)
+    return read_npz(buffer, path) if is_npz else read_torch_zip(buffer, path)
+
+
+def _read_safetensors(buffer: Buffer, path: Path) -> dict[str, Any]:
+    tensors, metadata = read_safetensors(buffer, path)
+    return {"model": tensors, "metadata": metadata} if metadata else dict(tensors)
+
+
+READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], ...] = (
+    (lambda buffer: buffer[:2] == b"PK", _read_any_zip),
+    (lambda buffer: buffer[:1] == b"\x80" and buffer[257:262] != b"ustar", read_torch_legacy),
+    (looks_like_safetensors, _read_safetensors),
+)
+
+
+# ── the object in it ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _fields(value: Any) -> dict[Any, Any]:
+    """What can be looked into: a dict, or the fields of an object. A module saved whole gives its parameters."""
+    if isinstance(value, Record):
+        parts = [value.fields.get(name) for name in ("_parameters", "_buffers", "_modules")]
+        if isinstance(parts[2], dict):
+            return {name: item for part in parts if isinstance(part, dict) for name, item in part.items() if item is not None}
+        return value.fields
+    return value if isinstance(value, dict) else {}
+
+
+def _is_training_state(name: Any) -> bool:
+    return any(part in str(name).lower() for part in NOT_WEIGHTS)
+
+
+def _walk(tree: Any, keep: Callable[[Any], bool] = lambda name: True) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of names, leaf) of everything in a tree. Ends early in a tree that never ends, as a pickle may describe."""
+    left = MAX_NODES
+    pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while pending and left:
+        left -= 1
+        names, value = pending.pop()
+        children = dict(enumerate(value)) if isinstance(value, (list, tuple)) else _fields(value)
+        if isinstance(value, (dict, list, tuple, Record)) and len(names) < MAX_DEPTH:
+            pending += [((*names, str(name)), child) for name, child in reversed(children.items()) if keep(name)]
+        else:
+            yield names, value
+
+
+def _has_weights(tree: Any) -> bool:
+    return any(isinstance(leaf, LazyTensor) and leaf.shape for _, leaf in _walk(tree, lambda name: not _is_training_state(name)))
+
+
+def _find_weights(tree: Any) -> Any:
+    """The part of the object that holds the weights, or None."""
+    for _ in range(MAX_DEPTH):
+        fields = _fields(tree)
+        inner = [name for name in WEIGHTS if isinstance(fields.get(name), (dict, Record)) and _has_weights(fields[name])]
+        if not inner and not any(isinstance(value, LazyTensor) and value.shape for value in fields.values()):
+            inner = [name for name, value in fields.items() if not _is_training_state(name) and _has_weights(value)]
+            if len(inner) > 1:  # a nested tree of parameters
+                return tree
+        if not inner:
+            return tree if _has_weights(tree) else None
+        if isinstance(tree, Record) and "_modules" in tree.fields:
+            return tree
+        tree = fields[inner[0]]
+    return None
+
+
+def _named(tree: Any) -> Iterator[tuple[str, LazyTensor]]:
+    for names, leaf in _walk(tree):
+        if isinstance(leaf, LazyTensor):
+            yield ".".join(names), leaf
+
+
+def plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+    """`value` as plain data: objects become dicts, tuples and sets lists; tensors and training state are left out."""
+    left = [MAX_NODES] if left is None else left
+    left[0] -= 1
+    if depth > MAX_DEPTH or left[0] < 0 or isinstance(value, (LazyTensor, bytes)):
+        return None
+    if isinstance(value, Record):  # `_content` and `_val` are how OmegaConf keeps a tree and its leaves
+        value = value.fields.get("_content", value.fields.get("_val", value.fields))
+        return plain(value, depth + 1, left)
+    if isinstance(value, Global):
+        return value.name
+    if isinstance(value, dict):
+        pairs = [(name, item) for name, item in value.items() if isinstance(name, (str, int)) and not _is_training_state(name)]
+        return {str(name): plain(item, depth + 1, left) for name, item in pairs}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item, depth + 1, left) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) else None

@@ -1,0 +1,159 @@
+"""Which tensor is which: the names that code bases give to the parts of a decoder, and what each code base means by them.
+
+In: a `Checkpoint`. Out: a `CanonicalModel`. `SPELLINGS` maps names to roles (`blk.0.attn_q.weight`), whoever wrote them;
+a row of `DIALECTS` is recognised by a few names and states what its code fixes and no tensor shows (rotary pairs, the form
+of GELU, transposed matrices). Arranging the tensors as an architecture wants them is layout.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError
+from pocketlm.export.arrays import LazyTensor, quoted
+from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
+from pocketlm.export.model_config import ModelConfig
+
+# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WRAPPER = r"(?:(?:model|transformer|gpt|decoder|net|backbone|lm|llm|language_model)\.)*"
+LAYERS = r"(?:layers?|blocks?|h|trf_blocks|transformer_blocks|decoder_layers|decoder_blocks)"
+ATTENTION = r"(?:attn|attention|self_attn|self_attention|att|mha|sa|sa_heads|attn_layer)"
+FEED_FORWARD = r"(?:mlp|ffn|ff|ffwd|feed_forward|feedforward|feed_fwd)"
+
+TOP_ROLES = {
+    "token_embd": r"wte|tok_emb|embed|embed_tokens|token_emb|token_embedding|token_embeddings|token_embed|tok_embed|tok_embeddings"
+    r"|embedding|embeddings|emb|token_embedding_table|word_embeddings|embed_in",
+    "position_embd": r"wpe|pos_emb|pos_embed|position_emb|position_embed|position_embedding|position_embeddings|position_embedding_table"
+    r"|pos_embedding|pos_embeddings|positional_embedding|positional_embeddings|embed_positions",
+    "output_norm": r"ln_f|norm|final_norm|norm_f|final_layernorm|final_layer_norm|ln_final|output_norm|norm_out|out_norm|norm_final|ln_out",
+    "output": r"lm_head|out_head|head|output|output_head|unembed|unembedding|to_logits|embed_out|out_proj|output_projection",
+}
+LAYER_ROLES = {
+    "attn_norm": rf"ln_?1|norm_?1|(?:pre_)?(?:attn|attention|att|sa|input|pre_attention)_?(?:norm|ln|layernorm|layer_norm)|ln_attn"
+    rf"|norm_attn|{ATTENTION}\.(?:norm|ln)",
+    "ffn_norm": rf"ln_?2|norm_?2|(?:pre_)?(?:ffn|mlp|ff|feed_forward|ffwd|post_attention|post_attn)_?(?:norm|ln|layernorm|layer_norm)"
+    rf"|ln_(?:mlp|ffn|ff)|norm_(?:mlp|ffn|ff)|{FEED_FORWARD}\.(?:norm|ln)",
+    "attn_qkv": rf"(?:{ATTENTION}\.)?(?:c_attn|qkv|qkv_proj|Wqkv|wqkv|in_proj|to_qkv)",
+    "attn_q": rf"(?:{ATTENTION}\.)?(?:q_proj|wq|W_q|w_q|Wq|W_query|query|q|to_q|q_linear)",
+    "attn_k": rf"(?:{ATTENTION}\.)?(?:k_proj|wk|W_k|w_k|Wk|W_key|key|k|to_k|k_linear)",
+    "attn_v": rf"(?:{ATTENTION}\.)?(?:v_proj|wv|W_v|w_v|Wv|W_value|value|v|to_v|v_linear)",
+    "attn_output": rf"(?:{ATTENTION}\.)?(?:o_proj|out_proj|wo|W_o|w_o|Wo|o|to_out|W_out|o_linear)"
+    rf"|{ATTENTION}\.(?:c_proj|proj|output|dense|out|output_proj|resid_proj)",
+    "ffn_gate_up": rf"(?:{FEED_FORWARD}\.)?(?:gate_up_proj|w12|gate_up)",
+    "ffn_gate": rf"(?:{FEED_FORWARD}\.)?(?:gate_proj|w_gate|gate|gate_linear|linear_gate|W_gate)",
+    "ffn_up": rf"(?:{FEED_FORWARD}\.)?(?:up_proj|w_up|up|c_fc|fc_in|linear_up|W_up|linear_in|dense_h_to_4h)"
+    rf"|(?:{FEED_FORWARD}\.)?(?:net|layers|seq)\.0|{FEED_FORWARD}\.(?:0|in_proj)",
+    "ffn_down": rf"(?:{FEED_FORWARD}\.)?(?:down_proj|w_down|down|fc_out|linear_down|W_down|linear_out|dense_4h_to_h)"
+    rf"|(?:{FEED_FORWARD}\.)?(?:net|layers|seq)\.2|{FEED_FORWARD}\.(?:c_proj|proj|2|out_proj)",
+    "ffn_1": rf"(?:{FEED_FORWARD}\.)?(?:w1|fc1|W1|linear1|linear_1|fc_1|l1)",  # what these are depends on their number and shapes
+    "ffn_2": rf"(?:{FEED_FORWARD}\.)?(?:w2|fc2|W2|linear2|linear_2|fc_2|l2)",
+    "ffn_3": rf"(?:{FEED_FORWARD}\.)?(?:w3|fc3|W3|linear3|linear_3|fc_3|l3)",
+}
+HEADS = rf"{ATTENTION}\.(?:heads\.)?(?P<head>\d+)\.(?P<part>query|key|value|q|k|v)"  # a module for each head
+SUFFIXES = {"weight": "weight", "bias": "bias", "scale": "weight", "shift": "bias", "gamma": "weight", "beta": "bias", "g": "weight"}
+NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
+    r"(?:.*\.)?(?:attn|attention|self_attn)\.(?:bias|masked_bias)",  # only where they are no vector, see _is_buffer
+    r"(?:.*\.)?(?:mask|causal_mask|attn_mask|attention_mask|tril|causal|_mask|bias_mask|masked_bias|position_ids|pos_ids|n_averaged)",
+    r"(?:.*\.)?(?:inv_freq|freqs_cis|freqs_cos|freqs_sin|cos_cached|sin_cached|rope_cos|rope_sin|cos_cache|sin_cache|rope_cache)",
+    r"(?:.*\.)?(?:rope|rotary|rotary_emb|rotary_pos_emb)\.(?:cos|sin|cache|freqs)|cos|sin|(?:.*\.)?(?:cos|sin)",
+    r"(?:.*\.)?(?:alibi|slopes|alibi_slopes|alibi_bias)",
+)
+
+
+def _table(roles: Mapping[str, str], prefix: str) -> list[tuple[str, re.Pattern[str]]]:
+    suffix = rf"(?:\.(?P<suffix>{'|'.join(SUFFIXES)}))?"
+    return [(role, re.compile(rf"{prefix}(?:{names}){suffix}")) for role, names in roles.items()]
+
+
+@lru_cache(maxsize=1)
+def _spellings() -> list[tuple[str, re.Pattern[str]]]:
+    """(role, expression) in order."""
+    layer = _table({**LAYER_ROLES, "head": HEADS}, rf"{WRAPPER}{LAYERS}\.(?P<layer>\d+)\.")
+    return layer + _table(TOP_ROLES, WRAPPER)
+
+
+def role_of(name: str) -> str | None:
+    """What a tensor is by its name alone: "blk.3.attn_q.weight", "token_embd.weight"; None where no spelling fits.
+
+    One head of several that are modules of their own is "blk.3.attn_q.weight#2".
+    """
+    if len(name) > 512:
+        return None
+    for role, expression in _spellings():
+        if match := expression.fullmatch(name):
+            groups = match.groupdict()
+            end = SUFFIXES[groups.get("suffix") or "weight"]
+            if role == "head":
+                return f"blk.{int(groups['layer'])}.attn_{groups['part'][0]}.{end}#{int(groups['head'])}"
+            layer = f"blk.{int(groups['layer'])}." if groups.get("layer") else ""
+            return f"{layer}{role}.{end}"
+    return None
+
+
+# ── dialects ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """`signs`: expressions that must each match a name (`N`: a number). `fixed`: settings its code never changes.
+
+    `transposed`: its matrices are stored (in, out), as Conv1D's.
+    """
+
+    name: str
+    signs: tuple[str, ...]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+    test: Callable[[Tensors], bool] = lambda tensors: True
+
+
+def _is_conv1d(tensors: Tensors) -> bool:
+    return any(name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2)
+
+
+_GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
+DIALECTS = (
+    Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
+    Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}),
+    Dialect(
+        "from-scratch GPT",
+        (r"tok_emb\.weight", r"pos_emb\.weight", r"trf_blocks\.N\.att\.W_query\.weight", r"trf_blocks\.N\.norm1\.scale"),
+        {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5},
+    ),
+    Dialect(
+        "Meta Llama",
+        (r"(.*\.)?tok_embeddings\.weight", r"(.*\.)?layers\.N\.attention\.wq\.weight", r"(.*\.)?layers\.N\.feed_forward\.w1\.weight"),
+        {"norm": "rms", "position": "rope", "rope_pairs": "interleaved", "rope_theta": 10000.0, "norm_eps": 1e-5},
+    ),
+    Dialect(
+        "Hugging Face Llama",
+        (r"(.*\.)?layers\.N\.self_attn\.[qv]\w*_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
+        {"norm": "rms", "rope_pairs": "half"},
+    ),
+    Dialect("decoder with usual names", ()),
+)  # fmt: skip
+
+
+def recognise(tensors: Tensors) -> Dialect:
+    """The first row whose signs are all there."""
+    names = "\n".join(tensors)
+    for dialect in DIALECTS:
+        signs = (re.compile(rf"^{sign.replace('N', '[0-9]+')}$", re.MULTILINE) for sign in dialect.signs)
+        if all(sign.search(names) for sign in signs) and dialect.test(tensors):
+            return dialect
+    raise AssertionError("the last row has no signs")
+
+
+def _is_buffer(name: str, tensor: LazyTensor) -> bool:
+    if name.endswith("attn.bias") or name.endswith("attention.bias"):
+        return len(tensor.shape) != 1
+    return any(re.fullmatch(expression, name) for expression in NOT_LEARNED)

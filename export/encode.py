@@ -1,0 +1,95 @@
+"""Tensors in their formats, a piece at a time on a few threads, with the error that this costs.
+
+In: a `CanonicalTensor` and a format. Out: its bytes, in order, and an `Encoded` that tells what became of it. One
+tensor at a time is in memory as float32. Knows no container.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.export.canonical import CanonicalTensor
+from pocketlm.export.quantize import quantize
+from pocketlm.runtime.formats import FORMATS, Format, dequantize
+
+PIECE = 1 << 20  # weights that a thread quantises at a time; a multiple of every block
+
+Progress = Callable[[str, int], None]  # a tensor's name, weights done since the last call
+
+
+@dataclass
+class Encoded:
+    """What became of one tensor. `error`: root of the squared error's share of the weights' squares."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    reason: str = ""  # why it is in this format and not the one asked for
+    n_bytes: int = 0
+    crc: int = 0  # CRC-32 of its bytes, to compare with when the file is read back
+    error: float = 0.0
+
+
+class Encoder:
+    """Quantises tensors on `n_threads` threads; `close` ends them, without waiting for work nobody wants any more."""
+
+    def __init__(self, source: object, n_threads: int, progress: Progress | None = None):
+        """`source` is the checkpoint's path for error messages; `progress` hears of every piece."""
+        self._source, self._progress = source, progress or (lambda name, n_weights: None)
+        self._n_threads, self._pool = n_threads, ThreadPoolExecutor(n_threads)
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, name: str, tensor: CanonicalTensor) -> tuple[np.ndarray, float]:
+        """The weights, float32 of the tensor's shape, and their largest magnitude. FileError for NaN or infinity."""
+        weights = np.ascontiguousarray(tensor.read(), np.float32)
+        assert weights.shape == tuple(tensor.shape), f"{name}: {weights.shape} is not {tensor.shape}"
+        largest = max(float(weights.max()), -float(weights.min()))
+        if not math.isfinite(largest):
+            raise FileError(self._source, f"tensor {name} holds NaN or infinite weights", "the training diverged or the file is damaged")
+        return weights, largest
+
+    def pieces(self, encoded: Encoded, weights: np.ndarray) -> Iterator[np.ndarray]:
+        """The bytes of `weights` in `encoded.format`, uint8, in order; fills in the rest of `encoded` on the way."""
+        flat, format = weights.reshape(-1), encoded.format
+
+        def work(start: int) -> tuple[np.ndarray, float, float]:
+            mine = flat[start : start + PIECE]
+            data = quantize(format.name, mine)
+            if format is FORMATS["F32"]:
+                return data, 0.0, 0.0
+            back = np.empty_like(mine)
+            dequantize(format, data, back)
+            back -= mine
+            return data, float(np.dot(back, back)), float(np.dot(mine, mine))
+
+        squared_error = squares = 0.0
+        for data, error, square in self._in_order(work, range(0, flat.size, PIECE)):
+            squared_error, squares = squared_error + error, squares + square
+            encoded.n_bytes, encoded.crc = encoded.n_bytes + data.nbytes, zlib.crc32(data, encoded.crc)
+            yield data
+            self._progress(encoded.name, data.nbytes // format.block_bytes * format.block_size)
+        encoded.error = math.sqrt(squared_error / squares) if squares else 0.0
+
+    def _in_order(self, work: Callable[[int], Any], arguments: Iterable[int]) -> Iterator[Any]:
+        """The results of `work`; only a few pieces are ahead of the one that is asked for, which bounds the memory."""
+        ahead: deque[Future[Any]] = deque()
+        for argument in arguments:
+            ahead.append(self._pool.submit(work, argument))
+            if len(ahead) > 2 * self._n_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

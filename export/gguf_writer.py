@@ -1,0 +1,95 @@
+"""Writes GGUF files (version 3): metadata, then one tensor after the other, whatever their number or size.
+
+In: a dict of keys, tensors that are read one at a time, and the format each should have. Out: the file, the same bytes
+for the same input. Knows nothing about architectures or tokenizers.
+
+Format: the GGUF document in the ggml repository (docs/gguf.md).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pocketlm.errors import PocketlmError
+from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.encode import Encoded, Encoder
+from pocketlm.export.rules import QUANTS, by_shape, by_values, head_name
+
+ALIGNMENT = 32
+# NumPy's name for a number's type -> its number in the file
+NUMBER_TYPES = {
+    "uint8": 0, "int8": 1, "uint16": 2, "int16": 3, "uint32": 4, "int32": 5, "float32": 6, "bool": 7, "uint64": 10,
+    "int64": 11, "float64": 12,
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+
+
+def write_gguf(file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder) -> list[Encoded]:
+    """Write the model to `file`, opened for writing and seekable; what became of every tensor, in the file's order.
+
+    The header's size is known beforehand but not every format: a tensor may turn out not to fit into the one it should
+    get. So the header is written when the tensors are.
+    """
+    row, head = QUANTS[quant], head_name(model.tensors)
+    keys = b"".join(_string(key) + _value(key, value) for key, value in metadata.items())
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(model.tensors), len(metadata)) + keys
+    table_bytes = sum(8 + len(name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8 for name, tensor in model.tensors.items())
+    file.seek(_padded(len(start) + table_bytes))
+    done, table, offset = [], [], 0
+    for name, tensor in model.tensors.items():
+        format, reason = by_shape(name, tensor.shape, row, head, pure)
+        weights, largest = encoder.read(name, tensor)
+        format, too_much = by_values(format, largest)
+        encoded = Encoded(name, tuple(tensor.shape), format, too_much or reason)
+        for piece in encoder.pieces(encoded, weights):
+            file.write(piece)
+        file.write(bytes(-encoded.n_bytes % ALIGNMENT))
+        dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+        table.append(_string(name) + dims + struct.pack("<IQ", format.gguf_type, offset))
+        offset += _padded(encoded.n_bytes)
+        done.append(encoded)
+    file.seek(0)
+    header = start + b"".join(table)
+    file.write(header + bytes(-len(header) % ALIGNMENT))
+    return done
+
+
+def _padded(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(key: str, value: Any) -> bytes:
+    """A value with its type in front. Python's numbers get the types that ggml's loader expects: uint32, int32, float32."""
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+    array = _as_array(value)
+    type_number = NUMBER_TYPES.get(array.dtype.name)
+    if type_number is None or array.ndim > 1:
+        raise PocketlmError(f"the value of {key} cannot be written to a GGUF file: {type(value).__name__}")
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    kind = struct.pack("<IIQ", _ARRAY, type_number, array.size) if array.ndim else struct.pack("<I", type_number)
+    return kind + data
+
+
+def _as_array(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return array
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    if array.dtype == np.int64:
+        for kind in ("int32",) if array.ndim else ("uint32", "int32"):
+            if array.size and np.iinfo(kind).min <= array.min() and array.max() <= np.iinfo(kind).max:
+                return array.astype(kind)
+    return array

@@ -1,0 +1,115 @@
+"""The keys of a model file: hyper-parameters written down as `runtime/hyper.py` reads them, and what stock programs make of them.
+
+In: a `CanonicalModel`. Out: a dict of GGUF keys in the order they are written, and notes for the receipt. Knows no
+container: GGUF, fp16 bin and ONNX all carry these keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import PocketlmError
+from pocketlm.export.canonical import CanonicalModel
+from pocketlm.runtime.hyper import ARCHITECTURES, OPTIONS, Hyper, Rope
+
+QUANTIZATION_VERSION = 2  # of ggml's block layouts, the one since May 2023
+# field of Rope -> key behind {architecture}.rope., written where it is not the field's default
+ROPE_KEYS = {
+    "scaling": "scaling.type", "factor": "scaling.factor", "attention_factor": "scaling.attn_factor",
+    "extrapolation": "scaling.yarn_ext_factor", "beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow",
+}  # fmt: skip
+
+
+def architecture_keys(hyper: Hyper) -> dict[str, Any]:
+    """The keys from which `read_hyper` makes this `hyper` again (all but n_vocab, which is the token table's height)."""
+    arch = hyper.architecture
+    keys: dict[str, Any] = {
+        f"{arch}.context_length": hyper.n_ctx,
+        f"{arch}.embedding_length": hyper.n_embd,
+        f"{arch}.block_count": hyper.n_layer,
+        f"{arch}.feed_forward_length": hyper.n_ff,
+        f"{arch}.attention.head_count": hyper.n_head,
+        f"{arch}.attention.head_count_kv": hyper.n_kv_head,
+        f"{arch}.attention.layer_norm_{'rms_' if hyper.norm == 'rms' else ''}epsilon": float(hyper.norm_eps),
+    }
+    if hyper.head_dim * hyper.n_head != hyper.n_embd:
+        keys |= {f"{arch}.attention.key_length": hyper.head_dim, f"{arch}.attention.value_length": hyper.head_dim}
+    if hyper.position == "alibi":
+        keys[f"{arch}.attention.max_alibi_bias"] = float(hyper.alibi_max_bias)
+    if rope := hyper.rope:
+        keys |= {f"{arch}.rope.dimension_count": rope.n_dims, f"{arch}.rope.freq_base": float(rope.theta)}
+        defaults = {field.name: field.default for field in fields(Rope)}
+        for name, key in ROPE_KEYS.items():
+            if (value := getattr(rope, name)) != defaults[name]:
+                keys[f"{arch}.rope.{key}"] = value
+        if rope.original_ctx != hyper.n_ctx:
+            keys[f"{arch}.rope.scaling.original_context_length"] = rope.original_ctx
+    return keys | {f"pocketlm.{name}": value for name, value in _own_options(hyper).items()}
+
+
+def _own_options(hyper: Hyper) -> dict[str, Any]:
+    """The options that are not what the architecture means by itself."""
+    chosen = {name: getattr(hyper, name) for name in OPTIONS if name != "rope_pairs"}
+    if hyper.rope:
+        chosen["rope_pairs"] = hyper.rope.pairs
+    usual = {"rope_pairs": "interleaved", **ARCHITECTURES[hyper.architecture]}
+    return {name: value for name, value in chosen.items() if usual.get(name) != value}
+
+
+def file_metadata(model: CanonicalModel, out: Path, file_type: int | None) -> dict[str, Any]:
+    """Every key of the file, architecture first. Keys that the model brings along win over those made here.
+
+    `file_type`: ggml's number for the mix of formats; None leaves the two keys about formats out.
+    """
+    formats = {} if file_type is None else {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
+    keys = {
+        "general.architecture": model.hyper.architecture,
+        "general.name": out.stem,
+        **architecture_keys(model.hyper),
+        **{key: value for key, value in model.metadata.items() if key not in ("general.file_type", "general.quantization_version")},
+        **formats,
+    }
+    return {key: keys[key] for key in sorted(keys, key=lambda key: (not key.startswith("general."), key != "general.architecture"))}
+
+
+def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:
+    """Where stock llama.cpp, which does not read the `pocketlm.*` keys, runs the file differently: one line each."""
+    if hyper.architecture == "pocketlm":
+        return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
+    notes = []
+    own = _own_options(hyper)
+    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":
+        notes.append("stock llama.cpp computes GELU by the tanh formula where this model was trained with the exact one (erf)")
+    elif hyper.activation != ARCHITECTURES[hyper.architecture]["activation"]:
+        own["activation"] = hyper.activation
+    if own:
+        options = ", ".join(f"{name} {value}" for name, value in own.items())
+        notes.append(f"stock llama.cpp does not know {options} for {hyper.architecture}: the file runs in pocketlm only")
+    return notes + _tokenizer_notes(metadata, path)
+
+
+def _tokenizer_notes(metadata: Mapping[str, Any], path: Path) -> list[str]:
+    """The test texts of the file that get other ids when only the standard keys are read."""
+    from pocketlm.tokenizer import from_metadata
+
+    texts, ids = metadata.get("pocketlm.tokenizer.test_texts"), metadata.get("pocketlm.tokenizer.test_ids")
+    if not texts or not ids:
+        return []
+    standard = {key: value for key, value in metadata.items() if not key.startswith("pocketlm.tokenizer.")}
+    try:
+        tokenizer = from_metadata(standard, path)
+    except PocketlmError:
+        return ["stock llama.cpp cannot represent this tokenizer: use pocketlm, or tokenize elsewhere"]
+    differ = []
+    for text, expected in zip(texts, ids, strict=True):
+        try:
+            same = " ".join(map(str, tokenizer.encode(text))) == expected
+        except PocketlmError:
+            same = False
+        differ += [] if same else [repr(text)]
+    if not differ:
+        return []
+    return [f"stock llama.cpp tokenizes {len(differ)} of the {len(texts)} test texts differently: {', '.join(differ)}"]

@@ -1,0 +1,259 @@
+"""What a checkpoint's configuration says about the model, under the names that code bases use for it.
+
+In: the plain data of `Checkpoint.config` and the user's `--set`. Out: one answer for each `Setting`, or nothing. Knows no
+tensors. What pocketlm cannot run is refused here by its name, so that no model is exported wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pocketlm.errors import FileError, UsageError
+from pocketlm.export.arrays import quoted
+from pocketlm.runtime.hyper import OPTIONS
+
+
+class Setting(NamedTuple):
+    """A question about a model: the type of its answer, the names configurations use, an example for the error message."""
+
+    type: type
+    names: tuple[str, ...]
+    example: str
+
+
+SETTINGS: dict[str, Setting] = {
+    "n_head": Setting(int, ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead", "nheads", "heads"), "8"),
+    "head_dim": Setting(int, ("head_dim", "d_head", "head_size"), "64"),
+    "n_ctx": Setting(
+        int,
+        ("n_ctx", "block_size", "context_length", "max_seq_len", "max_seq_length", "max_position_embeddings", "n_positions",
+         "ctx_len", "context_size", "max_context", "max_len", "max_length", "sequence_length", "seq_len", "seq_length"),
+        "1024",
+    ),
+    "norm_eps": Setting(
+        float,
+        ("norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rms_eps", "layernorm_eps", "ln_eps", "norm_epsilon",
+         "layernorm_epsilon", "rms_norm_epsilon"),
+        "1e-5",
+    ),
+    "norm": Setting(str, ("norm", "norm_type", "normalization", "norm_layer"), "layer|rms"),
+    "activation": Setting(
+        str,
+        ("activation", "activation_function", "hidden_act", "hidden_activation", "act_fn", "act", "mlp_type", "ffn_type"),
+        "gelu_erf|gelu_tanh|silu|relu",
+    ),
+    "position": Setting(
+        str,
+        ("position", "positions", "pos_encoding", "position_encoding", "positional_encoding", "position_embedding_type",
+         "pos_emb_type", "pos_type", "pos_embedding", "positional_embedding"),
+        "alibi|rope|none",
+    ),
+    "rope_theta": Setting(float, ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"), "10000"),
+    "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
+    "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct"), "1.0"),
+    "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
+    "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
+    "model_type": Setting(str, ("model_type",), "llama"),
+    "name": Setting(str, (), "my-model"),
+}  # fmt: skip
+
+# words of configurations → the options of hyper.py
+WORDS: dict[str, dict[str, str]] = {
+    "norm": {
+        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer", "ln": "layer", "layer": "layer",
+    },
+    "activation": {
+        "gelu": "gelu_erf", "gelu_erf": "gelu_erf", "gelu_python": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_approximate": "gelu_tanh", "silu": "silu", "swish": "silu",
+        "swiglu": "silu", "relu": "relu", "geglu": "gelu_erf", "reglu": "relu",
+    },
+    "position": {
+        "learned": "learned", "absolute": "learned", "learnable": "learned", "embedding": "learned", "rope": "rope", "rotary": "rope",
+        "alibi": "alibi", "none": "none", "nope": "none",
+    },
+    "rope_pairs": {"half": "half", "interleaved": "interleaved"},
+}  # fmt: skip
+
+FLAGS = {  # a configuration may say yes or no instead of a word
+    "use_alibi": ("position", "alibi"), "alibi": ("position", "alibi"), "use_rope": ("position", "rope"), "rope": ("position", "rope"),
+    "use_rotary": ("position", "rope"), "use_rope_embeddings": ("position", "rope"), "rope_interleaved": ("rope_pairs", "interleaved"),
+    "use_rmsnorm": ("norm", "rms"), "use_rms_norm": ("norm", "rms"), "rmsnorm": ("norm", "rms"),
+}  # fmt: skip
+
+# entries that describe the model, to be looked into first; a training script's own settings come after them
+MODEL_ENTRIES = (
+    "model_args", "model_config", "model_cfg", "model_params", "model", "gptconf", "hparams", "hyper_parameters", "cfg", "config", "args",
+)  # fmt: skip
+NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_config")
+
+MODEL_TYPES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama"}  # of Hugging Face, computed as these
+# a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
+HARMLESS = {
+    "attn_logit_softcapping": lambda v: not v, "final_logit_softcapping": lambda v: not v, "logit_softcap": lambda v: not v,
+    "soft_cap": lambda v: not v, "num_local_experts": lambda v: not v or v == 1, "num_experts": lambda v: not v or v == 1,
+    "n_routed_experts": lambda v: not v, "n_experts": lambda v: not v or v == 1, "use_moe": lambda v: not v, "clip_qkv": lambda v: not v,
+    "logit_scale": lambda v: v in (None, 1), "logits_scaling": lambda v: v in (None, 1), "embedding_multiplier": lambda v: v in (None, 1),
+    "residual_multiplier": lambda v: v in (None, 1), "attention_multiplier": lambda v: v is None, "scale_emb": lambda v: v in (None, 1),
+    "scale_embeddings": lambda v: not v, "query_pre_attn_scalar": lambda v: v is None, "use_parallel_residual": lambda v: not v,
+    "parallel_residual": lambda v: not v, "parallel_attn": lambda v: not v, "qk_norm": lambda v: not v, "use_qk_norm": lambda v: not v,
+    "qk_layernorm": lambda v: not v, "norm_first": lambda v: v in (None, True), "pre_norm": lambda v: v in (None, True),
+    "post_norm": lambda v: not v, "scale_attn_weights": lambda v: v in (None, True),
+    "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v, "is_encoder_decoder": lambda v: not v,
+    "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
+    "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
+}  # fmt: skip
+
+
+def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """The values of `--set NAME=VALUE`, of their types. Raises UsageError for an unknown name or value."""
+    result = {}
+    for name, text in overrides.items():
+        if name not in SETTINGS:
+            raise UsageError(f"--set {quoted(name)}: expected one of {', '.join(SETTINGS)}")
+        value = _typed(name, text)
+        if value is None or (name in OPTIONS and value not in OPTIONS[name]):
+            raise UsageError(f"--set {name}={quoted(text)}: expected {SETTINGS[name].example}")
+        result[name] = value
+    return result
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the setting's type; None where it is none."""
+    kind = SETTINGS[name].type
+    if kind is str:
+        word = str(value).strip()
+        return WORDS[name].get(word.lower().replace("-", "_")) if name in WORDS else word
+    if kind is bool:
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
+    try:
+        number = kind(value)
+        return number if math.isfinite(number) and number >= 0 and not isinstance(value, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+class ModelConfig:
+    """Answers from the user's `--set` first, then from the configuration, the entries that describe the model first."""
+
+    def __init__(self, config: Mapping[str, Any], overrides: Mapping[str, str], path: object):
+        self.path, self.given = path, parse_overrides(overrides)
+        self._levels = list(_levels(config))
+        self.asked: dict[str, None] = {}  # settings that nobody answered
+
+    def raw(self, *names: str) -> Any:
+        """The value of the first of `names` that any level of the configuration has; None where none has."""
+        found = (level[name] for level in self._levels for name in names if level.get(name) is not None)
+        return next(found, None)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The answer to a setting, `default` where there is none."""
+        if name in self.given:
+            return self.given[name]
+        for level in self._levels:
+            for alias in SETTINGS[name].names:
+                value = _typed(name, level[alias]) if level.get(alias) is not None else None
+                if value is not None and not isinstance(level[alias], dict):
+                    return value
+            for flag, (setting, answer) in FLAGS.items():
+                if setting == name and level.get(flag) is True:
+                    return answer
+        return default
+
+    def need(self, name: str, default: Any = None) -> Any:
+        """The answer; where there is none the setting is noted, to be asked for by `ask`, and its example's first value used."""
+        value = self.get(name, default)
+        if value is None:
+            self.asked[name] = None
+            value = _typed(name, SETTINGS[name].example.partition("|")[0])
+        return value
+
+    def ask(self) -> None:
+        """Raises FileError with every question that nobody answered."""
+        if self.asked:
+            flags = " ".join(f"--set {name}={SETTINGS[name].example}" for name in self.asked)
+            raise FileError(self.path, f"neither the weights nor a configuration tell {', '.join(self.asked)}", f"add {flags}")
+
+    @property
+    def model_type(self) -> str | None:
+        """Hugging Face's `model_type` as one of "gpt2" and "llama"; None where there is none. FileError for any other."""
+        found = self.get("model_type")
+        if found is None:
+            return None
+        if found not in MODEL_TYPES:
+            advice = f"pocketlm exports {', '.join(MODEL_TYPES)}; if it computes as one of these, add --set model_type=llama"
+            raise FileError(self.path, f"is a model of type {quoted(found)}", advice)
+        return MODEL_TYPES[found]
+
+    def check_supported(self, n_ctx: int) -> None:
+        """Raises FileError that names anything in the configuration that pocketlm does not compute."""
+        for level in self._levels:
+            for name, is_harmless in HARMLESS.items():
+                try:
+                    harmless = name not in level or is_harmless(level[name])
+                except TypeError:
+                    harmless = False
+                if not harmless:
+                    raise FileError(self.path, f"its configuration asks for {name} = {quoted(level[name])}", "pocketlm does not compute that")
+        window = self.raw("sliding_window", "attention_window", "window_size")
+        if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
+            raise FileError(self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}")
+
+    def rope_scaling(self, theta: float, n_dims: int) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Keys below `<architecture>.rope.scaling.` and the factors of `rope_freqs.weight`. FileError for unknown kinds."""
+        scaling = self.raw("rope_scaling", "rope_parameters")
+        if not isinstance(scaling, dict):
+            return {}, None
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return {}, None
+        if kind not in ("linear", "yarn", "llama3"):
+            raise FileError(self.path, f"scales its rotary positions by {quoted(kind)}", "pocketlm does not; it knows linear, yarn and llama3")
+
+        def number(name: str, default: float | None = None) -> float:
+            value = scaling.get(name, default)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+                raise FileError(self.path, f"rope_scaling.{name} is {quoted(value)}, expected a number above 0", "correct config.json")
+            return float(value)
+
+        factor = number("factor")
+        if kind == "linear":
+            return {"type": "linear", "factor": factor}, None
+        original = number("original_max_position_embeddings", self.raw("original_max_position_embeddings", "max_position_embeddings"))
+        if kind == "llama3":
+            return {}, llama3_factors(theta, n_dims, factor, number("low_freq_factor"), number("high_freq_factor"), original)
+        if scaling.get("mscale") or scaling.get("truncate") is False:
+            raise FileError(self.path, "uses a variant of YaRN (mscale, truncate)", "pocketlm does not")
+        usual = 1 + 0.1 * math.log(factor)  # the runtime multiplies by this itself
+        keys = {
+            "type": "yarn", "factor": factor, "original_context_length": int(original), "yarn_ext_factor": 1.0,
+            "attn_factor": number("attention_factor", usual) / usual,
+            "yarn_beta_fast": number("beta_fast", 32.0), "yarn_beta_slow": number("beta_slow", 1.0),
+        }  # fmt: skip
+        return keys, None
+
+
+def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The dicts in a configuration, nearest first; those that describe the model before their neighbours."""
+    pending = deque([config])
+    while pending:
+        level = pending.popleft()
+        inner = {name: value for name, value in level.items() if isinstance(value, dict) and name not in NOT_MODEL}
+        first = [inner.pop(name) for name in MODEL_ENTRIES if name in inner]
+        yield from first
+        yield level
+        for value in first:
+            pending.extend(v for n, v in value.items() if isinstance(v, dict) and n not in NOT_MODEL)
+        pending.extend(value for name, value in inner.items() if name != "rope_scaling")
+
+
+def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
+    """What Llama 3.1 divides its rotary frequencies by, float32 (n_dims/2,): slow ones by `factor`, fast ones by 1."""
+    frequencies = theta ** (-np.arange(0, n_dims, 2, dtype=np.float64) / n_dims)
+    turns = original * frequencies / (2 * math.pi)  # full circles over the original context
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns > low).astype(np.float64)
+    return (1.0 / ((1 - share) / factor + share)).astype(np.float32)

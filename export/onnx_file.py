@@ -1,0 +1,91 @@
+"""Writes ONNX files: float32, float16, and int8 by onnxruntime's dynamic quantisation; and checks them.
+
+In: a `CanonicalModel` and its keys, which become the file's properties. Knows nothing of the graph, which is
+`to_onnx.py`'s. A protobuf ends at 2 GB, so weights of more than INLINE_BYTES go to a data file beside the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from pocketlm.errors import FileError, PocketlmError
+from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.encode import Encoded, Encoder
+from pocketlm.export.onnx_store import Store
+from pocketlm.export.to_onnx import Graph
+from pocketlm.runtime.plan import make_plan
+
+INLINE_BYTES = 1 << 30
+QUANTS = {"f32": 1.0, "f16": 0.5, "int8": 1.0}  # the share of float32's size; int8 starts from float32
+
+
+def write_onnx(
+    path: Path, data_stem: str, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, encoder: Encoder
+) -> tuple[list[Encoded], Path | None]:
+    """Write a model to `path` in a format of QUANTS; what became of every tensor, and the data file if there is one.
+
+    Raises PocketlmError where int8 is asked for and onnxruntime is missing.
+    """
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    plan = make_plan(model.hyper, shapes, path)
+    is_large = 4 * sum(map(math.prod, shapes.values())) * QUANTS[quant] > INLINE_BYTES
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+        store = Store(Path(folder) / "data" if is_large else None)
+        graph = Graph(plan, model, encoder, store, half=quant == "f16", one_table=quant != "int8")
+        built = graph.build()
+        if quant == "int8":
+            float_path = Path(folder) / "float.onnx"
+            store.close(built, "float.")
+            onnx.save(built, float_path)
+            built = _quantize(float_path, is_large)
+            store = Store(Path(folder) / "data" if is_large else None)
+            store.take(built.graph.initializer)
+        data_path = store.close(built, data_stem)
+        if data_path:
+            data_path = data_path.rename(path.parent / data_path.name)
+    del built.metadata_props[:]
+    onnx.helper.set_model_props(built, {key: _text(value) for key, value in metadata.items()})
+    path.write_bytes(built.SerializeToString(deterministic=True))
+    return graph.done, data_path
+
+
+def _quantize(float_path: Path, is_large: bool) -> ModelProto:
+    """The model with its products in 8 bits, as onnxruntime's dynamic quantisation makes it."""
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError:
+        raise PocketlmError("ONNX in int8 needs the package onnxruntime; get it with: pip install onnxruntime") from None
+    int8_path = float_path.with_name("int8.onnx")
+    logging.disable(logging.WARNING)  # it recommends steps that make no difference here
+    try:
+        quantize_dynamic(float_path, int8_path, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=is_large)
+    finally:
+        logging.disable(logging.NOTSET)
+    return onnx.load(int8_path)
+
+
+def check_onnx(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Read a file back: sound by ONNX's own checker, all keys there. Raises FileError."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    except Exception as error:  # the checker's errors have no common class
+        raise FileError(path, f"does not pass the check of onnx ({str(error).splitlines()[0]})", "this is a defect of pocketlm") from None
+    if properties != {key: _text(value) for key, value in metadata.items()}:
+        raise FileError(path, "does not hold the keys that were written", "is the disk sound?")
+
+
+def _text(value: Any) -> str:
+    """A value of a key as a text: ONNX knows no others."""
+    value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

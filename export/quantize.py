@@ -1,0 +1,247 @@
+"""From float32 to the weight formats: the way there of the table in `runtime/formats.py`, which is the way back.
+
+In: float32 blocks. Out: their bytes. Knows nothing about files, models or which format suits a tensor (`gguf_writer`).
+
+The formats with one scale for 32 weights are rounded as their definition says, to the same bytes as ggml's reference.
+The K formats leave a choice, which scales to take; they are searched for: of some twenty ways to round a block, each
+with its least-squares scale (and minimum), the one with the smallest error is kept. Blocks lie in columns during the search,
+so that every step of it is one NumPy operation over many blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pocketlm.runtime.formats import FORMATS
+
+PIECE = 1 << 17  # weights quantised at a time: the search's arrays stay in a core's own cache
+TINY = np.float32(2.0**-126)  # smallest normal float32: reciprocals of anything smaller overflow
+
+
+def quantize(format_name: str, weights: np.ndarray) -> np.ndarray:
+    """`weights` (float32, whole blocks along the last dimension) in a format, uint8 (number of bytes,).
+
+    Weights must be finite and their scales representable: `gguf_writer` sees to both.
+    """
+    format = FORMATS[format_name]
+    blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, format.block_size)
+    out = np.empty((len(blocks), format.block_bytes), np.uint8)
+    step, quantizer = max(1, PIECE // format.block_size), QUANTIZERS[format_name]
+    for start in range(0, len(blocks), step):
+        out[start : start + step] = quantizer(blocks[start : start + step])
+    return out.reshape(-1)
+
+
+# ── parts of a block ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _half(values: np.ndarray) -> np.ndarray:  # float32 [n] or [n, 1] -> uint8 [n, 2]
+    return values.astype("<f2").reshape(-1, 1).view(np.uint8)
+
+
+def _rounded_to_half(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _inverse(values: np.ndarray) -> np.ndarray:
+    """1 / values, and 0 where there is no such number: a block of zeros gets codes of zero."""
+    usable = np.abs(values) >= TINY
+    return np.divide(1, values, out=np.zeros_like(values), where=usable)
+
+
+def _pack(codes: np.ndarray, width: int, run: int) -> np.ndarray:  # uint8 [n, k] -> [n, k * width / 8]
+    """Of every 8/width runs of `run` codes one run of bytes: the first run in the lowest `width` bits."""
+    parts = codes.reshape(len(codes), -1, 8 // width, run)
+    packed = parts[:, :, 0].copy()
+    for i in range(1, 8 // width):
+        packed |= parts[:, :, i] << np.uint8(i * width)
+    return packed.reshape(len(codes), -1)
+
+
+# ── one scale (and minimum) for 32 weights ───────────────────────────────────────────────────────────────────────────
+
+
+def _f32(x: np.ndarray) -> np.ndarray:
+    return x.astype("<f4", copy=False).view(np.uint8)
+
+
+def _f16(x: np.ndarray) -> np.ndarray:
+    return x.astype("<f2").view(np.uint8)
+
+
+def _bf16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype("<f4", copy=False).view("<u4")
+    rounding = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
+    return ((bits + rounding) >> np.uint32(16)).astype("<u2").view(np.uint8)
+
+
+def _signed_codes(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The value of largest magnitude gets code 0, which stands for -levels/2: scales [n, 1] and codes [n, 32]."""
+    largest = np.take_along_axis(x, np.abs(x).argmax(1, keepdims=True), 1)
+    scale = largest / np.float32(-levels / 2)
+    return scale, np.minimum(x * _inverse(scale) + np.float32(levels / 2 + 0.5), levels - 1).astype(np.uint8)
+
+
+def _codes_from_minimum(x: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The smallest value gets code 0, the largest the last one: scales, minima [n, 1] and codes [n, 32]."""
+    low = x.min(1, keepdims=True)
+    scale = (x.max(1, keepdims=True) - low) / np.float32(levels - 1)
+    codes = (x - low) * _inverse(scale) + np.float32(0.5)
+    return scale, low, np.minimum(codes, levels - 1).astype(np.uint8)
+
+
+def _fifth_bits(codes: np.ndarray) -> np.ndarray:
+    return np.packbits(codes >> 4, axis=1, bitorder="little")
+
+
+def _q8_0(x: np.ndarray) -> np.ndarray:
+    scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    exact = x * _inverse(scale)
+    size = np.abs(exact)
+    whole = np.floor(size)
+    whole += size - whole >= 0.5  # halves go away from zero
+    return np.concatenate([_half(scale), np.copysign(whole, exact).astype(np.int8).view(np.uint8)], axis=1)
+
+
+def _q4_0(x: np.ndarray) -> np.ndarray:
+    scale, codes = _signed_codes(x, 16)
+    return np.concatenate([_half(scale), _pack(codes, 4, 16)], axis=1)
+
+
+def _q4_1(x: np.ndarray) -> np.ndarray:
+    scale, low, codes = _codes_from_minimum(x, 16)
+    return np.concatenate([_half(scale), _half(low), _pack(codes, 4, 16)], axis=1)
+
+
+def _q5_0(x: np.ndarray) -> np.ndarray:
+    scale, codes = _signed_codes(x, 32)
+    return np.concatenate([_half(scale), _fifth_bits(codes), _pack(codes & 15, 4, 16)], axis=1)
+
+
+def _q5_1(x: np.ndarray) -> np.ndarray:
+    scale, low, codes = _codes_from_minimum(x, 32)
+    return np.concatenate([_half(scale), _half(low), _fifth_bits(codes), _pack(codes & 15, 4, 16)], axis=1)
+
+
+# ── K formats: 256 weights, scales of scales ─────────────────────────────────────────────────────────────────────────
+
+
+def _affine_search(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scale s and minimum m, both ≥ 0, with x ≈ s·code - m for codes 0..top; x [32, n] -> [n], [n].
+
+    Every offset stretches the codes over a slightly different range; given the codes, s and m are a linear regression.
+    """
+    size = np.float32(len(x))
+    low, high = np.minimum(x.min(0), 0), x.max(0)
+    inverse_span, shifted = _inverse(high - low), x - low
+    sum_x, sum_xx = x.sum(0), np.einsum("ij,ij->j", x, x)
+    best_scale, best_min = (high - low) / np.float32(top), -low
+    best_error = np.full_like(low, np.inf)
+    codes, product = np.empty_like(x), np.empty_like(x)
+    for offset in offsets:
+        np.multiply(shifted, (np.float32(top) + offset) * inverse_span, out=codes)
+        np.rint(codes, out=codes)
+        np.minimum(codes, np.float32(top), out=codes)
+        sum_c = codes.sum(0)
+        sum_cx = np.multiply(codes, x, out=product).sum(0)
+        sum_cc = np.multiply(codes, codes, out=product).sum(0)
+        determinant = _inverse(size * sum_cc - sum_c * sum_c)
+        scale = (size * sum_cx - sum_x * sum_c) * determinant
+        minimum = (sum_c * sum_cx - sum_cc * sum_x) * determinant
+        beyond = minimum < 0  # the format knows no minimum above zero
+        np.copyto(minimum, 0, where=beyond)
+        np.copyto(scale, sum_cx * _inverse(sum_cc), where=beyond)
+        error = sum_xx + scale * (scale * sum_cc - 2 * sum_cx) + minimum * (size * minimum + 2 * sum_x - 2 * scale * sum_c)
+        better = (error < best_error) & (scale > 0)
+        np.copyto(best_error, error, where=better)
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_min, minimum, where=better)
+    return best_scale, best_min
+
+
+def _affine_k(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Q4_K and Q5_K: the sixteen bytes of scales [n, 16] and the codes [n, 256].
+
+    Scales and minima themselves get six bits. Their neighbours are tried too, each scale with the minimum that then
+    suits best: rounding one of the two moves the best place of the other.
+    """
+    columns = np.ascontiguousarray(x.reshape(-1, 32).T)
+    scales, mins = (values.reshape(-1, 8) for values in _affine_search(columns, top, offsets))
+    scale_unit, min_unit = (_rounded_to_half(values.max(1, keepdims=True) / np.float32(63)) for values in (scales, mins))
+    first_scale, first_min = (
+        np.minimum(np.rint(values * _inverse(unit)), 63) for values, unit in ((scales, scale_unit), (mins, min_unit))
+    )
+    best_scale, best_min, best_error = first_scale, first_min, np.full(columns.shape[1], np.inf, np.float32)
+    for change in (0, -1, 1):
+        six = np.clip(first_scale + np.float32(change), 0, 63)
+        scale = (scale_unit * six).reshape(-1)
+        fitted = _round_codes(columns, scale, (min_unit * first_min).reshape(-1), top)
+        fitted *= scale
+        fitted -= columns
+        mean = fitted.mean(0).reshape(-1, 8)
+        six_min = np.clip(np.rint(mean * _inverse(min_unit)), 0, 63)
+        fitted -= (min_unit * six_min).reshape(-1)
+        error = np.einsum("ij,ij->j", fitted, fitted)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best_scale, best_min = (
+            np.where(better.reshape(-1, 8), new, old) for new, old in ((six, best_scale), (six_min, best_min))
+        )
+    codes = _round_codes(columns, (scale_unit * best_scale).reshape(-1), (min_unit * best_min).reshape(-1), top)
+    s, m = best_scale.astype(np.uint8), best_min.astype(np.uint8)
+    packed = [s[:, :4] | (s[:, 4:] >> 4 << 6), m[:, :4] | (m[:, 4:] >> 4 << 6), (s[:, 4:] & 15) | (m[:, 4:] << 4)]
+    codes = np.ascontiguousarray(codes.T.astype(np.uint8)).reshape(-1, 256)
+    return np.concatenate([_half(scale_unit), _half(min_unit), *packed], axis=1), codes
+
+
+def _round_codes(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray, top: int) -> np.ndarray:
+    return np.clip(np.rint((x + minimum) * _inverse(scale)), 0, np.float32(top))
+
+
+def _q4_k(x: np.ndarray) -> np.ndarray:
+    scales, codes = _affine_k(x, 15, np.linspace(-1, 1, 21, dtype=np.float32))
+    return np.concatenate([scales, _pack(codes, 4, 32)], axis=1)
+
+
+def _q5_k(x: np.ndarray) -> np.ndarray:
+    scales, codes = _affine_k(x, 31, np.linspace(-0.5, 1, 16, dtype=np.float32))
+    return np.concatenate([scales, _pack(codes >> 4, 1, 32), _pack(codes & 15, 4, 32)], axis=1)
+
+
+def _symmetric_search(x: np.ndarray, half: int, offsets: np.ndarray) -> np.ndarray:
+    """Scale with x ≈ scale·code for codes -half..half-1; x [16, n] -> [n]. Negative where the largest x is positive."""
+    largest = np.take_along_axis(x, np.abs(x).argmax(0, keepdims=True), 0)[0]
+    inverse = -_inverse(largest)
+    best_scale, best_gain = np.zeros_like(largest), np.zeros_like(largest)
+    codes, product = np.empty_like(x), np.empty_like(x)
+    for offset in offsets:
+        np.multiply(x, (np.float32(half) + offset) * inverse, out=codes)
+        np.rint(codes, out=codes)
+        np.clip(codes, np.float32(-half), np.float32(half - 1), out=codes)
+        sum_cx = np.multiply(codes, x, out=product).sum(0)
+        scale = sum_cx * _inverse(np.multiply(codes, codes, out=product).sum(0))
+        gain = scale * sum_cx  # what the fit takes from the sum of squares
+        better = gain > best_gain
+        np.copyto(best_gain, gain, where=better)
+        np.copyto(best_scale, scale, where=better)
+    return best_scale
+
+
+def _q6_k(x: np.ndarray) -> np.ndarray:
+    columns = np.ascontiguousarray(x.reshape(-1, 16).T)
+    groups = _symmetric_search(columns, 32, np.linspace(-0.9, 0.9, 19, dtype=np.float32)).reshape(-1, 16)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(1, keepdims=True), 1)
+    unit = _rounded_to_half(largest / np.float32(-128))
+    scales = np.clip(np.rint(groups * _inverse(unit)), -128, 127)
+    codes = np.clip(np.rint(columns * _inverse((unit * scales).reshape(-1))), -32, 31).astype(np.int8) + np.int8(32)
+    codes = np.ascontiguousarray(codes.T).reshape(-1, 256).view(np.uint8)
+    parts = [_pack(codes & 15, 4, 64), _pack(codes >> 4, 2, 32), scales.astype(np.int8).view(np.uint8), _half(unit)]
+    return np.concatenate(parts, axis=1)
+
+
+QUANTIZERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+}  # fmt: skip

@@ -1,0 +1,122 @@
+"""Reads the fp16 bin: a folder of `config.json`, `vocab.json` and `weights.bin`, with the weights memory-mapped.
+
+In: the folder. Out: an object like `runtime/gguf.py`'s, with the same metadata keys and with F16 tensors. Knows nothing
+about architectures or tokenizers. The layout is documented in `export/README.md`.
+
+The files are not trusted: every name, shape and offset is checked against the real size of `weights.bin` before use.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.runtime.formats import FORMATS
+from pocketlm.runtime.gguf import Tensor
+
+CONFIG, VOCAB, WEIGHTS = "config.json", "vocab.json", "weights.bin"
+FORMAT_NAME = "pocketlm-fp16"
+# keys of the model file that live in vocab.json -> their names there
+VOCAB_KEYS = {
+    "tokenizer.ggml.tokens": "pieces",
+    "tokenizer.ggml.scores": "scores",
+    "tokenizer.ggml.token_type": "types",
+    "tokenizer.ggml.merges": "merges",
+}
+_BROKEN = "the folder is damaged or was written by another program: export the model again"
+_MAX_JSON_BYTES = 1 << 28  # the largest vocabularies take 20 MB
+
+
+class Fp16Bin:
+    """An opened, checked folder: path, metadata and tensors (in the file's order). The tensors keep the mapping alive."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, Tensor]):
+        self.path, self.metadata, self.tensors = path, metadata, tensors
+
+    def close(self) -> None:
+        """Let go of the file; the mapping ends with the last array that looks at it."""
+        self.metadata, self.tensors = {}, {}
+
+    def __enter__(self) -> Fp16Bin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_fp16_bin(path: Path) -> bool:
+    """Whether this is such a folder, by the names in it."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def open_fp16_bin(path: str | Path) -> Fp16Bin:
+    """Open and check a folder. Raises FileError for anything that is not a whole, sound fp16 bin."""
+    path = Path(path)
+    config = _read_json(path / CONFIG)
+    if config.get("format") != FORMAT_NAME or config.get("version") != 1:
+        raise FileError(path / CONFIG, f"is not the configuration of an fp16 bin (format {FORMAT_NAME!r}, version 1)", _BROKEN)
+    metadata, entries = config.get("metadata"), config.get("tensors")
+    if not isinstance(metadata, dict) or not isinstance(entries, list) or not entries:
+        raise FileError(path / CONFIG, "has no metadata or no tensors", _BROKEN)
+    vocabulary = _read_json(path / VOCAB)
+    values = {**metadata, **{key: vocabulary[name] for key, name in VOCAB_KEYS.items() if name in vocabulary}}
+    return Fp16Bin(path, {key: _value(path, key, value) for key, value in values.items()}, _read_tensors(path, entries))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise FileError(path, "is too large", _BROKEN)
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror or error})", "an fp16 bin is the whole folder") from None
+    except (ValueError, RecursionError):
+        raise FileError(path, "is not JSON", _BROKEN) from None
+    if not isinstance(content, dict):
+        raise FileError(path, "is not a JSON object", _BROKEN)
+    return content
+
+
+def _value(path: Path, key: str, value: Any) -> Any:
+    """A value as a GGUF gives it: lists of numbers become arrays."""
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list):
+        kinds = set(map(type, value))
+        if kinds <= {str}:
+            return value
+        if kinds <= {int, float} or kinds == {bool}:
+            try:
+                return np.array(value, np.float32 if float in kinds else None)
+            except (OverflowError, ValueError):
+                pass
+    raise FileError(path, f"the value of {key[:80]!r} is of a kind that pocketlm does not read", _BROKEN)
+
+
+def _read_tensors(path: Path, entries: list[Any]) -> dict[str, Tensor]:
+    weights = path / WEIGHTS
+    try:
+        with open(weights, "rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise FileError(weights, f"cannot be read ({error})", "an fp16 bin is the whole folder") from None
+    data, tensors, end = np.frombuffer(mapping, np.uint8), {}, 0
+    for entry in entries:
+        name, shape, offset = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "shape", "offset"))
+        sound = isinstance(name, str) and isinstance(shape, list) and 1 <= len(shape) <= 4
+        if not sound or any(type(size) is not int or not 1 <= size < 1 << 48 for size in shape) or name in tensors:
+            raise FileError(path / CONFIG, f"entry {len(tensors)} of its tensors is not sound", _BROKEN)
+        if type(offset) is not int or offset != end:
+            raise FileError(path / CONFIG, f"tensor {name[:80]!r} does not begin where the one before it ends, at {end}", _BROKEN)
+        end += 2 * math.prod(shape)
+        tensors[name] = Tensor(name, tuple(shape), FORMATS["F16"], data[offset:end], offset, path)
+    if end != len(data):
+        raise FileError(weights, f"has {len(data)} bytes where its tensors take {end}", "copy the whole folder again")
+    return tensors

@@ -1,0 +1,188 @@
+"""From a prompt to an answer: a Python generator of small records, one a token.
+
+In: a session, the prompt's ids, a sampler, a stream decoder. Out: `Piece` records. Knows when to stop: an end token, a stop
+string, a limit, a cancellation, a full context. Does not know what a turn is: where the context is full it asks for a
+shorter prompt (`make_room`) and goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from math import nan
+from numbers import Integral
+from threading import Event
+from time import perf_counter
+from typing import Protocol
+
+from pocketlm.errors import UsageError
+from pocketlm.runtime.sampling import Sampler
+from pocketlm.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token adds. The texts of all pieces together are the answer; each may be empty.
+
+    The last record has `finish_reason`, id -1, the text held back until then, the counts and the times; in the others
+    these are None and 0. An end token gets no record of its own.
+    """
+
+    text: str
+    id: int
+    logprob: float  # natural logarithm, under the plain softmax of the model's logits (see `sampling.Sampler`)
+    finish_reason: str | None = None  # "stop": an end token or stop string; "length": max_tokens or a full context; "cancelled"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # how many of the prompt's tokens were in the cache already
+    generated_tokens: int = 0  # the records before this one
+    prompt_seconds: float = 0.0  # until the first logits
+    generation_seconds: float = 0.0  # from there to the end, what the caller does between records included
+    note: str = ""  # what a user should know about this answer, such as that the context was full
+
+
+class Decoder(Protocol):
+    """A tokenizer's stream decoder: text as soon as it is certain."""
+
+    def push(self, id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+def generate(
+    session: Session,
+    ids: Sequence[int],
+    sampler: Sampler,
+    decoder: Decoder,
+    *,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    end_ids: Set[int] = frozenset(),
+    ignore_eos: bool = False,
+    cancel: Event | None = None,
+    make_room: Callable[[], Sequence[int] | None] | None = None,
+    reuse_cache: bool = True,
+    shift: bool = False,
+) -> Iterator[Piece]:
+    """The answer to the prompt `ids`, token by token, the last record saying how it ended.
+
+    `max_tokens` None: until the context is full. Text that may be the beginning of a `stop` string is held back until that
+    is decided; the string completed first ends the answer and is not part of it. `ignore_eos` goes on past `end_ids`.
+    `cancel` is looked at after every token and every 512 of the prompt. `shift`: see `Session.advance`.
+
+    When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
+    turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note.
+
+    Raises UsageError for an empty prompt, an id outside the vocabulary, an empty stop string or a negative max_tokens,
+    PocketlmError for a prompt longer than the context: with the first record, before anything is computed.
+    """
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(s, str) and s for s in stops):
+        raise UsageError(f"stop is {stop!r}; every stop string needs at least one character")
+    if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 0):
+        raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 0 up")
+    cancelled = cancel.is_set if cancel is not None else lambda: False
+    matcher = StopStrings(stops) if stops else None
+    ends = frozenset() if ignore_eos else end_ids
+    n_ctx, push = session.executor.n_ctx, decoder.push
+    tokens = list(map(int, ids))  # the prompt and, growing, the answer
+    n_prompt, n_generated, stopped = len(tokens), 0, False
+
+    started = perf_counter()
+    logits, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=cancelled)
+    prompted = perf_counter()
+    note, reason = session.note, "cancelled"
+    while logits is not None and not cancelled():
+        if n_generated == max_tokens:
+            reason = "length"
+            break
+        id, logprob = sampler(logits, tokens)
+        if id in ends:
+            reason = "stop"
+            break
+        tokens.append(id)
+        n_generated += 1
+        shown = push(id)
+        if matcher is not None:
+            shown, stopped = matcher.push(shown)
+        yield Piece(shown, id, logprob)
+        if stopped:
+            reason = "stop"
+            break
+        if n_generated == max_tokens or cancelled():
+            continue
+        if len(session.ids) < n_ctx:
+            logits = session.append(id)
+            continue
+        prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
+        if prompt is None:
+            reason, note = "length", f"the context of {n_ctx} tokens is full; raise --ctx or begin a new conversation"
+            break
+        tokens = prompt + tokens[-n_generated:]
+        logits, _ = session.advance(tokens, shift=True, cancelled=cancelled)
+        note = f"the context of {n_ctx} tokens is full: the prompt was cut from {n_prompt} to {len(prompt)} tokens"
+        note += f"; {session.note}" if session.note else ""
+
+    rest = "" if stopped else decoder.flush()
+    if matcher is not None and not stopped:
+        rest, stopped = matcher.push(rest)
+        rest += matcher.held
+        reason = "stop" if stopped else reason
+    seconds = prompted - started, perf_counter() - prompted
+    yield Piece(rest, -1, nan, reason, n_prompt, n_cached, n_generated, *seconds, note)
+
+
+def _shorter_prompt(make_room: Callable[[], Sequence[int] | None] | None, length: int, room: int) -> list[int] | None:
+    """The first prompt from `make_room` that fits into `room` positions; None when it cannot get that short."""
+    while make_room is not None and (ids := make_room()) is not None and 0 < len(ids) < length:
+        if len(ids) <= room:
+            return list(map(int, ids))
+        length = len(ids)
+    return None
+
+
+class StopStrings:
+    """Finds the first completed of several strings in a text that comes in parts (Aho and Corasick, 1975).
+
+    A node of the automaton is a beginning of a stop string: the longest that the text so far ends with. So its length is
+    exactly how much has to be held back.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self.held = ""  # text not given out yet: a beginning of a stop string
+        self._node = 0
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]  # characters from the root, node 0
+        self._found = [0]  # length of the longest stop string that ends here, 0 for none
+        for stop in stops:
+            node = 0
+            for char in stop:
+                if char not in self._next[node]:
+                    self._next[node][char] = len(self._next)
+                    self._next.append({})
+                    self._depth.append(self._depth[node] + 1)
+                    self._found.append(0)
+                node = self._next[node][char]
+            self._found[node] = len(stop)
+        self._fail = [0] * len(self._next)  # the longest other beginning that the node's own ends with
+        nodes = list(self._next[0].values())
+        for node in nodes:  # breadth first: the list grows while it is walked
+            for char, child in self._next[node].items():
+                self._fail[child] = self._step(self._fail[node], char)
+                self._found[child] = self._found[child] or self._found[self._fail[child]]
+                nodes.append(child)
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """What of the text may be shown now, and whether a stop string is complete; then nothing after it counts."""
+        window, node = self.held + text, self._node
+        for end, char in enumerate(text, len(self.held) + 1):
+            node = self._step(node, char)
+            if self._found[node]:
+                self.held = ""
+                return window[: end - self._found[node]], True
+        shown = len(window) - self._depth[node]
+        self._node, self.held = node, window[shown:]
+        return window[:shown], False
+
+    def _step(self, node: int, char: str) -> int:
+        while node and char not in self._next[node]:
+            node = self._fail[node]
+        return self._next[node].get(char, 0)

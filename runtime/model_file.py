@@ -1,0 +1,25 @@
+"""Which kind of model file a path is, and how it is opened. Knows no contents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketlm.errors import FileError
+from pocketlm.runtime.fp16_bin import Fp16Bin, is_fp16_bin, open_fp16_bin
+from pocketlm.runtime.gguf import GGUF, open_gguf
+
+
+def open_model(path: str | Path) -> GGUF | Fp16Bin:
+    """A GGUF file or an fp16 bin folder, opened and checked. Raises FileError, saying what else it may be."""
+    path = Path(path)
+    if not path.is_dir():
+        return open_gguf(path)
+    if not is_fp16_bin(path):
+        raise FileError(path, "is a folder without config.json and weights.bin", "name the GGUF file, or convert a checkpoint with pocketlm export")
+    return open_fp16_bin(path)
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a model on disk, of a folder all its files."""
+    path = Path(path)
+    return sum(entry.stat().st_size for entry in path.iterdir()) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,55 @@
+"""LLVM IR to machine code: the only module that imports llvmlite.
+
+In: the text of a module and the level to compile it for, whatever machine this is. Out: the bytes of an ELF relocatable
+object. Knows nothing about what the code computes, nor about linking.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.native.executable import NativeUnavailable
+from pocketlm.runtime.native.levels import Level
+
+
+def compile_object(ir_text: str, level: Level) -> bytes:
+    """The object file of a module, for `level`; code and constants only, nothing may be left to a C library.
+
+    Every symbol gets hidden visibility, so that references within the image are direct (there is no global offset table),
+    and functions keep off the red zone, which Windows does not have. NativeUnavailable: there is no llvmlite;
+    PocketlmError: the text is not valid IR (a defect of the kernels).
+    """
+    llvm, machine = _target_machine(level)
+    try:
+        module = llvm.parse_assembly(ir_text, llvm.create_context())
+        module.verify()
+    except RuntimeError as error:
+        raise PocketlmError(f"LLVM does not accept the kernels for {level.name}: {' '.join(str(error).split())}") from error
+    with module:
+        module.triple = level.triple
+        module.data_layout = str(machine.target_data)
+        for value in (*module.functions, *module.global_variables):
+            if value.linkage.name == "external" and not value.name.startswith("llvm."):
+                value.visibility = "hidden"
+            if value.is_function and not value.is_declaration:
+                value.add_function_attribute("noredzone")
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options.loop_vectorization = options.slp_vectorization = options.loop_interleaving = options.loop_unrolling = False
+        builder = llvm.create_pass_builder(machine, options)
+        builder.getModulePassManager().run(module, builder)
+        return machine.emit_object(module)
+
+
+@cache
+def _target_machine(level: Level) -> tuple[Any, Any]:
+    """llvmlite.binding, and the target machine of a level."""
+    try:
+        import llvmlite.binding as llvm
+    except (ImportError, OSError) as error:
+        raise NativeUnavailable(f"the native kernels need llvmlite, which cannot be imported ({error})") from error
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(level.triple)
+    return llvm, target.create_target_machine(level.cpu, level.features, opt=3, reloc="pic", codemodel="small")

@@ -1,0 +1,126 @@
+"""Integer dot products, one way for every level: 16 rows of unsigned or signed bytes times one row of 16-bit activations.
+
+In: words, each a vector <64 x i8> that holds four columns of 16 rows, with the first of the columns. Out: <16 x i32>.
+An activation is x = 256 hi + lo; its two signed bytes are multiplied apart and joined at the end, exactly. Knows
+instructions, not formats.
+
+Bytes of weights up to 6 bits are unsigned and below 64. Those of Q8_0 are signed; `SIGNED_ZERO` says how a level takes
+them: avx512-vnni and avx-vnni only multiply unsigned by signed bytes, so there the weights are moved up by 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pocketlm.runtime.native.ir import I8, I16, I32, I64, Function, Value
+
+Words = list[tuple[Value, int]]
+SIGNED_ZERO = {"avx512-vnni": 128, "avx-vnni": 128}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Pointers to one token's activations, at the first column of a run: low bytes, high bytes, whole int16."""
+
+    low: Value
+    high: Value
+    whole: Value
+
+
+def dot(f: Function, level: str, words: Words, x: Activations, biggest: int, correction: Value) -> Value:
+    """<16 x i32>: sum over the words of weight · x, less `correction` (i32), for weights of magnitude up to `biggest`."""
+    total = _DOTS[level](f, words, x, biggest)
+    return total - f.splat(correction, 16)
+
+
+def _broadcast(f: Function, address: Value, lanes: int) -> Value:
+    """Four bytes repeated over a vector of `lanes` bytes."""
+    return f.bitcast(f.splat(f.load(I32, address), lanes // 4), I8.vec(lanes))
+
+
+def _two_halves(f: Function, chain: Callable[[Value], Value], x: Activations) -> Value:
+    return chain(x.low) + (chain(x.high) << 8)
+
+
+def _dot_accumulate(width: int, intrinsic: str) -> Callable[..., Value]:
+    """For processors that multiply four bytes and add them to an i32 in one instruction, on vectors of `width` bytes."""
+
+    def run(f: Function, words: Words, x: Activations, biggest: int) -> Value:
+        def chain(bytes_: Value) -> Value:
+            sums = [f.const(I32.vec(width // 4), 0)] * (64 // width)
+            for word, column in words:
+                four = _broadcast(f, bytes_ + column, width)
+                parts = f.split(word, width)
+                sums = [f.call(s.type, intrinsic, s, part, four) for s, part in zip(sums, parts, strict=True)]
+            return f.join(sums)
+
+        return _two_halves(f, chain, x)
+
+    return run
+
+
+def _add_pairs(f: Function, parts: list[Value]) -> Value:
+    """Neighbouring lanes added; the parts become one vector."""
+    both = f.join(parts)
+    lanes = range(0, both.type.lanes, 2)
+    return f.shuffle(both, lanes) + f.shuffle(both, [i + 1 for i in lanes])
+
+
+def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Callable[..., Value]:
+    """For x86 without VNNI: bytes to i16 pairs, i16 pairs to i32, on vectors of `width` bytes."""
+
+    def run(f: Function, words: Words, x: Activations, biggest: int) -> Value:
+        return signed(f, words, x) if biggest > 63 else _two_halves(f, lambda b: unsigned(f, words, b, biggest), x)
+
+    def unsigned(f: Function, words: Words, bytes_: Value, biggest: int) -> Value:
+        safe = 32767 // (biggest * 128 * 2)  # products that fit into an i16 sum
+        totals = [f.const(I32.vec(width // 4), 0)] * (64 // width)
+        ones = f.const(I16.vec(width // 2), 1)
+        for start in range(0, len(words), safe):
+            sums: list[Value] = []
+            for word, column in words[start : start + safe]:
+                four = _broadcast(f, bytes_ + column, width)
+                products = [f.call(I16.vec(width // 2), bytes_intrinsic, part, four) for part in f.split(word, width)]
+                sums = [s + p for s, p in zip(sums, products, strict=True)] if sums else products
+            totals = [t + f.call(t.type, words_intrinsic, s, ones) for t, s in zip(totals, sums, strict=True)]
+        return f.join(totals)
+
+    def signed(f: Function, words: Words, x: Activations) -> Value:
+        lanes = width // 2
+        sums = [f.const(I32.vec(lanes // 2), 0)] * (64 // lanes)
+        for word, column in words:
+            four = f.bitcast(f.splat(f.load(I64, x.whole + 2 * column), lanes // 4), I16.vec(lanes))
+            wide = [f.cast("sext", part, I16) for part in f.split(word, lanes)]
+            sums = [s + f.call(s.type, words_intrinsic, part, four) for s, part in zip(sums, wide, strict=True)]
+        return _add_pairs(f, sums)
+
+    return run
+
+
+def _neon(f: Function, words: Words, x: Activations, biggest: int) -> Value:
+    safe = 32767 // (biggest * 128)
+
+    def chain(bytes_: Value) -> Value:
+        totals = [f.const(I32.vec(4), 0)] * 8
+        for start in range(0, len(words), safe):
+            sums: list[Value] = []
+            for word, column in words[start : start + safe]:
+                four = _broadcast(f, bytes_ + column, 8)
+                products = [f.call(I16.vec(8), "llvm.aarch64.neon.smull.v8i16", part, four) for part in f.split(word, 8)]
+                sums = [s + p for s, p in zip(sums, products, strict=True)] if sums else products
+            pairs = [f.call(I32.vec(4), "llvm.aarch64.neon.saddlp.v4i32.v8i16", s) for s in sums]
+            totals = [t + p for t, p in zip(totals, pairs, strict=True)]
+        return _add_pairs(f, totals)
+
+    return _two_halves(f, chain, x)
+
+
+_DOTS: dict[str, Callable[..., Value]] = {
+    "avx512-vnni": _dot_accumulate(64, "llvm.x86.avx512.vpdpbusd.512"),
+    "avx-vnni": _dot_accumulate(32, "llvm.x86.avx512.vpdpbusd.256"),
+    "avx2": _multiply_add(32, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+    "sse4": _multiply_add(16, "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
+    "dotprod": _dot_accumulate(16, "llvm.aarch64.neon.sdot.v4i32.v16i8"),
+    "neon": _neon,
+}

@@ -1,0 +1,139 @@
+"""How each weight format's blocks become numbers: one short function a format, 16 rows at a time.
+
+In: pointers to the planes of one block of 16 rows (layout.py), and what to do with each run of columns that share a
+scale: the matrix kernel multiplies it with activations, the embedding kernel writes one row of it out. Format facts: the
+`gguf` package and https://github.com/ggml-org/ggml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pocketlm.runtime.native.dot import Words
+from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, Function, Value
+from pocketlm.runtime.native.vector_math import from_half
+
+BYTES = I8.vec(64)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` columns from `column` on: weight = scale · (byte - zero) + offset, scale and offset one a row."""
+
+    column: Value | int
+    count: int
+    words: Words  # column numbers within the run
+    scale: Value  # <16 x float>
+    offset: Value | None
+    zero: int
+    biggest: int  # bytes are 0..biggest; 128: signed bytes
+
+
+Planes = Mapping[str, Value]
+Each = Callable[[Run], None]
+Runs = Callable[[Function, str, Planes, Each], None]
+
+
+def _halves(f: Function, level: str, address: Value) -> Value:
+    return from_half(f, level, f.load(F16.vec(16), address, 32))
+
+
+def _fours(vectors: list[Value]) -> Words:
+    return [(v, 4 * k) for k, v in enumerate(vectors)]
+
+
+def _fifth(f: Function, h: Value, vectors: list[Value]) -> list[Value]:
+    """The mask of every vector's fifth bits put on top."""
+    masks = [f.bitcast(f.load(I64, h + 8 * k, 8), I1.vec(64)) for k in range(len(vectors))]
+    return [f.select(mask, v | 16, v) for mask, v in zip(masks, vectors, strict=True)]
+
+
+def _q8_0(f: Function, level: str, p: Planes, each: Each) -> None:
+    words = [f.load(BYTES, p["q"] + 64 * k, 32) for k in range(8)]
+    each(Run(0, 32, _fours(words), _halves(f, level, p["d"]), None, 0, 128))
+
+
+def _simple(fifth: bool, minimum: bool) -> Runs:
+    """Q4_0, Q4_1, Q5_0, Q5_1: one scale for 32 columns; the first 16 in low halves, the others in high ones."""
+
+    def runs(f: Function, level: str, p: Planes, each: Each) -> None:
+        packed = [f.load(BYTES, p["q"] + 64 * k, 32) for k in range(4)]
+        vectors = [v & 15 for v in packed] + [v >> 4 for v in packed]
+        if fifth:
+            vectors = _fifth(f, p["h"], vectors)
+        offset = _halves(f, level, p["m"]) if minimum else None
+        zero = 0 if minimum else 16 if fifth else 8
+        each(Run(0, 32, _fours(vectors), _halves(f, level, p["d"]), offset, zero, 31 if fifth else 15))
+
+    return runs
+
+
+def _six_bit_scales(f: Function, s: Value) -> tuple[list[Value], list[Value]]:
+    """Eight scales and eight minima of 6 bits from 12 bytes, as <16 x i8> each."""
+    b = [f.load(I8.vec(16), s + 16 * i, 16) for i in range(12)]
+    scales = [b[j] & 63 for j in range(4)] + [(b[8 + j] & 15) | ((b[j] >> 6) << 4) for j in range(4)]
+    minima = [b[4 + j] & 63 for j in range(4)] + [(b[8 + j] >> 4) | ((b[4 + j] >> 6) << 4) for j in range(4)]
+    return scales, minima
+
+
+def _k_quant(fifth: bool) -> Runs:
+    """Q4_K, Q5_K: 256 columns in eight runs of 32, each with a 6-bit scale and minimum."""
+
+    def runs(f: Function, level: str, p: Planes, each: Each) -> None:
+        d, m = _halves(f, level, p["d"]), _halves(f, level, p["m"])
+        table = f.stack(F32.vec(16), 16)  # scales and offsets of the eight runs, so that a loop can pick them
+        for j, (scale, minimum) in enumerate(zip(*_six_bit_scales(f, p["s"]), strict=True)):
+            f.store(d * f.cast("uitofp", scale, F32), table + 128 * j, 64)
+            f.store(0.0 - m * f.cast("uitofp", minimum, F32), table + (128 * j + 64), 64)
+        with f.range(0, 4) as i:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
+            for odd in (0, 1):
+                vectors = [f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32) for k in range(8)]
+                vectors = [v >> 4 if odd else v & 15 for v in vectors]
+                if fifth:
+                    shift = f.splat(f.cast("trunc", i * 2 + odd, I8), 64)
+                    high = [f.load(BYTES, p["h"] + 64 * k, 32) for k in range(8)]
+                    vectors = [v | (((h >> shift) & 1) << 4) for v, h in zip(vectors, high, strict=True)]
+                scale, offset = (f.load(F32.vec(16), table + (i * 256 + 128 * odd + at), 64) for at in (0, 64))
+                each(Run(i * 64 + 32 * odd, 32, _fours(vectors), scale, offset, 0, 31 if fifth else 15))
+
+    return runs
+
+
+def _q6_k(f: Function, level: str, p: Planes, each: Each) -> None:
+    d = _halves(f, level, p["d"])
+    # 16 columns a scale; 128 columns (a part) share 64 bytes of low and 32 bytes of high bits, in quarters of 32
+    with f.range(0, 2) as part, f.range(0, 2) as odd:
+        for quarter in range(4):
+            low = [f.load(BYTES, p["q"] + (part * 1024 + odd * 256 + 512 * (quarter % 2) + 64 * k), 32) for k in range(4)]
+            high = [f.load(BYTES, p["h"] + (part * 512 + odd * 256 + 64 * k), 32) for k in range(4)]
+            low = [v >> 4 if quarter >= 2 else v & 15 for v in low]
+            vectors = [v | (((h >> (2 * quarter)) & 3) << 4) for v, h in zip(low, high, strict=True)]
+            scale = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
+            column = part * 128 + odd * 16 + 32 * quarter
+            each(Run(column, 16, _fours(vectors), d * f.cast("sitofp", scale, F32), None, 32, 63))
+
+
+RUNS: dict[str, Runs] = {
+    "Q8_0": _q8_0,
+    "Q4_0": _simple(fifth=False, minimum=False),
+    "Q4_1": _simple(fifth=False, minimum=True),
+    "Q5_0": _simple(fifth=True, minimum=False),
+    "Q5_1": _simple(fifth=True, minimum=True),
+    "Q4_K": _k_quant(fifth=False),
+    "Q5_K": _k_quant(fifth=True),
+    "Q6_K": _q6_k,
+}
+
+
+def _bf16(f: Function, level: str, x: Value) -> Value:
+    lanes = x.type.lanes
+    return f.bitcast(f.cast("zext", f.bitcast(x, I16.vec(lanes)), I32) << 16, F32.vec(lanes))
+
+
+FLOATS: dict[str, Callable[[Function, str, Value], Value]] = {  # how a loaded element or vector becomes float32
+    "F32": lambda f, level, x: x,
+    "F16": from_half,
+    "BF16": _bf16,
+}
+FLOAT_TYPES = {"F32": F32, "F16": F16, "BF16": F16}

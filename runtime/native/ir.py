@@ -1,0 +1,396 @@
+"""A small typed builder of LLVM IR, so that a kernel reads as a short Python function of its mathematics.
+
+In: Python calls. Out: the text of an LLVM module. Knows types, loops and vectors; knows no kernel and no processor.
+
+    with module.function("double", {"x": PTR, "n": I64}) as f:
+        x, n = f.args()
+        with f.range(0, n, 16) as i:
+            f.store(f.load(F32.vec(16), x + i * 4) * 2.0, x + i * 4)
+
+Values carry their type; Python numbers become constants of the other operand's type (splat for vectors). A `Var` is
+memory on the stack that LLVM promotes to registers, so loops need no phi nodes here.
+Language: https://llvm.org/docs/LangRef.html
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Type:
+    """A scalar ("i32", "float", "ptr", …) or, with lanes > 1, a vector of them."""
+
+    scalar: str
+    lanes: int = 1
+
+    def __str__(self) -> str:
+        return self.scalar if self.lanes == 1 else f"<{self.lanes} x {self.scalar}>"
+
+    def vec(self, lanes: int) -> Type:
+        return Type(self.scalar, lanes)
+
+    @property
+    def element(self) -> Type:
+        return Type(self.scalar)
+
+    @property
+    def is_float(self) -> bool:
+        return self.scalar in ("float", "half", "double")
+
+    @property
+    def bits(self) -> int:
+        return {"float": 32, "half": 16, "double": 64, "ptr": 64}.get(self.scalar) or int(self.scalar[1:])
+
+    @property
+    def bytes(self) -> int:
+        return self.bits * self.lanes // 8
+
+    @property
+    def suffix(self) -> str:
+        """How intrinsics spell the type: v16f32, i64."""
+        name = ("f" if self.is_float else "i") + str(self.bits)
+        return name if self.lanes == 1 else f"v{self.lanes}{name}"
+
+
+I1, I8, I16, I32, I64 = (Type(f"i{n}") for n in (1, 8, 16, 32, 64))
+F16, F32, F64, PTR, VOID = Type("half"), Type("float"), Type("double"), Type("ptr"), Type("void")
+
+Operand = "Value | int | float"
+
+
+class Value:
+    """An SSA value of a function. Arithmetic and comparisons make instructions; `ptr + bytes` moves a pointer."""
+
+    __slots__ = ("f", "name", "type")
+
+    def __init__(self, f: Function, type: Type, name: str):
+        self.f, self.type, self.name = f, type, name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def _binary(self, other: Operand, integer: str, real: str | None, swap: bool = False) -> Value:
+        right = self.f.coerce(other, self.type)
+        op = real if self.type.is_float else integer
+        if op is None or right.type != self.type:
+            raise TypeError(f"{integer} of {self.type} and {right.type}")
+        a, b = (right, self) if swap else (self, right)
+        return self.f.emit(self.type, f"{op} {self.type} {a}, {b}")
+
+    def __add__(self, other: Operand) -> Value:
+        if self.type == PTR:
+            return self.f.emit(PTR, f"getelementptr i8, ptr {self}, i64 {self.f.coerce(other, I64)}")
+        return self._binary(other, "add", "fadd contract")
+
+    def __radd__(self, other: Operand) -> Value:
+        return self + other
+
+    def __sub__(self, other: Operand) -> Value:
+        return self._binary(other, "sub", "fsub contract")
+
+    def __rsub__(self, other: Operand) -> Value:
+        return self._binary(other, "sub", "fsub contract", swap=True)
+
+    def __mul__(self, other: Operand) -> Value:
+        return self._binary(other, "mul", "fmul contract")
+
+    def __rmul__(self, other: Operand) -> Value:
+        return self * other
+
+    def __truediv__(self, other: Operand) -> Value:
+        return self._binary(other, "", "fdiv")
+
+    def __rtruediv__(self, other: Operand) -> Value:
+        return self._binary(other, "", "fdiv", swap=True)
+
+    def __floordiv__(self, other: Operand) -> Value:
+        return self._binary(other, "udiv", None)
+
+    def __mod__(self, other: Operand) -> Value:
+        return self._binary(other, "urem", None)
+
+    def __and__(self, other: Operand) -> Value:
+        return self._binary(other, "and", None)
+
+    def __or__(self, other: Operand) -> Value:
+        return self._binary(other, "or", None)
+
+    def __xor__(self, other: Operand) -> Value:
+        return self._binary(other, "xor", None)
+
+    def __lshift__(self, other: Operand) -> Value:
+        return self._binary(other, "shl", None)
+
+    def __rshift__(self, other: Operand) -> Value:
+        """Logical: zeros come in from the left."""
+        return self._binary(other, "lshr", None)
+
+    def _compare(self, other: Operand, signed: str, real: str) -> Value:
+        op = f"fcmp {real}" if self.type.is_float else f"icmp {signed}"
+        return self.f.emit(I1.vec(self.type.lanes), f"{op} {self.type} {self}, {self.f.coerce(other, self.type)}")
+
+    def __lt__(self, other: Operand) -> Value:
+        return self._compare(other, "slt", "olt")
+
+    def __le__(self, other: Operand) -> Value:
+        return self._compare(other, "sle", "ole")
+
+    def __gt__(self, other: Operand) -> Value:
+        return self._compare(other, "sgt", "ogt")
+
+    def __ge__(self, other: Operand) -> Value:
+        return self._compare(other, "sge", "oge")
+
+    def equals(self, other: Operand) -> Value:
+        return self._compare(other, "eq", "oeq")
+
+
+class Var:
+    """A variable: `get` reads, `set` writes. Lives in a register after optimisation."""
+
+    def __init__(self, f: Function, type: Type):
+        self.f, self.type, self.address = f, type, f.stack(type)
+
+    def get(self) -> Value:
+        return self.f.emit(self.type, f"load {self.type}, ptr {self.address}")
+
+    def set(self, value: Operand) -> None:
+        self.f.line(f"store {self.type} {self.f.coerce(value, self.type)}, ptr {self.address}")
+
+
+class Function:
+    """The body of one function under construction. Made by `Module.function`."""
+
+    def __init__(self, module: Module, arguments: Mapping[str, Type]):
+        self.module = module
+        self._entry: list[str] = []  # stack slots: at the top, where LLVM looks for variables to promote
+        self._lines: list[str] = []
+        self._count = 0
+        self._arguments = {name: Value(self, type, f"%{name}") for name, type in arguments.items()}
+
+    def args(self) -> tuple[Value, ...]:
+        return tuple(self._arguments.values())
+
+    def line(self, text: str) -> None:
+        self._lines.append("  " + text)
+
+    def emit(self, type: Type, text: str) -> Value:
+        self._count += 1
+        name = f"%v{self._count}"
+        self._lines.append(f"  {name} = {text}")
+        return Value(self, type, name)
+
+    def label(self, name: str) -> str:
+        self._count += 1
+        return f"{name}.{self._count}"
+
+    def const(self, type: Type, number: float) -> Value:
+        if type.is_float:  # the exact bits: decimal text that is not a float32 is an error to LLVM
+            value = struct.unpack("<f", struct.pack("<f", number))[0] if type.scalar == "float" else float(number)
+            if type.scalar == "half":
+                text = "0xH" + struct.pack(">e", number).hex().upper()
+            else:
+                text = "0x" + struct.pack(">d", value).hex().upper()
+        elif type.scalar == "ptr":
+            text = "null"
+        else:
+            text = str(int(number))
+        return Value(self, type, text if type.lanes == 1 else f"splat ({type.element} {text})")
+
+    def coerce(self, value: Operand, type: Type) -> Value:
+        return value if isinstance(value, Value) else self.const(type, value)
+
+    def vector(self, type: Type, numbers: Sequence[int]) -> Value:
+        """A constant vector of integers."""
+        return Value(self, type, "<" + ", ".join(f"{type.element} {n}" for n in numbers) + ">")
+
+    def stack(self, type: Type, count: int = 1, align: int = 64) -> Value:
+        """Memory that lives as long as the call: `count` elements of `type`."""
+        self._count += 1
+        name = f"%s{self._count}"
+        self._entry.append(f"  {name} = alloca {type}, i64 {count}, align {min(align, max(type.bytes, 1)) if count == 1 else align}")
+        return Value(self, PTR, name)
+
+    def var(self, type: Type, start: Operand | None = None) -> Var:
+        variable = Var(self, type)
+        if start is not None:
+            variable.set(start)
+        return variable
+
+    # memory
+
+    def load(self, type: Type, address: Value, align: int = 1) -> Value:
+        return self.emit(type, f"load {type}, ptr {address}, align {align}")
+
+    def store(self, value: Value, address: Value, align: int = 1) -> None:
+        self.line(f"store {value.type} {value}, ptr {address}, align {align}")
+
+    def field(self, base: Value, offset: int, type: Type = I64) -> Value:
+        """A member of a structure, `offset` bytes from its beginning."""
+        return self.load(type, base + offset, min(type.bytes, 8))
+
+    def atomic_load(self, address: Value) -> Value:
+        return self.emit(I64, f"load atomic i64, ptr {address} seq_cst, align 8")
+
+    def atomic_store(self, value: Operand, address: Value) -> None:
+        self.line(f"store atomic i64 {self.coerce(value, I64)}, ptr {address} seq_cst, align 8")
+
+    def atomic_add(self, address: Value, amount: Operand) -> Value:
+        """Adds, and gives the value from before."""
+        return self.emit(I64, f"atomicrmw add ptr {address}, i64 {self.coerce(amount, I64)} seq_cst")
+
+    def compare_exchange(self, address: Value, old: int, new: int) -> Value:
+        """i1: whether *address was `old` and is `new` now."""
+        pair = self.emit(VOID, f"cmpxchg ptr {address}, i64 {old}, i64 {new} seq_cst seq_cst")
+        return self.emit(I1, f"extractvalue {{ i64, i1 }} {pair}, 1")
+
+    # conversions and lanes
+
+    def cast(self, op: str, value: Value, element: Type) -> Value:
+        """One of LLVM's conversions, lane by lane: zext, sext, trunc, sitofp, fptosi, fpext, fptrunc, …"""
+        to = element.vec(value.type.lanes)
+        return self.emit(to, f"{op} {value.type} {value} to {to}")
+
+    def bitcast(self, value: Value, type: Type) -> Value:
+        return value if value.type == type else self.emit(type, f"bitcast {value.type} {value} to {type}")
+
+    def splat(self, value: Value, lanes: int) -> Value:
+        to = value.type.vec(lanes)
+        first = self.emit(to, f"insertelement {to} poison, {value.type} {value}, i64 0")
+        return self.emit(to, f"shufflevector {to} {first}, {to} poison, <{lanes} x i32> zeroinitializer")
+
+    def shuffle(self, a: Value, lanes: Sequence[int], b: Value | None = None) -> Value:
+        to, mask = a.type.vec(len(lanes)), ", ".join(f"i32 {i}" for i in lanes)
+        return self.emit(to, f"shufflevector {a.type} {a}, {a.type} {b or 'poison'}, <{len(lanes)} x i32> <{mask}>")
+
+    def join(self, parts: Sequence[Value]) -> Value:
+        """Vectors side by side; their number is a power of two."""
+        while len(parts) > 1:
+            n = parts[0].type.lanes
+            parts = [self.shuffle(a, range(2 * n), b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def split(self, value: Value, lanes: int) -> list[Value]:
+        if value.type.lanes == lanes:
+            return [value]
+        return [self.shuffle(value, range(i, i + lanes)) for i in range(0, value.type.lanes, lanes)]
+
+    def extract(self, vector: Value, lane: Operand) -> Value:
+        return self.emit(vector.type.element, f"extractelement {vector.type} {vector}, i64 {self.coerce(lane, I64)}")
+
+    def select(self, condition: Value, yes: Operand, no: Operand) -> Value:
+        type = yes.type if isinstance(yes, Value) else no.type  # type: ignore[union-attr]
+        yes, no = self.coerce(yes, type), self.coerce(no, type)
+        return self.emit(type, f"select {condition.type} {condition}, {type} {yes}, {type} {no}")
+
+    # calls
+
+    def call(self, type: Type, name: str, *arguments: Value) -> Value:
+        """Call a function or an intrinsic; it is declared where it is not defined in the module."""
+        self.module.declare(name, type, [a.type for a in arguments])
+        text = f"call {type} @{name}({', '.join(f'{a.type} {a}' for a in arguments)})"
+        if type == VOID:
+            self.line(text)
+            return Value(self, VOID, "")
+        return self.emit(type, text)
+
+    def call_pointer(self, address: Value, *arguments: Value) -> None:
+        self.line(f"call void {address}({', '.join(f'{a.type} {a}' for a in arguments)})")
+
+    def intrinsic(self, name: str, *arguments: Value) -> Value:
+        """An intrinsic whose operands and result are of one type: llvm.NAME.v16f32."""
+        type = arguments[0].type
+        return self.call(type, f"llvm.{name}.{type.suffix}", *arguments)
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a · b + c, in one step where the processor has one."""
+        return self.intrinsic("fmuladd", a, b, c)
+
+    def minimum(self, a: Value, b: Operand) -> Value:
+        return self.select(a < b, a, b)
+
+    def maximum(self, a: Value, b: Operand) -> Value:
+        return self.select(a > b, a, b)
+
+    def reduce(self, value: Value, op: str) -> Value:
+        """All lanes folded by "add" or "max", in halves: the order is fixed, so the result is the same everywhere."""
+        fold = (lambda a, b: a + b) if op == "add" else self.maximum
+        while (n := value.type.lanes) > 2:
+            value = fold(*self.split(value, n // 2))
+        return fold(self.extract(value, 0), self.extract(value, 1))
+
+    # control
+
+    def branch(self, to: str) -> None:
+        self.line(f"br label %{to}")
+
+    def begin(self, label: str) -> None:
+        self._lines.append(f"{label}:")
+
+    @contextmanager
+    def range(self, start: Operand, stop: Operand, step: int = 1) -> Iterator[Value]:
+        """for (i64 i = start; i < stop; i += step)"""
+        index, stop = self.var(I64, start), self.coerce(stop, I64)
+        with self.loop_while(lambda: index.get() < stop):
+            yield index.get()
+            index.set(index.get() + step)
+
+    @contextmanager
+    def loop_while(self, condition) -> Iterator[None]:
+        head, body, done = self.label("head"), self.label("body"), self.label("done")
+        self.branch(head)
+        self.begin(head)
+        self.line(f"br i1 {condition()}, label %{body}, label %{done}")
+        self.begin(body)
+        yield
+        self.branch(head)
+        self.begin(done)
+
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        body, done = self.label("then"), self.label("end")
+        self.line(f"br i1 {condition}, label %{body}, label %{done}")
+        self.begin(body)
+        yield
+        self.branch(done)
+        self.begin(done)
+
+    def give(self, value: Operand | None = None, type: Type = I64) -> None:
+        """Return from the function; what follows is a new, unreachable block."""
+        self.line("ret void" if value is None else f"ret {type} {self.coerce(value, type)}")
+        self.begin(self.label("after"))
+
+    def text(self) -> str:
+        return "\n".join(["entry:", *self._entry, *self._lines])
+
+
+class Module:
+    """A module under construction: functions, and declarations of what they call."""
+
+    def __init__(self, abi: str = "sysv"):
+        """`abi`: the calling convention of exported functions, "sysv" (everything but Windows on x86-64) or "win64"."""
+        self.abi = abi
+        self._declared: dict[str, str] = {}
+        self._defined: dict[str, str] = {}
+
+    def declare(self, name: str, type: Type, arguments: Sequence[Type]) -> None:
+        self._declared[name] = f"declare {type} @{name}({', '.join(map(str, arguments))})"
+
+    @contextmanager
+    def function(self, name: str, arguments: Mapping[str, Type], returns: Type = VOID, linkage: str = "internal") -> Iterator[Function]:
+        """A function. `linkage`: "internal"; "inline"; "kernel", called by address from compiled code; "entry", from Python."""
+        f = Function(self, arguments)
+        yield f
+        f.line("ret void" if returns == VOID else "unreachable")
+        formal = ", ".join(f"{type} %{arg}" for arg, type in arguments.items())
+        prefix = {"internal": "internal ", "inline": "internal ", "kernel": "", "entry": "win64cc " if self.abi == "win64" else ""}
+        attributes = 'nounwind "no-builtins"' + (" alwaysinline" if linkage == "inline" else "")
+        self._defined[name] = f"define {prefix[linkage]}{returns} @{name}({formal}) {attributes} {{\n{f.text()}\n}}"
+
+    def text(self) -> str:
+        declared = [text for name, text in self._declared.items() if name not in self._defined]
+        return "\n".join([*declared, *self._defined.values()]) + "\n"

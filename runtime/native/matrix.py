@@ -1,0 +1,165 @@
+"""Kernels over a matrix's interleaved rows: product with one token or a block of them, one row of a table, interleaving.
+
+In: a format and a level. Out: functions of a module, each an address that the run loop calls. Knows formats and
+layouts, not operations.
+
+Activations of one token of n columns (n a multiple of 32), all offsets in bytes from the token's pointer:
+    0       float32 [n]           the values
+    4n      int8 [n], 5n int8 [n] low and high bytes of the values rounded to 16 bits per 32
+    6n      int16 [n]             the same, whole
+    8n      float32 [n / 32]      scales
+    8n + n/8   float32 [n / 32]   scale times the sum of the run, for formats with offsets
+    8n + n/4   int32 [n / 16]     sums of every 16, for formats with a zero point
+"""
+
+from __future__ import annotations
+
+from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, dot
+from pocketlm.runtime.native.formats import FLOAT_TYPES, FLOATS, RUNS, Run
+from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.layout import LAYOUTS, ROWS
+
+TILE = 4  # tokens that share a block's unpacked weights
+ROW = F32.vec(ROWS)
+PRODUCT = {"w": PTR, "n_groups": I64, "first": I64, "last": I64, "n_blocks": I64, "x": PTR, "x_stride": I64, "y": PTR, "y_stride": I64}
+LOOKUP = {"w": PTR, "n_groups": I64, "n_blocks": I64, "row": I64, "out": PTR}
+INTERLEAVE = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks": I64, "first": I64, "last": I64}
+
+
+def activation_bytes(n: int) -> int:
+    """Bytes of one token's activations, for n columns rounded up to 32."""
+    n = -(-n // 32) * 32
+    return -(-(8 * n + n // 2) // 64) * 64
+
+
+def define(module: Module, level: str, fmt: str) -> None:
+    """Define FMT_product1, FMT_productN (N = TILE), FMT_row and FMT_interleave."""
+    for tokens in (1, TILE):
+        with module.function(f"{fmt}_product{tokens}", PRODUCT, linkage="kernel") as f:
+            (_integer_product if fmt in RUNS else _float_product)(f, level, fmt, tokens)
+    with module.function(f"{fmt}_row", LOOKUP, linkage="kernel") as f:
+        (_integer_row if fmt in RUNS else _float_row)(f, level, fmt)
+    with module.function(f"{fmt}_interleave", INTERLEAVE, linkage="entry") as f:
+        _interleave(f, fmt)
+
+
+def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
+    """Where the planes of block number `index` (group · n_blocks + block) begin."""
+    layout, rows = LAYOUTS[fmt], n_groups * n_blocks * ROWS
+    return {p.name: w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes) for p in layout.planes}
+
+
+def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
+    w, n_groups, first, last, n_blocks, x, x_stride, y, y_stride = f.args()
+    size = LAYOUTS[fmt].block_size
+    n = n_blocks * size
+    xs = [x + x_stride * t for t in range(tokens)]
+    with f.range(first, last) as g:
+        totals = [f.var(ROW, 0.0) for _ in xs]
+        with f.range(0, n_blocks) as b:
+
+            def add(run: Run, b: Value = b) -> None:
+                for token, total in zip(xs, totals, strict=True):
+                    total.set(_add_run(f, level, run, token, n, b * size + run.column, total.get()))
+
+            RUNS[fmt](f, level, _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b), add)
+        for t, total in enumerate(totals):
+            f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
+
+
+def _add_run(f: Function, level: str, run: Run, x: Value, n: Value, column: Value, total: Value) -> Value:
+    """total + weights of the run times one token's activations."""
+    block = column >> 5
+    zero = run.zero + (SIGNED_ZERO.get(level, 0) if run.biggest == 128 else 0)
+    words = [(w ^ 0x80, c) for w, c in run.words] if zero == 128 else run.words
+    correction = f.const(I32, 0)
+    if zero:
+        sums = x + n * 8 + (n >> 2) + (column >> 4) * 4
+        correction = f.load(I32, sums) if run.count == 16 else f.load(I32, sums) + f.load(I32, sums + 4)
+        correction = correction * zero
+    low = x + n * 4 + column
+    whole = dot(f, level, words, Activations(low, low + n, x + n * 6 + column * 2), 255 if run.biggest == 128 else run.biggest, correction)
+    scale = f.splat(f.load(F32, x + n * 8 + block * 4), ROWS)
+    total = f.fma(f.cast("sitofp", whole, F32), run.scale * scale, total)
+    if run.offset is None:
+        return total
+    return f.fma(run.offset, f.splat(f.load(F32, x + n * 8 + (n >> 3) + block * 4), ROWS), total)
+
+
+def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
+    w, _, first, last, n, x, x_stride, y, y_stride = f.args()
+    convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
+    chains = 4 // tokens if tokens < 4 else 1  # independent sums hide the latency of an addition
+    xs = [x + x_stride * t for t in range(tokens)]
+    with f.range(first, last) as g:
+        totals = [[f.var(ROW, 0.0) for _ in range(chains)] for _ in xs]
+        start = w + g * n * type_.bytes
+
+        def column(c: Value, chain: int) -> None:
+            weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
+            for token, sums in zip(xs, totals, strict=True):
+                value = f.splat(f.load(F32, token + c * 4, 4), ROWS)
+                sums[chain].set(f.fma(weights, value, sums[chain].get()))
+
+        whole = n & -4
+        with f.range(0, whole, 4) as c:
+            for i in range(4):
+                column(c + i, i % chains)
+        with f.range(whole, n) as c:
+            column(c, 0)
+        for t, sums in enumerate(totals):
+            total = sums[0].get()
+            for other in sums[1:]:
+                total = total + other.get()
+            f.store(total, y + y_stride * t + (g - first) * (4 * ROWS))
+
+
+def _integer_row(f: Function, level: str, fmt: str) -> None:
+    w, n_groups, n_blocks, row, out = f.args()
+    group, lane, size = row // ROWS, row % ROWS, LAYOUTS[fmt].block_size
+    with f.range(0, n_blocks) as b:
+
+        def write(run: Run, b: Value = b) -> None:
+            scale = f.splat(f.extract(run.scale, lane), 4)
+            offset = f.splat(f.extract(run.offset, lane), 4) if run.offset else f.const(F32.vec(4), 0)
+            for word, column in run.words:
+                four = f.bitcast(f.extract(f.bitcast(word, I32.vec(ROWS)), lane), I8.vec(4))
+                whole = f.cast("sext" if run.biggest == 128 else "zext", four, I32) - run.zero
+                value = f.fma(f.cast("sitofp", whole, F32), scale, offset)
+                f.store(value, out + (b * size + run.column + column) * 4)
+
+        RUNS[fmt](f, level, _planes(f, fmt, w, n_groups, n_blocks, group * n_blocks + b), write)
+
+
+def _float_row(f: Function, level: str, fmt: str) -> None:
+    w, _, n, row, out = f.args()
+    type_ = FLOAT_TYPES[fmt]
+    start = w + (row // ROWS * n * ROWS + row % ROWS) * type_.bytes
+    with f.range(0, n) as c:
+        f.store(FLOATS[fmt](f, level, f.load(type_, start + c * (ROWS * type_.bytes))), out + c * 4)
+
+
+def _interleave(f: Function, fmt: str) -> None:
+    """Groups [first, last) of a matrix from the file's order to ours; rows that do not exist become zeros."""
+    source, to, n_rows, n_groups, n_blocks, first, last = f.args()
+    layout = LAYOUTS[fmt]
+    row_bytes = n_blocks * layout.block_bytes
+
+    def half(address: Value, number: Value) -> Value:  # the number-th half byte of a plane's piece
+        return (f.load(I8, address + (number >> 1)) >> f.cast("trunc", (number & 1) * 4, I8)) & 15
+
+    with f.range(first, last) as g:
+        for plane in layout.planes:
+            start = to + n_groups * n_blocks * (ROWS * layout.plane_offset(plane.name)) + g * n_blocks * (ROWS * plane.bytes)
+            units = plane.bytes // plane.unit if plane.unit else 2 * plane.bytes
+            type_ = {0: I8, 1: I8, 2: I16, 4: I32}[plane.unit]
+            with f.range(0, n_blocks) as b, f.range(0, units) as u, f.range(0, ROWS, 1 if plane.unit else 2) as r:
+                at = source + (g * ROWS + r) * row_bytes + b * layout.block_bytes + plane.offset
+                value = f.var(type_, 0)
+                with f.when(g * ROWS + r < n_rows):
+                    value.set(f.load(type_, at + u * plane.unit) if plane.unit else half(at, u))
+                if not plane.unit:
+                    with f.when(g * ROWS + r + 1 < n_rows):
+                        value.set(value.get() | (half(at + row_bytes, u) << 4))
+                unit = (b * units + u) * ROWS + r
+                f.store(value.get(), start + (unit * plane.unit if plane.unit else unit >> 1))

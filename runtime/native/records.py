@@ -1,0 +1,62 @@
+"""The structures that Python fills and compiled code reads: one record an operation, and one for the whole run.
+
+Every field is eight bytes, so that a NumPy record and the compiled code agree on offsets by position alone. Knows names
+and positions, nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CACHE_LINE = 64
+
+# an operation of the program; pointers are addresses, strides are bytes a token, everything else counts
+OPERATION = np.dtype([
+    ("kind", "i8"),
+    ("barrier", "i8"),       # 1: the next operation may not begin before all threads have ended this one
+    ("tail", "i8"),          # 1: only the tokens whose logits are wanted
+    ("x", "i8"), ("x_stride", "i8"),
+    ("out", "i8"), ("out_stride", "i8"),
+    ("n", "i8"),             # PREPARE, EMBED: columns; MATRIX: rows
+    ("weight", "i8"),        # PREPARE: the norm's weight; EMBED, MATRIX: the interleaved matrix
+    ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
+    ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 attention's partial results
+    ("epsilon", "f4"), ("unused", "f4"),
+    ("n_groups", "i8"), ("n_blocks", "i8"),
+    ("row", "i8"),           # EMBED: address of FMT_row
+    ("add", "i8"),           # EMBED, MATRIX: 1: out += …
+    ("by_position", "i8"),   # EMBED: 1: the row is the position, not the token's id
+    ("product1", "i8"), ("productN", "i8"),   # MATRIX: addresses of the kernels for one token and for a tile
+    ("chunk", "i8"),         # MATRIX: groups a task
+    ("activation", "i8"),    # MATRIX: 0 none, or 1 + its place in vector_math.ACTIVATIONS
+    ("up", "i8"), ("up_blocks", "i8"), ("up_product1", "i8"), ("up_productN", "i8"), ("up_bias", "i8"),  # gated: up != 0
+    ("keys", "i8"), ("values", "i8"),         # STORE, ATTEND: this layer's cache
+])  # fmt: skip
+
+# what all operations share; the fields that threads write stand on cache lines of their own
+RUN = np.dtype([
+    ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
+    ("arrived", "i8"), ("pad1", "i8", 7),     # threads that have reached a barrier of this run
+    ("n_threads", "i8"),
+    ("give_way", "i8"),                       # address of sched_yield
+    ("workers", "i8"),                        # WORKER records, one a thread
+    ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: the next task of every operation
+    ("ids", "i8"), ("n_tokens", "i8"), ("n_logits", "i8"), ("position", "i8"),
+    ("activations", "i8"), ("activation_stride", "i8"),   # prepared activations of a block of tokens
+    ("scratch", "i8"), ("scratch_stride", "i8"),          # a thread's own memory, see stages.py
+    ("products_at", "i8"), ("queries_at", "i8"), ("scores_at", "i8"),   # what lies where in it
+    ("score_stride", "i8"),
+    ("partials", "i8"),                       # attention's results, one a token, head and span
+    ("n_head", "i8"), ("n_kv_head", "i8"), ("head_dim", "i8"), ("padded_dim", "i8"),
+    ("head_stride", "i8"),                    # bytes of one kv head's keys, or values, of one layer
+    ("rope", "i8"), ("rope_half", "i8"), ("rope_interleaved", "i8"),
+    ("slopes", "i8"),                         # ALiBi, float32 a head; 0: none
+    ("query_scale", "f4"), ("unused", "f4"),
+])  # fmt: skip
+
+WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 5)])  # state 1: asleep in Python
+
+
+def offset(dtype: np.dtype, name: str) -> int:
+    assert dtype.fields is not None
+    return dtype.fields[name][1]

@@ -1,0 +1,105 @@
+"""exp, tanh, erf and the activations on vectors of float32, and half-precision conversions, as IR.
+
+Measured against float64 in tests/test_native_math.py: exp within 1 ulp, tanh within 2, erf within 6 (the rational
+approximation that runtime/activations.py documents). Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pocketlm.runtime import activations as A
+from pocketlm.runtime.native.ir import F16, F32, I16, I32, Function, Value
+
+NO_HALF = ("sse4",)  # levels whose processors may lack half-precision conversions
+# coefficients of the Cephes library (expf, tanhf), highest power first
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+EXP_MIN, EXP_MAX = -87.33, 88.72283
+
+
+def polynomial(f: Function, x: Value, coefficients: tuple[float, ...]) -> Value:
+    total = f.const(x.type, coefficients[0])
+    for c in coefficients[1:]:
+        total = f.fma(total, x, f.const(x.type, c))
+    return total
+
+
+def exp(f: Function, x: Value) -> Value:
+    """e^x; 0 below -87.33 (where the result is no normal number), infinite above 88.72, NaN for NaN."""
+    clamped = f.minimum(f.maximum(x, EXP_MIN), EXP_MAX)
+    n = f.intrinsic("rint", clamped * math.log2(math.e))
+    r = f.fma(n, f.const(x.type, -LN2_LOW), f.fma(n, f.const(x.type, -LN2_HIGH), clamped))
+    y = f.fma(polynomial(f, r, EXP), r * r, r) + 1.0
+    # 2^n in two steps: n is up to 128, one more than an exponent holds
+    k = f.cast("fptosi", n, I32)
+    half = f.emit(k.type, f"ashr {k.type} {k}, {f.const(k.type, 1)}")
+    for part in (half, k - half):
+        y = y * f.bitcast((part + 127) << 23, x.type)
+    y = f.select(x < EXP_MIN, 0.0, f.select(x > EXP_MAX, f.const(x.type, math.inf), y))
+    return f.select(x.equals(x), y, x)
+
+
+def tanh(f: Function, x: Value) -> Value:
+    magnitude = f.intrinsic("fabs", x)
+    square = x * x
+    small = f.fma(polynomial(f, square, TANH) * square, x, x)
+    large = 1.0 - 2.0 / (exp(f, magnitude * 2.0) + 1.0)
+    large = f.intrinsic("copysign", large, x)
+    return f.select(magnitude < 0.625, small, large)
+
+
+def erf(f: Function, x: Value) -> Value:
+    x = f.select(x < -A.ERF_LIMIT, -A.ERF_LIMIT, f.select(x > A.ERF_LIMIT, A.ERF_LIMIT, x))
+    square = x * x
+    return x * polynomial(f, square, A.ERF_P) / polynomial(f, square, A.ERF_Q)
+
+
+def silu(f: Function, x: Value) -> Value:
+    return x / (exp(f, 0.0 - x) + 1.0)
+
+
+def gelu_tanh(f: Function, x: Value) -> Value:
+    inner = (x + x * x * x * A.GELU_TANH_CUBE) * A.GELU_TANH_SCALE
+    return x * 0.5 * (tanh(f, inner) + 1.0)
+
+
+def gelu_erf(f: Function, x: Value) -> Value:
+    return x * 0.5 * (erf(f, x * math.sqrt(0.5)) + 1.0)
+
+
+def relu(f: Function, x: Value) -> Value:
+    return f.select(x < 0.0, 0.0, x)
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu}
+
+
+def from_half(f: Function, level: str, x: Value) -> Value:
+    """half (scalar or vector) to float, exactly."""
+    if level not in NO_HALF:
+        return f.cast("fpext", x, F32)
+    bits = f.cast("zext", f.bitcast(x, I16.vec(x.type.lanes)), I32)
+    # exponent and fraction moved into place are the number times 2^-112; subnormals come out right by the multiplication
+    value = f.bitcast((bits & 0x7FFF) << 13, F32.vec(x.type.lanes)) * 2.0**112
+    special = f.bitcast(((bits & 0x7FFF) << 13) | 0x7F800000, F32.vec(x.type.lanes))
+    value = f.select((bits & 0x7C00).equals(0x7C00), special, value)
+    sign = (bits & 0x8000) << 16
+    return f.bitcast(f.bitcast(value, bits.type) | sign, F32.vec(x.type.lanes))
+
+
+def to_half(f: Function, level: str, x: Value) -> Value:
+    """float to half, rounded to nearest even; beyond 65504 infinite."""
+    if level not in NO_HALF:
+        return f.cast("fptrunc", x, F16)
+    lanes = x.type.lanes
+    bits = f.bitcast(x, I32.vec(lanes))
+    sign = (bits >> 16) & 0x8000
+    magnitude = bits & 0x7FFFFFFF
+    # normal halves: rebias the exponent and round the 13 fraction bits away; subnormal ones: let an addition round them
+    normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112 << 23)) >> 13
+    tiny = f.bitcast(f.bitcast(magnitude, F32.vec(lanes)) + 0.5, I32.vec(lanes)) - 0x3F000000
+    result = f.select(magnitude < (113 << 23), tiny, normal)
+    result = f.select(magnitude > 0x477FEFFF, f.select(magnitude > 0x7F800000, f.const(bits.type, 0x7E00), 0x7C00), result)
+    return f.bitcast(f.cast("trunc", result | sign, I16), F16.vec(lanes))

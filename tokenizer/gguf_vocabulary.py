@@ -1,0 +1,194 @@
+"""The tokenizer of a GGUF file: its `tokenizer.ggml.*` keys in, a `Tokenizer` out. Knows nothing else of the file.
+
+Keys: the GGUF document in the ggml repository. `pocketlm.tokenizer.*` are ours, written by the exporter where those
+do not say enough: `kind` ("byte_bpe", "sentencepiece", "characters"), `pattern_name` (a pre-tokenizer),
+`whole_words_first`, `normal_form`, `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pocketlm.errors import FileError
+from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer.base import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.characters import Characters
+from pocketlm.tokenizer.merge import rank_table
+from pocketlm.tokenizer.normalize import NORMAL_FORMS, NormalForm, Rules
+from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
+
+_GGML, _OURS = "tokenizer.ggml.", "pocketlm.tokenizer."
+# tokenizer.ggml.model → the kind of tokenizer
+_KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece"}
+# Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
+_STRIPPING_MODELS = ("phi-3", "phi3")
+_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+
+
+class Keys:
+    """Typed access to a mapping of GGUF keys; FileError where a value has the wrong type."""
+
+    def __init__(self, metadata: Mapping[str, Any], path: object):
+        self.metadata, self.path = metadata, path
+
+    def _get(self, key: str, kind: type, what: str, default: Any) -> Any:
+        value = self.metadata.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise FileError(self.path, f"{key} is not {what}")
+        return value
+
+    def text(self, key: str, default: str = "") -> str:
+        return self._get(key, str, "a text", default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._get(key, bool, "true or false", default)
+
+    def number(self, key: str) -> int | None:
+        return self._get(key, int, "a whole number", None)
+
+    def texts(self, key: str) -> list[str] | None:
+        """A list of texts; None where the key is missing."""
+        values = self._get(key, list, "a list of texts", None)
+        if values is not None and set(map(type, values)) - {str}:
+            raise FileError(self.path, f"{key} is not a list of texts")
+        return values
+
+    def numbers(self, key: str, kinds: str) -> Any:
+        """A one-dimensional NumPy array whose dtype is of one of `kinds` ("iu", "iuf"); None if it is missing."""
+        import numpy as np
+
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+            raise FileError(self.path, f"{key} is not a list of numbers")
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            array = np.empty((0, 0))
+        if array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
+            raise FileError(self.path, f"{key} is not a list of numbers")
+        return array
+
+
+def from_metadata(metadata: Mapping[str, Any], path: object) -> Tokenizer:
+    """The tokenizer that GGUF keys describe; `path` is for error messages.
+
+    FileError where keys are missing, do not fit together, name a tokenizer or pre-tokenizer that is not supported,
+    or where the texts the exporter put in do not give their ids.
+    """
+    keys = Keys(metadata, path)
+    model = keys.text(_GGML + "model")
+    kind = keys.text(_OURS + "kind") or _KINDS.get(model)
+    if kind is None:
+        said = f"its tokenizer is of the kind {model!r}" if model else "it says no kind of tokenizer"
+        raise FileError(path, said, "supported are " + ", ".join(_KINDS))
+    if kind not in _MAKERS:
+        raise FileError(path, f"{_OURS}kind is {kind!r}", "known are " + ", ".join(_MAKERS))
+    tokens = keys.texts(_GGML + "tokens")
+    if tokens is None:
+        raise FileError(path, "it has no vocabulary (tokenizer.ggml.tokens)")
+    tokenizer = _MAKERS[kind](keys, tokens, _types(keys, len(tokens)))
+    _check_tests(keys, tokenizer)
+    return tokenizer
+
+
+def _types(keys: Keys, n_tokens: int) -> bytearray:
+    import numpy as np
+
+    types = keys.numbers(_GGML + "token_type", "iu")
+    if types is None:
+        return bytearray([NORMAL]) * n_tokens
+    if types.size and not 0 <= types.min() <= types.max() <= BYTE:
+        raise FileError(keys.path, f"{_GGML}token_type holds a type that is not 1 to 6")
+    return bytearray(np.maximum(types, NORMAL).astype(np.uint8).tobytes())
+
+
+def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool, unk_id: int | None = None) -> Vocabulary:
+    for token in END_OF_TURN:  # they are sometimes exported as normal tokens; llama.cpp, too, corrects that
+        if token.startswith("<|") and token in tokens and types[tokens.index(token)] == NORMAL:
+            types[tokens.index(token)] = CONTROL
+    wanted = {name: keys.number(f"{_GGML}{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
+    return make_vocabulary(
+        keys.path,
+        tokens,
+        bytes(types),
+        bos_id=wanted["bos"],
+        eos_id=wanted["eos"],
+        unk_id=unk_id if wanted["unknown"] is None else wanted["unknown"],
+        end_ids=(wanted["eot"], wanted["eom"]),
+        adds_bos=keys.flag(_GGML + "add_bos_token", adds_bos),
+        strip_right=_stripping(keys, tokens, types),
+    )
+
+
+def _stripping(keys: Keys, tokens: list[str], types: bytearray) -> list[int]:
+    if not any(name in keys.text("general.name").lower() for name in _STRIPPING_MODELS):
+        return []
+    return [i for i, kind in enumerate(types) if kind not in (NORMAL, BYTE) and tokens[i] not in _NOT_STRIPPING]
+
+
+def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
+    name = keys.text(_OURS + "pattern_name") or keys.text(_GGML + "pre", "default")
+    check_name(name, keys.path)
+    options = byte_bpe.Options(
+        name,
+        whole_words_first=keys.flag(_OURS + "whole_words_first", name in WHOLE_WORDS_FIRST),
+        space_prefix=keys.flag(_GGML + "add_space_prefix", False),
+        normal_form=_normal_form(keys),
+    )
+    vocabulary = _vocabulary(keys, tokens, types, adds_bos=False)
+    merges = keys.texts(_GGML + "merges")
+    if merges is None:
+        raise FileError(keys.path, "it has no merges (tokenizer.ggml.merges)")
+    table = rank_table(keys.path, tokens.__getitem__, vocabulary.index, merges, len(tokens))
+    return byte_bpe.ByteBPE(vocabulary, table, options)
+
+
+def _normal_form(keys: Keys) -> NormalForm | None:
+    form = keys.text(_OURS + "normal_form")
+    if form and form not in NORMAL_FORMS:
+        raise FileError(keys.path, f"{_OURS}normal_form is {form[:40]!r}", "known are " + ", ".join(NORMAL_FORMS))
+    return NORMAL_FORMS.get(form)
+
+
+def _sentencepiece(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
+    unknown = types.find(UNKNOWN)
+    vocabulary = _vocabulary(keys, tokens, types, adds_bos=True, unk_id=unknown if unknown >= 0 else None)
+    scores = keys.numbers(_GGML + "scores", "iuf")
+    if scores is None:
+        raise FileError(keys.path, "it has no scores (tokenizer.ggml.scores)")
+    charsmap = keys.numbers(_GGML + "precompiled_charsmap", "iu")
+    exact = keys.text(_OURS + "kind") == "sentencepiece"
+    options = sentencepiece_bpe.Options(
+        prefix="always" if keys.flag(_GGML + "add_space_prefix", True) else "never",
+        rules=None if charsmap is None or not charsmap.size else Rules(keys.path, charsmap.astype("u1").tobytes()),
+        collapse_spaces=keys.flag(_GGML + "remove_extra_whitespaces", False),
+        symbols_in_text=exact,
+        byte_fallback=BYTE in types,
+        unknown_text=sentencepiece_bpe.UNKNOWN_TEXT if exact else "",
+    )
+    table = sentencepiece_bpe.score_table(keys.path, vocabulary, scores)
+    return sentencepiece_bpe.SentencePieceBPE(keys.path, vocabulary, table, options)
+
+
+def _characters(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
+    if keys.text(_GGML + "model") == "llama" and " " not in tokens:  # so that llama.cpp, too, finds the space
+        tokens = [" " if token == sentencepiece_bpe.SPACE else token for token in tokens]
+    return Characters(_vocabulary(keys, tokens, types, adds_bos=False))
+
+
+_MAKERS = {"byte_bpe": _byte_bpe, "sentencepiece": _sentencepiece, "characters": _characters}
+
+
+def _check_tests(keys: Keys, tokenizer: Tokenizer) -> None:
+    """FileError when the exporter's test texts do not give the ids they gave in training."""
+    texts, ids = keys.texts(_OURS + "test_texts") or [], keys.texts(_OURS + "test_ids") or []
+    if len(texts) != len(ids):
+        raise FileError(keys.path, f"{len(texts)} test texts with {len(ids)} lists of ids")
+    for text, expected in zip(texts, ids, strict=True):
+        if " ".join(map(str, tokenizer.encode(text))) != expected:
+            raise FileError(
+                keys.path, f"the tokenizer does not give the ids it was exported with for {text[:40]!r}", "export it again"
+            )

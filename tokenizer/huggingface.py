@@ -1,0 +1,220 @@
+"""Hugging Face's `tokenizer.json` (and the older `vocab.json` with `merges.txt`): the parsed file in, a `Tokenizer` out.
+
+Supported: BPE models, byte-level or in the manner of SentencePiece (Metaspace, or Prepend and Replace as normaliser).
+Each part of the file is matched against what is known here; a part that is not is refused by its name, so nothing is
+silently left out. Patterns are compared as text and never compiled from the file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError
+from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.characters import parse_json, place_tokens
+from pocketlm.tokenizer.merge import rank_table
+from pocketlm.tokenizer.normalize import NORMAL_FORMS
+from pocketlm.tokenizer.pretokenize import name_of_pattern
+from pocketlm.tokenizer.sentencepiece_bpe import SPACE
+
+_MAX_CONFIG = 1 << 24
+
+
+def from_tokenizer_json(path: Path, file: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a parsed `tokenizer.json`. Which tokens are bos and eos is read from `tokenizer_config.json`
+    beside it, where there is one. FileError for anything that is not supported or does not fit together.
+    """
+    try:
+        return _Reader(path, file).read()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FileError(path, f"is not a tokenizer.json as the tokenizers library writes it ({error!r:.80})") from None
+
+
+def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: bytes) -> Tokenizer:
+    """GPT-2's two files: byte-level BPE with the `gpt-2` pre-tokenizer. FileError as above."""
+    try:
+        lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
+    except UnicodeDecodeError:
+        raise FileError(merges_path, "is not UTF-8") from None
+    file: dict[str, Any] = {"model": {"vocab": vocab, "merges": lines}}
+    file["pre_tokenizer"] = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
+    names = [name for name in vocab if name in _MARKERS] if isinstance(vocab, dict) else []
+    file["added_tokens"] = [{"id": vocab[name], "content": name, "special": True} for name in names]
+    return from_tokenizer_json(path, file)
+
+
+_MARKERS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>", "<eos>")
+
+
+class _Reader:
+    def __init__(self, path: Path, file: dict[str, Any]):
+        self.path, self.file, self.model = path, file, file["model"]
+
+    def refuse(self, what: str) -> FileError:
+        return FileError(self.path, f"its {what} is not supported")
+
+    def read(self) -> Tokenizer:
+        model = self.model
+        if model.get("type", "BPE") != "BPE":
+            raise self.refuse(f"model {str(model.get('type'))[:40]!r}")
+        for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(part):
+                raise self.refuse(f"model with {part}")
+        normalizers, pre_tokenizers = _sequence(self.file, "normalizer"), _sequence(self.file, "pre_tokenizer")
+        byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
+        return (self.byte_level if byte_level else self.sentencepiece)(normalizers, pre_tokenizers)
+
+    # ── the two families ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def byte_level(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
+        name, space_prefix = self.pre_tokenizer(pre_tokenizers)
+        for part in normalizers:
+            if part["type"] not in NORMAL_FORMS or len(normalizers) > 1:
+                raise self.refuse(f"normalizer {str(part['type'])[:40]!r}")
+        options = byte_bpe.Options(
+            name,
+            whole_words_first=bool(self.model.get("ignore_merges")),
+            space_prefix=space_prefix,
+            normal_form=NORMAL_FORMS[normalizers[0]["type"]] if normalizers else None,
+            fuse_unknown=bool(self.model.get("fuse_unk")),
+        )
+        vocabulary = self.vocabulary(byte_tokens=False)
+        tokens = vocabulary.tokens
+        table = rank_table(self.path, tokens.__getitem__, vocabulary.index, self.merges(), len(tokens))
+        return byte_bpe.ByteBPE(vocabulary, table, options)
+
+    def sentencepiece(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
+        prefix, first_only, split = "never", False, False
+        rest = [part for part in normalizers if part not in ({"type": "Prepend", "prepend": SPACE}, _REPLACE)]
+        if {"type": "Prepend", "prepend": SPACE} in normalizers:
+            prefix = "always"
+        if pre_tokenizers:
+            part = pre_tokenizers[0]
+            if len(pre_tokenizers) > 1 or part["type"] != "Metaspace" or part["replacement"] != SPACE:
+                raise self.refuse(f"pre-tokenizer {_types(pre_tokenizers)}")
+            scheme = part.get("prepend_scheme") or ("always" if part.get("add_prefix_space", True) else "never")
+            prefix, first_only = ("never" if scheme == "never" else "missing"), scheme == "first"
+            split = part.get("split", True)
+        elif _REPLACE not in normalizers:
+            raise self.refuse("pre-tokenizer null without a normalizer that writes spaces as ▁")
+        if len(rest) > 1 or (rest and rest[0]["type"] not in NORMAL_FORMS):
+            raise self.refuse(f"normalizer {_types(rest)}")
+        byte_fallback = bool(self.model.get("byte_fallback"))
+        options = sentencepiece_bpe.Options(
+            prefix=prefix,  # type: ignore[arg-type]
+            prefix_first_only=first_only,
+            normal_form=NORMAL_FORMS[rest[0]["type"]] if rest else None,
+            split_spaces=split,
+            byte_fallback=byte_fallback,
+            fuse_unknown=bool(self.model.get("fuse_unk")),
+        )
+        vocabulary = self.vocabulary(byte_tokens=byte_fallback)
+        table = sentencepiece_bpe.merges_table(self.path, vocabulary, self.merges())
+        return sentencepiece_bpe.SentencePieceBPE(self.path, vocabulary, table, options)
+
+    def pre_tokenizer(self, parts: list[dict[str, Any]]) -> tuple[str, bool]:
+        """The name in the table of a byte-level pre-tokenizer, and whether it puts a space in front."""
+        *before, last = parts
+        unknown = self.refuse(f"pre-tokenizer {_types(parts)}")
+        if last["type"] != "ByteLevel":
+            raise unknown
+        use_regex, space_prefix = last.get("use_regex", True), last.get("add_prefix_space", True)
+        if not before and use_regex:
+            return "gpt-2", space_prefix
+        if len(before) != 1 or space_prefix:
+            raise unknown
+        if before[0] == {"type": "Digits", "individual_digits": True} and use_regex:
+            return "smollm", False
+        if before[0]["type"] != "Split" or use_regex:
+            raise unknown
+        split = before[0]
+        name = name_of_pattern(split["pattern"].get("Regex", ""))
+        if name is None:
+            raise self.refuse(f"pre-tokenizer pattern {str(split['pattern'])[:80]!r}")
+        if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
+            raise self.refuse(f"pre-tokenizer with the behaviour {str(split['behavior'])[:40]!r}")
+        return name, False
+
+    # ── the vocabulary ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def merges(self) -> list[str]:
+        """Each as "left right"; newer files have them as pairs."""
+        merges = self.model["merges"]
+        for i, merge in enumerate(merges):
+            if type(merge) is list and len(merge) == 2 and " " in merge[0] + merge[1]:
+                raise self.refuse(f"merge {i} of pieces with spaces")
+        merges = [merge if type(merge) is str else " ".join(merge) for merge in merges]
+        return merges
+
+    def vocabulary(self, byte_tokens: bool) -> Vocabulary:
+        vocab, added = self.model["vocab"], self.file.get("added_tokens") or []
+        ids = dict(vocab)
+        for token in added:
+            if ids.setdefault(token["content"], token["id"]) != token["id"]:
+                raise FileError(self.path, f"its token {token['content'][:40]!r} has two ids")
+            if token.get("single_word"):
+                raise self.refuse(f"token {token['content'][:40]!r} that stands as a single word only")
+        tokens = place_tokens(self.path, ids)
+        types = bytearray(NORMAL if token else UNUSED for token in tokens)
+        if byte_tokens:
+            for byte in range(256):
+                if (i := ids.get(f"<0x{byte:02X}>")) is not None:
+                    types[i] = BYTE
+        for token in added:
+            types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        unk_id = ids.get(self.model.get("unk_token"))
+        if unk_id is not None:
+            types[unk_id] = UNKNOWN
+        config = self.config()
+        template = _leading_token(self.file.get("post_processor"))
+        bos_id = ids.get(template or config.get("bos_token"))
+        return make_vocabulary(
+            self.path,
+            tokens,
+            bytes(types),
+            bos_id=bos_id,
+            eos_id=ids.get(config.get("eos_token")),
+            unk_id=unk_id,
+            adds_bos=template is not None or (config.get("add_bos_token") is True and bos_id is not None),
+            strip_left=[token["id"] for token in added if token.get("lstrip")],
+            strip_right=[token["id"] for token in added if token.get("rstrip")],
+        )
+
+    def config(self) -> dict[str, Any]:
+        """`tokenizer_config.json` beside the file, each token as its text; empty where there is none."""
+        beside = self.path.with_name("tokenizer_config.json")
+        if not beside.is_file():
+            return {}
+        with open(beside, "rb") as file:
+            config = parse_json(beside, file.read(_MAX_CONFIG))
+        if not isinstance(config, dict):
+            raise FileError(beside, "is not a JSON object")
+        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+        return {key: value for key, value in texts.items() if isinstance(value, str | bool)}
+
+
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+
+
+def _sequence(file: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of its parts."""
+    value = file.get(part)
+    if value is None:
+        return []
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}[part]
+    return value[inner] if value["type"] == "Sequence" else [value]
+
+
+def _types(parts: list[dict[str, Any]]) -> str:
+    return " + ".join(str(part.get("type"))[:40] for part in parts[:5])
+
+
+def _leading_token(post_processor: Any) -> str | None:
+    """The marker that the file's template puts in front of a text."""
+    if not post_processor:
+        return None
+    parts = post_processor.get("processors", [post_processor])
+    for part in parts:
+        if part["type"] == "TemplateProcessing" and part["single"] and "SpecialToken" in part["single"][0]:
+            return part["single"][0]["SpecialToken"]["id"]
+    return None

@@ -1,0 +1,145 @@
+"""Opens a tokenizer, whatever file it is in: a path in, a `Tokenizer` out.
+
+The kind of file is told by how it begins, not by its name. Every reader checks what it is given: a vocabulary from a
+stranger is data, nothing in it is run, and its patterns are compared with those known here and never compiled.
+"""
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError, UsageError
+from pocketlm.tokenizer import byte_bpe, characters, huggingface, sentencepiece_model
+from pocketlm.tokenizer.base import CONTROL, NORMAL, UNUSED, Tokenizer, make_vocabulary
+from pocketlm.tokenizer.gguf_vocabulary import from_metadata
+from pocketlm.tokenizer.merge import concatenation_table
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_pattern
+
+_MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
+# what is looked for in a folder, in this order
+_IN_FOLDER = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken", "*.gguf")
+# beginnings of the file names of OpenAI's rank files → pre-tokenizer
+_TIKTOKEN_FILES = {"gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "cl100k": "llama-bpe", "qwen": "qwen2"}
+
+
+def load(
+    path: str | os.PathLike[str], *, pattern: str | None = None, special_tokens: Mapping[str, int] | None = None
+) -> Tokenizer:
+    """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
+    `.model`, tiktoken ranks, the `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, or a folder that holds one.
+
+    `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
+    else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
+    Raises FileError for a file that cannot be used, UsageError for an unknown pattern.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    data = _read(path, 16)
+    if data.startswith(b"GGUF"):
+        from pocketlm.runtime.gguf import open_gguf
+
+        with open_gguf(path) as file:
+            return from_metadata(file.metadata, path)
+    data = _read(path, _MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES >> 20} MB)")
+    if data.startswith(b"\x80"):
+        return characters.from_pickle(path, data)
+    if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+        return _from_json(path, characters.parse_json(path, data))
+    if data.startswith(b"\x0a"):
+        return sentencepiece_model.read(path, data)
+    return _tiktoken(path, data, pattern, special_tokens or {})
+
+
+def _read(path: Path, n_bytes: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(n_bytes)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
+    if not data:
+        raise FileError(path, "is empty")
+    return data
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in _IN_FOLDER:
+        found = sorted(file for file in folder.glob(name) if file.is_file())
+        if found:
+            return found[0]
+    raise FileError(folder, "holds no tokenizer", "looked for " + ", ".join(_IN_FOLDER))
+
+
+def _from_json(path: Path, value: Any) -> Tokenizer:
+    if isinstance(value, dict) and isinstance(value.get("model"), dict):
+        return huggingface.from_tokenizer_json(path, value)
+    if isinstance(value, dict) and "pieces" in value:
+        return _fp16_bin(path, value)
+    merges = path.with_name("merges.txt")
+    if path.name == "vocab.json" and merges.is_file():
+        return huggingface.from_vocab_and_merges(path, value, merges, _read(merges, _MAX_BYTES))
+    return characters.from_json(path, value)
+
+
+def _fp16_bin(path: Path, value: dict[str, Any]) -> Tokenizer:
+    """`pieces`, `scores` and `types` by id; under `metadata` what else a GGUF file would say, with the same keys.
+
+    Without that: SentencePiece BPE with `<s>`, `</s>` and the piece of type 2 as its bos, eos and unknown tokens.
+    """
+    pieces, metadata = value["pieces"], value.get("metadata", {})
+    if not isinstance(metadata, dict) or not isinstance(pieces, list):
+        raise FileError(path, "its pieces are not a list or its metadata is not an object")
+    said = {f"tokenizer.ggml.{name}_token_id": pieces.index(text) for name, text in _BIN_ENDS.items() if text in pieces}
+    columns = {"tokens": pieces, "scores": value.get("scores"), "token_type": value.get("types")}
+    keys = {"tokenizer.ggml." + key: column for key, column in columns.items() if column is not None}
+    return from_metadata({"tokenizer.ggml.model": "llama", **(said if not metadata else {}), **metadata, **keys}, path)
+
+
+_BIN_ENDS = {"bos": "<s>", "eos": "</s>"}
+
+
+def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapping[str, int]) -> Tokenizer:
+    """Lines `base64 rank`; the rank is the id and the order of merging."""
+    ids: dict[str, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            i = int(rank) if rank.isdigit() and len(rank) < 10 else -1
+        except (ValueError, binascii.Error):
+            token, i = b"", -1
+        if i < 0 or not token:
+            if number == 1:
+                raise FileError(path, "is no tokenizer pocketlm knows", "see `pocketlm tokenize --help`")
+            raise FileError(path, f"line {number} is not a token in base64 and its rank")
+        text = token.decode("latin-1").translate(byte_bpe.TO_LETTERS)
+        if text in ids:
+            raise FileError(path, f"line {number} gives the token of rank {ids[text]} another rank")
+        ids[text] = i
+    missing = [byte for byte, letter in enumerate(byte_bpe.LETTERS) if letter not in ids]
+    if missing:
+        raise FileError(path, f"it has no token for the byte 0x{missing[0]:02X}")
+    if pattern is None:
+        pattern = next((name for start, name in _TIKTOKEN_FILES.items() if path.name.startswith(start)), "gpt-2")
+    name = pattern if pattern in PRE_TOKENIZERS else name_of_pattern(pattern)
+    if name is None:
+        raise UsageError(f"the pattern {pattern[:80]!r} is not known; known are " + ", ".join(PRE_TOKENIZERS))
+    if set(special_tokens) & set(ids):
+        raise UsageError(f"a special token is a token of {path} already")
+    tokens = characters.place_tokens(path, {**ids, **special_tokens})
+    types = bytearray(NORMAL if token else UNUSED for token in tokens)
+    for i in special_tokens.values():
+        types[i] = CONTROL
+    eos_id = special_tokens.get("<|endoftext|>", special_tokens.get("<|end_of_text|>"))
+    bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<|endoftext|>"))
+    vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id)
+    table = concatenation_table(tokens.__getitem__, ids, range(len(tokens)), len(tokens), ties=False)
+    return byte_bpe.ByteBPE(vocabulary, table, byte_bpe.Options(name, whole_words_first=True))

@@ -1,0 +1,126 @@
+"""SentencePiece `.model` files: the protobuf read directly, a `Tokenizer` out.
+
+Only what encoding needs is read: the pieces, the trainer's kind of model and unknown surface, the normaliser. Field
+numbers: sentencepiece_model.proto of the SentencePiece library; wire format: the Protocol Buffers encoding document.
+"""
+
+import struct
+from collections.abc import Iterator
+
+from pocketlm.errors import FileError
+from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, make_vocabulary
+from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.sentencepiece_bpe import UNKNOWN_TEXT, Options, SentencePieceBPE, score_table
+
+_MODEL_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
+_UNSET = -1
+
+
+class _Damaged(Exception):
+    """The bytes are no protobuf."""
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, where it ends) of the number at `at`."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & (1 << 64) - 1, at
+    raise _Damaged
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) in the file's order; numbers as int, everything else as bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        size = {1: 8, 5: 4}.get(wire)
+        if wire == 2:
+            size, at = _varint(data, at)
+        if size is None or size > len(data) - at:
+            raise _Damaged
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _piece(data: bytes) -> tuple[str, float, int]:
+    """Text, score and type."""
+    text, score, kind = "", 0.0, NORMAL
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, bytes):
+            text = value.decode()
+        elif number == 2 and isinstance(value, bytes) and len(value) == 4:
+            score = struct.unpack("<f", value)[0]
+        elif number == 3 and isinstance(value, int):
+            kind = value
+    return text, score, kind
+
+
+def read(path: object, data: bytes) -> Tokenizer:
+    """The tokenizer of a `.model`. FileError for one that is damaged or not BPE, the kind that is supported."""
+    pieces: list[tuple[str, float, int]] = []
+    messages: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}, 5: {}}  # trainer, normaliser, denormaliser
+    try:
+        for number, value in _fields(data):
+            if number == 1 and isinstance(value, bytes):
+                pieces.append(_piece(value))
+            elif number in messages and isinstance(value, bytes):
+                messages[number].update(_fields(value))
+    except (_Damaged, UnicodeDecodeError):
+        raise FileError(path, "is a damaged SentencePiece model, or none at all") from None
+    trainer, normaliser, denormaliser = messages.values()
+
+    def whole(message: dict[int, int | bytes], field: int, default: int) -> int:
+        value = message.get(field, default)
+        if not isinstance(value, int):
+            raise FileError(path, "is a damaged SentencePiece model")
+        return value
+
+    def content(message: dict[int, int | bytes], field: int, default: bytes) -> bytes:
+        value = message.get(field, default)
+        if not isinstance(value, bytes):
+            raise FileError(path, "is a damaged SentencePiece model")
+        return value
+
+    kind = whole(trainer, 3, 1)
+    if kind != 2:
+        raise FileError(path, f"is a SentencePiece model of the kind {_MODEL_KINDS.get(kind, kind)}", "only BPE is supported")
+    if whole(trainer, 24, 0) or not whole(normaliser, 5, 1) or content(denormaliser, 2, b""):
+        raise FileError(path, "is a SentencePiece model that writes spaces as suffixes or changes text when decoding")
+    types = [kind for *_, kind in pieces]
+    if set(types) - set(range(NORMAL, BYTE + 1)) or types.count(UNKNOWN) != 1:
+        raise FileError(path, "is a SentencePiece model with a type of piece there is not, or without one unknown piece")
+    tokens = [text for text, *_ in pieces]
+    if "" in tokens:
+        raise FileError(path, f"its piece {tokens.index('')} is empty")
+
+    def role(field: int, usual: str) -> int | None:
+        """The id of the bos or eos piece: a control piece of the name the trainer says."""
+        text = content(trainer, field, usual.encode()).decode(errors="replace")
+        at = tokens.index(text) if text in tokens else _UNSET
+        return at if at >= 0 and types[at] == CONTROL else None
+
+    vocabulary = make_vocabulary(
+        path, tokens, bytes(types), bos_id=role(46, "<s>"), eos_id=role(47, "</s>"), unk_id=types.index(UNKNOWN)
+    )
+    charsmap = content(normaliser, 2, b"")
+    options = Options(
+        prefix="always" if whole(normaliser, 3, 1) else "never",
+        rules=Rules(path, charsmap) if charsmap else None,
+        collapse_spaces=bool(whole(normaliser, 4, 1)),
+        symbols_in_text=True,
+        byte_fallback=bool(whole(trainer, 35, 0)),
+        unknown_text=content(trainer, 44, UNKNOWN_TEXT.encode()).decode(errors="replace"),
+    )
+    table = score_table(path, vocabulary, [score for _, score, _ in pieces])
+    return SentencePieceBPE(path, vocabulary, table, options)
