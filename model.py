@@ -22,7 +22,6 @@ from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.session import Session
 from pocketlm.runtime.threads import check_threads
-from pocketlm.runtime.weights import check_finite
 from pocketlm.tokenizer import Tokenizer, from_metadata
 
 if TYPE_CHECKING:
@@ -77,8 +76,6 @@ class Model:
         self.tokenizer: Tokenizer = from_metadata(self.metadata, path)
         if self.tokenizer.n_vocab > self.hyper.n_vocab:
             raise FileError(path, f"{self.tokenizer.n_vocab} tokens, but a token table of {self.hyper.n_vocab} rows", "the file is damaged")
-        for tensor in self.tensors.values():
-            check_finite(tensor)
         self.n_ctx = self._check_ctx(ctx)
         self._template: Template | None = None
         self._start(backend)
@@ -164,7 +161,7 @@ class Model:
         return self.executor.forward(np.asarray(ids, np.int32), rows="all")
 
     def generate(
-        self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: Sequence[str] = (), ignore_eos: bool = False,
+        self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (), ignore_eos: bool = False,
         reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
@@ -179,7 +176,7 @@ class Model:
         return self._stream(list(prompt), decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: Sequence[str] = (),
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
         ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
@@ -194,21 +191,25 @@ class Model:
         ids = turns.encode()
         while len(ids) + room > self.n_ctx and (shorter := turns.drop_oldest()) is not None:
             ids = shorter
-        stop = [*self.template.stop, *stop]
+        stop = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = self.tokenizer.stream_decoder(continues=True)
         return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, turns)
 
     def _stream(
-        self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: Sequence[str],
+        self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
         ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None, turns: Turns | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         from pocketlm.runtime.generator import generate
         from pocketlm.runtime.sampling import make_sampler
 
-        sampler = make_sampler(**sampling, n_vocab=self.hyper.n_vocab, top_k_of=self.executor.top_k)
+        # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
+        beyond = {i: -math.inf for i in range(self.tokenizer.n_vocab, self.hyper.n_vocab)}
+        sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
+        sampler = make_sampler(**sampling, n_vocab=self.hyper.n_vocab, exempt=self.tokenizer.end_ids)
         return generate(
             self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=self.tokenizer.end_ids,
             ignore_eos=ignore_eos, cancel=cancel, make_room=turns.drop_oldest if turns else None, reuse_cache=reuse_cache,
+            shift=bool(turns and turns.dropped),
         )  # fmt: skip
 
 
@@ -217,6 +218,7 @@ class Turns:
 
     def __init__(self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer):
         self._template, self._tokenizer, self._messages = template, tokenizer, list(messages)
+        self.dropped = 0  # turns that had to go
         if not self._messages:
             raise PocketlmError("there are no messages to answer")
 
@@ -229,4 +231,5 @@ class Turns:
         if len(starts) < 2:
             return None
         del self._messages[starts[0] : starts[1]]
+        self.dropped += 1
         return self.encode()

@@ -3,7 +3,7 @@
 In: values that a template makes, one by one. Out: nothing, or a `TemplateError` that ends the rendering. It works
 without signals and without a second process, so in any thread of any system: every operation that a template can
 perform passes through `tick` before and `admit` after, and no single operation may be long (`text_limit`).
-Knows no Jinja.
+Knows no operations.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Any
 
 from pocketlm.errors import PocketlmError
 
-CPU_SECONDS = 0.4
+CPU_SECONDS = 0.3
 MEMORY_BYTES = 8 << 20
 TEXT_LIMIT = 1 << 18
 DEPTH_LIMIT = 24
@@ -122,4 +122,3 @@ class Budget:
             self.weigh(value)
             value = str(value)
         return self.admit(value)
-

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pocketlm.chat import transcript
 from pocketlm.errors import PocketlmError, UsageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # repl imports this module
     from pocketlm.chat.repl import Chat
 
 MAX_TOKENS = 1_000_000
@@ -166,7 +166,7 @@ COMMANDS: dict[str, Command] = {
     "max_tokens": Command("[N]", "the longest answer", _max_tokens),
     "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None)),
     "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop),
-    "stats": Command("[on|off]", "figures of the last answer; on, off: a line of them after each", _stats, lambda: ("on", "off")),
+    "stats": Command("[on|off]", "figures of the last answer; on, off: a line after each", _stats, lambda: ("on", "off")),
     "undo": Command("", "take back the last question and its answer", lambda chat, _: chat.undo()),
     "retry": Command("", "ask the last question again", lambda chat, _: chat.retry()),
     "save": Command("[FILE]", "save the conversation", _save),

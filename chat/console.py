@@ -4,6 +4,7 @@ In: answers, notes, a request for the next message. Out: bytes for people and fo
 output; notes go there too in a conversation at a terminal, else to standard error. Knows no model and no commands.
 """
 
+import io
 import os
 import re
 import signal
@@ -38,7 +39,8 @@ class Console:
     """Standard input and output of one chat. `interactive`: a person types at a terminal and reads there."""
 
     def __init__(self, stdin: TextIO | None, stdout: TextIO | None, stderr: TextIO | None):
-        self.stdin, self.stdout, self.stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+        given = (stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr)
+        self.stdin, self.stdout, self.stderr = (stream or io.StringIO() for stream in given)  # None: closed by the shell
         for stream in (self.stdin, self.stdout, self.stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding cannot hold becomes a question mark, not an exception
                 stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,10 +83,8 @@ class Console:
         try:
             stream.write(text)
             stream.flush()
-        except (BrokenPipeError, ValueError) as error:
-            raise OutputClosed from error
         except OSError as error:
-            if os.name == "nt" and error.errno == 22:  # how Windows says it
+            if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22):  # 22: how Windows says it
                 raise OutputClosed from error
             raise
 

@@ -88,7 +88,7 @@ METHODS: dict[type, dict[str, Guard | None]] = {
 
 FIELDS: dict[type, frozenset[str]] = {
     LoopContext: frozenset(
-        "index index0 revindex revindex0 first last length depth depth0 previtem nextitem".split()
+        ("index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0", "previtem", "nextitem")
     ),
 }
 
@@ -102,9 +102,15 @@ class Method:
         self._value, self._function, self._guard = value, getattr(value, name), METHODS[type(value)][name]
 
     def call(self, budget: Budget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args = tuple(map(_run_out, args))
         if self._guard:
             self._guard(budget, self._value, *args, **kwargs)
         return settle(budget, self._function(*args, **kwargs))
+
+
+def _run_out(value: Any) -> Any:
+    """What is left of an iterator as a list, so that it can be measured; other values as they are."""
+    return list(value) if type(value) is type(iter([])) else value
 
 
 def settle(budget: Budget, result: Any) -> Any:
@@ -206,9 +212,10 @@ _FILTERS: dict[str, tuple[bool, Guard | None]] = {
 }  # fmt: skip
 
 _TESTS = (
-    "boolean defined divisibleby eq equalto even false float ge gt greaterthan in integer iterable le lessthan lower lt "
-    "mapping ne none number odd sameas sequence string true undefined upper callable == != > >= < <="
-).split()
+    "boolean", "callable", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "ge", "greaterthan", "gt", "in",
+    "integer", "iterable", "le", "lessthan", "lower", "lt", "mapping", "ne", "none", "number", "odd", "sameas", "sequence",
+    "string", "true", "undefined", "upper", "==", "!=", ">", ">=", "<", "<=",
+)  # fmt: skip
 
 
 def _passed(function: Any, context: Any) -> tuple[Any, ...]:
@@ -228,8 +235,8 @@ def _filter(name: str, textual: bool, guard: Guard | None) -> Callable[..., Any]
         budget.tick()
         if textual:
             value = budget.text(value)
-        if type(value).__name__ == "list_iterator" and name != "first":
-            value = list(value)
+        if name != "first":  # which takes no more than one
+            value = _run_out(value)
         if guard:
             guard(budget, value, *args, **kwargs)
         return settle(budget, function(*_passed(function, context), value, *args, **kwargs))
@@ -270,9 +277,7 @@ def _tojson(
     for separator in separators or ():
         _short_argument(budget, "", separator)
     budget.charge(budget.weigh(value) * (8 + (indent or 0)))
-    return budget.admit(
-        json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    )
+    return budget.admit(json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys))
 
 
 FILTERS: dict[str, Callable[..., Any]] = {

@@ -73,11 +73,8 @@ def _banner(chat: "Chat", title: str, greeting: str | None) -> None:
 
 def _short(n: int) -> str:
     """135 million → "135 M", for counts and for bytes."""
-    for unit in ("", "k", "M", "G"):
-        if n < 999.5:
-            break
-        n /= 1000
-    return f"{n:.3g} {unit}"
+    power = min((len(str(n)) - 1) // 3, 3)
+    return f"{n / 1000**power:.3g} {('', 'k', 'M', 'G')[power]}"
 
 
 class Chat:
@@ -169,8 +166,8 @@ class Chat:
 
     def statistics(self) -> list[str]:
         """Lines about the model and the last answer."""
-        lines = [f"{self.model.name} · {self.model.backend} · {self.model.n_threads} threads · {self.conversation.n_turns} turns"]
-        last = self._last
+        model, last = self.model, self._last
+        lines = [f"{model.name} · {model.backend} · {model.n_threads} threads · {self.conversation.n_turns} turns"]
         if last is not None:
             new = last.prompt_tokens - last.cached_tokens
             speed = new / last.prompt_seconds if last.prompt_seconds else 0.0
@@ -211,7 +208,7 @@ class Chat:
 
     def save(self) -> None:
         """Write the conversation to its file; the first time this fails is also the last."""
-        if not self._saving:
+        if not self._saving or not (self.conversation.messages or self.path):
             return
         try:
             self.path = self.path or transcript.new_path()
@@ -232,3 +229,4 @@ class Chat:
         if self.console.interactive and n:
             question, *answers = self.conversation.messages[-2:]
             self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
+        self.conversation.model = self.model.name

@@ -9,13 +9,13 @@ Knows no tokenizer and no roles.
 
 from collections.abc import Callable, Iterator
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import nodes
 from jinja2.environment import Template
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.ext import Extension, LoopControlExtension
-from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.runtime import Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 
@@ -33,7 +33,7 @@ SYNTAX_DEPTH = 60
 class ChatSyntax(Extension):
     """`{% generation %}…{% endgeneration %}` marks an answer for trainers; for us only its contents count."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def filter_stream(self, stream: Any) -> Iterator[Any]:
         """The tokens on their way to the parser: not more than it can take in its time."""

@@ -5,14 +5,18 @@ one, a tokenizer. Out: `Template`, with `render` (text) and `encode` (ids, in wh
 control tokens). Knows no weights; Jinja is imported when the first conversation is rendered, by `sandbox`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import FileError, UsageError
-from pocketlm.tokenizer.base import Tokenizer
+
+if TYPE_CHECKING:
+    from pocketlm.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -46,9 +50,7 @@ def _tagged(before: str, after: str) -> dict[str, tuple[str, str]]:
 BUILT_IN = {
     row.name: row
     for row in (
-        BuiltIn(
-            "chatml", _tagged("<|im_start|>{}\n", "<|im_end|>\n"), ("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)
-        ),
+        BuiltIn("chatml", _tagged("<|im_start|>{}\n", "<|im_end|>\n"), ("<|im_start|>", "<|im_end|>"), ("<|im_end|>",)),
         BuiltIn("markers", _tagged("<|{}|>\n", "<|end|>\n"), ("<|user|>", "<|assistant|>", "<|end|>"), ("<|end|>",)),
         BuiltIn(
             "alpaca",
@@ -173,7 +175,7 @@ class Template:
 class _Markers:
     """The tokens that steer a model: control tokens, ends of a turn, and whatever `<…>` or `[…]` its template writes."""
 
-    _BRACKETED = re.compile(r"<.{2,}>|\[.{2,}\]", re.DOTALL)
+    _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
     def __init__(self, tokenizer: Tokenizer, template_parts: list[str]):
         self._tokenizer = tokenizer
@@ -216,22 +218,26 @@ def _encode_between(
 
 
 def _spelled(text: str, before: str, tokenizer: Tokenizer, markers: _Markers) -> list[int]:
-    """Ids of `text` with every marker in it spelled: cut behind its first letter, so that no piece holds one.
+    """Ids of `text`, which comes after the marker `before`, with every marker in it spelled.
 
-    The pieces are encoded behind the marker `before`, since a text in the middle may get other ids than one at the
-    start (SentencePiece puts a space in front of that).
+    That is plain encoding. Where it would not do, the text is cut behind the first letter of each marker instead:
+    user-defined symbols are tokens in plain text too, and SentencePiece may put a space in front of a plain text but
+    not of one that goes on.
     """
     if not text:
         return []
-    cuts = [start + 1 for start, stop, _ in markers.find(text) if stop - start > 1]
-    if cuts:
-        edges = [0, *cuts, len(text)]
-        inner = before or markers.end_of_turn()
-        pieces = [text[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
-        first = _spelled(pieces[0], before, tokenizer, markers)
-        return first + [i for piece in pieces[1:] for i in _spelled(piece, inner, tokenizer, markers)]
     n_before = len(tokenizer.encode(before, special=True))
-    return tokenizer.encode(before + text, special=True)[n_before:]
+    cuts = [start + 1 for start, stop, _ in markers.find(text) if stop - start > 1]
+    if not cuts:
+        return tokenizer.encode(before + text, special=True)[n_before:]
+    plain = tokenizer.encode(text)
+    starts_alike = tokenizer.encode(before + "a", special=True)[n_before:] == tokenizer.encode("a")
+    if starts_alike and not any(i in markers for i in plain):
+        return plain
+    pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    inner = before or markers.end_of_turn()
+    ids = _spelled(pieces[0], before, tokenizer, markers)
+    return ids + [i for piece in pieces[1:] for i in _spelled(piece, inner, tokenizer, markers)]
 
 
 def _without_markers(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[dict[str, str]]:

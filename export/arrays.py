@@ -120,7 +120,9 @@ def view(
     Raises FileError where the dtype is unknown or any item lies outside the storage.
     """
     if dtype not in DTYPES:
-        raise FileError(path, f"holds a tensor of type {quoted(dtype)}, which pocketlm does not read", "save it as float32 or bfloat16")
+        raise FileError(
+            path, f"holds a tensor of type {quoted(dtype)}, which pocketlm does not read", "save it as float32 or bfloat16"
+        )
     numbers = [*shape, *(strides or ()), offset]
     whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in numbers)
     if not whole or len(shape) > MAX_DIMS or (strides is not None and len(strides) != len(shape)):
@@ -133,7 +135,11 @@ def view(
     size = math.prod(shape)
     span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else 0
     if (offset + span) * numpy_type.itemsize > storage.n_bytes:
-        raise FileError(path, f"a tensor of shape {'x'.join(map(str, shape))} reaches beyond its storage", "the file is damaged or cut short")
+        raise FileError(
+            path,
+            f"a tensor of shape {'x'.join(map(str, shape))} reaches beyond its storage",
+            "the file is damaged or cut short",
+        )
 
     def read() -> np.ndarray:
         if size > max(span, 1 << 16):

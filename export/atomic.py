@@ -40,7 +40,7 @@ def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> Iterator[Path]:
-    """The same for a folder. An old one is replaced only if it holds nothing but `files`: the rest is the user's."""
+    """The same for a folder, which the block makes. An old one must hold nothing but `files`: the rest is the user's."""
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise FileError(target, "is there already and is not a folder", "choose another name for the output")
@@ -49,7 +49,6 @@ def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> It
     _check_room(target, n_bytes)
     part = _part_name(target)
     with _cleared_on_failure(target, part):
-        part.mkdir()
         yield part
         for path in part.iterdir():
             _sync(path)
@@ -71,7 +70,7 @@ def _check_room(target: Path, n_bytes: int) -> None:
         raise FileError(target, "its folder does not exist", "make the folder first")
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
-        raise FileError(target, f"needs {n_bytes / 1e6:.0f} MB where {free / 1e6:.0f} MB are free", "make room or choose another disk")
+        raise FileError(target, f"needs {n_bytes / 1e6:.0f} MB where {free / 1e6:.0f} MB are free", "make room")
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def _cleared_on_failure(target: Path, part: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(target, f"cannot be written ({error.strerror or error})", "what was there before is unchanged") from None
+        raise FileError(target, f"cannot be written ({error.strerror or error})", "the old one is unchanged") from None
     finally:
         _remove(part)  # gone already where all went well
 

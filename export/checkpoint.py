@@ -74,7 +74,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for name, tensor in _named(found):
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if short in tensors and tensors[short].source != tensor.source:
-            raise FileError(path, f"two tensors are called {quoted(short)} once the wrappers' prefixes are gone", "save the bare model")
+            raise FileError(
+                path, f"two tensors are called {quoted(short)} once the wrappers' prefixes are gone", "save the bare model"
+            )
         tensors[short] = replace(tensor, name=short)
     config = {name: value for name, value in _fields(tree).items() if value is not found}
     beside = [weights.parent / name for name in CONFIGS if (weights.parent / name).is_file()]
@@ -101,7 +103,9 @@ def _file_of_folder(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS and file.is_file())
     if len(found) != 1:
         problem = f"holds {len(found)} checkpoints" if found else "is a folder without a checkpoint in it"
-        raise FileError(folder, problem, "name the file itself" if found else "name a folder with model.safetensors or a .pt in it")
+        raise FileError(
+            folder, problem, "name the file itself" if found else "name a folder with model.safetensors or a .pt in it"
+        )
     return found[0]
 
 
@@ -123,7 +127,9 @@ def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
             tensors[name] = tensor
     missing = [name for name in places if name not in tensors]
     if missing:
-        raise FileError(path, f"{len(missing)} tensors are in none of the files, {quoted(missing[0])} first", "download all files again")
+        raise FileError(
+            path, f"{len(missing)} tensors are in none of the files, {quoted(missing[0])} first", "download all files again"
+        )
     return tensors, tuple(path.parent / file for file in files)
 
 
@@ -138,7 +144,9 @@ def _read_file(path: Path) -> Any:
     for offset, magic, kind, advice in OTHER_FILES:
         if buffer[offset : offset + len(magic)] == magic:
             raise FileError(path, f"is {kind}", advice)
-    raise FileError(path, "is no checkpoint that pocketlm reads", "give a .pt, .safetensors or .npz file, or a Hugging Face folder")
+    raise FileError(
+        path, "is no checkpoint that pocketlm reads", "give a .pt, .safetensors or .npz file, or a Hugging Face folder"
+    )
 
 
 def _read_any_zip(buffer: Buffer, path: Path) -> Any:
@@ -191,7 +199,9 @@ def _walk(tree: Any, keep: Callable[[Any], bool] = lambda name: True) -> Iterato
 
 
 def _has_weights(tree: Any) -> bool:
-    return any(isinstance(leaf, LazyTensor) and leaf.shape for _, leaf in _walk(tree, lambda name: not _is_training_state(name)))
+    return any(
+        isinstance(leaf, LazyTensor) and leaf.shape for _, leaf in _walk(tree, lambda name: not _is_training_state(name))
+    )
 
 
 def _find_weights(tree: Any) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
 from pocketlm.export.arrays import LazyTensor, quoted
-from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
 from pocketlm.export.model_config import ModelConfig
 
@@ -57,7 +57,15 @@ LAYER_ROLES = {
     "ffn_3": rf"(?:{FEED_FORWARD}\.)?(?:w3|fc3|W3|linear3|linear_3|fc_3|l3)",
 }
 HEADS = rf"{ATTENTION}\.(?:heads\.)?(?P<head>\d+)\.(?P<part>query|key|value|q|k|v)"  # a module for each head
-SUFFIXES = {"weight": "weight", "bias": "bias", "scale": "weight", "shift": "bias", "gamma": "weight", "beta": "bias", "g": "weight"}
+SUFFIXES = {
+    "weight": "weight",
+    "bias": "bias",
+    "scale": "weight",
+    "shift": "bias",
+    "gamma": "weight",
+    "beta": "bias",
+    "g": "weight",
+}
 NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
     r"(?:.*\.)?(?:attn|attention|self_attn)\.(?:bias|masked_bias)",  # only where they are no vector, see _is_buffer
     r"(?:.*\.)?(?:mask|causal_mask|attn_mask|attention_mask|tril|causal|_mask|bias_mask|masked_bias|position_ids|pos_ids|n_averaged)",
@@ -117,7 +125,9 @@ class Dialect:
 
 
 def _is_conv1d(tensors: Tensors) -> bool:
-    return any(name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2)
+    return any(
+        name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2
+    )
 
 
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
@@ -154,6 +164,66 @@ def recognise(tensors: Tensors) -> Dialect:
 
 
 def _is_buffer(name: str, tensor: LazyTensor) -> bool:
-    if name.endswith("attn.bias") or name.endswith("attention.bias"):
+    if name.endswith(("attn.bias", "attention.bias")):
         return len(tensor.shape) != 1
     return any(re.fullmatch(expression, name) for expression in NOT_LEARNED)
+
+
+# ── the way to a canonical model ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def to_canonical(
+    checkpoint: Checkpoint, *, overrides: Mapping[str, str] | None = None, mapping: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> CanonicalModel:  # fmt: skip
+    """The canonical form of a checkpoint, tokenizer included where one is found beside it or given.
+
+    `overrides`: the settings of `--set`; `mapping`: a file of names (name_map.py); `tokenizer`: a tokenizer's file or folder.
+    Raises FileError that lists tensors that are missing, left over or misshapen, or that asks for what nothing tells.
+    """
+    from pocketlm.export.layout import arrange
+    from pocketlm.export.name_map import NameMap, read_name_map
+    from pocketlm.export.tokenizer_data import find_tokenizer
+
+    names = read_name_map(Path(mapping)) if mapping else NameMap()
+    path = checkpoint.path
+    found: dict[str, LazyTensor] = {}
+    buffers: dict[str, LazyTensor] = {}
+    left_over: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        role = names.role_of(name)
+        if role is None and (names.drops(name) or _is_buffer(name, tensor)):
+            buffers[name] = tensor
+            continue
+        role = role or role_of(name)
+        if role is None or role in found:
+            left_over.append(name)
+        else:
+            found[role] = tensor
+    dialect = recognise(checkpoint.tensors)
+    if left_over:
+        more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
+        problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {', '.join(map(quoted, left_over[:3]))}{more}"
+        raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
+    config = ModelConfig(checkpoint.config, {**names.settings, **(overrides or {})}, path)
+    model = arrange(path, found, buffers, config, dialect.fixed, dialect.name, dialect.transposed)
+    metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
+    name = config.get("name") or (path.name if path.is_dir() else path.stem)
+
+    def remake(change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
+        return to_canonical(change(checkpoint), overrides=overrides, mapping=mapping, tokenizer=tokenizer)
+
+    return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes], remake=remake)
+
+
+def read_canonical(
+    path: str | Path, *, overrides: Mapping[str, str] | None = None, mapping: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> CanonicalModel:  # fmt: skip
+    """The canonical form of anything that holds a model: a checkpoint, a GGUF file, the folder of an fp16 bin."""
+    from pocketlm.export.from_model_file import is_model_file, read_model_file
+
+    path = Path(path)
+    if is_model_file(path):
+        return read_model_file(path)
+    return to_canonical(open_checkpoint(path), overrides=overrides, mapping=mapping, tokenizer=tokenizer)

@@ -59,7 +59,8 @@ class Encoder:
         assert weights.shape == tuple(tensor.shape), f"{name}: {weights.shape} is not {tensor.shape}"
         largest = max(float(weights.max()), -float(weights.min()))
         if not math.isfinite(largest):
-            raise FileError(self._source, f"tensor {name} holds NaN or infinite weights", "the training diverged or the file is damaged")
+            advice = "the training diverged or the file is damaged"
+            raise FileError(self._source, f"tensor {name} holds NaN or infinite weights", advice)
         return weights, largest
 
     def pieces(self, encoded: Encoded, weights: np.ndarray) -> Iterator[np.ndarray]:

@@ -22,14 +22,18 @@ from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.fp16_bin import CONFIG, FORMAT_NAME, VOCAB, VOCAB_KEYS, WEIGHTS
 
 
-def write_fp16_bin(folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, encoder: Encoder) -> list[Encoded]:
+def write_fp16_bin(
+    folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, encoder: Encoder
+) -> list[Encoded]:
     """Write the three files; what became of every tensor. FileError where a weight is too large for float16."""
     done, offset, entries = [], 0, []
     with open(folder / WEIGHTS, "wb") as file:
         for name, tensor in model.tensors.items():
             weights, largest = encoder.read(name, tensor)
             if largest > LARGEST["F16"]:
-                raise FileError(source, f"tensor {name} has weights up to {largest:.3g}, above float16's 65504", "export a GGUF")
+                raise FileError(
+                    source, f"tensor {name} has weights up to {largest:.3g}, too large for float16", "export a GGUF"
+                )
             encoded = Encoded(name, tuple(tensor.shape), FORMATS["F16"])
             for piece in encoder.pieces(encoded, weights):
                 file.write(piece)

@@ -28,7 +28,9 @@ NUMBER_TYPES = {
 _STRING, _ARRAY = 8, 9
 
 
-def write_gguf(file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder) -> list[Encoded]:
+def write_gguf(
+    file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder
+) -> list[Encoded]:
     """Write the model to `file`, opened for writing and seekable; what became of every tensor, in the file's order.
 
     The header's size is known beforehand but not every format: a tensor may turn out not to fit into the one it should

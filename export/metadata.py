@@ -1,4 +1,4 @@
-"""The keys of a model file: hyper-parameters written down as `runtime/hyper.py` reads them, and what stock programs make of them.
+"""The keys of a model file: hyper-parameters as `runtime/hyper.py` reads them, and what stock llama.cpp makes of them.
 
 In: a `CanonicalModel`. Out: a dict of GGUF keys in the order they are written, and notes for the receipt. Knows no
 container: GGUF, fp16 bin and ONNX all carry these keys.
@@ -64,15 +64,16 @@ def file_metadata(model: CanonicalModel, out: Path, file_type: int | None) -> di
 
     `file_type`: ggml's number for the mix of formats; None leaves the two keys about formats out.
     """
-    formats = {} if file_type is None else {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
+    formats = {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
     keys = {
         "general.architecture": model.hyper.architecture,
         "general.name": out.stem,
         **architecture_keys(model.hyper),
-        **{key: value for key, value in model.metadata.items() if key not in ("general.file_type", "general.quantization_version")},
-        **formats,
+        **{key: value for key, value in model.metadata.items() if key not in formats},
+        **(formats if file_type is not None else {}),
     }
-    return {key: keys[key] for key in sorted(keys, key=lambda key: (not key.startswith("general."), key != "general.architecture"))}
+    order = sorted(keys, key=lambda key: (not key.startswith("general."), key != "general.architecture"))
+    return {key: keys[key] for key in order}
 
 
 def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:

@@ -58,7 +58,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
     "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
-    "model_type": Setting(str, ("model_type",), "llama"),
+    "model_type": Setting(str, (), "llama"),
     "name": Setting(str, (), "my-model"),
 }  # fmt: skip
 
@@ -156,9 +156,15 @@ class ModelConfig:
             return self.given[name]
         for level in self._levels:
             for alias in SETTINGS[name].names:
-                value = _typed(name, level[alias]) if level.get(alias) is not None else None
-                if value is not None and not isinstance(level[alias], dict):
+                said = level.get(alias)
+                value = _typed(name, said) if isinstance(said, (str, int, float)) else None
+                if value is not None:
                     return value
+                if name in WORDS and isinstance(said, str):
+                    known = f"pocketlm computes {SETTINGS[name].example.replace('|', ', ')}"
+                    raise FileError(
+                        self.path, f"its configuration says {alias} = {quoted(said)}", f"{known}; --set {name}=… overrides it"
+                    )
             for flag, (setting, answer) in FLAGS.items():
                 if setting == name and level.get(flag) is True:
                     return answer
@@ -181,7 +187,10 @@ class ModelConfig:
     @property
     def model_type(self) -> str | None:
         """Hugging Face's `model_type` as one of "gpt2" and "llama"; None where there is none. FileError for any other."""
-        found = self.get("model_type")
+        found = self.given.get("model_type")
+        if found is None:  # home-made configurations have entries of that name too
+            levels = (level for level in self._levels if "architectures" in level or "transformers_version" in level)
+            found = next((level["model_type"] for level in levels if "model_type" in level), None)
         if found is None:
             return None
         if found not in MODEL_TYPES:
@@ -198,10 +207,16 @@ class ModelConfig:
                 except TypeError:
                     harmless = False
                 if not harmless:
-                    raise FileError(self.path, f"its configuration asks for {name} = {quoted(level[name])}", "pocketlm does not compute that")
-        window = self.raw("sliding_window", "attention_window", "window_size")
+                    raise FileError(
+                        self.path,
+                        f"its configuration asks for {name} = {quoted(level[name])}",
+                        "pocketlm does not compute that",
+                    )
+        window = self.raw("sliding_window", "attention_window")
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
-            raise FileError(self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}")
+            raise FileError(
+                self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
+            )
 
     def rope_scaling(self, theta: float, n_dims: int) -> tuple[dict[str, Any], np.ndarray | None]:
         """Keys below `<architecture>.rope.scaling.` and the factors of `rope_freqs.weight`. FileError for unknown kinds."""
@@ -212,18 +227,26 @@ class ModelConfig:
         if kind == "default":
             return {}, None
         if kind not in ("linear", "yarn", "llama3"):
-            raise FileError(self.path, f"scales its rotary positions by {quoted(kind)}", "pocketlm does not; it knows linear, yarn and llama3")
+            raise FileError(
+                self.path,
+                f"scales its rotary positions by {quoted(kind)}",
+                "pocketlm does not; it knows linear, yarn and llama3",
+            )
 
         def number(name: str, default: float | None = None) -> float:
             value = scaling.get(name, default)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-                raise FileError(self.path, f"rope_scaling.{name} is {quoted(value)}, expected a number above 0", "correct config.json")
+                raise FileError(
+                    self.path, f"rope_scaling.{name} is {quoted(value)}, expected a number above 0", "correct config.json"
+                )
             return float(value)
 
         factor = number("factor")
         if kind == "linear":
             return {"type": "linear", "factor": factor}, None
-        original = number("original_max_position_embeddings", self.raw("original_max_position_embeddings", "max_position_embeddings"))
+        original = number(
+            "original_max_position_embeddings", self.raw("original_max_position_embeddings", "max_position_embeddings")
+        )
         if kind == "llama3":
             return {}, llama3_factors(theta, n_dims, factor, number("low_freq_factor"), number("high_freq_factor"), original)
         if scaling.get("mscale") or scaling.get("truncate") is False:

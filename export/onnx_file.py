@@ -26,19 +26,19 @@ from pocketlm.export.to_onnx import Graph
 from pocketlm.runtime.plan import make_plan
 
 INLINE_BYTES = 1 << 30
-QUANTS = {"f32": 1.0, "f16": 0.5, "int8": 1.0}  # the share of float32's size; int8 starts from float32
+SHARES = {"f32": 1.0, "f16": 0.5, "int8": 1.0}  # the share of float32's size; int8 starts from float32
 
 
 def write_onnx(
     path: Path, data_stem: str, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, encoder: Encoder
 ) -> tuple[list[Encoded], Path | None]:
-    """Write a model to `path` in a format of QUANTS; what became of every tensor, and the data file if there is one.
+    """Write a model to `path` in a format of SHARES; what became of every tensor, and the data file if there is one.
 
     Raises PocketlmError where int8 is asked for and onnxruntime is missing.
     """
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     plan = make_plan(model.hyper, shapes, path)
-    is_large = 4 * sum(map(math.prod, shapes.values())) * QUANTS[quant] > INLINE_BYTES
+    is_large = 4 * sum(map(math.prod, shapes.values())) * SHARES[quant] > INLINE_BYTES
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
         store = Store(Path(folder) / "data" if is_large else None)
         graph = Graph(plan, model, encoder, store, half=quant == "f16", one_table=quant != "int8")
@@ -51,11 +51,13 @@ def write_onnx(
             store = Store(Path(folder) / "data" if is_large else None)
             store.take(built.graph.initializer)
         data_path = store.close(built, data_stem)
-        if data_path:
-            data_path = data_path.rename(path.parent / data_path.name)
-    del built.metadata_props[:]
-    onnx.helper.set_model_props(built, {key: _text(value) for key, value in metadata.items()})
-    path.write_bytes(built.SerializeToString(deterministic=True))
+        del built.metadata_props[:]
+        onnx.helper.set_model_props(built, {key: _text(value) for key, value in metadata.items()})
+        written = Path(folder) / "written.onnx"
+        written.write_bytes(built.SerializeToString(deterministic=True))
+        _check(written, metadata)
+        data_path = data_path and data_path.replace(path.parent / data_path.name)
+        written.replace(path)
     return graph.done, data_path
 
 
@@ -68,19 +70,21 @@ def _quantize(float_path: Path, is_large: bool) -> ModelProto:
     int8_path = float_path.with_name("int8.onnx")
     logging.disable(logging.WARNING)  # it recommends steps that make no difference here
     try:
-        quantize_dynamic(float_path, int8_path, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=is_large)
+        quantize_dynamic(
+            float_path, int8_path, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=is_large
+        )
     finally:
         logging.disable(logging.NOTSET)
     return onnx.load(int8_path)
 
 
-def check_onnx(path: Path, metadata: Mapping[str, Any]) -> None:
+def _check(path: Path, metadata: Mapping[str, Any]) -> None:
     """Read a file back: sound by ONNX's own checker, all keys there. Raises FileError."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
         properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
     except Exception as error:  # the checker's errors have no common class
-        raise FileError(path, f"does not pass the check of onnx ({str(error).splitlines()[0]})", "this is a defect of pocketlm") from None
+        raise FileError(path, f"does not pass the check of onnx ({str(error).splitlines()[0]})") from None
     if properties != {key: _text(value) for key, value in metadata.items()}:
         raise FileError(path, "does not hold the keys that were written", "is the disk sound?")
 

@@ -6,6 +6,7 @@ the new one takes its place. Knows nothing of the graph.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,8 @@ class Store:
     def __init__(self, data_file: Path | None):
         self.tensors: list[TensorProto] = []
         self._names: set[str] = set()
-        self._path, self._file = data_file, open(data_file, "wb") if data_file else None
+        self._path = data_file
+        self._file = open(data_file, "wb") if data_file else None  # noqa: SIM115  # open until `close`
         self._crc = 0
 
     def add(self, name: str, array: np.ndarray) -> str:
@@ -58,6 +60,8 @@ class Store:
         """Name the data file `stem` and a checksum, and write that into the model; the path, None where there is none."""
         if self._file is None or self._path is None:
             return None
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         path = self._path.rename(self._path.with_name(f"{stem}{self._crc:08x}"))
         for tensor in built.graph.initializer:

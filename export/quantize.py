@@ -17,6 +17,8 @@ import numpy as np
 from pocketlm.runtime.formats import FORMATS
 
 PIECE = 1 << 17  # weights quantised at a time: the search's arrays stay in a core's own cache
+# Added to the number of codes that a block's range is divided into; none first, so that it wins where all are equal.
+STRETCHES = np.array(sorted(np.linspace(-1, 1, 21), key=abs), np.float32)
 TINY = np.float32(2.0**-126)  # smallest normal float32: reciprocals of anything smaller overflow
 
 
@@ -128,7 +130,7 @@ def _q5_1(x: np.ndarray) -> np.ndarray:
 # ── K formats: 256 weights, scales of scales ─────────────────────────────────────────────────────────────────────────
 
 
-def _affine_search(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _affine_search(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Scale s and minimum m, both ≥ 0, with x ≈ s·code - m for codes 0..top; x [32, n] -> [n], [n].
 
     Every offset stretches the codes over a slightly different range; given the codes, s and m are a linear regression.
@@ -136,11 +138,11 @@ def _affine_search(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.nda
     size = np.float32(len(x))
     low, high = np.minimum(x.min(0), 0), x.max(0)
     inverse_span, shifted = _inverse(high - low), x - low
-    sum_x, sum_xx = x.sum(0), np.einsum("ij,ij->j", x, x)
+    sum_x = x.sum(0)
     best_scale, best_min = (high - low) / np.float32(top), -low
     best_error = np.full_like(low, np.inf)
     codes, product = np.empty_like(x), np.empty_like(x)
-    for offset in offsets:
+    for offset in STRETCHES:
         np.multiply(shifted, (np.float32(top) + offset) * inverse_span, out=codes)
         np.rint(codes, out=codes)
         np.minimum(codes, np.float32(top), out=codes)
@@ -153,7 +155,10 @@ def _affine_search(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.nda
         beyond = minimum < 0  # the format knows no minimum above zero
         np.copyto(minimum, 0, where=beyond)
         np.copyto(scale, sum_cx * _inverse(sum_cc), where=beyond)
-        error = sum_xx + scale * (scale * sum_cc - 2 * sum_cx) + minimum * (size * minimum + 2 * sum_x - 2 * scale * sum_c)
+        codes *= scale
+        codes -= minimum
+        codes -= x
+        error = np.einsum("ij,ij->j", codes, codes)  # from the sums above it would drown in their rounding errors
         better = (error < best_error) & (scale > 0)
         np.copyto(best_error, error, where=better)
         np.copyto(best_scale, scale, where=better)
@@ -161,14 +166,14 @@ def _affine_search(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.nda
     return best_scale, best_min
 
 
-def _affine_k(x: np.ndarray, top: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _affine_k(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Q4_K and Q5_K: the sixteen bytes of scales [n, 16] and the codes [n, 256].
 
     Scales and minima themselves get six bits. Their neighbours are tried too, each scale with the minimum that then
     suits best: rounding one of the two moves the best place of the other.
     """
     columns = np.ascontiguousarray(x.reshape(-1, 32).T)
-    scales, mins = (values.reshape(-1, 8) for values in _affine_search(columns, top, offsets))
+    scales, mins = (values.reshape(-1, 8) for values in _affine_search(columns, top))
     scale_unit, min_unit = (_rounded_to_half(values.max(1, keepdims=True) / np.float32(63)) for values in (scales, mins))
     first_scale, first_min = (
         np.minimum(np.rint(values * _inverse(unit)), 63) for values, unit in ((scales, scale_unit), (mins, min_unit))
@@ -201,22 +206,22 @@ def _round_codes(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray, top: int
 
 
 def _q4_k(x: np.ndarray) -> np.ndarray:
-    scales, codes = _affine_k(x, 15, np.linspace(-1, 1, 21, dtype=np.float32))
+    scales, codes = _affine_k(x, 15)
     return np.concatenate([scales, _pack(codes, 4, 32)], axis=1)
 
 
 def _q5_k(x: np.ndarray) -> np.ndarray:
-    scales, codes = _affine_k(x, 31, np.linspace(-0.5, 1, 16, dtype=np.float32))
+    scales, codes = _affine_k(x, 31)
     return np.concatenate([scales, _pack(codes >> 4, 1, 32), _pack(codes & 15, 4, 32)], axis=1)
 
 
-def _symmetric_search(x: np.ndarray, half: int, offsets: np.ndarray) -> np.ndarray:
+def _symmetric_search(x: np.ndarray, half: int) -> np.ndarray:
     """Scale with x ≈ scale·code for codes -half..half-1; x [16, n] -> [n]. Negative where the largest x is positive."""
     largest = np.take_along_axis(x, np.abs(x).argmax(0, keepdims=True), 0)[0]
     inverse = -_inverse(largest)
     best_scale, best_gain = np.zeros_like(largest), np.zeros_like(largest)
     codes, product = np.empty_like(x), np.empty_like(x)
-    for offset in offsets:
+    for offset in STRETCHES:
         np.multiply(x, (np.float32(half) + offset) * inverse, out=codes)
         np.rint(codes, out=codes)
         np.clip(codes, np.float32(-half), np.float32(half - 1), out=codes)
@@ -231,7 +236,7 @@ def _symmetric_search(x: np.ndarray, half: int, offsets: np.ndarray) -> np.ndarr
 
 def _q6_k(x: np.ndarray) -> np.ndarray:
     columns = np.ascontiguousarray(x.reshape(-1, 16).T)
-    groups = _symmetric_search(columns, 32, np.linspace(-0.9, 0.9, 19, dtype=np.float32)).reshape(-1, 16)
+    groups = _symmetric_search(columns, 32).reshape(-1, 16)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(1, keepdims=True), 1)
     unit = _rounded_to_half(largest / np.float32(-128))
     scales = np.clip(np.rint(groups * _inverse(unit)), -128, 127)

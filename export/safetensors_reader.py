@@ -42,7 +42,11 @@ def read_safetensors(buffer: Buffer, path: Path) -> tuple[dict[str, LazyTensor],
         dtype, shape, start, end = _entry(row, name, path)
         n_bytes = math.prod(shape) * int(DTYPES[dtype][0][-1])
         if not 0 <= start <= end <= len(buffer) - 8 - length or end - start != n_bytes:
-            raise FileError(path, f"tensor {quoted(name)} has offsets {start} to {end} that do not fit it or the file", "copy the file again")
+            raise FileError(
+                path,
+                f"tensor {quoted(name)} has offsets {start} to {end} that do not fit it or the file",
+                "copy the file again",
+            )
         spans.append((start, end))
         tensors[name] = view(path, Storage(buffer, 8 + length + start, n_bytes), dtype, shape)
     spans.sort()
@@ -53,13 +57,15 @@ def read_safetensors(buffer: Buffer, path: Path) -> tuple[dict[str, LazyTensor],
 
 def _entry(row: Any, name: str, path: Path) -> tuple[str, list[int], int, int]:
     try:
-        dtype, shape, (start, end) = NAMES.get(row["dtype"], row["dtype"]), row["shape"], row["data_offsets"]
+        dtype, shape, (start, end) = NAMES.get(row["dtype"], str(row["dtype"])), row["shape"], row["data_offsets"]
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end)) or not isinstance(shape, list):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise FileError(path, f"its header says nothing usable about tensor {quoted(name)}", "copy the file again") from None
     if dtype not in DTYPES:
-        raise FileError(path, f"tensor {quoted(name)} is of type {quoted(dtype)}, which pocketlm does not read", "save it as float32")
+        raise FileError(
+            path, f"tensor {quoted(name)} is of type {quoted(dtype)}, which pocketlm does not read", "save it as float32"
+        )
     return dtype, shape, start, end
 
 

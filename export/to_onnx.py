@@ -64,7 +64,8 @@ class Graph:
 
         def cache(side: str, length: str) -> list[Any]:
             names = [f"{side}.{i}.{part}" for i in range(hyper.n_layer) for part in ("key", "value")]
-            return [helper.make_tensor_value_info(name, kind, ["batch", hyper.n_kv_head, length, hyper.head_dim]) for name in names]
+            shape = ["batch", hyper.n_kv_head, length, hyper.head_dim]
+            return [helper.make_tensor_value_info(name, kind, shape) for name in names]
 
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "n"]),
@@ -118,7 +119,7 @@ class Graph:
         weights, largest = self._encoder.read(name, self._model.tensors[name])
         half = self._half and weights.ndim > 1
         if half and largest > 65504:
-            raise PocketlmError(f"tensor {name} has weights up to {largest:.3g}, above float16's 65504; export with --quant f32")
+            raise PocketlmError(f"tensor {name} has weights up to {largest:.3g}, too large for float16; use --quant f32")
         if name not in self._done:
             self._done[name] = Encoded(name, weights.shape, FORMATS["F16" if half else "F32"])
             for _ in self._encoder.pieces(self._done[name], weights):  # measures what float16 costs
@@ -193,8 +194,8 @@ class Graph:
 
     def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows of queries and keys from interleaved to half-split pairs: every score stays what it was."""
-        hyper = self.hyper
-        n_heads = {"attn_q": hyper.n_head, "attn_k": hyper.n_kv_head, "attn_qkv": hyper.n_head + hyper.n_kv_head}.get(name.split(".")[-2], 0)
+        hyper, n_q, n_k = self.hyper, self.hyper.n_head, self.hyper.n_kv_head
+        n_heads = {"attn_q": n_q, "attn_k": n_k, "attn_qkv": n_q + n_k}.get(name.split(".")[-2], 0)
         if not n_heads or not hyper.rope or hyper.rope.pairs == "half":
             return rows
         n_dims, n_rows = hyper.rope.n_dims, n_heads * hyper.head_dim

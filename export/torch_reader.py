@@ -23,7 +23,20 @@ STORAGES = {
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
     "BoolStorage": "bool", "UntypedStorage": "uint8",
 }  # fmt: skip
-_SCALARS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?"}
+_SCALARS = {
+    "f8": "d",
+    "f4": "f",
+    "f2": "e",
+    "i8": "q",
+    "i4": "i",
+    "i2": "h",
+    "i1": "b",
+    "u8": "Q",
+    "u4": "I",
+    "u2": "H",
+    "u1": "B",
+    "b1": "?",
+}
 
 
 def read_torch_zip(buffer: Buffer, path: Path) -> Any:
@@ -31,7 +44,9 @@ def read_torch_zip(buffer: Buffer, path: Path) -> Any:
     entries = read_zip(buffer, path)
     found = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(found) != 1:
-        raise FileError(path, "is a zip archive, but not a PyTorch checkpoint: it has no data.pkl", "name the checkpoint itself")
+        raise FileError(
+            path, "is a zip archive, but not a PyTorch checkpoint: it has no data.pkl", "name the checkpoint itself"
+        )
     root = found[0].removesuffix("data.pkl")
     if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in entries):
         raise FileError(path, "is a TorchScript program, not a checkpoint", "save the model's state_dict() with torch.save")
@@ -68,11 +83,17 @@ def read_torch_legacy(buffer: Buffer, path: Path) -> Any:
         part, at = read_pickle(buffer, path, tensors.functions, tensors.persistent, at)
         parts.append(part)
         if parts[0] != LEGACY_MAGIC:
-            raise FileError(path, "is a pickle, but not a PyTorch checkpoint", "save the weights with torch.save or as safetensors")
+            raise FileError(
+                path, "is a pickle, but not a PyTorch checkpoint", "save the weights with torch.save or as safetensors"
+            )
     _, _, system, tree, keys = parts
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise FileError(path, "was saved on a big-endian machine in an old format", "save it again with a newer PyTorch")
-    if not isinstance(keys, list) or any(not isinstance(key, str) or key not in sizes for key in keys) or len(set(keys)) != len(keys):
+    if (
+        not isinstance(keys, list)
+        or any(not isinstance(key, str) or key not in sizes for key in keys)
+        or len(set(keys)) != len(keys)
+    ):
         raise FileError(path, "its list of tensor data is damaged", "save the checkpoint again")
     for key in keys:
         n_items, item_bytes = sizes[key]
@@ -132,9 +153,13 @@ class _Tensors:
         kind, storage_type, key, _, n_items, *rest = reference
         name = storage_type.name.rpartition(".")[2] if isinstance(storage_type, Global) else ""
         if kind != "storage" or name not in STORAGES or not isinstance(key, str) or not isinstance(n_items, int) or n_items < 0:
-            raise FileError(self.path, f"refers to tensor data of type {quoted(name)}, which pocketlm does not read", "save it as float32")
+            raise FileError(
+                self.path, f"refers to tensor data of type {quoted(name)}, which pocketlm does not read", "save it as float32"
+            )
         if any(part is not None for part in rest):
-            raise FileError(self.path, "shares tensor data in a way only old versions of PyTorch read", "save it again with a newer one")
+            raise FileError(
+                self.path, "shares tensor data in a way only old versions of PyTorch read", "save it again with a newer one"
+            )
         return _TypedStorage(self.storage(name, key, n_items), STORAGES[name])
 
     def _tensor(self, typed: Any, offset: Any, shape: Any, strides: Any, *_: Any, dtype: str = "") -> LazyTensor:

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
 
 from pocketlm.errors import UsageError
 from pocketlm.runtime import memory
 from pocketlm.runtime.gguf import Tensor
-from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.plan import Plan
 
 BACKENDS = ("auto", "native", "numpy")
 
 
-def make_executor(backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object) -> NumpyExecutor:
-    """An executor of `plan`. Raises UsageError for an unknown backend, FileError when the memory is too small."""
+class Executor(Protocol):
+    """What the session, the sampler and the tools need of an executor."""
+
+    name: str
+    hyper: Hyper
+    n_ctx: int
+    n_threads: int
+    cache: KVCache
+
+    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
+def make_executor(backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object) -> Executor:
+    """An executor of `plan`. "auto" is native, or numpy with one line on stderr where code cannot be made executable.
+
+    Raises UsageError for an unknown backend, FileError when the memory is too small or weights are NaN, and
+    NativeUnavailable where "native" was asked for by name and cannot run here.
+    """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    memory.require(path, *NumpyExecutor.memory(plan, n_ctx), n_ctx)
+    if backend != "numpy":
+        from pocketlm.runtime.native.executor import NativeExecutor, NativeUnavailable
+
+        try:
+            memory.require(path, *NativeExecutor.memory(plan, tensors, n_ctx), n_ctx)
+            return NativeExecutor(plan, tensors, n_ctx, n_threads)
+        except NativeUnavailable as reason:
+            if backend == "native":
+                raise
+            print(f"pocketlm: running on NumPy, which is slower: {reason}", file=sys.stderr)
+    from pocketlm.runtime.numpy_executor import NumpyExecutor
+
+    memory.require(path, *NumpyExecutor.memory(plan, tensors, n_ctx), n_ctx)
     return NumpyExecutor(plan, tensors, n_ctx, n_threads)

@@ -109,14 +109,18 @@ def _read_tensors(path: Path, entries: list[Any]) -> dict[str, Tensor]:
         raise FileError(weights, f"cannot be read ({error})", "an fp16 bin is the whole folder") from None
     data, tensors, end = np.frombuffer(mapping, np.uint8), {}, 0
     for entry in entries:
-        name, shape, offset = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "shape", "offset"))
-        sound = isinstance(name, str) and isinstance(shape, list) and 1 <= len(shape) <= 4
-        if not sound or any(type(size) is not int or not 1 <= size < 1 << 48 for size in shape) or name in tensors:
-            raise FileError(path / CONFIG, f"entry {len(tensors)} of its tensors is not sound", _BROKEN)
-        if type(offset) is not int or offset != end:
-            raise FileError(path / CONFIG, f"tensor {name[:80]!r} does not begin where the one before it ends, at {end}", _BROKEN)
-        end += 2 * math.prod(shape)
-        tensors[name] = Tensor(name, tuple(shape), FORMATS["F16"], data[offset:end], offset, path)
+        match entry:
+            case {"name": str(name), "shape": [_, *_] as shape, "offset": int(offset)} if (
+                len(shape) <= 4 and name not in tensors
+            ):
+                sound = all(type(size) is int and 1 <= size < 1 << 48 for size in shape) and offset == end
+            case _:
+                name, shape, sound = "", [], False
+        if not sound:
+            problem = f"entry {len(tensors)} of its tensors is not sound, or does not begin where the one before it ends"
+            raise FileError(path / CONFIG, problem, _BROKEN)
+        start, end = end, end + 2 * math.prod(shape)
+        tensors[name] = Tensor(name, tuple(shape), FORMATS["F16"], data[start:end], start, path)
     if end != len(data):
         raise FileError(weights, f"has {len(data)} bytes where its tensors take {end}", "copy the whole folder again")
     return tensors

@@ -7,7 +7,7 @@ shorter prompt (`make_room`) and goes on with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence, Set
 from dataclasses import dataclass
 from math import nan
 from numbers import Integral
@@ -61,7 +61,7 @@ def generate(
     make_room: Callable[[], Sequence[int] | None] | None = None,
     reuse_cache: bool = True,
     shift: bool = False,
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The answer to the prompt `ids`, token by token, the last record saying how it ended.
 
     `max_tokens` None: until the context is full. Text that may be the beginning of a `stop` string is held back until that

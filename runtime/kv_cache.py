@@ -12,18 +12,24 @@ from pocketlm.runtime.positions import rope_frequencies, rotate
 
 
 class KVCache:
-    """keys and values [n_layer, n_kv_head, n_ctx, head_dim]; the first `length` positions are filled."""
+    """keys and values, float32 [n_layer, n_kv_head, n_ctx, head_dim]; the first `length` positions are filled."""
 
-    def __init__(self, hyper: Hyper, n_ctx: int, dtype: type = np.float32, rope_factors: np.ndarray | None = None):
+    def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
         """Memory is reserved here and used as positions fill. `rope_factors` are those of `positions.rope_frequencies`."""
-        shape = (hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim)
-        self.hyper, self.n_ctx, self.length = hyper, n_ctx, 0
-        self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
-        self._rope_factors = rope_factors
+        self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
+        self.keys, self.values = (np.zeros((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2))
 
     @staticmethod
-    def bytes_for(hyper: Hyper, n_ctx: int, itemsize: int) -> int:
-        return 2 * hyper.n_layer * hyper.kv_width * n_ctx * itemsize
+    def bytes_for(hyper: Hyper, n_ctx: int) -> int:
+        return 2 * hyper.n_layer * hyper.kv_width * n_ctx * 4
+
+    def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
+        """A copy, float32 [n_kv_head, stop - start, head_dim]."""
+        return self.keys[layer, :, start:stop].copy()
+
+    def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
+        """Put keys, float32 [n_kv_head, n, head_dim], at `start`."""
+        self.keys[layer, :, start : start + keys.shape[1]] = keys
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""
@@ -35,19 +41,20 @@ class KVCache:
         False, and nothing changes, where positions are learned: they are mixed into the values and cannot be moved.
         ALiBi and models without positions need no turning: only distances count, and these stay.
         """
-        if self.hyper.position == "learned":
+        hyper = self.hyper
+        if hyper.position == "learned":
             return False
-        moved = self.length - stop
-        for store in (self.keys, self.values):
-            for layer in store:  # layer by layer, so that the copy NumPy makes of an overlapping move stays small
-                layer[:, start : start + moved] = layer[:, stop : self.length].copy()
-        if self.hyper.rope is not None and moved:
-            frequencies, _ = rope_frequencies(self.hyper.rope, self._rope_factors)
-            angles = (start - stop) * frequencies
+        cos = sin = np.zeros(0, np.float32)
+        if hyper.rope is not None:
+            angles = (start - stop) * rope_frequencies(hyper.rope, self._rope_factors)[0]
             cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-            for layer in self.keys:
-                turned = layer[:, start : start + moved].astype(np.float32)
-                rotate(turned, cos, sin, self.hyper.rope.pairs)
-                layer[:, start : start + moved] = turned
+        moved = self.length - stop
+        for layer in range(hyper.n_layer):
+            keys = self.read_keys(layer, stop, self.length)
+            if hyper.rope is not None:
+                rotate(keys, cos, sin, hyper.rope.pairs)
+            self.write_keys(layer, start, keys)
+            values = self.values[layer]
+            values[:, start : start + moved] = values[:, stop : self.length].copy()
         self.length -= stop - start
         return True

@@ -7,10 +7,13 @@ another program may take the memory a second later.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from pocketlm.errors import FileError
 
@@ -74,3 +77,20 @@ def _windows() -> int:
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]
         raise OSError("GlobalMemoryStatusEx")
     return status.free
+
+
+def release_pages(view: np.ndarray) -> None:
+    """Give back the memory of the file pages that `view` looks at; they are read again if they are needed again.
+
+    Does nothing for arrays that are not views of a mapping, nor where the system has no such request.
+    """
+    base = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        first = view.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+        start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others hold a neighbour's bytes
+        length = (first + view.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            base.madvise(mmap.MADV_DONTNEED, start, length)

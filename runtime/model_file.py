@@ -15,7 +15,8 @@ def open_model(path: str | Path) -> GGUF | Fp16Bin:
     if not path.is_dir():
         return open_gguf(path)
     if not is_fp16_bin(path):
-        raise FileError(path, "is a folder without config.json and weights.bin", "name the GGUF file, or convert a checkpoint with pocketlm export")
+        advice = "name the GGUF file, or convert a checkpoint with pocketlm export"
+        raise FileError(path, "is a folder without config.json and weights.bin", advice)
     return open_fp16_bin(path)
 
 

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.gguf import Tensor
+from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.memory import release_pages
 from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
 from pocketlm.runtime.threads import Team, set_blas_threads, share
+from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
 SMALL = 1 << 16  # multiplications below which waking the other threads costs more than it saves
@@ -45,14 +47,14 @@ class NumpyExecutor:
         factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
         self._rope = rope_table(plan.hyper.rope, n_ctx, factors) if plan.hyper.rope else None
         self._slopes = alibi_slopes(self.hyper.n_head, self.hyper.alibi_max_bias) if self.hyper.position == "alibi" else None
-        self.cache = KVCache(plan.hyper, n_ctx, np.float32, factors)
+        self.cache = KVCache(plan.hyper, n_ctx, factors)
 
     @staticmethod
-    def memory(plan: P.Plan, n_ctx: int) -> tuple[int, int, int]:
+    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes."""
         weights = 4 * sum(math.prod(shape) for shape in plan.weights.values())
         scores = plan.hyper.n_head * min(BLOCK, n_ctx) * n_ctx
-        return weights, KVCache.bytes_for(plan.hyper, n_ctx, 4), 4 * (2 * scores + BLOCK * sum(plan.buffers.values()))
+        return weights, KVCache.bytes_for(plan.hyper, n_ctx), 4 * (2 * scores + BLOCK * sum(plan.buffers.values()))
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back."""
@@ -65,17 +67,9 @@ class NumpyExecutor:
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
-        ids = np.asarray(ids, np.int64)
-        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.hyper.n_vocab:
-            raise PocketlmError(f"token ids must be a list of one or more ids from 0 to {self.hyper.n_vocab - 1}")
-        if self.cache.length + len(ids) > self.n_ctx:
-            raise PocketlmError(f"{self.cache.length + len(ids)} tokens do not fit into a context of {self.n_ctx}; use a larger --ctx")
+        ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
         parts = [self._block(ids[i : i + BLOCK], rows) for i in range(0, len(ids), BLOCK)]
         return np.concatenate(parts) if rows == "all" else parts[-1]
-
-    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Indices of the k largest of logits [n_vocab], in no order."""
-        return np.argpartition(logits, -k)[-k:] if k < len(logits) else np.arange(len(logits))
 
     def _block(self, ids: np.ndarray, rows: str) -> np.ndarray:
         set_blas_threads(1)  # its own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
@@ -168,7 +162,9 @@ class NumpyExecutor:
         out = np.empty((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), np.float32)
         start = 0
         for tensor in tensors:
+            check_finite(tensor)
             tensor.to_float32(out[start : start + tensor.shape[0]])
+            release_pages(tensor.data)
             start += tensor.shape[0]
         return out
 

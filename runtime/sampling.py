@@ -9,12 +9,14 @@ top-k, top-p, min-p, temperature, draw; top-p and min-p therefore look at the pr
 What makes it quick for a large vocabulary: the three filters all keep the likeliest few, so once the candidates are sorted
 each of them is only a question of how many of the first stay, and the vocabulary itself is never sorted. Top-k hands over k
 candidates; without it, min-p gives a threshold for the logits, and for top-p alone the likeliest few hundred are tried first.
-Measured (2.5 GHz x86-64, NumPy 2.4, 49,152 tokens): the log-probability 60 µs, the defaults 130 µs more, greedy 6 µs.
+Measured (2.5 GHz x86-64, NumPy 2.4, 49,152 tokens): greedy 6 µs, the defaults 105 µs, the log-probability 70 µs more.
 """
+
+from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -80,13 +82,19 @@ _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
 
 
 def make_sampler(
-    *, n_vocab: int, top_k_of: Callable[[np.ndarray, int], np.ndarray] | None = None, logprobs: bool = True, **options: Any
+    *,
+    n_vocab: int,
+    top_k_of: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    exempt: Set[int] = frozenset(),
+    logprobs: bool = True,
+    **options: Any,
 ) -> Sampler:
     """The sampler for `options`, the fields of SamplingOptions. Its draws depend on the seed and the logits alone.
 
-    `top_k_of(logits, k)` gives the ids of the k largest in any order, an executor's own or `top_k`. `logprobs=False` saves
-    a pass over the vocabulary for a caller that does not look at them. Raises UsageError for a bad option. The sampler
-    raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
+    `top_k_of(logits, k)` gives the ids of the k largest in any order: an executor's own, or `top_k`. The penalties leave
+    `exempt` ids alone: the end tokens, of which a chat's prompt is full, and an answer must be able to end. `logprobs=False`
+    saves a pass over the vocabulary for a caller that does not look at them. Raises UsageError for a bad option. The
+    sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
     """
     o = SamplingOptions(**options)
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
@@ -94,7 +102,7 @@ def make_sampler(
     if o.logit_bias:
         adjust.append(_bias(o.logit_bias, n_vocab))
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
-        adjust.append(_penalties(o))
+        adjust.append(_penalties(o, exempt))
     choose = _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, top_k_of or top_k)
 
     def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
@@ -150,11 +158,11 @@ def _bias(logit_bias: Mapping[int, float], n_vocab: int) -> Callable[[np.ndarray
     return step
 
 
-def _penalties(o: SamplingOptions) -> Callable[[np.ndarray, Sequence[int]], None]:
+def _penalties(o: SamplingOptions, exempt: Set[int]) -> Callable[[np.ndarray, Sequence[int]], None]:
     repeat, presence = np.float32(o.repeat_penalty), np.float32(o.presence_penalty)
 
     def step(logits: np.ndarray, ids: Sequence[int]) -> None:
-        recent = np.array(ids[-o.repeat_last_n :], np.intp)
+        recent = np.array([id for id in ids[-o.repeat_last_n :] if id not in exempt], np.intp)
         x = logits[recent]
         logits[recent] = np.where(x > 0, x / repeat, x * repeat) - presence  # an id that is there twice gets the same twice
         if o.frequency_penalty:
@@ -171,7 +179,7 @@ def _greedy(logits: np.ndarray, likeliest: int) -> int:
 
 
 def _draw(
-    o: SamplingOptions, weights: "_Weights", top_k_of: Callable[[np.ndarray, int], np.ndarray]
+    o: SamplingOptions, weights: _Weights, top_k_of: Callable[[np.ndarray, int], np.ndarray]
 ) -> Callable[[np.ndarray, int], int]:
     uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
     filters: list[Callable[[np.ndarray, float], int]] = []

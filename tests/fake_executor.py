@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+Choice = Callable[[list[int]], int]
+
 
 def mixed(ids: list[int]) -> int:
     """A number that depends on every id and its place."""
@@ -35,7 +37,7 @@ class FakeCache:
 class FakeExecutor:
     """`choose(ids in the cache)` is the id whose logit is highest; `before(ids)` is called in the middle of a step."""
 
-    def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Callable[[list[int]], int] = mixed):
+    def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Choice = mixed):
         self.n_ctx, self.choose, self.hyper = n_ctx, choose, SimpleNamespace(n_vocab=n_vocab)
         self.cache = FakeCache(learned)
         self.fed: list[int] = []  # how many ids each call got

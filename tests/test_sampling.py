@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime import sampling
 from pocketlm.runtime.sampling import SamplingOptions, make_sampler, top_k
@@ -182,6 +183,13 @@ def test_penalties_are_those_of_ctrl_and_of_openai():
     assert choice([], logit_bias={0: -math.inf, 4: -math.inf}) == 2
 
 
+def test_exempt_ids_are_not_penalised():
+    logits = np.array([2.0, 1.9], np.float32)
+    penalties = {**OFF, "temperature": 0, "repeat_penalty": 1.5, "presence_penalty": 1, "frequency_penalty": 1}
+    assert make_sampler(n_vocab=2, **penalties)(logits, [0, 0])[0] == 1
+    assert make_sampler(n_vocab=2, exempt={0}, **penalties)(logits, [0, 0])[0] == 0
+
+
 def test_filters_look_at_the_probabilities_before_the_temperature():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     for filters, kept in (({"top_p": 0.75}, {0, 1}), ({"min_p": 0.2}, {0, 1, 2}), ({"top_k": 3, "top_p": 0.9}, {0, 1, 2})):
@@ -235,7 +243,7 @@ def test_a_banned_token_is_never_drawn(monkeypatch, u):
             logits = np.full(200, -np.inf, np.float32)
             allowed = rng.sample(range(200), rng.randint(1, 30))
             logits[allowed] = [rng.gauss(0, 5) for _ in allowed]
-            banned = {i: -math.inf for i in allowed[1::2]}
+            banned = dict.fromkeys(allowed[1::2], -math.inf)
             id, _ = make_sampler(n_vocab=200, logit_bias=banned, **options)(logits, [])
             assert id in set(allowed) - set(banned)
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
+
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.session import BLOCK, MIN_SHIFT, Session, _longest_match
 

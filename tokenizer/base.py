@@ -23,6 +23,9 @@ END_OF_TURN = (
     "<|end_of_text|>", "<end_of_turn>", "<|eot|>", "<|return|>",
 )  # fmt: skip
 
+# Unicode's White_Space; Python's own `strip` also takes U+001C to U+001F
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -169,13 +172,13 @@ class Tokenizer:
                 continue
             piece = text[end:start]
             if token_id in vocabulary.strip_left:
-                piece = piece.rstrip()
+                piece = piece.rstrip(_WHITE_SPACE)
             if piece:
                 ids += self._encode_text(piece, end == 0)
             ids.append(token_id)
             end = stop
             if token_id in vocabulary.strip_right:
-                end = len(text) - len(text[stop:].lstrip())
+                end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
         if end < len(text):
             ids += self._encode_text(text[end:] if end else text, end == 0)
         return ids

@@ -7,11 +7,15 @@ Comes in: a vocabulary in the byte-level letters of GPT-2, a merge table, the na
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
-from pocketlm.tokenizer.merge import MergeTable, merge
+from pocketlm.tokenizer.merge import LONG, MergeTable, look_up, merge
 from pocketlm.tokenizer.normalize import NormalForm
 from pocketlm.tokenizer.pretokenize import splitter
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
@@ -82,9 +86,13 @@ class ByteBPE(Tokenizer):
         # a marker's text is reached by `special=True` only
         return None if found is None or self.vocabulary.types[found] in (CONTROL, UNKNOWN, USER_DEFINED) else [found]
 
-    def _symbols(self, data: bytes) -> Sequence[int]:
+    def _symbols(self, data: bytes) -> "Sequence[int] | np.ndarray":
         byte_ids = self._byte_ids
         if None not in byte_ids and self.unk_id not in byte_ids:
+            if len(data) >= LONG:
+                import numpy as np
+
+                return look_up(np.array(byte_ids, dtype=np.int32), np.frombuffer(data, dtype=np.uint8))
             return [byte_ids[byte] for byte in data]  # type: ignore[misc]
         symbols: list[int] = []
         for symbol in map(byte_ids.__getitem__, data):

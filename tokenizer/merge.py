@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
-_LONG = 4096  # symbols from which merging a whole run of equal pairs at once in NumPy is tried
+LONG = 4096  # symbols from which merging all occurrences of a pair at once in NumPy is tried
+_FEW = 64  # different symbols up to which it is
+_ROUNDS = 32  # times the length of the text that it may cost in all, which is less than what the heap takes
 _PAIRS_KEPT = 1 << 20
 
 
@@ -100,14 +102,14 @@ def concatenation_table(
     return MergeTable(stride, resolve, ties)
 
 
-def merge(symbols: Sequence[int], table: MergeTable) -> list[int]:
+def merge(symbols: "Sequence[int] | np.ndarray", table: MergeTable) -> list[int]:
     """All merges done. n symbols cost n log n."""
     if len(symbols) <= _SHORT and not table.ties:
         return _merge_short(list(symbols), table)
-    if len(symbols) >= _LONG:
+    if len(symbols) >= LONG:
         symbols, finished = _merge_runs(symbols, table)
         if finished:
-            return list(symbols)
+            return symbols
     return _merge_heap(array("q", symbols), table)
 
 
@@ -166,70 +168,85 @@ def _merge_heap(symbols: "array[int]", table: MergeTable) -> list[int]:
     return [symbol for symbol in symbols if symbol >= 0]
 
 
-def _merge_runs(symbols: Sequence[int], table: MergeTable) -> "tuple[Sequence[int], bool]":
-    """Merge all occurrences of the best pair at once, while that shortens a long sequence by 1/32 or more.
+def _merge_runs(symbols: "Sequence[int] | np.ndarray", table: MergeTable) -> tuple[list[int], bool]:
+    """Merge all occurrences of the best pair at once, for texts of few different symbols (a run of one character).
 
     The same result as one merge after the other as long as no merge makes a pair that should have gone before it,
     which is checked; the heap takes over from whatever state this leaves. Returns the symbols and whether all is done.
-    Symbols are numbered locally in 8 bits, so ten million of them take little memory.
+    Symbols are numbered locally in 8 bits, and nothing wider is as long as the text, so that ten million are no burden.
     """
     import numpy as np
 
-    given = np.asarray(symbols, dtype=np.int64)
+    given = np.asarray(symbols, dtype=np.int32)
     used = np.zeros(int(given.max()) + 1, dtype=bool)
-    used[given] = True
+    for block in _blocks(given):
+        used[block] = True
     alphabet: list[int] = np.flatnonzero(used).tolist()
-    if len(alphabet) > 64:
+    if len(alphabet) > _FEW:
         return given.tolist(), False
     number = np.zeros(len(used), dtype=np.uint8)
     number[alphabet] = np.arange(len(alphabet), dtype=np.uint8)
-    local = number[given]
-    del given, used, number
+    local = look_up(number, given)
+    del given, symbols
     values = np.full(65536, NO_MERGE, dtype=np.int64)  # of the pair `left << 8 | right` of local numbers
     stride = table.stride
     for a, left in enumerate(alphabet):
         for b, right in enumerate(alphabet):
             values[a << 8 | b] = table[left * stride + right]
     finished = False
-    while len(local) > 1:
+    budget = _ROUNDS * len(local)  # each round looks at every symbol
+    while len(local) > 1 and (budget := budget - len(local)) >= 0:
         pairs = (local[:-1].astype(np.uint16) << 8) | local[1:]
-        present = np.flatnonzero(_count(pairs))
+        present = np.flatnonzero(sum(np.bincount(block, minlength=65536) for block in _blocks(pairs)))
         best = int(present[np.argmin(values[present])])
         value = int(values[best])
-        rank, merged = value >> 32, value & _LOW
         if value == NO_MERGE:
             finished = True
             break
-        where = np.flatnonzero(pairs == best)
-        del pairs
-        if len(where) * 32 < len(local) or np.count_nonzero(values[present] >> 32 == rank) > 1:
+        if np.count_nonzero(values[present] >> 32 == value >> 32) > 1:
             break
+        merged = value & _LOW
         if merged not in alphabet:
             if len(alphabet) == 256:
                 break
             alphabet.append(merged)
+            new = len(alphabet) - 1
             for b, other in enumerate(alphabet):
-                values[(len(alphabet) - 1) << 8 | b] = table[merged * stride + other]
-                values[b << 8 | (len(alphabet) - 1)] = table[other * stride + merged]
+                values[new << 8 | b] = table[merged * stride + other]
+                values[b << 8 | new] = table[other * stride + merged]
         new = alphabet.index(merged)
-        if min(values[new << 8 : (new + 1) << 8].min(), values[new::256].min()) >> 32 <= rank:
+        if min(values[new << 8 : (new + 1) << 8].min(), values[new::256].min()) >> 32 <= value >> 32:
             break
-        if best >> 8 == best & 255:  # aaaa: every other one of a run
-            start = np.where(np.diff(where, prepend=-2) != 1, where, 0)
-            np.maximum.accumulate(start, out=start)
-            where = where[(where - start) & 1 == 0]
-        local[where] = new
+        hit = pairs == best
+        if best >> 8 == best & 255:
+            hit &= _every_other(hit)
+        local[:-1][hit] = new
         keep = np.ones(len(local), dtype=bool)
-        keep[where + 1] = False
+        np.logical_not(hit, out=keep[1:])
         local = local[keep]
-    return np.asarray(alphabet, dtype=np.int64)[local].tolist(), finished or len(local) < 2
+    return [*map(alphabet.__getitem__, local.tobytes())], finished or len(local) == 1
 
 
-def _count(pairs: "np.ndarray") -> "np.ndarray":
-    """How often each of the 65536 values occurs; in blocks, because `bincount` widens what it is given to 64 bits."""
+def _every_other(hit: "np.ndarray") -> "np.ndarray":
+    """True at the first, third, fifth … place of each run of True: of aaaa, the pairs that can be merged at once."""
     import numpy as np
 
-    total = np.zeros(65536, dtype=np.int64)
-    for start in range(0, len(pairs), 1 << 20):
-        total += np.bincount(pairs[start : start + (1 << 20)], minlength=65536)
-    return total
+    first = hit.copy()
+    first[1:] &= ~hit[:-1]
+    starts = np.flatnonzero(first)
+    odd = np.zeros(len(hit), dtype=np.uint8)
+    odd[starts] = np.diff(starts & 1, prepend=0) & 1
+    np.bitwise_xor.accumulate(odd, out=odd)  # whether the run begins at an odd place
+    odd[1::2] ^= 1
+    return odd == 0
+
+
+def look_up(table: "np.ndarray", indices: "np.ndarray") -> "np.ndarray":
+    """`table[indices]`, without NumPy's copy of all indices in 64 bits."""
+    import numpy as np
+
+    return np.concatenate([table[block] for block in _blocks(indices)])
+
+
+def _blocks(values: "np.ndarray") -> "list[np.ndarray]":
+    return [values[start : start + (1 << 18)] for start in range(0, len(values), 1 << 18)]

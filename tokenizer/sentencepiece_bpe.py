@@ -9,12 +9,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Markers, Tokenizer, Vocabulary
-from pocketlm.tokenizer.merge import NO_MERGE, MergeTable, concatenation_table, merge, rank_table
+from pocketlm.tokenizer.merge import LONG, NO_MERGE, MergeTable, concatenation_table, look_up, merge, rank_table
 from pocketlm.tokenizer.normalize import NormalForm, Rules
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPACE = "▁"
 UNKNOWN_TEXT = " ⁇ "  # what the SentencePiece library decodes an unknown token to
@@ -145,7 +148,7 @@ class SentencePieceBPE(Tokenizer):
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        symbols = merge(list(map(self._symbols.__getitem__, word)), self._table)
+        symbols = merge(self._symbols_of(word), self._table)
         if self._has_unused:
             symbols = self._without_unused(symbols)
         if symbols and max(symbols) >= self.n_vocab:
@@ -155,6 +158,17 @@ class SentencePieceBPE(Tokenizer):
                 self._words.clear()
             self._words[word] = symbols
         return symbols
+
+    def _symbols_of(self, text: str) -> "Sequence[int] | np.ndarray":
+        if len(text) < LONG:
+            return list(map(self._symbols.__getitem__, text))
+        import numpy as np
+
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        table = np.zeros(int(codes.max()) + 1, dtype=np.int32)
+        for character in set(text):
+            table[ord(character)] = self._symbols[character]
+        return look_up(table, codes)
 
     def _without_unused(self, symbols: list[int]) -> list[int]:
         """Unused pieces taken apart again into the two they were merged from."""
@@ -172,7 +186,7 @@ class SentencePieceBPE(Tokenizer):
                 return NO_MERGE if value & 0xFFFFFFFF == whole else value
 
             parts = MergeTable(table.stride, resolve, table.ties)
-            waiting += merge(list(map(self._symbols.__getitem__, tokens[symbol])), parts)[::-1]
+            waiting += merge(self._symbols_of(tokens[symbol]), parts)[::-1]
         return ids
 
     def _without_unknown(self, symbols: list[int]) -> list[int]:

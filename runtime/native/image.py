@@ -38,6 +38,7 @@ _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 _RELA = struct.Struct("<QQq")
+_ET_REL = 1
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 _SHT_PROGBITS, _SHT_SYMTAB, _SHT_RELA, _SHT_NOBITS = 1, 2, 4, 8
 _SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR, _SHF_TLS = 1, 2, 4, 0x400
@@ -66,9 +67,11 @@ class _Object:
     """One object file, taken apart: its machine, sections and symbols, and where each loaded section goes in the image."""
 
     def __init__(self, data: bytes):
-        ident, kind, machine, _, _, _, shoff, _, _, _, _, shentsize, shnum, shstrndx = _HEADER.unpack_from(data)
-        if ident[:6] != b"\x7fELF\x02\x01" or kind != 1 or machine not in _MACHINES or shentsize != _SECTION.size:
-            raise ImageError("cannot link: expected relocatable ELF64 objects, little-endian, for x86-64 or aarch64")
+        if data[:6] != b"\x7fELF\x02\x01":
+            raise ImageError("cannot link what is not an object file (ELF64, little-endian)")
+        _, kind, machine, _, _, _, shoff, _, _, _, _, shentsize, shnum, shstrndx = _HEADER.unpack_from(data)
+        if kind != _ET_REL or machine not in _MACHINES or shentsize != _SECTION.size:
+            raise ImageError("cannot link an object file that is not relocatable, or for a machine other than x86-64 and aarch64")
         self.machine = _MACHINES[machine]
         headers = [_SECTION.unpack_from(data, shoff + i * shentsize) for i in range(shnum)]
         contents = [b"" if h[1] == _SHT_NOBITS else data[h[4] : h[4] + h[5]] for h in headers]

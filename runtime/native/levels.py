@@ -108,11 +108,14 @@ def cpu_flags(machine: str) -> frozenset[str]:
     return _cpuid_flags() if machine == "x86_64" else _arm_flags()
 
 
+_CPUINFO = "/proc/cpuinfo"
+
+
 def _linux_flags(machine: str) -> frozenset[str]:
     """Flags that every core has: cores may differ (big.LITTLE). Empty if the file is unreadable."""
     key = "flags" if machine == "x86_64" else "Features"
     try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        with open(_CPUINFO, encoding="utf-8", errors="replace") as file:
             lines = [line.partition(":") for line in file]
     except OSError:
         return frozenset()

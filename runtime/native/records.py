@@ -36,7 +36,8 @@ OPERATION = np.dtype([
 # what all operations share; the fields that threads write stand on cache lines of their own
 RUN = np.dtype([
     ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
-    ("arrived", "i8"), ("pad1", "i8", 7),     # threads that have reached a barrier of this run
+    ("arrived", "i8"), ("pad1", "i8", 7),     # threads that have reached a barrier of this run, for every other run
+    ("arrived2", "i8"), ("pad2", "i8", 7),    # the same for the runs between
     ("n_threads", "i8"),
     ("give_way", "i8"),                       # address of sched_yield
     ("workers", "i8"),                        # WORKER records, one a thread

@@ -1,0 +1,135 @@
+"""`pocketlm export`: its arguments, and what it prints. Progress goes to a terminal's stderr, the receipt to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocketlm.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from pocketlm.export.canonical import CanonicalModel
+
+HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file or an Ollama model."
+BAR = 24  # characters of the progress bar
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `pocketlm export`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or .npz file, a folder of one, or a GGUF")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="a .gguf or .onnx file; any other name makes a folder (fp16 bin)"
+    )
+    parser.add_argument("--to", metavar="KIND", help="gguf, fp16, onnx or ollama; default: what OUT's ending says")
+    parser.add_argument(
+        "--quant", metavar="FORMAT",
+        help="GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pure", action="store_true", help="the output matrix in the same format as the others, not a better one"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="what the checkpoint does not say, as n_head=12; may be given again",
+    )
+    parser.add_argument("--map", metavar="FILE", help="a TOML file with the names of a code base that is not recognised")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint",
+    )
+    parser.add_argument("--lora", metavar="DIR", help="a LoRA in PEFT's layout, merged before the export")
+    parser.add_argument("--name", metavar="NAME", help="what the model calls itself; default: the checkpoint's own name")
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja file that becomes the model's chat template")
+    parser.add_argument(
+        "--verify", nargs="?", const="", metavar="FILE", help="run the result and the float32 weights over a text and compare"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export, print the receipt; the exit status. Raises PocketlmError for everything that goes wrong."""
+    from pocketlm.export.export import container_for, export
+
+    source, out = Path(arguments.checkpoint), Path(arguments.output)
+    container = container_for(out, arguments.to)
+    text = read_text(arguments.verify) if arguments.verify else None
+    model = _read(arguments, source)
+    with Progress(sum(math.prod(tensor.shape) for tensor in model.tensors.values())) as progress:
+        receipt = export(
+            model, source, out, container=container, quant=arguments.quant, pure=arguments.pure, progress=progress.step
+        )
+    print(*receipt.lines(), sep="\n")
+    if arguments.verify is not None:
+        from pocketlm.export.verify import verify
+
+        print(verify(model, out, text).line())
+    return 0
+
+
+def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
+    """The model with all that the command line adds to it."""
+    from dataclasses import replace
+
+    from pocketlm.export.dialects import read_canonical
+    from pocketlm.export.from_model_file import is_model_file
+
+    given = [flag for flag in ("set", "map", "tokenizer") if getattr(arguments, flag)]
+    if given and is_model_file(source):
+        raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
+    model = read_canonical(
+        source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer
+    )
+    if arguments.lora:
+        from pocketlm.export.lora import merge
+
+        model = merge(model, Path(arguments.lora))
+    own = {"general.name": arguments.name} if arguments.name else {}
+    if arguments.chat_template:
+        own["tokenizer.chat_template"] = read_text(arguments.chat_template)
+    return replace(model, metadata={**model.metadata, **own})
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError(f"--set {pair}: expected a name and a value, as --set n_head=12")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def read_text(path: str) -> str:
+    """The UTF-8 text of a file."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
+
+
+class Progress:
+    """A bar on a terminal's stderr; nothing where stderr is not one."""
+
+    def __init__(self, n_weights: int):
+        self._total, self._done, self._shown, self._terminal = max(n_weights, 1), 0, "", sys.stderr.isatty()
+
+    def step(self, name: str, n_weights: int) -> None:
+        """`n_weights` more are done, of the tensor `name`."""
+        self._done += n_weights
+        share = min(self._done / self._total, 1.0)
+        line = f"{'#' * int(BAR * share):<{BAR}} {share:4.0%} {name[:40]:<40}"
+        if self._terminal and line != self._shown:
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            self._shown = line
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            print(f"\r{'':<{len(self._shown)}}\r", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,221 @@
+"""The job: a model in, one sound file (or folder) out, and a receipt that tells what it cost.
+
+In: a `CanonicalModel`, a path, a container and a format. Everything is written beside the target, read back, compared,
+and only then given its name. Knows no dialects, and no command line.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.export.atomic import replacing_file, replacing_folder
+from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.encode import Encoded, Encoder, Progress
+from pocketlm.export.fp16_bin import write_fp16_bin
+from pocketlm.export.gguf_writer import write_gguf
+from pocketlm.export.metadata import file_metadata, stock_notes
+from pocketlm.export.rules import QUANTS, by_shape, head_name
+from pocketlm.runtime.fp16_bin import CONFIG, VOCAB, WEIGHTS
+from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.model_file import open_model, size_of
+from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.threads import default_threads
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was written. `weight_bytes` is without the vocabulary and other keys."""
+
+    out: Path
+    source_kind: str
+    tensors: list[Encoded]
+    weight_bytes: int
+    file_bytes: int
+    notes: list[str]
+    added: frozenset[str] = frozenset()  # tensors of zeros that the checkpoint had not
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors if tensor.name not in self.added)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.weight_bytes / self.n_parameters
+
+    @property
+    def worst(self) -> Encoded:
+        """The tensor with the largest quantisation error."""
+        return max(self.tensors, key=lambda tensor: tensor.error)
+
+    def lines(self) -> list[str]:
+        """The receipt for a person."""
+        formats = Counter(tensor.format.name for tensor in self.tensors).most_common()
+        lines = [
+            f"{self.out}: {self.n_parameters:,} parameters ({self.source_kind}), {self.file_bytes / 1e6:.1f} MB, "
+            f"{self.bits_per_weight:.2f} bits per weight ({', '.join(f'{name} x{count}' for name, count in formats)})"
+        ]
+        fall_backs: dict[tuple[str, str], Counter[str]] = {}
+        for tensor in self.tensors:
+            if tensor.reason:
+                name = re.sub(r"^blk\.\d+\.", "blk.*.", tensor.name)
+                fall_backs.setdefault((tensor.format.name, tensor.reason), Counter())[name] += 1
+        for (name, reason), tensors in fall_backs.items():
+            lines.append(f"in {name}: {', '.join(f'{t} x{n}' if n > 1 else t for t, n in tensors.items())}; {reason}")
+        if self.worst.error:
+            lines.append(f"largest quantisation error: {self.worst.error:.3%} (relative RMSE) in {self.worst.name}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every container needs to be written."""
+
+    model: CanonicalModel
+    source: object
+    out: Path
+    quant: str
+    pure: bool
+    encoder: Encoder
+
+    def metadata(self, file_type: int | None) -> dict[str, Any]:
+        """The file's keys, proven to give back the model's hyper-parameters."""
+        metadata = file_metadata(self.model, self.out, file_type)
+        if read_hyper(metadata, self.model.hyper.n_vocab, self.out) != self.model.hyper:
+            raise PocketlmError(f"{self.source}: its hyper-parameters cannot be written down: {self.model.hyper}")
+        return metadata
+
+    def n_bytes(self, formats: str) -> int:
+        """About how many bytes the weights will take."""
+        row, head = QUANTS[formats], head_name(self.model.tensors)
+        shapes = [(name, tensor.shape) for name, tensor in self.model.tensors.items()]
+        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure)[0]) for name, shape in shapes]
+        return sum(count // format.block_size * format.block_bytes for count, format in pairs)
+
+
+def _gguf(job: _Job) -> tuple[list[Encoded], list[str]]:
+    with replacing_file(job.out, job.n_bytes(job.quant)) as part:
+        return _write_gguf(job, part)
+
+
+def _write_gguf(job: _Job, path: Path) -> tuple[list[Encoded], list[str]]:
+    metadata = job.metadata(QUANTS[job.quant].file_type)
+    with open(path, "wb") as file:
+        done = write_gguf(file, metadata, job.model, job.quant, job.pure, job.encoder)
+    _check(path, metadata, done)
+    return done, stock_notes(job.model.hyper, metadata, job.out)
+
+
+def _fp16(job: _Job) -> tuple[list[Encoded], list[str]]:
+    metadata = job.metadata(None)
+    with replacing_folder(job.out, (CONFIG, VOCAB, WEIGHTS), job.n_bytes("f16")) as part:
+        part.mkdir()
+        done = write_fp16_bin(part, metadata, job.model, job.source, job.encoder)
+        _check(part, metadata, done)
+    return done, []
+
+
+def _onnx(job: _Job) -> tuple[list[Encoded], list[str]]:
+    try:
+        from pocketlm.export.onnx_file import SHARES, write_onnx
+    except ImportError:
+        raise PocketlmError("writing ONNX needs the package onnx; get it with: pip install 'pocketlm[export]'") from None
+    stem = f"{job.out.name}_data_"
+    with replacing_file(job.out, int(job.n_bytes("f32") * SHARES[job.quant])) as part:
+        done, data = write_onnx(part, stem, job.metadata(None), job.model, job.quant, job.encoder)
+    for old in job.out.parent.glob(escape(stem) + "[0-9a-f]" * 8):  # the data of the model that was here before
+        if old != data:
+            old.unlink()
+    return done, [f"its weights are in {data.name}, which must stay beside it"] if data else []
+
+
+def _ollama(job: _Job) -> tuple[list[Encoded], list[str]]:
+    from pocketlm.export.ollama import modelfile
+
+    names = ("model.gguf", "Modelfile")
+    text, notes = modelfile(names[0], job.metadata(QUANTS[job.quant].file_type), job.model.hyper, job.out)
+    with replacing_folder(job.out, names, job.n_bytes(job.quant)) as part:
+        part.mkdir()
+        done, more = _write_gguf(job, part / names[0])
+        (part / names[1]).write_text(text, encoding="utf-8")
+    return done, [*notes, *more, f"run: ollama create {job.out.name} -f {job.out}/Modelfile"]
+
+
+class Container(NamedTuple):
+    """What `--to` may ask for: how it is written, its formats, the first of which is the default."""
+
+    write: Callable[[_Job], tuple[list[Encoded], list[str]]]
+    quants: tuple[str, ...]
+
+
+_GGUF_QUANTS = ("f16", *(name for name in QUANTS if name != "f16"))
+CONTAINERS = {
+    "gguf": Container(_gguf, _GGUF_QUANTS),
+    "fp16": Container(_fp16, ("f16",)),
+    "onnx": Container(_onnx, ("f32", "f16", "int8")),
+    "ollama": Container(_ollama, _GGUF_QUANTS),
+}
+ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
+
+
+def container_for(out: Path, asked: str | None) -> str:
+    """The container that `--to` names, or the one that the output's name asks for. Raises UsageError."""
+    by_name = ENDINGS.get(out.suffix.lower())
+    if asked is not None and asked not in CONTAINERS:
+        raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}")
+    if asked in ("fp16", "ollama") and by_name:
+        raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")
+    return asked or by_name or "fp16"
+
+
+def export(
+    model: CanonicalModel, source: object, out: Path, *, container: str = "gguf", quant: str | None = None, pure: bool = False,
+    progress: Progress | None = None, n_threads: int | None = None,
+) -> Receipt:  # fmt: skip
+    """Write `model` to `out`, which appears whole or not at all. `source`: the checkpoint's path, for error messages.
+
+    `container`: a row of CONTAINERS. `quant`: one of its formats. `pure`: every matrix in that format, the head too.
+    Raises UsageError for a format that the container does not have, FileError for everything that is wrong with the
+    model or the disk.
+    """
+    row = CONTAINERS[container]
+    quant = (quant or row.quants[0]).lower()
+    if quant not in row.quants:
+        raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}")
+    make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
+    with Encoder(source, n_threads or default_threads(), progress) as encoder:
+        done, notes = row.write(_Job(model, source, out, quant, pure, encoder))
+    file_bytes = size_of(out)
+    weight_bytes = file_bytes if container == "onnx" else sum(tensor.n_bytes for tensor in done)
+    return Receipt(out, model.dialect, done, weight_bytes, file_bytes, [*model.notes, *notes], model.added)
+
+
+def _check(path: Path, metadata: Mapping[str, Any], done: list[Encoded]) -> None:
+    """Read the file back, as pocketlm.load will, and compare it with what was to be written. Raises FileError."""
+    with open_model(path) as opened:
+        keys = {key: opened.metadata[key] for key in opened.metadata}
+        wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]
+        wrong += [t.name for t in done if t.name not in opened.tensors] or [
+            t.name
+            for t in done
+            if (found := opened.tensors[t.name]).shape != t.shape or found.format != t.format or zlib.crc32(found.data) != t.crc
+        ]
+    if wrong:
+        raise FileError(path, f"{wrong[0]} is not what was written", "the disk may be failing; the old file is unchanged")
+
+
+def _same(read: Any, written: Any) -> bool:
+    a, b = np.asarray(read), np.asarray(written)
+    if b.dtype.kind == "f":  # numbers with a fraction are kept in 32 bits
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    return bool(np.array_equal(a, b))

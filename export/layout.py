@@ -1,0 +1,349 @@
+"""Arranges recognised tensors as an architecture wants them: fuses, splits, permutes, fills in, and checks that all fit.
+
+In: tensors by role (dialects.py), the configuration's answers, what the dialect's code fixes. Out: a `CanonicalModel`
+without a tokenizer. Nothing is read but where a value decides (is the output matrix the token table?).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.export.arrays import LazyTensor, quoted
+from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.model_config import ModelConfig
+from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.positions import alibi_slopes
+
+Tensors = dict[str, CanonicalTensor]
+
+# ── tensors made of tensors ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
+    return CanonicalTensor((stop - start, *tensor.shape[1:]), lambda: np.ascontiguousarray(tensor.read()[start:stop]))
+
+
+def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
+
+
+def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
+    return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
+
+
+def reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
+    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
+
+
+def constant(values: np.ndarray) -> CanonicalTensor:
+    return CanonicalTensor(values.shape, values.copy)
+
+
+def interleaving(n_heads: int, head_dim: int, n_dims: int) -> np.ndarray:
+    """Row numbers that bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side."""
+    pairs = np.arange(n_dims).reshape(2, -1).T.ravel()
+    head = np.concatenate([pairs, np.arange(n_dims, head_dim)])
+    return (np.arange(n_heads)[:, None] * head_dim + head).ravel()
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arrange(
+    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str, Any],
+    dialect: str, conv1d: bool,
+) -> CanonicalModel:  # fmt: skip
+    """The model whose tensors have the roles `found`. `fixed`: settings that the dialect's code never changes.
+
+    Raises FileError that lists every missing or misshapen tensor, or asks for what nothing tells.
+    """
+    notes: list[str] = []
+    tensors = {role: CanonicalTensor(tensor.shape, tensor.read) for role, tensor in found.items()}
+    if conv1d:
+        tensors = {role: transposed(t) if role.startswith("blk.") and len(t.shape) == 2 else t for role, t in tensors.items()}
+    for name in ("token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight"):
+        if name not in tensors:
+            raise FileError(path, f"no tensor has the role of {name}", "name the tensors in a file for --map")
+    if len(tensors["token_embd.weight"].shape) != 2:
+        raise FileError(path, "the token table is no matrix", "name the right one in a file for --map")
+    n_layer = 1 + max(int(role.split(".")[1]) for role in tensors if role.startswith("blk."))
+    n_vocab, n_embd = tensors["token_embd.weight"].shape
+    _drop_leading_ones(tensors)
+    n_heads_found = _join_heads(tensors, path)
+    _name_feed_forward(tensors, n_embd)
+    _tie(tensors, found, config, notes)
+    gated = "blk.0.ffn_gate.weight" in tensors
+    n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
+    position = _position(tensors, buffers, config, fixed)
+    options: dict[str, Any] = {
+        "norm": _norm(tensors, config, fixed, gated),
+        "position": position,
+        "activation": config.need("activation", fixed.get("activation", "silu" if gated else None)),
+        "gated": gated,
+    }
+    n_ctx = _context(tensors, buffers, config, position)
+    eps = config.need("norm_eps", fixed.get("norm_eps"))
+    keys: dict[str, Any] = {
+        "context_length": n_ctx, "embedding_length": n_embd, "block_count": n_layer, "attention.head_count": n_head,
+        "attention.head_count_kv": n_kv_head, "attention.key_length": head_dim,
+        "feed_forward_length": _n_ff(tensors, path),
+        f"attention.layer_norm_{'rms_' if options['norm'] == 'rms' else ''}epsilon": eps,
+    }  # fmt: skip
+    if position == "rope":
+        n_dims = int(head_dim * config.get("rope_part", 1.0))
+        options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
+        theta = config.need(
+            "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
+        )
+        scaling, factors = config.rope_scaling(theta, n_dims)
+        keys |= {
+            "rope.dimension_count": n_dims,
+            "rope.freq_base": theta,
+            **{f"rope.scaling.{k}": v for k, v in scaling.items()},
+        }
+        if factors is not None:
+            tensors["rope_freqs.weight"] = constant(factors)
+    if position == "alibi":
+        keys["attention.max_alibi_bias"] = _max_bias(buffers, config, n_head, path)
+    config.ask()
+    config.check_supported(n_ctx)
+    architecture = _architecture(options, keys, tensors)
+    added: frozenset[str] = frozenset()
+    if architecture == "gpt2":
+        _fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+        added = _fill_biases(tensors, n_layer)
+    else:
+        _split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+    if architecture == "llama" and options["rope_pairs"] == "half":
+        _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
+        options["rope_pairs"] = "interleaved"
+    metadata = {f"pocketlm.{name}": value for name, value in options.items()} | {
+        f"{architecture}.{k}": v for k, v in keys.items()
+    }
+    hyper = read_hyper({"general.architecture": architecture, **metadata}, n_vocab, path)
+    make_plan(hyper, {name: tensor.shape for name, tensor in tensors.items()}, path)
+    return CanonicalModel(hyper, _in_order(tensors), {}, dialect, notes, added=added)
+
+
+def _layer_tensors(tensors: Tensors, expression: str) -> list[str]:
+    return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.{expression}", role)]
+
+
+def _drop_leading_ones(tensors: Tensors) -> None:
+    """Position tables are often kept as (1, n_ctx, n_embd)."""
+    table = tensors.get("position_embd.weight")
+    if table is not None and len(table.shape) == 3 and table.shape[0] == 1:
+        tensors["position_embd.weight"] = CanonicalTensor(table.shape[1:], lambda: table.read()[0])
+
+
+def _join_heads(tensors: Tensors, path: Path) -> int | None:
+    """Stack heads that are modules of their own; how many query heads there were."""
+    groups: dict[str, dict[int, CanonicalTensor]] = {}
+    for role in [role for role in tensors if "#" in role]:
+        name, _, head = role.partition("#")
+        groups.setdefault(name, {})[int(head)] = tensors.pop(role)
+    for name, parts in groups.items():
+        if sorted(parts) != list(range(len(parts))) or len({part.shape for part in parts.values()}) != 1 or name in tensors:
+            raise FileError(path, f"the heads of {name} do not fit together", "the checkpoint is not complete")
+        tensors[name] = stacked([parts[i] for i in range(len(parts))])
+    return len(groups["blk.0.attn_q.weight"]) if "blk.0.attn_q.weight" in groups else None
+
+
+def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
+    """What numbered matrices are: of two, up and down; of three, the one of n_embd rows is down and the first is the gate."""
+    for role in _layer_tensors(tensors, "ffn_gate_up.(weight|bias)"):
+        both, half = tensors.pop(role), 0
+        half = both.shape[0] // 2
+        tensors[role.replace("gate_up", "gate")] = rows(both, 0, half)
+        tensors[role.replace("gate_up", "up")] = rows(both, half, both.shape[0])
+    if not (numbered := _layer_tensors(tensors, r"ffn_[123]\.(weight|bias)")):
+        return
+    second = tensors.get("blk.0.ffn_2.weight")
+    names = {"1": "up", "2": "down"}
+    if "blk.0.ffn_3.weight" in tensors:
+        second_is_down = second is not None and second.shape[0] == n_embd
+        names = {"1": "gate", "2": "down", "3": "up"} if second_is_down else {"1": "gate", "2": "up", "3": "down"}
+    for role in numbered:
+        tensors[re.sub(r"ffn_([123])", lambda match: f"ffn_{names.get(match[1], match[1])}", role)] = tensors.pop(role)
+
+
+def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, notes: list[str]) -> None:
+    """Leave the output matrix out where it is the token table."""
+    if "output.weight" not in found:
+        if config.get("tied") is False:
+            raise FileError(
+                config.path,
+                "its configuration says that the output matrix is not tied, but there is none",
+                "add --set tied=true if it is",
+            )
+        return
+    head, table = found["output.weight"], found["token_embd.weight"]
+    same = head.shape == table.shape and (head.source == table.source or np.array_equal(head.read(), table.read()))
+    if not same and config.get("tied") and config.model_type:
+        notes.append("the output matrix was left out: the configuration ties it to the token table")
+        same = True
+    if same:
+        del tensors["output.weight"]
+        if "output.bias" in tensors:
+            tensors["token_embd.bias"] = tensors.pop("output.bias")
+
+
+def _heads(tensors: Tensors, config: ModelConfig, n_embd: int, n_heads_found: int | None, path: Path) -> tuple[int, int, int]:
+    """Heads, width of a head, key-value heads."""
+    fused, q, k = (tensors.get(f"blk.0.attn_{part}.weight") for part in ("qkv", "q", "k"))
+    n_rows = fused.shape[0] if fused else q.shape[0] if q else n_embd
+    head_dim = config.get("head_dim")
+    n_head = n_heads_found or config.get("n_head")
+    if not n_head and head_dim and q:
+        n_head = q.shape[0] // head_dim
+    if not n_head:
+        n_head = config.need("n_head")
+        return n_head, max(n_embd // n_head, 1), n_head
+    width = q.shape[0] if q else n_head * (head_dim or max(n_embd // n_head, 1))
+    if width % n_head:
+        raise FileError(path, f"{n_head} heads do not divide the {width} rows of the queries", "correct it with --set n_head=N")
+    kv_width = k.shape[0] if k else (n_rows - width) // 2
+    head_dim = width // n_head
+    if kv_width < head_dim or kv_width % head_dim:
+        raise FileError(path, f"{kv_width} rows of keys do not fit heads {head_dim} wide", "correct it with --set n_head=N")
+    return n_head, head_dim, kv_width // head_dim
+
+
+def _norm(tensors: Tensors, config: ModelConfig, fixed: Mapping[str, Any], gated: bool) -> str:
+    has_bias = "blk.0.attn_norm.bias" in tensors
+    return config.need("norm", fixed.get("norm", "layer" if has_bias else "rms" if gated else None))
+
+
+def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig, fixed: Mapping[str, Any]) -> str:
+    """Where positions come from: a table among the tensors decides, then the configuration, then tables among the buffers."""
+    if "position_embd.weight" in tensors:
+        return "learned"
+    found = None
+    if any(re.search(r"inv_freq|freqs|cos|sin|rope", name) for name in buffers):
+        found = "rope"
+    elif any(re.search(r"alibi|slopes", name) for name in buffers):
+        found = "alibi"
+    elif config.model_type == "llama" or config.raw("rope_theta", "rope_scaling", "rope_base") is not None:
+        found = "rope"
+    return config.need("position", fixed.get("position", found))
+
+
+def _context(tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelConfig, position: str) -> int:
+    """Positions the model was trained for; a causal mask is as large."""
+    if position == "learned" and "position_embd.weight" in tensors:
+        return tensors["position_embd.weight"].shape[0]
+    masks = [
+        t.shape[-1] for name, t in buffers.items() if len(t.shape) >= 2 and t.shape[-1] == t.shape[-2] and "alibi" not in name
+    ]
+    return config.need("n_ctx", masks[0] if masks else None)
+
+
+def _n_ff(tensors: Tensors, path: Path) -> int:
+    up = tensors.get("blk.0.ffn_up.weight")
+    if up is None:
+        raise FileError(path, "no tensor has the role of blk.0.ffn_up.weight", "name the tensors in a file for --map")
+    return up.shape[0]
+
+
+def _theta(buffers: Mapping[str, LazyTensor], n_dims: int) -> float | None:
+    """The base of rotary frequencies that were saved: frequency 1 is base^(-2/n)."""
+    for name, tensor in buffers.items():
+        if name.endswith("inv_freq") and tensor.shape == (n_dims // 2,) and n_dims >= 4:
+            return float(round(float(tensor.read()[1]) ** (-n_dims / 2), 1))
+    return None
+
+
+def _max_bias(buffers: Mapping[str, LazyTensor], config: ModelConfig, n_head: int, path: Path) -> float:
+    """ALiBi's steepness; slopes that were saved must be those of the paper."""
+    largest = config.get("alibi_max_bias", 8.0)
+    for name, tensor in buffers.items():
+        if "slopes" in name and math.prod(tensor.shape) == n_head:
+            slopes = np.abs(tensor.read().ravel())
+            if not np.allclose(slopes, alibi_slopes(n_head, largest), rtol=1e-2):
+                raise FileError(
+                    path, f"the ALiBi slopes in {quoted(name)} are not the paper's", "pocketlm does not run other ones"
+                )
+    return largest
+
+
+def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: Tensors) -> str:
+    """The published architecture that describes this model; "pocketlm" where none does."""
+    narrow = keys["attention.head_count"] * keys["attention.key_length"] == keys["embedding_length"]
+    norm_bias = any(role.endswith("norm.bias") for role in tensors)
+    head_bias = any(role in tensors for role in ("output.bias", "token_embd.bias"))
+    bias = any(role.endswith(".bias") for role in tensors)
+    conditions: dict[str, Callable[[], bool]] = {
+        "gpt2": lambda: narrow and not head_bias,
+        "llama": lambda: not norm_bias and not head_bias and keys["rope.dimension_count"] == keys["attention.key_length"],
+        "refact": lambda: narrow and not bias and keys["attention.max_alibi_bias"] == 8.0,
+    }
+    for name, possible in conditions.items():
+        usual = ARCHITECTURES[name]
+        same = all(options[option] == usual[option] for option in ("norm", "position", "gated"))
+        if name == "gpt2" and options["activation"] == "gelu_erf":  # the file says which form it is
+            same_activation = True
+        else:
+            same_activation = options["activation"] == usual["activation"]
+        if same and same_activation and possible():
+            return name
+    return "pocketlm"
+
+
+def _split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+    for role in _layer_tensors(tensors, "attn_qkv.(weight|bias)"):
+        if tensors[role].shape[0] != q + 2 * kv:
+            continue  # the plan says what is wrong
+        both = tensors.pop(role)
+        for part, start, stop in (("q", 0, q), ("k", q, q + kv), ("v", q + kv, q + 2 * kv)):
+            tensors[role.replace("qkv", part)] = rows(both, start, stop)
+
+
+def _fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+    for i in range(n_layer):
+        at = f"blk.{i}.attn_"
+        weights = [f"{at}{part}.weight" for part in "qkv"]
+        if not all(name in tensors for name in weights):
+            continue
+        tensors[f"{at}qkv.weight"] = stacked([tensors.pop(name) for name in weights])
+        biases = [f"{at}{part}.bias" for part in "qkv"]
+        if any(name in tensors for name in biases):
+            zeros = [constant(np.zeros(n, np.float32)) for n in (q, kv, kv)]
+            tensors[f"{at}qkv.bias"] = stacked([tensors.pop(name, zero) for name, zero in zip(biases, zeros, strict=True)])
+
+
+def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
+    """Zeros for every bias that is not there, which llama.cpp's gpt2 wants; their names."""
+    parts = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    names = ["output_norm", *(f"blk.{i}.{part}" for i in range(n_layer) for part in parts)]
+    missing = [name for name in names if f"{name}.bias" not in tensors and f"{name}.weight" in tensors]
+    zeros = {f"{name}.bias": constant(np.zeros(tensors[f"{name}.weight"].shape[0], np.float32)) for name in missing}
+    tensors |= zeros
+    return frozenset(zeros)
+
+
+def _interleave(tensors: Tensors, n_layer: int, n_head: int, n_kv_head: int, head_dim: int, n_dims: int) -> None:
+    for part, n in (("q", n_head), ("k", n_kv_head)):
+        order = interleaving(n, head_dim, n_dims)
+        for role in _layer_tensors(tensors, rf"attn_{part}\.(weight|bias)"):
+            if tensors[role].shape[0] == len(order):
+                tensors[role] = reordered(tensors[role], order)
+
+
+def _in_order(tensors: Tensors) -> Tensors:
+    """Tables first, then layer by layer, then the end."""
+
+    def key(role: str) -> tuple[int, int, str]:
+        if role.startswith("blk."):
+            return 1, int(role.split(".")[1]), role
+        return (0 if "embd" in role else 2), 0, role
+
+    return {role: tensors[role] for role in sorted(tensors, key=key)}

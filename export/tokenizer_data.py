@@ -1,0 +1,259 @@
+"""The tokenizer of a checkpoint as the keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` where those say too little.
+
+In: a tokenizer's file given by the user or found beside the checkpoint. Out: GGUF keys, which are read back with
+`pocketlm.tokenizer.from_metadata` and compared on twenty texts whose ids then travel along. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError, UsageError
+from pocketlm.export.arrays import map_file
+from pocketlm.export.checkpoint import Checkpoint, read_json
+from pocketlm.tokenizer import Tokenizer, from_metadata, load
+from pocketlm.tokenizer.base import NORMAL, UNUSED
+from pocketlm.tokenizer.byte_bpe import ByteBPE
+from pocketlm.tokenizer.characters import Characters, from_json
+from pocketlm.tokenizer.merge import NO_MERGE
+from pocketlm.tokenizer.sentencepiece_bpe import SPACE, SentencePieceBPE
+
+NONE = "none"  # what --tokenizer says for a model without one
+BESIDE = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken")
+CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
+GPT2_ROWS = (50257, 50304)  # nanoGPT rounds GPT-2's vocabulary up
+GPT2_END = {"<|endoftext|>": 50256}  # OpenAI's rank files leave it out
+MAX_TEMPLATE = 1 << 20
+
+TEST_TEXTS = (
+    "Hello, world!", "Once upon a time there was a little girl named Lily.", "I'm sure they'll say it's fine; we've been there.",
+    "  two spaces before, two after  ", "a\nb\n\nc\r\nd\te", "0 1 12 123 1234 12345 3.14159 1,000,000", "İstanbul'da güneşli bir gün, ığdır çayı.",
+    "Zażółć gęślą jaźń", "Съешь ещё этих мягких французских булок", "今天天气很好，我们去公园玩吧。", "日本語のテキスト", "안녕하세요",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈", "def f(x):\n    return x ** 2  # square", "http://example.com/?q=a&b=c#d", "ALL CAPS, CamelCase, snake_case, kebab-case",
+    "e\u0301 é ﬁ ½ ①", "\"Quotes\" 'single' «guillemets» “curly”", " leading space", "…—–·•",
+)  # fmt: skip
+
+
+def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The tokenizer's keys and notes for the user. `given`: a file or folder, or "none"; None looks beside the checkpoint.
+
+    `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
+    one that does not fit the model.
+    """
+    if given is not None and str(given) == NONE:
+        return {}, ["it has no tokenizer: it can be run with token ids only"]
+    path = Path(given) if given is not None else _beside(checkpoint)
+    tokenizer = load(path) if path is not None else _own_characters(checkpoint)
+    if tokenizer is None:
+        kind = (
+            "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it,"
+            if n_vocab in GPT2_ROWS
+            else "its tokenizer's file"
+        )
+        raise FileError(
+            checkpoint.path, "no tokenizer was found beside it", f"give {kind} with --tokenizer FILE, or --tokenizer {NONE}"
+        )
+    path = path or checkpoint.path
+    if isinstance(tokenizer, ByteBPE) and tokenizer.n_vocab == 50256 < n_vocab and path.is_file():
+        tokenizer = load(path, special_tokens=GPT2_END)
+    if tokenizer.n_vocab > n_vocab:
+        problem = f"it has {tokenizer.n_vocab} tokens, but the model's token table {n_vocab} rows"
+        raise FileError(path, problem, "give the model's own tokenizer with --tokenizer FILE")
+    keys = tokenizer_keys(tokenizer, n_vocab) | _end_ids(checkpoint, tokenizer, n_vocab)
+    template = chat_template(path if path.is_dir() else path.parent)
+    return _with_tests(keys, tokenizer, path, {"tokenizer.chat_template": template} if template else {})
+
+
+def _beside(checkpoint: Checkpoint) -> Path | None:
+    """A tokenizer's file in the checkpoint's folder, or where nanoGPT keeps the characters of its data sets."""
+    for pattern in BESIDE:
+        if found := sorted(file for file in checkpoint.folder.glob(pattern) if file.is_file()):
+            return found[0]
+    training = checkpoint.config.get("config")
+    data_set = training.get("dataset") if isinstance(training, dict) else None
+    if isinstance(data_set, str) and Path(data_set).name == data_set:
+        for root in (checkpoint.folder, checkpoint.folder.absolute().parent):
+            if (file := root / "data" / data_set / "meta.pkl").is_file():
+                return file
+    return None
+
+
+def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The characters that the checkpoint itself lists."""
+    for level in (checkpoint.config, *(v for v in checkpoint.config.values() if isinstance(v, dict))):
+        if any(isinstance(level.get(name), (dict, list)) for name in CHARACTER_TABLES):
+            return from_json(checkpoint.path, level)
+    return None
+
+
+def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict[str, int]:
+    """Begin and end tokens that only the model's configuration names; of several ends the second ends a turn."""
+    beside = checkpoint.folder / "generation_config.json"
+    said = [
+        config
+        for config in (read_json(beside) if beside.is_file() else None, checkpoint.config.get("config.json"))
+        if isinstance(config, dict)
+    ]
+
+    def ids(name: str) -> list[int]:
+        values = next((config[name] for config in said if config.get(name) is not None), [])
+        return [i for i in (values if isinstance(values, list) else [values]) if type(i) is int and 0 <= i < n_vocab]
+
+    keys: dict[str, int] = {}
+    ends = ids("eos_token_id")
+    if tokenizer.eos_id is None and ends:
+        keys["tokenizer.ggml.eos_token_id"] = ends[0]
+    others = [i for i in ends if i != keys.get("tokenizer.ggml.eos_token_id", tokenizer.eos_id)]
+    if others:
+        keys["tokenizer.ggml.eot_token_id"] = others[0]
+    if tokenizer.bos_id is None and ids("bos_token_id"):
+        keys["tokenizer.ggml.bos_token_id"] = ids("bos_token_id")[0]
+    return keys
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template among a folder's tokenizer files. Raises FileError for a file that is damaged."""
+    if (file := folder / "chat_template.jinja").is_file():
+        try:
+            return bytes(map_file(file)[:MAX_TEMPLATE]).decode()
+        except UnicodeDecodeError:
+            raise FileError(file, "is not UTF-8", "save it as UTF-8") from None
+    if not (file := folder / "tokenizer_config.json").is_file():
+        return None
+    config = read_json(file)
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(template, list):  # several, each with a name
+        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+# ── a tokenizer as keys ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokenizer_keys(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
+    """The keys from which `from_metadata` makes this tokenizer again, filled up to `n_vocab` tokens."""
+    vocabulary = tokenizer.vocabulary
+    n_spare = n_vocab - tokenizer.n_vocab
+    tokens = [token or f"[UNUSED{i}]" for i, token in enumerate(vocabulary.tokens)] + [
+        f"[PAD{i}]" for i in range(tokenizer.n_vocab, n_vocab)
+    ]
+    types = np.frombuffer(vocabulary.types + bytes([UNUSED]) * n_spare, np.uint8).astype(np.int32)
+    keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    for name, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("unknown", tokenizer.unk_id)):
+        if token_id is not None:
+            keys[f"tokenizer.ggml.{name}_token_id"] = token_id
+    keys["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos
+    if isinstance(tokenizer, ByteBPE):
+        return keys | _byte_bpe_keys(tokenizer)
+    if isinstance(tokenizer, SentencePieceBPE):
+        return keys | _sentencepiece_keys(tokenizer, n_vocab)
+    assert isinstance(tokenizer, Characters)
+    return keys | _character_keys(tokens)
+
+
+def _merges(tokenizer: ByteBPE | SentencePieceBPE) -> Iterator[tuple[int, int, int, str, str]]:
+    """(rank, left id, right id, left, right) of every pair of tokens that merges."""
+    table, index = tokenizer._table, tokenizer.vocabulary.index
+    for token in tokenizer.vocabulary.tokens:
+        for i in range(1, len(token)):
+            left, right = index.get(token[:i]), index.get(token[i:])
+            if left is None or right is None:
+                continue
+            value = table[left * table.stride + right]
+            if value != NO_MERGE:
+                yield value >> 32, left, right, token[:i], token[i:]
+
+
+def _byte_bpe_keys(tokenizer: ByteBPE) -> dict[str, Any]:
+    options = tokenizer._options
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": options.pre_tokenizer,
+        "tokenizer.ggml.merges": [f"{left} {right}" for *_, left, right in sorted(_merges(tokenizer))],
+        "pocketlm.tokenizer.kind": "byte_bpe",
+        "pocketlm.tokenizer.pattern_name": options.pre_tokenizer,
+        "pocketlm.tokenizer.whole_words_first": options.whole_words_first,
+    }
+    if options.space_prefix:
+        keys["tokenizer.ggml.add_space_prefix"] = True
+    if options.normal_form:
+        keys["pocketlm.tokenizer.normal_form"] = options.normal_form
+    return keys
+
+
+def _sentencepiece_keys(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
+    """Scores are written as minus the rank: the order is all that counts."""
+    options = tokenizer._options
+    scores = np.zeros(n_vocab, np.float32)
+    index = tokenizer.vocabulary.index
+    for rank, _, _, left, right in sorted(_merges(tokenizer), reverse=True):
+        scores[index[left + right]] = -rank
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": options.prefix != "never",
+    }
+    if options.symbols_in_text:
+        keys["pocketlm.tokenizer.kind"] = "sentencepiece"
+    if options.collapse_spaces:
+        keys["tokenizer.ggml.remove_extra_whitespaces"] = True
+    if rules := options.rules:
+        units = np.array(rules._units, "<u4").tobytes()
+        table = len(units).to_bytes(4, "little") + units + rules._texts
+        keys["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(table, np.uint8)
+    return keys
+
+
+def _character_keys(tokens: list[str]) -> dict[str, Any]:
+    """llama.cpp's SentencePiece vocabulary does for characters that it holds; it writes a space as ▁."""
+    if SPACE not in tokens:
+        tokens = [SPACE if token == " " else token for token in tokens]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
+        "tokenizer.ggml.add_space_prefix": False,
+        "pocketlm.tokenizer.kind": "characters",
+    }
+
+
+def _with_tests(
+    keys: dict[str, Any], tokenizer: Tokenizer, path: Path, more: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The keys with test texts and their ids, and a note about texts whose ids the keys cannot give."""
+    written = from_metadata(keys, path)
+    texts, ids, differ = [], [], []
+    for text in test_texts(tokenizer):
+        expected = tokenizer.encode(text)
+        if written.encode(text) == expected:
+            texts.append(text)
+            ids.append(" ".join(map(str, expected)))
+        else:
+            differ.append(ascii(text))
+    notes = [f"the tokenizer cannot be written exactly: other ids for {', '.join(differ)}"] if differ else []
+    return {**keys, "pocketlm.tokenizer.test_texts": texts, "pocketlm.tokenizer.test_ids": ids, **more}, notes
+
+
+def test_texts(tokenizer: Tokenizer) -> list[str]:
+    """Twenty texts that the tokenizer can encode: of a character vocabulary, with the characters it has."""
+    texts = []
+    for number, text in enumerate(TEST_TEXTS):
+        try:
+            tokenizer.encode(text)
+        except UsageError:
+            usable = [
+                token
+                for token, kind in zip(tokenizer.vocabulary.tokens, tokenizer.vocabulary.types, strict=True)
+                if kind == NORMAL
+            ]
+            known = set(usable)
+            text = "".join(c for c in text if c in known) or "".join(usable[number::7][:40])
+        texts.append(text)
+    return texts

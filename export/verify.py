@@ -1,0 +1,151 @@
+"""Does the exported file still compute what the checkpoint does? Both run over a text, side by side.
+
+In: a `CanonicalModel` and the file made of it. Out: how alike their logits are, and how well each predicts the text.
+The float32 weights and files of pocketlm run on the numpy executor, ONNX files on onnxruntime. The only module of
+`export/` that knows executors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from pocketlm.errors import FileError, PocketlmError
+from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.runtime import memory
+from pocketlm.runtime.gguf import Tensor
+from pocketlm.runtime.model_file import open_model
+from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.plan import Plan, make_plan
+from pocketlm.runtime.threads import default_threads
+from pocketlm.tokenizer import from_metadata
+
+WINDOW = 512  # tokens that are looked at together: bounds the logits in memory to 100 MB for 50,000 words
+TEXT = (
+    "The lighthouse keeper had two habits that the village never understood. Every morning he swept the stairs from the top "
+    "down, although nobody climbed them but himself, and every evening he wrote one line in a book with a blue cover.\n"
+    "\"Wind from the west,\" he wrote, or \"Three ships, none of them ours.\" When he was asked what the book was for, he "
+    "said that a day which has been written down is harder to lose.\n"
+    "One winter the lamp failed. He lit a fire on the rocks, and kept it burning for eleven nights with driftwood, old rope "
+    "and at last the stairs themselves, the lowest ones first. The next spring a captain came to thank him. \"How did you get "
+    "down again?\" she asked. He thought about it, and then he wrote that down too.\n"
+)  # fmt: skip
+Runner = Callable[[np.ndarray], np.ndarray]  # ids int64 [n], from an empty cache -> logits float32 [n, n_vocab]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Cosines are of the logits of one position; the perplexities are of the same text in the same windows."""
+
+    n_tokens: int
+    cosine: float  # mean
+    worst_cosine: float
+    agreement: float  # share of positions where both think the same token likeliest
+    perplexity: float  # of the exported file
+    exact_perplexity: float  # of the float32 weights
+
+    def line(self) -> str:
+        """The comparison for a person."""
+        return (
+            f"verified on {self.n_tokens} tokens: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), same first choice "
+            f"{self.agreement:.1%}, perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
+        )
+
+
+def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Comparison:
+    """Compare the file `out` with the float32 weights of `model` on `text` (None: a short one that comes along).
+
+    Raises FileError where the model has no tokenizer or is too large for the memory, PocketlmError for a text of fewer
+    than two tokens or with characters that the tokenizer does not take.
+    """
+    if "tokenizer.ggml.tokens" not in model.metadata:
+        raise FileError(out, "cannot be verified without a tokenizer", "name one with --tokenizer")
+    tokenizer = from_metadata(model.metadata, out)
+    ids = np.array(tokenizer.encode(TEXT if text is None else text, bos=tokenizer.adds_bos), np.int64)
+    if len(ids) < 2:
+        raise PocketlmError("the text is too short: verifying needs at least two tokens")
+    exact, exported = _exact_runner(model, out), _exported_runner(model, out)
+    cosines, same, nats, n_predicted = [], 0, np.zeros(2), 0
+    window = min(WINDOW, model.hyper.n_ctx)
+    for start in range(0, len(ids), window):
+        block = ids[start : start + window]
+        a, b = (run(block).astype(np.float64) for run in (exact, exported))
+        cosines += list(np.einsum("nv,nv->n", a, b) / np.sqrt(np.einsum("nv,nv->n", a, a) * np.einsum("nv,nv->n", b, b)))
+        same += int((a.argmax(1) == b.argmax(1)).sum())
+        nats += [_nats(logits[:-1], block[1:]) for logits in (a, b)]
+        n_predicted += len(block) - 1
+    exact_perplexity, perplexity = (math.exp(min(total / max(n_predicted, 1), 700)) for total in nats)
+    return Comparison(len(ids), float(np.mean(cosines)), float(np.min(cosines)), same / len(ids), perplexity, exact_perplexity)
+
+
+def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Sum of -ln p(target); logits float64 [n, n_vocab]."""
+    top = logits.max(1, initial=-np.inf)
+    return float(np.sum(np.log(np.exp(logits - top[:, None]).sum(1)) + top - logits[np.arange(len(targets)), targets]))
+
+
+@dataclass(frozen=True)
+class _AsTensor:
+    """A canonical tensor in the shape that executors take weights in."""
+
+    tensor: CanonicalTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def to_float32(self, out: np.ndarray) -> np.ndarray:
+        out[...] = self.tensor.read()
+        return out
+
+
+def _exact_runner(model: CanonicalModel, out: Path) -> Runner:
+    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, out)
+    tensors = {name: _AsTensor(tensor) for name, tensor in model.tensors.items()}
+    return _numpy_runner(plan, cast(dict[str, Tensor], tensors), out)
+
+
+def _numpy_runner(plan: Plan, tensors: dict[str, Tensor], out: Path) -> Runner:
+    n_ctx = min(WINDOW, plan.hyper.n_ctx)
+    memory.require(out, *NumpyExecutor.memory(plan, n_ctx), n_ctx)
+    executor = NumpyExecutor(plan, tensors, n_ctx, default_threads())
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        executor.cache.truncate(0)
+        return executor.forward(ids, rows="all")
+
+    return run
+
+
+def _exported_runner(model: CanonicalModel, out: Path) -> Runner:
+    path = out / "model.gguf" if (out / "model.gguf").is_file() else out  # in the folder for Ollama
+    if path.suffix.lower() == ".onnx":
+        return _onnx_runner(model, path)
+    opened = open_model(path)
+    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in opened.tensors.items()}, path)
+    return _numpy_runner(plan, opened.tensors, path)
+
+
+def _onnx_runner(model: CanonicalModel, path: Path) -> Runner:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise PocketlmError("verifying ONNX needs the package onnxruntime; get it with: pip install onnxruntime") from None
+    session, hyper = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), model.hyper
+    empty = np.zeros((1, hyper.n_kv_head, 0, hyper.head_dim), np.float32)
+    past = {
+        entry.name: empty.astype(np.float16 if "float16" in entry.type else np.float32)
+        for entry in session.get_inputs()
+        if entry.name.startswith("past_key_values.")
+    }
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        feed = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past}
+        return session.run(["logits"], feed)[0][0]
+
+    return run

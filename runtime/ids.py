@@ -1,0 +1,17 @@
+"""The check every executor makes before it computes: are these token ids, and is there room for them?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pocketlm.errors import PocketlmError
+
+
+def check_ids(ids: np.ndarray, n_vocab: int, length: int, n_ctx: int) -> np.ndarray:
+    """`ids` as int64 [n]. Raises PocketlmError for none, for one outside the vocabulary, for more than the context holds."""
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_vocab:
+        raise PocketlmError(f"token ids must be a list of one or more whole numbers from 0 to {n_vocab - 1}")
+    if length + len(ids) > n_ctx:
+        raise PocketlmError(f"{length + len(ids)} tokens do not fit into a context of {n_ctx}; use a larger --ctx")
+    return ids.astype(np.int64)

@@ -1,0 +1,63 @@
+"""All the compiled code a model needs: one module for the run loop, one for every weight format it uses.
+
+In: a level and the formats' names. Out: the modules' text, and functions ready to call, from the cache, from images made
+beforehand, or compiled now. Knows where code comes from, not what it does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pocketlm.runtime import activations
+from pocketlm.runtime.native import code_cache, image, matrix, run, stages
+from pocketlm.runtime.native.compiler import compile_object
+from pocketlm.runtime.native.ir import Module
+from pocketlm.runtime.native.layout import LAYOUTS
+from pocketlm.runtime.native.levels import Level
+
+CORE = "core"
+
+
+def module_text(name: str, level: Level, abi: str) -> str:
+    """The IR of "core" or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
+    module = Module(abi)
+    if name == CORE:
+        stages.define(module, level.name)
+        run.define(module, level.machine)
+    else:
+        matrix.define(module, level.name, name)
+    return module.text()
+
+
+def module_texts(level: Level, abi: str) -> dict[str, str]:
+    """Every module's IR, for images made ahead of time."""
+    return {name: module_text(name, level, abi) for name in (CORE, *LAYOUTS)}
+
+
+@functools.cache
+def loaded(name: str, level: Level) -> image.Loaded:
+    """A module's code, executable. Loaded once a process and never unloaded: other models may be running it."""
+    abi = "win64" if sys.platform == "win32" and level.machine == "x86_64" else "sysv"
+
+    def make() -> bytes:
+        return image.to_bytes(image.link([compile_object(module_text(name, level, abi), level)]))
+
+    key = f"{name} {level.name} {abi} {_sources()} llvmlite {importlib.metadata.version('llvmlite')}"
+    return image.load(image.from_bytes(code_cache.cached(key, make)))
+
+
+def kernels(formats: Iterable[str], level: Level) -> dict[str, image.Loaded]:
+    """"core" and the code of every format named."""
+    return {name: loaded(name, level) for name in (CORE, *formats)}
+
+
+@functools.cache
+def _sources() -> str:
+    """A hash of the Python that writes the kernels: another source, another cache entry."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

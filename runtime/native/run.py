@@ -1,0 +1,174 @@
+"""The loop that walks the program in compiled code: tasks, barriers, and threads that wait for the next token.
+
+In: addresses of the records (records.py). Out: three entry points. Knows which stage an operation runs, nothing of what
+the stages compute.
+
+    start(run)        begin a run: reset the counters, wake the threads; the number of them that sleep in Python
+    work(run, tid)    do a thread's share of the run
+    wait(run, tid)    a helper's life: wait, work, wait, …; returns 1 to sleep in Python until woken, 0 to end
+"""
+
+from __future__ import annotations
+
+from pocketlm.runtime.native import stages
+from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.records import CACHE_LINE, OPERATION, RUN, WORKER, offset
+
+ASLEEP = 1
+SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
+PATIENCE = 200  # time slices a waiting thread gives away before it sleeps
+
+
+def define(module: Module, machine: str) -> None:
+    _define_pause(module, machine)
+    _define_barrier(module, machine)
+    _define_tasks(module)
+    with module.function("work", {"run": PTR, "tid": I64}, linkage="entry") as f:
+        _work(f)
+    with module.function("start", {"run": PTR}, returns=I64, linkage="entry") as f:
+        _start(f)
+    with module.function("wait", {"run": PTR, "tid": I64}, returns=I64, linkage="entry") as f:
+        _wait(f, machine)
+
+
+def _define_pause(module: Module, machine: str) -> None:
+    with module.function("pause", {}) as f:
+        if machine == "x86_64":
+            f.call(VOID, "llvm.x86.sse2.pause")
+        else:
+            f.call(VOID, "llvm.aarch64.hint", f.const(I32, 1))
+
+
+def _give_way(f: Function, run: Value) -> None:
+    """Give the rest of the time slice to another thread, through the operating system."""
+    convention = "win64cc " if f.module.abi == "win64" else ""
+    f.line(f"call {convention}i32 {f.field(run, offset(RUN, 'give_way'), PTR)}()")
+
+
+def _spin_until(f: Function, machine: str, run: Value, done) -> None:
+    """Wait for `done()` (i1): spin for a while, then give time slices away."""
+    spins = f.var(I64, 0)
+    with f.loop_while(lambda: done() ^ f.const(I1, 1)):
+        spins.set(spins.get() + 1)
+        with f.when(spins.get() <= SPINS[machine]):
+            f.call(VOID, "pause")
+        with f.when(spins.get() > SPINS[machine]):
+            _give_way(f, run)
+
+
+def _define_barrier(module: Module, machine: str) -> None:
+    """barrier(run, arrived, number): wait until all threads have come to the number-th barrier of the run."""
+    with module.function("barrier", {"run": PTR, "arrived": PTR, "number": I64}) as f:
+        run, arrived, number = f.args()
+        target = number * f.field(run, offset(RUN, "n_threads"))
+        f.atomic_add(arrived, 1)
+        _spin_until(f, machine, run, lambda: f.atomic_load(arrived) >= target)
+
+
+def _arrived(f: Function, run: Value) -> Value:
+    """The barrier's counter of this run. Two take turns: a thread may still look at the last run's when the next begins."""
+    return run + (f.atomic_load(run + offset(RUN, "epoch")) & 1) * CACHE_LINE + offset(RUN, "arrived")
+
+
+def _define_tasks(module: Module) -> None:
+    """tasks(run, op, n): how many tasks an operation has for n tokens."""
+    with module.function("tasks", {"run": PTR, "op": PTR, "n": I64}, returns=I64) as f:
+        run, op, n = f.args()
+        r = stages.Records(f, run, op)
+        kind = r.op("kind")
+        with f.when(n.equals(0)):
+            f.give(0)
+        with f.when(kind <= stages.PREPARE):
+            f.give(n)
+        with f.when(kind.equals(stages.MATRIX)):
+            f.give((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk"))
+        with f.when(kind.equals(stages.STORE)):
+            f.give(n * (r.run("n_head") + r.run("n_kv_head")))
+        f.give(stages.n_spans(f, r, n) * r.run("n_kv_head") * ((n + stages.TOKENS - 1) // stages.TOKENS))
+
+
+def _work(f: Function) -> None:
+    run, tid = f.args()
+    arrived, barriers = _arrived(f, run), f.var(I64, 0)
+    with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
+        op = f.field(run, offset(RUN, "program"), PTR) + number * OPERATION.itemsize
+        r = stages.Records(f, run, op)
+        own = r.run("scratch", PTR) + tid * r.run("scratch_stride")
+        n_tokens = r.run("n_tokens")
+        n = f.select(r.op("tail").equals(1), r.run("n_logits"), n_tokens)
+        first = n_tokens - n
+        kind = r.op("kind")
+
+        def stage(task: Value, op: Value = op, own: Value = own, first: Value = first, n: Value = n, kind: Value = kind) -> None:
+            for at, name in enumerate(("embed", "prepare", "matrix", "store", "attend")):
+                with f.when(kind.equals(at)):
+                    f.call(VOID, name, run, op, own, task, first, n)
+
+        # a single token is prepared by every thread for itself: cheaper than waiting for one of them
+        alone = kind.equals(stages.PREPARE) & n.equals(1)
+        with f.when(alone):
+            stage(f.const(I64, 0))
+        with f.when(alone ^ f.const(I1, 1)):
+            n_tasks = f.call(I64, "tasks", run, op, n)
+            counter = r.run("counters", PTR) + number * 8
+            task = f.var(I64)
+            task.set(f.atomic_add(counter, 1))
+            with f.loop_while(lambda: task.get() < n_tasks):
+                stage(task.get())
+                task.set(f.atomic_add(counter, 1))
+            with f.when(r.op("barrier").equals(1)):
+                barriers.set(barriers.get() + 1)
+                f.call(VOID, "barrier", run, arrived, barriers.get())
+    barriers.set(barriers.get() + 1)  # nobody leaves while another thread still reads the counters
+    f.call(VOID, "barrier", run, arrived, barriers.get())
+
+
+def _start(f: Function) -> None:
+    (run,) = f.args()
+    counters = f.field(run, offset(RUN, "counters"), PTR)
+    with f.range(0, f.field(run, offset(RUN, "n_operations"))) as i:
+        f.atomic_store(0, counters + i * 8)
+    f.atomic_store(0, run + ((f.atomic_load(run + offset(RUN, "epoch")) + 1) & 1) * CACHE_LINE + offset(RUN, "arrived"))
+    f.atomic_add(run + offset(RUN, "epoch"), 1)
+    workers, sleepers = f.field(run, offset(RUN, "workers"), PTR), f.var(I64, 0)
+    with f.range(1, f.field(run, offset(RUN, "n_threads"))) as tid:
+        worker = workers + tid * WORKER.itemsize
+        with f.when(f.compare_exchange(worker + offset(WORKER, "state"), ASLEEP, 0)):
+            f.store(f.const(I64, 1), worker + offset(WORKER, "wake"), 8)
+            sleepers.set(sleepers.get() + 1)
+    f.give(sleepers.get())
+
+
+def _wait(f: Function, machine: str) -> None:
+    run, tid = f.args()
+    worker = f.field(run, offset(RUN, "workers"), PTR) + tid * WORKER.itemsize
+    state, seen, epoch = worker + offset(WORKER, "state"), worker + offset(WORKER, "seen"), run + offset(RUN, "epoch")
+    with f.loop_while(lambda: f.const(I1, 1)):
+        waited = f.var(I64, 0)
+
+        def idle(waited=waited) -> Value:
+            same = f.atomic_load(epoch).equals(f.load(I64, seen, 8))
+            return same & (waited.get() < SPINS[machine] + PATIENCE)
+
+        waited.set(0)
+        with f.loop_while(idle):
+            waited.set(waited.get() + 1)
+            with f.when(waited.get() <= SPINS[machine]):
+                f.call(VOID, "pause")
+            with f.when(waited.get() > SPINS[machine]):
+                _give_way(f, run)
+        now = f.atomic_load(epoch)
+        with f.when(now < 0):
+            f.give(0)
+        with f.when(now.equals(f.load(I64, seen, 8))):
+            f.atomic_store(ASLEEP, state)
+            # a run that began meanwhile either sees that this thread sleeps and wakes it, or is seen here
+            with f.when(f.atomic_load(epoch).equals(f.load(I64, seen, 8))):
+                f.give(1)
+            with f.when(f.compare_exchange(state, ASLEEP, 0) ^ f.const(I1, 1)):
+                f.give(1)
+        now = f.atomic_load(epoch)
+        with f.when(now < 0):
+            f.give(0)
+        f.store(now, seen, 8)
+        f.call(VOID, "work", run, tid)

@@ -1,0 +1,95 @@
+"""The threads of the native executor: Python threads that live inside compiled code.
+
+They wait for a run there, spinning at first, and come back to Python only to sleep. Knows the run record, not what runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+
+from pocketlm.runtime.native.image import Loaded
+from pocketlm.runtime.native.records import CACHE_LINE, RUN, WORKER
+
+
+def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = CACHE_LINE) -> np.ndarray:
+    """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.zeros(n_bytes + alignment, np.uint8)
+    return raw[-raw.ctypes.data % alignment :][:n_bytes].view(dtype).reshape(shape)
+
+
+class RunTeam:
+    """Runs what the record describes on n_threads threads, the caller among them. `close` ends the others."""
+
+    def __init__(self, core: Loaded, record: np.ndarray, n_threads: int):
+        """`record`: one RUN, complete but for the fields that concern threads; kept alive here."""
+        self._core, self._record, self.n_threads = core, record, n_threads
+        address = ctypes.c_void_p
+        self._start = core.function("start", ctypes.c_int64, address)
+        self._work = core.function("work", None, address, ctypes.c_int64)
+        self._address = record.ctypes.data
+        self._begin()
+
+    def run(self) -> None:
+        """Walk the program once."""
+        if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
+            self._begin()
+        if self._start(self._address):
+            for tid in np.flatnonzero(self._workers["wake"]):
+                self._workers["wake"][tid] = 0
+                self._locks[tid].release()
+        self._work(self._address, 0)
+
+    def close(self) -> None:
+        """End the threads. A second call does nothing."""
+        self._finalizer()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._workers = aligned(self.n_threads, WORKER)
+        for name, value in (("epoch", 0), ("arrived", 0), ("arrived2", 0), ("n_threads", self.n_threads)):
+            self._record[name] = value
+        self._record["workers"] = self._workers.ctypes.data
+        self._record["give_way"], self._library = _give_way()
+        self._locks = [threading.Lock() for _ in range(self.n_threads)]
+        for lock in self._locks:
+            lock.acquire()
+        # the threads know the records and nothing of this object: it can be collected, and then they end
+        wait = self._core.function("wait", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        threads = [
+            threading.Thread(target=_live, args=(wait, self._address, tid, self._locks[tid]), daemon=True, name=f"pocketlm-{tid}")
+            for tid in range(1, self.n_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        self._finalizer = weakref.finalize(self, _end, self._record, self._workers, self._locks, threads, self._pid)
+
+
+def _live(wait: Any, address: int, tid: int, lock: threading.Lock) -> None:
+    while wait(address, tid):
+        lock.acquire()
+
+
+def _end(record: np.ndarray, workers: np.ndarray, locks: list[threading.Lock], threads: list[threading.Thread], pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    record["epoch"] = -1
+    for thread, lock in zip(threads, locks[1:], strict=True):
+        while thread.is_alive():
+            if lock.locked():  # asleep, or about to sleep
+                lock.release()
+            thread.join(0.01)
+
+
+def _give_way() -> tuple[int, Any]:
+    """The address of the system's function that gives a time slice away, and the library that holds it."""
+    library = ctypes.WinDLL("kernel32") if sys.platform == "win32" else ctypes.CDLL(None)  # type: ignore[attr-defined]
+    function = library.SwitchToThread if sys.platform == "win32" else library.sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0, library

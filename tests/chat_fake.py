@@ -1,0 +1,71 @@
+"""A model without weights for the tests of the chat; run as a program, a chat with it: chat_fake.py [--no-save] [--resume]."""
+
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+from pocketlm.errors import PocketlmError, UsageError
+
+
+class FakeModel:
+    """Answers "You said: …" word by word. Certain questions make it slow, long, broken or silent."""
+
+    name, backend, n_threads, n_ctx = "Fake 1M", "numpy", 2, 100
+    n_parameters, file_bytes, context_used = 1_000_000, 2_000_000, 0
+
+    def __init__(self):
+        self.template = SimpleNamespace(note="")
+        self.tokenizer = None
+        self.asked: list[list[dict[str, str]]] = []
+        self.sampling: dict = {}
+
+    def set_threads(self, n):
+        if not 1 <= n <= 64:
+            raise UsageError(f"--threads {n}: expected 1 to 64")
+        self.n_threads = n
+
+    def set_backend(self, name):
+        if name not in ("auto", "numpy"):
+            raise UsageError(f"backend {name!r}: expected one of auto, numpy")
+        self.backend = name
+
+    def chat(self, messages, *, cancel=None, **sampling):
+        self.asked.append([dict(message) for message in messages])
+        self.sampling = sampling
+        question = messages[-1]["content"]
+        if question == "fail":
+            raise PocketlmError("the prompt has 101 tokens but the context holds 100")
+        if question == "template":
+            self.template.note = "the model's chat template cannot be used (x): chatml takes its place"
+        if question == "escape":
+            question = "\x1b]0;title\x07\x1b[2Jred\x9b31m\x00\r\ttab\nline"
+        words = f"You said: {question}".split(" ")
+        if question == "slow":
+            words += [f"word{n}" for n in range(10_000)]
+        if question == "silent":
+            words = []
+        n = 0
+        for word in words[: sampling.get("max_tokens")]:
+            if cancel is not None and cancel.is_set():
+                break
+            if question == "slow":
+                time.sleep(0.02)
+            n += 1
+            yield piece(word if n == 1 else " " + word)
+        self.context_used = 10 * len(messages)
+        reason = "cancelled" if cancel is not None and cancel.is_set() else "length" if n < len(words) else "stop"
+        counts = {"prompt_tokens": 12, "cached_tokens": 8, "generated_tokens": n}
+        yield piece("", -1, reason, **counts, prompt_seconds=0.1, generation_seconds=0.5)
+
+
+def piece(text, id=1, finish_reason=None, **counts):
+    return SimpleNamespace(text=text, id=id, finish_reason=finish_reason, note="", **counts)
+
+
+if __name__ == "__main__":
+    from pocketlm.chat.repl import run
+
+    assert threading.current_thread() is threading.main_thread()
+    options = {"sampling": {}, "system": None, "resume": "--resume" in sys.argv, "save": "--no-save" not in sys.argv}
+    sys.exit(run(FakeModel(), **options))
