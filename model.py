@@ -205,7 +205,9 @@ class Model:
         # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
         beyond = {i: -math.inf for i in range(self.tokenizer.n_vocab, self.hyper.n_vocab)}
         sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
-        sampler = make_sampler(**sampling, n_vocab=self.hyper.n_vocab, exempt=self.tokenizer.end_ids)
+        sampler = make_sampler(
+            **sampling, n_vocab=self.hyper.n_vocab, selection=getattr(self.executor, "selection", None), exempt=self.tokenizer.end_ids
+        )
         return generate(
             self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=self.tokenizer.end_ids,
             ignore_eos=ignore_eos, cancel=cancel, make_room=turns.drop_oldest if turns else None, reuse_cache=reuse_cache,

@@ -34,8 +34,9 @@ def _short_argument(budget: Budget, text: str, *arguments: Any, **named: Any) ->
 
 
 def _replace(budget: Budget, text: str, old: Any = "", new: Any = "", count: Any = -1) -> None:
-    if isinstance(old, str) and isinstance(new, str):
-        budget.check_text(len(text) + text.count(old) * len(new))
+    if type(old) is not str or type(new) is not str:  # the filter would make texts of them
+        raise TemplateError("it replaces something that is no text")
+    budget.check_text(len(text) + text.count(old) * len(new))
 
 
 def _join(budget: Budget, values: Any, separator: Any = "", attribute: Any = None) -> None:
@@ -60,6 +61,12 @@ def _percent(budget: Budget, text: str, *arguments: Any, **named: Any) -> None:
         raise TemplateError("it formats with a directive that is not for templates")
     budget.check_text(len(text) + 999 * n_directives + budget.weigh(arguments))
     budget.weigh(list(named.values()))
+
+
+def _number(budget: Budget, value: Any, *arguments: Any) -> None:
+    """For the tests that compute `%`, which formats a text."""
+    if not isinstance(value, (int, float)):
+        raise TemplateError("it asks of something that is no number whether it is even")
 
 
 def _number_text(budget: Budget, value: Any, *arguments: Any, **named: Any) -> None:
@@ -137,8 +144,9 @@ def _power(budget: Budget, base: Any, exponent: Any) -> Any:
 
 
 def _add(budget: Budget, left: Any, right: Any) -> Any:
-    if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
-        budget.check_text(len(left) + len(right))
+    both = (left, right)
+    if all(isinstance(value, (str, list, tuple)) for value in both):
+        budget.check_text(sum(map(len, both)))
     return left + right
 
 
@@ -211,11 +219,15 @@ _FILTERS: dict[str, tuple[bool, Guard | None]] = {
     "join": (False, _join),
 }  # fmt: skip
 
-_TESTS = (
-    "boolean", "callable", "defined", "divisibleby", "eq", "equalto", "even", "false", "float", "ge", "greaterthan", "gt", "in",
-    "integer", "iterable", "le", "lessthan", "lower", "lt", "mapping", "ne", "none", "number", "odd", "sameas", "sequence",
-    "string", "true", "undefined", "upper", "==", "!=", ">", ">=", "<", "<=",
-)  # fmt: skip
+_TESTS: dict[str, Guard | None] = {
+    **dict.fromkeys(
+        ("boolean", "callable", "defined", "eq", "equalto", "false", "float", "ge", "greaterthan", "gt", "in", "integer",
+         "iterable", "le", "lessthan", "lt", "mapping", "ne", "none", "number", "sameas", "sequence", "string", "true",
+         "undefined", "==", "!=", ">", ">=", "<", "<=")
+    ),
+    **dict.fromkeys(("divisibleby", "even", "odd"), _number),
+    **dict.fromkeys(("lower", "upper"), lambda budget, value: budget.text(value)),
+}  # fmt: skip
 
 
 def _passed(function: Any, context: Any) -> tuple[Any, ...]:
@@ -244,12 +256,15 @@ def _filter(name: str, textual: bool, guard: Guard | None) -> Callable[..., Any]
     return guarded
 
 
-def _test(name: str) -> Callable[..., Any]:
+def _test(name: str, guard: Guard | None) -> Callable[..., Any]:
     function = JINJA_TESTS[name]
 
     @pass_context
     def counted(context: Any, value: Any = None, *args: Any, **kwargs: Any) -> Any:
-        context.environment.budget.tick()
+        budget = context.environment.budget
+        budget.tick()
+        if guard:
+            guard(budget, value, *args, **kwargs)
         return function(*_passed(function, context), value, *args, **kwargs)
 
     return counted
@@ -285,4 +300,4 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "safe": _safe,
     "tojson": _tojson,
 }
-TESTS: dict[str, Callable[..., Any]] = {name: _test(name) for name in _TESTS}
+TESTS: dict[str, Callable[..., Any]] = {name: _test(name, guard) for name, guard in _TESTS.items()}

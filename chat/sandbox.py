@@ -9,7 +9,7 @@ Knows no tokenizer and no roles.
 
 from collections.abc import Callable, Iterator
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.environment import Template
@@ -33,7 +33,7 @@ SYNTAX_DEPTH = 60
 class ChatSyntax(Extension):
     """`{% generation %}…{% endgeneration %}` marks an answer for trainers; for us only its contents count."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def filter_stream(self, stream: Any) -> Iterator[Any]:
         """The tokens on their way to the parser: not more than it can take in its time."""
@@ -58,9 +58,9 @@ _PERMITTED = frozenset(
 )  # fmt: skip
 
 
-def _through(name: str, value: nodes.Expr, *arguments: nodes.Expr) -> nodes.Filter:
+def _through(name: str, value: nodes.Node, *arguments: nodes.Expr) -> nodes.Filter:
     """`value` led through one of the filters below, whose names no template can write."""
-    return nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno, environment=value.environment)
+    return nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno)
 
 
 def _slice(node: nodes.Getitem) -> nodes.Node:
@@ -87,6 +87,19 @@ def _constant(node: nodes.Const) -> nodes.Node:
     return node
 
 
+def _block(node: nodes.AssignBlock | nodes.FilterBlock) -> nodes.Node:
+    """The text that a block gathers is a value like any other: it goes through ` admit` before its filters."""
+    text = nodes.Filter(None, " admit", [], [], None, None, lineno=node.lineno)
+    if node.filter is None:
+        node.filter = text
+        return node
+    innermost = node.filter
+    while innermost.node is not None:
+        innermost = innermost.node
+    innermost.node = text
+    return node
+
+
 _REWRITE: dict[type, Callable[[Any], nodes.Node]] = {
     nodes.TemplateData: lambda node: nodes.Const(node.data, lineno=node.lineno),  # printed as a value, so it is counted
     nodes.Concat: lambda node: _through(" concat", nodes.List(node.nodes, lineno=node.lineno)),
@@ -95,6 +108,8 @@ _REWRITE: dict[type, Callable[[Any], nodes.Node]] = {
     nodes.Tuple: lambda node: _through(" admit", node) if node.ctx == "load" else node,
     nodes.Getitem: _slice,
     nodes.For: _loop,
+    nodes.AssignBlock: _block,
+    nodes.FilterBlock: _block,
     nodes.Compare: _compare,
     nodes.Const: _constant,
 }

@@ -41,8 +41,8 @@ OTHER_FILES = (  # offset, bytes → what it is, what to do
     (0, b"Rar!", "a RAR archive", "unpack it first"),
     (0, b"<", "a web page or XML", "download the checkpoint itself"),
 )
-MAX_JSON = 1 << 28
-MAX_NODES, MAX_DEPTH = 1 << 20, 64
+MAX_JSON = 1 << 25
+MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     weights = _file_of_folder(path) if path.is_dir() else path
     tree, files = _read_index(weights) if weights.name.endswith(".index.json") else (_read_file(weights), (weights,))
-    found = _find_weights(tree)
+    search = _Search(path)
+    found = search.find_weights(tree)
     if found is None:
         raise FileError(path, "holds no weights", "name a checkpoint that has a state dict in it")
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in _named(found):
+    for name, tensor in search.leaves(found):
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if short in tensors and tensors[short].source != tensor.source:
             raise FileError(
@@ -120,7 +121,7 @@ def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     for file in files:
         if Path(file).name != file:
             raise FileError(path, f"refers to {quoted(file)}, outside its folder", "do not trust this checkpoint")
-        found = _find_weights(_read_file(path.parent / file)) or {}
+        found = _tensors_of_shard(path.parent / file)
         for name, tensor in found.items():
             if name in tensors:
                 raise FileError(path, f"tensor {quoted(name)} is in two of the files", "download the checkpoint again")
@@ -131,6 +132,11 @@ def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
             path, f"{len(missing)} tensors are in none of the files, {quoted(missing[0])} first", "download all files again"
         )
     return tensors, tuple(path.parent / file for file in files)
+
+
+def _tensors_of_shard(path: Path) -> dict[str, LazyTensor]:
+    search = _Search(path)
+    return dict(search.leaves(search.find_weights(_read_file(path))))
 
 
 def _read_file(path: Path) -> Any:
@@ -180,51 +186,58 @@ def _fields(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_training_state(name: Any) -> bool:
-    return any(part in str(name).lower() for part in NOT_WEIGHTS)
+def _joined(name: str, key: Any) -> str:
+    text = key[: MAX_NAME + 1] if isinstance(key, str) else str(key) if isinstance(key, int) else "?"
+    return f"{name}.{text}" if name else text
 
 
-def _walk(tree: Any, keep: Callable[[Any], bool] = lambda name: True) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path of names, leaf) of everything in a tree. Ends early in a tree that never ends, as a pickle may describe."""
-    left = MAX_NODES
-    pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-    while pending and left:
-        left -= 1
-        names, value = pending.pop()
-        children = dict(enumerate(value)) if isinstance(value, (list, tuple)) else _fields(value)
-        if isinstance(value, (dict, list, tuple, Record)) and len(names) < MAX_DEPTH:
-            pending += [((*names, str(name)), child) for name, child in reversed(children.items()) if keep(name)]
-        else:
-            yield names, value
+def _is_training_state(key: Any) -> bool:
+    text = _joined("", key).lower()
+    return any(part in text for part in NOT_WEIGHTS)
 
 
-def _has_weights(tree: Any) -> bool:
-    return any(
-        isinstance(leaf, LazyTensor) and leaf.shape for _, leaf in _walk(tree, lambda name: not _is_training_state(name))
-    )
+class _Search:
+    """Looks through an object that a pickle may have made endless; FileError after a bounded number of steps."""
 
+    def __init__(self, path: Path):
+        self.path, self.left = path, MAX_NODES
 
-def _find_weights(tree: Any) -> Any:
-    """The part of the object that holds the weights, or None."""
-    for _ in range(MAX_DEPTH):
-        fields = _fields(tree)
-        inner = [name for name in WEIGHTS if isinstance(fields.get(name), (dict, Record)) and _has_weights(fields[name])]
-        if not inner and not any(isinstance(value, LazyTensor) and value.shape for value in fields.values()):
-            inner = [name for name, value in fields.items() if not _is_training_state(name) and _has_weights(value)]
-            if len(inner) > 1:  # a nested tree of parameters
+    def leaves(self, tree: Any, keep: Callable[[Any], bool] = lambda name: True) -> Iterator[tuple[str, LazyTensor]]:
+        """(name, tensor) of every tensor in `tree`, in order; names on the way are joined by dots."""
+        pending: list[tuple[str, int, Any]] = [("", 0, tree)]
+        while pending:
+            name, depth, value = pending.pop()
+            self.left -= 1
+            if self.left < 0 or depth > MAX_DEPTH or len(name) > MAX_NAME:
+                raise FileError(self.path, "holds an object too large or too deep to be a checkpoint", "save the weights alone")
+            if isinstance(value, LazyTensor):
+                yield name, value
+            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], (int, float, str)):
+                continue  # numbers of a training run, perhaps millions
+            else:
+                inner = enumerate(value) if isinstance(value, (list, tuple)) else _fields(value).items()
+                below = [(_joined(name, key), depth + 1, item) for key, item in inner if keep(key)]
+                pending += reversed(below)
+
+    def has_weights(self, tree: Any) -> bool:
+        """Whether there is a tensor in `tree` that is no number, and not among the optimiser's."""
+        return any(tensor.shape for _, tensor in self.leaves(tree, lambda name: not _is_training_state(name)))
+
+    def find_weights(self, tree: Any) -> Any:
+        """The part of the object that holds the weights, or None."""
+        for _ in range(MAX_DEPTH):
+            fields = _fields(tree)
+            if isinstance(tree, Record) and "_modules" in tree.fields:
                 return tree
-        if not inner:
-            return tree if _has_weights(tree) else None
-        if isinstance(tree, Record) and "_modules" in tree.fields:
-            return tree
-        tree = fields[inner[0]]
-    return None
-
-
-def _named(tree: Any) -> Iterator[tuple[str, LazyTensor]]:
-    for names, leaf in _walk(tree):
-        if isinstance(leaf, LazyTensor):
-            yield ".".join(names), leaf
+            inner = [name for name in WEIGHTS if isinstance(fields.get(name), (dict, Record)) and self.has_weights(fields[name])]
+            if not inner and not any(isinstance(value, LazyTensor) and value.shape for value in fields.values()):
+                inner = [name for name, value in fields.items() if not _is_training_state(name) and self.has_weights(value)]
+                if len(inner) > 1:  # a nested tree of parameters
+                    return tree
+            if not inner:
+                return tree if self.has_weights(tree) else None
+            tree = fields[inner[0]]
+        return None
 
 
 def plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
@@ -234,8 +247,7 @@ def plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
     if depth > MAX_DEPTH or left[0] < 0 or isinstance(value, (LazyTensor, bytes)):
         return None
     if isinstance(value, Record):  # `_content` and `_val` are how OmegaConf keeps a tree and its leaves
-        value = value.fields.get("_content", value.fields.get("_val", value.fields))
-        return plain(value, depth + 1, left)
+        return plain(value.fields.get("_content", value.fields.get("_val", value.fields)), depth + 1, left)
     if isinstance(value, Global):
         return value.name
     if isinstance(value, dict):

@@ -18,6 +18,7 @@ from pocketlm.errors import FileError
 from pocketlm.export.arrays import quoted
 
 MAX_BYTES = 1 << 28  # of one pickle; its tensors lie elsewhere
+MAX_OPCODES = 1 << 22  # each may make an object of some 200 bytes
 MAX_INT_BYTES = 64  # random states are 16 bytes
 MAX_LINE = 4096
 # what reading damaged opcodes raises in Python: an empty stack, a missing memo entry, a wrong type, a number too large
@@ -70,15 +71,14 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        while (code := self.take(1)[0]) != _STOP:
+        for _ in range(MAX_OPCODES):
+            if (code := self.take(1)[0]) == _STOP:
+                return self.stack.pop()
             _OPCODES[code](self)
-        return self.stack.pop()
+        raise FileError(self.path, f"its pickle has more than {MAX_OPCODES} instructions", "save the weights alone")
 
     def refuse(self, wish: str) -> NoReturn:
-        raise FileError(
-            self.path, f"its pickle {wish}, which loading a model never needs: it may be an attack",
-            "do not trust this file; ask for one with the weights alone (a state dict, or safetensors)",
-        )  # fmt: skip
+        refuse(self.path, wish)
 
     # reading
     def take(self, n_bytes: int) -> bytes:
@@ -206,6 +206,15 @@ class _Machine:
 
     def extension(self, size: str) -> None:
         self.refuse(f"wants to call the function registered as extension {self.number(size)}")
+
+
+def refuse(path: object, wish: str) -> NoReturn:
+    """Raises the FileError for a pickle that `wish`es to do something: "wants to call os.system"."""
+    raise FileError(
+        path,
+        f"its pickle {wish}, which loading a model never needs: it may be an attack",
+        "do not trust this file; ask for one with the weights alone (a state dict, or safetensors)",
+    )
 
 
 def check_key(key: Any) -> Any:

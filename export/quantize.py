@@ -3,7 +3,7 @@
 In: float32 blocks. Out: their bytes. Knows nothing about files, models or which format suits a tensor (`gguf_writer`).
 
 The formats with one scale for 32 weights are rounded as their definition says, to the same bytes as ggml's reference.
-The K formats leave a choice, which scales to take; they are searched for: of some twenty ways to round a block, each
+The K formats leave a choice, which scales to take; they are searched for: of fifteen ways to round a block, each
 with its least-squares scale (and minimum), the one with the smallest error is kept. Blocks lie in columns during the search,
 so that every step of it is one NumPy operation over many blocks.
 """
@@ -18,7 +18,7 @@ from pocketlm.runtime.formats import FORMATS
 
 PIECE = 1 << 17  # weights quantised at a time: the search's arrays stay in a core's own cache
 # Added to the number of codes that a block's range is divided into; none first, so that it wins where all are equal.
-STRETCHES = np.array(sorted(np.linspace(-1, 1, 21), key=abs), np.float32)
+STRETCHES = np.array(sorted(np.linspace(-1, 1, 15), key=abs), np.float32)
 TINY = np.float32(2.0**-126)  # smallest normal float32: reciprocals of anything smaller overflow
 
 
@@ -228,7 +228,7 @@ def _symmetric_search(x: np.ndarray, half: int) -> np.ndarray:
         sum_cx = np.multiply(codes, x, out=product).sum(0)
         scale = sum_cx * _inverse(np.multiply(codes, codes, out=product).sum(0))
         gain = scale * sum_cx  # what the fit takes from the sum of squares
-        better = gain > best_gain
+        better = gain > best_gain * np.float32(1.000001)  # by more than rounding errors
         np.copyto(best_gain, gain, where=better)
         np.copyto(best_scale, scale, where=better)
     return best_scale

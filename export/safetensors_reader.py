@@ -14,7 +14,7 @@ from typing import Any
 from pocketlm.errors import FileError
 from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, quoted, view
 
-MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_HEADER = 1 << 25  # a tensor takes about 100 bytes
 NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",

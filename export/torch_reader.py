@@ -14,9 +14,10 @@ from typing import Any
 
 from pocketlm.errors import FileError
 from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, quoted, view
-from pocketlm.export.pickle_reader import MAX_BYTES, Functions, Global, Record, check_key, read_pickle
+from pocketlm.export.pickle_reader import MAX_BYTES, Functions, Global, Record, check_key, read_pickle, refuse
 from pocketlm.export.zip_reader import read_zip
 
+MAX_COPIES = 1 << 22  # items, in all lists that the functions a pickle may call have to copy
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -123,7 +124,7 @@ class _Tensors:
 
     def __init__(self, path: Path, storage: Callable[[str, str, int], Storage], big_endian: bool):
         self.path, self.storage, self.big_endian = path, storage, big_endian
-        self.left = MAX_BYTES  # items that the functions below may copy: a pickle can name one large list many times
+        self.left = MAX_COPIES  # a pickle can name one large list many times
         self.functions: Functions = {
             "torch._utils._rebuild_tensor": self._tensor,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -132,9 +133,9 @@ class _Tensors:
             ),
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
             "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-            "torch._tensor._rebuild_from_type_v2": lambda function, _, args, __: self.functions[function.name](*args),
+            "torch._tensor._rebuild_from_type_v2": self._subclass,
             "torch.Size": lambda sizes=(): tuple(self._copy(sizes)),
-            "torch.device": lambda *parts: ":".join(map(str, parts)),
+            "torch.device": lambda *parts: ":".join(map(_text, parts)),
             "collections.OrderedDict": lambda pairs=(): {check_key(key): value for key, value in self._copy(pairs)},
             "collections.defaultdict": lambda *_: {},
             "builtins.set": lambda items=(): set(map(check_key, self._copy(items))),
@@ -145,7 +146,7 @@ class _Tensors:
             "numpy.dtype": lambda code, *_: Record("numpy.dtype", (code,)),
             **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
             **{f"numpy.{core}.multiarray._reconstruct": lambda *_: Record("numpy.ndarray") for core in ("core", "_core")},
-            **{f"pathlib.{kind}Path": lambda *parts: "/".join(map(str, parts)) for kind in ("Posix", "Windows", "PurePosix")},
+            **{f"pathlib.{kind}Path": lambda *parts: "/".join(map(_text, parts)) for kind in ("Posix", "Windows", "PurePosix")},
         }
 
     def persistent(self, reference: Any) -> _TypedStorage:
@@ -167,11 +168,24 @@ class _Tensors:
             raise TypeError
         return view(self.path, typed.storage, dtype or typed.dtype, shape, strides, offset, self.big_endian)
 
+    def _subclass(self, function: Any, _: Any, args: Any, __: Any) -> LazyTensor:
+        """A tensor of a class derived from Tensor: what `function` makes of `args`."""
+        name = function.name if isinstance(function, Global) else type(function).__name__
+        if not name.startswith("torch._utils._rebuild_") or name not in self.functions:
+            refuse(self.path, f"wants to call {quoted(name)}")
+        return self.functions[name](*args)
+
     def _copy(self, items: Any) -> Any:
         self.left -= len(items)
         if self.left < 0:
             raise ValueError("copies too much")
         return items
+
+
+def _text(part: Any) -> str:
+    if not isinstance(part, (str, int)):
+        raise TypeError
+    return str(part)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:

@@ -8,16 +8,16 @@ The float32 weights and files of pocketlm run on the numpy executor, ONNX files 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.canonical import CanonicalModel
 from pocketlm.runtime import memory
+from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.numpy_executor import NumpyExecutor
@@ -89,28 +89,29 @@ def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
     return float(np.sum(np.log(np.exp(logits - top[:, None]).sum(1)) + top - logits[np.arange(len(targets)), targets]))
 
 
-@dataclass(frozen=True)
-class _AsTensor:
-    """A canonical tensor in the shape that executors take weights in."""
+class _Weights(Mapping[str, Tensor]):
+    """A model's float32 weights as the tensors that executors take, read when they are asked for."""
 
-    tensor: CanonicalTensor
+    def __init__(self, model: CanonicalModel, path: Path):
+        self._tensors, self._path = model.tensors, path
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
+    def __getitem__(self, name: str) -> Tensor:
+        weights = np.ascontiguousarray(self._tensors[name].read(), np.float32)
+        return Tensor(name, weights.shape, FORMATS["F32"], weights.reshape(-1).view(np.uint8), 0, self._path)
 
-    def to_float32(self, out: np.ndarray) -> np.ndarray:
-        out[...] = self.tensor.read()
-        return out
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _exact_runner(model: CanonicalModel, out: Path) -> Runner:
     plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, out)
-    tensors = {name: _AsTensor(tensor) for name, tensor in model.tensors.items()}
-    return _numpy_runner(plan, cast(dict[str, Tensor], tensors), out)
+    return _numpy_runner(plan, _Weights(model, out), out)
 
 
-def _numpy_runner(plan: Plan, tensors: dict[str, Tensor], out: Path) -> Runner:
+def _numpy_runner(plan: Plan, tensors: Mapping[str, Tensor], out: Path) -> Runner:
     n_ctx = min(WINDOW, plan.hyper.n_ctx)
     memory.require(out, *NumpyExecutor.memory(plan, n_ctx), n_ctx)
     executor = NumpyExecutor(plan, tensors, n_ctx, default_threads())

@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -81,17 +81,25 @@ _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
 )
 
 
+class Selection(Protocol):
+    """What an executor may do faster than NumPy: the ids of the k largest logits, in any order; the sum of exp(x - largest)."""
+
+    def top_k(self, logits: np.ndarray, k: int) -> np.ndarray: ...
+
+    def sum_exp(self, logits: np.ndarray, largest: float) -> float: ...
+
+
 def make_sampler(
     *,
     n_vocab: int,
-    top_k_of: Callable[[np.ndarray, int], np.ndarray] | None = None,
+    selection: Selection | None = None,
     exempt: Set[int] = frozenset(),
     logprobs: bool = True,
     **options: Any,
 ) -> Sampler:
     """The sampler for `options`, the fields of SamplingOptions. Its draws depend on the seed and the logits alone.
 
-    `top_k_of(logits, k)` gives the ids of the k largest in any order: an executor's own, or `top_k`. The penalties leave
+    `selection` is how an executor finds the largest logits and sums them up; NumPy's way where it is None. The penalties leave
     `exempt` ids alone: the end tokens, of which a chat's prompt is full, and an answer must be able to end. `logprobs=False`
     saves a pass over the vocabulary for a caller that does not look at them. Raises UsageError for a bad option. The
     sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
@@ -103,7 +111,9 @@ def make_sampler(
         adjust.append(_bias(o.logit_bias, n_vocab))
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
         adjust.append(_penalties(o, exempt))
-    choose = _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, top_k_of or top_k)
+    choose = _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, selection.top_k if selection else top_k)
+
+    sum_exp = selection.sum_exp if selection else weights.fill
 
     def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
         used = logits
@@ -119,7 +129,7 @@ def make_sampler(
         if not logprobs:
             return id, math.nan
         largest = logits.max() if adjust else logits[likeliest]
-        return id, float(logits[id] - largest) - math.log(weights.fill(logits, largest))
+        return id, float(logits[id] - largest) - math.log(sum_exp(logits, largest))
 
     return sample
 

@@ -62,7 +62,8 @@ def call_aarch64(
         program = Path(folder, "program")
         program.write_bytes(_executable(_STUB + stub.symbols["_start"], segments))
         program.chmod(0o700)
-        done = subprocess.run([QEMU, "-cpu", cpu, program], capture_output=True, timeout=seconds, cwd=folder)  # core dumps go there
+        # in the folder, for the emulator leaves a core file where it is
+        done = subprocess.run([QEMU, "-cpu", cpu, program], capture_output=True, timeout=seconds, cwd=folder)
     assert done.returncode == 0, f"{symbol} on {cpu}: exit status {done.returncode}, {done.stderr.decode()}"
     (result,) = struct.unpack_from("<q", done.stdout)
     contents, position = [], 8
@@ -109,7 +110,8 @@ define void @_start() noreturn nounwind "no-builtins" {{
 
 def _executable(entry: int, segments: Sequence[tuple[int, bytes, int]]) -> bytes:
     """A static ELF64 program from (page-aligned address, content, rights: 4 read, 2 write, 1 execute)."""
-    headers = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 183, 1, entry, 64, 0, 0, 64, 56, len(segments), 0, 0, 0)
+    ident, count = b"\x7fELF\x02\x01\x01", len(segments)
+    headers = struct.pack("<16sHHIQQQIHHHHHH", ident, 2, 183, 1, entry, 64, 0, 0, 64, 56, count, 0, 0, 0)
     content, offset = b"", PAGE
     for address, data, rights in segments:
         headers += struct.pack("<IIQQQQQQ", 1, rights, offset, address, address, len(data), len(data), PAGE)

@@ -53,11 +53,11 @@ def make_hyper(architecture: str = "pocketlm", **options: Any) -> Hyper:
 GPT2 = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False, "n_kv_head": 6}
 
 
-def make_model(hyper: Hyper, *, tied: bool = True, bias: bool = False, fused: bool = False, seed: int = 0) -> CanonicalModel:
+def make_model(hyper: Hyper, *, tied: bool = True, bias: bool = False, fused: bool = False, spread: float = 0.2) -> CanonicalModel:
     """A model with these hyper-parameters: head tied or not, biases everywhere or nowhere, q, k, v in one tensor or three."""
-    random, tensors = np.random.default_rng(seed), {}
+    random, tensors = np.random.default_rng(0), {}
 
-    def add(name: str, *shape: int, centre: float = 0.0, spread: float = 0.2) -> None:
+    def add(name: str, *shape: int, centre: float = 0.0) -> None:
         array = (centre + spread * random.normal(size=shape)).astype(np.float32)
         tensors[name] = CanonicalTensor(shape, array.copy)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
+Relocation: TypeAlias = tuple[int, int, str, int]  # offset, type, symbol, addend
+
+
 def object_file(
-    machine: str, text: bytes, defined: Mapping[str, int], relocations: Sequence[tuple[int, int, str, int]] = (), align: int = 16
+    machine: str, text: bytes, defined: Mapping[str, int], relocations: Sequence[Relocation] = (), align: int = 16
 ) -> bytes:
-    """An object with a .text section. `relocations`: (offset, type, symbol, addend); a symbol not `defined` is undefined."""
+    """An object with a .text section. A symbol of `relocations` that is not `defined` is undefined."""
     names = [*defined, *sorted({symbol for _, _, symbol, _ in relocations} - defined.keys())]
     strings = b"\0" + b"".join(name.encode() + b"\0" for name in names)
     symbols = bytes(24)
@@ -32,7 +36,6 @@ def object_file(
         at = len(strings) + section_names.index(name.encode() + b"\0") if name else 0
         headers += struct.pack("<IIQQQQIIQQ", at, kind, flags, 0, 64 + len(body), len(content), link, info, alignment, entry)
         body += content
-    header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 1, MACHINES[machine], 1, 0, 0, 64 + len(body), 0, 64, 0, 0, 64, len(rows), 4
-    )
-    return header + body + headers
+    ident, count = b"\x7fELF\x02\x01\x01", len(rows)
+    file = struct.pack("<16sHHIQQQIHHHHHH", ident, 1, MACHINES[machine], 1, 0, 0, 64 + len(body), 0, 64, 0, 0, 64, count, 4)
+    return file + body + headers

@@ -103,7 +103,7 @@ def test_a_runaway_ends_in_any_thread():
 
 
 def test_a_template_can_refuse_a_conversation_in_one_line():
-    with pytest.raises(TemplateRaised, match="^no system prompts$"):
+    with pytest.raises(TemplateRaised, match=r"^no system prompts$"):
         render("{{ raise_exception('no system\n prompts') }}")
 
 
@@ -117,7 +117,8 @@ def test_a_long_conversation_is_no_runaway():
     messages = [{"role": ("user", "assistant")[n % 2], "content": "word " * 400} for n in range(501)]
     source = (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' and loop.index0 < messages|length %}"
-        "{% set ns.n = ns.n + 1 %}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content']|trim + '<|im_end|>' }}{% endfor %}"
+        "{% set ns.n = ns.n + 1 %}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content']|trim + '<|im_end|>' }}{% endfor %}"
     )
     size = sum(len(message["content"]) for message in messages)
     text = SandboxedTemplate(source).render({"messages": messages}, size)

@@ -216,20 +216,25 @@ def test_who_wants_no_colours_sees_none(terminal, environment):
 
 
 def test_a_conversation_with_smollm2(terminal, smollm2_path):
-    shown = terminal(str(smollm2_path), "--seed", "1", "--max-tokens", "12", command=(sys.executable, "-m", "pocketlm", "chat"))
+    command = (sys.executable, "-m", "pocketlm", "chat", str(smollm2_path))
+    shown = terminal("--ignore-eos", "--max-tokens", "12", command=command)
     shown.prompt(1)
     assert "135 M parameters" in shown.text()
     for n, question in enumerate(("Hello", "Tell me a story.", "Thank you!"), 1):
         shown.type(question + ENTER)
-        shown.wait("tokens/s", n, 120)
+        shown.wait("12 tokens", n, 120)
         shown.prompt(n + 1)
-    shown.type("/max_tokens 1000" + ENTER)
-    shown.wait("max_tokens: 1000")
-    shown.type("Count to one thousand in words." + ENTER)
-    shown.wait("in words.\n")
+    shown.type("/max_tokens 4000" + ENTER)
+    shown.wait("max_tokens: 4000")
+    shown.type("Count." + ENTER)
+    shown.wait("Count.\n")
     time.sleep(1)
     shown.type(CTRL_C)
     shown.wait("(stopped)", seconds=120)
+    shown.type("/max_tokens 12" + ENTER)
+    shown.wait("max_tokens: 12\n")
+    shown.type("Hello again" + ENTER)
+    shown.wait("12 tokens", 4, 120)
     shown.type(CTRL_D)
     assert shown.ended() == 0
     assert "Traceback" not in shown.text()

@@ -153,13 +153,21 @@ def test_top_k_is_what_sorting_everything_gives(n):
             assert top_k(logits, k).tolist() == np.argsort(-logits.astype(np.float64), kind="stable")[:k].tolist()
 
 
+class Unordered:
+    def top_k(self, logits, k):
+        return np.argpartition(logits, -k)[-k:]
+
+    def sum_exp(self, logits, largest):
+        return float(np.exp(logits.astype(np.float64) - largest).sum())
+
+
 def test_an_executor_may_name_the_top_k_in_any_order():
     logits = np.random.default_rng(8).normal(size=1000).astype(np.float32)
-    own, given = (
-        make_sampler(n_vocab=1000, seed=9, top_k_of=f, **{**OFF, "top_k": 30})
-        for f in (None, lambda x, k: np.argpartition(x, -k)[-k:])
-    )
-    assert [own(logits, []) for _ in range(200)] == [given(logits, []) for _ in range(200)]
+    own, given = (make_sampler(n_vocab=1000, seed=9, selection=s, **{**OFF, "top_k": 30}) for s in (None, Unordered()))
+    for _ in range(200):
+        (id, logprob), expected = given(logits, []), own(logits, [])
+        assert id == expected[0]
+        assert logprob == pytest.approx(expected[1], abs=1e-5)
 
 
 def test_penalties_are_those_of_ctrl_and_of_openai():

@@ -180,7 +180,8 @@ class Tokenizer:
             if token_id in vocabulary.strip_right:
                 end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
         if end < len(text):
-            ids += self._encode_text(text[end:] if end else text, end == 0)
+            last = self._encode_text(text[end:] if end else text, end == 0)
+            ids = ids + last if ids else last
         return ids
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:

@@ -4,18 +4,14 @@ Comes in: a vocabulary in the byte-level letters of GPT-2, a merge table, the na
 `Tokenizer`. Source: Radford et al. 2019 (GPT-2); the letters stand for bytes so that every token is printable.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
-from pocketlm.tokenizer.merge import LONG, MergeTable, look_up, merge
+from pocketlm.tokenizer.merge import LONG, MergeTable, merge, merge_long
 from pocketlm.tokenizer.normalize import NormalForm
 from pocketlm.tokenizer.pretokenize import splitter
 
-if TYPE_CHECKING:
-    import numpy as np
 
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
@@ -41,7 +37,8 @@ class Options:
     whole_words_first: bool = False  # a word that is a token needs no merges
     space_prefix: bool = False  # a space goes before a text that does not begin with one
     normal_form: NormalForm | None = None  # NFC, NFD, NFKC or NFKD of the text comes first
-    fuse_unknown: bool = False  # bytes the vocabulary lacks: one unknown token for a run of them
+    unknown: bool = False  # bytes the vocabulary lacks become the unknown token, else they are left out
+    fuse_unknown: bool = False  # a run of them is one unknown token
 
 
 class ByteBPE(Tokenizer):
@@ -54,7 +51,7 @@ class ByteBPE(Tokenizer):
 
     @cached_property
     def _byte_ids(self) -> list[int | None]:
-        return [self.vocabulary.index.get(letter, self.unk_id) for letter in LETTERS]
+        return [self.vocabulary.index.get(letter) for letter in LETTERS]
 
     def _encode_text(self, text: str, start: bool) -> list[int]:
         options, words = self._options, self._words
@@ -64,19 +61,22 @@ class ByteBPE(Tokenizer):
             text = normalize(options.normal_form, text)
         if options.space_prefix and not text.startswith(" "):
             text = " " + text
+        found_words = splitter(options.pre_tokenizer)(text)
+        if len(found_words) == 1:
+            return self._encode_word(found_words[0])
         ids: list[int] = []
-        for word in splitter(options.pre_tokenizer)(text):
+        for word in found_words:
             found = words.get(word)
             ids += self._encode_word(word) if found is None else found
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
         data = word.encode()
-        ids = self._whole_word(data) or merge(self._symbols(data), self._table)
+        ids = self._whole_word(data) or self._merge(data)
         if len(word) <= _CACHED_LENGTH:
             if len(self._words) >= _CACHED_WORDS:
                 self._words.clear()
-            self._words[word] = ids
+            self._words[word] = ids[:]
         return ids
 
     def _whole_word(self, data: bytes) -> list[int] | None:
@@ -86,20 +86,24 @@ class ByteBPE(Tokenizer):
         # a marker's text is reached by `special=True` only
         return None if found is None or self.vocabulary.types[found] in (CONTROL, UNKNOWN, USER_DEFINED) else [found]
 
-    def _symbols(self, data: bytes) -> "Sequence[int] | np.ndarray":
+    def _merge(self, data: bytes) -> list[int]:
         byte_ids = self._byte_ids
-        if None not in byte_ids and self.unk_id not in byte_ids:
-            if len(data) >= LONG:
-                import numpy as np
+        if len(data) >= LONG and not self._missing.intersection(data):
+            import numpy as np
 
-                return look_up(np.array(byte_ids, dtype=np.int32), np.frombuffer(data, dtype=np.uint8))
-            return [byte_ids[byte] for byte in data]  # type: ignore[misc]
-        symbols: list[int] = []
-        for symbol in map(byte_ids.__getitem__, data):
-            fused = self._options.fuse_unknown and symbol == self.unk_id and symbols and symbols[-1] == symbol
-            if symbol is not None and not fused:
-                symbols.append(symbol)
-        return symbols
+            return merge_long(np.frombuffer(data, dtype=np.uint8), byte_ids.__getitem__, self._table)  # type: ignore[arg-type]
+        symbols = [byte_ids[byte] for byte in data]
+        if None in symbols:
+            unknown = self.unk_id if self._options.unknown else None
+            symbols = [unknown if symbol is None else symbol for symbol in symbols]
+            fused = self._options.fuse_unknown
+            symbols = [s for at, s in enumerate(symbols) if not (fused and at and s == unknown == symbols[at - 1])]
+            symbols = [symbol for symbol in symbols if symbol is not None]
+        return merge(symbols, self._table)  # type: ignore[arg-type]
+
+    @cached_property
+    def _missing(self) -> frozenset[int]:
+        return frozenset(byte for byte, token_id in enumerate(self._byte_ids) if token_id is None)
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.vocabulary.tokens[token_id]

@@ -76,6 +76,7 @@ class _Reader:
             whole_words_first=bool(self.model.get("ignore_merges")),
             space_prefix=space_prefix,
             normal_form=NORMAL_FORMS[normalizers[0]["type"]] if normalizers else None,
+            unknown=True,
             fuse_unknown=bool(self.model.get("fuse_unk")),
         )
         vocabulary = self.vocabulary(byte_tokens=False)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
-LONG = 4096  # symbols from which merging all occurrences of a pair at once in NumPy is tried
-_FEW = 64  # different symbols up to which it is
-_ROUNDS = 32  # times the length of the text that it may cost in all, which is less than what the heap takes
+LONG = 4096  # symbols from which `merge_long` is worth its arrays
+_FEW = 64  # different symbols up to which it works with all occurrences of a pair at once
+_ROUNDS = 32  # times that it may look at the whole text, which takes less than the heap does
 _PAIRS_KEPT = 1 << 20
 
 
@@ -102,14 +102,10 @@ def concatenation_table(
     return MergeTable(stride, resolve, ties)
 
 
-def merge(symbols: "Sequence[int] | np.ndarray", table: MergeTable) -> list[int]:
-    """All merges done. n symbols cost n log n."""
+def merge(symbols: list[int], table: MergeTable) -> list[int]:
+    """All merges done; the list that is given may be changed. n symbols cost n log n."""
     if len(symbols) <= _SHORT and not table.ties:
-        return _merge_short(list(symbols), table)
-    if len(symbols) >= LONG:
-        symbols, finished = _merge_runs(symbols, table)
-        if finished:
-            return symbols
+        return _merge_short(symbols, table)
     return _merge_heap(array("q", symbols), table)
 
 
@@ -168,63 +164,111 @@ def _merge_heap(symbols: "array[int]", table: MergeTable) -> list[int]:
     return [symbol for symbol in symbols if symbol >= 0]
 
 
-def _merge_runs(symbols: "Sequence[int] | np.ndarray", table: MergeTable) -> tuple[list[int], bool]:
-    """Merge all occurrences of the best pair at once, for texts of few different symbols (a run of one character).
+# ── long texts of few different symbols: a run of one character ──────────────────────────────────────────────────────
 
-    The same result as one merge after the other as long as no merge makes a pair that should have gone before it,
-    which is checked; the heap takes over from whatever state this leaves. Returns the symbols and whether all is done.
-    Symbols are numbered locally in 8 bits, and nothing wider is as long as the text, so that ten million are no burden.
+
+def merge_long(codes: "np.ndarray", symbol_of: Callable[[int], int], table: MergeTable) -> list[int]:
+    """`merge` of `symbol_of(code)` for an array of at least `LONG` unsigned codes.
+
+    Codes are numbered anew in 8 bits and all occurrences of a pair are merged at once, so a run of ten million equal
+    characters is no burden; a text of many different characters goes the usual way.
     """
     import numpy as np
 
-    given = np.asarray(symbols, dtype=np.int32)
-    used = np.zeros(int(given.max()) + 1, dtype=bool)
-    for block in _blocks(given):
+    used = np.zeros(int(codes.max()) + 1, dtype=bool)
+    for block in _blocks(codes):
         used[block] = True
-    alphabet: list[int] = np.flatnonzero(used).tolist()
-    if len(alphabet) > _FEW:
-        return given.tolist(), False
-    number = np.zeros(len(used), dtype=np.uint8)
-    number[alphabet] = np.arange(len(alphabet), dtype=np.uint8)
-    local = look_up(number, given)
-    del given, symbols
-    values = np.full(65536, NO_MERGE, dtype=np.int64)  # of the pair `left << 8 | right` of local numbers
-    stride = table.stride
-    for a, left in enumerate(alphabet):
-        for b, right in enumerate(alphabet):
-            values[a << 8 | b] = table[left * stride + right]
-    finished = False
-    budget = _ROUNDS * len(local)  # each round looks at every symbol
-    while len(local) > 1 and (budget := budget - len(local)) >= 0:
-        pairs = (local[:-1].astype(np.uint16) << 8) | local[1:]
-        present = np.flatnonzero(sum(np.bincount(block, minlength=65536) for block in _blocks(pairs)))
-        best = int(present[np.argmin(values[present])])
-        value = int(values[best])
-        if value == NO_MERGE:
-            finished = True
-            break
-        if np.count_nonzero(values[present] >> 32 == value >> 32) > 1:
-            break
-        merged = value & _LOW
-        if merged not in alphabet:
-            if len(alphabet) == 256:
-                break
-            alphabet.append(merged)
-            new = len(alphabet) - 1
-            for b, other in enumerate(alphabet):
-                values[new << 8 | b] = table[merged * stride + other]
-                values[b << 8 | new] = table[other * stride + merged]
-        new = alphabet.index(merged)
-        if min(values[new << 8 : (new + 1) << 8].min(), values[new::256].min()) >> 32 <= value >> 32:
-            break
+    different = np.flatnonzero(used)
+    alphabet = [symbol_of(code) for code in different.tolist()]
+    number = np.zeros(len(used), dtype=np.int32)
+    number[different] = np.arange(len(different)) if len(different) <= _FEW else alphabet
+    local = np.concatenate([number[block].astype(np.uint8 if len(different) <= _FEW else "q") for block in _blocks(codes)])
+    if len(different) > _FEW:
+        return _merge_heap(array("q", local.tobytes()), table)
+    run = _Run(local, alphabet, table)
+    finished = run.merge()
+    symbols = map(run.alphabet.__getitem__, run.local.tobytes())
+    return list(symbols) if finished else _merge_heap(array("q", symbols), table)
+
+
+class _Run:
+    """A long sequence of few different symbols, numbered by `alphabet`, being merged."""
+
+    def __init__(self, local: "np.ndarray", alphabet: list[int], table: MergeTable):
+        import numpy as np
+
+        self.local, self.alphabet, self._table = local, [], table
+        self._values = np.full(65536, NO_MERGE, dtype=np.int64)  # of the pair `left << 8 | right` of numbers
+        for symbol in alphabet:
+            self._number(symbol)
+
+    def _number(self, symbol: int) -> int:
+        """The number of a symbol, which may be new; the caller has seen to it that there are fewer than 256."""
+        if symbol in self.alphabet:
+            return self.alphabet.index(symbol)
+        self.alphabet.append(symbol)
+        new, stride = len(self.alphabet) - 1, self._table.stride
+        for other, other_symbol in enumerate(self.alphabet):
+            self._values[new << 8 | other] = self._table[symbol * stride + other_symbol]
+            self._values[other << 8 | new] = self._table[other_symbol * stride + symbol]
+        return new
+
+    def merge(self) -> bool:
+        """Whether all merges are done; if not, what is left is a state that merging one by one would come to, too."""
+        import numpy as np
+
+        budget = _ROUNDS * len(self.local)
+        while len(self.local) > 1:
+            pairs = (self.local[:-1].astype(np.uint16) << 8) | self.local[1:]
+            present = np.flatnonzero(sum(np.bincount(block, minlength=65536) for block in _blocks(pairs)))
+            best = int(present[np.argmin(self._values[present])])
+            rank, merged = int(self._values[best]) >> 32, int(self._values[best]) & _LOW
+            if rank == NO_MERGE >> 32:
+                return True
+            if len(self.alphabet) == 256:
+                return False
+            new = self._number(merged)
+            neighbours = np.unique([new, *(present >> 8), *(present & 255)])
+            later = min(self._values[new << 8 | neighbours].min(), self._values[neighbours << 8 | new].min()) >> 32
+            ties = np.count_nonzero(self._values[present] >> 32 == rank)
+            at_once = later > rank and ties == 1
+            budget -= len(self.local) * (1 if at_once else _ROUNDS // 4)
+            if budget < 0 or not (self._all_at_once(pairs, best, new) if at_once else self._left_to_right(rank)):
+                return False
+        return True
+
+    def _all_at_once(self, pairs: "np.ndarray", best: int, new: int) -> bool:
+        """Merge every occurrence of one pair, where that makes no pair that should have gone before."""
+        import numpy as np
+
         hit = pairs == best
         if best >> 8 == best & 255:
             hit &= _every_other(hit)
-        local[:-1][hit] = new
-        keep = np.ones(len(local), dtype=bool)
+        self.local[:-1][hit] = new
+        keep = np.ones(len(self.local), dtype=bool)
         np.logical_not(hit, out=keep[1:])
-        local = local[keep]
-    return [*map(alphabet.__getitem__, local.tobytes())], finished or len(local) == 1
+        self.local = self.local[keep]
+        return True
+
+    def _left_to_right(self, rank: int) -> bool:
+        """Do all merges of one rank, the leftmost first, in one pass; False if a better one comes up on the way."""
+        import numpy as np
+
+        values = self._values.tolist()
+        done = bytearray()
+        rest = self.local.tobytes()
+        for at, number in enumerate(rest):
+            done.append(number)
+            while len(done) > 1 and (value := values[done[-2] << 8 | done[-1]]) >> 32 <= rank:
+                if value >> 32 < rank or len(self.alphabet) == 256:
+                    self.local = np.frombuffer(bytes(done) + rest[at + 1 :], dtype=np.uint8)
+                    return False
+                known = len(self.alphabet)
+                done[-2:] = (self._number(value & _LOW),)
+                if len(self.alphabet) > known:
+                    values = self._values.tolist()
+        self.local = np.frombuffer(done, dtype=np.uint8)
+        return True
 
 
 def _every_other(hit: "np.ndarray") -> "np.ndarray":
@@ -241,12 +285,6 @@ def _every_other(hit: "np.ndarray") -> "np.ndarray":
     return odd == 0
 
 
-def look_up(table: "np.ndarray", indices: "np.ndarray") -> "np.ndarray":
-    """`table[indices]`, without NumPy's copy of all indices in 64 bits."""
-    import numpy as np
-
-    return np.concatenate([table[block] for block in _blocks(indices)])
-
-
 def _blocks(values: "np.ndarray") -> "list[np.ndarray]":
+    """The array in parts: NumPy copies indices in 64 bits, which should be no longer than the cache."""
     return [values[start : start + (1 << 18)] for start in range(0, len(values), 1 << 18)]

@@ -9,15 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from itertools import chain
+from typing import Literal
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Markers, Tokenizer, Vocabulary
-from pocketlm.tokenizer.merge import LONG, NO_MERGE, MergeTable, concatenation_table, look_up, merge, rank_table
+from pocketlm.tokenizer.merge import LONG, NO_MERGE, MergeTable, concatenation_table, merge, merge_long, rank_table
 from pocketlm.tokenizer.normalize import NormalForm, Rules
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SPACE = "▁"
 UNKNOWN_TEXT = " ⁇ "  # what the SentencePiece library decodes an unknown token to
@@ -114,7 +112,8 @@ class SentencePieceBPE(Tokenizer):
                 ids += self._encode_words(text[end:begin])
                 ids.append(token_id)
                 end = stop
-        ids += self._encode_words(text[end:] if end else text)
+        last = self._encode_words(text[end:] if end else text)
+        ids = ids + last if ids else last
         if self._options.fuse_unknown and self.unk_id in ids:
             unk_id = self.unk_id
             ids = [i for at, i in enumerate(ids) if i != unk_id or not at or ids[at - 1] != unk_id]
@@ -140,35 +139,35 @@ class SentencePieceBPE(Tokenizer):
         return text.rstrip(SPACE) if options.collapse_spaces else text
 
     def _encode_words(self, text: str) -> list[int]:
-        words = self._words
+        cut, words = self._cut.findall(text) if self._cut else [text] * bool(text), self._words
+        if len(cut) == 1:
+            return self._encode_word(cut[0])
         ids: list[int] = []
-        for word in self._cut.findall(text) if self._cut else [text]:
+        for word in cut:
             found = words.get(word)
             ids += self._encode_word(word) if found is None else found
         return ids
 
     def _encode_word(self, word: str) -> list[int]:
-        symbols = merge(self._symbols_of(word), self._table)
+        symbols = self._merge(word, self._table)
         if self._has_unused:
             symbols = self._without_unused(symbols)
-        if symbols and max(symbols) >= self.n_vocab:
+        if max(symbols) >= self.n_vocab:
             symbols = self._without_unknown(symbols)
         if len(word) <= _CACHED_LENGTH:
             if len(self._words) >= _CACHED_WORDS:
                 self._words.clear()
-            self._words[word] = symbols
+            self._words[word] = symbols[:]
         return symbols
 
-    def _symbols_of(self, text: str) -> "Sequence[int] | np.ndarray":
+    def _merge(self, text: str, table: MergeTable) -> list[int]:
+        symbols = self._symbols
         if len(text) < LONG:
-            return list(map(self._symbols.__getitem__, text))
+            return merge([symbols[character] for character in text], table)
         import numpy as np
 
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        table = np.zeros(int(codes.max()) + 1, dtype=np.int32)
-        for character in set(text):
-            table[ord(character)] = self._symbols[character]
-        return look_up(table, codes)
+        return merge_long(codes, lambda code: symbols[chr(code)], table)
 
     def _without_unused(self, symbols: list[int]) -> list[int]:
         """Unused pieces taken apart again into the two they were merged from."""
@@ -186,21 +185,21 @@ class SentencePieceBPE(Tokenizer):
                 return NO_MERGE if value & 0xFFFFFFFF == whole else value
 
             parts = MergeTable(table.stride, resolve, table.ties)
-            waiting += merge(self._symbols_of(tokens[symbol]), parts)[::-1]
+            waiting += self._merge(tokens[symbol], parts)[::-1]
         return ids
 
     def _without_unknown(self, symbols: list[int]) -> list[int]:
         """Characters that are not in the vocabulary as bytes or as the unknown token."""
-        ids: list[int] = []
-        unknown = [] if self.unk_id is None else [self.unk_id]
-        for symbol in symbols:
-            if symbol < self.n_vocab:
-                ids.append(symbol)
+        n_vocab, unknown = self.n_vocab, [] if self.unk_id is None else [self.unk_id]
+        becomes: dict[int, list[int]] = {}
+        for symbol in set(symbols):
+            if symbol < n_vocab:
+                becomes[symbol] = [symbol]
             elif self._options.byte_fallback:
-                ids += [self._byte_ids[byte] for byte in chr(symbol - self.n_vocab).encode()]
+                becomes[symbol] = [self._byte_ids[byte] for byte in chr(symbol - n_vocab).encode()]
             else:
-                ids += unknown
-        return ids
+                becomes[symbol] = unknown
+        return list(chain.from_iterable(map(becomes.__getitem__, symbols)))
 
     @cached_property
     def _symbols(self) -> _Symbols:

@@ -48,12 +48,13 @@ def _dot_accumulate(width: int, intrinsic: str) -> Callable[..., Value]:
 
     def run(f: Function, words: Words, x: Activations, biggest: int) -> Value:
         def chain(bytes_: Value) -> Value:
-            sums = [f.const(I32.vec(width // 4), 0)] * (64 // width)
-            for word, column in words:
+            zero = [f.const(I32.vec(width // 4), 0)] * (64 // width)
+            sums = [zero, zero]  # two: a chain of all words would be bound by the instruction's latency
+            for i, (word, column) in enumerate(words):
                 four = _broadcast(f, bytes_ + column, width)
                 parts = f.split(word, width)
-                sums = [f.call(s.type, intrinsic, s, part, four) for s, part in zip(sums, parts, strict=True)]
-            return f.join(sums)
+                sums[i % 2] = [f.call(s.type, intrinsic, s, part, four) for s, part in zip(sums[i % 2], parts, strict=True)]
+            return f.join([a + b for a, b in zip(*sums, strict=True)])
 
         return _two_halves(f, chain, x)
 

@@ -39,7 +39,9 @@ def map_code(code: bytes) -> CodePages:
     if sys.platform == "win32":
         return _map_windows(code)
     if sys.platform == "darwin" and platform.machine() == "arm64":
-        return _map_macos_arm(code)
+        # A signed program with the hardened runtime may have one such mapping; others may have any number of either kind.
+        with contextlib.suppress(NativeUnavailable):
+            return _map_macos_arm(code)
     return _map_posix(code)
 
 
@@ -79,7 +81,7 @@ class _Posix:
 
 
 def _map_posix(code: bytes) -> CodePages:
-    """Linux, BSD and macOS on Intel: a private mapping that is writable first and executable afterwards."""
+    """Linux, BSD and macOS: a private mapping that is writable first and executable afterwards."""
     system = _Posix()
     address = system.map(len(code), mmap.PROT_READ | mmap.PROT_WRITE)
     pages = system.pages(address, len(code))
@@ -88,23 +90,23 @@ def _map_posix(code: bytes) -> CodePages:
         error = _refused("mprotect", ctypes.get_errno())
         pages.close()
         raise error
-    _synchronise_instructions(address, len(code))
+    _synchronise_instructions(system.library, address, len(code))
     return pages
 
 
-def _synchronise_instructions(address: int, size: int) -> None:
-    """Make an Arm core fetch what was just written; x86 needs nothing.
+def _synchronise_instructions(library: Any, address: int, size: int) -> None:
+    """Make an Arm core fetch what was just written; x86 needs nothing. `library` is the C library.
 
     Linux cleans the data cache and invalidates the instruction cache itself when a page becomes executable for the first
     time (arch/arm64, __sync_icache_dcache, called wherever a page table entry is set), and these pages are fresh. That is
     how the kernel works, not a promise in a manual, so the compiler's own call is made as well where its library is there.
     """
-    if platform.machine() in ("aarch64", "arm64"):
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        library.sys_icache_invalidate(ctypes.c_void_p(address), ctypes.c_size_t(size))
+    elif platform.machine() in ("aarch64", "arm64"):
         with contextlib.suppress(OSError, AttributeError):
             clear = ctypes.CDLL("libgcc_s.so.1").__clear_cache
-            clear.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-            clear.restype = None
-            clear(address, address + size)
+            clear(ctypes.c_void_p(address), ctypes.c_void_p(address + size))
 
 
 def _map_macos_arm(code: bytes) -> CodePages:
@@ -114,15 +116,12 @@ def _map_macos_arm(code: bytes) -> CodePages:
     every_right = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     address = system.map(len(code), every_right, MAP_JIT)
     protect = system.library.pthread_jit_write_protect_np
-    protect.argtypes, protect.restype = [ctypes.c_int], None
     protect(0)
     try:
         ctypes.memmove(address, code, len(code))
     finally:
         protect(1)
-    invalidate = system.library.sys_icache_invalidate
-    invalidate.argtypes, invalidate.restype = [ctypes.c_void_p, ctypes.c_size_t], None
-    invalidate(address, len(code))
+    _synchronise_instructions(system.library, address, len(code))
     return system.pages(address, len(code))
 
 

@@ -26,6 +26,7 @@ from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleaved_bytes
 from pocketlm.runtime.native.matrix import TILE, activation_bytes
 from pocketlm.runtime.native.records import RUN
+from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.team import RunTeam, aligned
 from pocketlm.runtime.positions import alibi_slopes, rope_table
 from pocketlm.runtime.threads import Team, share
@@ -86,6 +87,7 @@ class NativeExecutor:
         self._program = encode(plan, self._storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
         self._record = self._make_record(factors)
+        self.selection = Selection(self._code[CORE], self.hyper.n_vocab)
         self._team = RunTeam(self._code[CORE], self._record, n_threads)
 
     @staticmethod

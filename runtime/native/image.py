@@ -71,7 +71,7 @@ class _Object:
             raise ImageError("cannot link what is not an object file (ELF64, little-endian)")
         _, kind, machine, _, _, _, shoff, _, _, _, _, shentsize, shnum, shstrndx = _HEADER.unpack_from(data)
         if kind != _ET_REL or machine not in _MACHINES or shentsize != _SECTION.size:
-            raise ImageError("cannot link an object file that is not relocatable, or for a machine other than x86-64 and aarch64")
+            raise ImageError("cannot link an object file that is not relocatable, or not for x86-64 or aarch64")
         self.machine = _MACHINES[machine]
         headers = [_SECTION.unpack_from(data, shoff + i * shentsize) for i in range(shnum)]
         contents = [b"" if h[1] == _SHT_NOBITS else data[h[4] : h[4] + h[5]] for h in headers]

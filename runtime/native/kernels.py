@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pocketlm.runtime import activations
-from pocketlm.runtime.native import code_cache, image, matrix, run, stages
+from pocketlm.runtime.native import code_cache, image, matrix, run, selection, stages
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.layout import LAYOUTS
@@ -29,6 +29,7 @@ def module_text(name: str, level: Level, abi: str) -> str:
     if name == CORE:
         stages.define(module, level.name)
         run.define(module, level.machine)
+        selection.define(module)
     else:
         matrix.define(module, level.name, name)
     return module.text()
