@@ -56,11 +56,9 @@ _DIRECTIVE = re.compile(r"%(?:%|[#0 +-]{0,5}\d{0,3}(?:\.\d{0,3})?[sdifgeXxrc])")
 
 def _percent(budget: Budget, text: str, *arguments: Any, **named: Any) -> None:
     """`%` and `format` with plain directives only: no names, no `*`, widths below 1000."""
-    n_directives = len(_DIRECTIVE.findall(text))
-    if "%" in _DIRECTIVE.sub("", text):
+    if named or "%" in _DIRECTIVE.sub("", text):
         raise TemplateError("it formats with a directive that is not for templates")
-    budget.check_text(len(text) + 999 * n_directives + budget.weigh(arguments))
-    budget.weigh(list(named.values()))
+    budget.check_text(len(text) + 999 * len(_DIRECTIVE.findall(text)) + budget.weigh(arguments))
 
 
 def _number(budget: Budget, value: Any, *arguments: Any) -> None:
@@ -110,6 +108,7 @@ class Method:
 
     def call(self, budget: Budget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args = tuple(map(_run_out, args))
+        budget.weigh([*args, *kwargs.values()])
         if self._guard:
             self._guard(budget, self._value, *args, **kwargs)
         return settle(budget, self._function(*args, **kwargs))
@@ -249,6 +248,7 @@ def _filter(name: str, textual: bool, guard: Guard | None) -> Callable[..., Any]
             value = budget.text(value)
         if name != "first":  # which takes no more than one
             value = _run_out(value)
+        budget.weigh([*args, *kwargs.values()])
         if guard:
             guard(budget, value, *args, **kwargs)
         return settle(budget, function(*_passed(function, context), value, *args, **kwargs))

@@ -220,6 +220,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         """`obj[argument]`: an item, or else the attribute of that name."""
         self.budget.tick()
+        self.budget.weigh(argument)
         if type(obj) in (str, list, tuple, dict, range):
             try:
                 return obj[argument]

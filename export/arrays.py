@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,8 @@ class Storage:
 def map_file(path: Path) -> Buffer:
     """The file as a read-only mapping (b"" for an empty one). Raises FileError where it cannot be read."""
     try:
-        if path.is_dir():
-            raise FileError(path, "is a folder, not a file")
+        if not stat.S_ISREG(mode := path.stat().st_mode):
+            raise FileError(path, f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
     except FileNotFoundError:

@@ -119,7 +119,7 @@ def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     tensors: dict[str, LazyTensor] = {}
     files = sorted(set(places.values()))
     for file in files:
-        if Path(file).name != file:
+        if Path(file).name != file or file == "..":
             raise FileError(path, f"refers to {quoted(file)}, outside its folder", "do not trust this checkpoint")
         found = _tensors_of_shard(path.parent / file)
         for name, tensor in found.items():
@@ -230,8 +230,9 @@ class _Search:
             if isinstance(tree, Record) and "_modules" in tree.fields:
                 return tree
             inner = [name for name in WEIGHTS if isinstance(fields.get(name), (dict, Record)) and self.has_weights(fields[name])]
-            if not inner and not any(isinstance(value, LazyTensor) and value.shape for value in fields.values()):
-                inner = [name for name, value in fields.items() if not _is_training_state(name) and self.has_weights(value)]
+            others = {} if inner else {name: value for name, value in fields.items() if not _is_training_state(name)}
+            if others and not any(isinstance(value, LazyTensor) and value.shape for value in others.values()):
+                inner = [name for name, value in others.items() if self.has_weights(value)]
                 if len(inner) > 1:  # a nested tree of parameters
                     return tree
             if not inner:

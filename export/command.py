@@ -82,9 +82,7 @@ def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     given = [flag for flag in ("set", "map", "tokenizer") if getattr(arguments, flag)]
     if given and is_model_file(source):
         raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
-    model = read_canonical(
-        source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer
-    )
+    model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
     if arguments.lora:
         from pocketlm.export.lora import merge
 

@@ -35,14 +35,14 @@ def _go_template(built_in: BuiltIn) -> str:
     """The rows of a built-in template as one Go template over .Messages."""
     if built_in.name == "plain":
         return "{{ .Prompt }}"
-    before, after = built_in.roles["system"]
-    default = f"{before}{built_in.default_system}{after}" if built_in.default_system else ""
+    default = "".join((built_in.roles["system"][0], built_in.default_system, built_in.roles["system"][1]))
+    default = f"{{{{ if not .System }}}}{default}{{{{ end }}}}" if built_in.default_system else ""
     turns = "".join(
         f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ end }}}}'
         for role, (before, after) in built_in.roles.items()
     )
     loop = f"{{{{ range .Messages }}}}{turns}{{{{ end }}}}"
-    return f"{{{{ if not .System }}}}{default}{{{{ end }}}}{loop}{built_in.roles['assistant'][0]}"
+    return f"{default}{loop}{built_in.roles['assistant'][0]}"
 
 
 def _quoted(text: str) -> str:

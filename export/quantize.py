@@ -3,7 +3,7 @@
 In: float32 blocks. Out: their bytes. Knows nothing about files, models or which format suits a tensor (`gguf_writer`).
 
 The formats with one scale for 32 weights are rounded as their definition says, to the same bytes as ggml's reference.
-The K formats leave a choice, which scales to take; they are searched for: of fifteen ways to round a block, each
+The K formats leave a choice, which scales to take; they are searched for: of some twenty ways to round a block, each
 with its least-squares scale (and minimum), the one with the smallest error is kept. Blocks lie in columns during the search,
 so that every step of it is one NumPy operation over many blocks.
 """
@@ -18,7 +18,7 @@ from pocketlm.runtime.formats import FORMATS
 
 PIECE = 1 << 17  # weights quantised at a time: the search's arrays stay in a core's own cache
 # Added to the number of codes that a block's range is divided into; none first, so that it wins where all are equal.
-STRETCHES = np.array(sorted(np.linspace(-1, 1, 15), key=abs), np.float32)
+STRETCHES = np.array(sorted(np.linspace(-1, 1, 21), key=abs), np.float32)
 TINY = np.float32(2.0**-126)  # smallest normal float32: reciprocals of anything smaller overflow
 
 
@@ -175,11 +175,13 @@ def _affine_k(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     columns = np.ascontiguousarray(x.reshape(-1, 32).T)
     scales, mins = (values.reshape(-1, 8) for values in _affine_search(columns, top))
     scale_unit, min_unit = (_rounded_to_half(values.max(1, keepdims=True) / np.float32(63)) for values in (scales, mins))
-    first_scale, first_min = (
+    best_scale, best_min = (
         np.minimum(np.rint(values * _inverse(unit)), 63) for values, unit in ((scales, scale_unit), (mins, min_unit))
     )
-    best_scale, best_min, best_error = first_scale, first_min, np.full(columns.shape[1], np.inf, np.float32)
-    for change in (0, -1, 1):
+    best_error = np.full(columns.shape[1], np.inf, np.float32)
+    for change in (0, -1, 1) * 2:
+        if change == 0:  # from the best place so far
+            first_scale, first_min = best_scale, best_min
         six = np.clip(first_scale + np.float32(change), 0, 63)
         scale = (scale_unit * six).reshape(-1)
         fitted = _round_codes(columns, scale, (min_unit * first_min).reshape(-1), top)

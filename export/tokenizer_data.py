@@ -75,7 +75,7 @@ def _beside(checkpoint: Checkpoint) -> Path | None:
             return found[0]
     training = checkpoint.config.get("config")
     data_set = training.get("dataset") if isinstance(training, dict) else None
-    if isinstance(data_set, str) and Path(data_set).name == data_set:
+    if isinstance(data_set, str) and Path(data_set).name == data_set != "..":
         for root in (checkpoint.folder, checkpoint.folder.absolute().parent):
             if (file := root / "data" / data_set / "meta.pkl").is_file():
                 return file

@@ -146,7 +146,7 @@ class _Tensors:
             "numpy.dtype": lambda code, *_: Record("numpy.dtype", (code,)),
             **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
             **{f"numpy.{core}.multiarray._reconstruct": lambda *_: Record("numpy.ndarray") for core in ("core", "_core")},
-            **{f"pathlib.{kind}Path": lambda *parts: "/".join(map(_text, parts)) for kind in ("Posix", "Windows", "PurePosix")},
+            **{f"pathlib.{kind}Path": _path for kind in ("Posix", "Windows", "PurePosix")},
         }
 
     def persistent(self, reference: Any) -> _TypedStorage:
@@ -186,6 +186,10 @@ def _text(part: Any) -> str:
     if not isinstance(part, (str, int)):
         raise TypeError
     return str(part)
+
+
+def _path(*parts: Any) -> str:
+    return "/".join(map(_text, parts)).replace("//", "/", 1)
 
 
 def _scalar(dtype: Any, data: Any) -> Any:

@@ -16,11 +16,10 @@ import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.runtime import memory
+from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.model_file import open_model
-from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import Plan, make_plan
 from pocketlm.runtime.threads import default_threads
 from pocketlm.tokenizer import from_metadata
@@ -113,8 +112,7 @@ def _exact_runner(model: CanonicalModel, out: Path) -> Runner:
 
 def _numpy_runner(plan: Plan, tensors: Mapping[str, Tensor], out: Path) -> Runner:
     n_ctx = min(WINDOW, plan.hyper.n_ctx)
-    memory.require(out, *NumpyExecutor.memory(plan, n_ctx), n_ctx)
-    executor = NumpyExecutor(plan, tensors, n_ctx, default_threads())
+    executor = make_executor("numpy", plan, tensors, n_ctx, default_threads(), out)
 
     def run(ids: np.ndarray) -> np.ndarray:
         executor.cache.truncate(0)

@@ -53,7 +53,9 @@ def make_hyper(architecture: str = "pocketlm", **options: Any) -> Hyper:
 GPT2 = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False, "n_kv_head": 6}
 
 
-def make_model(hyper: Hyper, *, tied: bool = True, bias: bool = False, fused: bool = False, spread: float = 0.2) -> CanonicalModel:
+def make_model(
+    hyper: Hyper, *, tied: bool = True, bias: bool = False, fused: bool = False, spread: float = 0.2
+) -> CanonicalModel:
     """A model with these hyper-parameters: head tied or not, biases everywhere or nowhere, q, k, v in one tensor or three."""
     random, tensors = np.random.default_rng(0), {}
 

@@ -129,6 +129,7 @@ RUNAWAYS = {
     "divisible": "{{ '%999999999d' is divisibleby(1) }}",
     "replace by a list": "{{ ('a' * 100000)|replace('a', ['b' * 100000]) }}",
     "namespaces in each other": "{% set ns = namespace(a=namespace()) %}{% for i in range(60) %}{% set ns.a = namespace(x=ns.a, y=ns.a) %}{% endfor %}{{ ns.a is lower }}",
+    "namespaces as a key": "{% set ns = namespace(a=namespace()) %}{% for i in range(60) %}{% set ns.a = namespace(x=ns.a, y=ns.a) %}{% endfor %}{{ 1[ns.a].x }}",
     "split of a block": "{% set x %}{% for i in range(99999) %}a b c d e f g h i j k l m n o p q r s t u v w {% endfor %}{% endset %}{{ x.split(' ')|length }}",
     "list of a block": "{% set x | list %}{% for i in range(999) %}" + "x" * 6000 + "{% endfor %}{% endset %}{{ x|length }}",
     "filtered block": "{% filter list %}{% for i in range(999) %}" + "x" * 6000 + "{% endfor %}{% endfilter %}",

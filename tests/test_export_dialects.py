@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pocketlm.errors import FileError, UsageError
 from pocketlm.export import dialects
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.export import export
@@ -269,3 +271,167 @@ def test_mixes_that_no_architecture_describes_run_as_pocketlm(tmp_path: Path, op
     model = read_canonical(save(tmp_path, {"model": module.state_dict(), "config": config}))
     assert model.hyper.architecture == "pocketlm"
     check(module, model, tmp_path)
+
+
+# ── names and settings that the user gives ───────────────────────────────────────────────────────────────────────────
+
+
+def test_rotary_positions_of_a_home_made_model_are_asked_for_and_partly_rotated_ones_run(tmp_path: Path) -> None:
+    frequencies = 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)  # half of every head's 8 values
+    module = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves", frequencies=frequencies))
+    path = save(tmp_path, {"model": module.state_dict(), "config": {"n_heads": 4, "use_rope": True, "rotary_pct": 0.5}})
+    with pytest.raises(FileError, match=r"rope_pairs, rope_theta.* add .*--set rope_pairs=half\|interleaved") as error:
+        read_canonical(path)
+    assert "n_ctx" in str(error.value)
+    settings = {"rope_pairs": "half", "rope_theta": "10000", "n_ctx": "64", "norm_eps": "1e-5"}
+    model = read_canonical(path, overrides=settings)
+    assert model.hyper.architecture == "pocketlm"
+    check(module, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "tell n_head"),
+        ({"n_head": 5}, "correct it with --set n_head=N"),
+        ({"n_head": 4, "activation": "relu2"}, "activation = 'relu2'".replace("'", "")),
+        ({"n_head": 4, "num_experts": 8}, "num_experts = 8"),
+        ({"n_head": 4, "qk_norm": True}, "qk_norm = True"),
+        ({"n_head": 4, "norm_first": False}, "norm_first = False"),
+        ({"n_head": 4, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+    ],
+)
+def test_what_nothing_tells_is_asked_for_and_what_is_not_computed_is_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": config})
+    with pytest.raises(FileError, match=re.escape(said)) as error:
+        read_canonical(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "gemma"}, "model of type gemma"),
+        ({"sliding_window": 32}, "sliding window of 32 positions; pocketlm does not; add --set n_ctx=32"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_local_experts": 4}, "num_local_experts = 4"),
+        ({"tie_word_embeddings": False}, "is not tied"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ],
+)
+def test_hugging_face_models_that_are_computed_otherwise_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    module = models.Decoder(models.NAMES, "halves", tied=True)
+    folder = hf_folder(tmp_path, module, {**LLAMA, "tie_word_embeddings": True, **change})
+    with pytest.raises(FileError, match=re.escape(said)):
+        read_canonical(folder)
+
+
+def test_left_over_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
+    state, args = models.GPT(bias=False, masks=False).state_dict(), {"n_head": 4}
+    cases = {
+        "2 of 18 tensors have no place in the model: transformer.h.0.attn.q_norm.weight, extra": {
+            **state, "transformer.h.0.attn.q_norm.weight": torch.ones(8), "extra": torch.ones(3),
+        },
+        "blk.1.ffn_down.weight is missing": {n: t for n, t in state.items() if n != "transformer.h.1.mlp.c_proj.weight"},
+        "blk.1.ffn_down.weight is 32x127, expected 32x128": {
+            **state, "transformer.h.1.mlp.c_proj.weight": torch.ones(32, 127),
+        },
+        "no tensor has the role of token_embd.weight": {n: t for n, t in state.items() if "wte" not in n and "lm_head" not in n},
+    }  # fmt: skip
+    for said, tensors in cases.items():
+        with pytest.raises(FileError, match=re.escape(said)):
+            read_canonical(save(tmp_path, {"model": tensors, "model_args": args}))
+
+
+def test_settings_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
+    path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": {"n_head": 4}})
+    for settings in ({"heads": "4"}, {"n_head": "four"}, {"position": "sideways"}, {"norm_eps": "nan"}):
+        with pytest.raises(UsageError, match="--set"):
+            read_canonical(path, overrides=settings)
+
+
+MAP = """
+# a model that nobody foresaw
+drop = ["stem.{i}.drawing", "note"]
+
+[set]
+n_head = 4
+activation = "gelu_erf"  # exact
+norm_eps = 1e-5
+norm = "layer"
+
+[names]
+"words" = "token_embd.weight"
+"places" = "position_embd.weight"
+"stem.{i}.a.gain" = "blk.{i}.attn_norm.weight"
+"stem.{i}.qkv_all" = "blk.{i}.attn_qkv.weight"
+"stem.{i}.mix" = "blk.{i}.attn_output.weight"
+"stem.{i}.b.gain" = "blk.{i}.ffn_norm.weight"
+"stem.{i}.wide" = "blk.{i}.ffn_up.weight"
+"stem.{i}.narrow" = "blk.{i}.ffn_down.weight"
+last = "output_norm.weight"
+"""
+
+
+def test_a_map_names_what_nobody_foresaw(tmp_path: Path) -> None:
+    module = models.initialise(models.GPT(bias=False, masks=False))
+    new = {"wte": "words", "wpe": "places", "ln_f": "last", "h": "stem", "ln_1": "a.gain", "ln_2": "b.gain"}
+    parts = {"attn.c_attn": "qkv_all", "attn.c_proj": "mix", "mlp.c_fc": "wide", "mlp.c_proj": "narrow"}
+    state = {"note": torch.ones(3), "stem.0.drawing": torch.ones(4, 4)}
+    for name, tensor in module.state_dict().items():
+        if name != "lm_head.weight":
+            for old, given in parts.items():
+                name = name.replace(old, given)
+            name = name.removeprefix("transformer.").removesuffix(".weight")
+            state[".".join(new.get(part, part) for part in name.split("."))] = tensor
+    (tmp_path / "names.toml").write_text(MAP)
+    check(module, read_canonical(save(tmp_path, state), mapping=tmp_path / "names.toml"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[names]\na = b", '[names]\na = "blk.0.attention.weight"', '[names]\n"a.{i}" = "output.weight"', "n_head = 4", "[names", "x = {}", "[set]\nx = []"],
+)
+def test_a_wrong_map_is_one_line_with_its_number(line: str, tmp_path: Path) -> None:
+    (tmp_path / "names.toml").write_text(line)
+    with pytest.raises(FileError, match=r"names.toml: line \d"):
+        read_canonical(save(tmp_path, models.GPT().state_dict()), mapping=tmp_path / "names.toml")
+
+
+# ── published sizes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def alibi(**sizes: int) -> tuple[Any, dict[str, Any]]:
+    config = {"n_head": sizes["n_head"], "block_size": 1024, "norm_eps": 1e-5, "position": "alibi"}
+    return models.Decoder(models.spelled(*SPELLINGS[0]), "alibi", **sizes), config
+
+
+def gpt(**sizes: Any) -> tuple[Any, dict[str, Any]]:
+    return models.GPT(masks=False, **sizes), {"n_head": sizes["n_head"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes", "published", "with_positions"),
+    [
+        (alibi, dict(n_embd=256, n_layer=12, n_head=8, n_kv_head=2, n_ff=688, n_vocab=64000), 24_697_088, True),
+        (alibi, dict(n_embd=512, n_layer=12, n_head=8, n_kv_head=4, n_ff=1376, n_vocab=64000), 67_600_000, True),
+        (gpt, dict(n_layer=10, n_head=8, n_embd=512, block_size=1024, vocab_size=32000, bias=False), 47_850_000, False),
+        (gpt, dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True), 124_000_000, True),
+        (gpt, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=201, bias=False), 10_700_000, False),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(make: Any, sizes: dict[str, Any], published: int, with_positions: bool, tmp_path: Path) -> None:
+    with torch.device("meta"):  # shapes without memory
+        module, config = make(**sizes)
+    empty = {name: torch.empty(1).expand(tensor.shape) for name, tensor in module.state_dict().items()}
+    if "lm_head.weight" in empty:
+        del empty["lm_head.weight"]  # tied; tensors without memory cannot show it
+    model = read_canonical(save(tmp_path, {"model": empty, "config": config}))
+    counted = {n: t for n, t in model.tensors.items() if n not in model.added and (with_positions or n != "position_embd.weight")}
+    n_parameters = sum(math.prod(tensor.shape) for tensor in counted.values())
+    if published % 1000:
+        assert n_parameters == published
+    else:  # published rounded
+        assert abs(n_parameters - published) <= published * 0.004

@@ -50,7 +50,9 @@ def test_a_program_that_only_knows_the_readme_reads_it(tmp_path: Path):
         count = math.prod(entry["shape"])
         assert entry["offset"] == at
         values = struct.unpack_from(f"<{count}e", data, at)
-        np.testing.assert_array_equal(np.array(values).reshape(entry["shape"]), model.tensors[entry["name"]].read().astype("f2"))
+        np.testing.assert_array_equal(
+            np.array(values).reshape(entry["shape"]), model.tensors[entry["name"]].read().astype("f2")
+        )
         at += 2 * count
     assert at == len(data)
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))

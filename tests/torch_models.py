@@ -7,6 +7,7 @@ Nothing is shared with the package: positions, attention and norms are computed 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ class TextbookGPT(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.tok_emb, self.pos_emb = nn.Embedding(vocab_size, emb_dim), nn.Embedding(context_length, emb_dim)
-        self.trf_blocks = nn.Sequential()
+        self.trf_blocks: Any = nn.Sequential()
         for _ in range(n_layers):
             block, att, ff = nn.Module(), nn.Module(), nn.Module()
             att.W_query, att.W_key, att.W_value = (nn.Linear(emb_dim, emb_dim, bias=qkv_bias) for _ in range(3))
@@ -159,7 +160,7 @@ class LectureGPT(nn.Module):
         super().__init__()
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
-        self.blocks = nn.Sequential()
+        self.blocks: Any = nn.Sequential()
         for _ in range(n_layer):
             block, sa, ffwd = nn.Module(), nn.Module(), nn.Module()
             sa.heads = nn.ModuleList()

@@ -12,7 +12,6 @@ from pocketlm.tokenizer.merge import LONG, MergeTable, merge, merge_long
 from pocketlm.tokenizer.normalize import NormalForm
 from pocketlm.tokenizer.pretokenize import splitter
 
-
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
 

@@ -25,6 +25,7 @@ LONG = 4096  # symbols from which `merge_long` is worth its arrays
 _FEW = 64  # different symbols up to which it works with all occurrences of a pair at once
 _ROUNDS = 32  # times that it may look at the whole text, which takes less than the heap does
 _PAIRS_KEPT = 1 << 20
+_STAYS, _BETTER, _NEW = -1, -2, -3  # what a pair becomes, beside the number of a symbol
 
 
 class MergeTable(dict[int, int]):
@@ -228,17 +229,25 @@ class _Run:
             if len(self.alphabet) == 256:
                 return False
             new = self._number(merged)
-            neighbours = np.unique([new, *(present >> 8), *(present & 255)])
-            later = min(self._values[new << 8 | neighbours].min(), self._values[neighbours << 8 | new].min()) >> 32
+            symbols = sorted({new, *(present >> 8).tolist(), *(present & 255).tolist()})
             ties = np.count_nonzero(self._values[present] >> 32 == rank)
-            at_once = later > rank and ties == 1
-            budget -= len(self.local) * (1 if at_once else _ROUNDS // 4)
-            if budget < 0 or not (self._all_at_once(pairs, best, new) if at_once else self._left_to_right(rank)):
+            at_once = ties == 1 and self._best_rank_of(new, symbols) > rank
+            budget -= len(self.local) * (1 if at_once else _ROUNDS // 8)
+            if budget < 0:
+                return False
+            if at_once:
+                self._all_at_once(pairs, best, new)
+            elif not self._left_to_right(rank, symbols):
                 return False
         return True
 
-    def _all_at_once(self, pairs: "np.ndarray", best: int, new: int) -> bool:
-        """Merge every occurrence of one pair, where that makes no pair that should have gone before."""
+    def _best_rank_of(self, new: int, symbols: list[int]) -> int:
+        """The best rank of the pairs that a new symbol can make with these."""
+        values = self._values
+        return min(int(min(values[new << 8 | other], values[other << 8 | new])) for other in symbols) >> 32
+
+    def _all_at_once(self, pairs: "np.ndarray", best: int, new: int) -> None:
+        """Merge every occurrence of one pair, which must not make a pair that should have gone before."""
         import numpy as np
 
         hit = pairs == best
@@ -248,27 +257,42 @@ class _Run:
         keep = np.ones(len(self.local), dtype=bool)
         np.logical_not(hit, out=keep[1:])
         self.local = self.local[keep]
-        return True
 
-    def _left_to_right(self, rank: int) -> bool:
-        """Do all merges of one rank, the leftmost first, in one pass; False if a better one comes up on the way."""
+    def _left_to_right(self, rank: int, symbols: list[int]) -> bool:
+        """Do all merges of one rank, the leftmost first, in one pass; False if they could make a better pair."""
         import numpy as np
 
-        values = self._values.tolist()
+        becomes: dict[int, int] = {}
+        new = _STAYS
         done = bytearray()
         rest = self.local.tobytes()
         for at, number in enumerate(rest):
+            while done:
+                pair = done[-1] << 8 | number
+                new = becomes.get(pair, _NEW)
+                if new == _NEW:
+                    new = becomes[pair] = self._becomes(pair, rank, symbols)
+                if new < 0:
+                    break
+                done.pop()
+                number = new
             done.append(number)
-            while len(done) > 1 and (value := values[done[-2] << 8 | done[-1]]) >> 32 <= rank:
-                if value >> 32 < rank or len(self.alphabet) == 256:
-                    self.local = np.frombuffer(bytes(done) + rest[at + 1 :], dtype=np.uint8)
-                    return False
-                known = len(self.alphabet)
-                done[-2:] = (self._number(value & _LOW),)
-                if len(self.alphabet) > known:
-                    values = self._values.tolist()
+            if new == _BETTER:
+                self.local = np.frombuffer(done + rest[at + 1 :], dtype=np.uint8)
+                return False
         self.local = np.frombuffer(done, dtype=np.uint8)
         return True
+
+    def _becomes(self, pair: int, rank: int, symbols: list[int]) -> int:
+        """The number of what a pair merges to at this rank; _STAYS if it does not, _BETTER if better pairs would come."""
+        value = int(self._values[pair])
+        if value >> 32 != rank:
+            return _STAYS
+        if len(self.alphabet) == 256:
+            return _BETTER
+        new = self._number(value & _LOW)
+        symbols.append(new)
+        return _BETTER if self._best_rank_of(new, symbols) < rank else new
 
 
 def _every_other(hit: "np.ndarray") -> "np.ndarray":

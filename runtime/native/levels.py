@@ -85,7 +85,7 @@ def detect() -> Level:
 
 
 def host_machine() -> str:
-    """ "x86_64" or "aarch64": what this *process* runs as. NativeUnavailable for anything else, 32-bit Pythons included."""
+    """What this *process* runs as, "x86_64" or "aarch64". NativeUnavailable for anything else, 32-bit Pythons included."""
     # A 32-bit Python on a 64-bit kernel (Raspberry Pi OS) and an emulated one on Windows both see the wrong machine name.
     name = sysconfig.get_platform().removeprefix("win-") if sys.platform == "win32" else platform.machine()
     machine = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}.get(name.lower())

@@ -1,0 +1,177 @@
+"""What the tests of the native executor share: levels to run, random weights, activations rounded by NumPy, small models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from canonical_models import make_hyper, make_model
+
+from pocketlm.runtime.formats import FORMATS, dequantize
+from pocketlm.runtime.gguf import Tensor
+from pocketlm.runtime.native import image, levels
+from pocketlm.runtime.native.compiler import compile_object
+from pocketlm.runtime.native.executor import NativeExecutor
+from pocketlm.runtime.native.ir import Module
+from pocketlm.runtime.native.layout import LAYOUTS
+from pocketlm.runtime.native.levels import LEVELS, Level
+from pocketlm.runtime.native.team import aligned
+from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.weights import HALF_SCALES
+
+FORMAT_NAMES = tuple(LAYOUTS)
+HERE = levels.host_machine()
+
+
+def runs_here(level: Level) -> bool:
+    return level.machine == HERE and level.needs <= levels.cpu_flags(HERE)
+
+
+def _marked(level: Level) -> Any:
+    missing = ", ".join(sorted(level.needs - levels.cpu_flags(HERE)))
+    return pytest.param(level, id=level.name, marks=pytest.mark.skipif(not runs_here(level), reason=f"this CPU lacks {missing}"))
+
+
+each_level = pytest.mark.parametrize("level", [_marked(level) for level in LEVELS.values() if level.machine == HERE])
+each_format = pytest.mark.parametrize("fmt", FORMAT_NAMES)
+
+
+def compiled(module: Module, level: Level) -> image.Image:
+    return image.link([compile_object(module.text(), level)])
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    """The array's bytes where kernels may read them."""
+    copy = aligned(array.nbytes, np.uint8)
+    copy[:] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return copy
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def random_blocks(fmt: str, n_rows: int, n_columns: int, random: np.random.Generator, wild: bool = False) -> np.ndarray:
+    """A matrix in the file's order, uint8: every integer field random, weights of spread about 1 / sqrt(n_columns).
+
+    `wild`: scales from the smallest half (a subnormal) to 2^10, of either sign, one row apart from the next.
+    """
+    size, n = FORMATS[fmt].block_size, n_rows * n_columns
+    spread = n_columns**-0.5
+    if fmt in ("F32", "F16", "BF16"):
+        values = (random.standard_normal((n_rows, n_columns)) * spread).astype(np.float32)
+        if wild:
+            values *= np.exp2(random.integers(-14, 10, (n_rows, 1))).astype(np.float32)
+        if fmt == "BF16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(-1)
+        return values.astype({"F32": np.float32, "F16": np.float16}[fmt]).view(np.uint8).reshape(-1)
+    blocks = random.integers(0, 256, (n_rows, n_columns // size, FORMATS[fmt].block_bytes), dtype=np.uint8)
+    # the largest integer that a scale is multiplied with, sub-scales of K-quants included
+    largest = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q4_K": 15 * 63, "Q5_K": 31 * 63, "Q6_K": 32 * 127}[fmt]
+    scale = random.uniform(0.5, 2, (n_rows, n // size // n_rows)) * (2 * spread / largest)
+    if wild:
+        scale *= np.exp2(random.integers(-12, 12, (n_rows, 1))) * random.choice([-1, 1], (n_rows, 1))
+    first, *offsets = HALF_SCALES[fmt]
+    blocks[..., first : first + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    for at in offsets:  # Q4_1 and Q5_1 add it to weights above zero, Q4_K and Q5_K subtract it times 0..63
+        offset = scale * (7.5 if fmt == "Q4_K" else 15 if fmt == "Q5_K" else -largest / 2)
+        blocks[..., at : at + 2] = offset.astype(np.float16)[..., None].view(np.uint8)
+    return blocks.reshape(-1)
+
+
+def weights(fmt: str, blocks: np.ndarray, n_rows: int) -> np.ndarray:
+    """float32 [n_rows, n_columns] of blocks in the file's order."""
+    out = np.empty((n_rows, blocks.size // FORMATS[fmt].block_bytes * FORMATS[fmt].block_size // n_rows), np.float32)
+    dequantize(FORMATS[fmt], blocks, out)
+    return out
+
+
+# ── activations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def round_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x [tokens, n], n a multiple of 32 -> int64 [tokens, n / 32, 32] of 16 bits, float32 scales [tokens, n / 32, 1]."""
+    runs = x.reshape(len(x), -1, 32)
+    largest = np.abs(runs).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(largest > 0, np.float32(32639) / largest, 0).astype(np.float32)
+    return np.rint(runs * inverse).astype(np.int64), largest * np.float32(1 / 32639)
+
+
+def activation_records(x: np.ndarray) -> np.ndarray:
+    """What PREPARE leaves for every token, in the order that runtime/native/matrix.py lists: uint8 [tokens, bytes]."""
+    whole, scale = round_activations(x)
+    low = (whole + 128) % 256 - 128
+    parts = (
+        x, low.astype(np.int8), ((whole - low) >> 8).astype(np.int8), whole.astype(np.int16), scale,
+        scale * whole.sum(-1, keepdims=True).astype(np.float32), whole.reshape(len(x), -1, 16).sum(-1).astype(np.int32),
+    )  # fmt: skip
+    return np.concatenate([np.ascontiguousarray(part).reshape(len(x), -1).view(np.uint8) for part in parts], axis=1)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """The values that the rounded activations stand for, float64."""
+    whole, scale = round_activations(x)
+    return (whole * scale.astype(np.float64)).reshape(x.shape)
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WIDE = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96}
+K_WIDE = {"n_embd": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64, "n_ff": 256, "n_layer": 1}
+
+
+def wide(fmt: str) -> dict[str, int]:
+    """The narrowest tiny model whose rows are whole blocks."""
+    return K_WIDE if fmt.endswith("_K") else WIDE
+
+
+def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, seed: int = 0, **options: bool) -> dict[str, Tensor]:
+    """A model's tensors: matrices in random blocks of `fmt`, or of what `formats` says for a part of their name; vectors F32."""
+    model, random, tensors = make_model(hyper, seed=seed, **options), np.random.default_rng(seed), {}
+    for name, tensor in model.tensors.items():
+        kind = "F32"
+        if len(tensor.shape) == 2:
+            kind = next((f for part, f in (formats or {}).items() if part in name), fmt)
+        if kind == "F32":
+            data = tensor.read().reshape(-1).view(np.uint8)
+        else:
+            data = random_blocks(kind, *tensor.shape, random)
+        tensors[name] = Tensor(name, tensor.shape, FORMATS[kind], data, 0, Path("model"))
+    return tensors
+
+
+def executors(
+    level: Level, fmt: str = "F32", threads: int = 2, formats: Mapping[str, str] | None = None, seed: int = 0, n_ctx: int | None = None,
+    tied: bool = True, bias: bool = False, fused: bool = False, **hyper: Any,
+) -> tuple[NativeExecutor, NumpyExecutor]:  # fmt: skip
+    """The same random model in both executors."""
+    shape = make_hyper(**{**wide(fmt), **hyper})
+    tensors = tensors_of(shape, fmt, formats, seed, tied=tied, bias=bias, fused=fused)
+    plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POCKETLM_ISA", level.name)
+        native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads)
+    return native, NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1)
+
+
+@functools.cache
+def host_level() -> Level:
+    return next(level for level in LEVELS.values() if runs_here(level))
+
+
+def kl_divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(exact || other) of every row of logits, in nats."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p, q = log_softmax(exact), log_softmax(other)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+

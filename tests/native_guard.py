@@ -1,0 +1,150 @@
+"""Calls every weight kernel with its buffers against memory that nobody may touch. Run as a program: LEVEL [LEVEL …].
+
+Prints a line of JSON a level, format and kernel: {"case", "shapes", "trials", "rounded", "exact"}, the NMSE of all trials
+to NumPy doing the same rounding and to float64. A kernel that reads or writes a byte too far ends the program; stderr
+names the case.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import itertools
+import json
+import mmap
+import sys
+from collections import defaultdict
+
+import numpy as np
+from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounded, weights
+
+from pocketlm.runtime.formats import FORMATS
+from pocketlm.runtime.native import kernels
+from pocketlm.runtime.native.layout import groups, interleave, interleaved_bytes, restore
+from pocketlm.runtime.native.levels import LEVELS, Level
+from pocketlm.runtime.native.matrix import TILE, activation_bytes
+
+SHAPES = 200
+
+
+class Guarded:
+    """A region of memory between two pages without any rights."""
+
+    def __init__(self, size: int = 1 << 20):
+        self._library = ctypes.CDLL(None, use_errno=True)
+        self._map = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + mmap.PAGESIZE
+        self.stop = self.start + size
+        self._library.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for page in (self.start - mmap.PAGESIZE, self.stop):
+            assert self._library.mprotect(page, mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+
+    def place(self, data: np.ndarray, at_end: bool, align: int) -> np.ndarray:
+        """A copy right behind the first guard, or as close to the second as the alignment allows."""
+        size = data.nbytes
+        address = (self.stop - size) // align * align if at_end else self.start
+        assert address >= self.start
+        view = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        view[:] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        return view
+
+
+def shape(fmt: str, random: np.random.Generator) -> tuple[int, int, int]:
+    """Rows, columns, and columns filled up to what activations need."""
+    size = FORMATS[fmt].block_size
+    n_columns = int(random.integers(1, 100)) if size == 1 else size * int(random.integers(1, 7 if size == 32 else 3))
+    return int(random.integers(1, 280)), n_columns, -(-n_columns // 32) * 32
+
+
+class Score:
+    """Trials of a kernel: results against what is expected, in units of what random weights and activations give."""
+
+    def __init__(self) -> None:
+        self.trials, self.errors, self.squares = 0, np.zeros(2), np.zeros(2)
+
+    def add(self, result: np.ndarray, rounded: np.ndarray, exact: np.ndarray, unit: np.ndarray) -> None:
+        self.trials += len(result)
+        for i, expected in enumerate((rounded, exact)):
+            self.errors[i] += (((result - expected) / unit) ** 2).sum()
+            self.squares[i] += ((expected / unit) ** 2).sum()
+
+    def report(self, case: str) -> None:
+        rounded, exact = self.errors / self.squares
+        print(json.dumps({"case": case, "shapes": SHAPES, "trials": self.trials, "rounded": rounded, "exact": exact}), flush=True)
+
+
+def products(levels: list[Level], fmt: str, tokens: int) -> None:
+    name = f"product{tokens}"
+    kernel = {level.name: kernels.loaded(fmt, level).function(f"{fmt}_{name}", None, *[ctypes.c_int64] * 9) for level in levels}
+    random, memory, scores = np.random.default_rng([tokens, FORMATS[fmt].gguf_type]), [Guarded() for _ in range(3)], defaultdict(Score)
+    for _ in range(SHAPES):
+        n_rows, n_columns, n = shape(fmt, random)
+        blocks = random_blocks(fmt, n_rows, n_columns, random, wild=True)
+        matrix = weights(fmt, blocks, n_rows).astype(np.float64)
+        x = np.zeros((tokens, n), np.float32)
+        x[:, :n_columns] = random.standard_normal((tokens, n_columns)) * np.exp2(random.integers(-20, 20, (tokens, 1)))
+        first = int(random.integers(0, groups(n_rows)))
+        last = int(random.integers(first + 1, groups(n_rows) + 1))
+        rows = slice(first * 16, min(last * 16, n_rows))
+        exact = x[:, :n_columns].astype(np.float64) @ matrix[rows].T
+        unit = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(matrix[rows], axis=1) / np.sqrt(n_columns)
+        x_stride, y_stride = activation_bytes(n), (last - first) * 64 + 64 * int(random.integers(0, 3))
+        records, prepared = activation_records(x), np.zeros((tokens, x_stride), np.uint8)
+        prepared[:, : records.shape[1]] = records
+        # the last token's memory ends where what the kernel may read ends
+        used, same = (tokens - 1) * x_stride + 4 * n_columns, exact
+        if fmt not in ("F32", "F16", "BF16"):
+            used, same = (tokens - 1) * x_stride + records.shape[1], rounded(x) @ matrix[rows].T
+        w, n_blocks = interleave(fmt, blocks, n_rows), n_columns // FORMATS[fmt].block_size
+        canary = np.full((tokens - 1) * y_stride + (last - first) * 64, 0xAA, np.uint8)
+        for at_end, level in itertools.product((False, True), levels):
+            place = [m.place(a, at_end, k) for m, a, k in zip(memory, (w, prepared.reshape(-1)[:used], canary), (32, 4, 4), strict=True)]
+            addresses = [view.ctypes.data for view in place]
+            kernel[level.name](addresses[0], groups(n_rows), first, last, n_blocks, addresses[1], x_stride, addresses[2], y_stride)
+            for t in range(tokens):
+                result = place[2][t * y_stride :][: (last - first) * 64].view(np.float32)[: rows.stop - rows.start]
+                scores[level.name].add(result, same[t], exact[t], unit[t])
+    for level in levels:
+        scores[level.name].report(f"{level.name} {fmt} {name}")
+
+
+def table(levels: list[Level], fmt: str) -> None:
+    """The embedding's kernel, and the one that interleaves: what it writes is what the other reads."""
+    codes = [kernels.loaded(fmt, level) for level in levels]
+    kernel = {
+        level.name: (code.function(f"{fmt}_row", None, *[ctypes.c_int64] * 5), code.function(f"{fmt}_interleave", None, *[ctypes.c_int64] * 7))
+        for level, code in zip(levels, codes, strict=True)
+    }
+    random, memory, scores = np.random.default_rng(FORMATS[fmt].gguf_type), [Guarded() for _ in range(3)], defaultdict(Score)
+    for _ in range(SHAPES):
+        n_rows, n_columns, _ = shape(fmt, random)
+        blocks = random_blocks(fmt, n_rows, n_columns, random, wild=True)
+        matrix, expected, n_blocks = weights(fmt, blocks, n_rows), interleave(fmt, blocks, n_rows), n_columns // FORMATS[fmt].block_size
+        assert (restore(fmt, expected, n_rows, n_columns) == blocks).all(), f"{fmt} {n_rows} x {n_columns} is not restored"
+        middle, some = int(random.integers(0, groups(n_rows) + 1)), {0, n_rows - 1, *random.integers(0, n_rows, 3).tolist()}
+        for at_end, level in itertools.product((False, True), levels):
+            look_up, permute = kernel[level.name]
+            source = memory[0].place(blocks, at_end, 2)
+            w = memory[1].place(np.full(interleaved_bytes(fmt, n_rows, n_columns), 0xAA, np.uint8), at_end, 32)
+            for part in ((0, middle), (middle, groups(n_rows))):
+                permute(source.ctypes.data, w.ctypes.data, n_rows, groups(n_rows), n_blocks, *part)
+            assert (w == expected).all(), f"{level.name} {fmt} {n_rows} x {n_columns} is interleaved in another way"
+            for row in some:
+                out = memory[2].place(np.full(4 * n_columns, 0xAA, np.uint8), at_end, 4)
+                look_up(w.ctypes.data, groups(n_rows), n_blocks, row, out.ctypes.data)
+                scores[level.name].add(out.view(np.float32), matrix[row], matrix[row], np.linalg.norm(matrix[row]) + 1e-30)
+    for level in levels:
+        scores[level.name].report(f"{level.name} {fmt} row")
+
+
+def main(levels: list[Level]) -> None:
+    faulthandler.enable()
+    for fmt in FORMAT_NAMES:
+        for case, run in (("one token", lambda: products(levels, fmt, 1)), ("tile", lambda: products(levels, fmt, TILE)),
+                          ("table", lambda: table(levels, fmt))):  # fmt: skip
+            print(fmt, case, file=sys.stderr, flush=True)
+            run()
+
+
+if __name__ == "__main__":
+    main([LEVELS[name] for name in sys.argv[1:]])

@@ -1,0 +1,152 @@
+"""The tokenizer of a checkpoint travels as keys of the model file and gives the same ids."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pocketlm.tokenizer.byte_bpe import LETTERS
+from tokenizer_texts import PROSE
+
+from pocketlm import tokenizer
+from pocketlm.errors import FileError
+from pocketlm.export.checkpoint import Checkpoint
+from pocketlm.export.tokenizer_data import TEST_TEXTS, chat_template, find_tokenizer, tokenizer_keys
+
+CHARACTERS = sorted(set("\n !',-.?ABCabcdefghijklmnopqrstuvwxyzğışöüç"))
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def checkpoint(folder: Path, config: dict[str, Any] | None = None) -> Checkpoint:
+    return Checkpoint(folder / "ckpt.pt", {}, config or {}, (folder / "ckpt.pt",))
+
+
+def texts(seed: int, n: int, alphabet: str = "") -> list[str]:
+    chosen = random.Random(seed)
+    source = alphabet * 50 or PROSE
+    return [source[start : start + chosen.randrange(1, 60)] for start in (chosen.randrange(len(source)) for _ in range(n))]
+
+
+def check(keys: dict[str, Any], original: tokenizer.Tokenizer, samples: list[str]) -> None:
+    written = tokenizer.from_metadata(keys, "written")
+    for text in samples:
+        assert written.encode(text) == original.encode(text), text
+        assert written.decode(written.encode(text)) == original.decode(original.encode(text))
+
+
+def meta_pkl(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    stoi = {character: i for i, character in enumerate(CHARACTERS)}
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}))
+    return folder / "meta.pkl"
+
+
+def test_characters_beside_the_checkpoint(tmp_path: Path) -> None:
+    original = tokenizer.load(meta_pkl(tmp_path))
+    keys, notes = find_tokenizer(checkpoint(tmp_path), len(CHARACTERS), None)
+    assert notes == []
+    assert len(keys["pocketlm.tokenizer.test_texts"]) == len(keys["pocketlm.tokenizer.test_ids"]) == 20
+    assert keys["tokenizer.ggml.tokens"][CHARACTERS.index(" ")] == "▁"  # as llama.cpp wants a space
+    check(keys, original, texts(1, 100, "".join(CHARACTERS)))
+
+
+def test_characters_where_nanogpt_keeps_them(tmp_path: Path) -> None:
+    meta_pkl(tmp_path / "data" / "shakespeare_char")
+    keys, _ = find_tokenizer(checkpoint(tmp_path / "out", {"config": {"dataset": "shakespeare_char"}}), len(CHARACTERS), None)
+    assert keys["pocketlm.tokenizer.kind"] == "characters"
+    with pytest.raises(FileError, match="no tokenizer was found"):
+        find_tokenizer(checkpoint(tmp_path / "out", {"config": {"dataset": "../data/shakespeare_char"}}), 60, None)
+
+
+def test_characters_inside_the_checkpoint(tmp_path: Path) -> None:
+    for config in ({"chars": CHARACTERS}, {"meta": {"itos": {str(i): c for i, c in enumerate(CHARACTERS)}}}):
+        keys, _ = find_tokenizer(checkpoint(tmp_path, config), len(CHARACTERS), None)
+        assert tokenizer.from_metadata(keys, "x").encode("cab") == [CHARACTERS.index(c) for c in "cab"]
+
+
+def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="trains the tokenizer")
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    peer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    peer.train_from_iterator([PROSE] * 3, tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=markers, initial_alphabet=alphabet))
+    peer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    keys, notes = find_tokenizer(checkpoint(tmp_path), 610, None)
+    assert notes == []
+    assert keys["tokenizer.chat_template"] == CHAT
+    assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (2, 0)
+    assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 610
+    assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]]
+    samples = [*texts(2, 200), *TEST_TEXTS]
+    check(keys, tokenizer.load(tmp_path / "tokenizer.json"), samples)
+    written = tokenizer.from_metadata(keys, "x")
+    assert all(written.encode(text) == peer.encode(text).ids for text in samples)
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_sentencepiece(rule: str, tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="trains the tokenizer")
+    (tmp_path / "text.txt").write_text(PROSE * 3, encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=700, byte_fallback=True,
+        character_coverage=0.99, normalization_rule_name=rule, user_defined_symbols=["<|user|>"], minloglevel=2,
+    )  # fmt: skip
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    keys, notes = find_tokenizer(checkpoint(tmp_path), 704, None)
+    assert notes == []
+    samples = [*texts(3, 200), *TEST_TEXTS, "a <|user|> b", "  x  "]
+    check(keys, tokenizer.load(tmp_path / "tokenizer.model"), samples)
+    written = tokenizer.from_metadata(keys, "x")
+    assert all(written.encode(text) == peer.encode(text) for text in samples)
+
+
+def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test_data: Path, tmp_path: Path) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="compares the ids")
+    gpt2 = tokenizer.load(test_data / "vectors" / "ggml-vocab-gpt-2.gguf")
+    letters = {letter: bytes([byte]) for byte, letter in enumerate(LETTERS)}
+    ranks = {b"".join(letters[c] for c in token): i for i, token in enumerate(gpt2.vocabulary.tokens[:50256])}
+    (tmp_path / "gpt2.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    keys, notes = find_tokenizer(checkpoint(tmp_path), 50304, None)
+    assert notes == []
+    written = tokenizer.from_metadata(keys, "x")
+    assert written.token_id("<|endoftext|>") == written.eos_id == 50256
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    peer = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    assert all(written.encode(text) == peer.encode(text) for text in [*texts(4, 200), *TEST_TEXTS])
+
+
+def test_a_gguf_vocabulary_written_again_is_the_same(test_data: Path) -> None:
+    for name in ("gpt-2", "llama-spm", "starcoder"):
+        original = tokenizer.load(test_data / "vectors" / f"ggml-vocab-{name}.gguf")
+        check(tokenizer_keys(original, original.n_vocab), original, [*texts(5, 100), *TEST_TEXTS])
+
+
+def test_what_is_missing_or_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"give its tokenizer's file with --tokenizer FILE, or --tokenizer none"):
+        find_tokenizer(checkpoint(tmp_path), 1000, None)
+    with pytest.raises(FileError, match=r"GPT-2's tokenizer.json, or its vocab.json with merges.txt"):
+        find_tokenizer(checkpoint(tmp_path), 50304, None)
+    assert find_tokenizer(checkpoint(tmp_path), 1000, "none")[0] == {}
+    with pytest.raises(FileError, match=f"it has {len(CHARACTERS)} tokens, but the model's token table 20 rows"):
+        find_tokenizer(checkpoint(tmp_path), 20, meta_pkl(tmp_path))
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(FileError):
+        find_tokenizer(checkpoint(tmp_path), 20, None)
+
+
+def test_chat_templates_of_every_kind(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer_config.json"
+    assert chat_template(tmp_path) is None
+    file.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHAT}]}))
+    assert chat_template(tmp_path) == CHAT
+    (tmp_path / "chat_template.jinja").write_text("other")
+    assert chat_template(tmp_path) == "other"

@@ -1,0 +1,188 @@
+"""Hyper-parameters and tensors that make no sense are one line within a second; the plan is what the architecture says."""
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from pocketlm.errors import FileError
+from pocketlm.runtime import plan as P
+from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.plan import Plan, make_plan
+from tiny_models import TOKENS, write_model
+
+ABSURD: list[Any] = [0, -1, 1 << 40, 1.5, math.nan, "eight", "", True, [1, 2], [], ["a"], [4.0, 4.0], [0, 0]]
+COUNTS = [
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
+]  # fmt: skip
+NUMBERS: list[Any] = [-1.0, math.nan, math.inf, -math.inf, "small", True, [1.0], ["a"], 1e30]
+
+
+def plan_of(path) -> Plan:
+    with open_gguf(path) as file:
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        return make_plan(read_hyper(file.metadata, shapes["token_embd.weight"][0], path), shapes, path)
+
+
+def complaint(path) -> str:
+    """The one line about a file, which comes within a second."""
+    started = time.perf_counter()
+    with pytest.raises(FileError) as raised:
+        plan_of(path)
+    assert time.perf_counter() - started < 1
+    text = str(raised.value)
+    assert str(path) in text
+    assert text.isprintable()
+    assert len(text) < 1000
+    return text
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=repr)
+@pytest.mark.parametrize("key", COUNTS)
+def test_an_absurd_count_is_named(tmp_path, key, value):
+    path = write_model(tmp_path / "model.gguf", n_layer=1, metadata={f"llama.{key}": _writable(value)})
+    assert f"llama.{key}" in complaint(path)
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+@pytest.mark.parametrize("key", ["attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor"])
+def test_an_absurd_number_is_named(tmp_path, key, value):
+    path = write_model(tmp_path / "model.gguf", n_layer=1, metadata={f"llama.{key}": value})
+    assert f"llama.{key}" in complaint(path)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -4.0, math.nan, "eight"], ids=repr)
+@pytest.mark.parametrize("key", ["freq_base", "scaling.attn_factor", "scaling.yarn_beta_fast", "scaling.yarn_beta_slow"])
+def test_no_yarn_key_makes_the_tables_fail(tmp_path, key, value):
+    """Each value is either refused by name, or gives frequencies that are numbers."""
+    from pocketlm.runtime.positions import rope_table
+
+    scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    path = write_model(tmp_path / "model.gguf", n_layer=1, rope=scaling, metadata={f"llama.rope.{key}": value})
+    try:
+        plan = plan_of(path)
+    except FileError as error:
+        assert f"llama.rope.{key}" in str(error)
+    else:
+        assert plan.hyper.rope is not None
+        assert np.isfinite(rope_table(plan.hyper.rope, 64)).all()
+
+
+@pytest.mark.parametrize("value", ["rmsnorm", "", 1, 1.0, [1, 2], ["rms"], "x" * 100_000, "a\nb\x1b[31m"], ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize("key", ["pocketlm.norm", "pocketlm.position", "pocketlm.activation", "pocketlm.rope_pairs", "llama.rope.scaling.type"])
+def test_an_unknown_option_is_named(tmp_path, key, value):
+    assert key in complaint(write_model(tmp_path / "model.gguf", n_layer=1, metadata={key: value}))
+
+
+@pytest.mark.parametrize("value", ["yes", [1, 2], 2], ids=repr)
+def test_gated_is_true_or_false(tmp_path, value):
+    assert "pocketlm.gated" in complaint(write_model(tmp_path / "model.gguf", n_layer=1, metadata={"pocketlm.gated": value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("general.architecture", "mamba", "'mamba' is not supported"),
+        ("general.architecture", 7, "not supported"),
+        ("general.architecture", None, "None is not supported"),
+        ("general.architecture", "\x1b[31m" + "m" * 50_000, "is not supported"),
+        ("general.architecture", ["llama"], "not supported"),
+        ("llama.expert_count", 8, "mixture-of-experts"),
+        ("llama.expert_count", [8, 8], "mixture-of-experts"),
+        ("llama.attention.head_count", 5, "does not divide the width"),
+        ("llama.attention.head_count_kv", 3, "does not divide the 4 heads"),
+        ("llama.attention.head_count", [4, 2], "differs from layer to layer"),
+        ("llama.rope.dimension_count", 7, "even number"),
+        ("llama.rope.dimension_count", 18, "even number up to 16"),
+        ("llama.attention.value_length", 8, "llama.attention.value_length"),
+        ("llama.block_count", 1_000_000, "blk.1.attn_norm.weight is missing"),
+        ("llama.block_count", None, "llama.block_count is missing"),
+        ("llama.embedding_length", 32, "expected"),
+        ("llama.feed_forward_length", 97, "expected 97x64"),
+    ],
+)  # fmt: skip
+def test_metadata_that_does_not_fit_is_explained(tmp_path, key, value, said):
+    assert said in complaint(write_model(tmp_path / "model.gguf", n_layer=1, metadata={key: value}))
+
+
+def test_options_that_an_architecture_does_not_imply_must_be_said(tmp_path):
+    for name in ("norm", "position", "activation", "gated"):
+        path = write_model(tmp_path / "model.gguf", arch="pocketlm", metadata={f"pocketlm.{name}": None})
+        assert f"pocketlm.{name}" in complaint(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"blk.0.ffn_up.weight": None}, "blk.0.ffn_up.weight is missing"),
+        ({"output_norm.weight": None}, "output_norm.weight is missing"),
+        ({"blk.1.attn_q.weight": np.ones((64, 63), np.float32)}, "blk.1.attn_q.weight is 64x63, expected 64x64"),
+        ({"blk.0.attn_norm.weight": np.ones(63, np.float32)}, "is 63, expected 64"),
+        ({"blk.0.attn_norm.weight": np.ones((1, 64), np.float32)}, "is 1x64, expected 64"),
+        ({"blk.0.ffn_down.bias": np.ones(3, np.float32)}, "blk.0.ffn_down.bias is 3, expected 64"),
+        ({"output.weight": np.ones((7, 64), np.float32)}, "output.weight is 7x64"),
+        ({"rope_freqs.weight": np.ones(5, np.float32)}, "rope_freqs.weight is 5, expected 8"),
+        ({"blk.2.attn_q.weight": np.ones((64, 64), np.float32)}, "blk.2.attn_q.weight"),
+        ({"what\n\x1b[31m": np.ones(4, np.float32)}, "is not part of the architecture llama"),
+        ({f"extra.{i}": np.ones(4, np.float32) for i in range(50)}, "(and 47 more)"),
+        ({"token_embd.weight": np.ones(64, np.float32)}, "token_embd.weight is 64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_listed(tmp_path, tensors, said):
+    assert said in complaint(write_model(tmp_path / "model.gguf", tensors=tensors))
+
+
+# ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hyper_parameters_are_those_of_the_file(tmp_path, architecture):
+    path = write_model(tmp_path / "model.gguf", arch=architecture, n_layer=3, n_embd=48, n_head=6, n_kv_head=2, n_ff=80, n_ctx=99, eps=1e-6)
+    hyper = plan_of(path).hyper
+    assert (hyper.n_layer, hyper.n_embd, hyper.n_head, hyper.n_kv_head, hyper.head_dim) == (3, 48, 6, 2, 8)
+    assert (hyper.n_ff, hyper.n_ctx, hyper.n_vocab, hyper.norm_eps) == (80, 99, len(TOKENS), pytest.approx(1e-6))
+    assert (hyper.q_width, hyper.kv_width) == (48, 16)
+
+
+def test_one_value_a_layer_is_accepted_where_all_agree(tmp_path):
+    path = write_model(tmp_path / "model.gguf", metadata={"llama.attention.head_count_kv": [4, 4], "llama.feed_forward_length": [96, 96]})
+    assert plan_of(path).hyper.n_kv_head == 4
+
+
+def test_the_old_key_for_linear_scaling_still_counts(tmp_path):
+    rope = plan_of(write_model(tmp_path / "model.gguf", metadata={"llama.rope.scale_linear": 4.0})).hyper.rope
+    assert rope is not None
+    assert (rope.scaling, rope.factor) == ("linear", 4.0)
+
+
+def test_the_plan_is_a_short_list(tmp_path):
+    plan = plan_of(write_model(tmp_path / "model.gguf", n_layer=1))
+    kinds = [type(op) for op in plan.ops]
+    assert kinds == [
+        P.Embed, P.Norm, P.Linear, P.Rotate, P.Attend, P.Linear, P.Add, P.Norm, P.Linear, P.Activate, P.Linear, P.Add, P.Norm, P.Logits,
+    ]  # fmt: skip
+    assert plan.buffers["qkv"] == 3 * 64
+    assert plan.buffers["ff"] == 2 * 96
+
+
+@pytest.mark.parametrize(("tied", "table"), [(True, "token_embd.weight"), (False, "output.weight")])
+def test_a_missing_output_means_a_tied_head(tmp_path, tied, table):
+    head = plan_of(write_model(tmp_path / "model.gguf", tied=tied)).ops[-1]
+    assert isinstance(head, P.Logits)
+    assert head.matrix.weights == (table,)
+
+
+def test_biases_may_be_there_one_by_one(tmp_path):
+    some = {"blk.0.attn_q.bias": np.ones(64, np.float32), "blk.1.ffn_down.bias": np.ones(64, np.float32)}
+    plan = plan_of(write_model(tmp_path / "model.gguf", tensors=some))
+    biases = [bias for op in plan.ops if isinstance(op, P.Linear) for bias in op.matrix.biases if bias]
+    assert biases == list(some)
+
+
+def _writable(value: Any) -> Any:
+    return value if value != [] else np.array([], np.int32)

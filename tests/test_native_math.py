@@ -1,0 +1,131 @@
+"""The vector mathematics of the kernels, against NumPy in float64; errors in units of the last place of float32."""
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+from native_calls import compiled, each_level
+
+from pocketlm.runtime.native import vector_math as V
+from pocketlm.runtime.native.image import load
+from pocketlm.runtime.native.ir import F16, F32, I64, PTR, Module
+from pocketlm.runtime.native.levels import LEVELS
+
+LANES = 16
+FUNCTIONS = {"exp": V.exp, "tanh": V.tanh, "erf": V.erf, **V.ACTIVATIONS}
+_erf = np.vectorize(math.erf, otypes=[float])
+SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e-40, -1e-40, 1.1754944e-38, 3.4028235e38, -3.4028235e38], np.float32)
+
+
+def run(level, body, x, dtype):
+    """body(f, level name, vector of x) for all of x, in a module of its own."""
+    kinds = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
+    source, target = kinds[x.dtype], kinds[np.dtype(dtype)]
+    module = Module()
+    with module.function("apply", {"x": PTR, "y": PTR, "n": I64}, linkage="entry") as f:
+        a, b, n = f.args()
+        with f.range(0, n, LANES) as i:
+            f.store(body(f, level.name, f.load(source.vec(LANES), a + i * source.bytes)), b + i * target.bytes)
+    code = load(compiled(module, level))
+    x = np.concatenate([x, np.zeros(-len(x) % LANES, x.dtype)])
+    y = np.empty(len(x), dtype)
+    code.function("apply", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(x.ctypes.data, y.ctypes.data, len(x))
+    code.close()
+    return y
+
+
+def apply(level, name, x):
+    return run(level, lambda f, _, v: FUNCTIONS[name](f, v), x, np.float32)[: len(x)]
+
+
+def dense(low, high, n=200_000):
+    """Evenly spaced, random, and floats of every exponent between the ends; the ends themselves."""
+    random = np.random.default_rng(1)
+    small = np.exp2(random.uniform(-140, np.log2(max(abs(low), abs(high))), n)) * random.choice([-1, 1], n)
+    return np.concatenate([np.linspace(low, high, n), random.uniform(low, high, n), small.clip(low, high), [low, high]]).astype(np.float32)
+
+
+def ulps(result, exact):
+    """Distance in units of the last place of the exact value's float32; 2^-149 for subnormal ones."""
+    return np.abs(result - exact) / np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+
+
+@each_level
+@pytest.mark.parametrize(
+    ("name", "reference", "low", "high", "limit"),
+    [("exp", np.exp, V.EXP_MIN, V.EXP_MAX, 1), ("tanh", np.tanh, -12, 12, 2), ("erf", _erf, -4.5, 4.5, 6)],
+)
+def test_functions_are_as_exact_as_their_module_says(level, name, reference, low, high, limit):
+    x = dense(low, high)
+    result = apply(level, name, x).astype(np.float64)
+    if name == "erf" and level.name == "sse4":
+        limit = 8  # without fused multiply-add
+    assert ulps(result, reference(x.astype(np.float64))).max() <= limit
+
+
+@each_level
+def test_ends_of_the_range_and_what_is_no_number(level):
+    assert apply(level, "exp", np.float32([-87.4, -1000, -np.inf, 88.73, 1000, np.inf])).tolist() == [0, 0, 0, *[np.inf] * 3]
+    assert np.isnan(apply(level, "exp", np.float32([np.nan]))).all()
+    for name in ("tanh", "erf"):
+        assert apply(level, name, np.float32([-np.inf, -3e38, -20, 20, 3e38, np.inf])).tolist() == [-1, -1, -1, 1, 1, 1]
+        tiny = np.float32([1e-45, -1e-45, 1e-40, -1e-40, 0, -0.0])
+        np.testing.assert_allclose(apply(level, name, tiny), tiny * (1 if name == "tanh" else 2 / math.sqrt(math.pi)), atol=2e-45)
+        assert np.isnan(apply(level, name, np.float32([np.nan]))).all()
+    for name in V.ACTIVATIONS:
+        result = apply(level, name, SPECIAL)
+        assert np.isnan(result[4])
+        assert (result[2], result[10]) == (np.inf, np.float32(3.4028235e38))
+        assert result[11] == 0
+
+
+REFERENCES = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_erf": lambda x: 0.5 * x * (1 + _erf(x * math.sqrt(0.5))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+@each_level
+@pytest.mark.parametrize("name", V.ACTIVATIONS)
+def test_activations_are_exact_to_a_few_units_of_their_argument(level, name):
+    """Left of zero GELU is a small difference of large numbers: its error is small against x, not against itself."""
+    x = dense(-30, 30)
+    error = np.abs(apply(level, name, x) - REFERENCES[name](x.astype(np.float64)))
+    assert (error <= 4 * np.finfo(np.float32).eps * np.abs(x) + 1e-44).all()
+
+
+HALVES = [pytest.param("", id="instruction"), pytest.param("sse4", id="by hand")]  # how the level of that name does it
+
+
+@each_level
+@pytest.mark.parametrize("method", HALVES)
+def test_every_half_becomes_its_float(level, method):
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    result = run(level, lambda f, name, v: V.from_half(f, method or name, v), every, np.float32)
+    same = np.isnan(every) & np.isnan(result) | (result.view(np.uint32) == every.astype(np.float32).view(np.uint32))
+    assert same.all()
+
+
+@each_level
+@pytest.mark.parametrize("method", HALVES)
+def test_floats_are_rounded_to_halves_as_numpy_does(level, method):
+    random = np.random.default_rng(2)
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[1:] + halves[:-1]) / 2  # ties, and their neighbours
+    positive = np.concatenate([
+        halves, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf)), np.abs(SPECIAL),
+        np.float32([65504, 65519.996, 65520, 65536, 1e6]), random.integers(0, 1 << 31, 300_000, dtype=np.uint32).view(np.float32),
+        np.exp2(random.uniform(-27, 17, 300_000)).astype(np.float32),
+    ])  # fmt: skip
+    x = np.concatenate([positive, -positive])
+    result = run(level, lambda f, name, v: V.to_half(f, method or name, v), x, np.float16)[: len(x)]
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    assert (np.isnan(x) & np.isnan(result) | (result.view(np.uint16) == expected.view(np.uint16))).all()
+
+
+def test_the_level_without_half_instructions_is_the_one_tested_by_hand():
+    assert set(V.NO_HALF) == {name for name, level in LEVELS.items() if level.machine == "x86_64" and "f16c" not in level.needs}
