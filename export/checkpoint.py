@@ -229,7 +229,9 @@ class _Search:
             fields = _fields(tree)
             if isinstance(tree, Record) and "_modules" in tree.fields:
                 return tree
-            inner = [name for name in WEIGHTS if isinstance(fields.get(name), (dict, Record)) and self.has_weights(fields[name])]
+            inner = [
+                name for name in WEIGHTS if isinstance(fields.get(name), (dict, Record)) and self.has_weights(fields[name])
+            ]
             others = {} if inner else {name: value for name, value in fields.items() if not _is_training_state(name)}
             if others and not any(isinstance(value, LazyTensor) and value.shape for value in others.values()):
                 inner = [name for name, value in others.items() if self.has_weights(value)]

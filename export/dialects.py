@@ -25,21 +25,20 @@ from pocketlm.export.model_config import ModelConfig
 WRAPPER = r"(?:(?:model|transformer|gpt|decoder|net|backbone|lm|llm|language_model)\.)*"
 LAYERS = r"(?:layers?|blocks?|h|trf_blocks|transformer_blocks|decoder_layers|decoder_blocks)"
 ATTENTION = r"(?:attn|attention|self_attn|self_attention|att|mha|sa|sa_heads|attn_layer)"
+NORM = r"(?:norm|ln|layernorm|layer_norm)"
 FEED_FORWARD = r"(?:mlp|ffn|ff|ffwd|feed_forward|feedforward|feed_fwd)"
 
 TOP_ROLES = {
-    "token_embd": r"wte|tok_emb|embed|embed_tokens|token_emb|token_embedding|token_embeddings|token_embed|tok_embed|tok_embeddings"
-    r"|embedding|embeddings|emb|token_embedding_table|word_embeddings|embed_in",
-    "position_embd": r"wpe|pos_emb|pos_embed|position_emb|position_embed|position_embedding|position_embeddings|position_embedding_table"
-    r"|pos_embedding|pos_embeddings|positional_embedding|positional_embeddings|embed_positions",
-    "output_norm": r"ln_f|norm|final_norm|norm_f|final_layernorm|final_layer_norm|ln_final|output_norm|norm_out|out_norm|norm_final|ln_out",
+    "token_embd": r"wte|(?:tok|token|word)_?(?:emb|embed|embedding|embeddings)|emb|embed|embed_tokens|embedding|embeddings|embed_in"
+    r"|token_embedding_table",
+    "position_embd": r"wpe|(?:pos|position|positional)_(?:emb|embed|embedding|embeddings)|position_embedding_table|embed_positions",
+    "output_norm": r"ln_f|norm|norm_f|(?:final|output|out)_(?:norm|ln|layernorm|layer_norm)|(?:norm|ln)_(?:final|out)",
     "output": r"lm_head|out_head|head|output|output_head|unembed|unembedding|to_logits|embed_out|out_proj|output_projection",
 }
 LAYER_ROLES = {
-    "attn_norm": rf"ln_?1|norm_?1|(?:pre_)?(?:attn|attention|att|sa|input|pre_attention)_?(?:norm|ln|layernorm|layer_norm)|ln_attn"
-    rf"|norm_attn|{ATTENTION}\.(?:norm|ln)",
-    "ffn_norm": rf"ln_?2|norm_?2|(?:pre_)?(?:ffn|mlp|ff|feed_forward|ffwd|post_attention|post_attn)_?(?:norm|ln|layernorm|layer_norm)"
-    rf"|ln_(?:mlp|ffn|ff)|norm_(?:mlp|ffn|ff)|{FEED_FORWARD}\.(?:norm|ln)",
+    "attn_norm": rf"(?:ln|norm)_?1|(?:pre_)?(?:attn|attention|att|sa|input)_?{NORM}|(?:ln|norm)_attn|{ATTENTION}\.{NORM}",
+    "ffn_norm": rf"(?:ln|norm)_?2|(?:pre_)?(?:ffn|mlp|ff|feed_forward|ffwd|post_attention|post_attn)_?{NORM}|(?:ln|norm)_(?:mlp|ffn|ff)"
+    rf"|{FEED_FORWARD}\.{NORM}",
     "attn_qkv": rf"(?:{ATTENTION}\.)?(?:c_attn|qkv|qkv_proj|Wqkv|wqkv|in_proj|to_qkv)",
     "attn_q": rf"(?:{ATTENTION}\.)?(?:q_proj|wq|W_q|w_q|Wq|W_query|query|q|to_q|q_linear)",
     "attn_k": rf"(?:{ATTENTION}\.)?(?:k_proj|wk|W_k|w_k|Wk|W_key|key|k|to_k|k_linear)",
@@ -52,7 +51,8 @@ LAYER_ROLES = {
     rf"|(?:{FEED_FORWARD}\.)?(?:net|layers|seq)\.0|{FEED_FORWARD}\.(?:0|in_proj)",
     "ffn_down": rf"(?:{FEED_FORWARD}\.)?(?:down_proj|w_down|down|fc_out|linear_down|W_down|linear_out|dense_4h_to_h)"
     rf"|(?:{FEED_FORWARD}\.)?(?:net|layers|seq)\.2|{FEED_FORWARD}\.(?:c_proj|proj|2|out_proj)",
-    "ffn_1": rf"(?:{FEED_FORWARD}\.)?(?:w1|fc1|W1|linear1|linear_1|fc_1|l1)",  # what these are depends on their number and shapes
+    "ffn_1": rf"(?:{FEED_FORWARD}\.)?(?:w1|fc1|W1|linear1|linear_1|fc_1|l1)",
+     # what these are depends on their number and shapes
     "ffn_2": rf"(?:{FEED_FORWARD}\.)?(?:w2|fc2|W2|linear2|linear_2|fc_2|l2)",
     "ffn_3": rf"(?:{FEED_FORWARD}\.)?(?:w3|fc3|W3|linear3|linear_3|fc_3|l3)",
 }
@@ -141,7 +141,8 @@ DIALECTS = (
     ),
     Dialect(
         "Meta Llama",
-        (r"(.*\.)?tok_embeddings\.weight", r"(.*\.)?layers\.N\.attention\.wq\.weight", r"(.*\.)?layers\.N\.feed_forward\.w1\.weight"),
+        (r"(.*\.)?tok_embeddings\.weight", r"(.*\.)?layers\.N\.attention\.wq\.weight",
+        r"(.*\.)?layers\.N\.feed_forward\.w1\.weight"),
         {"norm": "rms", "position": "rope", "rope_pairs": "interleaved", "rope_theta": 10000.0, "norm_eps": 1e-5},
     ),
     Dialect(
@@ -203,7 +204,8 @@ def to_canonical(
     dialect = recognise(checkpoint.tensors)
     if left_over:
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
-        problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {', '.join(map(quoted, left_over[:3]))}{more}"
+        listed = ", ".join(map(quoted, left_over[:3])) + more
+        problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {listed}"
         raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
     config = ModelConfig(checkpoint.config, {**names.settings, **(overrides or {})}, path)
     model = arrange(path, found, buffers, config, dialect.fixed, dialect.name, dialect.transposed)

@@ -65,7 +65,10 @@ def _padded(n_bytes: int) -> int:
 
 
 def _string(text: str) -> bytes:
-    data = text.encode()
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise PocketlmError(f"{text[:40]!r} is not valid Unicode and cannot be written to a GGUF file") from None
     return struct.pack("<Q", len(data)) + data
 
 

@@ -59,7 +59,8 @@ def interleaving(n_heads: int, head_dim: int, n_dims: int) -> np.ndarray:
 
 
 def arrange(
-    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str, Any],
+    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str,
+    Any],
     dialect: str, conv1d: bool,
 ) -> CanonicalModel:  # fmt: skip
     """The model whose tensors have the roles `found`. `fixed`: settings that the dialect's code never changes.

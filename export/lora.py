@@ -1,6 +1,7 @@
 """Merges a LoRA (arXiv:2106.09685) into the checkpoint it was trained on: W + scale · B A, tensor by tensor as they are read.
 
-In: a model made from a checkpoint, and the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors`
+In: a model made from a checkpoint, and the folder of an adapter as PEFT writes it (`adapter_config.json`,
+`adapter_model.safetensors`
 or `.bin`). Out: the model with the sums. Names in the adapter are the checkpoint's own.
 """
 

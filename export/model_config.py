@@ -37,7 +37,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "norm_eps": Setting(
         float,
-        ("norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rms_eps", "layernorm_eps", "ln_eps", "norm_epsilon",
+        ("norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rms_eps", "layernorm_eps", "ln_eps",
+        "norm_epsilon",
          "layernorm_epsilon", "rms_norm_epsilon"),
         "1e-5",
     ),
@@ -53,7 +54,8 @@ SETTINGS: dict[str, Setting] = {
          "pos_emb_type", "pos_type", "pos_embedding", "positional_embedding"),
         "alibi|rope|none",
     ),
-    "rope_theta": Setting(float, ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"), "10000"),
+    "rope_theta": Setting(float, ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"),
+    "10000"),
     "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
     "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
@@ -65,29 +67,36 @@ SETTINGS: dict[str, Setting] = {
 # words of configurations → the options of hyper.py
 WORDS: dict[str, dict[str, str]] = {
     "norm": {
-        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer", "ln": "layer", "layer": "layer",
+        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer", "ln": "layer",
+        "layer": "layer",
     },
     "activation": {
-        "gelu": "gelu_erf", "gelu_erf": "gelu_erf", "gelu_python": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh",
-        "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_approximate": "gelu_tanh", "silu": "silu", "swish": "silu",
+        "gelu": "gelu_erf", "gelu_erf": "gelu_erf", "gelu_python": "gelu_erf", "gelu_new": "gelu_tanh",
+        "gelu_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_approximate": "gelu_tanh", "silu": "silu",
+        "swish": "silu",
         "swiglu": "silu", "relu": "relu", "geglu": "gelu_erf", "reglu": "relu",
     },
     "position": {
-        "learned": "learned", "absolute": "learned", "learnable": "learned", "embedding": "learned", "rope": "rope", "rotary": "rope",
+        "learned": "learned", "absolute": "learned", "learnable": "learned", "embedding": "learned", "rope": "rope",
+        "rotary": "rope",
         "alibi": "alibi", "none": "none", "nope": "none",
     },
     "rope_pairs": {"half": "half", "interleaved": "interleaved"},
 }  # fmt: skip
 
 FLAGS = {  # a configuration may say yes or no instead of a word
-    "use_alibi": ("position", "alibi"), "alibi": ("position", "alibi"), "use_rope": ("position", "rope"), "rope": ("position", "rope"),
-    "use_rotary": ("position", "rope"), "use_rope_embeddings": ("position", "rope"), "rope_interleaved": ("rope_pairs", "interleaved"),
+    "use_alibi": ("position", "alibi"), "alibi": ("position", "alibi"), "use_rope": ("position", "rope"), "rope": ("position",
+    "rope"),
+    "use_rotary": ("position", "rope"), "use_rope_embeddings": ("position", "rope"), "rope_interleaved": ("rope_pairs",
+    "interleaved"),
     "use_rmsnorm": ("norm", "rms"), "use_rms_norm": ("norm", "rms"), "rmsnorm": ("norm", "rms"),
 }  # fmt: skip
 
 # entries that describe the model, to be looked into first; a training script's own settings come after them
 MODEL_ENTRIES = (
-    "model_args", "model_config", "model_cfg", "model_params", "model", "gptconf", "hparams", "hyper_parameters", "cfg", "config", "args",
+    "model_args", "model_config", "model_cfg", "model_params", "model", "gptconf", "hparams", "hyper_parameters", "cfg",
+    "config", "args",
 )  # fmt: skip
 NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_config")
 
@@ -96,14 +105,19 @@ MODEL_TYPES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "l
 HARMLESS = {
     "attn_logit_softcapping": lambda v: not v, "final_logit_softcapping": lambda v: not v, "logit_softcap": lambda v: not v,
     "soft_cap": lambda v: not v, "num_local_experts": lambda v: not v or v == 1, "num_experts": lambda v: not v or v == 1,
-    "n_routed_experts": lambda v: not v, "n_experts": lambda v: not v or v == 1, "use_moe": lambda v: not v, "clip_qkv": lambda v: not v,
-    "logit_scale": lambda v: v in (None, 1), "logits_scaling": lambda v: v in (None, 1), "embedding_multiplier": lambda v: v in (None, 1),
-    "residual_multiplier": lambda v: v in (None, 1), "attention_multiplier": lambda v: v is None, "scale_emb": lambda v: v in (None, 1),
+    "n_routed_experts": lambda v: not v, "n_experts": lambda v: not v or v == 1, "use_moe": lambda v: not v,
+    "clip_qkv": lambda v: not v,
+    "logit_scale": lambda v: v in (None, 1), "logits_scaling": lambda v: v in (None, 1),
+    "embedding_multiplier": lambda v: v in (None, 1),
+    "residual_multiplier": lambda v: v in (None, 1), "attention_multiplier": lambda v: v is None,
+    "scale_emb": lambda v: v in (None, 1),
     "scale_embeddings": lambda v: not v, "query_pre_attn_scalar": lambda v: v is None, "use_parallel_residual": lambda v: not v,
-    "parallel_residual": lambda v: not v, "parallel_attn": lambda v: not v, "qk_norm": lambda v: not v, "use_qk_norm": lambda v: not v,
+    "parallel_residual": lambda v: not v, "parallel_attn": lambda v: not v, "qk_norm": lambda v: not v,
+    "use_qk_norm": lambda v: not v,
     "qk_layernorm": lambda v: not v, "norm_first": lambda v: v in (None, True), "pre_norm": lambda v: v in (None, True),
     "post_norm": lambda v: not v, "scale_attn_weights": lambda v: v in (None, True),
-    "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v, "is_encoder_decoder": lambda v: not v,
+    "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v,
+    "is_encoder_decoder": lambda v: not v,
     "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
@@ -171,7 +185,7 @@ class ModelConfig:
         return default
 
     def need(self, name: str, default: Any = None) -> Any:
-        """The answer; where there is none the setting is noted, to be asked for by `ask`, and its example's first value used."""
+        """The answer; where there is none the setting is noted for `ask`, and the first value of its example used."""
         value = self.get(name, default)
         if value is None:
             self.asked[name] = None

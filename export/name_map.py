@@ -23,10 +23,12 @@ from pocketlm.export.arrays import map_file, quoted
 
 MAX_BYTES = 1 << 24
 PARTS = (
-    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_up",
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+    "ffn_gate_up",
 )  # fmt: skip
 ROLES = {
-    *(f"{name}.{end}" for name in ("token_embd", "output_norm", "output") for end in ("weight", "bias")), "position_embd.weight",
+    *(f"{name}.{end}" for name in ("token_embd", "output_norm", "output") for end in ("weight", "bias")),
+    "position_embd.weight",
     *(f"blk.{{i}}.{part}.{end}" for part in PARTS for end in ("weight", "bias")),
 }  # fmt: skip
 _LINE = re.compile(r"""\s*(?:\[(?P<section>\w+)\]|(?P<key>"[^"]*"|[\w.{}-]+)\s*=\s*(?P<value>.+?))?\s*(?:\#[^"]*)?""")

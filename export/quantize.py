@@ -175,7 +175,7 @@ def _affine_k(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     columns = np.ascontiguousarray(x.reshape(-1, 32).T)
     scales, mins = (values.reshape(-1, 8) for values in _affine_search(columns, top))
     scale_unit, min_unit = (_rounded_to_half(values.max(1, keepdims=True) / np.float32(63)) for values in (scales, mins))
-    best_scale, best_min = (
+    first_scale, first_min = best_scale, best_min = tuple(
         np.minimum(np.rint(values * _inverse(unit)), 63) for values, unit in ((scales, scale_unit), (mins, min_unit))
     )
     best_error = np.full(columns.shape[1], np.inf, np.float32)

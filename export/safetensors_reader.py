@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, quoted, 
 
 MAX_HEADER = 1 << 25  # a tensor takes about 100 bytes
 NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16",
+    "U8": "uint8",
     "BOOL": "bool",
 }  # fmt: skip
 
@@ -50,7 +53,7 @@ def read_safetensors(buffer: Buffer, path: Path) -> tuple[dict[str, LazyTensor],
         spans.append((start, end))
         tensors[name] = view(path, Storage(buffer, 8 + length + start, n_bytes), dtype, shape)
     spans.sort()
-    if any(end > following for (_, end), (following, _) in zip(spans, spans[1:], strict=False)):
+    if any(end > following for (_, end), (following, _) in pairwise(spans)):
         raise FileError(path, "its tensors overlap", "the file is damaged")
     return tensors, metadata if isinstance(metadata, dict) else {}
 

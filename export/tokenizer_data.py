@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint as the keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` where those say too little.
+"""The tokenizer of a checkpoint as keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` where those do not do.
 
 In: a tokenizer's file given by the user or found beside the checkpoint. Out: GGUF keys, which are read back with
 `pocketlm.tokenizer.from_metadata` and compared on twenty texts whose ids then travel along. Knows no tensors.
@@ -30,10 +30,14 @@ GPT2_END = {"<|endoftext|>": 50256}  # OpenAI's rank files leave it out
 MAX_TEMPLATE = 1 << 20
 
 TEST_TEXTS = (
-    "Hello, world!", "Once upon a time there was a little girl named Lily.", "I'm sure they'll say it's fine; we've been there.",
-    "  two spaces before, two after  ", "a\nb\n\nc\r\nd\te", "0 1 12 123 1234 12345 3.14159 1,000,000", "İstanbul'da güneşli bir gün, ığdır çayı.",
-    "Zażółć gęślą jaźń", "Съешь ещё этих мягких французских булок", "今天天气很好，我们去公园玩吧。", "日本語のテキスト", "안녕하세요",
-    "😀 👩‍👩‍👧‍👦 🏳️‍🌈", "def f(x):\n    return x ** 2  # square", "http://example.com/?q=a&b=c#d", "ALL CAPS, CamelCase, snake_case, kebab-case",
+    "Hello, world!", "Once upon a time there was a little girl named Lily.",
+    "I'm sure they'll say it's fine; we've been there.",
+    "  two spaces before, two after  ", "a\nb\n\nc\r\nd\te", "0 1 12 123 1234 12345 3.14159 1,000,000",
+    "İstanbul'da güneşli bir gün, ığdır çayı.",
+    "Zażółć gęślą jaźń", "Съешь ещё этих мягких французских булок", "今天天气很好，我们去公园玩吧。", "日本語のテキスト",
+    "안녕하세요",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈", "def f(x):\n    return x ** 2  # square", "http://example.com/?q=a&b=c#d",
+    "ALL CAPS, CamelCase, snake_case, kebab-case",
     "e\u0301 é ﬁ ½ ①", "\"Quotes\" 'single' «guillemets» “curly”", " leading space", "…—–·•",
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -130,7 +131,7 @@ def read_zip(buffer: Buffer, path: Path) -> dict[str, Entry]:
         spans.append((offset, data + n_packed))
         entries[name] = Entry(path, name, method, data, n_packed, n_unpacked, crc, buffer)
     spans.sort()
-    if any(end > following for (_, end), (following, _) in zip(spans, spans[1:], strict=False)):
+    if any(end > following for (_, end), (following, _) in pairwise(spans)):
         fail("entries of the archive overlap")
     return entries
 

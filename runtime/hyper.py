@@ -116,8 +116,8 @@ class _Keys:
 
     def choice(self, key: str, default: Any, allowed: tuple) -> Any:
         value = self.metadata.get(key, default)
-        if value not in allowed:
-            raise self.fail(key, f"is {value!r}, expected one of {', '.join(map(str, allowed))}")
+        if not isinstance(value, (str, bool)) or value not in allowed:
+            raise self.fail(key, f"is {value!r:.60}, expected one of {', '.join(map(str, allowed))}")
         return value
 
 
@@ -128,9 +128,10 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        raise FileError(path, f"architecture {arch!r} is not supported", f"pocketlm runs {', '.join(ARCHITECTURES)}")
+        raise FileError(path, f"architecture {arch!r:.60} is not supported", f"pocketlm runs {', '.join(ARCHITECTURES)}")
     keys = _Keys(metadata, path)
-    if metadata.get(f"{arch}.expert_count"):
+    experts = metadata.get(f"{arch}.expert_count", 0)
+    if not isinstance(experts, int) or experts:
         raise FileError(path, "mixture-of-experts models are not supported", "use a dense model")
     chosen = {
         name: keys.choice(f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed)
@@ -144,7 +145,7 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     if n_head % n_kv_head:
         raise keys.fail(f"{arch}.attention.head_count_kv", f"is {n_kv_head}, which does not divide the {n_head} heads")
     if keys.count(f"{arch}.attention.value_length", head_dim) != head_dim:
-        raise FileError(path, "keys and values have different widths", "pocketlm runs models where they agree")
+        raise keys.fail(f"{arch}.attention.value_length", f"is not the {head_dim} of the keys")
     eps_key = f"{arch}.attention.layer_norm_{'rms_' if chosen['norm'] == 'rms' else ''}epsilon"
     return Hyper(
         architecture=arch,
@@ -176,7 +177,7 @@ def _read_rope(keys: _Keys, arch: str, head_dim: int, pairs: str) -> Rope:
     if f"{arch}.rope.scale_linear" in keys.metadata and scaling == "none":
         scaling = "linear"
     return Rope(
-        theta=keys.number(f"{arch}.rope.freq_base", 10000.0, low=1.0),
+        theta=keys.number(f"{arch}.rope.freq_base", 10000.0, low=1.001),  # YaRN divides by its logarithm
         n_dims=n_dims,
         pairs=pairs,
         scaling=scaling,

@@ -168,7 +168,8 @@ def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object)
     head = "output" if "output.weight" in shapes else "token_embd"
     ops += [norm("output_norm"), Logits("h", "logits", matrix(width, (head, hyper.n_vocab)))]
     rope_factors = optional("rope_freqs.weight", hyper.rope.n_dims // 2) if hyper.rope else None
-    problems += [f"{name} is not part of the architecture {hyper.architecture}" for name in shapes if name not in used]
+    left_over = [name if name.isprintable() else ascii(name) for name in shapes if name not in used]
+    problems += [f"{name} is not part of the architecture {hyper.architecture}" for name in left_over]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise FileError(path, "; ".join(problems[:3]) + more, "the tensors do not fit the hyper-parameters")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf import Tensor
@@ -50,7 +51,7 @@ def make_hyper(architecture: str = "pocketlm", **options: Any) -> Hyper:
     return Hyper(architecture, **fields)
 
 
-GPT2 = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False, "n_kv_head": 6}
+GPT2: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False, "n_kv_head": 6}
 
 
 def make_model(

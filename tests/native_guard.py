@@ -53,7 +53,7 @@ def shape(fmt: str, random: np.random.Generator) -> tuple[int, int, int]:
     """Rows, columns, and columns filled up to what activations need."""
     size = FORMATS[fmt].block_size
     n_columns = int(random.integers(1, 100)) if size == 1 else size * int(random.integers(1, 7 if size == 32 else 3))
-    return int(random.integers(1, 280)), n_columns, -(-n_columns // 32) * 32
+    return int(random.integers(16, 360)), n_columns, -(-n_columns // 32) * 32
 
 
 class Score:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from canonical_models import GPT2, make_hyper, make_model
+
 from pocketlm.chat.templates import BUILT_IN
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export import command
@@ -53,8 +54,14 @@ def test_names_and_templates_are_written(source: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("out", "asked", "expected"),
-    [("m.gguf", None, "gguf"), ("m.ONNX", None, "onnx"), ("folder", None, "fp16"), ("folder", "ollama", "ollama"), ("m", "gguf", "gguf")],
-)  # fmt: skip
+    [
+        ("m.gguf", None, "gguf"),
+        ("m.ONNX", None, "onnx"),
+        ("folder", None, "fp16"),
+        ("folder", "ollama", "ollama"),
+        ("m", "gguf", "gguf"),
+    ],
+)
 def test_the_outputs_name_says_what_it_is(out: str, asked: str | None, expected: str):
     assert container_for(Path(out), asked) == expected
 
@@ -84,7 +91,7 @@ def test_what_makes_no_sense_is_one_line_and_writes_nothing(source: Path, tmp_pa
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path):
-    with pytest.raises(FileError, match="missing.pt"):
+    with pytest.raises(FileError, match="missing"):
         run(tmp_path / "missing.pt", "-o", tmp_path / "out.gguf")
 
 
@@ -137,7 +144,7 @@ def test_verify_says_what_it_lacks(change: str, tmp_path: Path):
     export(model, "c", tmp_path / "m.gguf")
     if change == "no vocabulary":
         model = replace(model, metadata={})
-    with pytest.raises(PocketlmError, match="without a tokenizer|at least two tokens"):
+    with pytest.raises(PocketlmError, match=r"without a tokenizer|at least two tokens"):
         verify(model, tmp_path / "m.gguf", "")
 
 
@@ -168,8 +175,13 @@ def go_template(text: str, messages: list[dict[str, str]]) -> str:
 
 CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}],
-]  # fmt: skip
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ],
+]
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)

@@ -48,7 +48,9 @@ def onnx_logits_of(path: Path, ids: list[int], step: int = 0) -> np.ndarray:
     """onnxruntime's logits, the cache going from one call to the next."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs the ONNX file")
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
+    past = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")
+    }
     names = [output.name for output in session.get_outputs()]
     parts, step = [], step or len(ids)
     for start in range(0, len(ids), step):
@@ -108,7 +110,8 @@ def hf_folder(folder: Path, module: Any, config: dict[str, Any]) -> Path:
 
 
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 32,
     "intermediate_size": 48, "rms_norm_eps": 1e-6, "rope_theta": 5000.0, "max_position_embeddings": 64, "hidden_act": "silu",
     "tie_word_embeddings": False, "vocab_size": 61,
 }  # fmt: skip
@@ -248,6 +251,13 @@ def test_alibi_decoder_in_every_spelling(tmp_path: Path, spelling: tuple[Any, ..
     check(module, model, tmp_path)
 
 
+def test_gate_and_up_are_told_apart_by_shape_where_matrices_are_numbered(tmp_path: Path) -> None:
+    names = {**models.spelled(*SPELLINGS[0]), "gate": "ff.fc1", "up": "ff.fc2", "down": "ff.fc3"}
+    module = models.initialise(models.Decoder(names, "alibi"))
+    settings = {"n_head": "4", "n_ctx": "64", "norm_eps": "1e-5", "position": "alibi"}
+    check(module, read_canonical(save(tmp_path, module.state_dict()), overrides=settings), tmp_path)
+
+
 def test_alibi_with_heads_that_are_no_power_of_two(tmp_path: Path) -> None:
     module = models.initialise(models.Decoder(models.spelled(*SPELLINGS[0]), "alibi", n_head=6, n_kv_head=3, n_embd=48))
     settings = {"n_head": "6", "n_ctx": "64", "norm_eps": "1e-5", "position": "alibi"}
@@ -301,7 +311,9 @@ def test_rotary_positions_of_a_home_made_model_are_asked_for_and_partly_rotated_
         ({"n_head": 4, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     ],
 )
-def test_what_nothing_tells_is_asked_for_and_what_is_not_computed_is_refused(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_what_nothing_tells_is_asked_for_and_what_is_not_computed_is_refused(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": config})
     with pytest.raises(FileError, match=re.escape(said)) as error:
         read_canonical(path)
@@ -321,7 +333,9 @@ def test_what_nothing_tells_is_asked_for_and_what_is_not_computed_is_refused(con
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ],
 )
-def test_hugging_face_models_that_are_computed_otherwise_are_refused_by_name(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_hugging_face_models_that_are_computed_otherwise_are_refused_by_name(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     module = models.Decoder(models.NAMES, "halves", tied=True)
     folder = hf_folder(tmp_path, module, {**LLAMA, "tie_word_embeddings": True, **change})
     with pytest.raises(FileError, match=re.escape(said)):
@@ -338,7 +352,8 @@ def test_left_over_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> N
         "blk.1.ffn_down.weight is 32x127, expected 32x128": {
             **state, "transformer.h.1.mlp.c_proj.weight": torch.ones(32, 127),
         },
-        "no tensor has the role of token_embd.weight": {n: t for n, t in state.items() if "wte" not in n and "lm_head" not in n},
+        "no tensor has the role of token_embd.weight": {n: t for n,
+        t in state.items() if "wte" not in n and "lm_head" not in n},
     }  # fmt: skip
     for said, tensors in cases.items():
         with pytest.raises(FileError, match=re.escape(said)):
@@ -392,7 +407,15 @@ def test_a_map_names_what_nobody_foresaw(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["[names]\na = b", '[names]\na = "blk.0.attention.weight"', '[names]\n"a.{i}" = "output.weight"', "n_head = 4", "[names", "x = {}", "[set]\nx = []"],
+    [
+        "[names]\na = b",
+        '[names]\na = "blk.0.attention.weight"',
+        '[names]\n"a.{i}" = "output.weight"',
+        "n_head = 4",
+        "[names",
+        "x = {}",
+        "[set]\nx = []",
+    ],
 )
 def test_a_wrong_map_is_one_line_with_its_number(line: str, tmp_path: Path) -> None:
     (tmp_path / "names.toml").write_text(line)
@@ -415,21 +438,24 @@ def gpt(**sizes: Any) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("make", "sizes", "published", "with_positions"),
     [
-        (alibi, dict(n_embd=256, n_layer=12, n_head=8, n_kv_head=2, n_ff=688, n_vocab=64000), 24_697_088, True),
-        (alibi, dict(n_embd=512, n_layer=12, n_head=8, n_kv_head=4, n_ff=1376, n_vocab=64000), 67_600_000, True),
-        (gpt, dict(n_layer=10, n_head=8, n_embd=512, block_size=1024, vocab_size=32000, bias=False), 47_850_000, False),
-        (gpt, dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True), 124_000_000, True),
-        (gpt, dict(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=201, bias=False), 10_700_000, False),
+        (alibi, {"n_embd": 256, "n_layer": 12, "n_head": 8, "n_kv_head": 2, "n_ff": 688, "n_vocab": 64000}, 24_697_088, True),
+        (alibi, {"n_embd": 512, "n_layer": 12, "n_head": 8, "n_kv_head": 4, "n_ff": 1376, "n_vocab": 64000}, 67_600_000, True),
+        (gpt, {"n_layer": 10, "n_head": 8, "n_embd": 512, "block_size": 1024, "vocab_size": 32000, "bias": False}, 47_850_000, False),
+        (gpt, {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257, "bias": True}, 124_000_000, True),
+        (gpt, {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 201, "bias": False}, 10_700_000, False),
     ],
 )
-def test_parameter_counts_are_the_published_ones(make: Any, sizes: dict[str, Any], published: int, with_positions: bool, tmp_path: Path) -> None:
+def test_parameter_counts_are_the_published_ones(
+    make: Any, sizes: dict[str, Any], published: int, with_positions: bool, tmp_path: Path
+) -> None:
     with torch.device("meta"):  # shapes without memory
         module, config = make(**sizes)
     empty = {name: torch.empty(1).expand(tensor.shape) for name, tensor in module.state_dict().items()}
-    if "lm_head.weight" in empty:
-        del empty["lm_head.weight"]  # tied; tensors without memory cannot show it
+    empty.pop("lm_head.weight", None)  # tied; tensors without memory cannot show it
     model = read_canonical(save(tmp_path, {"model": empty, "config": config}))
-    counted = {n: t for n, t in model.tensors.items() if n not in model.added and (with_positions or n != "position_embd.weight")}
+    counted = {
+        n: t for n, t in model.tensors.items() if n not in model.added and (with_positions or n != "position_embd.weight")
+    }
     n_parameters = sum(math.prod(tensor.shape) for tensor in counted.values())
     if published % 1000:
         assert n_parameters == published

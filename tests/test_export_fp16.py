@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from canonical_models import GPT2, N_VOCAB, cosine, logits_of, make_hyper, make_model
+
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.export import export

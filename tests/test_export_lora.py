@@ -48,7 +48,8 @@ def read(folder: Path, module: Any, config: dict[str, Any]) -> CanonicalModel:
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_head": 4, "activation_function": "gelu_new"}
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
     "max_position_embeddings": 64, "hidden_act": "silu", "tie_word_embeddings": True,
 }  # fmt: skip
 CASES = [
@@ -64,7 +65,9 @@ def made(kind: str) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("kind", "targets", "options"), CASES)
-def test_merged_weights_are_those_of_the_changed_module(kind: str, targets: list[str], options: dict[str, Any], tmp_path: Path) -> None:
+def test_merged_weights_are_those_of_the_changed_module(
+    kind: str, targets: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
     module, config = made(kind)
     changed = adapter(tmp_path / "lora", module, targets, transposed=kind == "gpt2", **options)
     merged = merge(read(tmp_path, module, config), tmp_path / "lora")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from canonical_models import GPT2, cosine, logits_of, make_hyper, make_model
+
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.export import export
@@ -16,7 +17,7 @@ from pocketlm.runtime.hyper import Hyper, Rope
 onnx = pytest.importorskip("onnx", reason="the package onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-SMALL = {"n_vocab": 67}
+SMALL: dict[str, Any] = {"n_vocab": 67}
 IDS = np.random.default_rng(3).integers(0, 67, (3, 33))
 CUTS = {"at once": [], "in parts": [1, 2, 20], "one by one": list(range(1, 33))}  # where a text is cut; the cache joins it
 

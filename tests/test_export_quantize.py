@@ -3,6 +3,7 @@
 import llama_reference
 import numpy as np
 import pytest
+
 from pocketlm.export.quantize import QUANTIZERS, quantize
 from pocketlm.runtime.formats import FORMATS, dequantize
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pocketlm.tokenizer.byte_bpe import LETTERS
 from tokenizer_texts import PROSE
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError
 from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.tokenizer_data import TEST_TEXTS, chat_template, find_tokenizer, tokenizer_keys
+from pocketlm.tokenizer.byte_bpe import LETTERS
 
 CHARACTERS = sorted(set("\n !',-.?ABCabcdefghijklmnopqrstuvwxyzğışöüç"))
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -42,7 +42,9 @@ def check(keys: dict[str, Any], original: tokenizer.Tokenizer, samples: list[str
 def meta_pkl(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stoi = {character: i for i, character in enumerate(CHARACTERS)}
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}))
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}})
+    )
     return folder / "meta.pkl"
 
 
@@ -76,7 +78,9 @@ def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
     peer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    peer.train_from_iterator([PROSE] * 3, tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=markers, initial_alphabet=alphabet))
+    peer.train_from_iterator(
+        [PROSE] * 3, tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=markers, initial_alphabet=alphabet)
+    )
     peer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
@@ -85,7 +89,9 @@ def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
     assert keys["tokenizer.chat_template"] == CHAT
     assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (2, 0)
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 610
-    assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]]
+    assert keys["tokenizer.ggml.merges"] == [
+        " ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    ]
     samples = [*texts(2, 200), *TEST_TEXTS]
     check(keys, tokenizer.load(tmp_path / "tokenizer.json"), samples)
     written = tokenizer.from_metadata(keys, "x")
@@ -97,7 +103,8 @@ def test_sentencepiece(rule: str, tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="trains the tokenizer")
     (tmp_path / "text.txt").write_text(PROSE * 3, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=700, byte_fallback=True,
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=700,
+        byte_fallback=True,
         character_coverage=0.99, normalization_rule_name=rule, user_defined_symbols=["<|user|>"], minloglevel=2,
     )  # fmt: skip
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
@@ -114,7 +121,9 @@ def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test
     gpt2 = tokenizer.load(test_data / "vectors" / "ggml-vocab-gpt-2.gguf")
     letters = {letter: bytes([byte]) for byte, letter in enumerate(LETTERS)}
     ranks = {b"".join(letters[c] for c in token): i for i, token in enumerate(gpt2.vocabulary.tokens[:50256])}
-    (tmp_path / "gpt2.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    (tmp_path / "gpt2.tiktoken").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
     keys, notes = find_tokenizer(checkpoint(tmp_path), 50304, None)
     assert notes == []
     written = tokenizer.from_metadata(keys, "x")
@@ -146,7 +155,9 @@ def test_what_is_missing_or_does_not_fit_is_one_line(tmp_path: Path) -> None:
 def test_chat_templates_of_every_kind(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer_config.json"
     assert chat_template(tmp_path) is None
-    file.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHAT}]}))
+    file.write_text(
+        json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHAT}]})
+    )
     assert chat_template(tmp_path) == CHAT
     (tmp_path / "chat_template.jinja").write_text("other")
     assert chat_template(tmp_path) == "other"

@@ -14,7 +14,7 @@ from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.plan import Plan, make_plan
 from tiny_models import TOKENS, write_model
 
-ABSURD: list[Any] = [0, -1, 1 << 40, 1.5, math.nan, "eight", "", True, [1, 2], [], ["a"], [4.0, 4.0], [0, 0]]
+ABSURD: list[Any] = [0, -1, 1 << 40, 1.5, math.nan, "eight", True, [1, 2], ["a"], [4.0, 4.0], [0, 0]]
 COUNTS = [
     "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
@@ -44,7 +44,7 @@ def complaint(path) -> str:
 @pytest.mark.parametrize("value", ABSURD, ids=repr)
 @pytest.mark.parametrize("key", COUNTS)
 def test_an_absurd_count_is_named(tmp_path, key, value):
-    path = write_model(tmp_path / "model.gguf", n_layer=1, metadata={f"llama.{key}": _writable(value)})
+    path = write_model(tmp_path / "model.gguf", n_layer=1, metadata={f"llama.{key}": value})
     assert f"llama.{key}" in complaint(path)
 
 
@@ -72,7 +72,7 @@ def test_no_yarn_key_makes_the_tables_fail(tmp_path, key, value):
         assert np.isfinite(rope_table(plan.hyper.rope, 64)).all()
 
 
-@pytest.mark.parametrize("value", ["rmsnorm", "", 1, 1.0, [1, 2], ["rms"], "x" * 100_000, "a\nb\x1b[31m"], ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize("value", ["rmsnorm", 1, 1.0, [1, 2], ["rms"], "x" * 100_000, "a\nb\x1b[31m"], ids=lambda value: repr(value)[:20])
 @pytest.mark.parametrize("key", ["pocketlm.norm", "pocketlm.position", "pocketlm.activation", "pocketlm.rope_pairs", "llama.rope.scaling.type"])
 def test_an_unknown_option_is_named(tmp_path, key, value):
     assert key in complaint(write_model(tmp_path / "model.gguf", n_layer=1, metadata={key: value}))
@@ -183,6 +183,3 @@ def test_biases_may_be_there_one_by_one(tmp_path):
     biases = [bias for op in plan.ops if isinstance(op, P.Linear) for bias in op.matrix.biases if bias]
     assert biases == list(some)
 
-
-def _writable(value: Any) -> Any:
-    return value if value != [] else np.array([], np.int32)

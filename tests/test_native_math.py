@@ -39,7 +39,7 @@ def apply(level, name, x):
     return run(level, lambda f, _, v: FUNCTIONS[name](f, v), x, np.float32)[: len(x)]
 
 
-def dense(low, high, n=200_000):
+def dense(low, high, n=60_000):
     """Evenly spaced, random, and floats of every exponent between the ends; the ends themselves."""
     random = np.random.default_rng(1)
     small = np.exp2(random.uniform(-140, np.log2(max(abs(low), abs(high))), n)) * random.choice([-1, 1], n)

@@ -234,8 +234,10 @@ def spelled(
 ) -> dict[str, str]:
     """Names with the containers spelled in one of the usual ways."""
     return {
-        **NAMES, "embed": embed, "layers": layers, "attn_norm": norms[0], "ffn_norm": norms[1], "norm": norms[2], "head": "lm_head",
-        **{part: f"{attention}.{part}_proj" for part in "qkvo"}, **{part: f"{ffn}.{part}_proj" for part in ("gate", "up", "down")},
+        **NAMES, "embed": embed, "layers": layers, "attn_norm": norms[0], "ffn_norm": norms[1], "norm": norms[2],
+        "head": "lm_head",
+        **{part: f"{attention}.{part}_proj" for part in "qkvo"}, **{part: f"{ffn}.{part}_proj" for part in ("gate", "up",
+        "down")},
     }  # fmt: skip
 
 
@@ -243,7 +245,8 @@ class Decoder(nn.Module):
     """RMSNorm, grouped heads, a gated feed-forward; `position`: "halves", "neighbours", "alibi" or "none"."""
 
     def __init__(
-        self, names: dict[str, str], position: str, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=48, n_vocab=61, head_dim=0,
+        self, names: dict[str, str], position: str, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_ff=48, n_vocab=61,
+        head_dim=0,
         eps=1e-5, theta=10000.0, tied=True, qkv_bias=False, frequencies: Tensor | None = None, magnitude=1.0, max_bias=8.0,
     ):  # fmt: skip
         super().__init__()

@@ -101,9 +101,14 @@ def _offset(unit: int) -> int:
 
 
 def _one_of(characters: "np.ndarray") -> str:
-    """A class of characters given as their UTF-8 bytes in an integer."""
+    """A class of characters given as their UTF-8 bytes in an integer.
+
+    Those above U+FFFF stand apart: `re` looks up a class in a bitmap only when it has none of them.
+    """
     texts = [value.to_bytes(4, "big").lstrip(b"\0").decode() for value in set(characters.tolist())]
-    return "[" + "".join(map(re.escape, texts)) + "]" if texts else "(?!)"
+    low, high = ("".join(re.escape(c) for c in texts if (c > "\uffff") == above) for above in (False, True))
+    classes = [f"[{low}]"] * bool(low) + [f"(?=[\U00010000-\U0010ffff])[{high}]"] * bool(high)
+    return "(?:" + ("|".join(classes) or "(?!)") + ")"
 
 
 class _Trie:

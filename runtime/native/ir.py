@@ -233,6 +233,10 @@ class Function:
         """A member of a structure, `offset` bytes from its beginning."""
         return self.load(type, base + offset, min(type.bytes, 8))
 
+    def opaque(self, pointer: Value) -> Value:
+        """The same pointer, of which the optimiser knows nothing: it will not turn a few offsets into many induction variables."""
+        return self.emit(PTR, f'call ptr asm "", "=r,0"(ptr {pointer})')
+
     def atomic_load(self, address: Value) -> Value:
         return self.emit(I64, f"load atomic i64, ptr {address} seq_cst, align 8")
 
@@ -388,7 +392,8 @@ class Module:
         f.line("ret void" if returns == VOID else "unreachable")
         formal = ", ".join(f"{type} %{arg}" for arg, type in arguments.items())
         prefix = {"internal": "internal ", "inline": "internal ", "kernel": "", "entry": "win64cc " if self.abi == "win64" else ""}
-        attributes = 'nounwind "no-builtins"' + (" alwaysinline" if linkage == "inline" else "")
+        # probes: Windows grows a stack page by page, and a large frame must not jump over the guard page
+        attributes = 'nounwind "no-builtins" "probe-stack"="inline-asm"' + (" alwaysinline" if linkage == "inline" else "")
         self._defined[name] = f"define {prefix[linkage]}{returns} @{name}({formal}) {attributes} {{\n{f.text()}\n}}"
 
     def text(self) -> str:

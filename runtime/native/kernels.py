@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pocketlm.runtime.native import code_cache, image, matrix, run, selection, s
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.layout import LAYOUTS
-from pocketlm.runtime.native.levels import Level
+from pocketlm.runtime.native.levels import Level, host_abi
 
 CORE = "core"
 
@@ -43,7 +42,7 @@ def module_texts(level: Level, abi: str) -> dict[str, str]:
 @functools.cache
 def loaded(name: str, level: Level) -> image.Loaded:
     """A module's code, executable. Loaded once a process and never unloaded: other models may be running it."""
-    abi = "win64" if sys.platform == "win32" and level.machine == "x86_64" else "sysv"
+    abi = host_abi()
 
     def make() -> bytes:
         return image.to_bytes(image.link([compile_object(module_text(name, level, abi), level)]))

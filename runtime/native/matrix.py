@@ -46,7 +46,7 @@ def define(module: Module, level: str, fmt: str) -> None:
 def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
     """Where the planes of block number `index` (group · n_blocks + block) begin."""
     layout, rows = LAYOUTS[fmt], n_groups * n_blocks * ROWS
-    return {p.name: w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes) for p in layout.planes}
+    return {p.name: f.opaque(w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes)) for p in layout.planes}
 
 
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:

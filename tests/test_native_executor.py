@@ -1,0 +1,215 @@
+"""The native executor computes what the numpy executor computes, at every level, with any number of threads."""
+
+import ctypes
+import gc
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from canonical_models import GPT2
+from native_calls import each_format, each_level, executors, host_level, kl_divergence
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.executors import make_executor
+from pocketlm.runtime.hyper import Rope
+from pocketlm.runtime.native import executable, levels
+from pocketlm.runtime.native.executable import NativeUnavailable
+
+IDS = np.random.default_rng(3).integers(0, 400, 60)
+EXACT = {"F32": 1e-3, "F16": 1e-3, "BF16": 1e-3}
+ARCHITECTURES = {
+    "llama": {},
+    "gpt2": {**GPT2, "n_kv_head": 4, "bias": True, "fused": True},
+    "refact": {"position": "alibi"},
+    "half-split pairs": {"rope": Rope(10000.0, 16, "half", original_ctx=64)},
+    "some dims rotated, YaRN": {"rope": Rope(5000.0, 8, "half", "yarn", 4.0, 16)},
+    "no positions, ReLU": {"position": "none", "activation": "relu", "gated": False, "bias": True},
+    "exact GELU, gated, untied": {"activation": "gelu_erf", "tied": False, "norm": "layer"},
+    "LayerNorm with biases, SiLU": {"norm": "layer", "bias": True, "gated": False, "position": "learned"},
+}
+
+
+def compare(pair, limit, ids=IDS):
+    """A prompt, then single tokens, against the other executor; limit: of the error (exact weights), or None: KL divergence."""
+    native, reference = pair
+    for part in (ids[:37], ids[37:38], ids[38:39], ids[39:]):
+        got, expected = native.forward(part, rows="all"), reference.forward(part, rows="all")
+        assert got.shape == expected.shape
+        if limit:
+            assert np.abs(got - expected).max() <= limit
+        else:
+            assert kl_divergence(expected, got).max() <= 1e-5
+    native.close()
+    reference.close()
+
+
+@each_level
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("fmt", ["F32", "Q4_1"])
+def test_every_architecture_option(level, name, fmt):
+    compare(executors(level, fmt, **ARCHITECTURES[name]), EXACT.get(fmt))
+
+
+@each_level
+@each_format
+def test_every_format(level, fmt):
+    compare(executors(level, fmt, position="alibi", bias=True), EXACT.get(fmt))
+
+
+@each_level
+@pytest.mark.parametrize(
+    ("formats", "fmt"),
+    [
+        ({"attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "ffn_gate": "Q5_K", "ffn_up": "F16"}, "Q8_0"),
+        ({"ffn_gate": "Q4_0", "ffn_up": "Q8_0", "token_embd": "Q6_K", "attn_k": "F32"}, "Q5_1"),
+        ({"attn_q": "BF16", "attn_v": "Q5_0", "token_embd": "F16"}, "Q4_1"),
+    ],
+)
+def test_formats_may_be_mixed_within_a_stack(level, formats, fmt):
+    from native_calls import K_WIDE
+
+    compare(executors(level, fmt, formats=formats, **K_WIDE), None)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_head": 3, "n_kv_head": 3, "head_dim": 32, "n_embd": 96, "n_ff": 160},
+        {"n_head": 5, "n_kv_head": 1, "head_dim": 64, "n_embd": 320, "n_ff": 224},
+        {"n_head": 6, "n_kv_head": 2, "head_dim": 80, "n_embd": 480, "n_ff": 32},
+        {"n_head": 9, "n_kv_head": 3, "head_dim": 32, "n_embd": 288, "n_ff": 96},
+        {"n_head": 4, "n_kv_head": 4, "head_dim": 24, "n_embd": 32, "n_ff": 64, "n_vocab": 1},
+        {"n_head": 8, "n_kv_head": 1, "head_dim": 4, "n_embd": 160, "n_ff": 352, "n_vocab": 17},
+    ],
+    ids=lambda s: f"{s['n_head']} heads of {s['head_dim']}",
+)
+@pytest.mark.parametrize("fmt", ["F32", "F16", "Q4_0", "Q8_0"])
+def test_rows_and_widths_that_are_no_powers_of_two(shape, fmt):
+    if shape["head_dim"] * shape["n_head"] % 32:
+        fmt = "F32"
+    compare(executors(host_level(), fmt, **shape), EXACT.get(fmt), IDS % shape.get("n_vocab", 400))
+
+
+@pytest.mark.parametrize("shape", [{"n_embd": 50, "n_head": 5, "n_kv_head": 1, "head_dim": 10, "n_ff": 37}, {"n_embd": 7, "n_head": 1,
+                                   "n_kv_head": 1, "head_dim": 6, "n_ff": 1}], ids=["50 wide", "7 wide"])  # fmt: skip
+@pytest.mark.parametrize("position", ["rope", "alibi", "learned"])
+def test_float_weights_may_have_any_width(shape, position):
+    compare(executors(host_level(), "F16", position=position, norm="layer", bias=True, **shape), EXACT["F16"])
+
+
+@each_level
+@pytest.mark.parametrize("fmt", ["F16", "Q4_1", "Q6_K"])
+def test_results_depend_neither_on_threads_nor_on_the_run(level, fmt):
+    results = []
+    for threads in (1, 2, 3, 5, 2):
+        native, reference = executors(level, fmt, threads, n_ctx=600)
+        reference.close()
+        prompt = np.resize(IDS, 530)
+        outputs = [native.forward(prompt, rows="all"), *(native.forward(IDS[i : i + 1]).copy() for i in range(8))]
+        results.append(b"".join(output.tobytes() for output in outputs))
+        native.close()
+    assert len(set(results)) == 1
+
+
+def test_ids_that_are_none_are_refused_before_compiled_code_sees_them():
+    native, reference = executors(host_level())
+    for ids in ([-1], [native.hyper.n_vocab], [1 << 40], [], [[1]], [1.0], [1] * (native.n_ctx + 1)):
+        with pytest.raises(PocketlmError):
+            native.forward(np.array(ids))
+    assert native.cache.length == 0
+    compare((native, reference), EXACT["F32"])
+
+
+@pytest.mark.parametrize("name", ["llama", "refact", "half-split pairs", "some dims rotated, YaRN", "gpt2"])
+def test_positions_are_forgotten_and_taken_out_as_in_the_numpy_executor(name):
+    pair = executors(host_level(), "F16", **ARCHITECTURES[name])
+    removed, outputs = [], []
+    for executor in pair:
+        cache, result = executor.cache, []
+        executor.forward(IDS[:45])
+        cache.truncate(40)
+        removed.append(cache.remove(3, 20))
+        for part in (IDS[40:41], IDS[41:50]):
+            result.append(executor.forward(part, rows="all").copy())
+        cache.truncate(0)
+        result.append(executor.forward(IDS[:5], rows="all"))
+        outputs.append(np.concatenate(result))
+        executor.close()
+    assert removed == [name != "gpt2"] * 2
+    assert np.abs(outputs[0] - outputs[1]).max() <= 2e-3  # keys are rounded to float16 twice
+
+
+# ── resources ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux_only
+def test_ten_thousand_tokens_do_not_take_memory():
+    native, reference = executors(host_level(), "Q4_0")
+    reference.close()
+
+    def tokens(n):
+        for i in range(n):
+            if native.cache.length == native.n_ctx:
+                native.cache.truncate(1)
+            native.forward(IDS[i % 60 : i % 60 + 1])
+
+    tokens(1000)
+    gc.collect()
+    before = resident()
+    tokens(10_000)
+    gc.collect()
+    assert resident() - before < 1 << 20
+    native.close()
+
+
+LOAD = """
+import os, resource, sys
+import numpy as np, pocketlm
+import pocketlm.runtime.native.compiler, llvmlite.binding
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = pocketlm.load(sys.argv[1], backend="native", threads=2)
+model.executor.forward(np.arange(5))
+cache = model.executor.cache
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, cache.keys.nbytes + cache.values.nbytes, model.file_bytes)
+"""
+
+
+@linux_only
+def test_loading_takes_the_file_the_cache_and_little_more(smollm2_path):
+    done = subprocess.run([sys.executable, "-c", LOAD, smollm2_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, cache, size = map(int, done.stdout.split())
+    assert peak <= size + cache + (120 << 20)
+
+
+# ── code that may not run ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_numpy_takes_over_where_code_may_not_be_executable_and_says_so(monkeypatch, capsys):
+    def refuse(code):
+        raise NativeUnavailable("this system does not let a program run code that it made itself")
+
+    native, reference = executors(host_level())
+    plan, tensors = reference.plan, native._tensors
+    for executor in (native, reference):
+        executor.close()
+    monkeypatch.setattr("pocketlm.runtime.native.image.map_code", refuse)
+    monkeypatch.setattr("pocketlm.runtime.native.kernels.loaded", __import__("functools").cache(levels_loaded()))
+    executor = make_executor("auto", plan, tensors, 64, 1, "model")
+    assert executor.name == "numpy"
+    assert capsys.readouterr().err.count("\n") == 1
+    executor.close()
+    with pytest.raises(NativeUnavailable, match="made itself"):
+        make_executor("native", plan, tensors, 64, 1, "model")
+    assert (ctypes, executable, levels)
