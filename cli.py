@@ -42,7 +42,10 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parse(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character gets a question mark, not a traceback
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
@@ -51,8 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pocketlm: {error}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 0
+    except OSError as error:  # files are opened where their errors become FileErrors: this is a full disk, a lost terminal
+        _give_up_output()
+        print(f"pocketlm: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -61,7 +68,25 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> Parser:
+def _parse(argv: list[str]) -> Arguments:
+    """argparse gives an optional TEXT its default when an option comes before it (until Python 3.12): put right here."""
+    parser = _parser(argv[:1])
+    arguments, rest = parser.parse_known_args(argv)
+    if len(rest) == 1 and getattr(arguments, "text", "") is None and not rest[0].startswith("--"):
+        arguments.text = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+def _give_up_output() -> None:
+    """What is still to be written goes nowhere, so that Python does not try again, and complain, on its way out."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _parser(chosen: list[str]) -> Parser:
+    """The parser; only the chosen command's arguments are declared, since declaring all takes longer than answering."""
     from pocketlm import __version__
 
     parser = Parser(prog="pocketlm", description="Small language models as one file, run in Python.", allow_abbrev=False)
@@ -69,8 +94,9 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
-        command.arguments(sub)
-        sub.set_defaults(run=command.run)
+        if name in chosen:
+            command.arguments(sub)
+            sub.set_defaults(run=command.run)
     return parser
 
 
@@ -78,7 +104,9 @@ def _model_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a GGUF file, or the short name of an installed model (smollm2)")
     parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
-    parser.add_argument("--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)")
+    parser.add_argument(
+        "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
+    )
 
 
 def _sampling_arguments(parser: Parser) -> None:
@@ -150,7 +178,10 @@ def _generate_arguments(parser: Parser) -> None:
 def _generate(arguments: Arguments) -> int:
     if (arguments.prompt is None) == (arguments.file is None):
         raise UsageError("generate: give the text to continue with either -p TEXT or -f FILE")
-    prompt = _read_text(arguments.file or "-") if arguments.file or arguments.prompt == "-" else arguments.prompt
+    if arguments.file is not None:
+        prompt = _read_text(arguments.file)
+    else:
+        prompt = _read_text("-") if arguments.prompt == "-" else arguments.prompt
     with _load(arguments) as model:
         text, ids, last = "", [], None
         for last in model.generate(prompt, max_tokens=arguments.max_tokens, **_sampling(arguments)):
@@ -175,7 +206,9 @@ def _generate(arguments: Arguments) -> int:
 
 
 def _tokenize_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a GGUF, a tokenizer.json, a SentencePiece .model, tiktoken ranks or a folder")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a GGUF, a tokenizer.json, a SentencePiece .model, tiktoken ranks or a folder"
+    )
     parser.add_argument("text", nargs="?", metavar="TEXT", help="default: standard input; with --decode, ids")
     parser.add_argument("--decode", action="store_true", help="ids to text")
     parser.add_argument("--special", action="store_true", help="markers such as <|im_end|> are tokens, not text")
@@ -210,7 +243,7 @@ def _inspect(arguments: Arguments) -> int:
     from pocketlm.runtime.inspection import describe, inspect
 
     facts = inspect(find_model(arguments.file), tensors=arguments.tensors or arguments.json)
-    print(json.dumps(facts, ensure_ascii=False, indent=1) if arguments.json else describe(facts))
+    print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
     return 0
 
 
@@ -226,7 +259,9 @@ def _eval(arguments: Arguments) -> int:
     text = _read_text(arguments.text)
     with _load(arguments) as model:
         started = time.perf_counter()
-        result = perplexity(model.executor, model.tokenizer.encode(text), model.tokenizer.bos_id if model.tokenizer.adds_bos else None)
+        result = perplexity(
+            model.executor, model.tokenizer.encode(text), model.tokenizer.bos_id if model.tokenizer.adds_bos else None
+        )
         seconds = time.perf_counter() - started
     bits = result.nats / 0.6931471805599453 / max(len(text), 1)
     facts = {"perplexity": result.perplexity, "bits_per_character": bits, "tokens": result.n_tokens, "window": result.window,
@@ -234,14 +269,28 @@ def _eval(arguments: Arguments) -> int:
     if arguments.json:
         print(json.dumps(facts))
     else:
-        print(f"perplexity {result.perplexity:.4f}, {bits:.4f} bits per character, {result.n_tokens} tokens in windows of {result.window}")
+        counts = f"{result.n_tokens} tokens in windows of {result.window}"
+        print(f"perplexity {result.perplexity:.4f}, {bits:.4f} bits per character, {counts}")
         print(f"[{result.n_tokens / seconds:.0f} tokens/s, {model.backend}]", file=sys.stderr)
     return 0
+
+
+def _export_arguments(parser: Parser) -> None:
+    from pocketlm.export import command
+
+    command.arguments(parser)
+
+
+def _export(arguments: Arguments) -> int:
+    from pocketlm.export import command
+
+    return command.run(arguments)
 
 
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
+    "export": Command("Turn a checkpoint into a GGUF, an fp16 bin or an ONNX file.", _export_arguments, _export),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file.", _inspect_arguments, _inspect),
     "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),

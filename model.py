@@ -17,8 +17,8 @@ import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime.executors import BACKENDS, make_executor
-from pocketlm.runtime.gguf import open_gguf
 from pocketlm.runtime.hyper import Hyper, read_hyper
+from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.session import Session
 from pocketlm.runtime.threads import check_threads
@@ -65,17 +65,19 @@ class Model:
     def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None):
         self.path = path
         self.n_threads = check_threads(threads)
-        self._file = open_gguf(path)
+        self._file = open_model(path)
         self.metadata: Mapping[str, Any] = self._file.metadata
         self.tensors = self._file.tensors
-        if "token_embd.weight" not in self.tensors:
+        if not self.tensors:
             raise FileError(path, "it holds a vocabulary but no model", "only `pocketlm tokenize` and `inspect` can use it")
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        self.hyper: Hyper = read_hyper(self.metadata, shapes["token_embd.weight"][0], path)
+        self.hyper: Hyper = read_hyper(self.metadata, shapes.get("token_embd.weight", (0,))[0], path)
         self._plan = make_plan(self.hyper, shapes, path)
         self.tokenizer: Tokenizer = from_metadata(self.metadata, path)
         if self.tokenizer.n_vocab > self.hyper.n_vocab:
-            raise FileError(path, f"{self.tokenizer.n_vocab} tokens, but a token table of {self.hyper.n_vocab} rows", "the file is damaged")
+            raise FileError(
+                path, f"{self.tokenizer.n_vocab} tokens, but a token table of {self.hyper.n_vocab} rows", "the file is damaged"
+            )
         self.n_ctx = self._check_ctx(ctx)
         self._template: Template | None = None
         self._start(backend)
@@ -84,9 +86,11 @@ class Model:
         if ctx is None:
             return min(self.hyper.n_ctx, DEFAULT_CTX)
         if not 1 <= ctx <= 1 << 24:
-            raise UsageError(f"--ctx {ctx}: expected at least 1")
+            raise UsageError(f"--ctx {ctx}: expected 1 to {1 << 24}")
         if self.hyper.position == "learned" and ctx > self.hyper.n_ctx:
-            raise UsageError(f"--ctx {ctx}: {self.path} has learned positions for {self.hyper.n_ctx} tokens; ask for at most that")
+            raise UsageError(
+                f"--ctx {ctx}: {self.path} has learned positions for {self.hyper.n_ctx} tokens; ask for at most that"
+            )
         return ctx
 
     def _start(self, backend: str) -> None:
@@ -110,7 +114,7 @@ class Model:
 
     @property
     def file_bytes(self) -> int:
-        return self.path.stat().st_size
+        return size_of(self.path)
 
     @property
     def context_used(self) -> int:
@@ -140,8 +144,13 @@ class Model:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
         if backend not in BACKENDS:
             raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        before = self.backend
         self.executor.close()
-        self._start(backend)
+        try:
+            self._start(backend)
+        except BaseException:  # it cannot run here: the one that did goes on
+            self._start(before)
+            raise
 
     def close(self) -> None:
         """End the threads and unmap the file."""
@@ -158,11 +167,11 @@ class Model:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
         self._session = Session(self.executor)
         self.executor.cache.truncate(0)
-        return self.executor.forward(np.asarray(ids, np.int32), rows="all")
+        return self.executor.forward(np.asarray(ids), rows="all")
 
     def generate(
-        self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (), ignore_eos: bool = False,
-        reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+        self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
 
@@ -171,7 +180,10 @@ class Model:
         """
         tokenizer = self.tokenizer
         if isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+            prompt = (
+                tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+                or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+            )
         decoder = tokenizer.stream_decoder(continues=bool(len(prompt)))
         return self._stream(list(prompt), decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
 
@@ -203,10 +215,13 @@ class Model:
         from pocketlm.runtime.sampling import make_sampler
 
         # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
-        beyond = {i: -math.inf for i in range(self.tokenizer.n_vocab, self.hyper.n_vocab)}
+        beyond = dict.fromkeys(range(self.tokenizer.n_vocab, self.hyper.n_vocab), -math.inf)
         sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
         sampler = make_sampler(
-            **sampling, n_vocab=self.hyper.n_vocab, selection=getattr(self.executor, "selection", None), exempt=self.tokenizer.end_ids
+            **sampling,
+            n_vocab=self.hyper.n_vocab,
+            selection=getattr(self.executor, "selection", None),
+            exempt=self.tokenizer.end_ids,
         )
         return generate(
             self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=self.tokenizer.end_ids,

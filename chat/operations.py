@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from jinja2.filters import FILTERS as JINJA_FILTERS
+from jinja2.filters import make_attrgetter
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.tests import TESTS as JINJA_TESTS
 from jinja2.utils import Namespace, pass_context
@@ -39,7 +40,7 @@ def _replace(budget: Budget, text: str, old: Any = "", new: Any = "", count: Any
     budget.check_text(len(text) + text.count(old) * len(new))
 
 
-def _join(budget: Budget, values: Any, separator: Any = "", attribute: Any = None) -> None:
+def _join(budget: Budget, values: Any, separator: Any = "") -> None:
     n_values = len(values) if isinstance(values, (str, list, tuple, dict, range)) else 0
     budget.check_text(budget.weigh(values) + n_values * (len(budget.text(separator)) + 20))
 
@@ -215,7 +216,6 @@ _FILTERS: dict[str, tuple[bool, Guard | None]] = {
     "replace": (True, _replace),
     "indent": (True, _indent),
     "format": (True, _percent),
-    "join": (False, _join),
 }  # fmt: skip
 
 _TESTS: dict[str, Guard | None] = {
@@ -271,6 +271,15 @@ def _test(name: str, guard: Guard | None) -> Callable[..., Any]:
 
 
 @pass_context
+def _join_filter(context: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
+    """Jinja's `join`, with a look at the attributes of the values before they become texts."""
+    budget: Budget = context.environment.budget
+    values = _run_out(value) if attribute is None else list(map(make_attrgetter(context.environment, attribute), value))
+    _join(budget, values, d)
+    return budget.admit(budget.text(d).join(map(str, values)))
+
+
+@pass_context
 def _safe(context: Any, value: Any) -> str:
     """There is no escaping here: only the text of the value is left of Jinja's `safe`."""
     return context.environment.budget.text(value)
@@ -297,6 +306,7 @@ def _tojson(
 
 FILTERS: dict[str, Callable[..., Any]] = {
     **{name: _filter(name, *row) for name, row in _FILTERS.items()},
+    "join": _join_filter,
     "safe": _safe,
     "tojson": _tojson,
 }

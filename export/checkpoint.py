@@ -6,6 +6,7 @@ prefixes are gone from the names, optimiser state is left out. Knows no dialect:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ FOLDER_FILES = (
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
 CONFIGS = ("config.json", "model_config.json", "params.json")  # beside the weights
 OTHER_FILES = (  # offset, bytes → what it is, what to do
-    (0, b"GGUF", "a GGUF model", "open it with read_canonical"),
+    (0, b"GGUF", "a GGUF model, not a checkpoint", "name the checkpoint it was made from"),
     (0, b"\x89HDF", "an HDF5 file", "save the weights as safetensors"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the checkpoint itself", "fetch it with git lfs pull"),
     (257, b"ustar", "a tar archive", "unpack it; a PyTorch checkpoint in tar is from before version 0.4: save it again"),
@@ -41,6 +42,7 @@ OTHER_FILES = (  # offset, bytes → what it is, what to do
     (0, b"Rar!", "a RAR archive", "unpack it first"),
     (0, b"<", "a web page or XML", "download the checkpoint itself"),
 )
+OLD_PICKLE = re.compile(rb"\(*[ci][\w.]+\n[\w.]+\n|\([dlt]p?\d*\n")  # protocol 0, all printable
 MAX_JSON = 1 << 25
 MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoint
 
@@ -170,6 +172,7 @@ READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], .
     (lambda buffer: buffer[:2] == b"PK", _read_any_zip),
     (lambda buffer: buffer[:1] == b"\x80" and buffer[257:262] != b"ustar", read_torch_legacy),
     (looks_like_safetensors, _read_safetensors),
+    (lambda buffer: OLD_PICKLE.match(buffer) is not None, read_torch_legacy),  # to say what it wants to call
 )
 
 

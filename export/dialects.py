@@ -25,20 +25,20 @@ from pocketlm.export.model_config import ModelConfig
 WRAPPER = r"(?:(?:model|transformer|gpt|decoder|net|backbone|lm|llm|language_model)\.)*"
 LAYERS = r"(?:layers?|blocks?|h|trf_blocks|transformer_blocks|decoder_layers|decoder_blocks)"
 ATTENTION = r"(?:attn|attention|self_attn|self_attention|att|mha|sa|sa_heads|attn_layer)"
+EMBED = r"(?:emb|embed|embedding|embeddings)"
 NORM = r"(?:norm|ln|layernorm|layer_norm)"
 FEED_FORWARD = r"(?:mlp|ffn|ff|ffwd|feed_forward|feedforward|feed_fwd)"
 
 TOP_ROLES = {
-    "token_embd": r"wte|(?:tok|token|word)_?(?:emb|embed|embedding|embeddings)|emb|embed|embed_tokens|embedding|embeddings|embed_in"
-    r"|token_embedding_table",
-    "position_embd": r"wpe|(?:pos|position|positional)_(?:emb|embed|embedding|embeddings)|position_embedding_table|embed_positions",
-    "output_norm": r"ln_f|norm|norm_f|(?:final|output|out)_(?:norm|ln|layernorm|layer_norm)|(?:norm|ln)_(?:final|out)",
+    "token_embd": rf"wte|(?:tok|token|word)_?{EMBED}|{EMBED}|embed_tokens|embed_in|token_embedding_table",
+    "position_embd": rf"wpe|(?:pos|position|positional)_{EMBED}|position_embedding_table|embed_positions",
+    "output_norm": rf"ln_f|norm|norm_f|(?:final|output|out)_{NORM}|(?:norm|ln)_(?:final|out)",
     "output": r"lm_head|out_head|head|output|output_head|unembed|unembedding|to_logits|embed_out|out_proj|output_projection",
 }
 LAYER_ROLES = {
     "attn_norm": rf"(?:ln|norm)_?1|(?:pre_)?(?:attn|attention|att|sa|input)_?{NORM}|(?:ln|norm)_attn|{ATTENTION}\.{NORM}",
-    "ffn_norm": rf"(?:ln|norm)_?2|(?:pre_)?(?:ffn|mlp|ff|feed_forward|ffwd|post_attention|post_attn)_?{NORM}|(?:ln|norm)_(?:mlp|ffn|ff)"
-    rf"|{FEED_FORWARD}\.{NORM}",
+    "ffn_norm": rf"(?:ln|norm)_?2|(?:pre_)?(?:ffn|mlp|ff|feed_forward|ffwd|post_attention|post_attn)_?{NORM}"
+    rf"|(?:ln|norm)_(?:mlp|ffn|ff)|{FEED_FORWARD}\.{NORM}",
     "attn_qkv": rf"(?:{ATTENTION}\.)?(?:c_attn|qkv|qkv_proj|Wqkv|wqkv|in_proj|to_qkv)",
     "attn_q": rf"(?:{ATTENTION}\.)?(?:q_proj|wq|W_q|w_q|Wq|W_query|query|q|to_q|q_linear)",
     "attn_k": rf"(?:{ATTENTION}\.)?(?:k_proj|wk|W_k|w_k|Wk|W_key|key|k|to_k|k_linear)",
@@ -210,7 +210,7 @@ def to_canonical(
     config = ModelConfig(checkpoint.config, {**names.settings, **(overrides or {})}, path)
     model = arrange(path, found, buffers, config, dialect.fixed, dialect.name, dialect.transposed)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
-    name = config.get("name") or (path.name if path.is_dir() else path.stem)
+    name = path.name if path.is_dir() else path.stem
 
     def remake(change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
         return to_canonical(change(checkpoint), overrides=overrides, mapping=mapping, tokenizer=tokenizer)

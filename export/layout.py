@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,11 @@ def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
         tensors[re.sub(r"ffn_([123])", lambda match: f"ffn_{names.get(match[1], match[1])}", role)] = tensors.pop(role)
 
 
+def _digest(tensor: LazyTensor) -> bytes:
+    """Equal for equal values; one of the largest tensors is in memory at a time."""
+    return blake2b(tensor.read()).digest()
+
+
 def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, notes: list[str]) -> None:
     """Leave the output matrix out where it is the token table."""
     if "output.weight" not in found:
@@ -188,7 +194,7 @@ def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig,
             )
         return
     head, table = found["output.weight"], found["token_embd.weight"]
-    same = head.shape == table.shape and (head.source == table.source or np.array_equal(head.read(), table.read()))
+    same = head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
     if not same and config.get("tied") and config.model_type:
         notes.append("the output matrix was left out: the configuration ties it to the token table")
         same = True

@@ -61,7 +61,6 @@ SETTINGS: dict[str, Setting] = {
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
     "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
     "model_type": Setting(str, (), "llama"),
-    "name": Setting(str, (), "my-model"),
 }  # fmt: skip
 
 # words of configurations → the options of hyper.py
@@ -118,6 +117,7 @@ HARMLESS = {
     "post_norm": lambda v: not v, "scale_attn_weights": lambda v: v in (None, True),
     "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v,
     "is_encoder_decoder": lambda v: not v,
+    "use_scaled_rope": lambda v: not v,
     "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip

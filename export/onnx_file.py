@@ -39,7 +39,7 @@ def write_onnx(
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     plan = make_plan(model.hyper, shapes, path)
     is_large = 4 * sum(map(math.prod, shapes.values())) * SHARES[quant] > INLINE_BYTES
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".part") as folder:
         store = Store(Path(folder) / "data" if is_large else None)
         graph = Graph(plan, model, encoder, store, half=quant == "f16", one_table=quant != "int8")
         built = graph.build()

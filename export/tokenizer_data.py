@@ -89,8 +89,9 @@ def _beside(checkpoint: Checkpoint) -> Path | None:
 def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
     """The characters that the checkpoint itself lists."""
     for level in (checkpoint.config, *(v for v in checkpoint.config.values() if isinstance(v, dict))):
-        if any(isinstance(level.get(name), (dict, list)) for name in CHARACTER_TABLES):
-            return from_json(checkpoint.path, level)
+        tables = {name: list(level[name]) if isinstance(level.get(name), str) else level.get(name) for name in CHARACTER_TABLES}
+        if any(isinstance(table, (dict, list)) for table in tables.values()):
+            return from_json(checkpoint.path, tables)
     return None
 
 

@@ -22,7 +22,7 @@ def erf(x: np.ndarray) -> np.ndarray:
     """The error function, float32 in and out; NumPy has none of its own."""
     x = np.clip(x, -ERF_LIMIT, ERF_LIMIT)
     square = x * x
-    return x * np.polyval(np.float32(ERF_P), square) / np.polyval(np.float32(ERF_Q), square)
+    return x * np.polyval(np.array(ERF_P, np.float32), square) / np.polyval(np.array(ERF_Q, np.float32), square)
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -25,14 +26,18 @@ class Executor(Protocol):
     hyper: Hyper
     n_ctx: int
     n_threads: int
-    cache: KVCache
+
+    @property
+    def cache(self) -> KVCache: ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 
     def close(self) -> None: ...
 
 
-def make_executor(backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object) -> Executor:
+def make_executor(
+    backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object
+) -> Executor:
     """An executor of `plan`. "auto" is native, or numpy with one line on stderr where code cannot be made executable.
 
     Raises UsageError for an unknown backend, FileError when the memory is too small or weights are NaN, and
@@ -40,11 +45,14 @@ def make_executor(backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    for name in plan.weights:
+        if tensors[name].format.dequantize is None:
+            tensors[name].to_float32()  # raises the error that names the format
     if backend != "numpy":
         from pocketlm.runtime.native.executor import NativeExecutor, NativeUnavailable
 
         try:
-            memory.require(path, *NativeExecutor.memory(plan, tensors, n_ctx), n_ctx)
+            memory.require(path, partial(NativeExecutor.memory, plan, tensors), n_ctx)
             return NativeExecutor(plan, tensors, n_ctx, n_threads)
         except NativeUnavailable as reason:
             if backend == "native":
@@ -52,5 +60,5 @@ def make_executor(backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx
             print(f"pocketlm: running on NumPy, which is slower: {reason}", file=sys.stderr)
     from pocketlm.runtime.numpy_executor import NumpyExecutor
 
-    memory.require(path, *NumpyExecutor.memory(plan, tensors, n_ctx), n_ctx)
+    memory.require(path, partial(NumpyExecutor.memory, plan, tensors), n_ctx)
     return NumpyExecutor(plan, tensors, n_ctx, n_threads)

@@ -134,7 +134,9 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     if not isinstance(experts, int) or experts:
         raise FileError(path, "mixture-of-experts models are not supported", "use a dense model")
     chosen = {
-        name: keys.choice(f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed)
+        name: keys.choice(
+            f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed
+        )
         for name, allowed in OPTIONS.items()
     }
     n_embd, n_head = keys.count(f"{arch}.embedding_length"), keys.count(f"{arch}.attention.head_count")
@@ -163,7 +165,9 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
         activation=chosen["activation"],
         gated=bool(chosen["gated"]),
         rope=_read_rope(keys, arch, head_dim, chosen["rope_pairs"]) if chosen["position"] == "rope" else None,
-        alibi_max_bias=keys.number(f"{arch}.attention.max_alibi_bias", 8.0, high=1024) if chosen["position"] == "alibi" else 0.0,
+        alibi_max_bias=keys.number(f"{arch}.attention.max_alibi_bias", 8.0, high=1024)
+        if chosen["position"] == "alibi"
+        else 0.0,
     )
 
 

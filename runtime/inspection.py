@@ -36,16 +36,20 @@ def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
 
 def describe(facts: Mapping[str, Any]) -> str:
     """The facts as lines for a person."""
-    formats = ", ".join(f"{name} x{count}" for name, count in facts["formats"].items()) or "no tensors"
+    formats = ", ".join(f"{name} x{count}" for name, count in facts["formats"].items())
+    weights = f"{facts['parameters']:,} parameters, {facts['bits_per_weight']} bits per weight ({formats})"
     lines = [
         f"{facts['file']}: GGUF v{facts['version']}, {facts['bytes'] / 1e6:.1f} MB",
-        f"{facts['parameters']:,} parameters, {facts['bits_per_weight']} bits per weight ({formats})",
+        weights if formats else "no tensors",
         "",
     ]
-    lines += [f"{key:<44} {_line(value)}" for key, value in facts["metadata"].items()]
+    lines += [f"{_line(key):<44} {_line(value)}" for key, value in facts["metadata"].items()]
     if "tensors" in facts:
         lines.append("")
-        lines += [f"{t['name']:<32} {t['format']:<6} {'x'.join(map(str, t['shape'])):>14} {t['bytes']:>12,} bytes" for t in facts["tensors"]]
+        lines += [
+            f"{_line(t['name']):<32} {t['format']:<6} {'x'.join(map(str, t['shape'])):>14} {t['bytes']:>12,} bytes"
+            for t in facts["tensors"]
+        ]
     return "\n".join(lines)
 
 
@@ -53,8 +57,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return f"[{len(value)} strings]"
     if isinstance(value, np.ndarray):
-        return value.tolist() if value.size <= 16 else f"[{value.size} numbers]"
-    return value
+        return [_plain(item) for item in value.tolist()] if value.size <= 16 else f"[{value.size} numbers]"
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 
 def _line(value: Any) -> str:

@@ -17,7 +17,9 @@ class KVCache:
     def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
         """Memory is reserved here and used as positions fill. `rope_factors` are those of `positions.rope_frequencies`."""
         self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
-        self.keys, self.values = (np.zeros((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2))
+        self.keys, self.values = (
+            np.zeros((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2)
+        )
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:

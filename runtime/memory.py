@@ -6,6 +6,7 @@ another program may take the memory a second later.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import mmap
 import os
@@ -29,15 +30,19 @@ def available_bytes() -> int | None:
         return None
 
 
-def require(path: object, weights: int, cache: int, scratch: int, n_ctx: int) -> None:
-    """FileError with the three figures (bytes) and what would fit, if they exceed the free memory."""
+def require(path: object, needs: Callable[[int], tuple[int, int, int]], n_ctx: int) -> None:
+    """FileError with three figures and what would fit, if `needs(n_ctx)` exceeds the free memory.
+
+    `needs`: bytes of weights, cache and scratch for a context; they grow with it.
+    """
     free = available_bytes()
+    weights, cache, scratch = needs(n_ctx)
     if free is None or weights + cache + scratch <= free:
         return
-    fits = int(n_ctx * max(free - weights - scratch, 0) / max(cache, 1))
-    advice = f"--ctx {fits // 64 * 64} would fit" if fits >= 64 else "use a smaller or more quantised model, or close other programs"
-    problem = f"needs {weights // MB} MB for weights, {cache // MB} MB for the cache of {n_ctx} tokens and {scratch // MB} MB scratch"
-    raise FileError(path, f"{problem}, but only {free // MB} MB are free", advice)
+    fits = 64 * bisect.bisect_right(range(64, n_ctx, 64), free, key=lambda shorter: sum(needs(shorter)))
+    advice = f"--ctx {fits} would fit" if fits else "use a smaller or more quantised model, or close other programs"
+    figures = f"{weights // MB} MB for weights, {cache // MB} MB for the cache of {n_ctx} tokens and {scratch // MB} MB scratch"
+    raise FileError(path, f"needs {figures}, but only {free // MB} MB are free", advice)
 
 
 def _linux() -> int:
@@ -64,13 +69,17 @@ def _darwin() -> int:
         return value.value
 
     # free and speculative pages are a lower bound: macOS also gives back file pages on demand
-    return max((read(b"vm.page_free_count") + read(b"vm.page_speculative_count")) * os.sysconf("SC_PAGE_SIZE"), read(b"hw.memsize") // 4)
+    return max(
+        (read(b"vm.page_free_count") + read(b"vm.page_speculative_count")) * os.sysconf("SC_PAGE_SIZE"),
+        read(b"hw.memsize") // 4,
+    )
 
 
 def _windows() -> int:
     class Status(ctypes.Structure):
         _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)] + [
-            (name, ctypes.c_uint64) for name in ("total", "free", "page_total", "page_free", "virtual", "virtual_free", "extended")
+            (name, ctypes.c_uint64)
+            for name in ("total", "free", "page_total", "page_free", "virtual", "virtual_free", "extended")
         ]
 
     status = Status(length=ctypes.sizeof(Status))

@@ -60,7 +60,7 @@ class NumpyExecutor:
         """End the threads, give the weights and the cache back."""
         self._team.close()
         self._weights.clear()
-        del self.cache
+        vars(self).pop("cache", None)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
@@ -176,4 +176,3 @@ class NumpyExecutor:
             for w, b in zip(matrix.weights, matrix.biases, strict=True)
         ]
         return np.concatenate(parts)
-

@@ -111,7 +111,9 @@ def make_sampler(
         adjust.append(_bias(o.logit_bias, n_vocab))
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
         adjust.append(_penalties(o, exempt))
-    choose = _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, selection.top_k if selection else top_k)
+    choose = (
+        _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, selection.top_k if selection else top_k)
+    )
 
     sum_exp = selection.sum_exp if selection else weights.fill
 

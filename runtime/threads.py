@@ -7,6 +7,7 @@ the same time. Knows nothing about models.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -98,11 +99,11 @@ class Team:
 def _blas() -> Callable[[int], object] | None:
     """The function of NumPy's own OpenBLAS that sets its thread count; None with another BLAS."""
     try:
-        from numpy._core import _multiarray_umath as core
+        core = importlib.import_module("numpy._core._multiarray_umath")
     except ImportError:  # NumPy 1
-        from numpy.core import _multiarray_umath as core  # type: ignore[no-redef]
+        core = importlib.import_module("numpy.core._multiarray_umath")
     try:
-        library = ctypes.CDLL(core.__file__)
+        library = ctypes.CDLL(str(core.__file__))
     except OSError:
         return None
     for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads"):

@@ -31,7 +31,9 @@ def check_finite(tensor: Tensor) -> None:
         blocks = tensor.data.reshape(-1, tensor.format.block_bytes)
         finite = all(_halves_finite(blocks[:, at : at + 2]) for at in HALF_SCALES[name])
     if not finite:
-        raise FileError(tensor.path, f"tensor {tensor.name} holds NaN or infinite weights", "the model was damaged in training or export")
+        raise FileError(
+            tensor.path, f"tensor {tensor.name} holds NaN or infinite weights", "the model was damaged in training or export"
+        )
 
 
 def _halves_finite(pairs: np.ndarray) -> bool:  # uint8 [n, 2]; the high byte's bits 2 to 6 are the exponent

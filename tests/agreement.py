@@ -1,4 +1,5 @@
 """How far apart two models' logits are, in the figures that the promises are made in. NumPy float64, nothing of pocketlm."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

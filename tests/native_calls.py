@@ -132,16 +132,13 @@ def wide(fmt: str) -> dict[str, int]:
 
 def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, seed: int = 0, **options: bool) -> dict[str, Tensor]:
     """A model's tensors: matrices in random blocks of `fmt`, or of what `formats` says for a part of their name; vectors F32."""
-    model, random, tensors = make_model(hyper, seed=seed, **options), np.random.default_rng(seed), {}
-    for name, tensor in model.tensors.items():
-        kind = "F32"
-        if len(tensor.shape) == 2:
+    random, tensors = np.random.default_rng(seed), {}
+    for name, tensor in make_model(hyper, **options).tensors.items():
+        kind, shape = "F32", tensor.shape
+        if len(shape) == 2:
             kind = next((f for part, f in (formats or {}).items() if part in name), fmt)
-        if kind == "F32":
-            data = tensor.read().reshape(-1).view(np.uint8)
-        else:
-            data = random_blocks(kind, *tensor.shape, random)
-        tensors[name] = Tensor(name, tensor.shape, FORMATS[kind], data, 0, Path("model"))
+        data = random_blocks(kind, shape[0], shape[1], random) if len(shape) == 2 else tensor.read().view(np.uint8)
+        tensors[name] = Tensor(name, shape, FORMATS[kind], data, 0, Path("model"))
     return tensors
 
 
@@ -149,14 +146,16 @@ def executors(
     level: Level, fmt: str = "F32", threads: int = 2, formats: Mapping[str, str] | None = None, seed: int = 0, n_ctx: int | None = None,
     tied: bool = True, bias: bool = False, fused: bool = False, **hyper: Any,
 ) -> tuple[NativeExecutor, NumpyExecutor]:  # fmt: skip
-    """The same random model in both executors."""
+    """The same random model in both executors; the reference rounds keys and values to float16, too."""
     shape = make_hyper(**{**wide(fmt), **hyper})
     tensors = tensors_of(shape, fmt, formats, seed, tied=tied, bias=bias, fused=fused)
     plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POCKETLM_ISA", level.name)
         native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads)
-    return native, NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1)
+    reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1)
+    reference.cache.keys, reference.cache.values = (a.astype(np.float16) for a in (reference.cache.keys, reference.cache.values))
+    return native, reference
 
 
 @functools.cache

@@ -1,15 +1,17 @@
-"""Every architecture option gives the logits of a decoder written from the papers in PyTorch, whichever way the prompt is fed."""
+"""Every architecture option gives the logits of a decoder written from the papers in PyTorch, however the prompt is fed."""
+
 from __future__ import annotations
 
 import math
 from typing import Any, cast
 
 import numpy as np
-import pocketlm
 import pytest
+from tiny_models import ARCHITECTURES, load_weights, write_model
+
+import pocketlm
 from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.positions import alibi_slopes, rope_frequencies
-from tiny_models import ARCHITECTURES, load_weights, write_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is the independent implementation")
 from torch import Tensor, nn  # noqa: E402
@@ -97,7 +99,9 @@ class Rotary(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, weights: dict[str, np.ndarray], at: str, options: dict[str, Any], positions: nn.Module, bias: Tensor | None):
+    def __init__(
+        self, weights: dict[str, np.ndarray], at: str, options: dict[str, Any], positions: nn.Module, bias: Tensor | None
+    ):
         super().__init__()
         kind, eps = options["norm"], options.get("eps", 1e-5)
         self.n_head, self.n_kv_head = options.get("n_head", 4), options.get("n_kv_head") or options.get("n_head", 4)
@@ -184,7 +188,9 @@ CASES: dict[str, dict[str, Any]] = {
     "refact, 12 heads": {"arch": "refact", "n_head": 12, "n_embd": 96},
     "refact, a steeper slope": {"arch": "refact", "max_bias": 16.0},
     "layer norm, rope, gelu": {**OWN, "norm": "layer", "activation": "gelu_erf", "gated": False, "biases": True},
-    "layer norm without biases, alibi, relu": {**OWN, "norm": "layer", "position": "alibi", "activation": "relu", "gated": False},
+    "layer norm without biases, alibi, relu": {
+        **OWN, "norm": "layer", "position": "alibi", "activation": "relu", "gated": False,
+    },
     "rms, learned, gated gelu": {**OWN, "position": "learned", "activation": "gelu_tanh"},
     "no positions, exact gelu, gated": {**OWN, "position": "none", "activation": "gelu_erf", "biases": True},
     "gated relu, fused": {**OWN, "activation": "relu", "fused": True, "n_kv_head": 2},

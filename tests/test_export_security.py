@@ -159,6 +159,14 @@ def test_the_same_payloads_in_the_old_format_are_refused(tmp_path: Path) -> None
         assert "wants to call" in refused(tmp_path / "old.pt", old)
 
 
+@pytest.mark.parametrize("way", ["GLOBAL and REDUCE", "protocol 0", "INST", "OBJ"])
+def test_a_bare_pickle_is_refused_by_the_name_too(way: str, tmp_path: Path) -> None:
+    payload = WAYS[way]("os", "system")
+    if way == "INST":
+        payload = b"(ios\nsystem\n."
+    assert "call os.system" in refused(tmp_path / "ckpt.pt", payload)
+
+
 @pytest.mark.parametrize(
     ("payload", "said"),
     [
@@ -259,9 +267,8 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
 # ── damaged archives ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 TENSOR = (
-    b"\x80\x02}" + text("w") + b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0")
-    + text("cpu")
-    + b"K\x06tQK\x00K\x02K\x03\x86K\x03K\x01\x86\x89}tRs."
+    b"\x80\x02}" + text("w") + b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage")
+    + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x06tQK\x00K\x02K\x03\x86K\x03K\x01\x86\x89}tRs."
 )  # fmt: skip
 VALUES = np.arange(6, dtype="<f4")
 SOUND = torch_zip(TENSOR, {"0": VALUES.tobytes()})
@@ -292,11 +299,6 @@ def test_random_damage_is_one_line_or_harmless(tmp_path: Path) -> None:
             continue
 
 
-def changed(pattern: bytes, replacement: bytes, count: int = 1) -> bytes:
-    assert pattern in SOUND
-    return SOUND.replace(pattern, replacement, count)
-
-
 def directory_changed(entry: int, offset: int, data: bytes) -> bytes:
     """SOUND with bytes of one row of its central directory replaced."""
     at = [match.start() for match in re.finditer(b"PK\x01\x02", SOUND)][entry] + offset
@@ -307,9 +309,7 @@ def test_archives_that_lie(tmp_path: Path) -> None:
     path = tmp_path / "ckpt.pt"
     assert "encrypted" in refused(path, directory_changed(2, 8, b"\x01\x00"))
     assert "two headers" in refused(path, directory_changed(2, 46, b"ckpt/data/1"))
-    assert "twice" in refused(
-        path, changed(b"ckpt/version", b"ckpt/data/0\x00").replace(b"data/0\x00", b"data.pkl", 0) and _duplicate()
-    )
+    assert "twice" in refused(path, _duplicate())
     assert "not where" in refused(path, directory_changed(2, 42, struct.pack("<I", 3)))
     assert "beyond" in refused(path, directory_changed(2, 20, struct.pack("<II", 1 << 30, 1 << 30)))
     assert "two sizes" in refused(path, directory_changed(2, 24, struct.pack("<I", 1 << 30)))
@@ -324,9 +324,10 @@ def test_archives_that_lie(tmp_path: Path) -> None:
 
 def _duplicate() -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+    with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("ckpt/data.pkl", TENSOR)
-        archive.writestr("ckpt/data.pkl", TENSOR)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("ckpt/data.pkl", TENSOR)
     return file.getvalue()
 
 

@@ -66,7 +66,8 @@ def test_characters_where_nanogpt_keeps_them(tmp_path: Path) -> None:
 
 
 def test_characters_inside_the_checkpoint(tmp_path: Path) -> None:
-    for config in ({"chars": CHARACTERS}, {"meta": {"itos": {str(i): c for i, c in enumerate(CHARACTERS)}}}):
+    itos = {str(i): c for i, c in enumerate(CHARACTERS)}
+    for config in ({"chars": CHARACTERS}, {"config": {"chars": "".join(CHARACTERS)}}, {"meta": {"itos": itos}}):
         keys, _ = find_tokenizer(checkpoint(tmp_path, config), len(CHARACTERS), None)
         assert tokenizer.from_metadata(keys, "x").encode("cab") == [CHARACTERS.index(c) for c in "cab"]
 

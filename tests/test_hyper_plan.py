@@ -1,4 +1,5 @@
 """Hyper-parameters and tensors that make no sense are one line within a second; the plan is what the architecture says."""
+
 from __future__ import annotations
 
 import math
@@ -7,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import TOKENS, write_model
+
 from pocketlm.errors import FileError
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.gguf import open_gguf
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.plan import Plan, make_plan
-from tiny_models import TOKENS, write_model
 
 ABSURD: list[Any] = [0, -1, 1 << 40, 1.5, math.nan, "eight", True, [1, 2], ["a"], [4.0, 4.0], [0, 0]]
 COUNTS = [
@@ -66,14 +68,20 @@ def test_no_yarn_key_makes_the_tables_fail(tmp_path, key, value):
     try:
         plan = plan_of(path)
     except FileError as error:
-        assert f"llama.rope.{key}" in str(error)
+        plan, said = None, str(error)
+    if plan is None:
+        assert f"llama.rope.{key}" in said
     else:
         assert plan.hyper.rope is not None
         assert np.isfinite(rope_table(plan.hyper.rope, 64)).all()
 
 
-@pytest.mark.parametrize("value", ["rmsnorm", 1, 1.0, [1, 2], ["rms"], "x" * 100_000, "a\nb\x1b[31m"], ids=lambda value: repr(value)[:20])
-@pytest.mark.parametrize("key", ["pocketlm.norm", "pocketlm.position", "pocketlm.activation", "pocketlm.rope_pairs", "llama.rope.scaling.type"])
+@pytest.mark.parametrize(
+    "value", ["rmsnorm", 1, 1.0, [1, 2], ["rms"], "x" * 100_000, "a\nb\x1b[31m"], ids=lambda value: repr(value)[:20]
+)
+@pytest.mark.parametrize(
+    "key", ["pocketlm.norm", "pocketlm.position", "pocketlm.activation", "pocketlm.rope_pairs", "llama.rope.scaling.type"]
+)
 def test_an_unknown_option_is_named(tmp_path, key, value):
     assert key in complaint(write_model(tmp_path / "model.gguf", n_layer=1, metadata={key: value}))
 
@@ -142,7 +150,9 @@ def test_tensors_that_do_not_fit_are_listed(tmp_path, tensors, said):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hyper_parameters_are_those_of_the_file(tmp_path, architecture):
-    path = write_model(tmp_path / "model.gguf", arch=architecture, n_layer=3, n_embd=48, n_head=6, n_kv_head=2, n_ff=80, n_ctx=99, eps=1e-6)
+    path = write_model(
+        tmp_path / "model.gguf", arch=architecture, n_layer=3, n_embd=48, n_head=6, n_kv_head=2, n_ff=80, n_ctx=99, eps=1e-6
+    )
     hyper = plan_of(path).hyper
     assert (hyper.n_layer, hyper.n_embd, hyper.n_head, hyper.n_kv_head, hyper.head_dim) == (3, 48, 6, 2, 8)
     assert (hyper.n_ff, hyper.n_ctx, hyper.n_vocab, hyper.norm_eps) == (80, 99, len(TOKENS), pytest.approx(1e-6))
@@ -150,7 +160,9 @@ def test_hyper_parameters_are_those_of_the_file(tmp_path, architecture):
 
 
 def test_one_value_a_layer_is_accepted_where_all_agree(tmp_path):
-    path = write_model(tmp_path / "model.gguf", metadata={"llama.attention.head_count_kv": [4, 4], "llama.feed_forward_length": [96, 96]})
+    path = write_model(
+        tmp_path / "model.gguf", metadata={"llama.attention.head_count_kv": [4, 4], "llama.feed_forward_length": [96, 96]}
+    )
     assert plan_of(path).hyper.n_kv_head == 4
 
 
@@ -164,7 +176,8 @@ def test_the_plan_is_a_short_list(tmp_path):
     plan = plan_of(write_model(tmp_path / "model.gguf", n_layer=1))
     kinds = [type(op) for op in plan.ops]
     assert kinds == [
-        P.Embed, P.Norm, P.Linear, P.Rotate, P.Attend, P.Linear, P.Add, P.Norm, P.Linear, P.Activate, P.Linear, P.Add, P.Norm, P.Logits,
+        P.Embed, P.Norm, P.Linear, P.Rotate, P.Attend, P.Linear, P.Add,
+        P.Norm, P.Linear, P.Activate, P.Linear, P.Add, P.Norm, P.Logits,
     ]  # fmt: skip
     assert plan.buffers["qkv"] == 3 * 64
     assert plan.buffers["ff"] == 2 * 96
@@ -182,4 +195,3 @@ def test_biases_may_be_there_one_by_one(tmp_path):
     plan = plan_of(write_model(tmp_path / "model.gguf", tensors=some))
     biases = [bias for op in plan.ops if isinstance(op, P.Linear) for bias in op.matrix.biases if bias]
     assert biases == list(some)
-

@@ -1,14 +1,16 @@
 """Synthetic models mean the same to llama.cpp: what it computes from a file, both executors compute from it too."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import pocketlm
 import pytest
 from agreement import compare
 from llama_reference import LlamaReference
 from tiny_models import write_model
+
+import pocketlm
 
 SHAPE: dict[str, Any] = {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_ff": 192, "n_ctx": 256}
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}

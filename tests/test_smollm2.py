@@ -2,6 +2,7 @@
 
 The exact forward is written here once more, in float64 from the dequantised weights; llama.cpp stands beside it.
 """
+
 from __future__ import annotations
 
 import os
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pocketlm
 import pytest
 from agreement import compare, perplexity
 from llama_reference import LlamaReference
-from pocketlm.errors import PocketlmError
 from tiny_models import load_weights, write_model
+
+import pocketlm
+from pocketlm.errors import PocketlmError
 
 # Lewis Carroll, Alice's Adventures in Wonderland (1865)
 ALICE = """\

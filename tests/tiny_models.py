@@ -2,6 +2,7 @@
 
 Nothing of pocketlm takes part: `write_model` writes a file, `load_weights` reads one back the slow, independent way.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -53,7 +54,10 @@ def write_model(
     of single tensors by name; vectors are F32. `metadata` and `tensors` replace what would be written, None leaves it out.
     """
     gguf = pytest.importorskip("gguf", reason="the gguf package writes the test models")
-    path, own = Path(path), {"norm": norm, "position": position, "activation": activation, "gated": gated, "rope_pairs": rope_pairs}
+    path, own = (
+        Path(path),
+        {"norm": norm, "position": position, "activation": activation, "gated": gated, "rope_pairs": rope_pairs},
+    )
     chosen = ARCHITECTURES[arch] | {name: value for name, value in own.items() if value is not None}
     said = chosen if arch == "pocketlm" else {name: value for name, value in own.items() if value is not None}
     head_dim, n_kv_head = head_dim or n_embd // n_head, n_kv_head or n_head
@@ -97,7 +101,9 @@ def write_model(
 def load_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a GGUF, dequantised by the `gguf` package: float32, shapes in NumPy's order."""
     gguf = pytest.importorskip("gguf", reason="the gguf package reads the test models")
-    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in gguf.GGUFReader(str(path)).tensors}
+    return {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in gguf.GGUFReader(str(path)).tensors
+    }
 
 
 def _shapes(

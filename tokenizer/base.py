@@ -15,8 +15,6 @@ from pocketlm.errors import FileError, UsageError
 # token types, as GGUF and SentencePiece number them
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
-MAX_TOKENS = 1 << 24  # more than any vocabulary has; ids above would only cost memory
-
 # texts of tokens that end a turn wherever a vocabulary marks them as control or user-defined
 END_OF_TURN = (
     "</s>", "<eos>", "<EOT>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>",
@@ -67,8 +65,6 @@ def make_vocabulary(
     """
     if not tokens:
         raise FileError(path, "its vocabulary is empty")
-    if len(types) != len(tokens):
-        raise FileError(path, f"{len(types)} token types for {len(tokens)} tokens")
     index = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(index) != len(tokens):
         for i, token in enumerate(tokens):

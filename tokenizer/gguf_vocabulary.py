@@ -100,14 +100,16 @@ def _types(keys: Keys, n_tokens: int) -> bytearray:
     types = keys.numbers(_GGML + "token_type", "iu")
     if types is None:
         return bytearray([NORMAL]) * n_tokens
+    if types.size != n_tokens:
+        raise FileError(keys.path, f"{types.size} token types for {n_tokens} tokens")
     if types.size and not 0 <= types.min() <= types.max() <= BYTE:
         raise FileError(keys.path, f"{_GGML}token_type holds a type that is not 1 to 6")
     return bytearray(np.maximum(types, NORMAL).astype(np.uint8).tobytes())
 
 
 def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool, unk_id: int | None = None) -> Vocabulary:
-    for token in END_OF_TURN:  # they are sometimes exported as normal tokens; llama.cpp, too, corrects that
-        if token.startswith("<|") and token in tokens and types[tokens.index(token)] == NORMAL:
+    if keys.text(_OURS + "kind") == "":  # tokens that end a turn are often exported as text; llama.cpp, too, corrects that
+        for token in set(END_OF_TURN).intersection(tokens):
             types[tokens.index(token)] = CONTROL
     wanted = {name: keys.number(f"{_GGML}{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
     return make_vocabulary(
@@ -138,7 +140,7 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
         space_prefix=keys.flag(_GGML + "add_space_prefix", False),
         normal_form=_normal_form(keys),
     )
-    vocabulary = _vocabulary(keys, tokens, types, adds_bos=False)
+    vocabulary = _vocabulary(keys, tokens, types, adds_bos=name == "llama-bpe")  # llama.cpp's default
     merges = keys.texts(_GGML + "merges")
     if merges is None:
         raise FileError(keys.path, "it has no merges (tokenizer.ggml.merges)")

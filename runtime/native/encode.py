@@ -72,8 +72,7 @@ class _Encoder:
 
     def emit(self, kind: int, **fields: float) -> np.ndarray:
         record = np.zeros(1, OPERATION)
-        record["kind"] = kind
-        for name, value in fields.items():
+        for name, value in {"kind": kind, **fields}.items():
             record[name] = value
         self.records.append(record)
         return record
@@ -120,8 +119,10 @@ class _Encoder:
 
     def weights(self, w: Interleaved) -> dict[str, int]:
         return {
-            "weight": w.data.ctypes.data, "n_groups": groups(w.n_rows), "n_blocks": w.n_columns // LAYOUTS[w.format].block_size,
-            "product1": self.storage.address(w.format, "product1"), "productN": self.storage.address(w.format, f"product{TILE}"),
+            "weight": w.data.ctypes.data, "n_groups": groups(w.n_rows),
+            "n_blocks": w.n_columns // LAYOUTS[w.format].block_size,
+            "product1": self.storage.address(w.format, "product1"),
+            "productN": self.storage.address(w.format, f"product{TILE}"),
         }  # fmt: skip
 
     def gated(self, matrix: P.Matrix, out: str, activation: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -88,6 +89,7 @@ class NativeExecutor:
         self._arrays: dict[str, np.ndarray] = {}
         self._record = self._make_record(factors)
         self.selection = Selection(self._code[CORE], self.hyper.n_vocab)
+        self._one_at_a_time = threading.Lock()
         self._team = RunTeam(self._code[CORE], self._record, n_threads)
 
     @staticmethod
@@ -106,19 +108,23 @@ class NativeExecutor:
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
-        ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
-        logits, record, parts = self._buffers["logits"][:, : self.hyper.n_vocab], self._record, []
-        for start in range(0, len(ids), BLOCK):
-            block = ids[start : start + BLOCK]
-            n, last = len(block), start + BLOCK >= len(ids)
-            n_logits = n if rows == "all" else int(last)
-            self._arrays["ids"][:n] = block
-            record["n_tokens"], record["n_logits"], record["position"] = n, n_logits, self.cache.length
-            self._team.run()
-            self.cache.length += n
+        with self._one_at_a_time:  # a second thread that calls would run on the same buffers
+            ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
+            starts = range(0, len(ids), BLOCK)
             if rows == "all":
-                parts.append(logits[:n].copy())
-        return np.concatenate(parts) if rows == "all" else logits[n - 1 : n]
+                return np.concatenate([self._block(ids[at : at + BLOCK], BLOCK).copy() for at in starts])
+            for at in starts[:-1]:
+                self._block(ids[at : at + BLOCK], 0)
+            return self._block(ids[starts[-1] :], 1)
+
+    def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:
+        """The logits of the last `rows` of at most BLOCK tokens."""
+        n, rows, record = len(ids), min(rows, len(ids)), self._record
+        self._arrays["ids"][:n] = ids
+        record["n_tokens"], record["n_logits"], record["position"] = n, rows, self.cache.length
+        self._team.run()
+        self.cache.length += n
+        return self._buffers["logits"][n - rows : n, : self.hyper.n_vocab]
 
     def _address(self, fmt: str, kernel: str) -> int:
         return self._code[fmt].address(f"{fmt}_{kernel}")
@@ -144,7 +150,9 @@ class NativeExecutor:
             types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
             permute = self._code[fmt].function(f"{fmt}_interleave", None, *types)
 
-            def job(part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)) -> None:
+            def job(
+                part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
+            ) -> None:
                 mine = share(counts[1], part, parts)
                 permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
 

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias, Union
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Type:
 
 
 I1, I8, I16, I32, I64 = (Type(f"i{n}") for n in (1, 8, 16, 32, 64))
+Operand: TypeAlias = Union["Value", int, float]
 F16, F32, F64, PTR, VOID = Type("half"), Type("float"), Type("double"), Type("ptr"), Type("void")
 
-Operand = "Value | int | float"
 
 
 class Value:
@@ -212,7 +213,9 @@ class Function:
         """Memory that lives as long as the call: `count` elements of `type`."""
         self._count += 1
         name = f"%s{self._count}"
-        self._entry.append(f"  {name} = alloca {type}, i64 {count}, align {min(align, max(type.bytes, 1)) if count == 1 else align}")
+        self._entry.append(
+            f"  {name} = alloca {type}, i64 {count}, align {min(align, max(type.bytes, 1)) if count == 1 else align}"
+        )
         return Value(self, PTR, name)
 
     def var(self, type: Type, start: Operand | None = None) -> Var:
@@ -234,7 +237,7 @@ class Function:
         return self.load(type, base + offset, min(type.bytes, 8))
 
     def opaque(self, pointer: Value) -> Value:
-        """The same pointer, of which the optimiser knows nothing: it will not turn a few offsets into many induction variables."""
+        """The same pointer, but unknown to the optimiser, which would turn a few offsets into many induction variables."""
         return self.emit(PTR, f'call ptr asm "", "=r,0"(ptr {pointer})')
 
     def atomic_load(self, address: Value) -> Value:
@@ -385,13 +388,20 @@ class Module:
         self._declared[name] = f"declare {type} @{name}({', '.join(map(str, arguments))})"
 
     @contextmanager
-    def function(self, name: str, arguments: Mapping[str, Type], returns: Type = VOID, linkage: str = "internal") -> Iterator[Function]:
+    def function(
+        self, name: str, arguments: Mapping[str, Type], returns: Type = VOID, linkage: str = "internal"
+    ) -> Iterator[Function]:
         """A function. `linkage`: "internal"; "inline"; "kernel", called by address from compiled code; "entry", from Python."""
         f = Function(self, arguments)
         yield f
         f.line("ret void" if returns == VOID else "unreachable")
         formal = ", ".join(f"{type} %{arg}" for arg, type in arguments.items())
-        prefix = {"internal": "internal ", "inline": "internal ", "kernel": "", "entry": "win64cc " if self.abi == "win64" else ""}
+        prefix = {
+            "internal": "internal ",
+            "inline": "internal ",
+            "kernel": "",
+            "entry": "win64cc " if self.abi == "win64" else "",
+        }
         # probes: Windows grows a stack page by page, and a large frame must not jump over the guard page
         attributes = 'nounwind "no-builtins" "probe-stack"="inline-asm"' + (" alwaysinline" if linkage == "inline" else "")
         self._defined[name] = f"define {prefix[linkage]}{returns} @{name}({formal}) {attributes} {{\n{f.text()}\n}}"

@@ -21,7 +21,17 @@ from pocketlm.runtime.native.layout import LAYOUTS, ROWS
 
 TILE = 4  # tokens that share a block's unpacked weights
 ROW = F32.vec(ROWS)
-PRODUCT = {"w": PTR, "n_groups": I64, "first": I64, "last": I64, "n_blocks": I64, "x": PTR, "x_stride": I64, "y": PTR, "y_stride": I64}
+PRODUCT = {
+    "w": PTR,
+    "n_groups": I64,
+    "first": I64,
+    "last": I64,
+    "n_blocks": I64,
+    "x": PTR,
+    "x_stride": I64,
+    "y": PTR,
+    "y_stride": I64,
+}
 LOOKUP = {"w": PTR, "n_groups": I64, "n_blocks": I64, "row": I64, "out": PTR}
 INTERLEAVE = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks": I64, "first": I64, "last": I64}
 
@@ -78,7 +88,14 @@ def _add_run(f: Function, level: str, run: Run, x: Value, n: Value, column: Valu
         correction = f.load(I32, sums) if run.count == 16 else f.load(I32, sums) + f.load(I32, sums + 4)
         correction = correction * zero
     low = x + n * 4 + column
-    whole = dot(f, level, words, Activations(low, low + n, x + n * 6 + column * 2), 255 if run.biggest == 128 else run.biggest, correction)
+    whole = dot(
+        f,
+        level,
+        words,
+        Activations(low, low + n, x + n * 6 + column * 2),
+        255 if run.biggest == 128 else run.biggest,
+        correction,
+    )
     scale = f.splat(f.load(F32, x + n * 8 + block * 4), ROWS)
     total = f.fma(f.cast("sitofp", whole, F32), run.scale * scale, total)
     if run.offset is None:

@@ -39,6 +39,7 @@ RUN = np.dtype([
     ("arrived", "i8"), ("pad1", "i8", 7),     # threads that have reached a barrier of this run, for every other run
     ("arrived2", "i8"), ("pad2", "i8", 7),    # the same for the runs between
     ("n_threads", "i8"),
+    ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield
     ("workers", "i8"),                        # WORKER records, one a thread
     ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: the next task of every operation

@@ -3,9 +3,9 @@
 In: addresses of the records (records.py). Out: three entry points. Knows which stage an operation runs, nothing of what
 the stages compute.
 
-    start(run)        begin a run: reset the counters, wake the threads; the number of them that sleep in Python
-    work(run, tid)    do a thread's share of the run
-    wait(run, tid)    a helper's life: wait, work, wait, …; returns 1 to sleep in Python until woken, 0 to end
+    step(run)         a whole run; or, where threads sleep in Python, only its beginning: the number of threads to wake
+    work(run, tid)    a thread's share of a run that has begun
+    wait(run, tid)    a thread's life: wait, work, wait, …; returns 1 to sleep in Python until woken, 0 to end
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def define(module: Module, machine: str) -> None:
     _define_tasks(module)
     with module.function("work", {"run": PTR, "tid": I64}, linkage="entry") as f:
         _work(f)
-    with module.function("start", {"run": PTR}, returns=I64, linkage="entry") as f:
-        _start(f)
+    with module.function("step", {"run": PTR}, returns=I64, linkage="entry") as f:
+        _step(f)
     with module.function("wait", {"run": PTR, "tid": I64}, returns=I64, linkage="entry") as f:
         _wait(f, machine)
 
@@ -99,7 +99,9 @@ def _work(f: Function) -> None:
         first = n_tokens - n
         kind = r.op("kind")
 
-        def stage(task: Value, op: Value = op, own: Value = own, first: Value = first, n: Value = n, kind: Value = kind) -> None:
+        def stage(
+            task: Value, op: Value = op, own: Value = own, first: Value = first, n: Value = n, kind: Value = kind
+        ) -> None:
             for at, name in enumerate(("embed", "prepare", "matrix", "store", "attend")):
                 with f.when(kind.equals(at)):
                     f.call(VOID, name, run, op, own, task, first, n)
@@ -121,9 +123,11 @@ def _work(f: Function) -> None:
                 f.call(VOID, "barrier", run, arrived, barriers.get())
     barriers.set(barriers.get() + 1)  # nobody leaves while another thread still reads the counters
     f.call(VOID, "barrier", run, arrived, barriers.get())
+    with f.when(tid.equals(0)):
+        f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
 
 
-def _start(f: Function) -> None:
+def _step(f: Function) -> None:
     (run,) = f.args()
     counters = f.field(run, offset(RUN, "counters"), PTR)
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as i:
@@ -136,6 +140,10 @@ def _start(f: Function) -> None:
         with f.when(f.compare_exchange(worker + offset(WORKER, "state"), ASLEEP, 0)):
             f.store(f.const(I64, 1), worker + offset(WORKER, "wake"), 8)
             sleepers.set(sleepers.get() + 1)
+    # from here until work is done the other threads wait for this one, whatever happens to it in Python
+    f.store(f.const(I64, 1), run + offset(RUN, "begun"), 8)
+    with f.when(sleepers.get().equals(0)):
+        f.call(VOID, "work", run, f.const(I64, 0))
     f.give(sleepers.get())
 
 

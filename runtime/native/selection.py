@@ -33,7 +33,8 @@ def define(module: Module) -> None:
         x, n, bound, ids = f.args()
         count = f.var(I64, 0)
         with f.range(0, n, ROWS) as i:
-            with f.when(_any(f, f.load(ROW, x + i * 4, 4) >= f.splat(bound, ROWS))), f.range(i, i + ROWS) as j:
+            some = _any(f, f.load(ROW, x + i * 4, 4) >= f.splat(bound, ROWS))
+            with f.when(some), f.range(i, i + ROWS) as j:
                 f.store(j, ids + count.get() * 8, 8)
                 count.set(count.get() + f.cast("zext", f.load(F32, x + j * 4, 4) >= bound, I64))
         f.give(count.get())

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-
 from pocketlm.runtime.native.ir import F16, F32, I1, I16, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, TILE
 from pocketlm.runtime.native.records import OPERATION, RUN, offset
@@ -356,7 +355,10 @@ def _mix(
     def columns(start: Value, vectors: int) -> None:
         sums = [[f.var(ROW, 0.0) for _ in range(vectors)] for _ in out]
         with f.range(0, last - first) as p:
-            row = [from_half(f, level, f.load(F16.vec(LANES), values + (p * padded + start + LANES * k) * 2, 32)) for k in range(vectors)]
+            row = [
+                from_half(f, level, f.load(F16.vec(LANES), values + (p * padded + start + LANES * k) * 2, 32))
+                for k in range(vectors)
+            ]
             for score, own_sums in zip(scores, sums, strict=True):
                 weight = f.splat(f.load(F32, score + p * 4, 4), LANES)
                 for value, total in zip(row, own_sums, strict=True):
@@ -395,5 +397,3 @@ def _join_partials(f: Function, r: Records, to: Value, token: Value, n: Value) -
     width = n_head * dim
     with f.range(width, ((width + 31) >> 5) << 5) as i:
         f.store(f.const(F32, 0.0), to + i * 4)
-
-

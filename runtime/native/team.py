@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.image import Loaded
-from pocketlm.runtime.native.records import CACHE_LINE, RUN, WORKER
+from pocketlm.runtime.native.records import CACHE_LINE, WORKER
 
 
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = CACHE_LINE) -> np.ndarray:
@@ -31,21 +32,31 @@ class RunTeam:
     def __init__(self, core: Loaded, record: np.ndarray, n_threads: int):
         """`record`: one RUN, complete but for the fields that concern threads; kept alive here."""
         self._core, self._record, self.n_threads = core, record, n_threads
-        address = ctypes.c_void_p
-        self._start = core.function("start", ctypes.c_int64, address)
-        self._work = core.function("work", None, address, ctypes.c_int64)
+        self._step = core.function("step", ctypes.c_int64, ctypes.c_void_p)
+        self._work = core.function("work", None, ctypes.c_void_p, ctypes.c_int64)
         self._address = record.ctypes.data
         self._begin()
 
     def run(self) -> None:
-        """Walk the program once."""
+        """Walk the program once. Raises PocketlmError once the team is closed."""
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
-        if self._start(self._address):
+        if not self._finalizer.alive:
+            raise PocketlmError("this model is closed; load it again")
+        self._finish()
+        try:
+            self._step(self._address)
+        finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
+            self._finish()
+
+    def _finish(self) -> None:
+        """Wake the threads that a begun run needs and do this thread's share; nothing if no run has begun."""
+        if self._record["begun"][0]:
             for tid in np.flatnonzero(self._workers["wake"]):
+                if self._locks[tid].locked():
+                    self._locks[tid].release()
                 self._workers["wake"][tid] = 0
-                self._locks[tid].release()
-        self._work(self._address, 0)
+            self._work(self._address, 0)
 
     def close(self) -> None:
         """End the threads. A second call does nothing."""
@@ -54,7 +65,7 @@ class RunTeam:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._workers = aligned(self.n_threads, WORKER)
-        for name, value in (("epoch", 0), ("arrived", 0), ("arrived2", 0), ("n_threads", self.n_threads)):
+        for name, value in (("epoch", 0), ("arrived", 0), ("arrived2", 0), ("begun", 0), ("n_threads", self.n_threads)):
             self._record[name] = value
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
@@ -64,7 +75,9 @@ class RunTeam:
         # the threads know the records and nothing of this object: it can be collected, and then they end
         wait = self._core.function("wait", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
         threads = [
-            threading.Thread(target=_live, args=(wait, self._address, tid, self._locks[tid]), daemon=True, name=f"pocketlm-{tid}")
+            threading.Thread(
+                target=_live, args=(wait, self._address, tid, self._locks[tid]), daemon=True, name=f"pocketlm-{tid}"
+            )
             for tid in range(1, self.n_threads)
         ]
         for thread in threads:
@@ -77,7 +90,9 @@ def _live(wait: Any, address: int, tid: int, lock: threading.Lock) -> None:
         lock.acquire()
 
 
-def _end(record: np.ndarray, workers: np.ndarray, locks: list[threading.Lock], threads: list[threading.Thread], pid: int) -> None:
+def _end(
+    record: np.ndarray, workers: np.ndarray, locks: list[threading.Lock], threads: list[threading.Thread], pid: int
+) -> None:
     if os.getpid() != pid:
         return
     record["epoch"] = -1

@@ -1,0 +1,308 @@
+"""How fast pocketlm is beside llama.cpp (llama_decode, called directly) and a plain NumPy loop: one run, one table.
+
+    python bench/speed.py [--quick] [--json] [--only TEXT] [--rounds N]
+
+Every row alternates between two engines in processes of their own, same file, same number of threads; a figure is the median
+of the rounds. A fixed loop between the rounds shows whether the machine was quiet; ratios are what counts. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import speed_models
+
+DRIFT = 1.10  # a reference loop this much slower than its best means that the machine was busy
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `engine` should be `at_least` times as fast as `rival`."""
+
+    name: str
+    model: str
+    task: str  # "decode" | "prefill"
+    at_least: float
+    aim: float | None = None
+    engine: str = "native"
+    rival: str = "llama.cpp"
+    threads: int = 2
+    filled: int = 0  # tokens in the cache before decoding begins
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+ROWS = [
+    Row("decode 48M Q4_0", "48M Q4_0", "decode", 2.0, 3.0),
+    Row("decode 48M Q8_0", "48M Q8_0", "decode", 1.6, 2.3),
+    Row("decode 48M F16", "48M F16", "decode", 1.3, 1.6),
+    Row("decode SmolLM2 Q4_1", "SmolLM2", "decode", 2.0, 3.0),
+    Row("decode 1.3B-class Q4_0", "1.3B-class Q4_0", "decode", 1.3, 1.8),
+    Row("decode SmolLM2, 2000 in the cache", "SmolLM2", "decode", 2.0, 3.0, filled=2000),
+    Row("prefill 512, 48M Q4_0", "48M Q4_0", "prefill", 1.5, 3.0),
+    Row("prefill 512, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0),
+    Row("one thread: decode 48M Q4_0", "48M Q4_0", "decode", 1.4, threads=1),
+    Row("one thread: decode SmolLM2 Q4_1", "SmolLM2", "decode", 1.4, threads=1),
+    Row("one thread: decode 48M Q8_0", "48M Q8_0", "decode", 1.4, threads=1),
+    Row("one thread: decode 48M F16", "48M F16", "decode", 1.1, threads=1),
+    Row("POCKETLM_ISA=avx2: decode 48M Q4_0", "48M Q4_0", "decode", 1.5, environment={"POCKETLM_ISA": "avx2"}),
+    Row("numpy: decode SmolLM2", "SmolLM2", "decode", 0.25, engine="numpy"),
+    Row("numpy: decode 48M, beside naive NumPy", "48M Q4_0", "decode", 1.3, engine="numpy", rival="naive NumPy"),
+    Row("numpy: prefill 512, SmolLM2", "SmolLM2", "prefill", 0.6, engine="numpy"),
+]
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, engine: str, path: Path, threads: int, n_ctx: int, environment: dict[str, str]):
+        blas = {name: str(threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        command = [sys.executable, str(Path(__file__).with_name("speed_engines.py"))]
+        variables = {**os.environ, **blas, **environment}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
+        self._ask({"engine": engine, "path": str(path), "threads": threads, "n_ctx": n_ctx})
+
+    def seconds(self, row: Row, n: int) -> float:
+        return float(self._ask({"task": row.task, "n": n, "filled": row.filled}))
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _ask(self, request: dict[str, Any]) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"an engine ended: {request}")
+        return answer
+
+
+def measure(row: Row, path: Path, rounds: int, n: int, steady: Steady) -> dict[str, Any]:
+    """Tokens per second of both engines and their ratio, each round's own ratio being the unit of the median."""
+    n_ctx = 2560 if row.filled else 1024
+    with ExitStack() as stack:
+        workers = []
+        for engine in (row.engine, row.rival):
+            environment = row.environment if engine == row.engine else {}
+            workers.append(Worker(engine, path, row.threads, n_ctx, environment))
+            stack.callback(workers[-1].close)
+        for worker in workers:  # caches warm, clocks up
+            worker.seconds(row, n)
+        times = []
+        for _ in range(rounds):
+            steady.check()
+            times.append([worker.seconds(row, n) for worker in workers])
+    ours, theirs = (n / statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(other / own for own, other in times)
+    return {"ours": ours, "theirs": theirs, "ratio": ratio}
+
+
+class Steady:
+    """A loop that always does the same, timed between the rounds: it shows what else the machine was doing."""
+
+    def __init__(self):
+        self._data = np.random.default_rng(0).random((384, 384), np.float32)
+        self.times: list[float] = []
+
+    def check(self) -> None:
+        started = time.perf_counter()
+        for _ in range(20):
+            self._data @ self._data
+        self.times.append(time.perf_counter() - started)
+
+    @property
+    def drift(self) -> float:
+        return statistics.quantiles(self.times, n=10)[-1] / min(self.times) if len(self.times) > 1 else 1.0
+
+
+# ── what is not a ratio ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def seconds_of(program: list[str], rounds: int, environment: dict[str, str] | None = None) -> float:
+    """Median wall time of a command, its start included."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def printed_seconds(program: str, rounds: int, environment: dict[str, str] | None = None) -> float:
+    """Median of what a Python program prints: it times itself, after the imports that are not part of the promise."""
+    times = []
+    for _ in range(rounds):
+        variables = {**os.environ, **(environment or {})}
+        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables)
+        times.append(float(done.stdout.split()[-1]))
+    return statistics.median(times)
+
+
+OPEN = """
+import time
+started = time.perf_counter()
+import pocketlm
+pocketlm.tokenizer.load({path!r}).encode("Hello, world")
+print(time.perf_counter() - started)
+"""
+COMPILE = """
+import time
+from pocketlm.runtime.native import levels
+from pocketlm.runtime.native.kernels import kernels
+level = levels.detect()
+started = time.perf_counter()
+kernels(["F32", "Q4_1"], level)
+print(time.perf_counter() - started)
+"""
+
+
+def start_up(smollm2: Path, rounds: int) -> Iterator[tuple[str, float, float]]:
+    """(what, seconds, at most) of everything a user waits for before the first token."""
+    yield "open SmolLM2 until the tokenizer encodes", printed_seconds(OPEN.format(path=str(smollm2)), rounds), 0.25
+    yield "pocketlm --help", seconds_of([sys.executable, "-m", "pocketlm", "--help"], rounds), 0.15
+    cold = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            cold.append(printed_seconds(COMPILE, 1, {"POCKETLM_CACHE": folder}))
+    yield "compile SmolLM2's kernels, nothing cached", statistics.median(cold), 0.7
+    with tempfile.TemporaryDirectory() as folder:
+        printed_seconds(COMPILE, 1, {"POCKETLM_CACHE": folder})
+        yield "the same from the cache", printed_seconds(COMPILE, rounds, {"POCKETLM_CACHE": folder}), 0.1
+
+
+def bandwidth(n_threads: int) -> float:
+    """Bytes a second that `n_threads` can read from memory: the best of NumPy's sum and copy (which reads and writes)."""
+    size = 128 << 20
+    sources = [np.ones(size // 4, np.float32) for _ in range(n_threads)]
+    targets = [np.ones_like(source) for source in sources]
+    jobs: list[tuple[Callable[[int], object], int]] = [
+        (lambda i: np.dot(sources[i], targets[i]), 2 * size),
+        (lambda i: np.add.reduce(sources[i].view(np.int64)), size),
+        (lambda i: np.copyto(targets[i], sources[i]), 2 * size),
+    ]
+    best = 0.0
+    for job, n_bytes in jobs:
+        for _ in range(5):
+            threads = [threading.Thread(target=job, args=(i,)) for i in range(n_threads)]
+            started = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            best = max(best, n_bytes * n_threads / (time.perf_counter() - started))
+    return best
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the matrices that every decoded token reads: all tensors but the positions, the tied table once, as the head."""
+    import gguf
+
+    return sum(t.n_bytes for t in gguf.GGUFReader(str(path)).tensors if t.name != "position_embd.weight")
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+    import llama_cpp
+    import llvmlite
+
+    return (
+        f"{cpu}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}, NumPy {np.__version__}, "
+        f"llvmlite {llvmlite.__version__}, llama-cpp-python {llama_cpp.__version__}; load average {load}"
+    )
+
+
+@contextmanager
+def models(folder: str | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(folder or temporary)
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+
+
+def mark(value: float, at_least: float, aim: float | None = None) -> str:
+    return "MISSED" if value < at_least else "aim reached" if aim is not None and value >= aim else "ok"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short round of everything: does the script work?")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name holds this")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", metavar="FOLDER", help="keep the written models here")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
+    out = sys.stderr if options.json else sys.stdout
+    result: dict[str, Any] = {"machine": machine(), "rows": [], "start_up": []}
+    print(result["machine"], file=out)
+    print(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim", file=out, flush=True)
+    steady = Steady()
+    with models(options.models) as folder:
+        for row in ROWS:
+            if options.only not in row.name:
+                continue
+            n = (
+                512
+                if row.task == "prefill"
+                else 4
+                if options.quick
+                else 24
+                if "1.3B" in row.model or row.engine == "numpy"
+                else 96
+            )
+            found = measure(row, speed_models.find(row.model, folder), rounds, n, steady)
+            result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
+            limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
+            print(f"{row.name:<40} {found['ours']:>10.1f} {found['theirs']:>10.1f} {found['ratio']:>7.2f}  {limits:<14} "
+                  f"{mark(found['ratio'], row.at_least, row.aim)}", file=out, flush=True)  # fmt: skip
+            if row.name == "decode 1.3B-class Q4_0":
+                result["bandwidth"] = bandwidth(row.threads)
+                result["share"] = share = (
+                    found["ours"] * weight_bytes(speed_models.find(row.model, folder)) / result["bandwidth"]
+                )
+                print(f"{'  share of the memory bandwidth':<40} {result['bandwidth'] / 1e9:>5.1f} GB/s {'':>10} {share:>7.0%}  80% / 92%      "
+                      f"{mark(share, 0.8, 0.92)}", file=out, flush=True)  # fmt: skip
+        if not options.only:
+            print(file=out)
+            for name, seconds, limit in start_up(speed_models.find("SmolLM2", folder), rounds):
+                result["start_up"].append({"name": name, "seconds": seconds, "at_most": limit})
+                print(f"{name:<44} {seconds:>8.3f} s   at most {limit:.2f} s   {mark(-seconds, -limit)}", file=out, flush=True)
+    result["drift"] = steady.drift
+    if steady.drift > DRIFT:
+        print(
+            f"\nwarning: the reference loop was up to {steady.drift - 1:.0%} slower than its best: the machine is busy",
+            file=out,
+        )
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One executable a friend opens: the stub (a frozen chat program), and what is put behind it."""

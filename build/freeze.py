@@ -1,0 +1,61 @@
+"""What PyInstaller puts into a stub: run inside PyInstaller's specification file, written by stub.py.
+
+In: PyInstaller's own `Analysis`, `PYZ` and `EXE`, and the folder with the program's sources. Out: the executable. Knows
+nothing about models. Only what a conversation needs goes in; the sizes are those of Linux on x86-64.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KERNELS = "kernels.bin"  # the compiled code of every level, beside the program's modules
+
+# Modules that somebody imports and a conversation never reaches
+EXCLUDED = (
+    "llvmlite", "torch", "PIL", "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
+    "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
+    "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc", "xmlrpc",
+    "http", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test", "optparse", "webbrowser",
+    "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
+    "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
+    "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd", "numpy.lib.introspect",
+    "prompt_toolkit.contrib", "jinja2.ext", "pygments", "babel",
+)  # fmt: skip
+# Libraries that only the excluded modules need, and character sets of the Far East's old encodings
+UNWANTED = ("libssl", "libcrypto", "libstdc++", "libgcc_s", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi", "_simd")
+
+
+def freeze(analyse: Callable[..., Any], archive: Callable[..., Any], executable: Callable[..., Any], folder: Path, icon: str | None) -> None:
+    """Analyse `folder`/entry.py and build `stub`; `folder` holds a package pocketlm and the kernels, too."""
+    modules = [_module(file.relative_to(folder)) for file in sorted((folder / "pocketlm").rglob("*.py"))]
+    found = analyse(
+        [str(folder / "entry.py")], pathex=[str(folder)], hiddenimports=modules, excludes=list(EXCLUDED),
+        datas=[(str(folder / KERNELS), ".")], noarchive=False, optimize=2,
+    )  # fmt: skip
+    binaries = [row for row in found.binaries if not Path(row[0]).name.startswith(UNWANTED)]
+    binaries = [(name, _stripped(path, folder), kind) for name, path, kind in binaries]
+    datas = [row for row in found.datas if ".dist-info" not in row[0]]
+    executable(
+        archive(found.pure), found.scripts, binaries, datas, [("X utf8=1", None, "OPTION")],
+        name="stub", console=True, icon=icon or "NONE", upx=False, strip=False,
+    )  # fmt: skip
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def _stripped(path: str, folder: Path) -> str:
+    """libpython without its symbols: 23 MB become 6. Nothing else: strip breaks the layout of NumPy's OpenBLAS."""
+    if sys.platform != "linux" or not os.path.basename(path).startswith("libpython") or shutil.which("strip") is None:
+        return path
+    copy = folder / os.path.basename(path)
+    shutil.copyfile(path, copy)
+    subprocess.run(["strip", str(copy)], check=True)
+    return str(copy)

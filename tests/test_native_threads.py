@@ -1,0 +1,192 @@
+"""Threads come and go with their model, sleep when there is nothing to do, and survive Ctrl-C, fork and the end of the program."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from native_calls import executors, host_level
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.native.executor import NativeExecutor
+
+IDS = np.arange(40)
+
+
+def native(threads, fmt="Q4_0", **options):
+    executor, reference = executors(host_level(), fmt, threads, **options)
+    reference.close()
+    return executor
+
+
+def workers():
+    return [t for t in threading.enumerate() if t.name.startswith("pocketlm-")]
+
+
+def logits(executor):
+    """The same calls every time: a prompt and three tokens."""
+    executor.cache.truncate(0)
+    return b"".join(executor.forward(part, rows="all").tobytes() for part in (IDS[:9], IDS[9:10], IDS[10:11], IDS[11:40]))
+
+
+def program(text, *arguments, seconds=60):
+    """Run a program that has this module's helpers; its stdout."""
+    start = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_native_threads import *\n"
+    done = subprocess.run([sys.executable, "-c", start + text, os.path.dirname(__file__), *arguments],
+                          capture_output=True, text=True, timeout=seconds)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_hundred_teams_start_work_and_end():
+    first = native(1)
+    expected = logits(first)
+    plan, tensors = first.plan, first._tensors
+    first.close()
+    for i in range(200):
+        executor = NativeExecutor(plan, tensors, 64, 1 + i % 5)
+        if i % 3:
+            assert logits(executor) == expected
+        executor.close()
+        executor.close()
+    assert workers() == []
+
+
+def test_a_closed_model_says_so():
+    executor = native(2)
+    executor.close()
+    with pytest.raises(PocketlmError, match="closed"):
+        executor.forward(IDS)
+
+
+def test_more_threads_than_cores_still_work():
+    one, many = native(1), native(2 * (os.cpu_count() or 1) + 3)
+    assert logits(one) == logits(many)
+    one.close()
+    many.close()
+
+
+def test_waiting_threads_use_no_cpu():
+    executor = native(3)
+    logits(executor)
+    time.sleep(0.3)  # they look for work a little longer before they sleep
+    before = time.process_time()
+    time.sleep(1)
+    assert time.process_time() - before < 0.1
+    assert logits(executor)
+    executor.close()
+
+
+def test_threads_that_sleep_are_woken_again_and_again():
+    executor = native(3)
+    expected = logits(executor)
+    for pause in (0, 0.0001, 0.001, 0.003, 0.01, 0.02) * 8:  # about the time after which they go to sleep
+        time.sleep(pause)
+        assert logits(executor) == expected
+    executor.close()
+
+
+def test_two_models_take_turns_and_run_at_once():
+    a, b = native(2), native(3, "Q8_0")
+    expected = logits(a), logits(b)
+    for _ in range(20):
+        assert (logits(a), logits(b)) == expected
+    results = {}
+
+    def run(name, executor):
+        results[name] = {logits(executor) for _ in range(30)}
+
+    threads = [threading.Thread(target=run, args=item) for item in (("a", a), ("b", b))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"a": {expected[0]}, "b": {expected[1]}}
+    a.close()
+    b.close()
+
+
+def test_no_thread_outlives_its_model():
+    executor = native(3)
+    logits(executor)
+    assert len(workers()) == 2
+    executor.close()
+    assert workers() == []
+    executor = native(3)
+    logits(executor)
+    del executor
+    gc.collect()
+    assert workers() == []
+
+
+INTERRUPT = """
+import random, signal
+executor = native(3)
+expected = logits(executor)
+random.seed(int(sys.argv[2]))
+caught = 0
+for _ in range(60):
+    timer = threading.Timer(random.uniform(0, 0.004), os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        while True:
+            logits(executor)
+    except KeyboardInterrupt:
+        caught += 1
+    timer.join()
+    if random.random() < 0.3:
+        time.sleep(0.02)
+    assert logits(executor) == expected
+executor.close()
+print(caught, len(workers()))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends itself a signal")
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_an_interrupted_forward_leaves_the_model_usable(seed):
+    assert program(INTERRUPT, seed).split() == ["60", "0"]
+
+
+FORK = """
+executor = native(3)
+expected = logits(executor)
+for _ in range(5):
+    child = os.fork()
+    if not child:
+        same = logits(executor) == expected
+        executor.close()
+        os._exit(0 if same and not workers() else 1)
+    assert logits(executor) == expected
+    assert os.waitpid(child, 0)[1] == 0
+executor.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_computes_the_same():
+    program(FORK)
+
+
+EXITS = {
+    "with a live model": "executor = native(3); logits(executor)",
+    "in the middle of a generation": """
+executor = native(3)
+def forever():
+    while True:
+        logits(executor)
+threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.2)
+""",
+}
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_the_program_ends_promptly(name):
+    for _ in range(3):
+        program(EXITS[name], seconds=30)
+

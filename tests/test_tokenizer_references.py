@@ -1,0 +1,263 @@
+"""Ids equal to those of `sentencepiece`, `tokenizers` and `tiktoken`, on vocabularies trained here, 20,000 texts each."""
+
+import base64
+import io
+import json
+import random
+
+import pytest
+from tokenizer_texts import PROSE, WORDS, texts
+
+from pocketlm import tokenizer
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
+
+LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) for i in range(600)]
+
+# ── SentencePiece ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SYMBOLS = ["<|user|>", "<|assistant|>", "<sep>", "3", "▁▁", "ab", "ello"]
+SENTENCEPIECE = {
+    "defaults with bytes": {"byte_fallback": True},
+    "symbols": {"byte_fallback": True, "user_defined_symbols": SYMBOLS, "control_symbols": ["<|control|>"]},
+    "identity, no prefix, all spaces": {
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "user_defined_symbols": [*SYMBOLS, "\n"],
+    },
+    "all spaces, single digits": {
+        "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+    },
+    "unknown characters": {"character_coverage": 0.98},
+    "unknown characters, symbols, folded case, no prefix": {
+        "character_coverage": 0.985,
+        "normalization_rule_name": "nfkc_cf",
+        "user_defined_symbols": SYMBOLS,
+        "add_dummy_prefix": False,
+    },
+    "pieces across words": {
+        "byte_fallback": True,
+        "split_by_whitespace": False,
+        "split_by_unicode_script": False,
+        "normalization_rule_name": "nfkc",
+        "remove_extra_whitespaces": False,
+    },
+    "identity, unknown characters shown": {
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "unk_surface": "<?>",
+    },
+}
+
+
+def train_sentencepiece(**options) -> bytes:
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is what is compared with")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, model_type="bpe", vocab_size=1000, minloglevel=2, num_threads=1,
+        hard_vocab_limit=False, **options,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_ids_and_texts_are_those_of_sentencepiece(name, tmp_path):
+    model = train_sentencepiece(**SENTENCEPIECE[name])
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    import sentencepiece
+
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = tokenizer.load(tmp_path / "tokenizer.model")
+    some = texts(2500, 31 + len(name), ["<|user|>", "<sep>", "<|control|>", "<s>", "<unk>", "<0x41>"])
+    for text, ids in zip(some, theirs.encode(some), strict=True):
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids), ids
+    assert (ours.bos_id, ours.eos_id, ours.unk_id) == (theirs.bos_id(), theirs.eos_id(), theirs.unk_id())
+
+
+def test_pieces_with_equal_scores_merge_from_the_left(tmp_path):
+    """All scores zero, which is what a vocabulary without its scores comes to."""
+    protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="rewrites the scores")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = protobuf.ModelProto.FromString(train_sentencepiece(byte_fallback=True))
+    for piece in model.pieces:
+        piece.score = 0
+    (tmp_path / "flat.model").write_bytes(model.SerializeToString())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    ours = tokenizer.load(tmp_path / "flat.model")
+    for text in texts(500, 40):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def test_unused_pieces_are_taken_apart_again(tmp_path):
+    protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="rewrites the types")
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = protobuf.ModelProto.FromString(train_sentencepiece(byte_fallback=True))
+    normal = [piece for piece in model.pieces if piece.type == 1 and len(piece.piece) > 1]
+    for piece in random.Random(5).sample(normal, len(normal) // 3):
+        piece.type = 5
+    (tmp_path / "unused.model").write_bytes(model.SerializeToString())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    ours = tokenizer.load(tmp_path / "unused.model")
+    for text in texts(500, 41):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+# ── tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MARKERS = ["<|im_start|>", "<|endoftext|>", "<symbol>", "<strip>", "<|im_start|>user"]
+
+
+def compare_with_tokenizers(theirs, folder, some):
+    theirs.save(str(folder / "tokenizer.json"))
+    ours = tokenizer.load(folder)
+    for special in (True, False):
+        theirs.encode_special_tokens = not special
+        for text, encoding in zip(some, theirs.encode_batch(some, add_special_tokens=False), strict=True):
+            assert ours.encode(text, special=special) == encoding.ids, text
+            assert ours.decode(encoding.ids) == theirs.decode(encoding.ids), encoding.ids
+
+
+def byte_level_pre_tokenizer(name):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    pre = tokenizers.pre_tokenizers
+    if name in ("gpt-2", "space in front"):
+        return pre.ByteLevel(add_prefix_space=name != "gpt-2")
+    if name == "smollm":
+        return pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    split = pre.Split(tokenizers.Regex(PRE_TOKENIZERS[name][0]), "isolated")
+    return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "space in front", "smollm", "llama-bpe", "qwen2"])
+def test_byte_level_ids_and_texts_are_those_of_tokenizers(name, tmp_path):
+    pre_tokenizer = byte_level_pre_tokenizer(name)
+    import tokenizers
+
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    if name == "qwen2":
+        theirs.normalizer = tokenizers.normalizers.NFC()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=MARKERS[:2], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    theirs.train_from_iterator(LINES[:300] + texts(300, 50), trainer)
+    added = tokenizers.AddedToken("<strip>", lstrip=True, rstrip=True, normalized=False)
+    theirs.add_tokens([tokenizers.AddedToken("<symbol>", normalized=False), added])
+    compare_with_tokenizers(theirs, tmp_path, texts(4000, 51 + len(name), MARKERS))
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"])
+def test_bytes_that_were_not_in_the_training_text_are_those_of_tokenizers(unknown, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown, fuse_unk=True))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=[unknown] * bool(unknown), show_progress=False)
+    theirs.train_from_iterator(["some plain ASCII text"] * 3, trainer)
+    compare_with_tokenizers(theirs, tmp_path, texts(500, 52))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_metaspace_ids_and_texts_are_those_of_tokenizers(scheme, split, byte_fallback, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=split, byte_fallback=byte_fallback))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    decoders = tokenizers.decoders
+    stripped = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
+    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped])
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=2000, limit_alphabet=500, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
+    )
+    theirs.train_from_iterator(LINES, trainer)
+    file = json.loads(theirs.to_str())  # byte tokens are no markers, as in the files of models
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] not in byte_tokens]
+    compare_with_tokenizers(tokenizers.Tokenizer.from_str(json.dumps(file)), tmp_path, texts(400, 53, ["<s>", "<unk>", "</s>"]))
+
+
+def test_ids_of_a_llama_2_file_are_those_of_tokenizers(tmp_path):
+    """Prepend and Replace as normalizers instead of Metaspace."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    theirs.train_from_iterator(LINES, trainer)
+    compare_with_tokenizers(theirs, tmp_path, texts(500, 54, ["<s>", "</s>"]))
+
+
+def test_the_older_pair_of_files_gives_the_ids_of_tokenizers(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(LINES, vocab_size=800, special_tokens=["<|endoftext|>"], show_progress=False)
+    theirs.save_model(str(tmp_path))
+    ours = tokenizer.load(tmp_path)
+    for text in texts(300, 55):
+        assert ours.encode(text) == theirs.encode(text).ids, text
+
+
+def test_bos_and_eos_come_from_the_files(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="writes the file")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(LINES, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
+    ours = tokenizer.load(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.end_ids, ours.adds_bos) == (0, 1, {1}, True)
+    assert ours.encode("a", bos=True) == theirs.encode("a").ids
+
+
+# ── tiktoken ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+def test_ids_are_those_of_tiktoken(name, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is what is compared with")
+    from tiktoken._educational import bpe_train
+
+    pattern = PRE_TOKENIZERS[name][0]
+    ranks = bpe_train(PROSE * 2, 500, pattern, visualise=None)
+    path = tmp_path / "ranks.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    special = {"<|endoftext|>": 500, "<|im_start|>": 501}
+    theirs = tiktoken.Encoding(name="trained here", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    ours = tokenizer.load(path, pattern=name, special_tokens=special)
+    for text in texts(5000, 60 + len(name), list(special)):
+        assert ours.encode(text) == theirs.encode_ordinary(text), text
+        ids = theirs.encode(text, allowed_special="all")
+        assert ours.encode(text, special=True) == ids, text
+        assert ours.decode(ids, special=True) == text
+
+
+# ── the table itself ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["smollm", "starcoder", "refact"])
+def test_digits_first_in_one_expression_cuts_as_one_expression_after_the_other(name):
+    import regex
+
+    from pocketlm.tokenizer.pretokenize import splitter
+
+    def isolate(pattern, words):
+        return [part for word in words for part in regex.split(f"({pattern})", word) if part]
+
+    for text in texts(3000, 70):
+        assert splitter(name)(text) == isolate(PRE_TOKENIZERS["gpt-2"][0], isolate(r"\p{N}", [text])), text
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_no_pre_tokenizer_loses_a_character(name):
+    from pocketlm.tokenizer.pretokenize import splitter
+
+    for text in texts(2000, 71):
+        assert "".join(splitter(name)(text)) == text

@@ -1,0 +1,82 @@
+"""The vocabularies of llama.cpp's own tests give the ids that those tests expect, and llama.cpp's own ids on more.
+
+Those ids are without bos, and from `parse_special = false`; the texts hold no markers, so that reading the markers
+changes nothing, which is shown here, too.
+"""
+
+import time
+
+import pytest
+from tokenizer_texts import texts
+
+from pocketlm import tokenizer
+
+VOCABULARIES = ("gpt-2", "starcoder", "llama-spm", "phi-3")
+
+
+@pytest.fixture(params=VOCABULARIES)
+def vocabulary(request, test_data):
+    return test_data / "vectors" / f"ggml-vocab-{request.param}.gguf"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_every_line_gives_the_ids_llama_cpp_expects(vocabulary, special):
+    tok = tokenizer.load(vocabulary)
+    lines = vocabulary.with_name(vocabulary.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")[:-1]
+    expected = vocabulary.with_name(vocabulary.name + ".out").read_text().splitlines()
+    assert len(lines) == len(expected) > 40
+    for text, ids in zip(lines, expected, strict=True):
+        assert tok.encode(text, special=special) == [int(i) for i in ids.split()], text
+        assert tok.decode(tok.encode(text)) == text
+
+
+def test_random_texts_with_markers_give_the_ids_of_llama_cpp(vocabulary):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is what is compared with")
+    theirs = llama_cpp.Llama(str(vocabulary), vocab_only=True, verbose=False)
+    tok = tokenizer.load(vocabulary)
+    markers = ["<|endoftext|>", "<fim_prefix>", "<s>", "</s>", "<|user|>", "<|end|>\n", "<|assistant|> \n", "<0x41>"]
+    for text in texts(1000, 21, markers):
+        # C strings end at a NUL; llama.cpp strips ASCII white space after markers, Phi-3's own tokenizer all of it
+        if "\0" in text or any(space in text for space in "\x85\xa0\u2003\u3000"):
+            continue
+        for special in (False, True):
+            assert tok.encode(text, special=special) == theirs.tokenize(text.encode(), add_bos=False, special=special), text
+
+
+def test_a_marker_of_phi_3_swallows_the_white_space_after_it(test_data):
+    tok = tokenizer.load(test_data / "vectors" / "ggml-vocab-phi-3.gguf")
+    assert tok.encode("<|user|>\n Hi<|end|>\n", special=True) == [32010, *tok.encode("Hi"), 32007]
+
+
+def test_the_ids_of_smollm2_are_those_of_tokenizers(smollm2_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    from pocketlm.runtime.gguf import open_gguf
+
+    metadata = open_gguf(smollm2_path).metadata
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges])
+    )
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), byte_level])
+    theirs.add_special_tokens(tokens[:17])
+    tok = tokenizer.load(smollm2_path)
+    some = texts(4000, 22, ["<|im_start|>", "<|im_end|>\n"])
+    for text, encoding in zip(some, theirs.encode_batch(some), strict=True):
+        assert tok.encode(text, special=True) == encoding.ids, text
+
+
+def test_smollm2_knows_its_end_of_turn(smollm2_path):
+    tok = tokenizer.load(smollm2_path)
+    assert tok.end_ids == {0, 2}
+    assert (tok.bos_id, tok.eos_id, tok.n_vocab, tok.adds_bos) == (1, 2, 49152, False)
+    assert tok.is_control(2) and not tok.is_control(20000)
+    assert tok.token_id("<|im_end|>") == 2 and tok.token_id("no such token") is None
+
+
+def test_opening_does_not_build_what_encoding_a_word_does_not_need(smollm2_path):
+    tokenizer.load(smollm2_path).encode("warm")
+    start = time.process_time()
+    ids = tokenizer.load(smollm2_path).encode("Once upon a time")
+    spent = time.process_time() - start
+    assert len(ids) == 4 and spent < 2, "seconds: far beyond the 0.15 it takes, so that a busy machine does not fail"
