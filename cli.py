@@ -7,6 +7,7 @@ is imported before a subcommand needs it, so that `pocketlm --help` answers at o
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parse(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character gets a question mark, not a traceback
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
         status = arguments.run(arguments)
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> Arguments:
-    """argparse gives an optional TEXT its default when an option comes before it (until Python 3.12): put right here."""
+    """Until Python 3.12 argparse gives an optional TEXT its default when an option comes before it: put right here."""
     parser = _parser(argv[:1])
     arguments, rest = parser.parse_known_args(argv)
     if len(rest) == 1 and getattr(arguments, "text", "") is None and not rest[0].startswith("--"):
@@ -148,6 +149,8 @@ def _chat_arguments(parser: Parser) -> None:
     _sampling_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    parser.add_argument("--title", metavar="TEXT", help="what the first line calls the model")
+    parser.add_argument("--greeting", metavar="TEXT", help="what the chat says first")
     parser.add_argument("--template", metavar="NAME", help="chat template: chatml, markers, alpaca, plain or a Jinja file")
     parser.add_argument("--resume", action="store_true", help="go on with the last conversation")
     parser.add_argument("--no-save", dest="save", action="store_false", help="keep no record of the conversation")
@@ -162,7 +165,7 @@ def _chat(arguments: Arguments) -> int:
     with _load(arguments) as model:
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
-            template=arguments.template,
+            template=arguments.template, title=arguments.title, greeting=arguments.greeting,
         )  # fmt: skip
 
 
@@ -195,7 +198,8 @@ def _generate(arguments: Arguments) -> int:
             result = {
                 "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,
                 "threads": model.n_threads, "prompt_tokens": last.prompt_tokens, "generated_tokens": last.generated_tokens,
-                "prompt_seconds": last.prompt_seconds, "generation_seconds": last.generation_seconds, "tokens_per_second": speed,
+                "prompt_seconds": last.prompt_seconds, "generation_seconds": last.generation_seconds,
+                "tokens_per_second": speed,
             }  # fmt: skip
             print(json.dumps(result, ensure_ascii=False))
         else:
@@ -287,10 +291,30 @@ def _export(arguments: Arguments) -> int:
     return command.run(arguments)
 
 
+def _build(name: str, text: str) -> Command:
+    """A row of pocketlm.build, whose arguments and work are found by the command's name."""
+
+    def arguments(parser: Parser) -> None:
+        from pocketlm.build import command
+
+        command.COMMANDS[name].arguments(parser)
+
+    def run(arguments: Arguments) -> int:
+        from pocketlm.build import command
+
+        return command.COMMANDS[name].run(arguments)
+
+    return Command(text, arguments, run)
+
+
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
     "export": Command("Turn a checkpoint into a GGUF, an fp16 bin or an ONNX file.", _export_arguments, _export),
+    "pack": _build("pack", "Make one executable out of a model."),
+    "unpack": _build("unpack", "Take the GGUF out of a packed executable."),
+    "persona": _build("persona", "Change what a packed executable says about itself."),
+    "stub": _build("stub", "Build the executable that models are packed into."),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file.", _inspect_arguments, _inspect),
     "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),

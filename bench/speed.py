@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import speed_models
 
+LARGE = "decode 1.3B-class Q4_0"  # the row whose use of the memory bandwidth is shown
 DRIFT = 1.10  # a reference loop this much slower than its best means that the machine was busy
 
 
@@ -42,6 +43,7 @@ class Row:
     engine: str = "native"
     rival: str = "llama.cpp"
     threads: int = 2
+    n: int = 96  # tokens of a round
     filled: int = 0  # tokens in the cache before decoding begins
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -51,18 +53,18 @@ ROWS = [
     Row("decode 48M Q8_0", "48M Q8_0", "decode", 1.6, 2.3),
     Row("decode 48M F16", "48M F16", "decode", 1.3, 1.6),
     Row("decode SmolLM2 Q4_1", "SmolLM2", "decode", 2.0, 3.0),
-    Row("decode 1.3B-class Q4_0", "1.3B-class Q4_0", "decode", 1.3, 1.8),
+    Row(LARGE, "1.3B-class Q4_0", "decode", 1.3, 1.8, n=24),
     Row("decode SmolLM2, 2000 in the cache", "SmolLM2", "decode", 2.0, 3.0, filled=2000),
-    Row("prefill 512, 48M Q4_0", "48M Q4_0", "prefill", 1.5, 3.0),
-    Row("prefill 512, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0),
+    Row("prefill 512, 48M Q4_0", "48M Q4_0", "prefill", 1.5, 3.0, n=512),
+    Row("prefill 512, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0, n=512),
     Row("one thread: decode 48M Q4_0", "48M Q4_0", "decode", 1.4, threads=1),
     Row("one thread: decode SmolLM2 Q4_1", "SmolLM2", "decode", 1.4, threads=1),
     Row("one thread: decode 48M Q8_0", "48M Q8_0", "decode", 1.4, threads=1),
     Row("one thread: decode 48M F16", "48M F16", "decode", 1.1, threads=1),
     Row("POCKETLM_ISA=avx2: decode 48M Q4_0", "48M Q4_0", "decode", 1.5, environment={"POCKETLM_ISA": "avx2"}),
-    Row("numpy: decode SmolLM2", "SmolLM2", "decode", 0.25, engine="numpy"),
-    Row("numpy: decode 48M, beside naive NumPy", "48M Q4_0", "decode", 1.3, engine="numpy", rival="naive NumPy"),
-    Row("numpy: prefill 512, SmolLM2", "SmolLM2", "prefill", 0.6, engine="numpy"),
+    Row("numpy: decode SmolLM2", "SmolLM2", "decode", 0.25, engine="numpy", n=24),
+    Row("numpy: decode 48M, beside naive NumPy", "48M Q4_0", "decode", 1.3, engine="numpy", rival="naive NumPy", n=24),
+    Row("numpy: prefill 512, SmolLM2", "SmolLM2", "prefill", 0.6, engine="numpy", n=512),
 ]
 
 
@@ -249,6 +251,38 @@ def mark(value: float, at_least: float, aim: float | None = None) -> str:
     return "MISSED" if value < at_least else "aim reached" if aim is not None and value >= aim else "ok"
 
 
+def show_rows(
+    rows: list[Row], folder: Path, rounds: int, quick: bool, steady: Steady, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure and print every row, and the large model's share of the memory bandwidth."""
+    result: dict[str, Any] = {"rows": []}
+    say(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim")
+    for row in rows:
+        path = speed_models.find(row.model, folder)
+        found = measure(row, path, rounds, 4 if quick and row.task == "decode" else row.n, steady)
+        result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
+        limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
+        verdict = mark(found["ratio"], row.at_least, row.aim)
+        say(f"{row.name:<40} {found['ours']:>10.1f} {found['theirs']:>10.1f} {found['ratio']:>7.2f}  {limits:<14} {verdict}")
+        if row.name == LARGE:
+            possible = bandwidth(row.threads)
+            share = found["ours"] * weight_bytes(path) / possible
+            result |= {"bandwidth": possible, "share": share}
+            gigabytes = f"of {possible / 1e9:.1f} GB/s"
+            verdict = mark(share, 0.8, 0.92)
+            say(f"{'  share of the memory bandwidth':<40} {gigabytes:>21} {share:>7.0%}  {'80% / 92%':<14} {verdict}")
+    return result
+
+
+def show_start_up(folder: Path, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    rows = []
+    say("")
+    for name, seconds, limit in start_up(speed_models.find("SmolLM2", folder), rounds):
+        rows.append({"name": name, "seconds": seconds, "at_most": limit})
+        say(f"{name:<44} {seconds:>8.3f} s   at most {limit:.2f} s   {mark(-seconds, -limit)}")
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round of everything: does the script work?")
@@ -257,48 +291,21 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", metavar="FOLDER", help="keep the written models here")
     options = parser.parse_args()
-    rounds = 1 if options.quick else options.rounds
-    out = sys.stderr if options.json else sys.stdout
-    result: dict[str, Any] = {"machine": machine(), "rows": [], "start_up": []}
-    print(result["machine"], file=out)
-    print(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim", file=out, flush=True)
-    steady = Steady()
+    rounds, steady = 1 if options.quick else options.rounds, Steady()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    result: dict[str, Any] = {"machine": machine()}
+    say(result["machine"])
     with models(options.models) as folder:
-        for row in ROWS:
-            if options.only not in row.name:
-                continue
-            n = (
-                512
-                if row.task == "prefill"
-                else 4
-                if options.quick
-                else 24
-                if "1.3B" in row.model or row.engine == "numpy"
-                else 96
-            )
-            found = measure(row, speed_models.find(row.model, folder), rounds, n, steady)
-            result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
-            limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
-            print(f"{row.name:<40} {found['ours']:>10.1f} {found['theirs']:>10.1f} {found['ratio']:>7.2f}  {limits:<14} "
-                  f"{mark(found['ratio'], row.at_least, row.aim)}", file=out, flush=True)  # fmt: skip
-            if row.name == "decode 1.3B-class Q4_0":
-                result["bandwidth"] = bandwidth(row.threads)
-                result["share"] = share = (
-                    found["ours"] * weight_bytes(speed_models.find(row.model, folder)) / result["bandwidth"]
-                )
-                print(f"{'  share of the memory bandwidth':<40} {result['bandwidth'] / 1e9:>5.1f} GB/s {'':>10} {share:>7.0%}  80% / 92%      "
-                      f"{mark(share, 0.8, 0.92)}", file=out, flush=True)  # fmt: skip
+        chosen = [row for row in ROWS if options.only in row.name]
+        result |= show_rows(chosen, folder, rounds, options.quick, steady, say)
         if not options.only:
-            print(file=out)
-            for name, seconds, limit in start_up(speed_models.find("SmolLM2", folder), rounds):
-                result["start_up"].append({"name": name, "seconds": seconds, "at_most": limit})
-                print(f"{name:<44} {seconds:>8.3f} s   at most {limit:.2f} s   {mark(-seconds, -limit)}", file=out, flush=True)
+            result["start_up"] = show_start_up(folder, rounds, say)
     result["drift"] = steady.drift
     if steady.drift > DRIFT:
-        print(
-            f"\nwarning: the reference loop was up to {steady.drift - 1:.0%} slower than its best: the machine is busy",
-            file=out,
-        )
+        say(f"\nwarning: the reference loop was up to {steady.drift - 1:.0%} slower than its best: the machine is busy")
     if options.json:
         print(json.dumps(result))
     return 0

@@ -14,28 +14,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-KERNELS = "kernels.bin"  # the compiled code of every level, beside the program's modules
+from pocketlm.build.stub_entry import KERNELS
 
 # Modules that somebody imports and a conversation never reaches
 EXCLUDED = (
-    "llvmlite", "torch", "PIL", "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
+    "llvmlite", "torch", "PIL", "yaml", "tarfile", "typing_extensions", "pyexpat", "wcwidth._wcwidth_c",
+    "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
     "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
-    "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc", "xmlrpc",
-    "http", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test", "optparse", "webbrowser",
+    "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
+    "xmlrpc", "http", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test", "optparse", "webbrowser",
     "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
     "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
-    "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd", "numpy.lib.introspect",
+    "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
     "prompt_toolkit.contrib", "jinja2.ext", "pygments", "babel",
 )  # fmt: skip
 # Libraries that only the excluded modules need, and character sets of the Far East's old encodings
-UNWANTED = ("libssl", "libcrypto", "libstdc++", "libgcc_s", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi", "_simd")
+UNWANTED = (
+    "libssl", "libcrypto", "libstdc++", "libgcc_s", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi", "_simd",
+)  # fmt: skip
 
 
-def freeze(analyse: Callable[..., Any], archive: Callable[..., Any], executable: Callable[..., Any], folder: Path, icon: str | None) -> None:
+def freeze(
+    analyse: Callable[..., Any], archive: Callable[..., Any], executable: Callable[..., Any], folder: Path, icon: str | None
+) -> None:
     """Analyse `folder`/entry.py and build `stub`; `folder` holds a package pocketlm and the kernels, too."""
-    modules = [_module(file.relative_to(folder)) for file in sorted((folder / "pocketlm").rglob("*.py"))]
+    files = sorted(file.relative_to(folder) for file in (folder / "pocketlm").rglob("*.py") if file.stem != "freeze")
     found = analyse(
-        [str(folder / "entry.py")], pathex=[str(folder)], hiddenimports=modules, excludes=list(EXCLUDED),
+        [str(folder / "entry.py")], pathex=[str(folder)], hiddenimports=list(map(_module, files)), excludes=list(EXCLUDED),
         datas=[(str(folder / KERNELS), ".")], noarchive=False, optimize=2,
     )  # fmt: skip
     binaries = [row for row in found.binaries if not Path(row[0]).name.startswith(UNWANTED)]

@@ -4,6 +4,7 @@ In: a line that starts with a slash, and the `Chat` it is for. Out: what the com
 console. Values for the sampler are checked by `SamplingOptions`, so the ranges are those of the command line.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -122,7 +123,9 @@ def _stats(chat: "Chat", text: str) -> None:
 
 
 def _save(chat: "Chat", name: str) -> None:
-    path = Path(name).expanduser() if name else chat.path or transcript.new_path()
+    path = Path(os.path.expanduser(name)) if name else chat.path or transcript.new_path()
+    if os.path.lexists(path):
+        transcript.load(path)  # raises where another kind of file would be overwritten
     transcript.save(path, chat.conversation)
     chat.console.note(f"saved: {path}")
 

@@ -27,7 +27,12 @@ Completer = Callable[[str], Iterable[str]]
 
 
 class OutputClosed(Exception):
-    """Nobody reads standard output any more, as in `| head -1`."""
+    """Standard output takes no more. `reason` is "" where its reader has seen enough, as in `| head -1`."""
+
+    def __init__(self, error: OSError):
+        enough = isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22)  # 22: how Windows says it
+        self.reason = "" if enough else error.strerror or str(error)
+        super().__init__(self.reason)
 
 
 def without_controls(text: str) -> str:
@@ -84,9 +89,7 @@ class Console:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22):  # 22: how Windows says it
-                raise OutputClosed from error
-            raise
+            raise OutputClosed(error) from None
 
     def give_up_output(self) -> None:
         """After OutputClosed: keeps Python from trying once more, and complaining, when it ends."""
@@ -112,7 +115,10 @@ class Console:
     def _line(self, prompt: str) -> str:
         if self.interactive:
             self._emit(self.stdout, prompt)
-        line = self.stdin.readline()
+        try:
+            line = self.stdin.readline()
+        except OSError:  # such as a terminal that is gone
+            line = ""
         if not line:
             raise EOFError
         if not self._started:  # Windows shells put a byte order mark in front of what they pipe

@@ -48,10 +48,12 @@ def run(
         if resume:
             chat.resume(transcript.locate(resume) if isinstance(resume, str) else None)
         if system is not None:
-            chat.conversation.system = system
+            chat.conversation.system = system.encode("utf-8", "replace").decode()  # an argument can hold lone surrogates
         return chat.loop()
-    except OutputClosed:
+    except OutputClosed as closed:
         console.give_up_output()
+        if closed.reason:
+            raise PocketlmError(f"the answer cannot be written: {closed.reason}") from None
         return 0
 
 
@@ -61,7 +63,7 @@ def _banner(chat: "Chat", title: str, greeting: str | None) -> None:
         f"{_short(model.n_parameters)} parameters",
         f"{_short(model.file_bytes)}B",
         model.backend,
-        f"{model.n_threads} thread{'s' * (model.n_threads != 1)}",
+        _count(model.n_threads, "thread"),
         f"context {model.n_ctx}",
     )
     chat.console.note(title, style=BOLD)
@@ -69,6 +71,10 @@ def _banner(chat: "Chat", title: str, greeting: str | None) -> None:
     chat.console.note("/help lists the commands · Ctrl-C stops an answer · Ctrl-D leaves")
     if greeting:
         chat.console.note(greeting, style="")
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}{'s' * (n != 1)}"
 
 
 def _short(n: int) -> str:
@@ -161,13 +167,15 @@ class Chat:
     def _figures(self) -> str:
         last, used, n_ctx = self._last, self.model.context_used, self.model.n_ctx
         speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
-        cut = " · cut at max_tokens" if last.finish_reason == "length" else ""
-        return f"{speed:.1f} tokens/s · {last.generated_tokens} tokens · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
+        cut = " · cut off" if last.finish_reason == "length" else ""
+        tokens = _count(last.generated_tokens, "token")
+        return f"{speed:.1f} tokens/s · {tokens} · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
 
     def statistics(self) -> list[str]:
         """Lines about the model and the last answer."""
         model, last = self.model, self._last
-        lines = [f"{model.name} · {model.backend} · {model.n_threads} threads · {self.conversation.n_turns} turns"]
+        threads, turns = _count(model.n_threads, "thread"), _count(self.conversation.n_turns, "turn")
+        lines = [f"{model.name} · {model.backend} · {threads} · {turns}"]
         if last is not None:
             new = last.prompt_tokens - last.cached_tokens
             speed = new / last.prompt_seconds if last.prompt_seconds else 0.0
@@ -224,9 +232,9 @@ class Chat:
             self.console.note("there is no saved conversation yet: a new one begins")
             return
         self.conversation, self.path = transcript.load(path), path
-        n = self.conversation.n_turns
-        self.console.note(f"resumed: {n} turn{'s' * (n != 1)} with {self.conversation.model or 'a model'}, {path}")
-        if self.console.interactive and n:
+        turns = _count(self.conversation.n_turns, "turn")
+        self.console.note(f"resumed: {turns} with {self.conversation.model or 'a model'}, {path}")
+        if self.console.interactive and self.conversation.messages:
             question, *answers = self.conversation.messages[-2:]
             self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
         self.conversation.model = self.model.name

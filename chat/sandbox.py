@@ -22,10 +22,10 @@ from jinja2.utils import Namespace, pass_context
 from pocketlm.chat.budget import Budget, TemplateError
 from pocketlm.chat.operations import FIELDS, FILTERS, FUNCTIONS, METHODS, OPERATORS, TESTS, Method
 
+# Within these, compiling takes less than half a second; the longest published templates have 17 KB.
 SOURCE_LIMIT = 64 * 1024
 TOKEN_LIMIT = 12_000
 SYNTAX_DEPTH = 60
-"""Compiling a template within these takes less than half a second; the longest published ones have 17 KB."""
 
 # ---- the program: what may stand in it, and where it is metered ------------------------------------------------------
 
@@ -87,7 +87,7 @@ def _constant(node: nodes.Const) -> nodes.Node:
     return node
 
 
-def _block(node: nodes.AssignBlock | nodes.FilterBlock) -> nodes.Node:
+def _block(node: Any) -> nodes.Node:
     """The text that a block gathers is a value like any other: it goes through ` admit` before its filters."""
     text = nodes.Filter(None, " admit", [], [], None, None, lineno=node.lineno)
     if node.filter is None:
@@ -205,8 +205,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         """`obj.name`: a method or field of the tables, or the item of that name."""
         self.budget.tick()
         kind = type(obj)
-        if kind is Undefined or attribute.startswith("_"):
-            return self._refuse(obj, attribute)
+        if attribute.startswith("_"):
+            raise _refusal(obj, attribute)
+        if kind is Undefined:
+            return getattr(obj, attribute)  # raises Jinja's error, which says what was undefined
         if attribute in METHODS.get(kind, ()):
             return Method(obj, attribute)
         if attribute in FIELDS.get(kind, ()):
@@ -215,7 +217,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             return _names(obj)[attribute] if attribute in _names(obj) else self.undefined(obj=obj, name=attribute)
         if kind is dict and attribute in obj:
             return obj[attribute]
-        return self._refuse(obj, attribute)
+        if kind in (str, list, tuple, dict, int, float, bool, type(None)) and not hasattr(kind, attribute):
+            return self.undefined(obj=obj, name=attribute)
+        raise _refusal(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """`obj[argument]`: an item, or else the attribute of that name."""
@@ -227,15 +231,6 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             except (TypeError, LookupError):
                 pass
         return self.getattr(obj, argument) if type(argument) is str else self.undefined(obj=obj, name=argument)
-
-    def _refuse(self, obj: Any, attribute: str) -> Any:
-        """An attribute that is in no table: undefined where Python has none either, else the end of the rendering."""
-        kind = type(obj)
-        if kind is Undefined and not attribute.startswith("_"):
-            return getattr(obj, attribute)  # raises Jinja's error, which says what was undefined
-        if kind in (str, list, tuple, dict, int, float, bool, type(None)) and not hasattr(kind, attribute):
-            return self.undefined(obj=obj, name=attribute)
-        raise TemplateError(f"it asks for '{attribute[:40]}' of an object of type {kind.__name__}")
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A call in the template: of a macro, a method or a function of the tables."""
@@ -256,6 +251,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if type(obj) is Undefined:
             return obj()  # raises Jinja's error, which says what was undefined
         raise TemplateError(f"it calls an object of type {type(obj).__name__}")
+
+
+def _refusal(obj: Any, attribute: str) -> TemplateError:
+    return TemplateError(f"it asks for '{attribute[:40]}' of an object of type {type(obj).__name__}")
 
 
 def _names(namespace: Namespace) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.tokenizer.base import USER_DEFINED
 
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
@@ -102,12 +103,6 @@ class Template:
             try:
                 return self._render_jinja(messages, add_generation_prompt)
             except TemplateRaised as error:
-                without_system = _fold_system(messages)
-                if without_system:
-                    try:
-                        return self._render_jinja(without_system, add_generation_prompt)
-                    except TemplateError:
-                        pass
                 self.note = f"the model's chat template refuses this conversation ({error}): {self.built_in.name} is used"
             except TemplateError as error:
                 self.note = f"the model's chat template cannot be used ({error}): {self.built_in.name} takes its place"
@@ -115,12 +110,23 @@ class Template:
         return self.built_in.render(messages, add_generation_prompt)
 
     def _render_jinja(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """What the model's own template makes of the messages. Raises TemplateError."""
+        from pocketlm.chat.budget import TemplateError, TemplateRaised
         from pocketlm.chat.sandbox import SandboxedTemplate
 
         self._compiled = self._compiled or SandboxedTemplate(self.source or "")
-        variables = {**self._tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None, **self._tokens}
         size = sum(len(message["content"]) for message in messages)
-        return self._compiled.render({**variables, "tools": None, "documents": None}, size)
+        try:
+            return self._compiled.render({**variables, "messages": messages}, size)
+        except TemplateRaised as refusal:
+            folded = _fold_system(messages)
+            if folded is None:
+                raise
+            try:
+                return self._compiled.render({**variables, "messages": folded}, size)
+            except TemplateError:
+                raise refusal from None
 
     def encode(self, messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True) -> list[int]:
         """The conversation as ids, the beginning-of-sequence token in front where the model asks for it.
@@ -167,20 +173,28 @@ class Template:
             {**message, "content": message["content"].replace(content, mark, 1) if content else message["content"]}
             for message, (mark, content) in zip(messages, stand_ins.items(), strict=True)
         ]
-        pieces = re.split("([\U000f0000-\U000fffff])", self._render(masked, add_generation_prompt))
+        render = self.built_in.render if self.source is None else self._render_jinja
+        try:
+            pieces = re.split("([\U000f0000-\U000fffff])", render(masked, add_generation_prompt))
+        except PocketlmError:  # a template that looks into the contents may refuse the stand-ins
+            return None
         parts = [(stand_ins.get(piece, piece), piece in stand_ins) for piece in pieces if piece]
         return parts if "".join(part for part, _ in parts) == text else None
 
 
 class _Markers:
-    """The tokens that steer a model: control tokens, ends of a turn, and whatever `<…>` or `[…]` its template writes."""
+    """The tokens that steer a model: control tokens, ends of a turn, and the user-defined `<…>` or `[…]` its template writes.
+
+    Other user-defined symbols, such as runs of spaces, are letters like any other.
+    """
 
     _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
     def __init__(self, tokenizer: Tokenizer, template_parts: list[str]):
         self._tokenizer = tokenizer
+        types = tokenizer.vocabulary.types
         ids = {i for part in template_parts for i in tokenizer.encode(part, special=True)}
-        self._written = {i for i in ids if self._BRACKETED.fullmatch(self.text(i))}
+        self._written = {i for i in ids if types[i] == USER_DEFINED and self._BRACKETED.fullmatch(self.text(i))}
 
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._written or token_id in self._tokenizer.end_ids or self._tokenizer.is_control(token_id)

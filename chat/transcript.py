@@ -63,18 +63,19 @@ def new_path() -> Path:
     return chats_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
 
 
-def latest(folder: Path | None = None) -> Path | None:
+def latest() -> Path | None:
     """The conversation that was saved last. Raises PocketlmError without a home."""
-    return max((folder or chats_folder()).glob("*.json"), key=lambda path: path.stat().st_mtime, default=None)
+    return max(chats_folder().glob("*.json"), key=os.path.getmtime, default=None)
 
 
 def locate(name: str) -> Path:
     """The file that a user means by `name`: a path, or the name of a saved conversation."""
-    path = Path(name).expanduser()
-    if not path.exists() and path.name == name and data_folder() is not None:
-        saved = chats_folder() / (name if name.endswith(".json") else name + ".json")
-        return saved if saved.exists() else path
-    return path
+    path = Path(os.path.expanduser(name))
+    folder = data_folder()
+    if os.path.exists(path) or path.name != name or folder is None:
+        return path
+    saved = folder / "chats" / f"{name.removesuffix('.json')}.json"
+    return saved if os.path.exists(saved) else path
 
 
 def save(path: Path, conversation: Conversation) -> None:
@@ -92,8 +93,8 @@ def save(path: Path, conversation: Conversation) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-    except OSError as error:
-        raise FileError(path, f"the conversation cannot be saved ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise FileError(path, f"the conversation cannot be saved ({getattr(error, 'strerror', None) or error})") from None
 
 
 def load(path: Path) -> Conversation:

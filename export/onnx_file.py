@@ -23,6 +23,7 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.encode import Encoded, Encoder
 from pocketlm.export.onnx_store import Store
 from pocketlm.export.to_onnx import Graph
+from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.plan import make_plan
 
 INLINE_BYTES = 1 << 30
@@ -41,7 +42,7 @@ def write_onnx(
     is_large = 4 * sum(map(math.prod, shapes.values())) * SHARES[quant] > INLINE_BYTES
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".part") as folder:
         store = Store(Path(folder) / "data" if is_large else None)
-        graph = Graph(plan, model, encoder, store, half=quant == "f16", one_table=quant != "int8")
+        graph = Graph(plan, model, encoder, store, half=quant == "f16", int8=quant == "int8")
         built = graph.build()
         if quant == "int8":
             float_path = Path(folder) / "float.onnx"
@@ -58,6 +59,9 @@ def write_onnx(
         _check(written, metadata)
         data_path = data_path and data_path.replace(path.parent / data_path.name)
         written.replace(path)
+    if quant == "int8":
+        for encoded in graph.done:
+            encoded.format = FORMATS["I8" if len(encoded.shape) > 1 else "F32"]
     return graph.done, data_path
 
 

@@ -38,10 +38,12 @@ MASKED = -1e30  # a score that softmax turns into 0; -inf would make NaN of a ro
 class Graph:
     """The nodes of one model. `done` tells what became of every tensor; `build` makes the ONNX model."""
 
-    def __init__(self, plan: P.Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, one_table: bool):
-        """`one_table`: a tied head uses the token table itself; else it is stored a second time, lying on its side."""
+    def __init__(self, plan: P.Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, int8: bool):
+        """`int8`: onnxruntime's dynamic quantisation comes after. It wants a matrix of its own for a tied head, and the
+        matrices behind the activation are taken out of its hands: their inputs have outliers a hundred times the rest.
+        """
         self.hyper, self._plan, self._model, self._encoder, self._store = plan.hyper, plan, model, encoder, store
-        self._half, self._one_table = half, one_table
+        self._half, self._int8 = half, int8
         self._nodes: list[Any] = []
         self._values: dict[str, str] = {}  # buffer of the plan -> the name of the value it holds now
         self._done: dict[str, Encoded] = {}
@@ -115,6 +117,12 @@ class Graph:
     def _weight(self, name: str, array: np.ndarray) -> str:
         return self._store.add(name, array.astype(np.float16) if self._half else array)
 
+    def _eight_bits(self, name: str, matrix: np.ndarray) -> str:
+        """A matrix [n_in, n_out] kept in 8 bits, with a scale for each column, and multiplied in float32."""
+        scale = np.maximum(np.abs(matrix).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+        codes = self._store.add(name, np.rint(matrix / scale).astype(np.int8))
+        return self._node("DequantizeLinear", codes, self._store.add(f"{name}.scale", scale), axis=1)
+
     def _read(self, name: str) -> np.ndarray:
         weights, largest = self._encoder.read(name, self._model.tensors[name])
         half = self._half and weights.ndim > 1
@@ -178,11 +186,12 @@ class Graph:
 
     def _linear(self, op: P.Linear | P.Logits) -> None:
         names, biases = op.matrix.weights, op.matrix.biases
-        if self._one_table and names == (self._plan.ops[0].table,):  # type: ignore[union-attr]  # the first op is Embed
+        if not self._int8 and names == (self._plan.ops[0].table,):  # type: ignore[union-attr]  # the first op is Embed
             weight = self._node("Transpose", names[0], perm=[1, 0])  # done once, when the model is loaded
         else:
             rows = np.concatenate([self._half_split(name, self._read(name)) for name in names])
-            weight = self._weight("+".join(names) + ".T", rows.T)
+            write = self._eight_bits if self._int8 and op.x == "act" else self._weight
+            weight = write("+".join(names) + ".T", rows.T)
         y = self._cast(self._node("MatMul", self._cast(self._values[op.x], True), weight), False)
         if any(biases):
             parts = [

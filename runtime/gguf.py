@@ -11,6 +11,7 @@ process, as with every mapping). Replacing the file by another one of the same n
 
 Format: the GGUF document in the ggml repository (docs/gguf.md).
 """
+import math
 import mmap
 import os
 import stat
@@ -33,6 +34,9 @@ _MAX_TENSOR_NAME_BYTES = 64
 _MAX_ALIGNMENT = 1 << 20
 _MIN_KEY_BYTES = 8 + 4 + 1  # length of the name, value type, value
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, number of dimensions, one dimension, type, offset
+
+INTERLEAVED = "pocketlm.interleaved"  # a key: the matrices lie in native/layout.py's order, at multiples of 64 bytes
+INTERLEAVED_ALIGNMENT = 64
 
 # value type → the code of struct and of NumPy's dtype (both with "<" in front)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -60,7 +64,8 @@ class Tensor:
     """One tensor of a file.
 
     `shape` is in NumPy's order (rows, columns): the file's dimensions reversed. `data` are its bytes, uint8, 1-D, a
-    read-only view of the mapping; `offset` is where they begin in the file.
+    read-only view of the mapping; `offset` is where they begin in the file. `interleaved`: the bytes are in the order of
+    native/layout.py, which only files inside packed executables have.
     """
 
     name: str
@@ -69,21 +74,30 @@ class Tensor:
     data: np.ndarray
     offset: int
     path: Path
+    interleaved: bool = False
 
     def to_float32(self, out: np.ndarray | None = None) -> np.ndarray:
         """The weights, float32, of `shape`; written to `out` (float32, C-contiguous, of `shape`) where it is given.
 
         Raises FileError where pocketlm does not run the format.
         """
-        return self._dequantized(self.data, self.shape, out)
+        return self._dequantized(self._rows(), self.shape, out)
 
     def rows_float32(self, rows: np.ndarray) -> np.ndarray:
         """Only some rows: float32 (len(rows), columns) for int row numbers, each from 0 to the number of rows - 1.
 
         Rows run along the last dimension; a tensor of more than two is seen as one matrix.
         """
-        table = self.data.reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
+        table = self._rows().reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
         return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
+
+    def _rows(self) -> np.ndarray:
+        """The bytes row after row."""
+        if not self.interleaved:
+            return self.data
+        from pocketlm.runtime.native.layout import restore
+
+        return restore(self.format.name, self.data, *self.shape)
 
     def _dequantized(self, data: np.ndarray, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
         if self.format.dequantize is None:
@@ -99,14 +113,18 @@ class Tensor:
 
 
 class GGUF:
-    """An opened, validated file: path, version, alignment, metadata and tensors (in the file's order).
+    """An opened, validated file: path, version, alignment, metadata and tensors (in the file's order); `header_end` is
+    where the list of tensors ends.
 
     `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. The tensors'
     arrays keep the mapping alive, so they may outlive `close`.
     """
 
-    def __init__(self, path: Path, version: int, alignment: int, metadata: Mapping[str, Any], tensors: dict[str, Tensor]):
+    def __init__(
+        self, path: Path, version: int, alignment: int, metadata: Mapping[str, Any], tensors: dict[str, Tensor], header_end: int
+    ):
         self.path, self.version, self.alignment, self.metadata, self.tensors = path, version, alignment, metadata, tensors
+        self.header_end = header_end
 
     def close(self) -> None:
         """Let go of the file; the mapping ends with the last array that looks at it."""
@@ -119,8 +137,11 @@ class GGUF:
         self.close()
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GGUF:
-    """Open and check a GGUF file. Raises FileError for anything that is not a whole, sound GGUF file."""
+def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | None = None) -> GGUF:
+    """Open and check a GGUF file, or one that is `length` bytes of another file from `offset` on.
+
+    Offsets in the result count from there. Raises FileError for anything that is not a whole, sound GGUF file.
+    """
     path = Path(path)
     try:
         if not stat.S_ISREG(mode := path.stat().st_mode):
@@ -135,10 +156,12 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUF:
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
+    if offset or length is not None:
+        return parse(memoryview(buffer)[offset:][:length], path)
     return parse(buffer, path)
 
 
-def parse(buffer: mmap.mmap | bytes, path: Path) -> GGUF:
+def parse(buffer: mmap.mmap | memoryview | bytes, path: Path) -> GGUF:
     """Check a GGUF file that is already in memory or mapped; `path` is for error messages. Raises FileError."""
     header = _Header(buffer, path)
     version = _check_magic(header)
@@ -146,7 +169,8 @@ def parse(buffer: mmap.mmap | bytes, path: Path) -> GGUF:
     n_keys = header.count("keys", _MIN_KEY_BYTES)
     metadata = _read_keys(header, n_keys)
     alignment = _alignment(header, metadata)
-    return GGUF(path, version, alignment, metadata, _read_tensors(header, n_tensors, alignment))
+    interleaved = INTERLEAVED in metadata
+    return GGUF(path, version, alignment, metadata, _read_tensors(header, n_tensors, alignment, interleaved), header.at)
 
 
 # ── reading the header ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +179,7 @@ def parse(buffer: mmap.mmap | bytes, path: Path) -> GGUF:
 class _Header:
     """A place in the file, moving forward; nothing is read before it is known to be inside the file."""
 
-    def __init__(self, buffer: mmap.mmap | bytes, path: Path):
+    def __init__(self, buffer: mmap.mmap | memoryview | bytes, path: Path):
         self.buffer, self.path, self.size, self.at = buffer, path, len(buffer), 0
         self.strings_left = _MAX_STRINGS
 
@@ -263,13 +287,14 @@ def _alignment(header: _Header, metadata: "_Metadata") -> int:
     return value
 
 
-def _read_tensors(header: _Header, n_tensors: int, alignment: int) -> dict[str, Tensor]:
+def _read_tensors(header: _Header, n_tensors: int, alignment: int, interleaved: bool) -> dict[str, Tensor]:
     entries: dict[str, tuple[tuple[int, ...], Format, int, int]] = {}
     for i in range(n_tensors):
         name = header.string(_MAX_TENSOR_NAME_BYTES, f"the name of tensor {i}")
         if name in entries:
             header.fail(f"tensor {_quoted(name)} is there twice")
-        entries[name] = _read_tensor_entry(header, f"tensor {_quoted(name)}", alignment)
+        shape, format, offset = _read_tensor_entry(header, f"tensor {_quoted(name)}", alignment)
+        entries[name] = shape, format, offset, stored_bytes(format, shape, interleaved)
 
     data_start = -(-header.at // alignment) * alignment
     missing = max((data_start + offset + n_bytes for *_, offset, n_bytes in entries.values()), default=0) - header.size
@@ -285,12 +310,31 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int) -> dict[str, 
     tensors = {}
     for name, (shape, format, offset, n_bytes) in entries.items():
         offset += data_start
-        tensors[name] = Tensor(name, shape, format, bytes_of_file[offset : offset + n_bytes], offset, header.path)
+        permuted = interleaved and can_interleave(format, shape)
+        if permuted and offset % INTERLEAVED_ALIGNMENT:
+            header.fail(f"tensor {_quoted(name)} begins at {offset}, which is not a multiple of {INTERLEAVED_ALIGNMENT}")
+        tensors[name] = Tensor(name, shape, format, bytes_of_file[offset : offset + n_bytes], offset, header.path, permuted)
     return tensors
 
 
-def _read_tensor_entry(header: _Header, what: str, alignment: int) -> tuple[tuple[int, ...], Format, int, int]:
-    """Shape, format, offset in the data section and size in bytes of one tensor."""
+def can_interleave(format: Format, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix that native/layout.py has an order for."""
+    from pocketlm.runtime.native.layout import LAYOUTS
+
+    return len(shape) == 2 and format.name in LAYOUTS
+
+
+def stored_bytes(format: Format, shape: tuple[int, ...], interleaved: bool) -> int:
+    """Bytes of a tensor in a file; interleaved matrices are filled up to groups of rows."""
+    if interleaved and can_interleave(format, shape):
+        from pocketlm.runtime.native.layout import interleaved_bytes
+
+        return interleaved_bytes(format.name, *shape)
+    return math.prod(shape) // format.block_size * format.block_bytes
+
+
+def _read_tensor_entry(header: _Header, what: str, alignment: int) -> tuple[tuple[int, ...], Format, int]:
+    """Shape, format and offset in the data section of one tensor."""
     n_dims = header.number("I", what)
     if not 1 <= n_dims <= 4:
         header.fail(f"{what} has {n_dims} dimensions; 1 to 4 are possible")
@@ -309,7 +353,7 @@ def _read_tensor_entry(header: _Header, what: str, alignment: int) -> tuple[tupl
     offset = header.number("Q", what)
     if offset % alignment:
         header.fail(f"{what} begins at {offset}, which is not a multiple of the alignment {alignment}")
-    return tuple(reversed(dims)), format, offset, n_weights // format.block_size * format.block_bytes
+    return tuple(reversed(dims)), format, offset
 
 
 # ── metadata ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +372,7 @@ class _Place:
 class _Metadata(Mapping[str, Any]):
     """The keys of a file; a value is decoded when it is first asked for."""
 
-    def __init__(self, buffer: mmap.mmap | bytes, path: Path):
+    def __init__(self, buffer: mmap.mmap | memoryview | bytes, path: Path):
         self._buffer, self._path = buffer, path
         self.places: dict[str, _Place] = {}
         self._values: dict[str, Any] = {}
@@ -380,7 +424,7 @@ class _Metadata(Mapping[str, Any]):
         ]
 
 
-def _text(buffer: mmap.mmap | bytes, start: int, length: int, path: Path, what: str) -> str:
+def _text(buffer: mmap.mmap | memoryview | bytes, start: int, length: int, path: Path, what: str) -> str:
     try:
         return str(buffer[start : start + length], "utf-8")
     except UnicodeDecodeError:

@@ -10,14 +10,25 @@ from pocketlm.runtime.gguf import GGUF, open_gguf
 
 
 def open_model(path: str | Path) -> GGUF | Fp16Bin:
-    """A GGUF file or an fp16 bin folder, opened and checked. Raises FileError, saying what else it may be."""
+    """A GGUF file, an fp16 bin or a packed executable, opened and checked. Raises FileError, saying what else it may be."""
     path = Path(path)
     if not path.is_dir():
-        return open_gguf(path)
+        return _open_packed(path) or open_gguf(path)
     if not is_fp16_bin(path):
         advice = "name the GGUF file, or convert a checkpoint with pocketlm export"
         raise FileError(path, "is a folder without config.json and weights.bin", advice)
     return open_fp16_bin(path)
+
+
+def _open_packed(path: Path) -> GGUF | None:
+    """The model in a packed executable, checked up to its weights; None for other files."""
+    from pocketlm.build import locator
+
+    if not locator.is_program(path) or (packed := locator.find(path)) is None:
+        return None
+    packed.read("header")
+    model = packed.sections["model"]
+    return open_gguf(path, offset=model.offset, length=model.length)
 
 
 def size_of(path: str | Path) -> int:

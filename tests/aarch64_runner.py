@@ -23,7 +23,7 @@ QEMU = shutil.which("qemu-aarch64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64 (Debian package qemu-user)")
 CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76"}  # what to emulate for a level: the plainest core that has it
 PAGE = 4096
-_SYSCALL, _STUB, _IMAGE, _BUFFERS = 0x400000, 0x401000, 0x500000, 0x40000000  # addresses
+_SYSCALL, _STUB, IMAGE_AT, BUFFERS_AT = 0x400000, 0x401000, 0x500000, 0x40000000  # addresses
 _SYSCALL_CODE = struct.pack("<3I", 0xAA0303E8, 0xD4000001, 0xD65F03C0)  # mov x8, x3; svc 0; ret
 
 
@@ -45,7 +45,7 @@ def call_aarch64(
     assert QEMU, "qemu-aarch64 is missing"
     assert image.machine == "aarch64"
     assert len(args) <= 8, "more arguments would travel on the stack"
-    values, buffers, segments, free = [], [], [], _BUFFERS
+    values, buffers, segments, free = [], [], [], BUFFERS_AT
     for arg in args:
         if isinstance(arg, int):
             values.append(arg)
@@ -56,8 +56,8 @@ def call_aarch64(
         buffers.append((end - size, len(arg)))
         segments.append((free, bytes(end - size - free) + bytes(arg) + bytes(size - len(arg)), 6))
         free = end + PAGE
-    stub = link([compile_object(_stub_ir(_IMAGE + image.symbols[symbol], values, buffers), LEVELS["neon"])])
-    segments = [(_SYSCALL, _SYSCALL_CODE, 5), (_STUB, stub.code, 5), (_IMAGE, image.code, 5), *segments]
+    stub = link([compile_object(_stub_ir(IMAGE_AT + image.symbols[symbol], values, buffers), LEVELS["neon"])])
+    segments = [(_SYSCALL, _SYSCALL_CODE, 5), (_STUB, stub.code, 5), (IMAGE_AT, image.code, 5), *segments]
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program")
         program.write_bytes(_executable(_STUB + stub.symbols["_start"], segments))

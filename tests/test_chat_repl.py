@@ -15,6 +15,16 @@ from pocketlm.chat.console import without_controls
 from pocketlm.chat.repl import run
 from pocketlm.errors import FileError, PocketlmError
 
+FULL = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from chat_fake import *
+from pocketlm.chat.repl import run
+try:
+    run(FakeModel(), sampling={{}}, system=None, resume=False, save=False)
+except PocketlmError as error:
+    print(error, file=sys.stderr)
+    sys.exit(3)
+"""
 DRIVER = str(Path(__file__).with_name("chat_fake.py"))
 
 
@@ -197,7 +207,7 @@ def test_stats_shows_speed_and_context():
     assert "6.0 tokens/s · 3 tokens · context 10/100 (10%)" in notes
     assert "prompt: 4 new tokens, 8 from the cache, 40 tokens/s" in notes
     notes = chat("/stats on", "/max_tokens 1", "Hello")[1]
-    assert notes.endswith("2.0 tokens/s · 1 tokens · context 10/100 (10%) · cut at max_tokens\n")
+    assert notes.endswith("2.0 tokens/s · 1 token · context 10/100 (10%) · cut off\n")
 
 
 @pytest.mark.parametrize(
@@ -282,6 +292,28 @@ def test_it_works_without_a_home(monkeypatch):
     assert (answers, status) == ("You said: one\nYou said: two\n", 0)
     advice = "set XDG_DATA_HOME, or use --no-save; it goes on without"
     assert notes == f"there is no home folder to keep conversations in; {advice}\n"
+
+
+def test_save_overwrites_nothing_but_conversations(tmp_path):
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("years of work")
+    assert "thesis.txt: is not a saved conversation" in chat("one", f"/save {precious}")[1]
+    assert precious.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "/", "."])
+def test_a_name_that_cannot_be_a_file_is_one_line(name):
+    for command in ("/load", "/save"):
+        notes, status = chat("one", f"{command} {name}")[1:3]
+        assert (notes.count("\n"), status) == (1, 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        child = subprocess.run([sys.executable, "-c", FULL], input=b"Hello\n", stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert child.stderr.strip() == b"the answer cannot be written: No space left on device"
+    assert child.returncode == 3
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):

@@ -65,10 +65,11 @@ def test_no_yarn_key_makes_the_tables_fail(tmp_path, key, value):
 
     scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
     path = write_model(tmp_path / "model.gguf", n_layer=1, rope=scaling, metadata={f"llama.rope.{key}": value})
+    plan, said = None, ""
     try:
         plan = plan_of(path)
     except FileError as error:
-        plan, said = None, str(error)
+        said = str(error)
     if plan is None:
         assert f"llama.rope.{key}" in said
     else:

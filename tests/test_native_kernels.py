@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_calls import activation_records, aligned_copy, compiled, each_format, each_level, random_blocks, rounded, runs_here, weights
+from native_calls import (
+    activation_records,
+    aligned_copy,
+    compiled,
+    each_format,
+    each_level,
+    random_blocks,
+    rounded,
+    runs_here,
+    weights,
+)
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels

@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ def one_after_the_other(symbols, pairs, stride):
     """The rule as it is written: the lowest rank, the leftmost of those, until there is none."""
     symbols = list(symbols)
     while True:
-        values = [pairs.get(left * stride + right) for left, right in zip(symbols, symbols[1:], strict=False)]
+        values = [pairs.get(left * stride + right) for left, right in pairwise(symbols)]
         ranks = [value >> 32 for value in values if value is not None]
         if not ranks:
             return symbols

@@ -9,7 +9,7 @@ import pytest
 from tokenizer_texts import PROSE, WORDS, texts
 
 from pocketlm import tokenizer
-from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
+from pocketlm.tokenizer.pretokenize import OTHER_WRITINGS, PRE_TOKENIZERS
 
 LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) for i in range(600)]
 
@@ -253,6 +253,14 @@ def test_digits_first_in_one_expression_cuts_as_one_expression_after_the_other(n
 
     for text in texts(3000, 70):
         assert splitter(name)(text) == isolate(PRE_TOKENIZERS["gpt-2"][0], isolate(r"\p{N}", [text])), text
+
+
+@pytest.mark.parametrize("writing", OTHER_WRITINGS)
+def test_another_way_to_write_an_expression_cuts_the_same_words(writing):
+    import regex
+
+    for text in texts(3000, 72):
+        assert regex.findall(writing, text) == regex.findall(PRE_TOKENIZERS[OTHER_WRITINGS[writing]][0], text), text
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

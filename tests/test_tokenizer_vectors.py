@@ -4,8 +4,6 @@ Those ids are without bos, and from `parse_special = false`; the texts hold no m
 changes nothing, which is shown here, too.
 """
 
-import time
-
 import pytest
 from tokenizer_texts import texts
 
@@ -70,13 +68,7 @@ def test_smollm2_knows_its_end_of_turn(smollm2_path):
     tok = tokenizer.load(smollm2_path)
     assert tok.end_ids == {0, 2}
     assert (tok.bos_id, tok.eos_id, tok.n_vocab, tok.adds_bos) == (1, 2, 49152, False)
-    assert tok.is_control(2) and not tok.is_control(20000)
-    assert tok.token_id("<|im_end|>") == 2 and tok.token_id("no such token") is None
-
-
-def test_opening_does_not_build_what_encoding_a_word_does_not_need(smollm2_path):
-    tokenizer.load(smollm2_path).encode("warm")
-    start = time.process_time()
-    ids = tokenizer.load(smollm2_path).encode("Once upon a time")
-    spent = time.process_time() - start
-    assert len(ids) == 4 and spent < 2, "seconds: far beyond the 0.15 it takes, so that a busy machine does not fail"
+    assert tok.is_control(2)
+    assert not tok.is_control(20000)
+    assert tok.token_id("<|im_end|>") == 2
+    assert tok.token_id("no such token") is None

@@ -42,10 +42,11 @@ def write_model(
     path: str | Path, *, arch: str = "llama", n_layer: int = 2, n_embd: int = 64, n_head: int = 4, n_kv_head: int | None = None,
     head_dim: int | None = None, n_ff: int = 96, n_ctx: int = 128, rows: int | None = None, tokens: list[str] | None = None,
     norm: str | None = None, position: str | None = None, activation: str | None = None, gated: bool | None = None,
-    rope_pairs: str | None = None, rope_dims: int | None = None, rope_theta: float = 10000.0, rope: Mapping[str, Any] | None = None,
-    rope_factors: np.ndarray | None = None, max_bias: float | None = None, biases: bool | None = None, fused: bool | None = None,
-    tied: bool = True, eps: float = 1e-5, format: str = "F32", formats: Mapping[str, str] | None = None, spread: float = 1.0,
-    seed: int = 0, metadata: Mapping[str, Any] | None = None, tensors: Mapping[str, np.ndarray | None] | None = None,
+    rope_pairs: str | None = None, rope_dims: int | None = None, rope_theta: float = 10000.0,
+    rope: Mapping[str, Any] | None = None, rope_factors: np.ndarray | None = None, max_bias: float | None = None,
+    biases: bool | None = None, fused: bool | None = None, tied: bool = True, eps: float = 1e-5, spread: float = 1.0,
+    seed: int = 0, format: str = "F32", formats: Mapping[str, str] | None = None, metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
 ) -> Path:  # fmt: skip
     """Write a model file and return its path.
 
@@ -54,10 +55,8 @@ def write_model(
     of single tensors by name; vectors are F32. `metadata` and `tensors` replace what would be written, None leaves it out.
     """
     gguf = pytest.importorskip("gguf", reason="the gguf package writes the test models")
-    path, own = (
-        Path(path),
-        {"norm": norm, "position": position, "activation": activation, "gated": gated, "rope_pairs": rope_pairs},
-    )
+    path = Path(path)
+    own = {"norm": norm, "position": position, "activation": activation, "gated": gated, "rope_pairs": rope_pairs}
     chosen = ARCHITECTURES[arch] | {name: value for name, value in own.items() if value is not None}
     said = chosen if arch == "pocketlm" else {name: value for name, value in own.items() if value is not None}
     head_dim, n_kv_head = head_dim or n_embd // n_head, n_kv_head or n_head
@@ -65,7 +64,8 @@ def write_model(
     words = vocabulary(tokens)
     keys: dict[str, Any] = {
         f"{arch}.context_length": n_ctx, f"{arch}.embedding_length": n_embd, f"{arch}.block_count": n_layer,
-        f"{arch}.feed_forward_length": n_ff, f"{arch}.attention.head_count": n_head, f"{arch}.attention.head_count_kv": n_kv_head,
+        f"{arch}.feed_forward_length": n_ff,
+        f"{arch}.attention.head_count": n_head, f"{arch}.attention.head_count_kv": n_kv_head,
         f"{arch}.attention.layer_norm_{'rms_' if chosen['norm'] == 'rms' else ''}epsilon": eps,
         **{f"pocketlm.{name}": value for name, value in said.items()}, **words,
     }  # fmt: skip
@@ -76,8 +76,8 @@ def write_model(
         keys |= {f"{arch}.rope.scaling.{name}": value for name, value in (rope or {}).items()}
     if max_bias is not None:
         keys[f"{arch}.attention.max_alibi_bias"] = max_bias
-    shapes = _shapes(n_layer, n_embd, n_head * head_dim, n_kv_head * head_dim, n_ff, n_ctx, rows or len(words["tokenizer.ggml.tokens"]),
-                     chosen, biases, fused, tied)  # fmt: skip
+    n_vocab, q, kv = rows or len(words["tokenizer.ggml.tokens"]), n_head * head_dim, n_kv_head * head_dim
+    shapes = _shapes(n_layer, n_embd, q, kv, n_ff, n_ctx, n_vocab, chosen, biases, fused, tied)
     arrays = _random(shapes, seed, spread)
     if rope_factors is not None:
         arrays["rope_freqs.weight"] = np.asarray(rope_factors, np.float32)

@@ -15,8 +15,14 @@ Dawno, dawno temu żyła sobie mała dziewczynka. Zażółć gęślą jaźń, pc
 def add(a: int, b: int) -> int:\n    return a + b  # sum\n\nfor (let i = 0; i < n; ++i) {\n\tconsole.log(`${i}\\n`);\n}
 <html><body class="x">&nbsp;</body></html> SELECT * FROM t WHERE id >= 10; x^2 + y_1 == ~z | w && !v; C:\\dir\\file.txt
 """
-EMOJI = ["😀", "🚀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "✅", "🇹🇷", "🇵🇱", "❤️", "🦙.cpp", "😶‍🌫️", "①", "ﬁ", "Å", "e\u0301", "½", "ｆｕｌｌ　ｗｉｄｔｈ", "İ", "ß"]
-SPACES = [" ", "  ", "   ", " " * 7, " " * 40, "\n", "\n\n", "\r\n", "\t", "\t\t ", " \n ", "\u00a0", "\u3000", "\u2003", "\u200b", "\ufeff", "▁", "▁▁"]
+EMOJI = [
+    "😀", "🚀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "✅", "🇹🇷", "🇵🇱", "❤️", "🦙.cpp",
+    "😶‍🌫️", "①", "ﬁ", "Å", "e\u0301", "½", "ｆｕｌｌ　ｗｉｄｔｈ", "İ", "ß",
+]  # fmt: skip
+SPACES = [
+    " ", "  ", "   ", " " * 7, " " * 40, "\n", "\n\n", "\r\n", "\t", "\t\t ", " \n ",
+    "\u00a0", "\u3000", "\u2003", "\u200b", "\ufeff", "▁", "▁▁",
+]  # fmt: skip
 CONTROLS = [chr(i) for i in (*range(0x20), *range(0x7F, 0xA0))]
 CONTRACTIONS = ["'s", "'t", "'RE", "'Ve", "'m", "'LL", "'d", "'", "''", "I'm ", "'ſ"]
 

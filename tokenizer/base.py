@@ -5,6 +5,7 @@ Knows no file format (`readers`) and no model.
 """
 
 import codecs
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ END_OF_TURN = (
     "</s>", "<eos>", "<EOT>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>",
     "<|end_of_text|>", "<end_of_turn>", "<|eot|>", "<|return|>",
 )  # fmt: skip
+
+_CACHED_WORDS = 1 << 16
+_CACHED_LENGTH = 32
 
 # Unicode's White_Space; Python's own `strip` also takes U+001C to U+001F
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -65,6 +69,11 @@ def make_vocabulary(
     """
     if not tokens:
         raise FileError(path, "its vocabulary is empty")
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError:
+        broken = next(i for i, token in enumerate(tokens) if any("\ud800" <= c <= "\udfff" for c in token))
+        raise FileError(path, f"token {broken} is not valid Unicode") from None
     index = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(index) != len(tokens):
         for i, token in enumerate(tokens):
@@ -126,10 +135,15 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = vocabulary.bos_id, vocabulary.eos_id, vocabulary.unk_id
         self.end_ids, self.adds_bos = vocabulary.end_ids, vocabulary.adds_bos
         self._bytes: dict[int, bytes] = {}
+        self._words: dict[str, list[int]] = {}
 
     # to be given by each kind
     def _encode_text(self, text: str, start: bool) -> list[int]:
         """Ids of a text without markers, not empty; `start` says that nothing stands before it."""
+        raise NotImplementedError
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Ids of a word, for the kinds whose `_encode_text` cuts a text into words that do not touch each other."""
         raise NotImplementedError
 
     def _token_bytes(self, token_id: int) -> bytes:
@@ -143,6 +157,23 @@ class Tokenizer:
     def _starts_anew_after(self, token_id: int) -> bool:
         """Whether the text after this token was encoded like the start of a text."""
         return False
+
+    def _encode_words(self, words: list[str]) -> list[int]:
+        """Ids of all words; short ones are remembered."""
+        if len(words) == 1:
+            return self._encode_word(words[0])
+        ids: list[int] = []
+        cache = self._words
+        for word in words:
+            found = cache.get(word)
+            if found is None:
+                found = self._encode_word(word)
+                if len(word) <= _CACHED_LENGTH:
+                    if len(cache) >= _CACHED_WORDS:
+                        cache.clear()
+                    cache[word] = found
+            ids += found
+        return ids
 
     def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Text to ids.
@@ -212,7 +243,11 @@ class Tokenizer:
         return self.vocabulary.types[token_id] in (CONTROL, UNKNOWN)
 
     def _check(self, token_id: int) -> None:
-        if not 0 <= token_id < self.n_vocab:
+        try:
+            known = 0 <= operator.index(token_id) < self.n_vocab
+        except TypeError:
+            known = False
+        if not known:
             raise UsageError(f"token id {token_id} is not in the vocabulary: ids go from 0 to {self.n_vocab - 1}")
 
     def _markers_of(self, types: tuple[int, ...]) -> Markers:
@@ -255,7 +290,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD where its bytes never came. The decoder starts anew afterwards."""
+        """What was held back, as U+FFFD: its other bytes never came."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest

@@ -12,9 +12,6 @@ from pocketlm.tokenizer.merge import LONG, MergeTable, merge, merge_long
 from pocketlm.tokenizer.normalize import NormalForm
 from pocketlm.tokenizer.pretokenize import splitter
 
-_CACHED_WORDS = 1 << 16
-_CACHED_LENGTH = 32
-
 
 def _letters() -> str:
     """The letter of each byte: printable Latin-1 as itself, the 68 others from U+0100 on in order."""
@@ -46,37 +43,24 @@ class ByteBPE(Tokenizer):
     def __init__(self, vocabulary: Vocabulary, table: MergeTable, options: Options):
         super().__init__(vocabulary)
         self._table, self._options = table, options
-        self._words: dict[str, list[int]] = {}
 
     @cached_property
     def _byte_ids(self) -> list[int | None]:
         return [self.vocabulary.index.get(letter) for letter in LETTERS]
 
     def _encode_text(self, text: str, start: bool) -> list[int]:
-        options, words = self._options, self._words
+        options = self._options
         if options.normal_form:
             from unicodedata import normalize
 
             text = normalize(options.normal_form, text)
         if options.space_prefix and not text.startswith(" "):
             text = " " + text
-        found_words = splitter(options.pre_tokenizer)(text)
-        if len(found_words) == 1:
-            return self._encode_word(found_words[0])
-        ids: list[int] = []
-        for word in found_words:
-            found = words.get(word)
-            ids += self._encode_word(word) if found is None else found
-        return ids
+        return self._encode_words(splitter(options.pre_tokenizer)(text))
 
     def _encode_word(self, word: str) -> list[int]:
         data = word.encode()
-        ids = self._whole_word(data) or self._merge(data)
-        if len(word) <= _CACHED_LENGTH:
-            if len(self._words) >= _CACHED_WORDS:
-                self._words.clear()
-            self._words[word] = ids[:]
-        return ids
+        return self._whole_word(data) or self._merge(data)
 
     def _whole_word(self, data: bytes) -> list[int] | None:
         if not self._options.whole_words_first:

@@ -26,7 +26,7 @@ def from_tokenizer_json(path: Path, file: dict[str, Any]) -> Tokenizer:
     """
     try:
         return _Reader(path, file).read()
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise FileError(path, f"is not a tokenizer.json as the tokenizers library writes it ({error!r:.80})") from None
 
 
@@ -144,8 +144,7 @@ class _Reader:
         for i, merge in enumerate(merges):
             if type(merge) is list and len(merge) == 2 and " " in merge[0] + merge[1]:
                 raise self.refuse(f"merge {i} of pieces with spaces")
-        merges = [merge if type(merge) is str else " ".join(merge) for merge in merges]
-        return merges
+        return [merge if type(merge) is str else " ".join(merge) for merge in merges]
 
     def vocabulary(self, byte_tokens: bool) -> Vocabulary:
         vocab, added = self.model["vocab"], self.file.get("added_tokens") or []

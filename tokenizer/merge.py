@@ -24,7 +24,7 @@ _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measur
 LONG = 4096  # symbols from which `merge_long` is worth its arrays
 _FEW = 64  # different symbols up to which it works with all occurrences of a pair at once
 _ROUNDS = 32  # times that it may look at the whole text, which takes less than the heap does
-_PAIRS_KEPT = 1 << 20
+_PAIRS_KEPT = 1 << 19
 _STAYS, _BETTER, _NEW = -1, -2, -3  # what a pair becomes, beside the number of a symbol
 
 

@@ -31,9 +31,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 # A word that is a token as a whole is taken as it is, whatever the merges say (llama.cpp, Llama 3).
 WHOLE_WORDS_FIRST = frozenset({"llama-bpe"})
 
-
 # Other ways to write the same expressions, as files from elsewhere do → name; the table's own are known as they are.
-_OTHER_WRITINGS = {
+OTHER_WRITINGS = {
     # OpenAI's cl100k_base, which Llama 3 writes as the table does
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": (
         "llama-bpe"
@@ -47,7 +46,7 @@ _OTHER_WRITINGS = {
 def name_of_pattern(pattern: str) -> str | None:
     """The name of the pre-tokenizer that is exactly this one expression, None where none is."""
     own = (name for name, patterns in PRE_TOKENIZERS.items() if patterns == (pattern,))
-    return next(own, _OTHER_WRITINGS.get(pattern))
+    return next(own, OTHER_WRITINGS.get(pattern))
 
 
 def check_name(name: str, path: object) -> None:

@@ -38,15 +38,13 @@ def load(
     path = Path(path)
     if path.is_dir():
         path = _in_folder(path)
-    data = _read(path, 16)
-    if data.startswith(b"GGUF"):
+    data = _read(path, 4)
+    if data == b"GGUF":
         from pocketlm.runtime.gguf import open_gguf
 
         with open_gguf(path) as file:
             return from_metadata(file.metadata, path)
-    data = _read(path, _MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES >> 20} MB)")
+    data = _read(path)
     if data.startswith(b"\x80"):
         return characters.from_pickle(path, data)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
@@ -56,8 +54,13 @@ def load(
     return _tiktoken(path, data, pattern, special_tokens or {})
 
 
-def _read(path: Path, n_bytes: int) -> bytes:
+def _read(path: Path, n_bytes: int = -1) -> bytes:
+    """The first bytes of a file, or all of it."""
     try:
+        if path.exists() and not path.is_file():
+            raise FileError(path, "is not a file")
+        if n_bytes < 0 and path.stat().st_size > _MAX_BYTES:
+            raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES >> 20} MB)")
         with open(path, "rb") as file:
             data = file.read(n_bytes)
     except (OSError, ValueError) as error:
@@ -83,7 +86,7 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
         return _fp16_bin(path, value)
     merges = path.with_name("merges.txt")
     if path.name == "vocab.json" and merges.is_file():
-        return huggingface.from_vocab_and_merges(path, value, merges, _read(merges, _MAX_BYTES))
+        return huggingface.from_vocab_and_merges(path, value, merges, _read(merges))
     return characters.from_json(path, value)
 
 

@@ -20,8 +20,6 @@ from pocketlm.tokenizer.normalize import NormalForm, Rules
 SPACE = "▁"
 UNKNOWN_TEXT = " ⁇ "  # what the SentencePiece library decodes an unknown token to
 _CODE_POINTS = 0x110000
-_CACHED_WORDS = 1 << 16
-_CACHED_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class SentencePieceBPE(Tokenizer):
     def __init__(self, path: object, vocabulary: Vocabulary, table: MergeTable, options: Options):
         super().__init__(vocabulary)
         self._table, self._options = table, options
-        self._words: dict[str, list[int]] = {}
         self._unknown_text = options.unknown_text.encode()
         if options.symbols_in_text:
             self._plain_markers, self._special_markers = (), (CONTROL, UNKNOWN)
@@ -109,10 +106,10 @@ class SentencePieceBPE(Tokenizer):
         end = 0
         if self._options.symbols_in_text:
             for begin, stop, token_id in self._symbols_in_text.find(text):
-                ids += self._encode_words(text[end:begin])
+                ids += self._encode_piece(text[end:begin])
                 ids.append(token_id)
                 end = stop
-        last = self._encode_words(text[end:] if end else text)
+        last = self._encode_piece(text[end:] if end else text)
         ids = ids + last if ids else last
         if self._options.fuse_unknown and self.unk_id in ids:
             unk_id = self.unk_id
@@ -138,15 +135,9 @@ class SentencePieceBPE(Tokenizer):
             text = SPACE + text
         return text.rstrip(SPACE) if options.collapse_spaces else text
 
-    def _encode_words(self, text: str) -> list[int]:
-        cut, words = self._cut.findall(text) if self._cut else [text] * bool(text), self._words
-        if len(cut) == 1:
-            return self._encode_word(cut[0])
-        ids: list[int] = []
-        for word in cut:
-            found = words.get(word)
-            ids += self._encode_word(word) if found is None else found
-        return ids
+    def _encode_piece(self, text: str) -> list[int]:
+        """Ids of a prepared text without user-defined symbols."""
+        return self._encode_words(self._cut.findall(text) if self._cut else [text] * bool(text))
 
     def _encode_word(self, word: str) -> list[int]:
         symbols = self._merge(word, self._table)
@@ -154,10 +145,6 @@ class SentencePieceBPE(Tokenizer):
             symbols = self._without_unused(symbols)
         if max(symbols) >= self.n_vocab:
             symbols = self._without_unknown(symbols)
-        if len(word) <= _CACHED_LENGTH:
-            if len(self._words) >= _CACHED_WORDS:
-                self._words.clear()
-            self._words[word] = symbols[:]
         return symbols
 
     def _merge(self, text: str, table: MergeTable) -> list[int]:

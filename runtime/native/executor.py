@@ -84,8 +84,9 @@ class NativeExecutor:
         factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
         self.cache = NativeCache(plan.hyper, n_ctx, factors)
         self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
-        self._storage = Storage(matrices, self._vector, self._buffers, self._address, self.cache.keys, self.cache.values)
-        self._program = encode(plan, self._storage, n_threads)
+        storage = Storage(matrices, self._vector, self._buffers, self._address, self.cache.keys, self.cache.values)
+        self._storage: Storage | None = storage  # what the program points at
+        self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
         self._record = self._make_record(factors)
         self.selection = Selection(self._code[CORE], self.hyper.n_vocab)
@@ -100,8 +101,11 @@ class NativeExecutor:
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
     def close(self) -> None:
-        """End the threads. The executor cannot be used afterwards; a second call does nothing."""
+        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError."""
         self._team.close()
+        with self._one_at_a_time:  # until then another thread may be in the middle of a run
+            self._storage = None
+            self.cache.keys = self.cache.values = np.empty(0, np.float16)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until the next call).
@@ -145,6 +149,9 @@ class NativeExecutor:
         for tensor in tensors:
             check_finite(tensor)
             fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
+            if tensor.interleaved:  # in a packed executable: used where it is
+                result[tensor.name] = Interleaved(fmt, n_rows, n_columns, tensor.data)
+                continue
             data = aligned(interleaved_bytes(fmt, n_rows, n_columns), np.uint8)
             n_groups, n_blocks = groups(n_rows), n_columns // LAYOUTS[fmt].block_size
             types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5

@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pocketlm.runtime import activations
-from pocketlm.runtime.native import code_cache, image, matrix, run, selection, stages
+from pocketlm.runtime.native import ahead, code_cache, image, matrix, run, selection, stages
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.layout import LAYOUTS
 from pocketlm.runtime.native.levels import Level, host_abi
 
 CORE = "core"
+_ahead: dict[str, str] = {}  # {"path": …, "version": …} of a file of images to use in place of a compiler
 
 
 def module_text(name: str, level: Level, abi: str) -> str:
@@ -39,9 +40,22 @@ def module_texts(level: Level, abi: str) -> dict[str, str]:
     return {name: module_text(name, level, abi) for name in (CORE, *LAYOUTS)}
 
 
+def use_images(path: str, version: str) -> None:
+    """Take all code from a file made by ahead.build_images from now on: no llvmlite is needed, nothing is compiled."""
+    _ahead.update(path=path, version=version)
+
+
+_images = functools.cache(ahead.read_images)
+
+
 @functools.cache
 def loaded(name: str, level: Level) -> image.Loaded:
-    """A module's code, executable. Loaded once a process and never unloaded: other models may be running it."""
+    """A module's code, executable. Loaded once a process and never unloaded: other models may be running it.
+
+    NativeUnavailable: the system refuses, or there are no images for this computer; FileError: the images are damaged.
+    """
+    if _ahead:
+        return image.load(_images(_ahead["path"], level, _ahead["version"])[name])
     abi = host_abi()
 
     def make() -> bytes:

@@ -87,7 +87,9 @@ def _define_round(module: Module) -> None:
         x, n = f.args()
         with f.range(0, n, 32) as i:
             parts = [f.load(ROW, x + (i + 16 * h) * 4, 4) for h in (0, 1)]
-            largest = f.reduce(f.maximum(*(f.intrinsic("fabs", p) for p in parts)), "max")
+            # compared as integers, where NaN is larger than every number
+            bits = [f.bitcast(f.intrinsic("fabs", p), I32.vec(LANES)) for p in parts]
+            largest = f.bitcast(f.reduce(f.maximum(*bits), "max"), F32)
             # the high byte of the largest must stay an int8 after rounding: 32639 = 127 * 256 + 127
             scale = largest * (1 / 32639)
             inverse = f.select(largest > 0.0, 32639.0 / largest, 0.0)

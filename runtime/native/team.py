@@ -18,6 +18,8 @@ from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.image import Loaded
 from pocketlm.runtime.native.records import CACHE_LINE, WORKER
 
+CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
+
 
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = CACHE_LINE) -> np.ndarray:
     """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
@@ -39,10 +41,10 @@ class RunTeam:
 
     def run(self) -> None:
         """Walk the program once. Raises PocketlmError once the team is closed."""
-        if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
-            self._begin()
         if not self._finalizer.alive:
             raise PocketlmError("this model is closed; load it again")
+        if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
+            self._begin()
         self._finish()
         try:
             self._step(self._address)
@@ -95,7 +97,7 @@ def _end(
 ) -> None:
     if os.getpid() != pid:
         return
-    record["epoch"] = -1
+    record["epoch"] = CLOSED
     for thread, lock in zip(threads, locks[1:], strict=True):
         while thread.is_alive():
             if lock.locked():  # asleep, or about to sleep

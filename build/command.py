@@ -1,0 +1,181 @@
+"""`pocketlm pack`, `unpack`, `persona` and `stub`: their arguments, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from pocketlm.build import locator
+from pocketlm.cli import SAMPLING
+from pocketlm.errors import FileError, UsageError
+
+TEXTS = {
+    "title": "what the first line calls the model",
+    "system": "what the model is told before every conversation",
+    "greeting": "what the executable says first",
+}
+
+
+class Command(NamedTuple):
+    """A subcommand: what it takes, what it does (returning the exit status)."""
+
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _persona_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the executable says, and how it answers")
+    for name, text in TEXTS.items():
+        group.add_argument(f"--{name}", metavar="TEXT", help=text)
+    for flag, (_, kind, text) in SAMPLING.items():
+        group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
+    group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+
+
+def _texts(arguments: argparse.Namespace) -> dict[str, str | None]:
+    return {name: getattr(arguments, name) for name in TEXTS}
+
+
+def _flags(arguments: argparse.Namespace) -> dict[str, float]:
+    """The sampling flags that were given, checked as the chat would check them."""
+    from pocketlm.runtime.sampling import SamplingOptions
+
+    values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in (*SAMPLING, "--max-tokens")}
+    given = {flag: value for flag, value in values.items() if value is not None}
+    SamplingOptions(**{SAMPLING[flag][0]: value for flag, value in given.items() if flag in SAMPLING})
+    if given.get("--max-tokens", 1) < 1:
+        raise UsageError(f"--max-tokens {given['--max-tokens']}: expected at least 1")
+    return given
+
+
+def _pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a GGUF, an fp16 bin, a checkpoint, or an installed model's short name")
+    parser.add_argument("-o", "--output", required=True, metavar="FRIEND", help="the executable to write")
+    parser.add_argument("--stub", metavar="PATH", help="a stub, or a packed executable; default: this platform's own")
+    parser.add_argument("--platform", metavar="NAME", help="take the stub for this platform from the cache folder")
+    parser.add_argument("--quant", metavar="FORMAT", help="convert first, as in pocketlm export: q4_0 …")
+    parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns: builds a stub of its own (Windows and macOS)")
+    _persona_arguments(parser)
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pocketlm.build.pack import open_stub, pack, with_texts
+    from pocketlm.build.persona import Persona
+    from pocketlm.build.stub import build_stub, host_platform, kept_stub
+
+    if sum(value is not None for value in (arguments.stub, arguments.platform, arguments.icon)) > 1:
+        raise UsageError("pack: give only one of --stub, --platform and --icon")
+    persona = with_texts(Persona(), _texts(arguments), _flags(arguments))
+    with tempfile.TemporaryDirectory(prefix="pocketlm-pack-") as temporary, _as_gguf(arguments) as model:
+        if arguments.icon:
+            stub = build_stub(Path(temporary, "stub"), arguments.icon)
+        else:
+            stub = Path(arguments.stub) if arguments.stub else kept_stub(arguments.platform or host_platform())
+        out = pack(model, open_stub(stub), Path(arguments.output), persona, _reference)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _reference(path: Path) -> bytes:
+    from pocketlm.build.selftest import CTX, reference
+    from pocketlm.model import load
+
+    with load(path, ctx=CTX) as model:
+        return reference(model)
+
+
+@contextmanager
+def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The model as a GGUF file, converted into a temporary one where it is something else."""
+    from pocketlm.export.from_model_file import is_model_file
+    from pocketlm.model import find_model
+
+    path = find_model(arguments.model)
+    if not path.exists():
+        raise FileError(path, "there is no such file", "check the path")
+    if path.is_file() and arguments.quant is None and (is_model_file(path) or path.suffix.lower() == ".gguf"):
+        yield path
+        return
+    from pocketlm.export.dialects import read_canonical
+    from pocketlm.export.export import container_for, export
+
+    # beside the executable: a system's folder for temporary files may be in memory
+    with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=_folder(arguments.output)) as temporary:
+        out = Path(temporary, "model.gguf")
+        export(read_canonical(path), path, out, container=container_for(out, None), quant=arguments.quant)
+        yield out
+
+
+def _folder(output: str) -> Path:
+    folder = Path(output).parent
+    if not folder.is_dir():
+        raise FileError(output, "its folder does not exist", "make the folder first")
+    return folder
+
+
+def _find(path: str) -> locator.Packed:
+    if not Path(path).exists():
+        raise FileError(path, "there is no such file", "check the path")
+    packed = locator.find(Path(path)) if locator.is_program(Path(path)) else None
+    if packed is None:
+        raise FileError(path, "is not a packed executable, or is damaged", "name one that pocketlm pack has made")
+    return packed
+
+
+def _unpack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FRIEND", help="a packed executable")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the GGUF to write")
+
+
+def _unpack(arguments: argparse.Namespace) -> int:
+    from pocketlm.build.pack import unpack
+
+    n_bytes = unpack(_find(arguments.file), Path(arguments.output))
+    print(f"{arguments.output}: {n_bytes / 1e6:.1f} MB")
+    return 0
+
+
+def _edit_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FRIEND", help="a packed executable")
+    parser.add_argument("-o", "--output", metavar="OUT", help="write another executable; default: replace FRIEND")
+    _persona_arguments(parser)
+
+
+def _edit(arguments: argparse.Namespace) -> int:
+    from pocketlm.build.pack import set_persona, with_texts
+    from pocketlm.build.persona import from_bytes
+
+    packed, texts, flags = _find(arguments.file), _texts(arguments), _flags(arguments)
+    if flags or arguments.output or any(text is not None for text in texts.values()):
+        persona = set_persona(packed, lambda old: with_texts(old, texts, flags), Path(arguments.output or arguments.file))
+    else:
+        persona = from_bytes(packed.read("persona"), packed.path)
+    print(*persona.lines(), sep="\n")
+    return 0
+
+
+def _stub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="PATH", help="default: the cache folder, where pocketlm pack looks")
+    parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns (Windows and macOS)")
+
+
+def _stub(arguments: argparse.Namespace) -> int:
+    from pocketlm.build.stub import build_stub, host_platform, kept_stub
+
+    if arguments.icon and not arguments.output:
+        raise UsageError("stub: --icon needs -o PATH, so that other models do not get it too")
+    path = build_stub(Path(arguments.output), arguments.icon) if arguments.output else kept_stub(host_platform())
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+COMMANDS = {
+    "pack": Command(_pack_arguments, _pack),
+    "unpack": Command(_unpack_arguments, _unpack),
+    "persona": Command(_edit_arguments, _edit),
+    "stub": Command(_stub_arguments, _stub),
+}

@@ -1,0 +1,160 @@
+"""Where things are in a packed executable: the locator, and PyInstaller's archive behind it.
+
+In: an executable. Out: its sections with their lengths and checksums, or one line about what is wrong with it. Knows the
+container, neither models nor conversations.
+
+    boot loader │ zeros to a multiple of 4096 │ model │ original │ reference │ persona │ locator │ program
+
+`program` is PyInstaller's archive; the boot loader finds it from the end of the file. The locator ends where it begins:
+magic, version, number of rows; a row for each name in ROWS (offset, length, SHA-256); the SHA-256 of all that. Numbers are
+little-endian. Signatures that are put behind the archive later do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketlm.errors import FileError
+
+# boot: the boot loader · header: the model up to its weights · original: what makes the packed model the GGUF again
+# gguf: length and checksum of that GGUF (it is not in the file as such)
+ROWS = ("boot", "header", "model", "original", "reference", "persona", "program", "gguf")
+IN_ORDER = ("model", "original", "reference", "persona")  # each begins where the one before ends
+PAGE = 4096
+CHUNK = 1 << 20
+
+_MAGIC, _VERSION = b"pocketlm", 1
+_PREFIX, _ROW, _DIGEST = struct.Struct("<8sII"), struct.Struct("<QQ32s"), 32
+SIZE = _PREFIX.size + len(ROWS) * _ROW.size + _DIGEST
+# PyInstaller's cookie: magic, bytes of the archive with the cookie, table's offset and length, Python's version and library
+_COOKIE_MAGIC, _COOKIE = b"MEI\014\013\012\013\016", struct.Struct("!8sIIII64s")
+_PROGRAMS = (b"\x7fELF", b"MZ", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")  # ELF, PE, Mach-O, Mach-O for two machines
+_BROKEN = "was damaged or cut short on its way", "get it again, best in a zip archive"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Bytes [offset, offset + length) of the executable, and their SHA-256."""
+
+    offset: int
+    length: int
+    sha256: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An executable that holds a model."""
+
+    path: Path
+    sections: Mapping[str, Section]
+
+    def read(self, name: str) -> bytes:
+        """A section's bytes. Raises FileError unless they are the ones that were packed."""
+        section = self.sections[name]
+        with open(self.path, "rb") as file:
+            file.seek(section.offset)
+            data = file.read(section.length)
+        if hashlib.sha256(data).digest() != section.sha256:
+            raise FileError(self.path, *_BROKEN)
+        return data
+
+    def check(self) -> None:
+        """Read everything but the boot loader, which a signature may change. Raises FileError if a byte is wrong."""
+        with open(self.path, "rb") as file:
+            for name in (*IN_ORDER, "program"):
+                section = self.sections[name]
+                if digest(file, section.offset, section.length) != section.sha256:
+                    raise FileError(self.path, *_BROKEN)
+
+
+def is_program(path: Path) -> bool:
+    """Whether a file begins as executables do."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4).startswith(_PROGRAMS)
+    except OSError:
+        return False
+
+
+def program_place(path: Path) -> tuple[int, int]:
+    """Offset and length of PyInstaller's archive in an executable. Raises FileError where there is none."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cookie = data.rfind(_COOKIE_MAGIC)
+            if 0 <= cookie <= len(data) - _COOKIE.size:
+                length = _COOKIE.unpack_from(data, cookie)[1]
+                start = cookie + _COOKIE.size - length
+                if length > _COOKIE.size and start >= 0:
+                    return start, length
+    except (OSError, ValueError) as error:
+        raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    raise FileError(path, *_BROKEN)
+
+
+def find(path: Path) -> Packed | None:
+    """The sections of a packed executable; None if there is no model in it (or the locator's first bytes are gone).
+
+    Milliseconds: the locator is checked, and that every section lies where it says. Raises FileError for a damaged one.
+    """
+    start, length = program_place(path)
+    if start < SIZE:
+        return None
+    with open(path, "rb") as file:
+        file.seek(start - SIZE)
+        data = file.read(SIZE)
+    magic, version, count = _PREFIX.unpack_from(data)
+    if magic != _MAGIC:
+        return None
+    if version != _VERSION:
+        raise FileError(path, f"was packed by another version of pocketlm ({version})", "pack the model again")
+    body, own = data[:-_DIGEST], data[-_DIGEST:]
+    if count != len(ROWS) or hashlib.sha256(body).digest() != own:
+        raise FileError(path, *_BROKEN)
+    sections = {name: Section(*row) for name, row in zip(ROWS, _ROW.iter_unpack(body[_PREFIX.size :]), strict=True)}
+    at = -(-sections["boot"].length // PAGE) * PAGE
+    for name in IN_ORDER:
+        if sections[name].offset != at:
+            raise FileError(path, *_BROKEN)
+        at = sections[name].end
+    header, model = sections["header"], sections["model"]
+    if (at + SIZE, length, header.offset) != (start, sections["program"].length, model.offset) or header.end > model.end:
+        raise FileError(path, *_BROKEN)
+    return Packed(path, sections)
+
+
+def locator(sections: Mapping[str, Section]) -> bytes:
+    """The locator's bytes, SIZE of them."""
+    rows = b"".join(_ROW.pack(sections[name].offset, sections[name].length, sections[name].sha256) for name in ROWS)
+    body = _PREFIX.pack(_MAGIC, _VERSION, len(ROWS)) + rows
+    return body + hashlib.sha256(body).digest()
+
+
+def digest(file, offset: int, length: int) -> bytes:
+    """SHA-256 of a part of an open file; of what there is, where the file ends before."""
+    file.seek(offset)
+    total, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    while length > 0 and (n := file.readinto(buffer[: min(CHUNK, length)])):
+        total.update(buffer[:n])
+        length -= n
+    return total.digest()
+
+
+def copy(source, offset: int, length: int, target) -> None:
+    """Copy a part of an open file to the other's place. Raises EOFError where the source ends before."""
+    source.seek(offset)
+    while length > 0:
+        data = source.read(min(CHUNK, length))
+        if not data:
+            raise EOFError(f"{os.fspath(source.name)} became shorter")
+        target.write(data)
+        length -= len(data)

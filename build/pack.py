@@ -1,0 +1,173 @@
+"""One executable out of a stub and a model, and the model out of the executable.
+
+In: a stub (or any packed executable, of any system), a GGUF, a persona. Out: an executable, written as a stream beside the
+target and renamed; the same inputs give the same bytes. Knows no conversations; locator.py has the container's form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from pocketlm.build import locator
+from pocketlm.build.locator import PAGE, Packed, Section, copy, digest
+from pocketlm.build.persona import Persona, from_bytes
+from pocketlm.build.stored import store, unstore
+from pocketlm.errors import FileError
+from pocketlm.export.atomic import replacing_file
+from pocketlm.runtime.gguf import open_gguf
+
+WINDOWS_LIMIT = 1 << 32  # Windows loads no executable of 4 GB or more
+SLACK = 1 << 24  # bytes that filling rows up and the record may add, for the check of the disk's free space
+
+_MACHINES = {  # ELF's and PE's numbers of processors
+    ("linux", 62): "linux-x86_64", ("linux", 183): "linux-aarch64", ("windows", 0x8664): "windows-x86_64",
+    ("windows", 0xAA64): "windows-arm64", ("macos", 0x0100000C): "macos-arm64", ("macos", 0x01000007): "macos-x86_64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stub:
+    """An executable without a model: the parts of a file that make it."""
+
+    path: Path
+    platform: str  # as in runtime/native/ahead.py
+    boot: int  # bytes of the boot loader, from the beginning
+    program: tuple[int, int]  # offset and length of PyInstaller's archive
+
+
+def open_stub(path: Path) -> Stub:
+    """A stub, or a packed executable to be used as one. Raises FileError."""
+    if not locator.is_program(path):
+        raise FileError(path, "is not a stub" if path.exists() else "there is no such file", "make one with pocketlm stub")
+    packed, program = locator.find(path), locator.program_place(path)
+    return Stub(path, platform_of(path), packed.sections["boot"].length if packed else program[0], program)
+
+
+def platform_of(path: Path) -> str:
+    """The system and processor that an executable is for. Raises FileError for one that pocketlm does not know."""
+    with open(path, "rb") as file:
+        head = file.read(PAGE)
+    try:
+        if head.startswith(b"\x7fELF"):
+            key = "linux", struct.unpack_from("<H", head, 18)[0]
+        elif head.startswith(b"MZ"):
+            key = "windows", struct.unpack_from("<H", head, struct.unpack_from("<I", head, 60)[0] + 4)[0]
+        else:
+            key = "macos", struct.unpack_from("<I", head, 4)[0]
+        return _MACHINES[key]
+    except (struct.error, KeyError):
+        raise FileError(path, "is for a system that pocketlm does not know", "use a stub made by pocketlm stub") from None
+
+
+def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[Path], bytes] | None = None) -> Path:
+    """Write the executable; its path, which ends in .exe for Windows.
+
+    `reference` makes the reference results from the stored model, for --selftest; it is given a complete executable.
+    Raises FileError where the model cannot be packed, the disk is too small, or Windows would not run the result.
+    """
+    if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
+        out = out.with_name(out.name + ".exe")
+    with open_gguf(model) as source, open(model, "rb") as raw:
+        n_bytes = model.stat().st_size + stub.boot + stub.program[1] + SLACK
+        _check_size(stub, model, n_bytes - SLACK)
+        with replacing_file(out, n_bytes) as part:
+            with _reporting_changes(model), open(part, "x+b") as file, open(stub.path, "rb") as program:
+                copy(program, 0, stub.boot, file)
+                file.write(bytes(-stub.boot % PAGE))
+                start = file.tell()
+                header, length, parts = store(source, raw, file)
+                for offset, n in parts:
+                    copy(raw, offset, n, file)
+                sections = {
+                    "boot": _section(file, 0, stub.boot),
+                    "header": _section(file, start, header),
+                    "model": _section(file, start, length),
+                    "original": _section(file, start + length, sum(n for _, n in parts)),
+                    "gguf": Section(0, model.stat().st_size, digest(raw, 0, model.stat().st_size)),
+                }
+                _finish(file, sections, b"", persona, (program, *stub.program))
+                if reference is not None:
+                    _finish(file, sections, reference(part), persona, (program, *stub.program))
+                _check_size(stub, model, file.tell())
+            part.chmod(0o755)
+    return out
+
+
+def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path) -> Persona:
+    """Write the executable with another persona; the model's bytes stay. Raises FileError; UsageError for one too long."""
+    persona = change(from_bytes(packed.read("persona"), packed.path))
+    reference, sections = packed.read("reference"), packed.sections
+    with replacing_file(out, packed.path.stat().st_size) as part:
+        with _reporting_changes(packed.path), open(packed.path, "rb") as old, open(part, "x+b") as file:
+            copy(old, 0, sections["original"].end, file)
+            program = sections["program"]
+            _finish(file, dict(sections), reference, persona, (old, program.offset, program.length))
+        part.chmod(0o755)
+    return persona
+
+
+def unpack(packed: Packed, out: Path) -> int:
+    """Write the GGUF that was packed; its size. Raises FileError unless it is the same, byte for byte."""
+    model, gguf = packed.sections["model"], packed.sections["gguf"]
+    packed.read("header")
+    with (
+        open_gguf(packed.path, offset=model.offset, length=model.length) as stored,
+        open(packed.path, "rb") as raw,
+        replacing_file(out, gguf.length) as part,
+    ):
+        with open(part, "xb") as file:
+            sha256 = unstore(stored, raw, model.offset, packed.read("original"), file)
+        if sha256 != gguf.sha256:
+            raise FileError(packed.path, "the model in it was damaged", "get the file again")
+    return gguf.length
+
+
+def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, persona: Persona, program: tuple) -> None:
+    """Write all that comes behind the record; `program` is a file, an offset and a length."""
+    at = file.seek(sections["original"].end)
+    for name, data in (("reference", reference), ("persona", persona.to_bytes())):
+        file.write(data)
+        sections[name] = Section(at, len(data), hashlib.sha256(data).digest())
+        at += len(data)
+    source, offset, length = program
+    sections["program"] = Section(at + locator.SIZE, length, digest(source, offset, length))
+    file.write(locator.locator(sections))
+    copy(source, offset, length, file)
+    file.truncate()
+    file.flush()
+
+
+def _section(file: BinaryIO, offset: int, length: int) -> Section:
+    file.flush()
+    at = file.tell()
+    section = Section(offset, length, digest(file, offset, length))
+    file.seek(at)
+    return section
+
+
+def _check_size(stub: Stub, model: Path, n_bytes: int) -> None:
+    if stub.platform.startswith("windows") and n_bytes >= WINDOWS_LIMIT:
+        raise FileError(
+            model, f"makes an executable of {n_bytes / 1e9:.1f} GB, and Windows runs none over 4 GB",
+            "quantise it to fewer bits, or send the stub with the GGUF beside it, to be opened with --model",
+        )  # fmt: skip
+
+
+@contextmanager
+def _reporting_changes(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EOFError:
+        raise FileError(path, "became shorter while it was read", "try again") from None
+
+
+def with_texts(persona: Persona, texts: dict[str, str | None], flags: dict[str, float]) -> Persona:
+    """The persona with what was given put in place; None keeps a text."""
+    given = {name: text for name, text in texts.items() if text is not None}
+    return replace(persona, **given, flags={**persona.flags, **flags})

@@ -1,0 +1,124 @@
+"""Builds the stub, the executable that models are packed into, for the platform this runs on; and keeps stubs.
+
+In: the sources of this package and PyInstaller. Out: an executable without a model, in the user's cache folder or where
+asked for. Knows no models. freeze.py says what goes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pocketlm import __version__
+from pocketlm.build.stub_entry import KERNELS
+from pocketlm.errors import FileError, PocketlmError
+from pocketlm.export.atomic import replacing_file
+from pocketlm.runtime.native.ahead import PLATFORMS, build_images
+from pocketlm.runtime.native.code_cache import cache_folder
+from pocketlm.runtime.native.kernels import module_texts
+from pocketlm.runtime.native.levels import host_machine
+
+PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "freeze", "pack", "stored", "command")}
+FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
+_SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
+_SPECIFICATION = """\
+from pathlib import Path
+from pocketlm.build.freeze import freeze
+freeze(Analysis, PYZ, EXE, Path({folder!r}), {icon!r})
+"""
+
+
+def host_platform() -> str:
+    """The name of this system and processor in ahead.PLATFORMS. Raises PocketlmError for one without stubs."""
+    machine = host_machine()
+    if sys.platform == "darwin" and machine == "aarch64":
+        machine = "arm64"
+    name = f"{_SYSTEMS.get(sys.platform, sys.platform)}-{machine}"
+    if name not in PLATFORMS:
+        raise PocketlmError(f"there are no stubs for {name}; known are {', '.join(PLATFORMS)}")
+    return name
+
+
+def kept_stub(name: str, build: bool = True) -> Path:
+    """The stub for a platform in the cache folder; the one for this platform is built if it is missing."""
+    folder = cache_folder()
+    if folder is None:
+        raise PocketlmError("there is no cache folder for stubs; set POCKETLM_CACHE, or name a stub with --stub")
+    mine = name == host_platform()
+    path = folder / "stubs" / (f"{name}-{_fingerprint()[:16]}" if mine else name)
+    if not path.exists():
+        if not (mine and build):
+            raise FileError(path, f"there is no stub for {name}", f"run pocketlm stub on {name} and copy the file there")
+        print("building the stub, once for this version of pocketlm: a minute or two", file=sys.stderr)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        build_stub(path)
+        for old in path.parent.glob(f"{name}-*"):
+            if old != path:
+                old.unlink(missing_ok=True)
+    return path
+
+
+def build_stub(out: Path, icon: str | None = None) -> Path:
+    """Build the stub for this platform; its path. Raises PocketlmError when PyInstaller is missing or fails."""
+    if importlib.util.find_spec("PyInstaller") is None:
+        raise PocketlmError("building a stub needs PyInstaller: pip install 'pocketlm[build]'")
+    with tempfile.TemporaryDirectory(prefix="pocketlm-stub-") as temporary:
+        folder = Path(temporary, "tree")
+        _copy_sources(folder)
+        build_images(folder / KERNELS, host_platform(), module_texts, __version__)
+        built = _run_pyinstaller(folder, Path(temporary), icon)
+        with replacing_file(out, built.stat().st_size) as part:
+            shutil.copyfile(built, part)
+            part.chmod(0o755)
+    return out
+
+
+def _sources() -> list[Path]:
+    """The package's files that go into a stub, relative to the package."""
+    root = Path(__file__).parents[1]
+    files = [file.relative_to(root) for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
+    return [file for file in files if file.as_posix() not in LEFT_OUT]
+
+
+def _copy_sources(folder: Path) -> None:
+    """`folder`/pocketlm and entry.py: PyInstaller finds nothing else of this package, however it is installed."""
+    root = Path(__file__).parents[1]
+    for file in (*_sources(), Path("build/freeze.py")):
+        target = folder / "pocketlm" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / file, target)
+    (folder / "entry.py").write_text("from pocketlm.build.stub_entry import main\n\nmain()\n")
+
+
+def _run_pyinstaller(folder: Path, temporary: Path, icon: str | None) -> Path:
+    specification = temporary / "stub.spec"
+    text = _SPECIFICATION.format(folder=str(folder), icon=icon and str(Path(icon).resolve()))
+    specification.write_text(text, encoding="utf-8")
+    # the same sources give the same stub: hashes and times are fixed
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONHASHSEED": "1", "SOURCE_DATE_EPOCH": "315532800",
+                   "PYINSTALLER_CONFIG_DIR": str(temporary / "config")}  # fmt: skip
+    command = [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "ERROR",
+               "--distpath", str(temporary / "dist"), "--workpath", str(temporary / "work"), str(specification)]  # fmt: skip
+    result = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, errors="replace")
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise PocketlmError(f"PyInstaller could not build the stub: {lines[-1]}")
+    return next(path for path in (temporary / "dist").iterdir() if path.stem == "stub")
+
+
+def _fingerprint() -> str:
+    """Stands for all that a stub depends on: another one, another stub."""
+    root, versions = Path(__file__).parents[1], [importlib.metadata.version(name) for name in FROZEN]
+    digest = hashlib.sha256(f"{sys.version} {platform.machine()} {versions}".encode())
+    for file in (*_sources(), Path("build/freeze.py")):
+        digest.update(file.as_posix().encode() + (root / file).read_bytes())
+    return digest.hexdigest()

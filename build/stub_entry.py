@@ -1,0 +1,132 @@
+"""What a friend's executable does: a conversation; `generate`, --help, --check and --selftest for the curious.
+
+In: the command line, the executable itself. Out: an exit status. The work is the `pocketlm` command's, with the packed
+model in place of MODEL and the persona's options in front of the user's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocketlm import __version__, cli
+from pocketlm.build import locator, persona, terminal
+from pocketlm.errors import FileError, PocketlmError
+
+if TYPE_CHECKING:
+    from pocketlm.build.locator import Packed
+
+KERNELS = "kernels.bin"  # the compiled code of every level, beside the program's modules
+HOW_TO = "Write something and press Enter. To leave: /quit"
+_HELP = """\
+A conversation with a language model. Everything happens on this computer: no network is used.
+
+  {name}                        talk
+  {name} generate -p TEXT       continue a text (-n N: at most N tokens, --json: with ids and timings)
+  {name} --model FILE.gguf      talk to another model; also with generate
+  {name} --check                has the file arrived whole?
+  {name} --selftest             does this processor compute what it should?
+  {name} --version
+
+Options of a conversation and of generate:
+{options}
+  --system TEXT       what the model is told before the conversation
+  --max-tokens N      longest answer
+  --no-save           keep no record of the conversation
+  --resume            go on with the last conversation
+  --backend NAME      auto, native or numpy
+  --threads N         default: the number of physical cores
+"""
+
+
+def main() -> None:
+    """Run, keep the console where that is ours alone and something went wrong, and end the process."""
+    arguments = sys.argv[1:]
+    if not arguments and terminal.open_one(sys.executable, arguments):
+        sys.exit(0)
+    try:
+        status = _run(arguments)
+    except PocketlmError as error:
+        print(f"{Path(sys.executable).name}: {error}", file=sys.stderr)
+        status = error.exit_status
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    if status and terminal.is_own():
+        terminal.wait_for_key()
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    executable = Path(sys.executable)
+    if {"-h", "--help"} & set(arguments):
+        print(_help(executable.name))
+        return 0
+    if "--version" in arguments:
+        print(f"pocketlm {__version__}")
+        return 0
+    try:
+        import numpy  # noqa: F401
+    except (ImportError, RuntimeError):  # with a page of advice for programmers
+        raise PocketlmError("this computer's processor or system is too old for this program") from None
+    from pocketlm.runtime.native import kernels
+
+    kernels.use_images(str(Path(__file__).parents[2] / KERNELS), __version__)
+    model, arguments = _take_model(arguments)
+    packed = locator.find(executable)
+    if packed is None and model is None:
+        advice = "get it again, or name a model with --model FILE.gguf"
+        raise FileError(executable, "holds no model, or was damaged on its way", advice)
+    if arguments in (["--check"], ["--selftest"]):
+        if packed is None:
+            raise FileError(executable, "holds no model", "pack one with pocketlm pack")
+        return _check(packed) if arguments == ["--check"] else _selftest(packed)
+    command = arguments.pop(0) if arguments[:1] in (["chat"], ["generate"]) else "chat"
+    own = persona.from_bytes(packed.read("persona"), executable) if packed and model is None else persona.Persona()
+    words = [command, model or str(executable), *own.arguments()]
+    if command == "chat":
+        words += [f"--title={own.title}"] * bool(own.title) + [f"--system={own.system}"] * bool(own.system)
+        words += [f"--greeting={own.greeting or HOW_TO}"]
+    return cli.main(words + arguments)
+
+
+def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --model, and the other words."""
+    for i, word in enumerate(arguments):
+        if word == "--model" and i + 1 < len(arguments):
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if word.startswith("--model="):
+            return word.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def _help(name: str) -> str:
+    options = [f"  {flag:<19} {text}" for flag, (_, _, text) in cli.SAMPLING.items()]
+    return _HELP.format(name=name, options="\n".join(options))
+
+
+def _check(packed: Packed) -> int:
+    packed.check()
+    print(f"{packed.path.name}: whole, {packed.path.stat().st_size:,} bytes")
+    return 0
+
+
+def _selftest(packed: Packed) -> int:
+    """One line for every executor and level, and the verdict; exit status 1 if one of them computes something else."""
+    import pocketlm
+    from pocketlm.build import selftest
+
+    data = packed.read("reference")
+    if not data:
+        raise FileError(packed.path, "was packed without reference results", "pack it again")
+    results = list(selftest.runs(json.loads(data), lambda backend: pocketlm.load(packed.path, backend, ctx=selftest.CTX)))
+    for name, result in results:
+        print(f"{name:<12} {result if isinstance(result, str) else f'off by {result:.6f} of the spread'}")
+    right = [name for name, result in results if not isinstance(result, str) and result <= selftest.TOLERANCE]
+    wrong = [name for name, result in results if not isinstance(result, str) and not result <= selftest.TOLERANCE]
+    if wrong or not right:
+        print(f"WRONG: {', '.join(wrong) or 'nothing'} {'computes something else' if wrong else 'runs here'}")
+        return 1
+    print(f"right: {', '.join(right)}")
+    return 0

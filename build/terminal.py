@@ -1,0 +1,74 @@
+"""A console for a program that was opened with a double click.
+
+In: how the process was started. Out: whether its console closes with it, or a terminal opened for it. Knows nothing about
+the conversation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+MARK = "POCKETLM_OWN_TERMINAL"  # set in the terminal that was opened here, so that there is only one
+_TERMINALS = (  # how each is told which command to run
+    ("xdg-terminal-exec",), ("x-terminal-emulator", "-e"), ("gnome-terminal", "--"), ("kgx", "--"), ("konsole", "-e"),
+    ("xfce4-terminal", "-x"), ("kitty",), ("alacritty", "-e"), ("foot",), ("xterm", "-e"),
+)  # fmt: skip
+
+
+def is_own() -> bool:
+    """Whether the console belongs to this program alone and is gone when it ends."""
+    if sys.platform == "win32":
+        import ctypes
+
+        # the boot loader and this process; a shell would be a third
+        return 0 < ctypes.windll.kernel32.GetConsoleProcessList((ctypes.c_uint32 * 4)(), 4) <= 2
+    return MARK in os.environ
+
+
+def wait_for_key() -> None:
+    """Keep the console until Enter is pressed."""
+    with suppress(EOFError, KeyboardInterrupt, OSError):
+        input("Press Enter to close this window. ")
+
+
+def open_one(program: str, arguments: Sequence[str]) -> bool:
+    """Start the program again in a terminal window if a Linux file manager has started it without one."""
+    if sys.platform != "linux" or not _started_by_file_manager():
+        return False
+    for terminal, *how in _TERMINALS:
+        path = shutil.which(terminal)
+        if path is None:
+            continue
+        try:
+            subprocess.Popen([path, *how, program, *arguments], env=_environment(), start_new_session=True)
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def _started_by_file_manager() -> bool:
+    """A desktop, no terminal at any of the three streams, and nothing to read."""
+    desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not desktop or MARK in os.environ:
+        return False
+    try:
+        if any(os.isatty(number) for number in (0, 1, 2)):
+            return False
+        return os.path.samestat(os.fstat(0), os.stat(os.devnull))
+    except OSError:
+        return False
+
+
+def _environment() -> dict[str, str]:
+    """Without what the boot loader has set for its own child: a terminal must not load libraries of ours."""
+    ours = ("_PYI", "_MEIPASS", "LD_LIBRARY_PATH")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    if original := os.environ.get("LD_LIBRARY_PATH_ORIG"):
+        environment["LD_LIBRARY_PATH"] = original
+    return {**environment, MARK: "1"}
