@@ -237,16 +237,20 @@ def _tokenize(arguments: Arguments) -> int:
 
 
 def _inspect_arguments(parser: Parser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a model file, or the short name of an installed model")
+    parser.add_argument("file", metavar="FILE", help="a model file, a checkpoint, or the short name of an installed model")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def _inspect(arguments: Arguments) -> int:
+    from pocketlm.export.from_model_file import is_model_file
+    from pocketlm.export.inspection import inspect_checkpoint
     from pocketlm.model import find_model
     from pocketlm.runtime.inspection import describe, inspect
 
-    facts = inspect(find_model(arguments.file), tensors=arguments.tensors or arguments.json)
+    path = find_model(arguments.file)
+    look = inspect_checkpoint if path.exists() and not is_model_file(path) else inspect
+    facts = look(path, tensors=arguments.tensors or arguments.json)
     print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
     return 0
 
@@ -310,12 +314,12 @@ def _build(name: str, text: str) -> Command:
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
-    "export": Command("Turn a checkpoint into a GGUF, an fp16 bin or an ONNX file.", _export_arguments, _export),
+    "export": Command("Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file or an Ollama model.", _export_arguments, _export),
     "pack": _build("pack", "Make one executable out of a model."),
     "unpack": _build("unpack", "Take the GGUF out of a packed executable."),
     "persona": _build("persona", "Change what a packed executable says about itself."),
     "stub": _build("stub", "Build the executable that models are packed into."),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
-    "inspect": Command("Show what is in a model file.", _inspect_arguments, _inspect),
+    "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),
 }

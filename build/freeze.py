@@ -18,7 +18,7 @@ from pocketlm.build.stub_entry import KERNELS
 
 # Modules that somebody imports and a conversation never reaches
 EXCLUDED = (
-    "llvmlite", "torch", "PIL", "yaml", "tarfile", "typing_extensions", "pyexpat", "wcwidth._wcwidth_c",
+    "llvmlite", "torch", "PIL", "yaml", "tarfile", "typing_extensions", "wcwidth._wcwidth_c",
     "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
     "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
     "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
@@ -26,7 +26,7 @@ EXCLUDED = (
     "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
     "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
     "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
-    "prompt_toolkit.contrib", "jinja2.ext", "pygments", "babel",
+    "prompt_toolkit.contrib", "pygments", "babel",
 )  # fmt: skip
 # Libraries that only the excluded modules need, and character sets of the Far East's old encodings
 UNWANTED = (

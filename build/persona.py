@@ -44,7 +44,8 @@ def from_bytes(data: bytes, path: object) -> Persona:
     try:
         values = json.loads(data)
         texts = {name: values[name] for name in ("title", "system", "greeting")}
-        flags = {str(flag): float(value) if isinstance(value, float) else int(value) for flag, value in values["flags"].items() if isinstance(value, int | float)}
+        flags: dict[str, float | int] = {}
+        flags.update((str(flag), value) for flag, value in values["flags"].items() if isinstance(value, int | float))
         if all(isinstance(text, str) for text in texts.values()):
             return Persona(**texts, flags=flags)
     except (ValueError, KeyError, TypeError, AttributeError):

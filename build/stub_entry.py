@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,11 @@ def main() -> None:
     except PocketlmError as error:
         print(f"{Path(sys.executable).name}: {error}", file=sys.stderr)
         status = error.exit_status
-    except SystemExit as end:
+    except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else 1
+    except Exception:  # a defect: the window shall not take its description away
+        traceback.print_exc()
+        status = 1
     if status and terminal.is_own():
         terminal.wait_for_key()
     sys.exit(status)

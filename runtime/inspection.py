@@ -10,18 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.gguf import GGUF
+from pocketlm.runtime.model_file import open_model, size_of
 
 LONGEST = 100  # characters of a value that are shown
 
 
 def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
-    """Facts about a GGUF: version, bytes, parameters, formats, metadata (long arrays as their length), tensors if asked."""
-    with open_gguf(path) as file:
+    """Facts about a GGUF or an fp16 bin: kind, bytes, parameters, formats, metadata (long arrays as their length), tensors if asked."""
+    with open_model(path) as file:
         n_weights = sum(math.prod(t.shape) for t in file.tensors.values())
         n_bytes = sum(t.data.nbytes for t in file.tensors.values())
         facts: dict[str, Any] = {
-            "file": str(path), "bytes": path.stat().st_size, "version": file.version, "alignment": file.alignment,
+            "file": str(path), "kind": f"GGUF v{file.version}" if isinstance(file, GGUF) else "fp16 bin", "bytes": size_of(path),
             "parameters": n_weights, "bits_per_weight": round(8 * n_bytes / n_weights, 3) if n_weights else None,
             "formats": dict(Counter(t.format.name for t in file.tensors.values()).most_common()),
             "metadata": {key: _plain(value) for key, value in file.metadata.items()},
@@ -39,7 +40,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     formats = ", ".join(f"{name} x{count}" for name, count in facts["formats"].items())
     weights = f"{facts['parameters']:,} parameters, {facts['bits_per_weight']} bits per weight ({formats})"
     lines = [
-        f"{facts['file']}: GGUF v{facts['version']}, {facts['bytes'] / 1e6:.1f} MB",
+        f"{facts['file']}: {facts['kind']}, {facts['bytes'] / 1e6:.1f} MB",
         weights if formats else "no tensors",
         "",
     ]

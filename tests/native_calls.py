@@ -34,7 +34,9 @@ def runs_here(level: Level) -> bool:
 
 def _marked(level: Level) -> Any:
     missing = ", ".join(sorted(level.needs - levels.cpu_flags(HERE)))
-    return pytest.param(level, id=level.name, marks=pytest.mark.skipif(not runs_here(level), reason=f"this CPU lacks {missing}"))
+    return pytest.param(
+        level, id=level.name, marks=pytest.mark.skipif(not runs_here(level), reason=f"this CPU lacks {missing}")
+    )
 
 
 each_level = pytest.mark.parametrize("level", [_marked(level) for level in LEVELS.values() if level.machine == HERE])
@@ -71,7 +73,9 @@ def random_blocks(fmt: str, n_rows: int, n_columns: int, random: np.random.Gener
         return values.astype({"F32": np.float32, "F16": np.float16}[fmt]).view(np.uint8).reshape(-1)
     blocks = random.integers(0, 256, (n_rows, n_columns // size, FORMATS[fmt].block_bytes), dtype=np.uint8)
     # the largest integer that a scale is multiplied with, sub-scales of K-quants included
-    largest = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q4_K": 15 * 63, "Q5_K": 31 * 63, "Q6_K": 32 * 127}[fmt]
+    largest = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q4_K": 15 * 63, "Q5_K": 31 * 63, "Q6_K": 32 * 127}[
+        fmt
+    ]
     scale = random.uniform(0.5, 2, (n_rows, n // size // n_rows)) * (2 * spread / largest)
     if wild:
         scale *= np.exp2(random.integers(-12, 12, (n_rows, 1))) * random.choice([-1, 1], (n_rows, 1))
@@ -130,9 +134,9 @@ def wide(fmt: str) -> dict[str, int]:
     return K_WIDE if fmt.endswith("_K") else WIDE
 
 
-def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, seed: int = 0, **options: bool) -> dict[str, Tensor]:
-    """A model's tensors: matrices in random blocks of `fmt`, or of what `formats` says for a part of their name; vectors F32."""
-    random, tensors = np.random.default_rng(seed), {}
+def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, **options: bool) -> dict[str, Tensor]:
+    """A model's tensors: matrices in random blocks of `fmt`, or of what `formats` says for a part of the name; vectors F32."""
+    random, tensors = np.random.default_rng(0), {}
     for name, tensor in make_model(hyper, **options).tensors.items():
         kind, shape = "F32", tensor.shape
         if len(shape) == 2:
@@ -143,18 +147,20 @@ def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, s
 
 
 def executors(
-    level: Level, fmt: str = "F32", threads: int = 2, formats: Mapping[str, str] | None = None, seed: int = 0, n_ctx: int | None = None,
+    level: Level, fmt: str = "F32", threads: int = 2, formats: Mapping[str, str] | None = None, n_ctx: int | None = None,
     tied: bool = True, bias: bool = False, fused: bool = False, **hyper: Any,
 ) -> tuple[NativeExecutor, NumpyExecutor]:  # fmt: skip
     """The same random model in both executors; the reference rounds keys and values to float16, too."""
     shape = make_hyper(**{**wide(fmt), **hyper})
-    tensors = tensors_of(shape, fmt, formats, seed, tied=tied, bias=bias, fused=fused)
+    tensors = tensors_of(shape, fmt, formats, tied=tied, bias=bias, fused=fused)
     plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POCKETLM_ISA", level.name)
         native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads)
     reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1)
-    reference.cache.keys, reference.cache.values = (a.astype(np.float16) for a in (reference.cache.keys, reference.cache.values))
+    reference.cache.keys, reference.cache.values = (
+        a.astype(np.float16) for a in (reference.cache.keys, reference.cache.values)
+    )
     return native, reference
 
 
@@ -172,5 +178,3 @@ def kl_divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
 
     p, q = log_softmax(exact), log_softmax(other)
     return (np.exp(p) * (p - q)).sum(-1)
-
-

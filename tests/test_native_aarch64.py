@@ -67,7 +67,13 @@ def test_products_and_tables(level, fmt):
     def check(address: int, expected: np.ndarray, limit: float) -> None:
         checks.append((address, expected, limit))
 
-    for n_rows, n_blocks, wild in ((1, 1, False), (16, 2, True), (21, 3, True), (40, 1, True), (33, 5 if size < 256 else 2, True)):
+    for n_rows, n_blocks, wild in (
+        (1, 1, False),
+        (16, 2, True),
+        (21, 3, True),
+        (40, 1, True),
+        (33, 5 if size < 256 else 2, True),
+    ):
         blocks = random_blocks(fmt, n_rows, n_blocks * size, random, wild)
         matrix, n_groups, n_columns = weights(fmt, blocks, n_rows), layout.groups(n_rows), n_blocks * size
         source, w = guest.put(blocks), guest.put(np.full(layout.interleaved_bytes(fmt, n_rows, n_columns), 0xAA, np.uint8))
@@ -83,7 +89,18 @@ def test_products_and_tables(level, fmt):
             records, prepared = activation_records(x), np.zeros((tokens, activation_bytes(n)), np.uint8)
             prepared[:, : records.shape[1]] = records
             y = guest.put(np.zeros((tokens, n_groups * 16), np.float32))
-            guest.call(f"{fmt}_product{tokens}", w, n_groups, 0, n_groups, n_blocks, guest.put(prepared), prepared.shape[1], y, n_groups * 64)
+            guest.call(
+                f"{fmt}_product{tokens}",
+                w,
+                n_groups,
+                0,
+                n_groups,
+                n_blocks,
+                guest.put(prepared),
+                prepared.shape[1],
+                y,
+                n_groups * 64,
+            )
             used = x if fmt in ("F32", "F16", "BF16") else rounded(x)
             for t in range(tokens):
                 check(y + t * n_groups * 64, used[t, :n_columns] @ matrix.astype(np.float64).T, 1e-5)
@@ -95,8 +112,14 @@ def test_products_and_tables(level, fmt):
 
 MODELS = {
     "Q4_1, rotated, SwiGLU": ("Q4_1", {}),
-    "F16, learned, GELU, biases": ("F16", {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "gated": False, "bias": True}),
-    "Q8_0, ALiBi, exact GELU": ("Q8_0", {"position": "alibi", "activation": "gelu_erf", "n_head": 6, "n_kv_head": 2, "n_embd": 96}),
+    "F16, learned, GELU, biases": (
+        "F16",
+        {"position": "learned", "norm": "layer", "activation": "gelu_tanh", "gated": False, "bias": True},
+    ),
+    "Q8_0, ALiBi, exact GELU": (
+        "Q8_0",
+        {"position": "alibi", "activation": "gelu_erf", "n_head": 6, "n_kv_head": 2, "n_embd": 96},
+    ),
 }
 
 

@@ -4,11 +4,12 @@ import gc
 import resource
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
 from canonical_models import GPT2
-from native_calls import K_WIDE, each_format, each_level, executors, host_level, kl_divergence
+from native_calls import each_format, each_level, executors, host_level, kl_divergence
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.executors import make_executor
@@ -67,7 +68,7 @@ def test_every_format(level, fmt):
     ],
 )
 def test_formats_may_be_mixed_within_a_stack(level, formats, fmt):
-    compare(executors(level, fmt, formats=formats, **K_WIDE), None)
+    compare(executors(level, fmt, formats=formats, n_embd=256, head_dim=64, n_ff=256), None)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,14 @@ def test_rows_and_widths_that_are_no_powers_of_two(shape, fmt):
     compare(executors(host_level(), fmt, **shape), EXACT.get(fmt), IDS % shape.get("n_vocab", 400))
 
 
-@pytest.mark.parametrize("shape", [{"n_embd": 50, "n_head": 5, "n_kv_head": 1, "head_dim": 10, "n_ff": 37}, {"n_embd": 7, "n_head": 1,
-                                   "n_kv_head": 1, "head_dim": 6, "n_ff": 1}], ids=["50 wide", "7 wide"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_embd": 50, "n_head": 5, "n_kv_head": 1, "head_dim": 10, "n_ff": 37},
+        {"n_embd": 7, "n_head": 1, "n_kv_head": 1, "head_dim": 6, "n_ff": 1},
+    ],
+    ids=["50 wide", "7 wide"],
+)
 @pytest.mark.parametrize("position", ["rope", "alibi", "learned"])
 def test_float_weights_may_have_any_width(shape, position):
     compare(executors(host_level(), "F16", position=position, norm="layer", bias=True, **shape), EXACT["F16"])
@@ -170,15 +177,20 @@ def test_ten_thousand_tokens_do_not_take_memory():
     native.close()
 
 
-@linux_only
-def test_a_closed_model_gives_its_memory_back():
-    native, reference = executors(host_level(), "F16", n_layer=1, n_embd=512, n_ff=8192)
+def test_a_closed_model_gives_its_weights_and_cache_back_at_once():
+    native, reference = executors(host_level(), "F16")
     reference.close()
-    native.forward(IDS)
-    native._tensors.clear()  # the file's part: a mapping in other places
-    before = resident()
-    native.close()
-    assert before - resident() > 20 << 20
+    assert native._storage
+    arrays = [*(matrix.data for matrix in native._storage.matrices.values()), native.cache.keys, native.cache.values]
+    references = [weakref.ref(array) for array in arrays]
+    del arrays
+    gc.collect()
+    gc.disable()
+    try:
+        native.close()
+        assert [reference() for reference in references if reference() is not None] == []
+    finally:
+        gc.enable()
 
 
 LOAD = """

@@ -168,7 +168,16 @@ def test_contexts_of_several_spans(level, position, group):
     n = 3 * SPAN + 5
     if position == "alibi" and group == 3:
         pytest.skip("the slopes of 6 heads are another test's")
-    agrees(level, n=n, blocks=(SPAN - 3, 7 + SPAN, SPAN - 9), position=position, n_head=2 * group, n_kv_head=2, head_dim=16, n_embd=64)
+    agrees(
+        level,
+        n=n,
+        blocks=(SPAN - 3, 7 + SPAN, SPAN - 9),
+        position=position,
+        n_head=2 * group,
+        n_kv_head=2,
+        head_dim=16,
+        n_embd=64,
+    )
 
 
 def test_a_prompt_and_single_tokens_give_the_same():

@@ -1,4 +1,4 @@
-"""Threads come and go with their model, sleep when there is nothing to do, and survive Ctrl-C, fork and the end of the program."""
+"""Threads come and go with their model, sleep when there is nothing to do, survive Ctrl-C, fork and the program's end."""
 
 import contextlib
 import gc
@@ -207,4 +207,3 @@ time.sleep(0.2)
 def test_the_program_ends_promptly(name):
     for _ in range(3):
         program(EXITS[name], seconds=30)
-

@@ -169,6 +169,8 @@ def test_ranks_may_come_without_pattern_and_markers(tmp_path):
     assert tok.n_vocab == 257
     with pytest.raises(UsageError, match=r"pattern '\(a\+\)\+\$' is not known"):
         load(tmp_path, RANKS, pattern="(a+)+$")
+    with pytest.raises(UsageError, match="'cl100k' is not known"):
+        load(tmp_path, RANKS, "cl100k_base.tiktoken")
 
 
 @pytest.mark.parametrize(

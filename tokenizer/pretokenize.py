@@ -33,10 +33,6 @@ WHOLE_WORDS_FIRST = frozenset({"llama-bpe"})
 
 # Other ways to write the same expressions, as files from elsewhere do → name; the table's own are known as they are.
 OTHER_WRITINGS = {
-    # OpenAI's cl100k_base, which Llama 3 writes as the table does
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": (
-        "llama-bpe"
-    ),
     # OpenAI's gpt2 and r50k_base
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""": "gpt-2",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""": "gpt-2",

@@ -21,8 +21,10 @@ from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_pattern
 _MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
 _IN_FOLDER = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken", "*.gguf")
-# beginnings of the file names of OpenAI's rank files → pre-tokenizer
-_TIKTOKEN_FILES = {"gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "cl100k": "llama-bpe", "qwen": "qwen2"}
+# beginnings of the names of published rank files → pre-tokenizer; the last two are not in the table and refused so
+_TIKTOKEN_FILES = {
+    "gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "qwen": "qwen2", "cl100k": "cl100k", "o200k": "o200k",
+}  # fmt: skip
 
 
 def load(

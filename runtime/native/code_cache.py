@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-KEPT = 32  # files; the oldest beyond that are removed
+KEPT = 64  # files, a level has 12; the oldest beyond that are removed
 _SUFFIX = ".code"
 _DIGEST_BYTES = 32
 

@@ -63,7 +63,8 @@ def _define_barrier(module: Module, machine: str) -> None:
         target = number * f.field(run, offset(RUN, "n_threads"))
         f.atomic_add(arrived, 1)
         # the others may have ended in the middle of a run: its results are garbage then, but nobody hangs
-        _spin_until(f, machine, run, lambda: (f.atomic_load(arrived) >= target) | (f.atomic_load(run + offset(RUN, "epoch")) < 0))
+        epoch = run + offset(RUN, "epoch")
+        _spin_until(f, machine, run, lambda: (f.atomic_load(arrived) >= target) | (f.atomic_load(epoch) < 0))
 
 
 def _arrived(f: Function, run: Value) -> Value:

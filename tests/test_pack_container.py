@@ -1,0 +1,243 @@
+"""The container: a model goes in, runs from there, and comes out again byte for byte; damage is noticed."""
+
+import os
+import random
+import struct
+
+import numpy as np
+import pytest
+from packing import fake_stub
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.build import locator
+from pocketlm.build.pack import open_stub, pack, set_persona, unpack, with_texts
+from pocketlm.build.persona import MAX_BYTES, Persona, from_bytes
+from pocketlm.cli import main
+from pocketlm.errors import FileError, UsageError
+from pocketlm.runtime.gguf import open_gguf
+
+IDS = [1, 50, 200, 3, 3]
+SHAPES = {
+    "Q4_0, rows that fill no group": {"format": "Q4_0", "n_ff": 96, "n_head": 4, "n_kv_head": 1, "head_dim": 24},
+    "Q8_0, learned positions": {"format": "Q8_0", "arch": "gpt2"},
+    "Q5_1, ALiBi": {"format": "Q5_1", "arch": "refact"},
+    "F16, head of its own": {"format": "F16", "tied": False},
+    "F32": {"format": "F32"},
+    "Q4_1": {"format": "Q4_1"},
+}
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def model(request, tmp_path):
+    return write_model(tmp_path / "model.gguf", n_layer=1, **SHAPES[request.param])
+
+
+@pytest.fixture
+def small(tmp_path):
+    return write_model(tmp_path / "model.gguf", n_layer=1, format="Q4_0")
+
+
+def packed(model, folder, **options):
+    stub = open_stub(fake_stub(folder / "stub", **options))
+    return pack(model, stub, folder / "friend", Persona(title="Ada", flags={"--temp": 0.5}), lambda path: b"reference")
+
+
+def test_unpacking_gives_the_original_byte_for_byte(model, tmp_path):
+    friend = packed(model, tmp_path)
+    unpack(locator.find(friend), tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == model.read_bytes()
+
+
+def test_bytes_between_and_behind_the_tensors_are_kept(small, tmp_path):
+    with open_gguf(small) as file:
+        ends = sorted((t.offset + t.data.nbytes, t.offset) for t in file.tensors.values())
+    data = bytearray(small.read_bytes())
+    gaps = [(end, start) for (end, _), (_, start) in zip(ends, ends[1:], strict=False) if start > end]
+    for end, start in gaps:
+        data[end:start] = b"x" * (start - end)
+    small.write_bytes(bytes(data) + b"something behind the model")
+    unpack(locator.find(packed(small, tmp_path)), tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == small.read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_a_packed_model_computes_the_same(model, tmp_path, backend):
+    friend = packed(model, tmp_path)
+    with pocketlm.load(model, backend) as plain, pocketlm.load(friend, backend) as inside:
+        assert np.array_equal(plain.logits(IDS), inside.logits(IDS))
+
+
+def test_the_weights_are_used_where_they_are(small, tmp_path):
+    friend = packed(small, tmp_path)
+    with pocketlm.load(friend, "native") as inside:
+        matrices = inside.executor._storage.matrices
+        assert matrices
+        for name, matrix in matrices.items():
+            assert matrix.data is inside.tensors[name].data
+            assert matrix.data.ctypes.data % 64 == 0
+
+
+def test_a_matrix_of_a_stored_model_is_read_row_after_row(small, tmp_path):
+    section = locator.find(packed(small, tmp_path)).sections["model"]
+    with open_gguf(small) as plain, open_gguf(tmp_path / "friend", offset=section.offset, length=section.length) as stored:
+        for name, tensor in plain.tensors.items():
+            assert stored.tensors[name].interleaved == (len(tensor.shape) == 2)
+            assert np.array_equal(stored.tensors[name].to_float32(), tensor.to_float32())
+
+
+def test_the_same_inputs_give_the_same_bytes(small, tmp_path):
+    first = packed(small, tmp_path).read_bytes()
+    os.utime(small, (1, 1))
+    assert packed(small, tmp_path).read_bytes() == first
+
+
+def test_only_the_persona_changes_when_it_is_replaced(small, tmp_path):
+    friend = packed(small, tmp_path)
+    before, old = friend.read_bytes(), locator.find(friend)
+    set_persona(old, lambda persona: with_texts(persona, {"system": "Sei kurz. " * 50, "title": None}, {"--top-k": 5}), friend)
+    new = locator.find(friend)
+    persona = from_bytes(new.read("persona"), friend)
+    assert persona == Persona(title="Ada", system="Sei kurz. " * 50, flags={"--temp": 0.5, "--top-k": 5})
+    end = new.sections["reference"].end
+    assert friend.read_bytes()[:end] == before[:end]
+    new.check()
+    unpack(new, tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == small.read_bytes()
+    with pytest.raises(UsageError, match=str(MAX_BYTES)):
+        set_persona(new, lambda persona: Persona(system="x" * MAX_BYTES), friend)
+
+
+def test_a_packed_executable_is_a_stub_too(small, tmp_path):
+    other = write_model(tmp_path / "other.gguf", n_layer=2)
+    again = pack(other, open_stub(packed(small, tmp_path)), tmp_path / "again", Persona())
+    assert again.read_bytes() == pack(other, open_stub(tmp_path / "stub"), tmp_path / "new", Persona()).read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("linux", "friend"), ("windows", "friend.exe"), ("macos", "friend")])
+def test_any_system_packs_for_any_system(small, tmp_path, kind, name):
+    friend = packed(small, tmp_path, kind=kind)
+    assert friend.name == name
+    stub = (tmp_path / "stub").read_bytes()
+    assert friend.read_bytes().startswith(stub[:5000])
+    assert friend.read_bytes().endswith(stub[5000:])
+    assert open_stub(friend).platform.startswith(kind)
+
+
+def test_windows_gets_no_executable_over_four_gigabytes(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("pocketlm.build.pack.WINDOWS_LIMIT", 10_000)
+    with pytest.raises(FileError, match=r"Windows runs none over 4 GB.*--model"):
+        packed(small, tmp_path, kind="windows")
+    assert not list(tmp_path.glob("*friend*"))
+    packed(small, tmp_path, kind="linux")
+
+
+def test_what_cannot_be_packed_is_said(small, tmp_path):
+    for name, content in {"no program": b"GGUF", "no archive": b"\x7fELF".ljust(9000, b"\0")}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FileError):
+            open_stub(tmp_path / name)
+    with pytest.raises(FileError, match="there is no such file"):
+        open_stub(tmp_path / "nowhere")
+    weights = np.full((64, 64), np.nan, np.float32)
+    bad = write_model(tmp_path / "bad.gguf", n_layer=1, tensors={"blk.0.attn_q.weight": weights})
+    with pytest.raises(FileError, match="NaN"):
+        packed(bad, tmp_path)
+    section = locator.find(packed(small, tmp_path)).sections["model"]
+    stored = (tmp_path / "friend").read_bytes()[section.offset : section.end]
+    (tmp_path / "stored.gguf").write_bytes(stored)
+    with pytest.raises(FileError, match="interleaved already"):
+        packed(tmp_path / "stored.gguf", tmp_path)
+
+
+def attempt(path):
+    """What opening gives: the logits, or None with one line for the user."""
+    try:
+        with pocketlm.load(path, "numpy") as model:
+            return model.logits(IDS)
+    except FileError as error:
+        assert str(error).startswith(str(path))
+        assert "\n" not in str(error)
+        return None
+
+
+def test_a_changed_byte_in_locator_or_header_is_noticed(small, tmp_path):
+    friend = packed(small, tmp_path)
+    whole, sections = friend.read_bytes(), locator.find(friend).sections
+    start, end = sections["program"].offset - locator.SIZE, sections["program"].offset
+    header = sections["header"]
+    noise = random.Random(7)
+    places = [noise.randrange(start, end) for _ in range(100)] + [noise.randrange(header.offset, header.end) for _ in range(100)]
+    broken = tmp_path / "broken"
+    for place in places:
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << noise.randrange(8)]) + whole[place + 1 :])
+        assert attempt(broken) is None
+
+
+def test_a_cut_file_is_noticed(small, tmp_path):
+    whole = packed(small, tmp_path).read_bytes()
+    broken, noise = tmp_path / "broken", random.Random(8)
+    for length in [noise.randrange(4, len(whole)) for _ in range(50)]:
+        broken.write_bytes(whole[:length])
+        assert attempt(broken) is None
+
+
+def test_a_changed_byte_anywhere_is_found_by_the_full_check(small, tmp_path):
+    friend = packed(small, tmp_path)
+    whole, found = friend.read_bytes(), locator.find(friend)
+    found.check()
+    for name in ("model", "original", "reference", "persona", "program"):
+        place = found.sections[name].offset + found.sections[name].length // 2
+        friend.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(FileError, match="damaged"):
+            found.check()
+    place = found.sections["model"].end - 5000
+    friend.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+    with pytest.raises(FileError, match="damaged"):
+        unpack(found, tmp_path / "again.gguf")
+    assert not (tmp_path / "again.gguf").exists()
+
+
+def test_a_locator_that_does_not_fit_is_refused(small, tmp_path):
+    friend = packed(small, tmp_path)
+    whole, sections = friend.read_bytes(), locator.find(friend).sections
+    start = sections["program"].offset - locator.SIZE
+    for name in ("model", "persona", "program", "header"):
+        moved = locator.Section(sections[name].offset + 64, sections[name].length, sections[name].sha256)
+        friend.write_bytes(whole[:start] + locator.locator({**sections, name: moved}) + whole[start + locator.SIZE :])
+        if name != "program":  # where the archive begins is known without the locator
+            with pytest.raises(FileError, match="damaged"):
+                locator.find(friend)
+    later = struct.pack("<8sI", b"pocketlm", 2)
+    friend.write_bytes(whole[:start] + later + whole[start + len(later) :])
+    with pytest.raises(FileError, match="another version"):
+        locator.find(friend)
+
+
+def test_the_commands_pack_unpack_and_persona(small, tmp_path, capsys):
+    stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
+    assert main(["pack", str(small), "--stub", str(stub), "-o", str(friend), "--title", "Ада", "--temp", "0.3"]) == 0
+    assert os.access(friend, os.X_OK)
+    assert main(["persona", str(friend), "--greeting", "Merhaba", "--max-tokens", "50"]) == 0
+    assert main(["persona", str(friend)]) == 0
+    shown = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[-1] for line in shown if line[0] != "s"] == ["Ада", "Merhaba", "--temp=0.3", "--max-tokens=50"]
+    assert main(["unpack", str(friend), "-o", str(tmp_path / "again.gguf")]) == 0
+    assert (tmp_path / "again.gguf").read_bytes() == small.read_bytes()
+    assert main(["generate", str(friend), "-p", "the", "-n", "2", "--temp", "0"]) == 0
+    for wrong, status in ((["unpack", str(small), "-o", "x"], 1), (["unpack", str(tmp_path / "no"), "-o", "x"], 1),
+                          (["pack", str(small), "--stub", str(stub), "-o", str(friend), "--temp", "-1"], 2),
+                          (["pack", str(small), "--stub", str(stub), "-o", str(tmp_path / "no" / "x")], 1)):  # fmt: skip
+        capsys.readouterr()
+        assert main(wrong) == status
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_other_models_are_converted_on_the_way(small, tmp_path):
+    stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
+    assert main(["export", str(small), "-o", str(tmp_path / "bin")]) == 0
+    assert main(["pack", str(tmp_path / "bin"), "--stub", str(stub), "-o", str(friend), "--quant", "q8_0"]) == 0
+    with pocketlm.load(friend) as model, pocketlm.load(small) as original:
+        assert model.tensors["blk.0.attn_q.weight"].format.name == "Q8_0"
+        assert np.corrcoef(model.logits(IDS).ravel(), original.logits(IDS).ravel())[0, 1] > 0.99
+    assert not list(tmp_path.glob(".pocketlm-*"))

@@ -1,0 +1,170 @@
+"""The executable that a friend opens: it talks wherever it is put, alone, without a network, and says what is wrong."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packing import real_stub
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.build import locator
+from pocketlm.build.pack import open_stub, pack
+from pocketlm.build.persona import Persona
+from pocketlm.build.selftest import CTX, reference
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+BARE = {"PATH": os.environ.get("PATH", ""), "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests drive a POSIX system")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "model.gguf", format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+
+
+@pytest.fixture(scope="module")
+def friend(model, request, tmp_path_factory):
+    """A tiny model in a real stub. Its answers are noise, but always the same noise."""
+
+    def results(path):
+        with pocketlm.load(path, ctx=CTX) as stored:
+            return reference(stored)
+
+    stub = real_stub(Path(request.config.cache.mkdir("pocketlm-stub")))
+    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
+    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, results)
+
+
+def run(program, *arguments, stdin="", **environment):
+    return subprocess.run(
+        [str(program), *arguments], input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120, env={**BARE, **environment}
+    )
+
+
+def test_it_says_how_it_is_used(friend):
+    result = run(friend, "--help")
+    assert result.returncode == 0
+    for word in ("generate", "--model", "--check", "--selftest", "--temp", "no network"):
+        assert word in result.stdout
+
+
+def test_it_writes_what_the_installed_package_writes(friend, model):
+    result = run(friend, "generate", "-p", "the", "-n", "9")
+    with pocketlm.load(model) as plain:
+        assert result.stdout == "".join(p.text for p in plain.generate("the", max_tokens=9, temperature=0)) + "\n"
+
+
+@pytest.mark.parametrize("name", ["a folder with spaces", "Ёлка и друзья", "ağaç ığdır"])
+def test_it_talks_from_any_folder_even_a_read_only_one(friend, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(friend, folder / f"{name} friend")
+    folder.chmod(0o555)
+    result = run(folder / f"{name} friend", stdin="hello\n")
+    folder.chmod(0o755)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip()
+    assert [path.name for path in folder.iterdir()] == [f"{name} friend"]
+
+
+def test_answers_do_not_depend_on_the_instruction_set(friend):
+    answers = {run(friend, "generate", "-p", "the", "-n", "9", POCKETLM_ISA=isa).stdout for isa in ("", "sse4")} if _x86() else {""}
+    assert len(answers) == 1
+
+
+def _x86():
+    from pocketlm.runtime.native.levels import host_machine
+
+    return host_machine() == "x86_64"
+
+
+def test_a_conversation_at_a_terminal(friend, tmp_path):
+    pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
+    for term in ("dumb", "xterm"):
+        env = {**BARE, "TERM": term, "PROMPT_TOOLKIT_NO_CPR": "1", "XDG_DATA_HOME": str(tmp_path), "LANG": "C"}
+        child = pexpect.spawn(str(friend), env=env, encoding="utf-8", dimensions=(24, 80), timeout=60)
+        child.expect("Ada Ağaç Ёлка")
+        child.expect("To leave: /quit")
+        child.expect("> ")
+        child.send("hello\r")
+        child.expect("tokens/s")
+        child.expect("> ")
+        child.send("/quit\r")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+
+
+def test_another_model_can_be_talked_to(friend, tmp_path):
+    other = write_model(tmp_path / "other.gguf", n_layer=1, seed=5)
+    result = run(friend, "generate", "--model", str(other), "-p", "the", "-n", "9", "--temp", "0")
+    with pocketlm.load(other) as plain:
+        assert result.stdout == "".join(p.text for p in plain.generate("the", max_tokens=9, temperature=0)) + "\n"
+
+
+def test_several_start_at_once(friend):
+    together = [subprocess.Popen([friend, "generate", "-p", "the", "-n", "5"], stdout=subprocess.PIPE, env=BARE) for _ in range(4)]
+    assert len({process.communicate()[0] for process in together}) == 1
+    assert {process.returncode for process in together} == {0}
+
+
+def test_it_checks_itself(friend):
+    assert "whole" in run(friend, "--check").stdout
+    result = run(friend, "--selftest")
+    assert (result.returncode, result.stderr) == (0, "")
+    verdict = result.stdout.splitlines()[-1]
+    assert verdict.startswith("right: ")
+    assert "numpy" in verdict
+
+
+def test_the_selftest_notices_wrong_results(model, friend, tmp_path):
+    other = write_model(tmp_path / "other.gguf", format="Q4_0", seed=9)
+    with pocketlm.load(other, ctx=CTX) as wrong:
+        stored = reference(wrong)
+    result = run(pack(model, open_stub(friend), tmp_path / "wrong", Persona(), lambda path: stored), "--selftest")
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1].startswith("WRONG")
+
+
+def test_a_damaged_one_says_so_in_one_line(friend, tmp_path):
+    whole, sections, noise = friend.read_bytes(), locator.find(friend).sections, random.Random(3)
+    start, header = sections["program"].offset - locator.SIZE, sections["header"]
+    broken = tmp_path / "broken"
+    for place in (start, start + 100, *(noise.randrange(header.offset, header.end) for _ in range(3))):
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        broken.chmod(0o755)
+        result = run(broken, stdin="hello\n")
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert "damaged" in result.stderr
+        assert result.stderr.count("\n") == 1
+    for length in (noise.randrange(20_000, len(whole)) for _ in range(5)):
+        broken.write_bytes(whole[:length])
+        result = run(broken, stdin="hello\n")
+        assert result.returncode != 0
+        assert result.stderr
+
+
+def test_it_opens_no_network_socket(friend):
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    command = ["strace", "-f", "-e", "trace=%network", "-o", "/dev/stderr", str(friend)]
+    trace = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=120, env=BARE)
+    if trace.returncode and "ptrace" in trace.stderr:
+        pytest.skip("this system does not let programs be traced")
+    assert trace.stdout.strip()
+    calls = [line for line in trace.stderr.splitlines() if "(" in line and "socketpair(AF_UNIX" not in line]
+    assert not [line for line in calls if "AF_INET" in line or "connect(" in line]
+
+
+def test_wrong_usage_is_told_from_failure(friend):
+    assert run(friend, "--temp", "-1", stdin="hello\n").returncode == 2
+    assert run(friend, "--no-such-flag").returncode == 2
+    result = run(friend, "--model", "nowhere.gguf", stdin="hello\n")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
