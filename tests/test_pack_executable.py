@@ -91,10 +91,10 @@ def test_a_conversation_at_a_terminal(friend, tmp_path):
         child = pexpect.spawn(str(friend), env=env, encoding="utf-8", dimensions=(24, 80), timeout=60)
         child.expect("Ada Ağaç Ёлка")
         child.expect("To leave: /quit")
-        child.expect("> ")
+        child.expect(">")
         child.send("hello\r")
         child.expect("tokens/s")
-        child.expect("> ")
+        child.expect(">")
         child.send("/quit\r")
         child.expect(pexpect.EOF)
         child.close()
@@ -151,20 +151,21 @@ def test_a_damaged_one_says_so_in_one_line(friend, tmp_path):
         assert result.stderr
 
 
-def test_it_opens_no_network_socket(friend):
+def test_it_opens_no_network_socket(friend, tmp_path):
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     command = ["strace", "-f", "-e", "trace=%network", "-o", "/dev/stderr", str(friend)]
-    trace = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=120, env=BARE)
+    home = {**BARE, "HOME": str(tmp_path)}  # without one, the C library asks a name service for the user's
+    trace = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=120, env=home)
     if trace.returncode and "ptrace" in trace.stderr:
         pytest.skip("this system does not let programs be traced")
     assert trace.stdout.strip()
-    calls = [line for line in trace.stderr.splitlines() if "(" in line and "socketpair(AF_UNIX" not in line]
-    assert not [line for line in calls if "AF_INET" in line or "connect(" in line]
+    calls = [line for line in trace.stderr.splitlines() if "(" in line]
+    assert not [line for line in calls if "socketpair(AF_UNIX" not in line]
 
 
 def test_wrong_usage_is_told_from_failure(friend):
-    assert run(friend, "--temp", "-1", stdin="hello\n").returncode == 2
+    assert run(friend, "generate", "-p", "x", "--temp", "-1").returncode == 2
     assert run(friend, "--no-such-flag").returncode == 2
     result = run(friend, "--model", "nowhere.gguf", stdin="hello\n")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

@@ -19,7 +19,7 @@ from pocketlm.runtime.native.formats import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.layout import LAYOUTS, ROWS
 
-TILE = 4  # tokens that share a block's unpacked weights
+TILE = 8  # tokens that share a block's unpacked weights
 ROW = F32.vec(ROWS)
 PRODUCT = {
     "w": PTR,
