@@ -29,9 +29,7 @@ EXCLUDED = (
     "prompt_toolkit.contrib", "pygments", "babel",
 )  # fmt: skip
 # Libraries that only the excluded modules need, and character sets of the Far East's old encodings
-UNWANTED = (
-    "libssl", "libcrypto", "libstdc++", "libgcc_s", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi", "_simd",
-)  # fmt: skip
+UNWANTED = ("libssl", "libcrypto", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi")
 
 
 def freeze(

@@ -72,8 +72,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     try:
         import numpy  # noqa: F401
-    except (ImportError, RuntimeError):  # with a page of advice for programmers
-        raise PocketlmError("this computer's processor or system is too old for this program") from None
+    except (ImportError, RuntimeError) as error:  # with a page of advice for programmers
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise PocketlmError(f"this computer's processor or system is too old for this program ({reason})") from None
     from pocketlm.runtime.native import kernels
 
     kernels.use_images(str(Path(__file__).parents[2] / KERNELS), __version__)

@@ -110,10 +110,11 @@ def activation_records(x: np.ndarray) -> np.ndarray:
     """What PREPARE leaves for every token, in the order that runtime/native/matrix.py lists: uint8 [tokens, bytes]."""
     whole, scale = round_activations(x)
     low = (whole + 128) % 256 - 128
-    parts = (
-        x, low.astype(np.int8), ((whole - low) >> 8).astype(np.int8), whole.astype(np.int16), scale,
-        scale * whole.sum(-1, keepdims=True).astype(np.float32), whole.reshape(len(x), -1, 16).sum(-1).astype(np.int32),
-    )  # fmt: skip
+    sums = [whole.sum(-1), whole[..., :16].sum(-1), whole[..., 16:].sum(-1)]
+    record = [low.astype(np.int8), ((whole - low) >> 8).astype(np.int8), scale]
+    record += [scale * each[..., None].astype(np.float32) for each in sums]
+    records = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in record], axis=-1)
+    parts = (x, whole.astype(np.int16), records)
     return np.concatenate([np.ascontiguousarray(part).reshape(len(x), -1).view(np.uint8) for part in parts], axis=1)
 
 

@@ -10,6 +10,7 @@ from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.native import stages
 from pocketlm.runtime.native.image import load
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
+from pocketlm.runtime.native.matrix import RECORD
 from pocketlm.runtime.native.stages import SPAN
 
 
@@ -37,7 +38,7 @@ def rounded_records(level, x):
 
 
 def scales(records, n):
-    return records[:, 8 * n : 8 * n + n // 8].copy().view(np.float32)
+    return records[:, 6 * n :].reshape(len(records), n // 32, RECORD)[..., 64:68].copy().view(np.float32)[..., 0]
 
 
 @each_level

@@ -1,11 +1,15 @@
 """The container: a model goes in, runs from there, and comes out again byte for byte; damage is noticed."""
 
+import math
 import os
 import random
+import re
 import struct
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from gguf_bytes import file_fields, join, key
 from packing import fake_stub
 from tiny_models import write_model
 
@@ -53,7 +57,7 @@ def test_bytes_between_and_behind_the_tensors_are_kept(small, tmp_path):
     with open_gguf(small) as file:
         ends = sorted((t.offset + t.data.nbytes, t.offset) for t in file.tensors.values())
     data = bytearray(small.read_bytes())
-    gaps = [(end, start) for (end, _), (_, start) in zip(ends, ends[1:], strict=False) if start > end]
+    gaps = [(end, start) for (end, _), (_, start) in pairwise(ends) if start > end]
     for end, start in gaps:
         data[end:start] = b"x" * (start - end)
     small.write_bytes(bytes(data) + b"something behind the model")
@@ -90,6 +94,20 @@ def test_the_same_inputs_give_the_same_bytes(small, tmp_path):
     first = packed(small, tmp_path).read_bytes()
     os.utime(small, (1, 1))
     assert packed(small, tmp_path).read_bytes() == first
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 256])
+def test_other_alignments_and_formats_come_back_too(tmp_path, alignment, monkeypatch):
+    tensors = [("k", "Q4_K", (256, 33), 144), ("v", "F32", (7,), 4), ("s", "Q6_K", (512, 5), 210), ("h", "Q5_0", (32, 16), 22)]
+    blocks = {"Q4_K": 256, "Q6_K": 256, "Q5_0": 32, "F32": 1}
+    noise = random.Random(alignment)
+    rows = [(name, kind, dims, noise.randbytes(math.prod(dims) // blocks[kind] * size)) for name, kind, dims, size in tensors]
+    model = tmp_path / "model.gguf"
+    keys = [key("general.alignment", "u32", alignment), key("general.name", "string", "x")]
+    model.write_bytes(join(file_fields(keys, rows, alignment)))
+    monkeypatch.setattr("pocketlm.build.stored.check_finite", lambda tensor: None)  # random bytes are not all finite
+    unpack(locator.find(packed(model, tmp_path)), tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == model.read_bytes()
 
 
 def test_only_the_persona_changes_when_it_is_replaced(small, tmp_path):
@@ -150,15 +168,9 @@ def test_what_cannot_be_packed_is_said(small, tmp_path):
         packed(tmp_path / "stored.gguf", tmp_path)
 
 
-def attempt(path):
-    """What opening gives: the logits, or None with one line for the user."""
-    try:
-        with pocketlm.load(path, "numpy") as model:
-            return model.logits(IDS)
-    except FileError as error:
-        assert str(error).startswith(str(path))
-        assert "\n" not in str(error)
-        return None
+def refused(path):
+    with pytest.raises(FileError, match=rf"^{re.escape(str(path))}: [^\n]+$"):
+        pocketlm.load(path, "numpy")
 
 
 def test_a_changed_byte_in_locator_or_header_is_noticed(small, tmp_path):
@@ -167,11 +179,11 @@ def test_a_changed_byte_in_locator_or_header_is_noticed(small, tmp_path):
     start, end = sections["program"].offset - locator.SIZE, sections["program"].offset
     header = sections["header"]
     noise = random.Random(7)
-    places = [noise.randrange(start, end) for _ in range(100)] + [noise.randrange(header.offset, header.end) for _ in range(100)]
     broken = tmp_path / "broken"
-    for place in places:
+    ranges = [(start, end), (header.offset, header.end)] * 100
+    for place in (noise.randrange(*ends) for ends in ranges):
         broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << noise.randrange(8)]) + whole[place + 1 :])
-        assert attempt(broken) is None
+        refused(broken)
 
 
 def test_a_cut_file_is_noticed(small, tmp_path):
@@ -179,7 +191,7 @@ def test_a_cut_file_is_noticed(small, tmp_path):
     broken, noise = tmp_path / "broken", random.Random(8)
     for length in [noise.randrange(4, len(whole)) for _ in range(50)]:
         broken.write_bytes(whole[:length])
-        assert attempt(broken) is None
+        refused(broken)
 
 
 def test_a_changed_byte_anywhere_is_found_by_the_full_check(small, tmp_path):

@@ -28,10 +28,12 @@ class Activations:
     whole: Value
 
 
-def dot(f: Function, level: str, words: Words, x: Activations, biggest: int, correction: Value) -> Value:
-    """<16 x i32>: sum over the words of weight · x, less `correction` (i32), for weights of magnitude up to `biggest`."""
-    total = _DOTS[level](f, words, x, biggest)
-    return total - f.splat(correction, 16)
+def dot(f: Function, level: str, words: Words, x: Activations, biggest: int, chains: int = 1) -> Value:
+    """<16 x i32>: sum over the words of weight · x, for weights of magnitude up to `biggest`.
+
+    `chains`: partial sums where an instruction adds to one; 2 hides its latency when there are no other tokens to do so.
+    """
+    return _DOTS[level](f, words, x, biggest, chains)
 
 
 def _broadcast(f: Function, address: Value, lanes: int) -> Value:
@@ -46,15 +48,17 @@ def _two_halves(f: Function, chain: Callable[[Value], Value], x: Activations) ->
 def _dot_accumulate(width: int, intrinsic: str) -> Callable[..., Value]:
     """For processors that multiply four bytes and add them to an i32 in one instruction, on vectors of `width` bytes."""
 
-    def run(f: Function, words: Words, x: Activations, biggest: int) -> Value:
+    def run(f: Function, words: Words, x: Activations, biggest: int, chains: int) -> Value:
         def chain(bytes_: Value) -> Value:
-            zero = [f.const(I32.vec(width // 4), 0)] * (64 // width)
-            sums = [zero, zero]  # two: a chain of all words would be bound by the instruction's latency
+            sums = [[f.const(I32.vec(width // 4), 0)] * (64 // width)] * chains
             for i, (word, column) in enumerate(words):
-                four = _broadcast(f, bytes_ + column, width)
-                parts = f.split(word, width)
-                sums[i % 2] = [f.call(s.type, intrinsic, s, part, four) for s, part in zip(sums[i % 2], parts, strict=True)]
-            return f.join([a + b for a, b in zip(*sums, strict=True)])
+                four, own = _broadcast(f, bytes_ + column, width), i % chains
+                parts = zip(sums[own], f.split(word, width), strict=True)
+                sums[own] = [f.call(s.type, intrinsic, s, part, four) for s, part in parts]
+            total = sums[0]
+            for other in sums[1:]:
+                total = [a + b for a, b in zip(total, other, strict=True)]
+            return f.join(total)
 
         return _two_halves(f, chain, x)
 
@@ -71,7 +75,7 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
 def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Callable[..., Value]:
     """For x86 without VNNI: bytes to i16 pairs, i16 pairs to i32, on vectors of `width` bytes."""
 
-    def run(f: Function, words: Words, x: Activations, biggest: int) -> Value:
+    def run(f: Function, words: Words, x: Activations, biggest: int, chains: int) -> Value:
         return signed(f, words, x) if biggest > 63 else _two_halves(f, lambda b: unsigned(f, words, b, biggest), x)
 
     def unsigned(f: Function, words: Words, bytes_: Value, biggest: int) -> Value:
@@ -99,7 +103,7 @@ def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Cal
     return run
 
 
-def _neon(f: Function, words: Words, x: Activations, biggest: int) -> Value:
+def _neon(f: Function, words: Words, x: Activations, biggest: int, chains: int) -> Value:
     safe = 32767 // (biggest * 128)
 
     def chain(bytes_: Value) -> Value:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,12 +55,14 @@ def loaded(name: str, level: Level) -> image.Loaded:
     """
     if _ahead:
         return image.load(_images(_ahead["path"], level, _ahead["version"])[name])
+    from importlib.metadata import version
+
     abi = host_abi()
 
     def make() -> bytes:
         return image.to_bytes(image.link([compile_object(module_text(name, level, abi), level)]))
 
-    key = f"{name} {level.name} {abi} {_sources()} llvmlite {importlib.metadata.version('llvmlite')}"
+    key = f"{name} {level.name} {abi} {_sources()} llvmlite {version('llvmlite')}"
     return image.load(image.from_bytes(code_cache.cached(key, make)))
 
 

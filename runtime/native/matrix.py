@@ -4,22 +4,23 @@ In: a format and a level. Out: functions of a module, each an address that the r
 layouts, not operations.
 
 Activations of one token of n columns (n a multiple of 32), all offsets in bytes from the token's pointer:
-    0       float32 [n]           the values
-    4n      int8 [n], 5n int8 [n] low and high bytes of the values rounded to 16 bits per 32
-    6n      int16 [n]             the same, whole
-    8n      float32 [n / 32]      scales
-    8n + n/8   float32 [n / 32]   scale times the sum of the run, for formats with offsets
-    8n + n/4   int32 [n / 16]     sums of every 16, for formats with a zero point
+    0       float32 [n]     the values
+    4n      int16 [n]       the values rounded to 16 bits, with one scale for 32 of them
+    6n      [n / 32] times  low bytes of the rounded values, int8 [32]; their high bytes, int8 [32]; then float32: the
+                            scale, scale times the sum of the 32, of the first 16, of the last 16
+The sums serve the formats' offsets and zero points. What a product needs of 32 columns is together, so that one pointer a
+token and constant offsets find it: every other way of addressing splits the processor's multiply-and-load instructions.
 """
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, dot
+from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dot
 from pocketlm.runtime.native.formats import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.layout import LAYOUTS, ROWS
 
 TILE = 8  # tokens that share a block's unpacked weights
+RECORD = 80  # bytes of 32 columns' rounded activations
 ROW = F32.vec(ROWS)
 PRODUCT = {
     "w": PTR,
@@ -69,38 +70,33 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
         with f.range(0, n_blocks) as b:
 
             def add(run: Run, b: Value = b) -> None:
+                column, offset, words = b * size + run.column, *_unsigned(level, run)
                 for token, total in zip(xs, totals, strict=True):
-                    total.set(_add_run(f, level, run, token, n, b * size + run.column, total.get()))
+                    record = f.opaque(token + n * 6 + (column >> 5) * RECORD)
+                    low = record + (column & 31)
+                    here = Activations(low, low + 32, token + n * 4 + column * 2)
+                    whole = dot(f, level, words, here, 255 if run.biggest == 128 else run.biggest, chains=2 if tokens == 1 else 1)
+                    scaled = f.cast("sitofp", whole, F32) * f.splat(f.load(F32, record + 64, 4), ROWS)
+                    value = f.fma(run.scale, scaled, total.get())
+                    if offset is not None:
+                        the_sum = record + 68 if run.count == 32 else record + 72 + ((column >> 4) & 1) * 4
+                        value = f.fma(offset, f.splat(f.load(F32, the_sum, 4), ROWS), value)
+                    total.set(value)
 
             RUNS[fmt](f, level, _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b), add)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
 
 
-def _add_run(f: Function, level: str, run: Run, x: Value, n: Value, column: Value, total: Value) -> Value:
-    """total + weights of the run times one token's activations."""
-    block = column >> 5
-    zero = run.zero + (SIGNED_ZERO.get(level, 0) if run.biggest == 128 else 0)
-    words = [(w ^ 0x80, c) for w, c in run.words] if zero == 128 else run.words
-    correction = f.const(I32, 0)
-    if zero:
-        sums = x + n * 8 + (n >> 2) + (column >> 4) * 4
-        correction = f.load(I32, sums) if run.count == 16 else f.load(I32, sums) + f.load(I32, sums + 4)
-        correction = correction * zero
-    low = x + n * 4 + column
-    whole = dot(
-        f,
-        level,
-        words,
-        Activations(low, low + n, x + n * 6 + column * 2),
-        255 if run.biggest == 128 else run.biggest,
-        correction,
-    )
-    scale = f.splat(f.load(F32, x + n * 8 + block * 4), ROWS)
-    total = f.fma(f.cast("sitofp", whole, F32), run.scale * scale, total)
-    if run.offset is None:
-        return total
-    return f.fma(run.offset, f.splat(f.load(F32, x + n * 8 + (n >> 3) + block * 4), ROWS), total)
+def _unsigned(level: str, run: Run) -> tuple[Value | None, Words]:
+    """The run's offset with its zero point in it, and its words as the level's products want them."""
+    moved = SIGNED_ZERO.get(level, 0) if run.biggest == 128 else 0
+    words = [(w ^ 0x80, c) for w, c in run.words] if moved else run.words
+    zero = run.zero + moved
+    if not zero:
+        return run.offset, words
+    offset = run.scale * -zero
+    return offset if run.offset is None else offset + run.offset, words
 
 
 def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:

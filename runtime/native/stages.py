@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
-from pocketlm.runtime.native.ir import F16, F32, I1, I16, I32, I64, PTR, Function, Module, Type, Value
-from pocketlm.runtime.native.matrix import ROW, TILE
+from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, PTR, Function, Module, Type, Value
+from pocketlm.runtime.native.matrix import RECORD, ROW, TILE
 from pocketlm.runtime.native.records import OPERATION, RUN, offset
 from pocketlm.runtime.native.vector_math import ACTIVATIONS, exp, from_half, to_half
 
@@ -93,21 +93,20 @@ def _define_round(module: Module) -> None:
             # the high byte of the largest must stay an int8 after rounding: 32639 = 127 * 256 + 127
             scale = largest * (1 / 32639)
             inverse = f.select(largest > 0.0, 32639.0 / largest, 0.0)
-            f.store(scale, x + n * 8 + (i >> 5) * 4, 4)
-            total = f.var(I32, 0)
+            record = x + n * 6 + (i >> 5) * RECORD
+            f.store(scale, record + 64, 4)
+            sums = []
             for h, part in enumerate(parts):
                 rounded = f.intrinsic("rint", part * f.splat(inverse, LANES))
                 # NaN and infinity have no integer: freeze makes it an arbitrary one, and the scale carries the NaN on
                 whole = f.emit(I32.vec(LANES), f"freeze {I32.vec(LANES)} {f.cast('fptosi', rounded, I32)}")
                 high = f.emit(whole.type, f"ashr {whole.type} {whole + 128}, {f.const(whole.type, 8)}")
-                at = i + 16 * h
-                f.store(f.cast("trunc", whole - (high << 8), Type("i8")), x + n * 4 + at)
-                f.store(f.cast("trunc", high, Type("i8")), x + n * 5 + at)
-                f.store(f.cast("trunc", whole, I16), x + n * 6 + at * 2)
-                part_sum = f.reduce(whole, "add")
-                f.store(part_sum, x + n * 8 + (n >> 2) + (at >> 4) * 4, 4)
-                total.set(total.get() + part_sum)
-            f.store(scale * f.cast("sitofp", total.get(), F32), x + n * 8 + (n >> 3) + (i >> 5) * 4, 4)
+                f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
+                f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
+                f.store(f.cast("trunc", whole, I16), x + n * 4 + (i + 16 * h) * 2)
+                sums.append(f.reduce(whole, "add"))
+            for at, total in ((68, sums[0] + sums[1]), (72, sums[0]), (76, sums[1])):
+                f.store(scale * f.cast("sitofp", total, F32), record + at, 4)
 
 
 def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, first: Value, n: Value) -> None:
