@@ -191,7 +191,7 @@ def test_it_talks_in_a_bare_root(friend, tmp_path):
     (root / "friend").chmod(0o555)
     for folder in (root, *tmp_path.parents[:2]):
         folder.chmod(0o755)
-    script = f"mount -t proc proc {root}/proc && exec chroot --userspec=65534:65534 {root} /friend/friend"
+    script = f"mount -t proc proc {root}/proc && exec chroot --userspec=65534:65534 {root} /friend/friend --no-save"
     command = ["unshare", "--net", "--mount", "--pid", "--fork", "sh", "-c", script]
     result = subprocess.run(
         command, input="hello\n", capture_output=True, text=True, timeout=120, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}

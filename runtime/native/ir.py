@@ -236,6 +236,11 @@ class Function:
         """A member of a structure, `offset` bytes from its beginning."""
         return self.load(type, base + offset, min(type.bytes, 8))
 
+    def prefetch(self, address: Value) -> None:
+        """Ask for the cache line at an address that will be read soon; never faults."""
+        self.line(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 3, i32 1)")
+        self.module.declare("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
+
     def opaque(self, pointer: Value) -> Value:
         """The same pointer, but unknown to the optimiser, which would turn a few offsets into many induction variables."""
         return self.emit(PTR, f'call ptr asm "", "=r,0"(ptr {pointer})')
