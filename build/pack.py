@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from pocketlm.build import locator
+from pocketlm.build import locator, macho
 from pocketlm.build.locator import PAGE, Packed, Section, copy, digest
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.stored import store, unstore
@@ -22,7 +22,7 @@ from pocketlm.errors import FileError
 from pocketlm.export.atomic import replacing_file
 from pocketlm.runtime.gguf import open_gguf
 
-WINDOWS_LIMIT = 1 << 32  # Windows loads no executable of 4 GB or more
+LIMIT = 1 << 32  # of Windows' loader, and of the 32-bit sizes in a Mach-O
 SLACK = 1 << 24  # bytes that filling rows up and the record may add, for the check of the disk's free space
 
 _MACHINES = {  # ELF's and PE's numbers of processors
@@ -77,7 +77,7 @@ def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callab
         n_bytes = model.stat().st_size + stub.boot + stub.program[1] + SLACK
         _check_size(stub, model, n_bytes - SLACK)
         with replacing_file(out, n_bytes) as part:
-            with _reporting_changes(model), open(part, "x+b") as file, open(stub.path, "rb") as program:
+            with _reporting(model, stub.path), open(part, "x+b") as file, open(stub.path, "rb") as program:
                 copy(program, 0, stub.boot, file)
                 file.write(bytes(-stub.boot % PAGE))
                 start = file.tell()
@@ -104,7 +104,7 @@ def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path)
     persona = change(from_bytes(packed.read("persona"), packed.path))
     reference, sections = packed.read("reference"), packed.sections
     with replacing_file(out, packed.path.stat().st_size) as part:
-        with _reporting_changes(packed.path), open(packed.path, "rb") as old, open(part, "x+b") as file:
+        with _reporting(packed.path, packed.path), open(packed.path, "rb") as old, open(part, "x+b") as file:
             copy(old, 0, sections["original"].end, file)
             program = sections["program"]
             _finish(file, dict(sections), reference, persona, (old, program.offset, program.length))
@@ -140,6 +140,13 @@ def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, pers
     file.write(locator.locator(sections))
     copy(source, offset, length, file)
     file.truncate()
+    end = file.tell()
+    file.seek(0)
+    boot = file.read(sections["boot"].length)
+    if boot.startswith(macho.MAGIC):
+        file.seek(0)
+        file.write(macho.cover(boot, end))
+    file.seek(end)
     file.flush()
 
 
@@ -152,19 +159,22 @@ def _section(file: BinaryIO, offset: int, length: int) -> Section:
 
 
 def _check_size(stub: Stub, model: Path, n_bytes: int) -> None:
-    if stub.platform.startswith("windows") and n_bytes >= WINDOWS_LIMIT:
+    system = stub.platform.partition("-")[0]
+    if system != "linux" and n_bytes >= LIMIT:
         raise FileError(
-            model, f"makes an executable of {n_bytes / 1e9:.1f} GB, and Windows runs none over 4 GB",
+            model, f"makes an executable of {n_bytes / 1e9:.1f} GB, and {system} runs none over 4 GB",
             "quantise it to fewer bits, or send the stub with the GGUF beside it, to be opened with --model",
         )  # fmt: skip
 
 
 @contextmanager
-def _reporting_changes(path: Path) -> Iterator[None]:
+def _reporting(path: Path, stub: Path) -> Iterator[None]:
     try:
         yield
     except EOFError:
         raise FileError(path, "became shorter while it was read", "try again") from None
+    except macho.UnreadableHeader as error:
+        raise FileError(stub, str(error), "use a stub made by pocketlm stub") from None
 
 
 def with_texts(persona: Persona, texts: dict[str, str | None], flags: dict[str, float]) -> Persona:

@@ -27,7 +27,7 @@ from pocketlm.runtime.native.kernels import module_texts
 from pocketlm.runtime.native.levels import host_machine
 
 PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "freeze", "pack", "stored", "command")}
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "freeze", "pack", "stored", "command", "macho")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 _SPECIFICATION = """\

@@ -17,12 +17,25 @@ def fake_stub(path: Path, *, kind: str = "linux", boot: int = 5000, archive: int
     head = {
         "linux": b"\x7fELF".ljust(18, b"\0") + struct.pack("<H", 62),
         "windows": b"MZ".ljust(60, b"\0") + struct.pack("<I", 64) + b"PE\0\0" + struct.pack("<H", 0x8664),
-        "macos": b"\xcf\xfa\xed\xfe" + struct.pack("<I", 0x0100000C),
+        "macos": mach_o(boot),
     }[kind]
     noise = random.Random(boot)
     program = noise.randbytes(archive) + COOKIE.pack(b"MEI\x0c\x0b\x0a\x0b\x0e", archive + COOKIE.size, 0, 0, 311, b"libpython")
     path.write_bytes(head + noise.randbytes(boot - len(head)) + program)
     return path
+
+
+def mach_o(boot: int) -> bytes:
+    """A Mach-O header for Apple's processors: a __LINKEDIT that ends with the boot loader, its strings, a signature."""
+    commands = [
+        struct.pack("<II16sQQQQIIII", 0x19, 72, b"__TEXT", 0, 4096, 0, 4096, 5, 5, 0, 0),
+        struct.pack("<II16sQQQQIIII", 0x19, 72, b"__LINKEDIT", 4096, 16384, 4096, boot - 4096, 1, 1, 0, 0),
+        struct.pack("<IIIIII", 0x2, 24, 4096, 2, 4200, 300),
+        struct.pack("<IIII", 0x1D, 16, 4500, boot - 4500),
+        struct.pack("<IIQQ", 0x80000028, 24, 64, 0),
+    ]
+    body = b"".join(commands)
+    return struct.pack("<8I", 0xFEEDFACF, 0x0100000C, 0, 2, len(commands), len(body), 0x85, 0) + body
 
 
 @cache

@@ -137,14 +137,35 @@ def test_any_system_packs_for_any_system(small, tmp_path, kind, name):
     friend = packed(small, tmp_path, kind=kind)
     assert friend.name == name
     stub = (tmp_path / "stub").read_bytes()
-    assert friend.read_bytes().startswith(stub[:5000])
+    assert kind == "macos" or friend.read_bytes().startswith(stub[:5000])
     assert friend.read_bytes().endswith(stub[5000:])
     assert open_stub(friend).platform.startswith(kind)
 
 
+def test_a_mac_finds_the_whole_file_in_its_last_segment(small, tmp_path):
+    data = packed(small, tmp_path, kind="macos").read_bytes()
+    n_commands, n_bytes = struct.unpack_from("<II", data, 16)
+    commands, at = {}, 32
+    for _ in range(n_commands):
+        number, size = struct.unpack_from("<II", data, at)
+        commands.setdefault(number, []).append(data[at : at + size])
+        at += size
+    assert at == 32 + n_bytes
+    assert sorted(commands) == [0x2, 0x19, 0x80000028]  # the signature is gone, the entry point is there
+    *_, memory, offset, length = struct.unpack_from("<II16sQQQQ", commands[0x19][1])
+    assert offset + length == len(data)
+    assert memory >= length
+    strings, n_strings = struct.unpack_from("<16xII", commands[0x2][0])
+    assert strings + n_strings == len(data)
+    wrong = fake_stub(tmp_path / "wrong", kind="macos")
+    wrong.write_bytes(wrong.read_bytes()[:20] + b"\xff" * 60 + wrong.read_bytes()[80:])
+    with pytest.raises(FileError, match=r"makes? no sense"):
+        pack(small, open_stub(wrong), tmp_path / "friend", Persona())
+
+
 def test_windows_gets_no_executable_over_four_gigabytes(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("pocketlm.build.pack.WINDOWS_LIMIT", 10_000)
-    with pytest.raises(FileError, match=r"Windows runs none over 4 GB.*--model"):
+    monkeypatch.setattr("pocketlm.build.pack.LIMIT", 10_000)
+    with pytest.raises(FileError, match=r"windows runs none over 4 GB.*--model"):
         packed(small, tmp_path, kind="windows")
     assert not list(tmp_path.glob("*friend*"))
     packed(small, tmp_path, kind="linux")
