@@ -68,6 +68,9 @@ ROWS = [
 ]
 
 
+REST = 0.3  # seconds: BLAS's and llama.cpp's threads go on spinning after a call, on the cores that the next one needs
+
+
 class Worker:
     """An engine in a process of its own."""
 
@@ -79,6 +82,8 @@ class Worker:
         self._ask({"engine": engine, "path": str(path), "threads": threads, "n_ctx": n_ctx})
 
     def seconds(self, row: Row, n: int) -> float:
+        """The time of one round, after a rest in which the last engine's threads go to sleep."""
+        time.sleep(REST)
         return float(self._ask({"task": row.task, "n": n, "filled": row.filled}))
 
     def close(self) -> None:

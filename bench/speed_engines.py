@@ -149,6 +149,8 @@ def _seconds(engine: Any, ids: np.ndarray, task: str, n: int, filled: int) -> fl
     length = engine.truncate(filled)
     for start in range(length, filled, PROMPT):
         engine.forward(ids[start : min(start + PROMPT, filled)])
+    if task == "decode":  # one token beforehand wakes the threads
+        engine.forward(ids[filled : filled + 1])
     engine.truncate(filled)
     started = time.perf_counter()
     if task == "prefill":
