@@ -314,7 +314,7 @@ def _build(name: str, text: str) -> Command:
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
-    "export": Command("Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file or an Ollama model.", _export_arguments, _export),
+    "export": Command("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export_arguments, _export),
     "pack": _build("pack", "Make one executable out of a model."),
     "unpack": _build("unpack", "Take the GGUF out of a packed executable."),
     "persona": _build("persona", "Change what a packed executable says about itself."),

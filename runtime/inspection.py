@@ -17,12 +17,16 @@ LONGEST = 100  # characters of a value that are shown
 
 
 def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
-    """Facts about a GGUF or an fp16 bin: kind, bytes, parameters, formats, metadata (long arrays as their length), tensors if asked."""
+    """Facts about a GGUF or an fp16 bin: kind, bytes, parameters, formats, metadata, tensors if asked.
+
+    Long arrays are given as their length.
+    """
     with open_model(path) as file:
         n_weights = sum(math.prod(t.shape) for t in file.tensors.values())
         n_bytes = sum(t.data.nbytes for t in file.tensors.values())
         facts: dict[str, Any] = {
-            "file": str(path), "kind": f"GGUF v{file.version}" if isinstance(file, GGUF) else "fp16 bin", "bytes": size_of(path),
+            "file": str(path), "kind": f"GGUF v{file.version}" if isinstance(file, GGUF) else "fp16 bin",
+            "bytes": size_of(path),
             "parameters": n_weights, "bits_per_weight": round(8 * n_bytes / n_weights, 3) if n_weights else None,
             "formats": dict(Counter(t.format.name for t in file.tensors.values()).most_common()),
             "metadata": {key: _plain(value) for key, value in file.metadata.items()},

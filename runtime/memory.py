@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,3 +104,10 @@ def release_pages(view: np.ndarray) -> None:
         length = (first + view.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
             base.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:
+    """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.zeros(n_bytes + alignment, np.uint8)
+    return raw[-raw.ctypes.data % alignment :][:n_bytes].view(dtype).reshape(shape)

@@ -18,7 +18,7 @@ from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import release_pages
+from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
 from pocketlm.runtime.threads import Team, set_blas_threads, share
 from pocketlm.runtime.weights import check_finite
@@ -106,7 +106,10 @@ class NumpyExecutor:
 
         def product(part: int, parts: int) -> None:
             mine = share(len(w), part, parts)
-            np.matmul(x, w[mine].T, out=y[:, mine])
+            if len(x) == 1:  # matrix times vector: matmul with one row takes a third longer
+                np.dot(w[mine], x[0], out=y[0, mine])
+            else:
+                np.matmul(x, w[mine].T, out=y[:, mine])
 
         if w.size * len(x) < SMALL:
             product(0, 1)
@@ -159,7 +162,7 @@ class NumpyExecutor:
 
     def _stack(self, tensors: list[Tensor]) -> np.ndarray:
         """The tensors below each other, dequantised: float32 (sum of rows, columns) or (n,)."""
-        out = np.empty((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), np.float32)
+        out = aligned((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), np.float32)
         start = 0
         for tensor in tensors:
             check_finite(tensor)

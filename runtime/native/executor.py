@@ -19,7 +19,7 @@ from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import release_pages
+from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.native import levels, stages
 from pocketlm.runtime.native.encode import Interleaved, Storage, encode
 from pocketlm.runtime.native.executable import NativeUnavailable
@@ -28,7 +28,7 @@ from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleaved_by
 from pocketlm.runtime.native.matrix import TILE, activation_bytes
 from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.selection import Selection
-from pocketlm.runtime.native.team import RunTeam, aligned
+from pocketlm.runtime.native.team import RunTeam
 from pocketlm.runtime.positions import alibi_slopes, rope_table
 from pocketlm.runtime.threads import Team, share
 from pocketlm.runtime.weights import check_finite

@@ -15,17 +15,11 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError
+from pocketlm.runtime.memory import aligned
 from pocketlm.runtime.native.image import Loaded
-from pocketlm.runtime.native.records import CACHE_LINE, WORKER
+from pocketlm.runtime.native.records import WORKER
 
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
-
-
-def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = CACHE_LINE) -> np.ndarray:
-    """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
-    n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.zeros(n_bytes + alignment, np.uint8)
-    return raw[-raw.ctypes.data % alignment :][:n_bytes].view(dtype).reshape(shape)
 
 
 class RunTeam:
