@@ -45,7 +45,7 @@ class Llama:
         self.silence = lib.llama_log_callback(lambda level, text, data: None)
         lib.llama_log_set(self.silence, ctypes.c_void_p(0))
         lib.llama_backend_init()
-        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        self.model: Any = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         options: Any = lib.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, PROMPT, PROMPT
         options.n_threads = options.n_threads_batch = threads
@@ -53,7 +53,8 @@ class Llama:
         self.context: Any = lib.llama_init_from_model(self.model, options)
         if not self.context:
             raise SystemExit(f"llama.cpp cannot run {path}")
-        self.n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        vocabulary: Any = lib.llama_model_get_vocab(self.model)
+        self.n_vocab = lib.llama_vocab_n_tokens(vocabulary)
         self.batch = lib.llama_batch_init(PROMPT, 0, 1)
 
     def truncate(self, length: int) -> int:

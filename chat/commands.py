@@ -25,7 +25,7 @@ class Command:
 
     argument: str
     help: str
-    run: Callable[["Chat", str], None]
+    run: Callable[["Chat", str], object]
     words: Callable[[], Iterable[str]] = tuple  # completions of the argument
 
 

@@ -123,7 +123,7 @@ class Chat:
 
     def _handle(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
-            commands.run(self, line)
+            commands.run(self, line)  # pyright: ignore[reportArgumentType]: it sees the installed package's Chat as another
         elif line.strip():
             self.ask(line[1:] if line.startswith("//") else line)
 

@@ -145,6 +145,6 @@ def _onnx_runner(model: CanonicalModel, path: Path) -> Runner:
 
     def run(ids: np.ndarray) -> np.ndarray:
         feed = {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64), **past}
-        return session.run(["logits"], feed)[0][0]
+        return np.asarray(session.run(["logits"], feed)[0])[0]
 
     return run

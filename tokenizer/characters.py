@@ -46,7 +46,7 @@ def from_table(path: object, ids: Mapping[str, int]) -> Tokenizer:
     """The tokenizer of a table character → id. FileError for ids that are no ids or given twice."""
     tokens = place_tokens(path, ids)
     types = bytearray(NORMAL if len(token) == 1 else CONTROL if token else UNUSED for token in tokens)
-    roles = {role: next((ids[name] for name in names if name in ids), None) for role, names in _ROLES.items()}
+    roles: dict[str, Any] = {role: next((ids[name] for name in names if name in ids), None) for role, names in _ROLES.items()}
     if roles["unk_id"] is not None:
         types[roles["unk_id"]] = UNKNOWN
     return Characters(make_vocabulary(path, tokens, bytes(types), **roles))

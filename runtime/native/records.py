@@ -6,6 +6,8 @@ and positions, nothing else.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 CACHE_LINE = 64
@@ -60,5 +62,5 @@ WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8"
 
 
 def offset(dtype: np.dtype, name: str) -> int:
-    assert dtype.fields is not None
-    return dtype.fields[name][1]
+    fields: Any = dtype.fields
+    return fields[name][1]
