@@ -136,20 +136,23 @@ class Model:
 
     def set_threads(self, n_threads: int) -> None:
         """Run on `n_threads` from now on; what is in the KV cache is computed again."""
-        self.n_threads, backend = check_threads(n_threads), self.backend
-        self.executor.close()
-        self._start(backend)
+        self._restart(self.backend, check_threads(n_threads))
 
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
         if backend not in BACKENDS:
             raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-        before = self.backend
+        self._restart(backend, self.n_threads)
+
+    def _restart(self, backend: str, n_threads: int) -> None:
+        before = self.backend, self.n_threads
         self.executor.close()
+        self.n_threads = n_threads
         try:
             self._start(backend)
         except BaseException:  # it cannot run here: the one that did goes on
-            self._start(before)
+            backend, self.n_threads = before
+            self._start(backend)
             raise
 
     def close(self) -> None:
