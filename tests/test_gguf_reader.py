@@ -125,6 +125,17 @@ def test_string_arrays_of_every_kind_come_back(strings):
     assert parse(file_bytes(key("a", "array of string", strings)), PATH).metadata["a"] == strings
 
 
+@pytest.mark.parametrize("odd", [None, "", "\0" * 9, "a\0\0\0\0\0\0\0b", "x" * 255, "y" * 256, "z" * 70000])
+def test_an_odd_string_among_ten_thousand_plain_ones_changes_no_other(odd):
+    rng = np.random.default_rng(3)
+    strings = ["w" * n for n in rng.integers(1, 40, 10_000)]
+    for at in rng.integers(0, 10_000, 0 if odd is None else 3):
+        strings[at] = odd
+    gguf = parse(file_bytes(key("a", "array of string", strings), key("b", "u8", 7)), PATH)
+    assert gguf.metadata["a"] == strings
+    assert gguf.metadata["b"] == 7
+
+
 def test_two_halves_of_a_character_in_neighbouring_strings_are_not_utf8():
     gguf = parse(file_bytes(key("a", "array of string", [b"\xc4", b"\x9f"])), PATH)
     with pytest.raises(FileError, match="entry 0"):

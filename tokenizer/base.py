@@ -53,7 +53,7 @@ class Vocabulary:
 def make_vocabulary(
     path: object,
     tokens: Sequence[str],
-    types: bytes,
+    types: bytes | bytearray,
     *,
     bos_id: int | None = None,
     eos_id: int | None = None,
@@ -62,10 +62,12 @@ def make_vocabulary(
     adds_bos: bool = False,
     strip_left: Iterable[int] = (),
     strip_right: Iterable[int] = (),
+    ends_are_control: bool = False,
 ) -> Vocabulary:
     """Check the parts of a vocabulary against each other; FileError names what does not fit.
 
-    Tokens with an empty text are holes: ids that exist and stand for nothing.
+    Tokens with an empty text are holes: ids that exist and stand for nothing. `ends_are_control`: tokens that are written
+    like an end of turn are control tokens, whatever `types` says.
     """
     if not tokens:
         raise FileError(path, "its vocabulary is empty")
@@ -84,10 +86,14 @@ def make_vocabulary(
     for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends)):
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise FileError(path, f"{what} token id {token_id} is not in the vocabulary of {len(tokens)}")
-    named = (index[text] for text in END_OF_TURN if text in index)
+    named = [index[text] for text in END_OF_TURN if text in index]
+    if ends_are_control:
+        types = bytearray(types)
+        for i in named:
+            types[i] = CONTROL
     ends |= {i for i in named if types[i] in (CONTROL, USER_DEFINED)}
     return Vocabulary(
-        tokens, types, index, bos_id, eos_id, unk_id, frozenset(i for i in ends if i is not None), adds_bos,
+        tokens, bytes(types), index, bos_id, eos_id, unk_id, frozenset(i for i in ends if i is not None), adds_bos,
         frozenset(strip_left), frozenset(strip_right),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
-from pocketlm.tokenizer.base import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalize import NORMAL_FORMS, NormalForm, Rules
@@ -108,27 +108,28 @@ def _types(keys: Keys, n_tokens: int) -> bytearray:
 
 
 def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool, unk_id: int | None = None) -> Vocabulary:
-    if keys.text(_OURS + "kind") == "":  # tokens that end a turn are often exported as text; llama.cpp, too, corrects that
-        for token in set(END_OF_TURN).intersection(tokens):
-            types[tokens.index(token)] = CONTROL
     wanted = {name: keys.number(f"{_GGML}{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
     return make_vocabulary(
         keys.path,
         tokens,
-        bytes(types),
+        types,
         bos_id=wanted["bos"],
         eos_id=wanted["eos"],
         unk_id=unk_id if wanted["unknown"] is None else wanted["unknown"],
         end_ids=(wanted["eot"], wanted["eom"]),
         adds_bos=keys.flag(_GGML + "add_bos_token", adds_bos),
         strip_right=_stripping(keys, tokens, types),
+        ends_are_control=not keys.text(_OURS + "kind"),  # they are often exported as text; llama.cpp, too, corrects that
     )
 
 
 def _stripping(keys: Keys, tokens: list[str], types: bytearray) -> list[int]:
     if not any(name in keys.text("general.name").lower() for name in _STRIPPING_MODELS):
         return []
-    return [i for i, kind in enumerate(types) if kind not in (NORMAL, BYTE) and tokens[i] not in _NOT_STRIPPING]
+    return [
+        i for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if (kind not in (NORMAL, BYTE) or token in END_OF_TURN) and token not in _NOT_STRIPPING
+    ]  # fmt: skip
 
 
 def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:

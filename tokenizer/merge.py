@@ -51,8 +51,8 @@ def rank_table(
     path: object, text_of: Callable[[int], str], index: dict[str, int], merges: Sequence[str], stride: int
 ) -> MergeTable:
     """The table of a list of merges "left right", the best first. FileError where they do not fit `index`."""
-    _check_merges(path, index, merges)
     ranks = dict(zip(merges, range(len(merges)), strict=True))
+    _check_merges(path, index, merges, ranks)
 
     def resolve(left: int, right: int) -> int:
         first, second = text_of(left), text_of(right)
@@ -62,7 +62,7 @@ def rank_table(
     return MergeTable(stride, resolve)
 
 
-def _check_merges(path: object, index: dict[str, int], merges: Sequence[str]) -> None:
+def _check_merges(path: object, index: dict[str, int], merges: Sequence[str], ranks: dict[str, int]) -> None:
     """FileError unless each merge is two pieces, there once, and what it gives is in the vocabulary.
 
     In bulk first, because a vocabulary has 50,000 of them and the user waits. (A merge of a piece that is not in the
@@ -70,7 +70,7 @@ def _check_merges(path: object, index: dict[str, int], merges: Sequence[str]) ->
     """
     lines = "\n".join(merges)
     merged = lines.replace(" ", "").split("\n")
-    if lines.count(" ") == len(merged) == len(set(merges)) == len(merges) and index.keys() >= set(merged):
+    if lines.count(" ") == len(merged) == len(ranks) == len(merges) and all(map(index.__contains__, merged)):
         return
     seen = set()
     for i, merge in enumerate(merges):
