@@ -26,11 +26,11 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.formats import FORMATS, Format, by_gguf_type, dequantize
+from pocketlm.runtime.gguf_strings import Buffer, decode, find_bounds
 
 _BROKEN = "it is damaged or not complete, download it again"
 _MAX_ENTRIES = 1 << 15  # keys, or tensors: the largest published models have a few thousand
 _MAX_STRINGS = 1 << 21  # in all arrays together: the largest vocabularies have 800,000 with their merges
-_STRINGS_AT_ONCE = 4096
 _MAX_KEY_BYTES = 65535
 _MAX_TENSOR_NAME_BYTES = 64
 _MAX_ALIGNMENT = 1 << 20
@@ -163,7 +163,7 @@ def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | No
     return parse(buffer, path)
 
 
-def parse(buffer: mmap.mmap | memoryview | bytes, path: Path) -> GGUF:
+def parse(buffer: Buffer, path: Path) -> GGUF:
     """Check a GGUF file that is already in memory or mapped; `path` is for error messages. Raises FileError."""
     header = _Header(buffer, path)
     version = _check_magic(header)
@@ -181,7 +181,7 @@ def parse(buffer: mmap.mmap | memoryview | bytes, path: Path) -> GGUF:
 class _Header:
     """A place in the file, moving forward; nothing is read before it is known to be inside the file."""
 
-    def __init__(self, buffer: mmap.mmap | memoryview | bytes, path: Path):
+    def __init__(self, buffer: Buffer, path: Path):
         self.buffer, self.path, self.size, self.at = buffer, path, len(buffer), 0
         self.strings_left = _MAX_STRINGS
 
@@ -211,54 +211,14 @@ class _Header:
             self.fail(f"it claims {count} {what} where at most {most} are possible")
         return count
 
-    def skip_strings(self, count: int, what: str) -> np.ndarray:
-        """Pass over `count` strings; where each begins (its length comes first), and at last where they end: int64."""
+    def skip_strings(self, count: int, what: str) -> np.ndarray | None:
+        """Pass over `count` strings; `find_bounds` of them."""
         if count > (most := min(self.strings_left, (self.size - self.at) // 8)):
             self.fail(f"{what} claims {count} strings where at most {most} are possible")
         self.strings_left -= count
-        bounds = np.empty(count + 1, np.int64)
-        bounds[0] = self.at
-        for first in range(0, count, _STRINGS_AT_ONCE):
-            part = bounds[first : first + _STRINGS_AT_ONCE + 1]
-            if not _bounds_at_once(self.buffer, part) and not _bounds_one_by_one(self.buffer, part):
-                self.at = self.size
-                self.skip(1, what)
-        self.at = int(bounds[count])
+        bounds = find_bounds(self.buffer, self.at, count)
+        self.skip((self.size + 1 if bounds is None else int(bounds[-1])) - self.at, what)
         return bounds
-
-
-def _bounds_at_once(buffer: mmap.mmap | memoryview | bytes, bounds: np.ndarray) -> bool:
-    """Fill `bounds` from its first entry on, as `skip_strings` returns them; False where that takes a loop.
-
-    Opening a model waits for this, and a loop over 100,000 strings takes ten times as long. Where strings have 1 to 255
-    bytes and no NUL, as those of vocabularies, seven zeros in a row are the end of a length; that each string ends where
-    the next begins proves the guess.
-    """
-    count, at = len(bounds) - 1, int(bounds[0])
-    for length in (count * 24, count * 64):
-        part = np.frombuffer(buffer, np.uint8, min(length, len(buffer) - at), at)
-        zeros = part[1:] == 0
-        for more in (1, 2, 3):  # 2, 4, at last 7 in a row
-            zeros = zeros[:-more] & zeros[more:]
-        starts = np.flatnonzero(zeros)[:count]
-        if len(starts) == count:
-            ends = starts + part[starts] + 8
-            if starts[0] or ends[-1] > len(part) or not np.array_equal(starts[1:], ends[:-1]):
-                return False
-            bounds[1:] = ends + at
-            return True
-    return False
-
-
-def _bounds_one_by_one(buffer: mmap.mmap | memoryview | bytes, bounds: np.ndarray) -> bool:
-    """Fill `bounds` from its first entry on; False where a string goes on beyond the end of the file."""
-    at, unpack = int(bounds[0]), _STRUCTS["Q"].unpack_from
-    for i in range(1, len(bounds)):
-        if len(buffer) - at < 8 or (length := unpack(buffer, at)[0]) > len(buffer) - at - 8:
-            return False
-        at += 8 + length
-        bounds[i] = at
-    return True
 
 
 def _check_magic(header: _Header) -> int:
@@ -402,7 +362,7 @@ def _read_tensor_entry(header: _Header, what: str, alignment: int) -> tuple[tupl
 class _Place:
     """Where a value is: `count` items of `item_type` (bytes, for a single string) from byte `start`.
 
-    `bounds`: of an array of strings, what `skip_strings` returned.
+    `bounds`: of an array of strings, `find_bounds` of them.
     """
 
     item_type: int
@@ -415,7 +375,7 @@ class _Place:
 class _Metadata(Mapping[str, Any]):
     """The keys of a file; a value is decoded when it is first asked for."""
 
-    def __init__(self, buffer: mmap.mmap | memoryview | bytes, path: Path):
+    def __init__(self, buffer: Buffer, path: Path):
         self._buffer, self._path = buffer, path
         self.places: dict[str, _Place] = {}
         self._values: dict[str, Any] = {}
@@ -444,27 +404,14 @@ class _Metadata(Mapping[str, Any]):
     def _strings(self, place: _Place, key: str) -> list[str]:
         buffer, bounds = self._buffer, place.bounds
         assert bounds is not None
-        # Every length becomes one NUL, so one `decode` and one `split` make all strings: 2/3 of the time of a loop
-        packed = np.frombuffer(buffer, np.uint8, int(bounds[-1]) - place.start, place.start).copy()
-        lengths = bounds[:-1] - place.start
-        packed[lengths] = 0
-        keep = np.ones(len(packed), bool)
-        for i in range(1, 8):
-            keep[lengths + i] = False
-        try:
-            strings = packed[keep].tobytes().decode().split("\0")[1:]
-        except UnicodeDecodeError:
-            strings = []
-        if len(strings) == place.count:
-            return strings
-        # One of them holds a NUL itself or is not UTF-8, and then the error is to say which
-        return [
+        strings = decode(buffer, bounds)
+        return strings if strings is not None else [
             _text(buffer, start + 8, end - start - 8, self._path, f"entry {i} of {_quoted(key)}")
             for i, (start, end) in enumerate(pairwise(bounds.tolist()))
-        ]
+        ]  # fmt: skip
 
 
-def _text(buffer: mmap.mmap | memoryview | bytes, start: int, length: int, path: Path, what: str) -> str:
+def _text(buffer: Buffer, start: int, length: int, path: Path, what: str) -> str:
     try:
         return str(buffer[start : start + length], "utf-8")
     except UnicodeDecodeError:
