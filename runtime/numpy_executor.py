@@ -94,11 +94,12 @@ class NumpyExecutor:
     def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
         x = state[op.x]
         if op.kind == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        scale = 1 / np.sqrt(np.einsum("nw,nw->n", x, x)[:, None] / x.shape[1] + np.float32(op.eps))
-        state[op.out] = x * scale * self._rows(op.weight)
+            x = x - np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[1])
+        variance = np.einsum("nw,nw->n", x, x)[:, None] / np.float32(x.shape[1])
+        y = state[op.out] = x * self._rows(op.weight)
+        y /= np.sqrt(variance + np.float32(op.eps))
         if op.bias:
-            state[op.out] += self._rows(op.bias)
+            y += self._rows(op.bias)
 
     def _linear(self, op: P.Linear | P.Logits, state: dict[str, np.ndarray]) -> None:  # [n, n_in] -> [n, n_out]
         w, x = self._weights[op.matrix.weights], state[op.x]
@@ -130,21 +131,21 @@ class NumpyExecutor:
         hyper, qkv, start = self.hyper, state[op.qkv], self.cache.length
         n, t, group = len(qkv), start + len(qkv), hyper.n_head // hyper.n_kv_head
         q = qkv[:, : hyper.q_width].reshape(n, hyper.n_kv_head, group, hyper.head_dim)
-        k, v = np.split(qkv[:, hyper.q_width :].reshape(n, 2 * hyper.n_kv_head, hyper.head_dim), 2, axis=1)
+        kv = qkv[:, hyper.q_width :].reshape(n, 2, hyper.n_kv_head, hyper.head_dim)
         keys, values = self.cache.keys[op.layer], self.cache.values[op.layer]
-        keys[:, start:t], values[:, start:t] = k.swapaxes(0, 1), v.swapaxes(0, 1)  # [n_kv_head, n, head_dim]
+        keys[:, start:t], values[:, start:t] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)  # [n_kv_head, n, head_dim]
         q = q.transpose(1, 2, 0, 3).reshape(hyper.n_kv_head, group * n, hyper.head_dim)  # heads of a group share keys
         scores = q @ keys[:, :t].swapaxes(1, 2)  # [n_kv_head, group * n, t]
         scores *= np.float32(1 / math.sqrt(hyper.head_dim))
         scores = scores.reshape(hyper.n_head, n, t)
-        distance = np.arange(t) - np.arange(start, t)[:, None]  # [n, t]; above zero is the future
-        if self._slopes is not None:
-            scores += self._slopes[:, None, None] * distance.astype(np.float32)
-        if n > 1:
+        if n > 1 or self._slopes is not None:
+            distance = np.arange(t) - np.arange(start, t)[:, None]  # [n, t]; above zero is the future
+            if self._slopes is not None:
+                scores += self._slopes[:, None, None] * distance.astype(np.float32)
             scores[:, distance > 0] = -np.inf
-        scores -= scores.max(-1, keepdims=True)
+        scores -= np.maximum.reduce(scores, -1, keepdims=True)
         np.exp(scores, out=scores)
-        scores /= scores.sum(-1, keepdims=True)
+        scores /= np.add.reduce(scores, -1, keepdims=True)
         mix = scores.reshape(hyper.n_kv_head, group * n, t) @ values[:, :t]  # [n_kv_head, group * n, head_dim]
         mix = mix.reshape(hyper.n_head, n, hyper.head_dim).swapaxes(0, 1)
         state[op.out] = mix.reshape(n, hyper.q_width)
