@@ -41,9 +41,10 @@ def check_threads(n_threads: int | None) -> int:
     return n_threads
 
 
-def share(total: int, part: int, parts: int) -> slice:
-    """The slice of range(total) that `part` of `parts` takes."""
-    return slice(total * part // parts, total * (part + 1) // parts)
+def share(total: int, part: int, parts: int, lead: int = 0) -> slice:
+    """The slice of range(total) that `part` of `parts` takes; the first part takes `lead` (at most total) more."""
+    rest = total - lead
+    return slice(lead + rest * part // parts if part else 0, lead + rest * (part + 1) // parts)
 
 
 class Team:
