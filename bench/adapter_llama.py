@@ -1,0 +1,96 @@
+"""llama.cpp through llama-cpp-python: `llama_decode` called directly, and `Llama.create_completion` for what a user sees.
+
+The settings are those of llama.cpp's own bench tool: mapped file, repacked weights, one thread count for prompts and
+tokens, batches of 512, float16 KV cache, no timers. With flash attention, which is what llama.cpp chooses by itself,
+prompts and short contexts are faster; without it, decoding after a few hundred tokens is: each is a row of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any, cast
+
+import llama_cpp as package
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+from pocketlm.errors import PocketlmError
+
+BATCH = 512
+
+
+class Llama:
+    def __init__(self, path: str, n_threads: int, n_ctx: int, flash: bool = True):
+        self._path, self._threads, self._n_ctx, self._length = path, n_threads, n_ctx, 0
+        self._flash, self._user = flash, cast(Any, None)
+        self._silence = lib.llama_log_callback(lambda level, text, data: None)
+        lib.llama_log_set(self._silence, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        self._model: Any = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        options: Any = lib.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = n_ctx, BATCH, BATCH
+        options.n_threads = options.n_threads_batch = n_threads
+        options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        options.no_perf = True
+        self._context: Any = lib.llama_init_from_model(self._model, options) if self._model else None
+        if not self._context:
+            raise PocketlmError("llama.cpp does not run this file")
+        vocabulary: Any = lib.llama_model_get_vocab(self._model)
+        self._n_vocab = lib.llama_vocab_n_tokens(vocabulary)
+        self._memory: Any = lib.llama_get_memory(self._context)
+        self._batch = lib.llama_batch_init(BATCH, 0, 1)
+        features = lib.llama_print_system_info().decode().replace("CPU :", "").replace(" = 1", "").split("|")
+        self.facts = {
+            "version": f"llama-cpp-python {package.__version__}",
+            "build": " ".join(name.strip() for name in features).strip(),
+            "settings": f"n_threads = n_threads_batch = {n_threads}, n_batch = n_ubatch = {BATCH}, flash attention "
+            f"{'on' if flash else 'off'}, float16 KV cache, no_perf",
+        }
+
+    def truncate(self, length: int) -> None:
+        self._length = length
+        lib.llama_memory_seq_rm(self._memory, 0, length, -1)
+
+    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
+        parts = []
+        for start in range(0, len(ids), BATCH):
+            block = ids[start : start + BATCH].tolist()
+            last = start + BATCH >= len(ids)
+            self._decode(block, rows == "all", last)
+            if rows == "all":
+                parts.append(self._rows(lib.llama_get_logits(self._context), len(block)).copy())
+        return np.concatenate(parts) if parts else self._rows(lib.llama_get_logits_ith(self._context, -1), 1)
+
+    def _decode(self, block: list[int], every: bool, last: bool) -> None:
+        batch = self._batch
+        batch.n_tokens = len(block)
+        for i, token in enumerate(block):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self._length + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, every or (last and i == len(block) - 1)
+        if lib.llama_decode(self._context, batch):
+            raise PocketlmError(f"llama_decode failed at position {self._length}")
+        self._length += len(block)
+
+    def _rows(self, logits: Any, n: int) -> np.ndarray:
+        """llama.cpp's own memory as an array [n, n_vocab]."""
+        content = (ctypes.c_float * (n * self._n_vocab)).from_address(ctypes.addressof(logits.contents))
+        return np.frombuffer(content, np.float32).reshape(n, self._n_vocab)
+
+    def complete(self, text: str, n_tokens: int) -> tuple[int, float]:
+        if self._user is None:
+            self._user = package.Llama(
+                self._path, n_ctx=self._n_ctx, n_threads=self._threads, n_threads_batch=self._threads, n_batch=BATCH,
+                flash_attn=self._flash, verbose=False,
+            )  # fmt: skip
+        self._user.reset()
+        started = time.perf_counter()
+        done = self._user.create_completion(text, max_tokens=n_tokens, temperature=0, stream=False)
+        return done["usage"]["completion_tokens"], time.perf_counter() - started
+
+    def close(self) -> None:
+        if self._user is not None:
+            self._user.close()
+        lib.llama_batch_free(self._batch)
+        lib.llama_free(self._context)
+        lib.llama_model_free(self._model)

@@ -1,0 +1,97 @@
+"""`pocketlm bench`: its arguments, and what it prints. Tables go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError, UsageError
+
+QUICK = {"rounds": 2, "tokens": 8, "prompts": (32,), "depths": (0,), "user_rounds": 1, "user_tokens": 16}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `pocketlm bench`."""
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL",
+        help="a model file, smollm2, or a shape with random weights: 48M-Q4_0, 48M-Q8_0, 48M-F16, 1.3B-class-Q4_0",
+    )  # fmt: skip
+    parser.add_argument("--backends", metavar="A,B", help="only these, as native,llama.cpp; default: all that are installed")
+    parser.add_argument("--threads", type=int, metavar="N", help="of every backend; default: the number of physical cores")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every task (default 5)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens decoded in a round (default 16)")
+    parser.add_argument("--prompts", metavar="N,M", help="lengths of prompts (default 32,256)")
+    parser.add_argument("--depths", metavar="N,M", help="tokens in the cache before decoding (default 0,512)")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="a request that takes longer has hung (default 180)")
+    parser.add_argument("--quick", action="store_true", help="two short rounds: does it work?")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object; bench/README.md has its schema")
+    form.add_argument("--markdown", action="store_true", help="tables for a README")
+    form.add_argument("--csv", action="store_true", help="a line a model and backend")
+    parser.add_argument("--save", metavar="FILE", help="write the JSON object to this file too")
+    parser.add_argument("--from", dest="saved", metavar="FILE", help="show a saved JSON object again instead of measuring")
+    parser.add_argument("--plot", metavar="FILE", help="draw bars into a .png, .svg or .pdf")
+    parser.add_argument("--compare", metavar="FILE", help="a saved JSON object: say what got slower since")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, or read what was measured; print. Raises PocketlmError for everything that goes wrong."""
+    from pocketlm.bench import compare, plot, report, schema
+
+    if bool(arguments.models) == bool(arguments.saved):
+        raise UsageError("bench: name a model to measure (as smollm2), or a saved result with --from")
+    old = schema.read(Path(arguments.compare)) if arguments.compare else None
+    if arguments.plot:
+        plot.require()
+    result = schema.read(Path(arguments.saved)) if arguments.saved else _measure(arguments)
+    if arguments.save:
+        try:
+            Path(arguments.save).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FileError(arguments.save, f"cannot be written ({error.strerror})", "name another file") from None
+    if arguments.plot:
+        plot.plot(result, Path(arguments.plot))
+    extra = [compare.compare(result, old)] if old else []
+    if arguments.json:
+        print(json.dumps(result))
+    elif arguments.csv:
+        print(report.comma_separated(result))
+    else:
+        print(report.markdown(result, extra) if arguments.markdown else report.terminal(result, extra))
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    from pocketlm.bench import run as measuring
+    from pocketlm.bench.protocol import choose
+    from pocketlm.runtime.threads import check_threads
+
+    backends = choose(arguments.backends)
+    given = {name: getattr(arguments, name) for name in ("rounds", "tokens", "time_limit")}
+    given |= {name: _numbers(name, getattr(arguments, name)) for name in ("prompts", "depths")}
+    for name, value in given.items():
+        least = min(value) if isinstance(value, tuple) else value
+        if least is not None and least < (0 if name == "depths" else 1):
+            raise UsageError(f"--{name.replace('_', '-')} {least}: expected {0 if name == 'depths' else 1} or more")
+    chosen = {**(QUICK if arguments.quick else {}), **{name: value for name, value in given.items() if value is not None}}
+    settings = measuring.Settings(threads=check_threads(arguments.threads), **chosen)
+    paths = [_find(name) for name in arguments.models]
+    return measuring.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"--{name} {text}: expected whole numbers with commas between them, as 32,512") from None
+
+
+def _find(name: str) -> Path:
+    """A model file by its path or short name, a shape by its name."""
+    from pocketlm.bench import convert, shapes
+    from pocketlm.model import find_model
+
+    return shapes.find(name, convert.folder()) if name in shapes.NAMES and not Path(name).exists() else find_model(name)

@@ -1,0 +1,138 @@
+"""A model file as the other libraries want it: ONNX, or PyTorch's own format, in a cache keyed by the file's content.
+
+The same weights go everywhere: the dequantised values of the file, in float32 (int8 is what onnxruntime makes of those).
+Converting runs in a child process (worker.py); the parent only looks whether the result is there already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.native.code_cache import cache_folder
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+FIRST_ROW = "first_row"  # input of a converted ONNX model: the first position whose logits are wanted
+SOURCES = ("bench/convert.py", "export/to_onnx.py", "export/onnx_file.py", "export/onnx_store.py")
+
+
+class Kind(NamedTuple):
+    suffix: str
+    write: Callable[[Path, Path], None]
+
+
+def folder() -> Path:
+    """Where conversions and made-up shapes are kept. Raises PocketlmError where the user has no cache folder."""
+    found = cache_folder()
+    if found is None:
+        raise PocketlmError("there is no cache folder for converted models; set POCKETLM_CACHE to a folder")
+    path = found / "bench"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PocketlmError(f"{path}: cannot be made ({error.strerror}); set POCKETLM_CACHE to another folder") from None
+    return path
+
+
+def target(path: Path, kind: str) -> Path:
+    """Where the conversion of this file's content by this version of the converter is, or is to be put."""
+    digest = hashlib.sha256(kind.encode())
+    root = Path(__file__).resolve().parents[1]
+    for source in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with open(source, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    for name in SOURCES:
+        digest.update((root / name).read_bytes())
+    return folder() / f"{path.stem}-{digest.hexdigest()[:24]}{KINDS[kind].suffix}"
+
+
+def _onnx(quant: str) -> Callable[[Path, Path], None]:
+    def write(path: Path, out: Path) -> None:
+        import onnx
+
+        from pocketlm.export.export import export
+        from pocketlm.export.from_model_file import read_model_file
+
+        part = out.with_name(f"part-{out.name}")
+        export(read_model_file(path), path, part, container="onnx", quant=quant)
+        model = onnx.load(part, load_external_data=False)
+        _logits_from(model)
+        onnx.save(model, part)
+        part.replace(out)
+
+    return write
+
+
+def _logits_from(model: ModelProto) -> None:
+    """Give the graph an input FIRST_ROW and let it compute logits from that position on only.
+
+    The file as exported computes them for the whole prompt, which nobody who generates needs: a fifth of SmolLM2's work.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    node = makers["logits"]
+    while node.op_type not in ("MatMul", "MatMulInteger", "DynamicQuantizeMatMul"):
+        node = next(makers[name] for name in node.input if name in makers)
+    if node.op_type == "MatMulInteger":
+        node = makers[node.input[0]]  # the rounding of its input
+    x, rows = node.input[0], "wanted_rows"
+    for name, value in (("rows_end", 1 << 62), ("rows_axis", 1)):
+        graph.initializer.append(numpy_helper.from_array(_ints(value), name))
+    graph.input.append(helper.make_tensor_value_info(FIRST_ROW, TensorProto.INT64, [1]))
+    cut = helper.make_node("Slice", [x, FIRST_ROW, "rows_end", "rows_axis"], [rows], name=rows)
+    for user in graph.node:
+        for i, name in enumerate(user.input):
+            if name == x:
+                user.input[i] = rows
+    place = next(i for i, made in enumerate(graph.node) if x in made.output)
+    graph.node.insert(place + 1, cut)
+    graph.output[0].type.tensor_type.shape.dim[1].dim_param = "rows"
+
+
+def _ints(value: int) -> Any:
+    import numpy as np
+
+    return np.array([value], np.int64)
+
+
+def _torch(path: Path, out: Path) -> None:
+    """Every tensor in float32 as PyTorch saves them, the matrices of one product stacked under joined names."""
+    import torch
+
+    from pocketlm.runtime.hyper import read_hyper
+    from pocketlm.runtime.model_file import open_model
+    from pocketlm.runtime.plan import Linear, Logits, make_plan
+
+    part = out.with_name(f"part-{out.name}")
+    with open_model(path) as opened:
+        shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
+        plan = make_plan(read_hyper(opened.metadata, shapes["token_embd.weight"][0], path), shapes, path)
+        weights = {name: torch.from_numpy(tensor.to_float32().copy()) for name, tensor in opened.tensors.items()}
+        for matrix in (op.matrix for op in plan.ops if isinstance(op, Linear | Logits)):
+            stacked, pairs = "+".join(matrix.weights), list(zip(matrix.weights, matrix.biases, strict=True))
+            if any(matrix.biases):
+                weights[f"{stacked}:bias"] = torch.cat([weights[b] if b else torch.zeros(shapes[w][0]) for w, b in pairs])
+            rows = [weights[name] for name in matrix.weights]
+            weights[f"{stacked}:T"] = torch.cat(rows).T.contiguous()  # [n_in, n_out]: a token's product is a quarter faster
+        for name in {name for op in plan.ops if isinstance(op, Linear | Logits) for name in op.matrix.weights}:
+            if name != "token_embd.weight":
+                del weights[name]
+        metadata = {key: opened.metadata[key] for key in opened.metadata if not key.startswith("tokenizer.")}
+        plain = {key: value for key, value in metadata.items() if isinstance(value, str | int | float)}
+        torch.save({"weights": weights, "shapes": shapes, "metadata": plain}, part)
+    part.replace(out)
+
+
+KINDS = {
+    "onnx-f32": Kind("-f32.onnx", _onnx("f32")),
+    "onnx-int8": Kind("-int8.onnx", _onnx("int8")),
+    "torch": Kind(".pt", _torch),
+}

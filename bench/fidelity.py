@@ -1,0 +1,105 @@
+"""How faithful an executor is to a file's weights, format by format: KL divergence from the exact forward pass.
+
+    python bench/fidelity.py MODEL.gguf [--text FILE] [--tokens 5000] [--formats q4_0,q8_0]
+
+The model is exported to every format; the NumPy executor computes each file's weights exactly (float32), and the native
+executor and llama.cpp are compared with that, over the same windows of the same text: what rounding activations costs, not
+what rounding weights does. Prints a Markdown table. The default text comes with Python: the topics of its `help()`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pocketlm
+from pocketlm.export.export import export
+from pocketlm.export.from_model_file import read_model_file
+from pocketlm.export.rules import QUANTS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from agreement import log_softmax
+from llama_reference import LlamaReference
+
+WINDOW = 500
+
+
+class Divergence:
+    """Sums over the positions of a text: KL divergence, the worst one, first choices, and both perplexities."""
+
+    def __init__(self) -> None:
+        self.kl, self.n, self.same, self.nats, self.exact_nats, self.n_predicted = 0.0, 0, 0, 0.0, 0.0, 0
+
+    def add(self, exact: np.ndarray, other: np.ndarray, ids: np.ndarray) -> None:
+        """Logits [n, n_vocab] of ids [n]."""
+        for at in range(0, len(ids), 64):  # float64 of 64 rows at a time
+            p, q = log_softmax(exact[at : at + 64]), log_softmax(other[at : at + 64])
+            self.kl += float((np.exp(p) * (p - q)).sum())
+            self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            self.n += len(p)
+            targets = ids[at + 1 : at + 1 + len(p)]
+            rows = np.arange(len(targets))
+            self.nats -= float(q[rows, targets].sum())
+            self.exact_nats -= float(p[rows, targets].sum())
+            self.n_predicted += len(targets)
+
+    @property
+    def row(self) -> str:
+        off = float(np.expm1((self.nats - self.exact_nats) / self.n_predicted))
+        return f"{self.kl / self.n:.1e} | {self.same / self.n:.2%} | {off:+.3%}"
+
+    @property
+    def exact_perplexity(self) -> float:
+        return float(np.exp(self.exact_nats / self.n_predicted))
+
+
+def divergences(path: Path, windows: list[np.ndarray], threads: int | None) -> dict[str, Divergence]:
+    """Of the native executor and of llama.cpp from the exact forward pass of the file's weights."""
+    result = {"native": Divergence(), "llama.cpp": Divergence()}
+    with pocketlm.load(path, "numpy", threads, WINDOW) as exact, pocketlm.load(path, "native", threads, WINDOW) as native:
+        with LlamaReference(path, WINDOW + 12, native.n_threads) as llama:
+            others: dict[str, Any] = {"native": native, "llama.cpp": llama}
+            for ids in windows:
+                reference = exact.logits(ids)
+                for name, divergence in result.items():
+                    divergence.add(reference, others[name].logits(ids), ids)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--tokens", type=int, default=5000)
+    parser.add_argument("--formats", default=",".join(QUANTS))
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.text:
+        text = options.text.read_text(encoding="utf-8")
+    else:
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics[name] for name in sorted(topics))
+    ids = np.array(pocketlm.tokenizer.load(options.model).encode(text)[: options.tokens], np.int32)
+    windows = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
+    print(f"{options.model.name}, {len(ids)} positions in windows of {WINDOW}\n", file=sys.stderr)
+    print("| weights | exact perplexity | native: KL | same first choice | perplexity | llama.cpp: KL | same first choice | perplexity |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for quant in options.formats.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{quant}.gguf")
+            export(read_model_file(options.model), options.model, path, quant=quant)
+            found = divergences(path, windows, options.threads)
+            gc.collect()
+        native, llama = found["native"], found["llama.cpp"]
+        print(f"| {quant} | {native.exact_perplexity:.3f} | {native.row} | {llama.row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

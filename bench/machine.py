@@ -1,0 +1,132 @@
+"""The machine that figures come from: its processor, memory, versions, what it reads from memory a second, its energy.
+
+Also the reference loops: work that always takes the same time on a quiet machine, timed between the rounds.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm import __version__
+from pocketlm.runtime.memory import available_bytes
+from pocketlm.runtime.threads import default_threads, set_blas_threads
+
+PACKAGES = ("numpy", "llvmlite", "llama-cpp-python", "onnxruntime", "torch")
+POWERCAP = Path("/sys/class/powercap")  # Linux's RAPL counters, microjoules; since 2020 for root only by default
+
+
+def describe() -> dict[str, Any]:
+    """What a reader needs to know of the machine."""
+    return {
+        "cpu": _cpu(),
+        "cores": default_threads(),
+        "memory_free_bytes": available_bytes(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {"pocketlm": __version__, **{name: found for name in PACKAGES if (found := _version(name))}},
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "energy": joules() is not None,
+    }
+
+
+def line(facts: dict[str, Any]) -> str:
+    """The machine for a person."""
+    load = ", ".join(f"{x:.1f}" for x in facts["load_average"]) if facts["load_average"] else "unknown"
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    where = f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}"
+    return f"{where}, Python {facts['python']}, {packages}; load average {load}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def bandwidth(n_threads: int) -> float:
+    """Bytes a second that `n_threads` can read from memory: the best of NumPy's sum and copy (which reads and writes)."""
+    size = 128 << 20
+    sources = [np.ones(size // 4, np.float32) for _ in range(n_threads)]
+    targets = [np.ones_like(source) for source in sources]
+    jobs: list[tuple[Callable[[int], object], int]] = [
+        (lambda i: np.dot(sources[i], targets[i]), 2 * size),
+        (lambda i: np.add.reduce(sources[i].view(np.int64)), size),
+        (lambda i: np.copyto(targets[i], sources[i]), 2 * size),
+    ]
+    best = 0.0
+    for job, n_bytes in jobs:
+        for _ in range(5):
+            threads = [threading.Thread(target=job, args=(i,)) for i in range(n_threads)]
+            started = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            best = max(best, n_bytes * n_threads / (time.perf_counter() - started))
+    return best
+
+
+def joules(root: Path = POWERCAP) -> float | None:
+    """What all processor packages have used since some moment; None where the machine does not tell, or not this user.
+
+    The counters start again from zero every few minutes to hours: a difference below zero is to be thrown away.
+    """
+    packages = [path for path in root.glob("intel-rapl:*") if path.name.count(":") == 1]  # AMD's have this name too
+    try:
+        return sum(int((path / "energy_uj").read_text()) for path in packages) / 1e6 if packages else None
+    except (OSError, ValueError):
+        return None
+
+
+class Steady:
+    """Two loops that always do the same, one in the caches and one in memory: they show what else the machine was doing."""
+
+    def __init__(self) -> None:
+        self._small = np.random.default_rng(0).random((384, 384), np.float32)
+        self._large = np.ones(16 << 20, np.float32)
+        self.times: dict[str, list[float]] = {"compute": [], "memory": []}
+
+    def check(self) -> None:
+        set_blas_threads(1)  # BLAS's own threads would spin on while the next backend is measured
+        self._time("compute", lambda: self._small @ self._small, 20)
+        self._time("memory", lambda: np.add.reduce(self._large.view(np.int64)), 3)
+
+    def _time(self, name: str, work: Callable[[], object], times: int) -> None:
+        started = time.perf_counter()
+        for _ in range(times):
+            work()
+        self.times[name].append(time.perf_counter() - started)
+
+    @property
+    def drift(self) -> float:
+        """How much longer the slowest tenth of the loops took than the fastest, of the two the worse: 1.0 is steady."""
+        return max((_drift(times) for times in self.times.values()), default=1.0)
+
+    @property
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.times.items() if times}
+
+
+def _drift(times: Iterable[float]) -> float:
+    times = list(times)
+    return statistics.quantiles(times, n=10)[-1] / min(times) if len(times) > 1 else 1.0

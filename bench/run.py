@@ -1,0 +1,307 @@
+"""The measuring: every backend in a process of its own, task by task, round by round, A B C A B C.
+
+In: model files, rows of the table of backends, settings. Out: one plain dict, the result that schema.py describes.
+A backend that is missing, lacks memory, crashes, hangs or says no gets its row with the reason; the others go on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm.bench import convert, machine, summary
+from pocketlm.bench.agreement import compare
+from pocketlm.bench.processes import Failure, Worker
+from pocketlm.bench.protocol import BACKENDS, Backend
+from pocketlm.bench.schema import NAME, VERSION
+from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.export.verify import TEXT
+from pocketlm.runtime import memory
+from pocketlm.runtime.hyper import Hyper, read_hyper
+from pocketlm.runtime.model_file import open_model, size_of
+from pocketlm.runtime.plan import Linear, Logits, make_plan
+from pocketlm.tokenizer import from_metadata
+
+Say = Callable[[str], None]
+USER_TEXT = "Once upon a time"
+DRIFT = 1.10  # reference loops this much slower than their best mean that the machine was busy
+UNSTEADY = 0.05  # a median that another run may miss by more than this share
+DECODED = 32  # tokens of the text that are computed one by one for the agreement, as generation does
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. `pass_seconds`: a fast backend repeats a round's work until it has worked this long."""
+
+    rounds: int = 5
+    tokens: int = 16  # decoded in a round
+    prompts: tuple[int, ...] = (32, 256)
+    depths: tuple[int, ...] = (0, 512)  # tokens in the cache before decoding begins
+    threads: int = 1
+    time_limit: float = 180.0  # seconds for one request to a backend
+    pass_seconds: float = 0.2
+    user_rounds: int = 2
+    user_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model file and what the parent needs to know of it."""
+
+    path: Path
+    name: str
+    hyper: Hyper
+    n_parameters: int
+    bytes_per_token: int  # of the matrices that every decoded token reads
+    ids: list[int]  # the fixed text, or random ids where the vocabulary does not take it
+    takes_text: bool
+
+
+def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings, say: Say) -> dict[str, Any]:
+    """Measure every model on every backend. Raises PocketlmError only for what no backend could do anything about."""
+    subjects = [open_subject(path) for path in paths]
+    for subject in subjects:
+        _fitting(subject, settings)
+    facts, steady = machine.describe(), machine.Steady()
+    say("measuring the memory's bandwidth")
+    facts |= {"threads": settings.threads, "bandwidth": machine.bandwidth(settings.threads)}
+    models = [bench_model(subject, backends, settings, steady, facts["bandwidth"], say) for subject in subjects]
+    loops = {"drift": steady.drift, "medians": steady.medians}
+    return {
+        "schema": NAME, "version": VERSION, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": facts,
+        "settings": {**asdict(settings), "prompts": list(settings.prompts), "depths": list(settings.depths)},
+        "reference_loop": loops, "warnings": list(_warnings(loops["drift"], models)), "models": models,
+    }  # fmt: skip
+
+
+def open_subject(path: Path) -> Subject:
+    """Read what there is to know of a model file. Raises FileError."""
+    with open_model(path) as opened:
+        if "token_embd.weight" not in opened.tensors:
+            raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
+        shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
+        hyper = read_hyper(opened.metadata, shapes["token_embd.weight"][0], path)
+        matrices = [op.matrix for op in make_plan(hyper, shapes, path).ops if isinstance(op, Linear | Logits)]
+        read = sum(opened.tensors[name].data.nbytes for matrix in matrices for name in matrix.weights)
+        tokenizer = from_metadata(opened.metadata, path)
+        try:
+            ids, takes_text = tokenizer.encode(TEXT, bos=tokenizer.adds_bos), bool(tokenizer.encode(USER_TEXT))
+        except PocketlmError:  # a vocabulary of single characters may lack some of these
+            ids, takes_text = np.random.default_rng(2).integers(0, hyper.n_vocab, 192).tolist(), False
+        count = sum(int(np.prod(shape)) for shape in shapes.values())
+        return Subject(path, path.stem, hyper, count, read, ids[: hyper.n_ctx], takes_text)
+
+
+def _fitting(subject: Subject, settings: Settings) -> tuple[list[int], list[int]]:
+    """The prompts and depths that fit into the model's context. Raises UsageError where none do."""
+    n_ctx = subject.hyper.n_ctx
+    prompts = sorted({n for n in settings.prompts if n <= n_ctx})
+    depths = sorted({depth for depth in settings.depths if depth + settings.tokens <= n_ctx})
+    if not prompts or not depths:
+        raise UsageError(f"{subject.path} has a context of {n_ctx} tokens: give shorter --prompts, --depths or --tokens")
+    return prompts, depths
+
+
+class Row:
+    """One backend on one model: its result, and its process as long as it does what it is asked."""
+
+    def __init__(self, backend: Backend, limit: float):
+        self.backend, self._limit, self._worker = backend, limit, None
+        self.result: dict[str, Any] = {"name": backend.name, "status": "ok", "reason": ""}
+
+    @property
+    def alive(self) -> bool:
+        return self._worker is not None
+
+    def start(self, subject: Subject, settings: Settings, n_ctx: int, say: Say) -> None:
+        """Convert the model if need be, and load it."""
+        with self._marking():
+            if self.backend.missing:
+                raise Failure("missing", f"{' and '.join(self.backend.missing)} not installed; get it with: {self.backend.get}")
+            self._require_memory(subject, n_ctx)
+            path = subject.path
+            if self.backend.reads != "gguf":
+                path = self._converted(subject, settings, say)
+            say(f"{subject.name}: loading {self.backend.name}")
+            self.result["file_bytes"] = size_of(path)
+            self._worker = Worker(settings.threads, self.backend.environment)
+            answer = self.ask(
+                "load", adapter=self.backend.adapter, path=str(path), threads=settings.threads, n_ctx=n_ctx,
+                n_vocab=subject.hyper.n_vocab, options=dict(self.backend.options),
+            )  # fmt: skip
+            if answer is not None:
+                self.result |= {key: answer[key] for key in ("load_seconds", "first_token_seconds", "peak_bytes", "facts")}
+                self.completes = answer["completes"]
+
+    def ask(self, job: str, **arguments: Any) -> dict[str, Any] | None:
+        """The backend's answer; None, and the reason in its row, where it fails."""
+        assert self._worker is not None
+        with self._marking():
+            return self._worker.ask(job, self._limit, **arguments)
+        return None
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    @contextmanager
+    def _marking(self) -> Iterator[None]:
+        try:
+            yield
+        except PocketlmError as error:
+            status = error.status if isinstance(error, Failure) else "failed"
+            self.result |= {"status": status, "reason": str(error)}
+            self.close()
+
+    def _require_memory(self, subject: Subject, n_ctx: int) -> None:
+        weights = subject.n_parameters * self.backend.bytes_per_weight
+        weights += size_of(subject.path) * self.backend.bytes_per_file_byte
+        cache = 2 * 4 * subject.hyper.n_layer * subject.hyper.kv_width * n_ctx if weights else 0
+        try:
+            memory.require(subject.path, lambda _: (int(weights), cache, 0), n_ctx)
+        except FileError as error:
+            raise Failure("no memory", error.problem) from None
+
+    def _converted(self, subject: Subject, settings: Settings, say: Say) -> Path:
+        out = convert.target(subject.path, self.backend.reads)
+        self.result["converted"] = {"kind": self.backend.reads, "seconds": None}
+        if not out.exists():
+            say(f"{subject.name}: converting to {self.backend.reads} for {self.backend.name}, once; kept as {out}")
+            started, worker = time.perf_counter(), Worker(settings.threads)
+            try:
+                worker.ask("convert", self._limit, kind=self.backend.reads, path=str(subject.path), out=str(out))
+            finally:
+                worker.close()
+            self.result["converted"]["seconds"] = time.perf_counter() - started
+        return out
+
+
+def bench_model(
+    subject: Subject, backends: Sequence[Backend], settings: Settings, steady: machine.Steady, bandwidth: float, say: Say
+) -> dict[str, Any]:
+    """One model on every backend."""
+    prompts, depths = _fitting(subject, settings)
+    n_ctx = min(max(*prompts, depths[-1] + settings.tokens, len(subject.ids), 256), subject.hyper.n_ctx)
+    rows = [Row(backend, settings.time_limit) for backend in backends]
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            stack.callback(row.close)
+            row.start(subject, settings, n_ctx, say)
+        for n in prompts:
+            say(f"{subject.name}: prompt of {n} tokens")
+            _measure(rows, settings, steady, "prefill", str(n), n=n)
+        for depth in reversed(depths):  # the deepest first: a cache is filled once and then cut
+            say(f"{subject.name}: decoding after {depth} tokens")
+            _measure(rows, settings, steady, "decode", str(depth), n=settings.tokens, depth=depth)
+        say(f"{subject.name}: agreement")
+        _compare(rows, subject, settings, n_ctx, Path(folder))
+        if subject.takes_text:
+            say(f"{subject.name}: what a user sees")
+            _complete(rows, settings, steady)
+    for row in rows:
+        row.result["decode"] = dict(sorted(row.result.get("decode", {}).items(), key=lambda item: int(item[0])))
+    return {
+        "name": subject.name, "architecture": subject.hyper.architecture, "parameters": subject.n_parameters,
+        "file_bytes": size_of(subject.path), "bytes_per_token": subject.bytes_per_token,
+        "bound": bandwidth / subject.bytes_per_token, "n_ctx": n_ctx, "backends": [row.result for row in rows],
+    }  # fmt: skip
+
+
+def _measure(rows: list[Row], settings: Settings, steady: machine.Steady, job: str, key: str, **arguments: Any) -> None:
+    """One task, in rounds that go from backend to backend; the figures go into the rows."""
+    for row in rows:
+        if row.alive:  # caches warm, clocks up, everything compiled
+            row.ask(job, **{**arguments, "n": min(arguments["n"], 2) if job == "decode" else arguments["n"]}, at_least=0.0)
+    answers: dict[str, list[dict[str, Any]]] = {row.backend.name: [] for row in rows}
+    for _ in range(settings.rounds):
+        steady.check()
+        for row in rows:
+            if row.alive and (answer := row.ask(job, **arguments, at_least=settings.pass_seconds)) is not None:
+                answers[row.backend.name].append(answer)
+                row.result["peak_bytes"] = answer["peak_bytes"]
+    for row in rows:
+        if row.alive:
+            row.result.setdefault(job, {})[key] = _figures(job, arguments["n"], answers[row.backend.name])
+
+
+def _figures(job: str, n: int, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens per second of the rounds as one figure, latencies of single tokens, energy."""
+    tokens = [len(answer["seconds"]) * (n if job == "prefill" else 1) for answer in answers]
+    figures = summary.summarize([count / sum(answer["seconds"]) for count, answer in zip(tokens, answers, strict=True)])
+    if job == "decode":
+        figures["latency_ms"] = summary.latency([x for answer in answers for x in answer["seconds"]])
+    joules = [
+        answer["joules"] / count
+        for count, answer in zip(tokens, answers, strict=True)
+        if answer["joules"] is not None and answer["joules"] >= 0
+    ]
+    figures["joules_per_token"] = summary.summarize(joules)["median"] if joules else None
+    return figures
+
+
+def _compare(rows: list[Row], subject: Subject, settings: Settings, n_ctx: int, folder: Path) -> None:
+    """Every backend's logits on the fixed text beside those of the float32 executor."""
+    ids, n_prompt = subject.ids, max(len(subject.ids) - DECODED, 1)
+
+    def logits(row: Row) -> np.ndarray | None:
+        out = folder / "logits.npy"
+        return np.load(out) if row.ask("logits", ids=ids, n_prompt=n_prompt, out=str(out)) is not None else None
+
+    reference = next((row for row in rows if row.alive and row.backend is BACKENDS["numpy"]), None)
+    own = reference is None
+    if reference is None:
+        reference = Row(BACKENDS["numpy"], settings.time_limit)
+        reference.start(subject, settings, n_ctx, lambda line: None)
+    exact = logits(reference) if reference.alive else None
+    if own:
+        reference.close()
+    for row in rows:
+        if row.alive and exact is None:
+            row.result["agreement"] = {"agrees": None, "reason": f"no reference: {reference.result['reason']}"}
+        elif row.alive and exact is not None:
+            found = exact if row is reference else logits(row)
+            if found is not None:
+                agreement = row.result["agreement"] = compare(exact, found, ids)
+                if not agreement["agrees"]:
+                    row.result |= {"status": "disagrees", "reason": agreement["reason"]}
+
+
+def _complete(rows: list[Row], settings: Settings, steady: machine.Steady) -> None:
+    """Tokens per second of the libraries' own calls that complete a text."""
+    speeds: dict[str, list[float]] = {}
+    completing = [row for row in rows if row.alive and row.completes]
+    for i in range(settings.user_rounds + 1):
+        steady.check()
+        for row in completing:
+            if not row.alive:
+                continue
+            answer = row.ask("complete", text=USER_TEXT, n_tokens=settings.user_tokens)
+            if answer is not None and i > 0 and answer["tokens"]:  # the first is the warm-up
+                speeds.setdefault(row.backend.name, []).append(answer["tokens"] / answer["seconds"])
+    for row in completing:
+        if row.alive and row.backend.name in speeds:
+            row.result["user"] = summary.summarize(speeds[row.backend.name])
+
+
+def _warnings(drift: float, models: list[dict[str, Any]]) -> Iterator[str]:
+    if drift > DRIFT:
+        yield f"the reference loop was up to {drift - 1:.0%} slower than its best: the machine was busy or slowed down"
+    for model in models:
+        for row in model["backends"]:
+            unsteady = [
+                f"{job} {key}" for job in ("prefill", "decode") for key, figures in row.get(job, {}).items()
+                if figures["uncertainty"] > UNSTEADY
+            ]  # fmt: skip
+            if unsteady:
+                yield (
+                    f"{model['name']}, {row['name']}: another run may differ by more than {UNSTEADY:.0%} in "
+                    f"{', '.join(unsteady)}"
+                )

@@ -1,0 +1,81 @@
+"""Every backend computes the same model: logits of a prompt, of single tokens and after a truncation, on tiny models."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import write_model
+
+from pocketlm.bench import convert
+from pocketlm.bench.protocol import BACKENDS, Backend
+
+N_CTX = 64
+CLOSE = {"native": 0.9999, "llama.cpp": 0.999, "llama.cpp no-flash": 0.999, "onnxruntime int8": 0.99}  # the others: float32
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"arch": "gpt2"},
+    "llama": {"arch": "llama", "n_kv_head": 2, "format": "Q8_0"},
+    "refact": {"arch": "refact", "n_kv_head": 1, "n_ff": 128},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny.gguf", n_ctx=N_CTX, **SHAPES[request.param])
+
+
+def adapter(backend: Backend, path: Path) -> Any:
+    for package in backend.packages:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    if backend.reads != "gguf":
+        out = path.with_name(f"{path.stem}{convert.KINDS[backend.reads].suffix}")
+        convert.KINDS[backend.reads].write(path, out)
+        path = out
+    module, name = backend.adapter.split(":")
+    return getattr(importlib.import_module(module), name)(str(path), 1, N_CTX, **{**backend.options, "compiled": False}
+                                                          if "compiled" in backend.options else backend.options)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path) -> np.ndarray:
+    """Logits of IDS by the reference executor, from one pass."""
+    reference = adapter(BACKENDS["numpy"], model)
+    logits = reference.forward(IDS, rows="all").copy()
+    reference.close()
+    return logits
+
+
+IDS = np.random.default_rng(5).integers(0, 256, 24).astype(np.int32)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.min((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))))
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "torch compiled"])  # the eager one's code
+def test_an_adapter_computes_the_model(name: str, model: Path, exact: np.ndarray) -> None:
+    one = adapter(BACKENDS[name], model)
+    least = CLOSE.get(name, 0.99999)
+    assert cosine(one.forward(IDS[:16], rows="all"), exact[:16]) > least
+    for i in range(16, 20):
+        assert cosine(one.forward(IDS[i : i + 1]), exact[i : i + 1]) > least
+    one.truncate(8)
+    assert cosine(one.forward(IDS[8:24]), exact[23:24]) > least  # a prompt after positions that stayed
+    one.truncate(0)
+    last = one.forward(IDS[:16])
+    assert last.shape == (1, exact.shape[1])
+    assert cosine(last, exact[15:16]) > least
+    assert {"version", "build", "settings"} <= one.facts.keys()
+    one.close()
+
+
+@pytest.mark.parametrize("name", ["native", "numpy", "llama.cpp"])
+def test_what_a_user_sees_counts_the_tokens_that_were_generated(name: str, tmp_path: Path) -> None:
+    one = adapter(BACKENDS[name], write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX))
+    tokens, seconds = one.complete("in the", 5)
+    assert 1 <= tokens <= 5
+    assert seconds > 0
+    one.close()

@@ -1,0 +1,170 @@
+"""A run of `pocketlm bench` on a tiny model: whatever one backend does, its row says so and the others go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import write_model
+
+from pocketlm.bench import compare, report, run, schema
+from pocketlm.bench.protocol import BACKENDS, Backend
+from pocketlm.errors import UsageError
+
+SETTINGS = run.Settings(
+    rounds=2, tokens=4, prompts=(8, 16), depths=(0, 32), time_limit=60.0, pass_seconds=0.0, user_rounds=1, user_tokens=4
+)
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny.gguf", n_ctx=128)
+
+
+@pytest.fixture(autouse=True)
+def findable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Children import the fakes, and keep nothing in the user's cache."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+
+
+def fake(name: str, **more: Any) -> Backend:
+    return Backend(name.lower(), f"bench_fakes:{name}", **more)
+
+
+def measure(path: Path, *backends: Backend, settings: run.Settings = SETTINGS) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.machine, "bandwidth", lambda n_threads: 1e9)  # takes a second, and is not what these tests are about
+        return run.bench([path], backends, settings, lambda line: None)
+
+
+def rows_of(result: Result) -> dict[str, Result]:
+    return {row["name"]: row for row in result["models"][0]["backends"]}
+
+
+@pytest.fixture(scope="module")
+def mixed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One run with an honest backend and every kind of bad one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        missing = Backend("missing", "nowhere:Nothing", ("no_such_package",), "pip install no-such-package")
+        too_large = fake("Honest", bytes_per_weight=1e12)
+        bad = [fake(name) for name in ("Crashing", "Lying", "Nan", "Greedy", "Raising", "Chatty")]
+        huge = Backend("huge", too_large.adapter, bytes_per_weight=1e12)
+        return measure(model, BACKENDS["numpy"], *bad, missing, huge, fake("Honest"))
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("numpy", "ok", ""),
+        ("crashing", "crashed", "SIGSEGV in prefill"),
+        ("lying", "disagrees", "cosine"),
+        ("nan", "disagrees", "NaN"),
+        ("greedy", "no memory", "the memory ran out"),
+        ("raising", "failed", "ValueError: a long story"),
+        ("missing", "missing", "pip install no-such-package"),
+        ("huge", "no memory", "MB for weights"),
+        ("chatty", "ok", ""),
+        ("honest", "ok", ""),
+    ],
+)
+def test_a_row_says_what_became_of_its_backend(mixed: Result, name: str, status: str, reason: str) -> None:
+    row = rows_of(mixed)[name]
+    assert row["status"] == status
+    assert reason in row["reason"]
+    assert "\n" not in row["reason"]
+    assert (set(row.get("decode", {})) == {"0", "32"}) == (status in ("ok", "disagrees"))
+
+
+def test_a_backend_that_hangs_is_ended_at_the_time_limit(model: Path) -> None:
+    settings = run.Settings(**{**vars(SETTINGS), "time_limit": 8.0})
+    rows = rows_of(measure(model, fake("Hanging"), fake("Honest"), settings=settings))
+    assert rows["hanging"]["status"] == "hung"
+    assert "no answer to decode within 8 s" in rows["hanging"]["reason"]
+    assert rows["honest"]["status"] == "ok"  # and its agreement was checked without a numpy row
+    assert rows["honest"]["agreement"]["cosine"] == pytest.approx(1.0)
+
+
+def test_figures_are_tokens_over_the_seconds_of_the_forward_pass(model: Path) -> None:
+    slow = fake("Honest", options={"seconds": 0.02})
+    row = rows_of(measure(model, slow))["honest"]
+    assert row["decode"]["0"]["median"] <= 50  # 20 ms and a little more a token
+    assert row["prefill"]["16"]["median"] < 16 / 0.02
+    assert row["decode"]["32"]["latency_ms"]["p50"] >= 20
+    assert row["first_token_seconds"] >= row["load_seconds"] + 0.02
+
+
+def test_a_round_goes_through_all_backends_before_the_next_begins(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    ask = run.Row.ask
+
+    def recording(row: run.Row, job: str, **arguments: Any) -> Result | None:
+        asked.append((job, row.backend.name))
+        return ask(row, job, **arguments)
+
+    monkeypatch.setattr(run.Row, "ask", recording)
+    measure(model, Backend("a", "bench_fakes:Honest"), Backend("b", "bench_fakes:Honest"))
+    decoded = [name for job, name in asked if job == "decode"]
+    assert decoded == ["a", "b"] * 2 * (SETTINGS.rounds + 1)  # two depths; the first pass of each is the warm-up
+
+
+def test_the_result_has_the_documented_form_and_survives_json(mixed: Result, tmp_path: Path) -> None:
+    saved = tmp_path / "result.json"
+    saved.write_text(json.dumps(mixed))
+    assert schema.problem(mixed) is None
+    assert schema.read(saved) == json.loads(json.dumps(mixed))
+
+
+def test_every_form_of_the_report_shows_every_backend(mixed: Result) -> None:
+    for text in (report.plain(mixed), report.markdown(mixed), report.terminal(mixed), report.comma_separated(mixed)):
+        for name in rows_of(mixed):
+            assert name in text
+        assert "pip install no-such-package" in text
+
+
+def test_a_run_beside_itself_has_not_changed(mixed: Result) -> None:
+    assert compare.compare(mixed, mixed).rows == []
+
+
+def test_a_model_too_short_for_every_depth_is_wrong_usage(model: Path) -> None:
+    with pytest.raises(UsageError, match="context of 128"):
+        measure(model, settings=run.Settings(prompts=(512,), depths=(2000,)))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pocketlm", "bench", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_an_unknown_backend_is_wrong_usage(model: Path) -> None:
+    done = command(str(model), "--backends", "native,warp")
+    assert done.returncode == 2
+    assert "'warp' is unknown" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--prompts", "a"], ["--rounds", "0"], ["--depths", "-1"], ["--threads", "0"], ["--from", "x", "y"]]
+)
+def test_wrong_arguments_are_one_line_and_status_2(model: Path, arguments: list[str]) -> None:
+    done = command(*([str(model)] if arguments and arguments[0] != "--from" else []), *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_measures_saves_shows_again_and_compares(model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    options = ["--quick", "--rounds", "1", "--backends", "numpy", "--threads", "1"]
+    done = command(str(model), *options, "--json", "--save", str(saved))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(saved.read_text())
+    shown = command("--from", str(saved), "--markdown", "--compare", str(saved))
+    assert shown.returncode == 0, shown.stderr
+    assert "| numpy |" in shown.stdout
+    assert "figures compared" in shown.stdout
