@@ -5,6 +5,12 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 """
 
 
+def quoted(name: object) -> str:
+    """A name from a file for an error message: one line, printable, of bounded length."""
+    text = str(name)
+    return ascii(text if len(text) <= 100 else text[:97] + "...")[1:-1]
+
+
 class PocketlmError(Exception):
     """The work failed for a reason outside the program: one line for the user, exit status 1."""
 

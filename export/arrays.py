@@ -16,16 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, quoted
 
 Buffer = Any  # mmap.mmap or bytes
 MAX_DIMS = 8
-
-
-def quoted(name: object) -> str:
-    """A name from a file for an error message: one line, printable, of bounded length."""
-    text = str(name)
-    return ascii(text if len(text) <= 100 else text[:97] + "...")[1:-1]
 
 
 def _bfloat16(values: np.ndarray) -> np.ndarray:  # uint16: the upper half of a float32

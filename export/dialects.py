@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import LazyTensor, quoted
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
 from pocketlm.export.model_config import ModelConfig
@@ -149,6 +149,11 @@ DIALECTS = (
         "Hugging Face Llama",
         (r"(.*\.)?layers\.N\.self_attn\.[qv]\w*_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
         {"norm": "rms", "rope_pairs": "half"},
+    ),
+    Dialect(
+        "pocketlm's trainer",
+        (r"tok_emb\.weight", r"layers\.N\.attn_norm\.weight", r"layers\.N\.attn\.q_proj\.weight", r"out_norm\.weight"),
+        {"rope_pairs": "half"},
     ),
     Dialect("decoder with usual names", ()),
 )  # fmt: skip

@@ -24,8 +24,9 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.encode import Encoded, Encoder, Progress
 from pocketlm.export.fp16_bin import write_fp16_bin
 from pocketlm.export.gguf_writer import write_gguf
-from pocketlm.export.metadata import file_metadata, stock_notes
+from pocketlm.export.metadata import file_metadata
 from pocketlm.export.rules import QUANTS, by_shape, head_name
+from pocketlm.export.stock import stock_notes
 from pocketlm.runtime.fp16_bin import CONFIG, VOCAB, WEIGHTS
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
@@ -166,6 +167,7 @@ CONTAINERS = {
     "ollama": Container(_ollama, _GGUF_QUANTS),
 }
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
 
 
 def container_for(out: Path, asked: str | None) -> str:
@@ -173,6 +175,8 @@ def container_for(out: Path, asked: str | None) -> str:
     by_name = ENDINGS.get(out.suffix.lower())
     if asked is not None and asked not in CONTAINERS:
         raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}")
+    if asked is None and (suffix := out.suffix.lower()) in CHECKPOINTS:
+        raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
     if asked in ("fp16", "ollama") and by_name:
         raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")
     return asked or by_name or "fp16"

@@ -5,23 +5,33 @@ In: a GGUF or an fp16 bin. Out: a `CanonicalModel` that keeps every key of the f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from pocketlm.errors import FileError
+from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.checkpoint import Checkpoint
+from pocketlm.export.layout import interleaving, reordered
 from pocketlm.runtime.fp16_bin import is_fp16_bin
-from pocketlm.runtime.gguf import GGUF
+from pocketlm.runtime.gguf import GGUF, INTERLEAVED
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this is a GGUF or an fp16 bin, by its first bytes or the names in it."""
+    """Whether this is a GGUF, a packed executable or an fp16 bin, by its first bytes or the names in it."""
+    from pocketlm.build.locator import find, is_program
+
     try:
         with open(path, "rb") as file:
-            return file.read(4) == b"GGUF"
+            start = file.read(4)
     except OSError:
         return is_fp16_bin(path)
+    return start == b"GGUF" or (is_program(path) and find(path) is not None)
 
 
 def read_model_file(path: Path) -> CanonicalModel:
@@ -31,6 +41,27 @@ def read_model_file(path: Path) -> CanonicalModel:
         raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
     hyper = read_hyper(opened.metadata, opened.tensors["token_embd.weight"].shape[0], path)
     tensors = {name: CanonicalTensor(tensor.shape, tensor.to_float32) for name, tensor in opened.tensors.items()}
+    metadata = {key: value for key, value in opened.metadata.items() if key != INTERLEAVED}
     formats = sorted({tensor.format.name for tensor in opened.tensors.values()} - {"F32", "F16", "BF16"})
     notes = [f"{path.name} was quantised already ({', '.join(formats)}): what that lost stays lost"] if formats else []
-    return CanonicalModel(hyper, tensors, dict(opened.metadata), "GGUF" if isinstance(opened, GGUF) else "fp16 bin", notes)
+    model = CanonicalModel(hyper, tensors, metadata, "GGUF" if isinstance(opened, GGUF) else "fp16 bin", notes)
+    return replace(model, remake=lambda change: _remade(model, path, change))
+
+
+def _remade(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
+    """The model with its tensors changed; `change` sees them with the rows in the order of Hugging Face's checkpoints."""
+    hyper = model.hyper
+    order: dict[str, np.ndarray] = {}
+    if hyper.architecture == "llama" and hyper.rope and hyper.rope.pairs == "interleaved":
+        for part, n_heads in (("q", hyper.n_head), ("k", hyper.n_kv_head)):
+            rows = interleaving(n_heads, hyper.head_dim, hyper.rope.n_dims)
+            order |= {f"blk.{i}.attn_{part}.weight": rows for i in range(hyper.n_layer)}
+    shown = {name: reordered(t, np.argsort(order[name])) if name in order else t for name, t in model.tensors.items()}
+    before = {name: LazyTensor(name, t.shape, "float32", t.read) for name, t in shown.items()}
+    after = change(Checkpoint(path, before, {}, (path,))).tensors
+    tensors = dict(model.tensors)
+    for name, tensor in after.items():
+        if tensor is not before[name]:
+            changed = CanonicalTensor(tensor.shape, tensor.read)
+            tensors[name] = reordered(changed, order[name]) if name in order else changed
+    return replace(model, tensors=tensors)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import LazyTensor, quoted
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.model_config import ModelConfig
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
@@ -60,9 +60,8 @@ def interleaving(n_heads: int, head_dim: int, n_dims: int) -> np.ndarray:
 
 
 def arrange(
-    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str,
-    Any],
-    dialect: str, conv1d: bool,
+    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig,
+    fixed: Mapping[str, Any], dialect: str, conv1d: bool,
 ) -> CanonicalModel:  # fmt: skip
     """The model whose tensors have the roles `found`. `fixed`: settings that the dialect's code never changes.
 

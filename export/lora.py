@@ -1,8 +1,8 @@
 """Merges a LoRA (arXiv:2106.09685) into the checkpoint it was trained on: W + scale · B A, tensor by tensor as they are read.
 
-In: a model made from a checkpoint, and the folder of an adapter as PEFT writes it (`adapter_config.json`,
-`adapter_model.safetensors`
-or `.bin`). Out: the model with the sums. Names in the adapter are the checkpoint's own.
+In: a model, and the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors` or `.bin`).
+Out: the model with the sums. Names in the adapter are the checkpoint's own; in a model file they are found by their roles,
+and the adapter's base is taken for Hugging Face's form of the model.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import LazyTensor, quoted
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint, read_json
+from pocketlm.export.dialects import role_of
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
@@ -33,10 +34,7 @@ class Pair(NamedTuple):
 
 def merge(model: CanonicalModel, folder: Path) -> CanonicalModel:
     """The model with the adapter added. Raises FileError where they do not fit, naming what does not."""
-    if model.remake is None:
-        raise FileError(
-            folder, "a LoRA is merged into a checkpoint, not into a model file", "name the checkpoint it was trained on"
-        )
+    assert model.remake, "every reader says how"
     scale, transposed, pairs = _read(folder)
 
     def change(checkpoint: Checkpoint) -> Checkpoint:
@@ -93,31 +91,26 @@ def _changed(
     """The changed tensors by their names in the base."""
     changed = {}
     for name, (a, b) in pairs.items():
-        base = next(
-            (
-                tensors[n]
-                for n in (f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight")
-                if n in tensors
-            ),
-            None,
-        )
+        own = [f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight"]
+        base = next((tensors[n] for n in (*own, role_of(own[0])) if n in tensors), None)
         if base is None:
             raise FileError(
                 folder,
                 f"it changes {quoted(name)}, which the checkpoint does not have",
                 "name the checkpoint it was trained on",
             )
+        turned = transposed and base.name in own  # a model file's are not
         if (
             len(a.shape) != 2
             or len(b.shape) != 2
             or a.shape[0] != b.shape[1]
-            or _shape(base, transposed) != (b.shape[0], a.shape[1])
+            or _shape(base, turned) != (b.shape[0], a.shape[1])
         ):
             raise FileError(
                 folder, f"its matrices for {quoted(name)} do not fit the checkpoint's", "name the checkpoint it was trained on"
             )
         changed[base.name] = replace(
-            base, read=lambda base=base, a=a, b=b: _sum(base, a, b, scale, transposed), source=(base.source, name)
+            base, read=lambda base=base, a=a, b=b, turned=turned: _sum(base, a, b, scale, turned), source=(base.source, name)
         )
     return changed
 

@@ -1,17 +1,15 @@
-"""The keys of a model file: hyper-parameters as `runtime/hyper.py` reads them, and what stock llama.cpp makes of them.
+"""The keys of a model file: hyper-parameters as `runtime/hyper.py` reads them.
 
-In: a `CanonicalModel`. Out: a dict of GGUF keys in the order they are written, and notes for the receipt. Knows no
-container: GGUF, fp16 bin and ONNX all carry these keys.
+In: a `CanonicalModel`. Out: a dict of GGUF keys in the order they are written. Knows no container: GGUF, fp16 bin and
+ONNX all carry these keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import PocketlmError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.runtime.hyper import ARCHITECTURES, OPTIONS, Hyper, Rope
 
@@ -47,10 +45,10 @@ def architecture_keys(hyper: Hyper) -> dict[str, Any]:
                 keys[f"{arch}.rope.{key}"] = value
         if rope.original_ctx != hyper.n_ctx:
             keys[f"{arch}.rope.scaling.original_context_length"] = rope.original_ctx
-    return keys | {f"pocketlm.{name}": value for name, value in _own_options(hyper).items()}
+    return keys | {f"pocketlm.{name}": value for name, value in own_options(hyper).items()}
 
 
-def _own_options(hyper: Hyper) -> dict[str, Any]:
+def own_options(hyper: Hyper) -> dict[str, Any]:
     """The options that are not what the architecture means by itself."""
     chosen = {name: getattr(hyper, name) for name in OPTIONS if name != "rope_pairs"}
     if hyper.rope:
@@ -74,43 +72,3 @@ def file_metadata(model: CanonicalModel, out: Path, file_type: int | None) -> di
     }
     order = sorted(keys, key=lambda key: (not key.startswith("general."), key != "general.architecture"))
     return {key: keys[key] for key in order}
-
-
-def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:
-    """Where stock llama.cpp, which does not read the `pocketlm.*` keys, runs the file differently: one line each."""
-    if hyper.architecture == "pocketlm":
-        return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
-    notes = []
-    own = _own_options(hyper)
-    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":
-        notes.append("stock llama.cpp computes GELU by the tanh formula where this model was trained with the exact one (erf)")
-    elif hyper.activation != ARCHITECTURES[hyper.architecture]["activation"]:
-        own["activation"] = hyper.activation
-    if own:
-        options = ", ".join(f"{name} {value}" for name, value in own.items())
-        notes.append(f"stock llama.cpp does not know {options} for {hyper.architecture}: the file runs in pocketlm only")
-    return notes + _tokenizer_notes(metadata, path)
-
-
-def _tokenizer_notes(metadata: Mapping[str, Any], path: Path) -> list[str]:
-    """The test texts of the file that get other ids when only the standard keys are read."""
-    from pocketlm.tokenizer import from_metadata
-
-    texts, ids = metadata.get("pocketlm.tokenizer.test_texts"), metadata.get("pocketlm.tokenizer.test_ids")
-    if not texts or not ids:
-        return []
-    standard = {key: value for key, value in metadata.items() if not key.startswith("pocketlm.tokenizer.")}
-    try:
-        tokenizer = from_metadata(standard, path)
-    except PocketlmError:
-        return ["stock llama.cpp cannot represent this tokenizer: use pocketlm, or tokenize elsewhere"]
-    differ = []
-    for text, expected in zip(texts, ids, strict=True):
-        try:
-            same = " ".join(map(str, tokenizer.encode(text))) == expected
-        except PocketlmError:
-            same = False
-        differ += [] if same else [repr(text)]
-    if not differ:
-        return []
-    return [f"stock llama.cpp tokenizes {len(differ)} of the {len(texts)} test texts differently: {', '.join(differ)}"]

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError, UsageError
-from pocketlm.export.arrays import quoted
+from pocketlm.errors import FileError, UsageError, quoted
 from pocketlm.runtime.hyper import OPTIONS
 
 

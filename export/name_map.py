@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import map_file, quoted
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import map_file
 
 MAX_BYTES = 1 << 24
 PARTS = (

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import Buffer, LazyTensor, Storage, quoted, view
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import Buffer, LazyTensor, Storage, view
 from pocketlm.export.zip_reader import STORED, Entry, read_zip
 
 MAX_HEADER = 10_000

@@ -130,40 +130,45 @@ def _q5_1(x: np.ndarray) -> np.ndarray:
 # ── K formats: 256 weights, scales of scales ─────────────────────────────────────────────────────────────────────────
 
 
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # [k, n], [k, n] -> [n]
+    return np.einsum("ij,ij->j", a, b)
+
+
 def _affine_search(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Scale s and minimum m, both ≥ 0, with x ≈ s·code - m for codes 0..top; x [32, n] -> [n], [n].
 
     Every offset stretches the codes over a slightly different range; given the codes, s and m are a linear regression.
+    All of it happens in units of (high - low) / top from low on, where the sums lose the fewest digits.
     """
-    size = np.float32(len(x))
-    low, high = np.minimum(x.min(0), 0), x.max(0)
-    inverse_span, shifted = _inverse(high - low), x - low
-    sum_x = x.sum(0)
-    best_scale, best_min = (high - low) / np.float32(top), -low
-    best_error = np.full_like(low, np.inf)
-    codes, product = np.empty_like(x), np.empty_like(x)
+    size, last = np.float32(len(x)), np.float32(top)
+    low = np.minimum(x.min(0), 0)
+    unit = (x.max(0) - low) / last
+    steps = (x - low) * _inverse(unit)  # 0..top
+    zero = -low * _inverse(unit)  # where the value 0 lies
+    sum_x, sum_xx = steps.sum(0), _dot(steps, steps)
+    variation = sum_xx - sum_x * sum_x / size
+    best_scale, best_start, best_error = np.ones_like(low), np.zeros_like(low), np.full_like(low, np.inf)
+    codes = np.empty_like(x)
     for offset in STRETCHES:
-        np.multiply(shifted, (np.float32(top) + offset) * inverse_span, out=codes)
+        np.multiply(steps, 1 + offset / last, out=codes)
         np.rint(codes, out=codes)
-        np.minimum(codes, np.float32(top), out=codes)
-        sum_c = codes.sum(0)
-        sum_cx = np.multiply(codes, x, out=product).sum(0)
-        sum_cc = np.multiply(codes, codes, out=product).sum(0)
-        determinant = _inverse(size * sum_cc - sum_c * sum_c)
-        scale = (size * sum_cx - sum_x * sum_c) * determinant
-        minimum = (sum_c * sum_cx - sum_cc * sum_x) * determinant
-        beyond = minimum < 0  # the format knows no minimum above zero
-        np.copyto(minimum, 0, where=beyond)
-        np.copyto(scale, sum_cx * _inverse(sum_cc), where=beyond)
-        codes *= scale
-        codes -= minimum
-        codes -= x
-        error = np.einsum("ij,ij->j", codes, codes)  # from the sums above it would drown in their rounding errors
+        if offset > 0:
+            np.minimum(codes, last, out=codes)
+        sum_c, sum_cx, sum_cc = codes.sum(0), _dot(codes, steps), _dot(codes, codes)
+        covariation = sum_cx - sum_c * sum_x / size
+        scale = covariation * _inverse(sum_cc - sum_c * sum_c / size)
+        start = (sum_x - scale * sum_c) / size
+        error = variation - scale * covariation
+        if (beyond := start > zero).any():  # the format knows no minimum above zero: a line through zero instead
+            sum_cx -= zero * sum_c
+            through = sum_cx * _inverse(sum_cc)
+            np.copyto(scale, through, where=beyond)
+            np.copyto(start, zero, where=beyond)
+            np.copyto(error, sum_xx - zero * (2 * sum_x - zero * size) - through * sum_cx, where=beyond)
         better = (error < best_error) & (scale > 0)
-        np.copyto(best_error, error, where=better)
-        np.copyto(best_scale, scale, where=better)
-        np.copyto(best_min, minimum, where=better)
-    return best_scale, best_min
+        for best, new in ((best_error, error), (best_scale, scale), (best_start, start)):
+            np.copyto(best, new, where=better)
+    return best_scale * unit, -(low + best_start * unit)
 
 
 def _affine_k(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,33 +183,39 @@ def _affine_k(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     first_scale, first_min = best_scale, best_min = tuple(
         np.minimum(np.rint(values * _inverse(unit)), 63) for values, unit in ((scales, scale_unit), (mins, min_unit))
     )
-    best_error = np.full(columns.shape[1], np.inf, np.float32)
+    best_error, inverse_min_unit = np.full(best_scale.shape, np.inf, np.float32), _inverse(min_unit)
+    sum_x, sum_xx = columns.sum(0).reshape(-1, 8), _dot(columns, columns).reshape(-1, 8)
+    codes = np.empty_like(columns)
     for change in (0, -1, 1) * 2:
         if change == 0:  # from the best place so far
             first_scale, first_min = best_scale, best_min
         six = np.clip(first_scale + np.float32(change), 0, 63)
-        scale = (scale_unit * six).reshape(-1)
-        fitted = _round_codes(columns, scale, (min_unit * first_min).reshape(-1), top)
-        fitted *= scale
-        fitted -= columns
-        mean = fitted.mean(0).reshape(-1, 8)
-        six_min = np.clip(np.rint(mean * _inverse(min_unit)), 0, 63)
-        fitted -= (min_unit * six_min).reshape(-1)
-        error = np.einsum("ij,ij->j", fitted, fitted)
+        scale = scale_unit * six
+        _round_codes(columns, scale, min_unit * first_min, top, codes)
+        sums = codes.sum(0), _dot(codes, columns), _dot(codes, codes)
+        sum_c, sum_cx, sum_cc = (values.reshape(-1, 8) for values in sums)
+        above = scale * sum_c - sum_x
+        six_min = np.clip(np.rint(above / np.float32(32) * inverse_min_unit), 0, 63)
+        minimum = min_unit * six_min
+        error = scale * (scale * sum_cc - 2 * sum_cx) + sum_xx - minimum * (2 * above - 32 * minimum)
         better = error < best_error
-        best_error = np.where(better, error, best_error)
-        best_scale, best_min = (
-            np.where(better.reshape(-1, 8), new, old) for new, old in ((six, best_scale), (six_min, best_min))
+        best_error, best_scale, best_min = (
+            np.where(better, new, old) for new, old in ((error, best_error), (six, best_scale), (six_min, best_min))
         )
-    codes = _round_codes(columns, (scale_unit * best_scale).reshape(-1), (min_unit * best_min).reshape(-1), top)
+    _round_codes(columns, scale_unit * best_scale, min_unit * best_min, top, codes)
     s, m = best_scale.astype(np.uint8), best_min.astype(np.uint8)
     packed = [s[:, :4] | (s[:, 4:] >> 4 << 6), m[:, :4] | (m[:, 4:] >> 4 << 6), (s[:, 4:] & 15) | (m[:, 4:] << 4)]
     codes = np.ascontiguousarray(codes.T.astype(np.uint8)).reshape(-1, 256)
     return np.concatenate([_half(scale_unit), _half(min_unit), *packed], axis=1), codes
 
 
-def _round_codes(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray, top: int) -> np.ndarray:
-    return np.clip(np.rint((x + minimum) * _inverse(scale)), 0, np.float32(top))
+def _round_codes(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray, top: int, out: np.ndarray) -> None:
+    """x [32, n], scale and minimum [n / 8, 8]: the codes 0..top of x ≈ scale·code - minimum, to `out`."""
+    inverse = _inverse(scale)
+    np.multiply(x, inverse.reshape(-1), out=out)
+    out += (minimum * inverse).reshape(-1)
+    np.rint(out, out=out)
+    np.clip(out, 0, np.float32(top), out=out)
 
 
 def _q4_k(x: np.ndarray) -> np.ndarray:
@@ -222,13 +233,13 @@ def _symmetric_search(x: np.ndarray, half: int) -> np.ndarray:
     largest = np.take_along_axis(x, np.abs(x).argmax(0, keepdims=True), 0)[0]
     inverse = -_inverse(largest)
     best_scale, best_gain = np.zeros_like(largest), np.zeros_like(largest)
-    codes, product = np.empty_like(x), np.empty_like(x)
+    codes = np.empty_like(x)
     for offset in STRETCHES:
         np.multiply(x, (np.float32(half) + offset) * inverse, out=codes)
         np.rint(codes, out=codes)
         np.clip(codes, np.float32(-half), np.float32(half - 1), out=codes)
-        sum_cx = np.multiply(codes, x, out=product).sum(0)
-        scale = sum_cx * _inverse(np.multiply(codes, codes, out=product).sum(0))
+        sum_cx = _dot(codes, x)
+        scale = sum_cx * _inverse(_dot(codes, codes))
         gain = scale * sum_cx  # what the fit takes from the sum of squares
         better = gain > best_gain * np.float32(1.000001)  # by more than rounding errors
         np.copyto(best_gain, gain, where=better)

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, quoted, view
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, view
 
 MAX_HEADER = 1 << 25  # a tensor takes about 100 bytes
 NAMES = {

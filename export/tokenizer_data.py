@@ -6,21 +6,16 @@ In: a tokenizer's file given by the user or found beside the checkpoint. Out: GG
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError
 from pocketlm.export.arrays import map_file
 from pocketlm.export.checkpoint import Checkpoint, read_json
-from pocketlm.tokenizer import Tokenizer, from_metadata, load
-from pocketlm.tokenizer.base import NORMAL, UNUSED
+from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
+from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE
-from pocketlm.tokenizer.characters import Characters, from_json
-from pocketlm.tokenizer.merge import NO_MERGE
-from pocketlm.tokenizer.sentencepiece_bpe import SPACE, SentencePieceBPE
+from pocketlm.tokenizer.characters import from_json
 
 NONE = "none"  # what --tokenizer says for a model without one
 BESIDE = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken")
@@ -67,9 +62,10 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if tokenizer.n_vocab > n_vocab:
         problem = f"it has {tokenizer.n_vocab} tokens, but the model's token table {n_vocab} rows"
         raise FileError(path, problem, "give the model's own tokenizer with --tokenizer FILE")
-    keys = tokenizer_keys(tokenizer, n_vocab) | _end_ids(checkpoint, tokenizer, n_vocab)
-    template = chat_template(path if path.is_dir() else path.parent)
-    return _with_tests(keys, tokenizer, path, {"tokenizer.chat_template": template} if template else {})
+    keys, notes = with_tests(to_metadata(tokenizer, n_vocab) | _end_ids(checkpoint, tokenizer, n_vocab), tokenizer, path)
+    if template := chat_template(path if path.is_dir() else path.parent):
+        keys["tokenizer.chat_template"] = template
+    return keys, notes
 
 
 def _beside(checkpoint: Checkpoint) -> Path | None:
@@ -137,101 +133,10 @@ def chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-# ── a tokenizer as keys ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── the texts that travel along ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tokenizer_keys(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
-    """The keys from which `from_metadata` makes this tokenizer again, filled up to `n_vocab` tokens."""
-    vocabulary = tokenizer.vocabulary
-    n_spare = n_vocab - tokenizer.n_vocab
-    tokens = [token or f"[UNUSED{i}]" for i, token in enumerate(vocabulary.tokens)] + [
-        f"[PAD{i}]" for i in range(tokenizer.n_vocab, n_vocab)
-    ]
-    types = np.frombuffer(vocabulary.types + bytes([UNUSED]) * n_spare, np.uint8).astype(np.int32)
-    keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    for name, token_id in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("unknown", tokenizer.unk_id)):
-        if token_id is not None:
-            keys[f"tokenizer.ggml.{name}_token_id"] = token_id
-    keys["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos
-    if isinstance(tokenizer, ByteBPE):
-        return keys | _byte_bpe_keys(tokenizer)
-    if isinstance(tokenizer, SentencePieceBPE):
-        return keys | _sentencepiece_keys(tokenizer, n_vocab)
-    assert isinstance(tokenizer, Characters)
-    return keys | _character_keys(tokens)
-
-
-def _merges(tokenizer: ByteBPE | SentencePieceBPE) -> Iterator[tuple[int, int, int, str, str]]:
-    """(rank, left id, right id, left, right) of every pair of tokens that merges."""
-    table, index = tokenizer._table, tokenizer.vocabulary.index
-    for token in tokenizer.vocabulary.tokens:
-        for i in range(1, len(token)):
-            left, right = index.get(token[:i]), index.get(token[i:])
-            if left is None or right is None:
-                continue
-            value = table[left * table.stride + right]
-            if value != NO_MERGE:
-                yield value >> 32, left, right, token[:i], token[i:]
-
-
-def _byte_bpe_keys(tokenizer: ByteBPE) -> dict[str, Any]:
-    options = tokenizer._options
-    keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": options.pre_tokenizer,
-        "tokenizer.ggml.merges": [f"{left} {right}" for *_, left, right in sorted(_merges(tokenizer))],
-        "pocketlm.tokenizer.kind": "byte_bpe",
-        "pocketlm.tokenizer.pattern_name": options.pre_tokenizer,
-        "pocketlm.tokenizer.whole_words_first": options.whole_words_first,
-    }
-    if options.space_prefix:
-        keys["tokenizer.ggml.add_space_prefix"] = True
-    if options.normal_form:
-        keys["pocketlm.tokenizer.normal_form"] = options.normal_form
-    return keys
-
-
-def _sentencepiece_keys(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
-    """Scores are written as minus the rank: the order is all that counts."""
-    options = tokenizer._options
-    scores = np.zeros(n_vocab, np.float32)
-    index = tokenizer.vocabulary.index
-    for rank, _, _, left, right in sorted(_merges(tokenizer), reverse=True):
-        scores[index[left + right]] = -rank
-    keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": options.prefix != "never",
-    }
-    if options.symbols_in_text:
-        keys["pocketlm.tokenizer.kind"] = "sentencepiece"
-    if options.collapse_spaces:
-        keys["tokenizer.ggml.remove_extra_whitespaces"] = True
-    if rules := options.rules:
-        units = np.array(rules._units, "<u4").tobytes()
-        table = len(units).to_bytes(4, "little") + units + rules._texts
-        keys["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(table, np.uint8)
-    return keys
-
-
-def _character_keys(tokens: list[str]) -> dict[str, Any]:
-    """llama.cpp's SentencePiece vocabulary does for characters that it holds; it writes a space as ▁."""
-    if SPACE not in tokens:
-        tokens = [SPACE if token == " " else token for token in tokens]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": np.zeros(len(tokens), np.float32),
-        "tokenizer.ggml.add_space_prefix": False,
-        "pocketlm.tokenizer.kind": "characters",
-    }
-
-
-def _with_tests(
-    keys: dict[str, Any], tokenizer: Tokenizer, path: Path, more: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[dict[str, Any], list[str]]:
     """The keys with test texts and their ids, and a note about texts whose ids the keys cannot give."""
     written = from_metadata(keys, path)
     texts, ids, differ = [], [], []
@@ -243,22 +148,17 @@ def _with_tests(
         else:
             differ.append(ascii(text))
     notes = [f"the tokenizer cannot be written exactly: other ids for {', '.join(differ)}"] if differ else []
-    return {**keys, "pocketlm.tokenizer.test_texts": texts, "pocketlm.tokenizer.test_ids": ids, **more}, notes
+    return {**keys, "pocketlm.tokenizer.test_texts": texts, "pocketlm.tokenizer.test_ids": ids}, notes
 
 
 def test_texts(tokenizer: Tokenizer) -> list[str]:
-    """Twenty texts that the tokenizer can encode: of a character vocabulary, with the characters it has."""
-    texts = []
-    for number, text in enumerate(TEST_TEXTS):
-        try:
-            tokenizer.encode(text)
-        except UsageError:
-            usable = [
-                token
-                for token, kind in zip(tokenizer.vocabulary.tokens, tokenizer.vocabulary.types, strict=True)
-                if kind == NORMAL
-            ]
-            known = set(usable)
-            text = "".join(c for c in text if c in known) or "".join(usable[number::7][:40])
-        texts.append(text)
+    """Twenty texts that the tokenizer can encode, the last with user-defined symbols where there are any.
+
+    Of a character vocabulary, with the characters it has.
+    """
+    vocabulary = tokenizer.vocabulary
+    usable = [vocabulary.tokens[i] for i in vocabulary.ids_of(NORMAL)]
+    texts = [tokenizer.encodable(text) or "".join(usable[number::7][:40]) for number, text in enumerate(TEST_TEXTS)]
+    if symbols := [vocabulary.tokens[i] for i in vocabulary.ids_of(USER_DEFINED)]:
+        texts[-1] = f"one {symbols[0]} two{symbols[-1]} three"
     return texts

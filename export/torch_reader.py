@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, quoted, view
-from pocketlm.export.pickle_reader import MAX_BYTES, Functions, Global, Record, check_key, read_pickle, refuse
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, view
 from pocketlm.export.zip_reader import read_zip
+from pocketlm.pickle_reader import MAX_BYTES, Functions, Global, Record, check_key, read_pickle, refuse
 
 MAX_COPIES = 1 << 22  # items, in all lists that the functions a pickle may call have to copy
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -24,20 +24,8 @@ STORAGES = {
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
     "BoolStorage": "bool", "UntypedStorage": "uint8",
 }  # fmt: skip
-_SCALARS = {
-    "f8": "d",
-    "f4": "f",
-    "f2": "e",
-    "i8": "q",
-    "i4": "i",
-    "i2": "h",
-    "i1": "b",
-    "u8": "Q",
-    "u4": "I",
-    "u2": "H",
-    "u1": "B",
-    "b1": "?",
-}
+_SCALARS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H",
+            "u1": "B", "b1": "?"}  # fmt: skip
 
 
 def read_torch_zip(buffer: Buffer, path: Path) -> Any:

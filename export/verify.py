@@ -22,7 +22,7 @@ from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.plan import Plan, make_plan
 from pocketlm.runtime.threads import default_threads
-from pocketlm.tokenizer import from_metadata
+from pocketlm.tokenizer import Tokenizer, from_metadata
 
 WINDOW = 512  # tokens that are looked at together: bounds the logits in memory to 100 MB for 50,000 words
 TEXT = (
@@ -47,17 +47,20 @@ class Comparison:
     agreement: float  # share of positions where both think the same token likeliest
     perplexity: float  # of the exported file
     exact_perplexity: float  # of the float32 weights
+    sample: str = ""  # what the tokens are, where they are not those of the whole text
 
     def line(self) -> str:
         """The comparison for a person."""
         return (
-            f"verified on {self.n_tokens} tokens: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), same first choice "
-            f"{self.agreement:.1%}, perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
+            f"verified on {self.n_tokens} tokens{self.sample}: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), "
+            f"same first choice {self.agreement:.1%}, "
+            f"perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
         )
 
 
 def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Comparison:
-    """Compare the file `out` with the float32 weights of `model` on `text` (None: a short one that comes along).
+    """Compare the file `out` with the float32 weights of `model` on `text`. None: on a short one that comes along, without
+    the characters that the tokenizer does not take, or on random tokens where it takes too few of them.
 
     Raises FileError where the model has no tokenizer or is too large for the memory, PocketlmError for a text of fewer
     than two tokens or with characters that the tokenizer does not take.
@@ -65,7 +68,8 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
     if "tokenizer.ggml.tokens" not in model.metadata:
         raise FileError(out, "cannot be verified without a tokenizer", "name one with --tokenizer")
     tokenizer = from_metadata(model.metadata, out)
-    ids = np.array(tokenizer.encode(TEXT if text is None else text, bos=tokenizer.adds_bos), np.int64)
+    found, sample = _own_ids(tokenizer) if text is None else (tokenizer.encode(text, bos=tokenizer.adds_bos), "")
+    ids = np.array(found, np.int64)
     if len(ids) < 2:
         raise PocketlmError("the text is too short: verifying needs at least two tokens")
     exact, exported = _exact_runner(model, out), _exported_runner(model, out)
@@ -79,7 +83,21 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
         nats += [_nats(logits[:-1], block[1:]) for logits in (a, b)]
         n_predicted += len(block) - 1
     exact_perplexity, perplexity = (math.exp(min(total / max(n_predicted, 1), 700)) for total in nats)
-    return Comparison(len(ids), float(np.mean(cosines)), float(np.min(cosines)), same / len(ids), perplexity, exact_perplexity)
+    agreement = same / len(ids)
+    return Comparison(
+        len(ids), float(np.mean(cosines)), float(np.min(cosines)), agreement, perplexity, exact_perplexity, sample
+    )
+
+
+def _own_ids(tokenizer: Tokenizer) -> tuple[list[int], str]:
+    """Ids of the text that comes along, and what is to be said about them."""
+    usable = tokenizer.encodable(TEXT)
+    if len(usable) < len(TEXT) // 2:
+        ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, WINDOW).tolist()
+        return ids, " drawn at random, since the tokenizer takes too few of the usual text's characters"
+    left_out = "".join(sorted(set(TEXT) - set(usable)))
+    what = f" of the usual text without {left_out!r}, which the tokenizer does not take" if left_out else ""
+    return tokenizer.encode(usable, bos=tokenizer.adds_bos), what
 
 
 def _nats(logits: np.ndarray, targets: np.ndarray) -> float:

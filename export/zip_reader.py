@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import Buffer, Storage, quoted
+from pocketlm.errors import FileError, quoted
+from pocketlm.export.arrays import Buffer, Storage
 
 MAX_ENTRIES = 1 << 18  # checkpoints have two entries a tensor
 STORED, DEFLATED = 0, 8

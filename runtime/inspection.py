@@ -14,29 +14,39 @@ from pocketlm.runtime.gguf import GGUF
 from pocketlm.runtime.model_file import open_model, size_of
 
 LONGEST = 100  # characters of a value that are shown
+MOST = 16  # values of an array that are shown
 
 
 def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
-    """Facts about a GGUF or an fp16 bin: kind, bytes, parameters, formats, metadata, tensors if asked.
+    """Facts about a GGUF, an fp16 bin or the model in a packed executable. Raises FileError for what is none of them."""
+    from pocketlm.build.locator import is_program
 
-    Long arrays are given as their length.
-    """
     with open_model(path) as file:
-        n_weights = sum(math.prod(t.shape) for t in file.tensors.values())
-        n_bytes = sum(t.data.nbytes for t in file.tensors.values())
-        facts: dict[str, Any] = {
-            "file": str(path), "kind": f"GGUF v{file.version}" if isinstance(file, GGUF) else "fp16 bin",
-            "bytes": size_of(path),
-            "parameters": n_weights, "bits_per_weight": round(8 * n_bytes / n_weights, 3) if n_weights else None,
-            "formats": dict(Counter(t.format.name for t in file.tensors.values()).most_common()),
-            "metadata": {key: _plain(value) for key, value in file.metadata.items()},
-        }  # fmt: skip
-        if tensors:
-            facts["tensors"] = [
-                {"name": t.name, "shape": list(t.shape), "format": t.format.name, "offset": t.offset, "bytes": t.data.nbytes}
-                for t in file.tensors.values()
-            ]
-    return facts
+        kind = f"GGUF v{file.version}" if isinstance(file, GGUF) else "fp16 bin"
+        rows = [
+            {"name": t.name, "shape": list(t.shape), "format": t.format.name, "offset": t.offset, "bytes": t.data.nbytes}
+            for t in file.tensors.values()
+        ]
+        kind = f"packed executable of a {kind}" if is_program(path) else kind
+        return facts_of(path, kind, size_of(path), rows, file.metadata, tensors)
+
+
+def facts_of(
+    path: Path, kind: str, n_bytes: int, rows: list[dict[str, Any]], metadata: Mapping[str, Any], tensors: bool
+) -> dict[str, Any]:
+    """Kind, bytes, parameters, formats and metadata as plain data, and the rows if asked for.
+
+    `rows`: name, shape, format and bytes of every tensor. Long arrays in the metadata are given as their length.
+    """
+    n_weights = sum(math.prod(row["shape"]) for row in rows)
+    n_bits = 8 * sum(row["bytes"] for row in rows)
+    return {
+        "file": str(path), "kind": kind, "bytes": n_bytes, "parameters": n_weights,
+        "bits_per_weight": round(n_bits / n_weights, 3) if n_weights else None,
+        "formats": dict(Counter(row["format"] for row in rows).most_common()),
+        "metadata": {key: _plain(value) for key, value in metadata.items()},
+        **({"tensors": rows} if tensors else {}),
+    }  # fmt: skip
 
 
 def describe(facts: Mapping[str, Any]) -> str:
@@ -59,10 +69,12 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return f"[{len(value)} strings]"
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()] if value.size <= 16 else f"[{value.size} numbers]"
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | list):
+        if len(value) > MOST:
+            return f"[{len(value)} {'strings' if isinstance(value[0], str) else 'numbers'}]"
+        return [_plain(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.fp16_bin import Fp16Bin, is_fp16_bin, open_fp16_bin
 from pocketlm.runtime.gguf import GGUF, open_gguf
+
+if TYPE_CHECKING:
+    from pocketlm.build.locator import Packed
 
 
 def open_model(path: str | Path) -> GGUF | Fp16Bin:
@@ -24,11 +28,15 @@ def _open_packed(path: Path) -> GGUF | None:
     """The model in a packed executable, checked up to its weights; None for other files."""
     from pocketlm.build import locator
 
-    if not locator.is_program(path) or (packed := locator.find(path)) is None:
-        return None
+    packed = locator.find(path) if locator.is_program(path) else None
+    return packed and open_packed(packed)
+
+
+def open_packed(packed: Packed) -> GGUF:
+    """The model in a packed executable, checked up to its weights. Raises FileError."""
     packed.read("header")
     model = packed.sections["model"]
-    return open_gguf(path, offset=model.offset, length=model.length)
+    return open_gguf(packed.path, offset=model.offset, length=model.length)
 
 
 def size_of(path: str | Path) -> int:

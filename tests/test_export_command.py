@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from canonical_models import GPT2, make_hyper, make_model
 
+from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export import command
+from pocketlm.export import verify as verify_module
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.export import CONTAINERS, container_for, export
 from pocketlm.export.ollama import modelfile
 from pocketlm.export.verify import verify
 from pocketlm.runtime.model_file import open_model
+from pocketlm.tokenizer.characters import from_table
 
 
 @pytest.fixture
@@ -66,8 +69,8 @@ def test_the_outputs_name_says_what_it_is(out: str, asked: str | None, expected:
     assert container_for(Path(out), asked) == expected
 
 
-@pytest.mark.parametrize(("out", "asked"), [("m.gguf", "fp16"), ("m.onnx", "ollama"), ("m", "pdf")])
-def test_a_name_that_contradicts_is_refused(out: str, asked: str):
+@pytest.mark.parametrize(("out", "asked"), [("m.gguf", "fp16"), ("m.onnx", "ollama"), ("m", "pdf"), ("m.safetensors", None)])
+def test_a_name_that_contradicts_is_refused(out: str, asked: str | None):
     with pytest.raises(UsageError):
         container_for(Path(out), asked)
 
@@ -136,6 +139,25 @@ def test_verify_sees_what_a_coarse_format_costs(tmp_path: Path):
     assert result.cosine < 0.999
     assert result.agreement < 1
     assert result.n_tokens > 200
+
+
+@pytest.mark.parametrize(
+    ("alphabet", "sample"),
+    [
+        (sorted(set(verify_module.TEXT)), "tokens: "),
+        (sorted(set(verify_module.TEXT) - set("Tk")), "tokens of the usual text without 'Tk', which the tokenizer does not"),
+        (list("ąβж漢\n"), "tokens drawn at random, since the tokenizer takes too few of the usual text's characters: "),
+    ],
+)
+def test_verify_uses_what_a_character_vocabulary_has(alphabet: list[str], sample: str, tmp_path: Path):
+    model = make_model(make_hyper("llama", n_vocab=len(alphabet)))
+    keys = tokenizer.to_metadata(from_table("meta.pkl", {c: i for i, c in enumerate(alphabet)}), len(alphabet))
+    model = replace(model, metadata=keys)
+    export(model, "c", tmp_path / "m.gguf", quant="f32")
+    result = verify(model, tmp_path / "m.gguf")
+    assert sample in result.line()
+    assert result.n_tokens > 500
+    assert result.worst_cosine > 0.9999
 
 
 @pytest.mark.parametrize("change", ["no vocabulary", "no text"])

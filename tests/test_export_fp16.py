@@ -17,7 +17,9 @@ from pocketlm.export.export import export
 from pocketlm.export.from_model_file import read_model_file
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
-from pocketlm.tokenizer import from_metadata
+from pocketlm.tokenizer import from_metadata, load, to_metadata
+from pocketlm.tokenizer.byte_bpe import LETTERS
+from pocketlm.tokenizer.characters import from_table
 
 IDS = np.random.default_rng(3).integers(0, N_VOCAB, 40)
 HYPERS = {
@@ -59,6 +61,23 @@ def test_a_program_that_only_knows_the_readme_reads_it(tmp_path: Path):
     vocabulary = json.loads((folder / "vocab.json").read_text("utf-8"))
     assert vocabulary["pieces"] == model.metadata["tokenizer.ggml.tokens"]
     assert len(vocabulary["pieces"]) == len(vocabulary["scores"]) == len(vocabulary["types"]) == N_VOCAB
+
+
+@pytest.mark.parametrize("kind", ["characters", "byte_bpe", "sentencepiece"])
+def test_the_folder_is_a_tokenizers_file_too(kind: str, tmp_path: Path):
+    if kind == "sentencepiece":
+        model = make_model(make_hyper("llama"))
+    else:
+        letters = [*LETTERS, "he", "Ġhe"] if kind == "byte_bpe" else list("abehl o")
+        keys = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": letters, "tokenizer.ggml.merges": ["h e", "Ġ he"]}
+        stoi = {letter: i for i, letter in enumerate(letters)}
+        original = from_metadata(keys, "x") if kind == "byte_bpe" else from_table("x", stoi)
+        model = make_model(make_hyper("llama", n_vocab=len(letters)))
+        model = replace(model, metadata=to_metadata(original, len(letters)))
+    export(model, "checkpoint.pt", tmp_path / "m", container="fp16")
+    expected = from_metadata(model.metadata, "x")
+    for text in ("hello", " a he  bo", "ab"):
+        assert load(tmp_path / "m").encode(text) == expected.encode(text)
 
 
 def test_metadata_and_tokenizer_are_the_ggufs(tmp_path: Path):

@@ -20,8 +20,9 @@ from pocketlm.export import export as job
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.export import export
 from pocketlm.export.from_model_file import read_model_file
-from pocketlm.export.metadata import architecture_keys, stock_notes
+from pocketlm.export.metadata import architecture_keys
 from pocketlm.export.rules import QUANTS
+from pocketlm.export.stock import stock_notes
 from pocketlm.runtime.gguf import open_gguf
 from pocketlm.runtime.hyper import Hyper, Rope, read_hyper
 

@@ -12,6 +12,7 @@ import pytest
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.dialects import read_canonical
+from pocketlm.export.export import export
 from pocketlm.export.lora import merge
 
 torch = pytest.importorskip("torch", reason="makes the checkpoint and the adapter")
@@ -76,6 +77,19 @@ def test_merged_weights_are_those_of_the_changed_module(
             module.get_submodule(name).weight.copy_(weight)
     expected = read(tmp_path / "changed", module, config)
     assert list(merged.tensors) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "targets", "options"), CASES)
+def test_a_lora_changes_a_model_file_as_it_changes_the_checkpoint_it_was_made_of(
+    kind: str, targets: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    module, config = made(kind)
+    adapter(tmp_path / "lora", module, targets, transposed=kind == "gpt2", **options)
+    model = read(tmp_path, module, config)
+    export(model, "c", tmp_path / "m.gguf", quant="f32")
+    merged, expected = merge(read_canonical(tmp_path / "m.gguf"), tmp_path / "lora"), merge(model, tmp_path / "lora")
     for name, tensor in expected.tensors.items():
         np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
 

@@ -19,7 +19,7 @@ import pytest
 
 from pocketlm.errors import FileError
 from pocketlm.export.checkpoint import open_checkpoint, plain
-from pocketlm.export.pickle_reader import read_pickle
+from pocketlm.pickle_reader import read_pickle
 
 # what published attacks on pickles call: module, name
 CALLS = """
@@ -237,7 +237,7 @@ def test_bombs_end_soon_with_one_line(bomb: str, tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_too_many_instructions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocketlm.export.pickle_reader.MAX_OPCODES", 1000)
+    monkeypatch.setattr("pocketlm.pickle_reader.MAX_OPCODES", 1000)
     assert "more than 1000 instructions" in refused(tmp_path / "ckpt.pt", torch_zip(b"N0" * 1000 + b"."))
 
 

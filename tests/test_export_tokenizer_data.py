@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from tokenizer_texts import PROSE
 from pocketlm import tokenizer
 from pocketlm.errors import FileError
 from pocketlm.export.checkpoint import Checkpoint
-from pocketlm.export.tokenizer_data import TEST_TEXTS, chat_template, find_tokenizer, tokenizer_keys
+from pocketlm.export.tokenizer_data import TEST_TEXTS, chat_template, find_tokenizer
+from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer.base import make_vocabulary
 from pocketlm.tokenizer.byte_bpe import LETTERS
+from pocketlm.tokenizer.merge import rank_table
 
 CHARACTERS = sorted(set("\n !',-.?ABCabcdefghijklmnopqrstuvwxyzğışöüç"))
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -53,7 +57,7 @@ def test_characters_beside_the_checkpoint(tmp_path: Path) -> None:
     keys, notes = find_tokenizer(checkpoint(tmp_path), len(CHARACTERS), None)
     assert notes == []
     assert len(keys["pocketlm.tokenizer.test_texts"]) == len(keys["pocketlm.tokenizer.test_ids"]) == 20
-    assert keys["tokenizer.ggml.tokens"][CHARACTERS.index(" ")] == "▁"  # as llama.cpp wants a space
+    assert keys["tokenizer.ggml.tokens"][CHARACTERS.index(" ")] == "Ġ"  # as llama.cpp wants a space
     check(keys, original, texts(1, 100, "".join(CHARACTERS)))
 
 
@@ -137,7 +141,69 @@ def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test
 def test_a_gguf_vocabulary_written_again_is_the_same(test_data: Path) -> None:
     for name in ("gpt-2", "llama-spm", "starcoder"):
         original = tokenizer.load(test_data / "vectors" / f"ggml-vocab-{name}.gguf")
-        check(tokenizer_keys(original, original.n_vocab), original, [*texts(5, 100), *TEST_TEXTS])
+        check(tokenizer.to_metadata(original, original.n_vocab), original, [*texts(5, 100), *TEST_TEXTS])
+
+
+ODD = {
+    byte_bpe.Options: {
+        "pre_tokenizer": ["gpt-2", "qwen2", "default"], "normal_form": [None, "NFD", "NFKC"],
+        **{name: [False, True] for name in ("whole_words_first", "space_prefix", "unknown", "fuse_unknown")},
+    },
+    sentencepiece_bpe.Options: {
+        "prefix": ["always", "missing", "never"], "normal_form": [None, "NFC", "NFKD"], "unknown_text": ["", " ⁇ ", "?"],
+        **{name: [False, True] for name in ("prefix_first_only", "collapse_spaces", "symbols_in_text", "split_spaces",
+                                            "byte_fallback", "fuse_unknown")},
+    },
+}  # fmt: skip
+
+
+def odd_tokenizer(options: Any, chance: random.Random) -> tokenizer.Tokenizer:
+    """A small vocabulary with holes in what it covers, markers that swallow white space, symbols, merges of odd order."""
+    letters = "abehlot" if isinstance(options, sentencepiece_bpe.Options) else "abehlotĠĊ"
+    space = "▁" if isinstance(options, sentencepiece_bpe.Options) else "Ġ"
+    pieces = [*letters, space, "he", "ll", "hell", "lo", "ello", "el", f"{space}h", "to", "ot", "é"]
+    special = {"<unk>": 2, "<s>": 3, "<|end|>": 3, "<sep>": 4}
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if getattr(options, "byte_fallback", False) else []
+    pieces = list(dict.fromkeys(pieces))
+    chance.shuffle(pieces)
+    tokens = [*special, *pieces, *byte_tokens]
+    types = bytes([*special.values(), *[1] * len(pieces), *[6] * len(byte_tokens)])
+    vocabulary = make_vocabulary(
+        "odd", tokens, types, bos_id=1, unk_id=0, strip_left=chance.choice([(), (2,)]), strip_right=chance.choice([(), (2, 3)])
+    )
+    pairs = [(p[:i], p[i:]) for p in pieces for i in range(1, len(p)) if p[:i] in pieces and p[i:] in pieces]
+    merges = [f"{left} {right}" for left, right in chance.sample(pairs, len(pairs) - chance.choice((0, 0, 1, 2)))]
+    if isinstance(options, byte_bpe.Options):
+        table = rank_table("odd", tokens.__getitem__, vocabulary.index, merges, len(tokens))
+        return byte_bpe.ByteBPE(vocabulary, table, options)
+    if chance.random() < 0.5:
+        table = sentencepiece_bpe.merges_table("odd", vocabulary, merges)
+    else:
+        table = sentencepiece_bpe.score_table("odd", vocabulary, [chance.choice((-1.5, -2.0, -3.0)) for _ in tokens])
+    return sentencepiece_bpe.SentencePieceBPE("odd", vocabulary, table, options)
+
+
+@pytest.mark.parametrize("kind", ODD, ids=lambda kind: kind.__module__.rpartition(".")[2])
+def test_every_option_that_changes_ids_comes_back(kind: type) -> None:
+    chance = random.Random(7)
+    samples = [*texts(8, 40), "hello  hello", " hello <|end|> \n to <sep>hot", "  ", "żéhello", "e\u0301①"]
+    for _ in range(150):
+        options = kind(**{name: chance.choice(values) for name, values in ODD[kind].items()})
+        original = odd_tokenizer(options, chance)
+        written = tokenizer.from_metadata(tokenizer.to_metadata(original, original.n_vocab + 2), "written")
+        assert written.options == options
+        assert written.vocabulary.strip_left == original.vocabulary.strip_left
+        assert written.vocabulary.strip_right == original.vocabulary.strip_right
+        for text in samples:
+            for special in (False, True):
+                ids = original.encode(text, special=special)
+                assert written.encode(text, special=special) == ids, (options, text)
+                assert written.decode(ids) == original.decode(ids), (options, text)
+
+
+def test_all_options_are_tried() -> None:
+    for kind, values in ODD.items():
+        assert {field.name for field in fields(kind)} - {"rules"} == values.keys()
 
 
 def test_what_is_missing_or_does_not_fit_is_one_line(tmp_path: Path) -> None:

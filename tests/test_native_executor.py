@@ -1,5 +1,6 @@
 """The native executor computes what the numpy executor computes, at every level, with any number of threads."""
 
+import dataclasses
 import gc
 import resource
 import subprocess
@@ -9,13 +10,15 @@ import weakref
 import numpy as np
 import pytest
 from canonical_models import GPT2
-from native_calls import each_format, each_level, executors, host_level, kl_divergence
+from native_calls import each_format, each_level, executors, host_level, kl_divergence, make_hyper, tensors_of, wide
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.native import image, kernels
 from pocketlm.runtime.native.executable import NativeUnavailable
+from pocketlm.runtime.native.executor import NativeExecutor
+from pocketlm.runtime.plan import make_plan
 
 IDS = np.random.default_rng(3).integers(0, 400, 60)
 EXACT = {"F32": 1e-3, "F16": 1e-3, "BF16": 1e-3}
@@ -115,6 +118,20 @@ def test_results_depend_neither_on_threads_nor_on_the_run(level, fmt):
         results.append(b"".join(output.tobytes() for output in outputs))
         native.close()
     assert len(set(results)) == 1
+
+
+@each_level
+def test_keys_and_values_beyond_float16_are_limited_and_not_infinite(level, monkeypatch):
+    shape = make_hyper(**wide("F32"))
+    tensors = dict(tensors_of(shape, "F32"))
+    for name in ("blk.0.attn_k.weight", "blk.0.attn_v.weight"):
+        large = tensors[name].to_float32() * np.float32(1e7)
+        tensors[name] = dataclasses.replace(tensors[name], data=large.reshape(-1).view(np.uint8))
+    plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
+    monkeypatch.setenv("POCKETLM_ISA", level.name)
+    native = NativeExecutor(plan, tensors, shape.n_ctx, 2)
+    assert np.isfinite(native.forward(IDS[:20], rows="all")).all()
+    native.close()
 
 
 def test_ids_that_are_none_are_refused_before_compiled_code_sees_them():

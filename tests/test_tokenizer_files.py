@@ -82,7 +82,7 @@ class Evil:
 def test_a_pickle_is_not_run(call, protocol, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in (Evil(*call), {**META, "more": Evil(*call)}, {"stoi": Evil(*call)}):
-        refused(tmp_path, pickle.dumps(value, protocol), "it was not run")
+        refused(tmp_path, pickle.dumps(value, protocol), "its pickle wants to call")
     assert not (tmp_path / "EVIL").exists()
     assert capsys.readouterr().out == ""
 
@@ -197,10 +197,10 @@ def test_ranks_may_come_without_pattern_and_markers(tmp_path):
         (b'{"pieces": ["a"], "scores": [0], "types": [7]}', ["not 1 to 6"]),
         (b'{"itos": {"x": "a"}}', ["the id x"]),
         (b'{"\\ud800": 0}', ["token 0 is not valid Unicode"]),
-        (b"\x80\x04.", ["damaged pickle"]),
-        (b"\x80\x04}", ["damaged pickle"]),
+        (b"\x80\x04.", ["its pickle is damaged"]),
+        (b"\x80\x04}", ["its pickle is damaged"]),
         (b"\x80\x04]\x94(h\x00e.", []),
-        (b"\x80\x04B\xff\xff\xff\xff", ["damaged pickle"]),
+        (b"\x80\x04B\xff\xff\xff\xff", ["its pickle is damaged"]),
         (b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", ["SentencePiece"]),
         (b"\n\x05\n\x01a", ["SentencePiece"]),
         (b"\n\x03\n\x01a", ["unigram"]),

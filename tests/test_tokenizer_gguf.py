@@ -88,12 +88,13 @@ def test_our_own_keys_overrule():
     digits = make(BPE, tokenizer__ggml__tokens=[*TOKENS[:-2], "11", "<|im_end|>"], tokenizer__ggml__merges=["1 1"])
     assert digits.encode("11") == [259]
     keys = {**BPE, "tokenizer.ggml.tokens": [*TOKENS[:-2], "11", "<|im_end|>"], "tokenizer.ggml.merges": ["1 1"]}
-    assert len(make(keys, pocketlm__tokenizer__pattern_name="qwen2").encode("11")) == 2
+    assert len(make(keys, pocketlm__tokenizer__pre_tokenizer="qwen2").encode("11")) == 2
     composed = make(BPE, pocketlm__tokenizer__normal_form="NFC")
     assert composed.encode("e\u0301") == composed.encode("é")
-    characters = make(SPM, pocketlm__tokenizer__kind="characters", tokenizer__ggml__add_bos_token=False)
-    assert characters.encode("a b") == [4, 3, 5]
-    assert characters.decode([4, 3, 5]) == "a b"
+    letters = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["Ġ", "a", "Å¼"]}
+    characters = make(letters, pocketlm__tokenizer__kind="characters")
+    assert characters.encode("a ż") == [1, 0, 2]
+    assert characters.decode([1, 0, 2]) == "a ż"
 
 
 def test_texts_of_the_exporter_are_checked():
@@ -136,6 +137,12 @@ BAD = [
     (BPE, "eos_token_id is not a whole number", {"tokenizer__ggml__eos_token_id": "260"}),
     (BPE, "add_bos_token is not true or false", {"tokenizer__ggml__add_bos_token": 1}),
     (BPE, "normal_form is 'NFX'", {"pocketlm__tokenizer__normal_form": "NFX"}),
+    (BPE, "unknown is 'yes'; known are true, false", {"pocketlm__tokenizer__unknown": "yes"}),
+    (BPE, "'qwen2'", {"pocketlm__tokenizer__pre_tokenizer": "qwen2", "pocketlm__tokenizer__split_pattern": [".+"]}),
+    (BPE, "not written in byte-level letters", {"pocketlm__tokenizer__kind": "characters", "tokenizer__ggml__tokens": ["ż"] * 1,
+                                               "tokenizer__ggml__token_type": None, "tokenizer__ggml__eos_token_id": None}),
+    (SPM, "unknown_text is '7'; known are any text", {"pocketlm__tokenizer__unknown_text": 7}),
+    (SPM, "prefix is 'sometimes'; known are always, missing, never", {"pocketlm__tokenizer__prefix": "sometimes"}),
     (SPM, "no scores", {"tokenizer__ggml__scores": None}),
     (SPM, "3 scores for 8 tokens", {"tokenizer__ggml__scores": [1.0, 2.0, 3.0]}),
     (SPM, "the score of token 2 is not a finite number", {"tokenizer__ggml__scores": [0, 0, float("nan"), 0, 0, 0, 0, 0]}),

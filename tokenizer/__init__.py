@@ -2,6 +2,7 @@
 
 from pocketlm.tokenizer.base import StreamDecoder, Tokenizer
 from pocketlm.tokenizer.gguf_vocabulary import from_metadata
+from pocketlm.tokenizer.metadata import to_metadata
 from pocketlm.tokenizer.readers import load
 
-__all__ = ["StreamDecoder", "Tokenizer", "from_metadata", "load"]
+__all__ = ["StreamDecoder", "Tokenizer", "from_metadata", "load", "to_metadata"]

@@ -217,6 +217,10 @@ class Tokenizer:
             ids = ids + last if ids else last
         return ids
 
+    def encodable(self, text: str) -> str:
+        """`text` without the characters that `encode` does not take."""
+        return text
+
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens, else they are silent.
 

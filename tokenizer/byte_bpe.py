@@ -25,6 +25,11 @@ BYTE_OF = {letter: byte for byte, letter in enumerate(LETTERS)}
 TO_LETTERS = dict(enumerate(LETTERS))  # for `str.translate` of bytes read as Latin-1
 
 
+def from_letters(token: str) -> bytes:
+    """The bytes of a token written in letters. KeyError for a character that is no letter."""
+    return bytes(map(BYTE_OF.__getitem__, token))
+
+
 @dataclass(frozen=True)
 class Options:
     """How a byte-level vocabulary is used."""
@@ -38,18 +43,25 @@ class Options:
 
 
 class ByteBPE(Tokenizer):
-    """Tokenizer of GPT-2's kind. A text never has an unknown token when all 256 bytes are in the vocabulary."""
+    """Tokenizer of GPT-2's kind. A text never has an unknown token when all 256 bytes are in the vocabulary.
+
+    `table` and `options` are what it was made with.
+    """
 
     def __init__(self, vocabulary: Vocabulary, table: MergeTable, options: Options):
         super().__init__(vocabulary)
-        self._table, self._options = table, options
+        self.table, self.options = table, options
 
     @cached_property
     def _byte_ids(self) -> list[int | None]:
         return [self.vocabulary.index.get(letter) for letter in LETTERS]
 
+    def symbol(self, text: str) -> int | None:
+        """What the merge table calls a text: the id of its token."""
+        return self.vocabulary.index.get(text)
+
     def _encode_text(self, text: str, start: bool) -> list[int]:
-        options = self._options
+        options = self.options
         if options.normal_form:
             from unicodedata import normalize
 
@@ -63,7 +75,7 @@ class ByteBPE(Tokenizer):
         return self._whole_word(data) or self._merge(data)
 
     def _whole_word(self, data: bytes) -> list[int] | None:
-        if not self._options.whole_words_first:
+        if not self.options.whole_words_first:
             return None
         found = self.vocabulary.index.get("".join(map(LETTERS.__getitem__, data)))
         # a marker's text is reached by `special=True` only
@@ -74,15 +86,15 @@ class ByteBPE(Tokenizer):
         if len(data) >= LONG and not self._missing.intersection(data):
             import numpy as np
 
-            return merge_long(np.frombuffer(data, dtype=np.uint8), byte_ids.__getitem__, self._table)  # type: ignore[arg-type]
+            return merge_long(np.frombuffer(data, dtype=np.uint8), byte_ids.__getitem__, self.table)  # type: ignore[arg-type]
         symbols = [byte_ids[byte] for byte in data]
         if None in symbols:
-            unknown = self.unk_id if self._options.unknown else None
+            unknown = self.unk_id if self.options.unknown else None
             symbols = [unknown if symbol is None else symbol for symbol in symbols]
-            fused = self._options.fuse_unknown
+            fused = self.options.fuse_unknown
             symbols = [s for at, s in enumerate(symbols) if not (fused and at and s == unknown == symbols[at - 1])]
             symbols = [symbol for symbol in symbols if symbol is not None]
-        return merge(symbols, self._table)  # type: ignore[arg-type]
+        return merge(symbols, self.table)  # type: ignore[arg-type]
 
     @cached_property
     def _missing(self) -> frozenset[int]:
@@ -93,6 +105,6 @@ class ByteBPE(Tokenizer):
         if self.vocabulary.types[token_id] == USER_DEFINED:
             return token.encode()
         try:
-            return bytes(map(BYTE_OF.__getitem__, token))
+            return from_letters(token)
         except KeyError:  # a token that was added in plain text
             return token.encode()

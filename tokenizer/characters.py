@@ -1,13 +1,8 @@
-"""Character vocabularies: every character is a token. nanoGPT's `meta.pkl` and JSON files in, a `Tokenizer` out.
-
-A pickle is a program; this one is not run. Its instructions are read and only those that build dictionaries, lists,
-texts and whole numbers are understood; any other, above all those that name or call something, is refused.
-"""
+"""Character vocabularies: every character is a token. nanoGPT's `meta.pkl` and JSON files in, a `Tokenizer` out."""
 
 import json
-import pickletools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +27,9 @@ class Characters(Tokenizer):
             character = text[ids.index(None)]
             raise UsageError(f"the vocabulary has no {character!r} (U+{ord(character):04X}) and no unknown token")
         return ids  # type: ignore[return-value]
+
+    def encodable(self, text: str) -> str:
+        return text if self.unk_id is not None else "".join(filter(self._ids.__contains__, text))
 
     def _token_bytes(self, token_id: int) -> bytes:
         return self.vocabulary.tokens[token_id].encode()
@@ -74,7 +72,9 @@ def from_json(path: object, value: Any) -> Tokenizer:
 
 def from_pickle(path: object, data: bytes) -> Tokenizer:
     """nanoGPT's `meta.pkl`: a dictionary with `stoi` (character → id) and `itos` (id → character)."""
-    return from_table(path, _table(path, read_pickle(path, data)))
+    from pocketlm.pickle_reader import read_pickle
+
+    return from_table(path, _table(path, read_pickle(data, path, {})[0]))  # it may call nothing
 
 
 def _table(path: object, value: Any) -> dict[Any, Any]:
@@ -105,72 +105,3 @@ def parse_json(path: object, data: bytes) -> Any:
         raise FileError(path, "is JSON nested deeper than any vocabulary") from None
     except ValueError as error:
         raise FileError(path, f"is not valid JSON ({str(error)[:120]})") from None
-
-
-# ── pickles, read and not run ────────────────────────────────────────────────────────────────────────────────────────
-
-_MARK = object()
-
-
-def read_pickle(path: object, data: bytes) -> Any:
-    """The value of a pickle of dictionaries, lists, texts and whole numbers. FileError for any other."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STOP":
-                return stack.pop()
-            action = _OPCODES.get(opcode.name)
-            if action is None:
-                raise FileError(
-                    path, f"this pickle is more than a character vocabulary: it holds {opcode.name}", "it was not run"
-                )
-            action(stack, memo, argument)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError):
-        pass
-    raise FileError(path, "is a damaged pickle")
-
-
-def _since_mark(stack: list[Any]) -> list[Any]:
-    at = next(i for i in range(len(stack) - 1, -2, -1) if i < 0 or stack[i] is _MARK)
-    items = stack[at + 1 :] if at >= 0 else stack[len(stack) :]
-    del stack[at:]
-    return items
-
-
-def _set_items(stack: list[Any], items: list[Any]) -> None:
-    if type(stack[-1]) is not dict or len(items) % 2:
-        raise TypeError
-    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-
-
-def _append(stack: list[Any], items: list[Any]) -> None:
-    if type(stack[-1]) is not list:
-        raise TypeError
-    stack[-1].extend(items)
-
-
-def _take(stack: list[Any], n: int) -> list[Any]:
-    items = stack[-n:]
-    del stack[-n:]
-    return items
-
-
-_Action = Callable[[list[Any], dict[int, Any], Any], object]
-_OPCODES: dict[str, _Action] = {
-    **dict.fromkeys(("PROTO", "FRAME"), lambda stack, memo, argument: None),
-    **dict.fromkeys(
-        ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "BININT", "BININT1", "BININT2", "INT", "LONG1"),
-        lambda stack, memo, argument: stack.append(argument),
-    ),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT"), lambda stack, memo, argument: memo.__setitem__(argument, stack[-1])),
-    **dict.fromkeys(("BINGET", "LONG_BINGET", "GET"), lambda stack, memo, argument: stack.append(memo[argument])),
-    "MEMOIZE": lambda stack, memo, argument: memo.__setitem__(len(memo), stack[-1]),
-    "MARK": lambda stack, memo, argument: stack.append(_MARK),
-    "EMPTY_DICT": lambda stack, memo, argument: stack.append({}),
-    "EMPTY_LIST": lambda stack, memo, argument: stack.append([]),
-    "SETITEM": lambda stack, memo, argument: _set_items(stack, _take(stack, 2)),
-    "SETITEMS": lambda stack, memo, argument: _set_items(stack, _since_mark(stack)),
-    "APPEND": lambda stack, memo, argument: _append(stack, _take(stack, 1)),
-    "APPENDS": lambda stack, memo, argument: _append(stack, _since_mark(stack)),
-}

@@ -1,8 +1,8 @@
 """The tokenizer of a GGUF file: its `tokenizer.ggml.*` keys in, a `Tokenizer` out. Knows nothing else of the file.
 
 Keys: the GGUF document in the ggml repository. `pocketlm.tokenizer.*` are ours, written by the exporter where those
-do not say enough: `kind` ("byte_bpe", "sentencepiece", "characters"), `pattern_name` (a pre-tokenizer),
-`whole_words_first`, `normal_form`, `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
+do not say enough (metadata.py writes them): `kind` ("byte_bpe", "sentencepiece", "characters"), the options by their
+names, `strip_left` and `strip_right` (ids), `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,11 @@ from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normalize import NORMAL_FORMS, NormalForm, Rules
+from pocketlm.tokenizer.metadata import OURS, read_options
+from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 
-_GGML, _OURS = "tokenizer.ggml.", "pocketlm.tokenizer."
+_GGML = "tokenizer.ggml."
 # tokenizer.ggml.model → the kind of tokenizer
 _KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
@@ -80,12 +81,12 @@ def from_metadata(metadata: Mapping[str, Any], path: object) -> Tokenizer:
     """
     keys = Keys(metadata, path)
     model = keys.text(_GGML + "model")
-    kind = keys.text(_OURS + "kind") or _KINDS.get(model)
+    kind = keys.text(OURS + "kind") or _KINDS.get(model)
     if kind is None:
         said = f"its tokenizer is of the kind {model!r}" if model else "it says no kind of tokenizer"
         raise FileError(path, said, "supported are " + ", ".join(_KINDS))
     if kind not in _MAKERS:
-        raise FileError(path, f"{_OURS}kind is {kind!r}", "known are " + ", ".join(_MAKERS))
+        raise FileError(path, f"{OURS}kind is {kind!r}", "known are " + ", ".join(_MAKERS))
     tokens = keys.texts(_GGML + "tokens")
     if tokens is None:
         raise FileError(path, "it has no vocabulary (tokenizer.ggml.tokens)")
@@ -118,13 +119,19 @@ def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool,
         unk_id=unk_id if wanted["unknown"] is None else wanted["unknown"],
         end_ids=(wanted["eot"], wanted["eom"]),
         adds_bos=keys.flag(_GGML + "add_bos_token", adds_bos),
-        strip_right=_stripping(keys, tokens, types),
-        ends_are_control=not keys.text(_OURS + "kind"),  # they are often exported as text; llama.cpp, too, corrects that
+        strip_left=_ids(keys, "strip_left"),
+        strip_right=_ids(keys, "strip_right") or _stripping(keys, tokens, types),
+        ends_are_control=not keys.text(OURS + "kind"),  # they are often exported as text; llama.cpp, too, corrects that
     )
 
 
+def _ids(keys: Keys, name: str) -> list[int]:
+    ids = keys.numbers(OURS + name, "iu")
+    return [] if ids is None else ids.tolist()
+
+
 def _stripping(keys: Keys, tokens: list[str], types: bytearray) -> list[int]:
-    if not any(name in keys.text("general.name").lower() for name in _STRIPPING_MODELS):
+    if keys.text(OURS + "kind") or not any(name in keys.text("general.name").lower() for name in _STRIPPING_MODELS):
         return []
     return [
         i for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -133,14 +140,11 @@ def _stripping(keys: Keys, tokens: list[str], types: bytearray) -> list[int]:
 
 
 def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
-    name = keys.text(_OURS + "pattern_name") or keys.text(_GGML + "pre", "default")
+    name = keys.text(OURS + "pre_tokenizer") or keys.text(_GGML + "pre", "default")
     check_name(name, keys.path)
-    options = byte_bpe.Options(
-        name,
-        whole_words_first=keys.flag(_OURS + "whole_words_first", name in WHOLE_WORDS_FIRST),
-        space_prefix=keys.flag(_GGML + "add_space_prefix", False),
-        normal_form=_normal_form(keys),
-    )
+    prefix = keys.flag(_GGML + "add_space_prefix", False)
+    usual = byte_bpe.Options(name, whole_words_first=name in WHOLE_WORDS_FIRST, space_prefix=prefix)
+    options = read_options(keys.metadata, keys.path, usual)
     vocabulary = _vocabulary(keys, tokens, types, adds_bos=name == "llama-bpe")  # llama.cpp's default
     merges = keys.texts(_GGML + "merges")
     if merges is None:
@@ -149,22 +153,15 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     return byte_bpe.ByteBPE(vocabulary, table, options)
 
 
-def _normal_form(keys: Keys) -> NormalForm | None:
-    form = keys.text(_OURS + "normal_form")
-    if form and form not in NORMAL_FORMS:
-        raise FileError(keys.path, f"{_OURS}normal_form is {form[:40]!r}", "known are " + ", ".join(NORMAL_FORMS))
-    return NORMAL_FORMS.get(form)
-
-
 def _sentencepiece(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     unknown = types.find(UNKNOWN)
     vocabulary = _vocabulary(keys, tokens, types, adds_bos=True, unk_id=unknown if unknown >= 0 else None)
-    scores = keys.numbers(_GGML + "scores", "iuf")
+    scores, merges = keys.numbers(_GGML + "scores", "iuf"), keys.texts(OURS + "merges")
     if scores is None:
         raise FileError(keys.path, "it has no scores (tokenizer.ggml.scores)")
     charsmap = keys.numbers(_GGML + "precompiled_charsmap", "iu")
-    exact = keys.text(_OURS + "kind") == "sentencepiece"
-    options = sentencepiece_bpe.Options(
+    exact = keys.text(OURS + "kind") == "sentencepiece"
+    usual = sentencepiece_bpe.Options(
         prefix="always" if keys.flag(_GGML + "add_space_prefix", True) else "never",
         rules=None if charsmap is None or not charsmap.size else Rules(keys.path, charsmap.astype("u1").tobytes()),
         collapse_spaces=keys.flag(_GGML + "remove_extra_whitespaces", False),
@@ -172,13 +169,21 @@ def _sentencepiece(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer
         byte_fallback=BYTE in types,
         unknown_text=sentencepiece_bpe.UNKNOWN_TEXT if exact else "",
     )
-    table = sentencepiece_bpe.score_table(keys.path, vocabulary, scores)
+    options = read_options(keys.metadata, keys.path, usual)
+    if merges is not None:
+        table = sentencepiece_bpe.merges_table(keys.path, vocabulary, merges)
+    else:
+        table = sentencepiece_bpe.score_table(keys.path, vocabulary, scores)
     return sentencepiece_bpe.SentencePieceBPE(keys.path, vocabulary, table, options)
 
 
 def _characters(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
-    if keys.text(_GGML + "model") == "llama" and " " not in tokens:  # so that llama.cpp, too, finds the space
-        tokens = [" " if token == sentencepiece_bpe.SPACE else token for token in tokens]
+    if keys.text(_GGML + "model") == "gpt2":  # written in byte-level letters, so that llama.cpp, too, finds them
+        try:
+            pairs = zip(tokens, types, strict=True)
+            tokens = [byte_bpe.from_letters(token).decode() if kind == NORMAL else token for token, kind in pairs]
+        except (KeyError, UnicodeDecodeError):
+            raise FileError(keys.path, "its characters are not written in byte-level letters") from None
     return Characters(_vocabulary(keys, tokens, types, adds_bos=False))
 
 
@@ -187,7 +192,7 @@ _MAKERS = {"byte_bpe": _byte_bpe, "sentencepiece": _sentencepiece, "characters":
 
 def _check_tests(keys: Keys, tokenizer: Tokenizer) -> None:
     """FileError when the exporter's test texts do not give the ids they gave in training."""
-    texts, ids = keys.texts(_OURS + "test_texts") or [], keys.texts(_OURS + "test_ids") or []
+    texts, ids = keys.texts(OURS + "test_texts") or [], keys.texts(OURS + "test_ids") or []
     if len(texts) != len(ids):
         raise FileError(keys.path, f"{len(texts)} test texts with {len(ids)} lists of ids")
     for text, expected in zip(texts, ids, strict=True):

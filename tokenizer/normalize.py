@@ -24,12 +24,12 @@ _MAX_KEY = 32  # characters
 
 
 class Rules:
-    """The replacements of one precompiled table. FileError for a table that is damaged."""
+    """The replacements of one precompiled table, `charsmap`. FileError for a table that is damaged."""
 
     def __init__(self, path: object, charsmap: bytes):
         import numpy as np
 
-        self._path = path
+        self._path, self.charsmap = path, charsmap
         size = int.from_bytes(charsmap[:4], "little")
         if len(charsmap) < 8 or size % 4 or not 4 <= size <= len(charsmap) - 4:
             raise self._damaged(f"a trie of {size} bytes in a table of {len(charsmap)}")

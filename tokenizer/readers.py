@@ -93,20 +93,26 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
 
 
 def _fp16_bin(path: Path, value: dict[str, Any]) -> Tokenizer:
-    """`pieces`, `scores` and `types` by id; under `metadata` what else a GGUF file would say, with the same keys.
+    """`pieces`, `scores`, `types` and `merges`; under `metadata`, there or in the `config.json` beside it, what else a GGUF
+    file would say, with the same keys.
 
     Without that: SentencePiece BPE with `<s>`, `</s>` and the piece of type 2 as its bos, eos and unknown tokens.
     """
+    config = path.with_name("config.json")
+    if "metadata" not in value and config.is_file():
+        beside = characters.parse_json(config, _read(config))
+        value = {**value, "metadata": beside.get("metadata", {}) if isinstance(beside, dict) else {}}
     pieces, metadata = value["pieces"], value.get("metadata", {})
     if not isinstance(metadata, dict) or not isinstance(pieces, list):
         raise FileError(path, "its pieces are not a list or its metadata is not an object")
     said = {f"tokenizer.ggml.{name}_token_id": pieces.index(text) for name, text in _BIN_ENDS.items() if text in pieces}
-    columns = {"tokens": pieces, "scores": value.get("scores"), "token_type": value.get("types")}
+    columns = {"tokens": pieces, **{name: value.get(key) for name, key in _BIN_COLUMNS.items()}}
     keys = {"tokenizer.ggml." + key: column for key, column in columns.items() if column is not None}
     return from_metadata({"tokenizer.ggml.model": "llama", **(said if not metadata else {}), **metadata, **keys}, path)
 
 
 _BIN_ENDS = {"bos": "<s>", "eos": "</s>"}
+_BIN_COLUMNS = {"scores": "scores", "token_type": "types", "merges": "merges"}
 
 
 def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapping[str, int]) -> Tokenizer:

@@ -86,11 +86,14 @@ class _Symbols(dict[str, int]):
 
 
 class SentencePieceBPE(Tokenizer):
-    """Tokenizer of SentencePiece's BPE kind, also as Llama 1 and 2, Phi-3 and Mistral carry it in GGUF files."""
+    """Tokenizer of SentencePiece's BPE kind, also as Llama 1 and 2, Phi-3 and Mistral carry it in GGUF files.
+
+    `table` and `options` are what it was made with.
+    """
 
     def __init__(self, path: object, vocabulary: Vocabulary, table: MergeTable, options: Options):
         super().__init__(vocabulary)
-        self._table, self._options = table, options
+        self.table, self.options = table, options
         self._unknown_text = options.unknown_text.encode()
         if options.symbols_in_text:
             self._plain_markers, self._special_markers = (), (CONTROL, UNKNOWN)
@@ -98,27 +101,31 @@ class SentencePieceBPE(Tokenizer):
         if options.byte_fallback and not self._byte_values:
             raise FileError(path, "byte fallback is asked for, but the vocabulary has no byte tokens")
 
+    def symbol(self, text: str) -> int | None:
+        """What the merge table calls a text: the id of its token, or the number of a character that is none."""
+        return self._symbols[text] if len(text) == 1 else self.vocabulary.index.get(text)
+
     # ── encoding ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _encode_text(self, text: str, start: bool) -> list[int]:
         text = self._prepare(text, start)
         ids: list[int] = []
         end = 0
-        if self._options.symbols_in_text:
+        if self.options.symbols_in_text:
             for begin, stop, token_id in self._symbols_in_text.find(text):
                 ids += self._encode_piece(text[end:begin])
                 ids.append(token_id)
                 end = stop
         last = self._encode_piece(text[end:] if end else text)
         ids = ids + last if ids else last
-        if self._options.fuse_unknown and self.unk_id in ids:
+        if self.options.fuse_unknown and self.unk_id in ids:
             unk_id = self.unk_id
             ids = [i for at, i in enumerate(ids) if i != unk_id or not at or ids[at - 1] != unk_id]
         return ids
 
     def _prepare(self, text: str, start: bool) -> str:
         """Normalised, with ▁ for spaces and in front."""
-        options = self._options
+        options = self.options
         if options.normal_form:
             from unicodedata import normalize
 
@@ -140,7 +147,7 @@ class SentencePieceBPE(Tokenizer):
         return self._encode_words(self._cut.findall(text) if self._cut else [text] * bool(text))
 
     def _encode_word(self, word: str) -> list[int]:
-        symbols = self._merge(word, self._table)
+        symbols = self._merge(word, self.table)
         if self._has_unused:
             symbols = self._without_unused(symbols)
         if max(symbols) >= self.n_vocab:
@@ -158,7 +165,7 @@ class SentencePieceBPE(Tokenizer):
 
     def _without_unused(self, symbols: list[int]) -> list[int]:
         """Unused pieces taken apart again into the two they were merged from."""
-        types, tokens, n_vocab, table = self.vocabulary.types, self.vocabulary.tokens, self.n_vocab, self._table
+        types, tokens, n_vocab, table = self.vocabulary.types, self.vocabulary.tokens, self.n_vocab, self.table
         ids: list[int] = []
         waiting = symbols[::-1]
         while waiting:
@@ -182,7 +189,7 @@ class SentencePieceBPE(Tokenizer):
         for symbol in set(symbols):
             if symbol < n_vocab:
                 becomes[symbol] = [symbol]
-            elif self._options.byte_fallback:
+            elif self.options.byte_fallback:
                 becomes[symbol] = [self._byte_ids[byte] for byte in chr(symbol - n_vocab).encode()]
             else:
                 becomes[symbol] = unknown
@@ -197,7 +204,7 @@ class SentencePieceBPE(Tokenizer):
     @cached_property
     def _symbols_in_text(self) -> Markers:
         """The user-defined symbols that are found in the text itself."""
-        return self._markers_of((USER_DEFINED,) if self._options.symbols_in_text else ())
+        return self._markers_of((USER_DEFINED,) if self.options.symbols_in_text else ())
 
     @cached_property
     def _has_unused(self) -> bool:
@@ -206,7 +213,7 @@ class SentencePieceBPE(Tokenizer):
     @cached_property
     def _cut(self) -> re.Pattern[str] | None:
         """Cuts a text where no piece of the vocabulary can reach across, so that words can be remembered."""
-        if self._options.split_spaces:
+        if self.options.split_spaces:
             return re.compile(f"{SPACE}?[^{SPACE}]+|{SPACE}")
         if any(SPACE in token.lstrip(SPACE) for token in mergeable(self.vocabulary)):
             return None
@@ -219,11 +226,11 @@ class SentencePieceBPE(Tokenizer):
         if byte is not None:
             return bytes([byte])
         token = self.vocabulary.tokens[token_id]
-        literal = self.vocabulary.types[token_id] == USER_DEFINED and not self._options.symbols_in_text
+        literal = self.vocabulary.types[token_id] == USER_DEFINED and not self.options.symbols_in_text
         return (token if literal else token.replace(SPACE, " ")).encode()
 
     def _at_start(self, token_id: int, data: bytes) -> tuple[bytes, bool]:
-        options = self._options
+        options = self.options
         if not data:
             return data, True
         if self.vocabulary.types[token_id] in (BYTE, UNKNOWN) or not data.startswith(b" "):
@@ -233,7 +240,7 @@ class SentencePieceBPE(Tokenizer):
         return data[1:], options.collapse_spaces and len(data) == 1
 
     def _starts_anew_after(self, token_id: int) -> bool:
-        options, kind = self._options, self.vocabulary.types[token_id]
+        options, kind = self.options, self.vocabulary.types[token_id]
         if options.prefix == "never" or options.prefix_first_only:
             return False
         return kind == CONTROL or (kind == USER_DEFINED and not options.symbols_in_text)

@@ -20,12 +20,11 @@ from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
-from pocketlm.runtime.native import levels, stages
+from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.encode import Interleaved, Storage, encode
 from pocketlm.runtime.native.executable import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleaved_bytes
-from pocketlm.runtime.native.matrix import TILE, activation_bytes
 from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.team import RunTeam
@@ -173,19 +172,19 @@ class NativeExecutor:
         """The run's record, and every array it points at in self._arrays."""
         hyper, plan = self.hyper, self.plan
         dim, positions = _up(hyper.head_dim, ROWS), _up(self.n_ctx, ROWS)
-        activation = activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))
-        products = 2 * TILE * stages.MAX_CHUNK * ROWS * 4
-        queries = stages.QUERIES * dim * 4
+        activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))
+        products = 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4
+        queries = sizes.QUERIES * dim * 4
         own = {"products_at": activation, "queries_at": activation + products, "scores_at": activation + products + queries}
-        stride = _up(own["scores_at"] + stages.QUERIES * positions * 4, 4096)
-        n_partials = hyper.n_head * max(BLOCK, -(-positions // stages.SPAN))
+        stride = _up(own["scores_at"] + sizes.QUERIES * positions * 4, 4096)
+        n_partials = hyper.n_head * max(BLOCK, -(-positions // sizes.SPAN))
         arrays = self._arrays = {
             "program": self._program,
             "counters": aligned(len(self._program), np.int64),
             "ids": aligned(BLOCK, np.int32),
             "activations": aligned(BLOCK * activation, np.uint8),
             "scratch": aligned(self.n_threads * stride, np.uint8, 4096),
-            "partials": aligned((n_partials, dim + stages.LANES), np.float32),
+            "partials": aligned((n_partials, dim + sizes.LANES), np.float32),
         }
         if hyper.rope:
             arrays["rope"] = rope_table(hyper.rope, self.n_ctx, rope_factors)

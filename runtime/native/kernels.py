@@ -12,9 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pocketlm.runtime import activations
-from pocketlm.runtime.native import ahead, code_cache, image, matrix, run, selection, stages
-from pocketlm.runtime.native.compiler import compile_object
-from pocketlm.runtime.native.ir import Module
+from pocketlm.runtime.native import ahead, code_cache, image
 from pocketlm.runtime.native.layout import LAYOUTS
 from pocketlm.runtime.native.levels import Level, host_abi
 
@@ -24,11 +22,14 @@ _ahead: dict[str, str] = {}  # {"path": …, "version": …} of a file of images
 
 def module_text(name: str, level: Level, abi: str) -> str:
     """The IR of "core" or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
+    from pocketlm.runtime.native import largest, matrix, run, stages
+    from pocketlm.runtime.native.ir import Module
+
     module = Module(abi)
     if name == CORE:
         stages.define(module, level.name)
         run.define(module, level.machine)
-        selection.define(module)
+        largest.define(module)
     else:
         matrix.define(module, level.name, name)
     return module.text()
@@ -56,6 +57,8 @@ def loaded(name: str, level: Level) -> image.Loaded:
     if _ahead:
         return image.load(_images(_ahead["path"], level, _ahead["version"])[name])
     from importlib.metadata import version
+
+    from pocketlm.runtime.native.compiler import compile_object
 
     abi = host_abi()
 

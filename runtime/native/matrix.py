@@ -18,10 +18,9 @@ from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dot
 from pocketlm.runtime.native.formats import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.layout import LAYOUTS, ROWS
+from pocketlm.runtime.native.sizes import RECORD, TILE
 
-TILE = 8  # tokens that share a block's unpacked weights
-AHEAD = 3072  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, 1 to 4 KB alike
-RECORD = 80  # bytes of 32 columns' rounded activations
+AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
 ROW = F32.vec(ROWS)
 PRODUCT = {
     "w": PTR,
@@ -36,12 +35,6 @@ PRODUCT = {
 }
 LOOKUP = {"w": PTR, "n_groups": I64, "n_blocks": I64, "row": I64, "out": PTR}
 INTERLEAVE = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks": I64, "first": I64, "last": I64}
-
-
-def activation_bytes(n: int) -> int:
-    """Bytes of one token's activations, for n columns rounded up to 32."""
-    n = -(-n // 32) * 32
-    return -(-(8 * n + n // 2) // 64) * 64
 
 
 def define(module: Module, level: str, fmt: str) -> None:

@@ -30,7 +30,7 @@ OPERATION = np.dtype([
     ("by_position", "i8"),   # EMBED: 1: the row is the position, not the token's id
     ("product1", "i8"), ("productN", "i8"),   # MATRIX: addresses of the kernels for one token and for a tile
     ("chunk", "i8"),         # MATRIX: groups a task
-    ("activation", "i8"),    # MATRIX: 0 none, or 1 + its place in vector_math.ACTIVATIONS
+    ("activation", "i8"),    # MATRIX: 0 none, or 1 + its place in sizes.ACTIVATIONS
     ("up", "i8"), ("up_blocks", "i8"), ("up_product1", "i8"), ("up_productN", "i8"), ("up_bias", "i8"),  # gated: up != 0
     ("keys", "i8"), ("values", "i8"),         # STORE, ATTEND: this layer's cache
 ])  # fmt: skip

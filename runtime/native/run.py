@@ -10,7 +10,7 @@ the stages compute.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native import stages
+from pocketlm.runtime.native import sizes, stages
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.records import CACHE_LINE, OPERATION, RUN, WORKER, offset
 
@@ -80,13 +80,13 @@ def _define_tasks(module: Module) -> None:
         kind = r.op("kind")
         with f.when(n.equals(0)):
             f.give(0)
-        with f.when(kind <= stages.PREPARE):
+        with f.when(kind <= sizes.PREPARE):
             f.give(n)
-        with f.when(kind.equals(stages.MATRIX)):
+        with f.when(kind.equals(sizes.MATRIX)):
             f.give((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk"))
-        with f.when(kind.equals(stages.STORE)):
+        with f.when(kind.equals(sizes.STORE)):
             f.give(n * (r.run("n_head") + r.run("n_kv_head")))
-        f.give(stages.n_spans(f, r, n) * r.run("n_kv_head") * ((n + stages.TOKENS - 1) // stages.TOKENS))
+        f.give(stages.n_spans(f, r, n) * r.run("n_kv_head") * ((n + sizes.TOKENS - 1) // sizes.TOKENS))
 
 
 def _work(f: Function) -> None:
@@ -109,7 +109,7 @@ def _work(f: Function) -> None:
                     f.call(VOID, name, run, op, own, task, first, n)
 
         # a single token is prepared by every thread for itself: cheaper than waiting for one of them
-        alone = kind.equals(stages.PREPARE) & n.equals(1)
+        alone = kind.equals(sizes.PREPARE) & n.equals(1)
         with f.when(alone):
             stage(f.const(I64, 0))
         with f.when(alone ^ f.const(I1, 1)):

@@ -13,18 +13,26 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, PTR, Function, Module, Type, Value
-from pocketlm.runtime.native.matrix import RECORD, ROW, TILE
+from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.records import OPERATION, RUN, offset
+from pocketlm.runtime.native.sizes import (
+    AS_IT_IS,
+    LANES,
+    LAYER_NORM,
+    MAX_CHUNK,
+    PARTIALS,
+    QUERIES,
+    RECORD,
+    RMS_NORM,
+    SPAN,
+    TILE,
+    TOKENS,
+)  # fmt: skip
 from pocketlm.runtime.native.vector_math import ACTIVATIONS, exp, from_half, to_half
 
-EMBED, PREPARE, MATRIX, STORE, ATTEND = range(5)
-AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)
-LANES = 16
-SPAN = 256  # positions of one attention task while decoding; a fixed number, so that results do not depend on threads
-TOKENS = 8  # tokens of one attention task in a prompt
-QUERIES = 4  # queries that share the loaded keys and values
-MAX_CHUNK = 16  # groups of rows in a task
+MAX_HALF = 65504.0  # the largest number of float16
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "first": I64, "n": I64}  # first, n: the tokens of the operation
 
 
@@ -154,9 +162,9 @@ def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: 
 def _define_activate(module: Module) -> None:
     with module.function("activate", {"kind": I64, "x": ROW}, returns=ROW) as f:
         kind, x = f.args()
-        for number, function in enumerate(ACTIVATIONS.values(), 1):
+        for number, name in enumerate(sizes.ACTIVATIONS, 1):
             with f.when(kind.equals(number)):
-                f.give(function(f, x), ROW)
+                f.give(ACTIVATIONS[name](f, x), ROW)
         f.give(x, ROW)
 
 
@@ -232,9 +240,14 @@ def _store(f: Function, level: str, r: Records, own: Value, task: Value, first: 
         keys = r.op("keys", PTR) + kv * r.run("head_stride") + ((position >> 4) * padded * LANES + (position & 15)) * 2
         values = r.op("values", PTR) + kv * r.run("head_stride") + position * padded * 2
         value = vector + n_kv * dim * 4
+        most, least = f.const(F32, MAX_HALF), f.const(F32, -MAX_HALF)
+
+        def limited(x: Value) -> Value:  # an infinite key would make the whole answer NaN; a NaN stays one
+            return to_half(f, level, f.maximum(least, f.minimum(most, x)))
+
         with f.range(0, dim) as d:
-            f.store(to_half(f, level, f.load(F32, vector + d * 4)), keys + d * (2 * LANES))
-            f.store(to_half(f, level, f.load(F32, value + d * 4)), values + d * 2)
+            f.store(limited(f.load(F32, vector + d * 4)), keys + d * (2 * LANES))
+            f.store(limited(f.load(F32, value + d * 4)), values + d * 2)
 
 
 def n_spans(f: Function, r: Records, n: Value) -> Value:

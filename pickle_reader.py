@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from pocketlm.errors import FileError
-from pocketlm.export.arrays import quoted
+from pocketlm.errors import FileError, quoted
 
 MAX_BYTES = 1 << 28  # of one pickle; its tensors lie elsewhere
 MAX_OPCODES = 1 << 22  # each may make an object of some 200 bytes
@@ -57,7 +56,7 @@ def read_pickle(
     try:
         return machine.run(), machine.at
     except _DAMAGE:
-        raise FileError(path, f"its pickle is damaged at byte {machine.at}", "save the checkpoint again") from None
+        raise FileError(path, f"its pickle is damaged at byte {machine.at}", "save it again") from None
 
 
 class _Machine:
@@ -75,7 +74,7 @@ class _Machine:
             if (code := self.take(1)[0]) == _STOP:
                 return self.stack.pop()
             _OPCODES[code](self)
-        raise FileError(self.path, f"its pickle has more than {MAX_OPCODES} instructions", "save the weights alone")
+        raise FileError(self.path, f"its pickle has more than {MAX_OPCODES} instructions", "save less in it")
 
     def refuse(self, wish: str) -> NoReturn:
         refuse(self.path, wish)
@@ -212,8 +211,8 @@ def refuse(path: object, wish: str) -> NoReturn:
     """Raises the FileError for a pickle that `wish`es to do something: "wants to call os.system"."""
     raise FileError(
         path,
-        f"its pickle {wish}, which loading a model never needs: it may be an attack",
-        "do not trust this file; ask for one with the weights alone (a state dict, or safetensors)",
+        f"its pickle {wish}, which reading it never needs: it may be an attack",
+        "do not trust this file; ask for one with plain data alone (of a model: a state dict, or safetensors)",
     )
 
 

@@ -1,0 +1,106 @@
+"""What stock llama.cpp, which does not read the `pocketlm.*` keys, makes of a file: notes for the receipt.
+
+In: hyper-parameters and keys. Out: one line for each thing that it does differently. Knows no tensors. Its tokenizers are
+followed here as the one of version 0.3.36 of llama-cpp-python was seen to behave; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import quoted
+from pocketlm.export.metadata import own_options
+from pocketlm.runtime.hyper import ARCHITECTURES, Hyper
+from pocketlm.tokenizer import Tokenizer, from_metadata
+from pocketlm.tokenizer.base import BYTE, NORMAL
+from pocketlm.tokenizer.byte_bpe import LETTERS
+from pocketlm.tokenizer.gguf_vocabulary import Keys
+from pocketlm.tokenizer.sentencepiece_bpe import SPACE
+
+OURS = "pocketlm."
+# tokenizer.ggml.model -> standard keys that llama.cpp does not read for it
+IGNORED = {
+    "llama": ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"),
+    "gpt2": ("tokenizer.ggml.add_space_prefix",),
+}
+END_ID = {"llama": 2, "gpt2": 11}  # what ends a text where the file does not say it: ids of Llama 2 and of Falcon
+
+
+def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:
+    """Where stock llama.cpp runs the file differently: one line each."""
+    if hyper.architecture == "pocketlm":
+        return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
+    notes = []
+    own = own_options(hyper)
+    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":
+        notes.append("stock llama.cpp computes GELU by the tanh formula where this model was trained with the exact one (erf)")
+    elif hyper.activation != ARCHITECTURES[hyper.architecture]["activation"]:
+        own["activation"] = hyper.activation
+    if own:
+        options = ", ".join(f"{name} {value}" for name, value in own.items())
+        notes.append(f"stock llama.cpp does not know {options} for {hyper.architecture}: the file runs in pocketlm only")
+    return notes + _tokenizer_notes(metadata, path)
+
+
+def stock_encoder(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, Callable[[str], list[int] | None]]:
+    """Stock llama.cpp's tokenizer and how it encodes a text without markers; None: such a text ends the program.
+
+    Raises FileError where the keys are not sound.
+    """
+    model = Keys(metadata, path).text("tokenizer.ggml.model")
+    ignored = IGNORED.get(model, ())
+    keys = {key: value for key, value in metadata.items() if not key.startswith(OURS) and key not in ignored}
+    typed = Keys(keys, path)
+    tokens, types = typed.texts("tokenizer.ggml.tokens") or [], typed.numbers("tokenizer.ggml.token_type", "iu")
+    n_vocab, known = len(tokens), set(tokens)
+    if model == "gpt2":  # pieces without an id are merged like the others, and left out at the end
+        pieces = (*LETTERS, *(merge.replace(" ", "") for merge in typed.texts("tokenizer.ggml.merges") or []))
+        more = list(dict.fromkeys(piece for piece in pieces if piece not in known))
+        keys["tokenizer.ggml.tokens"] = tokens + more
+        if types is not None:
+            keys["tokenizer.ggml.token_type"] = np.concatenate([types, np.full(len(more), NORMAL, types.dtype)])
+    stock = from_metadata(keys, path)
+    needs_all = model == "llama" and not stock.vocabulary.ids_of(BYTE)  # what is unknown becomes bytes
+
+    def encode(text: str) -> list[int] | None:
+        if needs_all and not set(text.replace(" ", SPACE)) <= known:
+            return None
+        return [i for i in stock.encode(text) if i < n_vocab]
+
+    return stock, encode
+
+
+def _tokenizer_notes(metadata: Mapping[str, Any], path: Path) -> list[str]:
+    """The test texts of the file that get other ids when only the standard keys are read, and what else is different."""
+    typed = Keys(metadata, path)
+    texts, ids = (typed.texts(f"pocketlm.tokenizer.test_{name}") for name in ("texts", "ids"))
+    end = END_ID.get(typed.text("tokenizer.ggml.model"))
+    if not texts or not ids or end is None:
+        return []
+    stock, encode = stock_encoder(metadata, path)
+    results = {text: (encode(text), expected) for text, expected in zip(texts, ids, strict=False)}
+    fatal = [_shown(text) for text, (theirs, _) in results.items() if theirs is None]
+    differ = [
+        _shown(text)
+        for text, (theirs, expected) in results.items()
+        if theirs is not None and " ".join(map(str, theirs)) != expected
+    ]
+    notes = []
+    if fatal:
+        notes.append(f"stock llama.cpp crashes on characters that the vocabulary does not hold, as in {', '.join(fatal)}")
+    if differ:
+        notes.append(f"stock llama.cpp tokenizes {len(differ)} of the {len(texts)} test texts differently: {', '.join(differ)}")
+    if any(f"pocketlm.tokenizer.strip_{side}" in metadata for side in ("left", "right")):
+        notes.append("stock llama.cpp keeps the white space beside markers that swallow it")
+    if stock.eos_id is None and end < len(metadata["tokenizer.ggml.tokens"]) and not stock.is_control(end):
+        text = _shown(stock.decode([end]))
+        notes.append(f"the tokenizer names no end of text; stock llama.cpp takes token {end}, {text}, for it and stops there")
+    return notes
+
+
+def _shown(text: str) -> str:
+    return repr(text) if text.isprintable() else f"'{quoted(text)}'"

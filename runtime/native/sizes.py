@@ -1,0 +1,24 @@
+"""Numbers that compiled code and those who call it agree on: kinds of operations, and how much is done at a time.
+
+Knows nothing of what stands behind them. Programs with code made beforehand need these and not the builders of the code.
+"""
+
+from __future__ import annotations
+
+EMBED, PREPARE, MATRIX, STORE, ATTEND = range(5)  # kinds of operations
+AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # MATRIX: 1 for the first, 0 for none
+TILE = 8  # tokens that share a block's unpacked weights
+RECORD = 80  # bytes of 32 columns' rounded activations
+LANES = 16
+SPAN = 256  # positions of one attention task while decoding; a fixed number, so that results do not depend on threads
+TOKENS = 8  # tokens of one attention task in a prompt
+QUERIES = 4  # queries that share the loaded keys and values
+MAX_CHUNK = 16  # groups of rows in a task
+CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
+
+
+def activation_bytes(n: int) -> int:
+    """Bytes of one token's activations, for n columns rounded up to 32: matrix.py says what they are."""
+    n = -(-n // 32) * 32
+    return -(-(8 * n + n // 2) // 64) * 64
