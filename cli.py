@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pocketlm.errors import FileError, PocketlmError, UsageError
 
+DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
 
@@ -41,10 +42,14 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error."""
+def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) -> int:
+    """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error.
+
+    `load` takes the place of `pocketlm.load`.
+    """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parse(argv)
+    arguments.load = load
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -70,11 +75,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> Arguments:
-    """Until Python 3.12 argparse gives an optional TEXT its default when an option comes before it: put right here."""
+    """Until Python 3.12 argparse gives an optional MODEL or TEXT its default when an option comes before it: put right here."""
     parser = _parser(argv[:1])
     arguments, rest = parser.parse_known_args(argv)
-    if len(rest) == 1 and getattr(arguments, "text", "") is None and not rest[0].startswith("--"):
-        arguments.text = rest.pop()
+    for name in ("model", "text"):
+        if len(rest) == 1 and getattr(arguments, name, "") is None and not rest[0].startswith("--"):
+            setattr(arguments, name, rest.pop())
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
@@ -101,8 +107,12 @@ def _parser(chosen: list[str]) -> Parser:
     return parser
 
 
-def _model_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a GGUF file, or the short name of an installed model (smollm2)")
+def _model_arguments(parser: Parser, optional: bool = False) -> None:
+    text = "a GGUF file, or the short name of an installed model (smollm2)"
+    if optional:
+        parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{text}; default: the small one that comes with pocketlm")
+    else:
+        parser.add_argument("model", metavar="MODEL", help=text)
     parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
     parser.add_argument(
@@ -128,7 +138,8 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
 def _load(arguments: Arguments) -> Any:
     import pocketlm
 
-    return pocketlm.load(arguments.model, arguments.backend, arguments.threads, arguments.ctx)
+    load = arguments.load or pocketlm.load
+    return load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
 
 
 def _read_text(path: str) -> str:
@@ -145,7 +156,7 @@ def _read_text(path: str) -> str:
 
 
 def _chat_arguments(parser: Parser) -> None:
-    _model_arguments(parser)
+    _model_arguments(parser, optional=True)
     _sampling_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
@@ -311,6 +322,30 @@ def _build(name: str, text: str) -> Command:
     return Command(text, arguments, run)
 
 
+def _train_arguments(parser: Parser) -> None:
+    from pocketlm.train import command
+
+    command.arguments(parser)
+
+
+def _train(arguments: Arguments) -> int:
+    from pocketlm.train import command
+
+    return command.run(arguments)
+
+
+def _bench_arguments(parser: Parser) -> None:
+    from pocketlm.bench import command
+
+    command.arguments(parser)
+
+
+def _bench(arguments: Arguments) -> int:
+    from pocketlm.bench import command
+
+    return command.run(arguments)
+
+
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
@@ -321,5 +356,7 @@ COMMANDS: dict[str, Command] = {
     "stub": _build("stub", "Build the executable that models are packed into."),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
+    "bench": Command("Run a model through every backend of this machine, side by side.", _bench_arguments, _bench),
     "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),
+    "train": Command("Train a small model from texts.", _train_arguments, _train),
 }

@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pocketlm.build import locator
 from pocketlm.cli import SAMPLING
 from pocketlm.errors import FileError, UsageError
+
+if TYPE_CHECKING:
+    from pocketlm.runtime.gguf import GGUF
 
 TEXTS = {
     "title": "what the first line calls the model",
@@ -80,12 +83,17 @@ def _pack(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _reference(path: Path) -> bytes:
-    from pocketlm.build.selftest import CTX, reference
-    from pocketlm.model import load
+def _reference(file: GGUF) -> bytes:
+    """The results for --selftest, of a model that can be talked to. Raises FileError for another one."""
+    from pocketlm.build.selftest import reference
+    from pocketlm.runtime.hyper import read_hyper
+    from pocketlm.runtime.plan import make_plan
+    from pocketlm.tokenizer import from_metadata
 
-    with load(path, ctx=CTX) as model:
-        return reference(model)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    make_plan(read_hyper(file.metadata, shapes.get("token_embd.weight", (0,))[0], file.path), shapes, file.path)
+    from_metadata(file.metadata, file.path)
+    return reference(file)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.stored import store, unstore
 from pocketlm.errors import FileError
 from pocketlm.export.atomic import replacing_file
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.gguf import GGUF, open_gguf
 
 LIMIT = 1 << 32  # of Windows' loader, and of the 32-bit sizes in a Mach-O
 SLACK = 1 << 24  # bytes that filling rows up and the record may add, for the check of the disk's free space
@@ -65,17 +66,22 @@ def platform_of(path: Path) -> str:
         raise FileError(path, "is for a system that pocketlm does not know", "use a stub made by pocketlm stub") from None
 
 
-def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[Path], bytes] | None = None) -> Path:
+def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None) -> Path:
     """Write the executable; its path, which ends in .exe for Windows.
 
-    `reference` makes the reference results from the stored model, for --selftest; it is given a complete executable.
+    `reference` makes the reference results for --selftest.
     Raises FileError where the model cannot be packed, the disk is too small, or Windows would not run the result.
     """
     if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
         out = out.with_name(out.name + ".exe")
-    with open_gguf(model) as source, open(model, "rb") as raw:
+    with open_gguf(model) as source, open(model, "rb") as raw, ThreadPoolExecutor(1) as other_core:
+        original = other_core.submit(_whole, model)
         n_bytes = model.stat().st_size + stub.boot + stub.program[1] + SLACK
         _check_size(stub, model, n_bytes - SLACK)
+        if not persona.title:  # so that it is known before the model is open
+            name = source.metadata.get("general.name")
+            persona = replace(persona, title=name if isinstance(name, str) and name.strip() else model.stem)
+        results = reference(source) if reference else b""
         with replacing_file(out, n_bytes) as part:
             with _reporting(model, stub.path), open(part, "x+b") as file, open(stub.path, "rb") as program:
                 copy(program, 0, stub.boot, file)
@@ -89,11 +95,9 @@ def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callab
                     "header": _section(file, start, header),
                     "model": _section(file, start, length),
                     "original": _section(file, start + length, sum(n for _, n in parts)),
-                    "gguf": Section(0, model.stat().st_size, digest(raw, 0, model.stat().st_size)),
+                    "gguf": original.result(),
                 }
-                _finish(file, sections, b"", persona, (program, *stub.program))
-                if reference is not None:
-                    _finish(file, sections, reference(part), persona, (program, *stub.program))
+                _finish(file, sections, results, persona, (program, *stub.program))
                 _check_size(stub, model, file.tell())
             part.chmod(0o755)
     return out
@@ -148,6 +152,11 @@ def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, pers
         file.write(macho.cover(boot, end))
     file.seek(end)
     file.flush()
+
+
+def _whole(path: Path) -> Section:
+    with open(path, "rb") as file:
+        return _section(file, 0, path.stat().st_size)
 
 
 def _section(file: BinaryIO, offset: int, length: int) -> Section:

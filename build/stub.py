@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 from pocketlm import __version__
+from pocketlm.build import blas
+from pocketlm.build.freeze import BLAS
 from pocketlm.build.stub_entry import KERNELS
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.atomic import replacing_file
@@ -27,7 +29,12 @@ from pocketlm.runtime.native.kernels import module_texts
 from pocketlm.runtime.native.levels import host_machine
 
 PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "freeze", "pack", "stored", "command", "macho")}
+# what makes a stub and is not in it: the builders of its compiled code, and of itself
+BUILDERS = {
+    *(f"runtime/native/{name}.py" for name in ("compiler", "dot", "formats", "ir", "largest", "matrix", "run", "stages")),
+    "runtime/native/vector_math.py", "build/blas.py", "build/elf.py", "build/freeze.py",
+}  # fmt: skip
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "stored", "command", "macho")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 _SPECIFICATION = """\
@@ -75,6 +82,7 @@ def build_stub(out: Path, icon: str | None = None) -> Path:
         folder = Path(temporary, "tree")
         _copy_sources(folder)
         build_images(folder / KERNELS, host_platform(), module_texts, __version__)
+        _write_blas(folder / BLAS)
         built = _run_pyinstaller(folder, Path(temporary), icon)
         with replacing_file(out, built.stat().st_size) as part:
             shutil.copyfile(built, part)
@@ -83,7 +91,7 @@ def build_stub(out: Path, icon: str | None = None) -> Path:
 
 
 def _sources() -> list[Path]:
-    """The package's files that go into a stub, relative to the package."""
+    """The package's files that a stub depends on, relative to the package."""
     root = Path(__file__).parents[1]
     files = [file.relative_to(root) for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
     return [file for file in files if file.as_posix() not in LEFT_OUT]
@@ -92,11 +100,25 @@ def _sources() -> list[Path]:
 def _copy_sources(folder: Path) -> None:
     """`folder`/pocketlm and entry.py: PyInstaller finds nothing else of this package, however it is installed."""
     root = Path(__file__).parents[1]
-    for file in (*_sources(), Path("build/freeze.py")):
-        target = folder / "pocketlm" / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / file, target)
+    for file in _sources():
+        if file.as_posix() not in BUILDERS - {"build/freeze.py"}:
+            target = folder / "pocketlm" / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, target)
     (folder / "entry.py").write_text("from pocketlm.build.stub_entry import main\n\nmain()\n")
+
+
+def _write_blas(folder: Path) -> None:
+    """What takes the place of NumPy's OpenBLAS, under its name; nothing where there is none, or one of another kind."""
+    import numpy
+
+    packages = Path(numpy.__file__).parents[1]
+    users = [*packages.glob("numpy/_core/_multiarray_umath*.so"), *packages.glob("numpy/linalg/_umath_linalg*.so")]
+    folder.mkdir()
+    if sys.platform == "linux":
+        for library in packages.glob("numpy.libs/*openblas*"):
+            if blas.is_replaceable(library, users):
+                (folder / library.name).write_bytes(blas.library_for(library, users, host_machine()))
 
 
 def _run_pyinstaller(folder: Path, temporary: Path, icon: str | None) -> Path:
@@ -119,6 +141,6 @@ def _fingerprint() -> str:
     """Stands for all that a stub depends on: another one, another stub."""
     root, versions = Path(__file__).parents[1], [importlib.metadata.version(name) for name in FROZEN]
     digest = hashlib.sha256(f"{sys.version} {platform.machine()} {versions}".encode())
-    for file in (*_sources(), Path("build/freeze.py")):
+    for file in _sources():
         digest.update(file.as_posix().encode() + (root / file).read_bytes())
     return digest.hexdigest()

@@ -6,11 +6,12 @@ model in place of MODEL and the persona's options in front of the user's.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pocketlm import __version__, cli
 from pocketlm.build import locator, persona, terminal
@@ -18,6 +19,7 @@ from pocketlm.errors import FileError, PocketlmError
 
 if TYPE_CHECKING:
     from pocketlm.build.locator import Packed
+    from pocketlm.chat.opening import Opening
 
 KERNELS = "kernels.bin"  # the compiled code of every level, beside the program's modules
 HOW_TO = "Write something and press Enter. To leave: /quit"
@@ -44,6 +46,7 @@ Options of a conversation and of generate:
 
 def main() -> None:
     """Run, keep the console where that is ours alone and something went wrong, and end the process."""
+    gc.set_threshold(50_000)  # at the start much is made and little becomes garbage: a fifth of the time
     arguments = sys.argv[1:]
     if not arguments and terminal.open_one(sys.executable, arguments):
         sys.exit(0)
@@ -55,6 +58,8 @@ def main() -> None:
     except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else 1
     except Exception:  # a defect: the window shall not take its description away
+        import traceback
+
         traceback.print_exc()
         status = 1
     if status and terminal.is_own():
@@ -90,10 +95,21 @@ def _run(arguments: list[str]) -> int:
     command = arguments.pop(0) if arguments[:1] in (["chat"], ["generate"]) else "chat"
     own = persona.from_bytes(packed.read("persona"), executable) if packed and model is None else persona.Persona()
     words = [command, model or str(executable), *own.arguments()]
+    load = None
     if command == "chat":
         words += [f"--title={own.title}"] * bool(own.title) + [f"--system={own.system}"] * bool(own.system)
         words += [f"--greeting={own.greeting or HOW_TO}"]
-    return cli.main(words + arguments)
+        if own.title:
+            load = partial(_open_later, own.title)
+    return cli.main(words + arguments, load)
+
+
+def _open_later(title: str, *arguments: Any) -> Opening:
+    """The model, opened while its friend reads the first lines."""
+    import pocketlm
+    from pocketlm.chat.opening import Opening
+
+    return Opening(partial(pocketlm.load, *arguments), title)
 
 
 def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -119,13 +135,13 @@ def _check(packed: Packed) -> int:
 
 def _selftest(packed: Packed) -> int:
     """One line for every executor and level, and the verdict; exit status 1 if one of them computes something else."""
-    import pocketlm
     from pocketlm.build import selftest
+    from pocketlm.runtime.model_file import open_packed
 
     data = packed.read("reference")
     if not data:
         raise FileError(packed.path, "was packed without reference results", "pack it again")
-    results = list(selftest.runs(json.loads(data), lambda backend: pocketlm.load(packed.path, backend, ctx=selftest.CTX)))
+    results = list(selftest.runs(json.loads(data), open_packed(packed)))
     for name, result in results:
         print(f"{name:<12} {result if isinstance(result, str) else f'off by {result:.6f} of the spread'}")
     right = [name for name, result in results if not isinstance(result, str) and result <= selftest.TOLERANCE]

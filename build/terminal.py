@@ -7,8 +7,6 @@ the conversation.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -40,6 +38,9 @@ def open_one(program: str, arguments: Sequence[str]) -> bool:
     """Start the program again in a terminal window if a Linux file manager has started it without one."""
     if sys.platform != "linux" or not _started_by_file_manager():
         return False
+    import shutil
+    import subprocess
+
     for terminal, *how in _TERMINALS:
         path = shutil.which(terminal)
         if path is None:

@@ -57,10 +57,30 @@ class Console:
         self._history: Path | None = None
         self._complete: Completer = lambda line: ()
         self._started = False
+        self._asked: Callable[[], object] = lambda: None
+        self._end: Exception | None = None
 
     def use(self, complete: Completer, history: Path | None) -> None:
         """What a line editor offers: completions, and a file for the lines of other days. Before the first `read`."""
         self._complete, self._history = complete, history
+
+    def when_asked(self, begin: Callable[[], object]) -> None:
+        """What is to be done, once, when the first prompt is on the screen. Before the first `read`."""
+        self._asked = begin
+
+    def end(self, error: Exception) -> None:
+        """From another thread: end an editor's `read`, the present one or the next, with an error."""
+        self._end = error
+        if self._session is not None and self._session.app.is_running:
+            self._session.app.loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        if self._end is not None and not self._session.app.is_done:
+            self._session.app.exit(exception=self._end)
+
+    def _first_asked(self, *_: object) -> None:
+        begin, self._asked = self._asked, lambda: None
+        begin()
 
     # ---- out
 
@@ -115,6 +135,7 @@ class Console:
     def _line(self, prompt: str) -> str:
         if self.interactive:
             self._emit(self.stdout, prompt)
+        self._first_asked()
         try:
             line = self.stdin.readline()
         except OSError:  # such as a terminal that is gone
@@ -128,7 +149,8 @@ class Console:
     def _edited(self) -> str:
         if self._session is None:
             self._session = _editor(self._complete, self._history)
-        text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED)
+            self._session.app.after_render += self._first_asked
+        text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
         return text.encode("utf-8", "replace").decode()  # a terminal can deliver lone surrogates
 
     @contextmanager

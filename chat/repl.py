@@ -1,7 +1,8 @@
 """The loop of a chat: read a message, stream the answer, keep the conversation.
 
-In: a model (anything with the attributes of `pocketlm.model.Model`) and what the command line asked for. Out: the
-conversation at a terminal or through pipes, its file, an exit status. Knows no weights and no files of models.
+In: a model (anything with the attributes of `pocketlm.model.Model`, or one that is being opened) and what the command line
+asked for. Out: the conversation at a terminal or through pipes, its file, an exit status. Knows no weights and no files of
+models.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from pocketlm.chat import commands, transcript
 from pocketlm.chat.console import BOLD, Console, OutputClosed
+from pocketlm.chat.opening import Opening, OpeningFailed
 from pocketlm.chat.transcript import Conversation
 from pocketlm.errors import PocketlmError
 
@@ -33,23 +35,27 @@ def run(
 
     `sampling`: keywords of `model.chat`. `resume`: go on with the last conversation, or with the one of that name.
     `save` False keeps no conversation and no input history. `template`: a built-in name or a Jinja file in place of the
-    model's own. `title` and `greeting`: what the banner calls the model and says. Raises PocketlmError for what is wrong
-    before the first message.
+    model's own. `title`: what the banner shows in place of name and figures; `greeting`: what it says. Raises PocketlmError
+    for what is wrong before the first message.
     """
     console = Console(stdin, stdout, stderr)
-    if template is not None:
-        from pocketlm.chat.templates import named
-
-        model.template = named(template, model.tokenizer)
     chat = Chat(model, console, sampling, save)
     try:
+        if template is not None:
+            from pocketlm.chat.templates import named
+
+            chat.model.template = named(template, chat.model.tokenizer)
         if console.interactive:
-            _banner(chat, title or model.name, greeting)
+            _banner(chat, title, greeting)
         if resume:
             chat.resume(transcript.locate(resume) if isinstance(resume, str) else None)
         if system is not None:
             chat.conversation.system = system.encode("utf-8", "replace").decode()  # an argument can hold lone surrogates
+        if isinstance(model, Opening):
+            console.when_asked(lambda: model.start(chat.conversation.for_model(), console.end))
         return chat.loop()
+    except OpeningFailed as failed:
+        raise failed.error from None
     except OutputClosed as closed:
         console.give_up_output()
         if closed.reason:
@@ -57,17 +63,18 @@ def run(
         return 0
 
 
-def _banner(chat: "Chat", title: str, greeting: str | None) -> None:
-    model = chat.model
-    facts = (
-        f"{_short(model.n_parameters)} parameters",
-        f"{_short(model.file_bytes)}B",
-        model.backend,
-        _count(model.n_threads, "thread"),
-        f"context {model.n_ctx}",
-    )
-    chat.console.note(title, style=BOLD)
-    chat.console.note(" · ".join(facts))
+def _banner(chat: "Chat", title: str | None, greeting: str | None) -> None:
+    chat.console.note(title or chat.model.name, style=BOLD)
+    if not title:
+        model = chat.model
+        facts = (
+            f"{_short(model.n_parameters)} parameters",
+            f"{_short(model.file_bytes)}B",
+            model.backend,
+            _count(model.n_threads, "thread"),
+            f"context {model.n_ctx}",
+        )
+        chat.console.note(" · ".join(facts))
     chat.console.note("/help lists the commands · Ctrl-C stops an answer · Ctrl-D leaves")
     if greeting:
         chat.console.note(greeting, style="")
@@ -87,7 +94,7 @@ class Chat:
     """One conversation in progress: the model, what was said, how answers are sampled, where it is kept."""
 
     def __init__(self, model: Any, console: Console, sampling: dict[str, Any], save: bool):
-        self.model, self.console = model, console
+        self._model, self.console = model, console
         self.sampling = {"max_tokens": ANSWER_TOKENS, **sampling}
         self.conversation = Conversation(model=model.name)
         self.show_stats = console.interactive
@@ -99,6 +106,11 @@ class Chat:
         self._last: Any = None  # the last piece of the last answer
         folder = transcript.data_folder() if save else None
         console.use(commands.complete, folder / "history" if folder else None)
+
+    @property
+    def model(self) -> Any:
+        """The model; one that is being opened is waited for. Raises OpeningFailed."""
+        return self._model.wait() if isinstance(self._model, Opening) else self._model
 
     def loop(self) -> int:
         """Read and answer until the end of the input; returns the exit status."""

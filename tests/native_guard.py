@@ -22,7 +22,7 @@ from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
 from pocketlm.runtime.native.layout import groups, interleave, interleaved_bytes, restore
 from pocketlm.runtime.native.levels import LEVELS, Level
-from pocketlm.runtime.native.matrix import TILE, activation_bytes
+from pocketlm.runtime.native.sizes import TILE, activation_bytes
 
 SHAPES = 200
 

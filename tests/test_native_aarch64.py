@@ -13,7 +13,7 @@ from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.encode import encode
 from pocketlm.runtime.native.ir import I64, PTR, Module
 from pocketlm.runtime.native.levels import LEVELS
-from pocketlm.runtime.native.matrix import TILE, activation_bytes
+from pocketlm.runtime.native.sizes import TILE, activation_bytes
 
 pytestmark = needs_qemu
 each_level = pytest.mark.parametrize("level", [LEVELS[name] for name in CPUS], ids=CPUS)

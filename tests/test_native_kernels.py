@@ -26,7 +26,8 @@ from pocketlm.runtime.native.formats import RUNS
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.layout import interleave
 from pocketlm.runtime.native.levels import LEVELS
-from pocketlm.runtime.native.matrix import TILE, define
+from pocketlm.runtime.native.matrix import define
+from pocketlm.runtime.native.sizes import TILE
 from pocketlm.runtime.weights import HALF_SCALES
 
 CASES = ("product1", f"product{TILE}", "row")

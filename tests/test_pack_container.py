@@ -1,7 +1,9 @@
 """The container: a model goes in, runs from there, and comes out again byte for byte; damage is noticed."""
 
+import json
 import math
 import os
+import pickle
 import random
 import re
 import struct
@@ -14,12 +16,13 @@ from packing import fake_stub
 from tiny_models import write_model
 
 import pocketlm
-from pocketlm.build import locator
+from pocketlm.build import locator, selftest
 from pocketlm.build.pack import open_stub, pack, set_persona, unpack, with_texts
 from pocketlm.build.persona import MAX_BYTES, Persona, from_bytes
 from pocketlm.cli import main
 from pocketlm.errors import FileError, UsageError
 from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.model_file import open_packed
 
 IDS = [1, 50, 200, 3, 3]
 SHAPES = {
@@ -274,3 +277,38 @@ def test_other_models_are_converted_on_the_way(small, tmp_path):
         assert model.tensors["blk.0.attn_q.weight"].format.name == "Q8_0"
         assert np.corrcoef(model.logits(IDS).ravel(), original.logits(IDS).ravel())[0, 1] > 0.99
     assert not list(tmp_path.glob(".pocketlm-*"))
+
+
+def test_a_checkpoint_is_converted_on_the_way(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch writes the checkpoint")
+    width, weights = 64, {"transformer.ln_f.weight": torch.ones(64)}
+    shapes = {"wte": (256, width), "wpe": (128, width), "h.0.attn.c_attn": (3 * width, width),
+              "h.0.attn.c_proj": (width, width), "h.0.mlp.c_fc": (4 * width, width),
+              "h.0.mlp.c_proj": (width, 4 * width)}  # fmt: skip
+    torch.manual_seed(0)
+    for name, shape in shapes.items():
+        weights[f"transformer.{name}.weight"] = 0.1 * torch.randn(shape)
+    weights |= {f"transformer.h.0.{norm}.weight": torch.ones(width) for norm in ("ln_1", "ln_2")}
+    sizes = {"n_layer": 1, "n_head": 4, "n_embd": width, "block_size": 128, "bias": False, "vocab_size": 256, "dropout": 0.0}
+    checkpoint = {"model": {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, "model_args": sizes}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    characters = {chr(i): i for i in range(256)}
+    tables = {"vocab_size": 256, "stoi": characters, "itos": {i: c for c, i in characters.items()}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(tables))
+    stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
+    assert main(["pack", str(tmp_path / "ckpt.pt"), "--quant", "q4_0", "--stub", str(stub), "-o", str(friend)]) == 0
+    assert from_bytes(locator.find(friend).read("persona"), friend).title == "ckpt"
+    with pocketlm.load(friend, "numpy") as model:
+        assert model.tensors["blk.0.ffn_up.weight"].format.name == "Q4_0"
+        stored = model.tensors["blk.0.ffn_up.weight"].to_float32()
+        assert np.corrcoef(stored.ravel(), weights["transformer.h.0.mlp.c_fc.weight"].numpy().ravel())[0, 1] > 0.99
+
+
+def test_the_reference_is_computed_in_little_memory_and_fits_every_executor(model, tmp_path):
+    with open_gguf(model) as file:
+        results = json.loads(selftest.reference(file))
+    friend = packed(model, tmp_path)
+    found = dict(selftest.runs(results, open_packed(locator.find(friend))))
+    assert "numpy" in found
+    assert max(value for value in found.values() if isinstance(value, float)) <= selftest.TOLERANCE / 2
+    assert any(isinstance(value, float) for name, value in found.items() if name != "numpy")

@@ -16,7 +16,8 @@ import pocketlm
 from pocketlm.build import locator
 from pocketlm.build.pack import open_stub, pack
 from pocketlm.build.persona import Persona
-from pocketlm.build.selftest import CTX, reference
+from pocketlm.build.selftest import reference
+from pocketlm.runtime.gguf import open_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 BARE = {"PATH": os.environ.get("PATH", ""), "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
@@ -34,13 +35,9 @@ def model(tmp_path_factory):
 def friend(model, request, tmp_path_factory):
     """A tiny model in a real stub. Its answers are noise, but always the same noise."""
 
-    def results(path):
-        with pocketlm.load(path, ctx=CTX) as stored:
-            return reference(stored)
-
     stub = real_stub(Path(request.config.cache.mkdir("pocketlm-stub")))
     persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
-    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, results)
+    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
 
 
 def run(program, *arguments, stdin="", **environment):
@@ -125,30 +122,34 @@ def test_it_checks_itself(friend):
 
 def test_the_selftest_notices_wrong_results(model, friend, tmp_path):
     other = write_model(tmp_path / "other.gguf", format="Q4_0", seed=9)
-    with pocketlm.load(other, ctx=CTX) as wrong:
+    with open_gguf(other) as wrong:
         stored = reference(wrong)
-    result = run(pack(model, open_stub(friend), tmp_path / "wrong", Persona(), lambda path: stored), "--selftest")
+    result = run(pack(model, open_stub(friend), tmp_path / "wrong", Persona(), lambda file: stored), "--selftest")
     assert result.returncode == 1
     assert result.stdout.splitlines()[-1].startswith("WRONG")
 
 
-def test_a_damaged_one_says_so_in_one_line(friend, tmp_path):
+def test_a_damaged_one_says_so_in_one_line_or_talks_as_before(friend, tmp_path):
+    """POCKETLM_THOROUGH=1: 200 changed bits and 50 cuts, which takes minutes."""
+    n_flips, n_cuts = (200, 50) if os.environ.get("POCKETLM_THOROUGH") else (6, 4)
     whole, sections, noise = friend.read_bytes(), locator.find(friend).sections, random.Random(3)
     start, header = sections["program"].offset - locator.SIZE, sections["header"]
-    broken = tmp_path / "broken"
-    for place in (start, start + 100, *(noise.randrange(header.offset, header.end) for _ in range(3))):
-        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+    ranges = ((start, start + locator.SIZE), (header.offset, header.end))
+    answer, broken = run(friend, stdin="hello\n").stdout, tmp_path / "broken"
+    damaged = []
+    for i in range(n_flips):
+        place = noise.randrange(*ranges[i % 2])
+        damaged.append(lambda place=place: whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    lengths = [noise.randrange(20_000, len(whole)) for _ in range(n_cuts)]
+    damaged += [lambda length=length: whole[:length] for length in lengths]
+    for make in damaged:
+        broken.write_bytes(make())
         broken.chmod(0o755)
         result = run(broken, stdin="hello\n")
-        assert result.returncode == 1
-        assert result.stdout == ""
-        assert "damaged" in result.stderr
-        assert result.stderr.count("\n") == 1
-    for length in (noise.randrange(20_000, len(whole)) for _ in range(5)):
-        broken.write_bytes(whole[:length])
-        result = run(broken, stdin="hello\n")
-        assert result.returncode != 0
-        assert result.stderr
+        if result.returncode == 0:
+            assert result.stdout == answer
+        else:
+            assert (result.returncode > 0, result.stdout, result.stderr.count("\n")) == (True, "", 1)
 
 
 def test_it_opens_no_network_socket(friend, tmp_path):
@@ -200,3 +201,65 @@ def test_it_talks_in_a_bare_root(friend, tmp_path):
         pytest.skip("this system does not allow namespaces")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip()
+
+
+def in_own_mounts(script, *arguments, **environment):
+    """Run a shell script as an administrator of its own mounts; skips where that is not possible."""
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("mounts of its own need Linux, unshare and an administrator")
+    command = ["unshare", "--mount", "sh", "-c", f"mount --make-rprivate / && {script}", "sh", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**BARE, "TMPDIR": "/tmp", **environment})
+    if "permitted" in result.stderr or "denied" in result.stderr:
+        pytest.skip("this system does not allow mounts")
+    return result
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("noexec,size=100m", "failed to map segment from shared object"), ("size=5m", "Failed to extract")],
+    ids=["noexec", "full"],
+)
+def test_a_folder_for_temporary_files_that_cannot_be_used(friend, tmp_path, options, message):
+    """The boot loader ends with a message that FRIEND.md explains, and another folder helps."""
+    assert message in (Path(pocketlm.__file__).parent / "build/FRIEND.md").read_text(encoding="utf-8")
+    copy = tmp_path / "friend"
+    if copy.is_relative_to("/tmp"):  # which is about to be covered
+        copy = Path("/var/tmp", f"pocketlm-test-{os.getpid()}")
+    shutil.copy(friend, copy)
+    try:
+        script = f'mount -t tmpfs -o {options} none /tmp && exec "$1" generate -p the -n 3'
+        result = in_own_mounts(script, copy)
+        assert result.returncode != 0
+        assert result.stdout == ""
+        assert message in result.stderr
+        assert in_own_mounts(script, copy, TMPDIR="/var/tmp").returncode == 0
+        read_only = in_own_mounts('mount -t tmpfs -o ro none /tmp && exec "$1" generate -p the -n 3', copy)
+        assert read_only.returncode == 0  # the boot loader looks for another one itself
+    finally:
+        copy.unlink()
+
+
+def test_a_conversation_in_a_bare_debian(friend):
+    """An unprivileged user, a read-only folder, no network, a pseudo-terminal; no Python, no packages."""
+    pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
+    root = os.environ.get("POCKETLM_DEBIAN_ROOT")
+    if root is None:
+        pytest.skip("POCKETLM_DEBIAN_ROOT names no root made by debootstrap --variant=minbase bookworm ROOT")
+    in_own_mounts("true")
+    script = (
+        "mount --make-rprivate / && mount -t tmpfs none $1/mnt && cp $2 $1/mnt/friend && mount -o remount,ro $1/mnt && "
+        "mount -t proc proc $1/proc && mount -t tmpfs -o mode=1777 none $1/tmp && "
+        "exec chroot --userspec=65534:65534 $1 /mnt/friend"
+    )
+    command = ["--net", "--mount", "--pid", "--fork", "sh", "-c", script, "sh", root, str(friend)]
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    child = pexpect.spawn("unshare", command, env=env, encoding="utf-8", dimensions=(24, 80), timeout=60)
+    for _ in range(2):
+        child.expect(">")
+        child.send("hello\r")
+        child.expect("tokens/s")
+    child.expect(">")
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0

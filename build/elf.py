@@ -1,0 +1,79 @@
+"""Shared libraries of Linux, as much of them as it takes to write a small one and to see what one wants of another.
+
+In: position-independent code and names; or a library's bytes. Out: a library's bytes; or names. Knows nothing of what the
+code does. Sources: System V gABI, chapters 4 and 5; the hash function is chapter 5's.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+
+_MACHINES = {"x86_64": (62, 0x1000), "aarch64": (183, 0x10000)}  # number, largest page
+_FILE = struct.Struct("<16sHHIQQQIHHHHHH")
+_SEGMENT = struct.Struct("<IIQQQQQQ")  # type, flags, offset, address, physical address, bytes in file and memory, alignment
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SYMBOL = struct.Struct("<IBBHQQ")
+_LOAD, _DYNAMIC, _STACK = 1, 2, 0x6474E551
+_X, _W, _R = 1, 2, 4
+_HASH, _STRINGS, _SYMBOLS, _STRINGS_SIZE, _SYMBOL_SIZE, _SONAME = 4, 5, 6, 10, 11, 14
+_SHT_DYNSYM = 11
+_GLOBAL_FUNCTION = 0x12
+
+
+def shared_object(name: str, machine: str, code: bytes, symbols: Mapping[str, int]) -> bytes:
+    """A library called `name` of position-independent code; `symbols`: a function's name, and its offset in the code."""
+    number, page = _MACHINES[machine]
+    texts, table = bytearray(b"\0"), [bytes(_SYMBOL.size)]
+
+    def text(value: str) -> int:
+        texts.extend(value.encode() + b"\0")
+        return len(texts) - len(value.encode()) - 1
+
+    n = len(symbols) + 1
+    chain = struct.pack(f"<{3 + n}I", 1, n, 1, 0, *range(2, n), 0)  # one bucket, in which each names the next: they are few
+    head = _FILE.size + 5 * _SEGMENT.size
+    hash_at = -(-head // 8) * 8
+    symbols_at = -(-(hash_at + len(chain)) // 8) * 8
+    strings_at = symbols_at + n * _SYMBOL.size
+    own = text(name)
+    names = {symbol: text(symbol) for symbol in symbols}
+    code_at = -(-(strings_at + len(texts)) // page) * page
+    table += [_SYMBOL.pack(names[s], _GLOBAL_FUNCTION, 0, 1, code_at + offset, 0) for s, offset in symbols.items()]
+    dynamic_at = -(-(code_at + len(code)) // page) * page
+    facts = {_SONAME: own, _HASH: hash_at, _STRINGS: strings_at, _SYMBOLS: symbols_at, _STRINGS_SIZE: len(texts),
+             _SYMBOL_SIZE: _SYMBOL.size, 0: 0}  # fmt: skip
+    dynamic = b"".join(struct.pack("<QQ", *fact) for fact in facts.items())
+
+    def segment(kind: int, flags: int, at: int, size: int, alignment: int) -> bytes:
+        return _SEGMENT.pack(kind, flags, at, at, at, size, size, alignment)
+
+    segments = [
+        segment(_LOAD, _R, 0, strings_at + len(texts), page),
+        segment(_LOAD, _R | _X, code_at, len(code), page),
+        segment(_LOAD, _R | _W, dynamic_at, len(dynamic), page),
+        segment(_DYNAMIC, _R | _W, dynamic_at, len(dynamic), 8),
+        segment(_STACK, _R | _W, 0, 0, 16),
+    ]
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    header = _FILE.pack(ident, 3, number, 1, 0, _FILE.size, 0, 0, _FILE.size, _SEGMENT.size, len(segments), _SECTION.size, 0, 0)
+    out = bytearray(header + b"".join(segments))
+    parts = {hash_at: chain, symbols_at: b"".join(table), strings_at: texts, code_at: code, dynamic_at: dynamic}
+    for at, data in parts.items():
+        out += bytes(at - len(out)) + data
+    return bytes(out)
+
+
+def dynamic_symbols(library: bytes, defined: bool) -> set[str]:
+    """Names that a library offers to others, or (not `defined`) wants of them."""
+    at, size, count = struct.unpack_from("<Q", library, 40)[0], *struct.unpack_from("<HH", library, 58)
+    sections = [_SECTION.unpack_from(library, at + i * size) for i in range(count)]
+    names = set()
+    for _, kind, _, _, start, length, link, *_ in sections:
+        if kind == _SHT_DYNSYM:
+            texts = sections[link][4]
+            for name, _, _, section, _, _ in _SYMBOL.iter_unpack(library[start : start + length]):
+                if bool(section) == defined:
+                    begin = texts + name
+                    names.add(library[begin : library.index(0, begin)].decode())
+    return names

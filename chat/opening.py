@@ -1,0 +1,72 @@
+"""A model that opens in another thread while its friend reads the first lines and types.
+
+In: how to open it, and what the conversation begins with. Out: the model, to whoever waits for it, with all done that the
+first answer would otherwise wait for. Knows no terminal and no files.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from pocketlm.errors import PocketlmError
+
+
+class OpeningFailed(Exception):
+    """The model cannot be opened; `error` is what was raised."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+        super().__init__(str(error))
+
+
+class Opening:
+    """Opens a model after `start`, or at the first `wait`. `close` it, or use it in a `with` statement."""
+
+    def __init__(self, load: Callable[[], Any], name: str):
+        self.name = name
+        self._load = load
+        self._thread: threading.Thread | None = None
+        self._model: Any = None
+        self._error: BaseException | None = None
+        self._cancel = threading.Event()
+
+    def start(self, messages: list[dict[str, str]], failed: Callable[[OpeningFailed], object]) -> None:
+        """Begin, unless that was done. `messages`: those before the first question. `failed` is called in the thread."""
+        if self._thread is None:
+            first = [*messages, {"role": "user", "content": "."}]
+            self._thread = threading.Thread(target=self._open, args=(first, failed), daemon=True, name="pocketlm-opening")
+            self._thread.start()
+
+    def _open(self, first: list[dict[str, str]], failed: Callable[[OpeningFailed], object]) -> None:
+        try:
+            self._model = self._load()
+            with suppress(PocketlmError):  # whoever asks a question is told; this brings the imports, the template, the
+                list(self._model.chat(first, max_tokens=0, cancel=self._cancel))  # weights, the keys of the first lines
+        except BaseException as error:
+            self._error = error
+            failed(OpeningFailed(error))
+
+    def wait(self) -> Any:
+        """The model. Raises OpeningFailed."""
+        self.start([], lambda error: None)
+        self._cancel.set()  # who has a question does not need the first lines computed alone
+        assert self._thread is not None
+        self._thread.join()
+        if self._error is not None:
+            raise OpeningFailed(self._error)
+        return self._model
+
+    def close(self) -> None:
+        """Stop what goes on, and close the model."""
+        self._cancel.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._model is not None:
+            self._model.close()
+
+    def __enter__(self) -> "Opening":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
