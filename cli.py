@@ -108,11 +108,10 @@ def _parser(chosen: list[str]) -> Parser:
 
 
 def _model_arguments(parser: Parser, optional: bool = False) -> None:
-    text = "a GGUF file, or the short name of an installed model (smollm2)"
+    text = "a GGUF file, or the short name of an installed model (small-talk, smollm2)"
     if optional:
-        parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{text}; default: the small one that comes with pocketlm")
-    else:
-        parser.add_argument("model", metavar="MODEL", help=text)
+        text += "; default: small-talk, which comes with pocketlm"
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
     parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
     parser.add_argument(

@@ -62,13 +62,15 @@ class Divergence:
 def divergences(path: Path, windows: list[np.ndarray], threads: int | None) -> dict[str, Divergence]:
     """Of the native executor and of llama.cpp from the exact forward pass of the file's weights."""
     result = {"native": Divergence(), "llama.cpp": Divergence()}
-    with pocketlm.load(path, "numpy", threads, WINDOW) as exact, pocketlm.load(path, "native", threads, WINDOW) as native:
-        with LlamaReference(path, WINDOW + 12, native.n_threads) as llama:
-            others: dict[str, Any] = {"native": native, "llama.cpp": llama}
-            for ids in windows:
-                reference = exact.logits(ids)
-                for name, divergence in result.items():
-                    divergence.add(reference, others[name].logits(ids), ids)
+    with (
+        pocketlm.load(path, "numpy", threads, WINDOW) as exact, pocketlm.load(path, "native", threads, WINDOW) as native,
+        LlamaReference(path, WINDOW + 12, native.n_threads) as llama,
+    ):  # fmt: skip
+        others: dict[str, Any] = {"native": native, "llama.cpp": llama}
+        for ids in windows:
+            reference = exact.logits(ids)
+            for name, divergence in result.items():
+                divergence.add(reference, others[name].logits(ids), ids)
     return result
 
 
@@ -89,7 +91,8 @@ def main() -> None:
     ids = np.array(pocketlm.tokenizer.load(options.model).encode(text)[: options.tokens], np.int32)
     windows = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
     print(f"{options.model.name}, {len(ids)} positions in windows of {WINDOW}\n", file=sys.stderr)
-    print("| weights | exact perplexity | native: KL | same first choice | perplexity | llama.cpp: KL | same first choice | perplexity |")
+    both = " | ".join(f"{name}: KL | same first choice | perplexity" for name in ("native", "llama.cpp"))
+    print(f"| weights | exact perplexity | {both} |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for quant in options.formats.split(","):
         with tempfile.TemporaryDirectory() as folder:
