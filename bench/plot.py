@@ -41,7 +41,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         fontsize=8,
     )
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not write
         raise FileError(path, f"cannot be written ({error})", "name a .png, .svg or .pdf file") from None
     finally:
@@ -69,4 +69,4 @@ def _panel(axes: Any, model: dict[str, Any], job: str, label: str) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     if rows:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
