@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("bench: name a model to measure (as smollm2), or a saved result with --from")
     old = schema.read(Path(arguments.compare)) if arguments.compare else None
     if arguments.plot:
-        plot.require()
+        plot.require(Path(arguments.plot))
+    if arguments.save and not Path(arguments.save).absolute().parent.is_dir():
+        raise FileError(arguments.save, "its folder does not exist", "make it, or name another file")
     result = schema.read(Path(arguments.saved)) if arguments.saved else _measure(arguments)
-    if arguments.save:
-        try:
-            Path(arguments.save).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FileError(arguments.save, f"cannot be written ({error.strerror})", "name another file") from None
-    if arguments.plot:
-        plot.plot(result, Path(arguments.plot))
     extra = [compare.compare(result, old)] if old else []
     if arguments.json:
         print(json.dumps(result))
@@ -61,6 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.comma_separated(result))
     else:
         print(report.markdown(result, extra) if arguments.markdown else report.terminal(result, extra))
+    if arguments.save:  # after the table: what took minutes to measure is shown even if the disk is full
+        try:
+            Path(arguments.save).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FileError(arguments.save, f"cannot be written ({error.strerror})", "name another file") from None
+    if arguments.plot:
+        plot.plot(result, Path(arguments.plot))
     return 0
 
 
@@ -74,12 +79,25 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     given |= {name: _numbers(name, getattr(arguments, name)) for name in ("prompts", "depths")}
     for name, value in given.items():
         least = min(value) if isinstance(value, tuple) else value
-        if least is not None and least < (0 if name == "depths" else 1):
+        if least is not None and not least >= (0 if name == "depths" else 1):
             raise UsageError(f"--{name.replace('_', '-')} {least}: expected {0 if name == 'depths' else 1} or more")
     chosen = {**(QUICK if arguments.quick else {}), **{name: value for name, value in given.items() if value is not None}}
     settings = measuring.Settings(threads=check_threads(arguments.threads), **chosen)
     paths = [_find(name) for name in arguments.models]
-    return measuring.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
+    with _ending_in_order():
+        return measuring.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the children too: one that hangs would go on for ever."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -16,6 +16,8 @@ def compare(new: Result, old: Result) -> Table:
     before, after = dict(_measures(old)), dict(_measures(new))
     changes = []
     for key in before.keys() & after.keys():
+        if not before[key]["median"]:
+            continue
         change = after[key]["median"] / before[key]["median"] - 1
         if abs(change) > max(LEAST, before[key]["uncertainty"] + after[key]["uncertainty"]):
             changes.append((change, key))
@@ -44,6 +46,6 @@ def _notes(new: Result, old: Result, before: dict[Any, Result], after: dict[Any,
         if new["machine"][name] != old["machine"][name]:
             yield f"not the same machine: {name} was {old['machine'][name]}, is {new['machine'][name]}"
     for name, seconds in new["reference_loop"]["medians"].items():
-        then = old["reference_loop"]["medians"].get(name, seconds)
-        if abs(seconds / then - 1) > 0.1:
+        then = old["reference_loop"]["medians"].get(name)
+        if then and abs(seconds / then - 1) > 0.1:
             yield f"the {name} reference loop takes {seconds / then:.0%} of its time then: the machine itself has changed"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,12 @@ def target(path: Path, kind: str) -> Path:
     for name in SOURCES:
         digest.update((root / name).read_bytes())
     return folder() / f"{path.stem}-{digest.hexdigest()[:24]}{KINDS[kind].suffix}"
+
+
+def sweep(out: Path) -> None:
+    """Take away what a conversion to `out` that was ended has left."""
+    for part in out.parent.glob(f"*part-{escape(out.name)}*"):
+        part.unlink(missing_ok=True)
 
 
 def _onnx(quant: str) -> Callable[[Path, Path], None]:

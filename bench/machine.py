@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "packages": {"pocketlm": __version__, **{name: found for name in PACKAGES if (found := _version(name))}},
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
         "energy": joules() is not None,
     }
 
@@ -65,7 +65,7 @@ def _cpu() -> str:
 
 def bandwidth(n_threads: int) -> float:
     """Bytes a second that `n_threads` can read from memory: the best of NumPy's sum and copy (which reads and writes)."""
-    size = 128 << 20
+    size = (256 << 20) // n_threads // 64 * 64  # all threads together: beyond any cache, and little beside a model
     sources = [np.ones(size // 4, np.float32) for _ in range(n_threads)]
     targets = [np.ones_like(source) for source in sources]
     jobs: list[tuple[Callable[[int], object], int]] = [

@@ -9,11 +9,14 @@ from pocketlm.errors import FileError, PocketlmError
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), from dark to light with hatches that differ in black and white too
 LOOKS = [("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"), ("#56B4E9", "\\\\\\")]
+ENDINGS = (".png", ".svg", ".pdf")
 PANELS = (("prefill", "prompt of {} tokens", "prompt, tokens/s"), ("decode", "after {} tokens", "decoding, tokens/s"))
 
 
-def require() -> None:
-    """PocketlmError where matplotlib is missing: asked before minutes of measuring."""
+def require(path: Path) -> None:
+    """PocketlmError where matplotlib is missing or `path` cannot be a picture: asked before minutes of measuring."""
+    if path.suffix.lower() not in ENDINGS or not path.absolute().parent.is_dir():
+        raise FileError(path, "is no picture in a folder that exists", f"name a file that ends in {', '.join(ENDINGS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -21,6 +21,7 @@ from pocketlm.errors import PocketlmError
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 ENDING = 5.0  # seconds a child may take to end when asked
+LONGEST = 1e6  # seconds: more than a lock can wait for is an error in Python
 REASON = 300  # characters of a reason that are kept
 
 
@@ -52,7 +53,7 @@ class Worker:
         with suppress(OSError):  # it is gone already: there will be no answer
             print(json.dumps({"do": job, **arguments}), file=self._process.stdin, flush=True)
         try:
-            line = self._answers.get(timeout=limit)
+            line = self._answers.get(timeout=min(limit, LONGEST))
         except queue.Empty:
             self.close(patience=0)
             raise Failure("hung", f"no answer to {job} within {limit:g} s") from None

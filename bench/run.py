@@ -180,6 +180,7 @@ class Row:
                 worker.ask("convert", self._limit, kind=self.backend.reads, path=str(subject.path), out=str(out))
             finally:
                 worker.close()
+                convert.sweep(out)
             self.result["converted"]["seconds"] = time.perf_counter() - started
         return out
 

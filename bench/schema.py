@@ -18,6 +18,7 @@ NUMBER = (int, float)
 
 class Each(NamedTuple):
     form: Any
+    numbered: bool = False  # the keys are whole numbers, written out
 
 
 MEASURE = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "uncertainty": NUMBER, "rounds": [NUMBER]}
@@ -31,8 +32,8 @@ BACKEND = {
     "converted?": {"kind": str, "seconds": (*NUMBER, type(None))},
     "load_seconds?": NUMBER,
     "first_token_seconds?": NUMBER,
-    "prefill?": Each(SPEED),
-    "decode?": Each({**SPEED, "latency_ms": {"p50": NUMBER, "p95": NUMBER, "p99": NUMBER}}),
+    "prefill?": Each(SPEED, numbered=True),
+    "decode?": Each({**SPEED, "latency_ms": {"p50": NUMBER, "p95": NUMBER, "p99": NUMBER}}, numbered=True),
     "user?": MEASURE,
     "peak_bytes?": (int, type(None)),
     "agreement?": {
@@ -50,7 +51,7 @@ RESULT = {
     "time": str,
     "machine": {
         "cpu": str, "cores": int, "threads": int, "memory_free_bytes": (int, type(None)), "bandwidth": NUMBER, "system": str,
-        "python": str, "packages": Each(str), "load_average": (list, type(None)), "energy": bool,
+        "python": str, "packages": Each(str), "load_average": [NUMBER], "energy": bool,
     },
     "settings": {
         "rounds": int, "tokens": int, "prompts": [int], "depths": [int], "threads": int, "time_limit": NUMBER,
@@ -67,7 +68,8 @@ def problem(value: Any, form: Any = RESULT, at: str = "") -> str | None:
     if isinstance(form, list):
         parts = [(f"{at}[{i}]", part, form[0]) for i, part in enumerate(value)] if isinstance(value, list) else None
     elif isinstance(form, Each):
-        parts = [(f"{at}.{key}", part, form.form) for key, part in value.items()] if isinstance(value, dict) else None
+        named = isinstance(value, dict) and not (form.numbered and any(not key.isdecimal() for key in value))
+        parts = [(f"{at}.{key}", part, form.form) for key, part in value.items()] if named else None
     elif isinstance(form, dict):
         if isinstance(value, dict):
             missing = [name for name in form if not name.endswith("?") and name not in value]

@@ -1,6 +1,6 @@
 """The child process: one backend, asked line by line in JSON, answering line by line.
 
-In: {"do": a row of JOBS, ...its arguments}. Out: {"answer": {...}} or {"error": {"status", "reason"}}. Times are taken
+In: {"do": a method of Bench, ...its arguments}. Out: {"answer": {...}} or {"error": {"status", "reason"}}. Times are taken
 here, around the forward pass alone. Before it answers, the child waits until its own threads have gone to sleep: those
 of llama.cpp, PyTorch and onnxruntime spin for a while after a call, on the cores that the next backend needs.
 """
@@ -121,9 +121,6 @@ def _passes(once: Callable[[], list[float]], at_least: float) -> dict[str, Any]:
         passes += 1
     after = joules()
     return {"seconds": seconds, "joules": after - before if before is not None and after is not None else None}
-
-
-JOBS = ("load", "prefill", "decode", "logits", "complete", "convert")
 
 
 def peak_bytes() -> int | None:

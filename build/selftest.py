@@ -36,7 +36,7 @@ def reference(file: GGUF) -> bytes:
     hyper = _hyper(file)
     n_rows = min(N_ROWS, hyper.n_vocab)
     tables = {name: _first_rows(file.tensors[name], n_rows) for name in _TABLES if name in file.tensors}
-    ids = np.linspace(0, n_rows - 1, N_IDS).astype(int).tolist()
+    ids = np.linspace(0, n_rows - 1, min(N_IDS, hyper.n_ctx)).astype(int).tolist()
     logits = _logits("numpy", replace(hyper, n_vocab=n_rows), {**file.tensors, **tables}, ids, file.path)
     picked = np.unique(np.linspace(0, n_rows - 1, N_LOGITS).astype(int))
     rows = {"ids": ids, "picked": picked.tolist(), "logits": [round(float(x), 5) for x in logits[picked]]}

@@ -29,7 +29,7 @@ class Opening:
         self._thread: threading.Thread | None = None
         self._model: Any = None
         self._error: BaseException | None = None
-        self._cancel = threading.Event()
+        self._cancel, self._done = threading.Event(), threading.Event()
 
     def start(self, messages: list[dict[str, str]], failed: Callable[[OpeningFailed], object]) -> None:
         """Begin, unless that was done. `messages`: those before the first question. `failed` is called in the thread."""
@@ -46,13 +46,14 @@ class Opening:
         except BaseException as error:
             self._error = error
             failed(OpeningFailed(error))
+        finally:
+            self._done.set()
 
     def wait(self) -> Any:
         """The model. Raises OpeningFailed."""
         self.start([], lambda error: None)
         self._cancel.set()  # who has a question does not need the first lines computed alone
-        assert self._thread is not None
-        self._thread.join()
+        self._done.wait()  # not `join`: one that Ctrl-C interrupts takes the thread for ended
         if self._error is not None:
             raise OpeningFailed(self._error)
         return self._model
@@ -61,7 +62,7 @@ class Opening:
         """Stop what goes on, and close the model."""
         self._cancel.set()
         if self._thread is not None:
-            self._thread.join()
+            self._done.wait()
         if self._model is not None:
             self._model.close()
 

@@ -203,7 +203,7 @@ class Chat:
 
     def reset(self) -> None:
         """Begin anew, in a new file; the system prompt stays."""
-        self.conversation = Conversation(self.conversation.system, model=self.model.name)
+        self.conversation = Conversation(self.conversation.system, model=self._model.name)
         self.path = None
         self.console.note("a new conversation")
 
@@ -249,4 +249,4 @@ class Chat:
         if self.console.interactive and self.conversation.messages:
             question, *answers = self.conversation.messages[-2:]
             self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
-        self.conversation.model = self.model.name
+        self.conversation.model = self._model.name

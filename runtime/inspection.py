@@ -14,6 +14,7 @@ from pocketlm.runtime.gguf import GGUF
 from pocketlm.runtime.model_file import open_model, size_of
 
 LONGEST = 100  # characters of a value that are shown
+DEEPEST = 32  # levels of nested values that are shown
 MOST = 16  # values of an array that are shown
 
 
@@ -68,13 +69,15 @@ def describe(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        return "…"
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, np.ndarray | list):
         if len(value) > MOST:
             return f"[{len(value)} {'strings' if isinstance(value[0], str) else 'numbers'}]"
-        return [_plain(item) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
+        return [_plain(item, depth + 1) for item in (value.tolist() if isinstance(value, np.ndarray) else value)]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 

@@ -40,7 +40,7 @@ def result(**speeds: float) -> dict[str, Any]:
     return {
         "schema": schema.NAME, "version": schema.VERSION, "time": "2026-01-01T00:00:00Z",
         "machine": {"cpu": "a|b", "cores": 2, "threads": 2, "memory_free_bytes": None, "bandwidth": 1e9, "system": "s",
-                    "python": "3", "packages": {}, "load_average": None, "energy": False},
+                    "python": "3", "packages": {}, "load_average": [], "energy": False},
         "settings": {"rounds": 5, "tokens": 4, "prompts": [32], "depths": [0], "threads": 2, "time_limit": 9, "pass_seconds": 0,
                      "user_rounds": 1, "user_tokens": 4},
         "reference_loop": {"drift": 1.0, "medians": {"compute": 1.0}}, "warnings": ["a warning"], "models": [model],

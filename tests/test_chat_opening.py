@@ -83,8 +83,10 @@ def test_a_first_line_that_is_too_long_is_told_when_it_is_asked():
 
 
 def test_leaving_does_not_need_a_model():
-    opening = Opening(lambda: pytest.fail("nobody asked for it"), "Ada")
+    opened = []
+    opening = Opening(lambda: opened.append("nobody asked for it"), "Ada")
     opening.close()
+    assert not opened
     opening = Opening(Closable, "Ada")
     assert opening.wait() is opening.wait()
     assert isinstance(OpeningFailed(ValueError("x")).error, ValueError)

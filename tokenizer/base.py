@@ -7,7 +7,7 @@ Knows no file format (`readers`) and no model.
 import codecs
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,7 @@ END_OF_TURN = (
     "<|end_of_text|>", "<end_of_turn>", "<|eot|>", "<|return|>",
 )  # fmt: skip
 
+_LONGEST_TOKEN = 4096  # characters; what is done for every part of a token would take a stranger's file for ever
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
 
@@ -60,8 +61,8 @@ def make_vocabulary(
     unk_id: int | None = None,
     end_ids: Iterable[int | None] = (),
     adds_bos: bool = False,
-    strip_left: Iterable[int] = (),
-    strip_right: Iterable[int] = (),
+    strip_left: Collection[int] = (),
+    strip_right: Collection[int] = (),
     ends_are_control: bool = False,
 ) -> Vocabulary:
     """Check the parts of a vocabulary against each other; FileError names what does not fit.
@@ -76,6 +77,8 @@ def make_vocabulary(
     except UnicodeEncodeError:
         broken = next(i for i, token in enumerate(tokens) if any("\ud800" <= c <= "\udfff" for c in token))
         raise FileError(path, f"token {broken} is not valid Unicode") from None
+    if len(longest := max(tokens, key=len)) > _LONGEST_TOKEN:
+        raise FileError(path, f"token {tokens.index(longest)} has {len(longest)} characters; {_LONGEST_TOKEN} are possible")
     index = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(index) != len(tokens):
         for i, token in enumerate(tokens):
@@ -83,7 +86,8 @@ def make_vocabulary(
                 raise FileError(path, f"tokens {i} and {index[token]} are both {token[:40]!r}")
     index.pop("", None)
     ends = set(end_ids) | {eos_id}
-    for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends)):
+    stripping = [("stripping", i) for i in (*strip_left, *strip_right)]
+    for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends), *stripping):
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise FileError(path, f"{what} token id {token_id} is not in the vocabulary of {len(tokens)}")
     named = [index[text] for text in END_OF_TURN if text in index]

@@ -56,7 +56,8 @@ def place_tokens(path: object, ids: Mapping[Any, Any]) -> list[str]:
         raise FileError(path, "its vocabulary is empty")
     for token, i in ids.items():
         if not isinstance(token, str) or type(i) is not int or not 0 <= i < len(ids) + _HOLES:
-            raise FileError(path, f"its vocabulary gives {str(token)[:40]!r} the id {str(i)[:40]}, which cannot be")
+            what, number = (str(x)[:40] if type(x) in (str, int, float, bool) else type(x).__name__ for x in (token, i))
+            raise FileError(path, f"its vocabulary gives {what!r} the id {number}, which cannot be")
     tokens = [""] * (max(ids.values()) + 1)
     for token, i in ids.items():
         if tokens[i]:

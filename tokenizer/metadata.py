@@ -122,7 +122,7 @@ def _characters(tokens: list[str], types: bytes) -> dict[str, Any]:
     """Byte-level BPE whose merges build each character from its bytes: so llama.cpp, too, finds every one of them."""
     letters, starts = list(tokens), set()
     for i, kind in enumerate(types):
-        if kind == NORMAL:
+        if kind == NORMAL and len(tokens[i]) == 1:
             letters[i] = tokens[i].encode().decode("latin-1").translate(TO_LETTERS)
             starts.update(letters[i][:end] for end in range(2, len(letters[i]) + 1))
     merges = [f"{start[:-1]} {start[-1]}" for start in sorted(starts, key=lambda start: (len(start), start))]

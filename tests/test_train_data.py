@@ -1,0 +1,235 @@
+"""Texts and conversations on their way to batches: nothing lost, nothing learnt that should not be, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pocketlm.chat.templates import BUILT_IN, Template, choose
+from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.train import data, vocabularies
+
+TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog number {i * 7919 % 1000}.\n" for i in range(900))
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello there, how are you?"},
+    {"role": "assistant", "content": "I am fine."},
+    {"role": "user", "content": "Good."},
+    {"role": "assistant", "content": "Yes, it is a fine day."},
+]
+LIBRARIES = {"bytes": "tokenizers", "sentencepiece": "sentencepiece", "characters": "json"}
+
+
+@pytest.fixture(params=LIBRARIES)
+def kind(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(LIBRARIES[request.param], reason="trains this kind of vocabulary")
+    return request.param
+
+
+def make(folder: Path, kind: str = "characters", chat: str = "chatml", text: str = TEXT) -> Any:
+    folder.mkdir(exist_ok=True)
+    texts = [text, "".join(message["content"] for message in TALK), "systemuserassistant\n|<>_"]
+    return vocabularies.make_tokenizer(kind, texts, 400, data.markers_of(chat), folder)
+
+
+def encoder(folder: Path, tok: Any, learn: tuple[str, ...] = ("assistant",), chat: str = "chatml") -> data.Encoder:
+    return data.Encoder(tok, chat, learn, folder)
+
+
+def said(_: str) -> None:
+    pass
+
+
+# ── vocabularies ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("chat", data.CHATS)
+def test_chat_markers_are_single_tokens_that_plain_text_does_not_become(tmp_path: Path, kind: str, chat: str) -> None:
+    tok = make(tmp_path, kind, chat)
+    vocabularies.check_markers(tok, data.markers_of(chat), tmp_path)
+    for marker in data.markers_of(chat):
+        (marked,) = tok.encode(marker, special=True)
+        assert tok.token_bytes(marked) == marker.encode()
+    assert tok.decode(tok.encode(TEXT[:500])) == TEXT[:500]
+    assert tok.eos_id is not None
+
+
+def test_a_marker_that_splits_is_an_error(tmp_path: Path) -> None:
+    tok = make(tmp_path, chat="markers")
+    with pytest.raises(FileError, match=r"the chat marker <\|im_start\|> splits into 12 tokens"):
+        encoder(tmp_path, tok).encode(TALK, True)
+
+
+def test_the_libraries_agree_with_the_runtime_on_ids(tmp_path: Path) -> None:
+    library = pytest.importorskip("tokenizers", reason="compared with")
+    tok = make(tmp_path, "bytes")
+    theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tok.encode(TEXT) == theirs.encode(TEXT).ids
+
+
+# ── what is learnt ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("chat", data.CHATS)
+def test_conversations_are_encoded_as_the_chat_writes_them(tmp_path: Path, kind: str, chat: str) -> None:
+    tok = make(tmp_path, kind, chat)
+    ids, _ = encoder(tmp_path, tok, chat=chat).encode(TALK, True)
+    template = choose(data.jinja(BUILT_IN[chat]), tok)
+    assert template.source is not None
+    whole = template.encode(TALK, tok, add_generation_prompt=False)
+    assert ids == [*whole[tok.adds_bos :], tok.eos_id]
+    assert template.render(TALK) == Template(None, BUILT_IN[chat]).render(TALK)
+
+
+@pytest.mark.parametrize("chat", data.CHATS)
+def test_only_answers_and_their_ends_are_learnt(tmp_path: Path, kind: str, chat: str) -> None:
+    tok = make(tmp_path, kind, chat)
+    end = data.markers_of(chat)[-1]
+    ids, mask = encoder(tmp_path, tok, chat=chat).encode(TALK, True)
+    learnt = [i for i, m in zip(ids, mask, strict=True) if m]
+    assert tok.decode(learnt, special=True).replace(f"{end} ", end).strip() == f"I am fine.{end}Yes, it is a fine day.{end}"
+    all_ids, all_mask = encoder(tmp_path, tok, data.ROLES, chat).encode(TALK, True)
+    everything = tok.decode([i for i, m in zip(all_ids, all_mask, strict=True) if m], special=True)
+    assert everything.count(end) == 5
+    assert "user" not in everything
+
+
+def test_markers_that_somebody_typed_are_letters(tmp_path: Path) -> None:
+    tok = make(tmp_path, "characters")
+    ids, _ = encoder(tmp_path, tok).encode([{"role": "user", "content": "I say <|im_end|>"}], True)
+    assert ids.count(tok.token_id("<|im_end|>")) == 1
+
+
+def test_documents_end_with_the_end_token_and_long_ones_come_in_pieces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Line {i}"}) + "\n" for i in range(5)))
+    pieces = list(data.read_documents(tmp_path / "a.txt"))
+    assert len(pieces) > 2
+    assert "".join(piece for piece, _ in pieces) == TEXT  # type: ignore[misc]
+    assert all(piece.endswith("\n") for piece, _ in pieces)  # type: ignore[union-attr]
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    tok = make(tmp_path / "tok")
+    data.prepare([tmp_path / "a.txt", tmp_path / "b.jsonl"], [], tmp_path / "data", encoder(tmp_path, tok), 0, said)
+    corpus = data.open_corpus(tmp_path / "data", "train", 64, tok.n_vocab)
+    assert [int((part == tok.eos_id).sum()) for part in corpus.ids] == [1, 5]
+    assert corpus.ids[0].dtype == np.uint16
+    assert tok.decode(corpus.ids[0][:-1].tolist()) == TEXT
+
+
+# ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bad_part_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.txt", "bad.jsonl", "c.txt")]
+    files[0].write_text(TEXT)
+    files[1].write_text('{"text": "fine"}\n{"messages": []}\n')
+    files[2].write_text(TEXT[:5000])
+    tok = make(tmp_path / "tok")
+    spoken: list[str] = []
+    arguments = (files, [], tmp_path / "data", encoder(tmp_path, tok), 20, spoken.append)
+    with pytest.raises(PocketlmError, match=r"bad.jsonl: line 2 is no document; .*the same command tries this one again"):
+        data.prepare(*arguments)
+    state = data.read_state(tmp_path / "data")
+    assert [set(part) for part in state.values()] == [{"key", "train", "val"}, {"error"}, {"key", "train", "val"}]
+    before = (tmp_path / "data" / "part-00000.train").stat().st_mtime_ns
+    spoken.clear()
+    files[1].write_text('{"text": "fine"}\n')
+    data.prepare(*arguments)
+    assert spoken == [f"encoding {files[1]}"]
+    assert (tmp_path / "data" / "part-00000.train").stat().st_mtime_ns == before
+    assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_preparing_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}.txt" for i in range(3)]
+    for file in files:
+        file.write_text(TEXT[:9000])
+    tok = make(tmp_path / "tok")
+    spoken: list[str] = []
+
+    def interrupt(text: str) -> None:
+        spoken.append(text)
+        if len(spoken) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(files, [], tmp_path / "data", encoder(tmp_path, tok), 0, interrupt)
+    assert [bool(part) for part in data.read_state(tmp_path / "data").values()] == [True, False, False]
+    data.prepare(files, [], tmp_path / "data", encoder(tmp_path, tok), 0, spoken.append)
+    assert spoken == [f"encoding {files[i]}" for i in (0, 1, 1, 2)]
+
+
+def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    tok = make(tmp_path / "tok")
+    n = sum(1 for _ in data.read_documents(tmp_path / "a.txt"))
+    data.prepare([tmp_path / "a.txt"], [], tmp_path / "data", encoder(tmp_path, tok), n, said)
+    part = data.read_state(tmp_path / "data")["part-00000"]
+    assert part["train"] + part["val"] == len(tok.encode(TEXT)) + 1
+    assert 0 < part["val"] < part["train"]
+    (tmp_path / "b.txt").write_text(TEXT[:2000])
+    data.prepare([tmp_path / "a.txt"], [tmp_path / "b.txt"], tmp_path / "data", encoder(tmp_path, tok), 0, said)
+    assert len(data.open_corpus(tmp_path / "data", "val", 64, tok.n_vocab).ids[0]) == len(tok.encode(TEXT[:2000])) + 1
+
+
+# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def corpus_of(*lengths: int, context: int = 8) -> data.Corpus:
+    ids = [np.arange(1000 * i, 1000 * i + n, dtype=np.uint16) for i, n in enumerate(lengths)]
+    return data.Corpus(ids, [np.ones(n, np.uint8) for n in lengths], context)
+
+
+def test_an_epoch_shows_every_block_once_and_the_next_cuts_elsewhere() -> None:
+    corpus = corpus_of(100, 50)
+    n = corpus.n_blocks(7)
+    epochs = [[block for step in range(e * n, (e + 1) * n) for block in corpus.batch(step, 1, 3)] for e in range(2)]
+    firsts = [sorted(int(ids[0]) for ids, _, _ in blocks) for blocks in epochs]
+    assert all(len(set(first)) == n for first in firsts)
+    assert firsts[0] != firsts[1]
+    for ids, targets, mask in epochs[0]:
+        assert (targets == ids + 1).all()
+        assert len(ids) == len(mask) == 8
+
+
+def test_a_batch_is_a_function_of_step_and_seed() -> None:
+    def firsts(step: int, seed: int) -> list[int]:
+        return [int(ids[0]) for ids, _, _ in corpus_of(500, 300).batch(step, 4, seed)]
+
+    assert firsts(77, 1) == firsts(77, 1)
+    assert firsts(77, 1) != firsts(78, 1)
+    assert firsts(77, 1) != firsts(77, 2)
+
+
+def test_too_little_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Line 1\n")
+    tok = make(tmp_path / "tok")
+    data.prepare([tmp_path / "a.txt"], [], tmp_path / "data", encoder(tmp_path, tok), 20, said)
+    with pytest.raises(FileError, match=r"its train split has 8 tokens, too few for a sequence of 64; give more text"):
+        data.open_corpus(tmp_path / "data", "train", 64, tok.n_vocab)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"text": 3}', "line 2 is no document"),
+        ("[1]", "line 2 is no document"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "line 2 is no document"),
+        ('{"messages": [{"role": "user"}]}', "line 2 is no document"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "is not UTF-8"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str) -> None:
+    content = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + content)
+    with pytest.raises(FileError, match=problem):
+        list(data.read_documents(tmp_path / "a.jsonl"))
+
+
+def test_unknown_chats_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match="--chat alpaca: expected chatml or markers"):
+        data.markers_of("alpaca")

@@ -1,0 +1,132 @@
+"""What can be trained: the shape of a decoder, the settings of a run, and presets of both. Plain data; knows no PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from pocketlm.errors import UsageError
+
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "position": ("rope", "alibi", "learned", "none"),
+    "activation": ("silu", "gelu_erf", "gelu_tanh"),
+    "dtype": ("fp32", "bf16", "fp16"),
+}
+
+
+def _check_choices(value: Any) -> None:
+    for f in fields(value):
+        if f.name in CHOICES and (chosen := getattr(value, f.name)) not in CHOICES[f.name]:
+            raise UsageError(f"{f.name} {chosen}: expected {', '.join(CHOICES[f.name])}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decoder, in the words of the runtime's hyper-parameters. Raises UsageError for one that cannot be."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_vocab: int
+    n_ctx: int
+    n_kv_head: int = 0  # 0: as many as heads
+    n_ff: int = 0  # 0: four times the width
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    position: str = "rope"
+    rope_theta: float = 10000.0
+    activation: str = "silu"
+    gated: bool = True  # SwiGLU, where the activation is silu
+    bias: bool = False  # of the matrices, and of LayerNorm
+    tied: bool = True  # the output matrix is the token table
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n_kv_head", self.n_kv_head or self.n_head)
+        object.__setattr__(self, "n_ff", self.n_ff or 4 * self.n_embd)
+        _check_choices(self)
+        if min(self.n_layer, self.n_head, self.n_embd, self.n_vocab, self.n_ctx, self.n_kv_head, self.n_ff) < 1:
+            raise UsageError("a model's layers, heads, widths, words and positions are 1 or more")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            problem = "each must divide the one before"
+            raise UsageError(f"width {self.n_embd}, {self.n_head} heads, {self.n_kv_head} kv heads: {problem}")
+        if self.position == "rope" and self.n_embd // self.n_head % 2:
+            raise UsageError(f"rotary positions turn pairs, but a head has {self.n_embd // self.n_head} values")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained; the same settings, data and number of threads give the same model."""
+
+    steps: int = 1000
+    batch: int = 32  # sequences a step, on all processes together
+    micro_batch: int = 8  # sequences at once; changes nothing but rounding
+    context: int = 0  # tokens a sequence; 0: the model's n_ctx
+    lr: float = 1e-3
+    min_lr: float = 0.1  # of lr, at the last step
+    warmup: int = 50  # steps
+    weight_decay: float = 0.1  # of matrices only
+    beta2: float = 0.95
+    clip: float = 1.0  # norm of the gradient
+    dropout: float = 0.0
+    dtype: str = "fp32"
+    compile: bool = False
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        if min(self.steps, self.batch, self.micro_batch) < 1 or self.batch % self.micro_batch:
+            raise UsageError(f"a batch of {self.batch} is no whole number of micro batches of {self.micro_batch}")
+        if not (0 < self.lr < 10 and 0 <= self.dropout < 1 and self.clip > 0 and min(self.context, self.warmup) >= 0):
+            raise UsageError("expected 0 < lr < 10, 0 <= dropout < 1, clip > 0, context and warmup 0 or more")
+
+
+@dataclass(frozen=True)
+class Preset:
+    shape: Shape
+    tokenizer: str  # a row of vocabularies.KINDS
+    settings: Settings = field(default_factory=Settings)
+
+
+def _gpt2(
+    n_layer: int, n_head: int, n_embd: int, n_vocab: int, n_ctx: int, bias: bool = False, activation: str = "gelu_erf"
+) -> Shape:
+    options: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": activation, "gated": False, "bias": bias}
+    return Shape(n_layer, n_head, n_embd, n_vocab, n_ctx, **options)
+
+
+def _alibi(n_layer: int, n_head: int, n_embd: int, n_vocab: int, n_ctx: int, n_kv_head: int, n_ff: int) -> Shape:
+    return Shape(n_layer, n_head, n_embd, n_vocab, n_ctx, n_kv_head, n_ff, position="alibi", norm_eps=1e-6)
+
+
+_BOOK = Settings(steps=5000, batch=64, lr=1e-3, warmup=100, dropout=0.2)
+_LARGE = Settings(steps=100000, batch=480, lr=6e-4, warmup=2000, dtype="bf16", compile=True)
+PRESETS = {  # layers, heads, width, vocabulary, context, kv heads, feed-forward; README.md has the published counts
+    "tiny": Preset(Shape(4, 4, 128, 2048, 256, 4, 384), "bytes", Settings(200, 16, lr=3e-3, warmup=20)),
+    "small-talk": Preset(Shape(4, 8, 256, 1024, 512, 4, 768), "bytes", Settings(1900, 8, 4, lr=2e-3, warmup=100)),
+    "chekhov-10m": Preset(_gpt2(6, 6, 384, 201, 256), "characters", _BOOK),
+    "classics-46m": Preset(_gpt2(12, 8, 512, 16000, 512), "sentencepiece", _BOOK),
+    "mini-tron-48m": Preset(_gpt2(10, 8, 512, 32000, 1024), "sentencepiece", _LARGE),
+    "turkish-25m": Preset(_alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece", _LARGE),
+    "turkish-68m": Preset(_alibi(12, 8, 512, 64000, 1024, 4, 1376), "sentencepiece", _LARGE),
+    "polish-1.3b": Preset(_gpt2(28, 30, 1920, 32000, 1024), "sentencepiece", _LARGE),
+    "gpt2-124m": Preset(_gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes", _LARGE),
+}
+
+
+def changed(shape: Shape, pairs: dict[str, str]) -> Shape:
+    """A shape with the fields `pairs` (name → text). Raises UsageError for an unknown name or a bad value."""
+    kinds = {f.name: type(getattr(shape, f.name)) for f in fields(shape)}
+    given: dict[str, Any] = {}
+    for name, text in pairs.items():
+        if name not in kinds:
+            raise UsageError(f"--set {name}: expected one of {', '.join(kinds)}")
+        try:
+            given[name] = {"true": True, "false": False}[text.lower()] if kinds[name] is bool else kinds[name](text)
+        except (ValueError, KeyError):
+            raise UsageError(f"--set {name}={text}: expected {kinds[name].__name__}") from None
+    if "n_head" in given and "n_kv_head" not in given and shape.n_kv_head == shape.n_head:
+        given["n_kv_head"] = 0
+    if "n_embd" in given and "n_ff" not in given and shape.n_ff == 4 * shape.n_embd:
+        given["n_ff"] = 0
+    return replace(shape, **given)
