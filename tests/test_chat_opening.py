@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -90,6 +91,28 @@ def test_leaving_does_not_need_a_model():
     opening = Opening(Closable, "Ada")
     assert opening.wait() is opening.wait()
     assert isinstance(OpeningFailed(ValueError("x")).error, ValueError)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal to send to oneself")
+def test_ctrl_c_while_waiting_leaves_the_model_opening():
+    model, may_open = Closable(), threading.Event()
+
+    def load():
+        assert may_open.wait(30)
+        return model
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        opening = Opening(load, "Ada")
+        for _ in range(2):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                opening.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    may_open.set()
+    opening.close()
+    assert model.closed
 
 
 @pytest.mark.skipif(os.name == "nt", reason="this test drives a POSIX terminal")

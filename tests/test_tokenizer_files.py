@@ -212,6 +212,17 @@ def test_a_file_that_is_no_tokenizer_or_a_broken_one_is_refused(data, words, tmp
     refused(tmp_path, data, *words)
 
 
+LISTS = {  # {"stoi": {"a": lists}}, in a few hundred bytes
+    "of itself twice, forty deep": b"]q\0" + b"".join(b"0](h%ch%ceq%c" % (k, k, k + 1) for k in range(40)),
+    "ten thousand deep": b"]" * 10_000 + b"a" * 9_999,
+}
+
+
+@pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
+def test_an_id_that_is_a_tangle_of_lists_is_not_written_out(lists, tmp_path):
+    refused(tmp_path, b"\x80\2}X\4\0\0\0stoi}X\1\0\0\0a" + lists + b"ss.", "the id list")
+
+
 def test_a_missing_file_and_a_folder_without_one_are_named(tmp_path):
     with pytest.raises(FileError, match="No such file"):
         tokenizer.load(tmp_path / "missing")

@@ -41,6 +41,11 @@ def refused(keys, *words, **changes):
         assert word in line
 
 
+def test_tokens_and_ids_that_no_vocabulary_has_are_refused():
+    refused(BPE, "token 5 has 5000 characters", tokenizer__ggml__tokens=[*TOKENS[:5], "x" * 5000, *TOKENS[6:]])
+    refused(BPE, "stripping token id 1099511627776", pocketlm__tokenizer__strip_left=np.array([2**40]))
+
+
 def test_merges_go_by_rank_not_by_length():
     assert make(BPE).encode("hello") == [TOKENS.index("hell"), LETTERS.index("o")]
     assert make(BPE, tokenizer__ggml__merges=["h e", "l l"]).encode("hello")[:2] == [256, 257]
