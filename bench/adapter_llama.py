@@ -85,7 +85,7 @@ class Llama:
             )  # fmt: skip
         self._user.reset()
         started = time.perf_counter()
-        done = self._user.create_completion(text, max_tokens=n_tokens, temperature=0, stream=False)
+        done: Any = self._user.create_completion(text, max_tokens=n_tokens, temperature=0, stream=False)
         return done["usage"]["completion_tokens"], time.perf_counter() - started
 
     def close(self) -> None:

@@ -24,10 +24,14 @@ from pocketlm.export.from_model_file import read_model_file
 from pocketlm.export.rules import QUANTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from agreement import log_softmax
 from llama_reference import LlamaReference
 
 WINDOW = 500
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 class Divergence:
@@ -39,7 +43,7 @@ class Divergence:
     def add(self, exact: np.ndarray, other: np.ndarray, ids: np.ndarray) -> None:
         """Logits [n, n_vocab] of ids [n]."""
         for at in range(0, len(ids), 64):  # float64 of 64 rows at a time
-            p, q = log_softmax(exact[at : at + 64]), log_softmax(other[at : at + 64])
+            p, q = _log_softmax(exact[at : at + 64]), _log_softmax(other[at : at + 64])
             self.kl += float((np.exp(p) * (p - q)).sum())
             self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
             self.n += len(p)
@@ -68,7 +72,7 @@ def divergences(path: Path, windows: list[np.ndarray], threads: int | None) -> d
     ):  # fmt: skip
         others: dict[str, Any] = {"native": native, "llama.cpp": llama}
         for ids in windows:
-            reference = exact.logits(ids)
+            reference = exact.logits(ids.tolist())
             for name, divergence in result.items():
                 divergence.add(reference, others[name].logits(ids), ids)
     return result

@@ -92,7 +92,7 @@ def _changed(
     changed = {}
     for name, (a, b) in pairs.items():
         own = [f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight"]
-        base = next((tensors[n] for n in (*own, role_of(own[0])) if n in tensors), None)
+        base = next((tensors[n] for n in (*own, role_of(own[0]) or "") if n in tensors), None)
         if base is None:
             raise FileError(
                 folder,

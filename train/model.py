@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,10 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Shape, dropout: float = 0.0):
         super().__init__()
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
+        self.alibi: Tensor
+        self.layers: Any
         self.shape, self.drop = shape, nn.Dropout(dropout)
         self.tok_emb = nn.Embedding(shape.n_vocab, shape.n_embd)
         self.pos_emb = nn.Embedding(shape.n_ctx, shape.n_embd) if shape.position == "learned" else None
