@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--backends", metavar="A,B", help="only these, as native,llama.cpp; default: all that are installed")
     parser.add_argument("--threads", type=int, metavar="N", help="of every backend; default: the number of physical cores")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every task (default 5)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds of every task (default 4)")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens decoded in a round (default 16)")
     parser.add_argument("--prompts", metavar="N,M", help="lengths of prompts (default 32,256)")
     parser.add_argument("--depths", metavar="N,M", help="tokens in the cache before decoding (default 0,512)")

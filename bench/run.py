@@ -40,7 +40,7 @@ DECODED = 32  # tokens of the text that are computed one by one for the agreemen
 class Settings:
     """What is measured. `pass_seconds`: a fast backend repeats a round's work until it has worked this long."""
 
-    rounds: int = 5
+    rounds: int = 4
     tokens: int = 16  # decoded in a round
     prompts: tuple[int, ...] = (32, 256)
     depths: tuple[int, ...] = (0, 512)  # tokens in the cache before decoding begins
