@@ -7,6 +7,7 @@ Converting runs in a child process (worker.py); the parent only looks whether th
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
@@ -56,7 +57,10 @@ def target(path: Path, kind: str) -> Path:
 def sweep(out: Path) -> None:
     """Take away what a conversion to `out` that was ended has left."""
     for part in out.parent.glob(f"*part-{escape(out.name)}*"):
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _onnx(quant: str) -> Callable[[Path, Path], None]:

@@ -228,6 +228,15 @@ def test_a_conversion_is_kept_by_the_files_content(tmp_path: Path, monkeypatch: 
     assert len({convert.target(one, "torch"), convert.target(other, "torch"), convert.target(one, "onnx-f32")}) == 3
 
 
+def test_what_a_conversion_that_was_ended_has_left_is_swept_away(tmp_path: Path) -> None:
+    out = tmp_path / "model [1].onnx"
+    for name in (f"part-{out.name}", f".part-{out.name}.7.part", "part-another.onnx", out.name):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / f".part-{out.name}.8.part.x.part").mkdir()
+    convert.sweep(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "part-another.onnx"])
+
+
 def test_a_converted_graph_computes_only_the_logits_that_are_wanted(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnx", reason="onnx is not installed")
