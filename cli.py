@@ -293,69 +293,54 @@ def _eval(arguments: Arguments) -> int:
     return 0
 
 
-def _export_arguments(parser: Parser) -> None:
+# What a folder does has its arguments and its work in the folder's own `command`, imported when it is asked for. The import
+# statements are written out: PyInstaller finds the modules of a packed program by them.
+
+
+def _folder(text: str, command: Callable[[], Any]) -> Command:
+    return Command(text, lambda parser: command().arguments(parser), lambda arguments: command().run(arguments))
+
+
+def _export() -> Any:
     from pocketlm.export import command
 
-    command.arguments(parser)
+    return command
 
 
-def _export(arguments: Arguments) -> int:
-    from pocketlm.export import command
+def _build(name: str) -> Callable[[], Any]:
+    """One of the commands of pocketlm.build."""
 
-    return command.run(arguments)
-
-
-def _build(name: str, text: str) -> Command:
-    """A row of pocketlm.build, whose arguments and work are found by the command's name."""
-
-    def arguments(parser: Parser) -> None:
+    def row() -> Any:
         from pocketlm.build import command
 
-        command.COMMANDS[name].arguments(parser)
+        return command.COMMANDS[name]
 
-    def run(arguments: Arguments) -> int:
-        from pocketlm.build import command
-
-        return command.COMMANDS[name].run(arguments)
-
-    return Command(text, arguments, run)
+    return row
 
 
-def _train_arguments(parser: Parser) -> None:
+def _train() -> Any:
     from pocketlm.train import command
 
-    command.arguments(parser)
+    return command
 
 
-def _train(arguments: Arguments) -> int:
-    from pocketlm.train import command
-
-    return command.run(arguments)
-
-
-def _bench_arguments(parser: Parser) -> None:
+def _bench() -> Any:
     from pocketlm.bench import command
 
-    command.arguments(parser)
-
-
-def _bench(arguments: Arguments) -> int:
-    from pocketlm.bench import command
-
-    return command.run(arguments)
+    return command
 
 
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
-    "export": Command("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export_arguments, _export),
-    "pack": _build("pack", "Make one executable out of a model."),
-    "unpack": _build("unpack", "Take the GGUF out of a packed executable."),
-    "persona": _build("persona", "Change what a packed executable says about itself."),
-    "stub": _build("stub", "Build the executable that models are packed into."),
+    "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export),
+    "pack": _folder("Make one executable out of a model.", _build("pack")),
+    "unpack": _folder("Take the GGUF out of a packed executable.", _build("unpack")),
+    "persona": _folder("Change what a packed executable says about itself.", _build("persona")),
+    "stub": _folder("Build the executable that models are packed into.", _build("stub")),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
-    "bench": Command("Run a model through every backend of this machine, side by side.", _bench_arguments, _bench),
+    "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
     "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),
-    "train": Command("Train a small model from texts.", _train_arguments, _train),
+    "train": _folder("Train a small model from texts.", _train),
 }
