@@ -20,6 +20,7 @@ from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.model_file import open_model
+from pocketlm.runtime.perplexity import surprise
 from pocketlm.runtime.plan import Plan, make_plan
 from pocketlm.runtime.threads import default_threads
 from pocketlm.tokenizer import Tokenizer, from_metadata
@@ -73,19 +74,19 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
     if len(ids) < 2:
         raise PocketlmError("the text is too short: verifying needs at least two tokens")
     exact, exported = _exact_runner(model, out), _exported_runner(model, out)
-    cosines, same, nats, n_predicted = [], 0, np.zeros(2), 0
+    found_cosines, same, nats, n_predicted = [], 0, np.zeros(2), 0
     window = min(WINDOW, model.hyper.n_ctx)
     for start in range(0, len(ids), window):
         block = ids[start : start + window]
         a, b = (run(block).astype(np.float64) for run in (exact, exported))
-        cosines += list(np.einsum("nv,nv->n", a, b) / np.sqrt(np.einsum("nv,nv->n", a, a) * np.einsum("nv,nv->n", b, b)))
+        found_cosines += cosines(a, b).tolist()
         same += int((a.argmax(1) == b.argmax(1)).sum())
-        nats += [_nats(logits[:-1], block[1:]) for logits in (a, b)]
+        nats += [surprise(logits[:-1], block[1:]) for logits in (a, b)]
         n_predicted += len(block) - 1
     exact_perplexity, perplexity = (math.exp(min(total / max(n_predicted, 1), 700)) for total in nats)
     agreement = same / len(ids)
     return Comparison(
-        len(ids), float(np.mean(cosines)), float(np.min(cosines)), agreement, perplexity, exact_perplexity, sample
+        len(ids), float(np.mean(found_cosines)), float(np.min(found_cosines)), agreement, perplexity, exact_perplexity, sample
     )
 
 
@@ -100,10 +101,10 @@ def _own_ids(tokenizer: Tokenizer) -> tuple[list[int], str]:
     return tokenizer.encode(usable, bos=tokenizer.adds_bos), what
 
 
-def _nats(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum of -ln p(target); logits float64 [n, n_vocab]."""
-    top = logits.max(1, initial=-np.inf)
-    return float(np.sum(np.log(np.exp(logits - top[:, None]).sum(1)) + top - logits[np.arange(len(targets)), targets]))
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of the rows of two float64 arrays [n, n_vocab]: float64 [n]; 0 where a row is all zeros."""
+    norms = np.sqrt(np.einsum("nv,nv->n", a, a) * np.einsum("nv,nv->n", b, b))
+    return np.einsum("nv,nv->n", a, b) / np.maximum(norms, np.finfo(np.float64).tiny)
 
 
 class _Weights(Mapping[str, Tensor]):

@@ -27,6 +27,12 @@ class Result:
         return math.exp(min(self.nats / self.n_tokens, 700.0))
 
 
+def surprise(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Sum of -ln p(target), in nats; logits float64 [n, n_vocab], targets int [n]."""
+    top = logits.max(1)
+    return float(np.sum(np.log(np.exp(logits - top[:, None]).sum(1)) + top - logits[np.arange(len(targets)), targets]))
+
+
 def perplexity(executor: Any, ids: list[int], bos_id: int | None, window: int = 1024) -> Result:
     """Perplexity of `ids` in windows of at most `window` tokens that do not overlap, each from an empty cache.
 
@@ -41,10 +47,8 @@ def perplexity(executor: Any, ids: list[int], bos_id: int | None, window: int = 
         executor.cache.truncate(0)
         for at in range(0, len(block) - 1, ROWS):
             logits = executor.forward(block[at : min(at + ROWS, len(block) - 1)], rows="all").astype(np.float64)
-            targets = block[at + 1 : at + 1 + len(logits)]
-            top = logits.max(1)
-            nats += float(np.sum(np.log(np.exp(logits - top[:, None]).sum(1)) + top - logits[np.arange(len(logits)), targets]))
-            n_tokens += len(targets)
+            nats += surprise(logits, block[at + 1 : at + 1 + len(logits)])
+            n_tokens += len(logits)
     executor.cache.truncate(0)
     if not n_tokens:
         raise PocketlmError("the text is too short: perplexity needs at least two tokens")
