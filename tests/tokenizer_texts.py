@@ -1,8 +1,12 @@
 """Texts for the tokenizer tests: random mixtures of what people, programs and hostile files write."""
 
+import io
 import random
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
+
+import pytest
 
 PROSE = """\
 Once upon a time there was a little girl named Lily, who loved to play outside. One day she saw a big, red ball!
@@ -80,3 +84,14 @@ def texts(n: int, seed: int, markers: Sequence[str] = ()) -> list[str]:
     while len(made) < n:
         made["".join(piece() for _ in range(chance.randrange(1, 12)))] = None
     return list(made)
+
+
+def train_sentencepiece(lines: Sequence[str], vocab_size: int, **options: Any) -> bytes:
+    """A `.model` that sentencepiece learns from the lines; skips the test where it is not installed."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is what is compared with")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, minloglevel=2,
+        num_threads=1, hard_vocab_limit=False, **options,
+    )  # fmt: skip
+    return model.getvalue()
