@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,7 @@ class RunTeam:
         """Wake the threads that a begun run needs and do this thread's share; nothing if no run has begun."""
         if self._record["begun"][0]:
             for tid in np.flatnonzero(self._workers["wake"]):
-                if self._locks[tid].locked():
-                    self._locks[tid].release()
+                _wake(self._locks[tid])
                 self._workers["wake"][tid] = 0
             self._work(self._address, 0)
 
@@ -94,9 +94,14 @@ def _end(
     record["epoch"] = CLOSED
     for thread, lock in zip(threads, locks[1:], strict=True):
         while thread.is_alive():
-            if lock.locked():  # asleep, or about to sleep
-                lock.release()
+            _wake(lock)
             thread.join(0.01)
+
+
+def _wake(lock: threading.Lock) -> None:
+    """Let a thread go on that sleeps or is about to. Where two do so at once, at a program's end, the second finds it open."""
+    with suppress(RuntimeError):
+        lock.release()
 
 
 def _give_way() -> tuple[int, Any]:
