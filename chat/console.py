@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from pocketlm.chat.wrapping import Wrapper
+
 # All of C0 and C1 but tab and newline: escape sequences could retitle, repaint or reprogram a terminal.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -51,7 +53,9 @@ class Console:
                 stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
         self.interactive = self.stdin.isatty() and self.stdout.isatty()
         self._dumb = os.environ.get("TERM") == "dumb"
-        self.colour = self.interactive and not self._dumb and not os.environ.get("NO_COLOR")
+        escapes = self.interactive and not self._dumb and _escapes_work()
+        self.colour = escapes and not os.environ.get("NO_COLOR")
+        self._wrap = Wrapper(self._columns).push if escapes else str
         self._at_line_start = True
         self._session: Any = None
         self._history: Path | None = None
@@ -85,11 +89,18 @@ class Console:
     # ---- out
 
     def write(self, text: str) -> None:
-        """A part of an answer, as it comes. Raises OutputClosed."""
+        """A part of an answer, as it comes; at a terminal its lines end between words. Raises OutputClosed."""
         text = without_controls(text)
         if text:
-            self._at_line_start = text.endswith("\n")
-            self._emit(self.stdout, text)
+            shown = self._wrap(text)
+            self._at_line_start = shown.endswith("\n")
+            self._emit(self.stdout, shown)
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self.stdout.fileno()).columns or 80
+        except OSError:
+            return 80
 
     def end_line(self) -> None:
         """Ends the line that an answer has begun."""
@@ -171,6 +182,17 @@ class Console:
             yield stop
         finally:
             signal.signal(signal.SIGINT, previous)
+
+
+def _escapes_work() -> bool:
+    """Whether this system's terminals follow escape sequences; Windows' do when asked."""
+    if os.name != "nt":
+        return True
+    import ctypes
+
+    console = ctypes.windll.kernel32  # pyright: ignore[reportAttributeAccessIssue]
+    output, mode = console.GetStdHandle(-11), ctypes.c_uint32()
+    return bool(console.GetConsoleMode(output, ctypes.byref(mode)) and console.SetConsoleMode(output, mode.value | 4))
 
 
 def _editor(complete: Completer, history: Path | None) -> Any:

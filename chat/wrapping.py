@@ -1,0 +1,47 @@
+"""Ends the lines of a stream between words, at a terminal that otherwise ends them anywhere.
+
+In: an answer, part by part. Out: what to write to the terminal. Nothing waits for the end of its word: one that turns out
+too long for its line is taken back from the screen and written on the next. Knows the width of characters as wcwidth tells
+it, but not how a terminal joins several into one picture; such a line is broken a little early.
+"""
+
+from collections.abc import Callable
+
+from wcwidth import wcwidth
+
+TAB = 8
+LEAST = 8  # columns; narrower terminals are treated as this wide
+
+
+class Wrapper:
+    """Keeps the column where the cursor stands. `width`: the terminal's columns, asked again for every part."""
+
+    def __init__(self, width: Callable[[], int]):
+        self._width = width
+        self._column = 0
+        self._word, self._word_width = "", 0  # the part of a word at the end of the line
+
+    def push(self, text: str) -> str:
+        """`text` without control characters but newline and tab, with the line ends it needs."""
+        limit = max(self._width(), LEAST) - 1  # where a cursor behind the last column goes is not the same everywhere
+        out: list[str] = []
+        for character in text:
+            blank = character in " \t\n"
+            size = TAB - self._column % TAB if character == "\t" else max(wcwidth(character), 0)
+            wide = size > 1  # scripts of wide characters have no spaces: a line may end behind each
+            if self._column + size > limit:
+                if blank or wide or not 0 < self._word_width < self._column:
+                    out.append("\n")
+                    self._column, self._word, self._word_width = 0, "", 0
+                    if blank:
+                        continue
+                else:
+                    out.append(f"\x1b[{self._word_width}D\x1b[K\n{self._word}")
+                    self._column = self._word_width
+            out.append(character)
+            self._column = 0 if character == "\n" else self._column + size
+            if blank or wide:
+                self._word, self._word_width = "", 0
+            else:
+                self._word, self._word_width = self._word + character, self._word_width + size
+        return "".join(out)
