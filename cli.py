@@ -131,14 +131,23 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
     """The sampling keywords that were given; the rest keep their defaults."""
     given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
     given = {keyword: value for keyword, value in given.items() if value is not None}
+    if given and arguments.load is None:  # before a model is opened for nothing; packed programs open theirs behind a prompt
+        from pocketlm.runtime.sampling import SamplingOptions
+
+        SamplingOptions(**given)
     return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos}
 
 
 def _load(arguments: Arguments) -> Any:
     import pocketlm
 
-    load = arguments.load or pocketlm.load
-    return load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    if arguments.load is not None:
+        return arguments.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    model = pocketlm.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    if not model.hyper.reaches(model.n_ctx):
+        beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
+        print(f"pocketlm: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
+    return model
 
 
 def _read_text(path: str) -> str:

@@ -39,8 +39,10 @@ ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 def find_model(name: str) -> Path:
     """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one."""
     path = Path(name)
-    if path.exists() or name not in INSTALLED:
+    if path.exists() or path.suffix or path.name != name:
         return path
+    if name not in INSTALLED:
+        raise FileError(name, "there is no such file", f"give a path, or a short name: {', '.join(INSTALLED)}")
     package, command = INSTALLED[name]
     spec = importlib.util.find_spec(package)
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

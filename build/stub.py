@@ -65,7 +65,6 @@ def kept_stub(name: str, build: bool = True) -> Path:
     if not path.exists():
         if not (mine and build):
             raise FileError(path, f"there is no stub for {name}", f"run pocketlm stub on {name} and copy the file there")
-        print("building the stub, once for this version of pocketlm: a minute or two", file=sys.stderr)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         build_stub(path)
         for old in path.parent.glob(f"{name}-*"):
@@ -78,6 +77,7 @@ def build_stub(out: Path, icon: str | None = None) -> Path:
     """Build the stub for this platform; its path. Raises PocketlmError when PyInstaller is missing or fails."""
     if importlib.util.find_spec("PyInstaller") is None:
         raise PocketlmError("building a stub needs PyInstaller: pip install 'pocketlm[build]'")
+    print("building a stub, once for this version of pocketlm: a minute or two", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="pocketlm-stub-") as temporary:
         folder = Path(temporary, "tree")
         _copy_sources(folder)

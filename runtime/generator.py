@@ -114,7 +114,7 @@ def generate(
             continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is None:
-            reason, note = "length", f"the context of {n_ctx} tokens is full; raise --ctx or begin a new conversation"
+            reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break
         tokens = prompt + tokens[-n_generated:]
         logits, _ = session.advance(tokens, shift=True, cancelled=cancelled)

@@ -71,6 +71,10 @@ class Hyper:
     rope: Rope | None = None
     alibi_max_bias: float = 0.0  # head i of n has slope 2^(-max_bias * (i+1) / n) where n is a power of two
 
+    def reaches(self, n_positions: int) -> bool:
+        """Whether so many positions are within its training, or without an end: ALiBi is made for longer texts."""
+        return n_positions <= self.n_ctx or self.position == "alibi"
+
     @property
     def q_width(self) -> int:
         return self.n_head * self.head_dim

@@ -21,7 +21,7 @@ class Executor(Protocol):
 
     n_ctx: int
     cache: Any  # .length positions are filled; .truncate(length); .remove(start, stop) -> bool
-    hyper: Any  # .n_vocab
+    hyper: Any  # .n_vocab, .reaches
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 
@@ -100,7 +100,14 @@ class Session:
             bad = next(id for id in ids if not 0 <= id < n_vocab)
             raise UsageError(f"token {bad} is not in the vocabulary; the ids of this model are 0 to {n_vocab - 1}")
         if len(ids) > n_ctx:
-            raise PocketlmError(f"the prompt has {len(ids)} tokens but the context holds {n_ctx}; shorten it or raise --ctx")
+            advice = f"{self.how_to_grow}shorten it"
+            raise PocketlmError(f"the prompt has {len(ids)} tokens but the context holds {n_ctx}; {advice}")
+
+    @property
+    def how_to_grow(self) -> str:
+        """Advice on a context that is too small, for the front of other advice; "" where the model cannot use a larger one."""
+        executor = self.executor
+        return "raise --ctx or " if executor.hyper.reaches(executor.n_ctx + 1) else ""
 
     def _forward(self, block: np.ndarray, ids: list[int]) -> np.ndarray:
         try:

@@ -38,7 +38,8 @@ class FakeExecutor:
     """`choose(ids in the cache)` is the id whose logit is highest; `before(ids)` is called in the middle of a step."""
 
     def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Choice = mixed):
-        self.n_ctx, self.choose, self.hyper = n_ctx, choose, SimpleNamespace(n_vocab=n_vocab)
+        self.n_ctx, self.choose = n_ctx, choose
+        self.hyper = SimpleNamespace(n_vocab=n_vocab, reaches=lambda n_positions: not learned)
         self.cache = FakeCache(learned)
         self.fed: list[int] = []  # how many ids each call got
         self.before = lambda ids: None

@@ -229,7 +229,7 @@ def test_a_piped_chat_answers_and_ends_by_itself(tiny, tmp_path):
         ["generate", "MODEL", "-p", "a\udcff"], ["tokenize", "MODEL", "a\udcff"], ["eval", "MODEL"], ["inspect"],
         ["tokenize", "MODEL", "--decode", "1 two"], ["tokenize", "MODEL", "--decode", "-1"],
         ["tokenize", "MODEL", "--decode", "999999999999999999999"],
-        ["generate", "MODEL", "-p", "a", "--tem", "1"],
+        ["generate", "MODEL", "-p", "a", "--tem", "1"], ["chat", "MODEL", "--temp", "-1"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -293,6 +293,12 @@ def test_every_command_says_so_when_the_file_is_missing(capsys, tmp_path, comman
     assert "no such file" in failure(capsys, 1, command[0], str(tmp_path / "none.gguf"), *words).lower()
 
 
+def test_a_word_that_is_neither_file_nor_short_name_lists_the_names(capsys):
+    assert "hello world: there is no such file; give a path, or a short name: small-talk" in failure(
+        capsys, 1, "tokenize", "hello world"
+    )
+
+
 def test_a_format_that_is_not_run_is_named(tmp_path, capsys):
     path = tmp_path / "model.gguf"
     write_model(path)
@@ -308,7 +314,15 @@ def test_a_format_that_is_not_run_is_named(tmp_path, capsys):
 
 def test_a_prompt_longer_than_the_context_is_one_line(tiny, capsys):
     assert "context holds 128" in failure(capsys, 1, "generate", tiny, "-p", "x" * 200)
-    assert "context holds 10" in failure(capsys, 1, "generate", tiny, "-p", "x" * 20, "--ctx", "10")
+    line = failure(capsys, 1, "generate", tiny, "-p", "x" * 20, "--ctx", "10")
+    assert "context holds 10; raise --ctx or shorten it" in line
+
+
+def test_a_context_beyond_the_training_is_used_with_a_warning(tiny, capsys):
+    assert main(["generate", tiny, "-p", "a", "-n", "1", "--ctx", "200"]) == 0
+    assert "--ctx 200: Tiny was trained for 128 tokens" in capsys.readouterr().err
+    assert main(["generate", tiny, "-p", "a", "-n", "1", "--ctx", "128"]) == 0
+    assert "trained" not in capsys.readouterr().err
 
 
 def test_a_context_beyond_learned_positions_is_wrong_usage(tmp_path, capsys):

@@ -233,7 +233,12 @@ def test_without_make_room_a_full_context_ends_the_answer_with_a_note():
         out, pieces = answer(saying("x" * 50, n_prompt=10, n_ctx=16), [9] * 10, make_room=make_room)
         assert out == "x" * 7  # six have a place in the cache, the last needs none
         assert pieces[-1].finish_reason == "length"
-        assert "context of 16 tokens is full" in pieces[-1].note
+        assert pieces[-1].note == "the context of 16 tokens is full; raise --ctx or begin a new conversation"
+
+
+def test_learned_positions_that_are_all_in_use_bring_no_advice_to_raise_the_context():
+    _, pieces = answer(saying("x" * 50, n_prompt=10, n_ctx=16, learned=True), [9] * 10)
+    assert pieces[-1].note == "the context of 16 tokens is full; begin a new conversation"
 
 
 @pytest.mark.parametrize("learned", [False, True])
