@@ -20,9 +20,10 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.executors import make_executor
-from pocketlm.runtime.gguf import GGUF, Tensor
+from pocketlm.runtime.gguf import GGUF
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 
 N_LAYER, N_ROWS, N_IDS, N_LOGITS, CTX = 2, 2048, 24, 512, 64

@@ -18,9 +18,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import GGUF, INTERLEAVED, INTERLEAVED_ALIGNMENT, Tensor, can_interleave, stored_bytes
+from pocketlm.runtime.gguf import GGUF, INTERLEAVED, INTERLEAVED_ALIGNMENT, can_interleave, stored_bytes
 from pocketlm.runtime.memory import release_pages
 from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleave, restore
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.weights import check_finite
 
 PIECE = 1 << 19  # bytes of a matrix that are permuted at a time: fits the second-level cache

@@ -18,10 +18,10 @@ from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.perplexity import surprise
 from pocketlm.runtime.plan import Plan, make_plan
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 from pocketlm.tokenizer import Tokenizer, from_metadata
 

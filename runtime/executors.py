@@ -11,10 +11,10 @@ import numpy as np
 
 from pocketlm.errors import UsageError
 from pocketlm.runtime import memory
-from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.plan import Plan
+from pocketlm.runtime.tensor import Tensor
 
 BACKENDS = ("auto", "native", "numpy")
 

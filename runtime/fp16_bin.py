@@ -19,7 +19,7 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.gguf import Tensor
+from pocketlm.runtime.tensor import Tensor
 
 CONFIG, VOCAB, WEIGHTS = "config.json", "vocab.json", "weights.bin"
 FORMAT_NAME = "pocketlm-fp16"

@@ -24,9 +24,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pocketlm.errors import FileError
-from pocketlm.runtime.formats import FORMATS, Format, by_gguf_type, dequantize
+from pocketlm.errors import FileError, quoted
+from pocketlm.runtime.formats import Format, by_gguf_type
 from pocketlm.runtime.gguf_strings import Buffer, decode, find_bounds
+from pocketlm.runtime.tensor import Tensor
 
 _BROKEN = "it is damaged or not complete, download it again"
 _MAX_ENTRIES = 1 << 15  # keys, or tensors: the largest published models have a few thousand
@@ -59,59 +60,6 @@ _OTHER_FILES = (
     (b"MZ", "a program", "name the GGUF file"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """One tensor of a file.
-
-    `shape` is in NumPy's order (rows, columns): the file's dimensions reversed. `data` are its bytes, uint8, 1-D, a
-    read-only view of the mapping; `offset` is where they begin in the file. `interleaved`: the bytes are in the order of
-    native/layout.py, which only files inside packed executables have.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    format: Format
-    data: np.ndarray
-    offset: int
-    path: Path
-    interleaved: bool = False
-
-    def to_float32(self, out: np.ndarray | None = None) -> np.ndarray:
-        """The weights, float32, of `shape`; written to `out` (float32, C-contiguous, of `shape`) where it is given.
-
-        Raises FileError where pocketlm does not run the format.
-        """
-        return self._dequantized(self._rows(), self.shape, out)
-
-    def rows_float32(self, rows: np.ndarray) -> np.ndarray:
-        """Only some rows: float32 (len(rows), columns) for int row numbers, each from 0 to the number of rows - 1.
-
-        Rows run along the last dimension; a tensor of more than two is seen as one matrix.
-        """
-        table = self._rows().reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
-        return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
-
-    def _rows(self) -> np.ndarray:
-        """The bytes row after row."""
-        if not self.interleaved:
-            return self.data
-        from pocketlm.runtime.native.layout import restore
-
-        return restore(self.format.name, self.data, *self.shape)
-
-    def _dequantized(self, data: np.ndarray, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
-        if self.format.dequantize is None:
-            runs = ", ".join(row.name for row in FORMATS.values() if row.dequantize)
-            raise FileError(
-                self.path,
-                f"tensor {_quoted(self.name)} is {self.format.name}, which pocketlm does not run",
-                f"requantise the model to one of {runs}",
-            )
-        out = np.empty(shape, np.float32) if out is None else out
-        dequantize(self.format, data, out)
-        return out
 
 
 class GGUF:
@@ -246,9 +194,9 @@ def _read_keys(header: _Header, n_keys: int) -> "_Metadata":
     metadata = _Metadata(header.buffer, header.path)
     for i in range(n_keys):
         key = header.string(_MAX_KEY_BYTES, f"the name of key {i}")
-        what = f"the value of {_quoted(key)}"
+        what = f"the value of '{quoted(key)}'"
         if key in metadata.places:
-            header.fail(f"key {_quoted(key)} is there twice")
+            header.fail(f"key '{quoted(key)}' is there twice")
         metadata.places[key] = _skip_value(header, header.number("I", what), what)
     return metadata
 
@@ -291,8 +239,8 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int, interleaved: 
     for i in range(n_tensors):
         name = header.string(_MAX_TENSOR_NAME_BYTES, f"the name of tensor {i}")
         if name in entries:
-            header.fail(f"tensor {_quoted(name)} is there twice")
-        shape, format, offset = _read_tensor_entry(header, f"tensor {_quoted(name)}", alignment)
+            header.fail(f"tensor '{quoted(name)}' is there twice")
+        shape, format, offset = _read_tensor_entry(header, f"tensor '{quoted(name)}'", alignment)
         entries[name] = shape, format, offset, stored_bytes(format, shape, interleaved)
 
     data_start = -(-header.at // alignment) * alignment
@@ -302,7 +250,7 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int, interleaved: 
     end, last = 0, ""
     for name, (*_, offset, n_bytes) in sorted(entries.items(), key=lambda entry: entry[1][2]):
         if offset < end:
-            header.fail(f"tensors {_quoted(last)} and {_quoted(name)} overlap")
+            header.fail(f"tensors '{quoted(last)}' and '{quoted(name)}' overlap")
         end, last = offset + n_bytes, name
 
     bytes_of_file = np.frombuffer(header.buffer, np.uint8)
@@ -311,7 +259,7 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int, interleaved: 
         offset += data_start
         permuted = interleaved and can_interleave(format, shape)
         if permuted and offset % INTERLEAVED_ALIGNMENT:
-            header.fail(f"tensor {_quoted(name)} begins at {offset}, which is not a multiple of {INTERLEAVED_ALIGNMENT}")
+            header.fail(f"tensor '{quoted(name)}' begins at {offset}, which is not a multiple of {INTERLEAVED_ALIGNMENT}")
         tensors[name] = Tensor(name, shape, format, bytes_of_file[offset : offset + n_bytes], offset, header.path, permuted)
     return tensors
 
@@ -398,7 +346,7 @@ class _Metadata(Mapping[str, Any]):
                 return np.frombuffer(self._buffer, np.dtype("<" + code), place.count, place.start).copy()
             return _STRUCTS[code].unpack_from(self._buffer, place.start)[0]
         if not place.is_array:
-            return _text(self._buffer, place.start, place.count, self._path, f"the value of {_quoted(key)}")
+            return _text(self._buffer, place.start, place.count, self._path, f"the value of '{quoted(key)}'")
         return self._strings(place, key)
 
     def _strings(self, place: _Place, key: str) -> list[str]:
@@ -406,7 +354,7 @@ class _Metadata(Mapping[str, Any]):
         assert bounds is not None
         strings = decode(buffer, bounds)
         return strings if strings is not None else [
-            _text(buffer, start + 8, end - start - 8, self._path, f"entry {i} of {_quoted(key)}")
+            _text(buffer, start + 8, end - start - 8, self._path, f"entry {i} of '{quoted(key)}'")
             for i, (start, end) in enumerate(pairwise(bounds.tolist()))
         ]  # fmt: skip
 
@@ -416,8 +364,3 @@ def _text(buffer: Buffer, start: int, length: int, path: Path, what: str) -> str
         return str(buffer[start : start + length], "utf-8")
     except UnicodeDecodeError:
         raise FileError(path, f"{what} is not UTF-8", _BROKEN) from None
-
-
-def _quoted(name: str) -> str:
-    """A name from the file for an error message: one line, printable, of bounded length."""
-    return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -15,11 +15,11 @@ import numpy as np
 
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import ACTIVATIONS
-from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import Team, set_blas_threads, share
 from pocketlm.runtime.weights import check_finite
 

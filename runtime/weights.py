@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import Tensor
+from pocketlm.runtime.tensor import Tensor
 
 # where a block's half-precision scales begin, in bytes; every other byte holds integers
 HALF_SCALES = {

@@ -9,10 +9,10 @@ import numpy as np
 
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.tensor import Tensor
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [f"▁{a}" for a in LETTERS] + [a + b for a in "tshe" for b in LETTERS[:20]]

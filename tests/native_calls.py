@@ -12,7 +12,6 @@ import pytest
 from canonical_models import make_hyper, make_model
 
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.native import image, levels
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.executor import NativeExecutor
@@ -22,6 +21,7 @@ from pocketlm.runtime.native.levels import LEVELS, Level
 from pocketlm.runtime.native.team import aligned
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.weights import HALF_SCALES
 
 FORMAT_NAMES = tuple(LAYOUTS)

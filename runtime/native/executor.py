@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.gguf import Tensor
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
@@ -29,6 +28,7 @@ from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.team import RunTeam
 from pocketlm.runtime.positions import alibi_slopes, rope_table
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import Team, share
 from pocketlm.runtime.weights import check_finite
 

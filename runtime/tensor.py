@@ -1,0 +1,67 @@
+"""A weight matrix, or vector, as it lies in a model file: its bytes, their format, and how they become numbers.
+
+Knows no file format: readers of GGUF files and of fp16 bins make these, executors compute with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pocketlm.errors import FileError, quoted
+from pocketlm.runtime.formats import FORMATS, Format, dequantize
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One tensor of a file.
+
+    `shape` is in NumPy's order (rows, columns): the file's dimensions reversed. `data` are its bytes, uint8, 1-D, a
+    read-only view of the mapping; `offset` is where they begin in the file. `interleaved`: the bytes are in the order of
+    native/layout.py, which only files inside packed executables have.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    data: np.ndarray
+    offset: int
+    path: Path
+    interleaved: bool = False
+
+    def to_float32(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The weights, float32, of `shape`; written to `out` (float32, C-contiguous, of `shape`) where it is given.
+
+        Raises FileError where pocketlm does not run the format.
+        """
+        return self._dequantized(self._rows(), self.shape, out)
+
+    def rows_float32(self, rows: np.ndarray) -> np.ndarray:
+        """Only some rows: float32 (len(rows), columns) for int row numbers, each from 0 to the number of rows - 1.
+
+        Rows run along the last dimension; a tensor of more than two is seen as one matrix.
+        """
+        table = self._rows().reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
+        return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
+
+    def _rows(self) -> np.ndarray:
+        """The bytes row after row."""
+        if not self.interleaved:
+            return self.data
+        from pocketlm.runtime.native.layout import restore
+
+        return restore(self.format.name, self.data, *self.shape)
+
+    def _dequantized(self, data: np.ndarray, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
+        if self.format.dequantize is None:
+            runs = ", ".join(row.name for row in FORMATS.values() if row.dequantize)
+            raise FileError(
+                self.path,
+                f"tensor '{quoted(self.name)}' is {self.format.name}, which pocketlm does not run",
+                f"requantise the model to one of {runs}",
+            )
+        out = np.empty(shape, np.float32) if out is None else out
+        dequantize(self.format, data, out)
+        return out
