@@ -7,8 +7,6 @@ it, but not how a terminal joins several into one picture; such a line is broken
 
 from collections.abc import Callable
 
-from wcwidth import wcwidth
-
 TAB = 8
 LEAST = 8  # columns; narrower terminals are treated as this wide
 
@@ -23,6 +21,8 @@ class Wrapper:
 
     def push(self, text: str) -> str:
         """`text` without control characters but newline and tab, with the line ends it needs."""
+        from wcwidth import wcwidth  # slow the first time: by now the line editor has it
+
         limit = max(self._width(), LEAST) - 1  # where a cursor behind the last column goes is not the same everywhere
         out: list[str] = []
         for character in text:

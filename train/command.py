@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         if arguments.recipe not in RECIPES:
             raise UsageError(f"--recipe {arguments.recipe}: expected {', '.join(RECIPES)}")
-        return cook(Path(arguments.output or arguments.recipe), arguments.threads)
+        return cook(Path(arguments.output or arguments.recipe), arguments.threads, bool(arguments.compile))
     if not arguments.data or not arguments.output:
         raise UsageError("train: give the texts to learn and the run's folder, as in: pocketlm train book.txt -o run")
     if arguments.preset not in PRESETS:

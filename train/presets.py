@@ -103,13 +103,13 @@ _BOOK = Settings(steps=5000, batch=64, lr=1e-3, warmup=100, dropout=0.2)
 _LARGE = Settings(steps=100000, batch=480, lr=6e-4, warmup=2000, dtype="bf16", compile=True)
 PRESETS = {  # layers, heads, width, vocabulary, context, kv heads, feed-forward; README.md has the published counts
     "tiny": Preset(Shape(4, 4, 128, 2048, 256, 4, 384), "bytes", Settings(200, 16, lr=3e-3, warmup=20)),
-    "small-talk": Preset(Shape(4, 8, 256, 1024, 512, 4, 768), "bytes", Settings(1900, 8, 4, lr=2e-3, warmup=100)),
+    "small-talk": Preset(Shape(4, 8, 256, 1024, 512, 4, 768), "bytes", Settings(7500, 16, 4, lr=3e-3, warmup=200)),
     "chekhov-10m": Preset(_gpt2(6, 6, 384, 201, 256), "characters", _BOOK),
     "classics-46m": Preset(_gpt2(12, 8, 512, 16000, 512), "sentencepiece", _BOOK),
     "mini-tron-48m": Preset(_gpt2(10, 8, 512, 32000, 1024), "sentencepiece", _LARGE),
     "turkish-25m": Preset(_alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece", _LARGE),
     "turkish-68m": Preset(_alibi(12, 8, 512, 64000, 1024, 4, 1376), "sentencepiece", _LARGE),
-    "polish-1.3b": Preset(_gpt2(28, 30, 1920, 32000, 1024), "sentencepiece", _LARGE),
+    "polish-1.3b": Preset(_gpt2(28, 16, 1920, 32000, 1024), "sentencepiece", _LARGE),
     "gpt2-124m": Preset(_gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes", _LARGE),
 }
 

@@ -21,9 +21,9 @@ from pocketlm.export.atomic import replacing_file
 
 Turns = list[str]
 OWN = Path(__file__).with_name("own.json")
-MAX_TURN, MAX_TURNS = 240, 40  # characters, turns of one conversation
+MAX_TURN = 600  # characters of what one says before the other answers
 HELD_OUT = 11  # of 256 conversations, for validation
-N_REAL, N_OWN = 3000, 4000  # stretches of real conversations and conversations by hand in the second stage
+N_REAL, N_OWN = 4000, 4000  # stretches of real conversations and conversations by hand in the second stage
 TEXTBOOK = ("conversations", "greetings", "humor", "food", "emotion", "health")  # files of chatterbot-corpus
 WORDS = {  # how chats spell → how books do
     "i": "I", "im": "I'm", "i'm": "I'm", "ive": "I've", "i've": "I've", "i'll": "I'll", "i'd": "I'd", "id": "I'd",
@@ -139,16 +139,16 @@ def by_hand(number: int, seed: int) -> Iterator[Turns]:
 
 
 def _stretches(turns: Turns) -> Iterator[Turns]:
-    """At most eight turns each, whose answers (every second turn) are of a useful length."""
+    """At most eight turns each, of a length that suits a chat."""
     for start in range(0, len(turns) - 1, 8):
         part = turns[start : start + 8]
         part = part[: len(part) // 2 * 2]
-        if all(12 <= len(text) <= 160 for text in part[1::2]):
+        if all(12 <= len(text) <= 160 for text in part[1::2]) and all(len(text) <= 240 for text in part[::2]):
             yield part
 
 
 def make_data(folder: Path) -> dict[str, Path]:
-    """Write base.jsonl (both sides are to be learnt), talk.jsonl (the assistant's answers) and val.jsonl; where they are.
+    """Write base.jsonl (how people talk), talk.jsonl (how Pocket answers) and val.jsonl (people again); where they are.
 
     Raises PocketlmError where a package is missing.
     """
@@ -156,7 +156,6 @@ def make_data(folder: Path) -> dict[str, Path]:
     base, talk, val = [], [], []
     try:
         for name, turns in _real(_installed("chitchat_dataset", "dataset.json")):
-            turns = turns[:MAX_TURNS]
             if len(turns) < 2:
                 continue
             if hashlib.sha256(name.encode()).digest()[0] < HELD_OUT:
@@ -170,7 +169,7 @@ def make_data(folder: Path) -> dict[str, Path]:
     textbook = [turns for turns in textbook if len(turns) > 1 and all(turns) and not any(map(UNWANTED.search, turns))]
     pick = random.Random(2)
     talk = pick.sample(talk, min(len(talk), N_REAL)) + list(by_hand(N_OWN, 1)) + textbook
-    base += textbook
+    base += list(by_hand(N_OWN, 3)) + textbook
     pick.shuffle(base)
     pick.shuffle(talk)
     files = {"base": base, "talk": talk, "val": val}

@@ -1,6 +1,7 @@
 """One command from PyPI packages to the GGUF that comes with pocketlm: conversations, two stages of training, export.
 
-First everything that is said in real conversations is learnt, then, at twice the context, how Pocket answers.
+First everything that is said in real conversations is learnt, then, at twice the context, how Pocket answers. Both
+sides of a conversation are learnt in both: answers alone cost Pocket much of what it knew about people.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pocketlm.errors import PocketlmError
 
 MODEL = "small-talk.gguf"
 PROCESSES = 2  # that share every step; a different number gives the same model but for rounding
-BASE = {"learn": "all", "preset": "small-talk", "context": 256, "eval-every": 300, "log-every": 20}
-TALK = {"context": 512, "batch": 4, "micro-batch": 2, "steps": 750, "lr": 1.2e-3, "warmup": 30, "eval-every": 375}
+BASE = {"learn": "all", "preset": "small-talk", "context": 256, "eval-every": 500, "log-every": 25}
+TALK = {"learn": "all", "context": 512, "batch": 4, "micro-batch": 2, "steps": 450, "lr": 3e-4, "warmup": 30, "eval-every": 150}
 PROMPTS = ("Hi, how are you?", "What do you like to do on weekends?", "Who are you?", "Tell me a joke.")
 CARD = {
     "general.name": "Pocket",
@@ -29,7 +30,7 @@ CARD = {
 }
 
 
-def cook(run: Path, threads: int) -> int:
+def cook(run: Path, threads: int, compile: bool) -> int:
     """Make RUN/small-talk.gguf; goes on where an interrupted call left off. Raises PocketlmError."""
     from pocketlm.train.small_talk.baselines import table
     from pocketlm.train.small_talk.conversations import make_data
@@ -37,7 +38,7 @@ def cook(run: Path, threads: int) -> int:
     files = make_data(run / "texts")
     stages: dict[str, dict[str, Any]] = {"base": BASE, "talk": {**TALK, "from": run / "base" / "best.pt"}}
     for name, options in stages.items():
-        _train([files[name], "--val", files["val"], "-o", run / name, *_flags(options)], threads)
+        _train([files[name], "--val", files["val"], "-o", run / name, *_flags(options), *["--compile"] * compile], threads)
     _export(run / "talk" / "last.pt", run / MODEL)
     print(*table(run / MODEL, run / "base" / "data"), sep="\n")
     return 0
