@@ -141,10 +141,9 @@ def _sampling(arguments: Arguments) -> dict[str, Any]:
 def _load(arguments: Arguments) -> Any:
     import pocketlm
 
-    if arguments.load is not None:
-        return arguments.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
-    model = pocketlm.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
-    if not model.hyper.reaches(model.n_ctx):
+    load = arguments.load or pocketlm.load
+    model = load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    if arguments.load is None and not model.hyper.reaches(model.n_ctx):
         beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
         print(f"pocketlm: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
     return model

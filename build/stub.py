@@ -77,7 +77,7 @@ def build_stub(out: Path, icon: str | None = None) -> Path:
     """Build the stub for this platform; its path. Raises PocketlmError when PyInstaller is missing or fails."""
     if importlib.util.find_spec("PyInstaller") is None:
         raise PocketlmError("building a stub needs PyInstaller: pip install 'pocketlm[build]'")
-    print("building a stub, once for this version of pocketlm: a minute or two", file=sys.stderr)
+    print("building a stub: a minute or two", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="pocketlm-stub-") as temporary:
         folder = Path(temporary, "tree")
         _copy_sources(folder)
