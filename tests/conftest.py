@@ -1,10 +1,11 @@
-"""Fixtures shared by the tests: where the test data and the real model are."""
+"""Fixtures shared by the tests: where the test data, the real model and a tiny one are."""
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_models import write_model
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +35,9 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """The path of a llama of a few thousand weights, called Tiny."""
+    return str(write_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", metadata={"general.name": "Tiny"}))
