@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
 from pocketlm.errors import FileError, PocketlmError, UsageError
 
-DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
 
@@ -28,18 +28,6 @@ class Command(NamedTuple):
     help: str
     arguments: Callable[[Parser], None]
     run: Callable[[Arguments], int]
-
-
-SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
-    "--temp": ("temperature", float, "0 always takes the likeliest token; higher is more varied"),
-    "--top-k": ("top_k", int, "only the K likeliest tokens; 0: all"),
-    "--top-p": ("top_p", float, "the fewest likeliest tokens that together have this probability; 1: all"),
-    "--min-p": ("min_p", float, "only tokens with this share of the likeliest one's probability; 0: all"),
-    "--repeat-penalty": ("repeat_penalty", float, "makes recent tokens less likely; 1: off"),
-    "--presence-penalty": ("presence_penalty", float, "taken from the logit of every recent token"),
-    "--frequency-penalty": ("frequency_penalty", float, "the same for every time it occurs"),
-    "--seed": ("seed", int, "the same seed gives the same text"),
-}
 
 
 def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) -> int:
@@ -107,37 +95,6 @@ def _parser(chosen: list[str]) -> Parser:
     return parser
 
 
-def _model_arguments(parser: Parser, optional: bool = False) -> None:
-    text = "a GGUF file, or the short name of an installed model (small-talk, smollm2)"
-    if optional:
-        text += "; default: small-talk, which comes with pocketlm"
-    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
-    parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
-    parser.add_argument(
-        "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
-    )
-
-
-def _sampling_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("how to choose the next token")
-    for flag, (_, kind, text) in SAMPLING.items():
-        group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
-    group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
-
-
-def _sampling(arguments: Arguments) -> dict[str, Any]:
-    """The sampling keywords that were given; the rest keep their defaults."""
-    given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
-    given = {keyword: value for keyword, value in given.items() if value is not None}
-    if given and arguments.load is None:  # before a model is opened for nothing; packed programs open theirs behind a prompt
-        from pocketlm.runtime.sampling import SamplingOptions
-
-        SamplingOptions(**given)
-    return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos}
-
-
 def _load(arguments: Arguments) -> Any:
     import pocketlm
 
@@ -163,8 +120,8 @@ def _read_text(path: str) -> str:
 
 
 def _chat_arguments(parser: Parser) -> None:
-    _model_arguments(parser, optional=True)
-    _sampling_arguments(parser)
+    model_arguments(parser, optional=True)
+    sampling_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--title", metavar="TEXT", help="what the first line calls the model")
@@ -177,7 +134,7 @@ def _chat_arguments(parser: Parser) -> None:
 def _chat(arguments: Arguments) -> int:
     from pocketlm.chat import repl
 
-    sampling = _sampling(arguments)
+    sampling = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with _load(arguments) as model:
@@ -188,12 +145,12 @@ def _chat(arguments: Arguments) -> int:
 
 
 def _generate_arguments(parser: Parser) -> None:
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue; - reads standard input")
     parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file")
     parser.add_argument("-n", "--max-tokens", type=int, default=128, metavar="N", help="at most this many tokens (default 128)")
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
-    _sampling_arguments(parser)
+    sampling_arguments(parser)
 
 
 def _generate(arguments: Arguments) -> int:
@@ -205,7 +162,7 @@ def _generate(arguments: Arguments) -> int:
         prompt = _read_text("-") if arguments.prompt == "-" else arguments.prompt
     with _load(arguments) as model:
         text, ids, last = "", [], None
-        for last in model.generate(prompt, max_tokens=arguments.max_tokens, **_sampling(arguments)):
+        for last in model.generate(prompt, max_tokens=arguments.max_tokens, **sampling_keywords(arguments)):
             text += last.text
             ids += [last.id] if last.id >= 0 else []
             if not arguments.json:
@@ -261,10 +218,10 @@ def _inspect_arguments(parser: Parser) -> None:
 
 
 def _inspect(arguments: Arguments) -> int:
+    from pocketlm.export.checkpoint_summary import inspect_checkpoint
     from pocketlm.export.from_model_file import is_model_file
-    from pocketlm.export.inspection import inspect_checkpoint
     from pocketlm.model import find_model
-    from pocketlm.runtime.inspection import describe, inspect
+    from pocketlm.runtime.model_summary import describe, inspect
 
     path = find_model(arguments.file)
     look = inspect_checkpoint if path.exists() and not is_model_file(path) else inspect
@@ -274,13 +231,13 @@ def _inspect(arguments: Arguments) -> int:
 
 
 def _eval_arguments(parser: Parser) -> None:
-    _model_arguments(parser)
+    model_arguments(parser)
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to predict; - reads standard input")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def _eval(arguments: Arguments) -> int:
-    from pocketlm.runtime.perplexity import perplexity
+    from pocketlm.runtime.evaluation import perplexity
 
     text = _read_text(arguments.text)
     with _load(arguments) as model:

@@ -228,7 +228,7 @@ class Model:
         sampler = make_sampler(
             **sampling,
             n_vocab=self.hyper.n_vocab,
-            selection=getattr(self.executor, "selection", None),
+            selection=self.executor.selection,
             exempt=self.tokenizer.end_ids,
         )
         return generate(

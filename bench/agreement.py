@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError
-from pocketlm.export.verify import cosines
-from pocketlm.runtime.perplexity import Result, surprise
+from pocketlm.runtime.evaluation import Result, cosines, cross_entropy
 
 # Rounding activations to 8 bits per 32 keeps the cosine above 0.999 and 95 % of first choices. Below these a backend
 # does not compute this model any more, whatever the reason.
@@ -25,7 +24,8 @@ def compare(exact: np.ndarray, other: np.ndarray, ids: list[int]) -> dict[str, A
         return {"agrees": False, "reason": "logits that are NaN or infinite"}
     a, b = exact.astype(np.float64), other.astype(np.float64)
     found = cosines(a, b)
-    exact_perplexity, own = (Result(surprise(x[:-1], np.array(ids[1:])), len(ids) - 1, len(ids)).perplexity for x in (a, b))
+    targets = np.array(ids[1:])
+    exact_perplexity, own = (Result(cross_entropy(x[:-1], targets), len(targets), len(ids)).perplexity for x in (a, b))
     off = own / exact_perplexity - 1
     result = {
         "n_tokens": len(ids), "cosine": float(found.mean()), "worst_cosine": float(found.min()),

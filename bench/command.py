@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    from pocketlm.bench import run as measuring
+    from pocketlm.bench import measure
     from pocketlm.bench.protocol import choose
     from pocketlm.runtime.threads import check_threads
 
@@ -82,10 +82,10 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if least is not None and not least >= (0 if name == "depths" else 1):
             raise UsageError(f"--{name.replace('_', '-')} {least}: expected {0 if name == 'depths' else 1} or more")
     chosen = {**(QUICK if arguments.quick else {}), **{name: value for name, value in given.items() if value is not None}}
-    settings = measuring.Settings(threads=check_threads(arguments.threads), **chosen)
+    settings = measure.Settings(threads=check_threads(arguments.threads), **chosen)
     paths = [_find(name) for name in arguments.models]
     with _ending_in_order():
-        return measuring.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
+        return measure.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 @contextmanager

@@ -19,11 +19,11 @@ import numpy as np
 
 from pocketlm.export.quantize import quantize
 from pocketlm.export.rules import QUANTS, by_shape, head_name
+from pocketlm.runtime.evaluation import perplexity
 from pocketlm.runtime.formats import FORMATS, dequantize
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.numpy_executor import NumpyExecutor
-from pocketlm.runtime.perplexity import perplexity
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.bench import machine, shapes
+from pocketlm.bench.measure import DRIFT, open_subject
 from pocketlm.bench.processes import Worker
 from pocketlm.bench.protocol import BACKENDS, Backend
-from pocketlm.bench.run import DRIFT, open_subject
 from pocketlm.model import find_model
 
 LARGE = "decode 1.3B-class Q4_0"  # the row whose use of the memory bandwidth is shown

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pocketlm.build import elf
 from pocketlm.runtime.native.compiler import compile_object
-from pocketlm.runtime.native.image import link
 from pocketlm.runtime.native.ir import F32, F64, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.levels import LEVELS
+from pocketlm.runtime.native.linker import link
 
 LEVEL = {"x86_64": "sse4", "aarch64": "neon"}  # what NumPy itself asks of a processor
 _NAME = re.compile(r"(?:scipy_)?cblas_([sd])(dot|axpy|gemv|gemm|syrk)64_")
@@ -111,7 +111,7 @@ def _dot(module: Module, name: str, type: Type) -> None:
         with f.range(whole, n) as i:
             left, right = (f.load(type, p + i * step * type.bytes, type.bytes) for p, step in ((x, incx), (y, incy)))
             rest.set(f.fma(left, right, rest.get()))
-        f.give(f.reduce(lanes.get(), "add") + rest.get(), type)
+        f.ret(f.reduce(lanes.get(), "add") + rest.get(), type)
 
 
 def _axpy(module: Module, name: str, type: Type) -> None:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pocketlm.build import locator
-from pocketlm.cli import SAMPLING
+from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, UsageError
+from pocketlm.runtime import container
 
 if TYPE_CHECKING:
-    from pocketlm.runtime.gguf import GGUF
+    from pocketlm.runtime.gguf_reader import GGUF
 
 TEXTS = {
     "title": "what the first line calls the model",
@@ -125,10 +125,10 @@ def _folder(output: str) -> Path:
     return folder
 
 
-def _find(path: str) -> locator.Packed:
+def _find(path: str) -> container.Packed:
     if not Path(path).exists():
         raise FileError(path, "there is no such file", "check the path")
-    packed = locator.find(Path(path)) if locator.is_program(Path(path)) else None
+    packed = container.find(Path(path)) if container.is_program(Path(path)) else None
     if packed is None:
         raise FileError(path, "is not a packed executable, or is damaged", "name one that pocketlm pack has made")
     return packed

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pocketlm.build.stub_entry import KERNELS
+from pocketlm.runtime.native.aot import KERNELS
 
 # Modules that somebody imports and a conversation never reaches
 EXCLUDED = (

@@ -1,7 +1,7 @@
 """One executable out of a stub and a model, and the model out of the executable.
 
 In: a stub (or any packed executable, of any system), a GGUF, a persona. Out: an executable, written as a stream beside the
-target and renamed; the same inputs give the same bytes. Knows no conversations; locator.py has the container's form.
+target and renamed; the same inputs give the same bytes. Knows no conversations; runtime/container.py has the container's form.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from pocketlm.build import locator, macho
-from pocketlm.build.locator import PAGE, Packed, Section, copy, digest
+from pocketlm.build import macho
 from pocketlm.build.persona import Persona, from_bytes
-from pocketlm.build.stored import store, unstore
+from pocketlm.build.tiled_gguf import store, unstore
 from pocketlm.errors import FileError
-from pocketlm.export.atomic import replacing_file
-from pocketlm.runtime.gguf import GGUF, open_gguf
+from pocketlm.runtime import container
+from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.container import PAGE, Packed, Section, copy, digest
+from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 
 LIMIT = 1 << 32  # of Windows' loader, and of the 32-bit sizes in a Mach-O
 SLACK = 1 << 24  # bytes that filling rows up and the record may add, for the check of the disk's free space
@@ -37,16 +38,16 @@ class Stub:
     """An executable without a model: the parts of a file that make it."""
 
     path: Path
-    platform: str  # as in runtime/native/ahead.py
+    platform: str  # as in runtime/native/aot.py
     boot: int  # bytes of the boot loader, from the beginning
     program: tuple[int, int]  # offset and length of PyInstaller's archive
 
 
 def open_stub(path: Path) -> Stub:
     """A stub, or a packed executable to be used as one. Raises FileError."""
-    if not locator.is_program(path):
+    if not container.is_program(path):
         raise FileError(path, "is not a stub" if path.exists() else "there is no such file", "make one with pocketlm stub")
-    packed, program = locator.find(path), locator.program_place(path)
+    packed, program = container.find(path), container.program_place(path)
     return Stub(path, platform_of(path), packed.sections["boot"].length if packed else program[0], program)
 
 
@@ -140,8 +141,8 @@ def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, pers
         sections[name] = Section(at, len(data), hashlib.sha256(data).digest())
         at += len(data)
     source, offset, length = program
-    sections["program"] = Section(at + locator.SIZE, length, digest(source, offset, length))
-    file.write(locator.locator(sections))
+    sections["program"] = Section(at + container.SIZE, length, digest(source, offset, length))
+    file.write(container.locator(sections))
     copy(source, offset, length, file)
     file.truncate()
     end = file.tell()

@@ -3,7 +3,7 @@
 In: a GGUF, when it is packed. Out: a few hundred logits as bytes; later, a line for every executor and instruction-set
 level that runs there. Knows no executables.
 
-The reference is NumPy's, in float32, from the GGUF as it was before it was interleaved. It is the model's first layers
+The reference is NumPy's, in float32, from the GGUF as it was before it was tiled. It is the model's first layers
 with its head, for the first tokens of the vocabulary: that takes every kernel that the whole takes, and little memory.
 That the other layers' bytes have arrived is for `--check` to say.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.executors import make_executor
-from pocketlm.runtime.gguf import GGUF
+from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.tensor import Tensor

@@ -20,10 +20,9 @@ from pathlib import Path
 from pocketlm import __version__
 from pocketlm.build import blas
 from pocketlm.build.freeze import BLAS
-from pocketlm.build.stub_entry import KERNELS
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.atomic import replacing_file
-from pocketlm.runtime.native.ahead import PLATFORMS, build_images
+from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
 from pocketlm.runtime.native.code_cache import cache_folder
 from pocketlm.runtime.native.kernels import module_texts
 from pocketlm.runtime.native.levels import host_machine
@@ -31,10 +30,10 @@ from pocketlm.runtime.native.levels import host_machine
 PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
-    *(f"runtime/native/{name}.py" for name in ("compiler", "dot", "formats", "ir", "largest", "matrix", "run", "stages")),
+    *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
     "runtime/native/vector_math.py", "build/blas.py", "build/elf.py", "build/freeze.py",
 }  # fmt: skip
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "stored", "command", "macho")}
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 _SPECIFICATION = """\
@@ -45,7 +44,7 @@ freeze(Analysis, PYZ, EXE, Path({folder!r}), {icon!r})
 
 
 def host_platform() -> str:
-    """The name of this system and processor in ahead.PLATFORMS. Raises PocketlmError for one without stubs."""
+    """The name of this system and processor in aot.PLATFORMS. Raises PocketlmError for one without stubs."""
     machine = host_machine()
     if sys.platform == "darwin" and machine == "aarch64":
         machine = "arm64"

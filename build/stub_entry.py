@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm import __version__, cli
-from pocketlm.build import locator, persona, terminal
+from pocketlm.build import persona, terminal
+from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError
+from pocketlm.runtime import container
 
 if TYPE_CHECKING:
-    from pocketlm.build.locator import Packed
     from pocketlm.chat.opening import Opening
+    from pocketlm.runtime.container import Packed
 
-KERNELS = "kernels.bin"  # the compiled code of every level, beside the program's modules
 HOW_TO = "Write something and press Enter. To leave: /quit"
 _HELP = """\
 A conversation with a language model. Everything happens on this computer: no network is used.
@@ -80,11 +81,11 @@ def _run(arguments: list[str]) -> int:
     except (ImportError, RuntimeError) as error:  # with a page of advice for programmers
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise PocketlmError(f"this computer's processor or system is too old for this program ({reason})") from None
-    from pocketlm.runtime.native import kernels
+    from pocketlm.runtime.native import aot, kernels
 
-    kernels.use_images(str(Path(__file__).parents[2] / KERNELS), __version__)
+    kernels.use_images(str(Path(__file__).parents[2] / aot.KERNELS), __version__)
     model, arguments = _take_model(arguments)
-    packed = locator.find(executable)
+    packed = container.find(executable)
     if packed is None and model is None:
         advice = "get it again, or name a model with --model FILE.gguf"
         raise FileError(executable, "holds no model, or was damaged on its way", advice)
@@ -123,7 +124,7 @@ def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _help(name: str) -> str:
-    options = [f"  {flag:<19} {text}" for flag, (_, _, text) in cli.SAMPLING.items()]
+    options = [f"  {flag:<19} {text}" for flag, (_, _, text) in SAMPLING.items()]
     return _HELP.format(name=name, options="\n".join(options))
 
 

@@ -2,7 +2,7 @@
 
 In: a `Checkpoint`. Out: a `CanonicalModel`. `SPELLINGS` maps names to roles (`blk.0.attn_q.weight`), whoever wrote them;
 a row of `DIALECTS` is recognised by a few names and states what its code fixes and no tensor shows (rotary pairs, the form
-of GELU, transposed matrices). Arranging the tensors as an architecture wants them is layout.py's.
+of GELU, transposed matrices). Arranging the tensors as an architecture wants them is assemble.py's.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def to_canonical(
     `overrides`: the settings of `--set`; `mapping`: a file of names (name_map.py); `tokenizer`: a tokenizer's file or folder.
     Raises FileError that lists tensors that are missing, left over or misshapen, or that asks for what nothing tells.
     """
-    from pocketlm.export.layout import arrange
+    from pocketlm.export.assemble import arrange
     from pocketlm.export.name_map import NameMap, read_name_map
     from pocketlm.export.tokenizer_data import find_tokenizer
 

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.export.atomic import replacing_file, replacing_folder
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.encode import Encoded, Encoder, Progress
-from pocketlm.export.fp16_bin import write_fp16_bin
+from pocketlm.export.fp16_bin_writer import write_fp16_bin
 from pocketlm.export.gguf_writer import write_gguf
-from pocketlm.export.metadata import file_metadata
+from pocketlm.export.hyper_keys import file_metadata
+from pocketlm.export.llama_cpp_compat import stock_notes
 from pocketlm.export.rules import QUANTS, by_shape, head_name
-from pocketlm.export.stock import stock_notes
-from pocketlm.runtime.fp16_bin import CONFIG, VOCAB, WEIGHTS
+from pocketlm.export.tensor_encoder import Encoded, Encoder, Progress
+from pocketlm.runtime.atomic import replacing_file, replacing_folder
+from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import make_plan

@@ -13,18 +13,18 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.export.arrays import LazyTensor
+from pocketlm.export.assemble import interleaving, reordered
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.checkpoint import Checkpoint
-from pocketlm.export.layout import interleaving, reordered
-from pocketlm.runtime.fp16_bin import is_fp16_bin
-from pocketlm.runtime.gguf import GGUF, INTERLEAVED
+from pocketlm.runtime.fp16_bin_reader import is_fp16_bin
+from pocketlm.runtime.gguf_reader import GGUF, TILED
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
 
 
 def is_model_file(path: Path) -> bool:
     """Whether this is a GGUF, a packed executable or an fp16 bin, by its first bytes or the names in it."""
-    from pocketlm.build.locator import find, is_program
+    from pocketlm.runtime.container import find, is_program
 
     try:
         with open(path, "rb") as file:
@@ -41,7 +41,7 @@ def read_model_file(path: Path) -> CanonicalModel:
         raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
     hyper = read_hyper(opened.metadata, opened.tensors["token_embd.weight"].shape[0], path)
     tensors = {name: CanonicalTensor(tensor.shape, tensor.to_float32) for name, tensor in opened.tensors.items()}
-    metadata = {key: value for key, value in opened.metadata.items() if key != INTERLEAVED}
+    metadata = {key: value for key, value in opened.metadata.items() if key != TILED}
     formats = sorted({tensor.format.name for tensor in opened.tensors.values()} - {"F32", "F16", "BF16"})
     notes = [f"{path.name} was quantised already ({', '.join(formats)}): what that lost stays lost"] if formats else []
     model = CanonicalModel(hyper, tensors, metadata, "GGUF" if isinstance(opened, GGUF) else "fp16 bin", notes)

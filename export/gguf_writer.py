@@ -16,8 +16,8 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.encode import Encoded, Encoder
 from pocketlm.export.rules import QUANTS, by_shape, by_values, head_name
+from pocketlm.export.tensor_encoder import Encoded, Encoder
 
 ALIGNMENT = 32
 # NumPy's name for a number's type -> its number in the file

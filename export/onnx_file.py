@@ -20,8 +20,8 @@ from onnx import ModelProto
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.encode import Encoded, Encoder
 from pocketlm.export.onnx_store import Store
+from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.export.to_onnx import Graph
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.plan import make_plan

@@ -24,8 +24,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from pocketlm.errors import PocketlmError
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.encode import Encoded, Encoder
 from pocketlm.export.onnx_store import Store
+from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import GELU_TANH_CUBE, GELU_TANH_SCALE
 from pocketlm.runtime.formats import FORMATS

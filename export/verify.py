@@ -16,25 +16,16 @@ import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.canonical import CanonicalModel
+from pocketlm.runtime.evaluation import TEXT, cosines, cross_entropy
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.model_file import open_model
-from pocketlm.runtime.perplexity import surprise
 from pocketlm.runtime.plan import Plan, make_plan
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 from pocketlm.tokenizer import Tokenizer, from_metadata
 
 WINDOW = 512  # tokens that are looked at together: bounds the logits in memory to 100 MB for 50,000 words
-TEXT = (
-    "The lighthouse keeper had two habits that the village never understood. Every morning he swept the stairs from the top "
-    "down, although nobody climbed them but himself, and every evening he wrote one line in a book with a blue cover.\n"
-    "\"Wind from the west,\" he wrote, or \"Three ships, none of them ours.\" When he was asked what the book was for, he "
-    "said that a day which has been written down is harder to lose.\n"
-    "One winter the lamp failed. He lit a fire on the rocks, and kept it burning for eleven nights with driftwood, old rope "
-    "and at last the stairs themselves, the lowest ones first. The next spring a captain came to thank him. \"How did you get "
-    "down again?\" she asked. He thought about it, and then he wrote that down too.\n"
-)  # fmt: skip
 Runner = Callable[[np.ndarray], np.ndarray]  # ids int64 [n], from an empty cache -> logits float32 [n, n_vocab]
 
 
@@ -81,7 +72,7 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
         a, b = (run(block).astype(np.float64) for run in (exact, exported))
         found_cosines += cosines(a, b).tolist()
         same += int((a.argmax(1) == b.argmax(1)).sum())
-        nats += [surprise(logits[:-1], block[1:]) for logits in (a, b)]
+        nats += [cross_entropy(logits[:-1], block[1:]) for logits in (a, b)]
         n_predicted += len(block) - 1
     exact_perplexity, perplexity = (math.exp(min(total / max(n_predicted, 1), 700)) for total in nats)
     agreement = same / len(ids)
@@ -99,12 +90,6 @@ def _own_ids(tokenizer: Tokenizer) -> tuple[list[int], str]:
     left_out = "".join(sorted(set(TEXT) - set(usable)))
     what = f" of the usual text without {left_out!r}, which the tokenizer does not take" if left_out else ""
     return tokenizer.encode(usable, bos=tokenizer.adds_bos), what
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of the rows of two float64 arrays [n, n_vocab]: float64 [n]; 0 where a row is all zeros."""
-    norms = np.sqrt(np.einsum("nv,nv->n", a, a) * np.einsum("nv,nv->n", b, b))
-    return np.einsum("nv,nv->n", a, b) / np.maximum(norms, np.finfo(np.float64).tiny)
 
 
 class _Weights(Mapping[str, Tensor]):

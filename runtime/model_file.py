@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.fp16_bin import Fp16Bin, is_fp16_bin, open_fp16_bin
-from pocketlm.runtime.gguf import GGUF, open_gguf
+from pocketlm.runtime.fp16_bin_reader import Fp16Bin, is_fp16_bin, open_fp16_bin
+from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 
 if TYPE_CHECKING:
-    from pocketlm.build.locator import Packed
+    from pocketlm.runtime.container import Packed
 
 
 def open_model(path: str | Path) -> GGUF | Fp16Bin:
@@ -26,9 +26,9 @@ def open_model(path: str | Path) -> GGUF | Fp16Bin:
 
 def _open_packed(path: Path) -> GGUF | None:
     """The model in a packed executable, checked up to its weights; None for other files."""
-    from pocketlm.build import locator
+    from pocketlm.runtime import container
 
-    packed = locator.find(path) if locator.is_program(path) else None
+    packed = container.find(path) if container.is_program(path) else None
     return packed and open_packed(packed)
 
 

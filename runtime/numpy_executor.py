@@ -2,7 +2,7 @@
 
 In: a plan, the tensors it names, token ids. Out: logits. Every method below is one operation of the plan; the comment
 on its first line gives the shapes, n being the number of tokens in this call and t the positions known after it.
-Weights are dequantised once. A product's rows are shared by a team of threads, each with a single-threaded BLAS; a prompt
+Weights are dequantised once. A product's rows are shared by a pool of threads, each with a single-threaded BLAS; a prompt
 goes through in blocks of tokens. Knows nothing about text, sampling or files.
 """
 
@@ -20,7 +20,7 @@ from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import Team, set_blas_threads, share
+from pocketlm.runtime.threads import ThreadPool, set_blas_threads, share
 from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
@@ -29,9 +29,10 @@ HEAD_START = 48 << 10  # multiplications that the caller has done when the other
 
 
 class NumpyExecutor:
-    """Runs a plan. Holds the dequantised weights , the KV cache and a team of threads; `close` ends them."""
+    """Runs a plan. Holds the dequantised weights, the KV cache and a pool of threads; `close` ends them."""
 
     name = "numpy"
+    selection = None
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
@@ -43,7 +44,7 @@ class NumpyExecutor:
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
         alone = [(name,) for name in plan.weights if name not in stacked]
         self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
-        self._team = Team(n_threads)
+        self._pool = ThreadPool(n_threads)
         self._biases = {m: self._stack_biases(m) for m in matrices}
         factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
         self._rope = rope_table(plan.hyper.rope, n_ctx, factors) if plan.hyper.rope else None
@@ -59,7 +60,7 @@ class NumpyExecutor:
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back."""
-        self._team.close()
+        self._pool.close()
         self._weights.clear()
         vars(self).pop("cache", None)
 
@@ -117,7 +118,7 @@ class NumpyExecutor:
         if w.size * len(x) < SMALL:
             product(0, 1)
         else:
-            self._team.run(product)
+            self._pool.run(product)
         if (bias := self._biases[op.matrix]) is not None:
             y += bias
 

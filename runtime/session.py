@@ -6,24 +6,17 @@ In: token ids. Out: the logits after the last of them. Knows nothing about text,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
 
+if TYPE_CHECKING:
+    from pocketlm.runtime.executors import Executor
+
 BLOCK = 512  # tokens fed at once: a prompt can be cancelled between two blocks
 MIN_SHIFT = 32  # fewer tokens than this are computed again rather than moved, which is exact
-
-
-class Executor(Protocol):
-    """The part of an executor a session uses."""
-
-    n_ctx: int
-    cache: Any  # .length positions are filled; .truncate(length); .remove(start, stop) -> bool
-    hyper: Any  # .n_vocab, .reaches
-
-    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 
 
 class Session:

@@ -19,8 +19,8 @@ class Tensor:
     """One tensor of a file.
 
     `shape` is in NumPy's order (rows, columns): the file's dimensions reversed. `data` are its bytes, uint8, 1-D, a
-    read-only view of the mapping; `offset` is where they begin in the file. `interleaved`: the bytes are in the order of
-    native/layout.py, which only files inside packed executables have.
+    read-only view of the mapping; `offset` is where they begin in the file. `tiled`: the bytes are in the order of
+    native/tiling.py, which only files inside packed executables have.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Tensor:
     data: np.ndarray
     offset: int
     path: Path
-    interleaved: bool = False
+    tiled: bool = False
 
     def to_float32(self, out: np.ndarray | None = None) -> np.ndarray:
         """The weights, float32, of `shape`; written to `out` (float32, C-contiguous, of `shape`) where it is given.
@@ -48,9 +48,9 @@ class Tensor:
 
     def _rows(self) -> np.ndarray:
         """The bytes row after row."""
-        if not self.interleaved:
+        if not self.tiled:
             return self.data
-        from pocketlm.runtime.native.layout import restore
+        from pocketlm.runtime.native.tiling import restore
 
         return restore(self.format.name, self.data, *self.shape)
 

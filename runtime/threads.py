@@ -1,4 +1,4 @@
-"""How many cores there are, and a team of Python threads that share a call's rows.
+"""How many cores there are, and a pool of Python threads that share a call's rows.
 
 NumPy lets go of the interpreter's lock inside a matrix product, so threads that each take a slice of the rows run at
 the same time. Knows nothing about models.
@@ -47,7 +47,7 @@ def share(total: int, part: int, parts: int, lead: int = 0) -> slice:
     return slice(lead + rest * part // parts if part else 0, lead + rest * (part + 1) // parts)
 
 
-class Team:
+class ThreadPool:
     """The caller and n_threads - 1 sleeping threads. `run(job)` calls job(part, n_threads) once a part, then returns."""
 
     def __init__(self, n_threads: int):
@@ -76,7 +76,7 @@ class Team:
             raise self._errors.pop()
 
     def close(self) -> None:
-        """End the threads; the team cannot be used afterwards. A second call does nothing."""
+        """End the threads; the pool cannot be used afterwards. A second call does nothing."""
         self._job = None
         for lock in self._go[: len(self._threads)]:
             lock.release()

@@ -21,7 +21,7 @@ EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80)}  # all
 
 def check_finite(tensor: Tensor) -> None:
     """Raises FileError if any weight of the tensor is NaN or infinite, or if its format cannot be run."""
-    if tensor.interleaved:  # was checked before it was interleaved
+    if tensor.tiled:  # was checked before it was tiled
         return
     name = tensor.format.name
     if name in EXPONENTS:

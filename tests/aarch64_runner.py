@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pocketlm.runtime.native.compiler import compile_object
-from pocketlm.runtime.native.image import Image, link
 from pocketlm.runtime.native.levels import LEVELS
+from pocketlm.runtime.native.linker import Image, link
 
 QEMU = shutil.which("qemu-aarch64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64 (Debian package qemu-user)")

@@ -20,7 +20,7 @@ from pathlib import Path
 from gguf_bytes import EVERY_FORMAT, EVERY_VALUE_TYPE, TENSOR_TYPES, Field, file_fields, join, key, tensor
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import GGUF, open_gguf, parse
+from pocketlm.runtime.gguf_reader import GGUF, open_gguf, parse
 
 PATH = Path("fuzzed.gguf")
 SECONDS_ALLOWED = 1.0

@@ -12,13 +12,13 @@ import pytest
 from canonical_models import make_hyper, make_model
 
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.native import image, levels
+from pocketlm.runtime.native import levels, linker
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.native.ir import Module
-from pocketlm.runtime.native.layout import LAYOUTS
 from pocketlm.runtime.native.levels import LEVELS, Level
-from pocketlm.runtime.native.team import aligned
+from pocketlm.runtime.native.tiling import LAYOUTS
+from pocketlm.runtime.native.workers import aligned
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.tensor import Tensor
@@ -43,8 +43,8 @@ each_level = pytest.mark.parametrize("level", [_marked(level) for level in LEVEL
 each_format = pytest.mark.parametrize("fmt", FORMAT_NAMES)
 
 
-def compiled(module: Module, level: Level) -> image.Image:
-    return image.link([compile_object(module.text(), level)])
+def compiled(module: Module, level: Level) -> linker.Image:
+    return linker.link([compile_object(module.text(), level)])
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:

@@ -20,9 +20,9 @@ from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounde
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
-from pocketlm.runtime.native.layout import groups, interleave, interleaved_bytes, restore
 from pocketlm.runtime.native.levels import LEVELS, Level
 from pocketlm.runtime.native.sizes import TILE, activation_bytes
+from pocketlm.runtime.native.tiling import groups, restore, tile, tiled_bytes
 
 SHAPES = 200
 
@@ -102,7 +102,7 @@ def products(levels: list[Level], fmt: str, tokens: int) -> None:
         used, same = (tokens - 1) * x_stride + 4 * n_columns, exact
         if fmt not in ("F32", "F16", "BF16"):
             used, same = (tokens - 1) * x_stride + records.shape[1], rounded(x) @ matrix[rows].T
-        w, n_blocks = interleave(fmt, blocks, n_rows), n_columns // FORMATS[fmt].block_size
+        w, n_blocks = tile(fmt, blocks, n_rows), n_columns // FORMATS[fmt].block_size
         canary = np.full((tokens - 1) * y_stride + (last - first) * 64, 0xAA, np.uint8)
         for at_end, level in itertools.product((False, True), levels):
             place = [
@@ -121,12 +121,12 @@ def products(levels: list[Level], fmt: str, tokens: int) -> None:
 
 
 def table(levels: list[Level], fmt: str) -> None:
-    """The embedding's kernel, and the one that interleaves: what it writes is what the other reads."""
+    """The embedding's kernel, and the one that tiles: what it writes is what the other reads."""
     codes = [kernels.loaded(fmt, level) for level in levels]
     kernel = {
         level.name: (
             code.function(f"{fmt}_row", None, *[ctypes.c_int64] * 5),
-            code.function(f"{fmt}_interleave", None, *[ctypes.c_int64] * 7),
+            code.function(f"{fmt}_tile", None, *[ctypes.c_int64] * 7),
         )
         for level, code in zip(levels, codes, strict=True)
     }
@@ -136,7 +136,7 @@ def table(levels: list[Level], fmt: str) -> None:
         blocks = random_blocks(fmt, n_rows, n_columns, random, wild=True)
         matrix, expected, n_blocks = (
             weights(fmt, blocks, n_rows),
-            interleave(fmt, blocks, n_rows),
+            tile(fmt, blocks, n_rows),
             n_columns // FORMATS[fmt].block_size,
         )
         assert (restore(fmt, expected, n_rows, n_columns) == blocks).all(), f"{fmt} {n_rows} x {n_columns} is not restored"
@@ -144,10 +144,10 @@ def table(levels: list[Level], fmt: str) -> None:
         for at_end, level in itertools.product((False, True), levels):
             look_up, permute = kernel[level.name]
             source = memory[0].place(blocks, at_end, 2)
-            w = memory[1].place(np.full(interleaved_bytes(fmt, n_rows, n_columns), 0xAA, np.uint8), at_end, 32)
+            w = memory[1].place(np.full(tiled_bytes(fmt, n_rows, n_columns), 0xAA, np.uint8), at_end, 32)
             for part in ((0, middle), (middle, groups(n_rows))):
                 permute(source.ctypes.data, w.ctypes.data, n_rows, groups(n_rows), n_blocks, *part)
-            assert (w == expected).all(), f"{level.name} {fmt} {n_rows} x {n_columns} is interleaved in another way"
+            assert (w == expected).all(), f"{level.name} {fmt} {n_rows} x {n_columns} is tiled in another way"
             for row in some:
                 out = memory[2].place(np.full(4 * n_columns, 0xAA, np.uint8), at_end, 4)
                 look_up(w.ctypes.data, groups(n_rows), n_blocks, row, out.ctypes.data)

@@ -244,7 +244,7 @@ def test_a_content_that_spells_the_beginning_of_sequence_does_not_replace_it():
 
 
 def test_smollm2_has_the_ids_of_its_own_template(smollm2_path):
-    from pocketlm.runtime.gguf import open_gguf
+    from pocketlm.runtime.gguf_reader import open_gguf
     from pocketlm.tokenizer import from_metadata
 
     metadata = open_gguf(smollm2_path).metadata

@@ -20,10 +20,10 @@ from pocketlm.export import export as job
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.export import export
 from pocketlm.export.from_model_file import read_model_file
-from pocketlm.export.metadata import architecture_keys
+from pocketlm.export.hyper_keys import architecture_keys
+from pocketlm.export.llama_cpp_compat import stock_notes
 from pocketlm.export.rules import QUANTS
-from pocketlm.export.stock import stock_notes
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.hyper import Hyper, Rope, read_hyper
 
 IDS = np.random.default_rng(3).integers(0, N_VOCAB, 40)

@@ -13,7 +13,7 @@ import pytest
 from gguf_bytes import Entry, Field, file_bytes, file_fields, header, join, key, table_bytes, tensor, text, u32, u64
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import open_gguf, parse
+from pocketlm.runtime.gguf_reader import open_gguf, parse
 
 F32, Q4_0, I8 = 0, 2, 24
 

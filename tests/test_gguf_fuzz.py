@@ -8,7 +8,7 @@ import pytest
 from gguf_bytes import join
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import open_gguf, parse
+from pocketlm.runtime.gguf_reader import open_gguf, parse
 
 PATH = Path("model.gguf")
 

@@ -8,7 +8,7 @@ import pytest
 from gguf_bytes import EVERY_FORMAT, EVERY_VALUE_TYPE, Entry, file_bytes, file_fields, header, join, key, table_bytes, tensor
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import open_gguf, parse
+from pocketlm.runtime.gguf_reader import open_gguf, parse
 from pocketlm.runtime.tensor import Tensor
 
 PATH = Path("model.gguf")

@@ -12,7 +12,7 @@ from tiny_models import TOKENS, write_model
 
 from pocketlm.errors import FileError
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.plan import Plan, make_plan
 

@@ -11,7 +11,7 @@ from tiny_models import SPECIALS, TOKENS, write_model
 import pocketlm
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime import memory
-from pocketlm.runtime.perplexity import perplexity
+from pocketlm.runtime.evaluation import perplexity
 
 TALK = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "the thing"}]
 

@@ -8,11 +8,11 @@ from aarch64_runner import BUFFERS_AT, CPUS, IMAGE_AT, needs_qemu, run_aarch64
 from native_calls import activation_records, each_format, executors, host_level, kl_divergence, random_blocks, rounded, weights
 
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.native import image, kernels, layout
+from pocketlm.runtime.native import kernels, linker, tiling
 from pocketlm.runtime.native.compiler import compile_object
-from pocketlm.runtime.native.encode import encode
 from pocketlm.runtime.native.ir import I64, PTR, Module
 from pocketlm.runtime.native.levels import LEVELS
+from pocketlm.runtime.native.lowering import encode
 from pocketlm.runtime.native.sizes import TILE, activation_bytes
 
 pytestmark = needs_qemu
@@ -31,7 +31,7 @@ class Guest:
                 job = memory + (jobs + i * (8 * JOB))
                 f.call_pointer(f.field(job, 0, PTR), *[f.field(job, 8 * k) for k in range(1, JOB)])
         texts = [*(kernels.module_text(name, level, "sysv") for name in modules), caller.text()]
-        self.image, self.cpu = image.link([compile_object(text, level) for text in texts]), CPUS[level.name]
+        self.image, self.cpu = linker.link([compile_object(text, level) for text in texts]), CPUS[level.name]
         self.memory, self.jobs = bytearray(), []
 
     def put(self, array: np.ndarray) -> int:
@@ -42,7 +42,7 @@ class Guest:
         return BUFFERS_AT + at
 
     def code(self, symbol: str) -> int:
-        return IMAGE_AT + self.image.symbols[symbol]
+        return IMAGE_AT + self.linker.symbols[symbol]
 
     def call(self, symbol: str, *arguments: int) -> None:
         self.jobs.append([self.code(symbol), *arguments, *[0] * (JOB - 1 - len(arguments))])
@@ -76,9 +76,9 @@ def test_products_and_tables(level, fmt):
         (33, 5 if size < 256 else 2, True),
     ):
         blocks = random_blocks(fmt, n_rows, n_blocks * size, random, wild)
-        matrix, n_groups, n_columns = weights(fmt, blocks, n_rows), layout.groups(n_rows), n_blocks * size
-        source, w = guest.put(blocks), guest.put(np.full(layout.interleaved_bytes(fmt, n_rows, n_columns), 0xAA, np.uint8))
-        guest.call(f"{fmt}_interleave", source, w, n_rows, n_groups, n_blocks, 0, n_groups)
+        matrix, n_groups, n_columns = weights(fmt, blocks, n_rows), tiling.groups(n_rows), n_blocks * size
+        source, w = guest.put(blocks), guest.put(np.full(tiling.tiled_bytes(fmt, n_rows, n_columns), 0xAA, np.uint8))
+        guest.call(f"{fmt}_tile", source, w, n_rows, n_groups, n_blocks, 0, n_groups)
         for row in (0, n_rows - 1):
             out = guest.put(np.zeros(n_columns, np.float32))
             guest.call(f"{fmt}_row", w, n_groups, n_blocks, row, out)
@@ -136,7 +136,7 @@ def test_a_whole_model(level, name):
     program = encode(native.plan, storage, 1)
     native._record["give_way"] = 0  # one thread never waits
     arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values(), storage.keys,
-              storage.values, native._team._workers]  # fmt: skip
+              storage.values, native._workers._workers]  # fmt: skip
     arrays += [array for key, array in native._arrays.items() if key != "program"]
     places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays)
     relocate(program, places)

@@ -15,8 +15,8 @@ from native_calls import each_format, each_level, executors, host_level, kl_dive
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.hyper import Rope
-from pocketlm.runtime.native import image, kernels
-from pocketlm.runtime.native.executable import NativeUnavailable
+from pocketlm.runtime.native import kernels, linker
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.plan import make_plan
 
@@ -240,7 +240,7 @@ def test_numpy_takes_over_where_code_may_not_be_executable_and_says_so(monkeypat
     native, reference = executors(host_level())
     native.close()
     reference.close()
-    monkeypatch.setattr(image, "map_code", refuse)
+    monkeypatch.setattr(linker, "map_code", refuse)
     monkeypatch.setattr(kernels, "loaded", kernels.loaded.__wrapped__)  # nothing is loaded yet
     model = native.plan, native._tensors, 64, 1, "model"
     executor = make_executor("auto", *model)

@@ -22,12 +22,12 @@ from native_calls import (
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
-from pocketlm.runtime.native.formats import RUNS
+from pocketlm.runtime.native.dequantize import RUNS
 from pocketlm.runtime.native.ir import Module
-from pocketlm.runtime.native.layout import interleave
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.matrix import define
 from pocketlm.runtime.native.sizes import TILE
+from pocketlm.runtime.native.tiling import tile
 from pocketlm.runtime.weights import HALF_SCALES
 
 CASES = ("product1", f"product{TILE}", "row")
@@ -62,7 +62,7 @@ def test_a_scale_that_is_no_number_spoils_its_row_only(level, fmt, bits):
     blocks = random_blocks(fmt, n_rows, n_columns, random).reshape(n_rows, -1)
     for at in HALF_SCALES[fmt]:
         blocks[bad, at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
-    w = aligned_copy(interleave(fmt, blocks.reshape(-1), n_rows))
+    w = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows))
     x, y = activation_records(random.standard_normal((1, n_columns)).astype(np.float32)), np.zeros(32, np.float32)
     product = kernels.loaded(fmt, level).function(f"{fmt}_product1", None, *[ctypes.c_int64] * 9)
     n_blocks = n_columns // FORMATS[fmt].block_size
@@ -83,7 +83,7 @@ def test_the_largest_products_do_not_overflow(level, fmt):
         for at in HALF_SCALES[fmt]:
             blocks[..., at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
         expected = rounded(sign * x) @ weights(fmt, blocks.reshape(-1), n_rows).astype(np.float64).T
-        w, y = aligned_copy(interleave(fmt, blocks.reshape(-1), n_rows)), np.zeros(16, np.float32)
+        w, y = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows)), np.zeros(16, np.float32)
         product = kernels.loaded(fmt, level).function(f"{fmt}_product1", None, *[ctypes.c_int64] * 9)
         records = activation_records(sign * x)
         product(w.ctypes.data, 1, 0, 1, n_columns // form.block_size, records.ctypes.data, 0, y.ctypes.data, 0)

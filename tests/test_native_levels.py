@@ -9,8 +9,8 @@ import types
 import pytest
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.runtime.native import executable, levels
-from pocketlm.runtime.native.executable import NativeUnavailable
+from pocketlm.runtime.native import executable_memory, levels
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.levels import LEVELS, detect
 
 NEHALEM = "fpu cmov fxsr sse sse2 ht lm pni ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm"
@@ -117,13 +117,13 @@ def test_the_cpu_itself_says_what_linux_says():
 @pytest.mark.skipif(levels.host_machine() != "x86_64", reason="runs x86-64 code")
 def test_the_cpu_can_be_asked_with_either_calling_convention():
     from pocketlm.runtime.native.compiler import compile_object
-    from pocketlm.runtime.native.image import link, load
+    from pocketlm.runtime.native.linker import link, load
 
     call = "define void @call_{0}(ptr %f, ptr %io) {{\n  call {1} void %f(ptr %io)\n  ret void\n}}\n"
     callers = load(link([compile_object(call.format("sysv", "") + call.format("win64", "win64cc"), LEVELS["sse4"])]))
     answers = []
     for abi in ("sysv", "win64"):
-        pages = executable.map_code(bytes.fromhex(levels._POINTER[abi] + levels._CPUID))
+        pages = executable_memory.map_code(bytes.fromhex(levels._POINTER[abi] + levels._CPUID))
         registers = (ctypes.c_uint32 * 4)(0, 0)  # leaf 0: the maker's name in ebx, edx, ecx
         callers.function(f"call_{abi}", None, ctypes.c_void_p, ctypes.c_void_p)(pages.address, ctypes.addressof(registers))
         answers.append(list(registers))
@@ -155,14 +155,14 @@ def test_registers_that_the_system_does_not_save_are_not_used(computer, monkeypa
 
     computer("x86_64")
     monkeypatch.setattr(levels.sys, "platform", "freebsd14")
-    monkeypatch.setattr(levels, "map_code", lambda code: executable.CodePages(0, lambda: None))
+    monkeypatch.setattr(levels, "map_code", lambda code: executable_memory.CodePages(0, lambda: None))
     monkeypatch.setattr(levels.ctypes, "CFUNCTYPE", lambda *types: lambda address: cpuid)
     assert detect().name == expected
 
 
 def test_detection_needs_no_llvmlite():
     program = (
-        "import sys; from pocketlm.runtime.native import levels, image, code_cache; levels.detect(); "
+        "import sys; from pocketlm.runtime.native import levels, linker, code_cache; levels.detect(); "
         "sys.exit('llvmlite' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -8,9 +8,9 @@ import pytest
 from native_calls import compiled, each_level
 
 from pocketlm.runtime.native import vector_math as V
-from pocketlm.runtime.native.image import load
 from pocketlm.runtime.native.ir import F16, F32, I64, PTR, Module
 from pocketlm.runtime.native.levels import LEVELS
+from pocketlm.runtime.native.linker import load
 
 LANES = 16
 FUNCTIONS = {"exp": V.exp, "tanh": V.tanh, "erf": V.erf, **V.ACTIVATIONS}

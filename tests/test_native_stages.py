@@ -8,8 +8,8 @@ from native_calls import activation_records, compiled, each_level, executors, ho
 
 from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.native import stages
-from pocketlm.runtime.native.image import load
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
+from pocketlm.runtime.native.linker import load
 from pocketlm.runtime.native.matrix import RECORD
 from pocketlm.runtime.native.stages import SPAN
 

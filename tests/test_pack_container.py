@@ -16,12 +16,13 @@ from packing import fake_stub
 from tiny_models import write_model
 
 import pocketlm
-from pocketlm.build import locator, selftest
+from pocketlm.build import selftest
 from pocketlm.build.pack import open_stub, pack, set_persona, unpack, with_texts
 from pocketlm.build.persona import MAX_BYTES, Persona, from_bytes
 from pocketlm.cli import main
 from pocketlm.errors import FileError, UsageError
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime import container
+from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.model_file import open_packed
 
 IDS = [1, 50, 200, 3, 3]
@@ -52,7 +53,7 @@ def packed(model, folder, **options):
 
 def test_unpacking_gives_the_original_byte_for_byte(model, tmp_path):
     friend = packed(model, tmp_path)
-    unpack(locator.find(friend), tmp_path / "again.gguf")
+    unpack(container.find(friend), tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == model.read_bytes()
 
 
@@ -64,7 +65,7 @@ def test_bytes_between_and_behind_the_tensors_are_kept(small, tmp_path):
     for end, start in gaps:
         data[end:start] = b"x" * (start - end)
     small.write_bytes(bytes(data) + b"something behind the model")
-    unpack(locator.find(packed(small, tmp_path)), tmp_path / "again.gguf")
+    unpack(container.find(packed(small, tmp_path)), tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == small.read_bytes()
 
 
@@ -86,10 +87,10 @@ def test_the_weights_are_used_where_they_are(small, tmp_path):
 
 
 def test_a_matrix_of_a_stored_model_is_read_row_after_row(small, tmp_path):
-    section = locator.find(packed(small, tmp_path)).sections["model"]
+    section = container.find(packed(small, tmp_path)).sections["model"]
     with open_gguf(small) as plain, open_gguf(tmp_path / "friend", offset=section.offset, length=section.length) as stored:
         for name, tensor in plain.tensors.items():
-            assert stored.tensors[name].interleaved == (len(tensor.shape) == 2)
+            assert stored.tensors[name].tiled == (len(tensor.shape) == 2)
             assert np.array_equal(stored.tensors[name].to_float32(), tensor.to_float32())
 
 
@@ -108,16 +109,16 @@ def test_other_alignments_and_formats_come_back_too(tmp_path, alignment, monkeyp
     model = tmp_path / "model.gguf"
     keys = [key("general.alignment", "u32", alignment), key("general.name", "string", "x")]
     model.write_bytes(join(file_fields(keys, rows, alignment)))
-    monkeypatch.setattr("pocketlm.build.stored.check_finite", lambda tensor: None)  # random bytes are not all finite
-    unpack(locator.find(packed(model, tmp_path)), tmp_path / "again.gguf")
+    monkeypatch.setattr("pocketlm.build.tiled_gguf.check_finite", lambda tensor: None)  # random bytes are not all finite
+    unpack(container.find(packed(model, tmp_path)), tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == model.read_bytes()
 
 
 def test_only_the_persona_changes_when_it_is_replaced(small, tmp_path):
     friend = packed(small, tmp_path)
-    before, old = friend.read_bytes(), locator.find(friend)
+    before, old = friend.read_bytes(), container.find(friend)
     set_persona(old, lambda persona: with_texts(persona, {"system": "Sei kurz. " * 50, "title": None}, {"--top-k": 5}), friend)
-    new = locator.find(friend)
+    new = container.find(friend)
     persona = from_bytes(new.read("persona"), friend)
     assert persona == Persona(title="Ada", system="Sei kurz. " * 50, flags={"--temp": 0.5, "--top-k": 5})
     end = new.sections["reference"].end
@@ -185,10 +186,10 @@ def test_what_cannot_be_packed_is_said(small, tmp_path):
     bad = write_model(tmp_path / "bad.gguf", n_layer=1, tensors={"blk.0.attn_q.weight": weights})
     with pytest.raises(FileError, match="NaN"):
         packed(bad, tmp_path)
-    section = locator.find(packed(small, tmp_path)).sections["model"]
+    section = container.find(packed(small, tmp_path)).sections["model"]
     stored = (tmp_path / "friend").read_bytes()[section.offset : section.end]
     (tmp_path / "stored.gguf").write_bytes(stored)
-    with pytest.raises(FileError, match="interleaved already"):
+    with pytest.raises(FileError, match="tiled already"):
         packed(tmp_path / "stored.gguf", tmp_path)
 
 
@@ -199,8 +200,8 @@ def refused(path):
 
 def test_a_changed_byte_in_locator_or_header_is_noticed(small, tmp_path):
     friend = packed(small, tmp_path)
-    whole, sections = friend.read_bytes(), locator.find(friend).sections
-    start, end = sections["program"].offset - locator.SIZE, sections["program"].offset
+    whole, sections = friend.read_bytes(), container.find(friend).sections
+    start, end = sections["program"].offset - container.SIZE, sections["program"].offset
     header = sections["header"]
     noise = random.Random(7)
     broken = tmp_path / "broken"
@@ -220,7 +221,7 @@ def test_a_cut_file_is_noticed(small, tmp_path):
 
 def test_a_changed_byte_anywhere_is_found_by_the_full_check(small, tmp_path):
     friend = packed(small, tmp_path)
-    whole, found = friend.read_bytes(), locator.find(friend)
+    whole, found = friend.read_bytes(), container.find(friend)
     found.check()
     for name in ("model", "original", "reference", "persona", "program"):
         place = found.sections[name].offset + found.sections[name].length // 2
@@ -236,18 +237,18 @@ def test_a_changed_byte_anywhere_is_found_by_the_full_check(small, tmp_path):
 
 def test_a_locator_that_does_not_fit_is_refused(small, tmp_path):
     friend = packed(small, tmp_path)
-    whole, sections = friend.read_bytes(), locator.find(friend).sections
-    start = sections["program"].offset - locator.SIZE
+    whole, sections = friend.read_bytes(), container.find(friend).sections
+    start = sections["program"].offset - container.SIZE
     for name in ("model", "persona", "program", "header"):
-        moved = locator.Section(sections[name].offset + 64, sections[name].length, sections[name].sha256)
-        friend.write_bytes(whole[:start] + locator.locator({**sections, name: moved}) + whole[start + locator.SIZE :])
+        moved = container.Section(sections[name].offset + 64, sections[name].length, sections[name].sha256)
+        friend.write_bytes(whole[:start] + container.locator({**sections, name: moved}) + whole[start + container.SIZE :])
         if name != "program":  # where the archive begins is known without the locator
             with pytest.raises(FileError, match="damaged"):
-                locator.find(friend)
-    later = struct.pack("<8sI", b"pocketlm", 2)
+                container.find(friend)
+    later = struct.pack("<8sI", b"pocketlm", container._VERSION + 1)
     friend.write_bytes(whole[:start] + later + whole[start + len(later) :])
     with pytest.raises(FileError, match="another version"):
-        locator.find(friend)
+        container.find(friend)
 
 
 def test_the_commands_pack_unpack_and_persona(small, tmp_path, capsys):
@@ -297,7 +298,7 @@ def test_a_checkpoint_is_converted_on_the_way(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(tables))
     stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
     assert main(["pack", str(tmp_path / "ckpt.pt"), "--quant", "q4_0", "--stub", str(stub), "-o", str(friend)]) == 0
-    assert from_bytes(locator.find(friend).read("persona"), friend).title == "ckpt"
+    assert from_bytes(container.find(friend).read("persona"), friend).title == "ckpt"
     with pocketlm.load(friend, "numpy") as model:
         assert model.tensors["blk.0.ffn_up.weight"].format.name == "Q4_0"
         stored = model.tensors["blk.0.ffn_up.weight"].to_float32()
@@ -308,7 +309,7 @@ def test_the_reference_is_computed_in_little_memory_and_fits_every_executor(mode
     with open_gguf(model) as file:
         results = json.loads(selftest.reference(file))
     friend = packed(model, tmp_path)
-    found = dict(selftest.runs(results, open_packed(locator.find(friend))))
+    found = dict(selftest.runs(results, open_packed(container.find(friend))))
     assert "numpy" in found
     assert max(value for value in found.values() if isinstance(value, float)) <= selftest.TOLERANCE / 2
     assert any(isinstance(value, float) for name, value in found.items() if name != "numpy")

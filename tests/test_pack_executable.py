@@ -13,11 +13,11 @@ from packing import real_stub
 from tiny_models import write_model
 
 import pocketlm
-from pocketlm.build import locator
 from pocketlm.build.pack import open_stub, pack
 from pocketlm.build.persona import Persona
 from pocketlm.build.selftest import reference
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime import container
+from pocketlm.runtime.gguf_reader import open_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 BARE = {"PATH": os.environ.get("PATH", ""), "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
@@ -138,9 +138,9 @@ def test_the_selftest_notices_wrong_results(model, friend, tmp_path):
 def test_a_damaged_one_says_so_in_one_line_or_talks_as_before(friend, tmp_path):
     """POCKETLM_THOROUGH=1: 200 changed bits and 50 cuts, which takes minutes."""
     n_flips, n_cuts = (200, 50) if os.environ.get("POCKETLM_THOROUGH") else (6, 4)
-    whole, sections, noise = friend.read_bytes(), locator.find(friend).sections, random.Random(3)
-    start, header = sections["program"].offset - locator.SIZE, sections["header"]
-    ranges = ((start, start + locator.SIZE), (header.offset, header.end))
+    whole, sections, noise = friend.read_bytes(), container.find(friend).sections, random.Random(3)
+    start, header = sections["program"].offset - container.SIZE, sections["header"]
+    ranges = ((start, start + container.SIZE), (header.offset, header.end))
     answer, broken = run(friend, stdin="hello\n").stdout, tmp_path / "broken"
     damaged = []
     for i in range(n_flips):

@@ -18,7 +18,7 @@ from tiny_models import write_model
 
 import pocketlm
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime.gguf import open_gguf
+from pocketlm.runtime.gguf_reader import open_gguf
 
 # Lewis Carroll, Alice's Adventures in Wonderland (1865)
 ALICE = """\
@@ -163,7 +163,7 @@ def test_token_by_token_is_the_same_as_in_one_block(each, ids, exact):
 
 
 def test_eval_gives_the_perplexity_of_the_logits(model, ids, exact):
-    from pocketlm.runtime.perplexity import perplexity as measured
+    from pocketlm.runtime.evaluation import perplexity as measured
 
     result = measured(model.executor, ids.tolist(), None)
     assert result.n_tokens == N_TOKENS - 1

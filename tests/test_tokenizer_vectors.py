@@ -48,7 +48,7 @@ def test_a_marker_of_phi_3_swallows_the_white_space_after_it(test_data):
 
 def test_the_ids_of_smollm2_are_those_of_tokenizers(smollm2_path):
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
-    from pocketlm.runtime.gguf import open_gguf
+    from pocketlm.runtime.gguf_reader import open_gguf
 
     metadata = open_gguf(smollm2_path).metadata
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"]

@@ -1,8 +1,8 @@
 """Tokenizers: text to ids and back. Knows no model."""
 
 from pocketlm.tokenizer.base import StreamDecoder, Tokenizer
-from pocketlm.tokenizer.gguf_vocabulary import from_metadata
-from pocketlm.tokenizer.metadata import to_metadata
+from pocketlm.tokenizer.gguf_vocabulary_reader import from_metadata
+from pocketlm.tokenizer.gguf_vocabulary_writer import to_metadata
 from pocketlm.tokenizer.readers import load
 
 __all__ = ["StreamDecoder", "Tokenizer", "from_metadata", "load", "to_metadata"]

@@ -14,7 +14,7 @@ from typing import Any
 from pocketlm.errors import FileError, UsageError
 from pocketlm.tokenizer import byte_bpe, characters, huggingface, sentencepiece_model
 from pocketlm.tokenizer.base import CONTROL, NORMAL, UNUSED, Tokenizer, make_vocabulary
-from pocketlm.tokenizer.gguf_vocabulary import from_metadata
+from pocketlm.tokenizer.gguf_vocabulary_reader import from_metadata
 from pocketlm.tokenizer.merge import concatenation_table
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_pattern
 
@@ -42,7 +42,7 @@ def load(
         path = _in_folder(path)
     data = _read(path, 4)
     if data == b"GGUF":
-        from pocketlm.runtime.gguf import open_gguf
+        from pocketlm.runtime.gguf_reader import open_gguf
 
         with open_gguf(path) as file:
             return from_metadata(file.metadata, path)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pocketlm.errors import FileError, UsageError
-from pocketlm.export.atomic import replacing_file
-from pocketlm.train.model import Decoder
+from pocketlm.runtime.atomic import replacing_file
+from pocketlm.train.decoder import Decoder
 from pocketlm.train.presets import Shape
 
 LAST, BEST = "last.pt", "best.pt"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from pocketlm.errors import PocketlmError
+from pocketlm.train.decoder import Decoder
 from pocketlm.train.loop import losses
-from pocketlm.train.model import Decoder
 
 
 def _ids(model: Decoder, rows: int, n: int) -> torch.Tensor:

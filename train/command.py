@@ -100,13 +100,13 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
 
     from pocketlm import tokenizer
     from pocketlm.train import checkpoints, checks, data, loop
-    from pocketlm.train.model import Decoder
+    from pocketlm.train.decoder import Decoder
 
     folder, start = Path(arguments.output), checkpoints.read(Path(arguments.start)) if arguments.start else None
-    with loop.team(arguments.device) as team:
-        if team.leads:
+    with loop.process_group(arguments.device) as ranks:
+        if ranks.leads:
             _prepare(folder, kind, shape.n_vocab, arguments)
-        if team.size > 1:
+        if ranks.size > 1:
             dist.barrier()
         tok = tokenizer.load(folder)
         shape = start["shape"] if start else replace(shape, n_vocab=tok.n_vocab, n_ctx=max(shape.n_ctx, settings.context))
@@ -121,16 +121,16 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
             model = Decoder(shape, settings.dropout)
             checks.check_fresh(model)
         train, val = (data.open_corpus(folder / "data", split, settings.context, tok.n_vocab) for split in data.SPLITS)
-        if team.leads:
+        if ranks.leads:
             n_parameters = sum(weight.numel() for weight in model.parameters())
             facts = f"{n_parameters:,} parameters, {train.n_tokens:,} tokens to learn from, {tok.n_vocab:,} words"
             print(facts, file=sys.stderr)
         loss = loop.train(
-            model, train, val, settings, folder, team, identity=_identity(arguments, model.shape, settings, folder),
+            model, train, val, settings, folder, ranks, identity=_identity(arguments, model.shape, settings, folder),
             sample=loop.sampler(tok, arguments.sample), log_every=arguments.log_every, eval_every=arguments.eval_every,
             save_seconds=arguments.save_seconds,
         )  # fmt: skip
-        if team.leads:
+        if ranks.leads:
             print(f"{folder / checkpoints.LAST}: validation loss {loss:.4f} after {settings.steps} steps")
 
 

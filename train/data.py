@@ -19,7 +19,7 @@ import numpy as np
 
 from pocketlm.chat.templates import BUILT_IN, BuiltIn, Template
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.export.atomic import replacing_file
+from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.vocabularies import check_markers
 

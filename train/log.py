@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.atomic import replacing_file
+from pocketlm.runtime.atomic import replacing_file
 
 LOG, PICTURE = "log.jsonl", "log.png"
 SMOOTHING = 0.9  # share of the running mean that stays at every row

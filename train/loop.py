@@ -28,14 +28,14 @@ from pocketlm.tokenizer import Tokenizer
 from pocketlm.train import log
 from pocketlm.train.checkpoints import BEST, LAST, read, save
 from pocketlm.train.data import Block, Corpus
-from pocketlm.train.model import Decoder
+from pocketlm.train.decoder import Decoder
 from pocketlm.train.presets import Settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Team:
+class Ranks:
     """The processes of one run (torchrun's), and where this one computes."""
 
     rank: int
@@ -55,7 +55,7 @@ class Team:
 
 
 @contextmanager
-def team(device: str) -> Iterator[Team]:
+def process_group(device: str) -> Iterator[Ranks]:
     """Joins the other processes where torchrun started this one. Raises UsageError for a device that is not there."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,7 +68,7 @@ def team(device: str) -> Iterator[Team]:
     if size > 1:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Team(int(os.environ.get("RANK", "0")), size, place)
+        yield Ranks(int(os.environ.get("RANK", "0")), size, place)
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -105,35 +105,35 @@ def n_learnt(blocks: Sequence[Block]) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, corpus: Corpus, team: Team, settings: Settings, n_blocks: int) -> float:
+def evaluate(model: Decoder, corpus: Corpus, ranks: Ranks, settings: Settings, n_blocks: int) -> float:
     """Mean loss, in nats, of the first `n_blocks` of a split."""
     model.eval()
-    numbers = range(min(n_blocks, corpus.n_blocks()))[team.rank :: team.size]
+    numbers = range(min(n_blocks, corpus.n_blocks()))[ranks.rank :: ranks.size]
     nats = count = 0.0
     for i in range(0, len(numbers), settings.micro_batch):
         blocks = [corpus.block(number) for number in numbers[i : i + settings.micro_batch]]
-        nats += float(losses(model, blocks, team.device, settings.dtype))
+        nats += float(losses(model, blocks, ranks.device, settings.dtype))
         count += n_learnt(blocks)
     model.train()
-    nats, count = team.sum(nats, count)
+    nats, count = ranks.sum(nats, count)
     return nats / max(count, 1.0)
 
 
 def take_step(
     model: Decoder, compiled: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, scaler: Any, settings: Settings, step: int,
-    team: Team,
+    ranks: Ranks,
 ) -> float:  # fmt: skip
     """One update from `settings.batch` sequences; their mean loss. The same for any micro batch and number of processes."""
     blocks = corpus.batch(step, settings.batch, settings.seed)
     count = max(1.0, n_learnt(blocks))
     micro = [blocks[i : i + settings.micro_batch] for i in range(0, len(blocks), settings.micro_batch)]
-    mine = range(len(micro))[team.rank :: team.size]
+    mine = range(len(micro))[ranks.rank :: ranks.size]
     nats = 0.0
     for number in mine:
         torch.manual_seed(hash((settings.seed, step, number)))  # what dropout draws
-        with compiled.no_sync() if team.size > 1 and number != mine[-1] else nullcontext():
-            loss = losses(compiled, micro[number], team.device, settings.dtype)
-            scaler.scale(loss * (team.size / count)).backward()  # DDP takes the mean over the processes
+        with compiled.no_sync() if ranks.size > 1 and number != mine[-1] else nullcontext():
+            loss = losses(compiled, micro[number], ranks.device, settings.dtype)
+            scaler.scale(loss * (ranks.size / count)).backward()  # DDP takes the mean over the processes
         nats += float(loss.detach())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
@@ -142,11 +142,11 @@ def take_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return team.sum(nats)[0] / count
+    return ranks.sum(nats)[0] / count
 
 
 def train(
-    model: Decoder, corpus: Corpus, val: Corpus, settings: Settings, run: Path, team: Team, *, identity: dict[str, Any],
+    model: Decoder, corpus: Corpus, val: Corpus, settings: Settings, run: Path, ranks: Ranks, *, identity: dict[str, Any],
     sample: Callable[[Decoder], list[str]], log_every: int = 10, eval_every: int = 100, eval_blocks: int = 64,
     save_seconds: float = 60.0,
 ) -> float:  # fmt: skip
@@ -155,10 +155,10 @@ def train(
     `identity`: what the run is made of; a checkpoint that was made otherwise is refused with UsageError. On Ctrl-C or
     SIGTERM the step is finished and saved, and KeyboardInterrupt raised.
     """
-    if (n_micro := settings.batch // settings.micro_batch) % team.size:
-        raise UsageError(f"{n_micro} micro batches a step cannot be shared by {team.size} processes")
-    model.to(team.device).train()
-    optimizer, scaler = optimiser(model, settings), torch.amp.GradScaler(team.device.type, enabled=settings.dtype == "fp16")
+    if (n_micro := settings.batch // settings.micro_batch) % ranks.size:
+        raise UsageError(f"{n_micro} micro batches a step cannot be shared by {ranks.size} processes")
+    model.to(ranks.device).train()
+    optimizer, scaler = optimiser(model, settings), torch.amp.GradScaler(ranks.device.type, enabled=settings.dtype == "fp16")
     step, best, val_loss, seconds = 0, math.inf, math.nan, 0.0
     if (run / LAST).exists():
         content = read(run / LAST)
@@ -166,50 +166,50 @@ def train(
         for part, name in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(content[name])
         step, best, val_loss, seconds = (content[name] for name in ("step", "best", "val_loss", "seconds"))
-        _say(team, f"going on at step {step} of {settings.steps}")
-    compiled: Any = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
+        _say(ranks, f"going on at step {step} of {settings.steps}")
+    compiled: Any = torch.nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
     compiled = torch.compile(compiled) if settings.compile else compiled
-    if team.leads:
+    if ranks.leads:
         log.rewind(run / log.LOG, step)
     started = time.monotonic() - seconds
     saved = shown_at = time.monotonic()
     shown = step
     with stopping() as stop:
         while step < settings.steps:
-            loss = take_step(model, compiled, corpus, optimizer, scaler, settings, step, team)
+            loss = take_step(model, compiled, corpus, optimizer, scaler, settings, step, ranks)
             step, now = step + 1, time.monotonic()
             if not math.isfinite(loss):
                 raise PocketlmError(f"the loss is {loss} at step {step}: try a smaller --lr, or --dtype bf16 or fp32")
             is_last = step == settings.steps
-            if team.leads and (step % log_every == 0 or is_last):
+            if ranks.leads and (step % log_every == 0 or is_last):
                 each = (now - shown_at) / (step - shown)
                 row = {"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"]}
                 row |= {"tokens_per_second": round(settings.batch * corpus.context / each), "seconds": round(now - started, 1)}
                 log.write(run / log.LOG, row)
-                _say(team, log.progress(row, settings.steps, (settings.steps - step) * each))
+                _say(ranks, log.progress(row, settings.steps, (settings.steps - step) * each))
                 shown, shown_at = step, now
             if step % eval_every == 0 or is_last:
-                val_loss = evaluate(model, val, team, settings, eval_blocks)
-                if team.leads:
+                val_loss = evaluate(model, val, ranks, settings, eval_blocks)
+                if ranks.leads:
                     if val_loss < best:
                         save(run / BEST, model, step=step, val_loss=val_loss)
                     log.write(run / log.LOG, {"step": step, "val_loss": val_loss, "samples": sample(model)})
                 best = min(best, val_loss)
-                _say(team, f"validation loss {val_loss:.4f} (best {best:.4f})")
+                _say(ranks, f"validation loss {val_loss:.4f} (best {best:.4f})")
                 shown_at += time.monotonic() - now
-            stopped, due = team.sum(len(stop), team.leads and now - saved > save_seconds)
-            if team.leads and (due or stopped or is_last):
+            stopped, due = ranks.sum(len(stop), ranks.leads and now - saved > save_seconds)
+            if ranks.leads and (due or stopped or is_last):
                 state = {"step": step, "best": best, "val_loss": val_loss, "seconds": now - started, "identity": identity}
                 save(run / LAST, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **state)
                 saved = now
             if stopped and not is_last:
-                _say(team, f"stopped at step {step}, which is saved: the same command goes on")
+                _say(ranks, f"stopped at step {step}, which is saved: the same command goes on")
                 raise KeyboardInterrupt
     return val_loss
 
 
-def _say(team: Team, text: str) -> None:
-    if team.leads:
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.leads:
         print(text, file=sys.stderr, flush=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.atomic import replacing_file
+from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 
 END = "<|endoftext|>"  # between documents, and in front of a conversation

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime.native.executable import NativeUnavailable
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.levels import Level
 
 

@@ -1,7 +1,7 @@
 """The native executor: the plan as compiled code, one call a token and thread, weights kept quantised.
 
-In: a plan, the tensors it names, token ids. Out: logits. Interleaves the weights once, encodes the plan (encode.py) and
-hands blocks of tokens to the threads (team.py). Results do not depend on the number of threads. Every id, shape and
+In: a plan, the tensors it names, token ids. Out: logits. Tiles the weights once, encodes the plan (lowering.py) and
+hands blocks of tokens to the threads (workers.py). Results do not depend on the number of threads. Every id, shape and
 length is checked here, before compiled code sees a pointer.
 """
 
@@ -20,16 +20,16 @@ from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.native import levels, sizes
-from pocketlm.runtime.native.encode import Interleaved, Storage, encode
-from pocketlm.runtime.native.executable import NativeUnavailable
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
-from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleaved_bytes
+from pocketlm.runtime.native.lowering import Storage, TiledMatrix, encode
 from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.selection import Selection
-from pocketlm.runtime.native.team import RunTeam
+from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
+from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.positions import alibi_slopes, rope_table
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import Team, share
+from pocketlm.runtime.threads import ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
@@ -67,7 +67,7 @@ class NativeCache(KVCache):
 
 
 class NativeExecutor:
-    """Runs a plan. Holds the interleaved weights, the KV cache and a team of threads; `close` ends them."""
+    """Runs a plan. Holds the tiled weights, the KV cache and worker threads; `close` ends them."""
 
     name = "native"
 
@@ -79,7 +79,7 @@ class NativeExecutor:
         self._code = kernels(sorted({tensors[name].format.name for name in names}), self.level)
         self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._interleave([tensors[name] for name in names])
+        matrices = self._tile([tensors[name] for name in names])
         factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
         self.cache = NativeCache(plan.hyper, n_ctx, factors)
         self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
@@ -90,7 +90,7 @@ class NativeExecutor:
         self._record = self._make_record(factors)
         self.selection = Selection(self._code[CORE], self.hyper.n_vocab)
         self._one_at_a_time = threading.Lock()
-        self._team = RunTeam(self._code[CORE], self._record, n_threads)
+        self._workers = WorkerThreads(self._code[CORE], self._record, n_threads)
 
     @staticmethod
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
@@ -101,7 +101,7 @@ class NativeExecutor:
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError."""
-        self._team.close()
+        self._workers.close()
         with self._one_at_a_time:  # until then another thread may be in the middle of a run
             self._storage = None
             self.cache.keys = self.cache.values = np.empty(0, np.float16)
@@ -125,7 +125,7 @@ class NativeExecutor:
         n, rows, record = len(ids), min(rows, len(ids)), self._record
         self._arrays["ids"][:n] = ids
         record["n_tokens"], record["n_logits"], record["position"] = n, rows, self.cache.length
-        self._team.run()
+        self._workers.run()
         self.cache.length += n
         return self._buffers["logits"][n - rows : n, : self.hyper.n_vocab]
 
@@ -142,19 +142,19 @@ class NativeExecutor:
                 vector[: tensor.shape[0]] = tensor.to_float32()
         return self._vectors[key]
 
-    def _interleave(self, tensors: list[Tensor]) -> dict[str, Interleaved]:
+    def _tile(self, tensors: list[Tensor]) -> dict[str, TiledMatrix]:
         """The matrices in our order, permuted by all threads; the file's pages are given back as it goes."""
-        result, team = {}, Team(self.n_threads)
+        result, pool = {}, ThreadPool(self.n_threads)
         for tensor in tensors:
             check_finite(tensor)
             fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
-            if tensor.interleaved:  # in a packed executable: used where it is
-                result[tensor.name] = Interleaved(fmt, n_rows, n_columns, tensor.data)
+            if tensor.tiled:  # in a packed executable: used where it is
+                result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
                 continue
-            data = aligned(interleaved_bytes(fmt, n_rows, n_columns), np.uint8)
+            data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
             n_groups, n_blocks = groups(n_rows), n_columns // LAYOUTS[fmt].block_size
             types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
-            permute = self._code[fmt].function(f"{fmt}_interleave", None, *types)
+            permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
 
             def job(
                 part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
@@ -162,10 +162,10 @@ class NativeExecutor:
                 mine = share(counts[1], part, parts)
                 permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
 
-            team.run(job)
+            pool.run(job)
             release_pages(tensor.data)
-            result[tensor.name] = Interleaved(fmt, n_rows, n_columns, data)
-        team.close()
+            result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
+        pool.close()
         return result
 
     def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:

@@ -371,7 +371,7 @@ class Function:
         self.branch(done)
         self.begin(done)
 
-    def give(self, value: Operand | None = None, type: Type = I64) -> None:
+    def ret(self, value: Operand | None = None, type: Type = I64) -> None:
         """Return from the function; what follows is a new, unreachable block."""
         self.line("ret void" if value is None else f"ret {type} {self.coerce(value, type)}")
         self.begin(self.label("after"))

@@ -12,24 +12,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pocketlm.runtime import activations
-from pocketlm.runtime.native import ahead, code_cache, image
-from pocketlm.runtime.native.layout import LAYOUTS
+from pocketlm.runtime.native import aot, code_cache, linker
 from pocketlm.runtime.native.levels import Level, host_abi
+from pocketlm.runtime.native.tiling import LAYOUTS
 
 CORE = "core"
-_ahead: dict[str, str] = {}  # {"path": …, "version": …} of a file of images to use in place of a compiler
+_aot: dict[str, str] = {}  # {"path": …, "version": …} of a file of images to use in place of a compiler
 
 
 def module_text(name: str, level: Level, abi: str) -> str:
     """The IR of "core" or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
-    from pocketlm.runtime.native import largest, matrix, run, stages
+    from pocketlm.runtime.native import matrix, run_loop, stages, topk
     from pocketlm.runtime.native.ir import Module
 
     module = Module(abi)
     if name == CORE:
         stages.define(module, level.name)
-        run.define(module, level.machine)
-        largest.define(module)
+        run_loop.define(module, level.machine)
+        topk.define(module)
     else:
         matrix.define(module, level.name, name)
     return module.text()
@@ -41,21 +41,21 @@ def module_texts(level: Level, abi: str) -> dict[str, str]:
 
 
 def use_images(path: str, version: str) -> None:
-    """Take all code from a file made by ahead.build_images from now on: no llvmlite is needed, nothing is compiled."""
-    _ahead.update(path=path, version=version)
+    """Take all code from a file made by aot.build_images from now on: no llvmlite is needed, nothing is compiled."""
+    _aot.update(path=path, version=version)
 
 
-_images = functools.cache(ahead.read_images)
+_images = functools.cache(aot.read_images)
 
 
 @functools.cache
-def loaded(name: str, level: Level) -> image.Loaded:
+def loaded(name: str, level: Level) -> linker.Loaded:
     """A module's code, executable. Loaded once a process and never unloaded: other models may be running it.
 
     NativeUnavailable: the system refuses, or there are no images for this computer; FileError: the images are damaged.
     """
-    if _ahead:
-        return image.load(_images(_ahead["path"], level, _ahead["version"])[name])
+    if _aot:
+        return linker.load(_images(_aot["path"], level, _aot["version"])[name])
     from importlib.metadata import version
 
     from pocketlm.runtime.native.compiler import compile_object
@@ -63,13 +63,13 @@ def loaded(name: str, level: Level) -> image.Loaded:
     abi = host_abi()
 
     def make() -> bytes:
-        return image.to_bytes(image.link([compile_object(module_text(name, level, abi), level)]))
+        return linker.to_bytes(linker.link([compile_object(module_text(name, level, abi), level)]))
 
     key = f"{name} {level.name} {abi} {_sources()} llvmlite {version('llvmlite')}"
-    return image.load(image.from_bytes(code_cache.cached(key, make)))
+    return linker.load(linker.from_bytes(code_cache.cached(key, make)))
 
 
-def kernels(formats: Iterable[str], level: Level) -> dict[str, image.Loaded]:
+def kernels(formats: Iterable[str], level: Level) -> dict[str, linker.Loaded]:
     """"core" and the code of every format named."""
     return {name: loaded(name, level) for name in (CORE, *formats)}
 

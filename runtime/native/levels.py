@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.runtime.native.executable import NativeUnavailable, map_code
+from pocketlm.runtime.native.executable_memory import NativeUnavailable, map_code
 
 Abi = Literal["sysv", "win64"]
 

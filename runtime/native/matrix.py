@@ -1,4 +1,4 @@
-"""Kernels over a matrix's interleaved rows: product with one token or a block of them, one row of a table, interleaving.
+"""Kernels over a matrix's tiled rows: product with one token or a block of them, one row of a table, tiling.
 
 In: a format and a level. Out: functions of a module, each an address that the run loop calls. Knows formats and
 layouts, not operations.
@@ -14,11 +14,11 @@ token and constant offsets find it: every other way of addressing splits the pro
 
 from __future__ import annotations
 
+from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dot
-from pocketlm.runtime.native.formats import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.layout import LAYOUTS, ROWS
 from pocketlm.runtime.native.sizes import RECORD, TILE
+from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
 ROW = F32.vec(ROWS)
@@ -34,18 +34,18 @@ PRODUCT = {
     "y_stride": I64,
 }
 LOOKUP = {"w": PTR, "n_groups": I64, "n_blocks": I64, "row": I64, "out": PTR}
-INTERLEAVE = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks": I64, "first": I64, "last": I64}
+TILE_ROWS = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks": I64, "first": I64, "last": I64}
 
 
 def define(module: Module, level: str, fmt: str) -> None:
-    """Define FMT_product1, FMT_productN (N = TILE), FMT_row and FMT_interleave."""
+    """Define FMT_product1, FMT_productN (N = TILE), FMT_row and FMT_tile."""
     for tokens in (1, TILE):
         with module.function(f"{fmt}_product{tokens}", PRODUCT, linkage="kernel") as f:
             (_integer_product if fmt in RUNS else _float_product)(f, level, fmt, tokens)
     with module.function(f"{fmt}_row", LOOKUP, linkage="kernel") as f:
         (_integer_row if fmt in RUNS else _float_row)(f, level, fmt)
-    with module.function(f"{fmt}_interleave", INTERLEAVE, linkage="entry") as f:
-        _interleave(f, fmt)
+    with module.function(f"{fmt}_tile", TILE_ROWS, linkage="entry") as f:
+        _tile(f, fmt)
 
 
 def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
@@ -155,7 +155,7 @@ def _float_row(f: Function, level: str, fmt: str) -> None:
         f.store(FLOATS[fmt](f, level, f.load(type_, start + c * (ROWS * type_.bytes))), out + c * 4)
 
 
-def _interleave(f: Function, fmt: str) -> None:
+def _tile(f: Function, fmt: str) -> None:
     """Groups [first, last) of a matrix from the file's order to ours; rows that do not exist become zeros."""
     source, to, n_rows, n_groups, n_blocks, first, last = f.args()
     layout = LAYOUTS[fmt]

@@ -20,7 +20,7 @@ OPERATION = np.dtype([
     ("x", "i8"), ("x_stride", "i8"),
     ("out", "i8"), ("out_stride", "i8"),
     ("n", "i8"),             # PREPARE, EMBED: columns; MATRIX: rows
-    ("weight", "i8"),        # PREPARE: the norm's weight; EMBED, MATRIX: the interleaved matrix
+    ("weight", "i8"),        # PREPARE: the norm's weight; EMBED, MATRIX: the tiled matrix
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
     ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 attention's partial results
     ("epsilon", "f4"), ("unused", "f4"),

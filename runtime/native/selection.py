@@ -9,9 +9,9 @@ import ctypes
 
 import numpy as np
 
-from pocketlm.runtime.native.image import Loaded
-from pocketlm.runtime.native.layout import ROWS
+from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.sizes import CHUNK
+from pocketlm.runtime.native.tiling import ROWS
 
 
 class Selection:

@@ -1,7 +1,7 @@
 """The stages of a token besides the weight formats: embedding, normalising and rounding, products, cache, attention.
 
 In: the run's and an operation's record (records.py), a task number. Out: IR functions, one a stage; the run loop
-(run.py) hands out the tasks. Knows the mathematics of the plan's operations, not the formats.
+(run_loop.py) hands out the tasks. Knows the mathematics of the plan's operations, not the formats.
 
 A thread's own memory, from `scratch`: one token's activations (matrix.py); at `products_at` two areas of products; at
 `queries_at` scaled queries; at `scores_at` attention scores.
@@ -164,8 +164,8 @@ def _define_activate(module: Module) -> None:
         kind, x = f.args()
         for number, name in enumerate(sizes.ACTIVATIONS, 1):
             with f.when(kind.equals(number)):
-                f.give(ACTIVATIONS[name](f, x), ROW)
-        f.give(x, ROW)
+                f.ret(ACTIVATIONS[name](f, x), ROW)
+        f.ret(x, ROW)
 
 
 def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, first: Value, n: Value) -> None:
@@ -227,10 +227,10 @@ def _store(f: Function, level: str, r: Records, own: Value, task: Value, first: 
     vector = _pointer(f, r, "x", "x_stride", token) + head * dim * 4
     half = r.run("rope_half")
     table = r.run("rope", PTR) + position * half * 8
-    interleaved = r.run("rope_interleaved")
+    adjacent = r.run("rope_interleaved")
     with f.range(0, half) as i:
-        a = vector + f.select(interleaved.equals(1), i * 2, i) * 4
-        b = vector + f.select(interleaved.equals(1), i * 2 + 1, i + half) * 4
+        a = vector + f.select(adjacent.equals(1), i * 2, i) * 4
+        b = vector + f.select(adjacent.equals(1), i * 2 + 1, i + half) * 4
         cos, sin = f.load(F32, table + i * 4), f.load(F32, table + (half + i) * 4)
         x, y = f.load(F32, a), f.load(F32, b)
         f.store(x * cos - y * sin, a)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import UsageError
-from pocketlm.runtime.perplexity import surprise
+from pocketlm.runtime.evaluation import cross_entropy
 from pocketlm.train.data import Corpus, open_corpus
 
 TURN = "\n"  # stands for the end of a turn where characters are counted
@@ -61,7 +61,7 @@ def model_bits(model: Any, corpus: Corpus) -> float:
     nats = 0.0
     for number in range(corpus.n_blocks()):
         ids, targets, mask = corpus.block(number)
-        nats += surprise(model.logits(ids.tolist())[mask > 0].astype(np.float64), targets[mask > 0])
+        nats += cross_entropy(model.logits(ids.tolist())[mask > 0].astype(np.float64), targets[mask > 0])
     return nats / math.log(2)
 
 

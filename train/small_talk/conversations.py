@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.atomic import replacing_file
+from pocketlm.runtime.atomic import replacing_file
 
 Turns = list[str]
 OWN = Path(__file__).with_name("own.json")

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time: every platform's file can be made here, and this one's runs without llvmlite."""
+"""Kernels compiled aot of time: every platform's file can be made here, and this one's runs without llvmlite."""
 
 import ctypes
 import subprocess
@@ -8,9 +8,9 @@ import pytest
 from aarch64_runner import CPUS, call_aarch64, needs_qemu
 
 from pocketlm.errors import FileError, UsageError
-from pocketlm.runtime.native import ahead, levels
-from pocketlm.runtime.native.ahead import PLATFORMS, build_images, read_images
-from pocketlm.runtime.native.image import load
+from pocketlm.runtime.native import aot, levels
+from pocketlm.runtime.native.aot import PLATFORMS, build_images, read_images
+from pocketlm.runtime.native.linker import load
 
 HERE = next(name for name, p in PLATFORMS.items() if (p.machine, p.abi) == (levels.host_machine(), levels.host_abi()))
 
@@ -30,11 +30,11 @@ def texts(level, abi):
 def test_every_platforms_file_can_be_made_here(platform, tmp_path, monkeypatch):
     path = tmp_path / "kernels"
     build_images(path, platform, texts, "1")
-    monkeypatch.setattr(ahead, "host_abi", lambda: PLATFORMS[platform].abi)
+    monkeypatch.setattr(aot, "host_abi", lambda: PLATFORMS[platform].abi)
     for level in levels.LEVELS.values():
         if level.machine == PLATFORMS[platform].machine:
             images = read_images(path, level, "1")
-            assert {name: image.machine for name, image in images.items()} == {
+            assert {name: linker.machine for name, linker in images.items()} == {
                 "difference": level.machine,
                 "product": level.machine,
             }
@@ -57,18 +57,18 @@ def test_this_platforms_file_runs(tmp_path):
 @needs_qemu
 def test_a_file_made_here_runs_on_aarch64(tmp_path, monkeypatch):
     build_images(tmp_path / "kernels", "linux-aarch64", texts, "1")
-    monkeypatch.setattr(ahead, "host_abi", lambda: "sysv")
+    monkeypatch.setattr(aot, "host_abi", lambda: "sysv")
     for name, cpu in CPUS.items():
-        image = read_images(tmp_path / "kernels", levels.LEVELS[name], "1")["difference"]
-        assert call_aarch64(image, "difference", [20, 3], cpu)[0] == 17 + 100 * list(levels.LEVELS).index(name) + 2
+        linker = read_images(tmp_path / "kernels", levels.LEVELS[name], "1")["difference"]
+        assert call_aarch64(linker, "difference", [20, 3], cpu)[0] == 17 + 100 * list(levels.LEVELS).index(name) + 2
 
 
 def test_reading_needs_no_llvmlite(tmp_path):
     build_images(tmp_path / "kernels", HERE, texts, "1")
     program = (
         "import sys; sys.modules['llvmlite'] = None\n"
-        "from pocketlm.runtime.native import ahead, image, levels\n"
-        "image.load(ahead.read_images(sys.argv[1], levels.detect(), '1')['product']).close()"
+        "from pocketlm.runtime.native import aot, linker, levels\n"
+        "linker.load(aot.read_images(sys.argv[1], levels.detect(), '1')['product']).close()"
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "kernels")]).returncode == 0
 

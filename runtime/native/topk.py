@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 from pocketlm.runtime.native.ir import F32, I1, I16, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.layout import ROWS
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.sizes import CHUNK
+from pocketlm.runtime.native.tiling import ROWS
 from pocketlm.runtime.native.vector_math import exp
 
 
@@ -33,13 +33,13 @@ def define(module: Module) -> None:
             with f.when(some), f.range(i, i + ROWS) as j:
                 f.store(j, ids + count.get() * 8, 8)
                 count.set(count.get() + f.cast("zext", f.load(F32, x + j * 4, 4) >= bound, I64))
-        f.give(count.get())
+        f.ret(count.get())
     with module.function("sum_exp", {"x": PTR, "n": I64, "top": F32}, returns=F32, linkage="entry") as f:
         x, n, top = f.args()
         total, high = f.var(ROW, 0.0), f.splat(top, ROWS)
         with f.range(0, n, ROWS) as i:
             total.set(total.get() + exp(f, f.load(ROW, x + i * 4, 4) - high))
-        f.give(f.reduce(total.get(), "add"), F32)
+        f.ret(f.reduce(total.get(), "add"), F32)
 
 
 def _any(f: Function, lanes: Value) -> Value:

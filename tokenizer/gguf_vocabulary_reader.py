@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: its `tokenizer.ggml.*` keys in, a `Tokenizer` out. Knows nothing else of the file.
 
 Keys: the GGUF document in the ggml repository. `pocketlm.tokenizer.*` are ours, written by the exporter where those
-do not say enough (metadata.py writes them): `kind` ("byte_bpe", "sentencepiece", "characters"), the options by their
+do not say enough: `kind` ("byte_bpe", "sentencepiece", "characters"), the options by their
 names, `strip_left` and `strip_right` (ids), `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
 """
 
@@ -12,8 +12,8 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
+from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.metadata import OURS, read_options
 from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 

@@ -22,8 +22,8 @@ from pocketlm.bench.processes import Failure, Worker
 from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.bench.schema import NAME, VERSION
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.export.verify import TEXT
 from pocketlm.runtime import memory
+from pocketlm.runtime.evaluation import TEXT
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import Linear, Logits, make_plan

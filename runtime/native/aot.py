@@ -4,7 +4,7 @@ In: the modules' IR for a level and a calling convention. Out: a file; and, from
 was detected, without llvmlite. Knows nothing about what the modules are.
 
 The file: magic, sha256 of the index, size of the index (4 bytes, little-endian); the index as JSON; then the images, each
-in its own checksummed container (image.to_bytes). The index: {"version", "machine", "abi", "levels": {level: {module:
+in its own checksummed container (linker.to_bytes). The index: {"version", "machine", "abi", "levels": {level: {module:
 [offset behind the index, size]}}}.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pocketlm.errors import FileError, UsageError
-from pocketlm.runtime.native.image import Image, ImageError, from_bytes, link, to_bytes
 from pocketlm.runtime.native.levels import LEVELS, Abi, Level, host_abi
+from pocketlm.runtime.native.linker import Image, ImageError, from_bytes, link, to_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ PLATFORMS = {
     "macos-arm64": Platform("aarch64", "sysv"),
     "macos-x86_64": Platform("x86_64", "sysv"),
 }
+KERNELS = "kernels.bin"  # the name of the file in a packed program
 _MAGIC = b"plmahead"
 _PREFIX = struct.Struct("<8s32sI")
 _ADVICE = "make the file again with this version of pocketlm"

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import quoted
-from pocketlm.export.metadata import own_options
+from pocketlm.export.hyper_keys import own_options
 from pocketlm.runtime.hyper import ARCHITECTURES, Hyper
 from pocketlm.tokenizer import Tokenizer, from_metadata
 from pocketlm.tokenizer.base import BYTE, NORMAL
 from pocketlm.tokenizer.byte_bpe import LETTERS
-from pocketlm.tokenizer.gguf_vocabulary import Keys
+from pocketlm.tokenizer.gguf_vocabulary_reader import Keys
 from pocketlm.tokenizer.sentencepiece_bpe import SPACE
 
 OURS = "pocketlm."

@@ -29,7 +29,7 @@ IN_ORDER = ("model", "original", "reference", "persona")  # each begins where th
 PAGE = 4096
 CHUNK = 1 << 20
 
-_MAGIC, _VERSION = b"pocketlm", 1
+_MAGIC, _VERSION = b"pocketlm", 2
 _PREFIX, _ROW, _DIGEST = struct.Struct("<8sII"), struct.Struct("<QQ32s"), 32
 SIZE = _PREFIX.size + len(ROWS) * _ROW.size + _DIGEST
 # PyInstaller's cookie: magic, bytes of the archive with the cookie, table's offset and length, Python's version and library

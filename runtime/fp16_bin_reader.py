@@ -1,6 +1,6 @@
 """Reads the fp16 bin: a folder of `config.json`, `vocab.json` and `weights.bin`, with the weights memory-mapped.
 
-In: the folder. Out: an object like `runtime/gguf.py`'s, with the same metadata keys and with F16 tensors. Knows nothing
+In: the folder. Out: an object like `runtime/gguf_reader.py`'s, with the same metadata keys and with F16 tensors. Knows nothing
 about architectures or tokenizers. The layout is documented in `export/README.md`.
 
 The files are not trusted: every name, shape and offset is checked against the real size of `weights.bin` before use.

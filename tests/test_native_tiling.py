@@ -1,4 +1,4 @@
-"""Interleaved weights: every byte of the file stands where the layout says, comes back, and the kernel agrees."""
+"""TiledMatrix weights: every byte of the file stands where the layout says, comes back, and the kernel agrees."""
 
 import ctypes
 
@@ -7,7 +7,7 @@ import pytest
 from native_calls import aligned_copy, each_format, host_level, random_blocks
 
 from pocketlm.runtime.native import kernels
-from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleave, interleaved_bytes, restore
+from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, restore, tile, tiled_bytes
 
 ROW_COUNTS = (1, 2, 15, 16, 17, 31, 33, 47, 64, 100)
 
@@ -34,21 +34,21 @@ def test_the_names_say_where_every_byte_goes():
         LAYOUTS, ((17, 3), (3, 2), (16, 1), (33, 2), (5, 1), (18, 2), (20, 2), (7, 3), (2, 1), (17, 1), (1, 2)), strict=True
     ):
         data = random.integers(0, 256, n_rows * n_blocks * LAYOUTS[fmt].block_bytes, dtype=np.uint8)
-        assert (interleave(fmt, data, n_rows) == by_definition(fmt, data, n_rows, n_blocks)).all(), fmt
+        assert (tile(fmt, data, n_rows) == by_definition(fmt, data, n_rows, n_blocks)).all(), fmt
 
 
 @each_format
 @pytest.mark.parametrize("n_rows", ROW_COUNTS)
-def test_interleaving_is_undone_and_done_by_the_kernel(fmt, n_rows):
+def test_tiling_is_undone_and_done_by_the_kernel(fmt, n_rows):
     layout = LAYOUTS[fmt]
     for n_blocks in (1, 2, 5):
         n_columns = n_blocks * layout.block_size
         data = aligned_copy(random_blocks(fmt, n_rows, n_columns, np.random.default_rng(n_rows)))
-        expected = interleave(fmt, data, n_rows)
-        assert expected.size == interleaved_bytes(fmt, n_rows, n_columns)
+        expected = tile(fmt, data, n_rows)
+        assert expected.size == tiled_bytes(fmt, n_rows, n_columns)
         assert (restore(fmt, expected, n_rows, n_columns) == data).all()
         result = np.full(expected.size, 0xAA, np.uint8)
-        permute = kernels.loaded(fmt, host_level()).function(f"{fmt}_interleave", None, *[ctypes.c_int64] * 7)
+        permute = kernels.loaded(fmt, host_level()).function(f"{fmt}_tile", None, *[ctypes.c_int64] * 7)
         for group in range(groups(n_rows)):  # as threads do: parts of the groups
             permute(data.ctypes.data, result.ctypes.data, n_rows, groups(n_rows), n_blocks, group, group + 1)
         assert (result == expected).all()

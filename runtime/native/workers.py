@@ -17,13 +17,13 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.memory import aligned
-from pocketlm.runtime.native.image import Loaded
+from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import WORKER
 
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
 
-class RunTeam:
+class WorkerThreads:
     """Runs what the record describes on n_threads threads, the caller among them. `close` ends the others."""
 
     def __init__(self, core: Loaded, record: np.ndarray, n_threads: int):
@@ -35,7 +35,7 @@ class RunTeam:
         self._begin()
 
     def run(self) -> None:
-        """Walk the program once. Raises PocketlmError once the team is closed."""
+        """Walk the program once. Raises PocketlmError once the threads are ended."""
         if not self._finalizer.alive:
             raise PocketlmError("this model is closed; load it again")
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here

@@ -10,10 +10,10 @@ import types
 
 import pytest
 
-from pocketlm.runtime.native import executable, levels
+from pocketlm.runtime.native import executable_memory, levels
 from pocketlm.runtime.native.compiler import compile_object
-from pocketlm.runtime.native.executable import NativeUnavailable
-from pocketlm.runtime.native.image import Image, from_bytes, link, load, to_bytes
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
+from pocketlm.runtime.native.linker import Image, from_bytes, link, load, to_bytes
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -70,7 +70,7 @@ def test_loading_and_closing_leaves_nothing_behind(increment):
 def test_a_system_that_refuses_is_reported_with_its_reason(increment, monkeypatch, call_name):
     addresses = []
 
-    class Refusing(executable._Posix):
+    class Refusing(executable_memory._Posix):
         def __init__(self):
             super().__init__()
             setattr(self, call_name, self.refuse)
@@ -78,9 +78,9 @@ def test_a_system_that_refuses_is_reported_with_its_reason(increment, monkeypatc
         def refuse(self, address, *_):
             addresses.append(address)
             ctypes.set_errno(errno.EACCES)
-            return executable._MAP_FAILED if call_name == "mmap" else -1
+            return executable_memory._MAP_FAILED if call_name == "mmap" else -1
 
-    monkeypatch.setattr(executable, "_Posix", Refusing)
+    monkeypatch.setattr(executable_memory, "_Posix", Refusing)
     with pytest.raises(NativeUnavailable, match=f"{call_name}: Permission denied"):
         load(increment)
     assert addresses[0] is None or rights(addresses[0]) == ""  # the pages are given back
@@ -107,7 +107,7 @@ def foreign(monkeypatch):
 
 
 def run_once(code: bytes) -> int:
-    pages = executable.map_code(code)
+    pages = executable_memory.map_code(code)
     try:
         return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(pages.address)(41)
     finally:
@@ -117,7 +117,7 @@ def run_once(code: bytes) -> int:
 @linux_only
 def test_the_calls_of_windows_in_order(increment, monkeypatch, foreign):
     """VirtualAlloc and its kin over mmap: what they are asked for is what makes the code run."""
-    system, log, code = executable._Posix(), foreign, increment.code
+    system, log, code = executable_memory._Posix(), foreign, increment.code
     rights_of = {0x04: mmap.PROT_READ | mmap.PROT_WRITE, 0x20: mmap.PROT_READ | mmap.PROT_EXEC}
     sizes = {}
 
@@ -142,7 +142,7 @@ def test_the_calls_of_windows_in_order(increment, monkeypatch, foreign):
         FlushInstructionCache=Recorded("flush", log),
     )
     monkeypatch.setattr(ctypes, "WinDLL", lambda name, use_last_error: kernel, raising=False)
-    monkeypatch.setattr(executable.sys, "platform", "win32")
+    monkeypatch.setattr(executable_memory.sys, "platform", "win32")
     assert run_once(code) == 42
     assert log == ["allocate", "copy", "protect", "process", "flush", "free"]
     assert sizes == {}
@@ -161,7 +161,7 @@ def test_the_calls_of_macos_on_arm_in_order(increment, monkeypatch, foreign):
     log, code, map_jit = foreign, increment.code, 0x800
     flags = []
 
-    class MacOS(executable._Posix):
+    class MacOS(executable_memory._Posix):
         def __init__(self):
             super().__init__()
             self.library = types.SimpleNamespace(
@@ -175,9 +175,9 @@ def test_the_calls_of_macos_on_arm_in_order(increment, monkeypatch, foreign):
                 raise NativeUnavailable("one such mapping is all that a hardened program gets")
             return super().map(size, protection)
 
-    monkeypatch.setattr(executable, "_Posix", MacOS)
-    monkeypatch.setattr(executable.sys, "platform", "darwin")
-    monkeypatch.setattr(executable.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(executable_memory, "_Posix", MacOS)
+    monkeypatch.setattr(executable_memory.sys, "platform", "darwin")
+    monkeypatch.setattr(executable_memory.platform, "machine", lambda: "arm64")
     assert run_once(code) == 42
     assert log == ["write protection 0", "copy", "write protection 1", "invalidate"]
     del log[:]

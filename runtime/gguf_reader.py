@@ -38,8 +38,8 @@ _MAX_ALIGNMENT = 1 << 20
 _MIN_KEY_BYTES = 8 + 4 + 1  # length of the name, value type, value
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # length of the name, number of dimensions, one dimension, type, offset
 
-INTERLEAVED = "pocketlm.interleaved"  # a key: the matrices lie in native/layout.py's order, at multiples of 64 bytes
-INTERLEAVED_ALIGNMENT = 64
+TILED = "pocketlm.tiled"  # a key: the matrices lie in native/tiling.py's order, at multiples of 64 bytes
+TILED_ALIGNMENT = 64
 
 # value type → the code of struct and of NumPy's dtype (both with "<" in front)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -119,8 +119,8 @@ def parse(buffer: Buffer, path: Path) -> GGUF:
     n_keys = header.count("keys", _MIN_KEY_BYTES)
     metadata = _read_keys(header, n_keys)
     alignment = _alignment(header, metadata)
-    interleaved = INTERLEAVED in metadata
-    return GGUF(path, version, alignment, metadata, _read_tensors(header, n_tensors, alignment, interleaved), header.at)
+    tiled = TILED in metadata
+    return GGUF(path, version, alignment, metadata, _read_tensors(header, n_tensors, alignment, tiled), header.at)
 
 
 # ── reading the header ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -234,14 +234,14 @@ def _alignment(header: _Header, metadata: "_Metadata") -> int:
     return value
 
 
-def _read_tensors(header: _Header, n_tensors: int, alignment: int, interleaved: bool) -> dict[str, Tensor]:
+def _read_tensors(header: _Header, n_tensors: int, alignment: int, tiled: bool) -> dict[str, Tensor]:
     entries: dict[str, tuple[tuple[int, ...], Format, int, int]] = {}
     for i in range(n_tensors):
         name = header.string(_MAX_TENSOR_NAME_BYTES, f"the name of tensor {i}")
         if name in entries:
             header.fail(f"tensor '{quoted(name)}' is there twice")
         shape, format, offset = _read_tensor_entry(header, f"tensor '{quoted(name)}'", alignment)
-        entries[name] = shape, format, offset, stored_bytes(format, shape, interleaved)
+        entries[name] = shape, format, offset, stored_bytes(format, shape, tiled)
 
     data_start = -(-header.at // alignment) * alignment
     missing = max((data_start + offset + n_bytes for *_, offset, n_bytes in entries.values()), default=0) - header.size
@@ -257,26 +257,26 @@ def _read_tensors(header: _Header, n_tensors: int, alignment: int, interleaved: 
     tensors = {}
     for name, (shape, format, offset, n_bytes) in entries.items():
         offset += data_start
-        permuted = interleaved and can_interleave(format, shape)
-        if permuted and offset % INTERLEAVED_ALIGNMENT:
-            header.fail(f"tensor '{quoted(name)}' begins at {offset}, which is not a multiple of {INTERLEAVED_ALIGNMENT}")
+        permuted = tiled and can_tile(format, shape)
+        if permuted and offset % TILED_ALIGNMENT:
+            header.fail(f"tensor '{quoted(name)}' begins at {offset}, which is not a multiple of {TILED_ALIGNMENT}")
         tensors[name] = Tensor(name, shape, format, bytes_of_file[offset : offset + n_bytes], offset, header.path, permuted)
     return tensors
 
 
-def can_interleave(format: Format, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix that native/layout.py has an order for."""
-    from pocketlm.runtime.native.layout import LAYOUTS
+def can_tile(format: Format, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix that native/tiling.py has an order for."""
+    from pocketlm.runtime.native.tiling import LAYOUTS
 
     return len(shape) == 2 and format.name in LAYOUTS
 
 
-def stored_bytes(format: Format, shape: tuple[int, ...], interleaved: bool) -> int:
-    """Bytes of a tensor in a file; interleaved matrices are filled up to groups of rows."""
-    if interleaved and can_interleave(format, shape):
-        from pocketlm.runtime.native.layout import interleaved_bytes
+def stored_bytes(format: Format, shape: tuple[int, ...], tiled: bool) -> int:
+    """Bytes of a tensor in a file; tiled matrices are filled up to groups of rows."""
+    if tiled and can_tile(format, shape):
+        from pocketlm.runtime.native.tiling import tiled_bytes
 
-        return interleaved_bytes(format.name, *shape)
+        return tiled_bytes(format.name, *shape)
     return math.prod(shape) // format.block_size * format.block_bytes
 
 

@@ -24,7 +24,7 @@ from tokenizer_texts import PROSE, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.export.export import export
-from pocketlm.export.stock import stock_encoder
+from pocketlm.export.llama_cpp_compat import stock_encoder
 from pocketlm.export.tokenizer_data import with_tests
 from pocketlm.tokenizer.characters import from_table
 

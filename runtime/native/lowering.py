@@ -1,6 +1,6 @@
 """The plan as a program for the run loop: operations fused where that saves a pass, addresses filled in.
 
-In: a plan, its interleaved matrices and vectors. Out: a NumPy array of operation records (records.py). Knows the order of
+In: a plan, its tiled matrices and vectors. Out: a NumPy array of operation records (records.py). Knows the order of
 stages and which of them may run without a barrier; knows no mathematics.
 
     Embed                             EMBED (+ EMBED of the learned position)
@@ -19,14 +19,14 @@ import numpy as np
 
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.native import sizes
-from pocketlm.runtime.native.layout import LAYOUTS, groups
 from pocketlm.runtime.native.records import OPERATION
+from pocketlm.runtime.native.tiling import LAYOUTS, groups
 
 NORMS = {"rms": sizes.RMS_NORM, "layer": sizes.LAYER_NORM}
 
 
 @dataclass(frozen=True)
-class Interleaved:
+class TiledMatrix:
     """A matrix as the kernels read it: uint8 `data`, 64-byte aligned."""
 
     format: str
@@ -39,7 +39,7 @@ class Interleaved:
 class Storage:
     """Everything an encoded program points at; whoever runs the program keeps it alive."""
 
-    matrices: Mapping[str, Interleaved]
+    matrices: Mapping[str, TiledMatrix]
     vectors: Callable[[str | None, int], np.ndarray]  # a norm's or bias's float32, zeros for None, filled up with zeros
     buffers: Mapping[str, np.ndarray]  # name -> float32 [tokens, width filled up to 32]
     address: Callable[[str, str], int]  # of a format's kernel
@@ -115,7 +115,7 @@ class _Encoder:
             column += w.n_rows
         self.records[-1]["barrier"] = 1
 
-    def weights(self, w: Interleaved) -> dict[str, int]:
+    def weights(self, w: TiledMatrix) -> dict[str, int]:
         return {
             "weight": w.data.ctypes.data, "n_groups": groups(w.n_rows),
             "n_blocks": w.n_columns // LAYOUTS[w.format].block_size,

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, as the same plain facts that runtime/inspection.py gives of a model file. Nothing in it is run."""
+"""What is in a checkpoint, as the same plain facts that runtime/model_summary.py gives of a model. Nothing in it is run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pocketlm.export.arrays import DTYPES
 from pocketlm.export.checkpoint import open_checkpoint
-from pocketlm.runtime.inspection import facts_of
+from pocketlm.runtime.model_summary import facts_of
 
 
 def inspect_checkpoint(path: Path, tensors: bool = False) -> dict[str, Any]:

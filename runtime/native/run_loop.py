@@ -79,14 +79,14 @@ def _define_tasks(module: Module) -> None:
         r = stages.Records(f, run, op)
         kind = r.op("kind")
         with f.when(n.equals(0)):
-            f.give(0)
+            f.ret(0)
         with f.when(kind <= sizes.PREPARE):
-            f.give(n)
+            f.ret(n)
         with f.when(kind.equals(sizes.MATRIX)):
-            f.give((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk"))
+            f.ret((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk"))
         with f.when(kind.equals(sizes.STORE)):
-            f.give(n * (r.run("n_head") + r.run("n_kv_head")))
-        f.give(stages.n_spans(f, r, n) * r.run("n_kv_head") * ((n + sizes.TOKENS - 1) // sizes.TOKENS))
+            f.ret(n * (r.run("n_head") + r.run("n_kv_head")))
+        f.ret(stages.n_spans(f, r, n) * r.run("n_kv_head") * ((n + sizes.TOKENS - 1) // sizes.TOKENS))
 
 
 def _work(f: Function) -> None:
@@ -146,7 +146,7 @@ def _step(f: Function) -> None:
     f.store(f.const(I64, 1), run + offset(RUN, "begun"), 8)
     with f.when(sleepers.get().equals(0)):
         f.call(VOID, "work", run, f.const(I64, 0))
-    f.give(sleepers.get())
+    f.ret(sleepers.get())
 
 
 def _wait(f: Function, machine: str) -> None:
@@ -169,16 +169,16 @@ def _wait(f: Function, machine: str) -> None:
                 _give_way(f, run)
         now = f.atomic_load(epoch)
         with f.when(now < 0):
-            f.give(0)
+            f.ret(0)
         with f.when(now.equals(f.load(I64, seen, 8))):
             f.atomic_store(ASLEEP, state)
             # a run that began meanwhile either sees that this thread sleeps and wakes it, or is seen here
             with f.when(f.atomic_load(epoch).equals(f.load(I64, seen, 8))):
-                f.give(1)
+                f.ret(1)
             with f.when(f.compare_exchange(state, ASLEEP, 0) ^ f.const(I1, 1)):
-                f.give(1)
+                f.ret(1)
         now = f.atomic_load(epoch)
         with f.when(now < 0):
-            f.give(0)
+            f.ret(0)
         f.store(now, seen, 8)
         f.call(VOID, "work", run, tid)

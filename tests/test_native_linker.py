@@ -14,8 +14,8 @@ from elf_objects import object_file
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native import levels
 from pocketlm.runtime.native.compiler import compile_object
-from pocketlm.runtime.native.image import Image, ImageError, from_bytes, link, load, to_bytes
 from pocketlm.runtime.native.levels import LEVELS, Level
+from pocketlm.runtime.native.linker import Image, ImageError, from_bytes, link, load, to_bytes
 
 HOST = levels.detect()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.runtime.gguf import GGUF
+from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.model_file import open_model, size_of
 
 LONGEST = 100  # characters of a value that are shown
@@ -20,7 +20,7 @@ MOST = 16  # values of an array that are shown
 
 def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
     """Facts about a GGUF, an fp16 bin or the model in a packed executable. Raises FileError for what is none of them."""
-    from pocketlm.build.locator import is_program
+    from pocketlm.runtime.container import is_program
 
     with open_model(path) as file:
         kind = f"GGUF v{file.version}" if isinstance(file, GGUF) else "fp16 bin"

@@ -1,4 +1,4 @@
-"""A tokenizer as keys of a model file, from which `gguf_vocabulary.from_metadata` makes it again.
+"""A tokenizer as keys of a model file, from which `gguf_vocabulary_reader.from_metadata` makes it again.
 
 In: a `Tokenizer`. Out: `tokenizer.ggml.*` for everybody, and `pocketlm.tokenizer.*` for what those keys cannot say: every
 field of the tokenizer's `Options`, by the field's name. Knows no file. What llama.cpp makes of the keys is export's.

@@ -19,7 +19,7 @@ from pocketlm.runtime.hyper import read_hyper  # noqa: E402
 from pocketlm.runtime.model_file import open_model  # noqa: E402
 from pocketlm.runtime.numpy_executor import NumpyExecutor  # noqa: E402
 from pocketlm.runtime.plan import make_plan  # noqa: E402
-from pocketlm.train import checks, model  # noqa: E402
+from pocketlm.train import checks, decoder  # noqa: E402
 from pocketlm.train.loop import learning_rate, losses, optimiser  # noqa: E402
 from pocketlm.train.presets import PRESETS, Settings, Shape, changed  # noqa: E402
 
@@ -36,7 +36,7 @@ PUBLISHED = {  # parameters; nanoGPT's way of counting leaves learned positions 
 
 def parameters(shape: Shape, positions: bool = True) -> int:
     with torch.device("meta"):
-        module = model.Decoder(shape)
+        module = decoder.Decoder(shape)
     table = 0 if positions or module.pos_emb is None else module.pos_emb.weight.numel()
     return sum(weight.numel() for weight in module.parameters()) - table
 
@@ -88,7 +88,7 @@ OTHER_SHAPES = {
 @pytest.mark.parametrize("name", [*PRESETS, *OTHER_SHAPES])
 def test_a_compiled_checkpoint_goes_through_export_and_runs_the_same(tmp_path: Path, name: str) -> None:
     shape = small(PRESETS[name].shape) if name in PRESETS else OTHER_SHAPES[name]
-    module = model.Decoder(shape)
+    module = decoder.Decoder(shape)
     wrapped = torch.compile(module, backend="eager")  # its state dict has the real prefix
     optimizer = optimiser(module, Settings())
     rows = torch.randint(0, 61, (2, 9)).numpy()
@@ -113,7 +113,7 @@ def test_a_compiled_checkpoint_goes_through_export_and_runs_the_same(tmp_path: P
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_passes_every_check(name: str) -> None:
     torch.manual_seed(0)
-    module = model.Decoder(small(PRESETS[name].shape))
+    module = decoder.Decoder(small(PRESETS[name].shape))
     checks.check_fresh(module)
     checks.accumulation_is_one_large_batch(module)
     if name in ("tiny", "turkish-25m", "gpt2-124m"):  # RoPE, ALiBi, learned positions
@@ -124,29 +124,29 @@ ALIBI = Shape(2, 4, 32, 61, 24, position="alibi")
 
 
 def test_a_view_of_the_future_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = model.F.scaled_dot_product_attention
-    monkeypatch.setattr(model.F, "scaled_dot_product_attention", lambda q, k, v, bias, is_causal: attend(q, k, v, bias))
+    attend = decoder.F.scaled_dot_product_attention
+    monkeypatch.setattr(decoder.F, "scaled_dot_product_attention", lambda q, k, v, bias, is_causal: attend(q, k, v, bias))
     with pytest.raises(PocketlmError, match="position 0 sees its future, the token at 1"):
-        checks.sees_no_future(model.Decoder(Shape(2, 4, 32, 61, 24)))
+        checks.sees_no_future(decoder.Decoder(Shape(2, 4, 32, 61, 24)))
 
 
 @pytest.mark.parametrize("mistake", [lambda m: m.alibi.mul_(2), lambda m: m.alibi.neg_()])
 def test_wrong_alibi_slopes_are_caught(mistake: Any) -> None:
-    module = model.Decoder(ALIBI)
+    module = decoder.Decoder(ALIBI)
     mistake(module)
     with pytest.raises(PocketlmError, match="ALiBi adds"):
         checks.alibi_is_the_papers(module)
 
 
 def test_a_soft_alibi_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = model.Decoder.alibi_bias
-    monkeypatch.setattr(model.Decoder, "alibi_bias", lambda self, n: right(self, n).clamp(min=-1e4))
+    right = decoder.Decoder.alibi_bias
+    monkeypatch.setattr(decoder.Decoder, "alibi_bias", lambda self, n: right(self, n).clamp(min=-1e4))
     with pytest.raises(PocketlmError, match=r"distance -1, where -inf is right"):
-        checks.alibi_is_the_papers(model.Decoder(ALIBI))
+        checks.alibi_is_the_papers(decoder.Decoder(ALIBI))
 
 
 def test_an_opinionated_fresh_model_is_caught() -> None:
-    module = model.Decoder(ALIBI)
+    module = decoder.Decoder(ALIBI)
     with torch.no_grad():
         module.tok_emb.weight.mul_(50)
     with pytest.raises(PocketlmError, match=r"ln\(61\) is 4.111"):
@@ -154,7 +154,7 @@ def test_an_opinionated_fresh_model_is_caught() -> None:
 
 
 def test_a_weight_without_gradient_is_caught() -> None:
-    module = model.Decoder(ALIBI)
+    module = decoder.Decoder(ALIBI)
     module.layers[1].ffn.up_proj.weight.requires_grad_(False)
     with pytest.raises(PocketlmError, match=r"no gradient reaches layers.1.ffn.up_proj.weight"):
         checks.overfits_one_batch(module)
@@ -166,14 +166,14 @@ def test_means_of_micro_batches_are_caught(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(checks, "losses", mean)
     with pytest.raises(PocketlmError, match="differ from those of one large batch"):
-        checks.accumulation_is_one_large_batch(model.Decoder(ALIBI))
+        checks.accumulation_is_one_large_batch(decoder.Decoder(ALIBI))
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_only_matrices_decay() -> None:
-    module = model.Decoder(replace(ALIBI, norm="layer", bias=True))
+    module = decoder.Decoder(replace(ALIBI, norm="layer", bias=True))
     decayed, rest = optimiser(module, Settings(weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert {p.dim() for p in decayed["params"]} == {2}

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tiny_models import write_model
 
-from pocketlm.bench import compare, report, run, schema
+from pocketlm.bench import compare, measure, report, schema
 from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.errors import UsageError
 
-SETTINGS = run.Settings(
+SETTINGS = measure.Settings(
     rounds=2, tokens=4, prompts=(8, 16), depths=(0, 32), time_limit=60.0, pass_seconds=0.0, user_rounds=1, user_tokens=4
 )
 Result = dict[str, Any]
@@ -38,10 +38,10 @@ def fake(name: str, **more: Any) -> Backend:
     return Backend(name.lower(), f"bench_fakes:{name}", **more)
 
 
-def measure(path: Path, *backends: Backend, settings: run.Settings = SETTINGS) -> Result:
+def measured(path: Path, *backends: Backend, settings: measure.Settings = SETTINGS) -> Result:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.machine, "bandwidth", lambda n_threads: 1e9)  # takes a second, and is not what these tests are about
-        return run.bench([path], backends, settings, lambda line: None)
+        patch.setattr(measure.machine, "bandwidth", lambda n_threads: 1e9)  # takes a second, and is not tested here
+        return measure.bench([path], backends, settings, lambda line: None)
 
 
 def rows_of(result: Result) -> dict[str, Result]:
@@ -84,8 +84,8 @@ def test_a_row_says_what_became_of_its_backend(mixed: Result, name: str, status:
 
 
 def test_a_backend_that_hangs_is_ended_at_the_time_limit(model: Path) -> None:
-    settings = run.Settings(**{**vars(SETTINGS), "time_limit": 8.0})
-    rows = rows_of(measure(model, fake("Hanging"), fake("Honest"), settings=settings))
+    settings = measure.Settings(**{**vars(SETTINGS), "time_limit": 8.0})
+    rows = rows_of(measured(model, fake("Hanging"), fake("Honest"), settings=settings))
     assert rows["hanging"]["status"] == "hung"
     assert "no answer to decode within 8 s" in rows["hanging"]["reason"]
     assert rows["honest"]["status"] == "ok"  # and its agreement was checked without a numpy row
@@ -94,7 +94,7 @@ def test_a_backend_that_hangs_is_ended_at_the_time_limit(model: Path) -> None:
 
 def test_figures_are_tokens_over_the_seconds_of_the_forward_pass(model: Path) -> None:
     slow = fake("Honest", options={"seconds": 0.02})
-    row = rows_of(measure(model, slow))["honest"]
+    row = rows_of(measured(model, slow))["honest"]
     assert row["decode"]["0"]["median"] <= 50  # 20 ms and a little more a token
     assert row["prefill"]["16"]["median"] < 16 / 0.02
     assert row["decode"]["32"]["latency_ms"]["p50"] >= 20
@@ -103,14 +103,14 @@ def test_figures_are_tokens_over_the_seconds_of_the_forward_pass(model: Path) ->
 
 def test_a_round_goes_through_all_backends_before_the_next_begins(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    ask = run.Row.ask
+    ask = measure.Row.ask
 
-    def recording(row: run.Row, job: str, **arguments: Any) -> Result | None:
+    def recording(row: measure.Row, job: str, **arguments: Any) -> Result | None:
         asked.append((job, row.backend.name))
         return ask(row, job, **arguments)
 
-    monkeypatch.setattr(run.Row, "ask", recording)
-    measure(model, Backend("a", "bench_fakes:Honest"), Backend("b", "bench_fakes:Honest"))
+    monkeypatch.setattr(measure.Row, "ask", recording)
+    measured(model, Backend("a", "bench_fakes:Honest"), Backend("b", "bench_fakes:Honest"))
     decoded = [name for job, name in asked if job == "decode"]
     assert decoded == ["a", "b"] * 2 * (SETTINGS.rounds + 1)  # two depths; the first pass of each is the warm-up
 
@@ -135,7 +135,7 @@ def test_a_run_beside_itself_has_not_changed(mixed: Result) -> None:
 
 def test_a_model_too_short_for_every_depth_is_wrong_usage(model: Path) -> None:
     with pytest.raises(UsageError, match="context of 128"):
-        measure(model, settings=run.Settings(prompts=(512,), depths=(2000,)))
+        measured(model, settings=measure.Settings(prompts=(512,), depths=(2000,)))
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """Writes the fp16 bin: a folder that a small program in any language can read. README.md of this folder has the layout.
 
 In: a `CanonicalModel` and its keys. Out: `config.json`, `vocab.json` and `weights.bin` in a folder that exists.
-`runtime/fp16_bin.py` reads it.
+`runtime/fp16_bin_reader.py` reads it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.encode import Encoded, Encoder
 from pocketlm.export.rules import LARGEST
+from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.fp16_bin import CONFIG, FORMAT_NAME, VOCAB, VOCAB_KEYS, WEIGHTS
+from pocketlm.runtime.fp16_bin_reader import CONFIG, FORMAT_NAME, VOCAB, VOCAB_KEYS, WEIGHTS
 
 
 def write_fp16_bin(

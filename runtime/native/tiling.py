@@ -1,4 +1,4 @@
-"""How weights lie in memory: groups of 16 rows interleaved, so that a vector's lane serves one row.
+"""How weights lie in memory: groups of 16 rows tiled, so that a vector's lane serves one row.
 
 In: a tensor's bytes as the file has them, row after row of blocks. Out: the same bytes in another order, exactly
 invertible; a last group of fewer than 16 rows is filled up with zeros. Knows blocks, not what they mean.
@@ -69,14 +69,14 @@ def groups(n_rows: int) -> int:
     return -(-n_rows // ROWS)
 
 
-def interleaved_bytes(name: str, n_rows: int, n_columns: int) -> int:
+def tiled_bytes(name: str, n_rows: int, n_columns: int) -> int:
     """Bytes of a matrix in this layout."""
     layout = LAYOUTS[name]
     return groups(n_rows) * ROWS * (n_columns // layout.block_size) * layout.block_bytes
 
 
-def interleave(name: str, data: np.ndarray, n_rows: int) -> np.ndarray:
-    """The reference of the compiled kernel: uint8 (file order) -> uint8 of `interleaved_bytes`."""
+def tile(name: str, data: np.ndarray, n_rows: int) -> np.ndarray:
+    """The reference of the compiled kernel: uint8 (file order) -> uint8 of `tiled_bytes`."""
     layout, n_groups = LAYOUTS[name], groups(n_rows)
     rows = np.zeros((n_groups * ROWS, data.size // n_rows), np.uint8)
     rows[:n_rows] = data.reshape(n_rows, -1)
@@ -93,7 +93,7 @@ def _cut(blocks: np.ndarray, plane: Plane) -> np.ndarray:  # [group, row, block,
 
 
 def restore(name: str, data: np.ndarray, n_rows: int, n_columns: int) -> np.ndarray:
-    """The inverse of `interleave`: uint8, row after row as the file has them."""
+    """The inverse of `tile`: uint8, row after row as the file has them."""
     layout, n_groups, n_blocks = LAYOUTS[name], groups(n_rows), n_columns // LAYOUTS[name].block_size
     blocks = np.empty((n_groups, ROWS, n_blocks, layout.block_bytes), np.uint8)
     start = 0

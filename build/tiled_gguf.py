@@ -1,9 +1,9 @@
-"""A GGUF with its matrices interleaved, and the way back to the original, byte for byte.
+"""A GGUF with its matrices tiled, and the way back to the original, byte for byte.
 
 In: an open GGUF. Out: the same model as one more GGUF, whose matrices lie as the native executor reads them, at multiples
 of 64 bytes; and a short record of what that changed. A few rows are in memory at a time. Knows nothing about executables.
 
-The stored model has one key more, `pocketlm.interleaved`, at the end of its keys, and its own offsets; all else of the
+The stored model has one key more, `pocketlm.tiled`, at the end of its keys, and its own offsets; all else of the
 header is the original's. The record: the original's list of tensors with the padding behind it, then what lies between
 and behind the tensors (zeros in files that people make, kept nevertheless).
 """
@@ -18,15 +18,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.gguf import GGUF, INTERLEAVED, INTERLEAVED_ALIGNMENT, can_interleave, stored_bytes
+from pocketlm.runtime.gguf_reader import GGUF, TILED, TILED_ALIGNMENT, can_tile, stored_bytes
 from pocketlm.runtime.memory import release_pages
-from pocketlm.runtime.native.layout import LAYOUTS, ROWS, groups, interleave, restore
+from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, restore, tile
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.weights import check_finite
 
 PIECE = 1 << 19  # bytes of a matrix that are permuted at a time: fits the second-level cache
 
-_KEY = struct.pack("<Q", len(INTERLEAVED)) + INTERLEAVED.encode() + struct.pack("<I?", 7, True)
+_KEY = struct.pack("<Q", len(TILED)) + TILED.encode() + struct.pack("<I?", 7, True)
 _COUNTS = struct.Struct("<4sIQQ")  # magic, version, tensors, keys
 
 
@@ -51,22 +51,22 @@ def _list_bytes(file: GGUF) -> int:
 
 
 def store(source: GGUF, raw: BinaryIO, out: BinaryIO) -> tuple[int, int, list[tuple[int, int]]]:
-    """Write the interleaved model at `out`'s place, a multiple of 64. `raw` is the GGUF's file, open for reading.
+    """Write the tiled model at `out`'s place, a multiple of 64. `raw` is the GGUF's file, open for reading.
 
     Returns the bytes of the header and of all, and the parts (offset, length) of the GGUF that make the record.
     Raises FileError for weights that are NaN or infinite.
     """
-    if INTERLEAVED in source.metadata:
-        raise FileError(source.path, "is interleaved already", "take the original")
+    if TILED in source.metadata:
+        raise FileError(source.path, "is tiled already", "take the original")
     base, list_bytes = out.tell(), _list_bytes(source)
     list_start = source.header_end - list_bytes
     data_start, stored_start = (_up(end, source.alignment) for end in (source.header_end, source.header_end + len(_KEY)))
     at, places, tensors = stored_start, {}, source.tensors
     for name in sorted(tensors, key=lambda name: tensors[name].offset):
-        at = _up(at, max(INTERLEAVED_ALIGNMENT, source.alignment))
+        at = _up(at, max(TILED_ALIGNMENT, source.alignment))
         places[name] = Place(tensors[name], tensors[name].offset, at)
         at += stored_bytes(tensors[name].format, tensors[name].shape, True)
-    end = _up(at, INTERLEAVED_ALIGNMENT)
+    end = _up(at, TILED_ALIGNMENT)
 
     raw.seek(0)
     magic, version, n_tensors, n_keys = _COUNTS.unpack(raw.read(_COUNTS.size))
@@ -113,7 +113,7 @@ def _pieces(tensor: Tensor) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
 
 
 def _store_tensor(tensor: Tensor, raw: BinaryIO, out: BinaryIO, at: int) -> None:
-    if not can_interleave(tensor.format, tensor.shape):
+    if not can_tile(tensor.format, tensor.shape):
         raw.seek(tensor.offset)
         out.seek(at)
         out.write(raw.read(tensor.data.nbytes))
@@ -121,7 +121,7 @@ def _store_tensor(tensor: Tensor, raw: BinaryIO, out: BinaryIO, at: int) -> None
     row = tensor.data.nbytes // tensor.shape[0]
     for first, n_rows, planes in _pieces(tensor):
         raw.seek(tensor.offset + first * row)
-        data = memoryview(interleave(tensor.format.name, np.frombuffer(raw.read(n_rows * row), np.uint8), n_rows))
+        data = memoryview(tile(tensor.format.name, np.frombuffer(raw.read(n_rows * row), np.uint8), n_rows))
         for offset, length in planes:
             out.seek(at + offset)
             out.write(data[:length])
@@ -161,7 +161,7 @@ def unstore(stored: GGUF, raw: BinaryIO, base: int, record: bytes, out: BinaryIO
 
 
 def _restored(tensor: Tensor, raw: BinaryIO, base: int) -> Iterator[memoryview | bytes]:
-    if not tensor.interleaved:
+    if not tensor.tiled:
         raw.seek(base + tensor.offset)
         yield raw.read(tensor.data.nbytes)
         return

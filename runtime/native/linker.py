@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pocketlm.runtime.native.executable import CodePages, NativeUnavailable, map_code
+from pocketlm.runtime.native.executable_memory import CodePages, NativeUnavailable, map_code
 from pocketlm.runtime.native.levels import host_machine
 
 

@@ -1,0 +1,49 @@
+"""The options that several commands share: which model, and how the next token is chosen. Knows no command."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
+SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
+    "--temp": ("temperature", float, "0 always takes the likeliest token; higher is more varied"),
+    "--top-k": ("top_k", int, "only the K likeliest tokens; 0: all"),
+    "--top-p": ("top_p", float, "the fewest likeliest tokens that together have this probability; 1: all"),
+    "--min-p": ("min_p", float, "only tokens with this share of the likeliest one's probability; 0: all"),
+    "--repeat-penalty": ("repeat_penalty", float, "makes recent tokens less likely; 1: off"),
+    "--presence-penalty": ("presence_penalty", float, "taken from the logit of every recent token"),
+    "--frequency-penalty": ("frequency_penalty", float, "the same for every time it occurs"),
+    "--seed": ("seed", int, "the same seed gives the same text"),
+}
+
+
+def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    text = "a GGUF file, or the short name of an installed model (small-talk, smollm2)"
+    if optional:
+        text += "; default: small-talk, which comes with pocketlm"
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
+    parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
+    parser.add_argument(
+        "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
+    )
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how to choose the next token")
+    for flag, (_, kind, text) in SAMPLING.items():
+        group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+
+def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling keywords that were given; the rest keep their defaults."""
+    given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
+    given = {keyword: value for keyword, value in given.items() if value is not None}
+    if given and arguments.load is None:  # before a model is opened for nothing; packed programs open theirs behind a prompt
+        from pocketlm.runtime.sampling import SamplingOptions
+
+        SamplingOptions(**given)
+    return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos}
