@@ -23,7 +23,7 @@ from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, encode
-from pocketlm.runtime.native.records import RUN
+from pocketlm.runtime.native.records import ENTRY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -45,13 +45,13 @@ class NativeCache(KVCache):
 
     def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
         self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
-        rows, dim = _up(n_ctx, ROWS), _up(hyper.head_dim, ROWS)
+        rows, dim = _up(n_ctx, sizes.SPAN), _up(hyper.head_dim, ROWS)
         self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
         self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, ROWS) * 2
+        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 2
 
     def _key_rows(self, layer: int) -> np.ndarray:  # [n_kv_head, n_ctx, padded_dim], a copy
         keys = self.keys[layer].swapaxes(2, 3)
@@ -83,7 +83,7 @@ class NativeExecutor:
         factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
         self.cache = NativeCache(plan.hyper, n_ctx, factors)
         self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
-        storage = Storage(matrices, self._vector, self._buffers, self._address, self.cache.keys, self.cache.values)
+        storage = Storage(matrices, self._vector, self._buffers, self._address)
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
@@ -122,12 +122,42 @@ class NativeExecutor:
 
     def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:
         """The logits of the last `rows` of at most BLOCK tokens."""
-        n, rows, record = len(ids), min(rows, len(ids)), self._record
-        self._arrays["ids"][:n] = ids
-        record["n_tokens"], record["n_logits"], record["position"] = n, rows, self.cache.length
+        n, start, record, arrays = len(ids), self.cache.length, self._record, self._arrays
+        rows = min(rows, n)
+        tokens = arrays["tokens"][:n]
+        tokens["id"] = ids
+        tokens["position"] = np.arange(start, start + n)
+        arrays["rows"][:rows] = np.arange(n - rows, n)
+        entries, n_entries = self._entries(start, n)
+        record["entries"], record["n_entries"] = entries.ctypes.data, n_entries
+        record["n_tokens"], record["n_logits"] = n, rows
         self._workers.run()
         self.cache.length += n
-        return self._buffers["logits"][n - rows : n, : self.hyper.n_vocab]
+        return self._buffers["logits"][:rows, : self.hyper.n_vocab]
+
+    def _entries(self, start: int, n: int) -> tuple[np.ndarray, int]:
+        """Tasks of attention for n tokens from position `start` on, and where the tokens' results go.
+
+        Few tokens with much behind them share out their spans; others have one task for each block of tokens. The results are
+        the same.
+        """
+        n_kv, wanted = self.hyper.n_kv_head, 4 * self.n_threads
+        tokens, n_spans = self._arrays["tokens"][:n], (start + n - 1) // sizes.SPAN + 1
+        if n == 1 and self._single[0] == n_spans:
+            return self._arrays["entries"], self._single[1]
+        together = max(1, sizes.QUERIES * n_kv // self.hyper.n_head)
+        first = np.arange(0, n, together)
+        parts = max(1, min(n_spans, wanted // (len(first) * n_kv))) if n * n_spans <= self._n_slots else 1
+        tokens["slot"] = np.arange(0, n * n_spans, n_spans) if parts > 1 else np.arange(n)
+        tokens["n_partials"] = (start + np.arange(n)) // sizes.SPAN + 1 if parts > 1 else 1
+        entries = self._arrays["entries"][: len(first) * parts]
+        cuts = np.arange(parts + 1) * n_spans // parts
+        entries["token"] = np.repeat(first, parts)
+        entries["n_tokens"] = np.minimum(n - entries["token"], together)
+        entries["first"], entries["last"] = np.tile(cuts[:-1], len(first)), np.tile(cuts[1:], len(first))
+        entries["apart"] = parts > 1
+        self._single = (n_spans, parts) if n == 1 else (0, 0)
+        return entries, len(entries)
 
     def _address(self, fmt: str, kernel: str) -> int:
         return self._code[fmt].address(f"{fmt}_{kernel}")
@@ -171,31 +201,41 @@ class NativeExecutor:
     def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
         hyper, plan = self.hyper, self.plan
-        dim, positions = _up(hyper.head_dim, ROWS), _up(self.n_ctx, ROWS)
+        dim, n_spans = _up(hyper.head_dim, ROWS), -(-self.n_ctx // sizes.SPAN)
         activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))
-        products = 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4
-        queries = sizes.QUERIES * dim * 4
-        own = {"products_at": activation, "queries_at": activation + products, "scores_at": activation + products + queries}
-        stride = _up(own["scores_at"] + sizes.QUERIES * positions * 4, 4096)
-        n_partials = hyper.n_head * max(BLOCK, -(-positions // sizes.SPAN))
+        own, stride = {}, activation
+        for name, n_bytes in (
+            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * 64),
+            ("queries_at", sizes.QUERIES * dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
+            ("mixed_at", sizes.QUERIES * (dim + sizes.LANES) * 4),
+        ):  # fmt: skip
+            own[name], stride = stride, stride + n_bytes
+        stride = _up(stride, 4096)
+        self._n_slots = max(BLOCK, n_spans, min(8 * n_spans, 1024))
         arrays = self._arrays = {
             "program": self._program,
             "counters": aligned(len(self._program), np.int64),
-            "ids": aligned(BLOCK, np.int32),
+            "tokens": aligned(BLOCK, TOKEN),
+            "rows": aligned(BLOCK, np.int64),
+            "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),
             "activations": aligned(BLOCK * activation, np.uint8),
             "scratch": aligned(self.n_threads * stride, np.uint8, 4096),
-            "partials": aligned((n_partials, dim + sizes.LANES), np.float32),
+            "partials": aligned((self._n_slots * hyper.n_head, dim + sizes.LANES), np.float32),
         }
+        self._single = 0, 0  # spans and entries of the last pass, if it was of a single token
+        cache = self.cache
+        arrays["tokens"]["keys"], arrays["tokens"]["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
+        arrays["tokens"]["head_stride"] = cache.values.strides[1]
         if hyper.rope:
             arrays["rope"] = rope_table(hyper.rope, self.n_ctx, rope_factors)
         if hyper.position == "alibi":
             arrays["slopes"] = alibi_slopes(hyper.n_head, hyper.alibi_max_bias)
         record = aligned(1, RUN)
         values = {
-            **{name: array.ctypes.data for name, array in arrays.items()}, **own,
+            **{name: array.ctypes.data for name, array in arrays.items() if name in RUN.names}, **own,
             "n_operations": len(self._program), "activation_stride": activation, "scratch_stride": stride,
-            "score_stride": positions * 4, "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
-            "padded_dim": dim, "head_stride": positions * dim * 2, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
+            "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
+            "padded_dim": dim, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
             "rope_interleaved": bool(hyper.rope and hyper.rope.pairs == "interleaved"),
             "query_scale": 1 / math.sqrt(hyper.head_dim),
         }  # fmt: skip

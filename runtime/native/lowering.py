@@ -43,8 +43,6 @@ class Storage:
     vectors: Callable[[str | None, int], np.ndarray]  # a norm's or bias's float32, zeros for None, filled up with zeros
     buffers: Mapping[str, np.ndarray]  # name -> float32 [tokens, width filled up to 32]
     address: Callable[[str, str], int]  # of a format's kernel
-    keys: np.ndarray  # float16 [n_layer, …]
-    values: np.ndarray
 
 
 def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
@@ -119,8 +117,7 @@ class _Encoder:
         return {
             "weight": w.data.ctypes.data, "n_groups": groups(w.n_rows),
             "n_blocks": w.n_columns // LAYOUTS[w.format].block_size,
-            "product1": self.storage.address(w.format, "product1"),
-            "productN": self.storage.address(w.format, f"product{sizes.TILE}"),
+            **{f"product{tile}": self.storage.address(w.format, f"product{tile}") for tile in sizes.TILES},
         }  # fmt: skip
 
     def gated(self, matrix: P.Matrix, out: str, activation: int) -> None:
@@ -131,13 +128,19 @@ class _Encoder:
         self.emit(
             sizes.MATRIX, **self.out(out), n=gate.n_rows, bias=self.vector(matrix.biases[0], n), activation=activation,
             chunk=self.chunk(groups(gate.n_rows)), barrier=1, **self.weights(gate), up=second["weight"],
-            up_blocks=second["n_blocks"], up_product1=second["product1"], up_productN=second["productN"],
-            up_bias=self.vector(matrix.biases[1], n),
+            up_blocks=second["n_blocks"], up_bias=self.vector(matrix.biases[1], n),
+            **{f"up_product{tile}": second[f"product{tile}"] for tile in sizes.TILES},
         )  # fmt: skip
 
     def chunk(self, n_groups: int) -> int:
-        """Groups a task: several tasks a thread, so that a slow thread does not hold the others."""
-        return max(1, min(sizes.MAX_CHUNK, n_groups // (4 * self.n_threads)))
+        """Groups a task: about four tasks a thread, so that a slow thread does not hold the others, and as many for each."""
+
+        def most(chunk: int) -> int:  # groups of the thread with the most
+            tasks = -(-n_groups // chunk)
+            return min(-(-tasks // self.n_threads) * chunk, n_groups)
+
+        largest = max(1, min(sizes.MAX_CHUNK, n_groups // (4 * self.n_threads)))
+        return min(range(largest, largest // 2, -1), key=most)
 
     def normed_linear(self, norm: P.Norm, linear: P.Linear) -> None:
         self.norm(norm, linear.matrix.n_in)
@@ -152,9 +155,8 @@ class _Encoder:
             self.matrix(linear.matrix, activate.out, activation=activation)
 
     def attend(self, op: P.Attend, linear: P.Linear, add: P.Add) -> None:
-        cache = {"keys": self.storage.keys[op.layer].ctypes.data, "values": self.storage.values[op.layer].ctypes.data}
-        self.emit(sizes.STORE, **self.x(op.qkv), barrier=1, **cache)
-        self.emit(sizes.ATTEND, **self.x(op.qkv), barrier=1, **cache)
+        for kind in (sizes.STORE, sizes.ATTEND):
+            self.emit(kind, **self.x(op.qkv), barrier=1, layer=op.layer)
         self.prepare(op.out, linear.matrix.n_in, sizes.PARTIALS)
         self.matrix(linear.matrix, add.out, add=True)
 
