@@ -132,8 +132,8 @@ def test_a_whole_model(level, name):
     storage = dataclasses.replace(native._storage, address=lambda f, kernel: guest.code(f"{f}_{kernel}"))
     program = encode(native.plan, storage, 1)
     native._record["give_way"] = 0  # one thread never waits
-    arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values(), native.cache.keys,
-              native.cache.values, native._workers._workers]  # fmt: skip
+    arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values(),
+              native.cache.keys, native.cache.values, native._workers._workers]  # fmt: skip
     arrays += [array for key, array in native._arrays.items() if key != "program"]
     places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays)
     relocate(program, places)

@@ -1,4 +1,4 @@
-"""One answer, bit for bit: logits do not depend on threads, on how a text is cut into passes, or on what was computed before."""
+"""One answer, bit for bit: logits depend on no number of threads, no way of cutting a text into passes, no earlier work."""
 
 import numpy as np
 import pytest

@@ -63,7 +63,9 @@ def _two_halves(f: Function, chain: Callable[[Value], Value], x: Activations) ->
     return chain(x.low) + (chain(x.high) << 8)
 
 
-def _together(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
+def _together(
+    f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
+) -> list[Value]:
     """AVX-512: every word meets all tokens as soon as it is unpacked, so that two sums a token hide an instruction's latency.
 
     Few tokens have two sums more: the words take turns.
@@ -75,7 +77,8 @@ def _together(f: Function, words: Words, xs: Sequence[Activations], biggest: int
         word, own = unpack(), i % turns
         for t, x in enumerate(xs):
             for sums, bytes_ in ((low[t], x.low), (high[t], x.high)):
-                sums[own] = f.call(zero.type, "llvm.x86.avx512.vpdpbusd.512", sums[own], word, _broadcast(f, bytes_ + column, 64))
+                four = _broadcast(f, bytes_ + column, 64)
+                sums[own] = f.call(zero.type, "llvm.x86.avx512.vpdpbusd.512", sums[own], word, four)
     return [sum(l[1:], l[0]) + (sum(h[1:], h[0]) << 8) for l, h in zip(low, high, strict=True)]
 
 

@@ -42,11 +42,6 @@ def define(module: Module, level: str) -> None:
             body(f, level, Records(f, run, op), own, task, n)
 
 
-def _vectors(f: Function, n: Value) -> AbstractContextManager[Value]:
-    """Loop over n floats (filled up to a multiple of 16), giving byte offsets."""
-    return f.range(0, ((n + 15) >> 4) << 6, 4 * LANES)
-
-
 # embedding
 
 
