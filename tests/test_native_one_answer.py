@@ -63,3 +63,24 @@ def test_a_prefix_that_was_there_already(level):
     native.cache.truncate(33)
     assert same_bits(native.forward(ids[33:])[0], whole[-1])
     native.close()
+
+
+@each_level
+@pytest.mark.parametrize("fmt", ["F16", "Q4_0", "Q6_K"])
+def test_whatever_other_texts_share_the_passes(level, fmt):
+    """Eight texts of different lengths, some in chunks of a prompt, some token by token, beside fewer and fewer others."""
+    random = np.random.default_rng(4)
+    native, reference = executors(level, fmt, 2, n_vocab=64, n_ctx=300)
+    reference.close()
+    texts = [random.integers(0, 64, n) for n in (1, 2, 9, 40, 41, 130, 260, 290)]
+    alone = [logits(native, ids, 128) for ids in texts]
+    for step in (1, 3, 14):
+        caches, found = [native.new_cache(300) for _ in texts], [[] for _ in texts]
+        while any(cache.length < len(ids) for cache, ids in zip(caches, texts, strict=True)):
+            going = [i for i, ids in enumerate(texts) if caches[i].length < len(ids)]
+            work = [(caches[i], texts[i][caches[i].length :][: step + i % 3], 99) for i in going]
+            for i, rows in zip(going, native.step(work), strict=True):
+                found[i].append(rows.copy())
+        for rows, expected in zip(found, alone, strict=True):
+            assert same_bits(np.concatenate(rows), expected)
+    native.close()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class NativeExecutor:
         self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
         self._tensors = tensors
         matrices = self._tile([tensors[name] for name in names])
-        factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
+        self._factors = factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
         self.cache = NativeCache(plan.hyper, n_ctx, factors)
         self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
         storage = Storage(matrices, self._vector, self._buffers, self._address)
@@ -106,58 +107,105 @@ class NativeExecutor:
             self._storage = None
             self.cache.keys = self.cache.values = np.empty(0, np.float16)
 
+    def new_cache(self, n_ctx: int | None = None) -> NativeCache:
+        """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
+        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
+
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until the next call).
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
+        cache = self.cache
         with self._one_at_a_time:  # a second thread that calls would run on the same buffers
-            ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
+            ids = check_ids(ids, self.hyper.n_vocab, cache.length, self.n_ctx)
             starts = range(0, len(ids), BLOCK)
             if rows == "all":
-                return np.concatenate([self._block(ids[at : at + BLOCK], BLOCK).copy() for at in starts])
+                return np.concatenate([self._pass([(cache, ids[at : at + BLOCK], BLOCK)])[0].copy() for at in starts])
             for at in starts[:-1]:
-                self._block(ids[at : at + BLOCK], 0)
-            return self._block(ids[starts[-1] :], 1)
+                self._pass([(cache, ids[at : at + BLOCK], 0)])
+            return self._pass([(cache, ids[starts[-1] :], 1)])[0]
 
-    def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:
-        """The logits of the last `rows` of at most BLOCK tokens."""
-        n, start, record, arrays = len(ids), self.cache.length, self._record, self._arrays
-        rows = min(rows, n)
-        tokens = arrays["tokens"][:n]
-        tokens["id"] = ids
-        tokens["position"] = np.arange(start, start + n)
-        arrays["rows"][:rows] = np.arange(n - rows, n)
-        entries, n_entries = self._entries(start, n)
-        record["entries"], record["n_entries"] = entries.ctypes.data, n_entries
-        record["n_tokens"], record["n_logits"] = n, rows
+    def step(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
+        """One pass over tokens of several texts: (its cache, ids [n] to append, of how many of the last the logits are wanted).
+
+        A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
+        the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
+        """
+        with self._one_at_a_time:
+            checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
+            if sum(len(ids) for _, ids, _ in checked) > BLOCK or len({id(c) for c, _, _ in checked}) < len(checked):
+                raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
+            return self._pass(checked)
+
+    def _pass(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
+        """`step` for ids that were checked."""
+        if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
+            self._describe(work)
         self._workers.run()
-        self.cache.length += n
-        return self._buffers["logits"][:rows, : self.hyper.n_vocab]
+        logits, start = [], 0
+        for cache, ids, rows in work:
+            cache.length += len(ids)
+            stop = start + min(rows, len(ids))
+            logits.append(self._logits[start:stop])
+            start = stop
+        return logits
 
-    def _entries(self, start: int, n: int) -> tuple[np.ndarray, int]:
-        """Tasks of attention for n tokens from position `start` on, and where the tokens' results go.
+    def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
+        """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
+        before, n_spans = self._alone
+        if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
+            return False
+        self._id[0], self._position[0] = ids[0], cache.length
+        return True
+
+    def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
+        """Write the records of a pass."""
+        record, tokens, wanted = self._record, self._arrays["tokens"], self._arrays["rows"]
+        n = n_rows = 0
+        for cache, ids, rows in work:
+            here = tokens[n : n + len(ids)]
+            here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
+            here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
+            here["head_stride"] = cache.values.strides[1]
+            n += len(ids)
+            rows = min(rows, len(ids))
+            wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
+            n_rows += rows
+        record["n_tokens"], record["n_logits"], record["n_entries"] = n, n_rows, self._entries(work)
+        cache = work[0][0]
+        self._alone = (weakref.ref(cache), cache.length // sizes.SPAN + 1) if n == n_rows == 1 else (lambda: None, 0)
+
+    def _entries(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> int:
+        """Tasks of attention, and where the tokens' results go; the number of entries.
 
         Few tokens with much behind them share out their spans; others have one task for each block of tokens. The results are
         the same.
         """
-        n_kv, wanted = self.hyper.n_kv_head, 4 * self.n_threads
-        tokens, n_spans = self._arrays["tokens"][:n], (start + n - 1) // sizes.SPAN + 1
-        if n == 1 and self._single[0] == n_spans:
-            return self._arrays["entries"], self._single[1]
+        n_kv, at, n, slot = self.hyper.n_kv_head, 0, 0, 0
         together = max(1, sizes.QUERIES * n_kv // self.hyper.n_head)
-        first = np.arange(0, n, together)
-        parts = max(1, min(n_spans, wanted // (len(first) * n_kv))) if n * n_spans <= self._n_slots else 1
-        tokens["slot"] = np.arange(0, n * n_spans, n_spans) if parts > 1 else np.arange(n)
-        tokens["n_partials"] = (start + np.arange(n)) // sizes.SPAN + 1 if parts > 1 else 1
-        entries = self._arrays["entries"][: len(first) * parts]
-        cuts = np.arange(parts + 1) * n_spans // parts
-        entries["token"] = np.repeat(first, parts)
-        entries["n_tokens"] = np.minimum(n - entries["token"], together)
-        entries["first"], entries["last"] = np.tile(cuts[:-1], len(first)), np.tile(cuts[1:], len(first))
-        entries["apart"] = parts > 1
-        self._single = (n_spans, parts) if n == 1 else (0, 0)
-        return entries, len(entries)
+        n_blocks = sum(-(-len(ids) // together) for _, ids, _ in work)
+        for cache, ids, _ in work:
+            tokens = self._arrays["tokens"][n : n + len(ids)]
+            n_spans = (cache.length + len(ids) - 1) // sizes.SPAN + 1
+            first, left = np.arange(n, n + len(ids), together), self._n_slots - slot - (BLOCK - n)
+            parts = min(n_spans, 4 * self.n_threads // (n_blocks * n_kv)) if len(ids) * n_spans <= left else 1
+            if parts > 1:
+                tokens["slot"] = np.arange(slot, slot + len(ids) * n_spans, n_spans)
+                tokens["n_partials"] = tokens["position"] // sizes.SPAN + 1
+                slot += len(ids) * n_spans
+            else:
+                parts = 1
+                tokens["slot"], tokens["n_partials"] = np.arange(slot, slot + len(ids)), 1
+                slot += len(ids)
+            cuts = np.arange(parts + 1) * n_spans // parts
+            entries = self._arrays["entries"][at : at + len(first) * parts]
+            entries["token"] = np.repeat(first, parts)
+            entries["n_tokens"] = np.minimum(n + len(ids) - entries["token"], together)
+            entries["first"], entries["last"] = np.tile(cuts[:-1], len(first)), np.tile(cuts[1:], len(first))
+            entries["apart"] = parts > 1
+            at, n = at + len(entries), n + len(ids)
+        return at
 
     def _address(self, fmt: str, kernel: str) -> int:
         return self._code[fmt].address(f"{fmt}_{kernel}")
@@ -211,7 +259,9 @@ class NativeExecutor:
         ):  # fmt: skip
             own[name], stride = stride, stride + n_bytes
         stride = _up(stride, 4096)
-        self._n_slots = max(BLOCK, n_spans, min(8 * n_spans, 1024))
+        self._logits = self._buffers["logits"][:, : hyper.n_vocab]
+        self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
+        self._n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         arrays = self._arrays = {
             "program": self._program,
             "counters": aligned(len(self._program), np.int64),
@@ -222,10 +272,7 @@ class NativeExecutor:
             "scratch": aligned(self.n_threads * stride, np.uint8, 4096),
             "partials": aligned((self._n_slots * hyper.n_head, dim + sizes.LANES), np.float32),
         }
-        self._single = 0, 0  # spans and entries of the last pass, if it was of a single token
-        cache = self.cache
-        arrays["tokens"]["keys"], arrays["tokens"]["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
-        arrays["tokens"]["head_stride"] = cache.values.strides[1]
+        self._id, self._position = arrays["tokens"]["id"], arrays["tokens"]["position"]
         if hyper.rope:
             arrays["rope"] = rope_table(hyper.rope, self.n_ctx, rope_factors)
         if hyper.position == "alibi":
