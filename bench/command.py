@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens decoded in a round (default 16)")
     parser.add_argument("--prompts", metavar="N,M", help="lengths of prompts (default 32,256)")
     parser.add_argument("--depths", metavar="N,M", help="tokens in the cache before decoding (default 0,512)")
-    parser.add_argument("--pp", metavar="N,M", help="as llama-bench: N random tokens as a prompt; only what is named is measured")
+    parser.add_argument("--pp", metavar="N,M", help="as llama-bench: a prompt of N random tokens; nothing else is measured")
     parser.add_argument("--tg", metavar="N,M", help="as llama-bench: N tokens one by one, from an empty cache")
     parser.add_argument("--time-limit", type=float, metavar="S", help="a request that takes longer has hung (default 180)")
     parser.add_argument("--quick", action="store_true", help="two short rounds: does it work?")

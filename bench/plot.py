@@ -16,7 +16,7 @@ from pocketlm.runtime.atomic import replacing_file
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), from dark to light with hatches that differ in black and white too
 LOOKS = [("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"), ("#56B4E9", "\\\\\\")]
 ENDINGS = (".png", ".svg", ".pdf")
-WIDTH, DPI = 8.0, 200  # inches, and pixels an inch: twice 800 for sharp screens
+WIDTH, DPI = 8.0, 150  # inches, and pixels an inch: more than 800 for sharp screens
 SMALL, NORMAL = 7.5, 9.0  # points
 BAR, GAP = 0.16, 0.12  # inches: a bar, with room for its figure, and the gap to the next backend
 FURTHEST = 2.2  # a bound further away than this many longest bars is named and not drawn
@@ -34,34 +34,37 @@ def require(path: Path) -> None:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Write the picture; the ending of `path` chooses the format. Raises FileError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = [model for model in result["models"] if any(keys(model, task) for task in TASKS)]
-    if not models:
+    figure = draw(result)
+    if figure is None:
         raise FileError(path, "was not drawn: no backend has figures", "the table says why")
-    heights = [_height(model) for model in models]
-    figure = pyplot.figure(figsize=(WIDTH, sum(heights) + 0.25), layout="constrained")
-    parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for model, part in zip(models, parts, strict=True):
-        _model(part, model)
-    facts = result["machine"]
-    figure.supxlabel(f"{facts['cpu']}, {facts['threads']} threads. {_caption(result)}", fontsize=SMALL)
     try:
         with replacing_file(path) as part:
             figure.savefig(part, dpi=DPI, format=path.suffix[1:].lower())
     except ValueError as error:  # an ending that matplotlib does not write
         raise FileError(path, f"cannot be written ({error})", "name a .png, .svg or .pdf file") from None
-    finally:
-        pyplot.close(figure)
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """The matplotlib Figure; None where there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    models = [model for model in result["models"] if _panels(model)]
+    if not models:
+        return None
+    heights = [_height(model) for model in models]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.25), layout="constrained")
+    parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for model, part in zip(models, parts, strict=True):
+        _model(part, model)
+    facts = result["machine"]
+    figure.supxlabel(f"{facts['cpu']}, {facts['threads']} threads. {_caption(result)}", fontsize=SMALL, wrap=True)
+    return figure
 
 
 def _panels(model: dict[str, Any]) -> list[list[tuple[Any, str]]]:
     """The series (task, number) of the prompts' panel and of the decoding panel, without those that are empty."""
-    panels = [[(task, key) for task in TASKS if task.generates == generates for key in keys(model, task)] for generates in (0, 1)]
-    return [series for series in panels if series]
+    series = [(task, key) for task in TASKS for key in keys(model, task)]
+    return [panel for kind in (False, True) if (panel := [(task, key) for task, key in series if task.generates == kind])]
 
 
 def _rows(model: dict[str, Any]) -> list[dict[str, Any]]:
@@ -69,9 +72,13 @@ def _rows(model: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _height(model: dict[str, Any]) -> float:
-    """Inches: bars, title, legend."""
-    bars = max(map(len, _panels(model)))
-    return len(_rows(model)) * (bars * BAR + GAP) + 0.65 + 0.17 * (bars + 1)
+    """Inches: backends, titles, the legend's lines."""
+    return len(_rows(model)) * _backend(model) + 0.65 + 0.17 * (max(map(len, _panels(model))) + 1)
+
+
+def _backend(model: dict[str, Any]) -> float:
+    """Inches of a backend: as many bars as the fuller panel has, and a gap."""
+    return max(map(len, _panels(model))) * BAR + GAP
 
 
 def _caption(result: dict[str, Any]) -> str:
@@ -95,7 +102,7 @@ def _model(part: Any, model: dict[str, Any]) -> None:
 
 def _panel(axes: Any, model: dict[str, Any], series: list[tuple[Any, str]]) -> None:
     rows = _rows(model)
-    height = BAR / (len(series) * BAR + GAP)  # a backend is one unit high
+    height = BAR / _backend(model)  # a backend is one unit high
     handles, ends = [], []
     for i, (task, key) in enumerate(series):
         colour, hatch = LOOKS[i % len(LOOKS)]
@@ -108,7 +115,7 @@ def _panel(axes: Any, model: dict[str, Any], series: list[tuple[Any, str]]) -> N
         )  # fmt: skip
         handles.append(bars)
         ends += [(value + (spread or 0.0), place, value) for place, (_, value, spread) in zip(places, there, strict=True)]
-    longest = max(end for end, *_ in ends)
+    longest = max(end for end, *_ in ends) or 1.0
     for end, place, value in ends:
         axes.annotate(
             f"{value:.0f}" if value >= 100 else f"{value:.1f}", (end, place), (3, 0), textcoords="offset points", va="center",

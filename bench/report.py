@@ -56,7 +56,8 @@ def _rows(model: Result) -> list[Result]:
 
 
 def _title(model: Result) -> str:
-    return f"{model['name']}: {model['parameters'] / 1e6:.0f} M parameters, {model['file_bytes'] / MB:.1f} MB"
+    millions = model["parameters"] / 1e6
+    return f"{model['name']}: {millions:{'.0f' if millions >= 100 else '.3g'}} M parameters, {model['file_bytes'] / MB:.1f} MB"
 
 
 def _notes(model: Result) -> list[str]:
@@ -84,10 +85,13 @@ def _speed(model: Result, settings: Result) -> list[Table]:
         return []
     header = ["tokens/s", *(task.column.format(key) for task, key in columns), *(["user sees"] if user else []), "status"]
     rounds, tokens = settings["rounds"], settings["tokens"]
-    medians = f"medians of {rounds} round{'s' if rounds > 1 else ''}, {tokens} tokens each after N"
-    spread = "± what another run's median may be off by"
-    few = f"fewer than {summary.FEWEST} say nothing about their spread, so there is no ±"
-    return [Table(_title(model), header, rows, [f"{medians}; {spread if rounds >= summary.FEWEST else few}"])]
+    spread = "± what another run's median may be off by" if rounds >= summary.FEWEST else "too few for a ±"
+    note = f"after N: {tokens} tokens with N in the cache; medians of {_rounds(settings)}, {spread}"
+    return [Table(_title(model), header, rows, [note])]
+
+
+def _rounds(settings: Result) -> str:
+    return f"{settings['rounds']} round{'s' if settings['rounds'] > 1 else ''}"
 
 
 def _like_llama_bench(model: Result, result: Result) -> list[Table]:
@@ -109,12 +113,9 @@ def _like_llama_bench(model: Result, result: Result) -> list[Table]:
                 rows.append([*of_model, row["name"], threads, task.column.format(key), figure])
     if not rows:
         return []
-    rounds = result["settings"]["rounds"]
-    spread = " ± standard deviations" if rounds >= summary.FEWEST else ""
-    note = (
-        f"as llama-bench counts: N random tokens as a prompt (pp) or one by one (tg) from an empty cache; "
-        f"means{spread} of {rounds} rounds"
-    )
+    settings = result["settings"]
+    spread = "means ± standard deviations" if settings["rounds"] >= summary.FEWEST else "means"
+    note = f"N random tokens as one prompt (pp) or one by one (tg) from an empty cache; {spread} of {_rounds(settings)}"
     header = ["model", "size", "params", "backend", "threads", "test", "t/s"]
     return [Table(f"{_title(model)}, as llama-bench counts", header, rows, [note])]
 
