@@ -76,7 +76,7 @@ def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings
             if left_out := sorted({*getattr(settings, task.setting)} - {*numbers}):
                 columns = ", ".join(task.column.format(n) for n in left_out)
                 say(f"{subject.name}: left out {columns}: its context is {subject.hyper.n_ctx} tokens")
-    facts, steady = machine.describe(), machine.Steady()
+    facts, steady = machine.describe(), machine.Steady(settings.threads)
     say("measuring the memory's bandwidth")
     facts |= {"threads": settings.threads, "bandwidth": machine.bandwidth(settings.threads)}
     models = [bench_model(subject, backends, settings, steady, facts["bandwidth"], say) for subject in subjects]

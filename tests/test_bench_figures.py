@@ -68,6 +68,17 @@ def test_reference_loops_that_move_are_noticed() -> None:
     assert steady.drift == pytest.approx(1.5)
 
 
+def test_threads_that_are_slower_than_one_of_them_are_drift_even_if_they_always_are() -> None:
+    steady = machine.Steady(2)
+    steady.check()
+    assert {name: len(times) for name, times in steady.times.items()} == {"compute": 1, "memory": 1, "threads": 1}
+    assert 0 < steady.alone < 60
+    steady.times, steady.alone = {"compute": [1.0] * 9, "memory": [1.0] * 9, "threads": [3.0] * 9}, 1.5
+    assert steady.drift == 2.0  # of a machine that was busy all the time
+    steady.times["threads"] = [0.8] * 9
+    assert steady.drift == 1.0
+
+
 def test_the_drift_is_never_more_than_was_seen() -> None:
     steady = machine.Steady()
     steady.times = {"compute": [1.0, 1.2], "memory": [1.0]}
