@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import io
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_results import llama_bench_result, result
 
-from pocketlm.bench import report, schema
+from pocketlm.bench import command, report, schema
+from pocketlm.errors import FileError
 
 
 def test_csv_has_a_line_a_backend_with_all_figures() -> None:
@@ -99,3 +103,21 @@ def test_a_row_that_disagrees_is_named_beside_llama_benchs_table_too() -> None:
     found = llama_bench_result(native=100.0)
     found["models"][0]["backends"][0] |= {"status": "disagrees", "reason": "cosine 0.5"}
     assert "native: disagrees: cosine 0.5" in report.tables(found)[0].notes
+
+
+def test_a_result_that_cannot_be_saved_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, target = tmp_path / "old.json", tmp_path / "target.json"
+    old.write_text(json.dumps(result(native=100.0)))
+    target.write_text("precious")
+
+    def full(path: Path, text: str, encoding: str) -> int:
+        path.write_bytes(text.encode()[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    parser = argparse.ArgumentParser()
+    command.arguments(parser)
+    with pytest.raises(FileError, match="No space left"):
+        command.run(parser.parse_args(["--from", str(old), "--save", str(target)]))
+    assert target.read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 2
