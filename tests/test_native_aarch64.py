@@ -42,7 +42,7 @@ class Guest:
         return BUFFERS_AT + at
 
     def code(self, symbol: str) -> int:
-        return IMAGE_AT + self.linker.symbols[symbol]
+        return IMAGE_AT + self.image.symbols[symbol]
 
     def call(self, symbol: str, *arguments: int) -> None:
         self.jobs.append([self.code(symbol), *arguments, *[0] * (JOB - 1 - len(arguments))])
