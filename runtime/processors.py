@@ -11,8 +11,9 @@ import ctypes
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pocketlm.runtime import control_groups
 
@@ -57,30 +58,29 @@ _RELATION_PROCESSOR_CORE = 0
 _RECORD = struct.Struct("<II")  # SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX: relationship, size of the record
 _CORE = struct.Struct("<BB20xH")  # PROCESSOR_RELATIONSHIP: flags, class of efficiency, number of masks
 _MASK = struct.Struct("<QH6x")  # GROUP_AFFINITY: processors of the group, number of the group
+_ALL = (1 << 64) - 1
 
 
-def windows_cores(records: bytes, allowed: int = 0) -> int:
-    """Cores in what GetLogicalProcessorInformationEx(RelationProcessorCore) gives.
+def windows_cores(records: bytes, allowed: Mapping[int, int]) -> int:
+    """Cores in what GetLogicalProcessorInformationEx(RelationProcessorCore) gives, of which the process may use a hyper-thread.
 
-    `allowed`: the mask of GetProcessAffinityMask; 0 where the process runs on all groups. ValueError: damaged records.
+    `allowed`: a mask of processors for every group that the process is in. ValueError: damaged records.
     """
-    masks, at = [], 0
+    found = at = 0
     while at < len(records):
         try:
             relation, size = _RECORD.unpack_from(records, at)
-            _, _, count = _CORE.unpack_from(records, at + _RECORD.size)
-            found = [_MASK.unpack_from(records, at + _RECORD.size + _CORE.size + i * _MASK.size) for i in range(count)]
+            if relation == _RELATION_PROCESSOR_CORE:
+                _, _, count = _CORE.unpack_from(records, at + _RECORD.size)
+                masks = at + _RECORD.size + _CORE.size
+                core = [_MASK.unpack_from(records, masks + i * _MASK.size) for i in range(count)]
+                found += any(mask & allowed.get(group, 0) for mask, group in core)
         except struct.error as error:
             raise ValueError("a record of a processor core is cut off") from error
-        if size < _RECORD.size + _CORE.size + count * _MASK.size:
+        if not _RECORD.size <= size <= len(records) - at:
             raise ValueError(f"a record of a processor core has {size} bytes")
-        if relation == _RELATION_PROCESSOR_CORE:
-            masks.append(found)
         at += size
-    # a process that is bound to processors is in one group, whose number the mask does not tell: the first that fits
-    groups = sorted({group for core in masks for _, group in core})
-    usable = [[core for core in masks if any(mask & allowed and own == group for mask, own in core)] for group in groups]
-    return len(masks) if not allowed or len(groups) != 1 else len(usable[0])
+    return found
 
 
 def _windows() -> int:
@@ -90,11 +90,20 @@ def _windows() -> int:
     buffer = ctypes.create_string_buffer(size.value)
     if not ask(_RELATION_PROCESSOR_CORE, buffer, ctypes.byref(size)):
         raise OSError("GetLogicalProcessorInformationEx")
-    kernel.GetCurrentProcess.restype = ctypes.c_void_p
-    kernel.GetProcessAffinityMask.argtypes = [ctypes.c_void_p] + [ctypes.POINTER(ctypes.c_size_t)] * 2
+    return windows_cores(buffer.raw[: size.value], _windows_masks(kernel))
+
+
+def _windows_masks(kernel: Any) -> dict[int, int]:
+    """Group of processors -> those of them that this process may use. A mask is told only of a process in one group."""
+    handle, pointer = ctypes.c_void_p(-1), ctypes.POINTER  # GetCurrentProcess() is always -1
+    kernel.GetProcessAffinityMask.argtypes = [ctypes.c_void_p, pointer(ctypes.c_size_t), pointer(ctypes.c_size_t)]
+    kernel.GetProcessGroupAffinity.argtypes = [ctypes.c_void_p, pointer(ctypes.c_uint16), pointer(ctypes.c_uint16)]
+    count, groups = ctypes.c_uint16(64), (ctypes.c_uint16 * 64)()
+    if not kernel.GetProcessGroupAffinity(handle, ctypes.byref(count), groups):
+        count.value = 1  # group 0
     own, system = ctypes.c_size_t(0), ctypes.c_size_t(0)
-    bound = kernel.GetProcessAffinityMask(kernel.GetCurrentProcess(), ctypes.byref(own), ctypes.byref(system))
-    return windows_cores(buffer.raw[: size.value], own.value if bound else 0)
+    bound = kernel.GetProcessAffinityMask(handle, ctypes.byref(own), ctypes.byref(system)) and own.value
+    return dict.fromkeys(groups[: count.value], own.value if bound and count.value == 1 else _ALL)
 
 
 # ---- macOS ----------------------------------------------------------------------------------------------------------
