@@ -122,6 +122,7 @@ def test_an_error_belongs_to_its_run():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("kind", [NumpyExecutor, NativeExecutor])
 def test_a_forked_child_computes_the_same(kind, shared_products):
     executor = model(3, kind)
