@@ -14,7 +14,6 @@ from pocketlm.runtime.native.ir import I32, I64, PTR, VOID, Module
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.lowering import encode
 from pocketlm.runtime.native.records import CACHE_LINE, RUN, WORKER, offset
-from pocketlm.runtime.native.run_loop import PATIENCE, SPINS
 from pocketlm.runtime.native.sizes import TILE, activation_bytes
 from pocketlm.runtime.native.workers import CLOSED
 
@@ -231,8 +230,8 @@ def test_a_whole_model(level, name):
     reference.close()
 
 
-STEPS = ((0, 11), *((i, i + 1) for i in range(11, 19)), (19, 35))  # a prompt, tokens, another prompt
-SLEEPS = {12, 15, 19}  # before these positions the others have time to fall asleep
+STEPS = ((0, 7), *((i, i + 1) for i in range(7, 12)), (12, 19))  # a prompt, tokens, another prompt
+SLEEPS = {8, 12}  # before these positions the others have time to fall asleep
 
 
 def generate(level, fmt, options, n_threads):
@@ -256,7 +255,7 @@ def generate(level, fmt, options, n_threads):
         for name, value in {"n_tokens": n, "n_logits": n, "position": start, "ids": guest.put(ids)}.items():
             guest.call("poke", run + offset(RUN, name), value)
         if start in SLEEPS and n_threads > 1:
-            guest.call("idle", run, 4 * (SPINS["aarch64"] + PATIENCE))
+            guest.call("idle", run, 5000)
         guest.call("run", team)
         outputs.append(guest.put(np.zeros(n * row, np.uint8)))
         guest.call("copy", outputs[-1], program.logits, n * row)
