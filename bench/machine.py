@@ -20,8 +20,9 @@ import numpy as np
 
 from pocketlm import __version__
 from pocketlm.bench.worker import settle
+from pocketlm.runtime import blas
 from pocketlm.runtime.memory import available_bytes
-from pocketlm.runtime.threads import default_threads, set_blas_threads
+from pocketlm.runtime.threads import ThreadPool, default_threads, share
 
 PACKAGES = ("numpy", "llvmlite", "llama-cpp-python", "onnxruntime", "torch")
 LONGEST_LOOP = 0.3  # seconds
@@ -117,15 +118,18 @@ class Steady:
         self.times: dict[str, list[float]] = {"compute": [], "memory": []} | ({"threads": []} if n_threads > 1 else {})
 
     def check(self) -> None:
-        set_blas_threads(1)  # BLAS's own threads would spin on while the next backend is measured
-        self.times["compute"].append(_seconds(lambda: self._small @ self._small, 20))
-        self.times["memory"].append(_seconds(lambda: np.add.reduce(self._large.view(np.int64)), 3))
-        if self._threads > 1:
-            self.alone = min(self.alone, _seconds(lambda: self._smaller @ self._smaller, 200))
-            set_blas_threads(self._threads)
-            self.times["threads"].append(_seconds(lambda: self._smaller @ self._smaller, 200))
-            set_blas_threads(1)
-            settle()
+        with blas.one_thread(self):  # BLAS's own threads would spin on while the next backend is measured
+            self.times["compute"].append(_seconds(lambda: self._small @ self._small, 20))
+            self.times["memory"].append(_seconds(lambda: np.add.reduce(self._large.view(np.int64)), 3))
+            if self._threads > 1:
+                self.alone = min(self.alone, _seconds(lambda: self._smaller @ self._smaller, 200))
+                pool = ThreadPool(self._threads)
+                self.times["threads"].append(_seconds(lambda: pool.run(self._rows), 200))
+                pool.close()
+                settle()
+
+    def _rows(self, part: int, parts: int) -> None:
+        self._smaller[share(len(self._smaller), part, parts)] @ self._smaller
 
     @property
     def drift(self) -> float:
