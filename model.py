@@ -64,7 +64,9 @@ def load(path: str | Path, backend: str = "auto", threads: int | None = None, ct
 class Model:
     """A loaded model. Holds the mapped file, the KV cache and threads: `close` it, or use it in a `with` statement.
 
-    One conversation or completion at a time: the KV cache is shared, so two streams of one model may not be mixed.
+    One conversation or completion at a time, because the KV cache is one: a stream that is still open when another
+    begins, from any thread, or when `logits`, `set_threads`, `set_backend` or `close` is called, raises PocketlmError at
+    its next piece.
     """
 
     def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None):
@@ -85,6 +87,7 @@ class Model:
             )
         self.n_ctx = self._check_ctx(ctx)
         self._template: Template | None = None
+        self._changing = threading.RLock()  # one thread at a time takes the executor away
         self._start(backend)
 
     def _check_ctx(self, ctx: int | None) -> int:
@@ -150,20 +153,25 @@ class Model:
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:
-        before = self.backend, self.n_threads
-        self.executor.close()
-        self.n_threads = n_threads
-        try:
-            self._start(backend)
-        except BaseException:  # it cannot run here: the one that did goes on
-            backend, self.n_threads = before
-            self._start(backend)
-            raise
+        with self._changing:
+            before = self.backend, self.n_threads
+            self._session.claim()  # raises where the model is closed
+            self._session.end("this answer ends here: the model was changed to other threads or another backend; ask again")
+            self.executor.close()
+            self.n_threads = n_threads
+            try:
+                self._start(backend)
+            except BaseException:  # it cannot run here: the one that did goes on
+                backend, self.n_threads = before
+                self._start(backend)
+                raise
 
     def close(self) -> None:
-        """End the threads and unmap the file."""
-        self.executor.close()
-        self._file.close()
+        """End the threads and unmap the file. A second call does nothing; whoever uses the model then gets PocketlmError."""
+        with self._changing:
+            self._session.end("this model is closed; load it again")
+            self.executor.close()
+            self._file.close()
 
     def __enter__(self) -> Model:
         return self
@@ -173,9 +181,7 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
-        self._session = Session(self.executor)
-        self.executor.cache.truncate(0)
-        return self.executor.forward(np.asarray(ids), rows="all")
+        return self._session.all_logits(np.asarray(ids))
 
     def generate(
         self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
