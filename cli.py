@@ -100,10 +100,21 @@ def _load(arguments: Arguments) -> Any:
 
     load = arguments.load or pocketlm.load
     model = load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
-    if arguments.load is None and not model.hyper.reaches(model.n_ctx):
+    if arguments.load is None:
+        try:
+            _check_loaded(model)
+        except BaseException:
+            model.close()
+            raise
+    return model
+
+
+def _check_loaded(model: Any) -> None:
+    """Whether it can be given texts, as all commands that load a model do; a note on a context that is too long for it."""
+    _ = model.tokenizer  # raises FileError where the file has none
+    if not model.hyper.reaches(model.n_ctx):
         beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
         print(f"pocketlm: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
-    return model
 
 
 def _read_text(path: str) -> str:

@@ -22,7 +22,7 @@ from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.session import Session
 from pocketlm.runtime.threads import check_threads
-from pocketlm.tokenizer import Tokenizer, from_metadata
+from pocketlm.tokenizer import NoTokenizer, Tokenizer, from_metadata
 
 if TYPE_CHECKING:
     from pocketlm.chat.templates import Template
@@ -73,6 +73,16 @@ class Model:
         self.path = path
         self.n_threads = check_threads(threads)
         self._file = open_model(path)
+        try:
+            self._read(ctx)
+            self._start(backend)
+        except BaseException as error:
+            self._file.close(error)
+            raise
+
+    def _read(self, ctx: int | None) -> None:
+        """Everything about the model but its executor. Raises FileError or UsageError."""
+        path = self.path
         self.metadata: Mapping[str, Any] = self._file.metadata
         self.tensors = self._file.tensors
         if not self.tensors:
@@ -80,15 +90,35 @@ class Model:
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.hyper: Hyper = read_hyper(self.metadata, shapes.get("token_embd.weight", (0,))[0], path)
         self._plan = make_plan(self.hyper, shapes, path)
-        self.tokenizer: Tokenizer = from_metadata(self.metadata, path)
-        if self.tokenizer.n_vocab > self.hyper.n_vocab:
-            raise FileError(
-                path, f"{self.tokenizer.n_vocab} tokens, but a token table of {self.hyper.n_vocab} rows", "the file is damaged"
-            )
+        self._tokenizer = self._read_tokenizer()
         self.n_ctx = self._check_ctx(ctx)
+        self.n_parameters = sum(math.prod(shape) for shape in shapes.values())
+        name = self.metadata.get("general.name")
+        self.name = name if isinstance(name, str) and name.strip() else path.stem  # what the model calls itself
+        self._template_source = self.metadata.get("tokenizer.chat_template")
         self._template: Template | None = None
         self._changing = threading.RLock()  # one thread at a time takes the executor away
-        self._start(backend)
+
+    def _read_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None where the file has none. Raises FileError for one that does not fit."""
+        try:
+            tokenizer = from_metadata(self.metadata, self.path)
+        except NoTokenizer:
+            ends = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+            self._end_ids = frozenset(id for id in ends if isinstance(id, int) and 0 <= id < self.hyper.n_vocab)
+            return None
+        self._end_ids = tokenizer.end_ids
+        if tokenizer.n_vocab > self.hyper.n_vocab:
+            problem = f"{tokenizer.n_vocab} tokens, but a token table of {self.hyper.n_vocab} rows"
+            raise FileError(self.path, problem, "the file is damaged")
+        return tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back. Raises FileError for a model without one, which takes and gives ids only."""
+        if self._tokenizer is None:
+            raise NoTokenizer(self.path)
+        return self._tokenizer
 
     def _check_ctx(self, ctx: int | None) -> int:
         if ctx is None:
@@ -111,16 +141,6 @@ class Model:
         return self.executor.name
 
     @property
-    def name(self) -> str:
-        """What the model calls itself, or the file's name."""
-        name = self.metadata.get("general.name")
-        return name if isinstance(name, str) and name.strip() else self.path.stem
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
-
-    @property
     def file_bytes(self) -> int:
         return size_of(self.path)
 
@@ -135,7 +155,7 @@ class Model:
         if self._template is None:
             from pocketlm.chat.templates import choose
 
-            self._template = choose(self.metadata.get("tokenizer.chat_template"), self.tokenizer)
+            self._template = choose(self._template_source, self.tokenizer)
         return self._template
 
     @template.setter
@@ -171,6 +191,7 @@ class Model:
         with self._changing:
             self._session.end("this model is closed; load it again")
             self.executor.close()
+            self.metadata = {}
             self._file.close()
 
     def __enter__(self) -> Model:
@@ -189,16 +210,20 @@ class Model:
     ) -> Iterator[Piece]:  # fmt: skip
         """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
 
+        A model without a tokenizer takes ids only, and its pieces have ids and empty texts.
+
         `sampling` are the fields of `runtime.sampling.SamplingOptions`. A text gets the model's begin-of-text token
         where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
         """
-        tokenizer = self.tokenizer
+        from pocketlm.runtime.generator import NoText
+
         if isinstance(prompt, str):
+            tokenizer = self.tokenizer
             prompt = (
                 tokenizer.encode(prompt, bos=tokenizer.adds_bos)
                 or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
             )
-        decoder = tokenizer.stream_decoder(continues=bool(len(prompt)))
+        decoder = self._tokenizer.stream_decoder(continues=bool(len(prompt))) if self._tokenizer else NoText()
         return self._stream(list(prompt), decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
 
     def chat(
@@ -228,17 +253,14 @@ class Model:
         from pocketlm.runtime.generator import generate
         from pocketlm.runtime.sampling import make_sampler
 
-        # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
-        beyond = dict.fromkeys(range(self.tokenizer.n_vocab, self.hyper.n_vocab), -math.inf)
-        sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
-        sampler = make_sampler(
-            **sampling,
-            n_vocab=self.hyper.n_vocab,
-            selection=self.executor.selection,
-            exempt=self.tokenizer.end_ids,
-        )
+        n_vocab, end_ids = self.hyper.n_vocab, self._end_ids
+        if self._tokenizer is not None:
+            # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
+            beyond = dict.fromkeys(range(self._tokenizer.n_vocab, n_vocab), -math.inf)
+            sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
+        sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.executor.selection, exempt=end_ids)
         return generate(
-            self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=self.tokenizer.end_ids,
+            self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
             ignore_eos=ignore_eos, cancel=cancel, make_room=turns.drop_oldest if turns else None, reuse_cache=reuse_cache,
             shift=bool(turns and turns.dropped),
         )  # fmt: skip

@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint",
+        help="tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint; none: token ids only",
     )
     parser.add_argument("--lora", metavar="DIR", help="a LoRA in PEFT's layout, merged before the export")
     parser.add_argument("--name", metavar="NAME", help="what the model calls itself; default: the checkpoint's own name")
@@ -77,12 +77,17 @@ def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from dataclasses import replace
 
     from pocketlm.export.dialects import read_canonical
-    from pocketlm.export.from_model_file import is_model_file
+    from pocketlm.export.from_model_file import is_model_file, with_tokenizer
 
     given = [flag for flag in ("set", "map", "tokenizer") if getattr(arguments, flag)]
-    if given and is_model_file(source):
-        raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
-    model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
+    if not is_model_file(source):
+        model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
+    else:
+        model = read_canonical(source)
+        if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:
+            model = with_tokenizer(model, source, arguments.tokenizer)
+        elif given:
+            raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
     if arguments.lora:
         from pocketlm.export.lora import merge
 

@@ -47,6 +47,16 @@ class Decoder(Protocol):
     def flush(self) -> str: ...
 
 
+class NoText:
+    """The decoder of a model that has no tokenizer: ids stand for no text."""
+
+    def push(self, id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 def generate(
     session: Session,
     ids: Sequence[int],

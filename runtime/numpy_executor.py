@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pocketlm.errors import PocketlmError
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.ids import check_ids
@@ -59,16 +60,18 @@ class NumpyExecutor:
         return weights, KVCache.bytes_for(plan.hyper, n_ctx), 4 * (2 * scores + BLOCK * sum(plan.buffers.values()))
 
     def close(self) -> None:
-        """End the threads, give the weights and the cache back."""
+        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError."""
         self._pool.close()
         self._weights.clear()
-        vars(self).pop("cache", None)
+        self.cache.keys = self.cache.values = np.empty(0, np.float32)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
+        if not self._weights:
+            raise PocketlmError("this model is closed; load it again")
         ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
         parts = [self._block(ids[i : i + BLOCK], rows) for i in range(0, len(ids), BLOCK)]
         return np.concatenate(parts) if rows == "all" else parts[-1]

@@ -30,6 +30,14 @@ _CACHED_LENGTH = 32
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
+class NoTokenizer(FileError):
+    """A model file without a vocabulary: its model can be run with token ids only."""
+
+    def __init__(self, path: object):
+        advice = f"give it one: pocketlm export {path} -o OUT.gguf --tokenizer FILE"
+        super().__init__(path, "it has no tokenizer, so it takes token ids and no text", advice)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens of a model and what they are for. Made by `make_vocabulary`, which checks it."""

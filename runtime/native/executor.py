@@ -157,10 +157,11 @@ class NativeExecutor:
             permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
 
             def job(
-                part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
+                part: int, parts: int, permute=permute, source=tensor.data.ctypes.data, data=data,
+                counts=(n_rows, n_groups, n_blocks)
             ) -> None:
                 mine = share(counts[1], part, parts)
-                permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
+                permute(source, data.ctypes.data, *counts, mine.start, mine.stop)
 
             pool.run(job)
             release_pages(tensor.data)
