@@ -81,7 +81,8 @@ def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
 
     given = [flag for flag in ("set", "map", "tokenizer") if getattr(arguments, flag)]
     if not is_model_file(source):
-        model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
+        overrides = _overrides(arguments.set)
+        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer)
     else:
         model = read_canonical(source)
         if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:

@@ -220,9 +220,8 @@ def _differences(opened: GGUF | Fp16Bin, metadata: Mapping[str, Any], done: list
     """
     keys = {key: opened.metadata[key] for key in opened.metadata}
     wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]
-    return wrong + (
-        [t.name for t in done if t.name not in opened.tensors] or [t.name for t in done if not _holds(opened.tensors[t.name], t)]
-    )
+    missing = [t.name for t in done if t.name not in opened.tensors]
+    return wrong + (missing or [t.name for t in done if not _holds(opened.tensors[t.name], t)])
 
 
 def _holds(found: Tensor, t: Encoded) -> bool:

@@ -54,7 +54,7 @@ def make_executor(
         from pocketlm.runtime.native.executor import NativeExecutor, NativeUnavailable
 
         try:
-            memory.require(path, partial(NativeExecutor.memory, plan, tensors), n_ctx)
+            memory.require(path, partial(NativeExecutor.memory, plan, tensors, n_threads=n_threads), n_ctx)
             return NativeExecutor(plan, tensors, n_ctx, n_threads)
         except NativeUnavailable as reason:
             if backend == "native":
@@ -62,5 +62,5 @@ def make_executor(
             print(f"pocketlm: running on NumPy, which is slower: {reason}", file=sys.stderr)
     from pocketlm.runtime.numpy_executor import NumpyExecutor
 
-    memory.require(path, partial(NumpyExecutor.memory, plan, tensors), n_ctx)
+    memory.require(path, partial(NumpyExecutor.memory, plan, tensors, n_threads=n_threads), n_ctx)
     return NumpyExecutor(plan, tensors, n_ctx, n_threads)

@@ -1,4 +1,4 @@
-"""A file that was closed is not mapped any more, so that Windows can overwrite and delete it: shown by Linux' own list of maps."""
+"""A closed file is not mapped any more, so that Windows can overwrite and delete it: shown by Linux' own list of maps."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ WITHOUT = {  # what such files say in place of a tokenizer
     "nothing": NO_KEYS,
     "no_vocab": {**NO_KEYS, "tokenizer.ggml.model": "no_vocab"},
 }
-LINE = "it has no tokenizer, so it takes token ids and no text; give it one: pocketlm export {path} -o OUT.gguf --tokenizer FILE"
+ADVICE = "give it one: pocketlm export {path} -o OUT.gguf --tokenizer FILE"
+LINE = "it has no tokenizer, so it takes token ids and no text; " + ADVICE
 OPTIONS = {"max_tokens": 6, "temperature": 0}
 
 

@@ -77,8 +77,8 @@ class Keys:
 def from_metadata(metadata: Mapping[str, Any], path: object) -> Tokenizer:
     """The tokenizer that GGUF keys describe; `path` is for error messages.
 
-    NoTokenizer, a FileError, where no key says anything of one. FileError where keys are missing, do not fit together, name a tokenizer or pre-tokenizer that is not supported,
-    or where the texts the exporter put in do not give their ids.
+    NoTokenizer, a FileError, where no key says anything of one. FileError where keys are missing, do not fit together,
+    name a tokenizer or pre-tokenizer that is not supported, or where the texts the exporter put in do not give their ids.
     """
     keys = Keys(metadata, path)
     model = keys.text(_GGML + "model")

@@ -27,7 +27,7 @@ from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
-from pocketlm.runtime.positions import alibi_slopes, rope_table
+from pocketlm.runtime.positions import alibi_slopes, rope_table, rope_table_bytes
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ThreadPool, share
 from pocketlm.runtime.weights import check_finite
@@ -53,6 +53,11 @@ class NativeCache(KVCache):
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
         return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, ROWS) * 2
 
+    @staticmethod
+    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+        """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
+        return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, ROWS) * 10
+
     def _key_rows(self, layer: int) -> np.ndarray:  # [n_kv_head, n_ctx, padded_dim], a copy
         keys = self.keys[layer].swapaxes(2, 3)
         return keys.reshape(keys.shape[0], -1, keys.shape[3])
@@ -64,6 +69,22 @@ class NativeCache(KVCache):
         rows = self._key_rows(layer)
         rows[:, start : start + keys.shape[1], : self.hyper.head_dim] = keys
         self.keys[layer] = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
+
+
+class _Scratch:
+    """How large the working arrays of a run are: known before anything is allocated."""
+
+    def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
+        hyper = plan.hyper
+        self.dim, self.positions = _up(hyper.head_dim, ROWS), _up(n_ctx, ROWS)
+        self.activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))  # of one token
+        products = 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4
+        queries = sizes.QUERIES * self.dim * 4
+        own = {"products_at": self.activation, "queries_at": self.activation + products}
+        self.places = {**own, "scores_at": own["queries_at"] + queries}  # of each thread's parts in its own memory
+        self.stride = _up(self.places["scores_at"] + sizes.QUERIES * self.positions * 4, 4096)  # from thread to thread
+        self.n_partials = hyper.n_head * max(BLOCK, -(-self.positions // sizes.SPAN))
+        self.n_bytes = BLOCK * self.activation + n_threads * self.stride + 4 * self.n_partials * (self.dim + sizes.LANES)
 
 
 class NativeExecutor:
@@ -93,11 +114,13 @@ class NativeExecutor:
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads)
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes."""
+    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        scratch = 4 * BLOCK * (sum(plan.buffers.values()) + 2 * max(plan.buffers.values()))
-        return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
+        buffers = 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        tables = rope_table_bytes(plan.hyper.rope, n_ctx)
+        moving = NativeCache.bytes_to_move(plan.hyper, n_ctx)
+        return weights, NativeCache.bytes_for(plan.hyper, n_ctx), _Scratch(plan, n_ctx, n_threads).n_bytes + buffers + tables + moving
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError."""
@@ -171,21 +194,15 @@ class NativeExecutor:
 
     def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
-        hyper, plan = self.hyper, self.plan
-        dim, positions = _up(hyper.head_dim, ROWS), _up(self.n_ctx, ROWS)
-        activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))
-        products = 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4
-        queries = sizes.QUERIES * dim * 4
-        own = {"products_at": activation, "queries_at": activation + products, "scores_at": activation + products + queries}
-        stride = _up(own["scores_at"] + sizes.QUERIES * positions * 4, 4096)
-        n_partials = hyper.n_head * max(BLOCK, -(-positions // sizes.SPAN))
+        hyper, scratch = self.hyper, _Scratch(self.plan, self.n_ctx, self.n_threads)
+        dim, positions = scratch.dim, scratch.positions
         arrays = self._arrays = {
             "program": self._program,
             "counters": aligned(len(self._program), np.int64),
             "ids": aligned(BLOCK, np.int32),
-            "activations": aligned(BLOCK * activation, np.uint8),
-            "scratch": aligned(self.n_threads * stride, np.uint8, 4096),
-            "partials": aligned((n_partials, dim + sizes.LANES), np.float32),
+            "activations": aligned(BLOCK * scratch.activation, np.uint8),
+            "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
+            "partials": aligned((scratch.n_partials, dim + sizes.LANES), np.float32),
         }
         if hyper.rope:
             arrays["rope"] = rope_table(hyper.rope, self.n_ctx, rope_factors)
@@ -193,8 +210,8 @@ class NativeExecutor:
             arrays["slopes"] = alibi_slopes(hyper.n_head, hyper.alibi_max_bias)
         record = aligned(1, RUN)
         values = {
-            **{name: array.ctypes.data for name, array in arrays.items()}, **own,
-            "n_operations": len(self._program), "activation_stride": activation, "scratch_stride": stride,
+            **{name: array.ctypes.data for name, array in arrays.items()}, **scratch.places,
+            "n_operations": len(self._program), "activation_stride": scratch.activation, "scratch_stride": scratch.stride,
             "score_stride": positions * 4, "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
             "padded_dim": dim, "head_stride": positions * dim * 2, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
             "rope_interleaved": bool(hyper.rope and hyper.rope.pairs == "interleaved"),
