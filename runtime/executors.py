@@ -40,7 +40,8 @@ class Executor(Protocol):
 def make_executor(
     backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object
 ) -> Executor:
-    """An executor of `plan`. "auto" is native, or numpy with one line on stderr where code cannot be made executable.
+    """An executor of `plan`. "auto" is native, or numpy with one line on stderr where there is no native code for the plan or
+    code cannot be made executable.
 
     Raises UsageError for an unknown backend, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.

@@ -54,7 +54,7 @@ class NumpyExecutor:
 
     @staticmethod
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes at most: in the last block of a full context."""
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
         hyper, n = plan.hyper, min(BLOCK, n_ctx)
         weights = 4 * sum(math.prod(shape) for shape in plan.weights.values())
         inner = [width for name, width in plan.buffers.items() if name != "logits"]

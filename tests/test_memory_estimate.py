@@ -93,7 +93,7 @@ def test_a_process_grows_by_what_was_said(tmp_path, backend, options):
 
 
 @pytest.mark.parametrize("backend", ["numpy", "native", "auto"])
-def test_a_context_of_millions_is_refused_in_one_line_before_anything_large_is_allocated(tmp_path, capsys, monkeypatch, backend):
+def test_a_context_of_millions_is_refused_before_anything_large_is_allocated(tmp_path, capsys, monkeypatch, backend):
     """There is room for the weights and the cache, but not for the table of rotary positions or the threads' scores."""
     n_ctx = 1 << 24
     path = write_model(tmp_path / "model.gguf", n_layer=1, n_embd=64, n_head=8, n_kv_head=1)

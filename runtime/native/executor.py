@@ -22,7 +22,7 @@ from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
-from pocketlm.runtime.native.lowering import Storage, TiledMatrix, encode
+from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
 from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
@@ -93,11 +93,15 @@ class NativeExecutor:
     name = "native"
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
-        """Raises NativeUnavailable where this computer cannot run compiled code, FileError for weights that are NaN."""
+        """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
+        weights that are NaN.
+        """
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         names = _matrix_names(plan)
+        formats = sorted({tensors[name].format.name for name in names})
+        check(plan, formats)
         self.level = levels.detect()
-        self._code = kernels(sorted({tensors[name].format.name for name in names}), self.level)
+        self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
         self._tensors = tensors
         matrices = self._tile([tensors[name] for name in names])
@@ -117,10 +121,9 @@ class NativeExecutor:
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        buffers = 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
-        tables = rope_table_bytes(plan.hyper.rope, n_ctx)
-        moving = NativeCache.bytes_to_move(plan.hyper, n_ctx)
-        return weights, NativeCache.bytes_for(plan.hyper, n_ctx), _Scratch(plan, n_ctx, n_threads).n_bytes + buffers + tables + moving
+        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        scratch += rope_table_bytes(plan.hyper.rope, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
+        return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError."""
