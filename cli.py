@@ -252,12 +252,15 @@ def _eval(arguments: Arguments) -> int:
 
     text = _read_text(arguments.text)
     with _load(arguments) as model:
+        tokenizer = model.tokenizer
+        ids = tokenizer.encode(text)
         started = time.perf_counter()
-        result = perplexity(
-            model.executor, model.tokenizer.encode(text), model.tokenizer.bos_id if model.tokenizer.adds_bos else None
-        )
+        result = perplexity(model.executor, ids, tokenizer.bos_id if tokenizer.adds_bos else None)
         seconds = time.perf_counter() - started
-    bits = result.nats / 0.6931471805599453 / max(len(text), 1)
+    decoder = tokenizer.stream_decoder()
+    lengths = [len(decoder.push(id)) for id in ids]  # characters that each token completes
+    predicted = len(text) - sum(lengths[i] for i in result.unpredicted)
+    bits = result.nats / 0.6931471805599453 / max(predicted, 1)
     facts = {"perplexity": result.perplexity, "bits_per_character": bits, "tokens": result.n_tokens, "window": result.window,
              "seconds": seconds}  # fmt: skip
     if arguments.json:
