@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
 from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.terminal_text import print
 
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace

@@ -293,18 +293,25 @@ def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
     return [{"role": "user", "content": text}, *messages[2:]]
 
 
-def choose(source: str | None, tokenizer: Tokenizer) -> Template:
-    """The template for a model: the Jinja `source` of its file, else the built-in one that fits its vocabulary."""
+def choose(source: object, tokenizer: Tokenizer) -> Template:
+    """The template for a model: the Jinja `source` of its file, else the built-in one that fits its vocabulary.
+
+    A `source` that is no text, or an empty one, counts as none; a file can hold anything there.
+    """
+    jinja = source if isinstance(source, str) and source.strip() else None
 
     def fits(row: BuiltIn) -> bool:
-        return all(tokenizer.token_id(marker) is not None or marker in (source or "") for marker in row.needs)
+        return all(tokenizer.token_id(marker) is not None or marker in (jinja or "") for marker in row.needs)
 
     built_in = next(row for row in BUILT_IN.values() if fits(row))
     bos, eos = (
         "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         for token_id in (tokenizer.bos_id, tokenizer.eos_id)
     )
-    return Template(source, built_in, bos, eos)
+    template = Template(jinja, built_in, bos, eos)
+    if source is not None and jinja is None:
+        template.note = f"the model's chat template is no text: {built_in.name} takes its place"
+    return template
 
 
 def named(name: str, tokenizer: Tokenizer) -> Template:

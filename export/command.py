@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
@@ -128,7 +129,7 @@ class Progress:
         share = min(self._done / self._total, 1.0)
         line = f"{'#' * int(BAR * share):<{BAR}} {share:4.0%} {name[:40]:<40}"
         if self._terminal and line != self._shown:
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            print("", line, sep="\r", end="", file=sys.stderr, flush=True)
             self._shown = line
 
     def __enter__(self) -> Progress:
@@ -136,4 +137,4 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
-            print(f"\r{'':<{len(self._shown)}}\r", end="", file=sys.stderr, flush=True)
+            print("", " " * len(self._shown), "", sep="\r", end="", file=sys.stderr, flush=True)

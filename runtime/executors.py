@@ -16,6 +16,7 @@ from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.sampling import Selection
 from pocketlm.runtime.tensor import Tensor
+from pocketlm.terminal_text import print
 
 BACKENDS = ("auto", "native", "numpy")
 

@@ -25,7 +25,8 @@ TEXTS = {
 def test_bits_are_divided_by_the_characters_that_were_predicted(tmp_path, capsys, text, adds_bos, window):
     path = write_model(tmp_path / "m.gguf", n_ctx=1024, metadata={"tokenizer.ggml.add_bos_token": adds_bos})
     (tmp_path / "text").write_text(text, encoding="utf-8")
-    assert main(["eval", str(path), "--text", str(tmp_path / "text"), "--ctx", str(window), "--backend", "numpy", "--json"]) == 0
+    given = ["--text", str(tmp_path / "text"), "--ctx", str(window), "--backend", "numpy", "--json"]
+    assert main(["eval", str(path), *given]) == 0
     said = json.loads(capsys.readouterr().out)
     with pocketlm.load(path, backend="numpy") as model:
         tokenizer, nats, n_characters, at = model.tokenizer, 0.0, 0, 0
