@@ -97,6 +97,7 @@ class Model:
         self.name = name if isinstance(name, str) and name.strip() else path.stem  # what the model calls itself
         self._template_source = self.metadata.get("tokenizer.chat_template")
         self._template: Template | None = None
+        self._turns: Turns | None = None  # of the last question
         self._changing = threading.RLock()  # one thread at a time takes the executor away
 
     def _read_tokenizer(self) -> Tokenizer | None:
@@ -237,11 +238,8 @@ class Model:
         learned; the last piece's `note` says so.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
-        turns = Turns(messages, self.template, self.tokenizer)
-        room = min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
-        ids = turns.encode()
-        while len(ids) + room > self.n_ctx and (shorter := turns.drop_oldest()) is not None:
-            ids = shorter
+        turns = self._turns = Turns(messages, self.template, self.tokenizer, self._turns)
+        ids = turns.fit(self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4))
         stop = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = self.tokenizer.stream_decoder(continues=True)
         return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, turns)
@@ -267,22 +265,67 @@ class Model:
 
 
 class Turns:
-    """A conversation that can lose its oldest turn: a user's message with all that follows until the next one."""
+    """A conversation that can lose its oldest turns: a user's message with all that follows until the next one.
 
-    def __init__(self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer):
-        self._template, self._tokenizer, self._messages = template, tokenizer, list(messages)
-        self.dropped = 0  # turns that had to go
+    `before`: the same for the conversation as it was. Turns that had to go then are not looked at again where the new one
+    goes on from it, so that a question costs what the turns cost that fit, not what the whole conversation would.
+    """
+
+    def __init__(
+        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None
+    ):
+        self._template, self._tokenizer = template, tokenizer
+        self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
         if not self._messages:
             raise PocketlmError("there are no messages to answer")
+        self._starts = [i for i, m in enumerate(self._messages) if isinstance(m, Mapping) and m.get("role") == "user"]
+        self.dropped = before.dropped if before and before._goes_on_in(self) else 0  # turns that had to go
+
+    def _goes_on_in(self, other: Turns) -> bool:
+        same_kind = (self._template, self._tokenizer) == (other._template, other._tokenizer)
+        return same_kind and self._messages == other._messages[: len(self._messages)]
 
     def encode(self) -> list[int]:
-        return self._template.encode(self._messages, self._tokenizer)
+        """The ids of what is left."""
+        return self._template.encode(self._left(self.dropped), self._tokenizer)
+
+    def _left(self, dropped: int) -> list[dict[str, str]]:
+        if not dropped:
+            return self._messages
+        return self._messages[: self._starts[0]] + self._messages[self._starts[dropped] :]
+
+    def fit(self, room: int) -> list[int]:
+        """The ids without as many turns as have to go, oldest first, until they are at most `room`; the last question stays.
+
+        How many that are is guessed by the texts' lengths, then counted: whoever resumes a conversation of a thousand turns
+        does not wait for a thousand encodings of it.
+        """
+        ids, most = self.encode(), len(self._starts) - 1
+        if len(ids) <= room or self.dropped >= most:
+            return ids
+        at_least, per_token = self.dropped + 1, self._n_chars(self.dropped) / len(ids)
+        self.dropped = at_least
+        while self.dropped < most and self._n_chars(self.dropped) > room * per_token:
+            self.dropped += 1
+        ids = self.encode()
+        while len(ids) > room and self.dropped < most:
+            at_least = self.dropped = self.dropped + 1
+            ids = self.encode()
+        while self.dropped > at_least:
+            self.dropped -= 1
+            longer = self.encode()
+            if len(longer) > room:
+                self.dropped += 1
+                break
+            ids = longer
+        return ids
+
+    def _n_chars(self, dropped: int) -> int:
+        return sum(len(message["content"]) + len(message["role"]) for message in self._left(dropped))
 
     def drop_oldest(self) -> list[int] | None:
-        """The ids of the conversation without its oldest turn; None when only the last question is left."""
-        starts = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
-        if len(starts) < 2:
+        """The ids without one more turn; None when only the last question is left."""
+        if self.dropped >= len(self._starts) - 1:
             return None
-        del self._messages[starts[0] : starts[1]]
         self.dropped += 1
         return self.encode()
