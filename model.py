@@ -303,9 +303,10 @@ class Turns:
         ids, most = self.encode(), len(self._starts) - 1
         if len(ids) <= room or self.dropped >= most:
             return ids
-        at_least, per_token = self.dropped + 1, self._n_chars(self.dropped) / len(ids)
-        self.dropped = at_least
-        while self.dropped < most and self._n_chars(self.dropped) > room * per_token:
+        at_least, n_chars = self.dropped + 1, self._n_chars(self._starts[self.dropped])
+        aim = n_chars * room / len(ids)
+        while self.dropped < at_least or (self.dropped < most and n_chars > aim):
+            n_chars -= self._n_chars(self._starts[self.dropped], self._starts[self.dropped + 1])
             self.dropped += 1
         ids = self.encode()
         while len(ids) > room and self.dropped < most:
@@ -320,8 +321,8 @@ class Turns:
             ids = longer
         return ids
 
-    def _n_chars(self, dropped: int) -> int:
-        return sum(len(message["content"]) + len(message["role"]) for message in self._left(dropped))
+    def _n_chars(self, start: int, stop: int | None = None) -> int:
+        return sum(len(message["content"]) for message in self._messages[start:stop])
 
     def drop_oldest(self) -> list[int] | None:
         """The ids without one more turn; None when only the last question is left."""
