@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
 from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.terminal_text import print
 
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
@@ -100,10 +101,21 @@ def _load(arguments: Arguments) -> Any:
 
     load = arguments.load or pocketlm.load
     model = load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
-    if arguments.load is None and not model.hyper.reaches(model.n_ctx):
+    if arguments.load is None:
+        try:
+            _check_loaded(model)
+        except BaseException:
+            model.close()
+            raise
+    return model
+
+
+def _check_loaded(model: Any) -> None:
+    """Whether it can be given texts, as all commands that load a model do; a note on a context that is too long for it."""
+    _ = model.tokenizer  # raises FileError where the file has none
+    if not model.hyper.reaches(model.n_ctx):
         beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
         print(f"pocketlm: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
-    return model
 
 
 def _read_text(path: str) -> str:
@@ -241,12 +253,15 @@ def _eval(arguments: Arguments) -> int:
 
     text = _read_text(arguments.text)
     with _load(arguments) as model:
+        tokenizer = model.tokenizer
+        ids = tokenizer.encode(text)
         started = time.perf_counter()
-        result = perplexity(
-            model.executor, model.tokenizer.encode(text), model.tokenizer.bos_id if model.tokenizer.adds_bos else None
-        )
+        result = perplexity(model.executor, ids, tokenizer.bos_id if tokenizer.adds_bos else None)
         seconds = time.perf_counter() - started
-    bits = result.nats / 0.6931471805599453 / max(len(text), 1)
+    decoder = tokenizer.stream_decoder()
+    lengths = [len(decoder.push(id)) for id in ids]  # characters that each token completes
+    predicted = len(text) - sum(lengths[i] for i in result.unpredicted)
+    bits = result.nats / 0.6931471805599453 / max(predicted, 1)
     facts = {"perplexity": result.perplexity, "bits_per_character": bits, "tokens": result.n_tokens, "window": result.window,
              "seconds": seconds}  # fmt: skip
     if arguments.json:

@@ -18,6 +18,7 @@ from pocketlm.build import persona, terminal
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime import container
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.chat.opening import Opening

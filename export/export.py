@@ -27,10 +27,12 @@ from pocketlm.export.llama_cpp_compat import stock_notes
 from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder, Progress
 from pocketlm.runtime.atomic import replacing_file, replacing_folder
-from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS
+from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS, Fp16Bin
+from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 
 
@@ -207,15 +209,23 @@ def export(
 def _check(path: Path, metadata: Mapping[str, Any], done: list[Encoded]) -> None:
     """Read the file back, as pocketlm.load will, and compare it with what was to be written. Raises FileError."""
     with open_model(path) as opened:
-        keys = {key: opened.metadata[key] for key in opened.metadata}
-        wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]
-        wrong += [t.name for t in done if t.name not in opened.tensors] or [
-            t.name
-            for t in done
-            if (found := opened.tensors[t.name]).shape != t.shape or found.format != t.format or zlib.crc32(found.data) != t.crc
-        ]
+        wrong = _differences(opened, metadata, done)
     if wrong:
         raise FileError(path, f"{wrong[0]} is not what was written", "the disk may be failing; the old file is unchanged")
+
+
+def _differences(opened: GGUF | Fp16Bin, metadata: Mapping[str, Any], done: list[Encoded]) -> list[str]:
+    """Names of keys, or else of tensors, that are not what was written. (In a function of its own: where its caller raises,
+    no variable may still look at the file, or Windows cannot take it away.)
+    """
+    keys = {key: opened.metadata[key] for key in opened.metadata}
+    wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]
+    missing = [t.name for t in done if t.name not in opened.tensors]
+    return wrong + (missing or [t.name for t in done if not _holds(opened.tensors[t.name], t)])
+
+
+def _holds(found: Tensor, t: Encoded) -> bool:
+    return found.shape == t.shape and found.format == t.format and zlib.crc32(found.data) == t.crc
 
 
 def _same(read: Any, written: Any) -> bool:

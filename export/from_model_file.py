@@ -16,6 +16,7 @@ from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.assemble import interleaving, reordered
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.checkpoint import Checkpoint
+from pocketlm.export.tokenizer_data import find_tokenizer
 from pocketlm.runtime.fp16_bin_reader import is_fp16_bin
 from pocketlm.runtime.gguf_reader import GGUF, TILED
 from pocketlm.runtime.hyper import read_hyper
@@ -46,6 +47,12 @@ def read_model_file(path: Path) -> CanonicalModel:
     notes = [f"{path.name} was quantised already ({', '.join(formats)}): what that lost stays lost"] if formats else []
     model = CanonicalModel(hyper, tensors, metadata, "GGUF" if isinstance(opened, GGUF) else "fp16 bin", notes)
     return replace(model, remake=lambda change: _remade(model, path, change))
+
+
+def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> CanonicalModel:
+    """A model file's model, which has no tokenizer, with the one in the file or folder `tokenizer`. Raises FileError."""
+    keys, notes = find_tokenizer(Checkpoint(path, {}, {}, (path,)), model.hyper.n_vocab, tokenizer)
+    return replace(model, metadata={**model.metadata, **keys}, notes=[*model.notes, *notes])
 
 
 def _remade(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:

@@ -55,7 +55,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     formats = ", ".join(f"{name} x{count}" for name, count in facts["formats"].items())
     weights = f"{facts['parameters']:,} parameters, {facts['bits_per_weight']} bits per weight ({formats})"
     lines = [
-        f"{facts['file']}: {facts['kind']}, {facts['bytes'] / 1e6:.1f} MB",
+        f"{_line(facts['file'])}: {facts['kind']}, {facts['bytes'] / 1e6:.1f} MB",
         weights if formats else "no tensors",
         "",
     ]
@@ -82,6 +82,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _line(value: Any) -> str:
-    """One line without control characters: a file from a stranger must not write escape sequences to a terminal."""
+    """One line, of what can be seen."""
     text = "".join(c if c.isprintable() else " " for c in str(value))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"

@@ -25,9 +25,19 @@ END_OF_TURN = (
 _LONGEST_TOKEN = 4096  # characters; what is done for every part of a token would take a stranger's file for ever
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
+_CACHED_TEXT = 1 << 14  # characters of a text between two markers: a message
+_CACHED_TEXTS = 1 << 18  # and of all that are remembered
 
 # Unicode's White_Space; Python's own `strip` also takes U+001C to U+001F
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+class NoTokenizer(FileError):
+    """A model file without a vocabulary: its model can be run with token ids only."""
+
+    def __init__(self, path: object):
+        advice = f"give it one: pocketlm export {path} -o OUT.gguf --tokenizer FILE"
+        super().__init__(path, "it has no tokenizer, so it takes token ids and no text", advice)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,8 @@ class Tokenizer:
         self.end_ids, self.adds_bos = vocabulary.end_ids, vocabulary.adds_bos
         self._bytes: dict[int, bytes] = {}
         self._words: dict[str, list[int]] = {}
+        self._texts: dict[tuple[str, bool], list[int]] = {}
+        self._texts_length = 0
 
     # to be given by each kind
     def _encode_text(self, text: str, start: bool) -> list[int]:
@@ -185,6 +197,21 @@ class Tokenizer:
             ids += found
         return ids
 
+    def _encode_message(self, text: str, start: bool) -> list[int]:
+        """As `_encode_text`. A conversation is encoded again with every question: what stands between two markers, where
+        nothing reaches across, is remembered.
+        """
+        if len(text) > _CACHED_TEXT:
+            return self._encode_text(text, start)
+        found = self._texts.get((text, start))
+        if found is None:
+            found = self._encode_text(text, start)
+            if self._texts_length + len(text) > _CACHED_TEXTS:
+                self._texts, self._texts_length = {}, 0
+            self._texts[text, start] = found
+            self._texts_length += len(text)
+        return found.copy()
+
     def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Text to ids.
 
@@ -202,6 +229,7 @@ class Tokenizer:
                 f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: not valid Unicode"
             ) from None
         ids = [self.bos_id] if bos and self.bos_id is not None else []
+        encode_text = self._encode_message if special else self._encode_text
         end = 0
         vocabulary = self.vocabulary
         for start, stop, token_id in (self._all_markers if special else self._always_markers).find(text):
@@ -211,13 +239,13 @@ class Tokenizer:
             if token_id in vocabulary.strip_left:
                 piece = piece.rstrip(_WHITE_SPACE)
             if piece:
-                ids += self._encode_text(piece, end == 0)
+                ids += encode_text(piece, end == 0)
             ids.append(token_id)
             end = stop
             if token_id in vocabulary.strip_right:
                 end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
         if end < len(text):
-            last = self._encode_text(text[end:] if end else text, end == 0)
+            last = encode_text(text[end:] if end else text, end == 0)
             ids = ids + last if ids else last
         return ids
 

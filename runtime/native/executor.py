@@ -22,12 +22,12 @@ from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
-from pocketlm.runtime.native.lowering import Storage, TiledMatrix, encode
+from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
 from pocketlm.runtime.native.records import ENTRY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
-from pocketlm.runtime.positions import alibi_slopes, rope_table
+from pocketlm.runtime.positions import alibi_slopes, rope_table, rope_table_bytes
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
@@ -53,6 +53,11 @@ class NativeCache(KVCache):
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
         return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 2
 
+    @staticmethod
+    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+        """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
+        return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 10
+
     def _key_rows(self, layer: int) -> np.ndarray:  # [n_kv_head, n_ctx, padded_dim], a copy
         keys = self.keys[layer].swapaxes(2, 3)
         return keys.reshape(keys.shape[0], -1, keys.shape[3])
@@ -66,17 +71,41 @@ class NativeCache(KVCache):
         self.keys[layer] = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
 
 
+class _Scratch:
+    """How large the working arrays of a run are: known before anything is allocated."""
+
+    def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
+        hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
+        self.dim = _up(hyper.head_dim, ROWS)
+        self.activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))  # of one token
+        self.places, end = {}, self.activation  # of each thread's parts in its own memory
+        for name, n_bytes in (
+            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * 64),
+            ("queries_at", sizes.QUERIES * self.dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
+            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
+        ):  # fmt: skip
+            self.places[name], end = end, end + n_bytes
+        self.stride = _up(end, 4096)  # from thread to thread
+        self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
+        partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
+        self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
+
+
 class NativeExecutor:
     """Runs a plan. Holds the tiled weights, the KV cache and worker threads; `close` ends them."""
 
     name = "native"
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
-        """Raises NativeUnavailable where this computer cannot run compiled code, FileError for weights that are NaN."""
+        """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
+        weights that are NaN.
+        """
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         names = _matrix_names(plan)
+        formats = sorted({tensors[name].format.name for name in names})
+        check(plan, formats)
         self.level = levels.detect()
-        self._code = kernels(sorted({tensors[name].format.name for name in names}), self.level)
+        self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
         self._tensors = tensors
         matrices = self._tile([tensors[name] for name in names])
@@ -97,10 +126,11 @@ class NativeExecutor:
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes."""
+    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        scratch = 4 * BLOCK * (sum(plan.buffers.values()) + 2 * max(plan.buffers.values()))
+        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        scratch += rope_table_bytes(plan.hyper.rope, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
     def close(self) -> None:
@@ -240,10 +270,11 @@ class NativeExecutor:
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
 
                 def job(
-                    part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
-                ) -> None:
+                    part: int, parts: int, permute=permute, source=tensor.data.ctypes.data, data=data,
+                    counts=(n_rows, n_groups, n_blocks),
+                ) -> None:  # fmt: skip
                     mine = share(counts[1], part, parts)
-                    permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
+                    permute(source, data.ctypes.data, *counts, mine.start, mine.stop)
 
                 pool.run(job)
                 release_pages(tensor.data)
@@ -252,29 +283,19 @@ class NativeExecutor:
 
     def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
-        hyper, plan = self.hyper, self.plan
-        dim, n_spans = _up(hyper.head_dim, ROWS), -(-self.n_ctx // sizes.SPAN)
-        activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))
-        own, stride = {}, activation
-        for name, n_bytes in (
-            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * 64),
-            ("queries_at", sizes.QUERIES * dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
-            ("mixed_at", sizes.QUERIES * (dim + sizes.LANES) * 4),
-        ):  # fmt: skip
-            own[name], stride = stride, stride + n_bytes
-        stride = _up(stride, 4096)
+        hyper, scratch = self.hyper, _Scratch(self.plan, self.n_ctx, self.n_threads)
+        self._n_slots = scratch.n_slots
         self._logits = self._buffers["logits"][:, : hyper.n_vocab]
         self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
-        self._n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         arrays = self._arrays = {
             "program": self._program,
             "counters": aligned(len(self._program), np.int64),
             "tokens": aligned(BLOCK, TOKEN),
             "rows": aligned(BLOCK, np.int64),
             "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),
-            "activations": aligned(BLOCK * activation, np.uint8),
-            "scratch": aligned(self.n_threads * stride, np.uint8, 4096),
-            "partials": aligned((self._n_slots * hyper.n_head, dim + sizes.LANES), np.float32),
+            "activations": aligned(BLOCK * scratch.activation, np.uint8),
+            "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
+            "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
         self._id, self._position = arrays["tokens"]["id"], arrays["tokens"]["position"]
         if hyper.rope:
@@ -283,10 +304,10 @@ class NativeExecutor:
             arrays["slopes"] = alibi_slopes(hyper.n_head, hyper.alibi_max_bias)
         record = aligned(1, RUN)
         values = {
-            **{name: array.ctypes.data for name, array in arrays.items() if name in RUN.names}, **own,
-            "n_operations": len(self._program), "activation_stride": activation, "scratch_stride": stride,
+            **{name: array.ctypes.data for name, array in arrays.items() if name in RUN.names}, **scratch.places,
+            "n_operations": len(self._program), "activation_stride": scratch.activation, "scratch_stride": scratch.stride,
             "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
-            "padded_dim": dim, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
+            "padded_dim": scratch.dim, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
             "rope_interleaved": bool(hyper.rope and hyper.rope.pairs == "interleaved"),
             "query_scale": 1 / math.sqrt(hyper.head_dim),
         }  # fmt: skip

@@ -12,13 +12,15 @@ stages and which of them may run without a barrier; knows no mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.native import sizes
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.records import OPERATION
 from pocketlm.runtime.native.tiling import LAYOUTS, groups
 
@@ -45,20 +47,38 @@ class Storage:
     address: Callable[[str, str], int]  # of a format's kernel
 
 
+def check(plan: P.Plan, formats: Iterable[str]) -> None:
+    """Raises NativeUnavailable where there is no code for an operation of the plan or for one of its matrices' formats."""
+    if lacking := sorted(set(formats) - LAYOUTS.keys()):
+        raise NativeUnavailable(f"there is no native code for {', '.join(lacking)} weights")
+    for _, ops in _fused(plan):
+        for op in ops:
+            known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS}.get(type(op))
+            if known is not None and op.kind not in known:
+                raise NativeUnavailable(f"there is no native code for {type(op).__name__} of the kind {op.kind!r}")
+
+
 def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
-    """The program, an array of OPERATION. Raises ValueError for an order of operations that it does not know."""
+    """The program, an array of OPERATION. Raises NativeUnavailable for an order of operations that it does not know."""
     encoder = _Encoder(storage, n_threads)
-    ops = list(plan.ops)
+    for emit, ops in _fused(plan):
+        emit(encoder, *ops)
+    return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
+
+
+def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+    """The plan's operations in the groups that are encoded together, each with what encodes it."""
+    ops = plan.ops
     while ops:
         for pattern, emit in _PATTERNS:
             head = ops[: len(pattern)]
             if len(head) == len(pattern) and all(isinstance(op, kind) for op, kind in zip(head, pattern, strict=True)):
-                emit(encoder, *head)
-                del ops[: len(pattern)]
+                yield emit, head
+                ops = ops[len(pattern) :]
                 break
         else:
-            raise ValueError(f"no native code for {ops[0]}")
-    return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
+            follows = f" before {type(ops[1]).__name__}" if len(ops) > 1 else ""
+            raise NativeUnavailable(f"there is no native code for {type(ops[0]).__name__}{follows}")
 
 
 class _Encoder:
