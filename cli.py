@@ -161,6 +161,10 @@ def _generate(arguments: Arguments) -> int:
     else:
         prompt = _read_text("-") if arguments.prompt == "-" else arguments.prompt
     with _load(arguments) as model:
+        if lost := model.tokenizer.unknown(prompt):
+            named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
+            print(f"pocketlm: the model knows no {named}: left out of the prompt", file=sys.stderr)
+            prompt = model.tokenizer.encodable(prompt)
         text, ids, last = "", [], None
         for last in model.generate(prompt, max_tokens=arguments.max_tokens, **sampling_keywords(arguments)):
             text += last.text
