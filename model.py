@@ -203,9 +203,13 @@ class Model:
 
         When the context is full, whole turns go, oldest first; the system prompt and the question just asked stay. The
         keys of the turns that stay are moved, which is the usual approximation, or computed again where positions are
-        learned; the last piece's `note` says so.
+        learned; the last piece's `note` says so. Options of `sampling` that are not given are those of `generate`, but for
+        `runtime.sampling.CHAT_DEFAULTS`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
+        from pocketlm.runtime.sampling import CHAT_DEFAULTS
+
+        sampling = {**CHAT_DEFAULTS, **sampling}
         turns = Turns(messages, self.template, self.tokenizer)
         room = min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
         ids = turns.encode()
