@@ -19,6 +19,7 @@ from pocketlm.train.presets import PRESETS, Settings, Shape, changed
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
 
+TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
 SETTINGS = {  # settings with a flag of their own (the name with dashes) → help
     "steps": "updates", "batch": "sequences an update, all processes together", "micro_batch": "sequences at once",
@@ -44,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--learn", default="assistant", choices=("assistant", "all"), help="whose turns of conversations (default assistant)")
     add("--val", action="append", default=[], metavar="FILE", help="texts that only measure (default: a share of FILE)")
     add("--val-every", type=int, default=20, metavar="N", help="one document of N measures (default 20)")
-    add("--compile", action="store_true", default=None, help="torch.compile the model")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: the large presets do)")
     add("--device", default="", metavar="NAME", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     add("--threads", type=int, default=0, metavar="N", help="of each process (default: PyTorch's choice)")
     add("--sample", action="append", default=[], metavar="TEXT", help="a prompt to continue at every validation")
@@ -114,6 +115,11 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
             problem = f"its tokenizer has {tok.n_vocab} tokens, the model {shape.n_vocab}"
             raise FileError(folder, problem, "give the model's own with --tokenizer")
         settings = replace(settings, context=settings.context or shape.n_ctx)
+        if settings.compile and (problem := loop.cannot_compile(ranks.device)):
+            if arguments.compile:
+                raise PocketlmError(f"--compile: {problem}")
+            print(f"training without torch.compile, which is slower: {problem}", file=sys.stderr)
+            settings = replace(settings, compile=False)
         torch.manual_seed(settings.seed)
         if start:
             model = checkpoints.build(start, settings.context, settings.dropout, arguments.rope_theta)
@@ -146,7 +152,6 @@ def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings, f
 
 def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespace) -> None:
     """The run's tokenizer, chat template and encoded data, each made where it is not there yet."""
-    from pocketlm.chat.templates import BUILT_IN
     from pocketlm.train import data, vocabularies
 
     try:
@@ -155,12 +160,23 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
         raise FileError(folder, f"cannot be made ({error.strerror})", "choose another folder with -o") from None
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
     markers = data.markers_of(arguments.chat)
-    tok = _tokenizer(folder, files, kind, n_vocab, markers, arguments.start)
+    learnt = [*files, *val_files] if kind == "characters" else files  # a rare letter may be in what measures alone
+    tok = _tokenizer(folder, learnt, kind, n_vocab, markers, arguments.start)
     encoder = data.Encoder(tok, arguments.chat, data.ROLES if arguments.learn == "all" else ("assistant",), folder)
-    if any(file.suffix == ".jsonl" for file in files):
-        vocabularies.write(folder / "chat_template.jinja", data.jinja(BUILT_IN[arguments.chat]))
+    vocabularies.write(folder / TEMPLATE, _template(files, arguments))
     every = 0 if val_files else arguments.val_every
     data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr))
+
+
+def _template(files: list[Path], arguments: argparse.Namespace) -> str:
+    """How to talk to the model: as its conversations are written, as before where it learns more texts, else as to a text."""
+    from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
+    from pocketlm.train import data
+
+    if data.has_conversations(files):
+        return data.jinja(BUILT_IN[arguments.chat])
+    before = Path(arguments.start).parent / TEMPLATE if arguments.start else None
+    return before.read_text(encoding="utf-8") if before and before.is_file() else PLAIN_JINJA
 
 
 def _tokenizer(
