@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
@@ -36,11 +37,11 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) 
     `load` takes the place of `pocketlm.load`.
     """
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parse(argv)
-    arguments.load = load
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
+        arguments = _parse(argv)
+        arguments.load = load
         status = arguments.run(arguments)
         sys.stdout.flush()
         return status
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) 
 def _parse(argv: list[str]) -> Arguments:
     """Until Python 3.12 argparse gives an optional MODEL or TEXT its default when an option comes before it: put right here."""
     parser = _parser(argv[:1])
+    _check_words(argv)
     arguments, rest = parser.parse_known_args(argv)
     for name in ("model", "text"):
         if len(rest) == 1 and getattr(arguments, name, "") is None and not rest[0].startswith("--"):
@@ -72,6 +74,28 @@ def _parse(argv: list[str]) -> Arguments:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
+
+
+def _check_words(argv: list[str]) -> None:
+    """Raises UsageError for a command or a flag that there is not, with the one that is meant."""
+    name, *words = argv or [""]
+    if name not in COMMANDS and name and not name.startswith("-"):
+        hint = f", did you mean pocketlm chat {name}?" if os.path.exists(name) else did_you_mean(name, COMMANDS)
+        raise UsageError(f"{name}: there is no such command{hint or '; pocketlm --help lists them'}")
+    if name in COMMANDS:
+        flags = _flags(name)
+        for word in takewhile("--".__ne__, words):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and " " not in flag and flag not in flags:
+                hint = did_you_mean(flag, flags, cutoff=0.6) or "; --help lists them"
+                raise UsageError(f"{name} {flag}: there is no such flag{hint}")
+
+
+def _flags(command: str) -> list[str]:
+    """The long flags of a command."""
+    parser = Parser(add_help=False)
+    COMMANDS[command].arguments(parser)
+    return ["--help", *(flag for flag in parser._option_string_actions if flag.startswith("--"))]
 
 
 def _give_up_output() -> None:
@@ -146,20 +170,32 @@ def _chat(arguments: Arguments) -> int:
 
 def _generate_arguments(parser: Parser) -> None:
     model_arguments(parser)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue; - reads standard input")
-    parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file")
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue; without it or with -, a pipe's")
+    parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file; - reads standard input")
     parser.add_argument("-n", "--max-tokens", type=int, default=128, metavar="N", help="at most this many tokens (default 128)")
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
 
 
-def _generate(arguments: Arguments) -> int:
-    if (arguments.prompt is None) == (arguments.file is None):
-        raise UsageError("generate: give the text to continue with either -p TEXT or -f FILE")
+def _prompt(arguments: Arguments) -> str:
+    """The text to continue: of -p, of a file exactly as it is, or of a pipe without its last line break, as `$(…)` is."""
+    usage = "generate: give the text to continue with -p TEXT or -f FILE, or through a pipe"
+    if arguments.prompt is not None and arguments.file is not None:
+        raise UsageError(usage)
     if arguments.file is not None:
-        prompt = _read_text(arguments.file)
-    else:
-        prompt = _read_text("-") if arguments.prompt == "-" else arguments.prompt
+        return _read_text(arguments.file)
+    if arguments.prompt not in (None, "-"):
+        return arguments.prompt
+    if arguments.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError(usage)
+    text = _read_text("-")
+    if not text and arguments.prompt is None:
+        raise UsageError(usage)
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _generate(arguments: Arguments) -> int:
+    prompt = _prompt(arguments)
     with _load(arguments) as model:
         if lost := model.tokenizer.unknown(prompt):
             named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)

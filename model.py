@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.executors import BACKENDS, make_executor
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
@@ -42,7 +42,8 @@ def find_model(name: str) -> Path:
     if path.exists() or path.suffix or path.name != name:
         return path
     if name not in INSTALLED:
-        raise FileError(name, "there is no such file", f"give a path, or a short name: {', '.join(INSTALLED)}")
+        names = f"{', '.join(INSTALLED)}{did_you_mean(name, INSTALLED)}"
+        raise FileError(name, "there is no such file", f"give a path, or a short name: {names}")
     package, command = INSTALLED[name]
     spec = importlib.util.find_spec(package)
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
@@ -146,7 +147,7 @@ class Model:
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
         if backend not in BACKENDS:
-            raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+            raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:

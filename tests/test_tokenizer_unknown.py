@@ -54,7 +54,8 @@ def test_other_ways_with_errors_are_refused(tok: Tokenizer):
 
 def test_generate_leaves_out_what_the_vocabulary_lacks_and_says_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     made = from_table("vocab.json", {token: i for i, token in enumerate(ALPHABET)})
-    keys = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in to_metadata(made, made.n_vocab).items()}
+    keys = to_metadata(made, made.n_vocab)
+    keys = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in keys.items()}
     keys = {**dict.fromkeys(("tokenizer.ggml.pre", "tokenizer.ggml.merges")), **keys}
     path = write_model(tmp_path / "chars.gguf", tokens=ALPHABET, metadata=keys)
     outputs = []

@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.train.presets import PRESETS, Settings, Shape, changed
 
 if TYPE_CHECKING:
@@ -70,12 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
         from pocketlm.train.small_talk.recipe import cook
 
         if arguments.recipe not in RECIPES:
-            raise UsageError(f"--recipe {arguments.recipe}: expected {', '.join(RECIPES)}")
+            near = did_you_mean(arguments.recipe, RECIPES)
+            raise UsageError(f"--recipe {arguments.recipe}: expected {', '.join(RECIPES)}{near}")
         return cook(Path(arguments.output or arguments.recipe), arguments.threads, bool(arguments.compile))
     if not arguments.data or not arguments.output:
         raise UsageError("train: give the texts to learn and the run's folder, as in: pocketlm train book.txt -o run")
     if arguments.preset not in PRESETS:
-        raise UsageError(f"--preset {arguments.preset}: expected one of {', '.join(PRESETS)}")
+        near = did_you_mean(arguments.preset, PRESETS)
+        raise UsageError(f"--preset {arguments.preset}: expected one of {', '.join(PRESETS)}{near}")
     if arguments.start and arguments.set:
         raise UsageError("--set changes a new model; the one of --from has its shape already")
     if wrong := [pair for pair in arguments.set if "=" not in pair]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.chat.templates import BUILT_IN, BuiltIn, Template
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.vocabularies import ROLES, check_markers
@@ -82,7 +82,7 @@ def has_conversations(paths: Iterable[Path]) -> bool:
 def markers_of(chat: str) -> tuple[str, ...]:
     """The markers that a kind of conversations is written with. Raises UsageError for an unknown kind."""
     if chat not in CHATS:
-        raise UsageError(f"--chat {chat}: expected {' or '.join(CHATS)}")
+        raise UsageError(f"--chat {chat}: expected {' or '.join(CHATS)}{did_you_mean(chat, CHATS)}")
     return BUILT_IN[chat].needs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from pocketlm.errors import UsageError
+from pocketlm.errors import UsageError, did_you_mean
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -18,7 +18,8 @@ CHOICES = {
 def _check_choices(value: Any) -> None:
     for f in fields(value):
         if f.name in CHOICES and (chosen := getattr(value, f.name)) not in CHOICES[f.name]:
-            raise UsageError(f"{f.name} {chosen}: expected {', '.join(CHOICES[f.name])}")
+            near = did_you_mean(chosen, CHOICES[f.name])
+            raise UsageError(f"{f.name} {chosen}: expected {', '.join(CHOICES[f.name])}{near}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def changed(shape: Shape, pairs: dict[str, str]) -> Shape:
     given: dict[str, Any] = {}
     for name, text in pairs.items():
         if name not in kinds:
-            raise UsageError(f"--set {name}: expected one of {', '.join(kinds)}")
+            raise UsageError(f"--set {name}: expected one of {', '.join(kinds)}{did_you_mean(name, kinds)}")
         try:
             given[name] = {"true": True, "false": False}[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):
