@@ -116,7 +116,9 @@ class Model:
 
     @property
     def n_parameters(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        from pocketlm.runtime.model_summary import count_parameters
+
+        return count_parameters(self.tensors)
 
     @property
     def file_bytes(self) -> int:

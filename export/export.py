@@ -44,7 +44,7 @@ class Receipt:
     weight_bytes: int
     file_bytes: int
     notes: list[str]
-    added: frozenset[str] = frozenset()  # tensors of zeros that the checkpoint had not
+    added: frozenset[str] = frozenset()  # tensors that are no parameters
 
     @property
     def n_parameters(self) -> int:
