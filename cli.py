@@ -1,4 +1,4 @@
-"""The `pocketlm` command: one row a subcommand. Parses, calls the package, prints.
+"""The `pocketlm` command: one row per subcommand. Parses, calls the package, prints.
 
 Results go to stdout, notes and timings to stderr. Exit status 0: done, 1: the work failed, 2: wrong usage. Nothing heavy
 is imported before a subcommand needs it, so that `pocketlm --help` answers at once.
@@ -64,7 +64,11 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) 
 
 
 def _parse(argv: list[str]) -> Arguments:
-    """Until Python 3.12 argparse gives an optional MODEL or TEXT its default when an option comes before it: put right here."""
+    """The arguments of a command line.
+
+    Before Python 3.12 argparse gives an optional MODEL or TEXT its default as soon as it meets an option, and the word itself
+    is left over: it is put in its place here.
+    """
     parser = _parser(argv[:1])
     _check_words(argv)
     arguments, rest = parser.parse_known_args(argv)
@@ -170,7 +174,8 @@ def _chat(arguments: Arguments) -> int:
 
 def _generate_arguments(parser: Parser) -> None:
     model_arguments(parser)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue; without it or with -, a pipe's")
+    piped = "the text to continue; without it, or with -, what comes through a pipe"
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help=piped)
     parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file; - reads standard input")
     parser.add_argument("-n", "--max-tokens", type=int, default=128, metavar="N", help="at most this many tokens (default 128)")
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")

@@ -34,7 +34,7 @@ class Session:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything; for who wants to use the executor directly, and before."""
+        """Forget everything: what is called before the executor is used directly."""
         self._truncate(0)
 
     def append(self, id: int) -> np.ndarray:

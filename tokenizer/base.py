@@ -1,6 +1,6 @@
 """What every tokenizer has in common: the vocabulary, markers in a text, decoding whole and as a stream.
 
-Comes in: a validated `Vocabulary` and, from each kind of tokenizer, how plain text becomes ids. Goes out: `Tokenizer`.
+In: a validated `Vocabulary` and, from each kind of tokenizer, how plain text becomes ids. Out: `Tokenizer`.
 Knows no file format (`readers`) and no model.
 """
 

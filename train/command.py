@@ -1,7 +1,7 @@
 """`pocketlm train`: its arguments, and the way from texts to a run's folder. PyTorch is imported when training starts.
 
-A run's folder holds the tokenizer, `data/`, `log.jsonl`, `last.pt` and `best.pt`. The same command goes on where a killed
-one left off.
+A run's folder holds the tokenizer, `data/`, `log.jsonl`, `last.pt` and `best.pt`. The same command goes on where an
+interrupted one left off.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
 SETTINGS = {  # settings with a flag of their own (the name with dashes) → help
-    "steps": "updates", "batch": "sequences an update, all processes together", "micro_batch": "sequences at once",
-    "context": "tokens a sequence (the model's)", "lr": "peak learning rate", "warmup": "updates until the peak",
-    "weight_decay": "of matrices", "clip": "largest norm of the gradient", "dropout": "share of values set to 0",
-    "dtype": "fp32, bf16 or fp16", "seed": "of everything random",
+    "steps": "number of updates", "batch": "sequences per update, over all processes",
+    "micro_batch": "sequences computed at once; a batch is so many of them", "context": "tokens per sequence",
+    "lr": "peak learning rate", "warmup": "updates until the peak", "weight_decay": "weight decay of the matrices",
+    "clip": "largest norm of the gradient", "dropout": "share of values set to 0", "dtype": "fp32, bf16 or fp16",
+    "seed": "decides everything that is drawn at random",
 }  # fmt: skip
 
 
@@ -33,25 +34,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `pocketlm train`."""
     add = parser.add_argument
     add("data", nargs="*", metavar="FILE", help="texts (.txt) and conversations (.jsonl) to learn")
-    add("-o", "--output", metavar="RUN", help="the run's folder; a run that is in it goes on")
+    add("-o", "--output", metavar="RUN", help="the run's folder; a run that was stopped there goes on")
     add("--preset", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)} (default tiny)")
     add("--recipe", metavar="NAME", help="small-talk: make the model that comes with the package")
     add("--plot", metavar="RUN", help="draw a run's log to RUN/log.png")
-    add("--set", action="append", default=[], metavar="K=V", help="change the preset's shape, as n_layer=6")
-    add("--from", dest="start", metavar="CHECKPOINT", help="begin with its weights: fine-tuning, longer context")
+    add("--set", action="append", default=[], metavar="K=V", help="change the preset's shape, as in n_layer=6")
+    add("--from", dest="start", metavar="CHECKPOINT", help="begin with these weights: fine-tuning, longer context")
     add("--rope-theta", type=float, default=0.0, metavar="X", help="with --from: another base of the rotary angles")
     add("--tokenizer", metavar="NAME", help="bytes, sentencepiece, characters, or a tokenizer's folder")
     add("--chat", default="chatml", metavar="NAME", help="how conversations are marked: chatml (default) or markers")
-    add("--learn", default="assistant", choices=("assistant", "all"), help="whose turns of conversations (default assistant)")
-    add("--val", action="append", default=[], metavar="FILE", help="texts that only measure (default: a share of FILE)")
-    add("--val-every", type=int, default=20, metavar="N", help="one document of N measures (default 20)")
+    add("--learn", default="assistant", choices=("assistant", "all"), help="whose turns are learnt (default assistant)")
+    add("--val", action="append", default=[], metavar="FILE", help="texts for validation (default: a share of FILE)")
+    add("--val-every", type=int, default=20, metavar="N", help="one document in N is kept for validation (default 20)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: the large presets do)")
     add("--device", default="", metavar="NAME", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
-    add("--threads", type=int, default=0, metavar="N", help="of each process (default: PyTorch's choice)")
+    add("--threads", type=int, default=0, metavar="N", help="threads of each process (default: PyTorch's choice)")
     add("--sample", action="append", default=[], metavar="TEXT", help="a prompt to continue at every validation")
-    add("--log-every", type=int, default=10, metavar="N", help="updates (default 10)")
-    add("--eval-every", type=int, default=100, metavar="N", help="updates (default 100)")
-    add("--save-seconds", type=float, default=60.0, metavar="X", help="between checkpoints (default 60)")
+    add("--log-every", type=int, default=10, metavar="N", help="a line of progress every N updates (default 10)")
+    add("--eval-every", type=int, default=100, metavar="N", help="validation every N updates (default 100)")
+    add("--save-seconds", type=float, default=60.0, metavar="X", help="seconds between checkpoints (default 60)")
     group = parser.add_argument_group("how to train (defaults: the preset's)")
     for name, text in SETTINGS.items():
         kind = type(getattr(Settings(), name))

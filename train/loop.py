@@ -1,4 +1,4 @@
-"""The loop: a model, a corpus and settings in; checkpoints and a log in the run's folder out. Knows no text but samples.
+"""The loop: a model, a corpus and settings in; checkpoints and a log in the run's folder out. Knows no text, but for samples.
 
 A step is a function of the weights, the optimiser's state, the settings and the step's number: which blocks it sees and
 which values dropout takes are drawn from (seed, step), so a run that was killed anywhere goes on from its last checkpoint

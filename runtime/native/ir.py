@@ -62,7 +62,6 @@ Operand: TypeAlias = Union["Value", int, float]
 F16, F32, F64, PTR, VOID = Type("half"), Type("float"), Type("double"), Type("ptr"), Type("void")
 
 
-
 class Value:
     """An SSA value of a function. Arithmetic and comparisons make instructions; `ptr + bytes` moves a pointer."""
 

@@ -1,4 +1,4 @@
-"""The structures that Python fills and compiled code reads: one record an operation, and one for the whole run.
+"""The structures that Python fills and compiled code reads: one record per operation, and one for the whole run.
 
 Every field is eight bytes, so that a NumPy record and the compiled code agree on offsets by position alone. Knows names
 and positions, nothing else.
