@@ -40,6 +40,8 @@ CONVERSATION = (
     "father, who had come home from the sea.",
     "Thank you, that was a good one. Good night!", "You're welcome! Sleep well, and talk to you soon.",
 )  # fmt: skip
+RANDOM = " drawn at random"
+ENOUGH = 0.8  # share of a text's characters that a vocabulary has to have, or what is left is no text
 WINDOW = 512  # tokens that are looked at together: bounds the logits in memory to 100 MB for 50,000 words
 Runner = Callable[[np.ndarray], np.ndarray]  # ids int64 [n], from an empty cache -> logits float32 [n, n_vocab]
 
@@ -59,11 +61,13 @@ class Comparison:
 
     def line(self) -> str:
         """The comparison for a person."""
-        foreign = "; the text is foreign to the model, which a guess beats" if self.exact_perplexity > self.n_vocab else ""
+        is_text = RANDOM not in self.sample
+        foreign = is_text and self.exact_perplexity > self.n_vocab
         return (
             f"verified on {self.n_tokens} tokens{self.sample}: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), "
             f"same first choice {self.agreement:.1%}, "
-            f"perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f}){foreign}"
+            f"perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
+            + "; the text is foreign to the model, which a guess beats" * foreign
         )
 
 
@@ -112,9 +116,9 @@ def _own_ids(tokenizer: Tokenizer, template: str | None) -> tuple[list[int], str
     talks = chat.name != "plain" and not tokenizer.unknown(chat.render(messages, False), special=True)
     text, name = ("".join(CONVERSATION), "a conversation in its template") if talks else (TEXT, "the usual text")
     usable = tokenizer.encodable(text)
-    if len(usable) < len(text) // 2:
+    if len(usable) < ENOUGH * len(text):
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, WINDOW).tolist()
-        return ids, f" drawn at random, since the tokenizer takes too few of the characters of {name}"
+        return ids, f"{RANDOM}, since the tokenizer takes too few of the characters of {name}"
     left_out = "".join(sorted(tokenizer.unknown(text)))
     without = f" without {left_out!r}, which the tokenizer does not take" if left_out else ""
     if not talks:

@@ -149,6 +149,7 @@ def test_verify_sees_what_a_coarse_format_costs(tmp_path: Path):
     [
         (sorted(set(verify_module.TEXT)), "tokens: "),
         (sorted(set(verify_module.TEXT) - set("Tk")), "tokens of the usual text without 'Tk', which the tokenizer does not"),
+        (sorted(set(verify_module.TEXT) - set("bcdfghklopvwx")), "tokens drawn at random, since the tokenizer takes too few"),
         (list("ąβж漢\n"), "tokens drawn at random, since the tokenizer takes too few of the characters of the usual text: "),
     ],
 )
@@ -159,6 +160,7 @@ def test_verify_uses_what_a_character_vocabulary_has(alphabet: list[str], sample
     export(model, "c", tmp_path / "m.gguf", quant="f32")
     result = verify(model, tmp_path / "m.gguf")
     assert sample in result.line()
+    assert not ("at random" in sample and "foreign" in result.line())
     assert result.n_tokens > 500
     assert result.worst_cosine > 0.9999
 

@@ -15,6 +15,7 @@ import torch_models as models  # noqa: E402
 
 import pocketlm  # noqa: E402
 from pocketlm.cli import main  # noqa: E402
+from pocketlm.export.from_model_file import is_model_file  # noqa: E402
 from pocketlm.model import find_model  # noqa: E402
 from pocketlm.train import checkpoints  # noqa: E402
 from pocketlm.train.decoder import Decoder  # noqa: E402
@@ -29,7 +30,7 @@ def inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> int:
 
 
 def exported(checkpoint: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str) -> int:
-    given = [] if pocketlm.export.from_model_file.is_model_file(checkpoint) else ["--tokenizer", "none"]
+    given = [] if is_model_file(checkpoint) else ["--tokenizer", "none"]
     assert main(["export", str(checkpoint), "-o", str(out), *given, *options]) == 0
     return int(capsys.readouterr().out.split(": ", 1)[1].split(" parameters")[0].replace(",", ""))
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
 SETTINGS = {  # settings with a flag of their own (the name with dashes) → help
-    "steps": "number of updates", "batch": "sequences per update, over all processes",
-    "micro_batch": "sequences computed at once; a batch is so many of them", "context": "tokens per sequence",
-    "lr": "peak learning rate", "warmup": "updates until the peak", "weight_decay": "weight decay of the matrices",
+    "steps": "number of steps", "batch": "sequences per step, over all processes",
+    "micro_batch": "sequences computed at once; divides the batch", "context": "tokens per sequence",
+    "lr": "peak learning rate", "warmup": "steps until the peak", "weight_decay": "weight decay of the matrices",
     "clip": "largest norm of the gradient", "dropout": "share of values set to 0", "dtype": "fp32, bf16 or fp16",
     "seed": "decides everything that is drawn at random",
 }  # fmt: skip
@@ -50,8 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="", metavar="NAME", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     add("--threads", type=int, default=0, metavar="N", help="threads of each process (default: PyTorch's choice)")
     add("--sample", action="append", default=[], metavar="TEXT", help="a prompt to continue at every validation")
-    add("--log-every", type=int, default=10, metavar="N", help="a line of progress every N updates (default 10)")
-    add("--eval-every", type=int, default=100, metavar="N", help="validation every N updates (default 100)")
+    add("--log-every", type=int, default=10, metavar="N", help="a line of progress every N steps (default 10)")
+    add("--eval-every", type=int, default=100, metavar="N", help="validation every N steps (default 100)")
     add("--save-seconds", type=float, default=60.0, metavar="X", help="seconds between checkpoints (default 60)")
     group = parser.add_argument_group("how to train (defaults: the preset's)")
     for name, text in SETTINGS.items():
@@ -132,7 +132,7 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
         train, val = (data.open_corpus(folder / "data", split, settings.context, tok.n_vocab) for split in data.SPLITS)
         if ranks.leads:
             n_parameters = sum(weight.numel() for weight in model.parameters())
-            facts = f"{n_parameters:,} parameters, {train.n_tokens:,} tokens to learn from, {tok.n_vocab:,} words"
+            facts = f"{n_parameters:,} parameters, {train.n_tokens:,} tokens to learn from, a vocabulary of {tok.n_vocab:,}"
             print(facts, file=sys.stderr)
         loss = loop.train(
             model, train, val, settings, folder, ranks, identity=_identity(arguments, model.shape, settings, folder),

@@ -24,7 +24,7 @@ def _check_choices(value: Any) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """One decoder, in the words of the runtime's hyper-parameters. Raises UsageError for one that cannot be."""
+    """One decoder, in the terms of the runtime's hyper-parameters. Raises UsageError for one that cannot be."""
 
     n_layer: int
     n_head: int
@@ -47,7 +47,7 @@ class Shape:
         object.__setattr__(self, "n_ff", self.n_ff or 4 * self.n_embd)
         _check_choices(self)
         if min(self.n_layer, self.n_head, self.n_embd, self.n_vocab, self.n_ctx, self.n_kv_head, self.n_ff) < 1:
-            raise UsageError("a model's layers, heads, widths, words and positions are 1 or more")
+            raise UsageError("a model's layers, heads, widths, vocabulary and positions are 1 or more")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             problem = "each must divide the one before"
             raise UsageError(f"width {self.n_embd}, {self.n_head} heads, {self.n_kv_head} kv heads: {problem}")
