@@ -193,6 +193,10 @@ def _tokenizer(
     if kind in vocabularies.KINDS and not start:
         return vocabularies.make_tokenizer(kind, data.read_texts(files), n_vocab, markers, folder)
     source = Path(start).parent if start and kind in vocabularies.KINDS else Path(kind)
+    if not source.exists():
+        kinds = ", ".join(vocabularies.KINDS)
+        near = did_you_mean(kind, vocabularies.KINDS)
+        raise UsageError(f"--tokenizer {kind}: expected {kinds}, or a tokenizer's file or folder{near}")
     tokenizer.load(source)  # says what is wrong with it
     for name in (*vocabularies.FILES, "tokenizer_config.json"):
         if (file := (source if source.is_dir() else source.parent) / name).is_file():
