@@ -68,7 +68,7 @@ class SamplingOptions:
 
 
 # what an answer in a chat is drawn with unless asked otherwise: small models left alone repeat themselves turn after turn
-CHAT_DEFAULTS = {"repeat_penalty": 1.1}
+CHAT_DEFAULTS: dict[str, Any] = {"repeat_penalty": 1.1}
 
 # option, its type, what holds for a good value, the same in words
 _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
