@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.executors import BACKENDS, make_executor
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
+from pocketlm.runtime.model_summary import count_parameters
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.session import Session
 from pocketlm.runtime.threads import check_threads
@@ -42,7 +43,8 @@ def find_model(name: str) -> Path:
     if path.exists() or path.suffix or path.name != name:
         return path
     if name not in INSTALLED:
-        raise FileError(name, "there is no such file", f"give a path, or a short name: {', '.join(INSTALLED)}")
+        names = f"{', '.join(INSTALLED)}{did_you_mean(name, INSTALLED)}"
+        raise FileError(name, "there is no such file", f"give a path, or a short name: {names}")
     package, command = INSTALLED[name]
     spec = importlib.util.find_spec(package)
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
@@ -92,7 +94,7 @@ class Model:
         self._plan = make_plan(self.hyper, shapes, path)
         self._tokenizer = self._read_tokenizer()
         self.n_ctx = self._check_ctx(ctx)
-        self.n_parameters = sum(math.prod(shape) for shape in shapes.values())
+        self.n_parameters = count_parameters(self.tensors)
         name = self.metadata.get("general.name")
         self.name = name if isinstance(name, str) and name.strip() else path.stem  # what the model calls itself
         self._template_source = self.metadata.get("tokenizer.chat_template")
@@ -170,7 +172,7 @@ class Model:
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
         if backend not in BACKENDS:
-            raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+            raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:
@@ -235,9 +237,13 @@ class Model:
 
         When the context is full, whole turns go, oldest first; the system prompt and the question just asked stay. The
         keys of the turns that stay are moved, which is the usual approximation, or computed again where positions are
-        learned; the last piece's `note` says so.
+        learned; the last piece's `note` says so. Options of `sampling` that are not given are those of `generate`, but for
+        `runtime.sampling.CHAT_DEFAULTS`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
+        from pocketlm.runtime.sampling import CHAT_DEFAULTS
+
+        sampling = {**CHAT_DEFAULTS, **sampling}
         turns = self._turns = Turns(messages, self.template, self.tokenizer, self._turns)
         ids = turns.fit(self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4))
         stop = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]

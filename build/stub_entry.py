@@ -107,7 +107,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _open_later(title: str, *arguments: Any) -> Opening:
-    """The model, opened while its friend reads the first lines."""
+    """The model, opened while the user reads the first lines."""
     import pocketlm
     from pocketlm.chat.opening import Opening
 

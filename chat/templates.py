@@ -65,6 +65,11 @@ BUILT_IN = {
         BuiltIn("plain", {"system": ("", "\n"), "user": ("", ""), "assistant": ("", "\n")}),
     )
 }
+# What the file of a model says that was trained on texts alone: its vocabulary may have chat markers that it never met.
+PLAIN_JINJA = (
+    "{%- for message in messages %}{{- message['content'] }}{%- if message['role'] != 'user' %}{{- '\\n' }}{%- endif %}"
+    "{%- endfor %}"
+)
 
 
 class Template:
@@ -324,12 +329,12 @@ def choose(source: object, tokenizer: Tokenizer) -> Template:
     def fits(row: BuiltIn) -> bool:
         return all(tokenizer.token_id(marker) is not None or marker in (jinja or "") for marker in row.needs)
 
-    built_in = next(row for row in BUILT_IN.values() if fits(row))
+    built_in = BUILT_IN["plain"] if source == PLAIN_JINJA else next(row for row in BUILT_IN.values() if fits(row))
     bos, eos = (
         "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         for token_id in (tokenizer.bos_id, tokenizer.eos_id)
     )
-    template = Template(jinja, built_in, bos, eos)
+    template = Template(None if source == PLAIN_JINJA else jinja, built_in, bos, eos)
     if source is not None and jinja is None:
         template.note = f"the model's chat template is no text: {built_in.name} takes its place"
     return template

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.fp16_bin_writer import write_fp16_bin
 from pocketlm.export.gguf_writer import write_gguf
@@ -46,7 +46,7 @@ class Receipt:
     weight_bytes: int
     file_bytes: int
     notes: list[str]
-    added: frozenset[str] = frozenset()  # tensors of zeros that the checkpoint had not
+    added: frozenset[str] = frozenset()  # tensors that are no parameters
 
     @property
     def n_parameters(self) -> int:
@@ -168,6 +168,7 @@ CONTAINERS = {
     "onnx": Container(_onnx, ("f32", "f16", "int8")),
     "ollama": Container(_ollama, _GGUF_QUANTS),
 }
+CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
 
@@ -176,7 +177,7 @@ def container_for(out: Path, asked: str | None) -> str:
     """The container that `--to` names, or the one that the output's name asks for. Raises UsageError."""
     by_name = ENDINGS.get(out.suffix.lower())
     if asked is not None and asked not in CONTAINERS:
-        raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}")
+        raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}{did_you_mean(asked, CONTAINERS)}")
     if asked is None and (suffix := out.suffix.lower()) in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
     if asked in ("fp16", "ollama") and by_name:
@@ -197,7 +198,8 @@ def export(
     row = CONTAINERS[container]
     quant = (quant or row.quants[0]).lower()
     if quant not in row.quants:
-        raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}")
+        hint = did_you_mean(quant, row.quants, others=CALLED_ELSEWHERE)
+        raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}{hint}")
     make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
         done, notes = row.write(_Job(model, source, out, quant, pure, encoder))

@@ -17,7 +17,8 @@ from pocketlm.tokenizer import from_metadata
 def modelfile(gguf_name: str, metadata: Mapping[str, Any], hyper: Hyper, path: Path) -> tuple[str, list[str]]:
     """The text of the Modelfile, and notes for the receipt. FileError where the tokenizer's keys are not sound."""
     tokenizer = from_metadata(metadata, path)
-    template = choose(metadata.get("tokenizer.chat_template"), tokenizer)
+    source = metadata.get("tokenizer.chat_template")
+    template = choose(source, tokenizer)
     built_in = template.built_in
     lines, notes = [f"FROM ./{gguf_name}"], []
     if template.source and built_in.name == "plain":

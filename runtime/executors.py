@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pocketlm.errors import UsageError
+from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime import memory
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KVCache
@@ -48,7 +48,7 @@ def make_executor(
     NativeUnavailable where "native" was asked for by name and cannot run here.
     """
     if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
     for name in plan.weights:
         if tensors[name].format.dequantize is None:
             tensors[name].to_float32()  # raises the error that names the format

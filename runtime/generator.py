@@ -1,4 +1,4 @@
-"""From a prompt to an answer: a Python generator of small records, one a token.
+"""From a prompt to an answer: a Python generator of small records, one per token.
 
 In: a session, the prompt's ids, a sampler, a stream decoder. Out: `Piece` records. Knows when to stop: an end token, a stop
 string, a limit, a cancellation, a full context. Does not know what a turn is: where the context is full it asks for a

@@ -1,8 +1,8 @@
-"""How each weight format's blocks become numbers: one short function a format, 16 rows at a time.
+"""How each weight format's blocks become numbers: one short function per format, 16 rows at a time.
 
 In: pointers to the planes of one block of 16 rows (tiling.py), and what to do with each run of columns that share a
 scale: the matrix kernel multiplies it with activations, the embedding kernel writes one row of it out. Format facts: the
-`gguf` package and https://github.com/ggml-org/ggml.
+`gguf` package and the ggml repository.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The native executor: the plan as compiled code, one call a token and thread, weights kept quantised.
+"""The native executor: the plan as compiled code, one call per token and thread, weights kept quantised.
 
 In: a plan, the tensors it names, token ids. Out: logits. Tiles the weights once, encodes the plan (lowering.py) and
 hands blocks of tokens to the threads (workers.py). Results do not depend on the number of threads. Every id, shape and
