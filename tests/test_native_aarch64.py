@@ -83,9 +83,10 @@ def define_threads(module: Module) -> None:
     with module.function("live", {"team": PTR, "tid": I64}, linkage="kernel") as f:
         team, tid = f.args()
         run, lock = f.field(team, record, PTR), team + locks + tid * CACHE_LINE
-        with f.loop_while(lambda: f.call(I64, "wait", run, tid).equals(1)):
-            with f.loop_while(lambda: f.compare_exchange(lock, 1, 0).equals(0)):
-                f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I64)
+        give_way = f.field(run, offset(RUN, "give_way"), PTR)
+        asleep = f.loop_while(lambda: f.compare_exchange(lock, 1, 0).equals(0))
+        with f.loop_while(lambda: f.call(I64, "wait", run, tid).equals(1)), asleep:
+            f.call_pointer(give_way, returns=I64)
         f.atomic_add(team + ended, 1)
     with module.function("run", {"team": PTR}, linkage="kernel") as f:
         (team,) = f.args()
@@ -191,10 +192,9 @@ class Program:
 
     def __init__(self, guest, native, n_threads):
         storage = dataclasses.replace(native._storage, address=lambda f, kernel: guest.code(f"{f}_{kernel}"))
-        self.guest, self.native, self.buffer, program = guest, native, storage.buffers["logits"], encode(native.plan, storage, n_threads)
-        workers = native._workers._workers
-        arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values(), storage.keys,
-                  storage.values, workers]  # fmt: skip
+        self.native, self.buffer, program = native, storage.buffers["logits"], encode(native.plan, storage, n_threads)
+        arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values()]
+        arrays += [storage.keys, storage.values, native._workers._workers]
         arrays += [array for key, array in native._arrays.items() if key != "program"]
         self.places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays)
         relocate(program, self.places)
