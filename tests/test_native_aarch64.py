@@ -32,7 +32,8 @@ class Guest:
             with f.range(0, n) as i:
                 job = memory + (jobs + i * (8 * JOB))
                 f.call_pointer(f.field(job, 0, PTR), *[f.field(job, 8 * k) for k in range(1, JOB)])
-        define_threads(caller)
+        if kernels.CORE in modules:
+            define_threads(caller)
         texts = [*(kernels.module_text(name, level, "sysv") for name in modules), caller.text()]
         self.image, self.cpu = linker.link([compile_object(text, level) for text in texts]), CPUS[level.name]
         self.memory, self.jobs = bytearray(), []
