@@ -152,7 +152,7 @@ def find(path: Path) -> Packed | None:
     body, own = data[:-_DIGEST], data[-_DIGEST:]
     if count != len(ROWS) or hashlib.sha256(body).digest() != own:
         raise FileError(path, *_BROKEN)
-    sections = {name: Section(*row) for name, row in zip(ROWS, _ROW.iter_unpack(body[_PREFIX.size :]), strict=True)}
+    sections = _sections(body)
     at = -(-sections["boot"].length // PAGE) * PAGE
     for name in IN_ORDER:
         if sections[name].offset != at:
@@ -164,6 +164,10 @@ def find(path: Path) -> Packed | None:
     return Packed(path, sections)
 
 
+def _sections(body: bytes) -> dict[str, Section]:
+    return {name: Section(*row) for name, row in zip(ROWS, _ROW.iter_unpack(body[_PREFIX.size :]), strict=True)}
+
+
 def search(path: Path) -> Packed | None:
     """The sections of an executable whose end is gone or was changed, by a locator that is whole; None if there is none."""
     try:
@@ -171,8 +175,8 @@ def search(path: Path) -> Packed | None:
             at = len(data)
             while (at := data.rfind(_MAGIC, 0, at)) >= 0:
                 body, own = data[at : at + SIZE - _DIGEST], data[at + SIZE - _DIGEST : at + SIZE]
-                if hashlib.sha256(body).digest() == own:
-                    return Packed(path, {name: Section(*row) for name, row in zip(ROWS, _ROW.iter_unpack(body[_PREFIX.size :]))})
+                if len(own) == _DIGEST and hashlib.sha256(body).digest() == own and _PREFIX.unpack_from(body)[1] == _VERSION:
+                    return Packed(path, _sections(body))
     except (OSError, ValueError) as error:
         raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return None
