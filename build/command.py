@@ -199,8 +199,9 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from pocketlm.build.check import parts_of
+    from pocketlm.model import find_model
 
-    parts = parts_of(Path(arguments.file))
+    parts = parts_of(find_model(arguments.file))
     for part in parts:
         print(part.line())
     if wrong := [part.name for part in parts if not part.is_whole]:
