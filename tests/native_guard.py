@@ -77,7 +77,7 @@ class Score:
 
 def products(levels: list[Level], fmt: str, tokens: int) -> None:
     name = f"product{tokens}"
-    kernel = {level.name: kernels.loaded(fmt, level).function(f"{fmt}_{name}", None, *[ctypes.c_int64] * 9) for level in levels}
+    kernel = {level.name: kernels.loaded(fmt, level).function(f"{fmt}_{name}", None, *[ctypes.c_int64] * 8) for level in levels}
     random, memory, scores = (
         np.random.default_rng([tokens, FORMATS[fmt].gguf_type]),
         [Guarded() for _ in range(3)],

@@ -14,6 +14,7 @@ from pocketlm.runtime.native.ir import I32, I64, PTR, VOID, Module
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.lowering import encode
 from pocketlm.runtime.native.records import CACHE_LINE, RUN, WORKER, offset
+from pocketlm.runtime.native.run_loop import ASLEEP
 from pocketlm.runtime.native.sizes import TILES
 from pocketlm.runtime.native.workers import CLOSED
 
@@ -76,7 +77,7 @@ def define_threads(module: Module) -> None:
     live(team, tid)       a thread's life: wait; asleep until its lock is opened; wait; …
     run(team)             one run of the program, the caller's share included
     start(team, tid, …)   a thread. close(team, n): the end of n others
-    poke(to, x), copy(to, from, n bytes), idle(run, n slices of time): between runs
+    poke(to, x), copy(to, from, n bytes), rest(run), which waits until the others sleep: between runs
 
     A team: the record's address; threads that have ended; then a lock for each thread, a cache line each.
     """
@@ -116,10 +117,12 @@ def define_threads(module: Module) -> None:
         to, start, n = f.args()
         with f.range(0, n, 4) as i:
             f.store(f.load(I32, start + i, 4), to + i, 4)
-    with module.function("idle", {"run": PTR, "n": I64}, linkage="kernel") as f:
-        run, n = f.args()
-        with f.range(0, n):
-            f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I64)
+    with module.function("rest", {"run": PTR}, linkage="kernel") as f:
+        (run,) = f.args()
+        with f.range(1, f.field(run, offset(RUN, "n_threads"))) as tid:
+            state = f.field(run, offset(RUN, "workers"), PTR) + (tid * WORKER.itemsize + offset(WORKER, "state"))
+            with f.loop_while(lambda: f.atomic_load(state).equals(ASLEEP).equals(0)):
+                f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I64)
 
 
 @each_level
@@ -239,7 +242,7 @@ def test_a_whole_model(level, name):
 
 
 STEPS = ((0, 7), *((i, i + 1) for i in range(7, 12)), (12, 19))  # a prompt, tokens, another prompt
-SLEEPS = {8, 12}  # before these positions the others have time to fall asleep
+SLEEPS = {8, 12}  # before these positions the others fall asleep
 
 
 def generate(level, fmt, options, n_threads):
@@ -264,7 +267,7 @@ def generate(level, fmt, options, n_threads):
         for name, value in program.last_pass().items():
             guest.call("poke", run + offset(RUN, name), value)
         if start in SLEEPS and n_threads > 1:
-            guest.call("idle", run, 5000)
+            guest.call("rest", run)
         guest.call("run", team)
         outputs.append(guest.put(np.zeros(n * row, np.uint8)))
         guest.call("copy", outputs[-1], program.logits, n * row)

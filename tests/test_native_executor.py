@@ -238,11 +238,11 @@ def test_numpy_takes_over_where_code_may_not_be_executable_and_says_so(monkeypat
         raise NativeUnavailable("this system does not let a program run code that it made itself")
 
     native, reference = executors(host_level())
+    model = native.plan, native._tensors, 64, 1, "model"
     native.close()
     reference.close()
     monkeypatch.setattr(linker, "map_code", refuse)
     monkeypatch.setattr(kernels, "loaded", kernels.loaded.__wrapped__)  # nothing is loaded yet
-    model = native.plan, native._tensors, 64, 1, "model"
     executor = make_executor("auto", *model)
     assert executor.name == "numpy"
     said = capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_however_a_text_is_cut_and_on_however_many_threads(level, fmt):
         native.close()
 
 
-@pytest.mark.parametrize("position", ["rope", "alibi", "learned"])
+@pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize("group", [1, 3, 25], ids="{} queries a key".format)
 def test_across_spans_of_positions(position, group):
     """Long texts: spans are shared out among threads, or walked through by one; more queries than a task takes at a time."""

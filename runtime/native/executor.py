@@ -194,7 +194,8 @@ class NativeExecutor:
         return True
 
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
-        """Write the records of a pass."""
+        """Write the records of a pass. Raises PocketlmError once the model is closed."""
+        self._workers.check_open()
         record, tokens, wanted = self._record, self._arrays["tokens"], self._arrays["rows"]
         n = n_rows = 0
         for cache, ids, rows in work:

@@ -42,7 +42,7 @@ class WorkerThreads:
     def run(self) -> None:
         """Walk the program once. Raises PocketlmError once the threads are ended, also in the middle of the run."""
         memory = self._memory  # noqa: F841  another thread may close the model meanwhile
-        self._check_open()
+        self.check_open()
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
         self._finish()
@@ -52,9 +52,10 @@ class WorkerThreads:
             self._finish()
         if self._record["epoch"][0] < 0:
             join_threads(self._threads)  # they may still be looking at what the caller owns
-        self._check_open()
+        self.check_open()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises PocketlmError once the threads are ended."""
         if self._record["epoch"][0] < 0:
             raise PocketlmError("this model is closed; load it again")
 
