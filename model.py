@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime.executors import BACKENDS, make_executor
 from pocketlm.runtime.hyper import Hyper, read_hyper
+from pocketlm.runtime.identity import fingerprint, readable_name
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.session import Session
@@ -110,8 +112,12 @@ class Model:
     @property
     def name(self) -> str:
         """What the model calls itself, or the file's name."""
-        name = self.metadata.get("general.name")
-        return name if isinstance(name, str) and name.strip() else self.path.stem
+        return readable_name(self.metadata, self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for every file with these weights, whatever it is called."""
+        return fingerprint(self.tensors)
 
     @property
     def n_parameters(self) -> int:
@@ -201,23 +207,40 @@ class Model:
     ) -> Iterator[Piece]:  # fmt: skip
         """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
 
+        Where the last is the assistant's, that is the beginning of its answer, and the stream goes on with it.
+
         When the context is full, whole turns go, oldest first; the system prompt and the question just asked stay. The
         keys of the turns that stay are moved, which is the usual approximation, or computed again where positions are
-        learned; the last piece's `note` says so.
+        learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
+        piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
+        and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
-        turns = Turns(messages, self.template, self.tokenizer)
-        room = min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
-        ids = turns.encode()
-        while len(ids) + room > self.n_ctx and (shorter := turns.drop_oldest()) is not None:
+        from pocketlm.chat.templates import continued
+
+        *before, last = messages or [{}]
+        opening = last["content"] if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
+        turns = Turns(before if opening else messages, self.template, self.tokenizer, continued(opening, self.tokenizer))
+        limit = self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
+        ids, keep, lost = turns.encode(), None, 0
+        if self.template.name == "plain":
+            n_bos = int(self.tokenizer.adds_bos)
+            keep, lost = None if max_tokens is None else n_bos, max(0, len(ids) - limit)
+            ids = ids[:n_bos] + ids[n_bos + lost :]
+        while len(ids) > limit and (shorter := turns.drop_oldest()) is not None:
             ids = shorter
         stop = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = self.tokenizer.stream_decoder(continues=True)
-        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, turns)
+        stream = self._stream(
+            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel,
+            turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
+        )  # fmt: skip
+        return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
 
     def _stream(
         self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
-        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None, turns: Turns | None = None,
+        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None,
+        make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         from pocketlm.runtime.generator import generate
         from pocketlm.runtime.sampling import make_sampler
@@ -233,22 +256,35 @@ class Model:
         )
         return generate(
             self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=self.tokenizer.end_ids,
-            ignore_eos=ignore_eos, cancel=cancel, make_room=turns.drop_oldest if turns else None, reuse_cache=reuse_cache,
-            shift=bool(turns and turns.dropped),
+            ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift, keep=keep,
         )  # fmt: skip
+
+
+def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
+    """The stream, its last piece with the number of turns that were dropped, and a first one where that happened before."""
+    from pocketlm.runtime.generator import Piece
+
+    if turns.dropped or note:
+        yield Piece("", -1, math.nan, note=note, dropped_turns=turns.dropped)
+    for piece in stream:
+        yield replace(piece, dropped_turns=turns.dropped) if piece.finish_reason else piece
 
 
 class Turns:
     """A conversation that can lose its oldest turn: a user's message with all that follows until the next one."""
 
-    def __init__(self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer):
+    def __init__(
+        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, opening: list[int] | None = None
+    ):
+        """`opening`: the ids with which the answer to the last message begins."""
         self._template, self._tokenizer, self._messages = template, tokenizer, list(messages)
+        self._opening = opening or []
         self.dropped = 0  # turns that had to go
         if not self._messages:
             raise PocketlmError("there are no messages to answer")
 
     def encode(self) -> list[int]:
-        return self._template.encode(self._messages, self._tokenizer)
+        return self._template.encode(self._messages, self._tokenizer) + self._opening
 
     def drop_oldest(self) -> list[int] | None:
         """The ids of the conversation without its oldest turn; None when only the last question is left."""
