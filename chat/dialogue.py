@@ -14,7 +14,7 @@ from pocketlm.chat import saved
 from pocketlm.chat.console import Console
 from pocketlm.chat.endings import Endings
 from pocketlm.chat.opening import Opening
-from pocketlm.chat.transcript import Conversation, Record
+from pocketlm.chat.transcript import Conversation, Record, shown
 from pocketlm.errors import PocketlmError
 
 ANSWER_TOKENS = 1024  # the longest answer unless asked for another: a small model may never find its end
@@ -214,7 +214,7 @@ class Chat:
         turns, name = count(conversation.n_turns, "turn"), conversation.model or "a model"
         other = " (another model)" if conversation.model_id and conversation.model_id != self.model_id else ""
         self.conversation, self.record, self._forgotten = conversation, record, 0
-        self.console.note(f"resumed: {turns} with {name}{other}, {path}")
+        self.console.note(f"resumed: {turns} with {name}{other}, {shown(path)}")
         if self.console.interactive and conversation.messages:
             question, *answers = conversation.messages[-2:]
             self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
@@ -258,4 +258,5 @@ class Chat:
             conversation.model_id = self.model_id
         if self.record.save(conversation):
             return ""
-        return f"{path} was changed by another program, and stays as it is: this conversation goes on in {self.record.path}"
+        changed = f"{shown(path)} was changed by another program, and stays as it is"
+        return f"{changed}: this conversation goes on as {shown(self.record.path)}"

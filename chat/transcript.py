@@ -73,6 +73,12 @@ def chats_folder() -> Path:
     return folder / "chats"
 
 
+def shown(path: Path | None) -> str:
+    """What a user calls the file: a saved conversation by its name, another by its path."""
+    folder = data_folder()
+    return path.stem if path is not None and folder is not None and path.parent == folder / "chats" else str(path)
+
+
 def load(path: Path) -> Conversation:
     """Read a conversation. Raises FileError for anything but a whole conversation of ours."""
     return _parse(path, _read(path))
