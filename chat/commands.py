@@ -31,7 +31,7 @@ class Command:
 def is_command(line: str) -> bool:
     """Whether a line is one of the commands of the table, or one that was mistyped."""
     name = line[1:].split(" ", 1)[0].rstrip("\r\n").lower()
-    return line.startswith("/") and (name in COMMANDS or name.isidentifier() and bool(_nearest(name, COMMANDS, cutoff=0.7)))
+    return line.startswith("/") and name.isidentifier() and (name in COMMANDS or bool(_nearest(name, COMMANDS, cutoff=0.7)))
 
 
 def run(chat: Chat, line: str) -> None:

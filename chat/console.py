@@ -202,7 +202,10 @@ class Console:
         if self._session is None:
             self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
-        text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
+        try:
+            text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
+        except OSError:  # a terminal that is gone
+            raise self._end or EOFError from None
         return text.encode("utf-8", "replace").decode()  # a terminal can deliver lone surrogates
 
     @contextmanager

@@ -17,15 +17,15 @@ ENTER, ALT_ENTER, CTRL_C, CTRL_D, UP, TAB = "\r", "\x1b\r", "\x03", "\x04", "\x1
 
 
 class Terminal:
-    """A program in a terminal of 80 × 24, and what stands on its screen."""
+    """A program in a terminal of `size` (rows, columns), and what stands on its screen."""
 
-    def __init__(self, command: list[str], home: Path, **environment: str):
+    def __init__(self, command: list[str], home: Path, size: tuple[int, int] = (24, 80), **environment: str):
         self.home = home
         known = {**os.environ, "TERM": "xterm-256color", "XDG_DATA_HOME": str(home), "PYTHONUTF8": "1", **environment}
         if "NO_COLOR" not in environment:
             known.pop("NO_COLOR", None)
-        self.child = pexpect.spawn(command[0], command[1:], env=known, encoding="utf-8", dimensions=(24, 80), timeout=60)
-        self.screen = pyte.HistoryScreen(80, 24, history=1000)
+        self.child = pexpect.spawn(command[0], command[1:], env=known, encoding="utf-8", dimensions=size, timeout=60)
+        self.screen = pyte.HistoryScreen(size[1], size[0], history=1000)
         self.screen.write_process_input = self.child.send  # answers the question where the cursor is
         self.stream = pyte.Stream(self.screen)
         self.raw = ""

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import write_model
@@ -51,8 +52,8 @@ def terminal(tmp_path):
 
     opened = []
 
-    def open_terminal(*arguments: str, command: tuple[str, ...] = (sys.executable, DRIVER), **environment: str) -> Terminal:
-        opened.append(Terminal([*command, *arguments], tmp_path, **environment))
+    def open_terminal(*arguments: str, command: tuple[str, ...] = (sys.executable, DRIVER), **options: Any) -> Terminal:
+        opened.append(Terminal([*command, *arguments], tmp_path, **options))
         return opened[-1]
 
     yield open_terminal
