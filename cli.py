@@ -140,9 +140,23 @@ def _chat_arguments(parser: Parser) -> None:
     )
 
 
+def _is_model(name: str) -> bool:
+    from pocketlm.model import find_model
+
+    try:
+        return not name.endswith(".json") and find_model(name).exists()
+    except FileError:
+        return False
+
+
 def _chat(arguments: Arguments) -> int:
     from pocketlm.chat import repl
 
+    if isinstance(arguments.resume, str) and arguments.model is None and _is_model(arguments.resume):
+        arguments.model, arguments.resume = arguments.resume, True  # `chat --resume MODEL`
+    if arguments.question is None and arguments.model and " " in arguments.model and not os.path.exists(arguments.model):
+        advice = f'to ask the one that comes with pocketlm: chat {DEFAULT_MODEL} "…"'
+        raise FileError(arguments.model, "there is no such model", advice)
     sampling = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens

@@ -62,7 +62,7 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Put a question, stream the answer, keep both. A question that gets no answer is taken back."""
-        new = [{"role": "user", "content": question}, {"role": "assistant", "content": "", "cut": True}]
+        new: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": "", "cut": True}]
         self.conversation.messages += new
         self.save()  # so that the question is kept whatever happens
         self._answer(self.conversation.messages[:-1], new)
@@ -70,7 +70,7 @@ class Chat:
     def more(self) -> None:
         """Go on with an answer that did not come to its end."""
         messages = self.conversation.messages
-        answer = messages[-1] if messages else {"role": ""}
+        answer: dict[str, Any] = messages[-1] if messages else {"role": ""}
         if answer["role"] != "assistant":
             return self.console.note("there is no answer to continue yet")
         if not answer.get("cut") and self.model.template.name != "plain":  # a base model's text has no end

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +93,7 @@ class Record:
     def __init__(self, path: Path | None = None):
         """`path`: a file to be written, which does not exist yet."""
         self.path = path
-        self._known: set[bytes | None] = {None}  # digests of what this program may find there; None: no file
+        self._known: Set[bytes | None] = {None}  # digests of what this program may find there; None: no file
 
     def load(self, path: Path) -> Conversation:
         """Read the conversation that goes on in this record. Raises FileError."""
@@ -114,11 +114,12 @@ class Record:
             with _alone() as alone:
                 found = _digest(kept) if kept is not None else None
                 same = kept is not None and alone and found in self._known
-                if not same:
-                    _sweep(chats_folder())
-                    self.path, found = new_path(), None
+                path = kept if kept is not None and same else new_path()
+                if path != kept:
+                    _sweep(path.parent)
+                    self.path, found = path, None
                 self._known = {found, digest}  # either, should this be interrupted
-                _write(self.path, data, found is not None)
+                _write(path, data, found is not None)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             raise FileError(self.path, f"the conversation cannot be saved ({_reason(error)})") from None
         self._known = {digest}

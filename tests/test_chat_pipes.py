@@ -153,3 +153,14 @@ def test_a_pipe_into_a_terminal_is_wrapped_and_has_no_prompt(terminal, tmp_path)
     assert shown.ended() == 0
     assert os.get_terminal_size(shown.child.child_fd).columns == 80 if not shown.child.closed else True
     assert [len(line) for line in shown.text().splitlines() if line][:2] == [79, 79]
+
+
+def test_a_model_behind_resume_is_the_model(tiny, capsys):
+    assert main(["chat", "--temp", "0", "--max-tokens", "3", "--resume", tiny]) == 0
+    assert "there is no saved conversation with this model yet" in capsys.readouterr().err
+
+
+def test_a_question_without_a_model_says_how_it_is_asked(capsys):
+    assert main(["chat", "How are you?"]) == 1
+    error = 'there is no such model; to ask the one that comes with pocketlm: chat small-talk "…"'
+    assert capsys.readouterr().err == f"pocketlm: How are you?: {error}\n"
