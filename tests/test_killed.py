@@ -4,15 +4,12 @@ import os
 import time
 
 import pytest
+from kill_programs import kill_often
 
-if os.name == "nt":
-    pytest.skip("SIGKILL and fork are POSIX", allow_module_level=True)
-
-from kill_programs import kill_often  # noqa: E402
-
-from pocketlm.runtime.atomic import STALE_SECONDS, replacing_file, replacing_folder  # noqa: E402
+from pocketlm.runtime.atomic import STALE_SECONDS, replacing_file, replacing_folder
 
 
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL and fork are POSIX")
 @pytest.mark.parametrize(("name", "n_kills"), [("chat", 10), ("export", 6), ("pack", 6)])
 def test_a_killed_command_loses_nothing(name, n_kills):
     counts = kill_often(name, n_kills)
