@@ -1,4 +1,4 @@
-"""The chat of a packed program: its conversations are its own, and it answers once, in pipes and by name as the command does."""
+"""The chat of a packed program: its conversations are its own; it answers once, in pipes and by name, as the command does."""
 
 import os
 import subprocess
