@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from pocketlm.chat import saved, transcript
@@ -53,11 +52,11 @@ def _delete(path: Path) -> str:
 
 
 def _export(target: Path, source: Path) -> str:
-    from pocketlm.runtime.atomic import replacing_file
-
-    if os.path.lexists(target):
-        raise FileError(target, "is there already", "choose another name for the page")
     conversation = transcript.load(source)
-    with replacing_file(target) as part:
-        part.write_text(saved.markdown(conversation), encoding="utf-8")
+    try:
+        transcript.write_new(target, saved.markdown(conversation).encode())
+    except FileExistsError:
+        raise FileError(target, "is there already", "choose another name for the page") from None
+    except OSError as error:
+        raise FileError(target, f"cannot be written ({error.strerror or error})") from None
     return f"{target}: {conversation.n_turns} turn{'s' * (conversation.n_turns != 1)}"

@@ -187,8 +187,13 @@ def _digest(path: Path) -> bytes | None:
         return None
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Put a whole file, readable for its owner only, at a path that is free. Raises OSError, FileExistsError if it is not."""
+    _write(path, data, False)
+
+
 def _write(path: Path, data: bytes, replace: bool) -> None:
-    """Put a whole file at `path`; where it may not `replace` one, FileExistsError for a path that is taken."""
+    """The same; with `replace` in place of the file that is there."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 from pocketlm.runtime.tensor import Tensor
 
 SAMPLED = 48  # tensors of which bytes are read: on a disk that has to move for each, half a second
@@ -47,25 +44,5 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name]
         total.update(f"{name} {tensor.shape} {tensor.format.name}\n".encode())
     for i in range(min(SAMPLED, len(names))):
-        total.update(_sample(tensors[names[i * len(names) // min(SAMPLED, len(names))]]))
+        total.update(tensors[names[i * len(names) // min(SAMPLED, len(names))]].sample())
     return total.hexdigest()[:32]
-
-
-def _sample(tensor: Tensor) -> bytes:
-    """The bytes of a vector's first weights; of a matrix the first unit of its largest plane in 16 rows at its middle.
-
-    Those 16 lie side by side in a tiled matrix (native/tiling.py), and each at the beginning of its row in others.
-    """
-    layout = LAYOUTS.get(tensor.format.name)
-    if len(tensor.shape) != 2 or layout is None:
-        return tensor.data[:64].tobytes()
-    n_rows, n_columns = tensor.shape
-    plane, n_blocks = layout.planes[0], n_columns // layout.block_size
-    first = n_rows // ROWS // 2 * ROWS
-    rows = min(ROWS, n_rows - first)
-    if tensor.tiled:
-        start = first * n_blocks * plane.bytes
-        return tensor.data[start : start + rows * plane.unit].tobytes()
-    row = n_blocks * layout.block_bytes
-    at = np.arange(first, first + rows)[:, None] * row + plane.offset + np.arange(plane.unit)
-    return tensor.data[at].tobytes()
