@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pocketlm.chat.console import without_controls
 from pocketlm.chat.transcript import Conversation, chats_folder, load
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError
 
 MAX_NUMBER = 9999  # a longer number is the beginning of a name, which starts with a year
 
@@ -44,7 +44,7 @@ def latest(model_id: str) -> Path | None:
 def find(name: str) -> Path:
     """The file that a user means: a path, a saved conversation's name or how that begins, its number in the list.
 
-    Raises FileError where there is none, UsageError where there are several.
+    Raises FileError where there is none, PocketlmError where there are several.
     """
     path = Path(os.path.expanduser(name))
     if path.name != name or os.path.lexists(path):
@@ -59,7 +59,7 @@ def find(name: str) -> Path:
     found = [path for path in known if path.stem == stem] or [path for path in known if stem and path.stem.startswith(stem)]
     if len(found) > 1:
         names = ", ".join(path.stem for path in found[:3]) + ", …" * (len(found) > 3)
-        raise UsageError(f"{len(found)} conversations begin with {stem[:40]!r}: {names}")
+        raise PocketlmError(f"{len(found)} conversations begin with {stem[:40]!r}: {names}")
     if not found:
         raise FileError(name[:100], "there is no such conversation", "/load and `pocketlm chats` list them")
     return found[0]

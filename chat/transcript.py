@@ -118,6 +118,7 @@ class Record:
                 if path != kept:
                     _sweep(path.parent)
                     self.path, found = path, None
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._known = {found, digest}  # either, should this be interrupted
                 _write(path, data, found is not None)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
@@ -194,7 +195,6 @@ def write_new(path: Path, data: bytes) -> None:
 
 def _write(path: Path, data: bytes, replace: bool) -> None:
     """The same; with `replace` in place of the file that is there."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(handle, "wb") as file:

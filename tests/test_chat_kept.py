@@ -18,7 +18,7 @@ from pocketlm.chat import saved, transcript
 from pocketlm.chat.repl import run
 from pocketlm.chat.transcript import Conversation, Record
 from pocketlm.cli import main
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import PocketlmError
 
 DRIVER = str(Path(__file__).with_name("chat_fake.py"))
 
@@ -307,5 +307,5 @@ def test_find_raises_what_it_says():
         saved.find("nothing")
     keep("20260101-000000-1", "a")
     keep("20260101-000000-2", "b")
-    with pytest.raises(UsageError):
+    with pytest.raises(PocketlmError, match="2 conversations begin with"):
         saved.find("2026")
