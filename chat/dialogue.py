@@ -254,7 +254,8 @@ class Chat:
         if not conversation.messages:
             self.record.discard()
             return ""
-        if self._given_id or not isinstance(self._model, Opening) or self._model.is_open:
+        opening = self._model if isinstance(self._model, Opening) else None
+        if self._given_id or opening is None or opening.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
         if self.record.save(conversation):
             return ""
