@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class Record:
         A file that another program has written, moved or deleted since stays as it is: then a new one is begun and the
         result is False. Raises FileError, and PocketlmError where there is no home.
         """
-        data = json.dumps({"format": FORMAT, **asdict(conversation)}, ensure_ascii=False, indent=1).encode()
+        data = _written(conversation).encode()
         digest, kept = hashlib.sha256(data).digest(), self.path
         try:
             with _alone() as alone:
@@ -166,6 +166,14 @@ def _parse(path: Path, data: bytes) -> Conversation:
         raise FileError(path, "is a damaged conversation", "its messages are not texts of a user and an assistant")
     kept = [{"role": m["role"], "content": m["content"], **({"cut": True} if m.get("cut") is True else {})} for m in messages]
     return Conversation(texts[0], kept, texts[1], texts[2], content.get("interactive") is True)
+
+
+def _written(conversation: Conversation) -> str:
+    """JSON, a message a line: people may look into it, and a long one is written in no time."""
+    facts = {"format": FORMAT, **asdict(replace(conversation, messages=[]))}
+    del facts["messages"]
+    head, *lines = (json.dumps(part, ensure_ascii=False) for part in (facts, *conversation.messages))
+    return f'{head[:-1]}, "messages": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def _is_message(value: object) -> bool:

@@ -67,13 +67,14 @@ def chat(folder: Path) -> Program:
             return ["half"]
         wrong = [] if len(files) == 1 else ["lost"]
         new, asked = messages[len(before) :], [m["content"] for m in messages[len(before) :][::2]]
-        whole = sum("cut" not in message for message in new[1::2])
-        if messages[: len(before)] != before or asked != questions[: len(asked)] or whole < answered:
+        kept = sum(bool(message["content"]) for message in new[1::2])
+        if messages[: len(before)] != before or asked != questions[: len(asked)] or kept < answered:
             wrong.append("lost")
+            print(seen, new, files, answered, file=sys.stderr)
         before = messages
-        return wrong + ["turns"] * whole
+        return wrong + ["turns"] * kept
 
-    command = ["chat", "small-talk", "--save", "--lines", "--resume", path.stem, "--max-tokens", "30"]
+    command = ["chat", "small-talk", "--save", "--lines", "--resume", path.stem, "--max-tokens", "30", "--threads", "1"]
     return Program(command, check, "".join(f"{question}\n" for question in questions), renew=10,
                    environment={"XDG_DATA_HOME": str(folder)})  # fmt: skip
 
