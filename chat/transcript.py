@@ -172,7 +172,7 @@ def _written(conversation: Conversation) -> str:
     """JSON, a message a line: people may look into it, and a long one is written in no time."""
     facts = {"format": FORMAT, **asdict(replace(conversation, messages=[]))}
     del facts["messages"]
-    head, *lines = (json.dumps(part, ensure_ascii=False) for part in (facts, *conversation.messages))
+    head, *lines = map(json.JSONEncoder(ensure_ascii=False).encode, (facts, *conversation.messages))
     return f'{head[:-1]}, "messages": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
