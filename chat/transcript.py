@@ -111,7 +111,7 @@ class Record:
         data = _written(conversation).encode()
         digest, kept = hashlib.sha256(data).digest(), self.path
         try:
-            with _alone() as alone:
+            with _alone(kept) as alone:
                 found = _digest(kept) if kept is not None else None
                 same = kept is not None and alone and found in self._known
                 path = kept if kept is not None and same else new_path()
@@ -129,7 +129,7 @@ class Record:
     def discard(self) -> None:
         """Take the file away again, unless another program has written it since."""
         if self.path is not None:
-            with suppress(OSError), _alone():
+            with suppress(OSError), _alone(self.path):
                 if _digest(self.path) in self._known:
                     self.path.unlink()
         self.path, self._known = None, {None}
@@ -246,7 +246,7 @@ def _patiently(rename: Any, source: str, target: Path) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[bool]:
+def _alone(path: Path | None) -> Iterator[bool]:
     """No other program of this user saves meanwhile; False where that could not be had in LOCK_SECONDS.
 
     The lock is the system's, on a file in the data folder: it goes with the process that holds it. Where there is no
@@ -254,7 +254,8 @@ def _alone() -> Iterator[bool]:
     """
     try:
         folder = chats_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path is None or path.parent == folder:  # for a file elsewhere alone, nothing is left in the data folder
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     except (OSError, PocketlmError):
         yield True

@@ -70,7 +70,6 @@ def chat(folder: Path) -> Program:
         kept = sum(bool(message["content"]) for message in new[1::2])
         if messages[: len(before)] != before or asked != questions[: len(asked)] or kept < answered:
             wrong.append("lost")
-            print(seen, new, files, answered, file=sys.stderr)
         before = messages
         return wrong + ["turns"] * kept
 
@@ -115,7 +114,7 @@ def train(folder: Path) -> Program:
     checkpoints.torch.set_num_threads(1)
 
     text, run = folder.parent / "text.txt", folder / "run"
-    text.write_text("".join(f"Line {i}: the quick brown fox jumps over {i * 7919 % 1000} dogs.\n" for i in range(900)))
+    text.write_text("".join(f"Line {i}: the quick brown fox jumps over {i * 7919 % 1000} lazy dogs.\n" for i in range(900)))
     steps = -1
 
     def check(seen: str) -> list[str]:
@@ -126,7 +125,7 @@ def train(folder: Path) -> Program:
             now = checkpoints.read(run / "last.pt")["step"]
         except Exception:
             return ["half"]
-        wrong = ["lost"] if now < steps else []
+        wrong = ["lost"] if now < steps else ["new"] if now > steps else []
         steps = now
         return wrong
 
@@ -174,19 +173,19 @@ def _run(program: Program, seconds: float | None) -> tuple[bool, str]:
             os.environ.update(program.environment)
             for number, file in enumerate((given, shown, nowhere)):
                 os.dup2(file.fileno(), number)
+            status = 1
             try:
-                cli.main(program.command)
+                status = cli.main(program.command)
                 sys.stdout.flush()
             finally:
-                os._exit(0)
+                os._exit(status)
         killed, end = False, time.monotonic() + (600 if seconds is None else seconds)
-        while os.waitpid(child, os.WNOHANG)[0] == 0:
-            if time.monotonic() > end:
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if not killed and time.monotonic() > end:
                 os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
                 killed = True
-                break
             time.sleep(0.001)
+        assert ended[1] == 0 or killed, f"{program.command} fails by itself"
         shown.seek(0)
         return killed, shown.read()
 

@@ -218,6 +218,7 @@ def test_save_writes_over_its_own_copies_only(tmp_path):
     path = tmp_path / "talk.json"
     chat("one", f"/save {path}", "two", f"/save {path}", save=False)
     assert transcript.load(path).n_turns == 2
+    assert os.listdir(tmp_path) == ["talk.json"]
     notes = chat("other", f"/save {path}", save=False)
     assert notes == f"pocketlm: {path}: holds another conversation; choose another name\n"
     assert transcript.load(path).messages[0]["content"] == "one"
