@@ -6,13 +6,13 @@ console. Values for the sampler are checked by `SamplingOptions`, so the ranges 
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pocketlm.chat import saved, transcript
 from pocketlm.chat.dialogue import Chat
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 
 MAX_TOKENS = 1_000_000
 LISTED = 10  # conversations that /load shows
@@ -31,7 +31,7 @@ class Command:
 def is_command(line: str) -> bool:
     """Whether a line is one of the commands of the table, or one that was mistyped."""
     name = line[1:].split(" ", 1)[0].rstrip("\r\n").lower()
-    return line.startswith("/") and name.isidentifier() and (name in COMMANDS or bool(_nearest(name, COMMANDS, cutoff=0.7)))
+    return line.startswith("/") and name.isidentifier() and (name in COMMANDS or bool(did_you_mean(name, COMMANDS, cutoff=0.7)))
 
 
 def run(chat: Chat, line: str) -> None:
@@ -39,12 +39,13 @@ def run(chat: Chat, line: str) -> None:
     name, _, argument = line[1:].partition(" ")
     command = COMMANDS.get(name.lower())
     if command is None:
-        near = _nearest(name.lower(), COMMANDS, "/")
+        near = did_you_mean(name, COMMANDS, "/")
         raise UsageError(f"/{name[:40]} is no command{near}; /help lists them, //… sends a line with a slash")
     try:
         command.run(chat, argument.strip())
     except UsageError as error:
-        raise UsageError(f"{error}{_nearest(argument.strip().lower(), command.words())}") from None
+        near = did_you_mean(argument.strip(), command.words())
+        raise UsageError(f"{error}{'' if near in str(error) else near}") from None
 
 
 def complete(line: str) -> list[str]:
@@ -56,13 +57,6 @@ def complete(line: str) -> list[str]:
         return [f"/{other}" for other in COMMANDS if f"/{other}".startswith(name)]
     command = COMMANDS.get(name[1:])
     return [word for word in command.words() if word.startswith(argument)] if command else []
-
-
-def _nearest(word: str, words: Iterable[str], sign: str = "", cutoff: float = 0.5) -> str:
-    from difflib import get_close_matches
-
-    found = get_close_matches(word, words, 1, cutoff)
-    return f", did you mean {sign}{found[0]}?" if found else ""
 
 
 # ---- what they do ------------------------------------------------------------------------------------------------------
@@ -87,13 +81,13 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str]
     """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
 
     def command(chat: Chat, text: str) -> None:
-        from pocketlm.runtime.sampling import SamplingOptions
+        from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
 
         if text:
             value = empty if text == "off" and empty is not ... else _number(text, kind)
             SamplingOptions(**{keyword: value})
             chat.sampling[keyword] = value
-        default = next(field.default for field in fields(SamplingOptions) if field.name == keyword)
+        default = getattr(SamplingOptions(**CHAT_DEFAULTS), keyword)
         chat.console.note(f"{keyword}: {chat.sampling.get(keyword, default)}")
 
     return command

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pocketlm.chat.console import without_controls
 from pocketlm.chat.transcript import Conversation, chats_folder, load
 from pocketlm.errors import FileError, PocketlmError
+from pocketlm.terminal_text import without_controls
 
 MAX_NUMBER = 9999  # a longer number is the beginning of a name, which starts with a year
 
