@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.epilog = (
         "NAME: a conversation's name, how that begins, or its number in the list. "
-        "`pocketlm chat --resume NAME` goes on with the conversation."
+        "In a chat, /load NAME goes on with the conversation."
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--delete", metavar="NAME", help="delete a conversation")
