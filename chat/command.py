@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pocketlm.chat import saved, transcript
 from pocketlm.errors import FileError
+from pocketlm.terminal_text import print
 
 Arguments = argparse.Namespace
 
