@@ -81,9 +81,9 @@ def _parse(argv: list[str], program: str) -> Arguments:
     parser = _parser(argv[:1], program)
     _check_words(argv)
     arguments, rest = parser.parse_known_args(argv)
-    for name in ("model", "text"):
-        if len(rest) == 1 and getattr(arguments, name, "") is None and not rest[0].startswith("--"):
-            setattr(arguments, name, rest.pop())
+    for name in ("model", "question", "text"):
+        if rest and getattr(arguments, name, "") is None and not any(word.startswith("--") for word in rest):
+            setattr(arguments, name, rest.pop(0))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
@@ -170,26 +170,50 @@ def _read_text(path: str) -> str:
 
 def _chat_arguments(parser: Parser) -> None:
     model_arguments(parser, optional=True)
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="answer this, and end")
     sampling_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--title", metavar="TEXT", help="what the first line calls the model")
     parser.add_argument("--greeting", metavar="TEXT", help="what the chat says first")
     parser.add_argument("--template", metavar="NAME", help="chat template: chatml, markers, alpaca, plain or a Jinja file")
-    parser.add_argument("--resume", action="store_true", help="go on with the last conversation")
+    resumed = "go on with the last conversation with this model, or with the one of that name (pocketlm chats lists them)"
+    parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="NAME", help=resumed)
+    parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
+    parser.add_argument("--save", action="store_true", default=None, help="keep a record of a conversation through pipes, too")
     parser.add_argument("--no-save", dest="save", action="store_false", help="keep no record of the conversation")
+    parser.add_argument("--model-id", default="", help=argparse.SUPPRESS)  # of packed programs: whose conversations these are
+    parser.epilog = (
+        "With QUESTION, or through a pipe, it answers once: the text of the pipe is one message, and follows the question. "
+        "A pipe in which a line is a slash command is read line by line, as with --lines."
+    )
+
+
+def _is_model(name: str) -> bool:
+    from pocketlm.model import find_model
+
+    try:
+        return not name.endswith(".json") and find_model(name).exists()
+    except FileError:
+        return False
 
 
 def _chat(arguments: Arguments) -> int:
     from pocketlm.chat import repl
 
+    if isinstance(arguments.resume, str) and arguments.model is None and _is_model(arguments.resume):
+        arguments.model, arguments.resume = arguments.resume, True  # `chat --resume MODEL`
+    if arguments.question is None and arguments.model and " " in arguments.model and not os.path.exists(arguments.model):
+        advice = f'to ask the one that comes with pocketlm: chat {DEFAULT_MODEL} "…"'
+        raise FileError(arguments.model, "there is no such model", advice)
     sampling = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with _load(arguments) as model:
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
-            template=arguments.template, title=arguments.title, greeting=arguments.greeting,
+            question=arguments.question, lines=arguments.lines, template=arguments.template, title=arguments.title,
+            greeting=arguments.greeting, model_id=arguments.model_id,
         )  # fmt: skip
 
 
@@ -352,6 +376,12 @@ def _build(name: str) -> Callable[[], Any]:
     return row
 
 
+def _chats() -> Any:
+    from pocketlm.chat import command
+
+    return command
+
+
 def _train() -> Any:
     from pocketlm.train import command
 
@@ -366,6 +396,7 @@ def _bench() -> Any:
 
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
+    "chats": _folder("List, delete or export saved conversations.", _chats),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
     "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export),
     "pack": _folder("Make one executable out of a model.", _build("pack")),

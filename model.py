@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.executors import BACKENDS, make_executor
 from pocketlm.runtime.hyper import Hyper, read_hyper
+from pocketlm.runtime.identity import fingerprint, readable_name
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.model_summary import count_parameters
 from pocketlm.runtime.plan import make_plan
@@ -95,8 +97,7 @@ class Model:
         self._tokenizer = self._read_tokenizer()
         self.n_ctx = self._check_ctx(ctx)
         self.n_parameters = count_parameters(self.tensors)
-        name = self.metadata.get("general.name")
-        self.name = name if isinstance(name, str) and name.strip() else path.stem  # what the model calls itself
+        self.name = readable_name(self.metadata, path)
         self._template_source = self.metadata.get("tokenizer.chat_template")
         self._template: Template | None = None
         self._turns: Turns | None = None  # of the last question
@@ -142,6 +143,11 @@ class Model:
     def backend(self) -> str:
         """The executor that runs: "native" or "numpy"."""
         return self.executor.name
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for every file with these weights, whatever it is called."""
+        return fingerprint(self.tensors)
 
     @property
     def file_bytes(self) -> int:
@@ -235,24 +241,45 @@ class Model:
     ) -> Iterator[Piece]:  # fmt: skip
         """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
 
+        Where the last is the assistant's, that is the beginning of its answer, and the stream goes on with it.
+
         When the context is full, whole turns go, oldest first; the system prompt and the question just asked stay. The
         keys of the turns that stay are moved, which is the usual approximation, or computed again where positions are
-        learned; the last piece's `note` says so. Options of `sampling` that are not given are those of `generate`, but for
-        `runtime.sampling.CHAT_DEFAULTS`.
+        learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
+        piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
+        and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
+        Options of `sampling` that are not given are those of `generate`, but for `runtime.sampling.CHAT_DEFAULTS`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
+        from pocketlm.chat.templates import continued
         from pocketlm.runtime.sampling import CHAT_DEFAULTS
 
         sampling = {**CHAT_DEFAULTS, **sampling}
-        turns = self._turns = Turns(messages, self.template, self.tokenizer, self._turns)
-        ids = turns.fit(self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4))
+        *asked, last = messages or [{}]
+        opening = last["content"] if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
+        turns = self._turns = Turns(
+            asked if opening else messages, self.template, self.tokenizer, self._turns, continued(opening, self.tokenizer)
+        )
+        limit = self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
+        keep, lost = None, 0
+        if self.template.name == "plain":
+            n_bos, ids = int(self.tokenizer.adds_bos), turns.encode()
+            keep, lost = None if max_tokens is None else n_bos, max(0, len(ids) - limit)
+            ids = ids[:n_bos] + ids[n_bos + lost :]
+        else:
+            ids = turns.fit(limit)
         stop = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = self.tokenizer.stream_decoder(continues=True)
-        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, turns)
+        stream = self._stream(
+            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel,
+            turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
+        )  # fmt: skip
+        return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
 
     def _stream(
         self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
-        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None, turns: Turns | None = None,
+        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None,
+        make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         from pocketlm.runtime.generator import generate
         from pocketlm.runtime.sampling import make_sampler
@@ -265,9 +292,18 @@ class Model:
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.executor.selection, exempt=end_ids)
         return generate(
             self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
-            ignore_eos=ignore_eos, cancel=cancel, make_room=turns.drop_oldest if turns else None, reuse_cache=reuse_cache,
-            shift=bool(turns and turns.dropped),
+            ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift, keep=keep,
         )  # fmt: skip
+
+
+def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
+    """The stream, its last piece with the number of turns that were dropped, and a first one where that happened before."""
+    from pocketlm.runtime.generator import Piece
+
+    if turns.dropped or note:
+        yield Piece("", -1, math.nan, note=note, dropped_turns=turns.dropped)
+    for piece in stream:
+        yield replace(piece, dropped_turns=turns.dropped) if piece.finish_reason else piece
 
 
 class Turns:
@@ -275,12 +311,14 @@ class Turns:
 
     `before`: the same for the conversation as it was. Turns that had to go then are not looked at again where the new one
     goes on from it, so that a question costs what the turns cost that fit, not what the whole conversation would.
+    `opening`: the ids with which the answer to the last message begins.
     """
 
     def __init__(
-        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None
-    ):
-        self._template, self._tokenizer = template, tokenizer
+        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None,
+        opening: Sequence[int] = (),
+    ):  # fmt: skip
+        self._template, self._tokenizer, self._opening = template, tokenizer, list(opening)
         self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
         if not self._messages:
             raise PocketlmError("there are no messages to answer")
@@ -293,7 +331,7 @@ class Turns:
 
     def encode(self) -> list[int]:
         """The ids of what is left."""
-        return self._template.encode(self._left(self.dropped), self._tokenizer)
+        return self._template.encode(self._left(self.dropped), self._tokenizer) + self._opening
 
     def _left(self, dropped: int) -> list[dict[str, str]]:
         if not dropped:

@@ -29,6 +29,7 @@ _HELP = """\
 A conversation with a language model. Everything happens on this computer: no network is used.
 
   {name}                        talk
+  {name} "QUESTION"             answer once; the text of a pipe is one message, and follows the question
   {name} generate -p TEXT       continue a text (-n N: at most N tokens, --json: with ids and timings)
   {name} --model FILE.gguf      talk to another model; also with generate
   {name} --check                has the file arrived whole?
@@ -39,8 +40,9 @@ Options of a conversation and of generate:
 {options}
   --system TEXT       what the model is told before the conversation
   --max-tokens N      longest answer
-  --no-save           keep no record of the conversation
-  --resume            go on with the last conversation
+  --resume [NAME]     go on with the last conversation, or with the one of that name (/load lists them)
+  --save, --no-save   keep a record of the conversation (yes at a terminal, no through a pipe)
+  --lines             every line of a pipe is a message, or a slash command
   --backend NAME      auto, native or numpy
   --threads N         default: the number of physical cores
 """
@@ -67,7 +69,7 @@ def main() -> None:
             import traceback
 
             traceback.print_exc()
-    if status and terminal.is_own():
+    if 0 < status < 128 and terminal.is_own():  # from 128 on somebody has ended it
         terminal.wait_for_key()
     sys.exit(status)
 
@@ -115,6 +117,8 @@ def _run(arguments: list[str]) -> int:
     if command == "chat":
         words += [f"--title={own.title}"] * bool(own.title) + [f"--system={own.system}"] * bool(own.system)
         words += [f"--greeting={own.greeting or HOW_TO}"]
+        if packed and model is None:  # its conversations are this program's: this model under this title
+            words += [f"--model-id={packed.sections['gguf'].sha256.hex()[:32]} {own.title}"]
         if own.title:
             load = partial(_open_later, own.title)
     return cli.main(words + arguments, load, executable.name)

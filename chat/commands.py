@@ -8,15 +8,14 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pocketlm.chat import transcript
-from pocketlm.errors import PocketlmError, UsageError
-
-if TYPE_CHECKING:  # repl imports this module
-    from pocketlm.chat.repl import Chat
+from pocketlm.chat import saved, transcript
+from pocketlm.chat.dialogue import Chat
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 
 MAX_TOKENS = 1_000_000
+LISTED = 10  # conversations that /load shows
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,28 @@ class Command:
 
     argument: str
     help: str
-    run: Callable[["Chat", str], object]
+    run: Callable[[Chat, str], object]
     words: Callable[[], Iterable[str]] = tuple  # completions of the argument
 
 
-def run(chat: "Chat", line: str) -> None:
+def is_command(line: str) -> bool:
+    """Whether a line is one of the commands of the table, or one that was mistyped."""
+    name = line[1:].split(" ", 1)[0].rstrip("\r\n").lower()
+    return line.startswith("/") and name.isidentifier() and (name in COMMANDS or bool(did_you_mean(name, COMMANDS, cutoff=0.7)))
+
+
+def run(chat: Chat, line: str) -> None:
     """Carry out one line such as `/temp 0.5`. Raises PocketlmError or UsageError, one line for the user."""
     name, _, argument = line[1:].partition(" ")
     command = COMMANDS.get(name.lower())
     if command is None:
-        raise UsageError(f"/{name[:40]} is no command{_nearest(name.lower())}; /help lists them, //… sends a line with a slash")
-    command.run(chat, argument.strip())
+        near = did_you_mean(name, COMMANDS, "/")
+        raise UsageError(f"/{name[:40]} is no command{near}; /help lists them, //… sends a line with a slash")
+    try:
+        command.run(chat, argument.strip())
+    except UsageError as error:
+        near = did_you_mean(argument.strip(), command.words())
+        raise UsageError(f"{error}{'' if near in str(error) else near}") from None
 
 
 def complete(line: str) -> list[str]:
@@ -49,34 +59,28 @@ def complete(line: str) -> list[str]:
     return [word for word in command.words() if word.startswith(argument)] if command else []
 
 
-def _nearest(name: str) -> str:
-    from difflib import get_close_matches
-
-    found = get_close_matches(name, COMMANDS, 1, 0.5)
-    return f", did you mean /{found[0]}?" if found else ""
-
-
 # ---- what they do ------------------------------------------------------------------------------------------------------
 
 
-def _help(chat: "Chat", _: str) -> None:
+def _help(chat: Chat, _: str) -> None:
     width = max(len(f"{name} {command.argument}") for name, command in COMMANDS.items())
     rows = [f"/{f'{name} {command.argument}':{width}}  {command.help}" for name, command in COMMANDS.items()]
+    chat.console.note("\n".join(rows), style="", indent=width + 3)
     keys = "A line that ends in \\ goes on in the next one, as does Alt-Enter. Ctrl-C stops an answer, Ctrl-D leaves."
-    chat.console.note("\n".join([*rows, keys]), style="")
+    chat.console.note(keys, style="")
 
 
-def _system(chat: "Chat", text: str) -> None:
+def _system(chat: Chat, text: str) -> None:
     if text:
         chat.conversation.system = "" if text == "off" else text
         chat.save()
     chat.console.note(f"system: {chat.conversation.system or '(none)'}")
 
 
-def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[["Chat", str], None]:
+def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str], None]:
     """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
 
-    def command(chat: "Chat", text: str) -> None:
+    def command(chat: Chat, text: str) -> None:
         from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
 
         if text:
@@ -89,7 +93,7 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[["Chat", st
     return command
 
 
-def _max_tokens(chat: "Chat", text: str) -> None:
+def _max_tokens(chat: Chat, text: str) -> None:
     if text:
         value = _number(text, int)
         if not 1 <= value <= MAX_TOKENS:
@@ -105,7 +109,7 @@ def _number(text: str, kind: type) -> Any:
         raise UsageError(f"{text[:40]!r} is no {'whole number' if kind is int else 'number'}") from None
 
 
-def _stop(chat: "Chat", text: str) -> None:
+def _stop(chat: Chat, text: str) -> None:
     stops = tuple(chat.sampling.get("stop", ()))
     if text:
         new = text.replace("\\n", "\n").replace("\\t", "\t")
@@ -113,7 +117,7 @@ def _stop(chat: "Chat", text: str) -> None:
     chat.console.note(f"stop: {', '.join(map(repr, stops)) or '(only where the model ends its turn)'}")
 
 
-def _stats(chat: "Chat", text: str) -> None:
+def _stats(chat: Chat, text: str) -> None:
     if text in ("on", "off"):
         chat.show_stats = text == "on"
     elif text:
@@ -122,58 +126,75 @@ def _stats(chat: "Chat", text: str) -> None:
         chat.console.note("\n".join(chat.statistics()), style="")
 
 
-def _save(chat: "Chat", name: str) -> None:
-    path = Path(os.path.expanduser(name)) if name else chat.path or transcript.new_path()
-    if os.path.lexists(path):
-        transcript.load(path)  # raises where another kind of file would be overwritten
-    transcript.save(path, chat.conversation)
-    chat.console.note(f"saved: {path}")
+def _save(chat: Chat, name: str) -> None:
+    path = Path(os.path.abspath(os.path.expanduser(name))) if name else chat.record.path
+    if path is None or path == chat.record.path:
+        record = chat.record
+    elif path in chat.copies:
+        record = chat.copies[path]
+    elif os.path.lexists(path):
+        transcript.load(path)  # raises where it is another kind of file
+        raise FileError(path, "holds another conversation", "choose another name")
+    else:
+        record = transcript.Record(path)
+    record.save(chat.conversation)
+    if name and record is not chat.record:
+        chat.copies[path or record.path] = record
+    chat.console.note(f"saved: {record.path}")
 
 
 def _saved_names() -> list[str]:
     try:
-        return sorted((path.stem for path in transcript.chats_folder().glob("*.json")), reverse=True)
+        return [path.stem for path in saved.paths()]
     except PocketlmError:
         return []
 
 
-def _load(chat: "Chat", name: str) -> None:
+def _load(chat: Chat, name: str) -> None:
     if name:
-        chat.resume(transcript.locate(name))
-    else:
-        chat.console.note("\n".join(["/load NAME; the latest:", *_saved_names()[:10]]), style="")
+        chat.resume(saved.find(name))
+        return
+    known = saved.paths()
+    rest = [f"… and {len(known) - LISTED} more: `pocketlm chats` lists all"] * (len(known) > LISTED)
+    how = "/load NUMBER, or NAME, or how that begins:" if known else "there are no saved conversations yet"
+    chat.console.note("\n".join([how, *saved.listed(known[:LISTED]), *rest]), style="", indent=4)
 
 
-def _threads(chat: "Chat", text: str) -> None:
+def _threads(chat: Chat, text: str) -> None:
     if text:
         chat.model.set_threads(_number(text, int))
     chat.console.note(f"threads: {chat.model.n_threads}")
 
 
-def _backend(chat: "Chat", text: str) -> None:
+def _backend(chat: Chat, text: str) -> None:
     if text:
         chat.model.set_backend(text)
     chat.console.note(f"backend: {chat.model.backend}")
+
+
+def _off() -> tuple[str, ...]:
+    return ("off",)
 
 
 COMMANDS: dict[str, Command] = {
     "help": Command("", "this list", _help),
     "quit": Command("", "leave, as Ctrl-D does", lambda chat, _: chat.leave()),
     "reset": Command("", "begin a new conversation; the system prompt stays", lambda chat, _: chat.reset()),
-    "system": Command("[TEXT|off]", "what the model is told before the conversation", _system),
+    "system": Command("[TEXT|off]", "what the model is told before the conversation", _system, _off),
     "temp": Command("[X]", "temperature; 0 always takes the likeliest token", _sampled("temperature", float)),
     "top_k": Command("[N]", "only the N likeliest tokens; 0: all", _sampled("top_k", int)),
     "top_p": Command("[X]", "only the likeliest that make up this probability; 1: all", _sampled("top_p", float)),
     "min_p": Command("[X]", "only those with this share of the likeliest one's probability; 0: all", _sampled("min_p", float)),
     "repeat_penalty": Command("[X]", "makes recent tokens less likely; 1: off", _sampled("repeat_penalty", float)),
     "max_tokens": Command("[N]", "the longest answer", _max_tokens),
-    "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None)),
-    "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop),
+    "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None), _off),
+    "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop, _off),
     "stats": Command("[on|off]", "figures of the last answer; on, off: a line after each", _stats, lambda: ("on", "off")),
     "undo": Command("", "take back the last question and its answer", lambda chat, _: chat.undo()),
     "retry": Command("", "ask the last question again", lambda chat, _: chat.retry()),
+    "more": Command("", "go on with an answer that was cut off or stopped", lambda chat, _: chat.more()),
     "save": Command("[FILE]", "save the conversation", _save),
-    "load": Command("[NAME|FILE]", "go on with a saved conversation", _load, _saved_names),
+    "load": Command("[NUMBER|NAME|FILE]", "go on with a saved conversation; alone: a list", _load, _saved_names),
     "threads": Command("[N]", "on how many threads the model runs", _threads),
     "backend": Command("[NAME]", "auto, native or numpy", _backend, lambda: ("auto", "native", "numpy")),
 }

@@ -14,12 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from pocketlm.chat.wrapping import Wrapper
+from pocketlm.chat.wrapping import Wrapper, wrapped
+from pocketlm.errors import PocketlmError
 from pocketlm.terminal_text import without_controls
 
 DIM, BOLD = "\x1b[2m", "\x1b[1m"
 RESET = "\x1b[0m"
 PROMPT, CONTINUED = "> ", "… "
+MAX_PIPED = 1 << 24  # characters of a message from a pipe: no context holds as many
 
 Completer = Callable[[str], Iterable[str]]
 """The words that can take the place of the last word of an unfinished line."""
@@ -35,26 +37,31 @@ class OutputClosed(Exception):
 
 
 class Console:
-    """Standard input and output of one chat. `interactive`: a person types at a terminal and reads there."""
+    """Standard input and output of one chat. `interactive`: a person types at a terminal and reads there.
 
-    def __init__(self, stdin: TextIO | None, stdout: TextIO | None, stderr: TextIO | None):
+    `one_shot`: one answer is wanted, and nothing but that on standard output.
+    """
+
+    def __init__(self, stdin: TextIO | None, stdout: TextIO | None, stderr: TextIO | None, one_shot: bool = False):
         given = (stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr)
         self.stdin, self.stdout, self.stderr = (stream or io.StringIO() for stream in given)  # None: closed by the shell
         for stream in (self.stdin, self.stdout, self.stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding cannot hold becomes a question mark, not an exception
                 stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-        self.interactive = self.stdin.isatty() and self.stdout.isatty()
+        self.piped = not self.stdin.isatty()
+        self.interactive = not (self.piped or one_shot) and self.stdout.isatty()
         self._dumb = os.environ.get("TERM") == "dumb"
-        escapes = self.interactive and not self._dumb and _escapes_work()
-        self.colour = escapes and not os.environ.get("NO_COLOR")
-        self._wrap = Wrapper(self._columns).push if escapes else str
+        escapes = self.stdout.isatty() and not self._dumb and _escapes_work()
+        self.colour = escapes and self.interactive and not os.environ.get("NO_COLOR")
+        self._wrap = Wrapper(lambda: self._columns(self.stdout)).push if escapes else str
         self._at_line_start = True
         self._session: Any = None
         self._history: Path | None = None
         self._complete: Completer = lambda line: ()
         self._started = False
+        self._read_ahead: list[str] = []  # lines from a pipe that are still to be handled
         self._asked: Callable[[], object] = lambda: None
-        self._end: Exception | None = None
+        self._end: BaseException | None = None
 
     def use(self, complete: Completer, history: Path | None) -> None:
         """What a line editor offers: completions, and a file for the lines of other days. Before the first `read`."""
@@ -64,11 +71,18 @@ class Console:
         """What is to be done, once, when the first prompt is on the screen. Before the first `read`."""
         self._asked = begin
 
-    def end(self, error: Exception) -> None:
+    def end(self, error: BaseException) -> None:
         """From another thread: end an editor's `read`, the present one or the next, with an error."""
         self._end = error
         if self._session is not None and self._session.app.is_running:
             self._session.app.loop.call_soon_threadsafe(self._leave)
+
+    def leave_editor(self, error: BaseException) -> bool:
+        """From a signal: end an editor's `read` with an error; False where no editor is waiting."""
+        running = self._session is not None and self._session.app.is_running
+        if running:
+            self.end(error)
+        return running
 
     def _leave(self) -> None:
         if self._end is not None and not self._session.app.is_done:
@@ -88,9 +102,9 @@ class Console:
             self._at_line_start = shown.endswith("\n")
             self._emit(self.stdout, shown)
 
-    def _columns(self) -> int:
+    def _columns(self, stream: TextIO) -> int:
         try:
-            return os.get_terminal_size(self.stdout.fileno()).columns or 80
+            return os.get_terminal_size(stream.fileno()).columns or 80
         except OSError:
             return 80
 
@@ -99,13 +113,18 @@ class Console:
         if not self._at_line_start:
             self.write("\n")
 
-    def note(self, text: str, style: str = DIM) -> None:
-        """A remark of the program, on lines of its own."""
+    def note(self, text: str, style: str = DIM, indent: int = 0) -> None:
+        """A remark of the program, on lines of its own; at a terminal they end between words.
+
+        `indent`: columns before what does not fit into a line, so that tables stay tables.
+        """
         self.end_line()
-        text = without_controls(text)
+        stream, text = self.stdout if self.interactive else self.stderr, without_controls(text)
+        if stream.isatty():
+            text = wrapped(text, self._columns(stream), indent)
         if self.colour and style:
             text = f"{style}{text}{RESET}"
-        self._emit(self.stdout if self.interactive else self.stderr, text + "\n")
+        self._emit(stream, text + "\n")
 
     def _emit(self, stream: TextIO, text: str) -> None:
         try:
@@ -138,22 +157,47 @@ class Console:
     def _line(self, prompt: str) -> str:
         if self.interactive:
             self._emit(self.stdout, prompt)
-        self._first_asked()
-        try:
-            line = self.stdin.readline()
-        except OSError:  # such as a terminal that is gone
-            line = ""
+        line = self._read_ahead.pop(0) if self._read_ahead else self._next()
         if not line:
             raise EOFError
+        return line.rstrip("\r\n")
+
+    def _next(self) -> str:
+        """The next line of standard input with its end; "" behind the last."""
+        self._first_asked()
+        try:
+            line = self.stdin.readline(MAX_PIPED)
+        except OSError:  # such as a terminal that is gone
+            line = ""
         if not self._started:  # Windows shells put a byte order mark in front of what they pipe
             self._started, line = True, line.removeprefix("\ufeff")
-        return line.rstrip("\r\n")
+        return line
+
+    def read_all(self, is_command: Callable[[str], bool]) -> str | None:
+        """All of standard input as one message; None once there is a command in it: then `read` gives line after line.
+
+        Raises PocketlmError for more than MAX_PIPED characters.
+        """
+        size = 0
+        while line := self._next():
+            self._read_ahead.append(line)
+            size += len(line)
+            if is_command(line):
+                return None
+            if size > MAX_PIPED:
+                advice = "shorten the text, or use --lines"
+                raise PocketlmError(f"more than {MAX_PIPED:,} characters come through the pipe; {advice}")
+        text, self._read_ahead = "".join(self._read_ahead), []
+        return text.replace("\r\n", "\n").strip("\n")
 
     def _edited(self) -> str:
         if self._session is None:
             self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
-        text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
+        try:
+            text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
+        except OSError:  # a terminal that is gone
+            raise self._end or EOFError from None
         return text.encode("utf-8", "replace").decode()  # a terminal can deliver lone surrogates
 
     @contextmanager

@@ -49,6 +49,11 @@ class Opening:
         finally:
             self._done.set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `wait` returns at once."""
+        return self._done.is_set() and self._error is None
+
     def wait(self) -> Any:
         """The model. Raises OpeningFailed."""
         self.start([], lambda error: None)

@@ -351,3 +351,12 @@ def named(name: str, tokenizer: Tokenizer) -> Template:
         return choose(path.read_text(encoding="utf-8"), tokenizer)
     except (OSError, UnicodeError) as error:
         raise FileError(name, f"cannot be read as a template ({error})") from None
+
+
+def continued(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text that goes on after other text, such as the second part of an answer; markers in it are letters."""
+    before = "\n"
+    ids = tokenizer.encode(before + text)[len(tokenizer.encode(before)) :] if tokenizer.encodable(before) else []
+    stream = tokenizer.stream_decoder(continues=True)
+    exact = "".join(map(stream.push, ids)) + stream.flush() == text
+    return ids if exact else tokenizer.encode(text)

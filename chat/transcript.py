@@ -1,35 +1,50 @@
-"""Conversations on disk: one JSON file each, in the user's data folder.
+"""One conversation on disk: a JSON file that is never half written, and never written over unread.
 
-In: a conversation. Out: a file that is never half written, and the conversation again. A file may have been edited or
-damaged: what is read is checked. Knows no model and no terminal.
+In: a conversation. Out: its file, and the conversation again. A file may have been edited or damaged, or be in use by
+another program: what is read is checked, and what has changed since is left alone. Knows no model and no terminal.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
 
 FORMAT = "pocketlm conversation 1"
 MAX_BYTES = 64 << 20  # no conversation comes near; a file that large is something else
 ROLES = ("user", "assistant")
+LOCK_SECONDS = 5.0  # a save takes milliseconds: who has to wait longer waits for a program that was suspended
+STALE_SECONDS = 3600  # the rest of a save that was killed is taken away after this
 
 
 @dataclass
 class Conversation:
-    """What was said. `messages` alternate between user and assistant; `system` is what the model was told before."""
+    """What was said. `messages` alternate between user and assistant; `system` is what the model was told before.
+
+    An answer that did not come to its end has `"cut": True`. `model` is the model's name, `model_id` what it is recognised
+    by ("" in files of earlier versions); `interactive`: a person held it, not a program.
+    """
 
     system: str = ""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     model: str = ""
+    model_id: str = ""
+    interactive: bool = False
 
     def for_model(self) -> list[dict[str, str]]:
         """The messages a model is given: the system prompt, if there is one, in front."""
-        return [{"role": "system", "content": self.system}] * bool(self.system) + self.messages
+        messages = [{"role": message["role"], "content": message["content"]} for message in self.messages]
+        return [{"role": "system", "content": self.system}] * bool(self.system) + messages
 
     @property
     def n_turns(self) -> int:
@@ -58,61 +73,107 @@ def chats_folder() -> Path:
     return folder / "chats"
 
 
-def new_path() -> Path:
-    """A file name for a conversation that starts now; names sort by time. Raises PocketlmError without a home."""
-    return chats_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
-
-
-def latest() -> Path | None:
-    """The conversation that was saved last. Raises PocketlmError without a home."""
-    return max(chats_folder().glob("*.json"), key=os.path.getmtime, default=None)
-
-
-def locate(name: str) -> Path:
-    """The file that a user means by `name`: a path, or the name of a saved conversation."""
-    path = Path(os.path.expanduser(name))
+def shown(path: Path | None) -> str:
+    """What a user calls the file: a saved conversation by its name, another by its path."""
     folder = data_folder()
-    if os.path.exists(path) or path.name != name or folder is None:
-        return path
-    saved = folder / "chats" / f"{name.removesuffix('.json')}.json"
-    return saved if os.path.exists(saved) else path
-
-
-def save(path: Path, conversation: Conversation) -> None:
-    """Write the whole conversation, readable for its owner only; whoever reads sees the old file or the new one.
-
-    Raises FileError.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({"format": FORMAT, **asdict(conversation)}, file, ensure_ascii=False, indent=1)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise FileError(path, f"the conversation cannot be saved ({getattr(error, 'strerror', None) or error})") from None
+    return path.stem if path is not None and folder is not None and path.parent == folder / "chats" else str(path)
 
 
 def load(path: Path) -> Conversation:
     """Read a conversation. Raises FileError for anything but a whole conversation of ours."""
+    return _parse(path, _read(path))
+
+
+class Record:
+    """Where one conversation is kept: a file that holds what this program read from it or wrote to it last.
+
+    `path` is None until something is saved: then it is a new file in `chats_folder()`.
+    """
+
+    def __init__(self, path: Path | None = None):
+        """`path`: a file to be written, which does not exist yet."""
+        self.path = path
+        self._known: Set[bytes | None] = {None}  # digests of what this program may find there; None: no file
+
+    def load(self, path: Path) -> Conversation:
+        """Read the conversation that goes on in this record. Raises FileError."""
+        data = _read(path)
+        conversation = _parse(path, data)
+        self.path, self._known = path, {hashlib.sha256(data).digest()}
+        return conversation
+
+    def save(self, conversation: Conversation) -> bool:
+        """Write the whole conversation, readable for its owner only; whoever reads sees the old file or the new one.
+
+        A file that another program has written, moved or deleted since stays as it is: then a new one is begun and the
+        result is False. Raises FileError, and PocketlmError where there is no home.
+        """
+        data = _written(conversation).encode()
+        digest, kept = hashlib.sha256(data).digest(), self.path
+        try:
+            with _alone(kept) as alone:
+                found = _digest(kept) if kept is not None else None
+                same = kept is not None and alone and found in self._known
+                path = kept if kept is not None and same else new_path()
+                if path != kept:
+                    _sweep(path.parent)
+                    self.path, found = path, None
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._known = {found, digest}  # either, should this be interrupted
+                _write(path, data, found is not None)
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            raise FileError(self.path, f"the conversation cannot be saved ({_reason(error)})") from None
+        self._known = {digest}
+        return same or kept is None
+
+    def discard(self) -> None:
+        """Take the file away again, unless another program has written it since."""
+        if self.path is not None:
+            with suppress(OSError), _alone(self.path):
+                if _digest(self.path) in self._known:
+                    self.path.unlink()
+        self.path, self._known = None, {None}
+
+
+def new_path() -> Path:
+    """A file name that is free, for a conversation that starts now; names sort by time. Raises PocketlmError without a home."""
+    stem = chats_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    path, n = stem.with_name(f"{stem.name}.json"), 1
+    while os.path.lexists(path):
+        n += 1
+        path = stem.with_name(f"{stem.name}-{n}.json")
+    return path
+
+
+def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise FileError(path, "is too large to be a conversation")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(path, f"the conversation cannot be read ({error.strerror or error})") from None
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise FileError(path, f"the conversation cannot be read ({_reason(error)})") from None
+
+
+def _parse(path: Path, data: bytes) -> Conversation:
+    try:
+        content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):  # also covers UnicodeDecodeError
         raise FileError(path, "is not a saved conversation", "it is no JSON") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise FileError(path, "is not a saved conversation", f"its format is not {FORMAT!r}")
-    messages, system, model = content.get("messages"), content.get("system", ""), content.get("model", "")
-    if not (isinstance(messages, list) and all(map(_is_message, messages)) and _is_text(system) and _is_text(model)):
+    messages, texts = content.get("messages"), [content.get(name, "") for name in ("system", "model", "model_id")]
+    if not (isinstance(messages, list) and all(map(_is_message, messages)) and all(map(_is_text, texts))):
         raise FileError(path, "is a damaged conversation", "its messages are not texts of a user and an assistant")
-    return Conversation(system, [{"role": m["role"], "content": m["content"]} for m in messages], model)
+    kept = [{"role": m["role"], "content": m["content"], **({"cut": True} if m.get("cut") is True else {})} for m in messages]
+    return Conversation(texts[0], kept, texts[1], texts[2], content.get("interactive") is True)
+
+
+def _written(conversation: Conversation) -> str:
+    """JSON, a message a line: people may look into it, and a long one is written in no time."""
+    facts = {"format": FORMAT, **asdict(replace(conversation, messages=[]))}
+    del facts["messages"]
+    head, *lines = map(json.JSONEncoder(ensure_ascii=False).encode, (facts, *conversation.messages))
+    return f'{head[:-1]}, "messages": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def _is_message(value: object) -> bool:
@@ -122,3 +183,115 @@ def _is_message(value: object) -> bool:
 def _is_text(value: object) -> bool:
     """A string without lone surrogates, which JSON can spell and no tokenizer can take."""
     return isinstance(value, str) and value.isascii() | (value == value.encode("utf-8", "ignore").decode())
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _digest(path: Path) -> bytes | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except FileNotFoundError:
+        return None
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Put a whole file, readable for its owner only, at a path that is free. Raises OSError, FileExistsError if it is not."""
+    _write(path, data, False)
+
+
+def _write(path: Path, data: bytes, replace: bool) -> None:
+    """The same; with `replace` in place of the file that is there."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)  # without this, a power cut after the rename could leave an empty file
+        if replace:
+            _patiently(os.replace, temporary, path)
+        else:
+            _rename_to_free(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def _rename_to_free(temporary: str, path: Path) -> None:
+    """Rename, but never over a file."""
+    if os.name == "nt":
+        _patiently(os.rename, temporary, path)  # which refuses there to replace a file
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(temporary, path)
+
+
+def _patiently(rename: Any, source: str, target: Path) -> None:
+    """On Windows a file that somebody reads at this moment cannot be replaced; it can a little later."""
+    for attempt in range(50 if os.name == "nt" else 1):
+        try:
+            return rename(source, target)
+        except FileExistsError:
+            raise
+        except PermissionError:
+            if attempt == 49 or os.name != "nt":
+                raise
+            time.sleep(0.02)
+
+
+@contextmanager
+def _alone(path: Path | None) -> Iterator[bool]:
+    """No other program of this user saves meanwhile; False where that could not be had in LOCK_SECONDS.
+
+    The lock is the system's, on a file in the data folder: it goes with the process that holds it. Where there is no
+    folder, or one that knows no locks, there is none, and a change in the very same millisecond may go unseen.
+    """
+    try:
+        folder = chats_folder()
+        if path is None or path.parent == folder:  # for a file elsewhere alone, nothing is left in the data folder
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except (OSError, PocketlmError):
+        yield True
+        return
+    try:
+        yield _locked(handle)
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    """Waits for the lock on a file; False when that takes too long."""
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):  # somebody has it: how POSIX and Windows say so
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
+        except OSError:
+            return True
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what saves that were killed have left."""
+    with suppress(OSError):
+        for path in folder.glob(".*.json.*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()

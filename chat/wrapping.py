@@ -1,11 +1,13 @@
-"""Ends the lines of a stream between words, at a terminal that otherwise ends them anywhere.
+"""Ends lines between words, at a terminal that otherwise ends them anywhere.
 
-In: an answer, part by part. Out: what to write to the terminal. Nothing waits for the end of its word: one that turns out
-too long for its line is taken back from the screen and written on the next. Knows the width of characters as wcwidth tells
-it, but not how a terminal joins several into one picture; such a line is broken a little early.
+In: an answer, part by part, or a whole text. Out: what to write to the terminal. In a stream nothing waits for the end of
+its word: one that turns out too long for its line is taken back from the screen and written on the next. Knows the width
+of characters as wcwidth tells it, but not how a terminal joins several into one picture; such a line is broken a little
+early.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 TAB = 8
 LEAST = 8  # columns; narrower terminals are treated as this wide
@@ -45,3 +47,35 @@ class Wrapper:
             else:
                 self._word, self._word_width = self._word + character, self._word_width + size
         return "".join(out)
+
+
+def wrapped(text: str, width: int, indent: int = 0) -> str:
+    """A whole text in lines of fewer than `width` columns; the second and further lines of each of its own get an indent."""
+    limit = max(width, LEAST) - 1
+    indent = indent if indent <= limit // 2 else min(2, limit // 4)
+    return "\n".join(row for line in text.split("\n") for row in _rows(line.expandtabs(TAB), limit, indent))
+
+
+def _rows(line: str, limit: int, indent: int) -> Iterator[str]:
+    if 2 * len(line) <= limit:  # it fits, however wide its characters
+        yield line
+        return
+    from wcwidth import wcwidth
+
+    row, column, gap = "", 0, ""
+    for piece in re.findall(r" +|[^ ]+", line):
+        if piece[0] == " ":
+            gap = piece
+            continue
+        size = sum(max(wcwidth(character), 0) for character in piece)
+        if column and column + len(gap) + size > limit:
+            yield row
+            row, column, gap = " " * indent, indent, ""
+        row, column, gap = row + gap, column + len(gap), ""
+        for character in piece:  # a word that is longer than a line, and scripts without spaces
+            size = max(wcwidth(character), 0)
+            if column + size > limit:
+                yield row
+                row, column = " " * indent, indent
+            row, column = row + character, column + size
+    yield row

@@ -6,10 +6,12 @@ Knows paths only. Whatever happens before the last line, a full disk, Ctrl-C, a 
 from __future__ import annotations
 
 import ctypes
+import glob
 import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 from pocketlm.errors import FileError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
+STALE_SECONDS = 3600  # a part that nobody has written to for so long was left by a process that was killed
 
 
 @contextmanager
@@ -75,14 +78,24 @@ def _check_room(target: Path, n_bytes: int) -> None:
 
 @contextmanager
 def _cleared_on_failure(target: Path, part: Path) -> Iterator[None]:
-    """Takes `part` away, and turns the system's errors into one line, where the block fails."""
+    """Takes `part` away, and turns the system's errors into one line, where the block fails; and what killed ones left."""
     _remove(part)
+    _sweep(target)
     try:
         yield
     except OSError as error:
         raise FileError(target, f"cannot be written ({error.strerror or error})", "the old one is unchanged") from None
     finally:
         _remove(part)  # gone already where all went well
+
+
+def _sweep(target: Path) -> None:
+    """Take away the parts of processes that were killed while they wrote to `target`."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):
+            entries = [part, *part.iterdir()] if part.is_dir() else [part]
+            if time.time() - max(entry.stat().st_mtime for entry in entries) > STALE_SECONDS:
+                _remove(part)
 
 
 def _remove(path: Path) -> None:

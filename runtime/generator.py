@@ -38,6 +38,7 @@ class Piece:
     prompt_seconds: float = 0.0  # until the first logits
     generation_seconds: float = 0.0  # from there to the end, what the caller does between records included
     note: str = ""  # what a user should know about this answer, such as that the context was full
+    dropped_turns: int = 0  # of a conversation (`Model.chat`): how many of its oldest turns the model did not see
 
 
 class Decoder(Protocol):
@@ -71,6 +72,7 @@ def generate(
     make_room: Callable[[], Sequence[int] | None] | None = None,
     reuse_cache: bool = True,
     shift: bool = False,
+    keep: int | None = None,
 ) -> Generator[Piece, None, None]:
     """The answer to the prompt `ids`, token by token, the last record saying how it ended.
 
@@ -79,7 +81,8 @@ def generate(
     `cancel` is looked at after every token and every 512 of the prompt. `shift`: see `Session.advance`.
 
     When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
-    turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note.
+    turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
+    tokens at the beginning that have to stay, the older half of the others goes instead, and the answer goes on.
 
     Raises UsageError for an empty prompt, an id outside the vocabulary, an empty stop string or a negative max_tokens,
     PocketlmError for a prompt longer than the context: with the first record, before anything is computed. PocketlmError
@@ -136,11 +139,16 @@ def generate(
                 drawn = sampler(logits, tokens)
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
-        if prompt is None:
+        if prompt is not None:
+            tokens = prompt + tokens[-n_generated:]
+            note = f"the context of {n_ctx} tokens is full: the prompt was cut from {n_prompt} to {len(prompt)} tokens"
+        elif keep is not None:
+            del tokens[keep : keep + max(1, (n_ctx - keep) // 2)]
+            n_slid = n_prompt + n_generated - len(tokens)
+            note = f"the context of {n_ctx} tokens is full: the oldest {n_slid} were forgotten"
+        else:
             reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break
-        tokens = prompt + tokens[-n_generated:]
-        note = f"the context of {n_ctx} tokens is full: the prompt was cut from {n_prompt} to {len(prompt)} tokens"
         with session.held(claim):
             logits, _ = session.advance(tokens, shift=True, cancelled=interrupted)
             note += f"; {session.note}" if session.note else ""

@@ -46,6 +46,27 @@ class Tensor:
         table = self._rows().reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
         return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
 
+    def sample(self) -> bytes:
+        """At most 64 of the bytes, by which two tensors are told apart; the same whether the matrix is tiled or not.
+
+        Of a matrix the first unit of its largest plane in 16 rows at its middle: they lie side by side in a tiled one (see
+        native/tiling.py), and each at the beginning of its row in others.
+        """
+        from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
+
+        layout = LAYOUTS.get(self.format.name)
+        if len(self.shape) != 2 or layout is None:
+            return self.data[:64].tobytes()
+        n_rows, n_columns = self.shape
+        plane, n_blocks = layout.planes[0], n_columns // layout.block_size
+        first = n_rows // ROWS // 2 * ROWS
+        rows = min(ROWS, n_rows - first)
+        if self.tiled:
+            start = first * n_blocks * plane.bytes
+            return self.data[start : start + rows * plane.unit].tobytes()
+        starts = np.arange(first, first + rows) * (n_blocks * layout.block_bytes) + plane.offset
+        return self.data[starts[:, None] + np.arange(plane.unit)].tobytes()
+
     def _rows(self) -> np.ndarray:
         """The bytes row after row."""
         if not self.tiled:

@@ -1,5 +1,7 @@
-"""A model without weights for the tests of the chat; run as a program, a chat with it: chat_fake.py [--no-save] [--resume]."""
+"""A model without weights for the tests of the chat; run as a program, a chat with it: chat_fake.py
+[--no-save | --save] [--lines] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
 
+import argparse
 import sys
 import threading
 import time
@@ -13,10 +15,12 @@ class FakeModel:
 
     name, backend, n_threads, n_ctx = "Fake 1M", "numpy", 2, 100
     n_parameters, file_bytes, context_used = 1_000_000, 2_000_000, 0
+    n_turns = 1000  # that the context holds
+    fingerprint = "f" * 32
 
     def __init__(self):
-        self.template = SimpleNamespace(note="")
-        self.tokenizer = None
+        self.template = SimpleNamespace(note="", name="chatml")
+        self.tokenizer = SimpleNamespace(encodable=lambda text: text)
         self.asked: list[list[dict[str, str]]] = []
         self.sampling: dict = {}
 
@@ -33,7 +37,7 @@ class FakeModel:
     def chat(self, messages, *, cancel=None, **sampling):
         self.asked.append([dict(message) for message in messages])
         self.sampling = sampling
-        question = messages[-1]["content"]
+        *_, question = (message["content"] for message in messages if message["role"] == "user")
         if question == "fail":
             raise PocketlmError("the prompt has 101 tokens but the context holds 100")
         if question == "template":
@@ -41,10 +45,17 @@ class FakeModel:
         if question == "escape":
             question = "\x1b]0;title\x07\x1b[2Jred\x9b31m\x00\r\ttab\nline"
         words = f"You said: {question}".split(" ")
+        opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         if question == "slow":
             words += [f"word{n}" for n in range(10_000)]
         if question == "silent":
             words = []
+        words = [word if n == 0 else f" {word}" for n, word in enumerate(words)]
+        while opening:  # the beginning of the answer, which is continued
+            opening = opening.removeprefix(words.pop(0))
+        dropped = max(0, sum(message["role"] == "user" for message in messages) - self.n_turns)
+        if dropped:
+            yield piece("", dropped_turns=dropped)
         n = 0
         for word in words[: sampling.get("max_tokens")]:
             if cancel is not None and cancel.is_set():
@@ -52,20 +63,35 @@ class FakeModel:
             if question == "slow":
                 time.sleep(0.02)
             n += 1
-            yield piece(word if n == 1 else " " + word)
+            yield piece(word)
         self.context_used = 10 * len(messages)
         reason = "cancelled" if cancel is not None and cancel.is_set() else "length" if n < len(words) else "stop"
         counts = {"prompt_tokens": 12, "cached_tokens": 8, "generated_tokens": n}
-        yield piece("", -1, reason, **counts, prompt_seconds=0.1, generation_seconds=0.5)
+        yield piece("", -1, reason, dropped_turns=dropped, **counts, prompt_seconds=0.1, generation_seconds=0.5)
 
 
-def piece(text, id=1, finish_reason=None, **counts):
-    return SimpleNamespace(text=text, id=id, finish_reason=finish_reason, note="", **counts)
+def piece(text, id=1, finish_reason=None, note="", dropped_turns=0, **counts):
+    return SimpleNamespace(text=text, id=id, finish_reason=finish_reason, note=note, dropped_turns=dropped_turns, **counts)
 
 
 if __name__ == "__main__":
     from pocketlm.chat.repl import run
 
     assert threading.current_thread() is threading.main_thread()
-    options = {"sampling": {}, "system": None, "resume": "--resume" in sys.argv, "save": "--no-save" not in sys.argv}
-    sys.exit(run(FakeModel(), **options))
+    flags = argparse.ArgumentParser()
+    flags.add_argument("question", nargs="?")
+    flags.add_argument("--resume", nargs="?", const=True, default=False)
+    flags.add_argument("--save", action="store_true", default=None)
+    flags.add_argument("--no-save", dest="save", action="store_false")
+    flags.add_argument("--lines", action="store_true")
+    flags.add_argument("--model")
+    flags.add_argument("--turns", type=int, default=1000)
+    options = vars(flags.parse_args())
+    model = FakeModel()
+    model.n_turns = options.pop("turns")
+    if name := options.pop("model"):
+        model.name, model.fingerprint = name, name * 8
+    try:
+        sys.exit(run(model, sampling={}, **options))
+    except PocketlmError as error:
+        sys.exit(f"pocketlm: {error}")

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import frozen_guard
 import pytest
@@ -46,3 +48,19 @@ def one_torch_thread() -> Iterator[None]:
 def tiny(tmp_path_factory) -> str:
     """The path of a llama of a few thousand weights, called Tiny."""
     return str(write_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", metadata={"general.name": "Tiny"}))
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """Opens pseudo-terminals, all of one user; with the chat of `chat_fake` in them unless another command is given."""
+    from chat_terminal import DRIVER, Terminal
+
+    opened = []
+
+    def open_terminal(*arguments: str, command: tuple[str, ...] = (sys.executable, DRIVER), **options: Any) -> Terminal:
+        opened.append(Terminal([*command, *arguments], tmp_path, **options))
+        return opened[-1]
+
+    yield open_terminal
+    for each in opened:
+        each.child.close(force=True)

@@ -20,7 +20,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from chat_fake import *
 from pocketlm.chat.repl import run
 try:
-    run(FakeModel(), sampling={{}}, system=None, resume=False, save=False)
+    run(FakeModel(), sampling={{}}, save=False)
 except PocketlmError as error:
     print(error, file=sys.stderr)
     sys.exit(3)
@@ -37,10 +37,10 @@ def home(tmp_path, monkeypatch):
 
 
 def chat(*lines: str, model=None, **options):
-    """(answers, notes, status, model) of a chat that reads these lines."""
+    """(answers, notes, status, model) of a chat in which each of these lines is a message or a command."""
     model = model or FakeModel()
     stdout, stderr = io.StringIO(), io.StringIO()
-    given = {"sampling": {}, "system": None, "resume": False, "save": False, **options}
+    given = {"sampling": {}, "save": False, "lines": True, **options}
     status = run(model, **given, stdin=io.StringIO("".join(line + "\n" for line in lines)), stdout=stdout, stderr=stderr)
     return stdout.getvalue(), stderr.getvalue(), status, model
 
@@ -131,8 +131,8 @@ def test_a_model_cannot_take_over_the_terminal():
 # ---- commands ------------------------------------------------------------------------------------------------------------
 
 REQUIRED = (
-    "help quit reset system temp top_k top_p min_p repeat_penalty max_tokens seed stop stats undo retry save load threads "
-    "backend"
+    "help quit reset system temp top_k top_p min_p repeat_penalty max_tokens seed stop stats undo retry more save load "
+    "threads backend"
 )
 
 
@@ -171,10 +171,14 @@ def test_the_table_holds_every_command_and_help_shows_each():
         ("/threads 0", "pocketlm: --threads 0: expected 1 to 64"),
         ("/backend numpy", "backend: numpy"),
         ("/backend cuda", "pocketlm: backend 'cuda': expected one of auto, numpy"),
+        ("/backend nunpy", "pocketlm: backend 'nunpy': expected one of auto, numpy, did you mean numpy?"),
+        ("/stats of", "pocketlm: /stats of: expected on, off or nothing, did you mean off?"),
+        ("/seed of", "pocketlm: 'of' is no whole number, did you mean off?"),
+        ("/more", "there is no answer to continue yet"),
         ("/undo", "there is no question to take back"),
         ("/retry", "there is no question to take back"),
         ("/reset", "a new conversation"),
-        ("/load nothing", "pocketlm: nothing: the conversation cannot be read (No such file or directory)"),
+        ("/load nothing", "pocketlm: nothing: there is no such conversation; /load and `pocketlm chats` list them"),
     ],
 )
 def test_a_command_answers_in_one_line(line, note):
@@ -207,7 +211,7 @@ def test_stats_shows_speed_and_context():
     assert "6.0 tokens/s · 3 tokens · context 10/100 (10%)" in notes
     assert "prompt: 4 new tokens, 8 from the cache, 40 tokens/s" in notes
     notes = chat("/stats on", "/max_tokens 1", "Hello")[1]
-    assert notes.endswith("2.0 tokens/s · 1 token · context 10/100 (10%) · cut off\n")
+    assert notes.endswith("2.0 tokens/s · 1 token · context 10/100 (10%) · cut off, /more continues\n")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,7 @@ def test_tab_completes_commands(line, words):
 
 
 def saved(home: Path) -> list[Path]:
-    return sorted((home / "pocketlm" / "chats").glob("*"))
+    return sorted((home / "pocketlm" / "chats").glob("[!.]*"))
 
 
 def test_a_conversation_is_saved_after_every_turn(home):
@@ -240,7 +244,7 @@ def test_a_conversation_is_saved_after_every_turn(home):
             yield from super().chat(messages, **options)
 
     chat("one", "two", "three", model=Watching(), save=True)
-    assert seen == [[], [2], [4]]
+    assert seen == [[2], [4], [6]]  # so that a question is kept before its answer comes
     (path,) = saved(home)
     assert transcript.load(path).messages[-1] == {"role": "assistant", "content": "You said: three"}
     assert path.stat().st_mode & 0o077 == 0 or os.name == "nt"
@@ -251,9 +255,9 @@ def test_no_save_leaves_no_file(home):
     assert not (home / "pocketlm").exists()
 
 
-def test_resume_goes_on_with_the_last_conversation(home):
+def test_resume_goes_on_with_a_conversation(home):
     chat("/system Be brief.", "one", save=True)
-    _, notes, _, model = chat("two", save=True, resume=True)
+    _, notes, _, model = chat("two", save=True, resume=saved(home)[0].stem)
     assert [message["content"] for message in model.asked[0]] == ["Be brief.", "one", "You said: one", "two"]
     assert notes.startswith("resumed: 1 turn with Fake 1M, ")
     assert len(saved(home)) == 1
@@ -262,7 +266,8 @@ def test_resume_goes_on_with_the_last_conversation(home):
 
 def test_resume_without_a_conversation_begins_one(home):
     answers, notes, status, _ = chat("one", save=True, resume=True)
-    assert (answers, notes, status) == ("You said: one\n", "there is no saved conversation yet: a new one begins\n", 0)
+    note = "there is no saved conversation with this model yet: a new one begins\n"
+    assert (answers, notes, status) == ("You said: one\n", note, 0)
 
 
 def test_save_and_load_by_name(home, tmp_path):
@@ -317,13 +322,14 @@ def test_a_full_disk_is_one_line():
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "talk.json"
-    transcript.save(path, transcript.Conversation("", [{"role": "user", "content": "old"}]))
-    monkeypatch.setattr(json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    path = tmp_path / "folder" / "talk.json"
+    record = transcript.Record(path)
+    record.save(transcript.Conversation("", [{"role": "user", "content": "old"}]))
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(FileError, match="No space left on device"):
-        transcript.save(path, transcript.Conversation("", [{"role": "user", "content": "new"}]))
+        record.save(transcript.Conversation("", [{"role": "user", "content": "new"}]))
     assert transcript.load(path).messages[0]["content"] == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["talk.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["talk.json"]
 
 
 DAMAGED = {
@@ -370,5 +376,5 @@ def test_the_data_folder_is_where_each_system_wants_it(platform, environment, ex
 
 
 def test_an_unknown_conversation_name_is_an_error_before_the_first_message():
-    with pytest.raises(PocketlmError, match="cannot be read"):
+    with pytest.raises(PocketlmError, match="there is no such conversation"):
         chat("Hello", resume="nothing")

@@ -1,0 +1,263 @@
+"""One conversation in progress: what was said, how answers are sampled, where it is kept.
+
+In: questions, and what slash commands ask for. Out: answers and notes on a console, a file that is always up to date. Knows
+neither the commands nor where questions come from.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from pocketlm.chat import saved
+from pocketlm.chat.console import Console
+from pocketlm.chat.endings import Endings
+from pocketlm.chat.opening import Opening
+from pocketlm.chat.transcript import Conversation, Record, shown
+from pocketlm.errors import PocketlmError
+
+ANSWER_TOKENS = 1024  # the longest answer unless asked for another: a small model may never find its end
+MORE = "/more continues"
+
+
+def count(n: int, thing: str) -> str:
+    """ "1 turn", "2 turns"."""
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
+class Chat:
+    """A conversation with a model. `model_id` "": the model's own fingerprint is what conversations are recognised by."""
+
+    def __init__(self, model: Any, console: Console, sampling: dict[str, Any], save: bool, model_id: str = ""):
+        self._model, self.console = model, console
+        self.sampling = {"max_tokens": ANSWER_TOKENS, **sampling}
+        self.conversation = self._begun()
+        self.record = Record()
+        self.copies: dict[Path, Record] = {}  # the files that /save has written
+        self.show_stats = console.interactive
+        self.leaving = self.failed = False
+        self.endings = Endings(self.keep, console.leave_editor)
+        self._saving, self._lock = save, threading.Lock()
+        self._given_id = model_id
+        self._told = ""  # the last note about the template
+        self._forgotten = 0  # turns, as the last note about them said
+        self._unknown: set[str] = set()  # characters of which a note has said that the vocabulary lacks them
+        self._last: Any = None  # the last piece of the last answer
+
+    @property
+    def model(self) -> Any:
+        """The model; one that is being opened is waited for. Raises OpeningFailed."""
+        return self._model.wait() if isinstance(self._model, Opening) else self._model
+
+    @property
+    def model_id(self) -> str:
+        """What this model's conversations are recognised by."""
+        return self._given_id or self.model.fingerprint
+
+    def _begun(self, system: str = "") -> Conversation:
+        return Conversation(system, model=self._model.name, interactive=self.console.interactive)
+
+    # ---- questions and answers
+
+    def ask(self, question: str) -> None:
+        """Put a question, stream the answer, keep both. A question that gets no answer is taken back."""
+        new: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": "", "cut": True}]
+        self.conversation.messages += new
+        self.save()  # so that the question is kept whatever happens
+        self._answer(self.conversation.messages[:-1], new)
+
+    def more(self) -> None:
+        """Go on with an answer that did not come to its end."""
+        messages = self.conversation.messages
+        answer: dict[str, Any] = messages[-1] if messages else {"role": ""}
+        if answer["role"] != "assistant":
+            return self.console.note("there is no answer to continue yet")
+        if not answer.get("cut") and self.model.template.name != "plain":  # a base model's text has no end
+            return self.console.note("the last answer has come to its end")
+        answer["cut"] = True
+        answer["content"] = answer["content"].rstrip("\ufffd")  # the first bytes of a character that was cut
+        self._answer(messages if answer["content"] else messages[:-1], [])
+
+    def _answer(self, messages: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+        """Stream the answer to `messages` into the conversation's last message; `new` are taken back if none comes."""
+        answer, last = self.conversation.messages[-1], None
+        try:
+            given = self._encodable(Conversation(self.conversation.system, messages).for_model())
+            with self.console.interruptible() as cancel:
+                for last in self.model.chat(given, cancel=cancel, **self.sampling):
+                    if not last.finish_reason:
+                        self._report_forgotten(last)
+                    answer["content"] += last.text
+                    self.console.write(last.text)
+        except PocketlmError:
+            self._last = None
+            self._take_back(new)
+            self.save()
+            raise
+        except BaseException as error:  # told to end, or the terminal is gone: both are kept, the answer as one that was cut
+            if not (isinstance(error, KeyboardInterrupt) and self.console.interactive):
+                self.keep()
+                raise
+        self._last = last if last is not None and last.finish_reason else None
+        if self._last is not None and self._last.finish_reason == "stop":
+            del answer["cut"]
+        else:
+            self._take_back(new)
+        self.console.end_line()
+        self.save()
+        self._report()
+
+    def _take_back(self, new: list[dict[str, Any]]) -> None:
+        """A question and its answer, should that be empty."""
+        if new and not new[-1]["content"]:
+            del self.conversation.messages[-len(new) :]
+
+    def _encodable(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """The messages without the characters that a model of characters does not know; a note says which, once."""
+        encodable = self.model.tokenizer.encodable
+        known = [{**message, "content": encodable(message["content"])} for message in messages]
+        lost = {c for message in messages for c in message["content"]} - {c for message in known for c in message["content"]}
+        new = sorted(lost - self._unknown)
+        self._unknown |= lost
+        if new:
+            shown = [c if c.isprintable() and c != " " else f"U+{ord(c):04X}" for c in new]
+            shown = shown if len(shown) <= 20 else [*shown[:20], "…"]
+            self.console.note(f"left out, because this model does not know {'them' if new[1:] else 'it'}: {' '.join(shown)}")
+        if messages[-1]["content"].strip() and not known[-1]["content"].strip():
+            raise PocketlmError("this model knows none of the message's characters")
+        return known
+
+    # ---- what is said about answers
+
+    def _report_forgotten(self, piece: Any) -> None:
+        if piece.dropped_turns > self._forgotten:
+            turns = "oldest turn was" if piece.dropped_turns == 1 else f"{piece.dropped_turns} oldest turns were"
+            self.console.note(f"the {turns} forgotten")
+        if piece.dropped_turns or piece.finish_reason:
+            self._forgotten = piece.dropped_turns
+        if piece.note:
+            self.console.note(piece.note)
+
+    def _report(self) -> None:
+        note, last = self.model.template.note, self._last
+        if note != self._told:
+            self._told = note
+            self.console.note(note)
+        if last is None or last.finish_reason == "cancelled":
+            self.console.note("(stopped)")
+        if last is not None:
+            self._report_forgotten(last)
+            if self.show_stats:
+                self.console.note(self._figures())
+            elif last.finish_reason == "length" and self.console.interactive:
+                self.console.note(f"(cut off: {MORE})")
+
+    def _figures(self) -> str:
+        last, used, n_ctx = self._last, self.model.context_used, self.model.n_ctx
+        speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
+        cut = f" · cut off, {MORE}" if last.finish_reason == "length" else ""
+        tokens = count(last.generated_tokens, "token")
+        return f"{speed:.1f} tokens/s · {tokens} · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
+
+    def statistics(self) -> list[str]:
+        """Lines about the model and the last answer."""
+        model, last = self.model, self._last
+        threads, turns = count(model.n_threads, "thread"), count(self.conversation.n_turns, "turn")
+        lines = [f"{model.name} · {model.backend} · {threads} · {turns}"]
+        if last is not None:
+            new = last.prompt_tokens - last.cached_tokens
+            speed = new / last.prompt_seconds if last.prompt_seconds else 0.0
+            lines.append(self._figures())
+            lines.append(f"prompt: {new} new tokens, {last.cached_tokens} from the cache, {speed:.0f} tokens/s")
+        return lines
+
+    # ---- what the commands do
+
+    def leave(self) -> None:
+        """End the chat after this command."""
+        self.leaving = True
+
+    def reset(self) -> None:
+        """Begin anew, in a new file; the system prompt stays."""
+        self.conversation, self.record = self._begun(self.conversation.system), Record()
+        self._forgotten = 0
+        self.console.note("a new conversation")
+
+    def undo(self) -> str | None:
+        """Take back the last question and its answer; returns the question."""
+        messages = self.conversation.messages
+        start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if start is None:
+            self.console.note("there is no question to take back")
+            return None
+        question = messages[start]["content"]
+        del messages[start:]
+        self.console.note(f"taken back: {question}")
+        self.save()
+        return question
+
+    def retry(self) -> None:
+        """Ask the last question again."""
+        question = self.undo()
+        if question is not None:
+            self.ask(question)
+
+    def resume(self, path: Path | None) -> None:
+        """Go on with the conversation in a file, or with the last one that was held with this model. Raises FileError."""
+        path = path or saved.latest(self.model_id)
+        if path is None:
+            self.console.note("there is no saved conversation with this model yet: a new one begins")
+            return
+        record = Record()
+        conversation = record.load(path)
+        turns, name = count(conversation.n_turns, "turn"), conversation.model or "a model"
+        other = " (another model)" if conversation.model_id and conversation.model_id != self.model_id else ""
+        self.conversation, self.record, self._forgotten = conversation, record, 0
+        self.console.note(f"resumed: {turns} with {name}{other}, {shown(path)}")
+        if self.console.interactive and conversation.messages:
+            question, *answers = conversation.messages[-2:]
+            self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
+            if conversation.messages[-1].get("cut"):
+                self.console.note(f"(cut off: {MORE})")
+        conversation.model = self._model.name
+        conversation.interactive |= self.console.interactive
+
+    # ---- its file
+
+    def save(self) -> None:
+        """Write the conversation to its file; the first time this fails is also the last. An empty one has no file."""
+        with self.endings.held():
+            note = ""
+            with self._lock:
+                try:
+                    note = self._write()
+                except PocketlmError as error:
+                    self._saving = False
+                    note = f"{error}; it goes on without"
+            if note:
+                self.console.note(note)
+
+    def keep(self) -> None:
+        """The same from any thread, in a process that is about to end: nothing is said."""
+        with self._lock:
+            try:
+                self._write()
+            except PocketlmError:
+                self._saving = False
+
+    def _write(self) -> str:
+        """What the user should know of it."""
+        conversation, path = self.conversation, self.record.path
+        if not self._saving:
+            return ""
+        if not conversation.messages:
+            self.record.discard()
+            return ""
+        opening = self._model if isinstance(self._model, Opening) else None
+        if self._given_id or opening is None or opening.is_open:  # a save waits for no model
+            conversation.model_id = self.model_id
+        if self.record.save(conversation):
+            return ""
+        changed = f"{shown(path)} was changed by another program, and stays as it is"
+        return f"{changed}: this conversation goes on as {shown(self.record.path)}"

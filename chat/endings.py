@@ -1,0 +1,93 @@
+"""How a chat is ended from outside: SIGTERM, SIGHUP (a window was closed), and on Windows the console's close event.
+
+In: what to do to keep the conversation, and how to leave a line editor. Out: `Terminated` in the main thread, at a moment when
+nothing is half done; on Windows, where the system ends the process right after the event, the conversation is kept in the
+event itself. Knows no conversation and no terminal.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = ("SIGTERM", "SIGHUP")
+CLOSE_EVENTS = (2, 5, 6)  # of a Windows console: its window is closed, the user logs off, the system shuts down
+
+
+class Terminated(SystemExit):
+    """The program was told to end. A SystemExit, because a line editor's event loop lets only that and Ctrl-C through."""
+
+    def __init__(self, number: int):
+        self.status = 128 + number  # as shells count
+        super().__init__(self.status)
+
+
+class Endings:
+    """From `with` on, the ways to end are watched. `keep` may be called in any thread; `leave` gives the error to a line
+    editor that is waiting, and says whether there is one."""
+
+    def __init__(self, keep: Callable[[], object], leave: Callable[[BaseException], bool]):
+        self._keep, self._leave = keep, leave
+        self._held = 0
+        self.ended: Terminated | None = None  # how, once that is so
+        self._waiting: Terminated | None = None
+        self._before: dict[int, Any] = {}
+        self._routine: Any = None  # what Windows calls has to stay alive
+
+    def __enter__(self) -> Endings:
+        if sys.platform == "win32":
+            self._watch_console(True)
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has had it ignored
+                    self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        if sys.platform == "win32":
+            self._watch_console(False)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In this block nothing ends; what came meanwhile ends the program behind it."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if not self._held and self._waiting is not None:
+            raise self._waiting
+
+    def _received(self, number: int, frame: object) -> None:
+        if self.ended is not None:  # a closed window sends more than one
+            return
+        self.ended = Terminated(number)
+        if self._held:
+            self._waiting = self.ended
+        elif not self._leave(self.ended):
+            raise self.ended
+
+    def console_event(self, event: int) -> bool:
+        """What is done at an event of a Windows console, in a thread of the system's; False leaves it to others."""
+        if event not in CLOSE_EVENTS:
+            return False
+        self._keep()
+        return True
+
+    def _watch_console(self, on: bool) -> None:
+        if sys.platform == "win32":
+            import ctypes
+            from ctypes import wintypes
+
+            if on:
+                self._routine = ctypes.WINFUNCTYPE(wintypes.BOOL, wintypes.DWORD)(self.console_event)
+            set_handler = ctypes.windll.kernel32.SetConsoleCtrlHandler
+            set_handler.argtypes = [ctypes.c_void_p, wintypes.BOOL]
+            set_handler(ctypes.cast(self._routine, ctypes.c_void_p), on)

@@ -1,0 +1,217 @@
+"""A chat that is ended from outside keeps what Ctrl-C keeps: the question, and the answer so far, marked as cut."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from chat_fake import FakeModel
+
+from pocketlm.chat import console, dialogue, saved, transcript
+from pocketlm.chat.endings import CLOSE_EVENTS, Endings
+from pocketlm.chat.opening import Opening
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these signals nor pseudo-terminals")
+ENTER, CTRL_D = "\r", "\x04"
+OPENING = f"""
+import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from functools import partial
+from chat_fake import FakeModel
+from pocketlm.chat.opening import Opening
+from pocketlm.chat.repl import run
+def load():
+    time.sleep(3)
+    model = FakeModel()
+    model.close = lambda: None
+    return model
+with Opening(load, "Ada") as model:
+    sys.exit(run(model, sampling={{}}, title="Ada", model_id="ada"))
+"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    return tmp_path
+
+
+def assert_cut(conversations, question="slow", answered="You said: slow word0 word1 word2"):
+    (conversation,) = conversations
+    asked, answer = conversation["messages"][-2:]
+    assert asked == {"role": "user", "content": question}
+    assert answer["content"].startswith(answered)
+    assert answer["cut"] is True
+
+
+@posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_signal_in_an_answer_keeps_both(number, terminal):
+    shown = terminal()
+    shown.prompt(1)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    shown.child.kill(getattr(signal, number))
+    assert shown.ended() == 128 + getattr(signal, number)
+    assert "Traceback" not in shown.text()
+    assert_cut(shown.conversations())
+    again = terminal("--resume")
+    again.wait("resumed: 1 turn with Fake 1M")
+    again.wait("(cut off: /more continues)")
+
+
+@posix
+@pytest.mark.parametrize("place", ["answer", "prompt"])
+def test_a_closed_window_keeps_both(place, terminal, tmp_path):
+    shown = terminal(command=("sh", "-c", f"{sys.executable} {Path(__file__).with_name('chat_fake.py')} 2>{tmp_path}/errors"))
+    shown.prompt(1)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    if place == "prompt":
+        shown.type("\x03")
+        shown.prompt(2)
+    shown.child.ptyproc.fileobj.close()  # the terminal is gone
+    shown.child.ptyproc.closed = shown.child.closed = True
+    end = time.monotonic() + 30
+    while shown.child.ptyproc.isalive():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert_cut(shown.conversations())
+    assert (tmp_path / "errors").read_text() == ""
+
+
+@posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+def test_a_signal_at_the_prompt_ends_at_once_and_leaves_the_terminal_in_order(number, terminal):
+    shown = terminal(command=("sh", "-c", f"{sys.executable} {Path(__file__).with_name('chat_fake.py')}; stty -a; sleep 60"))
+    shown.prompt(1)
+    shown.type("Hello" + ENTER)
+    shown.wait("tokens/s")
+    shown.prompt(2)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(shown.child.pid)], capture_output=True, text=True).stdout
+    os.kill(int(children.split()[0]), getattr(signal, number))
+    shown.wait(" icanon")
+    assert " echo " in shown.text()
+    assert "Traceback" not in shown.text()
+    (conversation,) = shown.conversations()
+    assert "cut" not in conversation["messages"][-1]
+
+
+@posix
+def test_a_signal_while_the_model_opens_keeps_the_question(terminal, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(OPENING, encoding="utf-8")
+    shown = terminal(command=(sys.executable, str(driver)))
+    shown.prompt(1)
+    shown.type("Are you awake?" + ENTER)
+    shown.wait("> Are you awake?")
+    time.sleep(0.5)
+    shown.child.kill(signal.SIGTERM)
+    assert shown.ended() == 128 + signal.SIGTERM
+    assert_cut(shown.conversations(), "Are you awake?", "")
+
+
+@posix
+def test_a_kill_that_cannot_be_caught_keeps_the_question(terminal):
+    shown = terminal()
+    shown.prompt(1)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    shown.child.kill(signal.SIGKILL)
+    shown.ended()
+    assert_cut(shown.conversations(), answered="")
+
+
+@posix
+def test_what_nohup_ignores_stays_ignored(home):
+    command = ["nohup", sys.executable, str(Path(__file__).with_name("chat_fake.py")), "--lines"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"Hello\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == b"You said: Hello\n"
+        child.send_signal(signal.SIGHUP)
+        child.stdin.write(b"Bye\n")
+        child.stdin.close()
+        assert child.stdout.readline() == b"You said: Bye\n"
+    assert child.returncode == 0
+
+
+def test_a_signal_during_a_save_waits_until_it_is_done(monkeypatch):
+    if os.name == "nt":
+        pytest.skip("Windows has no signal to send to oneself")
+    done = []
+
+    def save(self, conversation):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # where Python would look for signals
+            time.sleep(0)
+        done.append(len(conversation.messages))
+        return True
+
+    monkeypatch.setattr(transcript.Record, "save", save)
+    from pocketlm.chat.repl import run
+
+    before = signal.getsignal(signal.SIGTERM)
+    given = {"sampling": {}, "save": True, "stdin": io.StringIO("Hello"), "stdout": io.StringIO(), "stderr": io.StringIO()}
+    assert run(FakeModel(), **given) == 128 + signal.SIGTERM
+    assert done == [2]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("event", range(8))
+def test_a_console_that_closes_is_kept_in_the_event_itself(event):
+    """Windows ends the process when the handler returns: the main thread, in the middle of an answer, does nothing more."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Waiting(FakeModel):
+        def chat(self, messages, **options):
+            for n, piece in enumerate(super().chat(messages, **options)):
+                if n == 3:
+                    reached.set()
+                    assert go_on.wait(30)
+                yield piece
+
+    shown = console.Console(io.StringIO(), io.StringIO(), io.StringIO())
+    chat = dialogue.Chat(Waiting(), shown, {}, save=True)
+    asking = threading.Thread(target=chat.ask, args=("one two three",))
+    asking.start()
+    assert reached.wait(30)
+    handled = []
+    system = threading.Thread(target=lambda: handled.append(chat.endings.console_event(event)))
+    system.start()
+    system.join(30)
+    assert handled == [event in CLOSE_EVENTS]
+    (path,) = saved.paths()
+    answer = transcript.load(path).messages[-1]
+    assert answer == {"role": "assistant", "content": "You said: one" if event in CLOSE_EVENTS else "", "cut": True}
+    go_on.set()
+    asking.join(30)
+    assert transcript.load(path).messages[-1] == {"role": "assistant", "content": "You said: one two three"}
+
+
+def test_the_event_of_a_console_never_waits_for_the_model():
+    may_open = threading.Event()
+    opening = Opening(lambda: may_open.wait(30) and FakeModel(), "Ada")
+    chat = dialogue.Chat(opening, console.Console(io.StringIO(), io.StringIO(), io.StringIO()), {}, save=True)
+    asking = threading.Thread(target=chat.ask, args=("Are you awake?",))
+    asking.start()
+    end = time.monotonic() + 30
+    while not saved.paths():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert chat.endings.console_event(2)
+    may_open.set()
+    asking.join(30)
+
+
+def test_endings_that_nobody_sends_change_nothing():
+    with Endings(lambda: pytest.fail("kept"), lambda error: False) as endings, endings.held():
+        assert endings.ended is None
+    assert not endings.console_event(0)

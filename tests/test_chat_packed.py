@@ -1,0 +1,74 @@
+"""The chat of a packed program: its conversations are its own; it answers once, in pipes and by name, as the command does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packing import real_stub
+from tiny_models import write_model
+
+from pocketlm.build.pack import open_stub, pack
+from pocketlm.build.persona import Persona
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests drive a POSIX system")
+
+
+@pytest.fixture(scope="module")
+def programs(request, tmp_path_factory):
+    """Two programs of one model under two titles, and a third of another model under the first title."""
+    stub, folder = real_stub(Path(request.config.cache.mkdir("pocketlm-stub"))), tmp_path_factory.mktemp("programs")
+    made = {}
+    for name, title, seed in (("ada", "Ada", 0), ("bob", "Bob", 0), ("other", "Ada", 1)):
+        model = write_model(folder / f"{name}.gguf", format="Q4_0", seed=seed)
+        persona = Persona(title=title, flags={"--temp": 0.0, "--max-tokens": 4})
+        made[name] = pack(model, open_stub(stub), folder / name, persona)
+    return made
+
+
+def run(program, *arguments, home, stdin=""):
+    return subprocess.run(
+        [str(program), *arguments], input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120,
+        env={**os.environ, "XDG_DATA_HOME": str(home)},
+    )  # fmt: skip
+
+
+def test_a_program_resumes_its_own_conversations_only(programs, terminal, tmp_path):
+    first = terminal(command=(str(programs["ada"]),))
+    first.prompt(1)
+    first.type("Hello Ada\r")
+    first.wait("tokens/s")
+    first.type("/quit\r")
+    assert first.ended() == 0
+    for name in ("bob", "other"):
+        result = run(programs[name], "--resume", home=tmp_path)
+        assert "there is no saved conversation with this model yet" in result.stderr
+    again = terminal("--resume", command=(str(programs["ada"]),))
+    again.wait("resumed: 1 turn with Ada, ")
+    again.wait("> Hello Ada")
+    again.type("/quit\r")
+    assert again.ended() == 0
+    (conversation,) = first.conversations()
+    name = next((tmp_path / "pocketlm" / "chats").glob("[!.]*")).stem
+    result = run(programs["bob"], "--resume", name, "And you?", home=tmp_path)
+    assert result.stderr == f"resumed: 1 turn with Ada (another model), {name}\n"
+    assert first.conversations() == [conversation]
+
+
+def test_it_answers_once_and_keeps_nothing(programs, tmp_path):
+    whole = run(programs["ada"], home=tmp_path, stdin="Hello\nthere\n")
+    once = run(programs["ada"], "Hello\nthere", home=tmp_path)
+    both = run(programs["ada"], "Hello", home=tmp_path, stdin="there\n")
+    assert whole.stdout == once.stdout == both.stdout != ""
+    assert (whole.stderr, once.returncode) == ("", 0)
+    assert run(programs["ada"], "--lines", home=tmp_path, stdin="Hello\nthere\n").stdout != whole.stdout
+    assert list(tmp_path.iterdir()) == []
+    run(programs["ada"], "--save", home=tmp_path, stdin="Hello\n/quit\n")
+    assert len(list((tmp_path / "pocketlm" / "chats").glob("[!.]*"))) == 1
+
+
+def test_its_help_names_what_the_chat_takes(programs, tmp_path):
+    text = run(programs["ada"], "--help", home=tmp_path).stdout
+    for word in ("--resume [NAME]", "--save", "--lines", '"QUESTION"'):
+        assert word in text

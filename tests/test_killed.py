@@ -1,0 +1,33 @@
+"""Commands that are killed at random moments lose nothing and leave nothing half; kill_programs.py runs them by the hundred."""
+
+import os
+import time
+
+import pytest
+from kill_programs import kill_often
+
+from pocketlm.runtime.atomic import STALE_SECONDS, replacing_file, replacing_folder
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL and fork are POSIX")
+@pytest.mark.parametrize(("name", "n_kills"), [("chat", 10), ("export", 6), ("pack", 6)])
+def test_a_killed_command_loses_nothing(name, n_kills):
+    counts = kill_often(name, n_kills)
+    assert counts["killed"] > 0
+    assert {what: counts[what] for what in ("lost", "half", "rests")} == {"lost": 0, "half": 0, "rests": 0}
+
+
+def test_the_parts_of_killed_ones_are_taken_away_later(tmp_path):
+    old, new, other, folder = (tmp_path / name for name in (".out.1.part", ".out.2.part", ".out2.1.part", ".runs.1.part"))
+    for path in (old, new, other):
+        path.write_text("half")
+    folder.mkdir()
+    (folder / "weights.bin").write_text("half")
+    for path in (old, other, folder / "weights.bin", folder):
+        os.utime(path, (time.time() - STALE_SECONDS - 60,) * 2)
+    with replacing_file(tmp_path / "out") as part:
+        part.write_text("whole")
+    with replacing_folder(tmp_path / "runs", ["weights.bin"]) as part:
+        part.mkdir()
+        (part / "weights.bin").write_text("whole")
+    assert [path.exists() for path in (old, new, other, folder)] == [False, True, True, False]
