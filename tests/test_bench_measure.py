@@ -57,7 +57,7 @@ def mixed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
         too_large = fake("Honest", bytes_per_weight=1e12)
         bad = [fake(name) for name in ("Crashing", "Lying", "Nan", "Greedy", "Raising", "Chatty")]
         huge = Backend("huge", too_large.adapter, bytes_per_weight=1e12)
-        return measure(model, BACKENDS["numpy"], *bad, missing, huge, fake("Honest"))
+        return measured(model, BACKENDS["numpy"], *bad, missing, huge, fake("Honest"))
 
 
 @pytest.mark.parametrize(
