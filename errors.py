@@ -4,11 +4,18 @@ Everything that can go wrong because of a file, a flag or the machine is raised 
 line prints the line and ends with `exit_status`. Any other exception is a defect of the package.
 """
 
+import itertools
+
 
 def quoted(name: object) -> str:
-    """A name from a file for an error message: one line, printable, of bounded length."""
+    """A name from a file for an error message: one line, printable, at most 100 characters, escapes included."""
     text = str(name)
-    return ascii(text if len(text) <= 100 else text[:97] + "...")[1:-1]
+    whole = ascii(text[:101])[1:-1]
+    if len(text) <= 100 and len(whole) <= 100:
+        return whole
+    escapes = [ascii(character)[1:-1] for character in text[:100]]
+    ends = itertools.accumulate(map(len, escapes))
+    return "".join(escape for escape, end in zip(escapes, ends, strict=True) if end <= 97) + "..."
 
 
 class PocketlmError(Exception):

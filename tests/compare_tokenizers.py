@@ -189,7 +189,8 @@ def of_smollm2() -> Pair:
 TWELVE: dict[str, Callable[[Path], Pair]] = {
     "sentencepiece, defaults, bytes": lambda folder: of_sentencepiece(folder, byte_fallback=True),
     "sentencepiece, unknown characters, folded case, symbols": lambda folder: of_sentencepiece(
-        folder, character_coverage=0.985, normalization_rule_name="nfkc_cf", user_defined_symbols=SYMBOLS, add_dummy_prefix=False
+        folder, character_coverage=0.985, normalization_rule_name="nfkc_cf", user_defined_symbols=SYMBOLS,
+        add_dummy_prefix=False,
     ),
     "sentencepiece, across words, all spaces, single digits": lambda folder: of_sentencepiece(
         folder, byte_fallback=True, split_by_whitespace=False, split_by_unicode_script=False, split_digits=True,

@@ -1,7 +1,7 @@
 """Fixtures shared by the tests: where the test data, the real model and a tiny one are."""
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,17 @@ def test_data() -> Path:
     if not (folder / "vectors").is_dir():
         pytest.skip(f"no test vectors in {folder}: set POCKETLM_TEST_DATA to the folder that holds vectors/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary_file(request) -> Callable[[str], Path]:
+    """The path of a GGUF vocabulary by its name: "gguf-…" lies in `tests/vectors`, "ggml-vocab-…" in the test data."""
+
+    def find(name: str) -> Path:
+        own = Path(__file__).with_name("vectors") / f"{name}.gguf"
+        return own if name.startswith("gguf-") else request.getfixturevalue("test_data") / "vectors" / f"{name}.gguf"
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -112,15 +112,13 @@ def test_tokenize_reads_standard_input(tiny):
     assert run("tokenize", tiny, "--decode", stdin=ids).stdout.decode() == text + "\n"
 
 
-def test_tokenize_needs_a_vocabulary_only(test_data, capsys):
-    files = sorted((test_data / "vectors").rglob("*.gguf"))
-    if not files:
-        pytest.skip("no vocabulary files in the test data")
-    for file in files:
-        assert main(["tokenize", str(file), "Hello world"]) == 0
-        ids = capsys.readouterr().out
-        assert main(["tokenize", str(file), "--decode", ids]) == 0
-        assert capsys.readouterr().out.strip() == "Hello world"
+@pytest.mark.parametrize("name", ["gguf-gpt-2", "gguf-llama", "ggml-vocab-gpt-2", "ggml-vocab-phi-3"])
+def test_tokenize_needs_a_vocabulary_only(name, vocabulary_file, capsys):
+    file = str(vocabulary_file(name))
+    assert main(["tokenize", file, "Hello world"]) == 0
+    ids = capsys.readouterr().out
+    assert main(["tokenize", file, "--decode", ids]) == 0
+    assert capsys.readouterr().out.strip() == "Hello world"
 
 
 def test_inspect_shows_what_is_in_a_file(tiny, capsys):
