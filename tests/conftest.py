@@ -5,7 +5,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from known_skips import KnownSkips
 from tiny_models import write_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--known-skips-only", action="store_true", help="fail where a test skips for a new reason")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--known-skips-only"):
+        config.pluginmanager.register(KnownSkips())
 
 
 @pytest.fixture(scope="session")
