@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.sampling import SamplingOptions
 
 
 class FakeModel:
@@ -31,6 +32,7 @@ class FakeModel:
         self.backend = name
 
     def chat(self, messages, *, cancel=None, **sampling):
+        SamplingOptions(**{name: value for name, value in sampling.items() if name not in ("max_tokens", "stop")})
         self.asked.append([dict(message) for message in messages])
         self.sampling = sampling
         question = messages[-1]["content"]
