@@ -27,17 +27,27 @@ from pocketlm.runtime.native.tiling import groups, restore, tile, tiled_bytes
 SHAPES = 200
 
 
+def _forbid(address: int, size: int) -> None:
+    """Take all rights from pages."""
+    if sys.platform == "win32":
+        protect = ctypes.windll.kernel32.VirtualProtect
+        protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_void_p]
+        assert protect(address, size, 1, ctypes.byref(ctypes.c_uint32())), ctypes.GetLastError()  # 1: PAGE_NOACCESS
+    else:
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        assert protect(address, size, 0) == 0, ctypes.get_errno()
+
+
 class Guarded:
     """A region of memory between two pages without any rights."""
 
     def __init__(self, size: int = 1 << 20):
-        self._library = ctypes.CDLL(None, use_errno=True)
         self._map = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + mmap.PAGESIZE
         self.stop = self.start + size
-        self._library.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         for page in (self.start - mmap.PAGESIZE, self.stop):
-            assert self._library.mprotect(page, mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+            _forbid(page, mmap.PAGESIZE)
 
     def place(self, data: np.ndarray, at_end: bool, align: int) -> np.ndarray:
         """A copy right behind the first guard, or as close to the second as the alignment allows."""
