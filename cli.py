@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) 
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parse(argv)
     arguments.load = load
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets a question mark
-        sys.stdout.reconfigure(errors="replace")
+    _settle_encoding(sys.stdout)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
@@ -72,6 +71,14 @@ def _parse(argv: list[str]) -> Arguments:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
+
+
+def _settle_encoding(stream: Any, system: str = os.name) -> None:
+    """A terminal that cannot show a character gets a question mark. A pipe or a file gets UTF-8 on Windows, whose own
+    encoding for these lacks most of the world's letters, unless the user asked for another."""
+    if isinstance(stream, io.TextIOWrapper):
+        lossy = system == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
+        stream.reconfigure(errors="replace", encoding="utf-8" if lossy else None)
 
 
 def _give_up_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from tiny_models import TOKENS, load_weights, write_model
 
+from pocketlm import cli
 from pocketlm.cli import main
 
 COMMAND = [sys.executable, "-m", "pocketlm"]
@@ -21,7 +23,9 @@ COMMAND = [sys.executable, "-m", "pocketlm"]
 
 def run(*words: str, stdin: str | bytes = "", **options: Any) -> subprocess.CompletedProcess[bytes]:
     data = stdin if isinstance(stdin, bytes) else stdin.encode()
-    return subprocess.run([*COMMAND, *words], input=data, capture_output=True, timeout=120, **options)
+    done = subprocess.run([*COMMAND, *words], input=data, capture_output=True, timeout=120, **options)
+    done.stdout, done.stderr = (stream.replace(os.linesep.encode(), b"\n") for stream in (done.stdout, done.stderr))
+    return done
 
 
 
@@ -250,3 +254,18 @@ def test_a_terminal_of_another_encoding_gets_replacements(tmp_path):
     assert run("inspect", str(path), env=environment).returncode == 0
     done = run("tokenize", str(path), "--decode", "195 188", env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("system", "expected"), [("nt", "ť🐎".encode()), ("posix", b"??")])
+def test_a_pipe_on_windows_gets_utf_8_and_every_other_output_what_the_system_says(system, expected, monkeypatch):
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="cp1252")
+    cli._settle_encoding(stream, system)
+    stream.write("ť🐎")
+    stream.flush()
+    assert written.getvalue() == expected
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    other = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    cli._settle_encoding(other, system)
+    assert (other.encoding, other.errors) == ("cp1252", "replace"), "asked for"
