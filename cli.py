@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) 
     `load` takes the place of `pocketlm.load`.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _settle_encoding(sys.stdout)  # before the first help text, too
     arguments = _parse(argv)
     arguments.load = load
-    _settle_encoding(sys.stdout)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()

@@ -256,6 +256,13 @@ def test_a_terminal_of_another_encoding_gets_replacements(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("command", ["", "train", "export", "generate", "pack", "bench"])
+def test_every_help_text_can_be_shown_in_any_encoding(command):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run(*command.split(), "--help", env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(("system", "expected"), [("nt", "ť🐎".encode()), ("posix", b"??")])
 def test_a_pipe_on_windows_gets_utf_8_and_every_other_output_what_the_system_says(system, expected, monkeypatch):
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)

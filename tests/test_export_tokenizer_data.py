@@ -96,7 +96,7 @@ def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
     assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (2, 0)
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 610
     assert keys["tokenizer.ggml.merges"] == [
-        " ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+        " ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
     ]
     samples = [*texts(2, 200), *TEST_TEXTS]
     check(keys, tokenizer.load(tmp_path / "tokenizer.json"), samples)
