@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from aarch64_runner import CPUS, QEMU, call_aarch64, needs_qemu
 from elf_objects import object_file
+from plain_calls import plain_function
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native import levels
@@ -40,7 +41,7 @@ def call(level: Level, code: Image, symbol: str, *args: "int | bytes") -> tuple[
         contents = {k: arg for k, arg in enumerate(args) if isinstance(arg, bytes)}
         buffers = {k: ctypes.create_string_buffer(content, len(content)) for k, content in contents.items()}
         values = [ctypes.addressof(buffers[k]) if k in buffers else arg for k, arg in enumerate(args)]
-        result = loaded.function(symbol, ctypes.c_int64, *[ctypes.c_int64] * len(args))(*values)
+        result = plain_function(loaded.address(symbol), len(args))(*values)
         return result, [buffer.raw for buffer in buffers.values()]
     finally:
         loaded.close()
