@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, UsageError
 from pocketlm.runtime import container
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.runtime.gguf_reader import GGUF

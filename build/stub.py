@@ -30,8 +30,9 @@ from pocketlm.runtime.native.levels import host_machine
 PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
-    *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
-    "runtime/native/vector_math.py", "build/blas.py", "build/elf.py", "build/freeze.py",
+    *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "ir", "matrix", "run_loop")),
+    *(f"runtime/native/{name}.py" for name in ("stages", "topk", "vector_math")),
+    *(f"build/{name}.py" for name in ("blas", "elf", "freeze")),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
@@ -42,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE",
-        help="tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint",
+        help="tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint; none: token ids only",
     )
     parser.add_argument("--lora", metavar="DIR", help="a LoRA in PEFT's layout, merged before the export")
     parser.add_argument("--name", metavar="NAME", help="what the model calls itself; default: the checkpoint's own name")
@@ -77,12 +78,18 @@ def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from dataclasses import replace
 
     from pocketlm.export.dialects import read_canonical
-    from pocketlm.export.from_model_file import is_model_file
+    from pocketlm.export.from_model_file import is_model_file, with_tokenizer
 
     given = [flag for flag in ("set", "map", "tokenizer") if getattr(arguments, flag)]
-    if given and is_model_file(source):
-        raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
-    model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
+    if not is_model_file(source):
+        overrides = _overrides(arguments.set)
+        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer)
+    else:
+        model = read_canonical(source)
+        if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:
+            model = with_tokenizer(model, source, arguments.tokenizer)
+        elif given:
+            raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
     if arguments.lora:
         from pocketlm.export.lora import merge
 
@@ -122,7 +129,7 @@ class Progress:
         share = min(self._done / self._total, 1.0)
         line = f"{'#' * int(BAR * share):<{BAR}} {share:4.0%} {name[:40]:<40}"
         if self._terminal and line != self._shown:
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            print("", line, sep="\r", end="", file=sys.stderr, flush=True)
             self._shown = line
 
     def __enter__(self) -> Progress:
@@ -130,4 +137,4 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
-            print(f"\r{'':<{len(self._shown)}}\r", end="", file=sys.stderr, flush=True)
+            print("", " " * len(self._shown), "", sep="\r", end="", file=sys.stderr, flush=True)

@@ -12,12 +12,12 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError
+from pocketlm.runtime import control_groups
 
 MB = 1 << 20
 
@@ -34,7 +34,8 @@ def available_bytes() -> int | None:
 def require(path: object, needs: Callable[[int], tuple[int, int, int]], n_ctx: int) -> None:
     """FileError with three figures and what would fit, if `needs(n_ctx)` exceeds the free memory.
 
-    `needs`: bytes of weights, cache and scratch for a context; they grow with it.
+    `needs`: bytes of weights, of the cache, and of scratch (tables of positions and threads' buffers included) for a
+    context; they grow with it.
     """
     free = available_bytes()
     weights, cache, scratch = needs(n_ctx)
@@ -50,13 +51,8 @@ def _linux() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("MemAvailable:"))
     free = int(line.split()[1]) * 1024
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        folder = Path("/sys/fs/cgroup")  # a container's own limit, versions 2 and 1
-        try:
-            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return max(free, 0)
+    left = control_groups.memory_left()
+    return max(free if left is None else min(free, left), 0)
 
 
 def _darwin() -> int:
