@@ -23,21 +23,23 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.evaluation runtime.model_summary chat.repl"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command train.command"
+        " terminal_text"
     ),
     "bench": "errors pocketlm model tokenizer runtime runtime.native export",
-    "build": "errors pocketlm model tokenizer runtime runtime.native chat.opening export cli cli_options",
+    "build": "errors pocketlm model tokenizer runtime runtime.native chat.opening export cli cli_options terminal_text",
     "train": "errors tokenizer runtime.atomic runtime.positions chat.templates train.small_talk",
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "errors tokenizer runtime chat.templates",
     "cli_options": "runtime.sampling",
-    "export": "errors pickle_reader tokenizer runtime chat.templates",
-    "chat": "errors tokenizer runtime.sampling",  # of sampling the names and bounds of its options
-    "runtime": "errors runtime.native.executor",
+    "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
+    "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
+    "runtime": "errors runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",
     "pickle_reader": "errors",
     "models": "",
+    "terminal_text": "",
     "errors": "",
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
