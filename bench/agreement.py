@@ -25,7 +25,8 @@ def compare(exact: np.ndarray, other: np.ndarray, ids: list[int]) -> dict[str, A
     a, b = exact.astype(np.float64), other.astype(np.float64)
     found = cosines(a, b)
     targets = np.array(ids[1:])
-    exact_perplexity, own = (Result(cross_entropy(x[:-1], targets), len(targets), len(ids), range(1)).perplexity for x in (a, b))
+    results = (Result(cross_entropy(x[:-1], targets), len(targets), len(ids), range(1)) for x in (a, b))
+    exact_perplexity, own = (result.perplexity for result in results)
     off = own / exact_perplexity - 1
     result = {
         "n_tokens": len(ids), "cosine": float(found.mean()), "worst_cosine": float(found.min()),

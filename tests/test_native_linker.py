@@ -203,7 +203,7 @@ define i64 @widths(ptr %out, i64 %k) nounwind "no-builtins" {
   %w = load volatile i32, ptr @c32
   %d = load volatile i64, ptr @c64
   %q = load volatile <2 x i64>, ptr @c128
-  store <2 x i64> %q, ptr %out
+  store <2 x i64> %q, ptr %out, align 1
   %p = getelementptr i8, ptr @pad, i64 %k
   %c = load i8, ptr %p
   %b1 = sext i8 %b to i64
