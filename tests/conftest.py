@@ -37,6 +37,17 @@ def smollm2_path() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--known-skips-only", action="store_true", help="fail where a test skips for a new reason")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--known-skips-only"):
+        from known_skips import KnownSkips
+
+        config.pluginmanager.register(KnownSkips())
+
+
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
     """PyTorch computes with one thread while a test runs."""
@@ -52,14 +63,3 @@ def one_torch_thread() -> Iterator[None]:
 def tiny(tmp_path_factory) -> str:
     """The path of a llama of a few thousand weights, called Tiny."""
     return str(write_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", metadata={"general.name": "Tiny"}))
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--known-skips-only", action="store_true", help="fail where a test skips for a new reason")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--known-skips-only"):
-        from known_skips import KnownSkips
-
-        config.pluginmanager.register(KnownSkips())
