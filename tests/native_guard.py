@@ -17,6 +17,7 @@ from collections import defaultdict
 
 import numpy as np
 from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounded, weights
+from plain_calls import plain_function
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
@@ -87,7 +88,7 @@ class Score:
 
 def products(levels: list[Level], fmt: str, tokens: int) -> None:
     name = f"product{tokens}"
-    kernel = {level.name: kernels.loaded(fmt, level).function(f"{fmt}_{name}", None, *[ctypes.c_int64] * 9) for level in levels}
+    kernel = {level.name: plain_function(kernels.loaded(fmt, level).address(f"{fmt}_{name}"), 8) for level in levels}
     random, memory, scores = (
         np.random.default_rng([tokens, FORMATS[fmt].gguf_type]),
         [Guarded() for _ in range(3)],
@@ -133,7 +134,7 @@ def table(levels: list[Level], fmt: str) -> None:
     codes = [kernels.loaded(fmt, level) for level in levels]
     kernel = {
         level.name: (
-            code.function(f"{fmt}_row", None, *[ctypes.c_int64] * 5),
+            plain_function(code.address(f"{fmt}_row"), 5),
             code.function(f"{fmt}_tile", None, *[ctypes.c_int64] * 7),
         )
         for level, code in zip(levels, codes, strict=True)
