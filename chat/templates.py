@@ -329,12 +329,12 @@ def choose(source: object, tokenizer: Tokenizer) -> Template:
     def fits(row: BuiltIn) -> bool:
         return all(tokenizer.token_id(marker) is not None or marker in (jinja or "") for marker in row.needs)
 
-    built_in = BUILT_IN["plain"] if source == PLAIN_JINJA else next(row for row in BUILT_IN.values() if fits(row))
+    built_in = BUILT_IN["plain"] if jinja == PLAIN_JINJA else next(row for row in BUILT_IN.values() if fits(row))
     bos, eos = (
         "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         for token_id in (tokenizer.bos_id, tokenizer.eos_id)
     )
-    template = Template(None if source == PLAIN_JINJA else jinja, built_in, bos, eos)
+    template = Template(None if jinja == PLAIN_JINJA else jinja, built_in, bos, eos)
     if source is not None and jinja is None:
         template.note = f"the model's chat template is no text: {built_in.name} takes its place"
     return template

@@ -44,7 +44,8 @@ class _Shared:
     """Who wants one thread at the moment, and the number before the first of them came; None: it is back."""
 
     def __init__(self) -> None:
-        self.lock, self.users, self.before = threading.Lock(), weakref.WeakSet[object](), None
+        self.lock, self.users = threading.Lock(), weakref.WeakSet[object]()
+        self.before: int | None = None
 
 
 _shared = _Shared()

@@ -37,7 +37,7 @@ def _groups(root: Path, controller: str) -> list[Path]:
     """Folders of the group that the process is in and of all above it: of `controller` in version 1, of version 2 if ""."""
     found = []
     for line in _text(root / "proc/self/cgroup").splitlines():
-        _, names, path = (line.split(":", 2) + ["", ""])[:3]  # "4:cpu,cpuacct:/docker/abc", version 2: "0::/docker/abc"
+        _, names, path = [*line.split(":", 2), "", ""][:3]  # "4:cpu,cpuacct:/docker/abc", version 2: "0::/docker/abc"
         if controller not in names.split(","):
             continue
         for top, mount in _mounts(root, controller):
@@ -54,7 +54,7 @@ def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixP
     for line in _text(root / "proc/self/mountinfo").splitlines():
         # 36 31 0:33 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
         own, _, system = line.partition(" - ")
-        kind, _, options = (system.split(" ", 2) + ["", ""])[:3]
+        kind, _, options = [*system.split(" ", 2), "", ""][:3]
         wanted = kind == "cgroup2" if not controller else kind == "cgroup" and controller in options.split(",")
         if wanted and len(fields := own.split(" ")) >= 5:
             found.append((PurePosixPath(fields[3]), PurePosixPath(fields[4])))

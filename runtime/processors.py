@@ -110,7 +110,7 @@ def _windows_masks(kernel: Any) -> dict[int, int]:
 
 
 def darwin_cores(ask: Callable[[bytes], int | None]) -> int:
-    """`ask` gives a number that sysctl knows, or None. The fast cores: work is shared evenly, and slow ones would hold it up."""
+    """`ask` gives a number that sysctl knows, or None. The fast cores alone: the others would hold them up at every barrier."""
     return next((n for n in map(ask, (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu")) if n), 0)
 
 

@@ -52,7 +52,9 @@ def _interrupted(action: Callable[[], object], at: int, files: set[str | None]) 
     return False
 
 
-def signal_storm(action: Callable[[], object], check: Callable[[], object], storms: int, seed: int, *modules: ModuleType) -> int:
+def signal_storm(
+    action: Callable[[], object], check: Callable[[], object], storms: int, seed: int, *modules: ModuleType
+) -> int:
     """`action` under a rain of signals, then `check` in the dry, `storms` times. How many interrupts there were."""
     files, drops, left = {module.__file__ for module in modules}, 0, 0
 

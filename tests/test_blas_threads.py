@@ -20,8 +20,8 @@ OTHERS = 3  # what somebody else has chosen
 
 def _openblas():
     """NumPy's OpenBLAS, found by its file among what is mapped, and how its functions are called."""
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "openblas" in line and "numpy" in line}
-    library = ctypes.CDLL(paths.pop())
+    mapped = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    library = ctypes.CDLL(next(path for path in mapped if "openblas" in path and "numpy" in path))
     names = ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_", "openblas_{}_num_threads")
     return library, next(name for name in names if hasattr(library, name.format("get")))
 

@@ -83,7 +83,7 @@ def test_every_flag_of_every_command_is_known(capsys: pytest.CaptureFixture[str]
     for name in COMMANDS:
         with pytest.raises(SystemExit):
             main([name, "--help"])
-        flags = {word.strip(",.:;[]") for word in capsys.readouterr().out.split() if word.lstrip("[").startswith("--")}
+        flags = {word.strip(",.:;[]()") for word in capsys.readouterr().out.split() if word.lstrip("[").startswith("--")}
         for flag in {flag.partition("=")[0] for flag in flags}:
             with contextlib.suppress(SystemExit):
                 main([name, flag, "--help"])

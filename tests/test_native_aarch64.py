@@ -32,7 +32,8 @@ class Guest:
             with f.range(0, n) as i:
                 job = memory + (jobs + i * (8 * JOB))
                 f.call_pointer(f.field(job, 0, PTR), *[f.field(job, 8 * k) for k in range(1, JOB)])
-        define_threads(caller)
+        if kernels.CORE in modules:
+            define_threads(caller)
         texts = [*(kernels.module_text(name, level, "sysv") for name in modules), caller.text()]
         self.image, self.cpu = linker.link([compile_object(text, level) for text in texts]), CPUS[level.name]
         self.memory, self.jobs = bytearray(), []
@@ -83,9 +84,10 @@ def define_threads(module: Module) -> None:
     with module.function("live", {"team": PTR, "tid": I64}, linkage="kernel") as f:
         team, tid = f.args()
         run, lock = f.field(team, record, PTR), team + locks + tid * CACHE_LINE
-        with f.loop_while(lambda: f.call(I64, "wait", run, tid).equals(1)):
-            with f.loop_while(lambda: f.compare_exchange(lock, 1, 0).equals(0)):
-                f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I64)
+        give_way = f.field(run, offset(RUN, "give_way"), PTR)
+        asleep = f.loop_while(lambda: f.compare_exchange(lock, 1, 0).equals(0))
+        with f.loop_while(lambda: f.call(I64, "wait", run, tid).equals(1)), asleep:
+            f.call_pointer(give_way, returns=I64)
         f.atomic_add(team + ended, 1)
     with module.function("run", {"team": PTR}, linkage="kernel") as f:
         (team,) = f.args()
@@ -190,8 +192,8 @@ class Program:
         storage = dataclasses.replace(native._storage, address=lambda f, kernel: guest.code(f"{f}_{kernel}"))
         self.guest, self.native, self.buffer = guest, native, storage.buffers["logits"]
         program = encode(native.plan, storage, n_threads)
-        arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values(),
-                  native.cache.keys, native.cache.values, native._workers._workers]  # fmt: skip
+        arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values()]
+        arrays += [native.cache.keys, native.cache.values, native._workers._workers]
         arrays += [array for key, array in native._arrays.items() if key != "program"]
         self.places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays)
         relocate(program, self.places)

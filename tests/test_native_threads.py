@@ -15,7 +15,8 @@ from interrupts import interrupt_everywhere, needs_timer, signal_storm
 from native_calls import executors, host_level
 
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime import numpy_executor, threads  # noqa: F401  for the programs, too
+from pocketlm.runtime import numpy_executor  # noqa: F401  for the programs
+from pocketlm.runtime import threads as pools  # noqa: F401
 from pocketlm.runtime.native import executor as native_executor
 from pocketlm.runtime.native import workers as team
 from pocketlm.runtime.native.executor import NativeExecutor
@@ -299,7 +300,7 @@ time.sleep(0.2)
 native(1).close()
 numpy_executor.SMALL = 1
 executor = executors(host_level(), "Q4_0", 3)[1]
-executor._pool = threads.ThreadPool(3)
+executor._pool = pools.ThreadPool(3)
 def forever():
     while True:
         logits(executor)

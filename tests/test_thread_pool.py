@@ -1,4 +1,4 @@
-"""The pool of threads: every part of a job is done when `run` returns, whatever came in between; no thread outlives its pool."""
+"""The pool of threads: every part of a job is done when `run` returns, whatever came between; no thread outlives its pool."""
 
 import gc
 import os

@@ -138,7 +138,7 @@ class NativeExecutor:
         in another thread that is in the middle of a run, too: that run holds the memory until then.
         """
         self._workers.close()
-        self._storage = None
+        self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
         self.cache.keys = self.cache.values = np.empty(0, np.float16)
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
