@@ -23,15 +23,15 @@ def did_you_mean(
     return f", did you mean {sign}{known[near[0]]}?" if near else ""
 
 
-def quoted(name: object) -> str:
-    """A name from a file for an error message: one line, printable, at most 100 characters, escapes included."""
+def quoted(name: object, limit: int = 100) -> str:
+    """A name from a file for an error message: one line, printable, at most `limit` characters, escapes included."""
     text = str(name)
-    whole = ascii(text[:101])[1:-1]
-    if len(text) <= 100 and len(whole) <= 100:
+    whole = ascii(text[: limit + 1])[1:-1]
+    if len(text) <= limit and len(whole) <= limit:
         return whole
-    escapes = [ascii(character)[1:-1] for character in text[:100]]
+    escapes = [ascii(character)[1:-1] for character in text[:limit]]
     ends = itertools.accumulate(map(len, escapes))
-    return "".join(escape for escape, end in zip(escapes, ends, strict=True) if end <= 97) + "..."
+    return "".join(escape for escape, end in zip(escapes, ends, strict=True) if end <= limit - 3) + "..."
 
 
 class PocketlmError(Exception):
