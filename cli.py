@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
     `load` takes the place of `pocketlm.load`. `program`: what errors begin with; of a packed program, its name.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets a question mark
-        sys.stdout.reconfigure(errors="replace")
+    _settle_encoding(sys.stdout)  # before the first help text, too
     try:
         arguments = _parse(argv, program)
         arguments.load, arguments.program = load, program
@@ -87,6 +86,14 @@ def _parse(argv: list[str], program: str) -> Arguments:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
+
+
+def _settle_encoding(stream: Any, system: str = os.name) -> None:
+    """A terminal that cannot show a character gets a question mark. A pipe or a file gets UTF-8 on Windows, whose own
+    encoding for these lacks most of the world's letters, unless the user asked for another."""
+    if isinstance(stream, io.TextIOWrapper):
+        lossy = system == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
+        stream.reconfigure(errors="replace", encoding="utf-8" if lossy else None)
 
 
 def _check_words(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ Everything that can go wrong because of a file, a flag or the machine is raised 
 line prints the line and ends with `exit_status`. Any other exception is a defect of the package.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 
@@ -22,10 +23,15 @@ def did_you_mean(
     return f", did you mean {sign}{known[near[0]]}?" if near else ""
 
 
-def quoted(name: object) -> str:
-    """A name from a file for an error message: one line, printable, of bounded length."""
+def quoted(name: object, limit: int = 100) -> str:
+    """A name from a file for an error message: one line, printable, at most `limit` characters, escapes included."""
     text = str(name)
-    return ascii(text if len(text) <= 100 else text[:97] + "...")[1:-1]
+    whole = ascii(text[: limit + 1])[1:-1]
+    if len(text) <= limit and len(whole) <= limit:
+        return whole
+    escapes = [ascii(character)[1:-1] for character in text[:limit]]
+    ends = itertools.accumulate(map(len, escapes))
+    return "".join(escape for escape, end in zip(escapes, ends, strict=True) if end <= limit - 3) + "..."
 
 
 class PocketlmError(Exception):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm import __version__
-from pocketlm.bench.worker import settle
+from pocketlm.bench.settling import settle
 from pocketlm.runtime import blas
 from pocketlm.runtime.memory import available_bytes
 from pocketlm.runtime.threads import ThreadPool, default_threads, share

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from pocketlm.bench.settling import settle
 from pocketlm.errors import PocketlmError
 
 FILL = 512  # tokens of a pass while the cache is filled
 MAX_PASSES = 16
-STEP, QUIET, LONGEST = 0.01, 0.1, 0.3  # seconds between looks, share of a core that counts as asleep, longest wait
 
 
 class Bench:
@@ -140,16 +140,6 @@ def peak_bytes() -> int | None:
         except ImportError:
             return None
         return getattr(psutil.Process().memory_info(), "peak_wset", None)
-
-
-def settle() -> None:
-    """Wait until this process uses hardly any processor time."""
-    until = time.perf_counter() + LONGEST
-    before, busy = time.process_time(), True
-    while busy and time.perf_counter() < until:
-        time.sleep(STEP)
-        now = time.process_time()
-        busy, before = now - before > QUIET * STEP, now
 
 
 def work() -> None:

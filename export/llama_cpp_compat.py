@@ -103,4 +103,4 @@ def _tokenizer_notes(metadata: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _shown(text: str) -> str:
-    return repr(text) if text.isprintable() else f"'{quoted(text)}'"
+    return repr(text) if text.isprintable() else f"'{quoted(text, 300)}'"

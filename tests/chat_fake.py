@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.sampling import SamplingOptions
 
 
 class FakeModel:
@@ -35,6 +36,7 @@ class FakeModel:
         self.backend = name
 
     def chat(self, messages, *, cancel=None, **sampling):
+        SamplingOptions(**{name: value for name, value in sampling.items() if name not in ("max_tokens", "stop")})
         self.asked.append([dict(message) for message in messages])
         self.sampling = sampling
         *_, question = (message["content"] for message in messages if message["role"] == "user")

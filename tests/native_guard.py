@@ -17,6 +17,7 @@ from collections import defaultdict
 
 import numpy as np
 from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounded, weights
+from plain_calls import plain_function
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
@@ -27,17 +28,27 @@ from pocketlm.runtime.native.tiling import groups, restore, tile, tiled_bytes
 SHAPES = 200
 
 
+def _forbid(address: int, size: int) -> None:
+    """Take all rights from pages."""
+    if sys.platform == "win32":
+        protect = ctypes.windll.kernel32.VirtualProtect
+        protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_void_p]
+        assert protect(address, size, 1, ctypes.byref(ctypes.c_uint32())), ctypes.GetLastError()  # 1: PAGE_NOACCESS
+    else:
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        assert protect(address, size, 0) == 0, ctypes.get_errno()
+
+
 class Guarded:
     """A region of memory between two pages without any rights."""
 
     def __init__(self, size: int = 1 << 20):
-        self._library = ctypes.CDLL(None, use_errno=True)
         self._map = mmap.mmap(-1, size + 2 * mmap.PAGESIZE)
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + mmap.PAGESIZE
         self.stop = self.start + size
-        self._library.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         for page in (self.start - mmap.PAGESIZE, self.stop):
-            assert self._library.mprotect(page, mmap.PAGESIZE, 0) == 0, ctypes.get_errno()
+            _forbid(page, mmap.PAGESIZE)
 
     def place(self, data: np.ndarray, at_end: bool, align: int) -> np.ndarray:
         """A copy right behind the first guard, or as close to the second as the alignment allows."""
@@ -77,7 +88,7 @@ class Score:
 
 def products(levels: list[Level], fmt: str, tokens: int) -> None:
     name = f"product{tokens}"
-    kernel = {level.name: kernels.loaded(fmt, level).function(f"{fmt}_{name}", None, *[ctypes.c_int64] * 8) for level in levels}
+    kernel = {level.name: plain_function(kernels.loaded(fmt, level).address(f"{fmt}_{name}"), 8) for level in levels}
     random, memory, scores = (
         np.random.default_rng([tokens, FORMATS[fmt].gguf_type]),
         [Guarded() for _ in range(3)],
@@ -123,7 +134,7 @@ def table(levels: list[Level], fmt: str) -> None:
     codes = [kernels.loaded(fmt, level) for level in levels]
     kernel = {
         level.name: (
-            code.function(f"{fmt}_row", None, *[ctypes.c_int64] * 5),
+            plain_function(code.address(f"{fmt}_row"), 5),
             code.function(f"{fmt}_tile", None, *[ctypes.c_int64] * 7),
         )
         for level, code in zip(levels, codes, strict=True)

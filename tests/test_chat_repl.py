@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,9 @@ def test_a_program_sees_no_colours_prompts_or_banner():
     child = subprocess.run(
         [sys.executable, DRIVER], input=b"/max_tokens 50\nHello\n/quit\n", capture_output=True, timeout=60, check=True
     )
-    assert child.stdout == b"You said: Hello\n"
-    assert child.stderr == b"max_tokens: 50\n"
+    end = os.linesep.encode()
+    assert child.stdout == b"You said: Hello" + end
+    assert child.stderr == b"max_tokens: 50" + end
 
 
 def test_a_reader_that_has_seen_enough_ends_the_chat_quietly():
@@ -286,7 +288,7 @@ def test_where_nothing_can_be_saved_one_note_says_so(home):
     answers, notes, status, _ = chat("one", "two", save=True)
     assert (answers, status) == ("You said: one\nYou said: two\n", 0)
     assert notes.count("\n") == 1
-    assert notes.endswith("the conversation cannot be saved (Not a directory); it goes on without\n")
+    assert re.search(r"the conversation cannot be saved \([^()]+\); it goes on without\n$", notes)
 
 
 def test_it_works_without_a_home(monkeypatch):
@@ -367,10 +369,10 @@ def test_a_damaged_conversation_is_refused_in_one_line(name, tmp_path):
     ],
 )
 def test_the_data_folder_is_where_each_system_wants_it(platform, environment, expected, monkeypatch):
-    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
+    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME", "USERPROFILE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("USERPROFILE" if name == "HOME" and os.name == "nt" else name, value)
     monkeypatch.setattr(sys, "platform", platform)
     assert transcript.data_folder() == (Path(expected) if expected else None)
 

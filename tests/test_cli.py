@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from tiny_models import TOKENS, load_weights, write_model
 
+from pocketlm import cli
 from pocketlm.cli import main
 
 COMMAND = [sys.executable, "-m", "pocketlm"]
@@ -21,7 +23,9 @@ COMMAND = [sys.executable, "-m", "pocketlm"]
 
 def run(*words: str, stdin: str | bytes = "", **options: Any) -> subprocess.CompletedProcess[bytes]:
     data = stdin if isinstance(stdin, bytes) else stdin.encode()
-    return subprocess.run([*COMMAND, *words], input=data, capture_output=True, timeout=120, **options)
+    done = subprocess.run([*COMMAND, *words], input=data, capture_output=True, timeout=120, **options)
+    done.stdout, done.stderr = (stream.replace(os.linesep.encode(), b"\n") for stream in (done.stdout, done.stderr))
+    return done
 
 
 
@@ -112,15 +116,13 @@ def test_tokenize_reads_standard_input(tiny):
     assert run("tokenize", tiny, "--decode", stdin=ids).stdout.decode() == text + "\n"
 
 
-def test_tokenize_needs_a_vocabulary_only(test_data, capsys):
-    files = sorted((test_data / "vectors").rglob("*.gguf"))
-    if not files:
-        pytest.skip("no vocabulary files in the test data")
-    for file in files:
-        assert main(["tokenize", str(file), "Hello world"]) == 0
-        ids = capsys.readouterr().out
-        assert main(["tokenize", str(file), "--decode", ids]) == 0
-        assert capsys.readouterr().out.strip() == "Hello world"
+@pytest.mark.parametrize("name", ["gguf-gpt-2", "gguf-llama", "ggml-vocab-gpt-2", "ggml-vocab-phi-3"])
+def test_tokenize_needs_a_vocabulary_only(name, vocabulary_file, capsys):
+    file = str(vocabulary_file(name))
+    assert main(["tokenize", file, "Hello world"]) == 0
+    ids = capsys.readouterr().out
+    assert main(["tokenize", file, "--decode", ids]) == 0
+    assert capsys.readouterr().out.strip() == "Hello world"
 
 
 def test_inspect_shows_what_is_in_a_file(tiny, capsys):
@@ -252,3 +254,25 @@ def test_a_terminal_of_another_encoding_gets_replacements(tmp_path):
     assert run("inspect", str(path), env=environment).returncode == 0
     done = run("tokenize", str(path), "--decode", "195 188", env=environment)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "train", "export", "generate", "pack", "bench"])
+def test_every_help_text_can_be_shown_in_any_encoding(command):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run(*command.split(), "--help", env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("system", "expected"), [("nt", "ť🐎".encode()), ("posix", b"??")])
+def test_a_pipe_on_windows_gets_utf_8_and_every_other_output_what_the_system_says(system, expected, monkeypatch):
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="cp1252")
+    cli._settle_encoding(stream, system)
+    stream.write("ť🐎")
+    stream.flush()
+    assert written.getvalue() == expected
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    other = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    cli._settle_encoding(other, system)
+    assert (other.encoding, other.errors) == ("cp1252", "replace"), "asked for"

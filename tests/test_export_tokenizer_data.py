@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import random
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
     assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (2, 0)
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 610
     assert keys["tokenizer.ggml.merges"] == [
-        " ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+        " ".join(pair) for pair in json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))["model"]["merges"]
     ]
     samples = [*texts(2, 200), *TEST_TEXTS]
     check(keys, tokenizer.load(tmp_path / "tokenizer.json"), samples)
@@ -138,10 +139,12 @@ def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test
     assert all(written.encode(text) == peer.encode(text) for text in [*texts(4, 200), *TEST_TEXTS])
 
 
-def test_a_gguf_vocabulary_written_again_is_the_same(test_data: Path) -> None:
-    for name in ("gpt-2", "llama-spm", "starcoder"):
-        original = tokenizer.load(test_data / "vectors" / f"ggml-vocab-{name}.gguf")
-        check(tokenizer.to_metadata(original, original.n_vocab), original, [*texts(5, 100), *TEST_TEXTS])
+@pytest.mark.parametrize(
+    "name", ["gguf-default", "gguf-llama", "gguf-phi-3", "ggml-vocab-gpt-2", "ggml-vocab-llama-spm", "ggml-vocab-starcoder"]
+)
+def test_a_gguf_vocabulary_written_again_is_the_same(name: str, vocabulary_file: Callable[[str], Path]) -> None:
+    original = tokenizer.load(vocabulary_file(name))
+    check(tokenizer.to_metadata(original, original.n_vocab), original, [*texts(5, 100), *TEST_TEXTS])
 
 
 ODD = {

@@ -80,9 +80,10 @@ def test_tensors_written_by_the_gguf_package_are_read(tmp_path, alignment):
             assert np.array_equal(read.to_float32(), expected[name])
 
 
-def test_a_vocabulary_only_file_reads_as_with_the_gguf_package(test_data):
+@pytest.mark.parametrize("name", ["gguf-gpt-2", "gguf-llama", "ggml-vocab-phi-3"])
+def test_a_vocabulary_only_file_reads_as_with_the_gguf_package(name, vocabulary_file):
     gguf = pytest.importorskip("gguf", reason="the independent reader")
-    path = test_data / "vectors" / "ggml-vocab-phi-3.gguf"
+    path = vocabulary_file(name)
     fields = gguf.GGUFReader(path).fields
     with open_gguf(path) as ours:
         assert ours.tensors == {}

@@ -9,6 +9,7 @@ import threading
 import types
 
 import pytest
+from plain_calls import plain_function
 
 from pocketlm.runtime.native import executable_memory, levels
 from pocketlm.runtime.native.compiler import compile_object
@@ -58,7 +59,7 @@ def test_loading_and_closing_leaves_nothing_behind(increment):
 
     before = mappings()
     several = [load(increment) for _ in range(200)]
-    assert {loaded.function("increment", ctypes.c_int64, ctypes.c_int64)(41) for loaded in several} == {42}
+    assert {plain_function(loaded.address("increment"), 1)(41) for loaded in several} == {42}
     for loaded in several:
         loaded.close()
         loaded.close()
@@ -194,7 +195,7 @@ def test_an_image_for_another_machine_is_not_loaded():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_code_runs_in_a_forked_child(increment):
     loaded = load(increment)
-    function = loaded.function("increment", ctypes.c_int64, ctypes.c_int64)
+    function = plain_function(loaded.address("increment"), 1)
     child = os.fork()
     if child == 0:
         os._exit(function(41))
@@ -219,7 +220,7 @@ done:
 def test_other_python_threads_run_during_a_call():
     flag = ctypes.c_int64(0)
     loaded = load(compiled(WAIT))
-    wait = loaded.function("wait", None, ctypes.c_void_p)
+    wait = plain_function(loaded.address("wait"), 1)
     thread = threading.Thread(target=wait, args=(ctypes.addressof(flag),), daemon=True)
     thread.start()
     flag.value = 1
@@ -230,7 +231,7 @@ def test_other_python_threads_run_during_a_call():
 
 def test_the_container_and_the_loader_are_the_same_image(increment):
     loaded = load(from_bytes(to_bytes(increment)))
-    assert loaded.function("increment", ctypes.c_int64, ctypes.c_int64)(-1) == 0
+    assert plain_function(loaded.address("increment"), 1)(-1) == 0
     with pytest.raises(KeyError):
         loaded.address("decrement")
     loaded.close()

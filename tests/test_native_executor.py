@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-import resource
+import mmap
 import subprocess
 import sys
 import weakref
@@ -168,7 +168,7 @@ def test_positions_are_forgotten_and_taken_out_as_in_the_numpy_executor(name):
 def resident() -> int:
     """Bytes of this process in memory now."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

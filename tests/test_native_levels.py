@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from plain_calls import ENTRY
 
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.native import executable_memory, levels
@@ -119,7 +120,7 @@ def test_the_cpu_can_be_asked_with_either_calling_convention():
     from pocketlm.runtime.native.compiler import compile_object
     from pocketlm.runtime.native.linker import link, load
 
-    call = "define void @call_{0}(ptr %f, ptr %io) {{\n  call {1} void %f(ptr %io)\n  ret void\n}}\n"
+    call = "define " + ENTRY + "void @call_{0}(ptr %f, ptr %io) {{\n  call {1} void %f(ptr %io)\n  ret void\n}}\n"
     callers = load(link([compile_object(call.format("sysv", "") + call.format("win64", "win64cc"), LEVELS["sse4"])]))
     answers = []
     for abi in ("sysv", "win64"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from aarch64_runner import CPUS, QEMU, call_aarch64, needs_qemu
 from elf_objects import object_file
+from plain_calls import plain_function
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native import levels
@@ -40,7 +41,7 @@ def call(level: Level, code: Image, symbol: str, *args: "int | bytes") -> tuple[
         contents = {k: arg for k, arg in enumerate(args) if isinstance(arg, bytes)}
         buffers = {k: ctypes.create_string_buffer(content, len(content)) for k, content in contents.items()}
         values = [ctypes.addressof(buffers[k]) if k in buffers else arg for k, arg in enumerate(args)]
-        result = loaded.function(symbol, ctypes.c_int64, *[ctypes.c_int64] * len(args))(*values)
+        result = plain_function(loaded.address(symbol), len(args))(*values)
         return result, [buffer.raw for buffer in buffers.values()]
     finally:
         loaded.close()
@@ -202,7 +203,7 @@ define i64 @widths(ptr %out, i64 %k) nounwind "no-builtins" {
   %w = load volatile i32, ptr @c32
   %d = load volatile i64, ptr @c64
   %q = load volatile <2 x i64>, ptr @c128
-  store <2 x i64> %q, ptr %out
+  store <2 x i64> %q, ptr %out, align 1
   %p = getelementptr i8, ptr @pad, i64 %k
   %c = load i8, ptr %p
   %b1 = sext i8 %b to i64

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from native_calls import compiled, each_level
 
+from pocketlm.runtime.native import levels
 from pocketlm.runtime.native import vector_math as V
 from pocketlm.runtime.native.ir import F16, F32, I64, PTR, Module
 from pocketlm.runtime.native.levels import LEVELS
@@ -28,7 +29,7 @@ def run(level, body, x, dtype):
     """body(f, level name, vector of x) for all of x, in a module of its own."""
     kinds = {np.dtype(np.float32): F32, np.dtype(np.float16): F16}
     source, target = kinds[x.dtype], kinds[np.dtype(dtype)]
-    module = Module()
+    module = Module(levels.host_abi())
     with module.function("apply", {"x": PTR, "y": PTR, "n": I64}, linkage="entry") as f:
         a, b, n = f.args()
         with f.range(0, n, LANES) as i:

@@ -7,7 +7,7 @@ import pytest
 from native_calls import activation_records, compiled, each_level, executors, host_level, round_activations
 
 from pocketlm.runtime.hyper import Rope
-from pocketlm.runtime.native import stages
+from pocketlm.runtime.native import levels, stages
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
 from pocketlm.runtime.native.linker import load
 from pocketlm.runtime.native.matrix import RECORD
@@ -24,7 +24,7 @@ def softmax(x):
 
 def rounded_records(level, x):
     """A tile of tokens x [tokens, n] as the compiled code rounds it: uint8 [bytes]."""
-    module = Module()
+    module = Module(levels.host_abi())
     stages._define_round(module)
     arguments = {"x": PTR, "n": I64, "wholes": PTR, "whole_stride": I64, "records": PTR, "record_stride": I64}
     with module.function("apply", arguments, linkage="entry") as f:

@@ -11,6 +11,8 @@ from pocketlm import tokenizer
 from pocketlm.tokenizer import merge as merging
 from pocketlm.tokenizer.merge import NO_MERGE, MergeTable, merge, merge_long
 
+LARGE = ["gpt-2", "llama-spm", "starcoder"]
+
 
 def one_after_the_other(symbols, pairs, stride):
     """The rule as it is written: the lowest rank, the leftmost of those, until there is none."""
@@ -67,10 +69,10 @@ def seconds(tok, text, times):
     return time.process_time() - start
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-spm"])
+@pytest.mark.parametrize("name", [f"ggml-vocab-{name}" for name in LARGE[:2]])
 @pytest.mark.parametrize("character", ["a", " "])
-def test_ten_million_equal_characters_take_at_most_12_times_as_long_as_a_million(name, character, test_data):
-    tok = tokenizer.load(test_data / "vectors" / f"ggml-vocab-{name}.gguf")
+def test_ten_million_equal_characters_take_at_most_12_times_as_long_as_a_million(name, character, vocabulary_file):
+    tok = tokenizer.load(vocabulary_file(name))
     tok.encode(character * 5000)
     ratios = []
     for _ in range(3):  # both are measured over the same time: other programs slow them alike
@@ -80,9 +82,9 @@ def test_ten_million_equal_characters_take_at_most_12_times_as_long_as_a_million
     pytest.fail(f"{ratios} times as long")
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-spm", "starcoder"])
+@pytest.mark.parametrize("name", ["gguf-default", "gguf-llama", *(f"ggml-vocab-{name}" for name in LARGE)])
 @pytest.mark.parametrize("text", ["😀", "中", "=", "7", "\n", "é", "ab", "no space at all;"])
-def test_long_texts_without_words_come_back(name, text, test_data):
-    tok = tokenizer.load(test_data / "vectors" / f"ggml-vocab-{name}.gguf")
+def test_long_texts_without_words_come_back(name, text, vocabulary_file):
+    tok = tokenizer.load(vocabulary_file(name))
     ids = tok.encode(text * 20_000)
     assert tok.decode(ids) == text * 20_000

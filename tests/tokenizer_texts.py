@@ -31,17 +31,17 @@ CONTROLS = [chr(i) for i in (*range(0x20), *range(0x7F, 0xA0))]
 CONTRACTIONS = ["'s", "'t", "'RE", "'Ve", "'m", "'LL", "'d", "'", "''", "I'm ", "'ſ"]
 
 
-def _settled(code: int) -> bool:
+def settled(code: int) -> bool:
     """Whether every Unicode version since 3.2 says the same of a character, so that the libraries' tables agree."""
     return unicodedata.category(chr(code)) == unicodedata.ucd_3_2_0.category(chr(code)) != "Cn"
 
 
 def _of_every_plane() -> list[str]:
     chosen = random.Random(1)
-    settled = [code for plane in (0, 1, 2, 14) for code in range(plane << 16, (plane + 1) << 16) if _settled(code)]
-    settled = [code for code in settled if not 0xD800 <= code <= 0xDFFF]
+    codes = [code for plane in (0, 1, 2, 14) for code in range(plane << 16, (plane + 1) << 16) if settled(code)]
+    codes = [code for code in codes if not 0xD800 <= code <= 0xDFFF]
     others = [(plane << 16) + low for plane in range(4, 17) for low in (0, 0x1234, 0xFFFD)]
-    return [chr(code) for code in chosen.sample(settled, 3000) + others + [0x30000, 0x30ABC, 0xFFFD, 0x10FFFD]]
+    return [chr(code) for code in chosen.sample(codes, 3000) + others + [0x30000, 0x30ABC, 0xFFFD, 0x10FFFD]]
 
 
 PLANES = _of_every_plane()

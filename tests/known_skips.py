@@ -1,0 +1,55 @@
+"""`pytest --known-skips-only`: a run in which a test is skipped for a reason that is not in the table below fails.
+
+For `.ci/run`, which installs all that tests compare with: a package that is missing there would otherwise take its tests
+along without a word. In a checkout like any other, tests skip and say why.
+"""
+
+import re
+from typing import Any
+
+import pytest
+
+# A reason, as a regular expression for all of it: why `.ci/run` cannot remove it.
+KNOWN = {
+    r"this CPU lacks .*": "a CPU's instructions cannot be installed; each level is run wherever a machine has it",
+    r"no emulator for x86-64": "on a machine of another kind qemu has no vector instructions of x86-64",
+    r"runs x86-64 code": "on a machine of another kind",
+    r"compares with /proc/cpuinfo": "the flags there are those of x86-64",
+    r"permissions do not bind root": "apt-get wants to be run as root; an ordinary user's run covers these",
+    r"modes do not bind Windows or root": "the same",
+    r"no test vectors in .*": "the large vocabularies are no part of the repository; tests/vectors proves the same",
+    r"this system does not let programs be traced": "a container may forbid it, whatever is installed",
+    r"this system does not allow (namespaces|mounts)": "the same",
+    r"llama-cpp-python came without the ggml-base library": "some of its wheels link it into one file",
+    r"this NumPy has no OpenBLAS in its wheel": "the wheels of some platforms use another library",
+    r"the slopes of .* heads are another test's": "two parameters that do not go together",
+}
+
+
+class KnownSkips:
+    """Collects the skips of a run; those that the table does not know are listed at its end and turn its exit status to 1."""
+
+    def __init__(self) -> None:
+        self.unknown: dict[str, list[str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._see(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._see(report)
+
+    def _see(self, report: Any) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if not any(re.fullmatch(known, reason) for known in KNOWN):
+                self.unknown.setdefault(reason, []).append(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.unknown and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.unknown:
+            terminalreporter.section("skipped for a reason that tests/known_skips.py does not know", red=True)
+        for reason, tests in self.unknown.items():
+            terminalreporter.line(f"{reason}: {tests[0]}" + f" and {len(tests) - 1} more" * (len(tests) > 1), red=True)
