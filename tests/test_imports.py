@@ -26,7 +26,9 @@ ALLOWED = {
         " terminal_text"
     ),
     "bench": "errors pocketlm model tokenizer runtime runtime.native export",
-    "build": "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options terminal_text",
+    "build": (
+        "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options terminal_text"
+    ),
     "train": "errors tokenizer runtime.atomic runtime.positions chat.templates train.small_talk",
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
