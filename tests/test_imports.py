@@ -27,7 +27,8 @@ ALLOWED = {
     ),
     "bench": "errors pocketlm model tokenizer runtime runtime.native export",
     "build": (
-        "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options terminal_text"
+        "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
+        " terminal_text"
     ),
     "train": "errors tokenizer runtime.atomic runtime.positions chat.templates train.small_talk",
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
