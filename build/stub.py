@@ -31,7 +31,8 @@ PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # wh
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
-    "runtime/native/vector_math.py", "build/blas.py", "build/elf.py", "build/freeze.py",
+    "runtime/native/vector_math.py",
+    *(f"build/{name}.py" for name in ("archive", "blas", "bytecode", "compose", "elf", "freeze", "modules", "pe", "wheels")),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
@@ -79,7 +80,7 @@ def build_stub(out: Path, icon: str | None = None) -> Path:
     print("building a stub: a minute or two", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="pocketlm-stub-") as temporary:
         folder = Path(temporary, "tree")
-        _copy_sources(folder)
+        copy_sources(folder)
         build_images(folder / KERNELS, host_platform(), module_texts, __version__)
         _write_blas(folder / BLAS)
         built = _run_pyinstaller(folder, Path(temporary), icon)
@@ -96,7 +97,7 @@ def _sources() -> list[Path]:
     return [file for file in files if file.as_posix() not in LEFT_OUT]
 
 
-def _copy_sources(folder: Path) -> None:
+def copy_sources(folder: Path) -> None:
     """`folder`/pocketlm and entry.py: PyInstaller finds nothing else of this package, however it is installed."""
     root = Path(__file__).parents[1]
     for file in _sources():
