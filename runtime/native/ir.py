@@ -14,6 +14,7 @@ Language: https://llvm.org/docs/LangRef.html
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class Type:
 I1, I8, I16, I32, I64 = (Type(f"i{n}") for n in (1, 8, 16, 32, 64))
 Operand: TypeAlias = Union["Value", int, float]
 F16, F32, F64, PTR, VOID = Type("half"), Type("float"), Type("double"), Type("ptr"), Type("void")
-
+_CONVENTION_OF = "<convention of {}>"  # stands in a call until all functions of the module are defined
+_CONVENTION = re.compile(r"<convention of (\S+)>")
 
 
 class Value:
@@ -304,14 +306,18 @@ class Function:
     def call(self, type: Type, name: str, *arguments: Value) -> Value:
         """Call a function or an intrinsic; it is declared where it is not defined in the module."""
         self.module.declare(name, type, [a.type for a in arguments])
-        text = f"call {type} @{name}({', '.join(f'{a.type} {a}' for a in arguments)})"
+        return self._call(type, f"call {_CONVENTION_OF.format(name)}{type} @{name}", arguments)
+
+    def call_pointer(self, address: Value, *arguments: Value, returns: Type = VOID, linkage: str = "kernel") -> Value:
+        """Call what is at an address: a "kernel", or a function of the operating "system"."""
+        return self._call(returns, f"call {self.module.convention(linkage)}{returns} {address}", arguments)
+
+    def _call(self, type: Type, what: str, arguments: Sequence[Value]) -> Value:
+        text = f"{what}({', '.join(f'{a.type} {a}' for a in arguments)})"
         if type == VOID:
             self.line(text)
             return Value(self, VOID, "")
         return self.emit(type, text)
-
-    def call_pointer(self, address: Value, *arguments: Value) -> None:
-        self.line(f"call void {address}({', '.join(f'{a.type} {a}' for a in arguments)})")
 
     def intrinsic(self, name: str, *arguments: Value) -> Value:
         """An intrinsic whose operands and result are of one type: llvm.NAME.v16f32."""
@@ -388,6 +394,13 @@ class Module:
         self.abi = abi
         self._declared: dict[str, str] = {}
         self._defined: dict[str, str] = {}
+        self._linkages: dict[str, str] = {}
+
+    def convention(self, linkage: str) -> str:
+        """The calling convention of functions of a linkage, as LLVM spells it: nothing for the C convention of the target, which
+        is Linux for every system.
+        """
+        return "win64cc " if self.abi == "win64" and linkage in ("entry", "system") else ""
 
     def declare(self, name: str, type: Type, arguments: Sequence[Type]) -> None:
         self._declared[name] = f"declare {type} @{name}({', '.join(map(str, arguments))})"
@@ -398,19 +411,18 @@ class Module:
     ) -> Iterator[Function]:
         """A function. `linkage`: "internal"; "inline"; "kernel", called by address from compiled code; "entry", from Python."""
         f = Function(self, arguments)
+        self._linkages[name] = linkage
         yield f
         f.line("ret void" if returns == VOID else "unreachable")
         formal = ", ".join(f"{type} %{arg}" for arg, type in arguments.items())
-        prefix = {
-            "internal": "internal ",
-            "inline": "internal ",
-            "kernel": "",
-            "entry": "win64cc " if self.abi == "win64" else "",
-        }
+        visible = "" if linkage in ("kernel", "entry") else "internal "
         # probes: Windows grows a stack page by page, and a large frame must not jump over the guard page
         attributes = 'nounwind "no-builtins" "probe-stack"="inline-asm"' + (" alwaysinline" if linkage == "inline" else "")
-        self._defined[name] = f"define {prefix[linkage]}{returns} @{name}({formal}) {attributes} {{\n{f.text()}\n}}"
+        head = f"define {visible}{self.convention(linkage)}{returns} @{name}({formal}) {attributes}"
+        self._defined[name] = f"{head} {{\n{f.text()}\n}}"
 
     def text(self) -> str:
         declared = [text for name, text in self._declared.items() if name not in self._defined]
-        return "\n".join([*declared, *self._defined.values()]) + "\n"
+        text = "\n".join([*declared, *self._defined.values()]) + "\n"
+        # only now is every callee defined: a call takes its convention from there, and there is no other way to write one
+        return _CONVENTION.sub(lambda call: self.convention(self._linkages.get(call[1], "")), text)
