@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pocketlm import __version__
-from pocketlm.build import archive, blas, bytecode, elf, modules, pe, wheels
-from pocketlm.build.archive import Code, Entry
-from pocketlm.build.freeze import EXCLUDED, FORTRAN, UNWANTED
+from pocketlm.build import blas, bytecode, carchive, elf, modules, pe, wheels
+from pocketlm.build.carchive import Code, Entry
+from pocketlm.build.freeze import EXCLUDED, FORTRAN
 from pocketlm.build.stub import copy_sources
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
@@ -41,7 +41,10 @@ _BASE = (
 _BOOT = ("struct", "_struct", "zlib")  # what reads the archive
 _LOADER = ("pyimod01_archive", "pyimod02_importers", "pyimod03_ctypes")
 _MISSING_ON_WINDOWS = re.compile("vcruntime|msvcp|vcomp|concrt|python", re.IGNORECASE)
-_UNKNOWN_TO_WINE = ("_wmi",)  # asked only for the processor's name, with another way to find out
+_EXCLUDED = (
+    "_wmi",  # asked for the processor's name only, for which there is another way; wine has none
+    "_multibytecodec", *(f"_codecs_{region}" for region in ("cn", "hk", "iso2022", "jp", "kr", "tw")),  # encodings before Unicode
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
         tree = _unpack(fetched, Path(temporary))
         entries = _entries(platform, layout, tree)
-        program = archive.program(entries, PYTHON, layout.library)
+        program = carchive.program(entries, PYTHON, layout.library)
         boot = (tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes()
         with replacing_file(out, len(boot) + len(program)) as part:
             part.write_bytes(boot + program)
@@ -161,7 +164,7 @@ def _entries(platform: str, layout: _Layout, tree: _Tree) -> list[Entry]:
     boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
     found = modules.find(
         [*_own_modules(tree.own), *_base_modules(tree.library), *_BOOT], [tree.own, tree.packages, tree.library, tree.compiled],
-        platform, (*EXCLUDED, *_UNKNOWN_TO_WINE, *(name for name in UNWANTED if name.startswith("_"))),
+        platform, (*EXCLUDED, *_EXCLUDED),
     )  # fmt: skip
     scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
     files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **scripts}
@@ -173,13 +176,13 @@ def _entries(platform: str, layout: _Layout, tree: _Tree) -> list[Entry]:
     kernels = tree.own / KERNELS
     build_images(kernels, platform, module_texts, __version__)
     return [
-        *(Entry(archive.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
-        *(Entry(archive.SCRIPT, name, marshalled[name]) for name in scripts),
+        *(Entry(carchive.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
+        *(Entry(carchive.SCRIPT, name, marshalled[name]) for name in scripts),
         *_binaries(platform, layout, tree, found.compiled),
-        Entry(archive.DATA, "base_library.zip", archive.library(base, magic)),
-        Entry(archive.DATA, KERNELS, kernels.read_bytes()),
-        Entry(archive.MODULES, "PYZ.pyz", archive.modules(rest, magic)),
-        Entry(archive.OPTION, "X utf8=1"),
+        Entry(carchive.DATA, "base_library.zip", carchive.library(base, magic)),
+        Entry(carchive.DATA, KERNELS, kernels.read_bytes()),
+        Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(rest, magic)),
+        Entry(carchive.OPTION, "X utf8=1"),
     ]
 
 
@@ -221,7 +224,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
         if "openblas" in name and blas.is_replaceable(path, users):
             contents[name] = blas.library_for(path, users, PLATFORMS[platform].machine)
             contents = {other: data for other, data in contents.items() if not PurePosixPath(other).name.startswith(FORTRAN)}
-    return [Entry(archive.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
+    return [Entry(carchive.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
 
 
 def _library(name: str, folders: Iterable[Path]) -> Path:

@@ -11,6 +11,8 @@ names in them.
 from __future__ import annotations
 
 import ast
+import functools
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from pathlib import Path
 
 COMPILED = (".so", ".pyd")
 _SYS_PLATFORM = {"windows": "win32", "macos": "darwin", "linux": "linux"}
-_DOTTED = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+(?=\0)")
+_DOTTED = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 
 @dataclass
@@ -66,19 +68,26 @@ def _file(name: str, folders: Sequence[Path]) -> Path | None:
     *parts, last = name.split(".")
     for root in folders:
         folder = root.joinpath(*parts)
-        if (folder / last / "__init__.py").exists():
+        files = _names(folder)
+        if "__init__.py" in _names(folder / last if last in files else folder / "?"):
             return folder / last / "__init__.py"
-        compiled = [path for path in folder.glob(f"{last}.*") if path.suffix in COMPILED]
-        if compiled:
-            return compiled[0]
-        if (folder / f"{last}.py").exists():
+        for file in files:
+            if file.startswith(f"{last}.") and file.endswith(COMPILED):
+                return folder / file
+        if f"{last}.py" in files:
             return folder / f"{last}.py"
     return None
 
 
+@functools.cache
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
 def _named_in(path: Path) -> set[str]:
     """Dotted names that stand alone in a compiled module."""
-    return {name.decode() for name in _DOTTED.findall(path.read_bytes())}
+    texts = (text for text in path.read_bytes().split(b"\0") if b"." in text)
+    return {text.decode() for text in texts if _DOTTED.fullmatch(text)}
 
 
 def _imports(tree: ast.Module, package: str, system: str) -> Iterator[tuple[str, bool]]:

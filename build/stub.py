@@ -20,7 +20,7 @@ from pathlib import Path
 from pocketlm import __version__
 from pocketlm.build import blas
 from pocketlm.build.freeze import BLAS
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
 from pocketlm.runtime.native.code_cache import cache_folder
@@ -32,10 +32,14 @@ PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # wh
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
     "runtime/native/vector_math.py",
-    *(f"build/{name}.py" for name in ("archive", "blas", "bytecode", "compose", "elf", "freeze", "modules", "pe", "wheels")),
+    *(f"build/{name}.py" for name in ("blas", "bytecode", "carchive", "compose", "elf", "freeze", "modules", "pe", "wheels")),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
+SHORT_NAMES = {
+    "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),
+    "pi": ("linux-aarch64",), "all": tuple(PLATFORMS),
+}  # fmt: skip
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 _SPECIFICATION = """\
 from pathlib import Path
@@ -55,18 +59,28 @@ def host_platform() -> str:
     return name
 
 
-def kept_stub(name: str, build: bool = True) -> Path:
-    """The stub for a platform in the cache folder; the one for this platform is built if it is missing."""
+def platforms(name: str) -> tuple[str, ...]:
+    """The platforms that --for NAME means. Raises UsageError."""
+    if name not in (*SHORT_NAMES, *PLATFORMS):
+        raise UsageError(f"--for {name}: known are {', '.join((*SHORT_NAMES, *PLATFORMS))}")
+    return SHORT_NAMES.get(name, (name,))
+
+
+def kept_stub(name: str, wheels: Path | None = None) -> Path:
+    """The stub for a platform in the cache folder, built or composed if it is missing; `wheels` as for compose."""
+    from pocketlm.build.compose import compose
+
     folder = cache_folder()
     if folder is None:
         raise PocketlmError("there is no cache folder for stubs; set POCKETLM_CACHE, or name a stub with --stub")
-    mine = name == host_platform()
-    path = folder / "stubs" / (f"{name}-{_fingerprint()[:16]}" if mine else name)
+    path = folder / "stubs" / f"{name}-{_fingerprint()[:16]}"
     if not path.exists():
-        if not (mine and build):
-            raise FileError(path, f"there is no stub for {name}", f"run pocketlm stub on {name} and copy the file there")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        build_stub(path)
+        if name == host_platform():
+            build_stub(path)
+        else:
+            print(f"composing a stub for {name}: a minute", file=sys.stderr)
+            compose(name, path, wheels)
         for old in path.parent.glob(f"{name}-*"):
             if old != path:
                 old.unlink(missing_ok=True)
@@ -141,6 +155,6 @@ def _fingerprint() -> str:
     """Stands for all that a stub depends on: another one, another stub."""
     root, versions = Path(__file__).parents[1], [importlib.metadata.version(name) for name in FROZEN]
     digest = hashlib.sha256(f"{sys.version} {platform.machine()} {versions}".encode())
-    for file in _sources():
+    for file in [*_sources(), *sorted(Path("build", table.name) for table in (root / "build").glob("*.sha256"))]:
         digest.update(file.as_posix().encode() + (root / file).read_bytes())
     return digest.hexdigest()
