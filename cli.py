@@ -13,13 +13,21 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
 from pocketlm.errors import FileError, PocketlmError, UsageError
 
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
+NAME = "pocketlm"
+
+
+class _OneLineParser(Parser):
+    """Of a packed program, whose usage would show commands and a MODEL that its user does not write."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists what there is")
 
 
 class Command(NamedTuple):
@@ -30,41 +38,41 @@ class Command(NamedTuple):
     run: Callable[[Arguments], int]
 
 
-def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None) -> int:
+def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, program: str = NAME) -> int:
     """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error.
 
-    `load` takes the place of `pocketlm.load`.
+    `load` takes the place of `pocketlm.load`. `program`: what errors begin with; of a packed program, its name.
     """
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parse(argv)
-    arguments.load = load
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a character gets a question mark
         sys.stdout.reconfigure(errors="replace")
     try:
+        arguments = _parse(argv, program)
+        arguments.load, arguments.program = load, program
         status = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except PocketlmError as error:
-        print(f"pocketlm: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         _give_up_output()
         return 0
     except OSError as error:  # files are opened where their errors become FileErrors: this is a full disk, a lost terminal
         _give_up_output()
-        print(f"pocketlm: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except MemoryError:
-        print("pocketlm: not enough memory; use a smaller model, a smaller --ctx, or close other programs", file=sys.stderr)
+        print(f"{program}: not enough memory; use a smaller model, a smaller --ctx, or close other programs", file=sys.stderr)
         return 1
 
 
-def _parse(argv: list[str]) -> Arguments:
+def _parse(argv: list[str], program: str) -> Arguments:
     """Until Python 3.12 argparse gives an optional MODEL or TEXT its default when an option comes before it: put right here."""
-    parser = _parser(argv[:1])
+    parser = _parser(argv[:1], program)
     arguments, rest = parser.parse_known_args(argv)
     for name in ("model", "text"):
         if len(rest) == 1 and getattr(arguments, name, "") is None and not rest[0].startswith("--"):
@@ -80,11 +88,12 @@ def _give_up_output() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _parser(chosen: list[str]) -> Parser:
+def _parser(chosen: list[str], program: str) -> Parser:
     """The parser; only the chosen command's arguments are declared, since declaring all takes longer than answering."""
     from pocketlm import __version__
 
-    parser = Parser(prog="pocketlm", description="Small language models as one file, run in Python.", allow_abbrev=False)
+    kind = Parser if program == NAME else _OneLineParser
+    parser = kind(prog=program, description="Small language models as one file, run in Python.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"pocketlm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -102,7 +111,7 @@ def _load(arguments: Arguments) -> Any:
     model = load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
     if arguments.load is None and not model.hyper.reaches(model.n_ctx):
         beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
-        print(f"pocketlm: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
+        print(f"{arguments.program}: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
     return model
 
 
@@ -302,6 +311,7 @@ COMMANDS: dict[str, Command] = {
     "pack": _folder("Make one executable out of a model.", _build("pack")),
     "unpack": _folder("Take the GGUF out of a packed executable.", _build("unpack")),
     "persona": _folder("Change what a packed executable says about itself.", _build("persona")),
+    "check": _folder("Say whether a packed executable or a model file is whole, and which part is not.", _build("check")),
     "stub": _folder("Build the executable that models are packed into.", _build("stub")),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),

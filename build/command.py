@@ -1,8 +1,10 @@
-"""`pocketlm pack`, `unpack`, `persona` and `stub`: their arguments, and what they print."""
+"""`pocketlm pack`, `unpack`, `persona`, `check` and `stub`: their arguments, and what they print."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pocketlm.cli_options import SAMPLING
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.export.command import model_options, own_keys, read_model
 from pocketlm.runtime import container
 
 if TYPE_CHECKING:
@@ -60,8 +63,8 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FRIEND", help="the executable to write")
     parser.add_argument("--stub", metavar="PATH", help="a stub, or a packed executable; default: this platform's own")
     _for_arguments(parser)
-    parser.add_argument("--quant", metavar="FORMAT", help="convert first, as in pocketlm export: q4_0 …")
     parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns: builds a stub of its own (Windows and macOS)")
+    model_options(parser.add_argument_group("what the model becomes first, as in pocketlm export"))
     _persona_arguments(parser)
 
 
@@ -84,8 +87,9 @@ def _pack(arguments: argparse.Namespace) -> int:
         for name in names:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
-            out = pack(model, open_stub(stub), out, persona, reference)
-            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+            verdict: list[str] = []
+            out = pack(model, open_stub(stub), out, persona, reference, lambda part, said=verdict: said.append(_try(part)))
+            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
     return 0
 
 
@@ -101,17 +105,38 @@ def _stub_for(name: str, arguments: argparse.Namespace) -> Path:
     return kept_stub(name, Path(arguments.wheels) if arguments.wheels else None)
 
 
+def _try(executable: Path) -> str:
+    """Let the finished executable test itself; what is to be said about it. Raises PocketlmError if it fails."""
+    from pocketlm.build.pack import platform_of
+    from pocketlm.build.stub import host_platform
+
+    platform = platform_of(executable)
+    if platform != host_platform() or platform == "macos-arm64":  # which runs nothing that is not signed
+        return f"not tried here: it is for {platform}; --selftest tries it there"
+    try:
+        done = subprocess.run([executable, "--selftest"], capture_output=True, text=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"not tried: nothing can be started where it was to be written ({error.strerror})"
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    said = lines[-1] if lines else f"it ended with status {done.returncode}"
+    if done.returncode:
+        wrong = said.removeprefix("WRONG: ").split(", ")
+        why = [" ".join(line.split()) for line in done.stdout.splitlines() if line.partition(" ")[0] in wrong]
+        raise PocketlmError(f"the finished executable does not pass its own test: {'; '.join(why) or said}")
+    return f"tried: {said}"
+
+
 def _reference(file: GGUF) -> bytes:
     """The results for --selftest, of a model that can be talked to. Raises FileError for another one."""
     from pocketlm.build.selftest import reference
+    from pocketlm.export.tokenizer_data import test_texts
     from pocketlm.runtime.hyper import read_hyper
     from pocketlm.runtime.plan import make_plan
     from pocketlm.tokenizer import from_metadata
 
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     make_plan(read_hyper(file.metadata, shapes.get("token_embd.weight", (0,))[0], file.path), shapes, file.path)
-    from_metadata(file.metadata, file.path)
-    return reference(file)
+    return reference(file, test_texts(from_metadata(file.metadata, file.path)))
 
 
 @contextmanager
@@ -123,17 +148,37 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     path = find_model(arguments.model)
     if not path.exists():
         raise FileError(path, "there is no such file", "check the path")
-    if path.is_file() and arguments.quant is None and (is_model_file(path) or path.suffix.lower() == ".gguf"):
+    keep = not any(getattr(arguments, name) for name in ("quant", "pure", "set", "map", "tokenizer", "lora"))
+    own, is_gguf = own_keys(arguments), path.is_file() and (is_model_file(path) or path.suffix.lower() == ".gguf")
+    if is_gguf and keep and not own and not container.is_program(path):
         yield path
         return
-    from pocketlm.export.dialects import read_canonical
-    from pocketlm.export.export import container_for, export
-
     # beside the executable: a system's folder for temporary files may be in memory
     with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=_folder(arguments.output)) as temporary:
         out = Path(temporary, "model.gguf")
-        export(read_canonical(path), path, out, container=container_for(out, None), quant=arguments.quant)
+        if is_gguf and keep:
+            _with_keys(path, own, out)
+        else:
+            from pocketlm.export.export import container_for, export
+
+            kind = container_for(out, None)
+            export(read_model(arguments, path), path, out, container=kind, quant=arguments.quant, pure=arguments.pure)
         yield out
+
+
+def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
+    """The weights as they are, with other keys."""
+    from pocketlm.export.gguf_writer import copy_gguf
+    from pocketlm.runtime.atomic import replacing_file
+    from pocketlm.runtime.gguf_reader import open_gguf
+
+    if container.is_program(model):
+        from pocketlm.build.pack import unpack
+
+        unpack(_find(str(model)), out.with_name("unpacked.gguf"))
+        model = out.with_name("unpacked.gguf")
+    with open_gguf(model) as source, replacing_file(out, model.stat().st_size) as part, open(part, "xb") as file:
+        copy_gguf(file, {**source.metadata, **own}, source.tensors)
 
 
 def _folder(output: str) -> Path:
@@ -162,6 +207,21 @@ def _unpack(arguments: argparse.Namespace) -> int:
 
     n_bytes = unpack(_find(arguments.file), Path(arguments.output))
     print(f"{arguments.output}: {n_bytes / 1e6:.1f} MB")
+    return 0
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a packed executable, of any system, or a model file")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pocketlm.build.check import parts_of
+
+    parts = parts_of(Path(arguments.file))
+    for part in parts:
+        print(part.line())
+    if wrong := [part.name for part in parts if not part.is_whole]:
+        raise FileError(arguments.file, f"is damaged (the {' and '.join(wrong)})", "get it again, best in a zip archive")
     return 0
 
 
@@ -203,5 +263,6 @@ COMMANDS = {
     "pack": Command(_pack_arguments, _pack),
     "unpack": Command(_unpack_arguments, _unpack),
     "persona": Command(_edit_arguments, _edit),
+    "check": Command(_check_arguments, _check),
     "stub": Command(_stub_arguments, _stub),
 }

@@ -24,7 +24,8 @@ from pathlib import Path, PurePosixPath
 from pocketlm import __version__
 from pocketlm.build import blas, bytecode, carchive, elf, modules, pe, wheels
 from pocketlm.build.carchive import Code, Entry
-from pocketlm.build.freeze import EXCLUDED, FORTRAN
+from pocketlm.build.contents import EXCLUDED
+from pocketlm.build.freeze import FORTRAN
 from pocketlm.build.stub import copy_sources
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file

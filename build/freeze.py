@@ -1,7 +1,7 @@
 """What PyInstaller puts into a stub: run inside PyInstaller's specification file, written by stub.py.
 
 In: PyInstaller's own `Analysis`, `PYZ` and `EXE`, and the folder with the program's sources. Out: the executable. Knows
-nothing about models. Only what a conversation needs goes in; the sizes are those of Linux on x86-64.
+nothing about models. contents.py says what goes in and what stays out.
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pocketlm.build.contents import EXCLUDED, FREEZERS, UNWANTED
 from pocketlm.runtime.native.aot import KERNELS
 
-# Modules that somebody imports and a conversation never reaches
-EXCLUDED = (
-    "llvmlite", "torch", "PIL", "yaml", "tarfile", "typing_extensions", "wcwidth._wcwidth_c",
-    "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
-    "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
-    "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
-    "xmlrpc", "http", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test", "optparse", "webbrowser",
-    "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
-    "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
-    "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
-    "prompt_toolkit.contrib", "pygments", "babel",
-)  # fmt: skip
 BLAS = "blas"  # a folder of libraries that replace those of the same name
 FORTRAN = ("libgfortran", "libquadmath")  # OpenBLAS's
-# Libraries that only the excluded modules need, and character sets of the Far East's old encodings
-UNWANTED = ("libssl", "libcrypto", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi")
 
 Row = tuple[str, str, str]  # PyInstaller's: name in the archive, path, kind
 
@@ -40,7 +27,8 @@ def freeze(
     analyse: Callable[..., Any], archive: Callable[..., Any], executable: Callable[..., Any], folder: Path, icon: str | None
 ) -> None:
     """Analyse `folder`/entry.py and build `stub`; `folder` holds a package pocketlm and the kernels, too."""
-    files = sorted(file.relative_to(folder) for file in (folder / "pocketlm").rglob("*.py") if file.stem != "freeze")
+    package = folder / "pocketlm"
+    files = sorted(file.relative_to(folder) for file in package.rglob("*.py") if _inside(file, package) not in FREEZERS)
     found = analyse(
         [str(folder / "entry.py")], pathex=[str(folder)], hiddenimports=list(map(_module, files)), excludes=list(EXCLUDED),
         datas=[(str(folder / KERNELS), ".")], noarchive=False, optimize=2,
@@ -53,6 +41,10 @@ def freeze(
         archive(found.pure), found.scripts, binaries, datas, [("X utf8=1", None, "OPTION")],
         name="stub", console=True, icon=icon or "NONE", upx=False, strip=False,
     )  # fmt: skip
+
+
+def _inside(file: Path, package: Path) -> str:
+    return file.relative_to(package).as_posix()
 
 
 def _module(path: Path) -> str:

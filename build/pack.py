@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pocketlm.build import macho
+from pocketlm.build.archive import damaged_entries
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.tiled_gguf import store, unstore
 from pocketlm.errors import FileError
@@ -67,11 +68,16 @@ def platform_of(path: Path) -> str:
         raise FileError(path, "is for a system that pocketlm does not know", "use a stub made by pocketlm stub") from None
 
 
-def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None) -> Path:
+def pack(
+    model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None,
+    trial: Callable[[Path], object] | None = None,
+) -> Path:  # fmt: skip
     """Write the executable; its path, which ends in .exe for Windows.
 
-    `reference` makes the reference results for --selftest.
-    Raises FileError where the model cannot be packed, the disk is too small, or Windows would not run the result.
+    `reference` makes the reference results for --selftest. `trial` gets the finished executable, under another name; where
+    it raises, nothing is left behind.
+    Raises FileError where the model cannot be packed, the stub is damaged, the disk is too small, or Windows would not run
+    the result.
     """
     if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
         out = out.with_name(out.name + ".exe")
@@ -101,11 +107,24 @@ def pack(model: Path, stub: Stub, out: Path, persona: Persona, reference: Callab
                 _finish(file, sections, results, persona, (program, *stub.program))
                 _check_size(stub, model, file.tell())
             part.chmod(0o755)
+            _verify(part, stub)
+            if trial:
+                trial(part)
     return out
+
+
+def _verify(part: Path, stub: Stub) -> None:
+    """Read back what was written: as it was sent to the disk, and a program that unpacks."""
+    packed = container.find(part)
+    if packed is None or packed.damaged():
+        raise FileError(part, "is not what was written", "the disk may be failing")
+    if wrong := damaged_entries(part):
+        raise FileError(stub.path, f"is damaged: {wrong[0]} in it does not unpack", "get the stub again, or make it again")
 
 
 def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path) -> Persona:
     """Write the executable with another persona; the model's bytes stay. Raises FileError; UsageError for one too long."""
+    packed.check()  # what is copied gets checksums anew
     persona = change(from_bytes(packed.read("persona"), packed.path))
     reference, sections = packed.read("reference"), packed.sections
     with replacing_file(out, packed.path.stat().st_size) as part:

@@ -1,20 +1,22 @@
-"""Reference results stored with a model, and the check that another computer gets the same.
+"""What a packed model gave where it was packed, stored with it, and the check that another computer gets the same.
 
-In: a GGUF, when it is packed. Out: a few hundred logits as bytes; later, a line for every executor and instruction-set
-level that runs there. Knows no executables.
+In: a GGUF, when it is packed. Out: some kilobytes of JSON; later, a line for everything that was tried again. Knows no
+executables.
 
-The reference is NumPy's, in float32, from the GGUF as it was before it was tiled. It is the model's first layers
-with its head, for the first tokens of the vocabulary: that takes every kernel that the whole takes, and little memory.
-That the other layers' bytes have arrived is for `--check` to say.
+Tried are the tokenizer (texts to ids and back), the chat template, every executor and instruction-set level, and, without
+anything to compare with, a short answer of the whole model. The logits are NumPy's, in float32, from the GGUF as it was before
+it was tiled. They are those of the first layers with the head, for the first tokens of the vocabulary: that takes every
+kernel that the whole takes, and little memory. That the other layers' bytes have arrived is for `--check` to say.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,23 +27,42 @@ from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
+from pocketlm.tokenizer import Tokenizer, from_metadata
 
-N_LAYER, N_ROWS, N_IDS, N_LOGITS, CTX = 2, 2048, 24, 512, 64
+N_LAYER, N_ROWS, N_IDS, N_LOGITS, CTX, N_ANSWER = 2, 2048, 24, 512, 64, 8
 # The backends differ by rounding, up to 0.003 of the logits' spread over SmolLM2; a wrong kernel is off by about 1
 TOLERANCE = 0.02
 _TABLES = ("token_embd.weight", "output.weight")  # a row each for every token
+_TEMPLATE = "tokenizer.chat_template"
+_CLOCK = "strftime_now"  # a template that calls this writes something else tomorrow
 
 
-def reference(file: GGUF) -> bytes:
-    """The results of the model, as JSON of some kilobytes."""
+class Result(NamedTuple):
+    """What was tried, what is to be said about it, and whether it was as it should be; None: it cannot be told here."""
+
+    name: str
+    text: str
+    right: bool | None
+
+
+def reference(file: GGUF, texts: Sequence[str] = ()) -> bytes:
+    """The model's results as JSON. `texts`: for the tokenizer, which must know all their characters."""
+    tokenizer = from_metadata(file.metadata, file.path)
+    ids = [tokenizer.encode(text) for text in texts]
+    stored: dict[str, Any] = {"texts": [[*row, tokenizer.decode(row[1])] for row in zip(texts, ids, strict=True)]}
+    stored["turn"] = next((text for text in texts if text), "")
+    stored["chat"] = None if _CLOCK in str(file.metadata.get(_TEMPLATE)) else _conversation(file, tokenizer, stored["turn"])
+    return json.dumps({**stored, **_first_logits(file)}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _first_logits(file: GGUF) -> dict[str, Any]:
     hyper = _hyper(file)
     n_rows = min(N_ROWS, hyper.n_vocab)
     tables = {name: _first_rows(file.tensors[name], n_rows) for name in _TABLES if name in file.tensors}
     ids = np.linspace(0, n_rows - 1, min(N_IDS, hyper.n_ctx)).astype(int).tolist()
     logits = _logits("numpy", replace(hyper, n_vocab=n_rows), {**file.tensors, **tables}, ids, file.path)
-    picked = np.unique(np.linspace(0, n_rows - 1, N_LOGITS).astype(int))
-    rows = {"ids": ids, "picked": picked.tolist(), "logits": [round(float(x), 5) for x in logits[picked]]}
-    return json.dumps(rows, separators=(",", ":")).encode()
+    picked = np.linspace(0, n_rows - 1, min(N_LOGITS, n_rows)).astype(int)
+    return {"ids": ids, "picked": picked.tolist(), "logits": [round(float(x), 5) for x in logits[picked]]}
 
 
 def _hyper(file: GGUF) -> Hyper:
@@ -51,6 +72,16 @@ def _hyper(file: GGUF) -> Hyper:
 def _first_rows(tensor: Tensor, n: int) -> Tensor:
     row_bytes = tensor.data.nbytes // tensor.shape[0]
     return replace(tensor, shape=(n, *tensor.shape[1:]), data=tensor.data[: n * row_bytes])
+
+
+def _conversation(file: GGUF, tokenizer: Tokenizer, turn: str) -> list[int] | None:
+    """The ids of a question as the model's template has it; None for a template that cannot be rendered."""
+    from pocketlm.chat.templates import choose
+
+    try:
+        return choose(file.metadata.get(_TEMPLATE), tokenizer).encode([{"role": "user", "content": turn}], tokenizer)
+    except PocketlmError:
+        return None
 
 
 def _logits(backend: str, hyper: Hyper, tensors: Mapping[str, Tensor], ids: list[int], path: object) -> np.ndarray:
@@ -66,14 +97,52 @@ def _logits(backend: str, hyper: Hyper, tensors: Mapping[str, Tensor], ids: list
         executor.close()
 
 
-def distance(expected: dict[str, Any], logits: np.ndarray) -> float:
+def distance(stored: Mapping[str, Any], logits: np.ndarray) -> float:
     """Root mean square difference from the reference, in units of the reference's standard deviation."""
-    stored = np.asarray(expected["logits"])
-    return float(np.sqrt(np.mean((logits[expected["picked"]] - stored) ** 2)) / max(stored.std(), 1e-9))
+    expected = np.asarray(stored["logits"])
+    return float(np.sqrt(np.mean((logits[stored["picked"]] - expected) ** 2)) / max(expected.std(), 1e-9))
 
 
-def runs(expected: dict[str, Any], file: GGUF) -> Iterator[tuple[str, float | str]]:
-    """Every executor and level: its name, and the distance or why it does not run."""
+# ── at the other computer ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def results(stored: Mapping[str, Any], file: GGUF, executable: Path) -> Iterator[Result]:
+    """Everything tried again. `file` is the model in `executable`."""
+    yield _tried("tokenizer", lambda: _texts_again(stored["texts"], from_metadata(file.metadata, file.path)))
+    yield _tried("template", lambda: _chat_again(stored, file))
+    for name, logits in backends(stored, file):
+        if isinstance(logits, str):
+            yield Result(name, logits, None)
+        else:
+            off = distance(stored, logits)
+            yield Result(name, f"off by {off:.6f} of the spread", off <= TOLERANCE)
+    yield _tried("answer", lambda: _answer(stored["turn"], executable))
+
+
+def _tried(name: str, trial: Callable[[], tuple[str, bool | None]]) -> Result:
+    try:
+        return Result(name, *trial())
+    except Exception as error:  # whatever it is, it would be what the friend sees
+        return Result(name, f"{type(error).__name__}: {error}", False)
+
+
+def _texts_again(rows: Sequence[tuple[str, list[int], str]], tokenizer: Tokenizer) -> tuple[str, bool | None]:
+    for text, ids, decoded in rows:
+        if tokenizer.encode(text) != ids or tokenizer.decode(ids) != decoded:
+            return f"other ids, or another text, for {text[:40]!a}", False
+    return f"the same ids for {len(rows)} texts, and the same texts for the ids", True
+
+
+def _chat_again(stored: Mapping[str, Any], file: GGUF) -> tuple[str, bool | None]:
+    again = _conversation(file, from_metadata(file.metadata, file.path), stored["turn"])
+    if stored["chat"] is None:
+        return "cannot be compared: it has none that can be rendered, or one with today's date", None
+    same = again == stored["chat"]
+    return f"{'the same' if same else 'other'} ids for a question", same
+
+
+def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Every executor and level: its name, and its logits or why it does not run."""
     from pocketlm.runtime.native import levels
 
     machine = levels.host_machine()
@@ -84,7 +153,7 @@ def runs(expected: dict[str, Any], file: GGUF) -> Iterator[tuple[str, float | st
             if name != "numpy":
                 os.environ["POCKETLM_ISA"] = name
             backend = "numpy" if name == "numpy" else "native"
-            yield name, distance(expected, _logits(backend, _hyper(file), file.tensors, expected["ids"], file.path))
+            yield name, _logits(backend, _hyper(file), file.tensors, stored["ids"], file.path)
         except PocketlmError as error:
             yield name, str(error)
         finally:
@@ -92,3 +161,15 @@ def runs(expected: dict[str, Any], file: GGUF) -> Iterator[tuple[str, float | st
                 os.environ.pop("POCKETLM_ISA", None)
             else:
                 os.environ["POCKETLM_ISA"] = forced
+
+
+def _answer(turn: str, executable: Path) -> tuple[str, bool | None]:
+    import pocketlm
+
+    try:
+        model = pocketlm.load(executable)
+    except PocketlmError as error:  # too little memory here says nothing about elsewhere
+        return f"cannot be had here ({error})", None
+    with model:
+        pieces = list(model.chat([{"role": "user", "content": turn}], max_tokens=N_ANSWER, temperature=0))
+    return f"{pieces[-1].generated_tokens} tokens", True

@@ -1,7 +1,7 @@
 """Builds the stub, the executable that models are packed into, for the platform this runs on; and keeps stubs.
 
 In: the sources of this package and PyInstaller. Out: an executable without a model, in the user's cache folder or where
-asked for. Knows no models. freeze.py says what goes in.
+asked for. Knows no models. contents.py says what goes in.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pocketlm import __version__
 from pocketlm.build import blas
+from pocketlm.build.contents import BUILDERS, FREEZERS, FROZEN, LEFT_OUT, PACKAGES
 from pocketlm.build.freeze import BLAS
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.atomic import replacing_file
@@ -27,20 +28,22 @@ from pocketlm.runtime.native.code_cache import cache_folder
 from pocketlm.runtime.native.kernels import module_texts
 from pocketlm.runtime.native.levels import host_machine
 
-PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
-# what makes a stub and is not in it: the builders of its compiled code, and of itself
-BUILDERS = {
-    *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
-    "runtime/native/vector_math.py",
-    *(f"build/{name}.py" for name in ("blas", "bytecode", "carchive", "compose", "elf", "freeze", "modules", "pe", "wheels")),
-}  # fmt: skip
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho")}
-FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # and their versions
 SHORT_NAMES = {
     "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),
     "pi": ("linux-aarch64",), "all": tuple(PLATFORMS),
 }  # fmt: skip
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
+ENTRY = """\
+import os
+import sys
+
+try:
+    from pocketlm.build.stub_entry import main
+except Exception as error:  # every stub has been started: a module that cannot be read now was damaged since
+    name, reason = os.path.basename(sys.executable), str(error).partition("\\n")[0]
+    sys.exit(f"{name}: was damaged or cut short on its way ({reason}); get it again, best in a zip archive")
+main()
+"""
 _SPECIFICATION = """\
 from pathlib import Path
 from pocketlm.build.freeze import freeze
@@ -115,11 +118,11 @@ def copy_sources(folder: Path) -> None:
     """`folder`/pocketlm and entry.py: PyInstaller finds nothing else of this package, however it is installed."""
     root = Path(__file__).parents[1]
     for file in _sources():
-        if file.as_posix() not in BUILDERS - {"build/freeze.py"}:
+        if file.as_posix() not in BUILDERS - FREEZERS:
             target = folder / "pocketlm" / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, target)
-    (folder / "entry.py").write_text("from pocketlm.build.stub_entry import main\n\nmain()\n")
+    (folder / "entry.py").write_text(ENTRY)
 
 
 def _write_blas(folder: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import FileError, UsageError
 
@@ -24,32 +24,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", required=True, metavar="OUT", help="a .gguf or .onnx file; any other name makes a folder (fp16 bin)"
     )
     parser.add_argument("--to", metavar="KIND", help="gguf, fp16, onnx or ollama; default: what OUT's ending says")
-    parser.add_argument(
-        "--quant", metavar="FORMAT",
-        help="GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pure", action="store_true", help="the output matrix in the same format as the others, not a better one"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="K=V",
-        help="what the checkpoint does not say, as n_head=12; may be given again",
-    )
-    parser.add_argument("--map", metavar="FILE", help="a TOML file with the names of a code base that is not recognised")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE",
-        help="tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint",
-    )
-    parser.add_argument("--lora", metavar="DIR", help="a LoRA in PEFT's layout, merged before the export")
-    parser.add_argument("--name", metavar="NAME", help="what the model calls itself; default: the checkpoint's own name")
-    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja file that becomes the model's chat template")
+    model_options(parser)
     parser.add_argument(
         "--verify", nargs="?", const="", metavar="FILE", help="run the result and the float32 weights over a text and compare"
     )
+
+
+OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a checkpoint; `pocketlm pack` takes them, too
+    "--quant": {
+        "metavar": "FORMAT",
+        "help": "GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8",
+    },
+    "--pure": {"action": "store_true", "help": "the output matrix in the same format as the others, not a better one"},
+    "--set": {
+        "action": "append", "default": [], "metavar": "K=V",
+        "help": "what the checkpoint does not say, as n_head=12; may be given again",
+    },
+    "--map": {"metavar": "FILE", "help": "a TOML file with the names of a code base that is not recognised"},
+    "--tokenizer": {
+        "metavar": "FILE", "help": "tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint",
+    },
+    "--lora": {"metavar": "DIR", "help": "a LoRA in PEFT's layout, merged before the export"},
+    "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's own name"},
+    "--chat-template": {"metavar": "FILE", "help": "a Jinja file that becomes the model's chat template"},
+}  # fmt: skip
+_OF_CHECKPOINTS = ("set", "map", "tokenizer")  # a model file says all of that itself
+
+
+def model_options(parser: argparse._ActionsContainer) -> None:
+    """Declare OPTIONS; `read_model` reads them."""
+    for flag, how in OPTIONS.items():
+        parser.add_argument(flag, **how)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     source, out = Path(arguments.checkpoint), Path(arguments.output)
     container = container_for(out, arguments.to)
     text = read_text(arguments.verify) if arguments.verify else None
-    model = _read(arguments, source)
+    model = read_model(arguments, source)
     with Progress(sum(math.prod(tensor.shape) for tensor in model.tensors.values())) as progress:
         receipt = export(
             model, source, out, container=container, quant=arguments.quant, pure=arguments.pure, progress=progress.step
@@ -72,14 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
-    """The model with all that the command line adds to it."""
+def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
+    """The model with all that OPTIONS add to it. Raises PocketlmError."""
     from dataclasses import replace
 
     from pocketlm.export.dialects import read_canonical
     from pocketlm.export.from_model_file import is_model_file
 
-    given = [flag for flag in ("set", "map", "tokenizer") if getattr(arguments, flag)]
+    given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
     if given and is_model_file(source):
         raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
     model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
@@ -87,10 +92,15 @@ def _read(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
         from pocketlm.export.lora import merge
 
         model = merge(model, Path(arguments.lora))
-    own = {"general.name": arguments.name} if arguments.name else {}
+    return replace(model, metadata={**model.metadata, **own_keys(arguments)})
+
+
+def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
+    """The keys of a model file that the command line gives."""
+    keys = {"general.name": arguments.name} if arguments.name else {}
     if arguments.chat_template:
-        own["tokenizer.chat_template"] = read_text(arguments.chat_template)
-    return replace(model, metadata={**model.metadata, **own})
+        keys["tokenizer.chat_template"] = read_text(arguments.chat_template)
+    return keys
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

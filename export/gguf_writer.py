@@ -18,6 +18,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.rules import QUANTS, by_shape, by_values, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder
+from pocketlm.runtime.tensor import Tensor
 
 ALIGNMENT = 32
 # NumPy's name for a number's type -> its number in the file
@@ -58,6 +59,21 @@ def write_gguf(
     header = start + b"".join(table)
     file.write(header + bytes(-len(header) % ALIGNMENT))
     return done
+
+
+def copy_gguf(file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as they are, with other keys: nothing is quantised again."""
+    metadata = {key: value for key, value in metadata.items() if key != "general.alignment"}  # from here on it is ALIGNMENT
+    keys = b"".join(_string(key) + _value(key, value) for key, value in metadata.items())
+    header, offset = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + keys, 0
+    for name, tensor in tensors.items():
+        dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+        header += _string(name) + dims + struct.pack("<IQ", tensor.format.gguf_type, offset)
+        offset += _padded(tensor.data.nbytes)
+    file.write(header + bytes(-len(header) % ALIGNMENT))
+    for tensor in tensors.values():
+        file.write(tensor.data)
+        file.write(bytes(-tensor.data.nbytes % ALIGNMENT))
 
 
 def _padded(n_bytes: int) -> int:

@@ -19,6 +19,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from pocketlm.errors import FileError
 
@@ -26,6 +27,10 @@ from pocketlm.errors import FileError
 # gguf: length and checksum of that GGUF (it is not in the file as such)
 ROWS = ("boot", "header", "model", "original", "reference", "persona", "program", "gguf")
 IN_ORDER = ("model", "original", "reference", "persona")  # each begins where the one before ends
+TITLES = {  # for people
+    "boot": "boot loader", "header": "keys of the model", "model": "model", "original": "record of the GGUF",
+    "reference": "reference results", "persona": "title and system prompt", "program": "archive of the program",
+}  # fmt: skip
 PAGE = 4096
 CHUNK = 1 << 20
 
@@ -68,13 +73,40 @@ class Packed:
             raise FileError(self.path, *_BROKEN)
         return data
 
-    def check(self) -> None:
-        """Read everything but the boot loader, which a signature may change. Raises FileError if a byte is wrong."""
+    def damaged(self) -> list[str]:
+        """The sections, by name, that are not as they were packed. Reads every byte, but for what signing changes."""
         with open(self.path, "rb") as file:
-            for name in (*IN_ORDER, "program"):
-                section = self.sections[name]
-                if digest(file, section.offset, section.length) != section.sha256:
-                    raise FileError(self.path, *_BROKEN)
+            wrong = [name for name in (*IN_ORDER, "program") if not self._is_whole(file, name)]
+            boot = self.sections["boot"]
+            if not _may_be_signed(file):
+                file.seek(boot.end)
+                filled = file.read(-boot.end % PAGE)
+                if not self._is_whole(file, "boot") or any(filled):
+                    wrong.insert(0, "boot")
+        return wrong
+
+    def _is_whole(self, file: BinaryIO, name: str) -> bool:
+        section = self.sections[name]
+        return digest(file, section.offset, section.length) == section.sha256
+
+    def check(self) -> None:
+        """Read everything. Raises FileError, with the names of the parts, if a byte is wrong."""
+        if wrong := self.damaged():
+            parts = " and ".join(TITLES[name] for name in wrong)
+            raise FileError(self.path, f"{_BROKEN[0]} (the {parts})", _BROKEN[1])
+
+
+def _may_be_signed(file: BinaryIO) -> bool:
+    """Whether the boot loader may differ from the packed one: a Mac's covers the whole file, and a signature is in Windows'."""
+    file.seek(0)
+    head = file.read(PAGE)
+    if not head.startswith(b"MZ"):
+        return not head.startswith(b"\x7fELF")
+    try:  # the fifth data directory of the optional header: the certificates
+        optional = struct.unpack_from("<I", head, 60)[0] + 24
+        return struct.unpack_from("<II", head, optional + (144 if head[optional : optional + 2] == b"\x0b\x02" else 128)) != (0, 0)
+    except struct.error:
+        return False
 
 
 def is_program(path: Path) -> bool:
@@ -120,7 +152,7 @@ def find(path: Path) -> Packed | None:
     body, own = data[:-_DIGEST], data[-_DIGEST:]
     if count != len(ROWS) or hashlib.sha256(body).digest() != own:
         raise FileError(path, *_BROKEN)
-    sections = {name: Section(*row) for name, row in zip(ROWS, _ROW.iter_unpack(body[_PREFIX.size :]), strict=True)}
+    sections = _sections(body)
     at = -(-sections["boot"].length // PAGE) * PAGE
     for name in IN_ORDER:
         if sections[name].offset != at:
@@ -130,6 +162,24 @@ def find(path: Path) -> Packed | None:
     if (at + SIZE, length, header.offset) != (start, sections["program"].length, model.offset) or header.end > model.end:
         raise FileError(path, *_BROKEN)
     return Packed(path, sections)
+
+
+def _sections(body: bytes) -> dict[str, Section]:
+    return {name: Section(*row) for name, row in zip(ROWS, _ROW.iter_unpack(body[_PREFIX.size :]), strict=True)}
+
+
+def search(path: Path) -> Packed | None:
+    """The sections of an executable whose end is gone or was changed, by a locator that is whole; None if there is none."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = len(data)
+            while (at := data.rfind(_MAGIC, 0, at)) >= 0:
+                body, own = data[at : at + SIZE - _DIGEST], data[at + SIZE - _DIGEST : at + SIZE]
+                if len(own) == _DIGEST and hashlib.sha256(body).digest() == own and _PREFIX.unpack_from(body)[1] == _VERSION:
+                    return Packed(path, _sections(body))
+    except (OSError, ValueError) as error:
+        raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    return None
 
 
 def locator(sections: Mapping[str, Section]) -> bytes:

@@ -1,11 +1,16 @@
-"""Fixtures shared by the tests: where the test data, the real model and a tiny one are."""
+"""Fixtures shared by the tests: where the test data, the real model and a tiny one are. Under frozen_guard, all of them."""
+
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import frozen_guard
 import pytest
-from tiny_models import write_model
+
+frozen_guard.install()
+
+from tiny_models import write_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

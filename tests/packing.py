@@ -2,27 +2,47 @@
 
 import importlib.util
 import os
+import platform
 import random
 import struct
+import zlib
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-COOKIE = struct.Struct("!8sIIII64s")  # PyInstaller's, written down anew
+COOKIE = struct.Struct("!8sIIII64s")  # PyInstaller's, written down anew, as is the rest of its archives
 
 
 def fake_stub(path: Path, *, kind: str = "linux", boot: int = 5000, archive: int = 3000) -> Path:
-    """A file with the outside of a stub: an executable's first bytes, and an archive that ends with PyInstaller's cookie."""
+    """A file with the outside of a stub: an executable's first bytes, and an archive of noise that unpacks.
+
+    It is for another system than this, so that nobody tries whether it runs.
+    """
+    machine = 62 if platform.machine() == "aarch64" else 183
     head = {
-        "linux": b"\x7fELF".ljust(18, b"\0") + struct.pack("<H", 62),
-        "windows": b"MZ".ljust(60, b"\0") + struct.pack("<I", 64) + b"PE\0\0" + struct.pack("<H", 0x8664),
+        "linux": b"\x7fELF".ljust(18, b"\0") + struct.pack("<H", machine),
+        "windows": b"MZ".ljust(60, b"\0") + struct.pack("<I", 64) + b"PE\0\0" + struct.pack("<H", 0xAA64),
         "macos": mach_o(boot),
     }[kind]
     noise = random.Random(boot)
-    program = noise.randbytes(archive) + COOKIE.pack(b"MEI\x0c\x0b\x0a\x0b\x0e", archive + COOKIE.size, 0, 0, 311, b"libpython")
-    path.write_bytes(head + noise.randbytes(boot - len(head)) + program)
+    path.write_bytes(head + noise.randbytes(boot - len(head)) + fake_archive(noise.randbytes(archive)))
     return path
+
+
+def fake_archive(data: bytes) -> bytes:
+    """The noise three times: compressed, as it is, and as a module of Python; a table and a cookie behind it."""
+    stream = zlib.compress(data)
+    modules = b"PYZ\0" + b"\xa7\r\r\n" + struct.pack("!i", 17 + 2 * len(stream)) + bytes(5) + 2 * stream + b"a table"
+    files = {"library.so": (stream, len(data), 1, b"b"), "plain.bin": (data, len(data), 0, b"x"),
+             "PYZ.pyz": (modules, len(modules), 0, b"z")}  # fmt: skip
+    body, table = b"", b""
+    for name, (packed, size, compressed, letter) in files.items():
+        row = struct.pack("!IIIBc", len(body), len(packed), size, compressed, letter) + name.encode().ljust(14, b"\0")
+        table += struct.pack("!I", len(row) + 4) + row
+        body += packed
+    length = len(body) + len(table) + COOKIE.size
+    return body + table + COOKIE.pack(b"MEI\x0c\x0b\x0a\x0b\x0e", length, len(body), len(table), 311, b"libpython")
 
 
 def mach_o(boot: int) -> bytes:

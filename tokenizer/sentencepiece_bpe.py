@@ -51,7 +51,7 @@ def score_table(path: object, vocabulary: Vocabulary, scores: Sequence[float]) -
     types = np.frombuffer(vocabulary.types, dtype=np.uint8)
     ranks = np.unique(-values, return_inverse=True)[1]
     merged = [i for i in np.flatnonzero((types == NORMAL) | (types == UNUSED)).tolist() if len(vocabulary.tokens[i]) > 1]
-    ties = len(np.unique(ranks[merged])) < len(merged)
+    ties = len(set(ranks[merged].tolist())) < len(merged)
     n_symbols = len(vocabulary.tokens) + _CODE_POINTS
     return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), ranks.tolist(), n_symbols, ties)
 

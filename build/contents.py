@@ -1,0 +1,43 @@
+"""What a stub holds, and what it does without: tables, and nothing else.
+
+Read by what builds stubs, and by tests/frozen_guard.py, under which every test runs: code that a stub holds and that reaches
+for something left out here fails there, not at a friend's. Sizes are those of Linux on x86-64.
+"""
+
+from __future__ import annotations
+
+PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
+# what makes a stub and is not in it: the builders of its compiled code, and of itself
+FREEZERS = {"build/contents.py", "build/freeze.py"}  # these two are there while it is frozen
+BUILDERS = FREEZERS | {
+    *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
+    "runtime/native/vector_math.py",
+    *(f"build/{name}.py" for name in ("blas", "bytecode", "carchive", "compose", "elf", "icon", "licences", "modules", "pe", "wheels")),
+}  # fmt: skip
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho", "archive", "check")}
+FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # with all that they import, but for:
+
+# Modules that somebody imports and a conversation never reaches
+EXCLUDED = (
+    "llvmlite", "torch", "PIL", "yaml", "tarfile", "typing_extensions", "wcwidth._wcwidth_c",
+    "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
+    "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
+    "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
+    "xmlrpc", "http", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test", "optparse", "webbrowser",
+    "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
+    "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
+    "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
+    "prompt_toolkit.contrib", "pygments", "babel",
+)  # fmt: skip
+# Libraries that only the excluded modules need, and character sets of the Far East's old encodings
+UNWANTED = ("libssl", "libcrypto", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi")
+
+
+def is_excluded(module: str) -> bool:
+    """Whether a module, or a package that it lies in, is in EXCLUDED."""
+    return any(module == name or module.startswith(f"{name}.") for name in EXCLUDED)
+
+
+def is_held(source: str) -> bool:
+    """Whether a stub holds a file of this package, given as `chat/repl.py`."""
+    return source.rpartition("/")[0] in PACKAGES and source not in BUILDERS | LEFT_OUT
