@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FRIEND", help="the executable to write")
     parser.add_argument("--stub", metavar="PATH", help="a stub, or a packed executable; default: this platform's own")
     _for_arguments(parser)
-    parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns: builds a stub of its own (Windows and macOS)")
+    parser.add_argument("--icon", metavar="FILE", help="what Windows shows: an .ico, or a square .png")
     model_options(parser.add_argument_group("what the model becomes first, as in pocketlm export"))
     _persona_arguments(parser)
 
@@ -83,12 +84,13 @@ def _pack(arguments: argparse.Namespace) -> int:
     persona = with_texts(Persona(), _texts(arguments), _flags(arguments))
     names = [None] if arguments.stub else _platforms(arguments)
     with _as_gguf(arguments) as model:
+        icon = Path(arguments.icon) if arguments.icon else None
         reference = functools.cache(_reference)  # the same for every platform
         for name in names:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
             verdict: list[str] = []
-            out = pack(model, open_stub(stub), out, persona, reference, lambda part, said=verdict: said.append(_try(part)))
+            out = pack(model, open_stub(stub), out, persona, reference, lambda part, said=verdict: said.append(_try(part)), icon)
             print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
     return 0
 
@@ -246,17 +248,26 @@ def _edit(arguments: argparse.Namespace) -> int:
 
 def _stub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="PATH", help="default: the cache folder, where pocketlm pack looks")
-    parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns (Windows and macOS)")
+    _for_arguments(parser)
 
 
 def _stub(arguments: argparse.Namespace) -> int:
-    from pocketlm.build.stub import build_stub, host_platform, kept_stub
-
-    if arguments.icon and not arguments.output:
-        raise UsageError("stub: --icon needs -o PATH, so that other models do not get it too")
-    path = build_stub(Path(arguments.output), arguments.icon) if arguments.output else kept_stub(host_platform())
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    names = _platforms(arguments)
+    for name in names:
+        path = _stub_for(name, arguments)
+        if arguments.output:
+            path = _copy(path, Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}"))
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def _copy(path: Path, out: Path) -> Path:
+    from pocketlm.runtime.atomic import replacing_file
+
+    with replacing_file(out, path.stat().st_size) as part:
+        shutil.copyfile(path, part)
+        part.chmod(0o755)
+    return out
 
 
 COMMANDS = {

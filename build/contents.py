@@ -12,9 +12,9 @@ FREEZERS = {"build/contents.py", "build/freeze.py"}  # these two are there while
 BUILDERS = FREEZERS | {
     *(f"runtime/native/{name}.py" for name in ("compiler", "dequantize", "dot", "ir", "matrix", "run_loop", "stages", "topk")),
     "runtime/native/vector_math.py",
-    *(f"build/{name}.py" for name in ("blas", "bytecode", "carchive", "compose", "elf", "icon", "licences", "modules", "pe", "wheels")),
+    *(f"build/{name}.py" for name in ("blas", "bytecode", "carchive", "compose", "elf", "licences", "modules", "wheels")),
 }  # fmt: skip
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho", "archive", "check")}
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho", "archive", "check", "icon", "pe")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # with all that they import, but for:
 
 # Modules that somebody imports and a conversation never reaches

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+MAGIC = b"MZ"
 _FILE = struct.Struct("<HHIIIHH")  # processor, sections, time, symbols (2), bytes of the optional header, flags
 _SECTION = struct.Struct("<8sIIIIIIHHI")  # name, bytes in memory, address, bytes in the file, offset, (4 unused), flags
 _DIRECTORY = struct.Struct("<II")  # address, bytes
@@ -56,7 +57,10 @@ class _File:
         except struct.error:
             raise UnreadableProgram("the boot loader's header makes no sense") from None
         self.data = data
-        self.sections = [_Section(at, row[0].rstrip(b"\0").decode("latin-1"), row[2], row[1], row[4], row[3]) for at, *row in rows]
+        self.sections = [
+            _Section(at, name.rstrip(b"\0").decode("latin-1"), address, memory, offset, length)
+            for at, name, memory, address, length, offset, *_ in rows
+        ]
 
     def directory(self, number: int) -> int:
         """Offset in the headers of a directory's address and length."""
@@ -132,9 +136,10 @@ def shared_library(name: str, code: bytes, symbols: Mapping[str, int]) -> bytes:
     _DIRECTORY.pack_into(headers, optional + _DIRECTORIES_AT, table_address, len(table))
     out, at = headers, optional + _OPTIONAL_BYTES
     for section, address, data, rights in sections:
-        _SECTION.pack_into(headers, at, section, len(data), address, _up(len(data), _FILE_ALIGNMENT), len(out), 0, 0, 0, 0, rights)
+        length = _up(len(data), _FILE_ALIGNMENT)
+        _SECTION.pack_into(headers, at, section, len(data), address, length, len(out), 0, 0, 0, 0, rights)
         at += _SECTION.size
-        out += data.ljust(_up(len(data), _FILE_ALIGNMENT), b"\0")
+        out += data.ljust(length, b"\0")
     checksum_at = optional + _CHECKSUM_AT
     struct.pack_into("<I", out, checksum_at, _sum(0, out) + len(out))
     return bytes(out)
@@ -150,7 +155,8 @@ def _export_table(name: str, symbols: Mapping[str, int], address: int) -> bytes:
         places.append(address + texts_at + len(texts))
         texts += symbol.encode() + b"\0"
     n = len(names)
-    head = struct.pack("<IIHHIIIIIII", 0, 0, 0, 0, address + texts_at, 1, n, n, *(address + at for at in (addresses_at, names_at, numbers_at)))
+    tables = (address + at for at in (addresses_at, names_at, numbers_at))
+    head = struct.pack("<IIHHIIIIIII", 0, 0, 0, 0, address + texts_at, 1, n, n, *tables)
     rest = struct.pack(f"<{n}I{n}I{n}H", *(symbols[symbol] for symbol in names), *places, *range(n))
     return head + rest + bytes(texts)
 
@@ -241,7 +247,8 @@ def _version(title: str, version: str) -> bytes:
     numbers = [int(part) if part.isdecimal() else 0 for part in version.split(".")][:4]
     high, low = ((a << 16) | b for a, b in zip(*[iter(numbers + [0] * (4 - len(numbers)))] * 2, strict=True))
     fixed = struct.pack("<13I", 0xFEEF04BD, 0x10000, high, low, high, low, 0x3F, 0, 0x40004, 1, 0, 0, 0)
-    texts = {"FileDescription": title, "ProductName": title, "FileVersion": version, "ProductVersion": version, "Comments": "pocketlm"}
+    texts = {"FileDescription": title, "ProductName": title, "FileVersion": version, "ProductVersion": version,
+             "Comments": "pocketlm"}  # fmt: skip
     strings = b"".join(_padded(_block(key, _wide(value), len(_wide(value)) // 2)) for key, value in texts.items())
     table = _block("040904b0", strings, text=True)  # English, Unicode
     languages = _block("VarFileInfo", _block("Translation", struct.pack("<HH", 0x409, 1200), 4, text=False), text=True)
