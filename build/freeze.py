@@ -37,8 +37,10 @@ def freeze(
     if sys.platform == "linux":
         binaries = [(name, _stripped(path, folder), kind) for name, path, kind in _without_openblas(binaries, folder)]
     datas = [row for row in found.datas if ".dist-info" not in row[0] and not row[0].endswith((".pyi", "py.typed"))]
+    # PyInstaller's own scripts make `inspect` find sources, which are not there; they would run where nobody catches errors
+    scripts = [row for row in found.scripts if not row[0].startswith("pyi_rth_")]
     executable(
-        archive(found.pure), found.scripts, binaries, datas, [("X utf8=1", None, "OPTION")],
+        archive(found.pure), scripts, binaries, datas, [("X utf8=1", None, "OPTION")],
         name="stub", console=True, icon=icon or "NONE", upx=False, strip=False,
     )  # fmt: skip
 

@@ -104,7 +104,8 @@ def _may_be_signed(file: BinaryIO) -> bool:
         return not head.startswith(b"\x7fELF")
     try:  # the fifth data directory of the optional header: the certificates
         optional = struct.unpack_from("<I", head, 60)[0] + 24
-        return struct.unpack_from("<II", head, optional + (144 if head[optional : optional + 2] == b"\x0b\x02" else 128)) != (0, 0)
+        directories = optional + (112 if head[optional : optional + 2] == b"\x0b\x02" else 96)  # of 64 bits, of 32
+        return struct.unpack_from("<II", head, directories + 4 * 8) != (0, 0)
     except struct.error:
         return False
 
