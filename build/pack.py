@@ -100,7 +100,7 @@ def pack(
                 for offset, n in parts:
                     copy(raw, offset, n, file)
                 sections = {
-                    "boot": _section(file, 0, len(boot)),
+                    "boot": Section(0, len(boot), hashlib.sha256(container.without_checksum(boot)).digest()),
                     "header": _section(file, start, header),
                     "model": _section(file, start, length),
                     "original": _section(file, start + length, sum(n for _, n in parts)),
