@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pocketlm import __version__
-from pocketlm.build import blas, bytecode, carchive, elf, modules, pe, wheels
+from pocketlm.build import blas, bytecode, carchive, elf, macho, modules, pe, wheels
 from pocketlm.build.carchive import Code, Entry
 from pocketlm.build.contents import EXCLUDED
 from pocketlm.build.freeze import FORTRAN
@@ -82,9 +82,12 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
         tree = _unpack(fetched, Path(temporary))
         entries = _entries(platform, layout, tree)
         program = carchive.program(entries, PYTHON, layout.library)
-        boot = (tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes()
+        boot = _for_machine((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
-            part.write_bytes(boot + program)
+            with open(part, "x+b") as file:
+                file.write(boot + program)
+                if platform.startswith("macos"):
+                    macho.sign(file)
             part.chmod(0o755)
     return out
 
@@ -220,7 +223,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
                 wanted[within] = path
                 waiting.append(path)
     users = [path for path in wanted.values() if path.suffix in modules.COMPILED]
-    contents = {name: path.read_bytes() for name, path in wanted.items()}
+    contents = {name: _for_machine(path.read_bytes(), platform) for name, path in wanted.items()}
     for name, path in wanted.items():
         if "openblas" in name and blas.is_replaceable(path, users):
             contents[name] = blas.library_for(path, users, PLATFORMS[platform].machine)
@@ -242,4 +245,11 @@ def _names(folder: Path) -> list[str]:
 
 def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
     """How to find out which libraries a binary of the platform wants."""
-    return {"windows": pe.imports, "linux": elf.needed}[platform.partition("-")[0]]
+    system, machine = platform.partition("-")[0], PLATFORMS[platform].machine
+    of_a_mac = lambda data: macho.needed(macho.part_for(data, machine))  # noqa: E731
+    return {"windows": pe.imports, "linux": elf.needed, "macos": of_a_mac}[system]
+
+
+def _for_machine(binary: bytes, platform: str) -> bytes:
+    """Without what it has for other processors."""
+    return macho.part_for(binary, PLATFORMS[platform].machine) if platform.startswith("macos") else binary

@@ -173,15 +173,13 @@ def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, pers
     file.write(container.locator(sections))
     copy(source, offset, length, file)
     file.truncate()
-    end = file.tell()
     file.seek(0)
-    boot = file.read(sections["boot"].length)
-    if boot.startswith(macho.MAGIC):
-        file.seek(0)
-        file.write(macho.cover(boot, end))
-    elif boot.startswith(pe.MAGIC):
+    start = file.read(len(macho.MAGIC))
+    if start.startswith(macho.MAGIC):
+        macho.sign(file)
+    elif start.startswith(pe.MAGIC):
         pe.write_checksum(file)
-    file.seek(end)
+    file.seek(0, 2)
     file.flush()
 
 
@@ -200,7 +198,7 @@ def _section(file: BinaryIO, offset: int, length: int) -> Section:
 
 def _check_size(stub: Stub, model: Path, n_bytes: int) -> None:
     system = stub.platform.partition("-")[0]
-    if system != "linux" and n_bytes >= LIMIT:
+    if system != "linux" and (macho.signed_bytes(n_bytes) if system == "macos" else n_bytes) >= LIMIT:
         raise FileError(
             model, f"makes an executable of {n_bytes / 1e9:.1f} GB, and {system} runs none over 4 GB",
             "quantise it to fewer bits, or send the stub with the GGUF beside it, to be opened with --model",
