@@ -93,7 +93,8 @@ def _run(arguments: list[str]) -> int:
         import numpy  # noqa: F401
     except (ImportError, RuntimeError) as error:  # with a page of advice for programmers
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise _damage() or PocketlmError(f"this computer's processor or system is too old for this program ({reason})") from None
+        old = PocketlmError(f"this computer's processor or system is too old for this program ({reason})")
+        raise _damage() or old from None
     from pocketlm.runtime.native import aot, kernels
 
     kernels.use_images(str(Path(__file__).parents[2] / aot.KERNELS), __version__)

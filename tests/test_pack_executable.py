@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from packing import real_stub
 from tiny_models import write_model
 
 import pocketlm
+from pocketlm.build import contents
 from pocketlm.build.pack import open_stub, pack
 from pocketlm.build.persona import Persona
 from pocketlm.build.selftest import reference
@@ -21,6 +23,11 @@ from pocketlm.runtime.gguf_reader import open_gguf
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 BARE = {"PATH": os.environ.get("PATH", ""), "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
+
+try:
+    from PyInstaller.archive.readers import CArchiveReader
+except ImportError:  # then there is no stub, and real_stub skips
+    CArchiveReader = None
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests drive a POSIX system")
 
@@ -122,17 +129,20 @@ def test_it_checks_itself(friend):
     result = run(friend, "--selftest")
     assert (result.returncode, result.stderr) == (0, "")
     verdict = result.stdout.splitlines()[-1]
-    assert verdict.startswith("right: ")
-    assert "numpy" in verdict
+    assert verdict.startswith("right: tokenizer, template, ")
+    assert verdict.endswith(", numpy, answer")
 
 
 def test_the_selftest_notices_wrong_results(model, friend, tmp_path):
-    other = write_model(tmp_path / "other.gguf", format="Q4_0", seed=9)
+    other = write_model(tmp_path / "other.gguf", format="Q4_0", seed=9, metadata={"tokenizer.chat_template": TEMPLATE})
     with open_gguf(other) as wrong:
-        stored = reference(wrong)
+        stored = reference(wrong, ["Hello"])
     result = run(pack(model, open_stub(friend), tmp_path / "wrong", Persona(), lambda file: stored), "--selftest")
     assert result.returncode == 1
-    assert result.stdout.splitlines()[-1].startswith("WRONG")
+    verdict = result.stdout.splitlines()[-1]
+    assert verdict.startswith("WRONG: ")
+    assert "numpy" in verdict
+    assert not {"tokenizer", "template", "answer"} & {*verdict.removeprefix("WRONG: ").split(", ")}
 
 
 def test_a_damaged_one_says_so_in_one_line_or_talks_as_before(friend, tmp_path):
@@ -171,11 +181,84 @@ def test_it_opens_no_network_socket(friend, tmp_path):
     assert not [line for line in calls if "socketpair(AF_UNIX" not in line]
 
 
-def test_wrong_usage_is_told_from_failure(friend):
-    assert run(friend, "generate", "-p", "x", "--temp", "-1").returncode == 2
-    assert run(friend, "--no-such-flag").returncode == 2
-    result = run(friend, "--model", "nowhere.gguf", stdin="hello\n")
-    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+WRONG = {  # what is asked of it, and how it ends
+    "a flag that there is not": (["--no-such-flag"], 2),
+    "a number that is none": (["--temp", "warm"], 2),
+    "a number that makes no sense": (["generate", "-p", "x", "--temp", "-1"], 2),
+    "a flag without its value": (["generate", "-p"], 2),
+    "no such model": (["--model", "nowhere.gguf"], 1),
+    "too long a context": (["generate", "-p", "x", "--ctx", "0"], 2),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_wrong_is_one_line_under_the_programs_own_name(friend, tmp_path, words):
+    """Nobody who opens it knows what pocketlm is, or a MODEL that the command line of another program takes."""
+    own = tmp_path / "my little friend"
+    shutil.copy(friend, own)
+    arguments, status = WRONG[words]
+    for program in (friend, own):
+        result = run(program, *arguments, stdin="hello\n")
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (status, "", 1)
+        assert result.stderr.startswith(f"{program.name}: ")
+        assert "pocketlm" not in result.stderr.replace(str(friend), "").replace(str(tmp_path), "")
+        assert "MODEL" not in result.stderr
+
+
+def test_it_speaks_under_its_own_name_and_title(friend, tmp_path):
+    assert run(friend, "--version").stdout.startswith("friend, made with pocketlm ")
+    own = tmp_path / "my little friend"
+    shutil.copy(friend, own)
+    assert run(own, "--version").stdout.startswith("my little friend, ")
+    assert run(own, "--check").stdout.startswith("my little friend: whole")
+    assert "pocketlm" not in run(own, "--help").stdout
+
+
+@pytest.mark.parametrize("part", ["a module of its own", "a module of NumPy", "a library", "the model's keys"])
+def test_a_damaged_part_is_told_in_one_line_or_by_the_boot_loader(friend, tmp_path, part):
+    """Whatever it is that cannot be read: no traceback, and the word that FRIEND.md explains."""
+    packed, broken = container.find(friend), tmp_path / "broken"
+    data, start = bytearray(friend.read_bytes()), packed.sections["program"].offset
+    archive = CArchiveReader(str(friend))
+    modules = archive.open_embedded_archive("PYZ.pyz").toc
+    inside = start + archive.toc["PYZ.pyz"][0]
+    place = {
+        "a module of its own": inside + modules["pocketlm.chat.repl"][1] + 300,
+        "a module of NumPy": inside + modules["numpy._core.numeric"][1] + 300,
+        "a library": start + next(row[0] for name, row in archive.toc.items() if "_multiarray_umath" in name) + 300,
+        "the model's keys": packed.sections["header"].offset + 300,
+    }[part]
+    data[place] ^= 4
+    broken.write_bytes(data)
+    broken.chmod(0o755)
+    result = run(broken, stdin="hello\n")
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    if part == "a library":  # before any code of ours
+        assert "Failed to extract" in result.stderr
+        assert "return code -3" in result.stderr
+    else:
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith("broken: ")
+        assert "was damaged or cut short on its way" in result.stderr
+    said = (Path(pocketlm.__file__).parent / "build/FRIEND.md").read_text(encoding="utf-8")
+    assert "Failed to extract … return code -3" in said
+    assert "was damaged or cut short on its way" in said
+
+
+def test_what_it_holds_is_what_the_table_says(friend):
+    """So that the guard of the other tests refuses what really is not there, and no more is sent than is needed."""
+    archive = CArchiveReader(str(friend))
+    modules = {*archive.open_embedded_archive("PYZ.pyz").toc}
+    assert {name for name in modules if contents.is_excluded(name)} == set()
+    tops = {name.partition(".")[0] for name in modules} - {*sys.stdlib_module_names, sysconfig._get_sysconfigdata_name()}
+    assert tops == {*contents.FROZEN, "pocketlm"}
+    root = Path(pocketlm.__file__).parent
+    ours = {path.relative_to(root).as_posix() for package in contents.PACKAGES for path in (root / package).glob("*.py")}
+    held = {name.partition(".")[2].replace(".", "/") for name in modules if name.partition(".")[0] == "pocketlm"}
+    expected = {path.removesuffix(".py").removesuffix("__init__").rstrip("/") for path in ours if contents.is_held(path)}
+    assert held == expected
 
 
 def test_it_talks_in_a_bare_root(friend, tmp_path):
