@@ -3,7 +3,8 @@
 In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Boot loader and loader
 scripts are PyInstaller's, CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages (Linux), the packages
 from their wheels; the kernels of every instruction-set level are compiled here. Python's own library is that of this
-Python, since the bytecode must be of the version that will run it. Nothing of the target is run.
+Python, since the bytecode must be of the version that will run it. On Linux, for Linux, CPython is this one too: it runs
+wherever the C library is as new as here. Nothing of the target is run.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from pocketlm import __version__
 from pocketlm.build import blas, bytecode, carchive, elf, macho, modules, pe, wheels
 from pocketlm.build.carchive import Code, Entry
 from pocketlm.build.contents import EXCLUDED
-from pocketlm.build.freeze import FORTRAN
-from pocketlm.build.stub import copy_sources
+from pocketlm.build.stub import copy_sources, host_platform
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
@@ -42,10 +42,9 @@ _BASE = (
 _BOOT = ("struct", "_struct", "zlib")  # what reads the archive
 _LOADER = ("pyimod01_archive", "pyimod02_importers", "pyimod03_ctypes")
 _MISSING_ON_WINDOWS = re.compile("vcruntime|msvcp|vcomp|concrt|python", re.IGNORECASE)
-_EXCLUDED = (
-    "_wmi",  # asked for the processor's name only, for which there is another way; wine has none
-    "_multibytecodec", *(f"_codecs_{region}" for region in ("cn", "hk", "iso2022", "jp", "kr", "tw")),  # encodings before Unicode
-)  # fmt: skip
+_FORTRAN = ("libgfortran", "libquadmath")  # OpenBLAS's
+_GLIBC = re.compile(r"(ld-linux|lib(c|m|dl|pthread|rt|util|resolv|crypt|nsl)\.so)")
+_SYSTEM_LIBRARIES = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr/lib64", "/usr/local/lib", "/usr/lib", "/lib")
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,13 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     fetched, or this Python's version cannot be had for the platform; FileError: a file is not the one that is known.
     """
     layout = _layout(platform)
-    fetched = wheels.fetch(list(wheels.pinned(platform, PYTHON).values()), wheel_folder)
+    is_own = platform == host_platform() and _own_library(layout.library) is not None
+    fetched = wheels.fetch(wheels.pinned(platform, PYTHON, without_cpython=is_own), wheel_folder)
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
-        tree = _unpack(fetched, Path(temporary))
+        tree = _unpack(fetched, Path(temporary), is_own)
         entries = _entries(platform, layout, tree)
         program = carchive.program(entries, PYTHON, layout.library)
-        boot = _for_machine((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
+        boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
             with open(part, "x+b") as file:
                 file.write(boot + program)
@@ -107,10 +107,20 @@ class _Tree:
     loader: Path  # PyInstaller
 
 
-def _unpack(fetched: Mapping[str, Path], root: Path) -> _Tree:
+def _own_library(name: str) -> Path | None:
+    """This Python as a library, where it is one and Linux's: other systems' are taken from wheels."""
+    path = Path(sysconfig.get_config_var("LIBDIR") or "/nowhere", name)
+    return path if sys.platform == "linux" and path.exists() else None
+
+
+def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
     own, packages, cpython, loader = (root / name for name in ("own", "packages", "cpython", "loader"))
     copy_sources(own)
     library, compiled, shared = Path(sysconfig.get_path("stdlib")), cpython / "deploy_libs", (cpython / "deploy_libs",)
+    if is_own:
+        compiled = Path(sysconfig.get_config_var("DESTSHARED"))
+        system = [folder for pattern in _SYSTEM_LIBRARIES for folder in sorted(Path("/").glob(pattern[1:]))]
+        shared = (Path(sysconfig.get_config_var("LIBDIR")), *system)
     for name, path in fetched.items():
         if path.suffix == ".deb":
             _unpack_debian(path, cpython)
@@ -168,7 +178,7 @@ def _entries(platform: str, layout: _Layout, tree: _Tree) -> list[Entry]:
     boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
     found = modules.find(
         [*_own_modules(tree.own), *_base_modules(tree.library), *_BOOT], [tree.own, tree.packages, tree.library, tree.compiled],
-        platform, (*EXCLUDED, *_EXCLUDED),
+        platform, EXCLUDED,
     )  # fmt: skip
     scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
     files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **scripts}
@@ -214,7 +224,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
     while waiting:
         for name in needs(waiting.pop().read_bytes()):
             path = next((folder / file for folder in tree.shared for file in _names(folder) if file.lower() == name.lower()), None)
-            if path is None or name.startswith("api-ms-win-"):  # the system's; Windows has the latter since version 10
+            if path is None or name.startswith("api-ms-win-") or _GLIBC.match(name):  # the system's; Windows 10 has those first
                 if _MISSING_ON_WINDOWS.match(name):
                     raise PocketlmError(f"a library for {platform} wants {name}, which is in none of the files that were fetched")
                 continue
@@ -223,11 +233,11 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
                 wanted[within] = path
                 waiting.append(path)
     users = [path for path in wanted.values() if path.suffix in modules.COMPILED]
-    contents = {name: _for_machine(path.read_bytes(), platform) for name, path in wanted.items()}
+    contents = {name: _smaller(path.read_bytes(), platform) for name, path in wanted.items()}
     for name, path in wanted.items():
         if "openblas" in name and blas.is_replaceable(path, users):
             contents[name] = blas.library_for(path, users, PLATFORMS[platform].machine)
-            contents = {other: data for other, data in contents.items() if not PurePosixPath(other).name.startswith(FORTRAN)}
+            contents = {other: data for other, data in contents.items() if not PurePosixPath(other).name.startswith(_FORTRAN)}
     return [Entry(carchive.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
 
 
@@ -250,6 +260,8 @@ def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
     return {"windows": pe.imports, "linux": elf.needed, "macos": of_a_mac}[system]
 
 
-def _for_machine(binary: bytes, platform: str) -> bytes:
-    """Without what it has for other processors."""
-    return macho.part_for(binary, PLATFORMS[platform].machine) if platform.startswith("macos") else binary
+def _smaller(binary: bytes, platform: str) -> bytes:
+    """Without what it has for other processors and for debuggers."""
+    if platform.startswith("macos"):
+        return macho.part_for(binary, PLATFORMS[platform].machine)
+    return elf.without_sections(binary) if platform.startswith("linux") else binary

@@ -91,3 +91,13 @@ def needed(library: bytes) -> list[str]:
                 if tag == _NEEDED:
                     names.append(library[texts + value : library.index(0, texts + value)].decode())
     return names
+
+
+def without_sections(binary: bytes) -> bytes:
+    """A program or library without its sections, which linkers and debuggers read: what is loaded stays where it is."""
+    at, size, count = struct.unpack_from("<Q", binary, 32)[0], *struct.unpack_from("<HH", binary, 54)
+    rows = [_SEGMENT.unpack_from(binary, at + i * size) for i in range(count)]
+    out = bytearray(binary[: max(at + size * count, *(offset + length for _, _, offset, _, _, length, *_ in rows))])
+    struct.pack_into("<Q", out, 40, 0)  # offset of the table of sections
+    struct.pack_into("<HHH", out, 58, 0, 0, 0)  # bytes of a row, rows, the row with their names
+    return bytes(out)

@@ -56,18 +56,20 @@ class Pinned:
         return interpreter == f"cp{python[0]}{python[1]}" or (interpreter, abi) == ("py3", "none")
 
 
-def pinned(platform: str, python: Python) -> dict[str, Pinned]:
-    """What a stub for `platform` takes, by name. PocketlmError: no CPython of that version can be had for it."""
+def pinned(platform: str, python: Python, without_cpython: bool = False) -> list[Pinned]:
+    """What a stub for `platform` takes. PocketlmError: CPython, which it takes too, cannot be had of that version for it."""
     table = list(_table())
 
     def files(version: Python) -> dict[str, Pinned]:
         return {file.name: file for file in table if file.fits(platform, version)}
 
     found = files(python)
+    if without_cpython:
+        return [file for file in found.values() if not (file.source or file.name == "panda3d")]
     if not _has_cpython(found):
         usable = ", ".join(f"{major}.{minor}" for major, minor in PYTHONS if _has_cpython(files((major, minor))))
         raise PocketlmError(f"executables for {platform} are composed by Python {usable}; this is {python[0]}.{python[1]}")
-    return found
+    return list(found.values())
 
 
 def fetch(files: Sequence[Pinned], folder: Path | None = None) -> dict[str, Path]:
@@ -141,8 +143,9 @@ def _by_pip(file: Pinned, to: Path) -> None:
                "--require-hashes", "--requirement", str(wanted), "--dest", str(to.parent)]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode or not to.exists():
-        said = [line for line in done.stdout.splitlines() if line.startswith("ERROR")] or done.stdout.splitlines() or ["no words"]
-        raise PocketlmError(f"pip could not fetch {file.file} ({said[-1].removeprefix('ERROR: ').strip()}); try again, or --wheels")
+        lines = done.stdout.splitlines() or ["it said nothing"]
+        said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
+        raise PocketlmError(f"pip could not fetch {file.file} ({said[-1].strip()}); try again, or name a folder with --wheels")
 
 
 def _from_debian(file: Pinned, to: Path) -> None:
