@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pocketlm import __version__
-from pocketlm.build import blas, bytecode, carchive, elf, macho, modules, pe, wheels
+from pocketlm.build import blas, bytecode, carchive, elf, licences, macho, modules, pe, wheels
 from pocketlm.build.carchive import Code, Entry
 from pocketlm.build.contents import EXCLUDED
 from pocketlm.build.stub import copy_sources, host_platform
@@ -80,7 +80,7 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     fetched = wheels.fetch(wheels.pinned(platform, PYTHON, without_cpython=is_own), wheel_folder)
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
         tree = _unpack(fetched, Path(temporary), is_own)
-        entries = _entries(platform, layout, tree)
+        entries = _entries(platform, layout, tree, fetched)
         program = carchive.program(entries, PYTHON, layout.library)
         boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
@@ -105,6 +105,7 @@ class _Tree:
     compiled: Path  # Python's own, the compiled modules
     shared: tuple[Path, ...]  # folders with the libraries that all these want
     loader: Path  # PyInstaller
+    licences: Mapping[str, str]  # of Debian's packages
 
 
 def _own_library(name: str) -> Path | None:
@@ -136,7 +137,8 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
             shared = (next(cpython.glob("msvc_runtime-*.data/data/Scripts")), *shared)
         else:
             _unzip(path, packages)
-    return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader)
+    texts = {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in cpython.glob("usr/share/doc/*/copyright")}
+    return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader, texts)
 
 
 def _unzip(path: Path, to: Path, starts: tuple[str, ...] = ("",)) -> None:
@@ -173,7 +175,7 @@ def _unpack_debian(path: Path, to: Path) -> None:
 # ---- the archive -------------------------------------------------------------------------------------------------------
 
 
-def _entries(platform: str, layout: _Layout, tree: _Tree) -> list[Entry]:
+def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path]) -> list[Entry]:
     loader = tree.loader / "PyInstaller/loader"
     boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
     found = modules.find(
@@ -189,12 +191,15 @@ def _entries(platform: str, layout: _Layout, tree: _Tree) -> list[Entry]:
     magic = importlib.util.MAGIC_NUMBER
     kernels = tree.own / KERNELS
     build_images(kernels, platform, module_texts, __version__)
+    binaries = _binaries(platform, layout, tree, found.compiled)
+    libraries = [PurePosixPath(e.name.replace("\\", "/")).name for e in binaries if not _is_module(e.name)]
     return [
         *(Entry(carchive.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
         *(Entry(carchive.SCRIPT, name, marshalled[name]) for name in scripts),
-        *_binaries(platform, layout, tree, found.compiled),
+        *binaries,
         Entry(carchive.DATA, "base_library.zip", carchive.library(base, magic)),
         Entry(carchive.DATA, KERNELS, kernels.read_bytes()),
+        Entry(carchive.DATA, licences.NAME, licences.collect(fetched, tree.licences, tree.library, libraries).encode()),
         Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(rest, magic)),
         Entry(carchive.OPTION, "X utf8=1"),
     ]
@@ -239,6 +244,11 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
             contents[name] = blas.library_for(path, users, PLATFORMS[platform].machine)
             contents = {other: data for other, data in contents.items() if not PurePosixPath(other).name.startswith(_FORTRAN)}
     return [Entry(carchive.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
+
+
+def _is_module(name: str) -> bool:
+    """Whether a binary is a compiled module: Linux' libraries have a number behind .so, or their package in the folder's name."""
+    return name.endswith(modules.COMPILED) and ".libs" not in name
 
 
 def _library(name: str, folders: Iterable[Path]) -> Path:
