@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from pocketlm import __version__
+from pocketlm.runtime import blas
 from pocketlm.runtime.memory import available_bytes
-from pocketlm.runtime.threads import default_threads, set_blas_threads
+from pocketlm.runtime.threads import default_threads
 
 PACKAGES = ("numpy", "llvmlite", "llama-cpp-python", "onnxruntime", "torch")
 POWERCAP = Path("/sys/class/powercap")  # Linux's RAPL counters, microjoules; since 2020 for root only by default
@@ -107,8 +108,8 @@ class Steady:
         self.times: dict[str, list[float]] = {"compute": [], "memory": []}
 
     def check(self) -> None:
-        set_blas_threads(1)  # BLAS's own threads would spin on while the next backend is measured
-        self._time("compute", lambda: self._small @ self._small, 20)
+        with blas.one_thread(self):  # BLAS's own threads would spin on while the next backend is measured
+            self._time("compute", lambda: self._small @ self._small, 20)
         self._time("memory", lambda: np.add.reduce(self._large.view(np.int64)), 3)
 
     def _time(self, name: str, work: Callable[[], object], times: int) -> None:

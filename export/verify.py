@@ -1,14 +1,15 @@
 """Does the exported file still compute what the checkpoint does? Both run over a text, side by side.
 
 In: a `CanonicalModel` and the file made of it. Out: how alike their logits are, and how well each predicts the text.
-The float32 weights and files of pocketlm run on the numpy executor, ONNX files on onnxruntime. The only module of
-`export/` that knows executors.
+The float32 weights run on the numpy executor, the reference; files of pocketlm on the executor that their users get, which
+is the native one where it can run; ONNX files on onnxruntime. The only module of `export/` that knows executors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +65,16 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
     ids = np.array(found, np.int64)
     if len(ids) < 2:
         raise PocketlmError("the text is too short: verifying needs at least two tokens")
-    exact, exported = _exact_runner(model, out), _exported_runner(model, out)
     found_cosines, same, nats, n_predicted = [], 0, np.zeros(2), 0
     window = min(WINDOW, model.hyper.n_ctx)
-    for start in range(0, len(ids), window):
-        block = ids[start : start + window]
-        a, b = (run(block).astype(np.float64) for run in (exact, exported))
-        found_cosines += cosines(a, b).tolist()
-        same += int((a.argmax(1) == b.argmax(1)).sum())
-        nats += [cross_entropy(logits[:-1], block[1:]) for logits in (a, b)]
-        n_predicted += len(block) - 1
+    with _exact_runner(model, out) as exact, _exported_runner(model, out) as exported:
+        for start in range(0, len(ids), window):
+            block = ids[start : start + window]
+            a, b = (run(block).astype(np.float64) for run in (exact, exported))
+            found_cosines += cosines(a, b).tolist()
+            same += int((a.argmax(1) == b.argmax(1)).sum())
+            nats += [cross_entropy(logits[:-1], block[1:]) for logits in (a, b)]
+            n_predicted += len(block) - 1
     exact_perplexity, perplexity = (math.exp(min(total / max(n_predicted, 1), 700)) for total in nats)
     agreement = same / len(ids)
     return Comparison(
@@ -109,29 +110,34 @@ class _Weights(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def _exact_runner(model: CanonicalModel, out: Path) -> Runner:
+@contextmanager
+def _exact_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
     plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, out)
-    return _numpy_runner(plan, _Weights(model, out), out)
+    with _runner("numpy", plan, _Weights(model, out), out) as run:
+        yield run
 
 
-def _numpy_runner(plan: Plan, tensors: Mapping[str, Tensor], out: Path) -> Runner:
-    n_ctx = min(WINDOW, plan.hyper.n_ctx)
-    executor = make_executor("numpy", plan, tensors, n_ctx, default_threads(), out)
-
-    def run(ids: np.ndarray) -> np.ndarray:
-        executor.cache.truncate(0)
-        return executor.forward(ids, rows="all")
-
-    return run
-
-
-def _exported_runner(model: CanonicalModel, out: Path) -> Runner:
+@contextmanager
+def _exported_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
     path = out / "model.gguf" if (out / "model.gguf").is_file() else out  # in the folder for Ollama
     if path.suffix.lower() == ".onnx":
-        return _onnx_runner(model, path)
-    opened = open_model(path)
-    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in opened.tensors.items()}, path)
-    return _numpy_runner(plan, opened.tensors, path)
+        yield _onnx_runner(model, path)
+        return
+    with closing(open_model(path)) as opened:
+        plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in opened.tensors.items()}, path)
+        with _runner("auto", plan, opened.tensors, path) as run:
+            yield run
+
+
+@contextmanager
+def _runner(backend: str, plan: Plan, tensors: Mapping[str, Tensor], out: Path) -> Iterator[Runner]:
+    with closing(make_executor(backend, plan, tensors, min(WINDOW, plan.hyper.n_ctx), default_threads(), out)) as executor:
+
+        def run(ids: np.ndarray) -> np.ndarray:
+            executor.cache.truncate(0)
+            return executor.forward(ids, rows="all")
+
+        yield run
 
 
 def _onnx_runner(model: CanonicalModel, path: Path) -> Runner:

@@ -12,12 +12,12 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError
+from pocketlm.runtime import control_groups
 
 MB = 1 << 20
 
@@ -50,13 +50,8 @@ def _linux() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("MemAvailable:"))
     free = int(line.split()[1]) * 1024
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        folder = Path("/sys/fs/cgroup")  # a container's own limit, versions 2 and 1
-        try:
-            free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return max(free, 0)
+    left = control_groups.memory_left()
+    return max(free if left is None else min(free, left), 0)
 
 
 def _darwin() -> int:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime import blas
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.ids import check_ids
@@ -20,7 +22,7 @@ from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import ThreadPool, set_blas_threads, share
+from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
@@ -44,12 +46,13 @@ class NumpyExecutor:
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
         alone = [(name,) for name in plan.weights if name not in stacked]
         self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
-        self._pool = ThreadPool(n_threads)
         self._biases = {m: self._stack_biases(m) for m in matrices}
         factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
         self._rope = rope_table(plan.hyper.rope, n_ctx, factors) if plan.hyper.rope else None
         self._slopes = alibi_slopes(self.hyper.n_head, self.hyper.alibi_max_bias) if self.hyper.position == "alibi" else None
         self.cache = KVCache(plan.hyper, n_ctx, factors)
+        self._one_at_a_time, self._closed = ForkedLock(), False
+        self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
     @staticmethod
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
@@ -59,24 +62,35 @@ class NumpyExecutor:
         return weights, KVCache.bytes_for(plan.hyper, n_ctx), 4 * (2 * scores + BLOCK * sum(plan.buffers.values()))
 
     def close(self) -> None:
-        """End the threads, give the weights and the cache back."""
+        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
+        in another thread soon after this call, too.
+        """
+        self._closed = True
         self._pool.close()
-        self._weights.clear()
-        vars(self).pop("cache", None)
+        with self._one_at_a_time.here:
+            self._weights.clear()
+            self.cache.keys = self.cache.values = np.empty(0, np.float32)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
-        ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
-        parts = [self._block(ids[i : i + BLOCK], rows) for i in range(0, len(ids), BLOCK)]
-        return np.concatenate(parts) if rows == "all" else parts[-1]
+        # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
+        with self._one_at_a_time.here, blas.one_thread(self):
+            self._check_open()
+            ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
+            parts = [self._block(ids[i : i + BLOCK], rows) for i in range(0, len(ids), BLOCK)]
+            return np.concatenate(parts) if rows == "all" else parts[-1]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PocketlmError("this model is closed; load it again")
 
     def _block(self, ids: np.ndarray, rows: str) -> np.ndarray:
-        set_blas_threads(1)  # its own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
         state = {"ids": ids}
         for op in self.plan.ops[:-1]:
+            self._check_open()
             self._run[type(op)](op, state)
         self.cache.length += len(ids)
         head = self.plan.ops[-1]

@@ -25,6 +25,25 @@ CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76"}  # what to emulate for a 
 PAGE = 4096
 _SYSCALL, _STUB, IMAGE_AT, BUFFERS_AT = 0x400000, 0x401000, 0x500000, 0x40000000  # addresses
 _SYSCALL_CODE = struct.pack("<3I", 0xAA0303E8, 0xD4000001, 0xD65F03C0)  # mov x8, x3; svc 0; ret
+_SVC = 0xD4000001
+
+# void spawn(flags, top of the stack, function, a, b): a thread, in the same memory, that calls function(a, b) and ends
+SPAWN_AT = _SYSCALL + 0x100
+_SPAWN_CODE = struct.pack(
+    "<15I",
+    0xAA0203E9, 0xAA0303EA, 0xAA0403EB,  # mov x9, x2; mov x10, x3; mov x11, x4: a child gets all registers
+    0xD2800002, 0xD2800003, 0xD2800004,  # mov x2, 0; mov x3, 0; mov x4, 0
+    0xD2801B88, _SVC,                    # mov x8, 220 (clone); svc 0
+    0xB4000040, 0xD65F03C0,              # cbz x0, child; ret
+    0xAA0A03E0, 0xAA0B03E1, 0xD63F0120,  # child: mov x0, x10; mov x1, x11; blr x9
+    0xD2800BA8, _SVC,                    # mov x8, 93 (exit, of this thread); svc 0
+)  # fmt: skip
+CLONE_FLAGS = 0x50F00  # CLONE_VM | FS | FILES | SIGHAND | THREAD | SYSVSEM, as a thread library asks for them
+
+# int32 give_way(): sched_yield, which may change no register but the result's; Linux keeps them all but x0
+GIVE_WAY_AT = _SYSCALL + 0x200
+_GIVE_WAY_CODE = struct.pack("<3I", 0xD2800F88, _SVC, 0xD65F03C0)  # mov x8, 124; svc 0; ret
+_OWN_CODE = _SYSCALL_CODE.ljust(0x100, b"\0") + _SPAWN_CODE.ljust(0x100, b"\0") + _GIVE_WAY_CODE
 
 
 def run_aarch64(
@@ -57,7 +76,7 @@ def call_aarch64(
         segments.append((free, bytes(end - size - free) + bytes(arg) + bytes(size - len(arg)), 6))
         free = end + PAGE
     stub = link([compile_object(_stub_ir(IMAGE_AT + image.symbols[symbol], values, buffers), LEVELS["neon"])])
-    segments = [(_SYSCALL, _SYSCALL_CODE, 5), (_STUB, stub.code, 5), (IMAGE_AT, image.code, 5), *segments]
+    segments = [(_SYSCALL, _OWN_CODE, 5), (_STUB, stub.code, 5), (IMAGE_AT, image.code, 5), *segments]
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program")
         program.write_bytes(_executable(_STUB + stub.symbols["_start"], segments))

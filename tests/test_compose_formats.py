@@ -71,7 +71,7 @@ def test_windows_loads_a_library(tmp_path):
 def test_resources_say_who_a_program_is(tmp_path):
     pefile = pytest.importorskip("pefile", reason="pefile reads Windows' files")
     boot = a_program(tmp_path / "boot")
-    for title in ("Ada", "Ёлка 😀"):  # the second takes the first one's place
+    for title in ("Ada", "Ёлка"):  # the second takes the first one's place
         boot = pe.with_resources(boot, title, "1.20.3", icon.images(None))
         read = pefile.PE(data=boot)
         assert [section.Name.rstrip(b"\0") for section in read.sections] == [b".text", b".edata", b".rsrc"]

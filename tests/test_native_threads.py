@@ -7,12 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
+from interrupts import interrupt_everywhere, needs_timer, signal_storm
 from native_calls import executors, host_level
 
 from pocketlm.errors import PocketlmError
+from pocketlm.runtime import numpy_executor  # noqa: F401  for the programs
+from pocketlm.runtime import threads as pools  # noqa: F401
+from pocketlm.runtime.native import executor as native_executor
+from pocketlm.runtime.native import workers as team
 from pocketlm.runtime.native.executor import NativeExecutor
 
 IDS = np.arange(40)
@@ -35,12 +41,12 @@ def logits(executor):
 
 
 def program(text, *arguments, seconds=60):
-    """Run a program that has this module's helpers; its stdout."""
+    """Run a program that has this module's helpers; its stdout and stderr."""
     start = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_native_threads import *\n"
     done = subprocess.run([sys.executable, "-c", start + text, os.path.dirname(__file__), *arguments],
                           capture_output=True, text=True, timeout=seconds)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def test_two_hundred_teams_start_work_and_end():
@@ -121,6 +127,96 @@ def test_no_thread_outlives_its_model():
     logits(executor)
     del executor
     gc.collect()
+    assert gone()
+
+
+def gone():
+    """Whether all threads end by themselves."""
+    for _ in range(1000):
+        if not workers():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+class Circle:
+    """Garbage that only the collector finds, with a model in it."""
+
+    def __init__(self, executor):
+        self.executor, self.self = executor, self
+
+
+def test_a_model_may_be_collected_by_one_of_its_own_threads(monkeypatch):
+    """The collector runs in whatever thread happens to allocate, the workers included: nobody may wait for itself then."""
+    found, go, live = [], threading.Event(), team._live
+
+    def collecting(*arguments):
+        live(*arguments)
+        go.wait(10)
+        gc.collect()
+        found.append(threading.current_thread())
+
+    monkeypatch.setattr(team, "_live", collecting)
+    circle = Circle(native(3))
+    logits(circle.executor)
+    circle.executor._record["epoch"] = team.CLOSED  # they leave the compiled code, and nobody has closed the model
+    for lock in circle.executor._workers._locks:
+        team.open_lock(lock)
+    del circle
+    go.set()
+    assert gone()
+    assert len(found) == 2
+
+
+def test_threads_hold_the_memory_in_which_they_compute(monkeypatch):
+    """A model that is dropped while a worker is on its way leaves it the arrays; they go when it goes."""
+    on_its_way, go, live = threading.Event(), threading.Event(), team._live
+
+    def late(wait, memory, tid, lock):
+        on_its_way.set()
+        go.wait(10)
+        live(wait, memory, tid, lock)
+
+    monkeypatch.setattr(team, "_live", late)
+    executor = native(2)
+    on_its_way.wait(10)
+    arrays = [executor._record, executor._workers._workers, executor.cache.keys, *executor._arrays.values()]
+    held = [weakref.ref(array) for array in arrays]
+    del executor, arrays
+    gc.collect()
+    assert all(ref() is not None for ref in held)
+    go.set()
+    assert gone()
+    gc.collect()
+    assert all(ref() is None for ref in held)
+
+
+def test_an_interrupt_at_any_instruction_leaves_the_model_right():
+    executor = native(3)
+    expected = logits(executor)
+
+    def check():
+        assert logits(executor) == expected
+
+    def action():
+        executor.cache.truncate(0)
+        executor.forward(IDS[:1])
+
+    assert interrupt_everywhere(action, check, team) > 40
+    executor.close()
+    assert workers() == []
+
+
+@needs_timer
+def test_a_storm_of_interrupts_leaves_the_model_right():
+    executor = native(3)
+    expected = logits(executor)
+
+    def check():
+        assert logits(executor) == expected
+
+    assert signal_storm(lambda: logits(executor), check, 60, 3, team, native_executor) >= 60
+    executor.close()
     assert workers() == []
 
 
@@ -167,7 +263,7 @@ print(caught, len(workers()))
 @pytest.mark.skipif(sys.platform == "win32", reason="sends itself a signal")
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_an_interrupted_forward_leaves_the_model_usable(seed):
-    assert program(INTERRUPT, seed).split() == ["40", "0"]
+    assert program(INTERRUPT, seed)[0].split() == ["40", "0"]
 
 
 FORK = """
@@ -200,10 +296,24 @@ def forever():
 threading.Thread(target=forever, daemon=True).start()
 time.sleep(0.2)
 """,
+    "in the middle of a generation on NumPy": """
+native(1).close()
+numpy_executor.SMALL = 1
+executor = executors(host_level(), "Q4_0", 3)[1]
+executor._pool = pools.ThreadPool(3)
+def forever():
+    while True:
+        logits(executor)
+threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.2)
+""",
 }
 
 
 @pytest.mark.parametrize("name", EXITS)
-def test_the_program_ends_promptly(name):
-    for _ in range(3):
-        program(EXITS[name], seconds=30)
+def test_the_program_ends_without_a_word(name):
+    """A thread that computes when the interpreter ends is stopped where it is: it gets no error to print, and nobody waits
+    for it. The tiny switch interval brings it into every moment of the interpreter's end.
+    """
+    for interval in ("1e-6", "1e-6", "5e-3"):
+        assert program(f"sys.setswitchinterval({interval})\n{EXITS[name]}") == ("", "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,7 +28,7 @@ from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.positions import alibi_slopes, rope_table
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import ThreadPool, share
+from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
@@ -89,8 +88,12 @@ class NativeExecutor:
         self._arrays: dict[str, np.ndarray] = {}
         self._record = self._make_record(factors)
         self.selection = Selection(self._code[CORE], self.hyper.n_vocab)
-        self._one_at_a_time = threading.Lock()
-        self._workers = WorkerThreads(self._code[CORE], self._record, n_threads)
+        self._one_at_a_time = ForkedLock()
+        memory = [
+            *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
+            *self._arrays.values(), self.cache.keys, self.cache.values,
+        ]  # fmt: skip
+        self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
     @staticmethod
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
@@ -100,18 +103,19 @@ class NativeExecutor:
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
     def close(self) -> None:
-        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError."""
+        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
+        in another thread that is in the middle of a run, too: that run holds the memory until then.
+        """
         self._workers.close()
-        with self._one_at_a_time:  # until then another thread may be in the middle of a run
-            self._storage = None
-            self.cache.keys = self.cache.values = np.empty(0, np.float16)
+        self._storage = None
+        self.cache.keys = self.cache.values = np.empty(0, np.float16)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until the next call).
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
-        with self._one_at_a_time:  # a second thread that calls would run on the same buffers
+        with self._one_at_a_time.here:  # a second thread that calls would run on the same buffers
             ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
             starts = range(0, len(ids), BLOCK)
             if rows == "all":
@@ -144,28 +148,28 @@ class NativeExecutor:
 
     def _tile(self, tensors: list[Tensor]) -> dict[str, TiledMatrix]:
         """The matrices in our order, permuted by all threads; the file's pages are given back as it goes."""
-        result, pool = {}, ThreadPool(self.n_threads)
-        for tensor in tensors:
-            check_finite(tensor)
-            fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
-            if tensor.tiled:  # in a packed executable: used where it is
-                result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
-                continue
-            data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
-            n_groups, n_blocks = groups(n_rows), n_columns // LAYOUTS[fmt].block_size
-            types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
-            permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
+        result = {}
+        with ThreadPool(self.n_threads) as pool:
+            for tensor in tensors:
+                check_finite(tensor)
+                fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
+                if tensor.tiled:  # in a packed executable: used where it is
+                    result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
+                    continue
+                data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
+                n_groups, n_blocks = groups(n_rows), n_columns // LAYOUTS[fmt].block_size
+                types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
+                permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
 
-            def job(
-                part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
-            ) -> None:
-                mine = share(counts[1], part, parts)
-                permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
+                def job(
+                    part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
+                ) -> None:
+                    mine = share(counts[1], part, parts)
+                    permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
 
-            pool.run(job)
-            release_pages(tensor.data)
-            result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
-        pool.close()
+                pool.run(job)
+                release_pages(tensor.data)
+                result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
     def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:

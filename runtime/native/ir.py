@@ -397,9 +397,7 @@ class Module:
         self._linkages: dict[str, str] = {}
 
     def convention(self, linkage: str) -> str:
-        """The calling convention of functions of a linkage, as LLVM spells it: nothing for the C convention of the target, which
-        is Linux for every system.
-        """
+        """The calling convention of a linkage's functions as LLVM spells it; nothing for C's on Linux, our target."""
         return "win64cc " if self.abi == "win64" and linkage in ("entry", "system") else ""
 
     def declare(self, name: str, type: Type, arguments: Sequence[Type]) -> None:

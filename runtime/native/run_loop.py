@@ -41,8 +41,7 @@ def _define_pause(module: Module, machine: str) -> None:
 
 def _give_way(f: Function, run: Value) -> None:
     """Give the rest of the time slice to another thread, through the operating system."""
-    convention = "win64cc " if f.module.abi == "win64" else ""
-    f.line(f"call {convention}i32 {f.field(run, offset(RUN, 'give_way'), PTR)}()")
+    f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I32, linkage="system")
 
 
 def _spin_until(f: Function, machine: str, run: Value, done) -> None:
@@ -93,6 +92,8 @@ def _work(f: Function) -> None:
     run, tid = f.args()
     arrived, barriers = _arrived(f, run), f.var(I64, 0)
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
+        with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
+            f.ret()  # the threads end: nobody looks at the results
         op = f.field(run, offset(RUN, "program"), PTR) + number * OPERATION.itemsize
         r = stages.Records(f, run, op)
         own = r.run("scratch", PTR) + tid * r.run("scratch_stride")

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,25 +19,30 @@ from pocketlm.errors import PocketlmError
 from pocketlm.runtime.memory import aligned
 from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import WORKER
+from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
 
 class WorkerThreads:
-    """Runs what the record describes on n_threads threads, the caller among them. `close` ends the others."""
+    """Runs what the record describes on n_threads threads, the caller among them. `close` ends the others; without it they
+    end by themselves when nobody holds this object any more.
+    """
 
-    def __init__(self, core: Loaded, record: np.ndarray, n_threads: int):
-        """`record`: one RUN, complete but for the fields that concern threads; kept alive here."""
-        self._core, self._record, self.n_threads = core, record, n_threads
+    def __init__(self, core: Loaded, record: np.ndarray, n_threads: int, memory: Sequence[np.ndarray] = ()):
+        """`record`: one RUN, complete but for the fields that concern threads. `memory`: the arrays that it and its program
+        point at; they live until no thread computes any more. Raises PocketlmError where the system gives no more threads.
+        """
+        self._core, self._record, self.n_threads, self._memory = core, record, n_threads, tuple(memory)
         self._step = core.function("step", ctypes.c_int64, ctypes.c_void_p)
         self._work = core.function("work", None, ctypes.c_void_p, ctypes.c_int64)
         self._address = record.ctypes.data
         self._begin()
 
     def run(self) -> None:
-        """Walk the program once. Raises PocketlmError once the threads are ended."""
-        if not self._finalizer.alive:
-            raise PocketlmError("this model is closed; load it again")
+        """Walk the program once. Raises PocketlmError once the threads are ended, also in the middle of the run."""
+        memory = self._memory  # noqa: F841  another thread may close the model meanwhile
+        self._check_open()
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
         self._finish()
@@ -45,18 +50,25 @@ class WorkerThreads:
             self._step(self._address)
         finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
             self._finish()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._record["epoch"][0] < 0:
+            raise PocketlmError("this model is closed; load it again")
 
     def _finish(self) -> None:
         """Wake the threads that a begun run needs and do this thread's share; nothing if no run has begun."""
         if self._record["begun"][0]:
             for tid in np.flatnonzero(self._workers["wake"]):
-                _wake(self._locks[tid])
+                open_lock(self._locks[tid])
                 self._workers["wake"][tid] = 0
             self._work(self._address, 0)
 
     def close(self) -> None:
-        """End the threads. A second call does nothing."""
+        """End the threads, in the middle of a run too: that run raises PocketlmError. A second call does nothing."""
         self._finalizer()
+        join_threads(self._threads)
+        self._memory = ()
 
     def _begin(self) -> None:
         self._pid = os.getpid()
@@ -65,43 +77,34 @@ class WorkerThreads:
             self._record[name] = value
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
-        self._locks = [threading.Lock() for _ in range(self.n_threads)]
-        for lock in self._locks:
-            lock.acquire()
-        # the threads know the records and nothing of this object: it can be collected, and then they end
+        self._locks = [closed_lock() for _ in range(self.n_threads)]
+        # the threads own the memory they compute in, but not this object: it can be collected, and then they end
         wait = self._core.function("wait", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
-        threads = [
-            threading.Thread(
-                target=_live, args=(wait, self._address, tid, self._locks[tid]), daemon=True, name=f"pocketlm-{tid}"
-            )
+        memory = (self._record, self._workers, *self._memory)
+        self._threads = [
+            threading.Thread(target=_live, args=(wait, memory, tid, self._locks[tid]), daemon=True, name=f"pocketlm-{tid}")
             for tid in range(1, self.n_threads)
         ]
-        for thread in threads:
-            thread.start()
-        self._finalizer = weakref.finalize(self, _end, self._record, self._workers, self._locks, threads, self._pid)
+        self._finalizer = weakref.finalize(self, _send_home, self._record, self._locks)
+        self._finalizer.atexit = False  # the program's end stops the threads where they are
+        try:
+            start_threads(self._threads)
+        except BaseException:
+            self.close()
+            raise
 
 
-def _live(wait: Any, address: int, tid: int, lock: threading.Lock) -> None:
+def _live(wait: Any, memory: Sequence[np.ndarray], tid: int, lock: threading.Lock) -> None:
+    address = memory[0].ctypes.data
     while wait(address, tid):
         lock.acquire()
 
 
-def _end(
-    record: np.ndarray, workers: np.ndarray, locks: list[threading.Lock], threads: list[threading.Thread], pid: int
-) -> None:
-    if os.getpid() != pid:
-        return
+def _send_home(record: np.ndarray, locks: Sequence[threading.Lock]) -> None:
+    """Tell the threads to end. Does not wait for them: this may run in any thread, one of them included."""
     record["epoch"] = CLOSED
-    for thread, lock in zip(threads, locks[1:], strict=True):
-        while thread.is_alive():
-            _wake(lock)
-            thread.join(0.01)
-
-
-def _wake(lock: threading.Lock) -> None:
-    """Let a thread go on that sleeps or is about to. Where two do so at once, at a program's end, the second finds it open."""
-    with suppress(RuntimeError):
-        lock.release()
+    for lock in locks:
+        open_lock(lock)
 
 
 def _give_way() -> tuple[int, Any]:

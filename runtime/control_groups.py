@@ -1,0 +1,81 @@
+"""The limits of this process's control groups (Linux): how much memory a container may take, and how much processor time.
+
+In: files under /proc and /sys. Out: numbers. A limit may stand in any group above the process's own, so all of them are
+read. Versions 1 and 2 of control groups, and both at once: https://docs.kernel.org/admin-guide/cgroup-v2.html. Every function
+takes the root of the file system, so that it can read a copy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+
+def memory_left(root: Path = Path("/")) -> int | None:
+    """Bytes that may still be taken before the tightest limit is reached; None where there is no limit."""
+    left = []
+    for folder, limit, used in (
+        *((folder, "memory.max", "memory.current") for folder in _groups(root, "")),
+        *((folder, "memory.limit_in_bytes", "memory.usage_in_bytes") for folder in _groups(root, "memory")),
+    ):
+        if (most := _number(folder / limit)) is not None and (now := _number(folder / used)) is not None:
+            left.append(most - now)
+    return min(left, default=None)
+
+
+def processors(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that may be used: `docker run --cpus=1.5` gives 1.5; None where there is no limit."""
+    shares = []
+    for folder in _groups(root, ""):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")  # "200000 100000", or "max 100000"
+        shares.append((_whole(quota), _whole(period)))
+    for folder in _groups(root, "cpu"):
+        shares.append((_number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")))  # -1: no limit
+    return min((quota / period for quota, period in shares if quota and period and min(quota, period) > 0), default=None)
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """Folders of the group that the process is in and of all above it: of `controller` in version 1, of version 2 if ""."""
+    found = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, names, path = [*line.split(":", 2), "", ""][:3]  # "4:cpu,cpuacct:/docker/abc", version 2: "0::/docker/abc"
+        if controller not in names.split(","):
+            continue
+        for top, mount in _mounts(root, controller):
+            own = PurePosixPath(path)
+            # a container sees the hierarchy from its own group down, and may be told its path from the host's root
+            below = own.relative_to(top) if own.is_relative_to(top) else PurePosixPath()
+            found += [root / mount.relative_to("/") / group for group in (below, *below.parents)]
+    return found
+
+
+def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixPath]]:
+    """(the group that is shown, where it is mounted) of every hierarchy with `controller`, or of version 2 if ""."""
+    found = []
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        # 36 31 0:33 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+        own, _, system = line.partition(" - ")
+        kind, _, options = [*system.split(" ", 2), "", ""][:3]
+        wanted = kind == "cgroup2" if not controller else kind == "cgroup" and controller in options.split(",")
+        if wanted and len(fields := own.split(" ")) >= 5:
+            found.append((PurePosixPath(fields[3]), PurePosixPath(fields[4])))
+    return found
+
+
+def _text(path: Path) -> str:
+    """What is in the file; nothing where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    return _whole(_text(path))
+
+
+def _whole(text: str) -> int | None:
+    """The number that is written there; None for "max" and for whatever else is not one."""
+    try:
+        return int(text)
+    except ValueError:
+        return None
