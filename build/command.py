@@ -117,8 +117,10 @@ def _try(executable: Path) -> str:
         return f"not tried here: it is for {platform}; --selftest tries it there"
     try:
         done = subprocess.run([executable, "--selftest"], capture_output=True, text=True, encoding="utf-8", errors="replace")
+    except (PermissionError, FileNotFoundError) as error:  # a folder that may hold no programs; another C library
+        return f"not tried: this computer does not start it there ({error.strerror})"
     except OSError as error:
-        return f"not tried: nothing can be started where it was to be written ({error.strerror})"
+        raise PocketlmError(f"the finished executable is none that this system starts ({error.strerror})") from None
     lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
     said = lines[-1] if lines else f"it ended with status {done.returncode}"
     if done.returncode:

@@ -1,10 +1,10 @@
 """Refuses to the code of a stub what a stub does not hold, so that every test of that code proves it can do without.
 
-`install` is called by conftest.py, before anything else is imported. What a packed program leaves out (build/contents.py)
-cannot be imported, nor be reached as an attribute of NumPy, on behalf of a module of pocketlm that such a program holds: the
-error is the one that a friend would see. The tests themselves, pytest, and the parts of pocketlm that stay with the sender
-import what they like. Who asks is the nearest caller that is neither the standard library nor a frozen package: these do what
-they are told.
+`install` is called by conftest.py, before anything else is imported. What a packed program leaves out (build/contents.py), and
+packages that it has never heard of, cannot be imported, nor be reached as an attribute of NumPy, on behalf of a module of
+pocketlm that such a program holds: the error is the one that a friend would see. The tests themselves, pytest, and the parts
+of pocketlm that stay with the sender import what they like. Who asks is the nearest caller that is neither the standard
+library nor a frozen package: these do what they are told.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 from pocketlm.build.contents import EXCLUDED, FROZEN, is_excluded, is_held
 
 SERVANTS = {*FROZEN, *sys.stdlib_module_names, "frozen_guard"}
-TOPS = {name.partition(".")[0] for name in EXCLUDED}  # every import passes here: most are let through by their first word
+# Every import passes here: most are let through by their first word
+HARMLESS = {*SERVANTS, "pocketlm"} - {name.partition(".")[0] for name in EXCLUDED}
 SUBMODULES = {name.removeprefix("numpy.") for name in EXCLUDED if name.count(".") == 1 and name.startswith("numpy.")}
 PRELOADED = ("ma", "random", "fft", "polynomial", "ctypeslib", "testing")  # what tests use, so that all is in its place
 
@@ -41,8 +42,9 @@ def _source(frame: FrameType) -> str:
 
 
 def refuse(module: str, frame: FrameType | None) -> None:
-    """Raise ModuleNotFoundError for an excluded module that is wanted for a stub's code."""
-    if is_excluded(module) and (asker := on_behalf_of_a_stub(frame)):
+    """Raise ModuleNotFoundError for a module that no stub holds and that is wanted for a stub's code."""
+    unknown = module.partition(".")[0] not in {*SERVANTS, "pocketlm"}
+    if (unknown or is_excluded(module)) and (asker := on_behalf_of_a_stub(frame)):
         raise ModuleNotFoundError(f"No module named {module!r} in a packed program, where {asker} wants it", name=module)
 
 
@@ -53,7 +55,7 @@ def install() -> None:
     plain_import, plain_import_module = builtins.__import__, importlib.import_module
 
     def guarded(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        if level == 0 and name.partition(".")[0] in TOPS:
+        if level == 0 and name.partition(".")[0] not in HARMLESS:
             frame = sys._getframe(1)
             refuse(name, frame)
             for part in fromlist or ():
