@@ -28,8 +28,7 @@ for path, name in json.load(sys.stdin):
 
 def compile_all(files: Mapping[str, Path]) -> dict[str, bytes]:
     """Marshalled code by module, without assertions and docstrings; in tracebacks a file is called as in the archive."""
-    names = {module: module.replace(".", "/") + ("/__init__.py" if path.stem == "__init__" else ".py") for module, path in files.items()}
-    wanted = [(str(path), names[module]) for module, path in files.items()]
+    wanted = [(str(path), _name(module, path)) for module, path in files.items()]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"PYTHONHASHSEED": "0"}
     command = [sys.executable, "-S", "-s", "-B", "-X", "utf8", "-c", _COMPILER]
     done = subprocess.run(command, input=json.dumps(wanted).encode(), capture_output=True, env=environment, cwd=os.sep)
@@ -42,3 +41,7 @@ def compile_all(files: Mapping[str, Path]) -> dict[str, bytes]:
         codes[module] = done.stdout[at + 4 : at + 4 + length]
         at += 4 + length
     return codes
+
+
+def _name(module: str, path: Path) -> str:
+    return module.replace(".", "/") + ("/__init__.py" if path.stem == "__init__" else ".py")

@@ -70,8 +70,8 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _for_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--for", dest="target", metavar="NAME", help="windows, macos, linux, pi, all, or linux-x86_64 and the like; "
-                        "default: this system")  # fmt: skip
+    parser.add_argument("--for", dest="target", metavar="NAME",
+                        help="windows, macos, linux, pi, all, or linux-x86_64 and the like; default: this system")  # fmt: skip
     parser.add_argument("--wheels", metavar="FOLDER", help="take the wheels that make a stub from here, not from the network")
 
 
@@ -90,7 +90,8 @@ def _pack(arguments: argparse.Namespace) -> int:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
             verdict: list[str] = []
-            out = pack(model, open_stub(stub), out, persona, reference, lambda part, said=verdict: said.append(_try(part)), icon)
+            trial = lambda part, said=verdict: said.append(_try(part))  # noqa: E731
+            out = pack(model, open_stub(stub), out, persona, reference, trial, icon)
             print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
     return 0
 

@@ -35,8 +35,8 @@ from pocketlm.runtime.native.kernels import module_texts
 PYTHON = sys.version_info[:2]
 # Modules that Python needs before it can read the archive (PyInstaller/compat.py, PY3_BASE_MODULES), with all below them
 _BASE = (
-    "_collections_abc", "_weakrefset", "abc", "codecs", "collections", "copyreg", "encodings", "enum", "functools", "genericpath",
-    "heapq", "io", "keyword", "linecache", "locale", "ntpath", "operator", "os", "posixpath", "re", "reprlib", "sre_compile",
+    "_collections_abc", "_weakrefset", "abc", "codecs", "collections", "copyreg", "encodings", "enum", "functools",
+    "genericpath", "heapq", "io", "keyword", "linecache", "locale", "ntpath", "operator", "os", "posixpath", "re", "reprlib", "sre_compile",
     "sre_constants", "sre_parse", "stat", "traceback", "types", "warnings", "weakref",
 )  # fmt: skip
 _BOOT = ("struct", "_struct", "zlib")  # what reads the archive
@@ -137,7 +137,8 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
             shared = (next(cpython.glob("msvc_runtime-*.data/data/Scripts")), *shared)
         else:
             _unzip(path, packages)
-    texts = {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in cpython.glob("usr/share/doc/*/copyright")}
+    copyrights = cpython.glob("usr/share/doc/*/copyright")
+    texts = {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in copyrights}
     return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader, texts)
 
 
@@ -206,19 +207,23 @@ def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, 
 
 
 def _own_modules(own: Path) -> list[str]:
-    files = sorted(file.relative_to(own).with_suffix("") for file in (own / "pocketlm").rglob("*.py") if file.stem != "freeze")
+    files = sorted(file.relative_to(own).with_suffix("") for file in (own / "pocketlm").rglob("*.py"))
     return [".".join(file.parts).removesuffix(".__init__") for file in files]
 
 
 def _base_modules(library: Path) -> list[str]:
     """The names in _BASE that this version of Python has, and all modules of those that are packages."""
-    inside = [f"{name}.{file.stem}" for name in _BASE for file in sorted((library / name).glob("*.py")) if file.stem != "__init__"]
-    return [*(name for name in _BASE if (library / name).is_dir() or (library / f"{name}.py").exists()), *inside]
+    names = [name for name in _BASE if (library / name).is_dir() or (library / f"{name}.py").exists()]
+    files = [(name, file.stem) for name in names for file in sorted((library / name).glob("*.py"))]
+    return [*names, *(f"{name}.{stem}" for name, stem in files if stem != "__init__")]
 
 
 def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str, Path]) -> list[Entry]:
     """Python, compiled modules, and the libraries that they want, each under the name it is looked for at run time."""
-    wanted = {layout.library: _library(layout.library, tree.shared)}
+    python = _library(layout.library, tree.shared)
+    if python is None:
+        raise PocketlmError(f"{layout.library} is in none of the files that were fetched")
+    wanted = {layout.library: python}
     for path in compiled.values():
         if path.is_relative_to(tree.packages):
             wanted[path.relative_to(tree.packages).as_posix()] = path
@@ -228,10 +233,10 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
     waiting = list(wanted.values())
     while waiting:
         for name in needs(waiting.pop().read_bytes()):
-            path = next((folder / file for folder in tree.shared for file in _names(folder) if file.lower() == name.lower()), None)
-            if path is None or name.startswith("api-ms-win-") or _GLIBC.match(name):  # the system's; Windows 10 has those first
+            path = _library(name, tree.shared)
+            if path is None or name.startswith("api-ms-win-") or _GLIBC.match(name):  # the system's; the second Windows 10's
                 if _MISSING_ON_WINDOWS.match(name):
-                    raise PocketlmError(f"a library for {platform} wants {name}, which is in none of the files that were fetched")
+                    raise PocketlmError(f"{name}, which a library for {platform} wants, is in none of the files that were fetched")
                 continue
             within = path.relative_to(tree.packages).as_posix() if path.is_relative_to(tree.packages) else path.name
             if within not in wanted:
@@ -251,11 +256,9 @@ def _is_module(name: str) -> bool:
     return name.endswith(modules.COMPILED) and ".libs" not in name
 
 
-def _library(name: str, folders: Iterable[Path]) -> Path:
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    raise PocketlmError(f"{name} is in none of the files that were fetched")
+def _library(name: str, folders: Iterable[Path]) -> Path | None:
+    """Windows' libraries are looked for as Windows does, whatever the case of the letters."""
+    return next((folder / file for folder in folders for file in _names(folder) if file.lower() == name.lower()), None)
 
 
 @functools.cache

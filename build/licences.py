@@ -22,30 +22,33 @@ _CPYTHON_BY = ("panda3d",)  # wheels of which CPython alone is taken
 _ZLIB = """\
 Copyright (C) 1995-2024 Jean-loup Gailly and Mark Adler
 
-This software is provided 'as-is', without any express or implied warranty. In no event will the authors be held liable for any
-damages arising from the use of this software. Permission is granted to anyone to use this software for any purpose, including
-commercial applications, and to alter it and redistribute it freely, subject to the following restrictions: 1. The origin of
-this software must not be misrepresented; you must not claim that you wrote the original software. If you use this software in a
-product, an acknowledgment in the product documentation would be appreciated but is not required. 2. Altered source versions
-must be plainly marked as such, and must not be misrepresented as being the original software. 3. This notice may not be removed
-or altered from any source distribution.
+This software is provided 'as-is', without any express or implied warranty. In no event will the authors be held
+liable for any damages arising from the use of this software. Permission is granted to anyone to use this software for
+any purpose, including commercial applications, and to alter it and redistribute it freely, subject to the following
+restrictions: 1. The origin of this software must not be misrepresented; you must not claim that you wrote the
+original software. If you use this software in a product, an acknowledgment in the product documentation would be
+appreciated but is not required. 2. Altered source versions must be plainly marked as such, and must not be
+misrepresented as being the original software. 3. This notice may not be removed or altered from any source
+distribution.
 """
 _MIT = """\
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files
-(the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, modify,
-merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions: The above copyright notice and this permission notice shall be included
-in all copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN
-NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
-CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright notice
+and this permission notice shall be included in all copies or substantial portions of the Software. THE SOFTWARE IS
+PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 _GCC = """\
-The runtime libraries of GCC are covered by the GNU General Public License, version 3, with the GCC Runtime Library Exception,
-version 3.1: https://www.gnu.org/licenses/gcc-exception-3.1.html. Their source: https://gcc.gnu.org
+The runtime libraries of GCC are covered by the GNU General Public License, version 3, with the GCC Runtime Library
+Exception, version 3.1: https://www.gnu.org/licenses/gcc-exception-3.1.html. Their source: https://gcc.gnu.org
 """
 _MICROSOFT = """\
-The runtime libraries of Visual C++: Copyright (C) Microsoft Corporation. They may be redistributed with programs that use them.
+The runtime libraries of Visual C++: Copyright (C) Microsoft Corporation. They may be redistributed with programs that
+use them.
 """
 # Libraries that come without a licence file of their own: the beginning of the file's name, in small letters
 _LIBRARIES = {
@@ -98,8 +101,10 @@ def _in_wheel(path: Path) -> Iterator[str]:
 def _of_python(library: Path) -> str:
     """As `license()` looks for it: beside the library, in the folder of the program, or where Debian has it."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    places = [library / "LICENSE.txt", library / "LICENSE", Path(sys.base_prefix, "LICENSE.txt"), Path(sys.base_prefix, "LICENSE"),
-              Path(os.sep, "usr/share/doc", version, "copyright"), Path(os.sep, "usr/share/licenses", version, "LICENSE")]  # fmt: skip
+    places = [
+        *(folder / name for folder in (library, Path(sys.base_prefix)) for name in ("LICENSE.txt", "LICENSE")),
+        Path(os.sep, "usr/share/doc", version, "copyright"), Path(os.sep, "usr/share/licenses", version, "LICENSE"),
+    ]  # fmt: skip
     for place in places:
         if place.exists():
             return place.read_text(encoding="utf-8", errors="replace")

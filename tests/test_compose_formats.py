@@ -2,7 +2,6 @@
 
 import ast
 import ctypes
-import hashlib
 import marshal
 import shutil
 import struct
@@ -159,9 +158,10 @@ def test_a_changed_byte_is_what_a_signature_tells(tmp_path):
 
 
 def test_a_file_for_two_processors_gives_one_s_part():
-    thin = {machine: struct.pack("<II", 0xFEEDFACF, number) + machine.encode() for machine, number in (("x86_64", 0x01000007), ("aarch64", 0x0100000C))}  # fmt: skip
+    numbers = {"x86_64": 0x01000007, "aarch64": 0x0100000C}
+    thin = {machine: struct.pack("<II", 0xFEEDFACF, number) + machine.encode() for machine, number in numbers.items()}
     head, body = struct.pack(">II", 0xCAFEBABE, 2), b""
-    for number, part in zip((0x01000007, 0x0100000C), thin.values(), strict=True):
+    for number, part in zip(numbers.values(), thin.values(), strict=True):
         head += struct.pack(">5I", number, 0, 48 + len(body), len(part), 0)
         body += part
     for machine, part in thin.items():
@@ -191,7 +191,8 @@ def test_a_library_without_sections_still_loads(tmp_path):
         "print(module.det(numpy.eye(3)))"
     )
     library = f"{Path(plain.__file__).parents[2] / 'numpy.libs'}"  # which it looks for beside itself
-    done = subprocess.run([sys.executable, "-c", script, copy], capture_output=True, text=True, env={"LD_LIBRARY_PATH": library})
+    command, environment = [sys.executable, "-c", script, copy], {"LD_LIBRARY_PATH": library}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.stdout, done.stderr) == ("1.0\n", "")
     if shutil.which("readelf"):
         assert subprocess.run(["readelf", "-lW", copy], capture_output=True).returncode == 0
@@ -203,20 +204,25 @@ def test_a_library_without_sections_still_loads(tmp_path):
 def test_imports_are_followed_as_the_system_would_take_them(tmp_path):
     files = {
         "start.py": "import sys, os\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n import never\n"
-        "if sys.platform == 'win32':\n from one import a\nelif sys.platform.startswith('linux'):\n import two\nelse:\n import three\n"
+        "if sys.platform == 'win32':\n from one import a\nelif sys.platform.startswith('linux'):\n import two\n"
+        "else:\n import three\n"
         "def f():\n try:\n  import far.away\n except ImportError:\n  import near\n"
         "if os.name != 'nt':\n import posix_only\n",
-        "one/__init__.py": "from . import b as c\nfrom .deep import *", "one/a.py": "", "one/b.py": "", "one/deep/__init__.py": "from ..last import x",
-        "one/last.py": "", "two.py": "import left.out, left.inside", "left/__init__.py": "", "left/out.py": "", "left/inside.py": "", "three.py": "",
-        "far/__init__.py": "", "far/away.cp311.so": "\0far.hidden\0far.text, not a name\0other.thing\0", "far/hidden.py": "", "near.py": "",
-        "never.py": "", "posix_only.py": "", "other/thing.py": "",
-    }  # fmt: skip
+        "one/__init__.py": "from . import b as c\nfrom .deep import *",
+        "one/deep/__init__.py": "from ..last import x",
+        "two.py": "import left.out, left.inside",
+        "far/away.cp311.so": "\0far.hidden\0far.text, not a name\0other.thing\0",
+    }
+    empty = ("one/a", "one/b", "one/last", "left/__init__", "left/out", "left/inside", "three", "far/__init__", "far/hidden",
+             "near", "never", "posix_only", "other/thing")  # fmt: skip
+    files |= {f"{name}.py": "" for name in empty}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     always = {"start", "far", "far.hidden", "near"}
     expected = {
-        "windows-x86_64": {"one", "one.a", "one.b", "one.deep", "one.last"}, "linux-x86_64": {"two", "left", "left.inside", "posix_only"},
+        "windows-x86_64": {"one", "one.a", "one.b", "one.deep", "one.last"},
+        "linux-x86_64": {"two", "left", "left.inside", "posix_only"},
         "macos-arm64": {"three", "posix_only"},
     }  # fmt: skip
     for platform, more in expected.items():
@@ -254,7 +260,8 @@ def test_pyinstaller_reads_the_archive(tmp_path):
 
     entries = [
         carchive.Entry(carchive.SCRIPT, "start", code), carchive.Entry(carchive.BINARY, "a/b.so", b"library" * 99),
-        carchive.Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(codes, MAGIC_NUMBER)), carchive.Entry(carchive.OPTION, "X utf8=1"),
+        carchive.Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(codes, MAGIC_NUMBER)),
+        carchive.Entry(carchive.OPTION, "X utf8=1"),
     ]  # fmt: skip
     path = tmp_path / "program"
     path.write_bytes(b"boot" * 1000 + carchive.program(entries, sys.version_info[:2], "libpython.so"))
@@ -272,9 +279,8 @@ def test_python_starts_from_its_own_archive(tmp_path):
     code = carchive.Code(False, marshal.dumps(compile("answer = 42", "m.py", "exec")))
     path = tmp_path / "base.zip"
     path.write_bytes(carchive.library({"m": code, "p": code._replace(is_package=True), "p.q": code}, MAGIC_NUMBER))
-    done = subprocess.run(
-        [sys.executable, "-c", "import m, p.q; print(m.answer + p.answer + p.q.answer)"], env={"PYTHONPATH": str(path)}, capture_output=True
-    )
+    command = [sys.executable, "-c", "import m, p.q; print(m.answer + p.answer + p.q.answer)"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(path)}, capture_output=True)
     assert done.stdout.split() == [b"126"]
 
 
