@@ -36,6 +36,10 @@ _MACHINES = {"linux-x86_64": "amd64", "linux-aarch64": "arm64"}
 _ARCHIVES = ("http://deb.debian.org/debian/", "http://snapshot.debian.org/archive/debian/20261120T000000Z/")
 
 
+class Unreachable(PocketlmError):
+    """A file cannot be fetched, nor is it in the cache folder."""
+
+
 @dataclass(frozen=True)
 class Pinned:
     """A file that may be fetched, and its only right content."""
@@ -145,7 +149,7 @@ def _by_pip(file: Pinned, to: Path) -> None:
     if done.returncode or not to.exists():
         lines = done.stdout.splitlines() or ["it said nothing"]
         said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
-        raise PocketlmError(f"pip could not fetch {file.file} ({said[-1].strip()}); try again, or name a folder with --wheels")
+        raise Unreachable(f"pip could not fetch {file.file} ({said[-1].strip()}); try again, or name a folder with --wheels")
 
 
 def _from_debian(file: Pinned, to: Path) -> None:
@@ -157,7 +161,7 @@ def _from_debian(file: Pinned, to: Path) -> None:
             return
         except OSError as error:  # a server's refusal is one, too
             problem = str(error)
-    raise PocketlmError(f"could not fetch {file.file} from Debian's archive ({problem}); try again, or --wheels")
+    raise Unreachable(f"could not fetch {file.file} from Debian's archive ({problem}); try again, or --wheels")
 
 
 def _check(path: Path, file: Pinned) -> None:
