@@ -39,6 +39,10 @@ def friend(model, request, tmp_path_factory):
     return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
 
 
+def windows_path(path):
+    return "Z:" + str(path).replace("/", "\\")
+
+
 def test_it_is_an_exe_of_thirteen_megabytes_at_most(friend, model):
     assert friend.suffix == ".exe"
     assert friend.stat().st_size - model.stat().st_size < 13e6
@@ -70,21 +74,25 @@ def test_it_talks_from_any_folder_even_a_read_only_one(friend, home, tmp_path, n
     folder.mkdir()
     copy = Path(shutil.copy(friend, folder / f"{name} friend.exe"))
     folder.chmod(0o555)
-    result = run_windows(home, copy, stdin="hello\n", LOCALAPPDATA=f"Z:{tmp_path}/{name} data".replace("/", "\\"))
+    result = run_windows(home, copy, stdin="hello\n")
     folder.chmod(0o755)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip()
     assert [path.name for path in folder.iterdir()] == [copy.name]
 
 
-def test_a_conversation_goes_on_another_day(friend, home, tmp_path):
-    data = f"Z:{tmp_path}/Ёлка".replace("/", "\\")
-    first = run_windows(home, friend, stdin="hello\n", LOCALAPPDATA=data)
-    assert first.returncode == 0
-    assert list((tmp_path / "Ёлка").rglob("*.json*"))
-    second = run_windows(home, friend, "--resume", stdin="and you?\n", LOCALAPPDATA=data)
-    assert (second.returncode, second.stderr) == (0, "")
-    assert "hello" in second.stdout
+def test_a_conversation_goes_on_another_day_for_a_user_of_any_name(friend, home, tmp_path):
+    folder = tmp_path / "Ёлка ağaç"
+    folder.mkdir()
+
+    def talk(words, stdin):  # wine says itself where its user's data are
+        script = f'set LOCALAPPDATA={windows_path(folder)}&& {windows_path(friend)} {words}'
+        return run_windows(home, Path("cmd"), "/c", script, stdin=stdin)
+
+    first, second = talk("", "hello\n"), talk("--resume", "and you?\n")
+    assert (first.returncode, first.stderr, second.returncode) == (0, "", 0)
+    assert "resumed: 1 " in second.stdout + second.stderr
+    assert len(list((folder / "pocketlm" / "chats").iterdir())) == 1
 
 
 def test_a_conversation_at_a_console(friend, home, tmp_path):
