@@ -1,4 +1,4 @@
-"""The `pocketlm` command: one row a subcommand. Parses, calls the package, prints.
+"""The `pocketlm` command: one row per subcommand. Parses, calls the package, prints.
 
 Results go to stdout, notes and timings to stderr. Exit status 0: done, 1: the work failed, 2: wrong usage. Nothing heavy
 is imported before a subcommand needs it, so that `pocketlm --help` answers at once.
@@ -13,10 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
 
 from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
+from pocketlm.terminal_text import print
 
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
@@ -71,8 +73,13 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
 
 
 def _parse(argv: list[str], program: str) -> Arguments:
-    """Until Python 3.12 argparse gives an optional MODEL or TEXT its default when an option comes before it: put right here."""
+    """The arguments of a command line.
+
+    Before Python 3.12 argparse gives an optional MODEL or TEXT its default as soon as it meets an option, and the word itself
+    is left over: it is put in its place here.
+    """
     parser = _parser(argv[:1], program)
+    _check_words(argv)
     arguments, rest = parser.parse_known_args(argv)
     for name in ("model", "text"):
         if len(rest) == 1 and getattr(arguments, name, "") is None and not rest[0].startswith("--"):
@@ -80,6 +87,28 @@ def _parse(argv: list[str], program: str) -> Arguments:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
+
+
+def _check_words(argv: list[str]) -> None:
+    """Raises UsageError for a command or a flag that there is not, with the one that is meant."""
+    name, *words = argv or [""]
+    if name not in COMMANDS and name and not name.startswith("-"):
+        hint = f", did you mean pocketlm chat {name}?" if os.path.exists(name) else did_you_mean(name, COMMANDS)
+        raise UsageError(f"{name}: there is no such command{hint or '; pocketlm --help lists them'}")
+    if name in COMMANDS:
+        flags = _flags(name)
+        for word in takewhile("--".__ne__, words):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and " " not in flag and flag not in flags:
+                hint = did_you_mean(flag, flags, cutoff=0.6) or "; --help lists them"
+                raise UsageError(f"{name} {flag}: there is no such flag{hint}")
+
+
+def _flags(command: str) -> list[str]:
+    """The long flags of a command."""
+    parser = Parser(add_help=False)
+    COMMANDS[command].arguments(parser)
+    return ["--help", *(flag for flag in parser._option_string_actions if flag.startswith("--"))]
 
 
 def _give_up_output() -> None:
@@ -109,10 +138,21 @@ def _load(arguments: Arguments) -> Any:
 
     load = arguments.load or pocketlm.load
     model = load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
-    if arguments.load is None and not model.hyper.reaches(model.n_ctx):
-        beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
-        print(f"{arguments.program}: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
+    if arguments.load is None:
+        try:
+            _check_loaded(model, arguments.program)
+        except BaseException:
+            model.close()
+            raise
     return model
+
+
+def _check_loaded(model: Any, program: str) -> None:
+    """Whether it can be given texts, as all commands that load a model do; a note on a context that is too long for it."""
+    _ = model.tokenizer  # raises FileError where the file has none
+    if not model.hyper.reaches(model.n_ctx):
+        beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
+        print(f"{program}: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
 
 
 def _read_text(path: str) -> str:
@@ -155,21 +195,38 @@ def _chat(arguments: Arguments) -> int:
 
 def _generate_arguments(parser: Parser) -> None:
     model_arguments(parser)
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue; - reads standard input")
-    parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file")
+    piped = "the text to continue; without it, or with -, what comes through a pipe"
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help=piped)
+    parser.add_argument("-f", "--file", metavar="FILE", help="the text to continue, from a file; - reads standard input")
     parser.add_argument("-n", "--max-tokens", type=int, default=128, metavar="N", help="at most this many tokens (default 128)")
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
 
 
-def _generate(arguments: Arguments) -> int:
-    if (arguments.prompt is None) == (arguments.file is None):
-        raise UsageError("generate: give the text to continue with either -p TEXT or -f FILE")
+def _prompt(arguments: Arguments) -> str:
+    """The text to continue: of -p, of a file exactly as it is, or of a pipe without its last line break, as `$(…)` is."""
+    usage = "generate: give the text to continue with -p TEXT or -f FILE, or through a pipe"
+    if arguments.prompt is not None and arguments.file is not None:
+        raise UsageError(usage)
     if arguments.file is not None:
-        prompt = _read_text(arguments.file)
-    else:
-        prompt = _read_text("-") if arguments.prompt == "-" else arguments.prompt
+        return _read_text(arguments.file)
+    if arguments.prompt not in (None, "-"):
+        return arguments.prompt
+    if arguments.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise UsageError(usage)
+    text = _read_text("-")
+    if not text and arguments.prompt is None:
+        raise UsageError(usage)
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _generate(arguments: Arguments) -> int:
+    prompt = _prompt(arguments)
     with _load(arguments) as model:
+        if lost := model.tokenizer.unknown(prompt):
+            named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
+            print(f"{arguments.program}: the model knows no {named}: left out of the prompt", file=sys.stderr)
+            prompt = model.tokenizer.encodable(prompt)
         text, ids, last = "", [], None
         for last in model.generate(prompt, max_tokens=arguments.max_tokens, **sampling_keywords(arguments)):
             text += last.text
@@ -250,12 +307,15 @@ def _eval(arguments: Arguments) -> int:
 
     text = _read_text(arguments.text)
     with _load(arguments) as model:
+        tokenizer = model.tokenizer
+        ids = tokenizer.encode(text)
         started = time.perf_counter()
-        result = perplexity(
-            model.executor, model.tokenizer.encode(text), model.tokenizer.bos_id if model.tokenizer.adds_bos else None
-        )
+        result = perplexity(model.executor, ids, tokenizer.bos_id if tokenizer.adds_bos else None)
         seconds = time.perf_counter() - started
-    bits = result.nats / 0.6931471805599453 / max(len(text), 1)
+    decoder = tokenizer.stream_decoder()
+    lengths = [len(decoder.push(id)) for id in ids]  # characters that each token completes
+    predicted = len(text) - sum(lengths[i] for i in result.unpredicted)
+    bits = result.nats / 0.6931471805599453 / max(predicted, 1)
     facts = {"perplexity": result.perplexity, "bits_per_character": bits, "tokens": result.n_tokens, "window": result.window,
              "seconds": seconds}  # fmt: skip
     if arguments.json:

@@ -13,7 +13,7 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
     "--min-p": ("min_p", float, "only tokens with this share of the likeliest one's probability; 0: all"),
     "--repeat-penalty": ("repeat_penalty", float, "makes recent tokens less likely; 1: off"),
     "--presence-penalty": ("presence_penalty", float, "taken from the logit of every recent token"),
-    "--frequency-penalty": ("frequency_penalty", float, "the same for every time it occurs"),
+    "--frequency-penalty": ("frequency_penalty", float, "the same, once for every time it occurred"),
     "--seed": ("seed", int, "the same seed gives the same text"),
 }
 

@@ -4,6 +4,23 @@ Everything that can go wrong because of a file, a flag or the machine is raised 
 line prints the line and ends with `exit_status`. Any other exception is a defect of the package.
 """
 
+from collections.abc import Iterable, Mapping
+
+
+def did_you_mean(
+    word: str, words: Iterable[str], sign: str = "", cutoff: float = 0.5, others: Mapping[str, str] | None = None
+) -> str:
+    """", did you mean q4_k?" for a `word` near one of `words`, "" where none is near. Upper and lower case are alike.
+
+    `sign` stands before a word as it is typed: "/", "--". `others`: what something is called elsewhere → its word here.
+    """
+    from difflib import get_close_matches
+
+    known = {known.lower(): known for known in words}
+    found = (others or {}).get(word.lower(), "")
+    near = [found] if found in known else get_close_matches(word.lower(), known, 1, cutoff)
+    return f", did you mean {sign}{known[near[0]]}?" if near else ""
+
 
 def quoted(name: object) -> str:
     """A name from a file for an error message: one line, printable, of bounded length."""

@@ -6,23 +6,26 @@ Also the reference loops: work that always takes the same time on a quiet machin
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketlm import __version__
+from pocketlm.bench.worker import settle
 from pocketlm.runtime import blas
 from pocketlm.runtime.memory import available_bytes
-from pocketlm.runtime.threads import default_threads
+from pocketlm.runtime.threads import ThreadPool, default_threads, share
 
 PACKAGES = ("numpy", "llvmlite", "llama-cpp-python", "onnxruntime", "torch")
+LONGEST_LOOP = 0.3  # seconds
 POWERCAP = Path("/sys/class/powercap")  # Linux's RAPL counters, microjoules; since 2020 for root only by default
 
 
@@ -100,34 +103,52 @@ def joules(root: Path = POWERCAP) -> float | None:
 
 
 class Steady:
-    """Two loops that always do the same, one in the caches and one in memory: they show what else the machine was doing."""
+    """Loops that always do the same, between the rounds: they show what else the machine was doing.
 
-    def __init__(self) -> None:
-        self._small = np.random.default_rng(0).random((384, 384), np.float32)
+    One computes, one reads memory, and one computes on as many threads as the backends: such threads wait for each other
+    hundreds of times a token, so that a core which another program wants costs them ten times what it costs one thread.
+    """
+
+    def __init__(self, n_threads: int = 1) -> None:
+        random = np.random.default_rng(0)
+        self._small, self._smaller = (random.random((n, n), np.float32) for n in (384, 160))
         self._large = np.ones(16 << 20, np.float32)
-        self.times: dict[str, list[float]] = {"compute": [], "memory": []}
+        self._threads = n_threads
+        self.alone = math.inf  # seconds of the threads' work on one of them: together they are not slower on a quiet machine
+        self.times: dict[str, list[float]] = {"compute": [], "memory": []} | ({"threads": []} if n_threads > 1 else {})
 
     def check(self) -> None:
         with blas.one_thread(self):  # BLAS's own threads would spin on while the next backend is measured
-            self._time("compute", lambda: self._small @ self._small, 20)
-        self._time("memory", lambda: np.add.reduce(self._large.view(np.int64)), 3)
+            self.times["compute"].append(_seconds(lambda: self._small @ self._small, 20))
+            self.times["memory"].append(_seconds(lambda: np.add.reduce(self._large.view(np.int64)), 3))
+            if self._threads > 1:
+                self.alone = min(self.alone, _seconds(lambda: self._smaller @ self._smaller, 200))
+                pool = ThreadPool(self._threads)
+                self.times["threads"].append(_seconds(lambda: pool.run(self._rows), 200))
+                pool.close()
+                settle()
 
-    def _time(self, name: str, work: Callable[[], object], times: int) -> None:
-        started = time.perf_counter()
-        for _ in range(times):
-            work()
-        self.times[name].append(time.perf_counter() - started)
+    def _rows(self, part: int, parts: int) -> None:
+        self._smaller[share(len(self._smaller), part, parts)] @ self._smaller
 
     @property
     def drift(self) -> float:
-        """How much longer the slowest tenth of the loops took than the fastest, of the two the worse: 1.0 is steady."""
-        return max((_drift(times) for times in self.times.values()), default=1.0)
+        """How much longer the slowest tenth of the loops took than the fastest, of all loops the worst: 1.0 is steady."""
+        return max(_drift(times, self.alone if name == "threads" else math.inf) for name, times in self.times.items())
 
     @property
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(times) for name, times in self.times.items() if times}
 
 
-def _drift(times: Iterable[float]) -> float:
-    times = list(times)
-    return statistics.quantiles(times, n=10)[-1] / min(times) if len(times) > 1 else 1.0
+def _seconds(work: Callable[[], object], times: int) -> float:
+    """Seconds of doing it so many times; by extrapolation where that takes longer than LONGEST_LOOP."""
+    started, done, elapsed = time.perf_counter(), 0, 0.0
+    while done < times and elapsed < LONGEST_LOOP:
+        work()
+        done, elapsed = done + 1, time.perf_counter() - started
+    return elapsed * times / done
+
+
+def _drift(times: list[float], best: float) -> float:
+    return float(np.percentile(times, 90)) / min(*times, best) if times else 1.0

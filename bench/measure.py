@@ -21,6 +21,7 @@ from pocketlm.bench.agreement import compare
 from pocketlm.bench.processes import Failure, Worker
 from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.bench.schema import NAME, VERSION
+from pocketlm.bench.tasks import TASKS, Task
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime import memory
 from pocketlm.runtime.evaluation import TEXT
@@ -47,8 +48,10 @@ class Settings:
     threads: int = 1
     time_limit: float = 180.0  # seconds for one request to a backend
     pass_seconds: float = 0.2
-    user_rounds: int = 2
+    user_rounds: int = 4
     user_tokens: int = 32
+    pp: tuple[int, ...] = ()  # as llama-bench: prompts of N tokens, and N tokens one by one, into an empty cache
+    tg: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Subject:
     name: str
     hyper: Hyper
     n_parameters: int
+    tensor_bytes: int
     bytes_per_token: int  # of the matrices that every decoded token reads
     ids: list[int]  # the fixed text, or random ids where the vocabulary does not take it
     takes_text: bool
@@ -68,15 +72,18 @@ def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings
     """Measure every model on every backend. Raises PocketlmError only for what no backend could do anything about."""
     subjects = [open_subject(path) for path in paths]
     for subject in subjects:
-        _fitting(subject, settings)
-    facts, steady = machine.describe(), machine.Steady()
+        for task, numbers in _fitting(subject, settings):
+            if left_out := sorted({*getattr(settings, task.setting)} - {*numbers}):
+                columns = ", ".join(task.column.format(n) for n in left_out)
+                say(f"{subject.name}: left out {columns}: its context is {subject.hyper.n_ctx} tokens")
+    facts, steady = machine.describe(), machine.Steady(settings.threads)
     say("measuring the memory's bandwidth")
     facts |= {"threads": settings.threads, "bandwidth": machine.bandwidth(settings.threads)}
     models = [bench_model(subject, backends, settings, steady, facts["bandwidth"], say) for subject in subjects]
     loops = {"drift": steady.drift, "medians": steady.medians}
     return {
         "schema": NAME, "version": VERSION, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": facts,
-        "settings": {**asdict(settings), "prompts": list(settings.prompts), "depths": list(settings.depths)},
+        "settings": asdict(settings) | {task.setting: list(getattr(settings, task.setting)) for task in TASKS},
         "reference_loop": loops, "warnings": list(_warnings(loops["drift"], models)), "models": models,
     }  # fmt: skip
 
@@ -96,17 +103,21 @@ def open_subject(path: Path) -> Subject:
         except PocketlmError:  # a vocabulary of single characters may lack some of these
             ids, takes_text = np.random.default_rng(2).integers(0, hyper.n_vocab, 192).tolist(), False
         count = sum(int(np.prod(shape)) for shape in shapes.values())
-        return Subject(path, path.stem, hyper, count, read, ids[: hyper.n_ctx], takes_text)
+        size = sum(tensor.data.nbytes for tensor in opened.tensors.values())
+        return Subject(path, path.stem, hyper, count, size, read, ids[: hyper.n_ctx], takes_text)
 
 
-def _fitting(subject: Subject, settings: Settings) -> tuple[list[int], list[int]]:
-    """The prompts and depths that fit into the model's context. Raises UsageError where none do."""
-    n_ctx = subject.hyper.n_ctx
-    prompts = sorted({n for n in settings.prompts if n <= n_ctx})
-    depths = sorted({depth for depth in settings.depths if depth + settings.tokens <= n_ctx})
-    if not prompts or not depths:
-        raise UsageError(f"{subject.path} has a context of {n_ctx} tokens: give shorter --prompts, --depths or --tokens")
-    return prompts, depths
+def _fitting(subject: Subject, settings: Settings) -> list[tuple[Task, list[int]]]:
+    """The tasks with those of their numbers that fit into the model's context. Raises UsageError where none of one do."""
+    n_ctx, found = subject.hyper.n_ctx, []
+    for task in TASKS:
+        asked = getattr(settings, task.setting)
+        numbers = sorted({n for n in asked if task.context(n, settings.tokens) <= n_ctx})
+        if asked and not numbers:
+            options = f"--{task.setting}" + (" or --tokens" if task.name == "decode" else "")
+            raise UsageError(f"{subject.path} has a context of {n_ctx} tokens: give shorter {options}")
+        found += [(task, numbers)] if numbers else []
+    return found
 
 
 class Row:
@@ -124,7 +135,7 @@ class Row:
         """Convert the model if need be, and load it."""
         with self._marking():
             if self.backend.missing:
-                raise Failure("missing", f"{' and '.join(self.backend.missing)} not installed; get it with: {self.backend.get}")
+                raise Failure("missing", self.backend.get)
             self._require_memory(subject, n_ctx)
             path = subject.path
             if self.backend.reads != "gguf":
@@ -189,55 +200,61 @@ def bench_model(
     subject: Subject, backends: Sequence[Backend], settings: Settings, steady: machine.Steady, bandwidth: float, say: Say
 ) -> dict[str, Any]:
     """One model on every backend."""
-    prompts, depths = _fitting(subject, settings)
-    n_ctx = min(max(*prompts, depths[-1] + settings.tokens, len(subject.ids), 256), subject.hyper.n_ctx)
+    tasks = _fitting(subject, settings)
+    longest = max(task.context(n, settings.tokens) for task, numbers in tasks for n in numbers)
+    n_ctx = min(max(longest, len(subject.ids), 256), subject.hyper.n_ctx)
     rows = [Row(backend, settings.time_limit) for backend in backends]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         for row in rows:
             stack.callback(row.close)
             row.start(subject, settings, n_ctx, say)
-        for n in prompts:
-            say(f"{subject.name}: prompt of {n} tokens")
-            _measure(rows, settings, steady, "prefill", str(n), n=n)
-        for depth in reversed(depths):  # the deepest first: a cache is filled once and then cut
-            say(f"{subject.name}: decoding after {depth} tokens")
-            _measure(rows, settings, steady, "decode", str(depth), n=settings.tokens, depth=depth)
+        for task, numbers in tasks:
+            for n in reversed(numbers):  # the deepest first: a cache is filled once and then cut
+                say(f"{subject.name}: {'decoding ' if task.name == 'decode' else ''}{task.legend.format(n)}")
+                _measure(rows, settings, steady, task, n)
         say(f"{subject.name}: agreement")
         _compare(rows, subject, settings, n_ctx, Path(folder))
-        if subject.takes_text:
+        if subject.takes_text and settings.user_rounds:
             say(f"{subject.name}: what a user sees")
             _complete(rows, settings, steady)
     for row in rows:
-        row.result["decode"] = dict(sorted(row.result.get("decode", {}).items(), key=lambda item: int(item[0])))
+        row.result |= {
+            task.name: dict(sorted(row.result[task.name].items(), key=lambda item: int(item[0])))
+            for task, _ in tasks
+            if task.name in row.result
+        }
     return {
         "name": subject.name, "architecture": subject.hyper.architecture, "parameters": subject.n_parameters,
-        "file_bytes": size_of(subject.path), "bytes_per_token": subject.bytes_per_token,
+        "file_bytes": size_of(subject.path), "tensor_bytes": subject.tensor_bytes, "bytes_per_token": subject.bytes_per_token,
         "bound": bandwidth / subject.bytes_per_token, "n_ctx": n_ctx, "backends": [row.result for row in rows],
     }  # fmt: skip
 
 
-def _measure(rows: list[Row], settings: Settings, steady: machine.Steady, job: str, key: str, **arguments: Any) -> None:
+def _measure(rows: list[Row], settings: Settings, steady: machine.Steady, task: Task, number: int) -> None:
     """One task, in rounds that go from backend to backend; the figures go into the rows."""
+    arguments = task.request(number, settings.tokens)
+    at_least = 0.0 if task.like_llama_bench else settings.pass_seconds
     for row in rows:
         if row.alive:  # caches warm, clocks up, everything compiled
-            row.ask(job, **{**arguments, "n": min(arguments["n"], 2) if job == "decode" else arguments["n"]}, at_least=0.0)
+            row.ask(task.job, **arguments | {"n": min(arguments["n"], 2) if task.generates else number}, at_least=0.0)
     answers: dict[str, list[dict[str, Any]]] = {row.backend.name: [] for row in rows}
     for _ in range(settings.rounds):
         steady.check()
         for row in rows:
-            if row.alive and (answer := row.ask(job, **arguments, at_least=settings.pass_seconds)) is not None:
+            if row.alive and (answer := row.ask(task.job, **arguments, at_least=at_least)) is not None:
                 answers[row.backend.name].append(answer)
                 row.result["peak_bytes"] = answer["peak_bytes"]
     for row in rows:
         if row.alive:
-            row.result.setdefault(job, {})[key] = _figures(job, arguments["n"], answers[row.backend.name])
+            row.result.setdefault(task.name, {})[str(number)] = _figures(task, number, answers[row.backend.name])
 
 
-def _figures(job: str, n: int, answers: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(task: Task, number: int, answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Tokens per second of the rounds as one figure, latencies of single tokens, energy."""
-    tokens = [len(answer["seconds"]) * (n if job == "prefill" else 1) for answer in answers]
-    figures = summary.summarize([count / sum(answer["seconds"]) for count, answer in zip(tokens, answers, strict=True)])
-    if job == "decode":
+    tokens = [len(answer["seconds"]) * (1 if task.generates else number) for answer in answers]
+    speeds = [count / sum(answer["seconds"]) for count, answer in zip(tokens, answers, strict=True)]
+    figures = summary.summarize(speeds) | (summary.spread(speeds) if task.like_llama_bench else {})
+    if task.generates:
         figures["latency_ms"] = summary.latency([x for answer in answers for x in answer["seconds"]])
     joules = [
         answer["joules"] / count
@@ -298,8 +315,8 @@ def _warnings(drift: float, models: list[dict[str, Any]]) -> Iterator[str]:
     for model in models:
         for row in model["backends"]:
             unsteady = [
-                f"{job} {key}" for job in ("prefill", "decode") for key, figures in row.get(job, {}).items()
-                if figures["uncertainty"] > UNSTEADY
+                task.column.format(key) for task in TASKS for key, figures in row.get(task.name, {}).items()
+                if (figures["uncertainty"] or 0) > UNSTEADY
             ]  # fmt: skip
             if unsteady:
                 yield (

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import PocketlmError, UsageError, did_you_mean
 
 
 class Skipped(PocketlmError):
@@ -94,5 +94,6 @@ def choose(names: str | None, backends: Mapping[str, Backend] = BACKENDS) -> lis
     asked = list(backends) if names is None else [name.strip() for name in names.split(",")]
     for name in asked:
         if name not in backends:
-            raise UsageError(f"--backends: {name!r} is unknown; expected some of {', '.join(backends)}")
+            near = did_you_mean(name, backends)
+            raise UsageError(f"--backends: {name!r} is unknown; expected some of {', '.join(backends)}{near}")
     return [backend for name, backend in backends.items() if name in asked]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pocketlm.bench import machine
+from pocketlm.bench import machine, summary
+from pocketlm.bench.tasks import TASKS, Task, keys
 
 MB = 1e6
 Result = dict[str, Any]
@@ -24,82 +25,142 @@ class Table:
 
 
 def tables(result: Result) -> list[Table]:
-    """Two tables a model, speed and what it costs, and with several models the ladder of their sizes."""
-    found = [table for model in result["models"] for table in (_speed(model), _cost(model))]
+    """Speed, the same as llama-bench shows it, and costs of every model; with several models the ladder of their sizes."""
+    found = []
+    for model in result["models"]:
+        drawn = [*_speed(model, result["settings"]), *_like_llama_bench(model, result), *_cost(model)]
+        if drawn:
+            drawn[0].notes.extend(_notes(model))
+        found += drawn
     return found + ([_ladder(result["models"])] if len(result["models"]) > 1 else [])
 
 
 def head(result: Result) -> list[str]:
     """The machine and the settings, a line each."""
-    facts, settings = result["machine"], result["settings"]
-    return [
-        machine.line(facts),
-        f"{facts['threads']} threads, {facts['bandwidth'] / 1e9:.1f} GB/s from memory; medians of {settings['rounds']} rounds "
-        f"of {settings['tokens']} tokens, ± what another run's may be off by",
-    ]
+    facts = result["machine"]
+    return [machine.line(facts), f"{facts['threads']} threads, {facts['bandwidth'] / 1e9:.1f} GB/s from memory"]
 
 
-def _speed(model: Result) -> Table:
-    prompts, depths = (_keys(model, job) for job in ("prefill", "decode"))
-    header = ["tokens/s", *(f"prompt {n}" for n in prompts), *(f"after {depth}" for depth in depths), "user sees"]
-    rows = [
-        [
-            row["name"],
-            *(_figure(row.get("prefill", {}).get(n)) for n in prompts),
-            *(_figure(row.get("decode", {}).get(depth)) for depth in depths),
-            _figure(row.get("user")),
-            row["status"],
-        ]
-        for row in model["backends"]
-    ]
-    notes = [f"{row['name']}: {row['status']}: {row['reason']}" for row in model["backends"] if row["status"] != "ok"]
+def foot(result: Result) -> list[str]:
+    """Backends that are not installed, in one line, and the warnings."""
+    missing: dict[str, list[str]] = {}
+    for row in (row for model in result["models"] for row in model["backends"] if row["status"] == "missing"):
+        names = missing.setdefault(row["reason"], [])
+        names += [row["name"]] if row["name"] not in names else []
+    groups = "; ".join(f"{', '.join(names)} ({command})" for command, names in missing.items())
+    return ([f"not installed: {groups}"] if groups else []) + [f"warning: {text}" for text in result["warnings"]]
+
+
+def _rows(model: Result) -> list[Result]:
+    return [row for row in model["backends"] if row["status"] != "missing"]
+
+
+def _title(model: Result) -> str:
+    millions = model["parameters"] / 1e6
+    return f"{model['name']}: {millions:{'.0f' if millions >= 100 else '.3g'}} M parameters, {model['file_bytes'] / MB:.1f} MB"
+
+
+def _notes(model: Result) -> list[str]:
+    """Of a model's first table: what its speed is bounded by, and which rows are not ok."""
     bound = (
         f"bound: {model['bound']:.0f} tokens/s, the memory's bandwidth over the {model['bytes_per_token'] / MB:.1f} MB of this "
         "file that a token reads; a file that fits into the processor's cache may pass it"
     )
-    title = f"{model['name']}: {model['parameters'] / 1e6:.0f} M parameters, {model['file_bytes'] / MB:.1f} MB"
-    return Table(title, [*header, "status"], rows, [bound, *notes])
+    return [bound, *(f"{row['name']}: {row['status']}: {row['reason']}" for row in _rows(model) if row["status"] != "ok")]
 
 
-def _cost(model: Result) -> Table:
-    depths = _keys(model, "decode")
+def _speed(model: Result, settings: Result) -> list[Table]:
+    columns = [(task, key) for task in TASKS if not task.like_llama_bench for key in keys(model, task)]
+    user = any("user" in row for row in model["backends"])
+    rows = [
+        [
+            row["name"],
+            *(_figure(row.get(task.name, {}).get(key)) for task, key in columns),
+            *([_figure(row.get("user"))] if user else []),
+            row["status"],
+        ]
+        for row in _rows(model)
+    ]
+    if not rows or not (columns or settings["prompts"] or settings["depths"]):
+        return []
+    header = ["tokens/s", *(task.column.format(key) for task, key in columns), *(["user sees"] if user else []), "status"]
+    rounds, tokens = settings["rounds"], settings["tokens"]
+    spread = "± what another run's median may be off by" if rounds >= summary.FEWEST else "too few for a ±"
+    note = f"after N: {tokens} tokens with N in the cache; medians of {_rounds(settings)}, {spread}"
+    return [Table(_title(model), header, rows, [note])]
+
+
+def _rounds(settings: Result) -> str:
+    return f"{settings['rounds']} round{'s' if settings['rounds'] > 1 else ''}"
+
+
+def _like_llama_bench(model: Result, result: Result) -> list[Table]:
+    """The table of llama.cpp's own bench tool, with its names and units: published figures can stand beside it."""
+    rows = []
+    size = model.get("tensor_bytes", model["file_bytes"]) / 2**20
+    billions = model["parameters"] / 1e9
+    of_model = [
+        model["name"],
+        f"{size:.2f} MiB" if size < 1024 else f"{size / 1024:.2f} GiB",
+        f"{billions:.2f} B" if billions >= 1 else f"{1000 * billions:.2f} M",
+    ]
+    for task in TASKS:
+        for key in keys(model, task) if task.like_llama_bench else ():
+            for row in (row for row in _rows(model) if key in row.get(task.name, {})):
+                mean, deviation = summary.shown(row[task.name][key])
+                figure = f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+                threads = str(result["machine"]["threads"])
+                rows.append([*of_model, row["name"], threads, task.column.format(key), figure])
+    if not rows:
+        return []
+    settings = result["settings"]
+    spread = "means ± standard deviations" if settings["rounds"] >= summary.FEWEST else "means"
+    note = f"N random tokens as one prompt (pp) or one by one (tg) from an empty cache; {spread} of {_rounds(settings)}"
+    header = ["model", "size", "params", "backend", "threads", "test", "t/s"]
+    return [Table(f"{_title(model)}, as llama-bench counts", header, rows, [note])]
+
+
+def _cost(model: Result) -> list[Table]:
+    decoding = next(((task, key) for task in TASKS if task.generates for key in keys(model, task)), None)
     header = ["", "load s", "first token s", "ms a token", "95 %", "99 %", "peak MB", "file MB", "J a token", "cosine",
               "same first", "perplexity"]  # fmt: skip
     rows = []
-    for row in model["backends"]:
-        decode = row.get("decode", {}).get(depths[0]) if depths else None
-        latency = (decode or {}).get("latency_ms") or {}
-        agreement = row.get("agreement", {})
+    for row in _rows(model):
+        figures = row.get(decoding[0].name, {}).get(decoding[1], {}) if decoding else {}
+        latency, agreement = figures.get("latency_ms", {}), row.get("agreement", {})
         rows.append([
             row["name"], _number(row.get("load_seconds"), ".2f"), _number(row.get("first_token_seconds"), ".2f"),
             *(_number(latency.get(key), ".2f") for key in ("p50", "p95", "p99")),
             _number(row.get("peak_bytes"), ".0f", MB), _number(row.get("file_bytes"), ".1f", MB),
-            _number((decode or {}).get("joules_per_token"), ".3f"), _number(agreement.get("cosine"), ".6f"),
+            _number(figures.get("joules_per_token"), ".3f"), _number(agreement.get("cosine"), ".6f"),
             _number(agreement.get("same_first"), ".1%"), _number(agreement.get("perplexity"), ".5g"),
         ])  # fmt: skip
-    notes = [f"milliseconds and joules are of decoding after {depths[0]} tokens"] if depths else []
+    notes = [f"milliseconds and joules are of {_decoding(*decoding)}"] if decoding else []
     made = [row["converted"]["kind"] for row in model["backends"] if "converted" in row]
     notes += [f"converted from the GGUF, dequantised: {', '.join(dict.fromkeys(made))}"] if made else []
-    return Table(f"{model['name']}: what it costs, and is it the same model?", header, rows, notes)
+    return [Table(f"{model['name']}: what it costs, and is it the same model?", header, rows, notes)] if rows else []
+
+
+def _decoding(task: Task, key: str) -> str:
+    return task.legend.format(key) if task.like_llama_bench else f"decoding {task.legend.format(key)}"
 
 
 def _ladder(models: list[Result]) -> Table:
-    names = list(dict.fromkeys(row["name"] for model in models for row in model["backends"]))
+    names = list(dict.fromkeys(row["name"] for model in models for row in _rows(model)))
     rows = []
     for model in models:
         by_name = {row["name"]: row for row in model["backends"]}
         exact = next((row["agreement"].get("perplexity") for row in (by_name.get(n, {}) for n in ("numpy", "native"))
                       if "agreement" in row), None)  # fmt: skip
-        first = {name: next(iter(row.get("decode", {}).values()), None) for name, row in by_name.items()}
+        first = {
+            name: next((figures for task in TASKS if task.generates for figures in row.get(task.name, {}).values()), None)
+            for name, row in by_name.items()
+        }
         bits = 8 * model["file_bytes"] / model["parameters"]
         rows.append([model["name"], _number(model["file_bytes"], ".1f", MB), f"{bits:.2f}", _number(exact, ".5g"),
                      *(_figure(first.get(name)) for name in names)])  # fmt: skip
     header = ["", "MB", "bits a weight", "perplexity", *names]
     return Table("Decoding, model beside model (tokens/s)", header, rows)
-
-
-def _keys(model: Result, job: str) -> list[str]:
-    return sorted({key for row in model["backends"] for key in row.get(job, {})}, key=int)
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:
@@ -109,8 +170,9 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
 def _figure(measure: Result | None) -> str:
     if measure is None:
         return "–"
-    digits = ".0f" if measure["median"] >= 100 else ".1f"
-    return f"{measure['median']:{digits}} ±{measure['uncertainty']:.0%}"
+    value, spread = summary.shown(measure)
+    share = "" if spread is None else f" ±{spread / value if value else 0:.0%}"
+    return f"{value:{'.0f' if value >= 100 else '.1f'}}{share}"
 
 
 # ── the forms ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,7 +187,7 @@ def plain(result: Result, extra: Iterable[Table] = ()) -> str:
         lines += ["", table.title]
         lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
         lines += table.notes
-    return "\n".join([*lines, *_warnings(result)])
+    return "\n".join([*lines, "", *foot(result)]).rstrip()
 
 
 def markdown(result: Result, extra: Iterable[Table] = ()) -> str:
@@ -135,7 +197,7 @@ def markdown(result: Result, extra: Iterable[Table] = ()) -> str:
         lines += ["", f"**{table.title}**", ""]
         lines += [_markdown_row(row) for row in [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]]
         lines += ["", *(f"- {note}" for note in table.notes)]
-    return "\n".join([*lines, *_warnings(result)])
+    return "\n".join([*lines, "", *(f"{line}  " for line in foot(result))]).rstrip()
 
 
 def _markdown_row(row: list[str]) -> str:
@@ -165,46 +227,69 @@ def terminal(result: Result, extra: Iterable[Table] = ()) -> str:
             console.print(drawn)
             for note in table.notes:
                 console.print(Text(note))
-        for line in _warnings(result):
-            console.print(Text(line, style="bold yellow"))
+        for line in foot(result):
+            console.print(Text(line, style="bold yellow" if line.startswith("warning") else ""))
     return captured.get().rstrip("\n")
 
 
-def _warnings(result: Result) -> list[str]:
-    return ["", *(f"warning: {text}" for text in result["warnings"])] if result["warnings"] else []
+def _facts(name: str) -> Callable[[Result, Result, Result], Any]:
+    return lambda result, model, row: row.get("facts", {}).get(name)
 
 
-CSV_COLUMNS: dict[str, Callable[[Result, Result], Any]] = {
-    "model": lambda model, row: model["name"],
-    "backend": lambda model, row: row["name"],
-    "status": lambda model, row: row["status"],
-    "reason": lambda model, row: row["reason"],
-    "load_seconds": lambda model, row: row.get("load_seconds"),
-    "first_token_seconds": lambda model, row: row.get("first_token_seconds"),
-    "user_tokens_per_second": lambda model, row: row.get("user", {}).get("median"),
-    "peak_bytes": lambda model, row: row.get("peak_bytes"),
-    "file_bytes": lambda model, row: row.get("file_bytes"),
-    "cosine": lambda model, row: row.get("agreement", {}).get("cosine"),
-    "same_first": lambda model, row: row.get("agreement", {}).get("same_first"),
-    "perplexity": lambda model, row: row.get("agreement", {}).get("perplexity"),
+def _agreement(name: str) -> Callable[[Result, Result, Result], Any]:
+    return lambda result, model, row: row.get("agreement", {}).get(name)
+
+
+# What of (the run, a model, a backend) stands in a line. Every line says which run it is of: lines of many files can be joined.
+CSV_COLUMNS: dict[str, Callable[[Result, Result, Result], Any]] = {
+    "time": lambda result, model, row: result["time"],
+    "cpu": lambda result, model, row: result["machine"]["cpu"],
+    "system": lambda result, model, row: result["machine"]["system"],
+    "cores": lambda result, model, row: result["machine"]["cores"],
+    "threads": lambda result, model, row: result["machine"]["threads"],
+    "rounds": lambda result, model, row: result["settings"]["rounds"],
+    "drift": lambda result, model, row: result["reference_loop"]["drift"],
+    "python": lambda result, model, row: result["machine"]["python"],
+    "packages": lambda result, model, row: "; ".join(f"{name} {n}" for name, n in result["machine"]["packages"].items()),
+    "model": lambda result, model, row: model["name"],
+    "backend": lambda result, model, row: row["name"],
+    "version": _facts("version"),
+    "build": _facts("build"),
+    "settings": _facts("settings"),
+    "status": lambda result, model, row: row["status"],
+    "reason": lambda result, model, row: row["reason"],
+    "load_seconds": lambda result, model, row: row.get("load_seconds"),
+    "first_token_seconds": lambda result, model, row: row.get("first_token_seconds"),
+    "user_tokens_per_second": lambda result, model, row: row.get("user", {}).get("median"),
+    "peak_bytes": lambda result, model, row: row.get("peak_bytes"),
+    "file_bytes": lambda result, model, row: row.get("file_bytes"),
+    "cosine": _agreement("cosine"),
+    "same_first": _agreement("same_first"),
+    "perplexity": _agreement("perplexity"),
 }
 CSV_FIGURES = ("median", "low", "high", "uncertainty", "joules_per_token")
+CSV_TEST_FIGURES = ("mean", "deviation", *CSV_FIGURES)
+CSV_LATENCIES = ("p50", "p95", "p99")
 
 
 def comma_separated(result: Result) -> str:
-    """A line for every backend of every model; the columns of prompts and depths are those of the settings."""
-    jobs = [(job, str(n)) for job, name in (("prefill", "prompts"), ("decode", "depths")) for n in result["settings"][name]]
-    columns = [f"{job}_{n}_{figure}" for job, n in jobs for figure in CSV_FIGURES]
-    latencies = [(str(n), key) for n in result["settings"]["depths"] for key in ("p50", "p95", "p99")]
+    """A line for every backend of every model; the columns of tasks are those of the settings."""
+    jobs = [(task, str(n)) for task in TASKS for n in result["settings"].get(task.setting, [])]
+    figures = [
+        (f"{task.name}_{n}_{figure}", task.name, n, figure)
+        for task, n in jobs for figure in (CSV_TEST_FIGURES if task.like_llama_bench else CSV_FIGURES)
+    ]  # fmt: skip
+    latencies = [
+        (f"{task.name}_{n}_{key}_ms", task.name, n, key) for task, n in jobs if task.generates for key in CSV_LATENCIES
+    ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, *columns, *(f"decode_{n}_{key}_ms" for n, key in latencies)])
+    writer.writerow([*CSV_COLUMNS, *(column for column, *_ in figures + latencies)])
     for model in result["models"]:
         for row in model["backends"]:
-            measures = [row.get(job, {}).get(n, {}) for job, n in jobs]
-            times = [row.get("decode", {}).get(n, {}).get("latency_ms", {}).get(key) for n, key in latencies]
             writer.writerow([
-                *(column(model, row) for column in CSV_COLUMNS.values()),
-                *(measure.get(figure) for measure in measures for figure in CSV_FIGURES), *times,
+                *(column(result, model, row) for column in CSV_COLUMNS.values()),
+                *(row.get(task, {}).get(n, {}).get(figure) for _, task, n, figure in figures),
+                *(row.get(task, {}).get(n, {}).get("latency_ms", {}).get(key) for _, task, n, key in latencies),
             ])  # fmt: skip
     return out.getvalue().rstrip("\n")

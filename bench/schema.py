@@ -14,6 +14,7 @@ from pocketlm.errors import FileError
 
 NAME, VERSION = "pocketlm-bench", 1
 NUMBER = (int, float)
+MAYBE = (*NUMBER, type(None))
 
 
 class Each(NamedTuple):
@@ -21,19 +22,23 @@ class Each(NamedTuple):
     numbered: bool = False  # the keys are whole numbers, written out
 
 
-MEASURE = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "uncertainty": NUMBER, "rounds": [NUMBER]}
-SPEED = {**MEASURE, "joules_per_token": (*NUMBER, type(None))}
+MEASURE = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "uncertainty": MAYBE, "rounds": [NUMBER]}
+SPEED = {**MEASURE, "joules_per_token": MAYBE}
+TEST = {**SPEED, "mean": NUMBER, "deviation": MAYBE}
+LATENCY = {"latency_ms": {"p50": NUMBER, "p95": NUMBER, "p99": NUMBER}}
 BACKEND = {
     "name": str,
     "status": str,
     "reason": str,
     "facts?": Each(str),
     "file_bytes?": int,
-    "converted?": {"kind": str, "seconds": (*NUMBER, type(None))},
+    "converted?": {"kind": str, "seconds": MAYBE},
     "load_seconds?": NUMBER,
     "first_token_seconds?": NUMBER,
     "prefill?": Each(SPEED, numbered=True),
-    "decode?": Each({**SPEED, "latency_ms": {"p50": NUMBER, "p95": NUMBER, "p99": NUMBER}}, numbered=True),
+    "decode?": Each({**SPEED, **LATENCY}, numbered=True),
+    "pp?": Each(TEST, numbered=True),
+    "tg?": Each({**TEST, **LATENCY}, numbered=True),
     "user?": MEASURE,
     "peak_bytes?": (int, type(None)),
     "agreement?": {
@@ -42,8 +47,8 @@ BACKEND = {
     },
 }  # fmt: skip
 MODEL = {
-    "name": str, "architecture": str, "parameters": int, "file_bytes": int, "bytes_per_token": int, "bound": NUMBER,
-    "n_ctx": int, "backends": [BACKEND],
+    "name": str, "architecture": str, "parameters": int, "file_bytes": int, "tensor_bytes?": int, "bytes_per_token": int,
+    "bound": NUMBER, "n_ctx": int, "backends": [BACKEND],
 }  # fmt: skip
 RESULT = {
     "schema": str,
@@ -55,7 +60,7 @@ RESULT = {
     },
     "settings": {
         "rounds": int, "tokens": int, "prompts": [int], "depths": [int], "threads": int, "time_limit": NUMBER,
-        "pass_seconds": NUMBER, "user_rounds": int, "user_tokens": int,
+        "pass_seconds": NUMBER, "user_rounds": int, "user_tokens": int, "pp?": [int], "tg?": [int],
     },
     "reference_loop": {"drift": NUMBER, "medians": Each(NUMBER)},
     "warnings": [str],

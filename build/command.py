@@ -16,6 +16,7 @@ from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.command import model_options, own_keys, read_model
 from pocketlm.runtime import container
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.runtime.gguf_reader import GGUF
@@ -221,8 +222,9 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from pocketlm.build.check import parts_of
+    from pocketlm.model import find_model
 
-    parts = parts_of(Path(arguments.file))
+    parts = parts_of(find_model(arguments.file))
     for part in parts:
         print(part.line())
     if wrong := [part.name for part in parts if not part.is_whole]:

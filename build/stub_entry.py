@@ -18,6 +18,7 @@ from pocketlm.build import persona, terminal
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime import container
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.chat.opening import Opening
@@ -124,7 +125,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _open_later(title: str, *arguments: Any) -> Opening:
-    """The model, opened while its friend reads the first lines."""
+    """The model, opened while the user reads the first lines."""
     import pocketlm
     from pocketlm.chat.opening import Opening
 

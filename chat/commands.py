@@ -6,7 +6,7 @@ console. Values for the sampler are checked by `SamplingOptions`, so the ranges 
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +77,13 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[["Chat", st
     """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
 
     def command(chat: "Chat", text: str) -> None:
-        from pocketlm.runtime.sampling import SamplingOptions
+        from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
 
         if text:
             value = empty if text == "off" and empty is not ... else _number(text, kind)
             SamplingOptions(**{keyword: value})
             chat.sampling[keyword] = value
-        default = next(field.default for field in fields(SamplingOptions) if field.name == keyword)
+        default = getattr(SamplingOptions(**CHAT_DEFAULTS), keyword)
         chat.console.note(f"{keyword}: {chat.sampling.get(keyword, default)}")
 
     return command

@@ -6,7 +6,6 @@ output; notes go there too in a conversation at a terminal, else to standard err
 
 import io
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pocketlm.chat.wrapping import Wrapper
-
-# All of C0 and C1 but tab and newline: escape sequences could retitle, repaint or reprogram a terminal.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from pocketlm.terminal_text import without_controls
 
 DIM, BOLD = "\x1b[2m", "\x1b[1m"
 RESET = "\x1b[0m"
@@ -35,11 +32,6 @@ class OutputClosed(Exception):
         enough = isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22)  # 22: how Windows says it
         self.reason = "" if enough else error.strerror or str(error)
         super().__init__(self.reason)
-
-
-def without_controls(text: str) -> str:
-    """The text without control characters, newlines and tabs kept."""
-    return _CONTROLS.sub("", text)
 
 
 class Console:

@@ -1,4 +1,4 @@
-"""A model that opens in another thread while its friend reads the first lines and types.
+"""A model that opens in another thread while the user reads the first lines and types.
 
 In: how to open it, and what the conversation begins with. Out: the model, to whoever waits for it, with all done that the
 first answer would otherwise wait for. Knows no terminal and no files.

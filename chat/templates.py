@@ -8,18 +8,19 @@ control tokens). Knows no weights; Jinja is imported when the first conversation
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.tokenizer.base import USER_DEFINED
+from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED
 
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+_PRIVATE = re.compile("([\U000f0000-\U000fffff])")  # characters without a meaning, which stand in for contents
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ BUILT_IN = {
         BuiltIn("plain", {"system": ("", "\n"), "user": ("", ""), "assistant": ("", "\n")}),
     )
 }
+# What the file of a model says that was trained on texts alone: its vocabulary may have chat markers that it never met.
+PLAIN_JINJA = (
+    "{%- for message in messages %}{{- message['content'] }}{%- if message['role'] != 'user' %}{{- '\\n' }}{%- endif %}"
+    "{%- endfor %}"
+)
 
 
 class Template:
@@ -78,6 +84,7 @@ class Template:
         self.note = ""
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._compiled: Any = None
+        self._markers: _Markers | None = None
 
     @property
     def name(self) -> str:
@@ -145,15 +152,21 @@ class Template:
             if safe == checked:
                 return ids
             return tokenizer.encode(self._render(safe, add_generation_prompt), special=True, bos=bos)
-        markers = _Markers(tokenizer, [part for part, is_content in parts if not is_content])
+        markers = self._markers_in(tokenizer, frozenset(part for part, is_content in parts if not is_content))
         own, position = [], 0
         for part, is_content in parts:
             if not is_content:
-                own += [(position + start, position + stop, i) for start, stop, i in markers.find(part)]
+                own += [(position + start, position + stop, i) for start, stop, i in markers.in_template(part)]
             position += len(part)
-        if list(markers.find(text)) == own:
+        if list(markers.places(text, ids[bos and tokenizer.bos_id is not None :])) == own:
             return ids
         return _encode_between(text, own, tokenizer, markers, bos)
+
+    def _markers_in(self, tokenizer: Tokenizer, template_parts: frozenset[str]) -> _Markers:
+        """The markers of a conversation, whose template writes these parts; the last one's are remembered."""
+        if self._markers is None or self._markers.made_of != (tokenizer, template_parts):
+            self._markers = _Markers(tokenizer, template_parts)
+        return self._markers
 
     def _writes_bos(self, text: str, parts: list[tuple[str, bool]] | None) -> bool:
         """Whether the template itself puts the beginning-of-sequence token in front."""
@@ -167,7 +180,7 @@ class Template:
         kept, because templates trim it. It must give the same text when the contents are put back.
         """
         stand_ins = {chr(0xF0000 + n): message["content"].strip() for n, message in enumerate(messages[:0xFFFE])}
-        if len(messages) > len(stand_ins) or any("\U000f0000" <= letter <= "\U000fffff" for letter in text):
+        if len(messages) > len(stand_ins) or _PRIVATE.search(text):
             return None
         masked = [
             {**message, "content": message["content"].replace(content, mark, 1) if content else message["content"]}
@@ -175,7 +188,7 @@ class Template:
         ]
         render = self.built_in.render if self.source is None else self._render_jinja
         try:
-            pieces = re.split("([\U000f0000-\U000fffff])", render(masked, add_generation_prompt))
+            pieces = _PRIVATE.split(render(masked, add_generation_prompt))
         except PocketlmError:  # a template that looks into the contents may refuse the stand-ins
             return None
         parts = [(stand_ins.get(piece, piece), piece in stand_ins) for piece in pieces if piece]
@@ -190,14 +203,17 @@ class _Markers:
 
     _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
-    def __init__(self, tokenizer: Tokenizer, template_parts: list[str]):
+    def __init__(self, tokenizer: Tokenizer, template_parts: Set[str]):
+        self.made_of = tokenizer, template_parts
         self._tokenizer = tokenizer
-        types = tokenizer.vocabulary.types
+        vocabulary = tokenizer.vocabulary
         ids = {i for part in template_parts for i in tokenizer.encode(part, special=True)}
-        self._written = {i for i in ids if types[i] == USER_DEFINED and self._BRACKETED.fullmatch(self.text(i))}
+        written = {i for i in ids if vocabulary.types[i] == USER_DEFINED and self._BRACKETED.fullmatch(self.text(i))}
+        self._ids = {*vocabulary.ids_of(CONTROL, UNKNOWN), *tokenizer.end_ids, *written}
+        self._in_template: dict[str, list[tuple[int, int, int]]] = {}
 
     def __contains__(self, token_id: int) -> bool:
-        return token_id in self._written or token_id in self._tokenizer.end_ids or self._tokenizer.is_control(token_id)
+        return token_id in self._ids
 
     def text(self, token_id: int) -> str:
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
@@ -209,14 +225,24 @@ class _Markers:
 
     def find(self, text: str) -> Iterator[tuple[int, int, int]]:
         """(start, stop, id) of the markers that the tokenizer reads in `text`."""
-        position = 0
-        for token_id in self._tokenizer.encode(text, special=True):
-            if token_id in self:
+        return self.places(text, self._tokenizer.encode(text, special=True))
+
+    def places(self, text: str, ids: list[int]) -> Iterator[tuple[int, int, int]]:
+        """The same where the text's ids are known."""
+        position, markers = 0, self._ids
+        for token_id in ids:
+            if token_id in markers:
                 marker = self.text(token_id)
                 start = text.find(marker, position)
                 if start >= 0:
                     position = start + len(marker)
                     yield start, position, token_id
+
+    def in_template(self, part: str) -> list[tuple[int, int, int]]:
+        """The same of a text between two contents: there are few of them, each many times."""
+        if part not in self._in_template:
+            self._in_template[part] = list(self.find(part))
+        return self._in_template[part]
 
 
 def _encode_between(
@@ -259,7 +285,7 @@ def _without_markers(messages: list[dict[str, str]], tokenizer: Tokenizer) -> li
 
     For templates that change the contents, where it cannot be told afterwards which letters were whose.
     """
-    markers = _Markers(tokenizer, [])
+    markers = _Markers(tokenizer, frozenset())
 
     def broken(content: str) -> str:
         found = list(markers.find(content))
@@ -293,18 +319,25 @@ def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
     return [{"role": "user", "content": text}, *messages[2:]]
 
 
-def choose(source: str | None, tokenizer: Tokenizer) -> Template:
-    """The template for a model: the Jinja `source` of its file, else the built-in one that fits its vocabulary."""
+def choose(source: object, tokenizer: Tokenizer) -> Template:
+    """The template for a model: the Jinja `source` of its file, else the built-in one that fits its vocabulary.
+
+    A `source` that is no text, or an empty one, counts as none; a file can hold anything there.
+    """
+    jinja = source if isinstance(source, str) and source.strip() else None
 
     def fits(row: BuiltIn) -> bool:
-        return all(tokenizer.token_id(marker) is not None or marker in (source or "") for marker in row.needs)
+        return all(tokenizer.token_id(marker) is not None or marker in (jinja or "") for marker in row.needs)
 
-    built_in = next(row for row in BUILT_IN.values() if fits(row))
+    built_in = BUILT_IN["plain"] if jinja == PLAIN_JINJA else next(row for row in BUILT_IN.values() if fits(row))
     bos, eos = (
         "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", "replace")
         for token_id in (tokenizer.bos_id, tokenizer.eos_id)
     )
-    return Template(source, built_in, bos, eos)
+    template = Template(None if jinja == PLAIN_JINJA else jinja, built_in, bos, eos)
+    if source is not None and jinja is None:
+        template.note = f"the model's chat template is no text: {built_in.name} takes its place"
+    return template
 
 
 def named(name: str, tokenizer: Tokenizer) -> Template:

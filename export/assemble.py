@@ -20,6 +20,7 @@ from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.model_config import ModelConfig
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
 
@@ -112,16 +113,16 @@ def arrange(
             **{f"rope.scaling.{k}": v for k, v in scaling.items()},
         }
         if factors is not None:
-            tensors["rope_freqs.weight"] = constant(factors)
+            tensors[ROPE_FACTORS] = constant(factors)
     if position == "alibi":
         keys["attention.max_alibi_bias"] = _max_bias(buffers, config, n_head, path)
     config.ask()
     config.check_supported(n_ctx)
     architecture = _architecture(options, keys, tensors)
-    added: frozenset[str] = frozenset()
+    added = frozenset({ROPE_FACTORS} & tensors.keys())
     if architecture == "gpt2":
         _fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
-        added = _fill_biases(tensors, n_layer)
+        added |= _fill_biases(tensors, n_layer)
     else:
         _split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     if architecture == "llama" and options["rope_pairs"] == "half":
@@ -182,6 +183,11 @@ def _digest(tensor: LazyTensor) -> bytes:
     return blake2b(tensor.read()).digest()
 
 
+def is_tied(head: LazyTensor, table: LazyTensor) -> bool:
+    """Whether the output matrix is the token table, kept once or twice."""
+    return head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
+
+
 def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, notes: list[str]) -> None:
     """Leave the output matrix out where it is the token table."""
     if "output.weight" not in found:
@@ -193,7 +199,7 @@ def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig,
             )
         return
     head, table = found["output.weight"], found["token_embd.weight"]
-    same = head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
+    same = is_tied(head, table)
     if not same and config.get("tied") and config.model_type:
         notes.append("the output matrix was left out: the configuration ties it to the token table")
         same = True

@@ -10,6 +10,7 @@ import numpy as np
 
 from pocketlm.export.arrays import DTYPES
 from pocketlm.export.checkpoint import open_checkpoint
+from pocketlm.export.dialects import not_parameters
 from pocketlm.runtime.model_summary import facts_of
 
 
@@ -22,4 +23,5 @@ def inspect_checkpoint(path: Path, tensors: bool = False) -> dict[str, Any]:
         for name, t in checkpoint.tensors.items()
     ]  # fmt: skip
     n_bytes = sum(file.stat().st_size for file in checkpoint.files)
-    return facts_of(path, "checkpoint", n_bytes, rows, checkpoint.config, tensors)
+    others = not_parameters(checkpoint.tensors)
+    return facts_of(path, "checkpoint", n_bytes, rows, others, checkpoint.config, tensors)

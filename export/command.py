@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
@@ -42,7 +43,8 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a
     },
     "--map": {"metavar": "FILE", "help": "a TOML file with the names of a code base that is not recognised"},
     "--tokenizer": {
-        "metavar": "FILE", "help": "tokenizer.json, SentencePiece .model, vocabulary …, where it is not beside the checkpoint",
+        "metavar": "FILE",
+        "help": "tokenizer.json, SentencePiece .model, …, where it is not beside the checkpoint; none: token ids only",
     },
     "--lora": {"metavar": "DIR", "help": "a LoRA in PEFT's layout, merged before the export"},
     "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's own name"},
@@ -82,12 +84,18 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from dataclasses import replace
 
     from pocketlm.export.dialects import read_canonical
-    from pocketlm.export.from_model_file import is_model_file
+    from pocketlm.export.from_model_file import is_model_file, with_tokenizer
 
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
-    if given and is_model_file(source):
-        raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
-    model = read_canonical(source, overrides=_overrides(arguments.set), mapping=arguments.map, tokenizer=arguments.tokenizer)
+    if not is_model_file(source):
+        overrides = _overrides(arguments.set)
+        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer)
+    else:
+        model = read_canonical(source)
+        if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:
+            model = with_tokenizer(model, source, arguments.tokenizer)
+        elif given:
+            raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
     if arguments.lora:
         from pocketlm.export.lora import merge
 
@@ -132,7 +140,7 @@ class Progress:
         share = min(self._done / self._total, 1.0)
         line = f"{'#' * int(BAR * share):<{BAR}} {share:4.0%} {name[:40]:<40}"
         if self._terminal and line != self._shown:
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            print("", line, sep="\r", end="", file=sys.stderr, flush=True)
             self._shown = line
 
     def __enter__(self) -> Progress:
@@ -140,4 +148,4 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
-            print(f"\r{'':<{len(self._shown)}}\r", end="", file=sys.stderr, flush=True)
+            print("", " " * len(self._shown), "", sep="\r", end="", file=sys.stderr, flush=True)

@@ -169,6 +169,18 @@ def recognise(tensors: Tensors) -> Dialect:
     raise AssertionError("the last row has no signs")
 
 
+def not_parameters(tensors: Tensors) -> frozenset[str]:
+    """Names of a checkpoint's tensors that are no parameters: buffers, and an output matrix that is the token table."""
+    from pocketlm.export.assemble import is_tied
+
+    others = {name for name, tensor in tensors.items() if _is_buffer(name, tensor)}
+    names = {role_of(name): name for name in tensors}
+    head, table = names.get("output.weight"), names.get("token_embd.weight")
+    if head and table and is_tied(tensors[head], tensors[table]):
+        others.add(head)
+    return frozenset(others)
+
+
 def _is_buffer(name: str, tensor: LazyTensor) -> bool:
     if name.endswith(("attn.bias", "attention.bias")):
         return len(tensor.shape) != 1

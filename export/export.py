@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.fp16_bin_writer import write_fp16_bin
 from pocketlm.export.gguf_writer import write_gguf
@@ -27,10 +27,12 @@ from pocketlm.export.llama_cpp_compat import stock_notes
 from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder, Progress
 from pocketlm.runtime.atomic import replacing_file, replacing_folder
-from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS
+from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS, Fp16Bin
+from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 
 
@@ -44,7 +46,7 @@ class Receipt:
     weight_bytes: int
     file_bytes: int
     notes: list[str]
-    added: frozenset[str] = frozenset()  # tensors of zeros that the checkpoint had not
+    added: frozenset[str] = frozenset()  # tensors that are no parameters
 
     @property
     def n_parameters(self) -> int:
@@ -166,6 +168,7 @@ CONTAINERS = {
     "onnx": Container(_onnx, ("f32", "f16", "int8")),
     "ollama": Container(_ollama, _GGUF_QUANTS),
 }
+CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
 
@@ -174,7 +177,7 @@ def container_for(out: Path, asked: str | None) -> str:
     """The container that `--to` names, or the one that the output's name asks for. Raises UsageError."""
     by_name = ENDINGS.get(out.suffix.lower())
     if asked is not None and asked not in CONTAINERS:
-        raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}")
+        raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}{did_you_mean(asked, CONTAINERS)}")
     if asked is None and (suffix := out.suffix.lower()) in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
     if asked in ("fp16", "ollama") and by_name:
@@ -195,7 +198,8 @@ def export(
     row = CONTAINERS[container]
     quant = (quant or row.quants[0]).lower()
     if quant not in row.quants:
-        raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}")
+        hint = did_you_mean(quant, row.quants, others=CALLED_ELSEWHERE)
+        raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}{hint}")
     make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
         done, notes = row.write(_Job(model, source, out, quant, pure, encoder))
@@ -207,15 +211,23 @@ def export(
 def _check(path: Path, metadata: Mapping[str, Any], done: list[Encoded]) -> None:
     """Read the file back, as pocketlm.load will, and compare it with what was to be written. Raises FileError."""
     with open_model(path) as opened:
-        keys = {key: opened.metadata[key] for key in opened.metadata}
-        wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]
-        wrong += [t.name for t in done if t.name not in opened.tensors] or [
-            t.name
-            for t in done
-            if (found := opened.tensors[t.name]).shape != t.shape or found.format != t.format or zlib.crc32(found.data) != t.crc
-        ]
+        wrong = _differences(opened, metadata, done)
     if wrong:
         raise FileError(path, f"{wrong[0]} is not what was written", "the disk may be failing; the old file is unchanged")
+
+
+def _differences(opened: GGUF | Fp16Bin, metadata: Mapping[str, Any], done: list[Encoded]) -> list[str]:
+    """Names of keys, or else of tensors, that are not what was written. (In a function of its own: where its caller raises,
+    no variable may still look at the file, or Windows cannot take it away.)
+    """
+    keys = {key: opened.metadata[key] for key in opened.metadata}
+    wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]
+    missing = [t.name for t in done if t.name not in opened.tensors]
+    return wrong + (missing or [t.name for t in done if not _holds(opened.tensors[t.name], t)])
+
+
+def _holds(found: Tensor, t: Encoded) -> bool:
+    return found.shape == t.shape and found.format == t.format and zlib.crc32(found.data) == t.crc
 
 
 def _same(read: Any, written: Any) -> bool:

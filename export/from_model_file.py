@@ -16,10 +16,12 @@ from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.assemble import interleaving, reordered
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.checkpoint import Checkpoint
+from pocketlm.export.tokenizer_data import find_tokenizer
 from pocketlm.runtime.fp16_bin_reader import is_fp16_bin
 from pocketlm.runtime.gguf_reader import GGUF, TILED
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
+from pocketlm.runtime.model_summary import not_learnt
 
 
 def is_model_file(path: Path) -> bool:
@@ -44,8 +46,15 @@ def read_model_file(path: Path) -> CanonicalModel:
     metadata = {key: value for key, value in opened.metadata.items() if key != TILED}
     formats = sorted({tensor.format.name for tensor in opened.tensors.values()} - {"F32", "F16", "BF16"})
     notes = [f"{path.name} was quantised already ({', '.join(formats)}): what that lost stays lost"] if formats else []
-    model = CanonicalModel(hyper, tensors, metadata, "GGUF" if isinstance(opened, GGUF) else "fp16 bin", notes)
+    kind = "GGUF" if isinstance(opened, GGUF) else "fp16 bin"
+    model = CanonicalModel(hyper, tensors, metadata, kind, notes, added=not_learnt(opened.tensors))
     return replace(model, remake=lambda change: _remade(model, path, change))
+
+
+def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> CanonicalModel:
+    """A model file's model, which has no tokenizer, with the one in the file or folder `tokenizer`. Raises FileError."""
+    keys, notes = find_tokenizer(Checkpoint(path, {}, {}, (path,)), model.hyper.n_vocab, tokenizer)
+    return replace(model, metadata={**model.metadata, **keys}, notes=[*model.notes, *notes])
 
 
 def _remade(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:

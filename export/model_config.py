@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError, UsageError, quoted
+from pocketlm.errors import FileError, UsageError, did_you_mean, quoted
 from pocketlm.runtime.hyper import OPTIONS
 
 
@@ -127,7 +127,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
     result = {}
     for name, text in overrides.items():
         if name not in SETTINGS:
-            raise UsageError(f"--set {quoted(name)}: expected one of {', '.join(SETTINGS)}")
+            raise UsageError(f"--set {quoted(name)}: expected one of {', '.join(SETTINGS)}{did_you_mean(name, SETTINGS)}")
         value = _typed(name, text)
         if value is None or (name in OPTIONS and value not in OPTIONS[name]):
             raise UsageError(f"--set {name}={quoted(text)}: expected {SETTINGS[name].example}")

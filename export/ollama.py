@@ -18,9 +18,10 @@ def modelfile(gguf_name: str, metadata: Mapping[str, Any], hyper: Hyper, path: P
     """The text of the Modelfile, and notes for the receipt. FileError where the tokenizer's keys are not sound."""
     tokenizer = from_metadata(metadata, path)
     source = metadata.get("tokenizer.chat_template")
-    built_in = choose(source, tokenizer).built_in
+    template = choose(source, tokenizer)
+    built_in = template.built_in
     lines, notes = [f"FROM ./{gguf_name}"], []
-    if source and built_in.name == "plain":
+    if template.source and built_in.name == "plain":
         notes.append("the chat template is none of the built-in ones: the Modelfile has no TEMPLATE, Ollama guesses it")
     else:
         lines.append(f'TEMPLATE """{_go_template(built_in)}"""')

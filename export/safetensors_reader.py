@@ -1,7 +1,7 @@
 """Reads safetensors files: a length, a JSON header, the data.
 
 In: a mapped file. Out: `LazyTensor`s and the header's texts. Offsets are checked against the file and each other.
-Format: https://github.com/huggingface/safetensors#format
+Format: the README of the safetensors repository.
 """
 
 from __future__ import annotations

@@ -26,6 +26,23 @@ from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 from pocketlm.tokenizer import Tokenizer, from_metadata
 
+# what a chat model is asked and answers, in turns, where nobody gives a text
+CONVERSATION = (
+    "Hello! How are you today?", "I'm doing well, thank you! How about you?",
+    "A little tired. I worked all day, and then I made dinner.", "That sounds like a long day. What did you make?",
+    "Soup with carrots and potatoes. It was easy, and it tasted good.",
+    "That sounds lovely! Soup is just right when it is cold outside. Do you like to cook?",
+    "Yes, I do. On weekends I bake bread, too.", "I love the smell of fresh bread! What is your favorite kind?",
+    "The dark one with nuts. My sister likes white bread better.",
+    "Then you need two of them! Do you have any plans for tomorrow?",
+    "I want to go for a walk by the lake and read a book.", "Nice! What kind of books do you like?",
+    "Old stories about the sea. Can you tell me a short one?",
+    "Sure! A boy found a bottle on the beach. There was a letter in it, and it said: turn around. He did, and there was his "
+    "father, who had come home from the sea.",
+    "Thank you, that was a good one. Good night!", "You're welcome! Sleep well, and talk to you soon.",
+)  # fmt: skip
+RANDOM = " drawn at random"
+ENOUGH = 0.8  # share of a text's characters that a vocabulary has to have, or what is left is no text
 WINDOW = 512  # tokens that are looked at together: bounds the logits in memory to 100 MB for 50,000 words
 Runner = Callable[[np.ndarray], np.ndarray]  # ids int64 [n], from an empty cache -> logits float32 [n, n_vocab]
 
@@ -40,20 +57,25 @@ class Comparison:
     agreement: float  # share of positions where both think the same token likeliest
     perplexity: float  # of the exported file
     exact_perplexity: float  # of the float32 weights
+    n_vocab: int  # what guessing would have as its perplexity
     sample: str = ""  # what the tokens are, where they are not those of the whole text
 
     def line(self) -> str:
         """The comparison for a person."""
+        is_text = RANDOM not in self.sample
+        foreign = is_text and self.exact_perplexity > self.n_vocab
         return (
             f"verified on {self.n_tokens} tokens{self.sample}: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), "
             f"same first choice {self.agreement:.1%}, "
             f"perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
+            + "; the text is foreign to the model, which a guess beats" * foreign
         )
 
 
 def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Comparison:
-    """Compare the file `out` with the float32 weights of `model` on `text`. None: on a short one that comes along, without
-    the characters that the tokenizer does not take, or on random tokens where it takes too few of them.
+    """Compare the file `out` with the float32 weights of `model` on `text`. None: on a short one that comes along, which is
+    a conversation for a chat model, without the characters that the tokenizer does not take; or on random tokens where it
+    takes too few of them.
 
     Raises FileError where the model has no tokenizer or is too large for the memory, PocketlmError for a text of fewer
     than two tokens or with characters that the tokenizer does not take.
@@ -61,7 +83,9 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
     if "tokenizer.ggml.tokens" not in model.metadata:
         raise FileError(out, "cannot be verified without a tokenizer", "name one with --tokenizer")
     tokenizer = from_metadata(model.metadata, out)
-    found, sample = _own_ids(tokenizer) if text is None else (tokenizer.encode(text, bos=tokenizer.adds_bos), "")
+    template = model.metadata.get("tokenizer.chat_template")
+    own = _own_ids(tokenizer, template if isinstance(template, str) else None) if text is None else None
+    found, sample = own or (tokenizer.encode(text or "", bos=tokenizer.adds_bos), "")
     ids = np.array(found, np.int64)
     if len(ids) < 2:
         raise PocketlmError("the text is too short: verifying needs at least two tokens")
@@ -78,19 +102,29 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
     exact_perplexity, perplexity = (math.exp(min(total / max(n_predicted, 1), 700)) for total in nats)
     agreement = same / len(ids)
     return Comparison(
-        len(ids), float(np.mean(found_cosines)), float(np.min(found_cosines)), agreement, perplexity, exact_perplexity, sample
-    )
+        len(ids), float(np.mean(found_cosines)), float(np.min(found_cosines)), agreement, perplexity, exact_perplexity,
+        tokenizer.n_vocab, sample,
+    )  # fmt: skip
 
 
-def _own_ids(tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """Ids of the text that comes along, and what is to be said about them."""
-    usable = tokenizer.encodable(TEXT)
-    if len(usable) < len(TEXT) // 2:
+def _own_ids(tokenizer: Tokenizer, template: str | None) -> tuple[list[int], str]:
+    """Ids of the text that comes along, and what is to be said about them. `template`: the model's own, Jinja."""
+    from pocketlm.chat.templates import choose
+
+    chat = choose(template, tokenizer)
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": tokenizer.encodable(turn)} for i, turn in enumerate(CONVERSATION)]
+    talks = chat.name != "plain" and not tokenizer.unknown(chat.render(messages, False), special=True)
+    text, name = ("".join(CONVERSATION), "a conversation in its template") if talks else (TEXT, "the usual text")
+    usable = tokenizer.encodable(text)
+    if len(usable) < ENOUGH * len(text):
         ids = np.random.default_rng(0).integers(0, tokenizer.n_vocab, WINDOW).tolist()
-        return ids, " drawn at random, since the tokenizer takes too few of the usual text's characters"
-    left_out = "".join(sorted(set(TEXT) - set(usable)))
-    what = f" of the usual text without {left_out!r}, which the tokenizer does not take" if left_out else ""
-    return tokenizer.encode(usable, bos=tokenizer.adds_bos), what
+        return ids, f"{RANDOM}, since the tokenizer takes too few of the characters of {name}"
+    left_out = "".join(sorted(tokenizer.unknown(text)))
+    without = f" without {left_out!r}, which the tokenizer does not take" if left_out else ""
+    if not talks:
+        return tokenizer.encode(usable, bos=tokenizer.adds_bos), f" of {name}{without}" if without else ""
+    return chat.encode(messages, tokenizer, add_generation_prompt=False), f" of {name}{without}"
 
 
 class _Weights(Mapping[str, Tensor]):

@@ -31,6 +31,7 @@ class Result:
     nats: float  # sum of -ln p(token | the tokens before it in its window)
     n_tokens: int  # tokens predicted: the first of every window is not, unless a begin-of-text token stands before it
     window: int
+    unpredicted: range  # where in the text's ids those first ones are
 
     @property
     def perplexity(self) -> float:
@@ -58,7 +59,8 @@ def perplexity(executor: Any, ids: list[int], bos_id: int | None, window: int = 
     lead = [] if bos_id is None else [bos_id]
     step = window - len(lead)
     nats, n_tokens = 0.0, 0
-    for start in range(0, len(ids), max(step, 1)):
+    starts = range(0, len(ids), max(step, 1))
+    for start in starts:
         block = np.array(lead + ids[start : start + step], np.int32)
         executor.cache.truncate(0)
         for at in range(0, len(block) - 1, ROWS):
@@ -68,4 +70,4 @@ def perplexity(executor: Any, ids: list[int], bos_id: int | None, window: int = 
     executor.cache.truncate(0)
     if not n_tokens:
         raise PocketlmError("the text is too short: perplexity needs at least two tokens")
-    return Result(nats, n_tokens, window)
+    return Result(nats, n_tokens, window, range(0) if lead else starts)

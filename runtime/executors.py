@@ -9,13 +9,14 @@ from typing import Protocol
 
 import numpy as np
 
-from pocketlm.errors import UsageError
+from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime import memory
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.sampling import Selection
 from pocketlm.runtime.tensor import Tensor
+from pocketlm.terminal_text import print
 
 BACKENDS = ("auto", "native", "numpy")
 
@@ -40,13 +41,14 @@ class Executor(Protocol):
 def make_executor(
     backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object
 ) -> Executor:
-    """An executor of `plan`. "auto" is native, or numpy with one line on stderr where code cannot be made executable.
+    """An executor of `plan`. "auto" is native, or numpy with one line on stderr where there is no native code for the plan or
+    code cannot be made executable.
 
     Raises UsageError for an unknown backend, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.
     """
     if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
     for name in plan.weights:
         if tensors[name].format.dequantize is None:
             tensors[name].to_float32()  # raises the error that names the format
@@ -54,7 +56,7 @@ def make_executor(
         from pocketlm.runtime.native.executor import NativeExecutor, NativeUnavailable
 
         try:
-            memory.require(path, partial(NativeExecutor.memory, plan, tensors), n_ctx)
+            memory.require(path, partial(NativeExecutor.memory, plan, tensors, n_threads=n_threads), n_ctx)
             return NativeExecutor(plan, tensors, n_ctx, n_threads)
         except NativeUnavailable as reason:
             if backend == "native":
@@ -62,5 +64,5 @@ def make_executor(
             print(f"pocketlm: running on NumPy, which is slower: {reason}", file=sys.stderr)
     from pocketlm.runtime.numpy_executor import NumpyExecutor
 
-    memory.require(path, partial(NumpyExecutor.memory, plan, tensors), n_ctx)
+    memory.require(path, partial(NumpyExecutor.memory, plan, tensors, n_threads=n_threads), n_ctx)
     return NumpyExecutor(plan, tensors, n_ctx, n_threads)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
+from pocketlm.runtime.file_mapping import FileMapping
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.tensor import Tensor
 
@@ -35,20 +35,23 @@ _MAX_JSON_BYTES = 1 << 28  # the largest vocabularies take 20 MB
 
 
 class Fp16Bin:
-    """An opened, checked folder: path, metadata and tensors (in the file's order). The tensors keep the mapping alive."""
+    """An opened, checked folder: path, metadata and tensors (in the file's order). After `close` there are no tensors; an
+    array that was taken out of one stays valid and keeps the file mapped.
+    """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, Tensor]):
-        self.path, self.metadata, self.tensors = path, metadata, tensors
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, Tensor], mapping: FileMapping):
+        self.path, self.metadata, self.tensors, self._mapping = path, metadata, tensors, mapping
 
-    def close(self) -> None:
-        """Let go of the file; the mapping ends with the last array that looks at it."""
-        self.metadata, self.tensors = {}, {}
+    def close(self, error: BaseException | None = None) -> None:
+        """Unmap the weights (see `FileMapping.close`). Whoever shares `tensors` loses them, too."""
+        self.tensors.clear()
+        self._mapping.close(error)
 
     def __enter__(self) -> Fp16Bin:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
 
 
 def is_fp16_bin(path: Path) -> bool:
@@ -67,7 +70,16 @@ def open_fp16_bin(path: str | Path) -> Fp16Bin:
         raise FileError(path / CONFIG, "has no metadata or no tensors", _BROKEN)
     vocabulary = _read_json(path / VOCAB)
     values = {**metadata, **{key: vocabulary[name] for key, name in VOCAB_KEYS.items() if name in vocabulary}}
-    return Fp16Bin(path, {key: _value(path, key, value) for key, value in values.items()}, _read_tensors(path, entries))
+    decoded = {key: _value(path, key, value) for key, value in values.items()}
+    try:
+        mapping = FileMapping(path / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise FileError(path / WEIGHTS, f"cannot be read ({error})", "an fp16 bin is the whole folder") from None
+    try:
+        return Fp16Bin(path, decoded, _read_tensors(path, entries, mapping), mapping)
+    except BaseException as error:
+        mapping.close(error)
+        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -100,14 +112,8 @@ def _value(path: Path, key: str, value: Any) -> Any:
     raise FileError(path, f"the value of {key[:80]!r} is of a kind that pocketlm does not read", _BROKEN)
 
 
-def _read_tensors(path: Path, entries: list[Any]) -> dict[str, Tensor]:
-    weights = path / WEIGHTS
-    try:
-        with open(weights, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise FileError(weights, f"cannot be read ({error})", "an fp16 bin is the whole folder") from None
-    data, tensors, end = np.frombuffer(mapping, np.uint8), {}, 0
+def _read_tensors(path: Path, entries: list[Any], mapping: FileMapping) -> dict[str, Tensor]:
+    data, tensors, end = np.frombuffer(mapping.buffer, np.uint8), {}, 0
     for entry in entries:
         match entry:
             case {"name": str(name), "shape": [_, *_] as shape, "offset": int(offset)} if (
@@ -122,5 +128,5 @@ def _read_tensors(path: Path, entries: list[Any]) -> dict[str, Tensor]:
         start, end = end, end + 2 * math.prod(shape)
         tensors[name] = Tensor(name, tuple(shape), FORMATS["F16"], data[start:end], start, path)
     if end != len(data):
-        raise FileError(weights, f"has {len(data)} bytes where its tensors take {end}", "copy the whole folder again")
+        raise FileError(path / WEIGHTS, f"has {len(data)} bytes where its tensors take {end}", "copy the whole folder again")
     return tensors

@@ -1,4 +1,4 @@
-"""From a prompt to an answer: a Python generator of small records, one a token.
+"""From a prompt to an answer: a Python generator of small records, one per token.
 
 In: a session, the prompt's ids, a sampler, a stream decoder. Out: `Piece` records. Knows when to stop: an end token, a stop
 string, a limit, a cancellation, a full context. Does not know what a turn is: where the context is full it asks for a
@@ -47,6 +47,16 @@ class Decoder(Protocol):
     def flush(self) -> str: ...
 
 
+class NoText:
+    """The decoder of a model that has no tokenizer: ids stand for no text."""
+
+    def push(self, id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 def generate(
     session: Session,
     ids: Sequence[int],
@@ -72,7 +82,8 @@ def generate(
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note.
 
     Raises UsageError for an empty prompt, an id outside the vocabulary, an empty stop string or a negative max_tokens,
-    PocketlmError for a prompt longer than the context: with the first record, before anything is computed.
+    PocketlmError for a prompt longer than the context: with the first record, before anything is computed. PocketlmError
+    where another answer of the same session has begun, or the session has ended, since the last record.
     """
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if not all(isinstance(s, str) and s for s in stops):
@@ -86,15 +97,24 @@ def generate(
     tokens = list(map(int, ids))  # the prompt and, growing, the answer
     n_prompt, n_generated, stopped = len(tokens), 0, False
 
+    claim = session.claim()
+
+    def interrupted() -> bool:
+        session.check(claim)
+        return cancelled()
+
     started = perf_counter()
-    logits, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=cancelled)
-    prompted = perf_counter()
-    note, reason = session.note, "cancelled"
+    with session.held(claim):  # until the token is drawn: the logits are the executor's own memory
+        logits, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=interrupted)
+        note = session.note
+        prompted = perf_counter()
+        drawn = sampler(logits, tokens) if logits is not None and max_tokens != 0 else None
+    reason = "cancelled"
     while logits is not None and not cancelled():
-        if n_generated == max_tokens:
+        if drawn is None:
             reason = "length"
             break
-        id, logprob = sampler(logits, tokens)
+        id, logprob = drawn
         if id in ends:
             reason = "stop"
             break
@@ -108,18 +128,23 @@ def generate(
             reason = "stop"
             break
         if n_generated == max_tokens or cancelled():
+            drawn = None
             continue
-        if len(session.ids) < n_ctx:
-            logits = session.append(id)
-            continue
+        with session.held(claim):
+            if len(session.ids) < n_ctx:
+                logits = session.append(id)
+                drawn = sampler(logits, tokens)
+                continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is None:
             reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break
         tokens = prompt + tokens[-n_generated:]
-        logits, _ = session.advance(tokens, shift=True, cancelled=cancelled)
         note = f"the context of {n_ctx} tokens is full: the prompt was cut from {n_prompt} to {len(prompt)} tokens"
-        note += f"; {session.note}" if session.note else ""
+        with session.held(claim):
+            logits, _ = session.advance(tokens, shift=True, cancelled=interrupted)
+            note += f"; {session.note}" if session.note else ""
+            drawn = sampler(logits, tokens) if logits is not None else None
 
     rest = "" if stopped else decoder.flush()
     if matcher is not None and not stopped:

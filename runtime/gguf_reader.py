@@ -12,7 +12,6 @@ process, as with every mapping). Replacing the file by another one of the same n
 Format: the GGUF document in the ggml repository (docs/gguf.md).
 """
 import math
-import mmap
 import os
 import stat
 import struct
@@ -24,7 +23,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from pocketlm.errors import FileError, quoted
+from pocketlm.errors import FileError, PocketlmError, quoted
+from pocketlm.runtime.file_mapping import FileMapping
 from pocketlm.runtime.formats import Format, by_gguf_type
 from pocketlm.runtime.gguf_strings import Buffer, decode, find_bounds
 from pocketlm.runtime.tensor import Tensor
@@ -66,25 +66,31 @@ class GGUF:
     """An opened, validated file: path, version, alignment, metadata and tensors (in the file's order); `header_end` is
     where the list of tensors ends.
 
-    `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. The tensors'
-    arrays keep the mapping alive, so they may outlive `close`.
+    `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. After `close`
+    there are no tensors, and only keys that were read before can be read. An array that was taken out of a tensor stays
+    valid and keeps the file mapped.
     """
 
     def __init__(
-        self, path: Path, version: int, alignment: int, metadata: Mapping[str, Any], tensors: dict[str, Tensor], header_end: int
+        self, path: Path, version: int, alignment: int, metadata: "_Metadata", tensors: dict[str, Tensor], header_end: int
     ):
-        self.path, self.version, self.alignment, self.metadata, self.tensors = path, version, alignment, metadata, tensors
+        self.path, self.version, self.alignment, self.tensors = path, version, alignment, tensors
+        self.metadata: Mapping[str, Any] = metadata
         self.header_end = header_end
+        self._keys, self._mapping = metadata, None
 
-    def close(self) -> None:
-        """Let go of the file; the mapping ends with the last array that looks at it."""
-        self.metadata, self.tensors = {}, {}
+    def close(self, error: BaseException | None = None) -> None:
+        """Unmap the file (see `FileMapping.close`). Whoever shares `tensors` or `metadata` loses them, too."""
+        self.tensors.clear()
+        self._keys.close()
+        if self._mapping is not None:
+            self._mapping.close(error)
 
     def __enter__(self) -> "GGUF":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
 
 
 def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | None = None) -> GGUF:
@@ -97,18 +103,22 @@ def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | No
         if not stat.S_ISREG(mode := path.stat().st_mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
             raise FileError(path, f"is {kind}, not a file", "name the GGUF file")
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise FileError(path, "is empty", "download it again")
-            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not path.stat().st_size:
+            raise FileError(path, "is empty", "download it again")
+        mapping = FileMapping(path)
     except FileNotFoundError:
         raise FileError(path, "there is no such file", "check the path") from None
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
-    if offset or length is not None:
-        return parse(memoryview(buffer)[offset:][:length], path)
-    return parse(buffer, path)
+    try:
+        whole = not offset and length is None
+        gguf = parse(mapping.buffer if whole else memoryview(mapping.buffer)[offset:][:length], path)
+    except BaseException as error:
+        mapping.close(error)
+        raise
+    gguf._mapping = mapping
+    return gguf
 
 
 def parse(buffer: Buffer, path: Path) -> GGUF:
@@ -324,14 +334,22 @@ class _Metadata(Mapping[str, Any]):
     """The keys of a file; a value is decoded when it is first asked for."""
 
     def __init__(self, buffer: Buffer, path: Path):
-        self._buffer, self._path = buffer, path
+        self._buffer: Buffer | None = buffer
+        self._path = path
         self.places: dict[str, _Place] = {}
         self._values: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
-            self._values[key] = self._decode(self.places[key], key)
+            place = self.places[key]
+            if self._buffer is None:
+                raise PocketlmError(f"{self._path} is closed; open it again")
+            self._values[key] = self._decode(self._buffer, place, key)
         return self._values[key]
+
+    def close(self) -> None:
+        """Let go of the file; what was decoded before stays."""
+        self._buffer = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -339,18 +357,18 @@ class _Metadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.places)
 
-    def _decode(self, place: _Place, key: str) -> Any:
+    def _decode(self, buffer: Buffer, place: _Place, key: str) -> Any:
         if place.item_type != _STRING:
             code = _NUMBERS[place.item_type]
             if place.is_array:
-                return np.frombuffer(self._buffer, np.dtype("<" + code), place.count, place.start).copy()
-            return _STRUCTS[code].unpack_from(self._buffer, place.start)[0]
+                return np.frombuffer(buffer, np.dtype("<" + code), place.count, place.start).copy()
+            return _STRUCTS[code].unpack_from(buffer, place.start)[0]
         if not place.is_array:
-            return _text(self._buffer, place.start, place.count, self._path, f"the value of '{quoted(key)}'")
-        return self._strings(place, key)
+            return _text(buffer, place.start, place.count, self._path, f"the value of '{quoted(key)}'")
+        return self._strings(buffer, place, key)
 
-    def _strings(self, place: _Place, key: str) -> list[str]:
-        buffer, bounds = self._buffer, place.bounds
+    def _strings(self, buffer: Buffer, place: _Place, key: str) -> list[str]:
+        bounds = place.bounds
         assert bounds is not None
         strings = decode(buffer, bounds)
         return strings if strings is not None else [

@@ -6,7 +6,7 @@ Knows the keys and the architectures' defaults; does not know tensors, operation
 A row of `ARCHITECTURES` says what an architecture *is*. Files written by pocketlm may state any of these options
 themselves (`pocketlm.norm`, `pocketlm.position`, ...), for models that no published architecture describes; the
 architecture `pocketlm` has no defaults of its own and states them all.
-Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Key names: the GGUF document in the ggml repository (docs/gguf.md).
 """
 
 from __future__ import annotations

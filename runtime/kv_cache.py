@@ -25,6 +25,11 @@ class KVCache:
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
         return 2 * hyper.n_layer * hyper.kv_width * n_ctx * 4
 
+    @staticmethod
+    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+        """Of the copies that `remove` makes, one layer at a time: of keys, of what turning them needs, of values."""
+        return 4 * hyper.kv_width * n_ctx * 3
+
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
         """A copy, float32 [n_kv_head, stop - start, head_dim]."""
         return self.keys[layer, :, start:stop].copy()

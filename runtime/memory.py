@@ -34,7 +34,8 @@ def available_bytes() -> int | None:
 def require(path: object, needs: Callable[[int], tuple[int, int, int]], n_ctx: int) -> None:
     """FileError with three figures and what would fit, if `needs(n_ctx)` exceeds the free memory.
 
-    `needs`: bytes of weights, cache and scratch for a context; they grow with it.
+    `needs`: bytes of weights, of the cache, and of scratch (tables of positions and threads' buffers included) for a
+    context; they grow with it.
     """
     free = available_bytes()
     weights, cache, scratch = needs(n_ctx)

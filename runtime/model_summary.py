@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.model_file import open_model, size_of
+from pocketlm.runtime.tensor import Tensor
 
+ROPE_FACTORS = "rope_freqs.weight"  # a table that the positions are computed with
 LONGEST = 100  # characters of a value that are shown
 DEEPEST = 32  # levels of nested values that are shown
 MOST = 16  # values of an array that are shown
@@ -29,17 +31,34 @@ def inspect(path: Path, tensors: bool = False) -> dict[str, Any]:
             for t in file.tensors.values()
         ]
         kind = f"packed executable of a {kind}" if is_program(path) else kind
-        return facts_of(path, kind, size_of(path), rows, file.metadata, tensors)
+        return facts_of(path, kind, size_of(path), rows, not_learnt(file.tensors), file.metadata, tensors)
+
+
+def not_learnt(tensors: Mapping[str, Tensor]) -> frozenset[str]:
+    """Names of tensors that are no parameters: biases of zeros, which the architecture gpt2 has to have, and rotary factors."""
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        if name == ROPE_FACTORS or (name.endswith(".bias") and len(tensor.shape) == 1 and not tensor.data.any())
+    )
+
+
+def count_parameters(tensors: Mapping[str, Tensor]) -> int:
+    """Parameters of a model as `export` counts those of a checkpoint."""
+    others = not_learnt(tensors)
+    return sum(math.prod(tensor.shape) for name, tensor in tensors.items() if name not in others)
 
 
 def facts_of(
-    path: Path, kind: str, n_bytes: int, rows: list[dict[str, Any]], metadata: Mapping[str, Any], tensors: bool
-) -> dict[str, Any]:
+    path: Path, kind: str, n_bytes: int, rows: list[dict[str, Any]], others: Set[str], metadata: Mapping[str, Any],
+    tensors: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Kind, bytes, parameters, formats and metadata as plain data, and the rows if asked for.
 
-    `rows`: name, shape, format and bytes of every tensor. Long arrays in the metadata are given as their length.
+    `rows`: name, shape, format and bytes of every tensor; `others`: the names of those that are no parameters. Long arrays in
+    the metadata are given as their length.
     """
-    n_weights = sum(math.prod(row["shape"]) for row in rows)
+    n_weights = sum(math.prod(row["shape"]) for row in rows if row["name"] not in others)
     n_bits = 8 * sum(row["bytes"] for row in rows)
     return {
         "file": str(path), "kind": kind, "bytes": n_bytes, "parameters": n_weights,
@@ -55,7 +74,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     formats = ", ".join(f"{name} x{count}" for name, count in facts["formats"].items())
     weights = f"{facts['parameters']:,} parameters, {facts['bits_per_weight']} bits per weight ({formats})"
     lines = [
-        f"{facts['file']}: {facts['kind']}, {facts['bytes'] / 1e6:.1f} MB",
+        f"{_line(facts['file'])}: {facts['kind']}, {facts['bytes'] / 1e6:.1f} MB",
         weights if formats else "no tensors",
         "",
     ]
@@ -82,6 +101,6 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _line(value: Any) -> str:
-    """One line without control characters: a file from a stranger must not write escape sequences to a terminal."""
+    """One line, of what can be seen."""
     text = "".join(c if c.isprintable() else " " for c in str(value))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"

@@ -20,7 +20,7 @@ from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
-from pocketlm.runtime.positions import alibi_slopes, rope_table, rotate
+from pocketlm.runtime.positions import alibi_slopes, rope_table, rope_table_bytes, rotate
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
@@ -55,11 +55,16 @@ class NumpyExecutor:
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes."""
+    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
+        hyper, n = plan.hyper, min(BLOCK, n_ctx)
         weights = 4 * sum(math.prod(shape) for shape in plan.weights.values())
-        scores = plan.hyper.n_head * min(BLOCK, n_ctx) * n_ctx
-        return weights, KVCache.bytes_for(plan.hyper, n_ctx), 4 * (2 * scores + BLOCK * sum(plan.buffers.values()))
+        inner = [width for name, width in plan.buffers.items() if name != "logits"]
+        alibi = hyper.position == "alibi"
+        scores = 4 * hyper.n_head * n * n_ctx * (1 + alibi) + n * n_ctx * (8 + 1 + 4 * alibi)  # and distances, masks
+        activations = 4 * n * (sum(inner) + 3 * max(inner)) + 4 * hyper.n_vocab
+        scratch = rope_table_bytes(hyper.rope, n_ctx) + max(scores + activations, KVCache.bytes_to_move(hyper, n_ctx))
+        return weights, KVCache.bytes_for(hyper, n_ctx), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,

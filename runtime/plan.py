@@ -1,7 +1,7 @@
 """The one place that knows what an architecture is: hyper-parameters in, a short list of operations out.
 
 Every executor runs this list, and the ONNX exporter writes it down: a new architecture is a new list, and works in all
-of them. Buffers are named; each holds one row a token. The plan knows tensor names and shapes, not their values.
+of them. Buffers are named; each holds one row per token. The plan knows tensor names and shapes, not their values.
 
     x       the residual stream             [n, n_embd]
     h       normalised x                    [n, n_embd]

@@ -11,6 +11,8 @@ import numpy as np
 
 from pocketlm.runtime.hyper import Rope
 
+_POSITIONS = 4096  # computed at once, in float64: the table itself is all that a long context costs
+
 
 def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.ndarray, float]:
     """Angles a position turns every pair, float64 (n_dims/2,), and the factor on the rotated values.
@@ -41,8 +43,17 @@ def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.
 def rope_table(rope: Rope, n_ctx: int, factors: np.ndarray | None = None) -> np.ndarray:
     """cos and sin of every position's angles, float32 (n_ctx, 2, n_dims/2)."""
     frequencies, magnitude = rope_frequencies(rope, factors)
-    angles = np.arange(n_ctx, dtype=np.float64)[:, None] * frequencies
-    return (np.stack([np.cos(angles), np.sin(angles)], axis=1) * magnitude).astype(np.float32)
+    table = np.empty((n_ctx, 2, rope.n_dims // 2), np.float32)
+    for start in range(0, n_ctx, _POSITIONS):
+        rows = table[start : start + _POSITIONS]
+        angles = np.arange(start, start + len(rows), dtype=np.float64)[:, None] * frequencies
+        rows[:, 0], rows[:, 1] = np.cos(angles) * magnitude, np.sin(angles) * magnitude
+    return table
+
+
+def rope_table_bytes(rope: Rope | None, n_ctx: int) -> int:
+    """Bytes of a `rope_table`; 0 for a model without one."""
+    return 4 * n_ctx * rope.n_dims if rope else 0
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairs: str) -> None:

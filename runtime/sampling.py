@@ -39,7 +39,7 @@ N_ROWS = 64  # the vocabulary seen as this many rows: NumPy reduces over rows se
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to choose the next token. The defaults suit small models: little heat, a mild penalty against loops.
+    """How to choose the next token. The defaults suit small models: a low temperature, and no penalties.
 
     Raises UsageError naming the option, its value and the range.
     """
@@ -48,7 +48,7 @@ class SamplingOptions:
     top_k: int = 40  # only the k likeliest; 0: off
     top_p: float = 0.95  # the fewest likeliest that together have this probability; 1: off (arXiv 1904.09751)
     min_p: float = 0.05  # only those with this share of the likeliest one's probability; 0: off (arXiv 2407.01082)
-    repeat_penalty: float = 1.1  # positive logits of recent tokens / it, negative ones * it; 1: off (CTRL, arXiv 1909.05858)
+    repeat_penalty: float = 1.0  # positive logits of recent tokens / it, negative ones * it; 1: off (CTRL, arXiv 1909.05858)
     presence_penalty: float = 0.0  # taken from the logit of every recent token (OpenAI's API reference)
     frequency_penalty: float = 0.0  # the same for every time it occurs
     repeat_last_n: int = 64  # how many of the last tokens, prompt included, are "recent" for the three penalties
@@ -66,6 +66,9 @@ class SamplingOptions:
             if not isinstance(bias, Real) or not (-1e6 <= bias <= 1e6 or bias == -math.inf):
                 raise UsageError(f"logit_bias of token {id!r} is {bias!r}; it must be a number from -1e6 to 1e6, or -inf")
 
+
+# what an answer in a chat is drawn with unless asked otherwise: small models left alone repeat themselves turn after turn
+CHAT_DEFAULTS: dict[str, Any] = {"repeat_penalty": 1.1}
 
 # option, its type, what holds for a good value, the same in words
 _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (

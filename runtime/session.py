@@ -5,7 +5,9 @@ In: token ids. Out: the logits after the last of them. Knows nothing about text,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.executors import Executor
 
 BLOCK = 512  # tokens fed at once: a prompt can be cancelled between two blocks
+TAKEN = "this answer ends here: the model has begun another one; finish one before the next, or load the model twice"
 MIN_SHIFT = 32  # fewer tokens than this are computed again rather than moved, which is exact
 
 
@@ -23,7 +26,11 @@ class Session:
     """The ids behind the positions of an executor's cache.
 
     `ids` is always a prefix of what the cache holds: after an error or a Ctrl-C in the middle of a step, positions that
-    were filled but not yet recorded are given up. One thread at a time.
+    were filled but not yet recorded are given up.
+
+    One user at a time, from any thread: who wants the cache calls `claim`, which ends the claim before it, and computes
+    inside `held`, where nobody else computes. A user whose claim has ended gets a PocketlmError at his next step, never
+    another's logits.
     """
 
     def __init__(self, executor: Executor):
@@ -31,11 +38,51 @@ class Session:
         self.ids: list[int] = []
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self._one = np.empty(1, np.int32)
+        self._lock = threading.RLock()
+        self._claim: object | None = None  # the present user's; None before the first and after `end`
+        self._ended = ""  # why nobody can use this session any more
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything; for who wants to use the executor directly, and before."""
+        """Forget everything."""
         self._truncate(0)
+
+    def claim(self) -> object:
+        """From now on the cache is the caller's; what is returned is for `held`. Raises PocketlmError after `end`."""
+        claim = self._claim = object()  # without the lock: a user between two steps shall not have to be waited for
+        if self._ended:
+            raise PocketlmError(self._ended)
+        return claim
+
+    @contextmanager
+    def held(self, claim: object) -> Iterator[None]:
+        """Nobody else computes inside. Raises PocketlmError where the claim has ended."""
+        with self._lock:
+            self.check(claim)
+            yield
+
+    def check(self, claim: object) -> None:
+        """Raises PocketlmError where the claim has ended."""
+        if self._ended or self._claim is not claim:
+            raise PocketlmError(self._ended or TAKEN)
+
+    def end(self, reason: str) -> None:
+        """Nobody can use this session any more, `reason` says why; returns when who is computing has stopped."""
+        self._ended = reason
+        with self._lock:
+            self._claim = None
+
+    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache. Raises PocketlmError."""
+        with self.held(self.claim()):
+            self.clear()
+            try:
+                logits = self.executor.forward(ids, rows="all")
+                self.ids = ids.tolist()
+            except BaseException:
+                self._settle()
+                raise
+            return logits
 
     def append(self, id: int) -> np.ndarray:
         """Logits, float32 (n_vocab,), after one more token. Raises PocketlmError if the context is full."""

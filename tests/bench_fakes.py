@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,4 +78,20 @@ class Chatty(Honest):
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         print('{"answer": {}}', flush=True)
+        return super().forward(ids, rows)
+
+
+class Recording(Honest):
+    """Writes down what it is asked: a line a call, `truncate LENGTH` or `forward IDS`."""
+
+    def __init__(self, path: str, n_threads: int, n_ctx: int, log: str, **options: Any):
+        super().__init__(path, n_threads, n_ctx, **options)
+        self._log = Path(log).open("a", buffering=1, encoding="utf-8")  # noqa: SIM115  # until the process ends
+
+    def truncate(self, length: int) -> None:
+        print("truncate", length, file=self._log)
+        super().truncate(length)
+
+    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
+        print("forward", len(ids), file=self._log)
         return super().forward(ids, rows)

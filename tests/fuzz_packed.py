@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pocketlm.errors import FileError
@@ -97,30 +98,31 @@ def main() -> int:
         broken.write_bytes(whole)
         broken.chmod(0o755)
         right, _ = start(broken, folder)
-        for i in range(args.count):
-            place, bit = noise.randrange(len(whole)), 1 << noise.randrange(8)
-            part = part_of(place, sections)
-            with open(broken, "r+b") as file:
-                file.seek(place)
-                file.write(bytes([whole[place] ^ bit]))
-            outcomes[part, check(broken)] += 1
-            if sum(starts.values()) < args.starts and time.monotonic() - began < args.seconds:
-                result, said = start(broken, folder)
-                for left in folder.glob("_MEI*"):  # a boot loader that gives up leaves 28 MB behind
-                    shutil.rmtree(left, ignore_errors=True)
-                kind = "the same answer" if result == right else result if result in ENDS else "another answer"
-                kind = result if result.startswith("crashed") else kind
-                starts[part, kind] += 1
-                if kind not in EXPECTED:
-                    last = " | ".join(said.strip().splitlines()[-2:])[:300]
-                    print(f"byte {place}, bit {bit}, {part}: {kind}: {last}", file=sys.stderr, flush=True)
-            with open(broken, "r+b") as file:
-                file.seek(place)
-                file.write(whole[place : place + 1])
-            if i % 1000 == 999:
-                print(f"{i + 1} checked, {sum(starts.values())} started", file=sys.stderr, flush=True)
-    for title, table in ((f"{args.count} changed bits, --check", outcomes), (f"{sum(starts.values())} started", starts)):
-        print(title)
+        with suppress(KeyboardInterrupt):  # the figures so far
+            for i in range(args.count):
+                place, bit = noise.randrange(len(whole)), 1 << noise.randrange(8)
+                part = part_of(place, sections)
+                with open(broken, "r+b") as file:
+                    file.seek(place)
+                    file.write(bytes([whole[place] ^ bit]))
+                outcomes[part, check(broken)] += 1
+                if sum(starts.values()) < args.starts and time.monotonic() - began < args.seconds:
+                    result, said = start(broken, folder)
+                    for left in folder.glob("_MEI*"):  # a boot loader that gives up leaves 28 MB behind
+                        shutil.rmtree(left, ignore_errors=True)
+                    kind = "the same answer" if result == right else result if result in ENDS else "another answer"
+                    kind = result if result.startswith("crashed") else kind
+                    starts[part, kind] += 1
+                    if kind not in EXPECTED:
+                        last = " | ".join(said.strip().splitlines()[-2:])[:300]
+                        print(f"byte {place}, bit {bit}, {part}: {kind}: {last}", file=sys.stderr, flush=True)
+                with open(broken, "r+b") as file:
+                    file.seek(place)
+                    file.write(whole[place : place + 1])
+                if i % 1000 == 999:
+                    print(f"{i + 1} checked, {sum(starts.values())} started", file=sys.stderr, flush=True)
+    for title, table in (("changed bits, given to the check", outcomes), ("of them started", starts)):
+        print(sum(table.values()), title)
         for (part, kind), n in sorted(table.items()):
             print(f"{n:8}  {part:<28} {kind}")
     return int(any(kind == "NOT FOUND" for _, kind in outcomes))

@@ -107,15 +107,15 @@ def round_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def activation_records(x: np.ndarray) -> np.ndarray:
-    """What PREPARE leaves for every token, in the order that runtime/native/matrix.py lists: uint8 [tokens, bytes]."""
+    """What PREPARE leaves for a tile of tokens, in the order that runtime/native/matrix.py lists: uint8 [bytes]."""
     whole, scale = round_activations(x)
     low = (whole + 128) % 256 - 128
-    sums = [whole.sum(-1), whole[..., :16].sum(-1), whole[..., 16:].sum(-1)]
     record = [low.astype(np.int8), ((whole - low) >> 8).astype(np.int8), scale]
-    record += [scale * each[..., None].astype(np.float32) for each in sums]
+    record += [scale * whole.sum(-1)[..., None].astype(np.float32)]
+    record += [half.sum(-1)[..., None].astype(np.int32) for half in (whole[..., :16], whole[..., 16:])]
     records = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in record], axis=-1)
-    parts = (x, whole.astype(np.int16), records)
-    return np.concatenate([np.ascontiguousarray(part).reshape(len(x), -1).view(np.uint8) for part in parts], axis=1)
+    parts = (x, whole.astype(np.int16).swapaxes(0, 1), records.swapaxes(0, 1))
+    return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

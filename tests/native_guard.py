@@ -21,7 +21,7 @@ from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounde
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
 from pocketlm.runtime.native.levels import LEVELS, Level
-from pocketlm.runtime.native.sizes import TILE, activation_bytes
+from pocketlm.runtime.native.sizes import TILES
 from pocketlm.runtime.native.tiling import groups, restore, tile, tiled_bytes
 
 SHAPES = 200
@@ -95,23 +95,21 @@ def products(levels: list[Level], fmt: str, tokens: int) -> None:
         exact = x[:, :n_columns].astype(np.float64) @ matrix[rows].T
         unit = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(matrix[rows], axis=1) / np.sqrt(n_columns)
         unit = np.maximum(unit, 1e-30)  # a scale may be too small for a half: then the row is zero
-        x_stride, y_stride = activation_bytes(n), (last - first) * 64 + 64 * int(random.integers(0, 3))
-        records, prepared = activation_records(x), np.zeros((tokens, x_stride), np.uint8)
-        prepared[:, : records.shape[1]] = records
-        # the last token's memory ends where what the kernel may read ends
-        used, same = (tokens - 1) * x_stride + 4 * n_columns, exact
+        y_stride = (last - first) * 64 + 64 * int(random.integers(0, 3))
+        prepared = activation_records(x)  # its memory ends where what the kernel may read ends
+        used, same = ((tokens - 1) * n + n_columns) * 4, exact
         if fmt not in ("F32", "F16", "BF16"):
-            used, same = (tokens - 1) * x_stride + records.shape[1], rounded(x) @ matrix[rows].T
+            used, same = prepared.size, rounded(x) @ matrix[rows].T
         w, n_blocks = tile(fmt, blocks, n_rows), n_columns // FORMATS[fmt].block_size
         canary = np.full((tokens - 1) * y_stride + (last - first) * 64, 0xAA, np.uint8)
         for at_end, level in itertools.product((False, True), levels):
             place = [
                 m.place(a, at_end, k)
-                for m, a, k in zip(memory, (w, prepared.reshape(-1)[:used], canary), (32, 4, 4), strict=True)
+                for m, a, k in zip(memory, (w, prepared[:used], canary), (32, 4, 4), strict=True)
             ]
             addresses = [view.ctypes.data for view in place]
             kernel[level.name](
-                addresses[0], groups(n_rows), first, last, n_blocks, addresses[1], x_stride, addresses[2], y_stride
+                addresses[0], groups(n_rows), first, last, n_blocks, addresses[1], addresses[2], y_stride
             )
             for t in range(tokens):
                 result = place[2][t * y_stride :][: (last - first) * 64].view(np.float32)[: rows.stop - rows.start]
@@ -160,8 +158,8 @@ def main(levels: list[Level]) -> None:
     faulthandler.enable()
     for fmt in FORMAT_NAMES:
         print(fmt, file=sys.stderr, flush=True)
-        products(levels, fmt, 1)
-        products(levels, fmt, TILE)
+        for tokens in TILES:
+            products(levels, fmt, tokens)
         table(levels, fmt)
 
 

@@ -1,10 +1,7 @@
-"""The arithmetic behind `pocketlm bench`: summaries, agreement, comparison, the form of a result, conversions, energy."""
+"""The arithmetic behind `pocketlm bench`: summaries, agreement, the form of a result, conversions, energy."""
 
 from __future__ import annotations
 
-import copy
-import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -12,39 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench_results import result
 from tiny_models import write_model
 
-from pocketlm.bench import agreement, compare, convert, machine, plot, protocol, report, schema, shapes, summary
+from pocketlm.bench import agreement, convert, machine, protocol, schema, shapes, summary
 from pocketlm.errors import FileError, PocketlmError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def measure(median: float, uncertainty: float = 0.01) -> dict[str, Any]:
-    return {"median": median, "low": median * 0.99, "high": median * 1.01, "uncertainty": uncertainty, "rounds": [median] * 5}
-
-
-def result(**speeds: float) -> dict[str, Any]:
-    """A result of one model with these backends' decode figures."""
-    latency = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
-    rows = [
-        {
-            "name": name, "status": "ok", "reason": "", "load_seconds": 0.5, "file_bytes": 1000, "peak_bytes": 2_000_000,
-            "prefill": {"32": {**measure(10 * speed), "joules_per_token": None}},
-            "decode": {"0": {**measure(speed), "latency_ms": latency, "joules_per_token": 0.25}},
-        }
-        for name, speed in speeds.items()
-    ]  # fmt: skip
-    model = {"name": "m", "architecture": "llama", "parameters": 8, "file_bytes": 9, "bytes_per_token": 5, "bound": 99.0,
-             "n_ctx": 64, "backends": rows}  # fmt: skip
-    return {
-        "schema": schema.NAME, "version": schema.VERSION, "time": "2026-01-01T00:00:00Z",
-        "machine": {"cpu": "a|b", "cores": 2, "threads": 2, "memory_free_bytes": None, "bandwidth": 1e9, "system": "s",
-                    "python": "3", "packages": {}, "load_average": [], "energy": False},
-        "settings": {"rounds": 5, "tokens": 4, "prompts": [32], "depths": [0], "threads": 2, "time_limit": 9, "pass_seconds": 0,
-                     "user_rounds": 1, "user_tokens": 4},
-        "reference_loop": {"drift": 1.0, "medians": {"compute": 1.0}}, "warnings": ["a warning"], "models": [model],
-    }  # fmt: skip
 
 
 # ── summaries ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -54,7 +25,21 @@ def test_a_summary_is_the_median_the_quartiles_and_the_rounds() -> None:
     found = summary.summarize([5, 1, 2, 4, 3])
     assert (found["low"], found["median"], found["high"]) == (2, 3, 4)
     assert found["rounds"] == [5, 1, 2, 4, 3]
-    assert summary.summarize([7.0])["uncertainty"] == 0
+
+
+@pytest.mark.parametrize("rounds", [[7.0], [7.0, 9.0]])
+def test_fewer_than_three_rounds_give_no_uncertainty(rounds: list[float]) -> None:
+    assert summary.summarize(rounds)["uncertainty"] is None
+    assert summary.spread(rounds)["deviation"] is None
+    assert summary.summarize([*rounds, 8.0, 8.0])["uncertainty"] is not None
+
+
+def test_mean_and_deviation_are_llama_benchs() -> None:
+    rounds = [103.5, 99.25, 101.0, 97.125, 100.0]
+    found, n = summary.spread(rounds), len(rounds)
+    mean = sum(rounds) / n
+    squares = sum(x * x for x in rounds)  # its own way to compute it
+    assert found == pytest.approx({"mean": mean, "deviation": math.sqrt(squares / (n - 1) - mean * mean * n / (n - 1))})
 
 
 def test_one_wild_round_moves_the_median_little() -> None:
@@ -81,6 +66,23 @@ def test_reference_loops_that_move_are_noticed() -> None:
     assert steady.drift == 1.0
     steady.times["memory"][5:10] = [1.5] * 5
     assert steady.drift == pytest.approx(1.5)
+
+
+def test_threads_that_are_slower_than_one_of_them_are_drift_even_if_they_always_are() -> None:
+    steady = machine.Steady(2)
+    steady.check()
+    assert {name: len(times) for name, times in steady.times.items()} == {"compute": 1, "memory": 1, "threads": 1}
+    assert 0 < steady.alone < 60
+    steady.times, steady.alone = {"compute": [1.0] * 9, "memory": [1.0] * 9, "threads": [3.0] * 9}, 1.5
+    assert steady.drift == 2.0  # of a machine that was busy all the time
+    steady.times["threads"] = [0.8] * 9
+    assert steady.drift == 1.0
+
+
+def test_the_drift_is_never_more_than_was_seen() -> None:
+    steady = machine.Steady()
+    steady.times = {"compute": [1.0, 1.2], "memory": [1.0]}
+    assert 1.0 < steady.drift <= 1.2
 
 
 # ── agreement ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,59 +156,6 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path: Path, text: str, problem
     path.write_text(text)
     with pytest.raises(FileError, match=problem):
         schema.read(path)
-
-
-# ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_csv_has_a_line_a_backend_with_all_figures() -> None:
-    rows = list(csv.DictReader(io.StringIO(report.comma_separated(result(native=100.0, numpy=20.0)))))
-    assert [row["backend"] for row in rows] == ["native", "numpy"]
-    assert float(rows[1]["decode_0_median"]) == 20
-    assert float(rows[0]["decode_0_p99_ms"]) == 3
-
-
-def test_markdown_tables_have_as_many_cells_in_every_row() -> None:
-    lines = [line for line in report.markdown(result(native=100.0)).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines[:3]}) == 1
-    assert "| native | 1000 ±1% | 100 ±1% | – | ok |" in lines
-
-
-def test_several_models_make_a_ladder() -> None:
-    two = result(native=100.0)
-    two["models"].append({**copy.deepcopy(two["models"][0]), "name": "n"})
-    ladder = report.tables(two)[-1]
-    assert [row[0] for row in ladder.rows] == ["m", "n"]
-    assert ladder.rows[0][-1] == "100 ±1%"
-
-
-def test_a_comparison_lists_what_moved_by_more_than_the_noise_the_worst_first() -> None:
-    old, new = result(a=100.0, b=100.0, c=100.0, d=100.0), result(a=80.0, b=97.0, c=120.0, d=88.0)
-    for row in (old["models"][0]["backends"][3], new["models"][0]["backends"][3]):
-        row["decode"]["0"]["uncertainty"] = row["prefill"]["32"]["uncertainty"] = 0.07
-    table = compare.compare(new, old)
-    assert [(row[1], row[-1]) for row in table.rows if row[2] == "after 0"] == [("a", "slower"), ("c", "faster")]
-
-
-def test_a_comparison_says_when_the_machine_is_another() -> None:
-    old, new = result(a=100.0), result(a=100.0)
-    new["machine"]["cpu"], new["reference_loop"]["medians"]["compute"] = "another", 2.0
-    notes = " ".join(compare.compare(new, old).notes)
-    assert "cpu was a|b, is another" in notes
-    assert "200%" in notes
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_a_plot_is_written(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    plot.plot(result(native=100.0, numpy=20.0), tmp_path / f"out{suffix}")
-    assert (tmp_path / f"out{suffix}").stat().st_size > 5000
-
-
-def test_a_plot_in_a_format_that_nobody_writes_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    with pytest.raises(FileError, match="png"):
-        plot.plot(result(native=100.0), tmp_path / "out.tale")
 
 
 # ── backends, conversions, shapes, energy ────────────────────────────────────────────────────────────────────────────

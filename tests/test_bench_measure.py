@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_models import write_model
 
-from pocketlm.bench import compare, measure, report, schema
+from pocketlm.bench import compare, measure, plot, report, schema
 from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.errors import UsageError
 
@@ -57,7 +57,7 @@ def mixed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
         too_large = fake("Honest", bytes_per_weight=1e12)
         bad = [fake(name) for name in ("Crashing", "Lying", "Nan", "Greedy", "Raising", "Chatty")]
         huge = Backend("huge", too_large.adapter, bytes_per_weight=1e12)
-        return measure(model, BACKENDS["numpy"], *bad, missing, huge, fake("Honest"))
+        return measured(model, BACKENDS["numpy"], *bad, missing, huge, fake("Honest"))
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,46 @@ def test_a_round_goes_through_all_backends_before_the_next_begins(model: Path, m
     assert decoded == ["a", "b"] * 2 * (SETTINGS.rounds + 1)  # two depths; the first pass of each is the warm-up
 
 
+def test_llama_benchs_tests_are_its_passes_from_an_empty_cache(model: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    settings = measure.Settings(**{**vars(SETTINGS), "rounds": 3, "prompts": (), "depths": (), "pp": (24,), "tg": (5,)})
+    found = measured(model, fake("Recording", options={"log": str(log)}), settings=settings)
+    row = rows_of(found)["recording"]
+    assert schema.problem(found) is None
+    assert [list(row[name]) for name in ("pp", "tg")] == [["24"], ["5"]]
+    assert len(row["pp"]["24"]["rounds"]) == len(row["tg"]["5"]["rounds"]) == 3
+    assert "prefill" not in row
+    calls = log.read_text().splitlines()
+    prompt, token = ["truncate 0", "forward 24"], ["truncate 0", *["forward 1"] * 5]
+    at = calls.index("forward 24") - 1
+    assert calls[at : at + 8] == prompt * 4  # the first is the warm-up; a round is one pass, however fast
+    passes = "|".join(calls[at + 8 :]).split("|".join(token))
+    assert len(passes) - 1 == 3
+
+
+def test_what_does_not_fit_into_the_context_is_said_to_be_left_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.machine, "bandwidth", lambda n_threads: 1e9)
+    lines: list[str] = []
+    settings = measure.Settings(**{**vars(SETTINGS), "prompts": (8, 500), "depths": (), "tg": (4, 999), "user_rounds": 0})
+    found = measure.bench([model], [fake("Honest")], settings, lines.append)
+    assert [line for line in lines if "left out" in line] == [
+        "tiny: left out prompt 500: its context is 128 tokens", "tiny: left out tg999: its context is 128 tokens",
+    ]  # fmt: skip
+    assert list(rows_of(found)["honest"]["tg"]) == ["4"]
+    assert "user" not in rows_of(found)["honest"]
+
+
 def test_the_result_has_the_documented_form_and_survives_json(mixed: Result, tmp_path: Path) -> None:
     saved = tmp_path / "result.json"
     saved.write_text(json.dumps(mixed))
     assert schema.problem(mixed) is None
     assert schema.read(saved) == json.loads(json.dumps(mixed))
+
+
+def test_a_bad_run_can_be_drawn(mixed: Result, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot.plot(mixed, tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 5000
 
 
 def test_every_form_of_the_report_shows_every_backend(mixed: Result) -> None:
@@ -136,6 +171,8 @@ def test_a_run_beside_itself_has_not_changed(mixed: Result) -> None:
 def test_a_model_too_short_for_every_depth_is_wrong_usage(model: Path) -> None:
     with pytest.raises(UsageError, match="context of 128"):
         measured(model, settings=measure.Settings(prompts=(512,), depths=(2000,)))
+    with pytest.raises(UsageError, match="give shorter --tg"):
+        measured(model, settings=measure.Settings(prompts=(8,), depths=(), tg=(129,)))
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -150,7 +187,17 @@ def test_an_unknown_backend_is_wrong_usage(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--prompts", "a"], ["--rounds", "0"], ["--depths", "-1"], ["--threads", "0"], ["--from", "x", "y"]]
+    "arguments",
+    [
+        [],
+        ["--prompts", "a"],
+        ["--rounds", "0"],
+        ["--depths", "-1"],
+        ["--threads", "0"],
+        ["--pp", "0"],
+        ["--tg", "4,x"],
+        ["--from", "x", "y"],
+    ],
 )
 def test_wrong_arguments_are_one_line_and_status_2(model: Path, arguments: list[str]) -> None:
     done = command(*([str(model)] if arguments and arguments[0] != "--from" else []), *arguments)
@@ -168,3 +215,15 @@ def test_the_command_measures_saves_shows_again_and_compares(model: Path, tmp_pa
     assert shown.returncode == 0, shown.stderr
     assert "| numpy |" in shown.stdout
     assert "figures compared" in shown.stdout
+
+
+def test_the_command_measures_llama_benchs_tests_alone(model: Path) -> None:
+    done = command(str(model), "--pp", "16,32", "--tg", "4", "--backends", "numpy", "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {name: found["settings"][name] for name in ("rounds", "prompts", "depths", "pp", "tg")} == {
+        "rounds": 5, "prompts": [], "depths": [], "pp": [16, 32], "tg": [4],
+    }  # fmt: skip
+    row = rows_of(found)["numpy"]
+    assert [list(row[name]) for name in ("pp", "tg")] == [["16", "32"], ["4"]]
+    assert "user" not in row

@@ -1,4 +1,4 @@
-"""A model that opens while its friend types: the prompt does not wait for it, the answer does, and a failure is told."""
+"""A model that opens while the user types: the prompt does not wait for it, the answer does, and a failure is told."""
 
 import io
 import os

@@ -11,9 +11,9 @@ import pytest
 from chat_fake import FakeModel
 
 from pocketlm.chat import commands, transcript
-from pocketlm.chat.console import without_controls
 from pocketlm.chat.repl import run
 from pocketlm.errors import FileError, PocketlmError
+from pocketlm.terminal_text import without_controls
 
 FULL = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})

@@ -38,7 +38,7 @@ def failure(capsys, status: int, *words: str) -> str:
 @pytest.mark.parametrize(
     "words",
     [
-        [], ["dance"], ["generate"], ["generate", "MODEL"], ["generate", "MODEL", "-p", "a", "-f", "b"],
+        [], ["dance"], ["generate"], ["generate", "MODEL", "-p", "a", "-f", "b"],
         ["generate", "MODEL", "-f", "", "-p", ""],
         ["generate", "MODEL", "-p", "a", "-n", "many"], ["generate", "MODEL", "-p", "a", "-n", "-1"], ["tokenize"],
         ["generate", "MODEL", "-p", "a", "--temp", "-1"], ["generate", "MODEL", "-p", "a", "--temp", "nan"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from canonical_models import GPT2, make_hyper, make_model
+from languages import RUSSIAN
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN
@@ -14,9 +15,11 @@ from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export import command
 from pocketlm.export import verify as verify_module
 from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import CONTAINERS, container_for, export
 from pocketlm.export.ollama import modelfile
 from pocketlm.export.verify import verify
+from pocketlm.model import find_model
 from pocketlm.runtime.model_file import open_model
 from pocketlm.tokenizer.characters import from_table
 
@@ -146,7 +149,8 @@ def test_verify_sees_what_a_coarse_format_costs(tmp_path: Path):
     [
         (sorted(set(verify_module.TEXT)), "tokens: "),
         (sorted(set(verify_module.TEXT) - set("Tk")), "tokens of the usual text without 'Tk', which the tokenizer does not"),
-        (list("ąβж漢\n"), "tokens drawn at random, since the tokenizer takes too few of the usual text's characters: "),
+        (sorted(set(verify_module.TEXT) - set("bcdfghklopvwx")), "tokens drawn at random, since the tokenizer takes too few"),
+        (list("ąβж漢\n"), "tokens drawn at random, since the tokenizer takes too few of the characters of the usual text: "),
     ],
 )
 def test_verify_uses_what_a_character_vocabulary_has(alphabet: list[str], sample: str, tmp_path: Path):
@@ -156,8 +160,32 @@ def test_verify_uses_what_a_character_vocabulary_has(alphabet: list[str], sample
     export(model, "c", tmp_path / "m.gguf", quant="f32")
     result = verify(model, tmp_path / "m.gguf")
     assert sample in result.line()
+    assert not ("at random" in sample and "foreign" in result.line())
     assert result.n_tokens > 500
     assert result.worst_cosine > 0.9999
+
+
+def test_verify_has_a_conversation_for_a_chat_model(tmp_path: Path):
+    """A text that the model never met the like of says nothing, and the line says that."""
+    model = read_canonical(find_model("small-talk"))
+    export(model, "c", tmp_path / "m.gguf", quant="q8_0")
+    own, foreign = (verify(model, tmp_path / "m.gguf", text) for text in (None, RUSSIAN))
+    assert f"verified on {own.n_tokens} tokens of a conversation in its template: " in own.line()
+    assert own.exact_perplexity < 100
+    assert own.n_tokens > 300
+    assert "foreign" not in own.line()
+    assert foreign.exact_perplexity > 1024
+    assert foreign.line().endswith("; the text is foreign to the model, which a guess beats")
+
+
+def test_verify_has_a_text_for_a_chat_model_that_cannot_spell_its_template(tmp_path: Path):
+    """Of characters, with the markers of a chat but without the letters of the roles."""
+    alphabet = ["<|im_start|>", "<|im_end|>", *sorted(set(verify_module.TEXT) - set("u"))]
+    model = make_model(make_hyper("llama", n_vocab=len(alphabet)))
+    keys = tokenizer.to_metadata(from_table("meta.pkl", {c: i for i, c in enumerate(alphabet)}), len(alphabet))
+    model = replace(model, metadata=keys)
+    export(model, "c", tmp_path / "m.gguf", quant="f32")
+    assert "tokens of the usual text without 'u', which" in verify(model, tmp_path / "m.gguf").line()
 
 
 @pytest.mark.parametrize("change", ["no vocabulary", "no text"])

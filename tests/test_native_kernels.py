@@ -26,11 +26,11 @@ from pocketlm.runtime.native.dequantize import RUNS
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.matrix import define
-from pocketlm.runtime.native.sizes import TILE
+from pocketlm.runtime.native.sizes import TILE, TILES
 from pocketlm.runtime.native.tiling import tile
 from pocketlm.runtime.weights import HALF_SCALES
 
-CASES = ("product1", f"product{TILE}", "row")
+CASES = (*(f"product{tokens}" for tokens in TILES), "row")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_a_scale_that_is_no_number_spoils_its_row_only(level, fmt, bits):
         blocks[bad, at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
     w = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows))
     x, y = activation_records(random.standard_normal((1, n_columns)).astype(np.float32)), np.zeros(32, np.float32)
-    product = kernels.loaded(fmt, level).function(f"{fmt}_product1", None, *[ctypes.c_int64] * 9)
+    product = kernels.loaded(fmt, level).function(f"{fmt}_product1", None, *[ctypes.c_int64] * 8)
     n_blocks = n_columns // FORMATS[fmt].block_size
-    product(w.ctypes.data, 2, 0, 2, n_blocks, x.ctypes.data, 0, y.ctypes.data, 0)
+    product(w.ctypes.data, 2, 0, 2, n_blocks, x.ctypes.data, y.ctypes.data, 0)
     assert not np.isfinite(y[bad])
     assert np.isfinite(np.delete(y, bad)).all()
 
@@ -84,9 +84,9 @@ def test_the_largest_products_do_not_overflow(level, fmt):
             blocks[..., at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
         expected = rounded(sign * x) @ weights(fmt, blocks.reshape(-1), n_rows).astype(np.float64).T
         w, y = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows)), np.zeros(16, np.float32)
-        product = kernels.loaded(fmt, level).function(f"{fmt}_product1", None, *[ctypes.c_int64] * 9)
+        product = kernels.loaded(fmt, level).function(f"{fmt}_product1", None, *[ctypes.c_int64] * 8)
         records = activation_records(sign * x)
-        product(w.ctypes.data, 1, 0, 1, n_columns // form.block_size, records.ctypes.data, 0, y.ctypes.data, 0)
+        product(w.ctypes.data, 1, 0, 1, n_columns // form.block_size, records.ctypes.data, y.ctypes.data, 0)
         np.testing.assert_allclose(y, expected[0], rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 

@@ -11,7 +11,7 @@ from pocketlm.runtime.native import stages
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
 from pocketlm.runtime.native.linker import load
 from pocketlm.runtime.native.matrix import RECORD
-from pocketlm.runtime.native.stages import SPAN
+from pocketlm.runtime.native.sizes import SPAN
 
 
 def softmax(x):
@@ -23,22 +23,26 @@ def softmax(x):
 
 
 def rounded_records(level, x):
-    """x [tokens, n] as the compiled code rounds it: uint8 [tokens, bytes]."""
+    """A tile of tokens x [tokens, n] as the compiled code rounds it: uint8 [bytes]."""
     module = Module()
     stages._define_round(module)
-    with module.function("apply", {"x": PTR, "n": I64}, linkage="entry") as f:
+    arguments = {"x": PTR, "n": I64, "wholes": PTR, "whole_stride": I64, "records": PTR, "record_stride": I64}
+    with module.function("apply", arguments, linkage="entry") as f:
         f.call(VOID, "round", *f.args())
-    code = load(compiled(module, level))
-    records = np.zeros((len(x), x.shape[1] * 17 // 2), np.uint8)
-    records[:, : 4 * x.shape[1]] = x.view(np.uint8)
-    for record in records:
-        code.function("apply", None, ctypes.c_void_p, ctypes.c_int64)(record.ctypes.data, x.shape[1])
+    code, (tokens, n) = load(compiled(module, level)), x.shape
+    tile = np.zeros(x.size * 17 // 2, np.uint8)
+    tile[: 4 * x.size] = x.view(np.uint8).reshape(-1)
+    apply, at = code.function("apply", None, *[ctypes.c_int64] * 6), tile.ctypes.data
+    for t in range(tokens):
+        wholes, records = at + 4 * x.size + 64 * t, at + 6 * x.size + RECORD * t
+        apply(at + 4 * n * t, n, wholes, 64 * tokens, records, RECORD * tokens)
     code.close()
-    return records
+    return tile
 
 
-def scales(records, n):
-    return records[:, 6 * n :].reshape(len(records), n // 32, RECORD)[..., 64:68].copy().view(np.float32)[..., 0]
+def scales(tile, tokens, n):
+    records = tile[6 * n * tokens :].reshape(n // 32, tokens, RECORD)
+    return records[..., 64:68].copy().view(np.float32)[..., 0].T
 
 
 @each_level
@@ -58,7 +62,7 @@ def test_activations_are_rounded_as_numpy_rounds_them(level):
 def test_what_is_no_number_stays_visible_in_its_scale(level, value, place):
     x = np.ones((1, 64), np.float32)
     x[0, 32 + place] = value
-    first, second = scales(rounded_records(level, x), 64)[0]
+    first, second = scales(rounded_records(level, x), 1, 64)[0]
     assert first == np.float32(1) * np.float32(1 / 32639)
     assert not np.isfinite(second)
 
@@ -68,8 +72,8 @@ def test_tiny_activations_stay_tiny(level):
     x = np.full((1, 32), 1e-40, np.float32)
     x[0, 3] = 0
     records = rounded_records(level, x)
-    whole = records[0, 6 * 32 : 8 * 32].copy().view(np.int16)
-    assert (np.abs(whole * scales(records, 32)[0, 0].astype(np.float64)) <= 1e-35).all()
+    whole = records[4 * 32 : 6 * 32].copy().view(np.int16)
+    assert (np.abs(whole * scales(records, 1, 32)[0, 0].astype(np.float64)) <= 1e-35).all()
 
 
 # ── whole models, without formats: float32 weights ───────────────────────────────────────────────────────────────────

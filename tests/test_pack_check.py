@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from fuzz_packed import check
 from packing import fake_stub
 from tiny_models import write_model
 
@@ -62,6 +63,16 @@ def test_the_damaged_part_is_named(friend, part, capsys):
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert f"damaged (the {title})" in said.err
+
+
+def test_every_changed_bit_anywhere_is_found(friend):
+    """tests/fuzz_packed.py does this to Pocket, 10,000 times."""
+    whole, noise = friend.read_bytes(), random.Random(9)
+    for place in (noise.randrange(len(whole)) for _ in range(500)):
+        friend.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << noise.randrange(8)]) + whole[place + 1 :])
+        assert check(friend) == "found", place
+    friend.write_bytes(whole)
+    assert check(friend) == "NOT FOUND"
 
 
 def test_of_an_archive_the_damaged_files_are_named(friend):
@@ -147,8 +158,8 @@ def test_a_signed_boot_loader_is_not_called_damaged(model, tmp_path):
 
 
 def test_a_model_file_is_whole_as_far_as_can_be_told(model, tmp_path, capsys):
-    assert main(["check", str(model)]) == 0
-    keys, tensors = capsys.readouterr().out.splitlines()
+    assert main(["check", "small-talk"]) == main(["check", str(model)]) == 0
+    *_, keys, tensors = capsys.readouterr().out.splitlines()
     assert keys.startswith("keys of the GGUF")
     assert tensors.split()[1] == "tensors"
     weights = np.full((64, 64), np.nan, np.float32)

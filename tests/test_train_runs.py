@@ -209,6 +209,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("{text} -o {run} --lr -1", 2, "expected 0 < lr"),
         ("{text} -o {run} --dtype int4", 2, "dtype int4: expected fp32, bf16, fp16"),
         ("{text} -o {run} --chat alpaca", 2, "--chat alpaca"),
+        ("{text} -o {run} --tokenizer sentencepeice", 2, "or a tokenizer's file or folder, did you mean sentencepiece?"),
         ("{text} -o {run} --device tpu9", 2, "--device tpu9"),
         ("{run}/none.txt -o {run}", 1, "none.txt: cannot be read"),
         ("{text} -o {text}", 1, "cannot be made"),
@@ -224,7 +225,7 @@ def test_mistakes_are_one_line(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], options: str, status: int, said: str
 ) -> None:
     given = options.format(text=text, run=tmp_path / "run").split()
-    assert pocketlm(*given, options=SMALL if "-o" in given and "--from" not in given else "") == status
+    assert pocketlm(*given, options=SMALL if "-o" in given and not {"--from", "--tokenizer"} & {*given} else "") == status
     assert said in one_line(capsys)
 
 

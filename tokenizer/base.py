@@ -1,6 +1,6 @@
 """What every tokenizer has in common: the vocabulary, markers in a text, decoding whole and as a stream.
 
-Comes in: a validated `Vocabulary` and, from each kind of tokenizer, how plain text becomes ids. Goes out: `Tokenizer`.
+In: a validated `Vocabulary` and, from each kind of tokenizer, how plain text becomes ids. Out: `Tokenizer`.
 Knows no file format (`readers`) and no model.
 """
 
@@ -25,9 +25,19 @@ END_OF_TURN = (
 _LONGEST_TOKEN = 4096  # characters; what is done for every part of a token would take a stranger's file for ever
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
+_CACHED_TEXT = 1 << 14  # characters of a text between two markers: a message
+_CACHED_TEXTS = 1 << 18  # and of all that are remembered
 
 # Unicode's White_Space; Python's own `strip` also takes U+001C to U+001F
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
+
+class NoTokenizer(FileError):
+    """A model file without a vocabulary: its model can be run with token ids only."""
+
+    def __init__(self, path: object):
+        advice = f"give it one: pocketlm export {path} -o OUT.gguf --tokenizer FILE"
+        super().__init__(path, "it has no tokenizer, so it takes token ids and no text", advice)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,8 @@ class Tokenizer:
         self.end_ids, self.adds_bos = vocabulary.end_ids, vocabulary.adds_bos
         self._bytes: dict[int, bytes] = {}
         self._words: dict[str, list[int]] = {}
+        self._texts: dict[tuple[str, bool], list[int]] = {}
+        self._texts_length = 0
 
     # to be given by each kind
     def _encode_text(self, text: str, start: bool) -> list[int]:
@@ -185,45 +197,88 @@ class Tokenizer:
             ids += found
         return ids
 
-    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+    def _encode_message(self, text: str, start: bool) -> list[int]:
+        """As `_encode_text`. A conversation is encoded again with every question: what stands between two markers, where
+        nothing reaches across, is remembered.
+        """
+        if len(text) > _CACHED_TEXT:
+            return self._encode_text(text, start)
+        found = self._texts.get((text, start))
+        if found is None:
+            found = self._encode_text(text, start)
+            if self._texts_length + len(text) > _CACHED_TEXTS:
+                self._texts, self._texts_length = {}, 0
+            self._texts[text, start] = found
+            self._texts_length += len(text)
+        return found.copy()
+
+    def _known(self, text: str) -> str:
+        """A text without markers and without the characters that `_encode_text` refuses."""
+        return text
+
+    def encode(self, text: str, *, special: bool = False, bos: bool = False, errors: str = "strict") -> list[int]:
         """Text to ids.
 
         `special` reads the control markers in the text (`<|im_start|>`) as their tokens, the longest first;
         otherwise they are text like any other. User-defined symbols are always one token. `bos` puts the
-        beginning-of-sequence token in front, where the vocabulary has one. UsageError for a text that is no valid
-        Unicode (lone surrogates) or, in vocabularies without an unknown token, has characters they do not hold.
+        beginning-of-sequence token in front, where the vocabulary has one.
+
+        `errors`, as in `str.encode`: "strict" raises UsageError for a text that is no valid Unicode (lone surrogates)
+        or, in vocabularies without an unknown token, has characters they do not hold; "ignore" leaves those out.
         """
+        if errors not in ("strict", "ignore"):
+            raise UsageError(f"errors is {errors!r}; it must be 'strict' or 'ignore'")
         if not isinstance(text, str):
             raise UsageError(f"the tokenizer takes a text, not {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: not valid Unicode"
-            ) from None
+            if errors == "strict":
+                raise UsageError(
+                    f"the text has a lone surrogate, U+{ord(text[error.start]):04X}, at position {error.start}: "
+                    "not valid Unicode"
+                ) from None
+            text = text.encode(errors="ignore").decode()
         ids = [self.bos_id] if bos and self.bos_id is not None else []
-        end = 0
-        vocabulary = self.vocabulary
+        encode_text = self._encode_message if special else self._encode_text
+        for piece, start, token_id in self._pieces(text, special):
+            if errors == "ignore":
+                piece = self._known(piece)
+            if piece:
+                found = encode_text(piece, start)
+                if ids:
+                    ids += found
+                else:  # a long text without markers is not copied
+                    ids = found
+            if token_id is not None:
+                ids.append(token_id)
+        return ids
+
+    def _pieces(self, text: str, special: bool) -> Iterator[tuple[str, bool, int | None]]:
+        """(plain text, whether nothing stands before it, the marker behind it or None at the end), in order."""
+        vocabulary, end = self.vocabulary, 0
         for start, stop, token_id in (self._all_markers if special else self._always_markers).find(text):
             if start < end:  # swallowed together with the white space after the marker before
                 continue
             piece = text[end:start]
-            if token_id in vocabulary.strip_left:
-                piece = piece.rstrip(_WHITE_SPACE)
-            if piece:
-                ids += self._encode_text(piece, end == 0)
-            ids.append(token_id)
+            yield piece.rstrip(_WHITE_SPACE) if token_id in vocabulary.strip_left else piece, end == 0, token_id
             end = stop
             if token_id in vocabulary.strip_right:
                 end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
-        if end < len(text):
-            last = self._encode_text(text[end:] if end else text, end == 0)
-            ids = ids + last if ids else last
-        return ids
+        yield text[end:] if end else text, end == 0, None
+
+    def unknown(self, text: str, *, special: bool = False) -> str:
+        """The characters of `text` for which the vocabulary has no ids, each once."""
+        lost: list[str] = []
+        for piece, _, _ in self._pieces(text, special):
+            known = self._known(piece)
+            if len(known) < len(piece):
+                lost += dict.fromkeys(piece).keys() - set(known)
+        return "".join(sorted(set(lost), key=text.index))
 
     def encodable(self, text: str) -> str:
-        """`text` without the characters that `encode` does not take."""
-        return text
+        """`text` without those characters."""
+        return text.translate(dict.fromkeys(map(ord, self.unknown(text))))
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens, else they are silent.

@@ -1,6 +1,6 @@
 """Byte-level BPE: a text is cut into words, each word is bytes, neighbours merge by rank.
 
-Comes in: a vocabulary in the byte-level letters of GPT-2, a merge table, the name of a pre-tokenizer. Goes out: a
+In: a vocabulary in the byte-level letters of GPT-2, a merge table, the name of a pre-tokenizer. Out: a
 `Tokenizer`. Source: Radford et al. 2019 (GPT-2); the letters stand for bytes so that every token is printable.
 """
 

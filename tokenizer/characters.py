@@ -28,7 +28,7 @@ class Characters(Tokenizer):
             raise UsageError(f"the vocabulary has no {character!r} (U+{ord(character):04X}) and no unknown token")
         return ids  # type: ignore[return-value]
 
-    def encodable(self, text: str) -> str:
+    def _known(self, text: str) -> str:
         return text if self.unk_id is not None else "".join(filter(self._ids.__contains__, text))
 
     def _token_bytes(self, token_id: int) -> bytes:

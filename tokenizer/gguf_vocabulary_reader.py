@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
-from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, NoTokenizer, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
 from pocketlm.tokenizer.merge import rank_table
@@ -18,6 +18,7 @@ from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 
 _GGML = "tokenizer.ggml."
+_NO_MODEL = ("", "no_vocab")  # tokenizer.ggml.model of a file without one; llama.cpp's converters write the second
 # tokenizer.ggml.model → the kind of tokenizer
 _KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
@@ -76,11 +77,13 @@ class Keys:
 def from_metadata(metadata: Mapping[str, Any], path: object) -> Tokenizer:
     """The tokenizer that GGUF keys describe; `path` is for error messages.
 
-    FileError where keys are missing, do not fit together, name a tokenizer or pre-tokenizer that is not supported,
-    or where the texts the exporter put in do not give their ids.
+    NoTokenizer, a FileError, where no key says anything of one. FileError where keys are missing, do not fit together,
+    name a tokenizer or pre-tokenizer that is not supported, or where the texts the exporter put in do not give their ids.
     """
     keys = Keys(metadata, path)
     model = keys.text(_GGML + "model")
+    if model in _NO_MODEL and not any(key in metadata for key in (_GGML + "tokens", OURS + "kind")):
+        raise NoTokenizer(path)
     kind = keys.text(OURS + "kind") or _KINDS.get(model)
     if kind is None:
         said = f"its tokenizer is of the kind {model!r}" if model else "it says no kind of tokenizer"

@@ -1,6 +1,6 @@
-"""Byte-pair merging: a sequence of symbols in, the same sequence with every possible merge done out.
+"""Byte-pair merging: a sequence of symbols in; out, the same sequence after every possible merge.
 
-Comes in: symbol ids and a `MergeTable` that says which neighbours merge, in which order, into what. Knows no text,
+In: symbol ids and a `MergeTable` that says which neighbours merge, in which order, into what. Knows no text,
 no vocabulary file and no pre-tokenizer; byte-level BPE (ranks) and SentencePiece BPE (scores) both run on it.
 
 The rule, for both (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"): of all

@@ -1,6 +1,6 @@
 """Pre-tokenizers of byte-level BPE: one table, name → regular expressions that cut a text into words.
 
-Comes in: a text. Goes out: its words; nothing is lost, what no expression matches is a word of its own. Knows no ids.
+In: a text. Out: its words; nothing is lost, what no expression matches is a word of its own. Knows no ids.
 The names are those of `tokenizer.ggml.pre`; the same table maps the `pre_tokenizer` of a Hugging Face
 `tokenizer.json`, whose expressions are compared as text and never run when they are not known here.
 """

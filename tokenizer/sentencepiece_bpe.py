@@ -1,6 +1,6 @@
 """SentencePiece BPE: the text is normalised, spaces become ▁, neighbours merge by the score of what they give.
 
-Comes in: a vocabulary with scores (or merges), and `Options` that say how the text is prepared. Goes out: a
+In: a vocabulary with scores (or merges), and `Options` that say how the text is prepared. Out: a
 `Tokenizer`. Source: Kudo and Richardson 2018, "SentencePiece". The `.model` files of that library, GGUF vocabularies
 of the kind `llama` and Hugging Face's form of them differ in small things only, and those are `Options`.
 """

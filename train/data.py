@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketlm.chat.templates import BUILT_IN, BuiltIn, Template
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
-from pocketlm.train.vocabularies import check_markers
+from pocketlm.train.vocabularies import ROLES, check_markers
 
 PIECE = 1 << 12  # characters of a long text that are read, and dealt to a split, at a time
 SPLITS = ("train", "val")
 CHATS = ("chatml", "markers")
-ROLES = ("system", "user", "assistant")
 Document = str | list[dict[str, str]]
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (int64), mask of the targets (float32): (context,)
 
@@ -71,10 +70,19 @@ def read_texts(paths: Iterable[Path]) -> Iterator[str]:
             yield document if isinstance(document, str) else "\n".join(message["content"] for message in document)
 
 
+def has_conversations(paths: Iterable[Path]) -> bool:
+    """Whether a document of the files is a conversation; a file is looked at as far as it can be read."""
+    for path in paths:
+        with suppress(FileError):
+            if path.suffix == ".jsonl" and any(not isinstance(document, str) for document, _ in read_documents(path)):
+                return True
+    return False
+
+
 def markers_of(chat: str) -> tuple[str, ...]:
     """The markers that a kind of conversations is written with. Raises UsageError for an unknown kind."""
     if chat not in CHATS:
-        raise UsageError(f"--chat {chat}: expected {' or '.join(CHATS)}")
+        raise UsageError(f"--chat {chat}: expected {' or '.join(CHATS)}{did_you_mean(chat, CHATS)}")
     return BUILT_IN[chat].needs
 
 
@@ -85,8 +93,12 @@ class Encoder:
         if tok.eos_id is None:
             raise FileError(path, "the vocabulary has no end-of-text token", "add <|endoftext|> or </s> to it")
         self.tok, self.row, self.learn, self.path, self.markers = tok, BUILT_IN[chat], tuple(learn), path, markers_of(chat)
-        sides = {role: [tok.encode(side, special=True) for side in self.row.roles[role]] for role in ROLES}
-        self._sides = {role: (before, len(after) - 1) for role, (before, after) in sides.items()}  # but the end marker
+
+    @cached_property
+    def _sides(self) -> dict[str, tuple[list[int], int]]:
+        """Role → ids before a content, number of ids after the marker that ends it. Texts alone need no letters of roles."""
+        sides = {role: [self.tok.encode(side, special=True) for side in self.row.roles[role]] for role in ROLES}
+        return {role: (before, len(after) - 1) for role, (before, after) in sides.items()}
 
     def encode(self, document: Document, ends: bool) -> tuple[list[int], list[int]]:
         """Ids and a mask of 0 and 1, the end-of-text token last where the document ends."""
@@ -146,8 +158,8 @@ def prepare(
                 say(f"encoding {file}")
                 parts[name] = {"key": key, **_encode_part(file, folder / name, split, encoder, every)}
         except (OSError, PocketlmError) as error:
-            failures.append(str(error))
-            parts[name] = {"error": str(error)}
+            failures.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+            parts[name] = {"error": failures[-1]}
         with replacing_file(folder / "state.json") as temporary:
             temporary.write_text(json.dumps(parts, indent=1), encoding="utf-8")
     if failures:

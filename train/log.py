@@ -1,4 +1,4 @@
-"""A run's `log.jsonl`, the lines of progress, and their picture. Knows no PyTorch: logs can be drawn anywhere."""
+"""A run's `log.jsonl`, the lines of progress, and a plot of them. Knows no PyTorch: a log can be plotted anywhere."""
 
 from __future__ import annotations
 

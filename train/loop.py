@@ -1,4 +1,4 @@
-"""The loop: a model, a corpus and settings in; checkpoints and a log in the run's folder out. Knows no text but samples.
+"""The loop: a model, a corpus and settings in; checkpoints and a log in the run's folder out. Knows no text, but for samples.
 
 A step is a function of the weights, the optimiser's state, the settings and the step's number: which blocks it sees and
 which values dropout takes are drawn from (seed, step), so a run that was killed anywhere goes on from its last checkpoint
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -72,6 +73,17 @@ def process_group(device: str) -> Iterator[Ranks]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def cannot_compile(device: torch.device) -> str:
+    """Why torch.compile does not work here (it needs a C++ compiler), "" where it does."""
+    factor = random.random()  # so that nothing compiled earlier will do
+    try:
+        torch.compile(lambda x: x * factor)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compilers under it raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0][:200]
+    return ""
 
 
 def optimiser(model: Decoder, settings: Settings) -> torch.optim.AdamW:

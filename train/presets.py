@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from pocketlm.errors import UsageError
+from pocketlm.errors import UsageError, did_you_mean
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -18,12 +18,13 @@ CHOICES = {
 def _check_choices(value: Any) -> None:
     for f in fields(value):
         if f.name in CHOICES and (chosen := getattr(value, f.name)) not in CHOICES[f.name]:
-            raise UsageError(f"{f.name} {chosen}: expected {', '.join(CHOICES[f.name])}")
+            near = did_you_mean(chosen, CHOICES[f.name])
+            raise UsageError(f"{f.name} {chosen}: expected {', '.join(CHOICES[f.name])}{near}")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One decoder, in the words of the runtime's hyper-parameters. Raises UsageError for one that cannot be."""
+    """One decoder, in the terms of the runtime's hyper-parameters. Raises UsageError for one that cannot be."""
 
     n_layer: int
     n_head: int
@@ -46,7 +47,7 @@ class Shape:
         object.__setattr__(self, "n_ff", self.n_ff or 4 * self.n_embd)
         _check_choices(self)
         if min(self.n_layer, self.n_head, self.n_embd, self.n_vocab, self.n_ctx, self.n_kv_head, self.n_ff) < 1:
-            raise UsageError("a model's layers, heads, widths, words and positions are 1 or more")
+            raise UsageError("a model's layers, heads, widths, vocabulary and positions are 1 or more")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             problem = "each must divide the one before"
             raise UsageError(f"width {self.n_embd}, {self.n_head} heads, {self.n_kv_head} kv heads: {problem}")
@@ -120,7 +121,7 @@ def changed(shape: Shape, pairs: dict[str, str]) -> Shape:
     given: dict[str, Any] = {}
     for name, text in pairs.items():
         if name not in kinds:
-            raise UsageError(f"--set {name}: expected one of {', '.join(kinds)}")
+            raise UsageError(f"--set {name}: expected one of {', '.join(kinds)}{did_you_mean(name, kinds)}")
         try:
             given[name] = {"true": True, "false": False}[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):

@@ -16,7 +16,9 @@ from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 
+ROLES = ("system", "user", "assistant")
 END = "<|endoftext|>"  # between documents, and in front of a conversation
+ROLE_LETTERS = "".join(ROLES) + "\n"  # with them a model of texts in any script can be taught conversations later
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of which each kind writes one
 
 
@@ -54,8 +56,8 @@ def _sentencepiece(texts: Iterable[str], n_vocab: int, markers: Sequence[str], f
 
 
 def _characters(texts: Iterable[str], n_vocab: int, markers: Sequence[str], folder: Path) -> None:
-    """Every character of the texts, in order of their codes."""
-    found = sorted({character for text in texts for character in text})
+    """Every character of the texts, in order of their codes; with markers also those that stand between markers."""
+    found = sorted({character for text in texts for character in text}.union(ROLE_LETTERS if markers else ""))
     write(folder / "vocab.json", json.dumps([END, *markers, *found], ensure_ascii=False))
 
 

@@ -1,14 +1,15 @@
-"""How each weight format's blocks become numbers: one short function a format, 16 rows at a time.
+"""How each weight format's blocks become numbers: one short function per format, 16 rows at a time.
 
 In: pointers to the planes of one block of 16 rows (tiling.py), and what to do with each run of columns that share a
 scale: the matrix kernel multiplies it with activations, the embedding kernel writes one row of it out. Format facts: the
-`gguf` package and https://github.com/ggml-org/ggml.
+`gguf` package and the ggml repository.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from pocketlm.runtime.native.dot import Words
 from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, Function, Value
@@ -23,7 +24,7 @@ class Run:
 
     column: Value | int
     count: int
-    words: Words  # column numbers within the run
+    words: Words  # ways to unpack them, and column numbers within the run
     scale: Value  # <16 x float>
     offset: Value | None
     zero: int
@@ -39,32 +40,31 @@ def _halves(f: Function, level: str, address: Value) -> Value:
     return from_half(f, level, f.load(F16.vec(16), address, 32))
 
 
-def _fours(vectors: list[Value]) -> Words:
-    return [(v, 4 * k) for k, v in enumerate(vectors)]
-
-
-def _fifth(f: Function, h: Value, vectors: list[Value]) -> list[Value]:
-    """The mask of every vector's fifth bits put on top."""
-    masks = [f.bitcast(f.load(I64, h + 8 * k, 8), I1.vec(64)) for k in range(len(vectors))]
-    return [f.select(mask, v | 16, v) for mask, v in zip(masks, vectors, strict=True)]
+def _fours(unpack: Callable[[int], Value], n: int) -> Words:
+    return [(partial(unpack, k), 4 * k) for k in range(n)]
 
 
 def _q8_0(f: Function, level: str, p: Planes, each: Each) -> None:
-    words = [f.load(BYTES, p["q"] + 64 * k, 32) for k in range(8)]
-    each(Run(0, 32, _fours(words), _halves(f, level, p["d"]), None, 0, 128))
+    each(Run(0, 32, _fours(lambda k: f.load(BYTES, p["q"] + 64 * k, 32), 8), _halves(f, level, p["d"]), None, 0, 128))
 
 
 def _simple(fifth: bool, minimum: bool) -> Runs:
     """Q4_0, Q4_1, Q5_0, Q5_1: one scale for 32 columns; the first 16 in low halves, the others in high ones."""
 
     def runs(f: Function, level: str, p: Planes, each: Each) -> None:
-        packed = [f.load(BYTES, p["q"] + 64 * k, 32) for k in range(4)]
-        vectors = [v & 15 for v in packed] + [v >> 4 for v in packed]
-        if fifth:
-            vectors = _fifth(f, p["h"], vectors)
+        packed: dict[int, Value] = {}
+
+        def unpack(k: int) -> Value:
+            if k % 4 not in packed:
+                packed[k % 4] = f.load(BYTES, p["q"] + 64 * (k % 4), 32)
+            v = packed[k % 4] >> 4 if k >= 4 else packed[k % 4] & 15
+            return f.select(f.bitcast(f.load(I64, p["h"] + 8 * k, 8), I1.vec(64)), v | 16, v) if fifth else v
+
+        words = _fours(unpack, 8)
+        words = [words[k] for k in (0, 4, 1, 5, 2, 6, 3, 7)]  # the two that lie in the same bytes one after the other
         offset = _halves(f, level, p["m"]) if minimum else None
         zero = 0 if minimum else 16 if fifth else 8
-        each(Run(0, 32, _fours(vectors), _halves(f, level, p["d"]), offset, zero, 31 if fifth else 15))
+        each(Run(0, 32, words, _halves(f, level, p["d"]), offset, zero, 31 if fifth else 15))
 
     return runs
 
@@ -88,14 +88,15 @@ def _k_quant(fifth: bool) -> Runs:
             f.store(0.0 - m * f.cast("uitofp", minimum, F32), table + (128 * j + 64), 64)
         with f.range(0, 4) as i:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
             for odd in (0, 1):
-                vectors = [f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32) for k in range(8)]
-                vectors = [v >> 4 if odd else v & 15 for v in vectors]
-                if fifth:
-                    shift = f.splat(f.cast("trunc", i * 2 + odd, I8), 64)
-                    high = [f.load(BYTES, p["h"] + 64 * k, 32) for k in range(8)]
-                    vectors = [v | (((h >> shift) & 1) << 4) for v, h in zip(vectors, high, strict=True)]
+                shift = f.splat(f.cast("trunc", i * 2 + odd, I8), 64) if fifth else None
+
+                def unpack(k: int, i: Value = i, odd: int = odd, shift: Value | None = shift) -> Value:
+                    packed = f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32)
+                    v = packed >> 4 if odd else packed & 15
+                    return v if shift is None else v | (((f.load(BYTES, p["h"] + 64 * k, 32) >> shift) & 1) << 4)
+
                 scale, offset = (f.load(F32.vec(16), table + (i * 256 + 128 * odd + at), 64) for at in (0, 64))
-                each(Run(i * 64 + 32 * odd, 32, _fours(vectors), scale, offset, 0, 31 if fifth else 15))
+                each(Run(i * 64 + 32 * odd, 32, _fours(unpack, 8), scale, offset, 0, 31 if fifth else 15))
 
     return runs
 
@@ -105,13 +106,15 @@ def _q6_k(f: Function, level: str, p: Planes, each: Each) -> None:
     # 16 columns a scale; 128 columns (a part) share 64 bytes of low and 32 bytes of high bits, in quarters of 32
     with f.range(0, 2) as part, f.range(0, 2) as odd:
         for quarter in range(4):
-            low = [f.load(BYTES, p["q"] + (part * 1024 + odd * 256 + 512 * (quarter % 2) + 64 * k), 32) for k in range(4)]
-            high = [f.load(BYTES, p["h"] + (part * 512 + odd * 256 + 64 * k), 32) for k in range(4)]
-            low = [v >> 4 if quarter >= 2 else v & 15 for v in low]
-            vectors = [v | (((h >> (2 * quarter)) & 3) << 4) for v, h in zip(low, high, strict=True)]
+
+            def unpack(k: int, part: Value = part, odd: Value = odd, quarter: int = quarter) -> Value:
+                low = f.load(BYTES, p["q"] + (part * 1024 + odd * 256 + 512 * (quarter % 2) + 64 * k), 32)
+                high = f.load(BYTES, p["h"] + (part * 512 + odd * 256 + 64 * k), 32)
+                return (low >> 4 if quarter >= 2 else low & 15) | (((high >> (2 * quarter)) & 3) << 4)
+
             scale = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
             column = part * 128 + odd * 16 + 32 * quarter
-            each(Run(column, 16, _fours(vectors), d * f.cast("sitofp", scale, F32), None, 32, 63))
+            each(Run(column, 16, _fours(unpack, 4), d * f.cast("sitofp", scale, F32), None, 32, 63))
 
 
 RUNS: dict[str, Runs] = {

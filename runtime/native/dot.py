@@ -1,6 +1,7 @@
 """Integer dot products, one way for every level: 16 rows of unsigned or signed bytes times one row of 16-bit activations.
 
-In: words, each a vector <64 x i8> that holds four columns of 16 rows, with the first of the columns. Out: <16 x i32>.
+In: words, each a way to unpack a vector <64 x i8> that holds four columns of 16 rows, with the first of the columns; the
+activations of some tokens. Out: <16 x i32> for each token. Sums are exact, so their order does not matter.
 An activation is x = 256 hi + lo; its two signed bytes are multiplied apart and joined at the end, exactly. Knows
 instructions, not formats.
 
@@ -10,12 +11,12 @@ them: avx512-vnni and avx-vnni only multiply unsigned by signed bytes, so there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pocketlm.runtime.native.ir import I8, I16, I32, I64, Function, Value
 
-Words = list[tuple[Value, int]]
+Words = list[tuple[Callable[[], Value], int]]
 SIGNED_ZERO = {"avx512-vnni": 128, "avx-vnni": 128}
 
 
@@ -28,12 +29,29 @@ class Activations:
     whole: Value
 
 
-def dot(f: Function, level: str, words: Words, x: Activations, biggest: int, chains: int = 1) -> Value:
-    """<16 x i32>: sum over the words of weight · x, for weights of magnitude up to `biggest`.
+def dots(
+    f: Function, level: str, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
+) -> list[Value]:
+    """<16 x i32> for every token of `xs`: its start plus the sum over the words of weight · x.
 
-    `chains`: partial sums where an instruction adds to one; 2 hides its latency when there are no other tokens to do so.
+    Weights are of magnitude up to `biggest`; a start is an i32, None is zero.
     """
-    return _DOTS[level](f, words, x, biggest, chains)
+    return _DOTS[level](f, words, xs, biggest, starts)
+
+
+def _each_token(one: Callable[..., Value]) -> Callable[..., list[Value]]:
+    """A level whose registers hold one token's sums at a time: words are unpacked once, tokens follow one another."""
+
+    def run(
+        f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
+    ) -> list[Value]:
+        unpacked = [(word(), column) for word, column in words]
+        return [
+            one(f, unpacked, x, biggest) if start is None else one(f, unpacked, x, biggest) + f.splat(start, 16)
+            for x, start in zip(xs, starts, strict=True)
+        ]
+
+    return run
 
 
 def _broadcast(f: Function, address: Value, lanes: int) -> Value:
@@ -45,20 +63,36 @@ def _two_halves(f: Function, chain: Callable[[Value], Value], x: Activations) ->
     return chain(x.low) + (chain(x.high) << 8)
 
 
+def _together(
+    f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
+) -> list[Value]:
+    """AVX-512: every word meets all tokens as soon as it is unpacked, so that two sums a token hide an instruction's latency.
+
+    Few tokens have two sums more: the words take turns.
+    """
+    zero, turns = f.const(I32.vec(16), 0), 2 if len(xs) <= 2 else 1
+    low = [[zero if start is None else f.splat(start, 16), *[zero] * (turns - 1)] for start in starts]
+    high = [[zero] * turns for _ in xs]
+    for i, (unpack, column) in enumerate(words):
+        word, own = unpack(), i % turns
+        for t, x in enumerate(xs):
+            for sums, bytes_ in ((low[t], x.low), (high[t], x.high)):
+                four = _broadcast(f, bytes_ + column, 64)
+                sums[own] = f.call(zero.type, "llvm.x86.avx512.vpdpbusd.512", sums[own], word, four)
+    return [sum(l[1:], l[0]) + (sum(h[1:], h[0]) << 8) for l, h in zip(low, high, strict=True)]
+
+
 def _dot_accumulate(width: int, intrinsic: str) -> Callable[..., Value]:
     """For processors that multiply four bytes and add them to an i32 in one instruction, on vectors of `width` bytes."""
 
-    def run(f: Function, words: Words, x: Activations, biggest: int, chains: int) -> Value:
+    def run(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
         def chain(bytes_: Value) -> Value:
-            sums = [[f.const(I32.vec(width // 4), 0)] * (64 // width)] * chains
-            for i, (word, column) in enumerate(words):
-                four, own = _broadcast(f, bytes_ + column, width), i % chains
-                parts = zip(sums[own], f.split(word, width), strict=True)
-                sums[own] = [f.call(s.type, intrinsic, s, part, four) for s, part in parts]
-            total = sums[0]
-            for other in sums[1:]:
-                total = [a + b for a, b in zip(total, other, strict=True)]
-            return f.join(total)
+            sums = [f.const(I32.vec(width // 4), 0)] * (64 // width)
+            for word, column in words:
+                four = _broadcast(f, bytes_ + column, width)
+                parts = zip(sums, f.split(word, width), strict=True)
+                sums = [f.call(s.type, intrinsic, s, part, four) for s, part in parts]
+            return f.join(sums)
 
         return _two_halves(f, chain, x)
 
@@ -75,10 +109,10 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
 def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Callable[..., Value]:
     """For x86 without VNNI: bytes to i16 pairs, i16 pairs to i32, on vectors of `width` bytes."""
 
-    def run(f: Function, words: Words, x: Activations, biggest: int, chains: int) -> Value:
+    def run(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
         return signed(f, words, x) if biggest > 63 else _two_halves(f, lambda b: unsigned(f, words, b, biggest), x)
 
-    def unsigned(f: Function, words: Words, bytes_: Value, biggest: int) -> Value:
+    def unsigned(f: Function, words: list[tuple[Value, int]], bytes_: Value, biggest: int) -> Value:
         safe = 32767 // (biggest * 128 * 2)  # products that fit into an i16 sum
         totals = [f.const(I32.vec(width // 4), 0)] * (64 // width)
         ones = f.const(I16.vec(width // 2), 1)
@@ -91,7 +125,7 @@ def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Cal
             totals = [t + f.call(t.type, words_intrinsic, s, ones) for t, s in zip(totals, sums, strict=True)]
         return f.join(totals)
 
-    def signed(f: Function, words: Words, x: Activations) -> Value:
+    def signed(f: Function, words: list[tuple[Value, int]], x: Activations) -> Value:
         lanes = width // 2
         sums = [f.const(I32.vec(lanes // 2), 0)] * (64 // lanes)
         for word, column in words:
@@ -103,7 +137,7 @@ def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Cal
     return run
 
 
-def _neon(f: Function, words: Words, x: Activations, biggest: int, chains: int) -> Value:
+def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
     safe = 32767 // (biggest * 128)
 
     def chain(bytes_: Value) -> Value:
@@ -121,11 +155,11 @@ def _neon(f: Function, words: Words, x: Activations, biggest: int, chains: int) 
     return _two_halves(f, chain, x)
 
 
-_DOTS: dict[str, Callable[..., Value]] = {
-    "avx512-vnni": _dot_accumulate(64, "llvm.x86.avx512.vpdpbusd.512"),
-    "avx-vnni": _dot_accumulate(32, "llvm.x86.avx512.vpdpbusd.256"),
-    "avx2": _multiply_add(32, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
-    "sse4": _multiply_add(16, "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
-    "dotprod": _dot_accumulate(16, "llvm.aarch64.neon.sdot.v4i32.v16i8"),
-    "neon": _neon,
+_DOTS: dict[str, Callable[..., list[Value]]] = {
+    "avx512-vnni": _together,
+    "avx-vnni": _each_token(_dot_accumulate(32, "llvm.x86.avx512.vpdpbusd.256")),
+    "avx2": _each_token(_multiply_add(32, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")),
+    "sse4": _each_token(_multiply_add(16, "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd")),
+    "dotprod": _each_token(_dot_accumulate(16, "llvm.aarch64.neon.sdot.v4i32.v16i8")),
+    "neon": _each_token(_neon),
 }

@@ -1,4 +1,4 @@
-"""The native executor: the plan as compiled code, one call a token and thread, weights kept quantised.
+"""The native executor: the plan as compiled code, one call per token and thread, weights kept quantised.
 
 In: a plan, the tensors it names, token ids. Out: logits. Tiles the weights once, encodes the plan (lowering.py) and
 hands blocks of tokens to the threads (workers.py). Results do not depend on the number of threads. Every id, shape and
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,12 +22,12 @@ from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
-from pocketlm.runtime.native.lowering import Storage, TiledMatrix, encode
-from pocketlm.runtime.native.records import RUN
+from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
+from pocketlm.runtime.native.records import ENTRY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
-from pocketlm.runtime.positions import alibi_slopes, rope_table
+from pocketlm.runtime.positions import alibi_slopes, rope_table, rope_table_bytes
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
@@ -44,13 +45,18 @@ class NativeCache(KVCache):
 
     def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
         self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
-        rows, dim = _up(n_ctx, ROWS), _up(hyper.head_dim, ROWS)
+        rows, dim = _up(n_ctx, sizes.SPAN), _up(hyper.head_dim, ROWS)
         self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
         self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, ROWS) * 2
+        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 2
+
+    @staticmethod
+    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+        """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
+        return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 10
 
     def _key_rows(self, layer: int) -> np.ndarray:  # [n_kv_head, n_ctx, padded_dim], a copy
         keys = self.keys[layer].swapaxes(2, 3)
@@ -65,24 +71,48 @@ class NativeCache(KVCache):
         self.keys[layer] = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
 
 
+class _Scratch:
+    """How large the working arrays of a run are: known before anything is allocated."""
+
+    def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
+        hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
+        self.dim = _up(hyper.head_dim, ROWS)
+        self.activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))  # of one token
+        self.places, end = {}, self.activation  # of each thread's parts in its own memory
+        for name, n_bytes in (
+            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * 64),
+            ("queries_at", sizes.QUERIES * self.dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
+            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
+        ):  # fmt: skip
+            self.places[name], end = end, end + n_bytes
+        self.stride = _up(end, 4096)  # from thread to thread
+        self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
+        partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
+        self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
+
+
 class NativeExecutor:
     """Runs a plan. Holds the tiled weights, the KV cache and worker threads; `close` ends them."""
 
     name = "native"
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
-        """Raises NativeUnavailable where this computer cannot run compiled code, FileError for weights that are NaN."""
+        """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
+        weights that are NaN.
+        """
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         names = _matrix_names(plan)
+        formats = sorted({tensors[name].format.name for name in names})
+        check(plan, formats)
         self.level = levels.detect()
-        self._code = kernels(sorted({tensors[name].format.name for name in names}), self.level)
+        self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
         self._tensors = tensors
         matrices = self._tile([tensors[name] for name in names])
-        factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
+        self._factors = factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
         self.cache = NativeCache(plan.hyper, n_ctx, factors)
         self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
-        storage = Storage(matrices, self._vector, self._buffers, self._address, self.cache.keys, self.cache.values)
+        storage = Storage(matrices, self._vector, self._buffers, self._address)
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
@@ -96,10 +126,11 @@ class NativeExecutor:
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes."""
+    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        scratch = 4 * BLOCK * (sum(plan.buffers.values()) + 2 * max(plan.buffers.values()))
+        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        scratch += rope_table_bytes(plan.hyper.rope, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
     def close(self) -> None:
@@ -107,31 +138,108 @@ class NativeExecutor:
         in another thread that is in the middle of a run, too: that run holds the memory until then.
         """
         self._workers.close()
-        self._storage = None
+        self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
         self.cache.keys = self.cache.values = np.empty(0, np.float16)
+
+    def new_cache(self, n_ctx: int | None = None) -> NativeCache:
+        """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
+        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until the next call).
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
+        cache = self.cache
         with self._one_at_a_time.here:  # a second thread that calls would run on the same buffers
-            ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
+            ids = check_ids(ids, self.hyper.n_vocab, cache.length, self.n_ctx)
             starts = range(0, len(ids), BLOCK)
             if rows == "all":
-                return np.concatenate([self._block(ids[at : at + BLOCK], BLOCK).copy() for at in starts])
+                return np.concatenate([self._pass([(cache, ids[at : at + BLOCK], BLOCK)])[0].copy() for at in starts])
             for at in starts[:-1]:
-                self._block(ids[at : at + BLOCK], 0)
-            return self._block(ids[starts[-1] :], 1)
+                self._pass([(cache, ids[at : at + BLOCK], 0)])
+            return self._pass([(cache, ids[starts[-1] :], 1)])[0]
 
-    def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:
-        """The logits of the last `rows` of at most BLOCK tokens."""
-        n, rows, record = len(ids), min(rows, len(ids)), self._record
-        self._arrays["ids"][:n] = ids
-        record["n_tokens"], record["n_logits"], record["position"] = n, rows, self.cache.length
+    def step(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
+        """One pass over tokens of several texts: (its cache, ids [n] to append, of how many of the last the logits are wanted).
+
+        A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
+        the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
+        """
+        with self._one_at_a_time.here:
+            checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
+            if sum(len(ids) for _, ids, _ in checked) > BLOCK or len({id(c) for c, _, _ in checked}) < len(checked):
+                raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
+            return self._pass(checked)
+
+    def _pass(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
+        """`step` for ids that were checked."""
+        if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
+            self._describe(work)
         self._workers.run()
-        self.cache.length += n
-        return self._buffers["logits"][n - rows : n, : self.hyper.n_vocab]
+        logits, start = [], 0
+        for cache, ids, rows in work:
+            cache.length += len(ids)
+            stop = start + min(rows, len(ids))
+            logits.append(self._logits[start:stop])
+            start = stop
+        return logits
+
+    def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
+        """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
+        before, n_spans = self._alone
+        if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
+            return False
+        self._id[0], self._position[0] = ids[0], cache.length
+        return True
+
+    def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
+        """Write the records of a pass."""
+        record, tokens, wanted = self._record, self._arrays["tokens"], self._arrays["rows"]
+        n = n_rows = 0
+        for cache, ids, rows in work:
+            here = tokens[n : n + len(ids)]
+            here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
+            here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
+            here["head_stride"] = cache.values.strides[1]
+            n += len(ids)
+            rows = min(rows, len(ids))
+            wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
+            n_rows += rows
+        record["n_tokens"], record["n_logits"], record["n_entries"] = n, n_rows, self._entries(work)
+        cache = work[0][0]
+        self._alone = (weakref.ref(cache), cache.length // sizes.SPAN + 1) if n == n_rows == 1 else (lambda: None, 0)
+
+    def _entries(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> int:
+        """Tasks of attention, and where the tokens' results go; the number of entries.
+
+        Few tokens with much behind them share out their spans; others have one task for each block of tokens. The results are
+        the same.
+        """
+        n_kv, at, n, slot = self.hyper.n_kv_head, 0, 0, 0
+        together = max(1, sizes.QUERIES * n_kv // self.hyper.n_head)
+        n_blocks = sum(-(-len(ids) // together) for _, ids, _ in work)
+        for cache, ids, _ in work:
+            tokens = self._arrays["tokens"][n : n + len(ids)]
+            n_spans = (cache.length + len(ids) - 1) // sizes.SPAN + 1
+            first, left = np.arange(n, n + len(ids), together), self._n_slots - slot - (BLOCK - n)
+            parts = min(n_spans, 4 * self.n_threads // (n_blocks * n_kv)) if len(ids) * n_spans <= left else 1
+            if parts > 1:
+                tokens["slot"] = np.arange(slot, slot + len(ids) * n_spans, n_spans)
+                tokens["n_partials"] = tokens["position"] // sizes.SPAN + 1
+                slot += len(ids) * n_spans
+            else:
+                parts = 1
+                tokens["slot"], tokens["n_partials"] = np.arange(slot, slot + len(ids)), 1
+                slot += len(ids)
+            cuts = np.arange(parts + 1) * n_spans // parts
+            entries = self._arrays["entries"][at : at + len(first) * parts]
+            entries["token"] = np.repeat(first, parts)
+            entries["n_tokens"] = np.minimum(n + len(ids) - entries["token"], together)
+            entries["first"], entries["last"] = np.tile(cuts[:-1], len(first)), np.tile(cuts[1:], len(first))
+            entries["apart"] = parts > 1
+            at, n = at + len(entries), n + len(ids)
+        return at
 
     def _address(self, fmt: str, kernel: str) -> int:
         return self._code[fmt].address(f"{fmt}_{kernel}")
@@ -162,10 +270,11 @@ class NativeExecutor:
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
 
                 def job(
-                    part: int, parts: int, permute=permute, tensor=tensor, data=data, counts=(n_rows, n_groups, n_blocks)
-                ) -> None:
+                    part: int, parts: int, permute=permute, source=tensor.data.ctypes.data, data=data,
+                    counts=(n_rows, n_groups, n_blocks),
+                ) -> None:  # fmt: skip
                     mine = share(counts[1], part, parts)
-                    permute(tensor.data.ctypes.data, data.ctypes.data, *counts, mine.start, mine.stop)
+                    permute(source, data.ctypes.data, *counts, mine.start, mine.stop)
 
                 pool.run(job)
                 release_pages(tensor.data)
@@ -174,32 +283,31 @@ class NativeExecutor:
 
     def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
-        hyper, plan = self.hyper, self.plan
-        dim, positions = _up(hyper.head_dim, ROWS), _up(self.n_ctx, ROWS)
-        activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))
-        products = 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4
-        queries = sizes.QUERIES * dim * 4
-        own = {"products_at": activation, "queries_at": activation + products, "scores_at": activation + products + queries}
-        stride = _up(own["scores_at"] + sizes.QUERIES * positions * 4, 4096)
-        n_partials = hyper.n_head * max(BLOCK, -(-positions // sizes.SPAN))
+        hyper, scratch = self.hyper, _Scratch(self.plan, self.n_ctx, self.n_threads)
+        self._n_slots = scratch.n_slots
+        self._logits = self._buffers["logits"][:, : hyper.n_vocab]
+        self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
         arrays = self._arrays = {
             "program": self._program,
             "counters": aligned(len(self._program), np.int64),
-            "ids": aligned(BLOCK, np.int32),
-            "activations": aligned(BLOCK * activation, np.uint8),
-            "scratch": aligned(self.n_threads * stride, np.uint8, 4096),
-            "partials": aligned((n_partials, dim + sizes.LANES), np.float32),
+            "tokens": aligned(BLOCK, TOKEN),
+            "rows": aligned(BLOCK, np.int64),
+            "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),
+            "activations": aligned(BLOCK * scratch.activation, np.uint8),
+            "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
+            "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
+        self._id, self._position = arrays["tokens"]["id"], arrays["tokens"]["position"]
         if hyper.rope:
             arrays["rope"] = rope_table(hyper.rope, self.n_ctx, rope_factors)
         if hyper.position == "alibi":
             arrays["slopes"] = alibi_slopes(hyper.n_head, hyper.alibi_max_bias)
         record = aligned(1, RUN)
         values = {
-            **{name: array.ctypes.data for name, array in arrays.items()}, **own,
-            "n_operations": len(self._program), "activation_stride": activation, "scratch_stride": stride,
-            "score_stride": positions * 4, "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
-            "padded_dim": dim, "head_stride": positions * dim * 2, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
+            **{name: array.ctypes.data for name, array in arrays.items() if name in RUN.names}, **scratch.places,
+            "n_operations": len(self._program), "activation_stride": scratch.activation, "scratch_stride": scratch.stride,
+            "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
+            "padded_dim": scratch.dim, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
             "rope_interleaved": bool(hyper.rope and hyper.rope.pairs == "interleaved"),
             "query_scale": 1 / math.sqrt(hyper.head_dim),
         }  # fmt: skip

@@ -64,7 +64,6 @@ F16, F32, F64, PTR, VOID = Type("half"), Type("float"), Type("double"), Type("pt
 _CONVENTION_OF = "<convention of {}>"  # stands in a call until all functions of the module are defined
 _CONVENTION = re.compile(r"<convention of (\S+)>")
 
-
 class Value:
     """An SSA value of a function. Arithmetic and comparisons make instructions; `ptr + bytes` moves a pointer."""
 

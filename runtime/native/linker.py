@@ -20,7 +20,7 @@ from pocketlm.runtime.native.levels import host_machine
 
 
 class ImageError(NativeUnavailable):
-    """Objects that cannot be linked into an image, or bytes that are none."""
+    """Objects that cannot be linked, or bytes that are no image."""
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ stages and which of them may run without a barrier; knows no mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.native import sizes
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.records import OPERATION
 from pocketlm.runtime.native.tiling import LAYOUTS, groups
 
@@ -43,24 +45,40 @@ class Storage:
     vectors: Callable[[str | None, int], np.ndarray]  # a norm's or bias's float32, zeros for None, filled up with zeros
     buffers: Mapping[str, np.ndarray]  # name -> float32 [tokens, width filled up to 32]
     address: Callable[[str, str], int]  # of a format's kernel
-    keys: np.ndarray  # float16 [n_layer, …]
-    values: np.ndarray
+
+
+def check(plan: P.Plan, formats: Iterable[str]) -> None:
+    """Raises NativeUnavailable where there is no code for an operation of the plan or for one of its matrices' formats."""
+    if lacking := sorted(set(formats) - LAYOUTS.keys()):
+        raise NativeUnavailable(f"there is no native code for {', '.join(lacking)} weights")
+    for _, ops in _fused(plan):
+        for op in ops:
+            known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS}.get(type(op))
+            if known is not None and op.kind not in known:
+                raise NativeUnavailable(f"there is no native code for {type(op).__name__} of the kind {op.kind!r}")
 
 
 def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
-    """The program, an array of OPERATION. Raises ValueError for an order of operations that it does not know."""
+    """The program, an array of OPERATION. Raises NativeUnavailable for an order of operations that it does not know."""
     encoder = _Encoder(storage, n_threads)
-    ops = list(plan.ops)
+    for emit, ops in _fused(plan):
+        emit(encoder, *ops)
+    return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
+
+
+def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+    """The plan's operations in the groups that are encoded together, each with what encodes it."""
+    ops = plan.ops
     while ops:
         for pattern, emit in _PATTERNS:
             head = ops[: len(pattern)]
             if len(head) == len(pattern) and all(isinstance(op, kind) for op, kind in zip(head, pattern, strict=True)):
-                emit(encoder, *head)
-                del ops[: len(pattern)]
+                yield emit, head
+                ops = ops[len(pattern) :]
                 break
         else:
-            raise ValueError(f"no native code for {ops[0]}")
-    return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
+            follows = f" before {type(ops[1]).__name__}" if len(ops) > 1 else ""
+            raise NativeUnavailable(f"there is no native code for {type(ops[0]).__name__}{follows}")
 
 
 class _Encoder:
@@ -119,8 +137,7 @@ class _Encoder:
         return {
             "weight": w.data.ctypes.data, "n_groups": groups(w.n_rows),
             "n_blocks": w.n_columns // LAYOUTS[w.format].block_size,
-            "product1": self.storage.address(w.format, "product1"),
-            "productN": self.storage.address(w.format, f"product{sizes.TILE}"),
+            **{f"product{tile}": self.storage.address(w.format, f"product{tile}") for tile in sizes.TILES},
         }  # fmt: skip
 
     def gated(self, matrix: P.Matrix, out: str, activation: int) -> None:
@@ -131,13 +148,19 @@ class _Encoder:
         self.emit(
             sizes.MATRIX, **self.out(out), n=gate.n_rows, bias=self.vector(matrix.biases[0], n), activation=activation,
             chunk=self.chunk(groups(gate.n_rows)), barrier=1, **self.weights(gate), up=second["weight"],
-            up_blocks=second["n_blocks"], up_product1=second["product1"], up_productN=second["productN"],
-            up_bias=self.vector(matrix.biases[1], n),
+            up_blocks=second["n_blocks"], up_bias=self.vector(matrix.biases[1], n),
+            **{f"up_product{tile}": second[f"product{tile}"] for tile in sizes.TILES},
         )  # fmt: skip
 
     def chunk(self, n_groups: int) -> int:
-        """Groups a task: several tasks a thread, so that a slow thread does not hold the others."""
-        return max(1, min(sizes.MAX_CHUNK, n_groups // (4 * self.n_threads)))
+        """Groups a task: about four tasks a thread, so that a slow thread does not hold the others, and as many for each."""
+
+        def most(chunk: int) -> int:  # groups of the thread with the most
+            tasks = -(-n_groups // chunk)
+            return min(-(-tasks // self.n_threads) * chunk, n_groups)
+
+        largest = max(1, min(sizes.MAX_CHUNK, n_groups // (4 * self.n_threads)))
+        return min(range(largest, largest // 2, -1), key=most)
 
     def normed_linear(self, norm: P.Norm, linear: P.Linear) -> None:
         self.norm(norm, linear.matrix.n_in)
@@ -152,9 +175,8 @@ class _Encoder:
             self.matrix(linear.matrix, activate.out, activation=activation)
 
     def attend(self, op: P.Attend, linear: P.Linear, add: P.Add) -> None:
-        cache = {"keys": self.storage.keys[op.layer].ctypes.data, "values": self.storage.values[op.layer].ctypes.data}
-        self.emit(sizes.STORE, **self.x(op.qkv), barrier=1, **cache)
-        self.emit(sizes.ATTEND, **self.x(op.qkv), barrier=1, **cache)
+        for kind in (sizes.STORE, sizes.ATTEND):
+            self.emit(kind, **self.x(op.qkv), barrier=1, layer=op.layer)
         self.prepare(op.out, linear.matrix.n_in, sizes.PARTIALS)
         self.matrix(linear.matrix, add.out, add=True)
 

@@ -3,24 +3,29 @@
 In: a format and a level. Out: functions of a module, each an address that the run loop calls. Knows formats and
 layouts, not operations.
 
-Activations of one token of n columns (n a multiple of 32), all offsets in bytes from the token's pointer:
-    0       float32 [n]     the values
-    4n      int16 [n]       the values rounded to 16 bits, with one scale for 32 of them
-    6n      [n / 32] times  low bytes of the rounded values, int8 [32]; their high bytes, int8 [32]; then float32: the
-                            scale, scale times the sum of the 32, of the first 16, of the last 16
-The sums serve the formats' offsets and zero points. What a product needs of 32 columns is together, so that one pointer a
-token and constant offsets find it: every other way of addressing splits the processor's multiply-and-load instructions.
+Activations of a tile of T tokens (sizes.TILES) with n columns, n a multiple of 32; offsets in bytes:
+    0       [T, n] float32      the values
+    4nT     [n / 32, T, 32] int16   the values rounded to 16 bits, with one scale for 32 of them
+    6nT     [n / 32, T] times   low bytes of the rounded values, int8 [32]; their high bytes, int8 [32]; then float32: the
+                                scale, scale times the sum of the 32; int32: the sum of the first 16, of the last 16
+The sums serve the formats' offsets and zero points. What a product needs of 32 columns is together for all tokens, so that
+one pointer and constant offsets find it: every other way of addressing splits the processor's multiply-and-load
+instructions.
+
+A row's result depends on its activations alone, bit for bit, not on how many tokens share the product: integer sums are
+exact, and the order of floating-point sums is the same in all kernels of a format.
 """
 
 from __future__ import annotations
 
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
-from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dot
+from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.sizes import RECORD, TILE
+from pocketlm.runtime.native.sizes import RECORD, TILES
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
+AHEAD_OF_TILE = 1280  # the same for a product of several tokens, which reads more slowly
 ROW = F32.vec(ROWS)
 PRODUCT = {
     "w": PTR,
@@ -29,7 +34,6 @@ PRODUCT = {
     "last": I64,
     "n_blocks": I64,
     "x": PTR,
-    "x_stride": I64,
     "y": PTR,
     "y_stride": I64,
 }
@@ -38,8 +42,8 @@ TILE_ROWS = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks
 
 
 def define(module: Module, level: str, fmt: str) -> None:
-    """Define FMT_product1, FMT_productN (N = TILE), FMT_row and FMT_tile."""
-    for tokens in (1, TILE):
+    """Define FMT_productT for every T of TILES, FMT_row and FMT_tile."""
+    for tokens in TILES:
         with module.function(f"{fmt}_product{tokens}", PRODUCT, linkage="kernel") as f:
             (_integer_product if fmt in RUNS else _float_product)(f, level, fmt, tokens)
     with module.function(f"{fmt}_row", LOOKUP, linkage="kernel") as f:
@@ -55,79 +59,90 @@ def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, i
 
 
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
-    w, n_groups, first, last, n_blocks, x, x_stride, y, y_stride = f.args()
-    size = LAYOUTS[fmt].block_size
-    n = n_blocks * size
-    xs = [x + x_stride * t for t in range(tokens)]
+    w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
+    size, n = LAYOUTS[fmt].block_size, n_blocks * LAYOUTS[fmt].block_size
+    wholes, records = x + n * (4 * tokens), x + n * (6 * tokens)
+    ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
     with f.range(first, last) as g:
-        totals = [f.var(ROW, 0.0) for _ in xs]
+        totals = [f.var(ROW, 0.0) for _ in range(tokens)]
         with f.range(0, n_blocks) as b:
 
             def add(run: Run, b: Value = b) -> None:
-                column, offset, words = b * size + run.column, *_unsigned(level, run)
-                for token, total in zip(xs, totals, strict=True):
-                    record = f.opaque(token + n * 6 + (column >> 5) * RECORD)
-                    low = record + (column & 31)
-                    here = Activations(low, low + 32, token + n * 4 + column * 2)
-                    whole = dot(
-                        f, level, words, here, 255 if run.biggest == 128 else run.biggest, chains=2 if tokens == 1 else 1
-                    )
-                    scaled = f.cast("sitofp", whole, F32) * f.splat(f.load(F32, record + 64, 4), ROWS)
+                column = b * size + run.column
+                zero, words = _unsigned(f, level, run)
+                half = 0 if run.count == 32 else column & 31  # of the record's columns, where the run begins
+                tile, whole = f.opaque(records + (column >> 5) * (RECORD * tokens)), wholes + (column >> 5) * (64 * tokens)
+                here = [tile + RECORD * t for t in range(tokens)]
+                xs = [Activations(at + half, at + half + 32, whole + half * 2 + 64 * t) for t, at in enumerate(here)]
+                starts = [_start(f, run, at, half, zero) if zero else None for at in here]
+                biggest = 255 if run.biggest == 128 else run.biggest
+                for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):
+                    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + 64, 4), ROWS)
                     value = f.fma(run.scale, scaled, total.get())
-                    if offset is not None:
-                        the_sum = record + 68 if run.count == 32 else record + 72 + ((column >> 4) & 1) * 4
-                        value = f.fma(offset, f.splat(f.load(F32, the_sum, 4), ROWS), value)
+                    if run.offset is not None:
+                        value = f.fma(run.offset, f.splat(f.load(F32, at + 68, 4), ROWS), value)
                     total.set(value)
 
             planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
-            if tokens == 1:
-                for line in range(0, ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
-                    f.prefetch(planes["q"] + (AHEAD + line))
+            for line in range(0, ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
+                f.prefetch(planes["q"] + (ahead + line))
             RUNS[fmt](f, level, planes, add)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
 
 
-def _unsigned(level: str, run: Run) -> tuple[Value | None, Words]:
-    """The run's offset with its zero point in it, and its words as the level's products want them."""
+def _unsigned(f: Function, level: str, run: Run) -> tuple[int, Words]:
+    """The run's zero point, a power of two or 0, and its words, as the level's products want them."""
     moved = SIGNED_ZERO.get(level, 0) if run.biggest == 128 else 0
-    words = [(w ^ 0x80, c) for w, c in run.words] if moved else run.words
-    zero = run.zero + moved
-    if not zero:
-        return run.offset, words
-    offset = run.scale * -zero
-    return offset if run.offset is None else offset + run.offset, words
+    words = [(lambda unpack=unpack: unpack() ^ 0x80, column) for unpack, column in run.words] if moved else run.words
+    return run.zero + moved, words
+
+
+def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -> Value:
+    """- zero · (sum of the run's activations), i32: what a sum begins with that counts weights from the zero point on."""
+    if run.count == 32:
+        total = f.load(I32, record + 72, 4) + f.load(I32, record + 76, 4)
+    else:
+        total = f.load(I32, record + 72 + (half >> 2), 4)  # half is 0 or 16
+    return 0 - (total << (zero.bit_length() - 1))
 
 
 def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
-    w, _, first, last, n, x, x_stride, y, y_stride = f.args()
+    """Two sums a row and token, of the even columns and of the odd: in every kernel, so that the results are the same."""
+    w, _, first, last, n, x, y, y_stride = f.args()
     convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
-    chains = 4 // tokens if tokens < 4 else 1  # independent sums hide the latency of an addition
-    xs = [x + x_stride * t for t in range(tokens)]
-    with f.range(first, last) as g:
-        totals = [[f.var(ROW, 0.0) for _ in range(chains)] for _ in xs]
-        start = w + g * n * type_.bytes
+    xs = [x + ((n + 31) >> 5) * (128 * t) for t in range(tokens)]
+    whole, group_bytes = n & -4, n * type_.bytes
+
+    def groups(g: Value, count: int) -> None:  # a single token's product takes two at a time, to hide an addition's latency
+        totals = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in xs] for _ in range(count)]
+        starts = [w + (g + i) * group_bytes for i in range(count)]
 
         def column(c: Value, chain: int) -> None:
-            weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
-            for token, sums in zip(xs, totals, strict=True):
-                value = f.splat(f.load(F32, token + c * 4, 4), ROWS)
-                sums[chain].set(f.fma(weights, value, sums[chain].get()))
+            values = [f.splat(f.load(F32, token + c * 4, 4), ROWS) for token in xs]
+            for start, rows in zip(starts, totals, strict=True):
+                weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
+                for value, sums in zip(values, rows, strict=True):
+                    sums[chain].set(f.fma(weights, value, sums[chain].get()))
 
-        whole = n & -4
         with f.range(0, whole, 4) as c:
             if tokens == 1:
-                for line in range(0, 4 * type_.bytes, 64):
-                    f.prefetch(start + (c * type_.bytes + AHEAD + line))
+                for start in starts:
+                    for line in range(0, 4 * type_.bytes, 64):
+                        f.prefetch(start + (c * type_.bytes + AHEAD + line))
             for i in range(4):
-                column(c + i, i % chains)
+                column(c + i, i % 2)
         with f.range(whole, n) as c:
             column(c, 0)
-        for t, sums in enumerate(totals):
-            total = sums[0].get()
-            for other in sums[1:]:
-                total = total + other.get()
-            f.store(total, y + y_stride * t + (g - first) * (4 * ROWS))
+        for i, rows in enumerate(totals):
+            for t, (even, odd) in enumerate(rows):
+                f.store(even.get() + odd.get(), y + y_stride * t + (g + i - first) * (4 * ROWS))
+
+    pairs = first + ((last - first) & -2) if tokens == 1 else first
+    with f.range(first, pairs, 2) as g:
+        groups(g, 2)
+    with f.range(pairs, last) as g:
+        groups(g, 1)
 
 
 def _integer_row(f: Function, level: str, fmt: str) -> None:
@@ -138,8 +153,8 @@ def _integer_row(f: Function, level: str, fmt: str) -> None:
         def write(run: Run, b: Value = b) -> None:
             scale = f.splat(f.extract(run.scale, lane), 4)
             offset = f.splat(f.extract(run.offset, lane), 4) if run.offset else f.const(F32.vec(4), 0)
-            for word, column in run.words:
-                four = f.bitcast(f.extract(f.bitcast(word, I32.vec(ROWS)), lane), I8.vec(4))
+            for unpack, column in run.words:
+                four = f.bitcast(f.extract(f.bitcast(unpack(), I32.vec(ROWS)), lane), I8.vec(4))
                 whole = f.cast("sext" if run.biggest == 128 else "zext", four, I32) - run.zero
                 value = f.fma(f.cast("sitofp", whole, F32), scale, offset)
                 f.store(value, out + (b * size + run.column + column) * 4)

@@ -1,4 +1,4 @@
-"""The structures that Python fills and compiled code reads: one record an operation, and one for the whole run.
+"""The structures that Python fills and compiled code reads: of an operation, a token, a task of attention, the whole run.
 
 Every field is eight bytes, so that a NumPy record and the compiled code agree on offsets by position alone. Knows names
 and positions, nothing else.
@@ -28,11 +28,13 @@ OPERATION = np.dtype([
     ("row", "i8"),           # EMBED: address of FMT_row
     ("add", "i8"),           # EMBED, MATRIX: 1: out += …
     ("by_position", "i8"),   # EMBED: 1: the row is the position, not the token's id
-    ("product1", "i8"), ("productN", "i8"),   # MATRIX: addresses of the kernels for one token and for a tile
+    # MATRIX: addresses of the kernels for tiles of sizes.TILES tokens
+    ("product1", "i8"), ("product2", "i8"), ("product4", "i8"), ("product8", "i8"),
     ("chunk", "i8"),         # MATRIX: groups a task
     ("activation", "i8"),    # MATRIX: 0 none, or 1 + its place in sizes.ACTIVATIONS
-    ("up", "i8"), ("up_blocks", "i8"), ("up_product1", "i8"), ("up_productN", "i8"), ("up_bias", "i8"),  # gated: up != 0
-    ("keys", "i8"), ("values", "i8"),         # STORE, ATTEND: this layer's cache
+    ("up", "i8"), ("up_blocks", "i8"), ("up_bias", "i8"),  # gated: up != 0
+    ("up_product1", "i8"), ("up_product2", "i8"), ("up_product4", "i8"), ("up_product8", "i8"),
+    ("layer", "i8"),         # STORE, ATTEND: which part of a token's cache
 ])  # fmt: skip
 
 # what all operations share; the fields that threads write stand on cache lines of their own
@@ -45,17 +47,34 @@ RUN = np.dtype([
     ("give_way", "i8"),                       # address of sched_yield
     ("workers", "i8"),                        # WORKER records, one a thread
     ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: the next task of every operation
-    ("ids", "i8"), ("n_tokens", "i8"), ("n_logits", "i8"), ("position", "i8"),
+    ("tokens", "i8"), ("n_tokens", "i8"),     # TOKEN records
+    ("rows", "i8"), ("n_logits", "i8"),       # int64: the tokens whose logits are wanted
+    ("entries", "i8"), ("n_entries", "i8"),   # ENTRY records, each with n_kv_head tasks
     ("activations", "i8"), ("activation_stride", "i8"),   # prepared activations of a block of tokens
     ("scratch", "i8"), ("scratch_stride", "i8"),          # a thread's own memory, see stages.py
-    ("products_at", "i8"), ("queries_at", "i8"), ("scores_at", "i8"),   # what lies where in it
-    ("score_stride", "i8"),
-    ("partials", "i8"),                       # attention's results, one a token, head and span
+    # what lies where in it
+    ("products_at", "i8"), ("rows_at", "i8"), ("queries_at", "i8"), ("scores_at", "i8"), ("mixed_at", "i8"),
+    ("partials", "i8"),                       # attention's results: slots, each of n_head of them
     ("n_head", "i8"), ("n_kv_head", "i8"), ("head_dim", "i8"), ("padded_dim", "i8"),
-    ("head_stride", "i8"),                    # bytes of one kv head's keys, or values, of one layer
     ("rope", "i8"), ("rope_half", "i8"), ("rope_interleaved", "i8"),
     ("slopes", "i8"),                         # ALiBi, float32 a head; 0: none
     ("query_scale", "f4"), ("unused", "f4"),
+])  # fmt: skip
+
+# a token of a pass: which it is, where it stands in its text, and the cache of that text
+TOKEN = np.dtype([
+    ("id", "i8"), ("position", "i8"),
+    ("keys", "i8"), ("values", "i8"),         # addresses of the first layer's
+    ("head_stride", "i8"),                    # bytes of one kv head's keys, or values, of one layer
+    ("slot", "i8"), ("n_partials", "i8"),     # its results of attention: n_partials slots from `slot` on
+    ("pad", "i8"),
+])  # fmt: skip
+
+# neighbouring tokens of one text, and spans of positions that they attend to in one task
+ENTRY = np.dtype([
+    ("token", "i8"), ("n_tokens", "i8"),
+    ("first", "i8"), ("last", "i8"),          # spans [first, last)
+    ("apart", "i8"),                          # 1: a slot for every span; 0: all spans are joined in the token's slot
 ])  # fmt: skip
 
 WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 5)])  # state 1: asleep in Python

@@ -85,7 +85,7 @@ def _define_tasks(module: Module) -> None:
             f.ret((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk"))
         with f.when(kind.equals(sizes.STORE)):
             f.ret(n * (r.run("n_head") + r.run("n_kv_head")))
-        f.ret(stages.n_spans(f, r, n) * r.run("n_kv_head") * ((n + sizes.TOKENS - 1) // sizes.TOKENS))
+        f.ret(r.run("n_entries") * r.run("n_kv_head"))
 
 
 def _work(f: Function) -> None:
@@ -97,17 +97,13 @@ def _work(f: Function) -> None:
         op = f.field(run, offset(RUN, "program"), PTR) + number * OPERATION.itemsize
         r = stages.Records(f, run, op)
         own = r.run("scratch", PTR) + tid * r.run("scratch_stride")
-        n_tokens = r.run("n_tokens")
-        n = f.select(r.op("tail").equals(1), r.run("n_logits"), n_tokens)
-        first = n_tokens - n
+        n = f.select(r.op("tail").equals(1), r.run("n_logits"), r.run("n_tokens"))
         kind = r.op("kind")
 
-        def stage(
-            task: Value, op: Value = op, own: Value = own, first: Value = first, n: Value = n, kind: Value = kind
-        ) -> None:
+        def stage(task: Value, op: Value = op, own: Value = own, n: Value = n, kind: Value = kind) -> None:
             for at, name in enumerate(("embed", "prepare", "matrix", "store", "attend")):
                 with f.when(kind.equals(at)):
-                    f.call(VOID, name, run, op, own, task, first, n)
+                    f.call(VOID, name, run, op, own, task, n)
 
         # a single token is prepared by every thread for itself: cheaper than waiting for one of them
         alone = kind.equals(sizes.PREPARE) & n.equals(1)

@@ -8,14 +8,19 @@ from __future__ import annotations
 EMBED, PREPARE, MATRIX, STORE, ATTEND = range(5)  # kinds of operations
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # MATRIX: 1 for the first, 0 for none
-TILE = 8  # tokens that share a block's unpacked weights
+TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
+TILE = TILES[-1]
 RECORD = 80  # bytes of 32 columns' rounded activations
 LANES = 16
-SPAN = 256  # positions of one attention task while decoding; a fixed number, so that results do not depend on threads
-TOKENS = 8  # tokens of one attention task in a prompt
-QUERIES = 4  # queries that share the loaded keys and values
+SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
+QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many
 MAX_CHUNK = 16  # groups of rows in a task
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
+
+
+def tile_size(n: int) -> int:
+    """The smallest kernel for n tokens, at most TILE of them."""
+    return next(tile for tile in TILES if tile >= min(n, TILE))
 
 
 def activation_bytes(n: int) -> int:

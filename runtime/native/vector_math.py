@@ -42,6 +42,16 @@ def exp(f: Function, x: Value) -> Value:
     return f.select(x.equals(x), y, x)
 
 
+def exp_of_negative(f: Function, x: Value) -> Value:
+    """e^x for x up to 0; 0 below -87.33, NaN for NaN."""
+    clamped = f.select(x < EXP_MIN, EXP_MIN, x)
+    n = f.intrinsic("rint", clamped * math.log2(math.e))
+    r = f.fma(n, f.const(x.type, -LN2_LOW), f.fma(n, f.const(x.type, -LN2_HIGH), clamped))
+    y = f.fma(polynomial(f, r, EXP), r * r, r) + 1.0
+    k = f.emit(I32.vec(x.type.lanes), f"freeze {I32.vec(x.type.lanes)} {f.cast('fptosi', n, I32)}")
+    return f.select(x < EXP_MIN, 0.0, y * f.bitcast((k + 127) << 23, x.type))
+
+
 def tanh(f: Function, x: Value) -> Value:
     magnitude = f.intrinsic("fabs", x)
     square = x * x

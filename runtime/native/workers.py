@@ -50,6 +50,8 @@ class WorkerThreads:
             self._step(self._address)
         finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
             self._finish()
+        if self._record["epoch"][0] < 0:
+            join_threads(self._threads)  # they may still be looking at what the caller owns
         self._check_open()
 
     def _check_open(self) -> None:

@@ -1,4 +1,4 @@
-"""How well a model file predicts a held-out split, in bits per character, beside counting words and pairs of words.
+"""How well a model file predicts a held-out split, in bits per character, beside unigram and bigram models.
 
 In: a model file and the `data/` of a run. Out: a table. All predictors see the same tokens (those the mask says to learn:
 what is said and the ends of turns), predict the same ones, and their bits are divided by the same number of characters.

@@ -1,7 +1,7 @@
-"""The conversations of the small-talk model: real ones cleaned up, short ones by hand. Packages in, chat JSONL out.
+"""The conversations of the small-talk model: real ones cleaned up, and short ones written by hand. Packages in, chat JSONL out.
 
-Knows no model. The real ones come from the PyPI packages chitchat-dataset (MIT) and chatterbot-corpus (BSD); the ones by
-hand lie in own.json: groups of questions that have the same answers.
+Knows no model. The real ones come from the PyPI packages chitchat-dataset (MIT) and chatterbot-corpus (BSD); the
+short ones are put together from own.json: groups of questions that have the same answers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,45 @@
+"""A file mapped into memory, read-only, and let go of when that is asked for.
+
+In: a path. Out: the file's bytes as a mapping that NumPy arrays look at. Windows neither deletes nor overwrites a file
+that is mapped, so `close` unmaps. While an array still looks at the mapping that is impossible: unmapped, it would read
+other memory or end the process. Then the mapping ends with the last such array. Knows no formats.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import traceback
+from pathlib import Path
+
+from pocketlm.runtime.gguf_strings import Buffer
+
+
+class FileMapping:
+    """The bytes of a file, `buffer`, from which arrays are made. Raises OSError or ValueError (an empty file)."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self.buffer: Buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Unmap the file, at once or with the last array that looks at it. A second call does nothing.
+
+        `error`: the exception that ends the mapping's use. The calls that it came out of keep their variables alive,
+        arrays among them, as long as it is handled; they are forgotten here.
+        """
+        buffer, self.buffer = self.buffer, b""
+        for forget in (lambda: None, lambda: _forget_variables(error), gc.collect):
+            forget()
+            try:
+                if isinstance(buffer, mmap.mmap):
+                    buffer.close()
+                return
+            except BufferError:
+                continue
+
+
+def _forget_variables(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,278 @@
+"""Attention: the queries of one key-value head over spans of positions, and the spans joined in order.
+
+In: the run's and an operation's record, an ENTRY (records.py): neighbouring tokens of one text and the spans that they attend
+to. Out: results in the tokens' slots: sums of values, the largest score, the sum of weights. Knows the cache, no weights.
+
+A token's result is the same, bit for bit, however many queries share a task and whoever computes a span: scores, weights and
+sums of a span of SPAN positions are made in one order, and spans are joined one after the other, in a task or by
+`join_partials`. Positions that a query may not see have weight 0, which changes no sum.
+
+A thread's own memory: at `rows_at` what is known of each query (ROW), at `queries_at` the scaled queries, column after column;
+at `scores_at` their scores in a span, at `mixed_at` their results of a span.
+Online softmax: Milakov and Gimelshein, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from pocketlm.runtime.native.ir import F16, F32, I1, I32, I64, PTR, VOID, Function, Module, Type, Value
+from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.records import ENTRY, OPERATION, RUN, TOKEN, offset
+from pocketlm.runtime.native.sizes import LANES, QUERIES, SPAN
+from pocketlm.runtime.native.vector_math import exp, exp_of_negative, from_half
+
+
+class Records:
+    """Reads fields of the records inside a function: `r.run("n_head")`, `r.op("x")`, `r.token(3)("position")`."""
+
+    def __init__(self, f: Function, run: Value, op: Value):
+        self._f, self._run, self._op = f, run, op
+
+    def run(self, name: str, type: Type = I64) -> Value:
+        return self._f.field(self._run, offset(RUN, name), type)
+
+    def op(self, name: str, type: Type = I64) -> Value:
+        return self._f.field(self._op, offset(OPERATION, name), type)
+
+    def token(self, number: Value) -> Callable[..., Value]:
+        at = self.run("tokens", PTR) + number * TOKEN.itemsize
+        return lambda name, type=I64: self._f.field(at, offset(TOKEN, name), type)
+
+    def entry(self, number: Value) -> Callable[[str], Value]:
+        at = self.run("entries", PTR) + number * ENTRY.itemsize
+        return lambda name: self._f.field(at, offset(ENTRY, name))
+
+
+def vectors(f: Function, n: Value) -> AbstractContextManager[Value]:
+    """Loop over n floats (filled up to a multiple of 16), giving byte offsets."""
+    return f.range(0, ((n + 15) >> 4) << 6, 4 * LANES)
+
+
+def cache_of(r: Records, token: Callable[..., Value], kv: Value) -> Value:
+    """Bytes from a token's keys, or values, to those of a head in the operation's layer."""
+    return (r.op("layer") * r.run("n_kv_head") + kv) * token("head_stride")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How many queries and positions a level's registers hold the sums of."""
+
+    scores: tuple[tuple[int, int], ...]  # queries, vectors of 16 positions; most queries first, down to one
+    mix: int  # queries whose sums of values, of the even and of the odd positions, fit; divides the numbers above, or they it
+
+
+_NARROW = Tiles(((6, 1), (3, 2), (2, 2), (1, 4)), 3)
+TILES = {
+    "avx512-vnni": Tiles(((12, 2), (6, 4), (4, 4), (3, 8), (2, 8), (1, 8)), 12),
+    "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
+    "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
+}  # fmt: skip
+# what is known of a query: its position, the address of its result, its head's slope
+POSITION, RESULT, SLOPE, ROW_BYTES = 0, 8, 16, 32
+
+
+def define(module: Module, level: str) -> None:
+    """Define what `attend` calls: `span1`, `span2`, … for so many queries, and what these call."""
+    _define_merge(module)
+    _define_softmax(module)
+    for queries, n_vectors in TILES[level].scores:
+        _define_span(module, level, queries, n_vectors)
+
+
+def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+    """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
+    n_kv = r.run("n_kv_head")
+    entry, kv, group = r.entry(task // n_kv), task % n_kv, r.run("n_head") // n_kv
+    all_rows, padded = entry("n_tokens") * group, r.run("padded_dim")
+    token = r.token(entry("token"))
+    keys, values = (token(name, PTR) + cache_of(r, token, kv) for name in ("keys", "values"))
+    with f.range(0, all_rows, QUERIES) as start:
+        rows = f.minimum(all_rows - start, f.const(I64, QUERIES))
+        with f.range(0, rows) as row:
+            number = start + row
+            _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
+        last = f.load(I64, own + r.run("rows_at") + (rows - 1) * ROW_BYTES + POSITION, 8)
+        stop = f.minimum(entry("last"), last // SPAN + 1)
+        with f.range(entry("first"), stop) as span:
+            row, at = f.var(I64, 0), span * (padded * 2 * SPAN)
+            for queries, _ in TILES[level].scores:
+                with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
+                    arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, entry("apart"))
+                    f.call(VOID, f"span{queries}", *arguments)
+                    row.set(row.get() + queries)
+
+
+def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head: Value, apart: Value) -> None:
+    """A query scaled, what is known of it, and a result of no positions yet."""
+    dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
+    x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
+    with f.range(0, dim) as d:
+        f.store(f.load(F32, x + d * 4) * r.run("query_scale", F32), to + d * (4 * QUERIES))
+    with f.range(dim, padded) as d:
+        f.store(f.const(F32, 0.0), to + d * (4 * QUERIES))
+    known, slope, result = own + r.run("rows_at") + row * ROW_BYTES, f.var(F32, 0.0), _slot(r, token("slot"), head)
+    with f.when(f.emit(I1, f"icmp ne ptr {r.run('slopes', PTR)}, null")):
+        slope.set(f.load(F32, r.run("slopes", PTR) + head * 4))
+    for value, at in ((token("position"), POSITION), (result, RESULT), (slope.get(), SLOPE)):
+        f.store(value, known + at, 4)
+    with f.when(apart.equals(0)):
+        _clear(f, result, padded)
+
+
+def _slot(r: Records, slot: Value, head: Value) -> Value:
+    """Where a result stands: padded_dim sums of values, the largest score, the sum of weights."""
+    return r.run("partials", PTR) + (slot * r.run("n_head") + head) * ((r.run("padded_dim") + LANES) * 4)
+
+
+def _clear(f: Function, to: Value, padded: Value) -> None:
+    """A result of no positions."""
+    with f.range(0, padded, LANES) as d:
+        f.store(f.const(ROW, 0.0), to + d * 4, 4)
+    f.store(f.const(F32, -math.inf), to + padded * 4, 4)
+    f.store(f.const(F32, 0.0), to + padded * 4 + 4, 4)
+
+
+def _define_merge(module: Module) -> None:
+    """merge(to, add, padded): join a later span's result to that of the spans before it."""
+    with module.function("merge", {"to": PTR, "add": PTR, "padded": I64}) as f:
+        to, add, padded = f.args()
+        tops, sums = ([f.load(F32, p + padded * 4 + at, 4) for p in (to, add)] for at in (0, 4))
+        largest = f.maximum(*tops)
+        # one of the two is e^0; a NaN stays one
+        powers = exp(f, f.join([f.splat(top - largest, 2) for top in tops]))
+        old, new = f.extract(powers, 0), f.extract(powers, 2)
+        f.store(largest, to + padded * 4, 4)
+        f.store(f.fma(sums[1], new, sums[0] * old), to + padded * 4 + 4, 4)
+        with f.range(0, padded, LANES) as d:
+            value = f.fma(f.load(ROW, add + d * 4, 4), f.splat(new, LANES), f.load(ROW, to + d * 4, 4) * f.splat(old, LANES))
+            f.store(value, to + d * 4, 4)
+
+
+def _define_softmax(module: Module) -> None:
+    """softmax(run, own, row, queries, first, count): scores (+ ALiBi), -inf for the future, to weights e^(score - largest).
+
+    The largest score and the sum of the weights go to each query's result of the span.
+    """
+    arguments = {"run": PTR, "own": PTR, "row": I64, "queries": I64, "first": I64, "count": I64}
+    with module.function("softmax", arguments) as f:
+        run, own, row, queries, first, count = f.args()
+        r = Records(f, run, run)
+        padded, lanes = r.run("padded_dim"), f.vector(I32.vec(LANES), range(LANES))
+        with f.range(0, queries) as i:
+            known = own + r.run("rows_at") + (row + i) * ROW_BYTES
+            ahead = f.cast("trunc", first - f.load(I64, known + POSITION, 8), I32)
+            slope, scores = f.splat(f.load(F32, known + SLOPE, 4), LANES), own + r.run("scores_at") + i * (SPAN * 4)
+            largest, total = f.var(ROW, -math.inf), f.var(ROW, 0.0)
+            with vectors(f, count) as at:
+                distance = f.splat(ahead + f.cast("trunc", at >> 2, I32), LANES) + lanes
+                score = f.fma(slope, f.cast("sitofp", distance, F32), f.load(ROW, scores + at, 4))
+                score = f.select(distance > 0, -math.inf, score)
+                f.store(score, scores + at, 4)
+                largest.set(f.maximum(largest.get(), score))
+            top = f.reduce(largest.get(), "max")
+            with vectors(f, count) as at:
+                weight = exp_of_negative(f, f.load(ROW, scores + at, 4) - f.splat(top, LANES))
+                f.store(weight, scores + at, 4)
+                total.set(total.get() + weight)
+            result = own + r.run("mixed_at") + i * ((padded + LANES) * 4) + padded * 4
+            f.store(top, result, 4)
+            f.store(f.reduce(total.get(), "add"), result + 4, 4)
+
+
+def _define_span(module: Module, level: str, queries: int, n_vectors: int) -> None:
+    """span{queries}(run, own, keys, values, row, span, apart): queries from `row` on over one span.
+
+    Its result joins those of the spans before it, or with `apart` goes to a slot of its own.
+    """
+    arguments = {"run": PTR, "own": PTR, "keys": PTR, "values": PTR, "row": I64, "span": I64, "apart": I64}
+    with module.function(f"span{queries}", arguments) as f:
+        run, own, keys, values, row, span, apart = f.args()
+        r = Records(f, run, run)
+        padded, first, known = r.run("padded_dim"), span * SPAN, own + r.run("rows_at") + row * ROW_BYTES
+        last = f.load(I64, known + (queries - 1) * ROW_BYTES + POSITION, 8)
+        count = f.minimum(last + 1 - first, f.const(I64, SPAN))  # positions that the last query sees
+        with f.when(count <= 0):
+            f.ret()
+        scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
+        _scores(f, level, keys, own + r.run("queries_at") + row * 4, scores, padded, count, queries, n_vectors)
+        f.call(VOID, "softmax", run, own, row, f.const(I64, queries), first, count)
+        result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
+        for i in range(0, queries, step):
+            _mix(f, level, values, scores + i * (SPAN * 4), mixed + result_bytes * i, result_bytes, padded, count, step)
+        with f.range(0, queries) as i, f.when(f.load(I64, known + i * ROW_BYTES + POSITION, 8) >= first):
+            to = f.load(PTR, known + i * ROW_BYTES + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
+            with f.when(apart.equals(1)):
+                _clear(f, to, padded)
+            f.call(VOID, "merge", to, mixed + i * result_bytes, padded)
+
+
+def _scores(
+    f: Function, level: str, keys: Value, q: Value, scores: Value, padded: Value, count: Value, queries: int, n_vectors: int
+) -> None:
+    """q · k of every query and position, one after the other along the head's columns."""
+    with f.range(0, count, LANES * n_vectors) as p:
+        sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
+        start = keys + p * padded * 2
+        with f.range(0, padded) as d:
+            here = [
+                from_half(f, level, f.load(F16.vec(LANES), start + (padded * k + d) * (2 * LANES), 32))
+                for k in range(n_vectors)
+            ]
+            for i, own_sums in enumerate(sums):
+                value = f.splat(f.load(F32, q + (d * (4 * QUERIES) + 4 * i), 4), LANES)
+                for key, total in zip(here, own_sums, strict=True):
+                    total.set(f.fma(key, value, total.get()))
+        for i, own_sums in enumerate(sums):
+            for k, total in enumerate(own_sums):
+                f.store(total.get(), scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
+
+
+def _mix(
+    f: Function, level: str, values: Value, scores: Value, out: Value, out_stride: Value, padded: Value, count: Value,
+    queries: int,
+) -> None:  # fmt: skip
+    """Sums of weight times value: of the even positions and of the odd ones, then both."""
+
+    def columns(start: Value, n_vectors: int) -> None:
+        sums = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in range(n_vectors)] for _ in range(queries)]
+        with f.range(0, count, 2) as p:
+            for odd in (0, 1):  # scores are there for whole vectors of positions
+                row = values + ((p + odd) * padded + start) * 2
+                here = [from_half(f, level, f.load(F16.vec(LANES), row + 2 * LANES * k, 32)) for k in range(n_vectors)]
+                for i, own_sums in enumerate(sums):
+                    weight = f.splat(f.load(F32, scores + (p * 4 + (SPAN * i + odd) * 4), 4), LANES)
+                    for value, pair in zip(here, own_sums, strict=True):
+                        pair[odd].set(f.fma(value, weight, pair[odd].get()))
+        for i, own_sums in enumerate(sums):
+            for k, (even, odd_sum) in enumerate(own_sums):
+                f.store(even.get() + odd_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
+
+    wide = 4 if queries <= 3 and level == "avx512-vnni" else 1
+    whole = padded & (-LANES * wide)
+    with f.range(0, whole, LANES * wide) as start:
+        columns(start, wide)
+    if wide > 1:
+        with f.range(whole, padded, LANES) as start:
+            columns(start, 1)
+
+
+def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callable[..., Value]) -> None:
+    """A token's output: its slots joined in order, each head's sums of values divided by the sum of weights."""
+    n_head, dim, padded = r.run("n_head"), r.run("head_dim"), r.run("padded_dim")
+    joined = own + r.run("mixed_at")  # the slots stay: other threads may be joining them, too
+    with f.range(0, n_head) as head:
+        _clear(f, joined, padded)
+        with f.range(0, token("n_partials")) as i:
+            f.call(VOID, "merge", joined, _slot(r, token("slot") + i, head), padded)
+        scale, out, whole = 1.0 / f.load(F32, joined + padded * 4 + 4, 4), to + head * dim * 4, dim & -LANES
+        with f.range(0, whole, LANES) as d:
+            f.store(f.load(ROW, joined + d * 4, 4) * f.splat(scale, LANES), out + d * 4, 4)
+        with f.range(whole, dim) as d:
+            f.store(f.load(F32, joined + d * 4, 4) * scale, out + d * 4, 4)
+    width = n_head * dim
+    with f.range(width, ((width + 31) >> 5) << 5) as i:
+        f.store(f.const(F32, 0.0), to + i * 4)

@@ -1,0 +1,34 @@
+"""Text on its way out: a terminal gets no control characters from a model, a file or a conversation.
+
+In: text of any origin. Out: the same text, as it may be shown. Escape sequences could retitle, repaint or reprogram a
+terminal, or type for its user. Commands print with the `print` of this module; the chat, which has colours of its own,
+filters what it is given with `without_controls`. Knows no models.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+from typing import TextIO
+
+# All of C0 and C1 but tab and newline
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def without_controls(text: str) -> str:
+    """The text without control characters, newlines and tabs kept."""
+    return _CONTROLS.sub("", text)
+
+
+def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
+    """Python's `print` for values that may come from strangers.
+
+    A message on standard error never holds control characters. A result on standard output does not where that is a
+    terminal; programs that read it through a pipe or a file get every byte. `sep` and `end` are the program's own.
+    """
+    out = sys.stdout if file is None else file
+    texts = map(str, values)
+    if out is not None and (out is sys.stderr or out.isatty()):
+        texts = map(without_controls, texts)
+    builtins.print(*texts, sep=sep, end=end, file=out, flush=flush)

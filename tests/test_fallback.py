@@ -1,0 +1,92 @@
+"""What native lacks NumPy does, where nobody named a backend: with one line, and the same logits as always."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.runtime import model_file
+from pocketlm.runtime import plan as P
+from pocketlm.runtime.activations import ACTIVATIONS
+from pocketlm.runtime.executors import make_executor
+from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
+from pocketlm.runtime.native.tiling import LAYOUTS
+from pocketlm.runtime.numpy_executor import NumpyExecutor
+
+IDS = np.array([5, 6, 7])
+
+
+@pytest.fixture
+def opened(tmp_path):
+    with model_file.open_model(write_model(tmp_path / "m.gguf", format="Q4_0", n_ff=64)) as file:
+        yield file
+
+
+def plan_of(file) -> P.Plan:
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    return P.make_plan(read_hyper(file.metadata, shapes["token_embd.weight"][0], file.path), shapes, file.path)
+
+
+def check(file, plan: P.Plan, words: str, capsys) -> None:
+    """`auto` is NumPy and says so in one line; native by name is an error that says the same."""
+    with pytest.raises(NativeUnavailable, match=words) as error:
+        make_executor("native", plan, file.tensors, 32, 1, file.path)
+    assert capsys.readouterr().err == ""
+    executor = make_executor("auto", plan, file.tensors, 32, 1, file.path)
+    assert capsys.readouterr().err == f"pocketlm: running on NumPy, which is slower: {error.value}\n"
+    assert executor.name == "numpy"
+    np.testing.assert_array_equal(executor.forward(IDS), NumpyExecutor(plan, file.tensors, 32, 1).forward(IDS))
+
+
+def test_a_format_without_native_code(opened, monkeypatch, capsys):
+    monkeypatch.delitem(LAYOUTS, "Q4_0")
+    check(opened, plan_of(opened), "no native code for Q4_0 weights", capsys)
+
+
+def test_an_order_of_operations_without_native_code(opened, capsys):
+    plan = plan_of(opened)
+    twice = next(op for op in plan.ops if isinstance(op, P.Norm))
+    check(opened, replace(plan, ops=(plan.ops[0], twice, *plan.ops[1:])), "no native code for Norm before Norm", capsys)
+
+
+def test_an_operation_without_native_code(opened, monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Double:
+        x: str
+
+    def double(self, op, state):
+        state[op.x] = state[op.x] * 2
+
+    real = NumpyExecutor.__init__
+
+    def knowing_double(self, *words):
+        real(self, *words)
+        self._run[Double] = lambda op, state: double(self, op, state)
+
+    monkeypatch.setattr(NumpyExecutor, "__init__", knowing_double)
+    plan = plan_of(opened)
+    changed = replace(plan, ops=(plan.ops[0], Double("x"), *plan.ops[1:]))  # type: ignore[arg-type]
+    check(opened, changed, "no native code for Double before Norm", capsys)
+
+
+def test_an_activation_without_native_code(opened, monkeypatch, capsys):
+    monkeypatch.setitem(ACTIVATIONS, "tanh", np.tanh)
+    plan = plan_of(opened)
+    ops = tuple(replace(op, kind="tanh") if isinstance(op, P.Activate) else op for op in plan.ops)
+    check(opened, replace(plan, ops=ops), "no native code for Activate of the kind 'tanh'", capsys)
+
+
+def test_a_model_says_which_backend_runs(tmp_path, monkeypatch, capsys):
+    path = write_model(tmp_path / "m.gguf", format="Q4_0", n_ff=64)
+    monkeypatch.delitem(LAYOUTS, "Q4_0")
+    with pocketlm.load(path) as model:
+        assert model.backend == "numpy"
+        with pytest.raises(NativeUnavailable):
+            model.set_backend("native")
+        assert model.backend == "numpy"
+        assert list(model.generate([5], max_tokens=2, ignore_eos=True))[-1].generated_tokens == 2
