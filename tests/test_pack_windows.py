@@ -110,16 +110,14 @@ def test_a_conversation_at_a_console(friend, home, tmp_path):
     assert child.exitstatus == 0
 
 
-def test_threads_wait_for_each_other_and_end(friend, home):
-    """POCKETLM_THOROUGH=1: for 10,000 tokens, which takes minutes."""
-    n = 10_000 if os.environ.get("POCKETLM_THOROUGH") else 200
-    lines = "hello\n" * (n // 12)
-    one, *more = (
-        run_windows(home, friend, "--no-save", "--threads", threads, stdin=lines, seconds=100 + n / 5) for threads in ("1", "2", "3")
-    )
-    assert one.returncode == 0
-    assert len(one.stdout) > n
-    assert [(other.returncode, other.stdout) for other in more] == [(0, one.stdout)] * 2
+def test_threads_wait_for_each_other_and_end(friend, home, tmp_path):
+    """Four times 4095 tokens on two and on three threads: as many as a conversation holds by default."""
+    long = write_model(tmp_path / "long.gguf", format="Q4_0", n_ctx=5000)
+    command = ("generate", "--model", str(long), "-p", "the", "-n", "5000", "--temp", "0", "--threads")
+    one, *more = (run_windows(home, friend, *command, threads, seconds=600) for threads in ("1", "2", "3", "2", "3"))
+    assert (one.returncode, one.stderr) == (0, "")
+    assert len(one.stdout) > 4000
+    assert [(other.returncode, other.stdout) for other in more] == [(0, one.stdout)] * 4
 
 
 def test_a_damaged_one_says_so_in_one_line_or_talks_as_before(friend, home, tmp_path):
