@@ -36,8 +36,8 @@ PYTHON = sys.version_info[:2]
 # Modules that Python needs before it can read the archive (PyInstaller/compat.py, PY3_BASE_MODULES), with all below them
 _BASE = (
     "_collections_abc", "_weakrefset", "abc", "codecs", "collections", "copyreg", "encodings", "enum", "functools",
-    "genericpath", "heapq", "io", "keyword", "linecache", "locale", "ntpath", "operator", "os", "posixpath", "re", "reprlib", "sre_compile",
-    "sre_constants", "sre_parse", "stat", "traceback", "types", "warnings", "weakref",
+    "genericpath", "heapq", "io", "keyword", "linecache", "locale", "ntpath", "operator", "os", "posixpath", "re", "reprlib",
+    "sre_compile", "sre_constants", "sre_parse", "stat", "traceback", "types", "warnings", "weakref",
 )  # fmt: skip
 _BOOT = ("struct", "_struct", "zlib")  # what reads the archive
 _LOADER = ("pyimod01_archive", "pyimod02_importers", "pyimod03_ctypes")
@@ -236,7 +236,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
             path = _library(name, tree.shared)
             if path is None or name.startswith("api-ms-win-") or _GLIBC.match(name):  # the system's; the second Windows 10's
                 if _MISSING_ON_WINDOWS.match(name):
-                    raise PocketlmError(f"{name}, which a library for {platform} wants, is in none of the files that were fetched")
+                    raise PocketlmError(f"{name}, which {platform} wants, is in none of the files that were fetched")
                 continue
             within = path.relative_to(tree.packages).as_posix() if path.is_relative_to(tree.packages) else path.name
             if within not in wanted:
@@ -252,7 +252,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
 
 
 def _is_module(name: str) -> bool:
-    """Whether a binary is a compiled module: Linux' libraries have a number behind .so, or their package in the folder's name."""
+    """Whether a binary is a compiled module: libraries have a number behind .so, or their package in the folder's name."""
     return name.endswith(modules.COMPILED) and ".libs" not in name
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pocketlm.build import pe
+
 COOKIE = struct.Struct("!8sIIII64s")  # PyInstaller's, written down anew, as is the rest of its archives
 
 
@@ -21,7 +23,7 @@ def fake_stub(path: Path, *, kind: str = "linux", boot: int = 5000, archive: int
     machine = 62 if platform.machine() == "aarch64" else 183
     head = {
         "linux": b"\x7fELF".ljust(18, b"\0") + struct.pack("<H", machine),
-        "windows": b"MZ".ljust(60, b"\0") + struct.pack("<I", 64) + b"PE\0\0" + struct.pack("<H", 0xAA64),
+        "windows": pe.shared_library("program", b"\xc3", {"main": 0}),
         "macos": mach_o(boot),
     }[kind]
     noise = random.Random(boot)

@@ -1,4 +1,4 @@
-"""What Macs get, composed here: its structure, by independent readers. Only a Mac can run it, and none has (build/README.md)."""
+"""What Macs get, composed here: its structure, by independent readers. Only a Mac can run it, and none has."""
 
 import shutil
 import struct

