@@ -3,7 +3,8 @@
 In: a processor, and the library that NumPy was built with. Out: a shared library of some kilobytes that stands in for it.
 OpenBLAS and its Fortran library are half of what a stub would hold and unpack at every start, and a conversation needs a
 matrix product at most: where the native executor cannot run. Products of real numbers only; whatever else NumPy might ask
-for, such as a singular value decomposition, ends the program. Linux only: NumPy's wheels for macOS use the system's BLAS.
+for, such as a singular value decomposition, ends the program. For Linux and Windows: NumPy's wheels for macOS use the
+system's BLAS.
 
 Signatures: https://www.netlib.org/blas/#_cblas, with 64-bit integers.
 """
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from pocketlm.build import elf
+from pocketlm.build import elf, pe
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.ir import F32, F64, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.levels import LEVELS
@@ -33,19 +34,24 @@ def is_replaceable(library: Path, users: Iterable[Path]) -> bool:
 
 
 def library_for(library: Path, users: Iterable[Path], machine: str) -> bytes:
-    """The ELF file that takes the place of `library` for the libraries `users`, which ask for functions of it."""
-    wanted, module = _wanted(library, users), Module()
+    """The file that takes the place of `library` for the libraries `users`, which ask for functions of it."""
+    windows = library.suffix == ".dll"
+    wanted, module = _wanted(library, users), Module("win64" if windows else "sysv")
     for letter, type in (("s", F32), ("d", F64)):
         _define(module, letter, type)
-    with module.function("missing", {}, linkage="kernel") as f:
+    with module.function("missing", {}, linkage="entry") as f:
         f.call(Type("void"), "llvm.trap")
     image = link([compile_object(module.text(), LEVELS[LEVEL[machine]])])
     found = {name: _NAME.fullmatch(name) for name in wanted}
     symbols = {name: image.symbols["".join(match.groups()) if match else "missing"] for name, match in found.items()}
+    if windows:
+        return pe.shared_library(library.name, image.code, symbols)
     return elf.shared_object(library.name, machine, image.code, symbols)
 
 
 def _wanted(library: Path, users: Iterable[Path]) -> list[str]:
+    if library.suffix == ".dll":
+        return sorted({name for user in users for name in pe.imports(user.read_bytes()).get(library.name, ())})
     defined = elf.dynamic_symbols(library.read_bytes(), defined=True)
     return sorted({name for user in users for name in elf.dynamic_symbols(user.read_bytes(), defined=False)} & defined)
 
@@ -61,20 +67,20 @@ def _define(module: Module, letter: str, type: Type) -> None:
     call = {"order": I32, "ta": I32, "tb": I32, "m": I64, "n": I64, "k": I64, "alpha": type, "a": PTR, "lda": I64,
             "b": PTR, "ldb": I64, "beta": type, "c": PTR, "ldc": I64}  # fmt: skip
     none = Type("void")
-    with module.function(f"{letter}gemm", call, linkage="kernel") as f:
+    with module.function(f"{letter}gemm", call, linkage="entry") as f:
         order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc = f.args()
         strides = (*_strides(f, order, ta, lda), *_strides(f, order, tb, ldb), *_strides(f, order, _NO_TRANSPOSE, ldc))
         ra, ca, rb, cb, rc, cc = strides
         f.call(none, f"{letter}product", m, n, k, alpha, beta, a, ra, ca, b, rb, cb, c, rc, cc)
     call = {"order": I32, "half": I32, "ta": I32, "n": I64, "k": I64, "alpha": type, "a": PTR, "lda": I64, "beta": type,
             "c": PTR, "ldc": I64}  # fmt: skip
-    with module.function(f"{letter}syrk", call, linkage="kernel") as f:  # both halves: who calls fills the other one anyway
+    with module.function(f"{letter}syrk", call, linkage="entry") as f:  # both halves: who calls fills the other one anyway
         order, _, ta, n, k, alpha, a, lda, beta, c, ldc = f.args()
         ra, ca = _strides(f, order, ta, lda)
         f.call(none, f"{letter}product", n, n, k, alpha, beta, a, ra, ca, a, ca, ra, c, ldc, f.const(I64, 1))
     call = {"order": I32, "ta": I32, "m": I64, "n": I64, "alpha": type, "a": PTR, "lda": I64, "x": PTR, "incx": I64,
             "beta": type, "y": PTR, "incy": I64}  # fmt: skip
-    with module.function(f"{letter}gemv", call, linkage="kernel") as f:  # m and n are A's before it is transposed
+    with module.function(f"{letter}gemv", call, linkage="entry") as f:  # m and n are A's before it is transposed
         order, ta, m, n, alpha, a, lda, x, incx, beta, y, incy = f.args()
         ra, ca = _strides(f, order, ta, lda)
         plain, one = ta.equals(_NO_TRANSPOSE), f.const(I64, 1)
@@ -100,7 +106,7 @@ def _first(f: Function, x: Value, n: Value, step: Value, type: Type) -> Value:
 def _dot(module: Module, name: str, type: Type) -> None:
     vector = type.vec(64 // type.bytes)
     call = {"n": I64, "x": PTR, "incx": I64, "y": PTR, "incy": I64}
-    with module.function(name, call, returns=type, linkage="kernel") as f:
+    with module.function(name, call, returns=type, linkage="entry") as f:
         n, x, incx, y, incy = f.args()
         x, y = _first(f, x, n, incx, type), _first(f, y, n, incy, type)
         lanes, rest = f.var(vector, 0.0), f.var(type, 0.0)
@@ -117,7 +123,7 @@ def _dot(module: Module, name: str, type: Type) -> None:
 def _axpy(module: Module, name: str, type: Type) -> None:
     vector = type.vec(64 // type.bytes)
     call = {"n": I64, "alpha": type, "x": PTR, "incx": I64, "y": PTR, "incy": I64}
-    with module.function(name, call, linkage="kernel") as f:
+    with module.function(name, call, linkage="entry") as f:
         n, alpha, x, incx, y, incy = f.args()
         x, y = _first(f, x, n, incx, type), _first(f, y, n, incy, type)
         whole, factor = f.select(incx.equals(1) & incy.equals(1), n - n % vector.lanes, 0), f.splat(alpha, vector.lanes)

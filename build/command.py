@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,29 +64,49 @@ def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a GGUF, an fp16 bin, a checkpoint, or an installed model's short name")
     parser.add_argument("-o", "--output", required=True, metavar="FRIEND", help="the executable to write")
     parser.add_argument("--stub", metavar="PATH", help="a stub, or a packed executable; default: this platform's own")
-    parser.add_argument("--platform", metavar="NAME", help="take the stub for this platform from the cache folder")
-    parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns: builds a stub of its own (Windows and macOS)")
+    _for_arguments(parser)
+    parser.add_argument("--icon", metavar="FILE", help="what Windows shows: an .ico, or a square .png")
     model_options(parser.add_argument_group("what the model becomes first, as in pocketlm export"))
     _persona_arguments(parser)
+
+
+def _for_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--for", dest="target", metavar="NAME",
+                        help="windows, macos, linux, pi, all, or linux-x86_64 and the like; default: this system")  # fmt: skip
+    parser.add_argument("--wheels", metavar="FOLDER", help="take the wheels that make a stub from here, not from the network")
 
 
 def _pack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import open_stub, pack, with_texts
     from pocketlm.build.persona import Persona
-    from pocketlm.build.stub import build_stub, host_platform, kept_stub
 
-    if sum(value is not None for value in (arguments.stub, arguments.platform, arguments.icon)) > 1:
-        raise UsageError("pack: give only one of --stub, --platform and --icon")
+    if arguments.stub and arguments.target:
+        raise UsageError("pack: give only one of --stub and --for")
     persona = with_texts(Persona(), _texts(arguments), _flags(arguments))
-    with tempfile.TemporaryDirectory(prefix="pocketlm-pack-") as temporary, _as_gguf(arguments) as model:
-        if arguments.icon:
-            stub = build_stub(Path(temporary, "stub"), arguments.icon)
-        else:
-            stub = Path(arguments.stub) if arguments.stub else kept_stub(arguments.platform or host_platform())
-        verdict: list[str] = []
-        out = pack(model, open_stub(stub), Path(arguments.output), persona, _reference, lambda part: verdict.append(_try(part)))
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
+    names = [None] if arguments.stub else _platforms(arguments)
+    with _as_gguf(arguments) as model:
+        icon = Path(arguments.icon) if arguments.icon else None
+        reference = functools.cache(_reference)  # the same for every platform
+        for name in names:
+            stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
+            out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
+            verdict: list[str] = []
+            trial = lambda part, said=verdict: said.append(_try(part))  # noqa: E731
+            out = pack(model, open_stub(stub), out, persona, reference, trial, icon)
+            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
     return 0
+
+
+def _platforms(arguments: argparse.Namespace) -> tuple[str, ...]:
+    from pocketlm.build.stub import host_platform, platforms
+
+    return platforms(arguments.target) if arguments.target else (host_platform(),)
+
+
+def _stub_for(name: str, arguments: argparse.Namespace) -> Path:
+    from pocketlm.build.stub import kept_stub
+
+    return kept_stub(name, Path(arguments.wheels) if arguments.wheels else None)
 
 
 def _try(executable: Path) -> str:
@@ -231,17 +253,26 @@ def _edit(arguments: argparse.Namespace) -> int:
 
 def _stub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="PATH", help="default: the cache folder, where pocketlm pack looks")
-    parser.add_argument("--icon", metavar="FILE", help="an .ico or .icns (Windows and macOS)")
+    _for_arguments(parser)
 
 
 def _stub(arguments: argparse.Namespace) -> int:
-    from pocketlm.build.stub import build_stub, host_platform, kept_stub
-
-    if arguments.icon and not arguments.output:
-        raise UsageError("stub: --icon needs -o PATH, so that other models do not get it too")
-    path = build_stub(Path(arguments.output), arguments.icon) if arguments.output else kept_stub(host_platform())
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    names = _platforms(arguments)
+    for name in names:
+        path = _stub_for(name, arguments)
+        if arguments.output:
+            path = _copy(path, Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}"))
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def _copy(path: Path, out: Path) -> Path:
+    from pocketlm.runtime.atomic import replacing_file
+
+    with replacing_file(out, path.stat().st_size) as part:
+        shutil.copyfile(path, part)
+        part.chmod(0o755)
+    return out
 
 
 COMMANDS = {

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
-FREEZERS = {"build/contents.py", "build/freeze.py"}  # these two are there while it is frozen
-BUILDERS = FREEZERS | {
+BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "ir", "matrix", "run_loop")),
-    *(f"runtime/native/{name}.py" for name in ("stages", "topk", "vector_math")), "build/blas.py", "build/elf.py",
+    *(f"runtime/native/{name}.py" for name in ("stages", "topk", "vector_math")),
+    *(f"build/{name}.py" for name in (
+        "contents", "blas", "bytecode", "carchive", "compose", "elf", "licences", "macho", "modules", "pe", "wheels",
+    )),
 }  # fmt: skip
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "macho", "archive", "check")}
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive", "check", "icon")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # with all that they import, but for:
 
 # Modules that somebody imports and a conversation never reaches
@@ -27,9 +29,9 @@ EXCLUDED = (
     "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
     "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
     "prompt_toolkit.contrib", "pygments", "babel",
+    "_multibytecodec", "_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp", "_codecs_kr", "_codecs_tw",
+    "_wmi",  # Windows is asked for the processor's name, for which there is another way; wine has none
 )  # fmt: skip
-# Libraries that only the excluded modules need, and character sets of the Far East's old encodings
-UNWANTED = ("libssl", "libcrypto", "libtcl", "libtk", "_codecs_", "_multibytecodec", "_testcapi")
 
 
 def is_excluded(module: str) -> bool:

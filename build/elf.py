@@ -16,8 +16,8 @@ _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
 _LOAD, _DYNAMIC, _STACK = 1, 2, 0x6474E551
 _X, _W, _R = 1, 2, 4
-_HASH, _STRINGS, _SYMBOLS, _STRINGS_SIZE, _SYMBOL_SIZE, _SONAME = 4, 5, 6, 10, 11, 14
-_SHT_DYNSYM = 11
+_NEEDED, _HASH, _STRINGS, _SYMBOLS, _STRINGS_SIZE, _SYMBOL_SIZE, _SONAME = 1, 4, 5, 6, 10, 11, 14
+_SHT_DYNAMIC, _SHT_DYNSYM = 6, 11
 _GLOBAL_FUNCTION = 0x12
 
 
@@ -77,3 +77,27 @@ def dynamic_symbols(library: bytes, defined: bool) -> set[str]:
                     begin = texts + name
                     names.add(library[begin : library.index(0, begin)].decode())
     return names
+
+
+def needed(library: bytes) -> list[str]:
+    """The libraries that one wants, by name."""
+    at, size, count = struct.unpack_from("<Q", library, 40)[0], *struct.unpack_from("<HH", library, 58)
+    sections = [_SECTION.unpack_from(library, at + i * size) for i in range(count)]
+    names = []
+    for _, kind, _, _, start, length, link, *_ in sections:
+        if kind == _SHT_DYNAMIC:
+            texts = sections[link][4]
+            for tag, value in struct.iter_unpack("<QQ", library[start : start + length]):
+                if tag == _NEEDED:
+                    names.append(library[texts + value : library.index(0, texts + value)].decode())
+    return names
+
+
+def without_sections(binary: bytes) -> bytes:
+    """A program or library without its sections, which linkers and debuggers read: what is loaded stays where it is."""
+    at, size, count = struct.unpack_from("<Q", binary, 32)[0], *struct.unpack_from("<HH", binary, 54)
+    rows = [_SEGMENT.unpack_from(binary, at + i * size) for i in range(count)]
+    out = bytearray(binary[: max(at + size * count, *(offset + length for _, _, offset, _, _, length, *_ in rows))])
+    struct.pack_into("<Q", out, 40, 0)  # offset of the table of sections
+    struct.pack_into("<HHH", out, 58, 0, 0, 0)  # bytes of a row, rows, the row with their names
+    return bytes(out)

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from pocketlm.build import macho
+from pocketlm import __version__
+from pocketlm.build import macho, pe
 from pocketlm.build.archive import damaged_entries
+from pocketlm.build.icon import images
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.tiled_gguf import store, unstore
 from pocketlm.errors import FileError
@@ -70,12 +72,12 @@ def platform_of(path: Path) -> str:
 
 def pack(
     model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None,
-    trial: Callable[[Path], object] | None = None,
+    trial: Callable[[Path], object] | None = None, icon: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write the executable; its path, which ends in .exe for Windows.
 
     `reference` makes the reference results for --selftest. `trial` gets the finished executable, under another name; where
-    it raises, nothing is left behind.
+    it raises, nothing is left behind. `icon`: of the executable, where it is for Windows.
     Raises FileError where the model cannot be packed, the stub is damaged, the disk is too small, or Windows would not run
     the result.
     """
@@ -91,14 +93,14 @@ def pack(
         results = reference(source) if reference else b""
         with replacing_file(out, n_bytes) as part:
             with _reporting(model, stub.path), open(part, "x+b") as file, open(stub.path, "rb") as program:
-                copy(program, 0, stub.boot, file)
-                file.write(bytes(-stub.boot % PAGE))
+                boot = _boot(program, stub, persona.title, icon)
+                file.write(boot + bytes(-len(boot) % PAGE))
                 start = file.tell()
                 header, length, parts = store(source, raw, file)
                 for offset, n in parts:
                     copy(raw, offset, n, file)
                 sections = {
-                    "boot": _section(file, 0, stub.boot),
+                    "boot": Section(0, len(boot), hashlib.sha256(container.without_checksum(boot)).digest()),
                     "header": _section(file, start, header),
                     "model": _section(file, start, length),
                     "original": _section(file, start + length, sum(n for _, n in parts)),
@@ -111,6 +113,13 @@ def pack(
             if trial:
                 trial(part)
     return out
+
+
+def _boot(program: BinaryIO, stub: Stub, title: str, icon: Path | None) -> bytes:
+    """The boot loader; on Windows with what the Explorer shows of a program."""
+    program.seek(0)
+    boot = program.read(stub.boot)
+    return pe.with_resources(boot, title, __version__, images(icon)) if stub.platform.startswith("windows") else boot
 
 
 def _verify(part: Path, stub: Stub) -> None:
@@ -164,13 +173,13 @@ def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, pers
     file.write(container.locator(sections))
     copy(source, offset, length, file)
     file.truncate()
-    end = file.tell()
     file.seek(0)
-    boot = file.read(sections["boot"].length)
-    if boot.startswith(macho.MAGIC):
-        file.seek(0)
-        file.write(macho.cover(boot, end))
-    file.seek(end)
+    start = file.read(len(macho.MAGIC))
+    if start.startswith(macho.MAGIC):
+        macho.sign(file)
+    elif start.startswith(pe.MAGIC):
+        pe.write_checksum(file)
+    file.seek(0, 2)
     file.flush()
 
 
@@ -189,7 +198,7 @@ def _section(file: BinaryIO, offset: int, length: int) -> Section:
 
 def _check_size(stub: Stub, model: Path, n_bytes: int) -> None:
     system = stub.platform.partition("-")[0]
-    if system != "linux" and n_bytes >= LIMIT:
+    if system != "linux" and (macho.signed_bytes(n_bytes) if system == "macos" else n_bytes) >= LIMIT:
         raise FileError(
             model, f"makes an executable of {n_bytes / 1e9:.1f} GB, and {system} runs none over 4 GB",
             "quantise it to fewer bits, or send the stub with the GGUF beside it, to be opened with --model",
@@ -202,7 +211,7 @@ def _reporting(path: Path, stub: Path) -> Iterator[None]:
         yield
     except EOFError:
         raise FileError(path, "became shorter while it was read", "try again") from None
-    except macho.UnreadableHeader as error:
+    except (macho.UnreadableHeader, pe.UnreadableProgram) as error:
         raise FileError(stub, str(error), "use a stub made by pocketlm stub") from None
 
 

@@ -1,33 +1,26 @@
-"""Builds the stub, the executable that models are packed into, for the platform this runs on; and keeps stubs.
+"""Stubs, the executables that models are packed into: which platforms there are, and the stubs kept in the cache folder.
 
-In: the sources of this package and PyInstaller. Out: an executable without a model, in the user's cache folder or where
-asked for. Knows no models. contents.py says what goes in.
+In: a platform's name. Out: the path of its stub, composed when it is first wanted. Knows no models; compose.py makes stubs,
+contents.py says what goes in.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
-import os
-import platform
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from pocketlm import __version__
-from pocketlm.build import blas
-from pocketlm.build.contents import BUILDERS, FREEZERS, FROZEN, LEFT_OUT, PACKAGES
-from pocketlm.build.freeze import BLAS
-from pocketlm.errors import FileError, PocketlmError
-from pocketlm.runtime.atomic import replacing_file
-from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
+from pocketlm.build.contents import BUILDERS, LEFT_OUT, PACKAGES
+from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.native.aot import PLATFORMS
 from pocketlm.runtime.native.code_cache import cache_folder
-from pocketlm.runtime.native.kernels import module_texts
 from pocketlm.runtime.native.levels import host_machine
 
+SHORT_NAMES = {
+    "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),
+    "pi": ("linux-aarch64",), "all": tuple(PLATFORMS),
+}  # fmt: skip
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
 ENTRY = """\
 import os
@@ -39,11 +32,6 @@ except Exception as error:  # every stub has been started: a module that cannot 
     name, reason = os.path.basename(sys.executable), str(error).partition("\\n")[0]
     sys.exit(f"{name}: was damaged or cut short on its way ({reason}); get it again, best in a zip archive")
 main()
-"""
-_SPECIFICATION = """\
-from pathlib import Path
-from pocketlm.build.freeze import freeze
-freeze(Analysis, PYZ, EXE, Path({folder!r}), {icon!r})
 """
 
 
@@ -58,39 +46,29 @@ def host_platform() -> str:
     return name
 
 
-def kept_stub(name: str, build: bool = True) -> Path:
-    """The stub for a platform in the cache folder; the one for this platform is built if it is missing."""
+def platforms(name: str) -> tuple[str, ...]:
+    """The platforms that --for NAME means. Raises UsageError."""
+    if name not in (*SHORT_NAMES, *PLATFORMS):
+        raise UsageError(f"--for {name}: known are {', '.join((*SHORT_NAMES, *PLATFORMS))}")
+    return SHORT_NAMES.get(name, (name,))
+
+
+def kept_stub(name: str, wheels: Path | None = None) -> Path:
+    """The stub for a platform in the cache folder, composed if it is missing; `wheels` as for compose."""
+    from pocketlm.build.compose import compose
+
     folder = cache_folder()
     if folder is None:
         raise PocketlmError("there is no cache folder for stubs; set POCKETLM_CACHE, or name a stub with --stub")
-    mine = name == host_platform()
-    path = folder / "stubs" / (f"{name}-{_fingerprint()[:16]}" if mine else name)
+    path = folder / "stubs" / f"{name}-{_fingerprint()[:16]}"
     if not path.exists():
-        if not (mine and build):
-            raise FileError(path, f"there is no stub for {name}", f"run pocketlm stub on {name} and copy the file there")
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        build_stub(path)
+        print(f"composing a stub for {name}: half a minute", file=sys.stderr)
+        compose(name, path, wheels)
         for old in path.parent.glob(f"{name}-*"):
             if old != path:
                 old.unlink(missing_ok=True)
     return path
-
-
-def build_stub(out: Path, icon: str | None = None) -> Path:
-    """Build the stub for this platform; its path. Raises PocketlmError when PyInstaller is missing or fails."""
-    if importlib.util.find_spec("PyInstaller") is None:
-        raise PocketlmError("building a stub needs PyInstaller: pip install 'pocketlm[build]'")
-    print("building a stub: a minute or two", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="pocketlm-stub-") as temporary:
-        folder = Path(temporary, "tree")
-        _copy_sources(folder)
-        build_images(folder / KERNELS, host_platform(), module_texts, __version__)
-        _write_blas(folder / BLAS)
-        built = _run_pyinstaller(folder, Path(temporary), icon)
-        with replacing_file(out, built.stat().st_size) as part:
-            shutil.copyfile(built, part)
-            part.chmod(0o755)
-    return out
 
 
 def _sources() -> list[Path]:
@@ -100,50 +78,21 @@ def _sources() -> list[Path]:
     return [file for file in files if file.as_posix() not in LEFT_OUT]
 
 
-def _copy_sources(folder: Path) -> None:
-    """`folder`/pocketlm and entry.py: PyInstaller finds nothing else of this package, however it is installed."""
+def copy_sources(folder: Path) -> None:
+    """`folder`/pocketlm and entry.py: what of this package a stub holds, however it is installed."""
     root = Path(__file__).parents[1]
     for file in _sources():
-        if file.as_posix() not in BUILDERS - FREEZERS:
+        if file.as_posix() not in BUILDERS:
             target = folder / "pocketlm" / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, target)
     (folder / "entry.py").write_text(ENTRY)
 
 
-def _write_blas(folder: Path) -> None:
-    """What takes the place of NumPy's OpenBLAS, under its name; nothing where there is none, or one of another kind."""
-    import numpy
-
-    packages = Path(numpy.__file__).parents[1]
-    users = [*packages.glob("numpy/_core/_multiarray_umath*.so"), *packages.glob("numpy/linalg/_umath_linalg*.so")]
-    folder.mkdir()
-    if sys.platform == "linux":
-        for library in packages.glob("numpy.libs/*openblas*"):
-            if blas.is_replaceable(library, users):
-                (folder / library.name).write_bytes(blas.library_for(library, users, host_machine()))
-
-
-def _run_pyinstaller(folder: Path, temporary: Path, icon: str | None) -> Path:
-    specification = temporary / "stub.spec"
-    text = _SPECIFICATION.format(folder=str(folder), icon=icon and str(Path(icon).resolve()))
-    specification.write_text(text, encoding="utf-8")
-    # the same sources give the same stub: hashes and times are fixed
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONHASHSEED": "1", "SOURCE_DATE_EPOCH": "315532800",
-                   "PYINSTALLER_CONFIG_DIR": str(temporary / "config")}  # fmt: skip
-    command = [sys.executable, "-m", "PyInstaller", "--noconfirm", "--log-level", "ERROR",
-               "--distpath", str(temporary / "dist"), "--workpath", str(temporary / "work"), str(specification)]  # fmt: skip
-    result = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        raise PocketlmError(f"PyInstaller could not build the stub: {lines[-1]}")
-    return next(path for path in (temporary / "dist").iterdir() if path.stem == "stub")
-
-
 def _fingerprint() -> str:
     """Stands for all that a stub depends on: another one, another stub."""
-    root, versions = Path(__file__).parents[1], [importlib.metadata.version(name) for name in FROZEN]
-    digest = hashlib.sha256(f"{sys.version} {platform.machine()} {versions}".encode())
-    for file in _sources():
+    root, tables = Path(__file__).parents[1], sorted(Path(__file__).parent.glob("*.sha256"))
+    digest = hashlib.sha256(sys.version.encode())
+    for file in [*_sources(), *(table.relative_to(root) for table in tables)]:
         digest.update(file.as_posix().encode() + (root / file).read_bytes())
     return digest.hexdigest()

@@ -34,6 +34,7 @@ A conversation with a language model. Everything happens on this computer: no ne
   {name} --model FILE.gguf      talk to another model; also with generate
   {name} --check                has the file arrived whole?
   {name} --selftest             does this processor compute what it should?
+  {name} --licences             of all that is in this file
   {name} --version
 
 Options of a conversation and of generate:
@@ -91,6 +92,9 @@ def _run(arguments: list[str]) -> int:
         return 0
     if "--version" in arguments:
         print(f"{executable.name}, made with pocketlm {__version__}")
+        return 0
+    if "--licences" in arguments:
+        print((Path(__file__).parents[2] / "licences.txt").read_text(encoding="utf-8"))
         return 0
     try:
         import numpy  # noqa: F401

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gguf_bytes import file_fields, join, key
 from packing import fake_stub
+from signatures import check_signature
 from tiny_models import write_model
 
 import pocketlm
@@ -141,26 +142,14 @@ def test_any_system_packs_for_any_system(small, tmp_path, kind, name):
     friend = packed(small, tmp_path, kind=kind)
     assert friend.name == name
     stub = (tmp_path / "stub").read_bytes()
-    assert kind == "macos" or friend.read_bytes().startswith(stub[:5000])
-    assert friend.read_bytes().endswith(stub[5000:])
+    assert kind != "linux" or friend.read_bytes().startswith(stub[:5000])
+    assert stub[5000:] in friend.read_bytes()
     assert open_stub(friend).platform.startswith(kind)
 
 
 def test_a_mac_finds_the_whole_file_in_its_last_segment(small, tmp_path):
     data = packed(small, tmp_path, kind="macos").read_bytes()
-    n_commands, n_bytes = struct.unpack_from("<II", data, 16)
-    commands, at = {}, 32
-    for _ in range(n_commands):
-        number, size = struct.unpack_from("<II", data, at)
-        commands.setdefault(number, []).append(data[at : at + size])
-        at += size
-    assert at == 32 + n_bytes
-    assert sorted(commands) == [0x2, 0x19, 0x80000028]  # the signature is gone, the entry point is there
-    *_, memory, offset, length = struct.unpack_from("<II16sQQQQ", commands[0x19][1])
-    assert offset + length == len(data)
-    assert memory >= length
-    strings, n_strings = struct.unpack_from("<16xII", commands[0x2][0])
-    assert strings + n_strings == len(data)
+    assert check_signature(data) == []
     wrong = fake_stub(tmp_path / "wrong", kind="macos")
     wrong.write_bytes(wrong.read_bytes()[:20] + b"\xff" * 60 + wrong.read_bytes()[80:])
     with pytest.raises(FileError, match=r"makes? no sense"):

@@ -131,6 +131,11 @@ def _arm_flags() -> frozenset[str]:
         name = b"hw.optional.arm.FEAT_DotProd"
         failed = ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0)
         has_dot = not failed and value.value == 1
+    elif sys.platform == "linux":  # no /proc, or one that tells of another processor, as an emulator's may
+        HWCAP_ATOMICS, HWCAP_ASIMDDP, AT_HWCAP = 1 << 8, 1 << 20, 16
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        has_dot = getauxval(AT_HWCAP) & (HWCAP_ATOMICS | HWCAP_ASIMDDP) == HWCAP_ATOMICS | HWCAP_ASIMDDP
     elif sys.platform == "win32":
         PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE = 43
         has_dot = bool(ctypes.windll.kernel32.IsProcessorFeaturePresent(PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE))

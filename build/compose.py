@@ -1,0 +1,280 @@
+"""A stub for any platform, put together on any platform from files that exist already.
+
+In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Boot loader and loader
+scripts are PyInstaller's, CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages (Linux), the packages
+from their wheels; the kernels of every instruction-set level are compiled here. Python's own library is that of this
+Python, since the bytecode must be of the version that will run it. On Linux, for Linux, CPython is this one too: it runs
+wherever the C library is as new as here. Nothing of the target is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import re
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pocketlm import __version__
+from pocketlm.build import blas, bytecode, carchive, elf, licences, macho, modules, pe, wheels
+from pocketlm.build.carchive import Code, Entry
+from pocketlm.build.contents import EXCLUDED
+from pocketlm.build.stub import copy_sources, host_platform
+from pocketlm.errors import FileError, PocketlmError
+from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
+from pocketlm.runtime.native.kernels import module_texts
+
+PYTHON = sys.version_info[:2]
+# Modules that Python needs before it can read the archive (PyInstaller/compat.py, PY3_BASE_MODULES), with all below them
+_BASE = (
+    "_collections_abc", "_weakrefset", "abc", "codecs", "collections", "copyreg", "encodings", "enum", "functools",
+    "genericpath", "heapq", "io", "keyword", "linecache", "locale", "ntpath", "operator", "os", "posixpath", "re", "reprlib",
+    "sre_compile", "sre_constants", "sre_parse", "stat", "traceback", "types", "warnings", "weakref",
+)  # fmt: skip
+_BOOT = ("struct", "_struct", "zlib")  # what reads the archive
+_LOADER = ("pyimod01_archive", "pyimod02_importers", "pyimod03_ctypes")
+_MISSING_ON_WINDOWS = re.compile("vcruntime|msvcp|vcomp|concrt|python", re.IGNORECASE)
+_FORTRAN = ("libgfortran", "libquadmath")  # OpenBLAS's
+_GLIBC = re.compile(r"(ld-linux|lib(c|m|dl|pthread|rt|util|resolv|crypt|nsl)\.so)")
+_SYSTEM_LIBRARIES = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr/lib64", "/usr/local/lib", "/usr/lib", "/lib")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where things are: in the wheels and packages, and in the archive."""
+
+    boot: str  # the boot loader in PyInstaller's wheel
+    library: str  # Python, in the archive
+    compiled: str  # folder for compiled modules of Python's own library, in the archive
+    separator: str = "/"
+
+
+def _layout(platform: str) -> _Layout:
+    major, minor = PYTHON
+    dynload = f"python{major}.{minor}/lib-dynload/"
+    return {
+        "windows-x86_64": _Layout("Windows-64bit-intel/run.exe", f"python{major}{minor}.dll", "", "\\"),
+        "linux-x86_64": _Layout("Linux-64bit-intel/run", f"libpython{major}.{minor}.so.1.0", dynload),
+        "linux-aarch64": _Layout("Linux-64bit-arm/run", f"libpython{major}.{minor}.so.1.0", dynload),
+        "macos-arm64": _Layout("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
+        "macos-x86_64": _Layout("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
+    }[platform]
+
+
+def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
+    """Write the stub for `platform` (a name in aot.PLATFORMS); its path.
+
+    `wheel_folder`: where the wheels are, in place of the cache folder and the network. PocketlmError: something cannot be
+    fetched, or this Python's version cannot be had for the platform; FileError: a file is not the one that is known.
+    """
+    layout = _layout(platform)
+    is_own = platform == host_platform() and _own_library(layout.library) is not None
+    fetched = wheels.fetch(wheels.pinned(platform, PYTHON, without_cpython=is_own), wheel_folder)
+    with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
+        tree = _unpack(fetched, Path(temporary), is_own)
+        entries = _entries(platform, layout, tree, fetched)
+        program = carchive.program(entries, PYTHON, layout.library)
+        boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
+        with replacing_file(out, len(boot) + len(program)) as part:
+            with open(part, "x+b") as file:
+                file.write(boot + program)
+                if platform.startswith("macos"):
+                    macho.sign(file)
+            part.chmod(0o755)
+    return out
+
+
+# ---- the files ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What was fetched, unpacked."""
+
+    own: Path  # pocketlm's sources and the entry script
+    packages: Path  # NumPy and so on
+    library: Path  # Python's own, the .py files
+    compiled: Path  # Python's own, the compiled modules
+    shared: tuple[Path, ...]  # folders with the libraries that all these want
+    loader: Path  # PyInstaller
+    licences: Mapping[str, str]  # of Debian's packages
+
+
+def _own_library(name: str) -> Path | None:
+    """This Python as a library, where it is one and Linux's: other systems' are taken from wheels."""
+    path = Path(sysconfig.get_config_var("LIBDIR") or "/nowhere", name)
+    return path if sys.platform == "linux" and path.exists() else None
+
+
+def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
+    own, packages, cpython, loader = (root / name for name in ("own", "packages", "cpython", "loader"))
+    copy_sources(own)
+    library, compiled, shared = Path(sysconfig.get_path("stdlib")), cpython / "deploy_libs", (cpython / "deploy_libs",)
+    if is_own:
+        compiled = Path(sysconfig.get_config_var("DESTSHARED"))
+        system = [folder for pattern in _SYSTEM_LIBRARIES for folder in sorted(Path("/").glob(pattern[1:]))]
+        shared = (Path(sysconfig.get_config_var("LIBDIR")), *system)
+    for name, path in fetched.items():
+        if path.suffix == ".deb":
+            _unpack_debian(path, cpython)
+            library = cpython / f"usr/lib/python{PYTHON[0]}.{PYTHON[1]}"
+            compiled = library / "lib-dynload"
+            shared = tuple(sorted(folder for kind in ("usr/lib", "lib") for folder in (cpython / kind).glob("*-linux-gnu")))
+        elif name == "panda3d":
+            _unzip(path, cpython, ("deploy_libs/",))
+        elif name == "pyinstaller":
+            _unzip(path, loader, ("PyInstaller/bootloader/", "PyInstaller/loader/"))
+        elif name == "msvc_runtime":  # newer ones than CPython was built with, for NumPy wants them
+            _unzip(path, cpython)
+            shared = (next(cpython.glob("msvc_runtime-*.data/data/Scripts")), *shared)
+        else:
+            _unzip(path, packages)
+    copyrights = cpython.glob("usr/share/doc/*/copyright")
+    texts = {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in copyrights}
+    return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader, texts)
+
+
+def _unzip(path: Path, to: Path, starts: tuple[str, ...] = ("",)) -> None:
+    with zipfile.ZipFile(path) as file:  # which keeps within the folder
+        file.extractall(to, [name for name in file.namelist() if name.startswith(starts)])
+
+
+def _unpack_debian(path: Path, to: Path) -> None:
+    """The files of a package: an ar archive, with a compressed tar archive as its last member. Links become copies."""
+    try:
+        import lzma
+    except ImportError:
+        raise PocketlmError("this Python has no lzma, which unpacks Debian's packages; install Python with it") from None
+    data, at = path.read_bytes(), 8
+    while at < len(data):
+        name, length = data[at : at + 16].rstrip(b" /"), int(data[at + 48 : at + 58])
+        if name == b"data.tar.xz":
+            content = lzma.decompress(data[at + 60 : at + 60 + length])
+            with tarfile.open(fileobj=io.BytesIO(content)) as file:
+                for member in file:
+                    try:
+                        source = file.extractfile(member)
+                    except KeyError:  # a link to what another package brings
+                        continue
+                    if source:
+                        target = to / PurePosixPath(member.name)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(source.read())
+            return
+        at += 60 + length + length % 2
+    raise FileError(path, "is not a package of Debian", "remove it")
+
+
+# ---- the archive -------------------------------------------------------------------------------------------------------
+
+
+def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path]) -> list[Entry]:
+    loader = tree.loader / "PyInstaller/loader"
+    boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
+    found = modules.find(
+        [*_own_modules(tree.own), *_base_modules(tree.library), *_BOOT], [tree.own, tree.packages, tree.library, tree.compiled],
+        platform, EXCLUDED,
+    )  # fmt: skip
+    scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
+    files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **scripts}
+    marshalled = bytecode.compile_all(dict(sorted(files.items())))
+    code = {name: Code(path.stem == "__init__", marshalled[name]) for name, path in found.python.items()}
+    base = {name: item for name, item in code.items() if name.startswith(_BASE) and name.split(".")[0] in _BASE}
+    rest = {name: item for name, item in code.items() if name not in base}
+    magic = importlib.util.MAGIC_NUMBER
+    kernels = tree.own / KERNELS
+    build_images(kernels, platform, module_texts, __version__)
+    binaries = _binaries(platform, layout, tree, found.compiled)
+    libraries = [PurePosixPath(e.name.replace("\\", "/")).name for e in binaries if not _is_module(e.name)]
+    return [
+        *(Entry(carchive.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
+        *(Entry(carchive.SCRIPT, name, marshalled[name]) for name in scripts),
+        *binaries,
+        Entry(carchive.DATA, "base_library.zip", carchive.library(base, magic)),
+        Entry(carchive.DATA, KERNELS, kernels.read_bytes()),
+        Entry(carchive.DATA, licences.NAME, licences.collect(fetched, tree.licences, tree.library, libraries).encode()),
+        Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(rest, magic)),
+        Entry(carchive.OPTION, "X utf8=1"),
+    ]
+
+
+def _own_modules(own: Path) -> list[str]:
+    files = sorted(file.relative_to(own).with_suffix("") for file in (own / "pocketlm").rglob("*.py"))
+    return [".".join(file.parts).removesuffix(".__init__") for file in files]
+
+
+def _base_modules(library: Path) -> list[str]:
+    """The names in _BASE that this version of Python has, and all modules of those that are packages."""
+    names = [name for name in _BASE if (library / name).is_dir() or (library / f"{name}.py").exists()]
+    files = [(name, file.stem) for name in names for file in sorted((library / name).glob("*.py"))]
+    return [*names, *(f"{name}.{stem}" for name, stem in files if stem != "__init__")]
+
+
+def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str, Path]) -> list[Entry]:
+    """Python, compiled modules, and the libraries that they want, each under the name it is looked for at run time."""
+    python = _library(layout.library, tree.shared)
+    if python is None:
+        raise PocketlmError(f"{layout.library} is in none of the files that were fetched")
+    wanted = {layout.library: python}
+    for path in compiled.values():
+        if path.is_relative_to(tree.packages):
+            wanted[path.relative_to(tree.packages).as_posix()] = path
+        else:
+            wanted[layout.compiled + path.name] = path
+    needs = _needs_of(platform)
+    waiting = list(wanted.values())
+    while waiting:
+        for name in needs(waiting.pop().read_bytes()):
+            path = _library(name, tree.shared)
+            if path is None or name.startswith("api-ms-win-") or _GLIBC.match(name):  # the system's; the second Windows 10's
+                if _MISSING_ON_WINDOWS.match(name):
+                    raise PocketlmError(f"{name}, which {platform} wants, is in none of the files that were fetched")
+                continue
+            within = path.relative_to(tree.packages).as_posix() if path.is_relative_to(tree.packages) else path.name
+            if within not in wanted:
+                wanted[within] = path
+                waiting.append(path)
+    users = [path for path in wanted.values() if path.suffix in modules.COMPILED]
+    contents = {name: _smaller(path.read_bytes(), platform) for name, path in wanted.items()}
+    for name, path in wanted.items():
+        if "openblas" in name and blas.is_replaceable(path, users):
+            contents[name] = blas.library_for(path, users, PLATFORMS[platform].machine)
+            contents = {other: data for other, data in contents.items() if not PurePosixPath(other).name.startswith(_FORTRAN)}
+    return [Entry(carchive.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
+
+
+def _is_module(name: str) -> bool:
+    """Whether a binary is a compiled module: libraries have a number behind .so, or their package in the folder's name."""
+    return name.endswith(modules.COMPILED) and ".libs" not in name
+
+
+def _library(name: str, folders: Iterable[Path]) -> Path | None:
+    """Windows' libraries are looked for as Windows does, whatever the case of the letters."""
+    return next((folder / file for folder in folders for file in _names(folder) if file.lower() == name.lower()), None)
+
+
+@functools.cache
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
+    """How to find out which libraries a binary of the platform wants."""
+    system, machine = platform.partition("-")[0], PLATFORMS[platform].machine
+    of_a_mac = lambda data: macho.needed(macho.part_for(data, machine))  # noqa: E731
+    return {"windows": pe.imports, "linux": elf.needed, "macos": of_a_mac}[system]
+
+
+def _smaller(binary: bytes, platform: str) -> bytes:
+    """Without what it has for other processors and for debuggers."""
+    if platform.startswith("macos"):
+        return macho.part_for(binary, PLATFORMS[platform].machine)
+    return elf.without_sections(binary) if platform.startswith("linux") else binary

@@ -1,0 +1,125 @@
+"""What a Raspberry Pi's friends get, composed here and run under qemu in a bare Debian: it talks and checks itself.
+
+The root is made once by `debootstrap --arch=arm64 --variant=minbase --foreign bookworm ROOT`; POCKETLM_ARM64_ROOT names it.
+Programs for the other processor start as if they were this one's, by an entry of the kernel's own that only they see.
+"""
+
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+from packing import composed_stub
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.build.pack import open_stub, pack
+from pocketlm.build.persona import Persona
+from pocketlm.build.selftest import reference
+from pocketlm.runtime.container import program_place
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+ROOT, QEMU = os.environ.get("POCKETLM_ARM64_ROOT"), shutil.which("qemu-aarch64-static")
+_ELF = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
+_MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+_SCRIPT = """
+mount -t binfmt_misc none /proc/sys/fs/binfmt_misc && printf %s "$1" > /proc/sys/fs/binfmt_misc/register || exit 77
+mount -t tmpfs none "$2/tmp" && mount --rbind /proc "$2/proc" && mkdir "$2/tmp/friend" || exit 77
+cp "$3" "$2/tmp/friend/friend" || exit 77
+root=$2; shift 3
+exec chroot "$root" /tmp/friend/friend "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    return write_model(path, format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+
+
+@pytest.fixture(scope="module")
+def friend(model, request, tmp_path_factory):
+    stub = composed_stub("linux-aarch64", Path(request.config.cache.mkdir("pocketlm-stub")))
+    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
+    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
+
+
+def run(program, *arguments, stdin="", cpu="cortex-a72"):
+    if QEMU is None:
+        pytest.skip("needs qemu-aarch64-static (Debian package qemu-user-static)")
+    if ROOT is None:
+        pytest.skip("POCKETLM_ARM64_ROOT names no root made as this file says")
+    entry = f":pocketlm:M::{_ELF}:{_MASK}:{QEMU}:F"
+    command = ["unshare", "-U", "-r", "-m", "-n", "sh", "-c", _SCRIPT, "sh", entry, ROOT, program, *arguments]
+    result = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=300,
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "QEMU_CPU": cpu},
+    )  # fmt: skip
+    if result.returncode == 77:
+        pytest.skip(f"this system lets nobody register programs of another processor: {result.stderr.strip()}")
+    return result
+
+
+def entries(program):
+    """(kind, name, content) of everything in PyInstaller's archive."""
+    start, length = program_place(program)
+    data = program.read_bytes()[start : start + length]
+    _, _, table, n, _, _ = struct.unpack_from("!8sIIII64s", data, length - 88)
+    at = table
+    while at < table + n:
+        size, offset, stored, _, compressed, kind = struct.unpack_from("!IIIIBc", data, at)
+        content = data[offset : offset + stored]
+        yield kind, data[at + 18 : at + size].rstrip(b"\0").decode(), zlib.decompress(content) if compressed else content
+        at += size
+
+
+def test_it_is_at_most_thirteen_megabytes_larger_than_the_model(friend, model):
+    assert friend.stat().st_size - model.stat().st_size < 13e6
+
+
+def test_every_library_is_for_the_processor_and_for_large_pages(friend):
+    """Kernels for Apple's and for some servers' processors have pages of 16 and 64 KB."""
+    libraries = [(name, content) for kind, name, content in entries(friend) if kind == b"b"]
+    assert len(libraries) > 10
+    for name, data in [*libraries, ("boot loader", friend.read_bytes())]:
+        assert (data[:4], struct.unpack_from("<H", data, 18)[0]) == (b"\x7fELF", 183), name
+        at, size, count = struct.unpack_from("<Q", data, 32)[0], *struct.unpack_from("<HH", data, 54)
+        for i in range(count):
+            kind, _, offset, address, *_, alignment = struct.unpack_from("<IIQQQQQQ", data, at + i * size)
+            if kind == 1:
+                assert (address - offset) % 0x10000 == 0, name
+                assert alignment % 0x10000 == 0, name
+
+
+@pytest.mark.parametrize(("cpu", "level"), [("cortex-a72", "neon"), ("cortex-a76", "dotprod")])
+def test_it_checks_itself_in_a_bare_debian(friend, cpu, level):
+    assert "whole" in run(friend, "--check", cpu=cpu).stdout
+    result = run(friend, "--selftest", cpu=cpu)
+    assert (result.returncode, result.stderr) == (0, "")
+    verdict = result.stdout.splitlines()[-1]
+    assert verdict.startswith("right: ")
+    assert f" {level}," in verdict
+    assert "numpy" in verdict
+
+
+def test_it_writes_what_the_installed_package_writes(friend, model):
+    result = run(friend, "generate", "-p", "the", "-n", "9", "--threads", "2")
+    with pocketlm.load(model) as plain:
+        assert result.stdout == "".join(p.text for p in plain.generate("the", max_tokens=9, temperature=0)) + "\n"
+
+
+def test_it_talks_in_a_bare_debian(friend):
+    result = run(friend, "--no-save", stdin="hello\nand you?\n")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout.splitlines()) >= 2
+    assert platform.machine() == "aarch64" or b"\xb7\x00" in friend.read_bytes()[:20]
+
+
+def test_it_brings_the_licences_of_all_that_is_inside(friend):
+    text = run(friend, "--licences").stdout
+    for word in ("PYTHON SOFTWARE FOUNDATION LICENSE", "\nnumpy\n", "\nregex\n", "\nlibffi8\n", "GCC Runtime", "\npocketlm\n"):
+        assert word in text

@@ -1,0 +1,147 @@
+"""What Windows' friends get, composed here and run under wine: it talks, checks itself, and says what is wrong in one line."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from packing import composed_stub
+from tiny_models import write_model
+from wine_runner import environment_for, needs_wine, prefix, run_windows
+
+import pocketlm
+from pocketlm.build.pack import open_stub, pack
+from pocketlm.build.persona import Persona
+from pocketlm.build.selftest import reference
+from pocketlm.runtime import container
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+pytestmark = needs_wine
+
+
+@pytest.fixture(scope="module")
+def home(request):
+    return prefix(Path(request.config.cache.mkdir("pocketlm-wine")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    return write_model(path, format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+
+
+@pytest.fixture(scope="module")
+def friend(model, request, tmp_path_factory):
+    stub = composed_stub("windows-x86_64", Path(request.config.cache.mkdir("pocketlm-stub")))
+    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
+    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
+
+
+def windows_path(path):
+    return "Z:" + str(path).replace("/", "\\")
+
+
+def test_it_is_an_exe_of_thirteen_megabytes_at_most(friend, model):
+    assert friend.suffix == ".exe"
+    assert friend.stat().st_size - model.stat().st_size < 13e6
+
+
+def test_it_checks_itself_on_every_level_of_this_processor(friend, home):
+    assert "whole" in run_windows(home, friend, "--check").stdout
+    result = run_windows(home, friend, "--selftest")
+    assert (result.returncode, result.stderr) == (0, "")
+    *lines, verdict = result.stdout.splitlines()
+    assert verdict.startswith("right: ")
+    for line in lines:
+        name, _, said = line.partition(" ")
+        assert name in verdict or "this CPU cannot run that level" in said
+    assert "numpy" in verdict  # by our own library in place of OpenBLAS
+    assert "sse4" in verdict
+
+
+def test_it_writes_what_the_installed_package_writes(friend, model, home):
+    result = run_windows(home, friend, "generate", "-p", "the", "-n", "9")
+    with pocketlm.load(model) as plain:
+        assert result.stdout == "".join(p.text for p in plain.generate("the", max_tokens=9, temperature=0)) + "\n"
+    assert run_windows(home, friend, "generate", "-p", "the", "-n", "9", POCKETLM_ISA="sse4").stdout == result.stdout
+
+
+@pytest.mark.parametrize("name", ["a folder with spaces", "Ёлка и друзья", "ağaç ığdır"])
+def test_it_talks_from_any_folder_even_a_read_only_one(friend, home, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    copy = Path(shutil.copy(friend, folder / f"{name} friend.exe"))
+    folder.chmod(0o555)
+    result = run_windows(home, copy, stdin="hello\n")
+    folder.chmod(0o755)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip()
+    assert [path.name for path in folder.iterdir()] == [copy.name]
+
+
+def test_a_conversation_goes_on_another_day_for_a_user_of_any_name(friend, home, tmp_path):
+    folder = tmp_path / "Ёлка ağaç"
+    folder.mkdir()
+
+    def talk(words, stdin):  # wine says itself where its user's data are
+        script = f'set LOCALAPPDATA={windows_path(folder)}&& {windows_path(friend)} {words}'
+        return run_windows(home, Path("cmd"), "/c", script, stdin=stdin)
+
+    first, second = talk("", "hello\n"), talk("--resume", "and you?\n")
+    assert (first.returncode, first.stderr, second.returncode) == (0, "", 0)
+    assert "resumed: 1 " in second.stdout + second.stderr
+    assert len(list((folder / "pocketlm" / "chats").iterdir())) == 1
+
+
+def test_a_conversation_at_a_console(friend, home, tmp_path):
+    pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
+    env = environment_for(home, TERM="xterm", LC_ALL="C.UTF-8")
+    child = pexpect.spawn("wine", [str(friend), "--no-save"], env=env, encoding="utf-8", dimensions=(30, 100), timeout=120)
+    child.expect("Ada Ağaç Ёлка")
+    child.expect("To leave: /quit")
+    for _ in range(2):  # wine's console sends what has changed on it: the second prompt is where the first one was
+        child.send("hello\r")
+        child.expect("tokens/s")
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_threads_wait_for_each_other_and_end(friend, home, tmp_path):
+    """Four times 4095 tokens on two and on three threads: as many as a conversation holds by default."""
+    long = write_model(tmp_path / "long.gguf", format="Q4_0", n_ctx=5000)
+    command = ("generate", "--model", str(long), "-p", "the", "-n", "5000", "--temp", "0", "--threads")
+    one, *more = (run_windows(home, friend, *command, threads, seconds=600) for threads in ("1", "2", "3", "2", "3"))
+    assert (one.returncode, one.stderr) == (0, "")
+    assert len(one.stdout) > 4000
+    assert [(other.returncode, other.stdout) for other in more] == [(0, one.stdout)] * 4
+
+
+def test_a_damaged_one_says_so_in_one_line_or_talks_as_before(friend, home, tmp_path):
+    """POCKETLM_THOROUGH=1: 15 changed bits and 5 cuts."""
+    n_flips, n_cuts = (15, 5) if os.environ.get("POCKETLM_THOROUGH") else (2, 1)
+    whole, sections, noise = friend.read_bytes(), container.find(friend).sections, random.Random(3)
+    start, header = sections["program"].offset - container.SIZE, sections["header"]
+    ranges = ((start, start + container.SIZE), (header.offset, header.end))
+    answer, broken = run_windows(home, friend, stdin="hello\n").stdout, tmp_path / "broken.exe"
+    damaged = []
+    for i in range(n_flips):
+        place = noise.randrange(*ranges[i % 2])
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    damaged += [whole[: noise.randrange(400_000, len(whole))] for _ in range(n_cuts)]
+    for data in damaged:
+        broken.write_bytes(data)
+        result = run_windows(home, broken, stdin="hello\n")
+        if result.returncode == 0:
+            assert result.stdout == answer
+        else:
+            assert (result.stdout, result.stderr.count("\n")) == ("", 1)
+
+
+def test_it_brings_the_licences_of_all_that_is_inside(friend, home):
+    text = run_windows(home, friend, "--licences").stdout
+    for word in ("PYTHON SOFTWARE FOUNDATION LICENSE", "\nnumpy\n", "\nregex\n", "libffi", "Visual C++", "\npocketlm\n"):
+        assert word in text

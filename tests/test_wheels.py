@@ -1,0 +1,130 @@
+"""What stubs are composed of is fetched once, whole, and only if it is what the tables say."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pocketlm.build import wheels
+from pocketlm.build.wheels import PYTHONS, Pinned, fetch, pinned
+from pocketlm.errors import FileError, PocketlmError
+from pocketlm.runtime.native.aot import PLATFORMS
+
+NEEDED = {"numpy", "regex", "markupsafe", "jinja2", "prompt_toolkit", "wcwidth", "pyinstaller"}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "wheels"
+
+
+def wheel(folder: Path, name: str, text: str = "") -> Pinned:
+    """A wheel of nothing, where pip finds it, and its row of the table."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}.py", text)
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return Pinned(name, "1.0", path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder where pip, as it is configured, finds everything, and nothing else anywhere."""
+    folder = tmp_path / "index"
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("this Python has no pip")
+    return folder
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_platform_has_one_file_of_everything(platform, python):
+    if platform.startswith("linux") and python not in ((3, 11), (3, 13)):  # Debian has two versions of Python
+        with pytest.raises(PocketlmError, match=r"3\.11, 3\.13"):
+            pinned(platform, python)
+        found = pinned(platform, python, without_cpython=True)
+    else:
+        found = pinned(platform, python)
+    names = [file.name for file in found]
+    assert len(set(names)) == len(names)
+    assert set(names) >= NEEDED
+    assert all(len(bytes.fromhex(file.sha256)) == 32 for file in found)
+
+
+def test_the_second_time_works_without_a_network(cache, index, monkeypatch, capsys):
+    wanted = [wheel(index, "anna"), wheel(index, "bert")]
+    paths = fetch(wanted)
+    assert {path.parent for path in paths.values()} == {cache}
+    assert capsys.readouterr().err.splitlines() == [f"fetching {i} of 2: {file.file}" for i, file in enumerate(wanted, 1)]
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
+    assert fetch(wanted) == paths
+    assert capsys.readouterr().err == ""
+    assert sorted(path.name for path in cache.iterdir()) == sorted(file.file for file in wanted)
+
+
+def test_a_folder_of_the_users_takes_the_network_s_place(cache, index):
+    wanted = [wheel(index, "anna")]
+    assert fetch(wanted, index) == {"anna": index / wanted[0].file}
+    assert not cache.exists()
+    with pytest.raises(FileError, match="needed to compose"):
+        fetch([wheel(index.parent / "other", "bert")], index)
+
+
+def test_other_content_under_the_same_name_is_refused(cache, index):
+    right = wheel(index, "anna")
+    wheel(index, "anna", "print('other')")
+    with pytest.raises(PocketlmError, match="could not fetch") as caught:
+        fetch([right])
+    assert "\n" not in str(caught.value)
+    assert list(cache.iterdir()) == []
+    with pytest.raises(FileError, match="SHA-256 differs"):
+        fetch([right], index)
+    (cache / right.file).write_bytes(b"put there by somebody")
+    with pytest.raises(FileError, match="SHA-256 differs"):
+        fetch([right])
+
+
+def test_what_was_interrupted_goes_on_where_it_was(cache, index, monkeypatch):
+    wanted, plain, asked = [wheel(index, "anna"), wheel(index, "bert")], wheels._by_pip, []
+
+    def interrupted(file, to):
+        asked.append(file.name)
+        plain(file, to)
+        if file.name == "bert" and len(asked) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(wheels, "_by_pip", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch(wanted)
+    assert [path.name for path in cache.iterdir()] == [wanted[0].file]
+    assert fetch(wanted)["bert"].exists()
+    assert asked == ["anna", "bert", "bert"]
+
+
+def test_a_package_of_debian_comes_from_one_of_its_archives(cache, tmp_path, monkeypatch):
+    content = b"!<arch>\n"
+    folder = tmp_path / "archive" / "pool"
+    folder.mkdir(parents=True)
+    (folder / "libz_1_arm64.deb").write_bytes(content)
+    monkeypatch.setattr(wheels, "_ARCHIVES", ((tmp_path / "gone").as_uri() + "/", (tmp_path / "archive").as_uri() + "/"))
+    wanted = Pinned("libz", "1", "libz_1_arm64.deb", hashlib.sha256(content).hexdigest(), "bookworm/pool")
+    assert fetch([wanted])["libz"].read_bytes() == content
+    monkeypatch.setattr(wheels, "_ARCHIVES", ((tmp_path / "gone").as_uri() + "/",))
+    (cache / wanted.file).unlink()
+    with pytest.raises(PocketlmError, match="Debian's archive") as caught:
+        fetch([wanted])
+    assert "\n" not in str(caught.value)
