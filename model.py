@@ -256,7 +256,7 @@ class Model:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
             beyond = dict.fromkeys(range(self._tokenizer.n_vocab, n_vocab), -math.inf)
             sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
-        sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.executor.selection, exempt=end_ids)
+        sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.executor.new_selection(), exempt=end_ids)
         return generate(
             self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
             ignore_eos=ignore_eos, cancel=cancel, make_room=turns.drop_oldest if turns else None, reuse_cache=reuse_cache,
