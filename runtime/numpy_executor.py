@@ -106,9 +106,8 @@ class NumpyExecutor:
         self._cache, parts, first = cache, [], len(ids) - rows  # the first whose logits are wanted
         for i in range(0, len(ids), BLOCK):
             block = ids[i : i + BLOCK]
-            logits = self._block(block, min(i + len(block) - first, len(block)))
-            parts += [logits] if len(logits) else []
-        return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else logits
+            parts.append(self._block(block, min(i + len(block) - first, len(block))))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _check_open(self) -> None:
         if self._closed:
