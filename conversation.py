@@ -48,8 +48,8 @@ class Conversation:
         return min(len(self.state.ids), self.state.cache.length)
 
     def fork(self) -> Conversation:
-        """A conversation that goes on from here by itself, with a cache of its own that holds the same. FileError where there is
-        no memory for it.
+        """A conversation that goes on from here by itself, with a cache of its own that holds the same. FileError where there
+        is no memory for it.
         """
         model = self._model
         model.check_room(self.n_ctx)
@@ -58,7 +58,7 @@ class Conversation:
         return other
 
     def save(self, path: str | Path) -> None:
-        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file is then unchanged."""
+        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is."""
         from pocketlm.runtime.state_file import write_state
 
         with self.state.settled() as (ids, cache):

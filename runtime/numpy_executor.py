@@ -97,7 +97,7 @@ class NumpyExecutor:
         # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
         with self._one_at_a_time.here, blas.one_thread(self):
             self._check_open()
-            checked = [(cache, check_ids(ids, self.hyper.n_vocab, cache.length, cache.n_ctx), rows) for cache, ids, rows in work]
+            checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), rows) for c, ids, rows in work]
             logits = [self._append(*one) for one in checked]
             self._cache = self.cache  # no other text's memory is held on to
             return logits

@@ -30,9 +30,9 @@ class Session:
     `ids` is always a prefix of what the cache holds: after an error or a Ctrl-C in the middle of a step, positions that
     were filled but not yet recorded are given up.
 
-    Sessions compute at the same time; one has one user at a time, from any thread: who wants the cache calls `claim`, which ends the claim before it, and computes
-    inside `held`, where nobody else computes. A user whose claim has ended gets a PocketlmError at his next step, never
-    another's logits.
+    Sessions compute at the same time; one has one user at a time, from any thread: who wants the cache calls `claim`, which
+    ends the claim before it, and computes inside `held`, where nobody else computes. A user whose claim has ended gets a
+    PocketlmError at his next step, never another's logits.
     """
 
     def __init__(self, executor: Executor, engine: Engine | None = None, cache: Any = None, ids: Sequence[int] = ()):
@@ -87,7 +87,7 @@ class Session:
             self.cache.release()
 
     def fork(self) -> Session:
-        """A session that goes on from here by itself: the filled part of the cache is copied. Raises PocketlmError after `end`."""
+        """A session that goes on from here by itself: the filled part of the cache is copied. PocketlmError after `end`."""
         with self.settled() as (ids, cache):
             return Session(self.executor, self.engine, cache.fork(len(ids)), ids)
 

@@ -155,7 +155,8 @@ class NativeExecutor:
         return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
-        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until the next call).
+        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
+        the next call).
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
