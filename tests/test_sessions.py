@@ -116,12 +116,10 @@ def test_a_saved_session_goes_on_with_the_same_bits(model, tmp_path, n):
     session.save(file)
     loaded = model.session(load=file)
     assert loaded.context_used == n
-    for state in (session.state, loaded.state):
-        logits, n_cached = state.advance([*prompt, 9, 8, 7])
-        assert n_cached == n
-        expected = logits if state is session.state else expected
-        np.testing.assert_array_equal(logits, expected)
-    assert np.isfinite(expected).all()
+    expected, logits = (state.advance([*prompt, 9, 8, 7]) for state in (session.state, loaded.state))
+    assert expected[1] == logits[1] == n
+    np.testing.assert_array_equal(logits[0], expected[0])
+    assert np.isfinite(expected[0]).all()
 
 
 def test_a_session_saved_by_one_executor_goes_on_in_the_other(path, tmp_path):
