@@ -71,10 +71,10 @@ class Engine:
         self.forget(cache)
         request = _Request(cache, ids, rows, use)
         self._queue.append(request)
-        missing = self._missing
-        missing.discard(id(cache))
-        if not missing:
-            open_lock(self._arrived)
+        if missing := self._missing:  # a leader waits, perhaps for this one
+            missing.discard(id(cache))
+            if not missing:
+                open_lock(self._arrived)
         try:
             while not request.done:
                 if self._ended:
@@ -100,7 +100,7 @@ class Engine:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
         if os.getpid() != self._pid:  # after a fork only the thread that forked is here
             self._begin()
-        if any(request.cache is cache for request in self._queue):
+        if self._queue and any(request.cache is cache for request in self._queue):
             with self._turn:
                 for request in [request for request in self._queue if request.cache is cache]:
                     self._queue.remove(request)
@@ -122,7 +122,9 @@ class Engine:
 
     def _gather(self, own: _Request) -> None:
         """Wait for those who were in the last pass; not for long."""
-        self._missing = missing = self._expected - {id(own.cache)}
+        if not (expected := self._expected - {id(own.cache)}):
+            return
+        self._missing = missing = expected
         missing.difference_update([id(request.cache) for request in list(self._queue)])
         until = perf_counter() + min(GATHER * self._seconds, LONGEST)
         while missing and (left := until - perf_counter()) > 0:
@@ -131,7 +133,7 @@ class Engine:
 
     def _choose(self) -> list[tuple[_Request, int]]:
         """What is computed now: requests, and how many ids of each."""
-        room, work = self.executor.block, []
+        room, work = self.executor.block, list[tuple[_Request, int]]()
         for request in sorted(self._queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
             if request.done:  # the leader who handed it out was interrupted before he took it from the queue
                 self._queue.remove(request)
@@ -164,4 +166,5 @@ class Engine:
                     request.logits = found.copy()
             request.done = True
             self._queue.remove(request)
-            open_lock(request.gate)
+            if request is not own:
+                open_lock(request.gate)
