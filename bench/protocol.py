@@ -47,6 +47,14 @@ class Completing(Protocol):
         ...
 
 
+class Together(Protocol):
+    """What an adapter also has that goes on with several conversations at the same time."""
+
+    def together(self, prompt: list[int], n_tokens: int, conversations: int) -> float:
+        """Seconds from everybody's first logits to the last, while each makes n_tokens after prompt and an id of its own."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """A row of the table of backends."""

@@ -39,12 +39,14 @@ class Row:
 
     name: str
     model: str
-    task: str  # "decode" | "prefill"
+    task: str  # "decode" | "prefill" | "together": decoding in several conversations at the same time
     at_least: float
     aim: float | None = None
     engine: str = "native"
     rival: str = "llama.cpp"
     threads: int = 2
+    conversations: int = 1
+    rival_conversations: int = 1
     n: int = 96  # tokens of a round
     filled: int = 0  # tokens in the cache before decoding begins
     environment: dict[str, str] = field(default_factory=dict)
@@ -57,6 +59,8 @@ ROWS = [
     Row("decode SmolLM2 Q4_1", "SmolLM2", "decode", 2.0, 3.0),
     Row(LARGE, "1.3B-class Q4_0", "decode", 1.3, 1.8, n=24),
     Row("decode SmolLM2, 2000 in the cache", "SmolLM2", "decode", 2.0, 3.0, rival="llama.cpp no-flash", filled=2000),
+    Row("eight conversations, SmolLM2 Q4_1", "SmolLM2", "together", 1.5, n=128, conversations=8, rival_conversations=8),
+    Row("eight beside one alone, SmolLM2 Q4_1", "SmolLM2", "together", 3.0, rival="native", n=128, conversations=8),
     Row("prefill 512, 48M Q4_0", "48M Q4_0", "prefill", 1.5, 3.0, n=512),
     Row("prefill 512, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0, n=512),
     Row("one thread: decode 48M Q4_0", "48M Q4_0", "decode", 1.4, threads=1),
@@ -74,7 +78,9 @@ def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -
     """Tokens per second of both engines and their ratio, each round's own ratio being the unit of the median."""
     n_ctx, n_vocab = (2560 if row.filled else 1024), open_subject(path).hyper.n_vocab
 
-    def seconds(worker: Worker) -> float:
+    def seconds(worker: Worker, conversations: int) -> float:
+        if row.task == "together":  # of n tokens, whosever they are
+            return worker.ask("together", LIMIT, n=n, conversations=conversations)["seconds"] / conversations
         if row.task == "prefill":
             return sum(worker.ask("prefill", LIMIT, n=n, at_least=0.0)["seconds"])
         return sum(worker.ask("decode", LIMIT, n=n, depth=row.filled, at_least=0.0)["seconds"])
@@ -89,12 +95,13 @@ def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -
                 "load", LIMIT, adapter=engine.adapter, path=str(path), threads=row.threads, n_ctx=n_ctx, n_vocab=n_vocab,
                 options=dict(engine.options),
             )  # fmt: skip
-        for worker in workers:  # caches warm, clocks up
-            seconds(worker)
+        both = list(zip(workers, (row.conversations, row.rival_conversations), strict=True))
+        for worker, conversations in both:  # caches warm, clocks up
+            seconds(worker, conversations)
         times = []
         for _ in range(rounds):
             steady.check()
-            times.append([seconds(worker) for worker in workers])
+            times.append([seconds(worker, conversations) for worker, conversations in both])
     ours, theirs = (n / statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(other / own for own, other in times)
     return {"ours": ours, "theirs": theirs, "ratio": ratio}
@@ -183,7 +190,7 @@ def show_rows(
     say(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim")
     for row in rows:
         path = find(row.model, folder)
-        found = measure(row, path, rounds, 4 if quick and row.task == "decode" else row.n, steady)
+        found = measure(row, path, rounds, 4 if quick and row.task != "prefill" else row.n, steady)
         result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
         limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
         verdict = mark(found["ratio"], row.at_least, row.aim)

@@ -93,6 +93,10 @@ class Bench:
         np.save(out, np.concatenate(parts))
         return {}
 
+    def together(self, n: int, conversations: int) -> dict[str, Any]:
+        """Seconds of n tokens of each of so many conversations that go on at the same time, after a prompt of 16 each."""
+        return {"seconds": self.adapter.together(self._ids[:16].tolist(), n, conversations)}
+
     def complete(self, text: str, n_tokens: int) -> dict[str, Any]:
         """What a user sees: tokens and seconds of the library's own call."""
         self._truncate(0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,16 +22,26 @@ BACKENDS = ("auto", "native", "numpy")
 
 
 class Executor(Protocol):
-    """What the session, the sampler and the tools need of an executor."""
+    """What the engine, the session, the sampler and the tools need of an executor: weights that every text shares, and passes
+    over tokens of several texts, whose state is a cache each. `cache` and `forward` are for whoever has only one text.
+    """
 
     name: str
     hyper: Hyper
     n_ctx: int
     n_threads: int
-    selection: Selection | None  # a faster way to find the largest logits than NumPy's
+    block: int  # tokens that a pass takes at most
 
     @property
     def cache(self) -> KVCache: ...
+
+    def new_cache(self, n_ctx: int | None = None) -> KVCache: ...
+
+    def new_selection(self) -> Selection | None:
+        """A faster way to find the largest logits than NumPy's, for one sampler."""
+        ...
+
+    def step(self, work: Sequence[tuple[Any, np.ndarray, int]]) -> list[np.ndarray]: ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 

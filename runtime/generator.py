@@ -15,6 +15,8 @@ from threading import Event
 from time import perf_counter
 from typing import Protocol
 
+import numpy as np
+
 from pocketlm.errors import UsageError
 from pocketlm.runtime.sampling import Sampler
 from pocketlm.runtime.session import Session
@@ -78,7 +80,7 @@ def generate(
 
     `max_tokens` None: until the context is full. Text that may be the beginning of a `stop` string is held back until that
     is decided; the string completed first ends the answer and is not part of it. `ignore_eos` goes on past `end_ids`.
-    `cancel` is looked at after every token and every 512 of the prompt. `shift`: see `Session.advance`.
+    `cancel` is looked at after every token and between two passes of the prompt. `shift`: see `Session.advance`.
 
     When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
@@ -96,7 +98,7 @@ def generate(
     cancelled = cancel.is_set if cancel is not None else lambda: False
     matcher = StopStrings(stops) if stops else None
     ends = frozenset() if ignore_eos else end_ids
-    n_ctx, push = session.executor.n_ctx, decoder.push
+    n_ctx, push = session.n_ctx, decoder.push
     tokens = list(map(int, ids))  # the prompt and, growing, the answer
     n_prompt, n_generated, stopped = len(tokens), 0, False
 
@@ -106,15 +108,20 @@ def generate(
         session.check(claim)
         return cancelled()
 
-    started = perf_counter()
-    with session.held(claim):  # until the token is drawn: the logits are the executor's own memory
-        logits, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=interrupted)
-        note = session.note
-        prompted = perf_counter()
-        drawn = sampler(logits, tokens) if logits is not None and max_tokens != 0 else None
+    prompted = started = perf_counter()
+
+    def draw(logits: np.ndarray) -> tuple[int, float] | tuple[()]:  # inside the pass: the logits are the executor's own memory
+        nonlocal prompted
+        if not n_generated:
+            prompted = perf_counter()
+        return sampler(logits, tokens) if max_tokens != 0 else ()
+
+    with session.held(claim):
+        drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=interrupted, use=draw)
+        note, prompted = session.note, prompted if drawn is not None else perf_counter()
     reason = "cancelled"
-    while logits is not None and not cancelled():
-        if drawn is None:
+    while drawn is not None and not cancelled():
+        if not drawn:  # there is nothing to draw any more
             reason = "length"
             break
         id, logprob = drawn
@@ -131,12 +138,11 @@ def generate(
             reason = "stop"
             break
         if n_generated == max_tokens or cancelled():
-            drawn = None
+            drawn = ()
             continue
         with session.held(claim):
             if len(session.ids) < n_ctx:
-                logits = session.append(id)
-                drawn = sampler(logits, tokens)
+                drawn = session.append(id, draw)
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is not None:
@@ -150,9 +156,8 @@ def generate(
             reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break
         with session.held(claim):
-            logits, _ = session.advance(tokens, shift=True, cancelled=interrupted)
+            drawn, _ = session.advance(tokens, shift=True, cancelled=interrupted, use=draw)
             note += f"; {session.note}" if session.note else ""
-            drawn = sampler(logits, tokens) if logits is not None else None
 
     rest = "" if stopped else decoder.flush()
     if matcher is not None and not stopped:

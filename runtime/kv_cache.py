@@ -1,4 +1,4 @@
-"""The keys and values of every position seen so far, preallocated for the whole context.
+"""The keys and values of every position of one text, preallocated for the whole context.
 
 Knows positions, not tokens: which ids stand behind them is the session's affair.
 """
@@ -37,6 +37,26 @@ class KVCache:
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
         """Put keys, float32 [n_kv_head, n, head_dim], at `start`."""
         self.keys[layer, :, start : start + keys.shape[1]] = keys
+
+    def fork(self, length: int) -> KVCache:
+        """A cache of its own with the first `length` positions of this one; the rest takes no memory before it is filled."""
+        other = type(self)(self.hyper, self.n_ctx, self._rope_factors)
+        for copy, filled in zip(other._filled(length), self._filled(length), strict=True):
+            copy[...] = filled
+        other.length = length
+        return other
+
+    def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.keys[:, :, :length], self.values[:, :, :length]
+
+    def release(self) -> None:
+        """Give the memory back. Nobody may compute with this cache any more."""
+        self.length, self.keys, self.values = 0, self.keys[:0].copy(), self.values[:0].copy()
+
+    @property
+    def nbytes_to_come(self) -> int:
+        """Bytes that were promised and not used so far."""
+        return (self.keys.nbytes + self.values.nbytes) * (self.n_ctx - self.length) // self.n_ctx
 
     def truncate(self, length: int) -> None:
         """Forget every position from `length` on."""

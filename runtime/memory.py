@@ -47,6 +47,15 @@ def require(path: object, needs: Callable[[int], tuple[int, int, int]], n_ctx: i
     raise FileError(path, f"needs {figures}, but only {free // MB} MB are free", advice)
 
 
+def require_session(path: object, n_bytes: int, promised: int, n_ctx: int) -> None:
+    """FileError if one more session's cache of `n_bytes` exceeds the free memory, less what other sessions were promised."""
+    free = available_bytes()
+    if free is not None and n_bytes + promised > free:
+        needs = f"one more session needs {n_bytes // MB} MB for the cache of {n_ctx} tokens"
+        left = f"but only {max(free - promised, 0) // MB} MB are free"
+        raise FileError(path, f"{needs}, {left}", "close other sessions, or ask for a smaller one: session(ctx=…)")
+
+
 def _linux() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("MemAvailable:"))

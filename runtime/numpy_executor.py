@@ -3,13 +3,13 @@
 In: a plan, the tensors it names, token ids. Out: logits. Every method below is one operation of the plan; the comment
 on its first line gives the shapes, n being the number of tokens in this call and t the positions known after it.
 Weights are dequantised once. A product's rows are shared by a pool of threads, each with a single-threaded BLAS; a prompt
-goes through in blocks of tokens. Knows nothing about text, sampling or files.
+goes through in blocks of tokens, several texts one after the other. Knows nothing about text, sampling or files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class NumpyExecutor:
     """Runs a plan. Holds the dequantised weights, the KV cache and a pool of threads; `close` ends them."""
 
     name = "numpy"
-    selection = None
+    block = BLOCK
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
@@ -47,10 +47,10 @@ class NumpyExecutor:
         alone = [(name,) for name in plan.weights if name not in stacked]
         self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
         self._biases = {m: self._stack_biases(m) for m in matrices}
-        factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
+        self._factors = factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
         self._rope = rope_table(plan.hyper.rope, n_ctx, factors) if plan.hyper.rope else None
         self._slopes = alibi_slopes(self.hyper.n_head, self.hyper.alibi_max_bias) if self.hyper.position == "alibi" else None
-        self.cache = KVCache(plan.hyper, n_ctx, factors)
+        self.cache = self._cache = KVCache(plan.hyper, n_ctx, factors)  # its own, and that of the text now worked on
         self._one_at_a_time, self._closed = ForkedLock(), False
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
@@ -74,34 +74,56 @@ class NumpyExecutor:
         self._pool.close()
         with self._one_at_a_time.here:
             self._weights.clear()
-            self.cache.keys = self.cache.values = np.empty(0, np.float32)
+            self.cache.release()
+
+    def new_cache(self, n_ctx: int | None = None) -> KVCache:
+        """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
+        return KVCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
+
+    def new_selection(self) -> None:
+        """NumPy's own is all there is."""
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
-        """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
+        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
+        """
+        return self.step([(self.cache, ids, len(ids) if rows == "all" else 1)])[0]
+
+    def step(self, work: Sequence[tuple[KVCache, np.ndarray, int]]) -> list[np.ndarray]:
+        """Tokens of several texts, one text after the other: (its cache, ids [n] to append, of how many of the last the logits
+        are wanted). Logits float32 [rows, n_vocab] for each. Raises PocketlmError as `forward` does, before anything is done.
         """
         # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
         with self._one_at_a_time.here, blas.one_thread(self):
             self._check_open()
-            ids = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
-            parts = [self._block(ids[i : i + BLOCK], rows) for i in range(0, len(ids), BLOCK)]
-            return np.concatenate(parts) if rows == "all" else parts[-1]
+            checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), rows) for c, ids, rows in work]
+            logits = [self._append(*one) for one in checked]
+            self._cache = self.cache  # no other text's memory is held on to
+            return logits
+
+    def _append(self, cache: KVCache, ids: np.ndarray, rows: int) -> np.ndarray:
+        self._cache, parts, first = cache, [], len(ids) - rows  # the first whose logits are wanted
+        for i in range(0, len(ids), BLOCK):
+            block = ids[i : i + BLOCK]
+            parts.append(self._block(block, min(i + len(block) - first, len(block))))
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def _check_open(self) -> None:
         if self._closed:
             raise PocketlmError("this model is closed; load it again")
 
-    def _block(self, ids: np.ndarray, rows: str) -> np.ndarray:
+    def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:  # [n] -> [rows, n_vocab], of the last
         state = {"ids": ids}
         for op in self.plan.ops[:-1]:
             self._check_open()
             self._run[type(op)](op, state)
-        self.cache.length += len(ids)
+        self._cache.length += len(ids)
         head = self.plan.ops[-1]
         assert isinstance(head, P.Logits)
-        if rows == "last":
-            state[head.x] = state[head.x][-1:]
+        if rows <= 0:
+            return np.empty((0, self.hyper.n_vocab), np.float32)
+        state[head.x] = state[head.x][-rows:]
         self._linear(head, state)
         return state[head.out]
 
@@ -109,7 +131,7 @@ class NumpyExecutor:
         table = self._rows(op.table)
         state[op.out] = table[state["ids"]]
         if op.positions:
-            start = self.cache.length
+            start = self._cache.length
             state[op.out] += self._rows(op.positions)[start : start + len(state["ids"])]
 
     def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
@@ -142,7 +164,7 @@ class NumpyExecutor:
             y += bias
 
     def _rotate(self, op: P.Rotate, state: dict[str, np.ndarray]) -> None:  # [n, qkv], in place
-        hyper, qkv, start = self.hyper, state[op.qkv], self.cache.length
+        hyper, qkv, start = self.hyper, state[op.qkv], self._cache.length
         assert self._rope is not None
         assert hyper.rope is not None
         table = self._rope[start : start + len(qkv), :, None]  # [n, 2, 1, n_dims/2]
@@ -150,11 +172,11 @@ class NumpyExecutor:
         rotate(heads, table[:, 0], table[:, 1], hyper.rope.pairs)
 
     def _attend(self, op: P.Attend, state: dict[str, np.ndarray]) -> None:  # [n, qkv] -> [n, q_width]
-        hyper, qkv, start = self.hyper, state[op.qkv], self.cache.length
+        hyper, qkv, start = self.hyper, state[op.qkv], self._cache.length
         n, t, group = len(qkv), start + len(qkv), hyper.n_head // hyper.n_kv_head
         q = qkv[:, : hyper.q_width].reshape(n, hyper.n_kv_head, group, hyper.head_dim)
         kv = qkv[:, hyper.q_width :].reshape(n, 2, hyper.n_kv_head, hyper.head_dim)
-        keys, values = self.cache.keys[op.layer], self.cache.values[op.layer]
+        keys, values = self._cache.keys[op.layer], self._cache.values[op.layer]
         keys[:, start:t], values[:, start:t] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)  # [n_kv_head, n, head_dim]
         q = q.transpose(1, 2, 0, 3).reshape(hyper.n_kv_head, group * n, hyper.head_dim)  # heads of a group share keys
         scores = q @ keys[:, :t].swapaxes(1, 2)  # [n_kv_head, group * n, t]

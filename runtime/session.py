@@ -1,47 +1,50 @@
-"""A session: which tokens an executor's KV cache holds, and how to get from them to others with little work.
+"""A session: which tokens a KV cache holds, and how to get from them to others with little work.
 
-In: token ids. Out: the logits after the last of them. Knows nothing about text, sampling or turns.
+In: token ids. Out: what becomes of the logits after the last of them. Knows nothing about text, sampling or turns.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.engine import Engine, Use
+from pocketlm.runtime.ids import check_ids
+from pocketlm.runtime.threads import ForkedLock
 
 if TYPE_CHECKING:
     from pocketlm.runtime.executors import Executor
 
-BLOCK = 512  # tokens fed at once: a prompt can be cancelled between two blocks
-TAKEN = "this answer ends here: the model has begun another one; finish one before the next, or load the model twice"
+TAKEN = "this answer ends here: its session has begun another one; finish one before the next, or use a session() for each"
 MIN_SHIFT = 32  # fewer tokens than this are computed again rather than moved, which is exact
 
 
 class Session:
-    """The ids behind the positions of an executor's cache.
+    """The ids behind the positions of a cache: an executor's own, or a further one. Sessions that have an executor in common
+    have an engine in common.
 
     `ids` is always a prefix of what the cache holds: after an error or a Ctrl-C in the middle of a step, positions that
     were filled but not yet recorded are given up.
 
-    One user at a time, from any thread: who wants the cache calls `claim`, which ends the claim before it, and computes
-    inside `held`, where nobody else computes. A user whose claim has ended gets a PocketlmError at his next step, never
-    another's logits.
+    Sessions compute at the same time; one has one user at a time, from any thread: who wants the cache calls `claim`, which
+    ends the claim before it, and computes inside `held`, where nobody else computes. A user whose claim has ended gets a
+    PocketlmError at his next step, never another's logits.
     """
 
-    def __init__(self, executor: Executor):
-        self.executor = executor
-        self.ids: list[int] = []
+    def __init__(self, executor: Executor, engine: Engine | None = None, cache: Any = None, ids: Sequence[int] = ()):
+        """`ids`: what the cache holds already."""
+        self.executor, self.engine, self.cache = executor, engine or Engine(executor), cache or executor.cache
+        self.n_ctx = self.cache.n_ctx
+        self.ids = list(ids)
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
-        self._one = np.empty(1, np.int32)
-        self._lock = threading.RLock()
+        self._lock = ForkedLock()
         self._claim: object | None = None  # the present user's; None before the first and after `end`
         self._ended = ""  # why nobody can use this session any more
-        self.clear()
+        self._settle()
 
     def clear(self) -> None:
         """Forget everything."""
@@ -50,14 +53,18 @@ class Session:
     def claim(self) -> object:
         """From now on the cache is the caller's; what is returned is for `held`. Raises PocketlmError after `end`."""
         claim = self._claim = object()  # without the lock: a user between two steps shall not have to be waited for
+        self.check_open()
+        return claim
+
+    def check_open(self) -> None:
+        """Raises PocketlmError after `end`."""
         if self._ended:
             raise PocketlmError(self._ended)
-        return claim
 
     @contextmanager
     def held(self, claim: object) -> Iterator[None]:
         """Nobody else computes inside. Raises PocketlmError where the claim has ended."""
-        with self._lock:
+        with self._lock.here:
             self.check(claim)
             yield
 
@@ -69,25 +76,55 @@ class Session:
     def end(self, reason: str) -> None:
         """Nobody can use this session any more, `reason` says why; returns when who is computing has stopped."""
         self._ended = reason
-        with self._lock:
+        with self._lock.here:
             self._claim = None
+
+    def close(self, reason: str) -> None:
+        """`end`, and give the cache's memory back."""
+        self.end(reason)
+        with self._lock.here:
+            self._truncate(0)
+            self.cache.release()
+
+    def fork(self) -> Session:
+        """A session that goes on from here by itself: the filled part of the cache is copied. PocketlmError after `end`."""
+        with self.settled() as (ids, cache):
+            return Session(self.executor, self.engine, cache.fork(len(ids)), ids)
+
+    @contextmanager
+    def settled(self) -> Iterator[tuple[list[int], Any]]:
+        """The ids and the cache, which nobody changes inside. Raises PocketlmError after `end`."""
+        with self._lock.here:
+            self.check_open()
+            self._settle()
+            yield self.ids, self.cache
+
+    def fill(self, read: Callable[[Any], Sequence[int]]) -> None:
+        """Let `read` fill the empty cache; it returns the ids. Whatever it raises, the cache is empty then."""
+        with self.held(self.claim()):
+            self.clear()
+            try:
+                self.ids = list(read(self.cache))
+            finally:
+                self._settle()
 
     def all_logits(self, ids: np.ndarray) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache. Raises PocketlmError."""
         with self.held(self.claim()):
             self.clear()
-            try:
-                logits = self.executor.forward(ids, rows="all")
-                self.ids = ids.tolist()
-            except BaseException:
-                self._settle()
-                raise
+            ids = check_ids(ids, self.executor.hyper.n_vocab, 0, self.n_ctx)
+            logits = np.empty((len(ids), self.executor.hyper.n_vocab), np.float32)
+            while (at := len(self.ids)) < len(ids):
+                block = ids[at : at + self.executor.block]
+                self._forward(block.tolist(), len(block), lambda rows, at=at: np.copyto(logits[at : at + len(rows)], rows))
             return logits
 
-    def append(self, id: int) -> np.ndarray:
-        """Logits, float32 (n_vocab,), after one more token. Raises PocketlmError if the context is full."""
-        self._one[0] = id
-        return self._forward(self._one, [id])
+    def append(self, id: int, use: Use = np.copy) -> Any:
+        """What `use` makes of the logits, float32 (n_vocab,), after one more token; they are valid only there. Raises
+        PocketlmError if the context is full.
+        """
+        self._settle()
+        return self._forward([id], 1, lambda rows: use(rows[0]))[1]
 
     def advance(
         self,
@@ -96,14 +133,16 @@ class Session:
         reuse_cache: bool = True,
         shift: bool = False,
         cancelled: Callable[[], bool] | None = None,
-    ) -> tuple[np.ndarray | None, int]:
-        """Make the cache hold exactly `ids`; the logits after the last of them, float32 (n_vocab,), and how many were there.
+        use: Use = np.copy,
+    ) -> tuple[Any, int]:
+        """Make the cache hold exactly `ids`; what `use` makes of the logits after the last of them, float32 (n_vocab,), valid
+        only there, and how many were there.
 
         What both have in common at the start is not computed again, except that the last token always is: its logits are
         not kept. With `shift`, text that was taken out of the middle leaves the cache by moving what follows. That is the
         usual approximation: the moved keys and values were computed with the dropped text still in view. It is no
         approximation where the positions are learned, because there all that follows is computed again (see `note`).
-        `cancelled` is asked between blocks of 512 tokens; if it says so, the logits are None and the work done stays.
+        `cancelled` is asked between passes; if it says so, the result is None and the work done stays.
 
         Raises UsageError for no ids or one outside the vocabulary, PocketlmError for more than the context holds.
         """
@@ -124,16 +163,16 @@ class Session:
                     self.note = f"this model's positions are learned, so {len(ids) - same} tokens were computed again"
         same = min(same, len(ids) - 1)
         self._truncate(same)
-        logits = None
-        for i in range(same, len(ids), BLOCK):
+        result = None
+        while (at := len(self.ids)) < len(ids):
             if cancelled is not None and cancelled():
                 return None, same
-            block = ids[i : i + BLOCK]
-            logits = self._forward(np.array(block, np.int32), block)
-        return logits, same
+            block = ids[at : at + self.executor.block]
+            result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
+        return result, same
 
     def _check(self, ids: list[int]) -> None:
-        n_vocab, n_ctx = self.executor.hyper.n_vocab, self.executor.n_ctx
+        n_vocab, n_ctx = self.executor.hyper.n_vocab, self.n_ctx
         if not ids:
             raise UsageError("the prompt is empty; give the model at least one token to go on from")
         if min(ids) < 0 or max(ids) >= n_vocab:
@@ -146,23 +185,22 @@ class Session:
     @property
     def how_to_grow(self) -> str:
         """Advice on a context that is too small, for the front of other advice; "" where the model cannot use a larger one."""
-        executor = self.executor
-        return "raise --ctx or " if executor.hyper.reaches(executor.n_ctx + 1) else ""
+        return "raise --ctx or " if self.executor.hyper.reaches(self.n_ctx + 1) else ""
 
-    def _forward(self, block: np.ndarray, ids: list[int]) -> np.ndarray:
+    def _forward(self, ids: list[int], rows: int, use: Use) -> tuple[int, Any]:
         try:
-            logits = self.executor.forward(block)[0]
-            self.ids += ids
+            taken, result = self.engine.run(self.cache, np.array(ids, np.int32), rows, use)
+            self.ids += ids[:taken]
         except BaseException:
             self._settle()
             raise
-        return logits
+        return taken, result
 
     def _settle(self) -> None:
         """Bring `ids` and the cache to what they have in common, should an interrupt have come between the two."""
-        cache = self.executor.cache
-        cache.truncate(len(self.ids))
-        del self.ids[cache.length :]
+        self.engine.forget(self.cache)
+        self.cache.truncate(len(self.ids))
+        del self.ids[self.cache.length :]
 
     def _truncate(self, length: int) -> None:
         del self.ids[length:]
@@ -172,7 +210,7 @@ class Session:
         # the ids first: if an interrupt comes in the middle of the move, `_settle` gives up all from `start` on
         moved = self.ids[stop:]
         del self.ids[start:]
-        if self.executor.cache.remove(start, stop):
+        if self.cache.remove(start, stop):
             self.ids += moved
             return True
         return False

@@ -152,6 +152,8 @@ def executors(
     tied: bool = True, bias: bool = False, fused: bool = False, **hyper: Any,
 ) -> tuple[NativeExecutor, NumpyExecutor]:  # fmt: skip
     """The same random model in both executors; the reference rounds keys and values to float16, too."""
+    if hyper.get("position") == "learned" and n_ctx:  # the table has a row for each position
+        hyper["n_ctx"] = n_ctx
     shape = make_hyper(**{**wide(fmt), **hyper})
     tensors = tensors_of(shape, fmt, formats, tied=tied, bias=bias, fused=fused)
     plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")

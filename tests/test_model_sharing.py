@@ -169,22 +169,22 @@ def test_close_waits_for_a_computation_in_another_thread(model):
 def test_a_long_prompt_gives_way_between_two_blocks(path):
     """The older answer is still reading its prompt when the younger one begins: it ends there, with an error."""
     with pocketlm.load(path, backend="numpy", threads=1, ctx=4096) as model:
-        forward, outcome = model.executor.forward, []
+        step, outcome = model.executor.step, []
         younger: list[threading.Thread] = []
 
-        def slow(block, rows="last"):
-            logits = forward(block, rows)
-            if len(block) == 512 and not younger:
+        def slow(work):
+            logits = step(work)
+            if len(work[0][1]) == 512 and not younger:
                 younger.append(threading.Thread(target=lambda: outcome.append(ids(model.generate("then", **OPTIONS)))))
                 younger[0].start()
-                while model._session._claim is claim[0]:
+                while model._session.state._claim is claim[0]:
                     pass
             return logits
 
         claim: list[object] = []
-        real = model._session.claim
-        model._session.claim = lambda: claim.append(real()) or claim[-1]  # type: ignore[method-assign]
-        model.executor.forward = slow  # type: ignore[method-assign]
+        real = model._session.state.claim
+        model._session.state.claim = lambda: claim.append(real()) or claim[-1]  # type: ignore[method-assign]
+        model.executor.step = slow  # type: ignore[method-assign]
         with pytest.raises(PocketlmError, match="begun another"):
             list(model.generate([5] * 2000, max_tokens=1))
         younger[0].join(60)

@@ -224,8 +224,9 @@ print(peak * 1024, cache.keys.nbytes + cache.values.nbytes, model.file_bytes)
 
 @linux_only
 def test_loading_takes_the_file_the_cache_and_little_more(smollm2_path):
-    done = subprocess.run([sys.executable, "-c", LOAD, smollm2_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):  # where the kernels are not cached yet, the first of them is the compiler's, which takes memory
+        done = subprocess.run([sys.executable, "-c", LOAD, smollm2_path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     peak, cache, size = map(int, done.stdout.split())
     assert peak <= size + cache + (120 << 20)
 

@@ -7,7 +7,7 @@ import pytest
 from fake_executor import FakeExecutor
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.runtime.session import BLOCK, MIN_SHIFT, Session, _longest_match
+from pocketlm.runtime.session import MIN_SHIFT, Session, _longest_match
 
 
 def numbers(rng: random.Random, n: int) -> list[int]:
@@ -166,7 +166,7 @@ def test_an_interrupt_in_the_middle_of_a_move_gives_up_what_was_moved():
 def test_a_long_prompt_can_be_cancelled_between_blocks_and_goes_on_from_there():
     executor, ids = FakeExecutor(), list(range(100)) * 15
     session = Session(executor)
-    answers = iter([False, False, True])
+    BLOCK, answers = executor.block, iter([False, False, True])
     assert session.advance(ids, cancelled=lambda: next(answers)) == (None, 0)
     assert holds(session, ids[: 2 * BLOCK])
     logits, n_cached = session.advance(ids)

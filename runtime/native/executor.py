@@ -58,17 +58,22 @@ class NativeCache(KVCache):
         """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
         return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 10
 
-    def _key_rows(self, layer: int) -> np.ndarray:  # [n_kv_head, n_ctx, padded_dim], a copy
-        keys = self.keys[layer].swapaxes(2, 3)
+    def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.keys[:, :, : _up(length, ROWS) // ROWS], self.values[:, :, :length]
+
+    def _key_rows(self, layer: int, stop: int) -> np.ndarray:  # [n_kv_head, at least stop, padded_dim], a copy
+        keys = self.keys[layer, :, : _up(stop, ROWS) // ROWS].swapaxes(2, 3)
         return keys.reshape(keys.shape[0], -1, keys.shape[3])
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return self._key_rows(layer)[:, start:stop, : self.hyper.head_dim].astype(np.float32)
+        return self._key_rows(layer, stop)[:, start:stop, : self.hyper.head_dim].astype(np.float32)
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        rows = self._key_rows(layer)
-        rows[:, start : start + keys.shape[1], : self.hyper.head_dim] = keys
-        self.keys[layer] = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
+        stop = start + keys.shape[1]
+        rows = self._key_rows(layer, stop)
+        rows[:, start:stop, : self.hyper.head_dim] = keys
+        rows = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
+        self.keys[layer, :, : rows.shape[1]] = rows
 
 
 class _Scratch:
@@ -95,6 +100,7 @@ class NativeExecutor:
     """Runs a plan. Holds the tiled weights, the KV cache and worker threads; `close` ends them."""
 
     name = "native"
+    block = BLOCK
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
@@ -117,7 +123,6 @@ class NativeExecutor:
         self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
         self._record = self._make_record(factors)
-        self.selection = Selection(self._code[CORE], self.hyper.n_vocab)
         self._one_at_a_time = ForkedLock()
         memory = [
             *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
@@ -139,14 +144,19 @@ class NativeExecutor:
         """
         self._workers.close()
         self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
-        self.cache.keys = self.cache.values = np.empty(0, np.float16)
+        self.cache.release()
+
+    def new_selection(self) -> Selection:
+        """For one sampler: it has memory of its own, so that several threads may draw at the same time."""
+        return Selection(self._code[CORE], self.hyper.n_vocab)
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
         return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
-        """Append ids [n] to the cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until the next call).
+        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
+        the next call).
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """

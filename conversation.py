@@ -1,0 +1,255 @@
+"""A text or a conversation that a model goes on with: a state of its own beside others', on weights that all share.
+
+In: prompts, ids, messages. Out: streams of pieces, logits. Knows tokenizer, template and sampling options, no kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.session import Session
+from pocketlm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pocketlm.chat.templates import Template
+    from pocketlm.model import Model
+    from pocketlm.runtime.generator import Piece
+
+ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
+
+
+class Conversation:
+    """What `Model.session` returns. It can be used in a `with` statement; `close` gives its cache back, as does forgetting it.
+
+    Any thread may use it, at the same time as others use other ones: what they want computed is merged into passes, and each
+    text is the same as alone. One conversation has one stream at a time: a stream that is still open when another begins, or
+    when `logits`, `load` or `close` is called, raises PocketlmError at its next piece.
+    """
+
+    def __init__(self, model: Model, state: Session):
+        self._model, self.state = model, state
+        self._turns: Turns | None = None  # of the last question
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions that the cache has."""
+        return self.state.n_ctx
+
+    @property
+    def context_used(self) -> int:
+        """Positions of the cache that are filled."""
+        return min(len(self.state.ids), self.state.cache.length)
+
+    def fork(self) -> Conversation:
+        """A conversation that goes on from here by itself, with a cache of its own that holds the same. FileError where there
+        is no memory for it.
+        """
+        model = self._model
+        model.check_room(self.n_ctx)
+        other = model.adopt(Conversation(model, self.state.fork()))
+        other._turns = self._turns
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is."""
+        from pocketlm.runtime.state_file import write_state
+
+        with self.state.settled() as (ids, cache):
+            write_state(path, ids, cache, self._model.fingerprint)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a saved file in place of what is in the cache. Raises FileError where the file is damaged, is another
+        model's, or does not fit into the context.
+        """
+        from pocketlm.runtime.state_file import check_state, read_state
+
+        fingerprint = self._model.fingerprint
+        header = check_state(path, self._model.hyper, self.n_ctx, fingerprint)
+        self._turns = None
+        self.state.fill(lambda cache: read_state(path, header, cache))
+
+    def close(self) -> None:
+        """Give the cache's memory back. A second call does nothing."""
+        self.state.close("this session is closed; ask the model for another one")
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
+        return self.state.all_logits(np.asarray(ids))
+
+    def generate(
+        self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+    ) -> Iterator[Piece]:  # fmt: skip
+        """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
+
+        A model without a tokenizer takes ids only, and its pieces have ids and empty texts.
+
+        `sampling` are the fields of `runtime.sampling.SamplingOptions`. A text gets the model's begin-of-text token
+        where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
+        """
+        from pocketlm.runtime.generator import NoText
+
+        model = self._model
+        if isinstance(prompt, str):
+            tokenizer = model.tokenizer
+            prompt = (
+                tokenizer.encode(prompt, bos=tokenizer.adds_bos)
+                or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+            )
+        decoder = model._tokenizer.stream_decoder(continues=bool(len(prompt))) if model._tokenizer else NoText()
+        return self._stream(list(prompt), decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+    ) -> Iterator[Piece]:  # fmt: skip
+        """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
+
+        Where the last is the assistant's, that is the beginning of its answer, and the stream goes on with it.
+
+        When the context is full, whole turns go, oldest first; the system prompt and the question just asked stay. The
+        keys of the turns that stay are moved, which is the usual approximation, or computed again where positions are
+        learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
+        piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
+        and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
+        Options of `sampling` that are not given are those of `generate`, but for `runtime.sampling.CHAT_DEFAULTS`.
+        Raises PocketlmError when the system prompt and the question alone do not fit.
+        """
+        from pocketlm.chat.templates import continued
+        from pocketlm.runtime.sampling import CHAT_DEFAULTS
+
+        model, sampling = self._model, {**CHAT_DEFAULTS, **sampling}
+        *asked, last = messages or [{}]
+        opening = last["content"] if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
+        turns = self._turns = Turns(
+            asked if opening else messages, model.template, model.tokenizer, self._turns, continued(opening, model.tokenizer)
+        )
+        limit = self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
+        keep, lost = None, 0
+        if model.template.name == "plain":
+            n_bos, ids = int(model.tokenizer.adds_bos), turns.encode()
+            keep, lost = None if max_tokens is None else n_bos, max(0, len(ids) - limit)
+            ids = ids[:n_bos] + ids[n_bos + lost :]
+        else:
+            ids = turns.fit(limit)
+        stop = [*model.template.stop, *([stop] if isinstance(stop, str) else stop)]
+        decoder = model.tokenizer.stream_decoder(continues=True)
+        stream = self._stream(
+            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel,
+            turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
+        )  # fmt: skip
+        return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
+
+    def _stream(
+        self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
+        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None,
+        make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
+    ) -> Iterator[Piece]:  # fmt: skip
+        from pocketlm.runtime.generator import generate
+        from pocketlm.runtime.sampling import make_sampler
+
+        model = self._model
+        n_vocab, end_ids = model.hyper.n_vocab, model._end_ids
+        if model._tokenizer is not None:
+            # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
+            beyond = dict.fromkeys(range(model._tokenizer.n_vocab, n_vocab), -math.inf)
+            sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
+        sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
+        return generate(
+            self.state, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
+            ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift, keep=keep,
+        )  # fmt: skip
+
+
+def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
+    """The stream, its last piece with the number of turns that were dropped, and a first one where that happened before."""
+    from pocketlm.runtime.generator import Piece
+
+    if turns.dropped or note:
+        yield Piece("", -1, math.nan, note=note, dropped_turns=turns.dropped)
+    for piece in stream:
+        yield replace(piece, dropped_turns=turns.dropped) if piece.finish_reason else piece
+
+
+class Turns:
+    """A conversation that can lose its oldest turns: a user's message with all that follows until the next one.
+
+    `before`: the same for the conversation as it was. Turns that had to go then are not looked at again where the new one
+    goes on from it, so that a question costs what the turns cost that fit, not what the whole conversation would.
+    `opening`: the ids with which the answer to the last message begins.
+    """
+
+    def __init__(
+        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None,
+        opening: Sequence[int] = (),
+    ):  # fmt: skip
+        self._template, self._tokenizer, self._opening = template, tokenizer, list(opening)
+        self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
+        if not self._messages:
+            raise PocketlmError("there are no messages to answer")
+        self._starts = [i for i, m in enumerate(self._messages) if isinstance(m, Mapping) and m.get("role") == "user"]
+        self.dropped = before.dropped if before and before._goes_on_in(self) else 0  # turns that had to go
+
+    def _goes_on_in(self, other: Turns) -> bool:
+        same_kind = (self._template, self._tokenizer) == (other._template, other._tokenizer)
+        return same_kind and self._messages == other._messages[: len(self._messages)]
+
+    def encode(self) -> list[int]:
+        """The ids of what is left."""
+        return self._template.encode(self._left(self.dropped), self._tokenizer) + self._opening
+
+    def _left(self, dropped: int) -> list[dict[str, str]]:
+        if not dropped:
+            return self._messages
+        return self._messages[: self._starts[0]] + self._messages[self._starts[dropped] :]
+
+    def fit(self, room: int) -> list[int]:
+        """The ids without as many turns as have to go, oldest first, until they are at most `room`; the last question stays.
+
+        How many that are is guessed by the texts' lengths, then counted: whoever resumes a conversation of a thousand turns
+        does not wait for a thousand encodings of it.
+        """
+        ids, most = self.encode(), len(self._starts) - 1
+        if len(ids) <= room or self.dropped >= most:
+            return ids
+        at_least, n_chars = self.dropped + 1, self._n_chars(self._starts[self.dropped])
+        aim = n_chars * room / len(ids)
+        while self.dropped < at_least or (self.dropped < most and n_chars > aim):
+            n_chars -= self._n_chars(self._starts[self.dropped], self._starts[self.dropped + 1])
+            self.dropped += 1
+        ids = self.encode()
+        while len(ids) > room and self.dropped < most:
+            at_least = self.dropped = self.dropped + 1
+            ids = self.encode()
+        while self.dropped > at_least:
+            self.dropped -= 1
+            longer = self.encode()
+            if len(longer) > room:
+                self.dropped += 1
+                break
+            ids = longer
+        return ids
+
+    def _n_chars(self, start: int, stop: int | None = None) -> int:
+        return sum(len(message["content"]) for message in self._messages[start:stop])
+
+    def drop_oldest(self) -> list[int] | None:
+        """The ids without one more turn; None when only the last question is left."""
+        if self.dropped >= len(self._starts) - 1:
+            return None
+        self.dropped += 1
+        return self.encode()

@@ -1,0 +1,170 @@
+"""The engine: what several threads want computed at the same time, merged into passes of one executor.
+
+In: ids that a text is to be continued with, its cache, and what to do with the logits. Out: how many of the ids were computed,
+and what became of the logits. Knows no sessions, no sampling and no text.
+
+There is no thread of the engine's own, so a single caller pays nothing for it. Callers queue up; whoever finds nobody leading
+leads: waits for a moment for those who took part in the last pass, computes a pass of what is queued then, hands out the
+results and goes (flat combining: Hendler, Incze, Shavit and Tzafrir, SPAA 2010). Single tokens go first, then as much of the
+prompts as fits into a pass, so that a long prompt does not stop the others.
+
+An interrupt of the leader loses nothing: what is not handed out stays in the queue, and the next leader computes it again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.threads import closed_lock, open_lock
+
+if TYPE_CHECKING:
+    from pocketlm.runtime.executors import Executor
+
+GATHER = 0.25  # of the last pass's time: so long a leader waits for those who were in it; they may be drawing their tokens
+LONGEST = 0.005  # seconds of that at most
+LOOK = 0.05  # seconds until a caller who waits looks for himself: only an interrupt at the one wrong moment needs that
+
+Use = Callable[[np.ndarray], Any]
+
+
+class _Request:
+    """Ids to append to a cache. `done` is set last, when the results are complete."""
+
+    def __init__(self, cache: Any, ids: np.ndarray, rows: int, use: Use):
+        self.cache, self.ids, self.rows, self.use, self.start = cache, ids, rows, use, cache.length
+        self.taken, self.result = 0, None
+        self.logits: np.ndarray | None = None  # to be used by the caller himself
+        self.error: Exception | None = None
+        self.done, self.gate = False, closed_lock()
+
+
+class Engine:
+    """Passes of an executor that several threads share. `close` ends everybody's waiting."""
+
+    def __init__(self, executor: Executor):
+        self.executor = executor
+        self._ended = ""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid, self._turn = os.getpid(), threading.Lock()  # whoever holds it leads
+        self._queue: list[_Request] = []
+        self._expected: set[int] = set()  # the caches of the last pass
+        self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
+        self._arrived = closed_lock()
+        self._seconds = 0.0  # of the last pass
+
+    def run(self, cache: Any, ids: np.ndarray, rows: int, use: Use) -> tuple[int, Any]:
+        """Append as many of `ids` [n] to the cache as this pass has room for: how many, and what `use` returned for the logits.
+
+        `use` gets the logits of those of the last `rows` ids that were computed, float32 [1 or more, n_vocab], which are valid
+        only there; where there are none it is not called, and its result is None. Raises PocketlmError for ids outside the
+        vocabulary, for more than the cache holds, and after `close`; nobody else's work suffers from it.
+        """
+        self.forget(cache)
+        request = _Request(cache, ids, rows, use)
+        self._queue.append(request)
+        if missing := self._missing:  # a leader waits, perhaps for this one
+            missing.discard(id(cache))
+            if not missing:
+                open_lock(self._arrived)
+        try:
+            while not request.done:
+                if self._ended:
+                    raise PocketlmError(self._ended)
+                if self._turn.locked():
+                    request.gate.acquire(timeout=LOOK)
+                    continue
+                with self._turn:
+                    if not request.done:
+                        self._lead(request)
+        except BaseException:
+            self.forget(cache)
+            raise
+        finally:
+            if not self._turn.locked():  # the first of those who still wait leads the next pass
+                for waiting in self._queue[:1]:
+                    open_lock(waiting.gate)
+        if request.error is not None:
+            raise request.error
+        return request.taken, request.result if request.logits is None else use(request.logits)
+
+    def forget(self, cache: Any) -> None:
+        """Take back what is queued for a cache; returns when no pass works on it any more."""
+        if os.getpid() != self._pid:  # after a fork only the thread that forked is here
+            self._begin()
+        if self._queue and any(request.cache is cache for request in self._queue):
+            with self._turn:
+                for request in [request for request in self._queue if request.cache is cache]:
+                    self._queue.remove(request)
+
+    def close(self, reason: str) -> None:
+        """From now on nothing is computed any more, `reason` says why; those who wait are told at once."""
+        self._ended = reason
+        for request in list(self._queue):
+            open_lock(request.gate)
+
+    def _lead(self, own: _Request) -> None:
+        """One pass, whose results are handed out."""
+        self._gather(own)
+        started = perf_counter()
+        work = self._choose()
+        self._compute(work, own)
+        self._seconds = perf_counter() - started
+        self._expected = {id(request.cache) for request, _ in work}
+
+    def _gather(self, own: _Request) -> None:
+        """Wait for those who were in the last pass; not for long."""
+        if not (expected := self._expected - {id(own.cache)}):
+            return
+        self._missing = missing = expected
+        missing.difference_update([id(request.cache) for request in list(self._queue)])
+        until = perf_counter() + min(GATHER * self._seconds, LONGEST)
+        while missing and (left := until - perf_counter()) > 0:
+            self._arrived.acquire(timeout=left)
+        self._missing = set()
+
+    def _choose(self) -> list[tuple[_Request, int]]:
+        """What is computed now: requests, and how many ids of each."""
+        room, work = self.executor.block, list[tuple[_Request, int]]()
+        for request in sorted(self._queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
+            if request.done:  # the leader who handed it out was interrupted before he took it from the queue
+                self._queue.remove(request)
+            elif room:
+                work.append((request, min(len(request.ids), room)))
+                room -= work[-1][1]
+        return work
+
+    def _compute(self, work: Sequence[tuple[_Request, int]], own: _Request) -> None:
+        """The pass. The logits are the executor's memory: a single caller uses them there, several get copies."""
+        for request, _ in work:
+            request.cache.truncate(request.start)  # a pass that was interrupted may have come this far
+        wanted = [max(0, request.rows - (len(request.ids) - n)) for request, n in work]
+        step = [(request.cache, request.ids[:n], rows) for (request, n), rows in zip(work, wanted, strict=True)]
+        try:
+            logits = self.executor.step(step)
+        except Exception as error:
+            if len(work) > 1:  # one of them is to blame, the others are not
+                for one in work:
+                    self._compute([one], own)
+                return
+            work[0][0].error = error
+            logits = [None]
+        for (request, n), rows, found in zip(work, wanted, logits, strict=True):
+            request.taken = n
+            if rows and found is not None:
+                if len(work) == 1 and request is own:
+                    request.result = request.use(found)
+                else:
+                    request.logits = found.copy()
+            request.done = True
+            self._queue.remove(request)
+            if request is not own:
+                open_lock(request.gate)

@@ -1,0 +1,136 @@
+"""A text's state in a file: its ids, and the keys and values of their positions.
+
+In: ids and a cache. Out: a file, and the cache filled again by the same model, by either executor. A file is never trusted:
+sizes, ids, the model's fingerprint and the checksum are looked at before a byte of it is used.
+
+Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float16 or float32 [n_kv_head, n, head_dim],
+then the SHA-256 of all that. Keys are rotated. The numbers are those that were computed: where another executor or another
+instruction-set level goes on from them, it does so within rounding, not bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.kv_cache import KVCache
+
+MAGIC, VERSION = b"pocketlm state\n\0", 1
+HEADER = struct.Struct("<16s6I32s")  # magic, version, n, n_layer, n_kv_head, head_dim, bytes of a number; the fingerprint
+PART = 1 << 20  # bytes read at once
+DAMAGED = "load the messages again instead"
+
+
+@dataclass(frozen=True)
+class State:
+    """What `check_state` found."""
+
+    ids: list[int]
+    dtype: np.dtype[Any]
+    offset: int  # of the first layer's keys
+
+
+def _identity(model: str, hyper: Hyper) -> bytes:
+    """32 bytes: a model's fingerprint, and what it makes of its weights."""
+    return hashlib.sha256(f"{model} {hyper}".encode()).digest()
+
+
+def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str) -> None:
+    """Save the first len(ids) positions of a cache; `model`: its fingerprint.
+
+    The file appears whole or not at all; raises FileError.
+    """
+    shape, dtype, n = _shape(cache.hyper, len(ids)), cache.values.dtype.newbyteorder("<"), len(ids)
+    size = _size(cache.hyper, n, dtype.itemsize)
+    counts = n, cache.hyper.n_layer, shape[0], shape[2], dtype.itemsize
+    header = HEADER.pack(MAGIC, VERSION, *counts, _identity(model, cache.hyper))
+    digest = hashlib.sha256()
+    with replacing_file(Path(path), size) as part, open(part, "wb") as file:
+
+        def write(content: bytes) -> None:
+            digest.update(content)
+            file.write(content)
+
+        write(header)
+        write(np.asarray(ids, "<i4").tobytes())
+        for layer in range(cache.hyper.n_layer):
+            write(cache.read_keys(layer, 0, n).astype(dtype).tobytes())
+            write(cache.values[layer, :, :n, : shape[2]].astype(dtype).tobytes())
+        file.write(digest.digest())
+
+
+def check_state(path: str | Path, hyper: Hyper, n_ctx: int, model: str) -> State:
+    """Everything about a file that can be wrong. Raises FileError."""
+    with _opened(path) as file:
+        head = file.read(HEADER.size)
+        if len(head) < HEADER.size or not head.startswith(MAGIC):
+            raise FileError(path, "is not a saved session", "name a file that save() has written")
+        _, version, n, *shape, itemsize, found = HEADER.unpack(head)
+        if version != VERSION:
+            raise FileError(path, f"is a saved session of version {version}, not {VERSION}", DAMAGED)
+        if found != _identity(model, hyper) or shape != [hyper.n_layer, hyper.n_kv_head, hyper.head_dim] or itemsize not in (2, 4):
+            raise FileError(path, "was saved by another model", "load it with the model that saved it")
+        if n > n_ctx:
+            raise FileError(path, f"holds {n} tokens but the context holds {n_ctx}", "use a larger context")
+        expected = _size(hyper, n, itemsize)
+        if (size := Path(path).stat().st_size) != expected:
+            raise FileError(path, f"has {size} bytes instead of {expected}", f"it is damaged; {DAMAGED}")
+        content = file.read(4 * n)
+        ids, digest, left = np.frombuffer(content, "<i4"), hashlib.sha256(head + content), expected - 32 - file.tell()
+        while left > 0 and (part := file.read(min(PART, left))):
+            digest.update(part)
+            left -= len(part)
+        if file.read(32) != digest.digest():
+            raise FileError(path, "its checksum does not fit its content", f"it is damaged; {DAMAGED}")
+    if n and not 0 <= ids.min() <= ids.max() < hyper.n_vocab:
+        raise FileError(path, "holds ids that are not in the vocabulary", f"it is damaged; {DAMAGED}")
+    return State(ids.tolist(), np.dtype(f"<f{itemsize}"), HEADER.size + 4 * n)
+
+
+def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
+    """Fill an empty cache with what `check_state` has looked at; the ids. Raises FileError, the cache holds nothing then."""
+    n = len(state.ids)
+    shape = _shape(cache.hyper, n)
+    with _opened(path) as file:
+        file.seek(state.offset)
+        for layer in range(cache.hyper.n_layer):
+            cache.write_keys(layer, 0, _read(path, file, shape, state.dtype, cache))
+            cache.values[layer, :, :n, : shape[2]] = _read(path, file, shape, state.dtype, cache)
+    cache.length = n
+    return state.ids
+
+
+def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype[Any], cache: KVCache) -> np.ndarray:
+    content = file.read(math.prod(shape) * dtype.itemsize)
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        raise FileError(path, "has become shorter", DAMAGED)
+    with np.errstate(over="ignore"):
+        array = np.frombuffer(content, dtype).reshape(shape).astype(cache.values.dtype)
+    if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
+        raise FileError(path, "holds numbers that are not finite", DAMAGED)
+    return array
+
+
+def _shape(hyper: Hyper, n: int) -> tuple[int, int, int]:
+    return hyper.n_kv_head, n, hyper.head_dim
+
+
+def _size(hyper: Hyper, n: int, itemsize: int) -> int:
+    return HEADER.size + 4 * n + 2 * hyper.n_layer * hyper.n_kv_head * n * hyper.head_dim * itemsize + 32
+
+
+def _opened(path: str | Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror or error})") from None

@@ -1,0 +1,283 @@
+"""The engine: who computes with others gets what he gets alone; nobody waits for longer than a pass, or for ever."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from fake_executor import FakeExecutor, mixed
+from interrupts import needs_timer, signal_storm
+
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime import engine as engine_module
+from pocketlm.runtime import session as session_module
+from pocketlm.runtime.engine import Engine
+from pocketlm.runtime.session import Session
+
+
+class Crowd:
+    """An executor whose passes take a moment, and sessions on it."""
+
+    def __init__(self, n: int, seconds: float = 0.001, block: int = 128):
+        self.executor = FakeExecutor(n_ctx=100_000)
+        self.executor.block = block
+        self.engine = Engine(self.executor)
+        self.sessions = [self.session() for _ in range(n)]
+        self.executor.before = lambda ids: time.sleep(seconds)
+
+    def session(self) -> Session:
+        return Session(self.executor, self.engine, self.executor.new_cache())
+
+
+def greedy(session: Session, ids: list[int], n: int) -> list[int]:
+    """The n ids after `ids`, in the session."""
+    said = [session.advance(ids, use=lambda logits: int(logits.argmax()))[0]]
+    while len(said) < n:
+        said.append(session.append(said[-1], lambda logits: int(logits.argmax())))
+    return said
+
+
+def expected(ids: list[int], n: int) -> list[int]:
+    ids, start = list(ids), len(ids)
+    for _ in range(n):
+        ids.append(mixed(ids) % 300)
+    return ids[start:]
+
+
+def together(*jobs: Callable[[], object]) -> list[object]:
+    """What they return or raise, each in a thread of its own."""
+    results: list[object] = [None] * len(jobs)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = jobs[i]()
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "somebody waits for ever"
+    return results
+
+
+def test_each_gets_what_he_gets_alone_and_passes_are_shared():
+    crowd, rng = Crowd(8), random.Random(1)
+    prompts = [[rng.randrange(300) for _ in range(rng.randint(1, 400))] for _ in crowd.sessions]
+    jobs = [lambda s=s, ids=ids: greedy(s, ids, 30) for s, ids in zip(crowd.sessions, prompts, strict=True)]
+    assert together(*jobs) == [expected(ids, 30) for ids in prompts]
+    shared = [work for work in crowd.executor.passes if len(work) > 1]
+    assert sum(map(len, shared)) > len(crowd.executor.passes)  # far from one pass a token and caller
+    assert all(sum(work) <= 128 for work in crowd.executor.passes)
+
+
+def test_one_caller_uses_the_executors_own_memory_and_several_get_copies():
+    crowd, seen = Crowd(2), []
+
+    def look(logits: np.ndarray) -> None:
+        seen.append(np.shares_memory(logits, crowd.executor._memory))
+
+    crowd.sessions[0].advance([1, 2, 3], use=look)
+    assert seen == [True]
+    seen.clear()
+    arrived, step = threading.Event(), crowd.executor.step
+
+    def slow(work):  # the first pass lasts until both others are queued
+        arrived.wait(10)
+        return step(work)
+
+    crowd.executor.step = slow
+    third = crowd.session()
+
+    def opens() -> None:
+        while len(crowd.engine._queue) < 3:
+            time.sleep(0.001)
+        arrived.set()
+
+    together(*[lambda s=s: s.advance([5, 6], use=look) for s in (*crowd.sessions, third)], opens)
+    assert sorted(map(len, crowd.executor.passes[1:])) == [1, 2]
+    assert sorted(seen) == [False, False, True]
+
+
+def test_the_first_token_of_a_ninth_comes_within_two_passes():
+    crowd, stop = Crowd(8), threading.Event()
+
+    def goes_on(session: Session) -> bool:
+        said = greedy(session, [1, 2, 3], 1)
+        while not stop.is_set():
+            said.append(session.append(said[-1], lambda logits: int(logits.argmax())))
+        return said == expected([1, 2, 3], len(said))
+
+    def comes() -> list[int]:
+        waits = []
+        for n in range(100, 120):
+            time.sleep(0.01)
+            before = len(crowd.executor.passes)
+            ninth = crowd.session()
+            assert greedy(ninth, [7] * n, 1) == expected([7] * n, 1)
+            waits.append(next(i for i, work in enumerate(crowd.executor.passes[before:], 1) if n in work))
+        stop.set()
+        return waits
+
+    *right, waits = together(*[lambda s=s: goes_on(s) for s in crowd.sessions], comes)
+    assert right == [True] * 8
+    assert max(waits) <= 2, waits
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    crowd, stop = Crowd(3), threading.Event()
+    long, *others = crowd.sessions
+
+    def goes_on(session: Session) -> bool:
+        said = greedy(session, [1, 2, 3], 1)
+        while not stop.is_set():
+            said.append(session.append(said[-1], lambda logits: int(logits.argmax())))
+        return said == expected([1, 2, 3], len(said))
+
+    def reads() -> list[int]:
+        time.sleep(0.02)
+        try:
+            return greedy(long, [9] * 5000, 1)
+        finally:
+            stop.set()
+
+    assert together(*[lambda s=s: goes_on(s) for s in others], reads) == [True, True, expected([9] * 5000, 1)]
+    chunks = [work for work in crowd.executor.passes if max(work) > 100]
+    assert len(chunks) >= 5000 // 128
+    assert sum(1 in work for work in chunks) >= len(chunks) // 2  # most of them took the others along
+    assert max(map(sum, chunks)) <= 128
+
+
+@pytest.mark.parametrize("bad", [[300], [-1], [1] * 100_001, []], ids=["unknown", "negative", "too many", "none"])
+def test_an_error_is_that_callers_only(bad):
+    crowd = Crowd(4)
+    runs = [lambda s=s: greedy(s, [4, 5, 6], 40) for s in crowd.sessions]
+    ids = np.array(bad, np.int32)
+
+    def fails() -> str:
+        for _ in range(30):
+            cache = crowd.executor.new_cache(50)
+            with pytest.raises(PocketlmError) as error:
+                crowd.engine.run(cache, ids, 1, np.copy)
+            assert "\n" not in str(error.value)
+            assert cache.ids == []
+        return "as it should"
+
+    *answers, errors = together(*runs, fails)
+    assert answers == [expected([4, 5, 6], 40)] * 4
+    assert errors == "as it should"
+
+
+def test_what_a_sampler_raises_is_its_callers_only():
+    crowd = Crowd(4)
+
+    def fails(session: Session) -> str:
+        for _ in range(20):
+            with pytest.raises(ZeroDivisionError):
+                session.advance([1, 2, 3], use=lambda logits: 1 / 0)
+        return greedy(session, [4, 5, 6], 10)
+
+    first, *others = crowd.sessions
+    assert together(lambda: fails(first), *[lambda s=s: greedy(s, [4, 5, 6], 40) for s in others]) == [
+        expected([4, 5, 6], 10), *[expected([4, 5, 6], 40)] * 3,
+    ]  # fmt: skip
+
+
+# ---- interrupts -----------------------------------------------------------------------------------------------------
+
+
+class Neighbours:
+    """Sessions that go on in threads of their own and look at every token."""
+
+    def __init__(self, crowd: Crowd, sessions: list[Session]):
+        self.stop, self.wrong, self.tokens = threading.Event(), list[object](), 0
+        self.threads = [threading.Thread(target=self.live, args=(crowd, s), daemon=True) for s in sessions]
+        for thread in self.threads:
+            thread.start()
+
+    def live(self, crowd: Crowd, session: Session) -> None:
+        try:
+            while not self.stop.is_set():
+                if (said := greedy(session, [8, 9], 20)) != expected([8, 9], 20):
+                    self.wrong.append(said)
+                self.tokens += 20
+        except BaseException as error:
+            self.wrong.append(error)
+
+    def end(self) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in self.threads), "somebody waits for ever"
+        assert self.wrong == []
+
+
+@needs_timer
+@pytest.mark.parametrize("company", [0, 3])
+def test_a_storm_of_interrupts_loses_nobodys_work(company):
+    """Real signals: a tracer would raise between the end of a `with` block and the lock's release, where Python never does."""
+    crowd = Crowd(1 + company, seconds=0.0005)
+    mine, *others = crowd.sessions
+    neighbours = Neighbours(crowd, others)
+
+    def check() -> None:
+        assert greedy(mine, [1, 2, 3], 3) == expected([1, 2, 3], 3)
+
+    storm = signal_storm(lambda: greedy(mine, [1, 2, 4], 20), check, 30, 5, engine_module, session_module)
+    assert storm >= 30
+    neighbours.end()
+    assert neighbours.tokens > 0 or not company
+    assert crowd.engine._queue == []
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+
+
+def test_close_ends_everybodys_waiting_with_one_line():
+    crowd, computing, go = Crowd(4), threading.Event(), threading.Event()
+
+    def blocks(ids: list[int]) -> None:
+        computing.set()
+        go.wait(10)
+
+    crowd.executor.before = blocks
+
+    def closes() -> None:
+        computing.wait(10)
+        while len(crowd.engine._queue) < 4:
+            time.sleep(0.001)
+        crowd.engine.close("this model is closed; load it again")
+        go.set()
+
+    *ends, _ = together(*[lambda s=s: greedy(s, [1, 2], 5) for s in crowd.sessions], closes)
+    assert [str(error) for error in ends] == ["this model is closed; load it again"] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_computes_though_a_pass_was_going_on(recwarn):
+    crowd = Crowd(3, seconds=0.002)
+    mine, *others = crowd.sessions
+    neighbours = Neighbours(crowd, others)
+    time.sleep(0.02)
+    for _ in range(5):
+        pid = os.fork()
+        if not pid:
+            try:
+                os._exit(0 if greedy(mine, [1, 2, 3], 3) == expected([1, 2, 3], 3) else 1)
+            finally:
+                os._exit(2)
+        until, status = time.monotonic() + 30, 0
+        while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+            if time.monotonic() > until:
+                os.kill(pid, 9)
+            time.sleep(0.002)
+        status = done[1]
+        assert os.waitstatus_to_exitcode(status) == 0
+    neighbours.end()

@@ -1,0 +1,298 @@
+"""Sessions of one model: each says what it says alone, whoever else is there, wherever its state comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from session_walk import Walk
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.model import Model
+from pocketlm.runtime import memory
+from pocketlm.runtime.state_file import HEADER
+
+PROMPTS = ["then", "in the thing", "the the the", "nothing in this", "a", "thin " * 30, "hen", "the inn"]
+OPTIONS = {"max_tokens": 25, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("sessions") / "tiny.gguf", n_ctx=512, n_kv_head=2, head_dim=24)
+
+
+@pytest.fixture(params=["numpy", "native"])
+def model(request, path) -> Iterator[Model]:
+    with pocketlm.load(path, backend=request.param, threads=2) as model:
+        yield model
+
+
+def ids(pieces) -> list[int]:
+    return [piece.id for piece in pieces]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "sampled"])
+def test_eight_at_once_say_what_each_says_alone(model, sampling):
+    options = {**OPTIONS, **sampling}
+    alone = [ids(model.generate(prompt, **options)) for prompt in PROMPTS]
+    found: list[object] = [None] * 8
+    barrier = threading.Barrier(8)
+
+    def speaks(i: int) -> None:
+        with model.session() as session:
+            barrier.wait(30)
+            found[i] = [ids(session.generate(PROMPTS[i], **options)) for _ in range(3)]
+
+    threads = [threading.Thread(target=speaks, args=(i,), daemon=True) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == [[text] * 3 for text in alone]
+
+
+def test_streams_of_several_sessions_take_turns_in_one_thread(model):
+    options = {**OPTIONS, "temperature": 0}
+    alone = [ids(model.generate(prompt, **options)) for prompt in PROMPTS[:3]]
+    streams = [model.session().generate(prompt, **options) for prompt in PROMPTS[:3]]
+    assert [list(column) for column in zip(*zip(*map(ids, streams), strict=True), strict=True)] == alone
+    streams = [model.session().generate(prompt, **options) for prompt in PROMPTS[:3]]
+    turns = [[next(stream).id for stream in streams] for _ in range(len(alone[0]))]
+    assert [list(column) for column in zip(*turns, strict=True)] == alone
+
+
+def test_the_older_stream_of_a_session_ends_and_those_of_others_do_not(model):
+    a, b = model.session(), model.session()
+    older, other = a.generate("then", **OPTIONS, temperature=0), b.generate("then", **OPTIONS, temperature=0)
+    first = [next(older).id, next(other).id]
+    next(a.generate("in", **OPTIONS))
+    with pytest.raises(PocketlmError, match="begun another"):
+        next(older)
+    assert [first[1], *ids(other)] == ids(model.generate("then", **OPTIONS, temperature=0))
+
+
+def test_a_chat_goes_on_in_its_own_session(model):
+    def turn(session, messages):
+        return "".join(piece.text for piece in session.chat(messages, max_tokens=12, temperature=0))
+
+    talk = [{"role": "user", "content": "the thing"}]
+    answer = turn(model, talk)
+    longer = [*talk, {"role": "assistant", "content": answer}, {"role": "user", "content": "then"}]
+    expected = turn(model, longer)
+    a, b = model.session(), model.session()
+    assert (turn(a, talk), turn(b, longer), turn(a, longer)) == (answer, expected, expected)
+    assert a.context_used == b.context_used > 0
+
+
+def test_a_fork_goes_on_from_here_and_neither_hears_of_the_other(model):
+    session = model.session()
+    prompt = list(range(3, 90))
+    said = ids(session.generate(prompt, max_tokens=5, temperature=0, ignore_eos=True))[:-1]
+    fork = session.fork()
+    assert fork.context_used == session.context_used == 91
+    whole = [*prompt, *said]
+    for ending in ([5], [6, 7, 8] * 20):
+        expected = ids(model.generate(whole + ending, **OPTIONS, temperature=0, reuse_cache=False))
+        pieces = list(fork.generate(whole + ending, **OPTIONS, temperature=0))
+        assert pieces[-1].cached_tokens >= 91
+        assert ids(pieces) == expected
+        assert ids(session.generate(whole + ending, **OPTIONS, temperature=0)) == expected
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100])
+def test_a_saved_session_goes_on_with_the_same_bits(model, tmp_path, n):
+    prompt = list(range(3, 3 + n))
+    session, file = model.session(), tmp_path / "a.state"
+    list(session.generate(prompt, max_tokens=1))
+    session.save(file)
+    loaded = model.session(load=file)
+    assert loaded.context_used == n
+    expected, logits = (state.advance([*prompt, 9, 8, 7]) for state in (session.state, loaded.state))
+    assert expected[1] == logits[1] == n
+    np.testing.assert_array_equal(logits[0], expected[0])
+    assert np.isfinite(expected[0]).all()
+
+
+def test_a_session_saved_by_one_executor_goes_on_in_the_other(path, tmp_path):
+    prompt, logits = list(range(3, 60)), {}
+    for saves, loads in (("numpy", "native"), ("native", "numpy")):
+        with pocketlm.load(path, backend=saves, threads=1) as model:
+            list(model.session().generate(prompt, max_tokens=1))
+            session = model.session()
+            session.state.advance(prompt)
+            session.save(tmp_path / saves)
+        with pocketlm.load(path, backend=loads, threads=1) as model:
+            session = model.session(load=tmp_path / saves)
+            logits[loads], n_cached = session.state.advance([*prompt, 9])
+            assert n_cached == len(prompt)
+            assert np.abs(logits[loads] - model.logits([*prompt, 9])[-1]).max() < 0.02
+
+
+def test_an_empty_session_is_saved_and_loaded(model, tmp_path):
+    model.session().save(tmp_path / "empty")
+    assert model.session(load=tmp_path / "empty").context_used == 0
+
+
+def resealed(content: bytes) -> bytes:
+    return content[:-32] + hashlib.sha256(content[:-32]).digest()
+
+
+def with_ids(content: bytes, id: int) -> bytes:
+    at = HEADER.size
+    return resealed(content[:at] + id.to_bytes(4, "little", signed=True) + content[at + 4 :])
+
+
+def with_nan(content: bytes) -> bytes:
+    return resealed(content[:-40] + b"\xff" * 8 + content[-32:])
+
+
+def with_count(content: bytes) -> bytes:
+    return content[:20] + (1 << 31).to_bytes(4, "little") + content[24:]
+
+
+DAMAGES = {
+    "empty": (lambda content: b"", "is not a saved session"),
+    "another kind": (lambda content: b"GGUF" + content[4:], "is not a saved session"),
+    "cut": (lambda content: content[:-100], "bytes instead of"),
+    "longer": (lambda content: content + b"x", "bytes instead of"),
+    "a bit": (lambda content: content[:-50] + bytes([content[-50] ^ 1]) + content[-49:], "checksum"),
+    "version": (lambda content: content[:16] + b"\x07\0\0\0" + content[20:], "version 7"),
+    "a count": (with_count, "tokens but the context holds 512"),
+    "fingerprint": (lambda content: resealed(content[:50] + bytes([content[50] ^ 1]) + content[51:]), "another model"),
+    "heads": (lambda content: resealed(content[:28] + b"\x09" + content[29:]), "another model"),
+    "id too large": (lambda content: with_ids(content, 100_000), "not in the vocabulary"),
+    "id negative": (lambda content: with_ids(content, -1), "not in the vocabulary"),
+    "NaN": (with_nan, "not finite"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused_in_one_line_and_the_session_goes_on(model, tmp_path, damage):
+    change, words = DAMAGES[damage]
+    session, file = model.session(), tmp_path / "a.state"
+    expected = ids(session.generate("in the thing", **OPTIONS, temperature=0))
+    session.save(file)
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(FileError, match=words) as error:
+        session.load(file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (session.context_used == 0) == (damage == "NaN")  # only that is found while the cache is being filled
+    assert ids(session.generate("in the thing", **OPTIONS, temperature=0)) == expected
+
+
+def test_another_models_session_is_refused(model, tmp_path):
+    session = model.session()
+    session.state.advance([1, 2, 3])
+    session.save(tmp_path / "a.state")
+    other = write_model(tmp_path / "other.gguf", n_ctx=512, n_kv_head=2, head_dim=24, seed=1)  # other weights, nothing else
+    with pocketlm.load(other, backend="numpy") as another, pytest.raises(FileError, match="another model"):
+        another.session(load=tmp_path / "a.state")
+    with pytest.raises(FileError, match="3 tokens but the context holds 2"):
+        model.session(ctx=2, load=tmp_path / "a.state")
+    with pytest.raises(FileError, match="cannot be read"):
+        model.session(load=tmp_path / "missing")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(model, tmp_path, monkeypatch):
+    session, file = model.session(), tmp_path / "a.state"
+    session.state.advance([1, 2, 3])
+    session.save(file)
+    before = file.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session.state.cache, "read_keys", full)
+    with pytest.raises(FileError, match="No space left"):
+        session.save(file)
+    assert file.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.state"]
+
+
+# ---- memory and ends ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_a_second_session_takes_its_cache_and_at_most_a_megabyte(tmp_path, backend):
+    path = write_model(tmp_path / "model.gguf", n_ctx=1024, rows=50_000)
+    with pocketlm.load(path, backend=backend, threads=2) as model:
+        list(model.generate([5] * 40, max_tokens=3))
+        tracemalloc.start()
+        try:
+            session = model.session()
+            list(session.generate([5] * 40, max_tokens=3))
+            took = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        cache = session.state.cache
+        assert took <= cache.keys.nbytes + cache.values.nbytes + (1 << 20)
+
+
+def test_a_session_that_has_no_room_is_refused_in_one_line(model, monkeypatch):
+    size = type(model.executor.cache).bytes_for(model.hyper, model.n_ctx)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * size)  # the model's own cache has been promised, too
+    kept = [model.session(), model.session()]
+    for asks in (model.session, kept[0].fork):
+        with pytest.raises(FileError, match="one more session needs") as error:
+            asks()
+        assert "\n" not in str(error.value)
+    kept.pop().close()
+    model.session()
+
+
+@pytest.mark.parametrize("ctx", [0, -1, 513])
+def test_a_context_that_the_model_was_not_loaded_with_is_refused(model, ctx):
+    with pytest.raises(UsageError, match="expected 1 to 512"):
+        model.session(ctx=ctx)
+
+
+def test_a_session_of_fewer_positions_is_full_sooner(model):
+    session = model.session(ctx=40)
+    *pieces, last = session.generate([5] * 30, temperature=0, ignore_eos=True)
+    assert len(pieces) == 11
+    assert "context of 40 tokens is full" in last.note
+
+
+def test_sessions_live_through_other_threads_and_end_with_the_model(model):
+    session = model.session()
+    expected = ids(session.generate("then", **OPTIONS, temperature=0))
+    stream = session.generate("then", **OPTIONS, temperature=0)
+    next(stream)
+    model.set_threads(1)
+    with pytest.raises(PocketlmError, match="ask again"):
+        next(stream)
+    assert ids(session.generate("then", **OPTIONS, temperature=0)) == expected
+    stream = session.generate("then", **OPTIONS, temperature=0)
+    next(stream)
+    model.close()
+    for use in (lambda: next(stream), lambda: session.logits([5]), session.fork, model.session):
+        with pytest.raises(PocketlmError, match="closed"):
+            use()
+
+
+def test_a_closed_session_says_so_and_gives_its_memory_back(model):
+    with model.session() as session:
+        list(session.generate("then", **OPTIONS))
+    assert session.state.cache.keys.nbytes == 0
+    with pytest.raises(PocketlmError, match="this session is closed"):
+        session.logits([5])
+    session.close()
+
+
+def test_sessions_that_come_and_go_at_random_say_what_they_say_alone(path, tmp_path):
+    with pocketlm.load(path, backend="native", threads=2) as model, pocketlm.load(path, backend="native", threads=1) as alone:
+        walk = Walk(model, alone, tmp_path, seed=3)
+        walk.run(3000, 6)
+        assert walk.wrong == []
+        assert min(walk.done.values()) > 0, walk.done
+        assert len(model._sessions) <= 2  # all that were dropped are gone
