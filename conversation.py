@@ -20,7 +20,6 @@ from pocketlm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pocketlm.chat.templates import Template
-    from pocketlm.model import Model
     from pocketlm.runtime.generator import Piece
 
 ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
@@ -34,7 +33,7 @@ class Conversation:
     when `logits`, `load` or `close` is called, raises PocketlmError at its next piece.
     """
 
-    def __init__(self, model: Model, state: Session):
+    def __init__(self, model: Any, state: Session):  # a pocketlm.model.Model, which imports this module
         self._model, self.state = model, state
         self._turns: Turns | None = None  # of the last question
 

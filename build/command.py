@@ -98,7 +98,8 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _platforms(arguments: argparse.Namespace) -> tuple[str, ...]:
-    from pocketlm.build.stub import host_platform, platforms
+    from pocketlm.build.sources import host_platform
+    from pocketlm.build.stub import platforms
 
     return platforms(arguments.target) if arguments.target else (host_platform(),)
 
@@ -112,7 +113,7 @@ def _stub_for(name: str, arguments: argparse.Namespace) -> Path:
 def _try(executable: Path) -> str:
     """Let the finished executable test itself; what is to be said about it. Raises PocketlmError if it fails."""
     from pocketlm.build.pack import platform_of
-    from pocketlm.build.stub import host_platform
+    from pocketlm.build.sources import host_platform
 
     platform = platform_of(executable)
     if platform != host_platform() or platform == "macos-arm64":  # which runs nothing that is not signed

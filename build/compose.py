@@ -26,7 +26,7 @@ from pocketlm import __version__
 from pocketlm.build import blas, bytecode, carchive, elf, licences, macho, modules, pe, wheels
 from pocketlm.build.carchive import Code, Entry
 from pocketlm.build.contents import EXCLUDED
-from pocketlm.build.stub import copy_sources, host_platform
+from pocketlm.build.sources import copy_sources, host_platform
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images

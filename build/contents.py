@@ -12,7 +12,8 @@ BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "ir", "matrix", "run_loop")),
     *(f"runtime/native/{name}.py" for name in ("stages", "topk", "vector_math")),
     *(f"build/{name}.py" for name in (
-        "contents", "blas", "bytecode", "carchive", "compose", "elf", "licences", "macho", "modules", "pe", "wheels",
+        "contents", "blas", "bytecode", "carchive", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
+        "wheels",
     )),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive", "check", "icon")}

@@ -78,7 +78,8 @@ def check_state(path: str | Path, hyper: Hyper, n_ctx: int, model: str) -> State
         _, version, n, *shape, itemsize, found = HEADER.unpack(head)
         if version != VERSION:
             raise FileError(path, f"is a saved session of version {version}, not {VERSION}", DAMAGED)
-        if found != _identity(model, hyper) or shape != [hyper.n_layer, hyper.n_kv_head, hyper.head_dim] or itemsize not in (2, 4):
+        same = found == _identity(model, hyper) and shape == [hyper.n_layer, hyper.n_kv_head, hyper.head_dim]
+        if not same or itemsize not in (2, 4):
             raise FileError(path, "was saved by another model", "load it with the model that saved it")
         if n > n_ctx:
             raise FileError(path, f"holds {n} tokens but the context holds {n_ctx}", "use a larger context")

@@ -94,5 +94,9 @@ class FakeExecutor:
             row += rows
         return results
 
+    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
+        checked = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
+        return self.step([(self.cache, checked, len(checked) if rows == "all" else 1)])[0].copy()
+
     def close(self) -> None:
         self.closed = True

@@ -61,7 +61,7 @@ def mach_o(boot: int) -> bytes:
 
 def real_stub(folder: Path) -> Path:
     """The stub of this source for this system, composed unless `folder` (one that stays between test runs) has it."""
-    from pocketlm.build.stub import host_platform
+    from pocketlm.build.sources import host_platform
 
     return composed_stub(host_platform(), folder)
 

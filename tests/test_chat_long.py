@@ -12,7 +12,7 @@ from tiny_models import vocabulary, write_model
 
 import pocketlm
 from pocketlm.chat import templates
-from pocketlm.model import ANSWER_ROOM, Turns
+from pocketlm.conversation import ANSWER_ROOM, Turns
 from pocketlm.tokenizer import Tokenizer, from_metadata
 
 MARKERS = [

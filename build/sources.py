@@ -1,0 +1,64 @@
+"""What of this package a stub holds, and which platform this is. Knows no wheels and no executables."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+from pocketlm.build.contents import BUILDERS, LEFT_OUT, PACKAGES
+from pocketlm.errors import PocketlmError
+from pocketlm.runtime.native.aot import PLATFORMS
+from pocketlm.runtime.native.levels import host_machine
+
+_SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
+ENTRY = """\
+import os
+import sys
+
+try:
+    from pocketlm.build.stub_entry import main
+except Exception as error:  # every stub has been started: a module that cannot be read now was damaged since
+    name, reason = os.path.basename(sys.executable), str(error).partition("\\n")[0]
+    sys.exit(f"{name}: was damaged or cut short on its way ({reason}); get it again, best in a zip archive")
+main()
+"""
+
+
+def host_platform() -> str:
+    """The name of this system and processor in aot.PLATFORMS. Raises PocketlmError for one without stubs."""
+    machine = host_machine()
+    if sys.platform == "darwin" and machine == "aarch64":
+        machine = "arm64"
+    name = f"{_SYSTEMS.get(sys.platform, sys.platform)}-{machine}"
+    if name not in PLATFORMS:
+        raise PocketlmError(f"there are no stubs for {name}; known are {', '.join(PLATFORMS)}")
+    return name
+
+
+def _sources() -> list[Path]:
+    """The package's files that a stub depends on, relative to the package."""
+    root = Path(__file__).parents[1]
+    files = [file.relative_to(root) for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
+    return [file for file in files if file.as_posix() not in LEFT_OUT]
+
+
+def copy_sources(folder: Path) -> None:
+    """`folder`/pocketlm and entry.py: what of this package a stub holds, however it is installed."""
+    root = Path(__file__).parents[1]
+    for file in _sources():
+        if file.as_posix() not in BUILDERS:
+            target = folder / "pocketlm" / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, target)
+    (folder / "entry.py").write_text(ENTRY)
+
+
+def fingerprint() -> str:
+    """Stands for all that a stub depends on: another one, another stub."""
+    root, tables = Path(__file__).parents[1], sorted(Path(__file__).parent.glob("*.sha256"))
+    digest = hashlib.sha256(sys.version.encode())
+    for file in [*_sources(), *(table.relative_to(root) for table in tables)]:
+        digest.update(file.as_posix().encode() + (root / file).read_bytes())
+    return digest.hexdigest()
