@@ -105,12 +105,14 @@ class Conversation:
         model = self._model
         if isinstance(prompt, str):
             tokenizer = model.tokenizer
-            prompt = (
+            ids = (
                 tokenizer.encode(prompt, bos=tokenizer.adds_bos)
                 or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
             )
-        decoder = model._tokenizer.stream_decoder(continues=bool(len(prompt))) if model._tokenizer else NoText()
-        return self._stream(list(prompt), decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
+        else:
+            ids = list(prompt)
+        decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
+        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),

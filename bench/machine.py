@@ -129,7 +129,7 @@ class Steady:
                 settle()
 
     def _rows(self, part: int, parts: int) -> None:
-        self._smaller[share(len(self._smaller), part, parts)] @ self._smaller
+        np.matmul(self._smaller[share(len(self._smaller), part, parts)], self._smaller)
 
     @property
     def drift(self) -> float:

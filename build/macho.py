@@ -76,7 +76,7 @@ def sign(file: BinaryIO) -> None:
     hashes = bytearray()
     while page := file.read(_HASHED_PAGE):
         hashes += hashlib.sha256(page).digest()
-    file.write(_signature(hashes, code_bytes, text).ljust(_signature_bytes(code_bytes), b"\0"))
+    file.write(_signature(bytes(hashes), code_bytes, text).ljust(_signature_bytes(code_bytes), b"\0"))
 
 
 def signed_bytes(length: int) -> int:
@@ -115,7 +115,7 @@ def _covered(data: bytes, code_bytes: int, signature_bytes: int) -> tuple[bytes,
             *start, address, memory, offset, length = _SEGMENT.unpack_from(command)
             name = start[2].rstrip(b"\0")
             if name == b"__TEXT":
-                text, first = (offset, length), min(first, *_section_offsets(command, len(data)))
+                text, first = (offset, length), min(first, *_section_offsets(old, len(data)))
             elif name == b"__LINKEDIT":
                 length = code_bytes + signature_bytes - offset
                 memory = -(-length // _SEGMENT_UNIT) * _SEGMENT_UNIT

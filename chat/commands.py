@@ -138,8 +138,8 @@ def _save(chat: Chat, name: str) -> None:
     else:
         record = transcript.Record(path)
     record.save(chat.conversation)
-    if name and record is not chat.record:
-        chat.copies[path or record.path] = record
+    if path is not None and record is not chat.record:
+        chat.copies[path] = record
     chat.console.note(f"saved: {record.path}")
 
 

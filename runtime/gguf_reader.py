@@ -77,7 +77,8 @@ class GGUF:
         self.path, self.version, self.alignment, self.tensors = path, version, alignment, tensors
         self.metadata: Mapping[str, Any] = metadata
         self.header_end = header_end
-        self._keys, self._mapping = metadata, None
+        self._keys = metadata
+        self._mapping: FileMapping | None = None
 
     def close(self, error: BaseException | None = None) -> None:
         """Unmap the file (see `FileMapping.close`). Whoever shares `tensors` or `metadata` loses them, too."""

@@ -315,7 +315,7 @@ class NativeExecutor:
             arrays["slopes"] = alibi_slopes(hyper.n_head, hyper.alibi_max_bias)
         record = aligned(1, RUN)
         values = {
-            **{name: array.ctypes.data for name, array in arrays.items() if name in RUN.names}, **scratch.places,
+            **{name: array.ctypes.data for name, array in arrays.items() if name in (RUN.names or ())}, **scratch.places,
             "n_operations": len(self._program), "activation_stride": scratch.activation, "scratch_stride": scratch.stride,
             "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
             "padded_dim": scratch.dim, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,

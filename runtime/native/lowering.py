@@ -68,7 +68,7 @@ def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
 
 def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
     """The plan's operations in the groups that are encoded together, each with what encodes it."""
-    ops = plan.ops
+    ops: tuple[Any, ...] = plan.ops
     while ops:
         for pattern, emit in _PATTERNS:
             head = ops[: len(pattern)]
