@@ -12,7 +12,7 @@ stages and which of them may run without a barrier; knows no mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,9 @@ def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
     return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
 
 
-def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], tuple[Any, ...]]]:
+def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], Sequence[Any]]]:
     """The plan's operations in the groups that are encoded together, each with what encodes it."""
-    ops: tuple[Any, ...] = plan.ops
+    ops: Sequence[Any] = plan.ops
     while ops:
         for pattern, emit in _PATTERNS:
             head = ops[: len(pattern)]
