@@ -68,7 +68,7 @@ def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
 
 def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], Sequence[Any]]]:
     """The plan's operations in the groups that are encoded together, each with what encodes it."""
-    ops: Sequence[Any] = plan.ops
+    ops: list[Any] = list(plan.ops)
     while ops:
         for pattern, emit in _PATTERNS:
             head = ops[: len(pattern)]
