@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from known_skips import KnownSkips
 
         config.pluginmanager.register(KnownSkips())
+    if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and programs that are started inherit that
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
