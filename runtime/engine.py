@@ -100,7 +100,7 @@ class Engine:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
         if os.getpid() != self._pid:  # after a fork only the thread that forked is here
             self._begin()
-        if self._queue and any(request.cache is cache for request in self._queue):
+        if any(request.cache is cache for request in list(self._queue)):  # a copy: a leader takes others out meanwhile
             with self._turn:
                 for request in [request for request in self._queue if request.cache is cache]:
                     self._queue.remove(request)
