@@ -22,6 +22,7 @@ _CHECKSUM_AT, _DIRECTORIES_AT, _OPTIONAL_BYTES = 64, 112, 240  # in the optional
 _FILE_ALIGNMENT, _PAGE = 0x200, 0x1000
 _ICON, _GROUP_ICON, _VERSION, _MANIFEST = 3, 14, 16, 24  # types of resources
 _ENGLISH = 1033
+_TITLE = 256  # characters of a title; lengths in the version resource have 16 bits
 
 
 class UnreadableProgram(Exception):
@@ -247,6 +248,7 @@ def _version(title: str, version: str) -> bytes:
     numbers = [int(part) if part.isdecimal() else 0 for part in version.split(".")][:4]
     high, low = ((a << 16) | b for a, b in zip(*[iter(numbers + [0] * (4 - len(numbers)))] * 2, strict=True))
     fixed = struct.pack("<13I", 0xFEEF04BD, 0x10000, high, low, high, low, 0x3F, 0, 0x40004, 1, 0, 0, 0)
+    title = title[:_TITLE]
     texts = {"FileDescription": title, "ProductName": title, "FileVersion": version, "ProductVersion": version,
              "Comments": "pocketlm"}  # fmt: skip
     strings = b"".join(_padded(_block(key, _wide(value), len(_wide(value)) // 2)) for key, value in texts.items())

@@ -300,3 +300,7 @@ def test_a_part_without_a_licence_is_an_error(tmp_path):
         file.writestr("free.py", "")
     with pytest.raises(PocketlmError, match="has no licence in it"):
         licences.collect({"free": path}, {"libpython3": ""}, library, [])
+
+
+def test_a_title_of_any_length_has_a_version_resource():
+    assert len(pe._version("x" * 40_000, "1")) == len(pe._version("x" * 256, "1"))
