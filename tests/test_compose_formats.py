@@ -304,3 +304,8 @@ def test_a_part_without_a_licence_is_an_error(tmp_path):
 
 def test_a_title_of_any_length_has_a_version_resource():
     assert len(pe._version("x" * 40_000, "1")) == len(pe._version("x" * 256, "1"))
+
+
+def test_what_lies_in_the_folder_is_not_imported_by_the_compiler(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('somebody put this here')")
+    subprocess.run([sys.executable, "-c", bytecode._COMPILER], cwd=tmp_path, input=b"[]", check=True)
