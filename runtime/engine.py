@@ -133,12 +133,16 @@ class Engine:
 
     def _choose(self) -> list[tuple[_Request, int]]:
         """What is computed now: requests, and how many ids of each."""
-        room, work = self.executor.block, list[tuple[_Request, int]]()
-        for request in sorted(self._queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
-            if request.done:  # the leader who handed it out was interrupted before he took it from the queue
-                self._queue.remove(request)
-            elif room:
-                work.append((request, min(len(request.ids), room)))
+        for request in [request for request in self._queue if request.done]:
+            self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
+        queue, room, work = list(self._queue), self.executor.block, list[tuple[_Request, int]]()
+        # for who waits longest, should that be a prompt, though there be ever so many single tokens
+        kept = room // 4 if len(queue[0].ids) > 1 else 0
+        for request in sorted(queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
+            if request is queue[0]:
+                kept = 0
+            if free := room - kept:
+                work.append((request, min(len(request.ids), free)))
                 room -= work[-1][1]
         return work
 
