@@ -158,8 +158,10 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """The same for every file with these weights, whatever it is called."""
-        self._fingerprint = self._fingerprint or fingerprint(self.tensors)
+        """The same for every file with these weights, whatever it is called. PocketlmError for the first time after `close`."""
+        if not self._fingerprint:
+            self._session.state.check_open()
+            self._fingerprint = fingerprint(self.tensors)
         return self._fingerprint
 
     @property
