@@ -52,8 +52,9 @@ class Conversation:
         is no memory for it.
         """
         model = self._model
-        model.check_room(self.n_ctx)
-        other = model.adopt(Conversation(model, self.state.fork()))
+        with model.changing:
+            model.check_room(self.n_ctx)
+            other = model.adopt(Conversation(model, self.state.fork()))
         other._turns = self._turns
         return other
 
@@ -135,7 +136,8 @@ class Conversation:
 
         model, sampling = self._model, {**CHAT_DEFAULTS, **sampling}
         *asked, last = messages or [{}]
-        opening = last["content"] if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
+        opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
+        opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
         turns = self._turns = Turns(
             asked if opening else messages, model.template, model.tokenizer, self._turns, continued(opening, model.tokenizer)
         )

@@ -104,7 +104,7 @@ class Model:
         self._sessions = weakref.WeakSet[Conversation]()
         self._own: Conversation | None = None
         self._fingerprint = ""
-        self._changing = threading.RLock()  # one thread at a time takes the executor away, or makes a session
+        self.changing = threading.RLock()  # one thread at a time takes the executor away, or makes a session
 
     def _read_tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None where the file has none. Raises FileError for one that does not fit."""
@@ -158,8 +158,10 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """The same for every file with these weights, whatever it is called."""
-        self._fingerprint = self._fingerprint or fingerprint(self.tensors)
+        """The same for every file with these weights, whatever it is called. PocketlmError for the first time after `close`."""
+        if not self._fingerprint:
+            self._session.state.check_open()
+            self._fingerprint = fingerprint(self.tensors)
         return self._fingerprint
 
     @property
@@ -200,7 +202,7 @@ class Model:
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:
-        with self._changing:
+        with self.changing:
             before = self.backend, self.n_threads
             self._session.state.claim()  # raises where the model is closed
             self._end("this answer ends here: the model was changed to other threads or another backend; ask again")
@@ -221,7 +223,7 @@ class Model:
 
     def close(self) -> None:
         """End the threads and unmap the file. A second call does nothing; whoever uses the model then gets PocketlmError."""
-        with self._changing:
+        with self.changing:
             self._end("this model is closed; load it again")
             self.metadata = {}
             self._file.close()
@@ -239,7 +241,7 @@ class Model:
         """
         if ctx is not None and not 1 <= ctx <= self.n_ctx:
             raise UsageError(f"session(ctx={ctx}): expected 1 to {self.n_ctx}, which is what the model was loaded with")
-        with self._changing:
+        with self.changing:
             self._session.state.check_open()
             session = self.adopt(Conversation(self, self._new_state(ctx or self.n_ctx)))
         if load is not None:
@@ -248,7 +250,7 @@ class Model:
 
     def adopt(self, session: Conversation) -> Conversation:
         """From now on the session ends with the model. Raises PocketlmError where that is closed."""
-        with self._changing:
+        with self.changing:
             if self._own is not None:
                 self._own.state.check_open()
             self._sessions.add(session)
@@ -256,8 +258,9 @@ class Model:
 
     def check_room(self, n_ctx: int) -> None:
         """FileError where there is no memory for one more session."""
+        with self.changing:  # no other thread makes a session meanwhile
+            promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
         n_bytes = type(self.executor.cache).bytes_for(self.hyper, n_ctx)
-        promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
         memory.require_session(self.path, n_bytes, promised, n_ctx)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:

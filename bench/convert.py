@@ -13,8 +13,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pocketlm.errors import PocketlmError
-from pocketlm.runtime.native.code_cache import cache_folder
+from pocketlm.runtime.native.code_cache import kept_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -30,15 +29,7 @@ class Kind(NamedTuple):
 
 def folder() -> Path:
     """Where conversions and made-up shapes are kept. Raises PocketlmError where the user has no cache folder."""
-    found = cache_folder()
-    if found is None:
-        raise PocketlmError("there is no cache folder for converted models; set POCKETLM_CACHE to a folder")
-    path = found / "bench"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PocketlmError(f"{path}: cannot be made ({error.strerror}); set POCKETLM_CACHE to another folder") from None
-    return path
+    return kept_folder("bench")
 
 
 def target(path: Path, kind: str) -> Path:

@@ -17,7 +17,9 @@ from pathlib import Path
 from pocketlm.errors import PocketlmError
 
 _COMPILER = """\
-import json, marshal, sys
+import sys
+sys.path = list(filter(None, sys.path))  # not the root folder of a drive, in which everybody on Windows may put a json
+import json, marshal
 for path, name in json.load(sys.stdin):
     with open(path, "rb") as file:
         source = file.read()

@@ -15,13 +15,14 @@ MAGIC = b"MZ"
 _FILE = struct.Struct("<HHIIIHH")  # processor, sections, time, symbols (2), bytes of the optional header, flags
 _SECTION = struct.Struct("<8sIIIIIIHHI")  # name, bytes in memory, address, bytes in the file, offset, (4 unused), flags
 _DIRECTORY = struct.Struct("<II")  # address, bytes
-_EXPORTS, _IMPORTS, _RESOURCES = 0, 1, 2  # numbers of directories
+_EXPORTS, _IMPORTS, _RESOURCES, _CERTIFICATES = 0, 1, 2, 4  # numbers of directories
 _MACHINE_X64, _PE32_PLUS = 0x8664, 0x20B
 _CODE, _DATA = 0x60000020, 0x40000040  # executable and readable; initialised and readable
 _CHECKSUM_AT, _DIRECTORIES_AT, _OPTIONAL_BYTES = 64, 112, 240  # in the optional header
 _FILE_ALIGNMENT, _PAGE = 0x200, 0x1000
 _ICON, _GROUP_ICON, _VERSION, _MANIFEST = 3, 14, 16, 24  # types of resources
 _ENGLISH = 1033
+_TITLE = 256  # characters of a title; lengths in the version resource have 16 bits
 
 
 class UnreadableProgram(Exception):
@@ -209,6 +210,7 @@ def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple
     length = _up(len(content), _FILE_ALIGNMENT)
     _SECTION.pack_into(data, row, b".rsrc", len(content), address, length, len(data), 0, 0, 0, 0, _DATA)
     _DIRECTORY.pack_into(data, file.directory(_RESOURCES), address, len(content))
+    _DIRECTORY.pack_into(data, file.directory(_CERTIFICATES), 0, 0)
     struct.pack_into("<I", data, file.optional + 56, address + _up(len(content), _PAGE))  # bytes of the whole in memory
     struct.pack_into("<I", data, file.coff + 4, 0)  # the time it was made
     return bytes(data + content.ljust(length, b"\0"))
@@ -247,6 +249,7 @@ def _version(title: str, version: str) -> bytes:
     numbers = [int(part) if part.isdecimal() else 0 for part in version.split(".")][:4]
     high, low = ((a << 16) | b for a, b in zip(*[iter(numbers + [0] * (4 - len(numbers)))] * 2, strict=True))
     fixed = struct.pack("<13I", 0xFEEF04BD, 0x10000, high, low, high, low, 0x3F, 0, 0x40004, 1, 0, 0, 0)
+    title = title[:_TITLE]
     texts = {"FileDescription": title, "ProductName": title, "FileVersion": version, "ProductVersion": version,
              "Comments": "pocketlm"}  # fmt: skip
     strings = b"".join(_padded(_block(key, _wide(value), len(_wide(value)) // 2)) for key, value in texts.items())
@@ -274,10 +277,15 @@ def _padded(data: bytes) -> bytes:
 
 
 def write_checksum(file: BinaryIO) -> None:
-    """The checksum of a finished .exe, put where its header has a place for it. The file is read from end to end."""
+    """The checksum of a finished .exe, put where its header has a place for it. The file is read from end to end.
+
+    Where the header still speaks of a signature, that was of another file, and is not here.
+    """
     file.seek(0)
-    head = file.read(_PAGE)
-    place = _File(head).optional + _CHECKSUM_AT
+    head = _File(file.read(_PAGE))
+    file.seek(head.directory(_CERTIFICATES))
+    file.write(bytes(_DIRECTORY.size))
+    place = head.optional + _CHECKSUM_AT
     file.seek(place)
     file.write(bytes(4))
     file.seek(0)

@@ -7,13 +7,14 @@ contents.py says what goes in.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from pocketlm.build.compose import compose
 from pocketlm.build.sources import fingerprint
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import UsageError
 from pocketlm.runtime.native.aot import PLATFORMS
-from pocketlm.runtime.native.code_cache import cache_folder
+from pocketlm.runtime.native.code_cache import kept_folder
 
 SHORT_NAMES = {
     "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),
@@ -29,16 +30,16 @@ def platforms(name: str) -> tuple[str, ...]:
 
 
 def kept_stub(name: str, wheels: Path | None = None) -> Path:
-    """The stub for a platform in the cache folder, composed if it is missing; `wheels` as for compose."""
-    folder = cache_folder()
-    if folder is None:
-        raise PocketlmError("there is no cache folder for stubs; set POCKETLM_CACHE, or name a stub with --stub")
-    path = folder / "stubs" / f"{name}-{fingerprint()[:16]}"
+    """The stub for a platform in the cache folder, composed if it is missing; `wheels` as for compose.
+
+    Raises PocketlmError where others could put a stub there: it would be run here, and by friends.
+    """
+    path = kept_folder("stubs") / f"{name}-{fingerprint()[:16]}"
     if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         print(f"composing a stub for {name}: half a minute", file=sys.stderr)
         compose(name, path, wheels)
         for old in path.parent.glob(f"{name}-*"):
             if old != path:
-                old.unlink(missing_ok=True)
+                with suppress(OSError):  # on Windows, one that is being read
+                    old.unlink()
     return path

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
-from pocketlm.runtime.native.code_cache import cache_folder
+from pocketlm.runtime.native.code_cache import kept_folder
 
 Python = tuple[int, int]  # 3, 11
 PYTHONS: tuple[Python, ...] = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
@@ -82,7 +82,7 @@ def fetch(files: Sequence[Pinned], folder: Path | None = None) -> dict[str, Path
     A file is there whole, with the right SHA-256, or not at all; what was interrupted goes on at the next file. Raises
     FileError for a file with other content or (in `folder`) a missing one, PocketlmError where one cannot be fetched.
     """
-    own = folder or _kept()
+    own = folder or kept_folder("wheels")
     missing = [] if folder else [file for file in files if not (own / file.file).exists()]
     for number, file in enumerate(missing, 1):
         with _announced(f"fetching {number} of {len(missing)}: {file.file}"):
@@ -103,15 +103,6 @@ def _table() -> Iterator[Pinned]:
 
 def _has_cpython(names: Iterable[str]) -> bool:
     return any(name == "panda3d" or name.startswith("libpython") for name in names)
-
-
-def _kept() -> Path:
-    folder = cache_folder()
-    if folder is None:
-        raise PocketlmError("there is no cache folder for wheels; set POCKETLM_CACHE, or name a folder with --wheels")
-    folder = folder / "wheels"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
 
 
 @contextmanager

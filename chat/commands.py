@@ -127,7 +127,7 @@ def _stats(chat: Chat, text: str) -> None:
 
 
 def _save(chat: Chat, name: str) -> None:
-    path = Path(os.path.abspath(os.path.expanduser(name))) if name else chat.record.path
+    path = Path(os.path.abspath(saved.as_path(name))) if name else chat.record.path
     if path is None or path == chat.record.path:
         record = chat.record
     elif path in chat.copies:

@@ -15,7 +15,7 @@ from pocketlm.chat.transcript import Conversation, chats_folder, load
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.terminal_text import without_controls
 
-MAX_NUMBER = 9999  # a longer number is the beginning of a name, which starts with a year
+MOST_DIGITS = 4  # a longer number is the beginning of a name, which starts with a year
 
 
 def paths() -> list[Path]:
@@ -41,12 +41,20 @@ def latest(model_id: str) -> Path | None:
     return None
 
 
+def as_path(name: str) -> Path:
+    """The path that a user writes, `~` being the home folder."""
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # a zero byte, with which there is no file
+        return Path(name)
+
+
 def find(name: str) -> Path:
     """The file that a user means: a path, a saved conversation's name or how that begins, its number in the list.
 
     Raises FileError where there is none, PocketlmError where there are several.
     """
-    path = Path(os.path.expanduser(name))
+    path = as_path(name)
     if path.name != name or os.path.lexists(path):
         return path
     try:
@@ -54,7 +62,7 @@ def find(name: str) -> Path:
     except PocketlmError:
         known = []
     stem = name.removesuffix(".json")
-    if stem.isdecimal() and 1 <= int(stem) <= min(MAX_NUMBER, len(known)):
+    if stem.isdecimal() and len(stem) <= MOST_DIGITS and 1 <= int(stem) <= len(known):
         return known[int(stem) - 1]
     found = [path for path in known if path.stem == stem] or [path for path in known if stem and path.stem.startswith(stem)]
     if len(found) > 1:

@@ -29,7 +29,7 @@ def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
     `n_bytes`: about how much will be written; refused at once where the disk has less. Raises FileError for anything
     that the operating system refuses.
     """
-    target = Path(os.path.realpath(target))
+    target = _real(target)
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
         raise FileError(target, "is there already and is not a file", "choose another name for the output")
     _check_room(target, n_bytes)
@@ -44,7 +44,7 @@ def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> Iterator[Path]:
     """The same for a folder, which the block makes. An old one must hold nothing but `files`: the rest is the user's."""
-    target = Path(os.path.realpath(target))
+    target = _real(target)
     if target.exists() and not target.is_dir():
         raise FileError(target, "is there already and is not a folder", "choose another name for the output")
     if target.exists() and (others := sorted({entry.name for entry in target.iterdir()} - set(files))):
@@ -64,8 +64,16 @@ def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> It
         _sync(target.parent)
 
 
+def _real(target: Path) -> Path:
+    try:
+        return Path(os.path.realpath(target))
+    except ValueError as error:  # a name with a zero byte
+        raise FileError(target, f"cannot be written ({error})") from None
+
+
 def _part_name(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+    """A name of this call's own: another thread may be writing to the same target, or another container's process 1."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
 
 
 def _check_room(target: Path, n_bytes: int) -> None:
@@ -79,7 +87,6 @@ def _check_room(target: Path, n_bytes: int) -> None:
 @contextmanager
 def _cleared_on_failure(target: Path, part: Path) -> Iterator[None]:
     """Takes `part` away, and turns the system's errors into one line, where the block fails; and what killed ones left."""
-    _remove(part)
     _sweep(target)
     try:
         yield

@@ -100,7 +100,7 @@ class Engine:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
         if os.getpid() != self._pid:  # after a fork only the thread that forked is here
             self._begin()
-        if self._queue and any(request.cache is cache for request in self._queue):
+        if any(request.cache is cache for request in list(self._queue)):  # a copy: a leader takes others out meanwhile
             with self._turn:
                 for request in [request for request in self._queue if request.cache is cache]:
                     self._queue.remove(request)
@@ -133,12 +133,16 @@ class Engine:
 
     def _choose(self) -> list[tuple[_Request, int]]:
         """What is computed now: requests, and how many ids of each."""
-        room, work = self.executor.block, list[tuple[_Request, int]]()
-        for request in sorted(self._queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
-            if request.done:  # the leader who handed it out was interrupted before he took it from the queue
-                self._queue.remove(request)
-            elif room:
-                work.append((request, min(len(request.ids), room)))
+        for request in [request for request in self._queue if request.done]:
+            self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
+        queue, room, work = list(self._queue), self.executor.block, list[tuple[_Request, int]]()
+        # for who waits longest, should that be a prompt, though there be ever so many single tokens
+        kept = room // 4 if len(queue[0].ids) > 1 else 0
+        for request in sorted(queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
+            if request is queue[0]:
+                kept = 0
+            if free := room - kept:
+                work.append((request, min(len(request.ids), free)))
                 room -= work[-1][1]
         return work
 

@@ -133,5 +133,5 @@ def _size(hyper: Hyper, n: int, itemsize: int) -> int:
 def _opened(path: str | Path) -> BinaryIO:
     try:
         return open(path, "rb")
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None

@@ -14,6 +14,7 @@ from tiny_models import write_model
 
 from pocketlm.bench import agreement, convert, machine, protocol, schema, shapes, summary
 from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.runtime.native import code_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -232,6 +233,6 @@ def test_a_machine_can_be_described() -> None:
 
 
 def test_without_a_cache_folder_conversions_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "cache_folder", lambda: None)
+    monkeypatch.setattr(code_cache, "cache_folder", lambda: None)
     with pytest.raises(PocketlmError, match="POCKETLM_CACHE"):
         convert.folder()

@@ -310,3 +310,10 @@ def test_find_raises_what_it_says():
     keep("20260101-000000-2", "b")
     with pytest.raises(PocketlmError, match="2 conversations begin with"):
         saved.find("2026")
+
+
+@pytest.mark.parametrize("line", ["/load " + "9" * 5000, "/load ~a\0b", "/save ~a\0b", "/load a\0b", "/save a\0b"])
+def test_a_name_that_nothing_can_have_is_one_line(line):
+    notes = chat(line)
+    assert notes.startswith("pocketlm: ")
+    assert notes.count("\n") == 1

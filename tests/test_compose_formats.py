@@ -300,3 +300,23 @@ def test_a_part_without_a_licence_is_an_error(tmp_path):
         file.writestr("free.py", "")
     with pytest.raises(PocketlmError, match="has no licence in it"):
         licences.collect({"free": path}, {"libpython3": ""}, library, [])
+
+
+def test_a_title_of_any_length_has_a_version_resource():
+    assert len(pe._version("x" * 40_000, "1")) == len(pe._version("x" * 256, "1"))
+
+
+def test_what_lies_in_the_folder_is_not_imported_by_the_compiler(tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit('somebody put this here')")
+    subprocess.run([sys.executable, "-c", bytecode._COMPILER], cwd=tmp_path, input=b"[]", check=True)
+
+
+def test_a_new_program_does_not_speak_of_the_signature_of_the_old_one(tmp_path):
+    data = bytearray(a_program(tmp_path / "boot"))
+    place = pe._File(data).directory(4)  # of the certificates
+    struct.pack_into("<II", data, place, len(data), 512)
+    assert struct.unpack_from("<II", pe.with_resources(data, "Ada", "1", icon.images(None)), place) == (0, 0)
+    (tmp_path / "boot").write_bytes(data)
+    with open(tmp_path / "boot", "r+b") as file:
+        pe.write_checksum(file)
+    assert struct.unpack_from("<II", (tmp_path / "boot").read_bytes(), place) == (0, 0)

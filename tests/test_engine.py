@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,3 +282,40 @@ def test_a_forked_process_computes_though_a_pass_was_going_on(recwarn):
         status = done[1]
         assert os.waitstatus_to_exitcode(status) == 0
     neighbours.end()
+
+
+def test_what_is_taken_back_is_found_behind_what_is_handed_out_at_that_moment():
+    engine = Crowd(1).engine
+
+    class Leaving:
+        """A request that a leader takes from the queue while another thread looks through that."""
+
+        @property
+        def cache(self) -> None:
+            if self in engine._queue:
+                engine._queue.remove(self)
+
+    mine = SimpleNamespace(cache=object())
+    engine._queue += [Leaving(), mine]
+    engine.forget(mine.cache)
+    assert not engine._queue
+
+
+def test_a_prompt_is_computed_though_there_are_more_single_tokens_than_a_pass_takes():
+    crowd, stop = Crowd(9, block=4), threading.Event()
+
+    def goes_on(session: Session) -> None:
+        session.advance([1])
+        while not stop.is_set() and len(session.ids) < 5000:
+            session.append(3)
+
+    def asks() -> int:
+        while len(crowd.executor.passes) < 20:
+            time.sleep(0.001)
+        before = len(crowd.executor.passes)
+        crowd.sessions[8].advance(list(range(10)))
+        stop.set()
+        return len(crowd.executor.passes) - before
+
+    *_, n_passes = together(*[lambda s=s: goes_on(s) for s in crowd.sessions[:8]], asks)
+    assert n_passes < 60

@@ -1,6 +1,7 @@
 """Commands that are killed at random moments lose nothing and leave nothing half; kill_programs.py runs them by the hundred."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -31,3 +32,25 @@ def test_the_parts_of_killed_ones_are_taken_away_later(tmp_path):
         part.mkdir()
         (part / "weights.bin").write_text("whole")
     assert [path.exists() for path in (old, new, other, folder)] == [False, True, True, False]
+
+
+def test_threads_that_write_the_same_file_leave_one_that_is_whole(tmp_path):
+    target, half, whole = tmp_path / "file", threading.Event(), threading.Event()
+
+    def first() -> None:
+        with replacing_file(target) as part:
+            part.write_bytes(b"a" * 1000)
+            half.set()
+            whole.wait(60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    half.wait(60)
+    with replacing_file(target) as part:
+        part.write_bytes(b"b" * 500)
+        whole.set()
+        thread.join()
+        assert target.read_bytes() == b"a" * 1000
+        part.write_bytes(b"b" * 1000)
+    assert target.read_bytes() == b"b" * 1000
+    assert list(tmp_path.iterdir()) == [target]

@@ -134,8 +134,8 @@ def test_threads_that_share_a_model_get_the_whole_right_answer_or_an_error(model
 
 @pytest.mark.parametrize("use", [
     lambda model: list(model.generate("then")), lambda model: list(model.chat(TALK)), lambda model: model.logits([5]),
-    lambda model: model.set_threads(1), lambda model: model.set_backend("numpy"),
-], ids=["generate", "chat", "logits", "set_threads", "set_backend"])  # fmt: skip
+    lambda model: model.set_threads(1), lambda model: model.set_backend("numpy"), lambda model: model.fingerprint,
+], ids=["generate", "chat", "logits", "set_threads", "set_backend", "fingerprint"])  # fmt: skip
 def test_a_closed_model_says_so(model, use):
     model.close()
     with pytest.raises(PocketlmError, match="closed; load it again"):

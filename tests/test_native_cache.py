@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native import code_cache
-from pocketlm.runtime.native.code_cache import KEPT, cache_folder, cached
+from pocketlm.runtime.native.code_cache import KEPT, cache_folder, cached, kept_folder
 
 CODE = bytes(range(256)) * 20
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="owners and modes of POSIX")
@@ -232,3 +233,16 @@ def test_processes_at_once_see_whole_files_only(folder):
     processes = [subprocess.Popen([sys.executable, "-c", PROCESS]) for _ in range(3)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     assert list(folder.glob("*.tmp")) == []
+
+
+@posix_only
+def test_a_folder_beside_the_code_leaves_that_usable_and_is_nobody_elses(folder):
+    before = os.umask(0o002)
+    try:
+        assert kept_folder("stubs") == folder / "stubs"
+    finally:
+        os.umask(before)
+    assert times_made(2) == 1
+    folder.chmod(0o777)
+    with pytest.raises(PocketlmError, match="others may write to it: no place for stubs"):
+        kept_folder("stubs")

@@ -317,3 +317,23 @@ def test_the_program_ends_without_a_word(name):
     """
     for interval in ("1e-6", "1e-6", "5e-3"):
         assert program(f"sys.setswitchinterval({interval})\n{EXITS[name]}") == ("", "")
+
+
+def test_an_interrupt_between_a_pass_and_its_records_mixes_up_no_texts(monkeypatch):
+    executor = native(1)
+    mine, other = executor.new_cache(), executor.new_cache()
+    expected = [executor.step([(executor.cache, IDS[at : at + 1], 1)])[0].tobytes() for at in range(8)]
+    seen = [executor.step([(mine, IDS[at : at + 1], 1)])[0].tobytes() for at in range(7)]
+    entries = executor._entries
+
+    def interrupted(work):
+        entries(work)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_entries", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            executor.step([(other, IDS[20:30], 1)])
+    seen.append(executor.step([(mine, IDS[7:8], 1)])[0].tobytes())
+    executor.close()
+    assert seen == expected

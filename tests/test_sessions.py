@@ -296,3 +296,25 @@ def test_sessions_that_come_and_go_at_random_say_what_they_say_alone(path, tmp_p
         assert walk.wrong == []
         assert min(walk.done.values()) > 0, walk.done
         assert len(model._sessions) <= 2  # all that were dropped are gone
+
+
+def test_no_session_comes_while_room_is_counted(model):
+    thread = threading.Thread(target=model.check_room, args=(1,))
+    with model.changing:  # as whoever makes a session
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("use", ["save", "load"])
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(model, use):
+    with pytest.raises(FileError, match="embedded null"):
+        getattr(model.session(), use)("a\0b")
+
+
+@pytest.mark.parametrize("last", [{"role": "assistant"}, {"role": "assistant", "content": None}, None, {}])
+def test_what_is_no_message_is_refused_in_one_line(model, last):
+    with pytest.raises(UsageError, match="a message is a dict of two texts"):
+        model.chat([{"role": "user", "content": "then"}, last])

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pocketlm.errors import FileError, PocketlmError
+
 KEPT = 64  # files, a level has 12; the oldest beyond that are removed
 _SUFFIX = ".code"
 _DIGEST_BYTES = 32
@@ -50,6 +52,21 @@ def cache_folder() -> Path | None:
     if not os.path.isabs(home):
         return None
     return Path(home, "Library/Caches/pocketlm") if sys.platform == "darwin" else Path(home, ".cache", "pocketlm")
+
+
+def kept_folder(name: str) -> Path:
+    """A folder in the cache folder for files that are made or fetched once, some of which will be run. Raises PocketlmError."""
+    trusted = _trusted_folder()
+    if trusted is None:
+        where = cache_folder()
+        problem = f"{where} cannot be written, or others may write to it" if where else "there is no cache folder"
+        raise PocketlmError(f"{problem}: no place for {name}; set POCKETLM_CACHE to a folder of your own")
+    folder = trusted / name
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FileError(folder, f"cannot be made ({error.strerror})", "set POCKETLM_CACHE to another folder") from None
+    return folder
 
 
 def _trusted_folder() -> Path | None:

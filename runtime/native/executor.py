@@ -206,6 +206,7 @@ class NativeExecutor:
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
         """Write the records of a pass. Raises PocketlmError once the model is closed."""
         self._workers.check_open()
+        self._alone = lambda: None, 0  # until all is written: an interrupt may come before that
         record, tokens, wanted = self._record, self._arrays["tokens"], self._arrays["rows"]
         n = n_rows = 0
         for cache, ids, rows in work:
@@ -219,7 +220,8 @@ class NativeExecutor:
             n_rows += rows
         record["n_tokens"], record["n_logits"], record["n_entries"] = n, n_rows, self._entries(work)
         cache = work[0][0]
-        self._alone = (weakref.ref(cache), cache.length // sizes.SPAN + 1) if n == n_rows == 1 else (lambda: None, 0)
+        if n == n_rows == 1:
+            self._alone = weakref.ref(cache), cache.length // sizes.SPAN + 1
 
     def _entries(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> int:
         """Tasks of attention, and where the tokens' results go; the number of entries.
