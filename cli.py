@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
         arguments = _parse(argv, program)
         arguments.load, arguments.program = load, program
         status = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is after `>&-`
+            sys.stdout.flush()
         return status
     except PocketlmError as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -120,8 +121,9 @@ def _flags(command: str) -> list[str]:
 
 def give_up_output() -> None:
     """What is still to be written goes nowhere, so that Python does not try again, and complain, on its way out."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    if sys.stdout is not None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _parser(chosen: list[str], program: str) -> Parser:
