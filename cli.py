@@ -51,16 +51,17 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
         arguments = _parse(argv, program)
         arguments.load, arguments.program = load, program
         status = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is after `>&-`
+            sys.stdout.flush()
         return status
     except PocketlmError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_status
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        _give_up_output()
+        give_up_output()
         return 0
     except OSError as error:  # files are opened where their errors become FileErrors: this is a full disk, a lost terminal
-        _give_up_output()
+        give_up_output()
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -118,10 +119,11 @@ def _flags(command: str) -> list[str]:
     return ["--help", *(flag for flag in parser._option_string_actions if flag.startswith("--"))]
 
 
-def _give_up_output() -> None:
+def give_up_output() -> None:
     """What is still to be written goes nowhere, so that Python does not try again, and complain, on its way out."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    if sys.stdout is not None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _parser(chosen: list[str], program: str) -> Parser:

@@ -57,15 +57,23 @@ def main() -> None:
         sys.exit(0)
     try:
         status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except PocketlmError as error:
         print(f"{Path(sys.executable).name}: {error}", file=sys.stderr)
         status = error.exit_status
     except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else 1
-    except Exception:  # the window shall not take its description away
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        cli.give_up_output()
+        status = 0
+    except Exception as error:  # the window shall not take its description away
         status = 1
         if (damage := _damage()) is not None:
             print(f"{Path(sys.executable).name}: {damage}", file=sys.stderr)
+        elif isinstance(error, OSError):  # a full disk, a lost terminal
+            cli.give_up_output()
+            print(f"{Path(sys.executable).name}: {error}", file=sys.stderr)
         else:  # a defect
             import traceback
 

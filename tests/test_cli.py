@@ -227,6 +227,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(tiny, tmp_path):
         assert done.returncode == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_a_closed_output_is_no_error(tiny):
+    script = f"{' '.join(COMMAND)} inspect {tiny} >&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_is_one_line(tiny):
     with open("/dev/full", "wb") as full:
