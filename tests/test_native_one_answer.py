@@ -84,3 +84,16 @@ def test_whatever_other_texts_share_the_passes(level, fmt):
         for rows, expected in zip(found, alone, strict=True):
             assert same_bits(np.concatenate(rows), expected)
     native.close()
+
+
+@each_level
+def test_what_lies_behind_the_last_position_does_not_matter(level):
+    """A text that was given up may have left anything there, even what is no number."""
+    native, reference = executors(level, "F16", 1, n_vocab=64, n_ctx=64)
+    reference.close()
+    ids = np.random.default_rng(5).integers(0, 64, 9)
+    expected = logits(native, ids, 9)
+    native.cache.keys[:], native.cache.values[:] = np.nan, np.nan
+    for cut in (1, 2, 9):
+        assert same_bits(logits(native, ids, cut), expected)
+    native.close()

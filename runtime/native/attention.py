@@ -239,14 +239,20 @@ def _mix(
 
     def columns(start: Value, n_vectors: int) -> None:
         sums = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in range(n_vectors)] for _ in range(queries)]
-        with f.range(0, count, 2) as p:
-            for odd in (0, 1):  # scores are there for whole vectors of positions
-                row = values + ((p + odd) * padded + start) * 2
-                here = [from_half(f, level, f.load(F16.vec(LANES), row + 2 * LANES * k, 32)) for k in range(n_vectors)]
-                for i, own_sums in enumerate(sums):
-                    weight = f.splat(f.load(F32, scores + (p * 4 + (SPAN * i + odd) * 4), 4), LANES)
-                    for value, pair in zip(here, own_sums, strict=True):
-                        pair[odd].set(f.fma(value, weight, pair[odd].get()))
+
+        def add(p: Value, odd: int) -> None:
+            row = values + ((p + odd) * padded + start) * 2
+            here = [from_half(f, level, f.load(F16.vec(LANES), row + 2 * LANES * k, 32)) for k in range(n_vectors)]
+            for i, own_sums in enumerate(sums):
+                weight = f.splat(f.load(F32, scores + (p * 4 + (SPAN * i + odd) * 4), 4), LANES)
+                for value, pair in zip(here, own_sums, strict=True):
+                    pair[odd].set(f.fma(value, weight, pair[odd].get()))
+
+        with f.range(0, count & -2, 2) as p:
+            add(p, 0)
+            add(p, 1)
+        with f.when((count & 1).equals(1)):  # what lies behind the last position may be no number, which weight 0 does not mend
+            add(count - 1, 0)
         for i, own_sums in enumerate(sums):
             for k, (even, odd_sum) in enumerate(own_sums):
                 f.store(even.get() + odd_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
