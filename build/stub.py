@@ -15,6 +15,7 @@ from pocketlm.build.sources import fingerprint
 from pocketlm.errors import UsageError
 from pocketlm.runtime.native.aot import PLATFORMS
 from pocketlm.runtime.native.code_cache import kept_folder
+from pocketlm.terminal_text import print
 
 SHORT_NAMES = {
     "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),

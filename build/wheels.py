@@ -22,6 +22,7 @@ from pathlib import Path
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.code_cache import kept_folder
+from pocketlm.terminal_text import print
 
 Python = tuple[int, int]  # 3, 11
 PYTHONS: tuple[Python, ...] = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))

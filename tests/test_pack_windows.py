@@ -89,10 +89,12 @@ def test_a_conversation_goes_on_another_day_for_a_user_of_any_name(friend, home,
         script = f'set LOCALAPPDATA={windows_path(folder)}&& {windows_path(friend)} {words}'
         return run_windows(home, Path("cmd"), "/c", script, stdin=stdin)
 
-    first, second = talk("", "hello\n"), talk("--resume", "and you?\n")
+    first, chats = talk("--save", "hello\n"), folder / "pocketlm" / "chats"
+    (saved,) = chats.glob("*.json")
+    second = talk(f"--save --resume {saved.stem}", "and you?\n")
     assert (first.returncode, first.stderr, second.returncode) == (0, "", 0)
     assert "resumed: 1 " in second.stdout + second.stderr
-    assert len(list((folder / "pocketlm" / "chats").iterdir())) == 1
+    assert list(chats.glob("*.json")) == [saved]
 
 
 def test_a_conversation_at_a_console(friend, home, tmp_path):
