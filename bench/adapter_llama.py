@@ -18,14 +18,14 @@ from llama_cpp import llama_cpp as lib
 from pocketlm.errors import PocketlmError
 
 BATCH = 512
+_SILENCE = lib.llama_log_callback(lambda level, text, data: None)  # the library keeps its address: it must never be collected
 
 
 class Llama:
     def __init__(self, path: str, n_threads: int, n_ctx: int, flash: bool = True):
         self._path, self._threads, self._n_ctx, self._length = path, n_threads, n_ctx, 0
         self._flash, self._user = flash, cast(Any, None)
-        self._silence = lib.llama_log_callback(lambda level, text, data: None)
-        lib.llama_log_set(self._silence, ctypes.c_void_p(0))
+        lib.llama_log_set(_SILENCE, ctypes.c_void_p(0))
         lib.llama_backend_init()
         self._model: Any = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         options: Any = lib.llama_context_default_params()
