@@ -222,7 +222,7 @@ def _chat(arguments: Arguments) -> int:
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, title=arguments.title,
-            greeting=arguments.greeting, model_id=arguments.model_id,
+            greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
         )  # fmt: skip
 
 

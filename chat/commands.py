@@ -155,7 +155,7 @@ def _load(chat: Chat, name: str) -> None:
         chat.resume(saved.find(name))
         return
     known = saved.paths()
-    rest = [f"… and {len(known) - LISTED} more: `pocketlm chats` lists all"] * (len(known) > LISTED)
+    rest = [f"… and {len(known) - LISTED} more, by the beginning of their name"] * (len(known) > LISTED)
     how = "/load NUMBER, or NAME, or how that begins:" if known else "there are no saved conversations yet"
     chat.console.note("\n".join([how, *saved.listed(known[:LISTED]), *rest]), style="", indent=4)
 

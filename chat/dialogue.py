@@ -29,8 +29,10 @@ def count(n: int, thing: str) -> str:
 class Chat:
     """A conversation with a model. `model_id` "": the model's own fingerprint is what conversations are recognised by."""
 
-    def __init__(self, model: Any, console: Console, sampling: dict[str, Any], save: bool, model_id: str = ""):
-        self._model, self.console = model, console
+    def __init__(
+        self, model: Any, console: Console, sampling: dict[str, Any], save: bool, model_id: str = "", program: str = "pocketlm"
+    ):  # fmt: skip
+        self._model, self.console, self.program = model, console, program
         self.sampling = {"max_tokens": ANSWER_TOKENS, **sampling}
         self.conversation = self._begun()
         self.record = Record()

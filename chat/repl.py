@@ -28,6 +28,7 @@ def run(
     title: str | None = None,
     greeting: str | None = None,
     model_id: str = "",
+    program: str = "pocketlm",
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
@@ -41,13 +42,14 @@ def run(
     with the one of that name. `save`: None keeps the conversations of people, and not those of programs; False keeps no
     input history either. `template`: a built-in name or a Jinja file in place of the model's own. `title`: what the banner
     shows in place of name and figures; `greeting`: what it says. `model_id`: what the model's conversations are recognised
-    by, in place of its fingerprint. Raises PocketlmError for what is wrong before the first message.
+    by, in place of its fingerprint; `program`: what errors begin with.
+    Raises PocketlmError for what is wrong before the first message.
     """
     console = Console(stdin, stdout, stderr, one_shot=question is not None)
     keeping = console.interactive if save is None else save
     folder = transcript.data_folder() if keeping else None
     console.use(commands.complete, folder / "history" if folder else None)
-    chat = Chat(model, console, sampling, keeping, model_id)
+    chat = Chat(model, console, sampling, keeping, model_id, program)
     try:
         with chat.endings:
             if template is not None:
@@ -115,7 +117,7 @@ def _handled(chat: Chat, message: str, as_text: bool = False) -> None:
             chat.ask(message[1:] if message.startswith("//") and not as_text else message)
     except PocketlmError as error:
         chat.failed = True
-        chat.console.note(f"pocketlm: {error}", style="")
+        chat.console.note(f"{chat.program}: {error}", style="")
 
 
 def _banner(chat: Chat, title: str | None, greeting: str | None) -> None:

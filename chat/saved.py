@@ -69,7 +69,7 @@ def find(name: str) -> Path:
         names = ", ".join(path.stem for path in found[:3]) + ", …" * (len(found) > 3)
         raise PocketlmError(f"{len(found)} conversations begin with {stem[:40]!r}: {names}")
     if not found:
-        raise FileError(name[:100], "there is no such conversation", "/load and `pocketlm chats` list them")
+        raise FileError(name[:100], "there is no such conversation", "/load lists them")
     return found[0]
 
 

@@ -54,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from known_skips import KnownSkips
 
         config.pluginmanager.register(KnownSkips())
-    if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and programs that are started inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background these are ignored, and what is started
+    if hasattr(signal, "SIGHUP"):  # inherits that
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

@@ -256,13 +256,13 @@ def test_load_shows_model_date_turns_and_first_words_and_takes_a_number_or_a_beg
     assert chat("/load 20260102", save=False) == (
         "pocketlm: 2 conversations begin with '20260102': 20260102-111111-1, 20260102-101010-1\n"
     )
-    assert chat("/load 4", save=False) == "pocketlm: 4: there is no such conversation; /load and `pocketlm chats` list them\n"
+    assert chat("/load 4", save=False) == "pocketlm: 4: there is no such conversation; /load lists them\n"
 
 
 def test_a_long_list_names_the_command_that_shows_all():
     for n in range(12):
         keep(f"20260101-0000{n:02}-1", "one", age=n)
-    assert chat("/load", save=False).splitlines()[11:] == ["… and 2 more: `pocketlm chats` lists all"]
+    assert chat("/load", save=False).splitlines()[11:] == ["… and 2 more, by the beginning of their name"]
 
 
 def test_damaged_and_hostile_files_are_listed_in_one_line_each():

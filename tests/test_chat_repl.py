@@ -180,7 +180,7 @@ def test_the_table_holds_every_command_and_help_shows_each():
         ("/undo", "there is no question to take back"),
         ("/retry", "there is no question to take back"),
         ("/reset", "a new conversation"),
-        ("/load nothing", "pocketlm: nothing: there is no such conversation; /load and `pocketlm chats` list them"),
+        ("/load nothing", "pocketlm: nothing: there is no such conversation; /load lists them"),
     ],
 )
 def test_a_command_answers_in_one_line(line, note):

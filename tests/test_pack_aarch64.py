@@ -113,7 +113,7 @@ def test_it_writes_what_the_installed_package_writes(friend, model):
 
 
 def test_it_talks_in_a_bare_debian(friend):
-    result = run(friend, "--no-save", stdin="hello\nand you?\n")
+    result = run(friend, "--no-save", "--lines", stdin="hello\nand you?\n")
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) >= 2
     assert platform.machine() == "aarch64" or b"\xb7\x00" in friend.read_bytes()[:20]

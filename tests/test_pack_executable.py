@@ -207,6 +207,7 @@ def test_what_is_wrong_is_one_line_under_the_programs_own_name(friend, tmp_path,
 
 def test_it_speaks_under_its_own_name_and_title(friend, tmp_path):
     assert run(friend, "--version").stdout.startswith("friend, made with pocketlm ")
+    assert "friend: /nothing is no command" in run(friend, "--lines", "--no-save", stdin="/nothing\n").stderr
     own = tmp_path / "my little friend"
     shutil.copy(friend, own)
     assert run(own, "--version").stdout.startswith("my little friend, ")
