@@ -7,7 +7,7 @@ A token's result is the same, bit for bit, however many queries share a task and
 sums of a span of SPAN positions are made in one order, and spans are joined one after the other, in a task or by
 `join_partials`. Positions that a query may not see have weight 0, which changes no sum.
 
-A thread's own memory: at `rows_at` what is known of each query (ROW), at `queries_at` the scaled queries, column after column;
+A thread's own memory: at `rows_at` a QUERY each, at `queries_at` the scaled queries, a column after the other;
 at `scores_at` their scores in a span, at `mixed_at` their results of a span.
 Online softmax: Milakov and Gimelshein, arXiv:1805.02867.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from pocketlm.runtime.native.ir import F16, F32, I1, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW
-from pocketlm.runtime.native.records import ENTRY, OPERATION, RUN, TOKEN, offset
+from pocketlm.runtime.native.records import ENTRY, OPERATION, QUERY, RUN, TOKEN, offset
 from pocketlm.runtime.native.sizes import LANES, QUERIES, SPAN
 from pocketlm.runtime.native.vector_math import exp, exp_of_negative, from_half
 
@@ -71,8 +71,7 @@ TILES = {
     "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
     "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
 }  # fmt: skip
-# what is known of a query: its position, the address of its result, its head's slope
-POSITION, RESULT, SLOPE, ROW_BYTES = 0, 8, 16, 32
+POSITION, RESULT, SLOPE = (offset(QUERY, name) for name in ("position", "result", "slope"))
 
 
 def define(module: Module, level: str) -> None:
@@ -95,7 +94,7 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         with f.range(0, rows) as row:
             number = start + row
             _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
-        last = f.load(I64, own + r.run("rows_at") + (rows - 1) * ROW_BYTES + POSITION, 8)
+        last = f.load(I64, own + r.run("rows_at") + (rows - 1) * QUERY.itemsize + POSITION, 8)
         stop = f.minimum(entry("last"), last // SPAN + 1)
         with f.range(entry("first"), stop) as span:
             row, at = f.var(I64, 0), span * (padded * 2 * SPAN)
@@ -114,7 +113,7 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
         f.store(f.load(F32, x + d * 4) * r.run("query_scale", F32), to + d * (4 * QUERIES))
     with f.range(dim, padded) as d:
         f.store(f.const(F32, 0.0), to + d * (4 * QUERIES))
-    known, slope, result = own + r.run("rows_at") + row * ROW_BYTES, f.var(F32, 0.0), _slot(r, token("slot"), head)
+    known, slope, result = own + r.run("rows_at") + row * QUERY.itemsize, f.var(F32, 0.0), _slot(r, token("slot"), head)
     with f.when(f.emit(I1, f"icmp ne ptr {r.run('slopes', PTR)}, null")):
         slope.set(f.load(F32, r.run("slopes", PTR) + head * 4))
     for value, at in ((token("position"), POSITION), (result, RESULT), (slope.get(), SLOPE)):
@@ -163,7 +162,7 @@ def _define_softmax(module: Module) -> None:
         r = Records(f, run, run)
         padded, lanes = r.run("padded_dim"), f.vector(I32.vec(LANES), range(LANES))
         with f.range(0, queries) as i:
-            known = own + r.run("rows_at") + (row + i) * ROW_BYTES
+            known = own + r.run("rows_at") + (row + i) * QUERY.itemsize
             ahead = f.cast("trunc", first - f.load(I64, known + POSITION, 8), I32)
             slope, scores = f.splat(f.load(F32, known + SLOPE, 4), LANES), own + r.run("scores_at") + i * (SPAN * 4)
             largest, total = f.var(ROW, -math.inf), f.var(ROW, 0.0)
@@ -192,8 +191,8 @@ def _define_span(module: Module, level: str, queries: int, n_vectors: int) -> No
     with module.function(f"span{queries}", arguments) as f:
         run, own, keys, values, row, span, apart = f.args()
         r = Records(f, run, run)
-        padded, first, known = r.run("padded_dim"), span * SPAN, own + r.run("rows_at") + row * ROW_BYTES
-        last = f.load(I64, known + (queries - 1) * ROW_BYTES + POSITION, 8)
+        padded, first, known = r.run("padded_dim"), span * SPAN, own + r.run("rows_at") + row * QUERY.itemsize
+        last = f.load(I64, known + (queries - 1) * QUERY.itemsize + POSITION, 8)
         count = f.minimum(last + 1 - first, f.const(I64, SPAN))  # positions that the last query sees
         with f.when(count <= 0):
             f.ret()
@@ -203,8 +202,8 @@ def _define_span(module: Module, level: str, queries: int, n_vectors: int) -> No
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
             _mix(f, level, values, scores + i * (SPAN * 4), mixed + result_bytes * i, result_bytes, padded, count, step)
-        with f.range(0, queries) as i, f.when(f.load(I64, known + i * ROW_BYTES + POSITION, 8) >= first):
-            to = f.load(PTR, known + i * ROW_BYTES + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
+        with f.range(0, queries) as i, f.when(f.load(I64, known + i * QUERY.itemsize + POSITION, 8) >= first):
+            to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):
                 _clear(f, to, padded)
             f.call(VOID, "merge", to, mixed + i * result_bytes, padded)

@@ -23,7 +23,7 @@ from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, RUN, TOKEN
+from pocketlm.runtime.native.records import ENTRY, QUERY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -85,7 +85,7 @@ class _Scratch:
         self.activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))  # of one token
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (
-            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * 64),
+            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * QUERY.itemsize),
             ("queries_at", sizes.QUERIES * self.dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
             ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
         ):  # fmt: skip
@@ -165,7 +165,8 @@ class NativeExecutor:
             ids = check_ids(ids, self.hyper.n_vocab, cache.length, self.n_ctx)
             starts = range(0, len(ids), BLOCK)
             if rows == "all":
-                return np.concatenate([self._pass([(cache, ids[at : at + BLOCK], BLOCK)])[0].copy() for at in starts])
+                parts = [ids[at : at + BLOCK] for at in starts]
+                return np.concatenate([self._pass([(cache, part, len(part))])[0].copy() for part in parts])
             for at in starts[:-1]:
                 self._pass([(cache, ids[at : at + BLOCK], 0)])
             return self._pass([(cache, ids[starts[-1] :], 1)])[0]
@@ -183,16 +184,15 @@ class NativeExecutor:
             return self._pass(checked)
 
     def _pass(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
-        """`step` for ids that were checked."""
+        """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
         self._workers.run()
         logits, start = [], 0
         for cache, ids, rows in work:
             cache.length += len(ids)
-            stop = start + min(rows, len(ids))
-            logits.append(self._logits[start:stop])
-            start = stop
+            logits.append(self._logits[start : start + rows])
+            start += rows
         return logits
 
     def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
@@ -215,7 +215,6 @@ class NativeExecutor:
             here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
             here["head_stride"] = cache.values.strides[1]
             n += len(ids)
-            rows = min(rows, len(ids))
             wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
             n_rows += rows
         record["n_tokens"], record["n_logits"], record["n_entries"] = n, n_rows, self._entries(work)
@@ -236,15 +235,11 @@ class NativeExecutor:
             tokens = self._arrays["tokens"][n : n + len(ids)]
             n_spans = (cache.length + len(ids) - 1) // sizes.SPAN + 1
             first, left = np.arange(n, n + len(ids), together), self._n_slots - slot - (BLOCK - n)
-            parts = min(n_spans, 4 * self.n_threads // (n_blocks * n_kv)) if len(ids) * n_spans <= left else 1
-            if parts > 1:
-                tokens["slot"] = np.arange(slot, slot + len(ids) * n_spans, n_spans)
-                tokens["n_partials"] = tokens["position"] // sizes.SPAN + 1
-                slot += len(ids) * n_spans
-            else:
-                parts = 1
-                tokens["slot"], tokens["n_partials"] = np.arange(slot, slot + len(ids)), 1
-                slot += len(ids)
+            parts = max(1, min(n_spans, 4 * self.n_threads // (n_blocks * n_kv))) if len(ids) * n_spans <= left else 1
+            slots = n_spans if parts > 1 else 1  # of a token
+            tokens["slot"] = slot + slots * np.arange(len(ids))
+            tokens["n_partials"] = tokens["position"] // sizes.SPAN + 1 if parts > 1 else 1
+            slot += len(ids) * slots
             cuts = np.arange(parts + 1) * n_spans // parts
             entries = self._arrays["entries"][at : at + len(first) * parts]
             entries["token"] = np.repeat(first, parts)

@@ -77,6 +77,9 @@ ENTRY = np.dtype([
     ("apart", "i8"),                          # 1: a slot for every span; 0: all spans are joined in the token's slot
 ])  # fmt: skip
 
+# what a thread knows of a query that it takes through spans of positions
+QUERY = np.dtype([("position", "i8"), ("result", "i8"), ("slope", "f4"), ("unused", "f4", 3)])  # result: an address
+
 WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 5)])  # state 1: asleep in Python
 
 

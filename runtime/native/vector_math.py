@@ -27,12 +27,16 @@ def polynomial(f: Function, x: Value, coefficients: tuple[float, ...]) -> Value:
     return total
 
 
+def _exp_parts(f: Function, x: Value) -> tuple[Value, Value]:
+    """e^x as y · 2^n, for x between EXP_MIN and EXP_MAX."""
+    n = f.intrinsic("rint", x * math.log2(math.e))
+    r = f.fma(n, f.const(x.type, -LN2_LOW), f.fma(n, f.const(x.type, -LN2_HIGH), x))
+    return f.fma(polynomial(f, r, EXP), r * r, r) + 1.0, n
+
+
 def exp(f: Function, x: Value) -> Value:
     """e^x; 0 below -87.33 (where the result is no normal number), infinite above 88.72, NaN for NaN."""
-    clamped = f.minimum(f.maximum(x, EXP_MIN), EXP_MAX)
-    n = f.intrinsic("rint", clamped * math.log2(math.e))
-    r = f.fma(n, f.const(x.type, -LN2_LOW), f.fma(n, f.const(x.type, -LN2_HIGH), clamped))
-    y = f.fma(polynomial(f, r, EXP), r * r, r) + 1.0
+    y, n = _exp_parts(f, f.minimum(f.maximum(x, EXP_MIN), EXP_MAX))
     # 2^n in two steps: n is up to 128, one more than an exponent holds
     k = f.cast("fptosi", n, I32)
     half = f.emit(k.type, f"ashr {k.type} {k}, {f.const(k.type, 1)}")
@@ -44,10 +48,7 @@ def exp(f: Function, x: Value) -> Value:
 
 def exp_of_negative(f: Function, x: Value) -> Value:
     """e^x for x up to 0; 0 below -87.33, NaN for NaN."""
-    clamped = f.select(x < EXP_MIN, EXP_MIN, x)
-    n = f.intrinsic("rint", clamped * math.log2(math.e))
-    r = f.fma(n, f.const(x.type, -LN2_LOW), f.fma(n, f.const(x.type, -LN2_HIGH), clamped))
-    y = f.fma(polynomial(f, r, EXP), r * r, r) + 1.0
+    y, n = _exp_parts(f, f.select(x < EXP_MIN, EXP_MIN, x))
     k = f.emit(I32.vec(x.type.lanes), f"freeze {I32.vec(x.type.lanes)} {f.cast('fptosi', n, I32)}")
     return f.select(x < EXP_MIN, 0.0, y * f.bitcast((k + 127) << 23, x.type))
 
