@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pocketlm.build.carchive import ENTRY
 from pocketlm.errors import FileError
-from pocketlm.runtime.container import program_place
+from pocketlm.runtime.container import COOKIE, program_place
 
-_COOKIE = struct.Struct("!8sIIII64s")
-_ROW = struct.Struct("!IIIIBc")
 _MODULES, _MODULES_MAGIC, _MODULES_HEAD = b"z", b"PYZ\0", 17
 _PIECE = 1 << 20  # bytes that are unpacked at a time
 
@@ -53,16 +52,16 @@ def damaged_entries(path: Path) -> list[str]:
 
 
 def _table(data: mmap.mmap, start: int, length: int) -> Iterator[Entry]:
-    end = start + length - _COOKIE.size
-    _, _, offset, n_bytes, *_ = _COOKIE.unpack_from(data, end)
+    end = start + length - COOKIE.size
+    _, _, offset, n_bytes, *_ = COOKIE.unpack_from(data, end)
     at = start + offset
     if at + n_bytes != end:
         raise _Damaged
     while at < end:
-        size, offset, packed, unpacked, compressed, kind = _ROW.unpack_from(data, at)
-        if size <= _ROW.size or at + size > end or offset + packed > length:
+        size, offset, packed, unpacked, compressed, kind = ENTRY.unpack_from(data, at)
+        if size <= ENTRY.size or at + size > end or offset + packed > length:
             raise _Damaged
-        name = data[at + _ROW.size : at + size].rstrip(b"\0").decode("utf-8", "replace")
+        name = data[at + ENTRY.size : at + size].rstrip(b"\0").decode("utf-8", "replace")
         yield Entry(name, kind, start + offset, packed, unpacked, bool(compressed))
         at += size
 

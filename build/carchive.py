@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-_COOKIE = struct.Struct("!8sIIII64s")  # magic, bytes, table's offset and length, Python's version, Python's library
-_COOKIE_MAGIC = b"MEI\014\013\012\013\016"
-_ENTRY = struct.Struct("!IIIIBc")  # of the table: its length, offset, bytes here and unpacked, whether compressed, kind
+from pocketlm.runtime.container import COOKIE, COOKIE_MAGIC
+
+ENTRY = struct.Struct("!IIIIBc")  # of the table: its length, offset, bytes here and unpacked, whether compressed, kind
 _ALIGNMENT = 16
 BINARY, DATA, MODULE, SCRIPT, OPTION, MODULES = (letter.encode() for letter in "bxmsoz")
 _PACKAGE, _PLAIN = 1, 0
@@ -44,12 +44,12 @@ def program(entries: Sequence[Entry], python: tuple[int, int], library: str) -> 
         compressed = kind not in (OPTION, MODULES)  # modules are compressed one by one
         stored = zlib.compress(content, 9) if compressed else content
         words = name.encode() + b"\0"
-        words += bytes(-(_ENTRY.size + len(words)) % _ALIGNMENT)
-        table += _ENTRY.pack(_ENTRY.size + len(words), len(body), len(stored), len(content), compressed, kind) + words
+        words += bytes(-(ENTRY.size + len(words)) % _ALIGNMENT)
+        table += ENTRY.pack(ENTRY.size + len(words), len(body), len(stored), len(content), compressed, kind) + words
         body += stored
-    length = len(body) + len(table) + _COOKIE.size
-    return bytes(body + table) + _COOKIE.pack(
-        _COOKIE_MAGIC, length, len(body), len(table), 100 * python[0] + python[1], library.encode()
+    length = len(body) + len(table) + COOKIE.size
+    return bytes(body + table) + COOKIE.pack(
+        COOKIE_MAGIC, length, len(body), len(table), 100 * python[0] + python[1], library.encode()
     )
 
 

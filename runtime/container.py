@@ -38,7 +38,7 @@ _MAGIC, _VERSION = b"pocketlm", 2
 _PREFIX, _ROW, _DIGEST = struct.Struct("<8sII"), struct.Struct("<QQ32s"), 32
 SIZE = _PREFIX.size + len(ROWS) * _ROW.size + _DIGEST
 # PyInstaller's cookie: magic, bytes of the archive with the cookie, table's offset and length, Python's version and library
-_COOKIE_MAGIC, _COOKIE = b"MEI\014\013\012\013\016", struct.Struct("!8sIIII64s")
+COOKIE_MAGIC, COOKIE = b"MEI\014\013\012\013\016", struct.Struct("!8sIIII64s")
 _PROGRAMS = (b"\x7fELF", b"MZ", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")  # ELF, PE, Mach-O, Mach-O for two machines
 _BROKEN = "was damaged or cut short on its way", "get it again, best in a zip archive"
 
@@ -131,11 +131,11 @@ def program_place(path: Path) -> tuple[int, int]:
     """Offset and length of PyInstaller's archive in an executable. Raises FileError where there is none."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cookie = data.rfind(_COOKIE_MAGIC)
-            if 0 <= cookie <= len(data) - _COOKIE.size:
-                length = _COOKIE.unpack_from(data, cookie)[1]
-                start = cookie + _COOKIE.size - length
-                if length > _COOKIE.size and start >= 0:
+            cookie = data.rfind(COOKIE_MAGIC)
+            if 0 <= cookie <= len(data) - COOKIE.size:
+                length = COOKIE.unpack_from(data, cookie)[1]
+                start = cookie + COOKIE.size - length
+                if length > COOKIE.size and start >= 0:
                     return start, length
     except (OSError, ValueError) as error:
         raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None

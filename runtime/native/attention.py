@@ -16,40 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from pocketlm.runtime.native.ir import F16, F32, I1, I32, I64, PTR, VOID, Function, Module, Type, Value
+from pocketlm.runtime.native.ir import F16, F32, I1, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
-from pocketlm.runtime.native.records import ENTRY, OPERATION, QUERY, RUN, TOKEN, offset
+from pocketlm.runtime.native.record_reader import Records, vectors
+from pocketlm.runtime.native.records import QUERY, offset
 from pocketlm.runtime.native.sizes import LANES, QUERIES, SPAN
 from pocketlm.runtime.native.vector_math import exp, exp_of_negative, from_half
-
-
-class Records:
-    """Reads fields of the records inside a function: `r.run("n_head")`, `r.op("x")`, `r.token(3)("position")`."""
-
-    def __init__(self, f: Function, run: Value, op: Value):
-        self._f, self._run, self._op = f, run, op
-
-    def run(self, name: str, type: Type = I64) -> Value:
-        return self._f.field(self._run, offset(RUN, name), type)
-
-    def op(self, name: str, type: Type = I64) -> Value:
-        return self._f.field(self._op, offset(OPERATION, name), type)
-
-    def token(self, number: Value) -> Callable[..., Value]:
-        at = self.run("tokens", PTR) + number * TOKEN.itemsize
-        return lambda name, type=I64: self._f.field(at, offset(TOKEN, name), type)
-
-    def entry(self, number: Value) -> Callable[[str], Value]:
-        at = self.run("entries", PTR) + number * ENTRY.itemsize
-        return lambda name: self._f.field(at, offset(ENTRY, name))
-
-
-def vectors(f: Function, n: Value) -> AbstractContextManager[Value]:
-    """Loop over n floats (filled up to a multiple of 16), giving byte offsets."""
-    return f.range(0, ((n + 15) >> 4) << 6, 4 * LANES)
 
 
 def cache_of(r: Records, token: Callable[..., Value], kv: Value) -> Value:

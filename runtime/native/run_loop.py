@@ -10,8 +10,9 @@ the stages compute.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native import sizes, stages
+from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import CACHE_LINE, OPERATION, RUN, WORKER, offset
 
 ASLEEP = 1
@@ -75,7 +76,7 @@ def _define_tasks(module: Module) -> None:
     """tasks(run, op, n): how many tasks an operation has for n tokens."""
     with module.function("tasks", {"run": PTR, "op": PTR, "n": I64}, returns=I64) as f:
         run, op, n = f.args()
-        r = stages.Records(f, run, op)
+        r = Records(f, run, op)
         kind = r.op("kind")
         with f.when(n.equals(0)):
             f.ret(0)
@@ -95,7 +96,7 @@ def _work(f: Function) -> None:
         with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
             f.ret()  # the threads end: nobody looks at the results
         op = f.field(run, offset(RUN, "program"), PTR) + number * OPERATION.itemsize
-        r = stages.Records(f, run, op)
+        r = Records(f, run, op)
         own = r.run("scratch", PTR) + tid * r.run("scratch_stride")
         n = f.select(r.op("tail").equals(1), r.run("n_logits"), r.run("n_tokens"))
         kind = r.op("kind")

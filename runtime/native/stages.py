@@ -10,9 +10,9 @@ has the rest.
 from __future__ import annotations
 
 from pocketlm.runtime.native import attention, sizes
-from pocketlm.runtime.native.attention import Records, vectors
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.sizes import (
     AS_IT_IS,
     LANES,
