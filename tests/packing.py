@@ -9,8 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tiny_models import write_model
 
 from pocketlm.build import pe
+from pocketlm.build.pack import open_stub, pack
+from pocketlm.build.persona import Persona
+from pocketlm.build.selftest import reference
 
 COOKIE = struct.Struct("!8sIIII64s")  # PyInstaller's, written down anew, as is the rest of its archives
 
@@ -57,6 +61,20 @@ def mach_o(boot: int) -> bytes:
     ]
     body = b"".join(commands)
     return struct.pack("<8I", 0xFEEDFACF, 0x0100000C, 0, 2, len(commands), len(body), 0x85, 0) + body
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+def tiny_chat_model(folder: Path) -> Path:
+    """A tiny model with a chat template. Its answers are noise, but always the same noise."""
+    return write_model(folder / "model.gguf", format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+
+
+def pack_friend(model: Path, stub: Path, folder: Path) -> Path:
+    """The model as a program whose title is not ASCII, and that answers alike every time."""
+    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
+    return pack(model, open_stub(stub), folder / "friend", persona, reference)
 
 
 def real_stub(folder: Path) -> Path:

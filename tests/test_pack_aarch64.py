@@ -13,16 +13,11 @@ import zlib
 from pathlib import Path
 
 import pytest
-from packing import composed_stub
-from tiny_models import write_model
+from packing import composed_stub, pack_friend, tiny_chat_model
 
 import pocketlm
-from pocketlm.build.pack import open_stub, pack
-from pocketlm.build.persona import Persona
-from pocketlm.build.selftest import reference
 from pocketlm.runtime.container import program_place
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 ROOT, QEMU = os.environ.get("POCKETLM_ARM64_ROOT"), shutil.which("qemu-aarch64-static")
 _ELF = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 _MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
@@ -37,15 +32,13 @@ exec chroot "$root" /tmp/friend/friend "$@"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.gguf"
-    return write_model(path, format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+    return tiny_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def friend(model, request, tmp_path_factory):
     stub = composed_stub("linux-aarch64", Path(request.config.cache.mkdir("pocketlm-stub")))
-    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
-    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
+    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
 
 
 def run(program, *arguments, stdin="", cpu="cortex-a72"):

@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from packing import real_stub
+from packing import TEMPLATE, pack_friend, real_stub, tiny_chat_model
 from tiny_models import write_model
 
 import pocketlm
@@ -21,7 +21,6 @@ from pocketlm.build.selftest import reference
 from pocketlm.runtime import container
 from pocketlm.runtime.gguf_reader import open_gguf
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 BARE = {"PATH": os.environ.get("PATH", ""), "TMPDIR": os.environ.get("TMPDIR", "/tmp")}
 
 try:
@@ -34,8 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests dri
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.gguf"
-    return write_model(path, format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+    return tiny_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +41,7 @@ def friend(model, request, tmp_path_factory):
     """A tiny model in a real stub. Its answers are noise, but always the same noise."""
 
     stub = real_stub(Path(request.config.cache.mkdir("pocketlm-stub")))
-    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
-    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
+    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
 
 
 def run(program, *arguments, stdin="", **environment):

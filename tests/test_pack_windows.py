@@ -6,17 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from packing import composed_stub
+from packing import composed_stub, pack_friend, tiny_chat_model
 from tiny_models import write_model
 from wine_runner import environment_for, needs_wine, prefix, run_windows
 
 import pocketlm
-from pocketlm.build.pack import open_stub, pack
-from pocketlm.build.persona import Persona
-from pocketlm.build.selftest import reference
 from pocketlm.runtime import container
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 pytestmark = needs_wine
 
@@ -28,15 +23,13 @@ def home(request):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.gguf"
-    return write_model(path, format="Q4_0", metadata={"tokenizer.chat_template": TEMPLATE})
+    return tiny_chat_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def friend(model, request, tmp_path_factory):
     stub = composed_stub("windows-x86_64", Path(request.config.cache.mkdir("pocketlm-stub")))
-    persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
-    return pack(model, open_stub(stub), tmp_path_factory.mktemp("friend") / "friend", persona, reference)
+    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
 
 
 def windows_path(path):
