@@ -20,7 +20,7 @@ import numpy as np
 
 from pocketlm import __version__
 from pocketlm.bench.settling import settle
-from pocketlm.runtime import blas
+from pocketlm.runtime import blas_threads
 from pocketlm.runtime.memory import available_bytes
 from pocketlm.runtime.threads import ThreadPool, default_threads, share
 
@@ -118,7 +118,7 @@ class Steady:
         self.times: dict[str, list[float]] = {"compute": [], "memory": []} | ({"threads": []} if n_threads > 1 else {})
 
     def check(self) -> None:
-        with blas.one_thread(self):  # BLAS's own threads would spin on while the next backend is measured
+        with blas_threads.one_thread(self):  # BLAS's own threads would spin on while the next backend is measured
             self.times["compute"].append(_seconds(lambda: self._small @ self._small, 20))
             self.times["memory"].append(_seconds(lambda: np.add.reduce(self._large.view(np.int64)), 3))
             if self._threads > 1:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pocketlm.build.archive import damaged_entries
+from pocketlm.build.archive_reader import damaged_entries
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime import container
 from pocketlm.runtime.container import TITLES, Packed

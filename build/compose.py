@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pocketlm import __version__
-from pocketlm.build import blas, bytecode, carchive, elf, licences, macho, modules, pe, wheels
-from pocketlm.build.carchive import Code, Entry
+from pocketlm.build import archive_writer, blas, bytecode, elf, licences, macho, modules, pe, wheels
+from pocketlm.build.archive_writer import Code, Entry
 from pocketlm.build.contents import EXCLUDED
 from pocketlm.build.sources import copy_sources, host_platform
 from pocketlm.errors import FileError, PocketlmError
@@ -81,7 +81,7 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
         tree = _unpack(fetched, Path(temporary), is_own)
         entries = _entries(platform, layout, tree, fetched)
-        program = carchive.program(entries, PYTHON, layout.library)
+        program = archive_writer.program(entries, PYTHON, layout.library)
         boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
             with open(part, "x+b") as file:
@@ -195,14 +195,14 @@ def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, 
     binaries = _binaries(platform, layout, tree, found.compiled)
     libraries = [PurePosixPath(e.name.replace("\\", "/")).name for e in binaries if not _is_module(e.name)]
     return [
-        *(Entry(carchive.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
-        *(Entry(carchive.SCRIPT, name, marshalled[name]) for name in scripts),
+        *(Entry(archive_writer.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
+        *(Entry(archive_writer.SCRIPT, name, marshalled[name]) for name in scripts),
         *binaries,
-        Entry(carchive.DATA, "base_library.zip", carchive.library(base, magic)),
-        Entry(carchive.DATA, KERNELS, kernels.read_bytes()),
-        Entry(carchive.DATA, licences.NAME, licences.collect(fetched, tree.licences, tree.library, libraries).encode()),
-        Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(rest, magic)),
-        Entry(carchive.OPTION, "X utf8=1"),
+        Entry(archive_writer.DATA, "base_library.zip", archive_writer.library(base, magic)),
+        Entry(archive_writer.DATA, KERNELS, kernels.read_bytes()),
+        Entry(archive_writer.DATA, licences.NAME, licences.collect(fetched, tree.licences, tree.library, libraries).encode()),
+        Entry(archive_writer.MODULES, "PYZ.pyz", archive_writer.modules(rest, magic)),
+        Entry(archive_writer.OPTION, "X utf8=1"),
     ]
 
 
@@ -248,7 +248,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
         if "openblas" in name and blas.is_replaceable(path, users):
             contents[name] = blas.library_for(path, users, PLATFORMS[platform].machine)
             contents = {other: data for other, data in contents.items() if not PurePosixPath(other).name.startswith(_FORTRAN)}
-    return [Entry(carchive.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
+    return [Entry(archive_writer.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
 
 
 def _is_module(name: str) -> bool:

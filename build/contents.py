@@ -12,11 +12,11 @@ BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "ir", "matrix")),
     *(f"runtime/native/{name}.py" for name in ("record_reader", "run_loop", "stages", "topk", "vector_math")),
     *(f"build/{name}.py" for name in (
-        "contents", "blas", "bytecode", "carchive", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
+        "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
         "wheels",
     )),
 }  # fmt: skip
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive", "check", "icon")}
+LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
 FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # with all that they import, but for:
 
 # Modules that somebody imports and a conversation never reaches

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from pocketlm import __version__
 from pocketlm.build import macho, pe
-from pocketlm.build.archive import damaged_entries
+from pocketlm.build.archive_reader import damaged_entries
 from pocketlm.build.icon import images
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.tiled_gguf import store, unstore

@@ -7,7 +7,7 @@ models.
 
 from typing import Any, TextIO
 
-from pocketlm.chat import commands, saved, transcript
+from pocketlm.chat import saved, slash_commands, transcript
 from pocketlm.chat.console import BOLD, Console, OutputClosed
 from pocketlm.chat.dialogue import Chat, count
 from pocketlm.chat.endings import Terminated
@@ -48,7 +48,7 @@ def run(
     console = Console(stdin, stdout, stderr, one_shot=question is not None)
     keeping = console.interactive if save is None else save
     folder = transcript.data_folder() if keeping else None
-    console.use(commands.complete, folder / "history" if folder else None)
+    console.use(slash_commands.complete, folder / "history" if folder else None)
     chat = Chat(model, console, sampling, keeping, model_id, program)
     try:
         with chat.endings:
@@ -83,7 +83,7 @@ def _converse(chat: Chat, question: str | None, lines: bool) -> int:
     if question is not None:
         text = console.read_all(lambda line: False) if console.piped else ""
         _handled(chat, "\n".join(filter(None, (question.encode("utf-8", "replace").decode(), text))), as_text=True)
-    elif console.piped and not lines and (text := console.read_all(commands.is_command)) is not None:
+    elif console.piped and not lines and (text := console.read_all(slash_commands.is_command)) is not None:
         _handled(chat, text, as_text=True)
     else:
         _loop(chat)
@@ -112,7 +112,7 @@ def _handled(chat: Chat, message: str, as_text: bool = False) -> None:
     """Carry out a command or answer a message (`as_text`: a slash at its beginning means nothing); errors become notes."""
     try:
         if message.startswith("/") and not message.startswith("//") and not as_text:
-            commands.run(chat, message)
+            slash_commands.run(chat, message)
         elif message.strip():
             chat.ask(message[1:] if message.startswith("//") and not as_text else message)
     except PocketlmError as error:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime import blas
+from pocketlm.runtime import blas_threads
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.ids import check_ids
@@ -95,7 +95,7 @@ class NumpyExecutor:
         are wanted). Logits float32 [rows, n_vocab] for each. Raises PocketlmError as `forward` does, before anything is done.
         """
         # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
-        with self._one_at_a_time.here, blas.one_thread(self):
+        with self._one_at_a_time.here, blas_threads.one_thread(self):
             self._check_open()
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), rows) for c, ids, rows in work]
             logits = [self._append(*one) for one in checked]

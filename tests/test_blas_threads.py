@@ -13,7 +13,7 @@ from interrupts import needs_timer, signal_storm
 from test_thread_pool import IDS, logits, model
 
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime import blas, numpy_executor
+from pocketlm.runtime import blas_threads, numpy_executor
 
 OTHERS = 3  # what somebody else has chosen
 
@@ -39,17 +39,17 @@ def choose(n):
 
 @pytest.fixture(autouse=True)
 def others():
-    if sys.platform != "linux" or blas.n_threads() is None:
+    if sys.platform != "linux" or blas_threads.n_threads() is None:
         pytest.skip("looks for OpenBLAS in /proc/self/maps")
     before = now()
     choose(OTHERS)
     yield
     choose(before)
-    assert blas._shared.before is None
+    assert blas_threads._shared.before is None
 
 
 def test_both_read_the_same_number():
-    assert blas.n_threads() == now() == OTHERS
+    assert blas_threads.n_threads() == now() == OTHERS
 
 
 def test_products_use_one_thread_and_give_the_others_back(monkeypatch):
@@ -103,7 +103,7 @@ def test_errors_give_the_threads_back():
 
 
 def test_a_number_that_somebody_chooses_meanwhile_stays():
-    with blas.one_thread(object_ := model(1)):
+    with blas_threads.one_thread(object_ := model(1)):
         choose(2)
     assert now() == 2
     object_.close()
@@ -117,7 +117,7 @@ def test_interrupted_forwards_give_the_threads_back():
         logits(executor)
         assert now() == OTHERS
 
-    assert signal_storm(lambda: logits(executor), check, 40, 4, blas, numpy_executor) >= 40
+    assert signal_storm(lambda: logits(executor), check, 40, 4, blas_threads, numpy_executor) >= 40
     executor.close()
 
 
@@ -126,12 +126,12 @@ def test_a_user_that_is_gone_does_not_keep_the_number_down():
         pass
 
     first, second = User(), User()
-    visit = blas.one_thread(first)
+    visit = blas_threads.one_thread(first)
     visit.__enter__()  # and never leaves
-    blas._shared.users.discard(first)
+    blas_threads._shared.users.discard(first)
     del first, visit
     gc.collect()
-    with blas.one_thread(second):
+    with blas_threads.one_thread(second):
         assert now() == 1
     assert now() == OTHERS
 
@@ -139,10 +139,10 @@ def test_a_user_that_is_gone_does_not_keep_the_number_down():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_forked_while_another_thread_changes_the_number_does_not_hang():
-    with blas._shared.lock:
+    with blas_threads._shared.lock:
         child = os.fork()
         if not child:
-            with blas.one_thread(model(1)):
+            with blas_threads.one_thread(model(1)):
                 os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from chat_fake import FakeModel
 
-from pocketlm.chat import commands
+from pocketlm.chat import slash_commands
 from pocketlm.chat.repl import run
 from pocketlm.cli import main
 from pocketlm.errors import PocketlmError
@@ -139,12 +139,12 @@ def test_the_help_says_how_pipes_are_read(capsys):
         assert word in text
 
 
-@pytest.mark.parametrize("name", commands.COMMANDS)
+@pytest.mark.parametrize("name", slash_commands.COMMANDS)
 def test_every_command_is_recognised_in_a_pipe(name):
-    assert commands.is_command(f"/{name}\n")
-    assert commands.is_command(f"/{name.upper()} 1\r\n")
-    assert not commands.is_command(f"//{name}")
-    assert not commands.is_command(f"text /{name}")
+    assert slash_commands.is_command(f"/{name}\n")
+    assert slash_commands.is_command(f"/{name.upper()} 1\r\n")
+    assert not slash_commands.is_command(f"//{name}")
+    assert not slash_commands.is_command(f"text /{name}")
 
 
 def test_a_pipe_into_a_terminal_is_wrapped_and_has_no_prompt(terminal, tmp_path):

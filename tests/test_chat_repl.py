@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chat_fake import FakeModel
 
-from pocketlm.chat import commands, transcript
+from pocketlm.chat import slash_commands, transcript
 from pocketlm.chat.repl import run
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.terminal_text import without_controls
@@ -139,7 +139,7 @@ REQUIRED = (
 
 
 def test_the_table_holds_every_command_and_help_shows_each():
-    assert list(commands.COMMANDS) == REQUIRED.split()
+    assert list(slash_commands.COMMANDS) == REQUIRED.split()
     notes = chat("/help")[1]
     assert [line.split()[0] for line in notes.splitlines()[:-1]] == [f"/{name}" for name in REQUIRED.split()]
 
@@ -227,7 +227,7 @@ def test_stats_shows_speed_and_context():
     ],
 )
 def test_tab_completes_commands(line, words):
-    assert commands.complete(line) == words
+    assert slash_commands.complete(line) == words
 
 
 # ---- what is kept -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import textwrap
 import pyte
 import pytest
 
-from pocketlm.chat.commands import COMMANDS
+from pocketlm.chat.slash_commands import COMMANDS
 from pocketlm.chat.wrapping import Wrapper, wrapped
 
 WORDS = ["a", "to", "fox", "tale", "don't", "well-known", "é", "naïve", "Zażółć", "extraordinarily", "x" * 30, "x" * 75]

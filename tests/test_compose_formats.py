@@ -13,7 +13,7 @@ import pytest
 from packing import mach_o
 from signatures import check_signature
 
-from pocketlm.build import bytecode, carchive, elf, icon, licences, macho, modules, pe
+from pocketlm.build import archive_writer, bytecode, elf, icon, licences, macho, modules, pe
 from pocketlm.errors import FileError, PocketlmError
 
 CODE = bytes.fromhex("8d0411c3")  # lea eax, [rcx + rdx]; ret, in Windows' convention
@@ -255,16 +255,17 @@ def test_bytecode_is_the_same_whoever_compiles_it(tmp_path):
 def test_pyinstaller_reads_the_archive(tmp_path):
     readers = pytest.importorskip("PyInstaller.archive.readers", reason="PyInstaller reads its archives")
     code = marshal.dumps(compile("x = 1", "m.py", "exec"))
-    codes = {"m": carchive.Code(False, code), "p": carchive.Code(True, code), "p.q": carchive.Code(False, code)}
+    codes = {name: archive_writer.Code(name == "p", code) for name in ("m", "p", "p.q")}
     from importlib.util import MAGIC_NUMBER
 
     entries = [
-        carchive.Entry(carchive.SCRIPT, "start", code), carchive.Entry(carchive.BINARY, "a/b.so", b"library" * 99),
-        carchive.Entry(carchive.MODULES, "PYZ.pyz", carchive.modules(codes, MAGIC_NUMBER)),
-        carchive.Entry(carchive.OPTION, "X utf8=1"),
+        archive_writer.Entry(archive_writer.SCRIPT, "start", code),
+        archive_writer.Entry(archive_writer.BINARY, "a/b.so", b"library" * 99),
+        archive_writer.Entry(archive_writer.MODULES, "PYZ.pyz", archive_writer.modules(codes, MAGIC_NUMBER)),
+        archive_writer.Entry(archive_writer.OPTION, "X utf8=1"),
     ]  # fmt: skip
     path = tmp_path / "program"
-    path.write_bytes(b"boot" * 1000 + carchive.program(entries, sys.version_info[:2], "libpython.so"))
+    path.write_bytes(b"boot" * 1000 + archive_writer.program(entries, sys.version_info[:2], "libpython.so"))
     read = readers.CArchiveReader(str(path))
     assert read.extract("a/b.so") == b"library" * 99
     assert read.options == ["X utf8=1"]
@@ -276,9 +277,9 @@ def test_pyinstaller_reads_the_archive(tmp_path):
 def test_python_starts_from_its_own_archive(tmp_path):
     from importlib.util import MAGIC_NUMBER
 
-    code = carchive.Code(False, marshal.dumps(compile("answer = 42", "m.py", "exec")))
+    code = archive_writer.Code(False, marshal.dumps(compile("answer = 42", "m.py", "exec")))
     path = tmp_path / "base.zip"
-    path.write_bytes(carchive.library({"m": code, "p": code._replace(is_package=True), "p.q": code}, MAGIC_NUMBER))
+    path.write_bytes(archive_writer.library({"m": code, "p": code._replace(is_package=True), "p.q": code}, MAGIC_NUMBER))
     command = [sys.executable, "-c", "import m, p.q; print(m.answer + p.answer + p.q.answer)"]
     done = subprocess.run(command, env={"PYTHONPATH": str(path)}, capture_output=True)
     assert done.stdout.split() == [b"126"]

@@ -8,7 +8,7 @@ from fuzz_packed import check
 from packing import fake_stub
 from tiny_models import write_model
 
-from pocketlm.build.archive import damaged_entries
+from pocketlm.build.archive_reader import damaged_entries
 from pocketlm.build.check import parts_of
 from pocketlm.build.pack import open_stub, pack, set_persona
 from pocketlm.build.persona import Persona

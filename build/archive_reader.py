@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pocketlm.build.carchive import ENTRY
+from pocketlm.build.archive_writer import ENTRY
 from pocketlm.errors import FileError
 from pocketlm.runtime.container import COOKIE, program_place
 
