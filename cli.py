@@ -397,6 +397,12 @@ def _train() -> Any:
     return command
 
 
+def _serve() -> Any:
+    from pocketlm.serve import command
+
+    return command
+
+
 def _bench() -> Any:
     from pocketlm.bench import command
 
@@ -406,6 +412,7 @@ def _bench() -> Any:
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "chats": _folder("List, delete or export saved conversations.", _chats),
+    "serve": _folder("Answer programs and a page in the browser.", _serve),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
     "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export),
     "pack": _folder("Make one executable out of a model.", _build("pack")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,3 +274,11 @@ class Model:
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:
         """Answer the last of the messages, as `Conversation.chat` does, in a session of the model's own."""
         return self._session.chat(messages, **options)
+
+    def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
+        """`generate` for an `async for`, as `Conversation.agenerate`."""
+        return self._session.agenerate(prompt, **options)
+
+    def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
+        """`chat` for an `async for`, as `Conversation.achat`."""
+        return self._session.achat(messages, **options)

@@ -41,6 +41,7 @@ class Piece:
     generation_seconds: float = 0.0  # from there to the end, what the caller does between records included
     note: str = ""  # what a user should know about this answer, such as that the context was full
     dropped_turns: int = 0  # of a conversation (`Model.chat`): how many of its oldest turns the model did not see
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # ids and logprobs of the likeliest tokens here, where that was asked for
 
 
 class Decoder(Protocol):

@@ -32,6 +32,9 @@ Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
 penalty, no filter; computed in float32 (error about 1e-6), NaN from a sampler made with `logprobs=False`.
 """
 
+Process = Callable[[np.ndarray, Sequence[int]], None]
+"""(a copy of the logits float32 (n_vocab,), ids so far): changes the logits in place."""
+
 GREEDY_BELOW = 1e-5  # a temperature this low is greedy: dividing by it would only overflow
 FIRST_NUCLEUS = 256  # how many tokens are looked at first where top-p is the only filter; a peaked distribution needs few
 N_ROWS = 64  # the vocabulary seen as this many rows: NumPy reduces over rows several times faster than along one
@@ -98,22 +101,26 @@ def make_sampler(
     selection: Selection | None = None,
     exempt: Set[int] = frozenset(),
     logprobs: bool = True,
+    process: Process | None = None,
     **options: Any,
 ) -> Sampler:
     """The sampler for `options`, the fields of SamplingOptions. Its draws depend on the seed and the logits alone.
 
     `selection` is how an executor finds the largest logits and sums them up; NumPy's way where it is None. The penalties leave
     `exempt` ids alone: the end tokens, of which a chat's prompt is full, and an answer must be able to end. `logprobs=False`
-    saves a pass over the vocabulary for a caller that does not look at them. Raises UsageError for a bad option. The
+    saves a pass over the vocabulary for a caller that does not look at them. `process(logits, ids)` changes a copy of the logits
+    in place, after bias and penalties: -inf for a token that may not come, as a grammar wants it. Raises UsageError for a bad option. The
     sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
     """
     o = SamplingOptions(**options)
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
-    adjust: list[Callable[[np.ndarray, Sequence[int]], None]] = []
+    adjust: list[Process] = []
     if o.logit_bias:
         adjust.append(_bias(o.logit_bias, n_vocab))
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
         adjust.append(_penalties(o, exempt))
+    if process is not None:
+        adjust.append(process)
     choose = (
         _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, selection.top_k if selection else top_k)
     )
