@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -68,9 +68,15 @@ async def _defect(request: Request, error: Exception) -> Response:
 async def read_json(request: Request) -> Any:
     """The body. Raises ApiError where it is too large, too slow or no JSON."""
     try:
-        return json.loads(await asyncio.wait_for(_body(request), READ_SECONDS))
+        text = (await asyncio.wait_for(_body(request), READ_SECONDS)).decode()  # json.loads would let half characters in
+        content = json.loads(text)
+        if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except (TimeoutError, asyncio.TimeoutError):
         raise ApiError(408, f"the body did not come in {READ_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client hung up") from None
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is no JSON in UTF-8") from None
 
@@ -115,7 +121,7 @@ class Api:
     async def tokenize(self, request: Request) -> Response:
         body = await read_json(request)
         flags = ("add_special", "parse_special", "with_pieces")
-        content = _field(body, "content", fields.is_text, "a text")
+        content = _field(body, "content", lambda value: isinstance(value, str), "a text")
         special, parsed, pieces = (_field(body, name, lambda value: isinstance(value, bool), "true or false") for name in flags)
         tokenizer = self._model.tokenizer
         try:

@@ -96,11 +96,6 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def is_text(value: object) -> bool:
-    """A string without lone surrogates, which JSON can spell and no tokenizer can take."""
-    return isinstance(value, str) and (value.isascii() or value == value.encode("utf-8", "ignore").decode())
-
-
 def _number(ask: Ask, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _bad(name, "must be a number")
@@ -126,7 +121,7 @@ def _seed(name: str, value: Any) -> int | None:
 
 def _stop(name: str, value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(is_text(stop) and stop for stop in stops):
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise _bad(name, "must be a text or a list of texts, each of at least one character")
     if len(stops) > MOST_STOPS or sum(map(len, stops)) > MOST_STOP_CHARACTERS:
         raise _bad(name, f"holds more than {MOST_STOPS} texts, or more than {MOST_STOP_CHARACTERS} characters")
@@ -177,7 +172,7 @@ def _message(name: str, message: Any) -> dict[str, str]:
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 raise _bad(f"{name}.content", "must be a text, or a list of parts of type text")
         content = "".join(part["text"] for part in content)
-    if not is_text(content):
+    if not isinstance(content, str):
         raise _bad(f"{name}.content", "must be a text")
     return {"role": ROLES[role], "content": content}
 
@@ -186,7 +181,7 @@ def _prompt(ask: Ask, name: str, value: Any) -> None:
     """A text, several, ids, or several lists of ids."""
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(id) is int for id in value)):
         value = [value]
-    if not isinstance(value, list) or not all(is_text(each) or _is_ids(each) for each in value):
+    if not isinstance(value, list) or not all(isinstance(each, str) or _is_ids(each) for each in value):
         raise _bad(name, "must be a text, a list of texts, ids of tokens, or a list of such")
     if not 1 <= len(value) <= MOST_CHOICES:
         raise _bad(name, f"must hold 1 to {MOST_CHOICES} prompts")

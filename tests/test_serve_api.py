@@ -174,7 +174,6 @@ MESSAGES = {
     "no content": [{"role": "user"}],
     "a picture": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
     "a call of a tool": [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
-    "half a character": [{"role": "user", "content": "\ud800"}],
     "no object": ["x"],
 }
 
@@ -184,6 +183,12 @@ def test_messages_that_are_none(server, messages):
     reply = server.post(CHAT, hello(messages=messages))
     assert reply.status == 400
     assert "messages[0]" in reply.error["message"]
+
+
+def test_half_a_character_is_no_text_wherever_it_is(server):
+    for field in ({"messages": [{"role": "user", "content": "\ud800"}]}, {"\ud800": 1}, {"stop": ["\udfff"]}, {"model": "\udc00"}):
+        assert server.post(CHAT, hello(**field)).status == 400
+    assert server.post(CHAT, b'{"model": "\xed\xa0\x80"}').status == 400
 
 
 def test_content_may_come_in_parts(server):
