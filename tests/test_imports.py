@@ -23,7 +23,12 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.evaluation runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command train.command"
-        " terminal_text"
+        " serve.command terminal_text"
+    ),
+    # the engine with another face: it asks a model, and knows no kernels
+    "serve": (
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.templates chat.saved"
+        " chat.transcript cli_options terminal_text"
     ),
     "bench": "errors pocketlm model tokenizer runtime runtime.native export",
     "build": (
@@ -34,7 +39,8 @@ ALLOWED = {
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors tokenizer runtime chat.templates",
-    "conversation": "errors tokenizer runtime chat.templates",
+    "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "asynchronous": "",
     "cli_options": "runtime.sampling",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
