@@ -184,10 +184,11 @@ def _parse(path: Path, data: bytes) -> Conversation:
 def checked(content: dict[str, Any]) -> Conversation | None:
     """The conversation in the object of a file; None where that is none."""
     messages, texts = content.get("messages"), [content.get(name, "") for name in ("system", "model", "model_id")]
-    if not (_are_messages(messages) and all(map(_is_text, texts))):
+    if not (isinstance(messages, list) and _are_messages(messages) and all(map(_is_text, texts))):
         return None
     others = content.get("branches", [])
-    if not (isinstance(others, list) and all(isinstance(other, dict) and _are_messages(other.get("messages")) for other in others)):
+    whole = isinstance(others, list) and all(isinstance(other, dict) for other in others)
+    if not (whole and all(_are_messages(other.get("messages")) for other in others)):
         return None
     branches = [{"at": other.get("at"), "messages": _kept(other["messages"])} for other in others]
     if not all(type(branch["at"]) is int and 0 <= branch["at"] <= len(messages) for branch in branches):

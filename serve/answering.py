@@ -120,7 +120,7 @@ class Answerer:
     # ---- answers
 
     async def begin(self, ask: Ask, prompts: Prompts) -> Answer:
-        """Wait for a slot, and answer. Raises ApiError 429 where too many wait, 503 where it took too long or the server stops."""
+        """Wait for a slot, and answer. Raises ApiError: 429 where too many wait, 503 where none is free in time."""
         if self.stopping:
             raise ApiError(503, STOPPING, retry_after=5)
         try:

@@ -55,7 +55,8 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    message = {404: "there is nothing at this address", 405: "this address wants another method"}.get(error.status_code, "refused")
+    messages = {404: "there is nothing at this address", 405: "this address wants another method"}
+    message = messages.get(error.status_code, "refused")
     response = ApiError(error.status_code, message, "invalid_request_error").response()
     response.headers.update(error.headers or {})
     return response

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: this computer alone)")
     group.add_argument("--port", type=int, default=PORT, metavar="N", help=f"default {PORT}; 0: any that is free")
     group.add_argument("--slots", type=int, default=8, metavar="N", help="answers at the same time (default 8)")
-    group.add_argument("--timeout", type=float, default=SECONDS, metavar="S", help="longest wait, and longest answer, in seconds")
+    group.add_argument("--timeout", type=float, default=SECONDS, metavar="S", help="longest wait and answer, in seconds")
     group.add_argument("--api-key", metavar="KEY", help="programs must send it; also from $POCKETLM_API_KEY")
     group.add_argument("--open", action="store_true", help="let everybody in the network ask, without a key")
     group.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let the pages of a site ask: https://…")

@@ -20,7 +20,9 @@ MOST_STOPS, MOST_STOP_CHARACTERS = 64, 4096
 MOST_LIKELIEST = 20  # OpenAI's bound of top_logprobs
 COMPLETION_TOKENS = 16  # what OpenAI's protocol says of max_tokens in /v1/completions where it is not given
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty")
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 # Fields of the protocol that cannot be had, with the values that ask for nothing
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -194,7 +196,8 @@ def _is_ids(value: Any) -> bool:
 
 def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
     if value is not False:
-        ask.logprobs, ask.options["top_logprobs"] = True, int(value) if value is True else _whole(name, value, 0, MOST_LIKELIEST)
+        ask.logprobs = True
+        ask.options["top_logprobs"] = 1 if value is True else _whole(name, value, 0, MOST_LIKELIEST)
 
 
 def _max_tokens(name: str, value: Any) -> int:

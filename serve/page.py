@@ -37,7 +37,9 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 class Page:
     """`model_id`: what conversations with the model are recognised by; "": by its fingerprint."""
 
-    def __init__(self, answerer: Answerer, policy: Policy, persona: Mapping[str, str], model_id: str, defaults: Mapping[str, Any]):
+    def __init__(
+        self, answerer: Answerer, policy: Policy, persona: Mapping[str, str], model_id: str, defaults: Mapping[str, Any]
+    ):  # fmt: skip
         self._answerer, self._policy, self._persona, self._defaults = answerer, policy, persona, defaults
         self._model, self._model_id = answerer.model, model_id
         self._codes: set[str] = set()
@@ -105,8 +107,10 @@ class Page:
                 continue
             if _NAME.fullmatch(path.stem):
                 first = conversation.messages[0]["content"] if conversation.messages else ""
-                rows.append({"name": path.stem, "model": conversation.model, "own": conversation.model_id == own,
-                             "changed": changed, "turns": conversation.n_turns, "words": " ".join(first.split())[:80]})  # fmt: skip
+                rows.append({
+                    "name": path.stem, "model": conversation.model, "own": conversation.model_id == own, "changed": changed,
+                    "turns": conversation.n_turns, "words": " ".join(first.split())[:80],
+                })  # fmt: skip
         return rows
 
     def _id(self) -> str:

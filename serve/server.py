@@ -22,8 +22,9 @@ from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve import without_tls
 
 without_tls.settle()
-import anyio._backends._asyncio  # noqa: E402, F401: chosen by its name at run time; a packed program must have it
-import uvicorn.lifespan.off  # noqa: E402, F401: the same
+# the first three are chosen by their names at run time: these lines put them into a packed program
+import anyio._backends._asyncio  # noqa: E402, F401
+import uvicorn.lifespan.off  # noqa: E402
 import uvicorn.loops.asyncio  # noqa: E402, F401
 from uvicorn.config import Config  # noqa: E402
 from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
@@ -84,7 +85,8 @@ class Server(Uvicorn):
         config = Config(
             app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
             server_header=False, date_header=True, limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=HEAD_BYTES,
-            timeout_keep_alive=HEAD_SECONDS, timeout_graceful_shutdown=STOP_SECONDS, proxy_headers=False, interface="asgi3",
+            timeout_keep_alive=int(HEAD_SECONDS) or 1, timeout_graceful_shutdown=STOP_SECONDS,
+            proxy_headers=False, interface="asgi3",
         )  # fmt: skip
         super().__init__(config)
         self._stopping, self._listening = stopping, listening

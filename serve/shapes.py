@@ -54,7 +54,7 @@ class Shape:
         return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, n)}
 
     def whole(self, answers: Sequence[tuple[str, list[Piece]]], n: int, wanted: bool, dropped_turns: int) -> dict[str, Any]:
-        """All answers at once. `answers`: text and pieces of each; `n`: answers to each prompt; `wanted`: their logprobs are."""
+        """All answers at once. `answers`: text and pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are."""
         choices = []
         for number, (text, pieces) in enumerate(answers):
             content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}

@@ -71,9 +71,8 @@ class Slots:
             try:
                 slot = await future
             except asyncio.CancelledError:
-                if future.done() and not future.cancelled():  # it was given one at the very moment when he left
-                    if future.exception() is None:
-                        self.give_back(future.result())
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    self.give_back(future.result())  # it was given one at the very moment when he left
                 raise
             finally:
                 clock.cancel()

@@ -6,7 +6,7 @@ of processes along. `settle` puts empty modules in their places; where Python ha
 
 from __future__ import annotations
 
-import asyncio  # noqa: F401: it must have found out for itself that there is no TLS
+import asyncio  # noqa: F401 (it must have found out for itself that there is no TLS)
 import importlib
 import importlib.util
 import sys

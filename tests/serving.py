@@ -1,4 +1,4 @@
-"""A server with a tiny model in a thread of the tests' own process, and a client that sends what it is told to, byte by byte."""
+"""A server with a tiny model in a thread of the tests' own process, and a client that sends what it is told to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from tiny_models import write_model
 import pocketlm
 
 pytest.importorskip("uvicorn", reason="uvicorn serves")
-from pocketlm.serve.answering import Answerer  # noqa: E402
-from pocketlm.serve.app import application  # noqa: E402
-from pocketlm.serve.guard import Policy  # noqa: E402
-from pocketlm.serve.page import Page  # noqa: E402
-from pocketlm.serve.server import Server, listen  # noqa: E402
+from pocketlm.serve.answering import Answerer
+from pocketlm.serve.app import application
+from pocketlm.serve.guard import Policy
+from pocketlm.serve.page import Page
+from pocketlm.serve.server import Server, listen
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -34,7 +34,8 @@ class Serving:
         self.model = pocketlm.load(path, threads=1)
         self.policy = policy or Policy()
         self.answerer = Answerer(self.model, [self.model.session() for _ in range(slots)], waiting, seconds)
-        self.page = Page(self.answerer, self.policy, {"title": "", "system": "", "greeting": "", **(persona or {})}, "", defaults)
+        texts = {"title": "", "system": "", "greeting": "", **(persona or {})}
+        self.page = Page(self.answerer, self.policy, texts, "", defaults)
         self._socket = listen("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         app = application(self.answerer, self.policy, defaults, self.page.routes())
@@ -87,10 +88,8 @@ class Serving:
     def raw(self, data: bytes, patience: float = 30.0) -> bytes:
         """What comes until the server closes the connection."""
         with self.connect(patience) as client:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has said all that it wants to
                 client.sendall(data)
-            except (BrokenPipeError, ConnectionResetError):  # it has said all that it wants to
-                pass
             return everything(client)
 
     def connect(self, patience: float = 30.0) -> socket.socket:

@@ -61,8 +61,9 @@ def test_a_stream_says_the_same_in_parts(server):
     assert reply.headers["content-type"].startswith("text/event-stream")
     first, *deltas, end, usage = reply.events
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
-    assert all(delta["choices"][0]["delta"].keys() == {"content"} and delta["choices"][0]["delta"]["content"] for delta in deltas)
-    text = "".join(delta["choices"][0]["delta"]["content"] for delta in deltas)
+    said = [delta["choices"][0]["delta"] for delta in deltas]
+    assert all(delta.keys() == {"content"} and delta["content"] for delta in said)
+    text = "".join(delta["content"] for delta in said)
     assert text == whole["choices"][0]["message"]["content"]
     assert (end["choices"][0]["delta"], end["choices"][0]["finish_reason"]) == ({}, "length")
     assert end["timings"]["predicted_n"] == 20
@@ -87,7 +88,8 @@ def test_completions_of_texts_and_of_ids(server, alone):
     assert both["usage"]["prompt_tokens"] == n, "a prompt counts once, however many answers it gets"
     streamed = server.post(COMPLETION, {"prompt": "the inn", "max_tokens": 6, "temperature": 0, "stream": True}).events
     assert "".join(event["choices"][0]["text"] for event in streamed) == wanted
-    assert len(server.post(COMPLETION, {"prompt": "a", "ignore_eos": True, "logprobs": 0}).json["choices"][0]["logprobs"]["tokens"]) == 16
+    default = server.post(COMPLETION, {"prompt": "a", "ignore_eos": True}).json
+    assert default["usage"]["completion_tokens"] == 16
 
 
 def test_a_seed_means_one_text_and_n_means_several(server):
@@ -186,7 +188,8 @@ def test_messages_that_are_none(server, messages):
 
 
 def test_half_a_character_is_no_text_wherever_it_is(server):
-    for field in ({"messages": [{"role": "user", "content": "\ud800"}]}, {"\ud800": 1}, {"stop": ["\udfff"]}, {"model": "\udc00"}):
+    message = {"role": "user", "content": "\ud800"}
+    for field in ({"messages": [message]}, {"\ud800": 1}, {"stop": ["\udfff"]}, {"model": "\udc00"}):
         assert server.post(CHAT, hello(**field)).status == 400
     assert server.post(CHAT, b'{"model": "\xed\xa0\x80"}').status == 400
 
