@@ -110,7 +110,8 @@ def make_sampler(
     `exempt` ids alone: the end tokens, of which a chat's prompt is full, and an answer must be able to end. `logprobs=False`
     saves a pass over the vocabulary for a caller that does not look at them. `process(logits, ids)` changes a copy of the
     logits in place, after bias and penalties: -inf for a token that may not come, as a grammar wants it. Raises UsageError
-    for a bad option. The sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
+    for a bad option. The sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all
+    -inf.
     """
     o = SamplingOptions(**options)
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)

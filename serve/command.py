@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", metavar="KEY", help="programs must send it; also from $POCKETLM_API_KEY")
     group.add_argument("--open", action="store_true", help="let everybody in the network ask, without a key")
     group.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let the pages of a site ask: https://…")
-    group.add_argument("--browser", action="store_true", help="open the page")
+    group.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open the page")
     group.add_argument("--system", default="", metavar="TEXT", help="what the page tells the model before a conversation")
     group.add_argument("--title", default="", metavar="TEXT", help="what the page calls the model")
     group.add_argument("--greeting", default="", metavar="TEXT", help="what the page says first")
@@ -39,6 +39,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until it is stopped; the exit status."""
     import pocketlm
+    from pocketlm.serve import without_tls
+
+    without_tls.stand_in()
     from pocketlm.serve.answering import Answerer
     from pocketlm.serve.app import application
     from pocketlm.serve.page import Page

@@ -21,14 +21,14 @@ from typing import Any
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve import without_tls
 
-without_tls.settle()
-# the first three are chosen by their names at run time: these lines put them into a packed program
-import anyio._backends._asyncio  # noqa: E402, F401
-import uvicorn.lifespan.off  # noqa: E402
-import uvicorn.loops.asyncio  # noqa: E402, F401
-from uvicorn.config import Config  # noqa: E402
-from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
-from uvicorn.server import Server as Uvicorn  # noqa: E402
+with without_tls.imports():
+    # the first three are chosen by their names at run time: these lines put them into a packed program
+    import anyio._backends._asyncio  # noqa: F401
+    import uvicorn.lifespan.off
+    import uvicorn.loops.asyncio  # noqa: F401
+    from uvicorn.config import Config
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.server import Server as Uvicorn
 
 HEAD_BYTES = 16 << 10  # of a request's head
 HEAD_SECONDS = 10.0  # from a connection, or from the last answer on it, until the head of the next request is there

@@ -6,8 +6,8 @@ In: pieces. Out: the objects of a response or of its stream. Knows no HTTP.
 from __future__ import annotations
 
 import math
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class Shape:
 
     def __init__(self, is_chat: bool, model: str, token_bytes: Callable[[int], bytes]):
         self._is_chat, self._token_bytes = is_chat, token_bytes
-        self._head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
+        self._head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}", "created": int(time.time()),
                       "model": model, "system_fingerprint": FINGERPRINT}  # fmt: skip
         self._offsets: dict[int, int] = {}  # characters of each completion so far, for its logprobs
 

@@ -1,7 +1,7 @@
-"""uvicorn and anyio where Python has no TLS, as in a packed program, which leaves OpenSSL out.
+"""uvicorn and anyio imported without what a packed program leaves out: TLS, uvicorn's command line and its processes.
 
-Both import `ssl` for names alone as long as nobody asks for TLS, and `import uvicorn` brings a command line and a supervisor
-of processes along. `settle` puts empty modules in their places; where Python has TLS it does nothing.
+`import uvicorn` brings a command line and a supervisor of processes along, and both packages import `ssl` for names alone as
+long as nobody asks for TLS. Where Python has TLS, nothing of that changes for anybody else in the process.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import asyncio  # noqa: F401 (it must have found out for itself that there is no
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +25,24 @@ class _Names(ModuleType):
         return type(name, (Exception,), {})
 
 
-def settle() -> None:
-    """To be called before uvicorn or anyio are imported."""
-    if importlib.util.find_spec("_ssl") is not None or "ssl" in sys.modules:
-        return
-    sys.modules["ssl"] = _Names("ssl")
-    spec = importlib.util.find_spec("uvicorn")
-    assert spec is not None
-    package = sys.modules["uvicorn"] = importlib.util.module_from_spec(spec)  # its folder, without what it would run
-    package.Config = importlib.import_module("uvicorn.config").Config  # pyright: ignore[reportAttributeAccessIssue]
+def stand_in() -> None:
+    """Where Python has no TLS, something takes its place. To be called before anything is imported that wants it."""
+    if importlib.util.find_spec("_ssl") is None:
+        sys.modules.setdefault("ssl", _Names("ssl"))
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Inside, parts of uvicorn can be imported without `import uvicorn`."""
+    stand_in()
+    before = sys.modules.get("uvicorn")
+    if before is None:
+        spec = importlib.util.find_spec("uvicorn")
+        assert spec is not None
+        package = sys.modules["uvicorn"] = importlib.util.module_from_spec(spec)  # its folder, without what it would run
+        package.Config = importlib.import_module("uvicorn.config").Config  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules["uvicorn"]  # who wants all of it gets that
