@@ -32,7 +32,7 @@ EXCLUDED = (
     "xmlrpc", "http.server", "http.cookiejar", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test",
     "optparse", "click", "uvicorn.main", "uvicorn.supervisors", "uvicorn._subprocess", "uvicorn.workers",
     "starlette.testclient", "starlette.templating", "starlette.schemas", "starlette.staticfiles", "anyio.pytest_plugin",
-    "anyio._backends._trio", "anyio.to_process", "anyio.to_interpreter", "idna", "sniffio", "_uuid",
+    "anyio._backends._trio", "idna", "sniffio", "_uuid",
     "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
     "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
     "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",

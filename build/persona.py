@@ -39,7 +39,7 @@ class Persona:
         """For a person."""
         shown = {"title": self.title, "system": self.system, "greeting": self.greeting}
         lines = [f"{name:<9} {text or '(the model’s own)'}" for name, text in shown.items()]
-        return [*lines, f"{'ui':<9} {self.ui or UIS[0]}", *self.arguments()]
+        return [*lines, *([f"{'ui':<9} {self.ui}"] * bool(self.ui)), *self.arguments()]
 
 
 def from_bytes(data: bytes, path: object) -> Persona:

@@ -116,11 +116,11 @@ def test_it_talks_in_the_browser(friend, tmp_path):
     """`--web`: the page, programs, conversations, all without TLS and whatever else is left out."""
     with web(friend, "--web", "--no-browser", XDG_DATA_HOME=str(tmp_path)) as (url, token):
         assert b"<script>" in ask(url + "/")
-        question = {"messages": [{"role": "user", "content": "hello"}]}
-        answer = json.loads(ask(url + "/v1/chat/completions", question))["choices"][0]["message"]["content"]
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+        answer = json.loads(ask(url + "/v1/chat/completions", {"messages": messages}))["choices"][0]["message"]["content"]
         assert answer + "\n" == run(friend, "chat", stdin="hello\n").stdout
         assert json.loads(ask(url + "/page/facts", token=token))["title"] == "Ada Ağaç Ёлка"
-        saved = {"messages": [*question["messages"], {"role": "assistant", "content": answer}]}
+        saved = {"messages": [messages[1], {"role": "assistant", "content": answer}]}
         name = json.loads(ask(url + "/page/chats", saved, token))["name"]
         assert (tmp_path / "pocketlm" / "chats" / f"{name}.json").exists()
 

@@ -21,6 +21,12 @@ import os, pathlib
 for name in [name for name in sys.modules if is_excluded(name)]:
     del sys.modules[name]
 sys.meta_path.insert(0, Nothing())
+import inspect
+
+def no_source(of):
+    raise OSError("there is no source in a packed program")
+
+inspect.getsource = no_source
 import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if is_excluded(name) else found(name, package)
