@@ -14,7 +14,7 @@ from pocketlm.terminal_text import print
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
 
-HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file or an Ollama model."
+HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file, an Ollama model or a Hugging Face folder."
 BAR = 24  # characters of the progress bar
 
 
@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="a .gguf or .onnx file; any other name makes a folder (fp16 bin)"
     )
-    parser.add_argument("--to", metavar="KIND", help="gguf, fp16, onnx or ollama; default: what OUT's ending says")
+    parser.add_argument("--to", metavar="KIND", help="gguf, fp16, onnx, ollama or huggingface; default: what OUT's ending says")
     model_options(parser)
     parser.add_argument(
         "--verify", nargs="?", const="", metavar="FILE", help="run the result and the float32 weights over a text and compare"
@@ -34,7 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a checkpoint; `pocketlm pack` takes them, too
     "--quant": {
         "metavar": "FORMAT",
-        "help": "GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8",
+        "help": "GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8; "
+        "Hugging Face: f16 (default) f32 bf16",
     },
     "--pure": {"action": "store_true", "help": "the output matrix in the same format as the others, not a better one"},
     "--set": {

@@ -26,6 +26,7 @@ from pocketlm.export.hyper_keys import file_metadata
 from pocketlm.export.llama_cpp_compat import stock_notes
 from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder, Progress
+from pocketlm.export.to_huggingface import FILES, write_huggingface
 from pocketlm.runtime.atomic import replacing_file, replacing_folder
 from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS, Fp16Bin
 from pocketlm.runtime.gguf_reader import GGUF
@@ -154,6 +155,13 @@ def _ollama(job: _Job) -> tuple[list[Encoded], list[str]]:
     return done, [*notes, *more, f"run: ollama create {job.out.name} -f {job.out}/Modelfile"]
 
 
+def _huggingface(job: _Job) -> tuple[list[Encoded], list[str]]:
+    metadata = job.metadata(None)
+    with replacing_folder(job.out, FILES, job.n_bytes(job.quant)) as part:
+        part.mkdir()
+        return write_huggingface(part, metadata, job.model, job.source, job.quant, job.encoder)
+
+
 class Container(NamedTuple):
     """What `--to` may ask for: how it is written, its formats, the first of which is the default."""
 
@@ -167,7 +175,9 @@ CONTAINERS = {
     "fp16": Container(_fp16, ("f16",)),
     "onnx": Container(_onnx, ("f32", "f16", "int8")),
     "ollama": Container(_ollama, _GGUF_QUANTS),
+    "huggingface": Container(_huggingface, ("f16", "f32", "bf16")),
 }
+FOLDERS = ("fp16", "ollama", "huggingface")
 CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
@@ -180,7 +190,7 @@ def container_for(out: Path, asked: str | None) -> str:
         raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}{did_you_mean(asked, CONTAINERS)}")
     if asked is None and (suffix := out.suffix.lower()) in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
-    if asked in ("fp16", "ollama") and by_name:
+    if asked in FOLDERS and by_name:
         raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")
     return asked or by_name or "fp16"
 

@@ -17,6 +17,9 @@ import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.dialects import read_canonical
+from pocketlm.export.to_huggingface import WEIGHTS
+from pocketlm.export.tokenizer_data import NONE
 from pocketlm.runtime.evaluation import TEXT, cosines, cross_entropy
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.formats import FORMATS
@@ -156,6 +159,10 @@ def _exported_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
     path = out / "model.gguf" if (out / "model.gguf").is_file() else out  # in the folder for Ollama
     if path.suffix.lower() == ".onnx":
         yield _onnx_runner(model, path)
+        return
+    if (path / WEIGHTS).is_file():  # a Hugging Face folder: what pocketlm makes of it when it is exported again
+        with _exact_runner(read_canonical(path, tokenizer=NONE), path) as run:
+            yield run
         return
     with closing(open_model(path)) as opened:
         plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in opened.tensors.items()}, path)

@@ -4,7 +4,7 @@ In: a `Tokenizer`. Out: `tokenizer.ggml.*` for everybody, and `pocketlm.tokenize
 field of the tokenizer's `Options`, by the field's name. Knows no file. What llama.cpp makes of the keys is export's.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -60,8 +60,7 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     import numpy as np
 
     vocabulary = tokenizer.vocabulary
-    tokens = [token or f"[UNUSED{i}]" for i, token in enumerate(vocabulary.tokens)]
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), n_vocab)]
+    tokens = filled(vocabulary.tokens, n_vocab)
     types = np.full(n_vocab, UNUSED, np.int32)
     types[: tokenizer.n_vocab] = np.frombuffer(vocabulary.types, np.uint8)
     keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
@@ -83,7 +82,7 @@ def _byte_bpe(tokenizer: ByteBPE) -> dict[str, Any]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": tokenizer.options.pre_tokenizer,
-        "tokenizer.ggml.merges": _in_order(_splits(tokenizer)),
+        "tokenizer.ggml.merges": merges(tokenizer),
         "tokenizer.ggml.add_space_prefix": tokenizer.options.space_prefix,
         OURS + "kind": "byte_bpe",
         **option_keys(tokenizer.options),
@@ -133,6 +132,17 @@ def _characters(tokens: list[str], types: bytes) -> dict[str, Any]:
         "tokenizer.ggml.merges": merges,
         OURS + "kind": "characters",
     }
+
+
+def filled(tokens: Sequence[str], n_vocab: int) -> list[str]:
+    """The tokens by id, with a name of their own for ids that stand for nothing; `n_vocab` of them."""
+    names = [token or f"[UNUSED{i}]" for i, token in enumerate(tokens)]
+    return names + [f"[PAD{i}]" for i in range(len(names), n_vocab)]
+
+
+def merges(tokenizer: ByteBPE | SentencePieceBPE) -> list[str]:
+    """Every merge as "left right", the best first."""
+    return _in_order(_splits(tokenizer))
 
 
 def _splits(tokenizer: ByteBPE | SentencePieceBPE) -> Iterator[tuple[int, str, str]]:
