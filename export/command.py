@@ -34,9 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a checkpoint; `pocketlm pack` takes them, too
     "--quant": {
         "metavar": "FORMAT",
-        "help": "GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8",
+        "help": "GGUF: f32 f16 (default) bf16 q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl q3_k_m; ONNX: f32 (default) f16 int8",
     },
-    "--pure": {"action": "store_true", "help": "the output matrix in the same format as the others, not a better one"},
+    "--pure": {"action": "store_true", "help": "every matrix in the same format, the output too, none in a better one"},
     "--set": {
         "action": "append", "default": [], "metavar": "K=V",
         "help": "what the checkpoint does not say, as n_head=12; may be given again",

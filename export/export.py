@@ -102,7 +102,7 @@ class _Job:
         """About how many bytes the weights will take."""
         row, head = QUANTS[formats], head_name(self.model.tensors)
         shapes = [(name, tensor.shape) for name, tensor in self.model.tensors.items()]
-        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure)[0]) for name, shape in shapes]
+        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure, self.model.hyper)[0]) for name, shape in shapes]
         return sum(count // format.block_size * format.block_bytes for count, format in pairs)
 
 

@@ -44,7 +44,7 @@ def write_gguf(
     file.seek(_padded(len(start) + table_bytes))
     done, table, offset = [], [], 0
     for name, tensor in model.tensors.items():
-        format, reason = by_shape(name, tensor.shape, row, head, pure)
+        format, reason = by_shape(name, tensor.shape, row, head, pure, model.hyper)
         weights, largest = encoder.read(name, tensor)
         format, too_much = by_values(format, largest)
         encoded = Encoded(name, tuple(tensor.shape), format, too_much or reason)
