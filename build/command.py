@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.export.command import model_options, own_keys, read_model
+from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
 from pocketlm.terminal_text import print
 
@@ -155,7 +155,7 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     path = find_model(arguments.model)
     if not path.exists():
         raise FileError(path, "there is no such file", "check the path")
-    keep = not any(getattr(arguments, name) for name in ("quant", "pure", "set", "map", "tokenizer", "lora"))
+    keep = not any(getattr(arguments, name) for name in ("quant", "pure", "imatrix", "set", "map", "tokenizer", "lora"))
     own, is_gguf = own_keys(arguments), path.is_file() and (is_model_file(path) or path.suffix.lower() == ".gguf")
     if is_gguf and keep and not own and not container.is_program(path):
         yield path
@@ -169,7 +169,9 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
             from pocketlm.export.export import container_for, export
 
             kind = container_for(out, None)
-            export(read_model(arguments, path), path, out, container=kind, quant=arguments.quant, pure=arguments.pure)
+            model = read_model(arguments, path)
+            counts = read_importance(arguments, model)
+            export(model, path, out, container=kind, quant=arguments.quant, pure=arguments.pure, importance=counts)
         yield out
 
 
