@@ -138,7 +138,7 @@ def _symmetric_search(x: np.ndarray, half: int, w: np.ndarray | None) -> np.ndar
 
 
 def _best_scale(x: np.ndarray, w: np.ndarray | None, coded: Callable[[np.float32, np.ndarray], None]) -> np.ndarray:
-    """Of the codes that every stretch leads to: the least-squares scale of those that fit x ≈ scale·code best; [k, n] -> [n]."""
+    """Of the codes that each stretch leads to: the least-squares scale of those that fit x ≈ scale·code best; [k, n] -> [n]."""
     best_scale, best_gain = np.zeros(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
     codes = np.empty_like(x)
     for stretch in STRETCHES:
