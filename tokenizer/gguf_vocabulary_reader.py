@@ -148,7 +148,7 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     prefix = keys.flag(_GGML + "add_space_prefix", False)
     usual = byte_bpe.Options(name, whole_words_first=name in WHOLE_WORDS_FIRST, space_prefix=prefix)
     options = read_options(keys.metadata, keys.path, usual)
-    vocabulary = _vocabulary(keys, tokens, types, adds_bos=name == "llama-bpe")  # llama.cpp's default
+    vocabulary = _vocabulary(keys, tokens, types, adds_bos=name in WHOLE_WORDS_FIRST)
     merges = keys.texts(_GGML + "merges")
     if merges is None:
         raise FileError(keys.path, "it has no merges (tokenizer.ggml.merges)")
