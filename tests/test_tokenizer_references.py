@@ -60,9 +60,10 @@ SENTENCEPIECE = {
 }
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("name", SENTENCEPIECE)
-def test_ids_and_texts_are_those_of_sentencepiece(name, tmp_path):
-    model = train_sentencepiece(LINES, 1000, **SENTENCEPIECE[name])
+def test_ids_and_texts_are_those_of_sentencepiece(name, kind, tmp_path):
+    model = train_sentencepiece(LINES, 1000 if kind == "bpe" else 700, model_type=kind, **SENTENCEPIECE[name])
     (tmp_path / "tokenizer.model").write_bytes(model)
     import sentencepiece
 

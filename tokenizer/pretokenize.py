@@ -45,7 +45,9 @@ _ROWS: dict[str, tuple[str, ...]] = {
 PRE_TOKENIZERS = {name: patterns for names, patterns in _ROWS.items() for name in names.split()}
 # A word that is a token as a whole is taken as it is, whatever the merges say; and a text begins with the first marker
 # unless the file says otherwise (llama.cpp).
-WHOLE_WORDS_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"})
+WHOLE_WORDS_FIRST = frozenset(
+    ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"]
+)
 
 # Other ways to write the same expressions, as files from elsewhere do → name; the table's own are known as they are.
 OTHER_WRITINGS = {
