@@ -91,6 +91,7 @@ class _Job:
     quant: str
     pure: bool
     encoder: Encoder
+    importance: Mapping[str, np.ndarray] | None
 
     def metadata(self, file_type: int | None) -> dict[str, Any]:
         """The file's keys, proven to give back the model's hyper-parameters."""
@@ -103,7 +104,7 @@ class _Job:
         """About how many bytes the weights will take."""
         row, head = QUANTS[formats], head_name(self.model.tensors)
         shapes = [(name, tensor.shape) for name, tensor in self.model.tensors.items()]
-        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure)[0]) for name, shape in shapes]
+        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure, self.model.hyper)[0]) for name, shape in shapes]
         return sum(count // format.block_size * format.block_bytes for count, format in pairs)
 
 
@@ -115,7 +116,7 @@ def _gguf(job: _Job) -> tuple[list[Encoded], list[str]]:
 def _write_gguf(job: _Job, path: Path) -> tuple[list[Encoded], list[str]]:
     metadata = job.metadata(QUANTS[job.quant].file_type)
     with open(path, "wb") as file:
-        done = write_gguf(file, metadata, job.model, job.quant, job.pure, job.encoder)
+        done = write_gguf(file, metadata, job.model, job.quant, job.pure, job.encoder, job.importance)
     _check(path, metadata, done)
     return done, stock_notes(job.model.hyper, metadata, job.out)
 
@@ -197,11 +198,12 @@ def container_for(out: Path, asked: str | None) -> str:
 
 def export(
     model: CanonicalModel, source: object, out: Path, *, container: str = "gguf", quant: str | None = None, pure: bool = False,
-    progress: Progress | None = None, n_threads: int | None = None,
+    progress: Progress | None = None, n_threads: int | None = None, importance: Mapping[str, np.ndarray] | None = None,
 ) -> Receipt:  # fmt: skip
     """Write `model` to `out`, which appears whole or not at all. `source`: the checkpoint's path, for error messages.
 
     `container`: a row of CONTAINERS. `quant`: one of its formats. `pure`: every matrix in that format, the head too.
+    `importance`: how much the errors of a matrix's columns count in a quantised GGUF (importance.py).
     Raises UsageError for a format that the container does not have, FileError for everything that is wrong with the
     model or the disk.
     """
@@ -210,9 +212,11 @@ def export(
     if quant not in row.quants:
         hint = did_you_mean(quant, row.quants, others=CALLED_ELSEWHERE)
         raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}{hint}")
+    if importance and (container not in ("gguf", "ollama") or quant in ("f32", "f16", "bf16", "q8_0")):
+        raise UsageError("--imatrix is for quantised GGUFs; name one of their formats, as --quant q4_k_m")
     make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
-        done, notes = row.write(_Job(model, source, out, quant, pure, encoder))
+        done, notes = row.write(_Job(model, source, out, quant, pure, encoder, importance))
     file_bytes = size_of(out)
     weight_bytes = file_bytes if container == "onnx" else sum(tensor.n_bytes for tensor in done)
     return Receipt(out, model.dialect, done, weight_bytes, file_bytes, [*model.notes, *notes], model.added)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
-from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalize import NORMAL_FORMS, Rules
 from pocketlm.tokenizer.pretokenize import name_of_pattern
-from pocketlm.tokenizer.sentencepiece_bpe import SPACE
+from pocketlm.tokenizer.sentencepiece import SPACE
 
 _MAX_CONFIG = 1 << 24
 
@@ -110,7 +110,7 @@ class _Reader:
         if len(rest) > 1 or (rest and rest[0]["type"] not in NORMAL_FORMS) or len(tables) > 1:
             raise self.refuse(f"normalizer {_types(normalizers)}")
         byte_fallback = bool(self.model.get("byte_fallback"))
-        options = sentencepiece_bpe.Options(
+        options = sentencepiece.Options(
             prefix=prefix,  # type: ignore[arg-type]
             prefix_first_only=first_only,
             rules=Rules(self.path, base64.b64decode(tables[0])) if tables else None,

@@ -14,7 +14,8 @@ from pocketlm.tokenizer.base import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Toke
 from pocketlm.tokenizer.byte_bpe import ByteBPE
 from pocketlm.tokenizer.gguf_vocabulary_writer import filled, merges
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
-from pocketlm.tokenizer.sentencepiece_bpe import SPACE, SentencePieceBPE
+from pocketlm.tokenizer.sentencepiece import SPACE
+from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
 
 REPLACE_SPACES: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND: dict[str, Any] = {"type": "Prepend", "prepend": SPACE}
