@@ -85,7 +85,12 @@ def relu(f: Function, x: Value) -> Value:
     return f.select(x < 0.0, 0.0, x)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu}
+def relu_squared(f: Function, x: Value) -> Value:
+    y = relu(f, x)
+    return y * y
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared}
 
 
 def from_half(f: Function, level: str, x: Value) -> Value:
