@@ -276,12 +276,16 @@ def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callabl
     start = f.select(n_partials > 1, _oldest(f, r, token("position")) // SPAN, 0)
     with f.range(0, n_head) as head:
         _clear(f, joined, padded)
-        with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):
-            f.store(f.load(F32, sinks + head * 4), joined + padded * 4, 4)
-            f.store(f.const(F32, 1.0), joined + padded * 4 + 4, 4)
         with f.range(start, n_partials) as i:
             f.call(VOID, "merge", joined, _slot(r, token("slot") + i, head), padded)
-        scale, out, whole = 1.0 / f.load(F32, joined + padded * 4 + 4, 4), to + head * dim * 4, dim & -LANES
+        top, total = (f.load(F32, joined + padded * 4 + at, 4) for at in (0, 4))
+        share, out, whole = f.var(F32, 1.0 / total), to + head * dim * 4, dim & -LANES
+        with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):  # last, so that spans are joined in one order with and without
+            sink = f.load(F32, sinks + head * 4)
+            largest = f.maximum(top, sink)
+            powers = exp(f, f.join([f.splat(top - largest, 2), f.splat(sink - largest, 2)]))
+            share.set(f.extract(powers, 0) / f.fma(total, f.extract(powers, 0), f.extract(powers, 2)))
+        scale = share.get()
         with f.range(0, whole, LANES) as d:
             f.store(f.load(ROW, joined + d * 4, 4) * f.splat(scale, LANES), out + d * 4, 4)
         with f.range(whole, dim) as d:
