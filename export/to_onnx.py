@@ -54,6 +54,7 @@ class Graph:
         }  # fmt: skip
         self._regrouped = self._to_regroup()
         self._visible: dict[int, str] = {}  # window -> which keys a query sees
+        self._penalties: dict[float, str] = {}  # ALiBi's max_bias -> what it adds to the scores
         self._rotations: dict[Rotary, tuple[str, str]] = {}  # -> cos and sin of the queries' positions
 
     @property
@@ -159,18 +160,27 @@ class Graph:
         visible = self._node("And", causal, real)  # [batch, 1, 1, n, total]
         ops = self._plan.ops
         attends = [op for op in ops if isinstance(op, P.Attend)]
-        if any(op.window or op.alibi_max_bias for op in attends):
-            distance = self._node("Sub", self._unsqueeze(keys, 1, 2, 3), self._unsqueeze(queries, 1, 2, 4))
-            self._values["distance"] = self._node("Cast", distance, to=TensorProto.FLOAT)  # below zero: the past
         for window in {op.window: None for op in attends}:
-            near = self._node("Greater", distance, self._ints(-window)) if window else ""
+            near = self._node("Greater", self._distance(keys), self._ints(-window)) if window else ""
             self._visible[window] = self._node("And", visible, near) if window else visible
+        for max_bias in {op.alibi_max_bias: None for op in attends if op.alibi_max_bias}:
+            slopes = alibi_slopes(self.hyper.n_head, max_bias).reshape(self.hyper.n_kv_head, -1, 1, 1)
+            stored = self._store.add(f"alibi_slopes_{max_bias!r}", slopes)
+            distance = self._node("Cast", self._distance(keys), to=TensorProto.FLOAT)
+            self._penalties[max_bias] = self._node("Mul", distance, stored)
         for number, (key, table) in enumerate(rope_tables(ops, self._read, self.hyper.n_ctx).items()):
             names = []
             for i, name in enumerate(("cos", "sin")):  # [batch, n, 1, half]
                 stored = self._store.add(f"rope_{name}" + (f"_{number}" if number else ""), table[:, i])
                 names.append(self._unsqueeze(self._node("Gather", stored, queries), 2))
             self._rotations[key] = (names[0], names[1])
+
+    def _distance(self, keys: str) -> str:
+        """From queries to keys, int64 [batch, 1, 1, n, total]; below zero is the past."""
+        if "distance" not in self._values:
+            queries = self._unsqueeze(self._values["positions"], 1, 2, 4)
+            self._values["distance"] = self._node("Sub", self._unsqueeze(keys, 1, 2, 3), queries)
+        return self._values["distance"]
 
     # ── the operations of the plan ───────────────────────────────────────────────────────────────────────────────────
 
@@ -218,14 +228,16 @@ class Graph:
                 self._read(bias) if bias else np.zeros(self._plan.weights[name][0], np.float32)
                 for name, bias in zip(names, biases, strict=True)
             ]
-            y = self._node("Add", y, self._store.add("+".join(names) + ".bias", self._half_split(op.out, np.concatenate(parts))))
+            bias = self._half_split(op.out, np.concatenate(parts))
+            y = self._node("Add", y, self._store.add("+".join(names) + ".bias", bias))
         self._values[op.out] = y
 
     def _half_split(self, out: str, rows: np.ndarray) -> np.ndarray:
         """Rows of queries and keys from interleaved to half-split pairs: every score stays what it was."""
-        if self._regrouped is None or self._regrouped.qkv != out:
+        op = self._regrouped
+        if op is None or op.qkv != out:
             return rows
-        n_dims, d, n_rows = self._regrouped.rope.n_dims, self._regrouped.head_dim, self._regrouped.n_heads * self._regrouped.head_dim
+        n_dims, d, n_rows = op.rope.n_dims, op.head_dim, op.n_heads * op.head_dim
         order = [*range(0, n_dims, 2), *range(1, n_dims, 2), *range(n_dims, d)]
         heads = rows[:n_rows].reshape(-1, d, *rows.shape[1:])[:, order]
         return np.concatenate([heads.reshape(n_rows, *rows.shape[1:]), rows[n_rows:]])
@@ -276,8 +288,7 @@ class Graph:
         if op.softcap:
             scores = self._capped(scores, op.softcap)
         if op.alibi_max_bias:
-            slopes = alibi_slopes(op.n_head, op.alibi_max_bias).reshape(kv, -1, 1, 1)
-            scores = self._node("Add", scores, self._penalty(op.alibi_max_bias, slopes))
+            scores = self._node("Add", scores, self._penalties[op.alibi_max_bias])
         scores = self._node("Where", self._visible[op.window], scores, self._number(MASKED))
         if op.sinks:  # one more score, whose share is dropped
             sinks = self._store.add(op.sinks, self._read(op.sinks).reshape(kv, group, 1, 1))
@@ -290,13 +301,6 @@ class Graph:
             shares = self._cast(self._node("Softmax", scores, axis=-1), True)  # [batch, n_kv_head, group, n, total]
         mix = self._node("Transpose", self._cast(self._node("MatMul", shares, values), False), perm=[0, 3, 1, 2, 4])
         self._values[op.out] = self._reshape(mix, 0, 0, op.n_head * d)
-
-    def _penalty(self, max_bias: float, slopes: np.ndarray) -> str:
-        """ALiBi's, for all layers with the same slopes."""
-        key = f"alibi {max_bias}"
-        if key not in self._values:
-            self._values[key] = self._node("Mul", self._values["distance"], self._store.add(f"alibi_slopes_{max_bias!r}", slopes))
-        return self._values[key]
 
     def _activate(self, op: P.Activate) -> None:
         x, up = self._values[op.x], ""

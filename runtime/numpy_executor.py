@@ -202,13 +202,13 @@ class NumpyExecutor:
             if op.window:
                 scores[:, distance <= -op.window] = -np.inf
         largest = np.maximum.reduce(scores, -1, keepdims=True)  # [n_head, n, 1]
-        if op.sinks:
-            sinks = self._rows(op.sinks)[:, None, None]
+        sinks = self._rows(op.sinks)[:, None, None] if op.sinks else None
+        if sinks is not None:
             largest = np.maximum(largest, sinks)
         scores -= largest
         np.exp(scores, out=scores)
         total = np.add.reduce(scores, -1, keepdims=True)
-        if op.sinks:
+        if sinks is not None:
             total += np.exp(sinks - largest)
         scores /= total
         mix = scores.reshape(n_kv, group * n, t) @ values  # [n_kv_head, group * n, head_dim]

@@ -1,4 +1,4 @@
-"""Decoders of every kind, listed by hand with the builder of architectures, and what they compute in float64, written out here."""
+"""Decoders of every kind, listed with the builder of architectures, and what they compute in float64, written out here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Operations = Callable[[Builder], None]
 
 def make(operations: Operations, extra: dict[str, tuple[int, ...]] | None = None, **options: Any) -> P.Plan:
     """The plan of a small model; `extra` are tensors that `operations` uses only where they are there."""
-    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96, "n_vocab": N_VOCAB, "n_layer": 2, "n_ctx": 64}
+    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96, "n_vocab": N_VOCAB, "n_ctx": 64}
     hyper = make_hyper(**{**sizes, **options})
     wanted = Builder(hyper, extra or {}, "model")
     operations(wanted)
@@ -265,7 +265,10 @@ def _fused(n_layer: int = 2) -> dict[str, tuple[int, ...]]:
 
 def _biases() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"output_norm.bias": (64,), "token_embd_norm.bias": (64,)}
-    widths = {"attn_norm": 64, "attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64, "ffn_norm": 64, "ffn_up": 96, "ffn_down": 64}
+    widths = {
+        "attn_norm": 64, "attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64, "ffn_norm": 64, "ffn_up": 96,
+        "ffn_down": 64,
+    }  # fmt: skip
     for i in range(2):
         shapes |= {f"blk.{i}.{name}.bias": (n,) for name, n in widths.items()}
     return shapes
@@ -380,4 +383,3 @@ def attention(op: P.Attend, qkv: np.ndarray, w: dict[str, np.ndarray], cached) -
             shares /= shares.sum() + (np.exp(w[op.sinks][head]) if op.sinks else 0)
             out[t, head] = shares @ v[first : t + 1, shared]
     return out.reshape(n, -1)
-

@@ -75,13 +75,14 @@ def single(ops: Sequence[P.Op]) -> list[Any]:
 
 def _first(ops: Sequence[P.Op], i: int, before: list[Any]) -> tuple[Any, int]:
     """The step that begins with operation i, and of how many it is made."""
-    op, after = ops[i], list(ops[i + 1 : i + 4])
+    op = ops[i]
     if isinstance(op, P.Norm) and op.n_groups == 1 and op.column == 0:
-        if after and isinstance(after[0], P.Linear | P.Logits) and after[0].x == op.out and after[0].matrix.n_in == op.width and _is_over(ops, i + 2, op.out):
+        following = ops[i + 1] if i + 1 < len(ops) and _is_over(ops, i + 2, op.out) else None
+        if isinstance(following, P.Linear | P.Logits) and (following.x, following.matrix.n_in) == (op.out, op.width):
             product, n = _product(ops, i + 1, op)
             return product, n + 1
-        if after and _adds(after[0], op.out) and _is_over(ops, i + 2, op.out) and after[0].factor == 1:
-            return AddNorm(op, after[0].out), 2
+        if isinstance(following, P.Add) and _adds(following, op.out) and following.factor == 1:
+            return AddNorm(op, following.out), 2
     if isinstance(op, P.Norm | P.Rotate | P.Attend) and (attention := _attention(ops, i)):
         step, n = attention
         following = ops[i + n] if i + n < len(ops) else None
@@ -99,9 +100,10 @@ def _product(ops: Sequence[P.Op], i: int, before: P.Norm | P.Attend | None) -> t
     product = Product(linear, before)
     if isinstance(linear, P.Logits) or following is None or not _is_over(ops, i + 2, linear.out):
         return product, 1
-    if _adds(following, linear.out) and following.out != product.x:
+    if isinstance(following, P.Add) and _adds(following, linear.out) and following.out != product.x:
         return replace(product, add=following), 2
-    if isinstance(following, P.Activate) and following.x == linear.out != following.out != product.x and _in_halves(following, linear):
+    reads_it = isinstance(following, P.Activate) and following.x == linear.out
+    if reads_it and following.out not in (linear.out, product.x) and _in_halves(following, linear):
         return replace(product, activate=following), 2
     return product, 1
 
@@ -111,8 +113,8 @@ def _in_halves(activate: P.Activate, linear: P.Linear) -> bool:
     return not activate.gated or len(linear.matrix.weights) == 2 or (len(linear.matrix.weights) == 1 and activate.n % 16 == 0)
 
 
-def _adds(op: P.Op | None, x: str) -> Any:
-    return isinstance(op, P.Add) and op.x == x != op.out
+def _adds(op: P.Add, x: str) -> bool:
+    return op.x == x != op.out
 
 
 def _attention(ops: Sequence[P.Op], i: int) -> tuple[Attention, int] | None:
@@ -140,7 +142,8 @@ def _are_of_heads(norms: tuple[P.Norm, P.Norm], attend: P.Attend) -> bool:
     q, k = (replace(norm, weight=None, n_groups=1, column=0) for norm in norms)
     places = [(norm.n_groups, norm.column) for norm in norms]
     expected = [(attend.n_head, 0), (attend.n_kv_head, attend.n_head * attend.head_dim)]
-    return q == k and places == expected and q.bias is None and (q.x, q.out, q.width) == (attend.qkv, attend.qkv, attend.head_dim)
+    are_alike = q == k and q.bias is None and places == expected
+    return are_alike and (q.x, q.out, q.width) == (attend.qkv, attend.qkv, attend.head_dim)
 
 
 def _is_over(ops: Sequence[P.Op], i: int, buffer: str) -> bool:

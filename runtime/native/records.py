@@ -23,7 +23,7 @@ OPERATION = np.dtype([
     ("weight", "i8"),        # PREPARE, NORM, STORE: the norm's weight, of the queries; EMBED, MATRIX: the tiled matrix
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
     ("weight_stride", "i8"),  # NORM, STORE: from a group's weight and bias to the next one's; 0 where they share it
-    ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 attention's partial results; NORM, STORE: 1, 2; EACH
+    ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 parts of attention; NORM, STORE: 1, 2; EACH
     ("epsilon", "f4"), ("factor", "f4"),     # factor: of what MATRIX adds, of EACH
     ("n_groups", "i8"),      # MATRIX, EMBED: of 16 rows in the matrix; NORM, ROTATE: vectors in a row
     ("n_blocks", "i8"),

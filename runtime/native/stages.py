@@ -9,7 +9,7 @@ has the rest.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native import attention, elements, sizes
+from pocketlm.runtime.native import attention, elements
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import Records, vectors
@@ -24,7 +24,7 @@ from pocketlm.runtime.native.sizes import (
     TILE,
     TILES,
 )  # fmt: skip
-from pocketlm.runtime.native.vector_math import ACTIVATIONS, to_half
+from pocketlm.runtime.native.vector_math import to_half
 
 MAX_HALF = 65504.0  # the largest number of float16
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
@@ -162,11 +162,11 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     up = y + TILE * y_stride
     gated = f.emit(I1, f"icmp ne ptr {r.op('up', PTR)}, null")
 
-    def product(prefix: str, size: Value, w: Value, n_groups: Value, first: Value, blocks: Value, here: Value, to: Value) -> None:
+    def product(prefix: str, size: Value, w: Value, groups: Value, first: Value, blocks: Value, x: Value, y: Value) -> None:
         kernel = r.op(f"{prefix}product{TILE}", PTR)
         for smaller in TILES[:-1]:
             kernel = f.select(size.equals(smaller), r.op(f"{prefix}product{smaller}", PTR), kernel)
-        f.call_pointer(kernel, w, n_groups, first + start, first + stop, blocks, here, to, f.const(I64, y_stride))
+        f.call_pointer(kernel, w, groups, first + start, first + stop, blocks, x, y, f.const(I64, y_stride))
 
     with f.range(0, n, TILE) as token:
         left, here = n - token, x + token * stride
@@ -239,7 +239,7 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
 
 
 def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """One head of one token: its query or key normalised and rotated where the operation says so, key and value to the cache."""
+    """One head of one token: query or key normalised and rotated where the operation says so, key and value to the cache."""
     n_head, n_kv, dim = r.run("n_head"), r.run("n_kv_head"), r.run("head_dim")
     number, head = task // (n_head + n_kv), task % (n_head + n_kv)
     token = r.token(number)
