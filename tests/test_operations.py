@@ -27,7 +27,7 @@ def native(level, plan: P.Plan, tensors, threads: int = 2, n_ctx: int = 64) -> N
 
 
 def logits(executor, ids: np.ndarray, *lengths: int) -> np.ndarray:
-    """All logits, in passes of these lengths again and again; the executor is closed."""
+    """All logits of a text, in passes of these lengths again and again."""
     executor.cache.truncate(0)
     parts, start, i = [], 0, 0
     while start < len(ids):
@@ -225,21 +225,28 @@ def same_bits(a, b):
     return (a.view(np.uint32) == b.view(np.uint32)).all()
 
 
-@each_level
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "single"])
-@pytest.mark.parametrize("name", LISTS)
-def test_one_answer_however_a_text_is_cut(level, name, fused, monkeypatch):
-    if not fused:
-        monkeypatch.setattr(fusion, "fuse", fusion.single)
+def has_one_answer(level, name):
     plan, first = LISTS[name](), None
     tensors = tensors_of(plan)
-    for threads in (1, 3):
+    for threads, cuts in ((1, ((40,), (1,), (2, 3), (8,), (13, 5, 1))), (2, ((40,), (9, 1)))):
         executor = native(level, plan, tensors, threads)
-        for lengths in ((40,), (1,), (2, 3), (8,), (13, 5, 1)):
+        for lengths in cuts:
             found = logits(executor, IDS, *lengths)
             first = found if first is None else first
             assert same_bits(found, first), f"{threads} threads, passes of {lengths}"
         executor.close()
+
+
+@each_level
+@pytest.mark.parametrize("name", LISTS)
+def test_one_answer_however_a_text_is_cut(level, name):
+    has_one_answer(level, name)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_one_answer_without_fusion(name, monkeypatch):
+    monkeypatch.setattr(fusion, "fuse", fusion.single)
+    has_one_answer(host_level(), name)
 
 
 def wide_window(m):
