@@ -161,7 +161,7 @@ class Builder:
     def norm_heads(
         self, q: str | None = "attn_q_norm", k: str | None = "attn_k_norm", kind: str | None = None, own: bool = False
     ) -> None:
-        """Normalise every head of queries and keys. Weights: (head_dim,), with `own` (heads, head_dim); none where the name is None."""
+        """Normalise every head of queries and keys. Weights: (head_dim,), with `own` (heads, head_dim); no name: none."""
         h, column = self.hyper, 0
         for name, heads in ((q, h.n_head), (k, h.n_kv_head)):
             shape = (heads, h.head_dim) if own else (h.head_dim,)
