@@ -86,7 +86,12 @@ def relu(f: Function, x: Value) -> Value:
     return f.select(x < 0.0, 0.0, x)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu}
+def relu_squared(f: Function, x: Value) -> Value:
+    y = relu(f, x)
+    return y * y
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared}
 
 
 _SHUFFLES = {  # bytes at a time, and the instruction that looks sixteen bytes up
