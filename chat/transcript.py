@@ -190,9 +190,11 @@ def checked(content: dict[str, Any]) -> Conversation | None:
     whole = isinstance(others, list) and all(isinstance(other, dict) for other in others)
     if not (whole and all(_are_messages(other.get("messages")) for other in others)):
         return None
-    branches = [{"at": other.get("at"), "messages": _kept(other["messages"])} for other in others]
-    if not all(type(branch["at"]) is int and 0 <= branch["at"] <= len(messages) for branch in branches):
-        branches = []  # a program that knows none has changed the messages before them
+    branches = [
+        {"at": other["at"], "messages": _kept(other["messages"])}
+        for other in others  # those but whose beginning was taken back since
+        if type(other.get("at")) is int and 0 <= other["at"] <= len(messages)
+    ]
     return Conversation(texts[0], _kept(messages), texts[1], texts[2], content.get("interactive") is True, branches)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pocketlm.serve.answering import Answerer
 
 FILE = "page.html"
+LISTED = 300  # conversations that the page shows, the last ones
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,99}")
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
@@ -100,7 +101,7 @@ class Page:
             known = saved.paths()
         except PocketlmError:  # there is no home
             return []
-        for path in known:
+        for path in known[:LISTED]:
             try:
                 conversation, changed = transcript.load(path), path.stat().st_mtime
             except (PocketlmError, OSError):
