@@ -33,7 +33,7 @@ with without_tls.imports():
 HEAD_BYTES = 16 << 10  # of a request's head
 HEAD_SECONDS = 10.0  # from a connection, or from the last answer on it, until the head of the next request is there
 STALL_SECONDS = 60.0  # that a reader may take nothing
-CONNECTIONS = 256  # at the same time
+CONNECTIONS = 768  # at the same time
 STOP_SECONDS = 10  # for answers to end once the server stops
 
 
