@@ -7,6 +7,7 @@ shorter prompt (`make_room`) and goes on with it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Generator, Sequence, Set
 from dataclasses import dataclass
 from math import nan
@@ -99,10 +100,12 @@ def generate(
     matcher = StopStrings(stops) if stops else None
     ends = frozenset() if ignore_eos else end_ids
     n_ctx, push = session.n_ctx, decoder.push
-    tokens = list(map(int, ids))  # the prompt and, growing, the answer
-    n_prompt, n_generated, stopped = len(tokens), 0, False
+    prompt = list(map(int, ids))
+    n_prompt, n_generated, stopped = len(prompt), 0, False
 
     claim = session.claim()
+    session.check_ids(prompt)
+    tokens = array("i", prompt)  # and, growing, the answer; as samplers in compiled code read it
 
     def interrupted() -> bool:
         session.check(claim)
@@ -146,7 +149,7 @@ def generate(
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is not None:
-            tokens = prompt + tokens[-n_generated:]
+            tokens = array("i", prompt) + tokens[-n_generated:]
             note = f"the context of {n_ctx} tokens is full: the prompt was cut from {n_prompt} to {len(prompt)} tokens"
         elif keep is not None:
             del tokens[keep : keep + max(1, (n_ctx - keep) // 2)]

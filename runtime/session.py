@@ -147,7 +147,7 @@ class Session:
         Raises UsageError for no ids or one outside the vocabulary, PocketlmError for more than the context holds.
         """
         ids = list(map(int, ids))
-        self._check(ids)
+        self.check_ids(ids)
         self.note = ""
         self._settle()
         if not reuse_cache:
@@ -171,7 +171,8 @@ class Session:
             result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
         return result, same
 
-    def _check(self, ids: list[int]) -> None:
+    def check_ids(self, ids: list[int]) -> None:
+        """Raises UsageError for no ids or one outside the vocabulary, PocketlmError for more than the context holds."""
         n_vocab, n_ctx = self.executor.hyper.n_vocab, self.n_ctx
         if not ids:
             raise UsageError("the prompt is empty; give the model at least one token to go on from")
