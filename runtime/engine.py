@@ -136,6 +136,8 @@ class Engine:
         for request in [request for request in self._queue if request.done]:
             self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
         queue, room, work = list(self._queue), self.executor.block, list[tuple[_Request, int]]()
+        if len(queue) == 1:
+            return [(queue[0], min(len(queue[0].ids), room))]
         # for who waits longest, should that be a prompt, though there be ever so many single tokens
         kept = room // 4 if len(queue[0].ids) > 1 else 0
         for request in sorted(queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival

@@ -40,9 +40,9 @@ OPERATION = np.dtype([
 # what all operations share; the fields that threads write stand on cache lines of their own
 RUN = np.dtype([
     ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
-    ("arrived", "i8"), ("pad1", "i8", 7),     # threads that have reached a barrier of this run, for every other run
-    ("arrived2", "i8"), ("pad2", "i8", 7),    # the same for the runs between
-    ("n_threads", "i8"),
+    ("arrived", "i8"), ("pad1", "i8", 7),     # how often a thread has reached a barrier of this run
+    ("late", "i8"), ("pad2", "i8", 7),        # 1: a thread was waited for longer than work can explain
+    ("n_threads", "i8"),                      # that take part in a run; the others have nothing to do with it
     ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield
     ("workers", "i8"),                        # WORKER records, one a thread
@@ -80,7 +80,8 @@ ENTRY = np.dtype([
 # what a thread knows of a query that it takes through spans of positions
 QUERY = np.dtype([("position", "i8"), ("result", "i8"), ("slope", "f4"), ("unused", "f4", 3)])  # result: an address
 
-WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 5)])  # state 1: asleep in Python
+# of a thread: 1 while it sleeps in Python; the last run that it is to take part in, and that it has; 1: Python has to wake it
+WORKER = np.dtype([("state", "i8"), ("go", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 4)])
 
 # how tokens are drawn, and the memory of it; f4 pairs fill eight bytes as well
 SAMPLER = np.dtype([
