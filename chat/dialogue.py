@@ -172,6 +172,8 @@ class Chat:
             speed = new / last.prompt_seconds if last.prompt_seconds else 0.0
             lines.append(self._figures())
             lines.append(f"prompt: {new} new tokens, {last.cached_tokens} from the cache, {speed:.0f} tokens/s")
+            if last.drafted_tokens:
+                lines.append(f"drafts from the conversation: {last.accepted_tokens} of {last.drafted_tokens} tokens accepted")
         return lines
 
     # ---- what the commands do

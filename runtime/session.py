@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.threads import ForkedLock
@@ -40,6 +41,7 @@ class Session:
         self.executor, self.engine, self.cache = executor, engine or Engine(executor), cache or executor.cache
         self.n_ctx = self.cache.n_ctx
         self.ids = list(ids)
+        self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self._lock = ForkedLock()
         self._claim: object | None = None  # the present user's; None before the first and after `end`
@@ -125,6 +127,19 @@ class Session:
         """
         self._settle()
         return self._forward([id], 1, lambda rows: use(rows[0]))[1]
+
+    def append_draft(self, id: int, draft: Sequence[int], use: Callable[[np.ndarray], Sequence[Any]]) -> Sequence[Any]:
+        """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
+
+        `use` gets float32 (rows, n_vocab), one row or more and at most 1 + len(draft), and returns a sequence: as many of the
+        tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short for all of them.
+        """
+        self._settle()
+        before = len(self.ids)
+        result = self._forward([id, *draft], 1 + len(draft), use)[1]
+        if len(self.ids) > before + len(result):
+            self._truncate(before + len(result))
+        return result
 
     def advance(
         self,

@@ -101,6 +101,7 @@ class NativeExecutor:
 
     name = "native"
     block = BLOCK
+    same_bits = True
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
