@@ -58,21 +58,27 @@ class Conversation:
         other._turns = self._turns
         return other
 
-    def save(self, path: str | Path) -> None:
-        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is."""
+    def save(self, path: str | Path, *, exactly: bool = False) -> None:
+        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is.
+
+        `exactly`: only what has the bits that it would have if it were computed again, for a `load` that asks for the same.
+        """
         from pocketlm.runtime.state_file import write_state
 
         with self.state.settled() as (ids, cache):
-            write_state(path, ids, cache, self._model.fingerprint)
+            write_state(path, ids[: self.state.n_exact] if exactly else ids, cache, self._computed_by(exactly))
 
-    def load(self, path: str | Path) -> None:
+    def _computed_by(self, exactly: bool) -> str:
+        executor = self._model.executor
+        return f"{self._model.fingerprint} {executor.arithmetic}" if exactly else self._model.fingerprint
+
+    def load(self, path: str | Path, *, exactly: bool = False) -> None:
         """Go on from a saved file in place of what is in the cache. Raises FileError where the file is damaged, is another
         model's, or does not fit into the context.
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        fingerprint = self._model.fingerprint
-        header = check_state(path, self._model.hyper, self.n_ctx, fingerprint)
+        header = check_state(path, self._model.hyper, self.n_ctx, self._computed_by(exactly))
         self._turns = None
         self.state.fill(lambda cache: read_state(path, header, cache))
 

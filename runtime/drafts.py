@@ -12,12 +12,12 @@ from __future__ import annotations
 from array import array
 from itertools import count
 
-SHORTEST = 3  # tokens that must have been there before in the same order, for what followed them to be a draft
+SHORTEST = 2  # tokens that must have been there before in the same order, for what followed them to be a draft
 LENGTHS = 1, 3, 7  # of a draft: with the token before it, it fills a kernel of 2, 4 or 8 rows
 MOST_ROWS = 1 + LENGTHS[-1]
-WORTH = 1.05  # times as many tokens in the same time must be expected
-CLASSES = 4, 6, 9, 17  # of matches, by how many tokens were the same: below these numbers, and those from the last on
-PRIOR = 0.4, 0.5, 0.6, 0.75, 0.9  # how often a match of each class is right, until that is known
+WORTH = 1.1  # times as many tokens in the same time must be expected
+CLASSES = 1, 3, 4, 6, 9, 17  # of matches, by how many tokens were the same: below these numbers, and those from the last on
+PRIOR = 0.3, 0.4, 0.35, 0.5, 0.6, 0.75, 0.85  # how often a match of each class is right, until that is known
 COSTS = {1: 1.0, 2: 1.25, 4: 1.6, 8: 2.7}  # a pass of so many rows takes the time of how many of one, until that is measured
 OF_NEW = 0.1  # weight of a new figure beside those before
 OF_PRIOR = 0.02  # what was not measured again is forgotten by this much each time
@@ -112,10 +112,12 @@ class Drafts:
         if self._at:
             right = text[self._at] == text[at]
             self.odds.note(self._match, right)
-            self._at, self._match = (self._at + 1, self._match + 1) if right else (0, 0)
+            # one wrong token may stand for another; after two in a row the text goes another way
+            self._at = self._at + 1 if right or self._match else 0
+            self._match = self._match + 1 if right else 0
         if at >= SHORTEST:
             self._index[tuple(text[at - SHORTEST : at])] = at
-        if not self._at:
+        if self._match < SHORTEST:
             self._look_up(text)
 
     def _look_up(self, text: array[int]) -> None:

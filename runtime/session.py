@@ -41,6 +41,7 @@ class Session:
         self.executor, self.engine, self.cache = executor, engine or Engine(executor), cache or executor.cache
         self.n_ctx = self.cache.n_ctx
         self.ids = list(ids)
+        self._moved: int | None = None  # from which position on keys were moved here from elsewhere
         self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self._lock = ForkedLock()
@@ -91,7 +92,9 @@ class Session:
     def fork(self) -> Session:
         """A session that goes on from here by itself: the filled part of the cache is copied. PocketlmError after `end`."""
         with self.settled() as (ids, cache):
-            return Session(self.executor, self.engine, cache.fork(len(ids)), ids)
+            other = Session(self.executor, self.engine, cache.fork(len(ids)), ids)
+            other._moved = self._moved
+            return other
 
     @contextmanager
     def settled(self) -> Iterator[tuple[list[int], Any]]:
@@ -186,6 +189,11 @@ class Session:
             result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
         return result, same
 
+    @property
+    def n_exact(self) -> int:
+        """How many tokens of the cache have the bits that they would have if they were computed again."""
+        return len(self.ids) if self._moved is None else min(self._moved, len(self.ids))
+
     def check_ids(self, ids: list[int]) -> None:
         """Raises UsageError for no ids or one outside the vocabulary, PocketlmError for more than the context holds."""
         n_vocab, n_ctx = self.executor.hyper.n_vocab, self.n_ctx
@@ -220,12 +228,15 @@ class Session:
 
     def _truncate(self, length: int) -> None:
         del self.ids[length:]
+        if self._moved is not None and length <= self._moved:
+            self._moved = None
         self._settle()
 
     def _remove(self, start: int, stop: int) -> bool:
         # the ids first: if an interrupt comes in the middle of the move, `_settle` gives up all from `start` on
         moved = self.ids[stop:]
         del self.ids[start:]
+        self._moved = start if self._moved is None else min(start, self._moved)
         if self.cache.remove(start, stop):
             self.ids += moved
             return True

@@ -112,6 +112,7 @@ class NativeExecutor:
         formats = sorted({tensors[name].format.name for name in names})
         check(plan, formats)
         self.level = levels.detect()
+        self.arithmetic = f"native {self.level.name}"
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
         self._tensors = tensors
