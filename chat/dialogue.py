@@ -226,7 +226,8 @@ class Chat:
             if conversation.messages[-1].get("cut"):
                 self.console.note(f"(cut off: {MORE})")
         self._restorable = self._saving
-        if not isinstance(self._model, Opening) or self._model.is_open:
+        opening = self._model if isinstance(self._model, Opening) else None
+        if opening is None or opening.is_open:
             self.restore(self.model)
         conversation.model = self._model.name
         conversation.interactive |= self.console.interactive

@@ -40,7 +40,8 @@ class Opening:
         """
         if self._thread is None:
             first = [*messages, {"role": "user", "content": "."}]
-            self._thread = threading.Thread(target=self._open, args=(first, failed, opened), daemon=True, name="pocketlm-opening")
+            todo = first, failed, opened
+            self._thread = threading.Thread(target=self._open, args=todo, daemon=True, name="pocketlm-opening")
             self._thread.start()
 
     def _open(

@@ -78,7 +78,7 @@ class Drafts:
         self._text = array("i")
 
     def after(self, text: array[int], room: int) -> list[int]:
-        """The draft that is worth a try after `text`, at most `room` ids; often none. The text may have grown, or be another."""
+        """The draft that is worth a try after `text`, at most `room` ids; often none. The text may have grown or be another."""
         if text is not self._text or self._seen > len(text):
             self._begin(text)
         while self._seen < len(text):

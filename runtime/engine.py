@@ -5,8 +5,8 @@ and what became of the logits. Knows no sessions, no sampling and no text.
 
 There is no thread of the engine's own, so a single caller pays nothing for it. Callers queue up; whoever finds nobody leading
 leads: waits for a moment for those who took part in the last pass, computes a pass of what is queued then, hands out the
-results and goes (flat combining: Hendler, Incze, Shavit and Tzafrir, SPAA 2010). Single tokens, with their drafts, go first, then as much of the
-prompts as fits into a pass, so that a long prompt does not stop the others.
+results and goes (flat combining: Hendler, Incze, Shavit and Tzafrir, SPAA 2010). Single tokens, with their drafts,
+go first, then as much of the prompts as fits into a pass, so that a long prompt does not stop the others.
 
 An interrupt of the leader loses nothing: what is not handed out stays in the queue, and the next leader computes it again.
 """

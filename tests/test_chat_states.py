@@ -1,4 +1,4 @@
-"""A resumed conversation goes on from what was computed of it: the same answer, sooner; whatever is wrong with that, without."""
+"""A resumed conversation goes on from what was computed of it: the same answer, sooner; without, if that is damaged."""
 
 import io
 import os
@@ -114,7 +114,7 @@ def test_old_ones_go(monkeypatch):
         chat("Hello! How are you today, my friend?")
         os.utime(max(kept(), key=os.path.getmtime), (time.time() - age,) * 2)
     newest = kept()
-    assert len(newest) == 2 and {int(time.time() - file.stat().st_mtime) // 1000 for file in newest} == {1, 2}
+    assert [round(time.time() - file.stat().st_mtime, -3) for file in newest] in ([1000, 2000], [2000, 1000])
     assert len(saved.paths()) == 3, "the conversations themselves stay"
     monkeypatch.setattr(states, "MOST_BYTES", 10)
     chat("Hello! How are you today, my friend?")
@@ -129,7 +129,8 @@ def test_what_was_moved_is_not_kept_as_if_it_were_exact():
             messages.append({"role": "user", "content": question})
             text = "".join(piece.text for piece in model.chat(messages, max_tokens=60, seed=2))
             messages.append({"role": "assistant", "content": text})
-        assert session._turns.dropped and session.state.n_exact < len(session.state.ids)
+        assert session._turns.dropped
+        assert session.state.n_exact < len(session.state.ids)
         ids = session.state.ids[: session.state.n_exact]
         assert session.fork().state.n_exact == len(ids)
         session.state.advance([*ids, 5])

@@ -1,4 +1,4 @@
-"""Drawing a token in compiled code, as IR: what sampling.py says with NumPy, for greedy choice and for chains that begin with top-k.
+"""Drawing a token in compiled code, as IR: what sampling.py says with NumPy, for chains that begin with top-k.
 
 In: a module. Out: the function `draw` in it. Knows logits and the SAMPLER record, not where random numbers come from.
 

@@ -9,7 +9,6 @@ import ctypes
 import math
 from array import array
 from collections.abc import Callable, Sequence, Set
-from typing import Any
 
 import numpy as np
 
@@ -93,7 +92,7 @@ class Selection:
             "top_p": o.top_p, "min_p": -math.log(o.min_p) if o.min_p else math.inf, "temperature": o.temperature,
         }  # fmt: skip
         record = aligned(1, SAMPLER)
-        for name, number in {**numbers, **{name: array.ctypes.data for name, array in arrays.items()}}.items():
+        for name, number in {**numbers, **{name: memory.ctypes.data for name, memory in arrays.items()}}.items():
             record[name] = number
         p, i = ctypes.c_void_p, ctypes.c_int64
         call, address = self._core.function("draw", i, p, p, p, i, ctypes.c_double), record.ctypes.data
