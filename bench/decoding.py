@@ -1,6 +1,6 @@
 """What decides how fast an answer comes beside the forward pass: Python around it, drafts, and other programs.
 
-    python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass, one thread: median, and a quiet tenth of them
+    python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass: median, and the quietest tenth
     python bench/decoding.py drafts [MODEL]      with drafts beside without: a program and a text written again, and prose
     python bench/decoding.py busy [MODEL]        two threads beside a busy loop, in shares of one undisturbed thread
 

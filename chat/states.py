@@ -45,6 +45,14 @@ def restore(model: Any, conversation: Path) -> None:
             model.load_state(path)
 
 
+def forget(conversation: Path) -> None:
+    """Take the state of a conversation away: it holds what was said."""
+    with suppress(OSError):
+        path = path_of(conversation)
+        if path is not None:
+            path.unlink()
+
+
 def _prune(folder: Path) -> None:
     known = [(file.stat().st_mtime_ns, file.stat().st_size, file) for file in folder.glob("*.state")]
     total = 0

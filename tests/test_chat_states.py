@@ -10,6 +10,7 @@ import pocketlm
 from pocketlm.chat import saved, states, transcript
 from pocketlm.chat.opening import Opening
 from pocketlm.chat.repl import run
+from pocketlm.cli import main
 
 ASKED = ("Hello! Who are you?", "What do you like best?", "Tell me a little story about a cat.")
 
@@ -105,6 +106,13 @@ def test_nothing_is_kept_with_no_save_or_of_little():
     assert not kept()
     states.SHORTEST = 10_000
     chat(*ASKED)
+    assert not kept()
+
+
+def test_a_deleted_conversation_takes_its_state_along(capsys):
+    chat(*ASKED)
+    assert len(kept()) == 1
+    assert main(["chats", "--delete", saved.paths()[0].stem]) == 0
     assert not kept()
 
 
