@@ -139,7 +139,8 @@ def busy(names: list[str], rounds: int) -> Iterator[str]:
                 workers[label] = worker
 
         def speed(label: str) -> float:
-            return 64 / sum(workers[label].ask("decode", 600, n=64, depth=32, at_least=0.0)["seconds"])
+            n = 32 if label == "llama.cpp" else 256  # its threads wait for one another: a token takes up to a second
+            return n / sum(workers[label].ask("decode", 600, n=n, depth=32, at_least=0.0)["seconds"])
 
         one, *others = workers
         core = sorted(os.sched_getaffinity(0))[-1] if hasattr(os, "sched_getaffinity") else None

@@ -102,6 +102,6 @@ def test_the_longer_it_lasts_the_longer_a_thread_is_left_out(clock):
             pass
     assert waits == sorted(waits)
     assert waits[0] < 0.1
-    assert 0.9 < waits[-1] < 1.1
-    assert [undisturbed(executor, clock, 2.0) for _ in range(3)] == [2, 3, 3]
+    assert 1.9 < waits[-1] < 2.1
+    assert [undisturbed(executor, clock, 3.0) for _ in range(3)] == [2, 3, 3]
     executor.close()

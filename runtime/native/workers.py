@@ -23,8 +23,8 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
-OFTEN = 0.25  # seconds: a thread that is late twice in this time has to share its processor
-REST = 0.02, 1.0  # seconds that it is left out then: the first time, and the longest
+OFTEN = 0.25  # seconds: a thread that is late twice in this time, or once after it was taken in again, shares its processor
+REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
 
@@ -74,7 +74,7 @@ class WorkerThreads:
         now = monotonic()
         if self._late.value:
             self._late.value = 0
-            calm, self._last_late = now - self._last_late, now
+            calm, self._last_late = now - max(self._last_late, self._until), now
             if calm < OFTEN and self._active > 1:
                 self._rest = min(2 * self._rest, REST[1])
                 self._active, self._until = self._active - 1, now + self._rest
