@@ -28,6 +28,13 @@ class Eager(Odds):
         return self.random.choice(self.lengths)
 
 
+class Priced(Odds):
+    """Passes cost what is supposed until it is measured: those of a fake tell nothing."""
+
+    def measured(self, rows, seconds):
+        pass
+
+
 @pytest.fixture(scope="module")
 def native():
     executor, reference = executors(host_level(), "Q4_0", 2, n_vocab=60)
@@ -148,13 +155,13 @@ def test_a_copied_text_comes_several_tokens_a_pass_and_a_new_one_one_by_one():
     rng = np.random.default_rng(5)
     text = rng.integers(60, 120, 300).tolist()
     executor = fake(lambda ids: text[len(ids) - 300], 1000)
-    got, last = answer(executor, text, draft=True, temperature=0, max_tokens=290)
+    got, last = answer(executor, text, draft=True, odds=Priced(), temperature=0, max_tokens=290)
     assert got[0] == text[:290]
     assert len(executor.passes) < 80
     assert last.accepted_tokens > 200
     other = rng.integers(60, 120, 300).tolist()
     executor = fake(lambda ids: other[len(ids) - 300], 1000)
-    got, last = answer(executor, text, draft=True, temperature=0, max_tokens=290)
+    got, last = answer(executor, text, draft=True, odds=Priced(), temperature=0, max_tokens=290)
     assert got[0] == other[:290]
     assert last.drafted_tokens < 15  # two words in a row are soon there again by chance
 
@@ -165,7 +172,7 @@ def test_a_text_that_deceives_is_soon_no_longer_believed():
         return 60 + len(ids) % 4 if len(ids) % 4 < 3 else random.Random(len(ids)).randrange(63, 130)
 
     executor = fake(choose, 2000)
-    _, last = answer(executor, [60, 61, 62], draft=True, temperature=0, max_tokens=1500)
+    _, last = answer(executor, [60, 61, 62], draft=True, odds=Priced(), temperature=0, max_tokens=1500)
     assert last.drafted_tokens - last.accepted_tokens < 60
 
 
