@@ -29,6 +29,7 @@ NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "loss", "callbacks")
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "best.pt", "last.pt",
 )  # fmt: skip
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
 CONFIGS = ("config.json", "model_config.json", "params.json")  # beside the weights
@@ -99,7 +100,7 @@ def read_json(path: Path) -> Any:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The weights of a folder: Hugging Face's names, else the only checkpoint in it."""
+    """The weights of a folder: the names of Hugging Face or of our trainer, else the only checkpoint in it."""
     for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name

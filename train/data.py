@@ -1,8 +1,8 @@
-"""Texts and conversations as token ids on disk, part by part, and the batches of every step.
+"""Texts and conversations as token ids on disk, part by part.
 
 In: .txt files (a document each), .jsonl of {"text": …} or {"messages": [{"role": …, "content": …}, …]}. Out: for each
 file and split a flat array of ids, read by mmap, the end-of-text token after every document, and a mask of the tokens to
-learn. `state.json` says which parts are done. Which sequences a step sees is a function of the seed and the step alone.
+learn. `state.json` says which parts are done.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,10 @@ def prepare(
     """
     folder.mkdir(parents=True, exist_ok=True)
     how, failures, old = [encoder.tok.n_vocab, encoder.row.name, *encoder.learn, every], [], read_state(folder)
-    jobs = [*((file, "train") for file in files), *((file, "val") for file in val_files)]
-    parts = {name: old.get(name, {}) for name in (f"part-{number:05d}" for number in range(len(jobs)))}
+    jobs = [*dict.fromkeys([*((file, "train") for file in files), *((file, "val") for file in val_files)])]
+    known = {(part["key"][0], part["key"][3]): name for name, part in old.items() if "key" in part}  # wherever it stood
+    free = (name for number in count() if (name := f"part-{number:05d}") not in old)
+    parts = {name: old.get(name, {}) for name in [known.get((str(file), split)) or next(free) for file, split in jobs]}
     for name, (file, split) in zip(parts, jobs, strict=True):
         try:
             stat = file.stat()
@@ -194,16 +197,17 @@ def _dtype(n_vocab: int) -> type:
     return np.uint16 if n_vocab <= 1 << 16 else np.uint32
 
 
-# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── blocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split of all parts, in blocks of `context` tokens; an epoch shows each once, cut at another place every time."""
+    """One split of all parts, in blocks of `context` tokens."""
 
     ids: list[np.ndarray]  # of every part, (n,) uint16 or uint32, mapped
     masks: list[np.ndarray]  # uint8
     context: int
+    files: list[str]  # where each part comes from
 
     @property
     def n_tokens(self) -> int:
@@ -225,26 +229,21 @@ class Corpus:
             number -= n
         raise IndexError(number)
 
-    def batch(self, step: int, size: int, seed: int) -> list[Block]:
-        """The `size` blocks of a step: a function of its arguments, so that a run can go on anywhere."""
-        n, blocks = self.n_blocks(self.context - 1), []
-        for epoch, place in (divmod(i, n) for i in range(step * size, (step + 1) * size)):
-            shift, order = _order(seed, epoch, n, self.context)
-            blocks.append(self.block(int(order[place]), shift))
-        return blocks
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n_blocks: int, context: int) -> tuple[int, np.ndarray]:
-    random = np.random.default_rng([seed, epoch])
-    return int(random.integers(context)), random.permutation(n_blocks)
+    def parts(self) -> dict[str, Corpus]:
+        """Each file's part of the split."""
+        return {
+            name: Corpus([ids], [mask], self.context, [name])
+            for name, ids, mask in zip(self.files, self.ids, self.masks, strict=True)
+        }
 
 
 def open_corpus(folder: Path, split: str, context: int, n_vocab: int) -> Corpus:
     """A split of a prepared folder. Raises FileError where it is shorter than one block."""
-    stems = [folder / f"{name}.{split}" for name, part in sorted(read_state(folder).items()) if part.get(split)]
+    parts = {name: part for name, part in sorted(read_state(folder).items()) if part.get(split)}
+    stems = [folder / f"{name}.{split}" for name in parts]
     ids = [np.memmap(stem, _dtype(n_vocab), "r") for stem in stems]
-    corpus = Corpus([*ids], [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems], context)
+    masks = [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems]
+    corpus = Corpus([*ids], [*masks], context, [part["key"][0] for part in parts.values()])
     if not corpus.n_blocks(context - 1 if split == "train" else 0):
         problem = f"its {split} split has {corpus.n_tokens} tokens, too few for a sequence of {context}"
         raise FileError(folder, problem, "give more text, a smaller --context, or a --val file")
