@@ -16,9 +16,9 @@ from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE
 from pocketlm.tokenizer.characters import from_json
+from pocketlm.tokenizer.readers import BESIDE
 
 NONE = "none"  # what --tokenizer says for a model without one
-BESIDE = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken")
 CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
 GPT2_ROWS = (50257, 50304)  # nanoGPT rounds GPT-2's vocabulary up
 GPT2_END = {"<|endoftext|>": 50256}  # OpenAI's rank files leave it out

@@ -12,13 +12,13 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer
 from pocketlm.tokenizer.byte_bpe import TO_LETTERS, ByteBPE
 from pocketlm.tokenizer.merge import NO_MERGE
-from pocketlm.tokenizer.normalize import NORMAL_FORMS
+from pocketlm.tokenizer.normal_form import Normalizer
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
 
 OURS = "pocketlm.tokenizer."
 # options that are texts → what they may be (None: anything); all others are true or false
-_CHOICES = {"pre_tokenizer": PRE_TOKENIZERS, "normal_form": NORMAL_FORMS, "prefix": ("always", "missing", "never"),
+_CHOICES = {"pre_tokenizer": PRE_TOKENIZERS, "prefix": ("always", "missing", "never"),
             "unknown_text": None}  # fmt: skip
 _ELSEWHERE = "rules"  # in tokenizer.ggml.precompiled_charsmap
 T = TypeVar("T")
@@ -72,11 +72,19 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     for name in ("strip_left", "strip_right"):
         if ids := getattr(vocabulary, name):
             keys[OURS + name] = np.array(sorted(ids), np.int32)
+    keys |= normalizer_keys(vocabulary.normalizer)
     if isinstance(tokenizer, ByteBPE):
         return keys | _byte_bpe(tokenizer)
     if isinstance(tokenizer, SentencePieceBPE):
         return keys | _sentencepiece(tokenizer, n_vocab)
     return keys | _characters(tokens, vocabulary.types)
+
+
+def normalizer_keys(normalizer: Normalizer) -> dict[str, Any]:
+    """What a normalizer adds to the keys of a tokenizer."""
+    sides = [side for pair in normalizer.replacements for side in pair]
+    keys = {OURS + "normal_form": normalizer.form, OURS + "replacements": sides}
+    return {key: value for key, value in keys.items() if value}
 
 
 def _byte_bpe(tokenizer: ByteBPE) -> dict[str, Any]:

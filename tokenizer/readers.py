@@ -6,6 +6,7 @@ stranger is data, nothing in it is run, and its patterns are compared with those
 
 import base64
 import binascii
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,12 @@ from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_pattern
 
 _MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
-_IN_FOLDER = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken", "*.gguf")
+BESIDE = (
+    "tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "encoder.json", "*-vocab.json", "meta.pkl", "*.tiktoken",
+)  # fmt: skip
+_IN_FOLDER = (*BESIDE, "*.gguf")
+_MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # ends of the names of files that belong together
+BY_NAME = ("gpt2",)  # what the package tiktoken fetches, where a path is not there
 # beginnings of the names of published rank files → pre-tokenizer; the last two are not in the table and refused so
 _TIKTOKEN_FILES = {
     "gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "qwen": "qwen2", "cl100k": "cl100k", "o200k": "o200k",
@@ -31,13 +37,16 @@ def load(
     path: str | os.PathLike[str], *, pattern: str | None = None, special_tokens: Mapping[str, int] | None = None
 ) -> Tokenizer:
     """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
-    `.model`, tiktoken ranks, the `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, or a folder that holds one.
+    `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`) beside it, the
+    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, a folder that holds one; `gpt2`: what tiktoken calls so.
 
     `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
     else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
     Raises FileError for a file that cannot be used, UsageError for an unknown pattern.
     """
     path = Path(path)
+    if str(path) in BY_NAME and not path.exists():
+        return _published(str(path))
     if path.is_dir():
         path = _in_folder(path)
     data = _read(path, 4)
@@ -86,9 +95,11 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
         return huggingface.from_tokenizer_json(path, value)
     if isinstance(value, dict) and "pieces" in value:
         return _fp16_bin(path, value)
-    merges = path.with_name("merges.txt")
-    if path.name == "vocab.json" and merges.is_file():
-        return huggingface.from_vocab_and_merges(path, value, merges, _read(merges))
+    for end, other in _MERGES.items():
+        merges, added = path.with_name(path.name.removesuffix(end) + other), path.with_name("added_tokens.json")
+        if path.name.endswith(end) and merges.is_file():
+            more = characters.parse_json(added, _read(added)) if added.is_file() else {}
+            return huggingface.from_vocab_and_merges(path, value, merges, _read(merges), more)
     return characters.from_json(path, value)
 
 
@@ -111,8 +122,31 @@ def _fp16_bin(path: Path, value: dict[str, Any]) -> Tokenizer:
     return from_metadata({"tokenizer.ggml.model": "llama", **(said if not metadata else {}), **metadata, **keys}, path)
 
 
+def to_json(keys: Mapping[str, Any]) -> str:
+    """The keys of a tokenizer (`to_metadata`) as such a file, with all of them in it."""
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in keys.items()}
+    columns = {"tokenizer.ggml." + key: name for key, name in {"tokens": "pieces", **_BIN_COLUMNS}.items()}
+    value = {name: plain.pop(key) for key, name in columns.items() if key in plain}
+    return json.dumps({**value, "metadata": plain}, ensure_ascii=False)
+
+
 _BIN_ENDS = {"bos": "<s>", "eos": "</s>"}
 _BIN_COLUMNS = {"scores": "scores", "token_type": "types", "merges": "merges"}
+
+
+def _published(name: str) -> Tokenizer:
+    """The ranks that the package tiktoken fetches once and keeps."""
+    try:
+        import tiktoken
+
+        encoding = tiktoken.get_encoding(name)
+    except ImportError:
+        raise FileError(name, "is fetched by the package tiktoken", "pip install tiktoken, or give its file") from None
+    except Exception as error:  # whatever stands between here and the network
+        problem = f"could not be fetched by tiktoken ({type(error).__name__})"
+        raise FileError(name, problem, "give the tokenizer's file: tokenizer.json, or vocab.json with merges.txt") from None
+    lines = (b"%s %d" % (base64.b64encode(token), rank) for token, rank in encoding._mergeable_ranks.items())
+    return _tiktoken(Path(name), b"\n".join(lines), encoding._pat_str, encoding._special_tokens)
 
 
 def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapping[str, int]) -> Tokenizer:

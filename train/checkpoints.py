@@ -33,6 +33,19 @@ def read(path: Path) -> dict[str, Any]:
         raise FileError(path, "is no checkpoint of this trainer", "name the last.pt or best.pt of a run") from None
 
 
+def add_rows(content: dict[str, Any], first: int, n_vocab: int) -> dict[str, Any]:
+    """The checkpoint for `n_vocab` tokens, of which those from `first` on are new: their rows of the token table, and of an
+    output matrix of its own, are drawn near the mean of the others, a tenth as far apart.
+    """
+    dice, weights = torch.Generator().manual_seed(first), dict(content["model"])
+    for name in ("tok_emb.weight", "head.weight"):
+        if name in weights:
+            old = weights[name][:first].float()
+            drawn = torch.randn((n_vocab - first, old.shape[1]), generator=dice) * old.std(0) / 10 + old.mean(0)
+            weights[name] = torch.cat([weights[name][:first], drawn.to(weights[name].dtype)])
+    return {**content, "model": weights, "shape": replace(content["shape"], n_vocab=n_vocab)}
+
+
 def build(content: dict[str, Any], context: int, dropout: float, rope_theta: float = 0.0) -> Decoder:
     """The model of a checkpoint, for at least `context` positions. Raises UsageError where it has a table of fewer."""
     old: Shape = content["shape"]

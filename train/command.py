@@ -7,8 +7,8 @@ interrupted one left off.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from pocketlm.train.presets import PRESETS, Settings, Shape, changed
 
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
+    from pocketlm.train.documents import Reading
 
 TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
@@ -29,11 +30,23 @@ SETTINGS = {  # settings with a flag of their own (the name with dashes) → hel
     "seed": "decides everything that is drawn at random",
 }  # fmt: skip
 
+VOCABULARY: dict[str, dict[str, Any]] = {  # the options that decide what a run reads
+    "tokenizer": {"metavar": "NAME", "help": "bytes, sentencepiece, characters, gpt2, or a tokenizer's file or folder"},
+    "add-markers": {"action": "store_true", "help": "add the chat's markers to a tokenizer, and to a model, without them"},
+    "symbols": {"metavar": "FILE", "help": "texts that are one token each in a vocabulary made here, one a line"},
+    "character-coverage": {"type": float, "metavar": "X", "help": "share of the characters that get a token (sentencepiece)"},
+    "normalize": {"action": "append", "default": [], "metavar": "FORM",
+                  "help": "nfc, nfd, nfkc, nfkd, or a file of lines: what, a tab, by what; may be given again"},
+    "documents": {"default": "file", "metavar": "KIND", "help": "what ends a document of a text: file (default), blank, line"},
+    "shortest": {"type": int, "default": 0, "metavar": "N", "help": "leave out texts of fewer characters"},
+    "windows": {"default": "blocks", "metavar": "KIND", "help": "how sequences are cut: blocks (default) or sentences"},
+}  # fmt: skip
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `pocketlm train`."""
     add = parser.add_argument
-    add("data", nargs="*", metavar="FILE", help="texts (.txt) and conversations (.jsonl) to learn")
+    add("data", nargs="*", metavar="FILE", help="texts (.txt), conversations (.jsonl) and ids (.npy, .bin) to learn")
     add("-o", "--output", metavar="RUN", help="the run's folder; a run that was stopped there goes on")
     add("--preset", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)} (default tiny)")
     add("--recipe", metavar="NAME", help="small-talk: make the model that comes with the package")
@@ -41,7 +54,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="K=V", help="change the preset's shape, as in n_layer=6")
     add("--from", dest="start", metavar="CHECKPOINT", help="begin with these weights: fine-tuning, longer context")
     add("--rope-theta", type=float, default=0.0, metavar="X", help="with --from: another base of the rotary angles")
-    add("--tokenizer", metavar="NAME", help="bytes, sentencepiece, characters, or a tokenizer's folder")
     add("--chat", default="chatml", metavar="NAME", help="how conversations are marked: chatml (default) or markers")
     add("--learn", default="assistant", choices=("assistant", "all"), help="whose turns are learnt (default assistant)")
     add("--val", action="append", default=[], metavar="FILE", help="texts for validation (default: a share of FILE)")
@@ -53,6 +65,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=int, default=10, metavar="N", help="a line of progress every N steps (default 10)")
     add("--eval-every", type=int, default=100, metavar="N", help="validation every N steps (default 100)")
     add("--save-seconds", type=float, default=60.0, metavar="X", help="seconds between checkpoints (default 60)")
+    group = parser.add_argument_group("vocabulary and documents")
+    for name, how in VOCABULARY.items():
+        group.add_argument(f"--{name}", **how)
     group = parser.add_argument_group("how to train (defaults: the preset's)")
     for name, text in SETTINGS.items():
         kind = type(getattr(Settings(), name))
@@ -85,6 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--set {wrong[0]}: expected a name and a value, as n_layer=6")
     if min(arguments.log_every, arguments.eval_every, arguments.val_every - 1) < 1 or arguments.threads < 0:
         raise UsageError("--log-every and --eval-every are 1 or more, --val-every 2 or more, --threads 0 or more")
+    for name, choices in (("documents", ("file", "blank", "line")), ("windows", ("blocks", "sentences"))):
+        if (chosen := getattr(arguments, name)) not in choices:
+            raise UsageError(f"--{name} {chosen}: expected {', '.join(choices)}{did_you_mean(chosen, choices)}")
     preset = PRESETS[arguments.preset]
     given = {f.name: value for f in fields(Settings) if (value := getattr(arguments, f.name, None)) is not None}
     shape = changed(preset.shape, dict(pair.split("=", 1) for pair in arguments.set))
@@ -113,10 +131,14 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
         if ranks.size > 1:
             dist.barrier()
         tok = tokenizer.load(folder)
+        if start and arguments.add_markers:
+            first = tokenizer.load(_source(kind, arguments.start) or folder).n_vocab
+            if tok.n_vocab > first:
+                start = checkpoints.add_rows(start, first, max(start["shape"].n_vocab, tok.n_vocab))
         shape = start["shape"] if start else replace(shape, n_vocab=tok.n_vocab, n_ctx=max(shape.n_ctx, settings.context))
         if tok.n_vocab > shape.n_vocab:
             problem = f"its tokenizer has {tok.n_vocab} tokens, the model {shape.n_vocab}"
-            raise FileError(folder, problem, "give the model's own with --tokenizer")
+            raise FileError(folder, problem, "give the model's own with --tokenizer, or more tokens with --add-markers")
         settings = replace(settings, context=settings.context or shape.n_ctx)
         if settings.compile and (problem := loop.cannot_compile(ranks.device)):
             if arguments.compile:
@@ -129,7 +151,10 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
         else:
             model = Decoder(shape, settings.dropout)
             checks.check_fresh(model)
-        train, val = (data.open_corpus(folder / "data", split, settings.context, tok.n_vocab) for split in data.SPLITS)
+        ends = {"train": data.sentence_ends(tok) if arguments.windows == "sentences" else None}
+        train, val = (
+            data.open_corpus(folder / "data", split, settings.context, tok.n_vocab, ends.get(split)) for split in data.SPLITS
+        )
         if ranks.leads:
             n_parameters = sum(weight.numel() for weight in model.parameters())
             facts = f"{n_parameters:,} parameters, {train.n_tokens:,} tokens to learn from, a vocabulary of {tok.n_vocab:,}"
@@ -149,56 +174,81 @@ def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings, f
 
     same = {name: value for name, value in asdict(settings).items() if name not in ("micro_batch", "compile")}
     data = [[part["train"], part["val"], *part["key"][:2]] for part in read_state(folder / "data").values()]
-    given = {"from": arguments.start or "", "chat": arguments.chat, "learn": arguments.learn}
+    given = {"from": arguments.start or "", "chat": arguments.chat, "learn": arguments.learn, "windows": arguments.windows}
     return {**asdict(shape), **same, **given, "data": data}
 
 
 def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespace) -> None:
     """The run's tokenizer, chat template and encoded data, each made where it is not there yet."""
-    from pocketlm.train import data, vocabularies
+    from pocketlm.train import data, documents, vocabularies
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(folder, f"cannot be made ({error.strerror})", "choose another folder with -o") from None
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
-    markers = data.markers_of(arguments.chat)
-    learnt = [*files, *val_files] if kind == "characters" else files  # a rare letter may be in what measures alone
-    tok = _tokenizer(folder, learnt, kind, n_vocab, markers, arguments.start)
+    for file, times in Counter(Path(name).resolve() for name in (*arguments.data, *arguments.val)).items():
+        if times > 1:
+            print(f"{file} is given {times} times", file=sys.stderr)
+    reading = documents.Reading(arguments.documents, arguments.shortest)
+    tok = _tokenizer(folder, files, val_files, kind, n_vocab, reading, arguments)
     encoder = data.Encoder(tok, arguments.chat, data.ROLES if arguments.learn == "all" else ("assistant",), folder)
     vocabularies.write(folder / TEMPLATE, _template(files, arguments))
     every = 0 if val_files else arguments.val_every
-    data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr))
+    data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr), reading)
 
 
 def _template(files: list[Path], arguments: argparse.Namespace) -> str:
     """How to talk to the model: as its conversations are written, as before where it learns more texts, else as to a text."""
     from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-    from pocketlm.train import data
+    from pocketlm.train import data, documents
 
-    if data.has_conversations(files):
+    if documents.has_conversations(files):
         return data.jinja(BUILT_IN[arguments.chat])
     before = Path(arguments.start).parent / TEMPLATE if arguments.start else None
     return before.read_text(encoding="utf-8") if before and before.is_file() else PLAIN_JINJA
 
 
-def _tokenizer(
-    folder: Path, files: list[Path], kind: str, n_vocab: int, markers: tuple[str, ...], start: str | None
-) -> Tokenizer:
-    from pocketlm import tokenizer
-    from pocketlm.train import data, vocabularies
+def _source(kind: str, start: str | None) -> Path | None:
+    """Where a run's tokenizer comes from; None: it is made here."""
+    from pocketlm.train.vocabularies import KINDS
 
+    if kind in KINDS:
+        return Path(start).parent if start else None
+    return Path(kind)
+
+
+def _tokenizer(
+    folder: Path, files: list[Path], val_files: list[Path], kind: str, n_vocab: int, reading: Reading,
+    arguments: argparse.Namespace,
+) -> Tokenizer:  # fmt: skip
+    from pocketlm import tokenizer
+    from pocketlm.tokenizer.readers import BY_NAME
+    from pocketlm.train import data, documents, vocabularies
+
+    markers = data.markers_of(arguments.chat)
     if any((folder / name).exists() for name in vocabularies.FILES):
         return tokenizer.load(folder)
-    if kind in vocabularies.KINDS and not start:
-        return vocabularies.make_tokenizer(kind, data.read_texts(files), n_vocab, markers, folder)
-    source = Path(start).parent if start and kind in vocabularies.KINDS else Path(kind)
-    if not source.exists():
-        kinds = ", ".join(vocabularies.KINDS)
-        near = did_you_mean(kind, vocabularies.KINDS)
-        raise UsageError(f"--tokenizer {kind}: expected {kinds}, or a tokenizer's file or folder{near}")
-    tokenizer.load(source)  # says what is wrong with it
-    for name in (*vocabularies.FILES, "tokenizer_config.json"):
-        if (file := (source if source.is_dir() else source.parent) / name).is_file():
-            shutil.copyfile(file, folder / name)
-    return tokenizer.load(folder)
+    made = [name for name in ("symbols", "character_coverage", "normalize") if getattr(arguments, name)]
+    if source := _source(kind, arguments.start):
+        if made:
+            raise UsageError(f"--{made[0].replace('_', '-')} is for vocabularies that are made here; {source} is one already")
+        if not source.exists() and kind not in BY_NAME:
+            kinds = (*vocabularies.KINDS, *BY_NAME)
+            near = did_you_mean(kind, kinds)
+            raise UsageError(f"--tokenizer {kind}: expected {', '.join(kinds)}, or a tokenizer's file or folder{near}")
+        return vocabularies.take_tokenizer(source, markers if arguments.add_markers else (), folder)
+    if ids := [file for file in files if file.suffix in documents.IDS]:
+        raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
+    if "character_coverage" in made and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):
+        raise UsageError("--character-coverage is a number from 0.9 to 1, for --tokenizer sentencepiece")
+    wanted = vocabularies.Wanted(
+        n_vocab, markers, coverage=arguments.character_coverage or vocabularies.Wanted.coverage,
+        symbols=vocabularies.read_symbols(Path(arguments.symbols), markers) if arguments.symbols else (),
+        normalizer=vocabularies.read_normalizer(arguments.normalize),
+    )  # fmt: skip
+    every_letter = kind == "characters"  # a rare one may be in what measures alone
+    texts = documents.read_texts(
+        [*files, *val_files] if every_letter else files, reading, 0 if every_letter else vocabularies.MOST_BYTES
+    )
+    return vocabularies.make_tokenizer(kind, texts, wanted, folder)
