@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a
     "--map": {"metavar": "FILE", "help": "a TOML file with the names of a code base that is not recognised"},
     "--tokenizer": {
         "metavar": "FILE",
-        "help": "tokenizer.json, SentencePiece .model, …, where it is not beside the checkpoint; none: token ids only",
+        "help": "tokenizer.json, .model, gpt2, …, where it is not beside the checkpoint; none: token ids only",
     },
     "--lora": {"metavar": "DIR", "help": "a LoRA in PEFT's layout, merged before the export"},
     "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's own name"},

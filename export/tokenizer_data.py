@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
+from pocketlm.export import published
 from pocketlm.export.arrays import map_file
 from pocketlm.export.checkpoint import Checkpoint, read_json
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
@@ -38,7 +39,7 @@ TEST_TEXTS = (
 
 
 def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and notes for the user. `given`: a file or folder, or "none"; None looks beside the checkpoint.
+    """The tokenizer's keys and notes for the user. `given`: a file or folder, a name, or "none"; None looks beside the checkpoint.
 
     `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
     one that does not fit the model.
@@ -46,7 +47,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if given is not None and str(given) == NONE:
         return {}, ["it has no tokenizer: it can be run with token ids only"]
     path = Path(given) if given is not None else _beside(checkpoint)
-    tokenizer = load(path) if path is not None else _own_characters(checkpoint)
+    tokenizer = published.load(path) if path is not None else _own_characters(checkpoint)
     if tokenizer is None:
         kind = (
             "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it,"

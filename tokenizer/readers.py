@@ -26,7 +26,6 @@ BESIDE = (
 )  # fmt: skip
 _IN_FOLDER = (*BESIDE, "*.gguf")
 _MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # ends of the names of files that belong together
-BY_NAME = ("gpt2",)  # what the package tiktoken fetches, where a path is not there
 # beginnings of the names of published rank files → pre-tokenizer; the last two are not in the table and refused so
 _TIKTOKEN_FILES = {
     "gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "qwen": "qwen2", "cl100k": "cl100k", "o200k": "o200k",
@@ -38,15 +37,13 @@ def load(
 ) -> Tokenizer:
     """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
     `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`) beside it, the
-    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, a folder that holds one; `gpt2`: what tiktoken calls so.
+    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, or a folder that holds one.
 
     `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
     else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
     Raises FileError for a file that cannot be used, UsageError for an unknown pattern.
     """
     path = Path(path)
-    if str(path) in BY_NAME and not path.exists():
-        return _published(str(path))
     if path.is_dir():
         path = _in_folder(path)
     data = _read(path, 4)
@@ -132,21 +129,6 @@ def to_json(keys: Mapping[str, Any]) -> str:
 
 _BIN_ENDS = {"bos": "<s>", "eos": "</s>"}
 _BIN_COLUMNS = {"scores": "scores", "token_type": "types", "merges": "merges"}
-
-
-def _published(name: str) -> Tokenizer:
-    """The ranks that the package tiktoken fetches once and keeps."""
-    try:
-        import tiktoken
-
-        encoding = tiktoken.get_encoding(name)
-    except ImportError:
-        raise FileError(name, "is fetched by the package tiktoken", "pip install tiktoken, or give its file") from None
-    except Exception as error:  # whatever stands between here and the network
-        problem = f"could not be fetched by tiktoken ({type(error).__name__})"
-        raise FileError(name, problem, "give the tokenizer's file: tokenizer.json, or vocab.json with merges.txt") from None
-    lines = (b"%s %d" % (base64.b64encode(token), rank) for token, rank in encoding._mergeable_ranks.items())
-    return _tiktoken(Path(name), b"\n".join(lines), encoding._pat_str, encoding._special_tokens)
 
 
 def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapping[str, int]) -> Tokenizer:

@@ -121,6 +121,7 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
     import torch.distributed as dist
 
     from pocketlm import tokenizer
+    from pocketlm.export import published
     from pocketlm.train import checkpoints, checks, data, loop
     from pocketlm.train.decoder import Decoder
 
@@ -132,7 +133,7 @@ def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Set
             dist.barrier()
         tok = tokenizer.load(folder)
         if start and arguments.add_markers:
-            first = tokenizer.load(_source(kind, arguments.start) or folder).n_vocab
+            first = published.load(_source(kind, arguments.start) or folder).n_vocab
             if tok.n_vocab > first:
                 start = checkpoints.add_rows(start, first, max(start["shape"].n_vocab, tok.n_vocab))
         shape = start["shape"] if start else replace(shape, n_vocab=tok.n_vocab, n_ctx=max(shape.n_ctx, settings.context))
@@ -223,7 +224,7 @@ def _tokenizer(
     arguments: argparse.Namespace,
 ) -> Tokenizer:  # fmt: skip
     from pocketlm import tokenizer
-    from pocketlm.tokenizer.readers import BY_NAME
+    from pocketlm.export import published
     from pocketlm.train import data, documents, vocabularies
 
     markers = data.markers_of(arguments.chat)
@@ -233,8 +234,8 @@ def _tokenizer(
     if source := _source(kind, arguments.start):
         if made:
             raise UsageError(f"--{made[0].replace('_', '-')} is for vocabularies that are made here; {source} is one already")
-        if not source.exists() and kind not in BY_NAME:
-            kinds = (*vocabularies.KINDS, *BY_NAME)
+        if not source.exists() and kind not in published.NAMES:
+            kinds = (*vocabularies.KINDS, *published.NAMES)
             near = did_you_mean(kind, kinds)
             raise UsageError(f"--tokenizer {kind}: expected {', '.join(kinds)}, or a tokenizer's file or folder{near}")
         return vocabularies.take_tokenizer(source, markers if arguments.add_markers else (), folder)

@@ -154,7 +154,7 @@ def _encode_part(
         parts = {name: stack.enter_context(replacing_file(Path(f"{stem}.{name}"))) for name in names}
         sinks = {name: stack.enter_context(open(part, "wb")) for name, part in parts.items()}
         for number, (ids, mask) in enumerate(documents, first):
-            where = "val" if split == "val" or (every and number % every == every // 2) else "train"
+            where = "val" if split == "val" or (every and number % every == min(every // 2, 2)) else "train"
             sinks[where].write(np.array(ids, _dtype(n_vocab)).tobytes())
             sinks[f"{where}.mask"].write(bytes(mask))
             counts[where] += len(ids)

@@ -86,7 +86,7 @@ def _document(row: Any, path: Path, number: int) -> Document:
         if "instruction" in row:
             asked = "\n\n".join(part for part in (row["instruction"].strip(), (row.get("input") or "").strip()) if part)
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-            row = {"messages": [{"role": "system", "content": row["system"]}] * bool(row.get("system")) + turns}
+            row = {"messages": [{"role": "system", "content": row.get("system")}] * bool(row.get("system")) + turns}
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in row["messages"]]
         if messages and all(m["role"] in ROLES for m in messages):
             return messages

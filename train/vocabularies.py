@@ -16,6 +16,7 @@ from typing import Any
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.export import published
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.base import CONTROL
@@ -116,8 +117,8 @@ def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path
 
 
 def take_tokenizer(source: Path, markers: Sequence[str], folder: Path) -> Tokenizer:
-    """The tokenizer of any file or folder `tokenizer.load` reads, for a run: with a token that ends a text, and `markers`."""
-    tok = tokenizer.load(source)
+    """The tokenizer of a file, a folder or a name that `published.load` reads, for a run: with a token that ends a text, and `markers`."""
+    tok = published.load(source)
     ends = [name for name in (END, *OTHER_ENDS) if tok.token_id(name) in tok.end_ids] or [END]
     wanted = [*([ends[0]] if tok.eos_id is None else []), *markers]
     missing = [name for name in dict.fromkeys(wanted) if tok.token_id(name) is None]
@@ -162,7 +163,7 @@ def read_normalizer(names: Sequence[str]) -> Normalizer:
                 raise FileError(path, f"line {number} is no replacement", "write what, a tab, and by what")
             pairs += [(what, by)] * bool(line)
     if len(forms) > 1:
-        raise UsageError(f"--normalize {forms[1]}: a text has one normal form, and {forms[0]} is given already")
+        raise UsageError(f"--normalize {forms[1].lower()}: a text has one normal form, and {forms[0].lower()} is given already")
     return make_normalizer(", ".join(names), forms[0] if forms else None, pairs)
 
 
