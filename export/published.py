@@ -1,4 +1,4 @@
-"""Tokenizers that go by a name: a name or a path in, a `Tokenizer` out. The library tiktoken fetches them once and keeps them."""
+"""Tokenizers that go by a name: a name or a path in, a `Tokenizer` out. The library tiktoken fetches and keeps them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ TEST_TEXTS = (
 
 
 def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and notes for the user. `given`: a file or folder, a name, or "none"; None looks beside the checkpoint.
+    """The tokenizer's keys and notes for the user. `given`: a file, a folder, a name or "none"; None looks beside it.
 
     `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
     one that does not fit the model.

@@ -1,4 +1,4 @@
-"""Corpora as people have them: nothing of them is lost, doubled in silence or joined, and no sentence is begun in its middle."""
+"""Corpora as people have them: nothing of them is lost, doubled in silence or joined, and no sentence begins in its middle."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_instructions_become_conversations_that_the_model_answers(tmp_path: Path
     rows = [json.dumps(task, ensure_ascii=False) for task in TASKS]
     (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{', '.join(rows)}]", encoding="utf-8")
     asked = [[turn["content"] for turn in document] for document, _ in read_documents(tmp_path / name)]  # type: ignore[index]
-    assert asked == [["Translate into Turkish.\n\na fox", "bir tilki"], ["Кто это?", "Лиса."], ["Bądź zwięzły.", "Kim to?", "Lis."]]
+    assert asked[:2] == [["Translate into Turkish.\n\na fox", "bir tilki"], ["Кто это?", "Лиса."]]
+    assert asked[2] == ["Bądź zwięzły.", "Kim to?", "Lis."]
     rows *= 20
     (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{', '.join(rows)}]", encoding="utf-8")
     options = f"{SMALL} --tokenizer characters --set n_ctx=128 --steps 150 --batch 4 --micro-batch 4 --lr 1e-2 --eval-every 150"
@@ -141,7 +142,7 @@ def test_instructions_become_conversations_that_the_model_answers(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [('{"instruction": "x"}', "is no list"), ('[{"instruction": "x"}]', "row 1 is no document"), ("[1]", "row 1 is"), ("[", "no list")],
+    [('{"text": "x"}', "is no list"), ('[{"instruction": "x"}]', "row 1 is no document"), ("[1]", "row 1 is"), ("[", "no lis")],
 )
 def test_a_damaged_list_is_one_line(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "a.json").write_text(content)
@@ -196,7 +197,7 @@ def test_windows_at_sentences_begin_with_one_and_learn_everything_once(tmp_path:
         assert np.array_equal(learnt, whole[len(seen) + 1 : len(seen) + 1 + len(learnt)])
         first = int(np.flatnonzero(mask)[0])
         before = tok.decode(whole[: len(seen)][-8:].tolist())
-        begins += first == 0 and (not seen or len(seen) and before.rstrip(' »"”').endswith((".", "!", "?", ":", "\n")) or before[-1:] == "\n")
+        begins += first == 0 and (not seen or before.endswith("\n") or before.rstrip(' »"”')[-1:] in tuple(".!?"))
         seen += learnt.tolist()
     assert len(seen) == len(whole) - 1
     assert begins > 0.6 * corpus.n_blocks(), "sentences of these texts are mostly shorter than a window"

@@ -1,4 +1,4 @@
-"""Vocabularies of other people, and those made with options: the ids of training are the library's, and the exported model's."""
+"""Vocabularies of other people, and those made with options: the ids of training are the library's, and the model's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from pocketlm.train.data import markers_of  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LANGUAGES = {"Russian": RUSSIAN, "Turkish": TURKISH, "Polish": POLISH, "English": ENGLISH}
-SAMPLES = [*LANGUAGES.values(), "e\u0301 ё Ё — «kâr» “x”… ", "  two  spaces\n\n\ttab", "kâr, kar; ŻÓŁĆ İIıi 3.14 1234", "<|user|> 你好 🙂"]
+SAMPLES = [
+    *LANGUAGES.values(), "e\u0301 ё Ё — «kâr» “x”… ", "  two  spaces\n\n\ttab", "kâr, kar; ŻÓŁĆ İIıi 3.14 1234",
+    "<|user|> 你好 🙂",
+]  # fmt: skip
 SMALL = "--set n_layer=1 --set n_embd=32 --set n_head=2 --set n_kv_head=2 --set n_ff=32 --set n_ctx=32 --threads 1"
 SHORT = "--steps 3 --batch 2 --micro-batch 2 --warmup 1 --eval-every 3"
 
@@ -105,7 +108,8 @@ def ranks() -> tuple[dict[bytes, int], Any]:
 
     found = load_tiktoken_bpe(str(Path(__file__).parent / "vectors" / "tiktoken-gpt-2.tiktoken"))
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    return found, tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=found, special_tokens={"<|endoftext|>": len(found)})
+    special = {"<|endoftext|>": len(found)}
+    return found, tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=found, special_tokens=special)
 
 
 def from_tiktoken(folder: Path) -> tuple[Path, Callable[[str], list[int]]]:
@@ -114,7 +118,9 @@ def from_tiktoken(folder: Path) -> tuple[Path, Callable[[str], list[int]]]:
     return folder / "ranks", ranks()[1].encode_ordinary
 
 
-SOURCES = [from_tokenizer_json, from_normalising_json, from_vocab_and_merges, from_openais_files, from_sentencepiece, from_tiktoken]
+SOURCES = [
+    from_tokenizer_json, from_normalising_json, from_vocab_and_merges, from_openais_files, from_sentencepiece, from_tiktoken,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)
@@ -202,8 +208,8 @@ def test_what_texts_go_through_is_carried_into_the_model(tmp_path: Path, kind: s
     for tok in (own, exported(tmp_path / "run")):
         for text in [*LANGUAGES.values(), "e\u0301 kâr… <<Ёж>> ёж\n"]:
             assert tok.encode(text) == encode(normalised(text)), text
-    ids = [torch.from_file(str(run / "data" / "part-00004.train"), dtype=torch.int16, size=2000) for run in (tmp_path / "run", tmp_path / "plain")]
-    assert torch.equal(*ids)
+    learnt = [(tmp_path / run / "data" / "part-00004.train").read_bytes() for run in ("run", "plain")]
+    assert learnt[0] == learnt[1] != b""
 
 
 @pytest.mark.parametrize("kind", vocabularies.KINDS)
@@ -225,7 +231,8 @@ def test_character_coverage_decides_which_letters_become_bytes(tmp_path: Path) -
     (tmp_path / "a.txt").write_text(long(RUSSIAN) * 2 + "\nø", encoding="utf-8")
     sizes, few = [], ("--val-every", 4)
     for name, more in (("usual", ()), ("whole", ("--character-coverage", 1))):
-        assert train(tmp_path / "a.txt", "-o", tmp_path / name, "--tokenizer", "sentencepiece", "--set", "n_vocab=600", *few, *more) == 0
+        how = ("--tokenizer", "sentencepiece", "--set", "n_vocab=600", *few, *more)
+        assert train(tmp_path / "a.txt", "-o", tmp_path / name, *how) == 0
         sizes.append(len(tokenizer.load(tmp_path / name).encode("ø")))
     assert sizes == [2, 1]
 
