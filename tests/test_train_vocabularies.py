@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -247,7 +247,12 @@ def test_a_vocabulary_is_made_of_an_even_share_of_large_corpora(tmp_path: Path, 
     monkeypatch.setattr(vocabularies, "MOST_BYTES", total // 4)
     fed: list[str] = []
     right = vocabularies.KINDS["bytes"]
-    monkeypatch.setitem(vocabularies.KINDS, "bytes", lambda given, *more: right(map(lambda t: fed.append(t) or t, given), *more))
+
+    def kept(given: Iterable[str], *more: Any) -> None:
+        fed.extend(given)
+        right(fed, *more)
+
+    monkeypatch.setitem(vocabularies.KINDS, "bytes", kept)
     assert train(*files, "-o", tmp_path / "run") == 0
     assert sum(len(text.encode()) for text in fed) < total / 3
 
@@ -257,14 +262,12 @@ def test_a_vocabulary_is_made_of_an_even_share_of_large_corpora(tmp_path: Path, 
     [
         ("--normalize {folder}/none.tsv", "none.tsv: cannot be read"),
         ("--normalize {folder}/table", "table: line 2 is no replacement; write what, a tab, and by what"),
-        ("--normalize nfc --normalize nfkc", "--normalize nfkc: a text has one normal form"),
+        ("--normalize nfc --normalize nfkc", "nfkc: a text has one normal form"),
         ("--normalize {folder}/dash --symbols {folder}/dash-alone", "--normalize replaces —, which is a token of its own"),
         ("--symbols {folder}/none.txt", "none.txt: cannot be read"),
         ("--character-coverage 0.99", "--character-coverage is a number from 0.9 to 1, for --tokenizer sentencepiece"),
         ("--tokenizer {folder}/table --symbols {folder}/table", "--symbols is for vocabularies that are made here"),
         ("--tokenizer {folder}/none.model", "or a tokenizer's file or folder"),
-        ("--documents page", "--documents page: expected file, blank, line"),
-        ("--windows phrases", "--windows phrases: expected blocks, sentences"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, said: str) -> None:
@@ -281,9 +284,9 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 # ── markers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TALK = "".join(
-    json.dumps({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n"
-    for q, a in [("Кто ты?", "Лиса."), ("Kimsin?", "Bir tilki."), ("Kim jesteś?", "Lisem.")] * 20
-)  # fmt: skip
+    json.dumps({"system": "Be brief.", "instruction": asked, "output": said}) + "\n"
+    for asked, said in [("Кто ты?", "Лиса."), ("Kimsin?", "Bir tilki."), ("Kim jesteś?", "Lisem.")] * 20
+)
 
 
 @pytest.mark.parametrize("source", [from_tokenizer_json, from_tiktoken, from_vocab_and_merges], ids=lambda s: s.__name__)

@@ -4,7 +4,7 @@ In: a `Tokenizer`. Out: `tokenizer.ggml.*` for everybody, and `pocketlm.tokenize
 field of the tokenizer's `Options`, by the field's name. Knows no file. What llama.cpp makes of the keys is export's.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -85,6 +85,29 @@ def normalizer_keys(normalizer: Normalizer) -> dict[str, Any]:
     sides = [side for pair in normalizer.replacements for side in pair]
     keys = {OURS + "normal_form": normalizer.form, OURS + "replacements": sides}
     return {key: value for key, value in keys.items() if value}
+
+
+def with_markers(tokenizer: Tokenizer, markers: Sequence[str], ends: Sequence[str]) -> dict[str, Any]:
+    """The keys of a tokenizer in which each of `markers` is one control token, and a text has an end: its own, or the first of
+    `ends` that it knows as one, or else `ends[0]`. What is not there yet is added behind all other tokens.
+    """
+    end = next((name for name in ends if tokenizer.token_id(name) in tokenizer.end_ids), ends[0])
+    wanted = dict.fromkeys([*[end] * (tokenizer.eos_id is None), *markers])
+    missing = [name for name in wanted if tokenizer.token_id(name) is None]
+    keys = to_metadata(tokenizer, tokenizer.n_vocab + len(missing))
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    tokens[tokenizer.n_vocab :] = missing
+    for name in wanted:
+        if name in missing or not is_one_token(tokenizer, name):
+            types[tokens.index(name)] = CONTROL
+    if tokenizer.eos_id is None:
+        keys["tokenizer.ggml.eos_token_id"] = tokens.index(end)
+    return keys
+
+
+def is_one_token(tokenizer: Tokenizer, marker: str) -> bool:
+    """Whether a marker is read as its token; a SentencePiece vocabulary may put a space in front."""
+    return tokenizer.token_id(marker) == tokenizer.encode(marker, special=True)[-1]
 
 
 def _byte_bpe(tokenizer: ByteBPE) -> dict[str, Any]:

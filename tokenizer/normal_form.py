@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, UsageError
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 NORMAL_FORMS: dict[str, NormalForm] = {"NFC": "NFC", "NFD": "NFD", "NFKC": "NFKC", "NFKD": "NFKD"}
@@ -57,3 +58,29 @@ def make_normalizer(path: object, form: str | None, pairs: Sequence[tuple[str, s
     if len({what for what, _ in pairs}) != len(pairs) or any(not what for what, _ in pairs):
         raise FileError(path, "it replaces nothing by something, or one text in two ways")
     return Normalizer(NORMAL_FORMS[form] if form else None, tuple(pairs))
+
+
+def read_normalizer(names: Sequence[str]) -> Normalizer:
+    """A normal form by its name, and tables in files, with lines `what TAB by what`. Raises FileError naming the line."""
+    forms = [name.upper() for name in names if name.upper() in NORMAL_FORMS]
+    if len(forms) > 1:
+        raise UsageError(f"{forms[1].lower()}: a text has one normal form, and {forms[0].lower()} is given already")
+    pairs: list[tuple[str, str]] = []
+    for path in (Path(name) for name in names if name.upper() not in NORMAL_FORMS):
+        for number, line in read_lines(path):
+            what, tab, by = line.partition("\t")
+            if not tab or not what:
+                raise FileError(path, f"line {number} is no replacement", "write what, a tab, and by what")
+            pairs.append((what, by))
+    return make_normalizer(", ".join(names), forms[0] if forms else None, pairs)
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(number, line) of the lines of a text that are not empty. Raises FileError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+    except UnicodeDecodeError:
+        raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -37,9 +37,10 @@ VOCABULARY: dict[str, dict[str, Any]] = {  # the options that decide what a run 
     "character-coverage": {"type": float, "metavar": "X", "help": "share of the characters that get a token (sentencepiece)"},
     "normalize": {"action": "append", "default": [], "metavar": "FORM",
                   "help": "nfc, nfd, nfkc, nfkd, or a file of lines: what, a tab, by what; may be given again"},
-    "documents": {"default": "file", "metavar": "KIND", "help": "what ends a document of a text: file (default), blank, line"},
+    "documents": {"choices": ("file", "blank", "line"), "default": "file",
+                  "help": "what ends a document of a text: its file (default), a blank line, each line"},
     "shortest": {"type": int, "default": 0, "metavar": "N", "help": "leave out texts of fewer characters"},
-    "windows": {"default": "blocks", "metavar": "KIND", "help": "how sequences are cut: blocks (default) or sentences"},
+    "windows": {"choices": ("blocks", "sentences"), "default": "blocks", "help": "how a sequence is cut (default blocks)"},
 }  # fmt: skip
 
 
@@ -100,9 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--set {wrong[0]}: expected a name and a value, as n_layer=6")
     if min(arguments.log_every, arguments.eval_every, arguments.val_every - 1) < 1 or arguments.threads < 0:
         raise UsageError("--log-every and --eval-every are 1 or more, --val-every 2 or more, --threads 0 or more")
-    for name, choices in (("documents", ("file", "blank", "line")), ("windows", ("blocks", "sentences"))):
-        if (chosen := getattr(arguments, name)) not in choices:
-            raise UsageError(f"--{name} {chosen}: expected {', '.join(choices)}{did_you_mean(chosen, choices)}")
     preset = PRESETS[arguments.preset]
     given = {f.name: value for f in fields(Settings) if (value := getattr(arguments, f.name, None)) is not None}
     shape = changed(preset.shape, dict(pair.split("=", 1) for pair in arguments.set))
@@ -192,7 +190,7 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
         if times > 1:
             print(f"{file} is given {times} times", file=sys.stderr)
     reading = documents.Reading(arguments.documents, arguments.shortest)
-    tok = _tokenizer(folder, files, val_files, kind, n_vocab, reading, arguments)
+    tok = _tokenizer(folder, kind, n_vocab, reading, arguments)
     encoder = data.Encoder(tok, arguments.chat, data.ROLES if arguments.learn == "all" else ("assistant",), folder)
     vocabularies.write(folder / TEMPLATE, _template(files, arguments))
     every = 0 if val_files else arguments.val_every
@@ -214,17 +212,13 @@ def _source(kind: str, start: str | None) -> Path | None:
     """Where a run's tokenizer comes from; None: it is made here."""
     from pocketlm.train.vocabularies import KINDS
 
-    if kind in KINDS:
-        return Path(start).parent if start else None
-    return Path(kind)
+    return Path(kind) if kind not in KINDS else Path(start).parent if start else None
 
 
-def _tokenizer(
-    folder: Path, files: list[Path], val_files: list[Path], kind: str, n_vocab: int, reading: Reading,
-    arguments: argparse.Namespace,
-) -> Tokenizer:  # fmt: skip
+def _tokenizer(folder: Path, kind: str, n_vocab: int, reading: Reading, arguments: argparse.Namespace) -> Tokenizer:
     from pocketlm import tokenizer
     from pocketlm.export import published
+    from pocketlm.tokenizer.normal_form import read_lines, read_normalizer
     from pocketlm.train import data, documents, vocabularies
 
     markers = data.markers_of(arguments.chat)
@@ -239,17 +233,14 @@ def _tokenizer(
             near = did_you_mean(kind, kinds)
             raise UsageError(f"--tokenizer {kind}: expected {', '.join(kinds)}, or a tokenizer's file or folder{near}")
         return vocabularies.take_tokenizer(source, markers if arguments.add_markers else (), folder)
-    if ids := [file for file in files if file.suffix in documents.IDS]:
+    if ids := [name for name in arguments.data if name.endswith(documents.IDS)]:
         raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
-    if "character_coverage" in made and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):
+    if arguments.character_coverage and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):
         raise UsageError("--character-coverage is a number from 0.9 to 1, for --tokenizer sentencepiece")
-    wanted = vocabularies.Wanted(
-        n_vocab, markers, coverage=arguments.character_coverage or vocabularies.Wanted.coverage,
-        symbols=vocabularies.read_symbols(Path(arguments.symbols), markers) if arguments.symbols else (),
-        normalizer=vocabularies.read_normalizer(arguments.normalize),
-    )  # fmt: skip
+    symbols = [line for _, line in read_lines(Path(arguments.symbols))] if arguments.symbols else []
+    normalizer, coverage = read_normalizer(arguments.normalize), arguments.character_coverage or 0.9995
+    wanted = vocabularies.Wanted(n_vocab, markers, tuple(symbols), coverage, normalizer)
     every_letter = kind == "characters"  # a rare one may be in what measures alone
-    texts = documents.read_texts(
-        [*files, *val_files] if every_letter else files, reading, 0 if every_letter else vocabularies.MOST_BYTES
-    )
+    files = [Path(name) for name in (*arguments.data, *(arguments.val if every_letter else ()))]
+    texts = documents.read_texts(files, reading, 0 if every_letter else vocabularies.MOST_BYTES)
     return vocabularies.make_tokenizer(kind, texts, wanted, folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,8 +19,8 @@ from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export import published
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
-from pocketlm.tokenizer.base import CONTROL
-from pocketlm.tokenizer.normal_form import AS_IT_IS, NORMAL_FORMS, Normalizer, make_normalizer
+from pocketlm.tokenizer.gguf_vocabulary_writer import is_one_token, with_markers
+from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
 
 ROLES = ("system", "user", "assistant")
 END = "<|endoftext|>"  # between documents, and in front of a conversation
@@ -102,6 +102,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path) -> Tokenizer:
     """Train a tokenizer of KINDS on `texts` and read it back. Raises PocketlmError without the library."""
+    wanted = replace(wanted, symbols=tuple(dict.fromkeys(s for s in wanted.symbols if s not in (END, *wanted.markers))))
     if changed := [token for token in (*wanted.markers, *wanted.symbols) if wanted.normalizer(token) != token]:
         raise UsageError(f"--normalize replaces {changed[0]}, which is a token of its own: take it out of one of the two")
     try:
@@ -117,25 +118,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path
 
 
 def take_tokenizer(source: Path, markers: Sequence[str], folder: Path) -> Tokenizer:
-    """The tokenizer of a file, a folder or a name that `published.load` reads, for a run: with a token that ends a text, and `markers`."""
-    tok = published.load(source)
-    ends = [name for name in (END, *OTHER_ENDS) if tok.token_id(name) in tok.end_ids] or [END]
-    wanted = [*([ends[0]] if tok.eos_id is None else []), *markers]
-    missing = [name for name in dict.fromkeys(wanted) if tok.token_id(name) is None]
-    keys = tokenizer.to_metadata(tok, tok.n_vocab + len(missing))
-    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    tokens[tok.n_vocab :] = missing
-    for name in wanted:
-        if name in missing or not is_one_token(tok, name):
-            types[tokens.index(name)] = CONTROL
-    if tok.eos_id is None:
-        keys["tokenizer.ggml.eos_token_id"] = tokens.index(ends[0])
-    write(folder / "vocab.json", tokenizer.to_json(keys))
+    """The tokenizer that `published.load` reads, for a run: with a token that ends a text, and `markers`."""
+    write(folder / "vocab.json", tokenizer.to_json(with_markers(published.load(source), markers, (END, *OTHER_ENDS))))
     return tokenizer.load(folder)
-
-
-def is_one_token(tok: Tokenizer, marker: str) -> bool:
-    return tok.token_id(marker) == tok.encode(marker, special=True)[-1]  # a SentencePiece vocabulary may put a space in front
 
 
 def check_markers(tok: Tokenizer, markers: Sequence[str], path: object) -> None:
@@ -145,32 +130,3 @@ def check_markers(tok: Tokenizer, markers: Sequence[str], path: object) -> None:
             n_tokens = len(tok.encode(marker, special=True))
             problem = f"the chat marker {marker} splits into {n_tokens} tokens of this vocabulary"
             raise FileError(path, problem, "add it with --add-markers, or choose other markers with --chat")
-
-
-def read_symbols(path: Path, markers: Sequence[str]) -> tuple[str, ...]:
-    """One symbol a line, without those that are markers already. Raises FileError."""
-    return tuple(dict.fromkeys(line for line in _lines(path) if line.strip() and line not in (END, *markers)))
-
-
-def read_normalizer(names: Sequence[str]) -> Normalizer:
-    """`--normalize`: a normal form, and tables of lines `what TAB by what`. Raises FileError naming the line."""
-    forms = [name.upper() for name in names if name.upper() in NORMAL_FORMS]
-    pairs: list[tuple[str, str]] = []
-    for path in (Path(name) for name in names if name.upper() not in NORMAL_FORMS):
-        for number, line in enumerate(_lines(path), 1):
-            what, tab, by = line.partition("\t")
-            if line and (not tab or not what):
-                raise FileError(path, f"line {number} is no replacement", "write what, a tab, and by what")
-            pairs += [(what, by)] * bool(line)
-    if len(forms) > 1:
-        raise UsageError(f"--normalize {forms[1].lower()}: a text has one normal form, and {forms[0].lower()} is given already")
-    return make_normalizer(", ".join(names), forms[0] if forms else None, pairs)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
