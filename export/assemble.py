@@ -124,7 +124,7 @@ def arrange(
         _fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
         added |= _fill_biases(tensors, n_layer)
     else:
-        _split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+        split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     if architecture == "llama" and options["rope_pairs"] == "half":
         _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
         options["rope_pairs"] = "interleaved"
@@ -310,7 +310,7 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
     return "pocketlm"
 
 
-def _split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+def split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
     for role in _layer_tensors(tensors, "attn_qkv.(weight|bias)"):
         if tensors[role].shape[0] != q + 2 * kv:
             continue  # the plan says what is wrong

@@ -31,6 +31,7 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
     "mp_rank_00_model_states.pt",  # DeepSpeed's, beside it the optimiser's parts
+    "best.pt", "last.pt",  # our trainer's
 )  # fmt: skip
 LATEST = "latest"  # DeepSpeed's file that names the folder of the last step
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
@@ -112,7 +113,7 @@ def read_json(path: Path) -> Any:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The weights of a folder: Hugging Face's names, else the only checkpoint in it."""
+    """The weights of a folder: the names of Hugging Face, DeepSpeed or our trainer, else the only checkpoint in it."""
     if (folder / "mp_rank_01_model_states.pt").is_file():
         raise FileError(folder, "holds a model in parts, one for each GPU", "save it whole")
     for name in FOLDER_FILES:

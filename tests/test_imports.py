@@ -30,7 +30,10 @@ ALLOWED = {
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
         " terminal_text"
     ),
-    "train": "errors tokenizer export.published runtime.atomic runtime.positions chat.templates train.small_talk",
+    "train": (
+        "errors tokenizer runtime.atomic runtime.hyper runtime.model_file runtime.positions chat.templates export"
+        " terminal_text train.small_talk"
+    ),
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors tokenizer runtime chat.templates",

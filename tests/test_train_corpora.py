@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch", reason="the trainer is PyTorch")
 from pocketlm import cli, load, tokenizer  # noqa: E402
 from pocketlm.errors import FileError  # noqa: E402
 from pocketlm.train import data, documents  # noqa: E402
+from pocketlm.train.batches import Feed  # noqa: E402
 from pocketlm.train.documents import Reading, read_documents  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -173,10 +175,13 @@ def test_small_files_share_one_count_and_lose_nothing(tmp_path: Path) -> None:
 
 def test_parts_shorter_than_a_sequence_are_learnt(tmp_path: Path) -> None:
     ids = [np.arange(10 * i, 10 * i + 10, dtype=np.uint16) for i in range(7)]
-    corpus = data.Corpus(ids, [np.ones(10, np.uint8)] * 7, 32)
+    corpus = data.Corpus(ids, [np.ones(10, np.uint8)] * 7, 32, [f"{i}.txt" for i in range(7)])
     assert corpus.n_blocks() == 2
     learnt = [int(i) for number in range(2) for i in corpus.block(number)[1]]
     assert learnt == list(range(1, 65))
+    more = data.Corpus([*ids, np.arange(64)], [np.ones(10)] * 7 + [np.ones(64)], 32, [*corpus.files, "long"])
+    assert {name: part.n_tokens for name, part in more.parts().items()} == {data.SHORT: 70, "long": 64}
+    assert Feed(more, 1, 3).n_blocks.tolist() == [1, 1]
 
 
 # ── windows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,7 +193,7 @@ def test_windows_at_sentences_begin_with_one_and_learn_everything_once(tmp_path:
     options = f"{SMALL} {SHORT} --tokenizer sentencepiece --set n_vocab=500 --set n_ctx=48 --windows sentences"
     assert train(tmp_path / "ru.txt", tmp_path / "tr.txt", "-o", tmp_path / "run", options=options) == 0
     tok, plain = parts(tmp_path / "run")
-    corpus = data.Corpus(plain.ids, plain.masks, 48, data.sentence_ends(tok))
+    corpus = replace(plain, context=48, sentence_ends=data.sentence_ends(tok))
     whole, seen, begins = np.concatenate(corpus.ids), [], 0
     for number in range(corpus.n_blocks()):
         ids, targets, mask = corpus.block(number, 17)
@@ -206,6 +211,6 @@ def test_windows_at_sentences_begin_with_one_and_learn_everything_once(tmp_path:
 
 def test_a_sentence_longer_than_a_window_is_cut(tmp_path: Path) -> None:
     ids = np.arange(100, dtype=np.uint16)
-    corpus = data.Corpus([ids], [np.ones(100, np.uint8)], 8, np.zeros(100, bool))
+    corpus = data.Corpus([ids], [np.ones(100, np.uint8)], 8, ["a"], np.zeros(100, bool))
     assert [int(corpus.block(n)[0][0]) for n in range(corpus.n_blocks())] == [*range(0, 96, 8), 91]
     assert sum(int(corpus.block(n)[2].sum()) for n in range(corpus.n_blocks())) == 99

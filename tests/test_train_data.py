@@ -12,6 +12,7 @@ import pytest
 from pocketlm.chat.templates import BUILT_IN, Template, choose
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.train import data, documents, vocabularies
+from pocketlm.train.batches import Feed
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog number {i * 7919 % 1000}.\n" for i in range(900))
 TALK = [
@@ -181,28 +182,35 @@ def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
 
 def corpus_of(*lengths: int, context: int = 8) -> data.Corpus:
     ids = [np.arange(sum(lengths[:i]), sum(lengths[: i + 1]), dtype=np.uint16) for i in range(len(lengths))]
-    return data.Corpus(ids, [np.ones(n, np.uint8) for n in lengths], context)
+    return data.Corpus(ids, [np.ones(n, np.uint8) for n in lengths], context, [f"{n}.txt" for n in lengths])
+
+
+def firsts(blocks: list[data.Block]) -> list[int]:
+    return [int(ids[0]) for ids, _, _ in blocks]
 
 
 def test_an_epoch_shows_every_block_once_and_the_next_cuts_elsewhere() -> None:
-    corpus = corpus_of(100, 50)
-    n = corpus.n_blocks(7)
-    epochs = [[block for step in range(e * n, (e + 1) * n) for block in corpus.batch(step, 1, 3)] for e in range(2)]
-    firsts = [sorted(int(ids[0]) for ids, _, _ in blocks) for blocks in epochs]
-    assert all(len(set(first)) == n for first in firsts)
-    assert firsts[0] != firsts[1]
+    feed = Feed(corpus_of(100, 50), 1, 3)
+    n = int(feed.n_blocks.sum())
+    epochs = [[block for step in range(e * n, (e + 1) * n) for block in feed.batch(step)] for e in range(2)]
+    assert feed.epochs == 2
+    assert all(len(set(firsts(blocks))) == n for blocks in epochs)
+    assert set(firsts(epochs[0])) != set(firsts(epochs[1]))
     for ids, targets, mask in epochs[0]:
         assert (targets == ids + 1).all()
         assert len(ids) == len(mask) == 8
 
 
-def test_a_batch_is_a_function_of_step_and_seed() -> None:
-    def firsts(step: int, seed: int) -> list[int]:
-        return [int(ids[0]) for ids, _, _ in corpus_of(500, 300).batch(step, 4, seed)]
+def test_a_batch_is_a_function_of_position_and_seed() -> None:
+    def batch(position: dict[str, list[float]], seed: int) -> list[int]:
+        feed = Feed(corpus_of(500, 300), 4, seed)
+        feed.position = position
+        return firsts(feed.batch(77))
 
-    assert firsts(77, 1) == firsts(77, 1)
-    assert firsts(77, 1) != firsts(78, 1)
-    assert firsts(77, 1) != firsts(77, 2)
+    here, there = {"500.txt": [40, 0.0], "300.txt": [20, 0.0]}, {"500.txt": [44, 0.0], "300.txt": [20, 0.0]}
+    assert batch(here, 1) == batch(here, 1)
+    assert batch(here, 1) != batch(there, 1)
+    assert batch(here, 1) != batch(here, 2)
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:

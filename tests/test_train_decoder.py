@@ -181,7 +181,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_by_half_a_cosine() -> None:
-    settings = Settings(steps=110, warmup=10, lr=0.5, min_lr=0.1)
+    settings = Settings(steps=110, warmup=10, lr=0.5)
     rates = [learning_rate(step, settings) for step in range(111)]
     assert rates[0] == pytest.approx(0.05)
     assert rates[9] == rates[10] == pytest.approx(0.5)

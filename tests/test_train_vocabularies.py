@@ -20,6 +20,9 @@ from pocketlm.errors import FileError, PocketlmError  # noqa: E402
 from pocketlm.tokenizer import Tokenizer  # noqa: E402
 from pocketlm.train import checkpoints, documents, vocabularies  # noqa: E402
 from pocketlm.train.data import markers_of  # noqa: E402
+from pocketlm.train.decoder import Decoder  # noqa: E402
+from pocketlm.train.presets import Shape  # noqa: E402
+from pocketlm.train.starting_weights import add_rows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 LANGUAGES = {"Russian": RUSSIAN, "Turkish": TURKISH, "Polish": POLISH, "English": ENGLISH}
@@ -319,19 +322,21 @@ def test_a_base_without_markers_is_taught_to_chat(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_leave_the_old_ones_and_lie_near_their_mean(tmp_path: Path, tied: bool) -> None:
-    table = torch.randn(50, 8) + 3.0
-    shape = checkpoints.Shape(1, 1, 8, 50, 16, tied=tied)
-    weights = {"tok_emb.weight": table, "other": table} | ({} if tied else {"head.weight": table * 2})
-    grown = checkpoints.add_rows({"model": weights, "shape": shape, "more": 1}, 46, 53)
-    assert (grown["shape"].n_vocab, grown["more"]) == (53, 1)
-    assert grown["model"].keys() == weights.keys()
-    for name in weights.keys() - {"other"}:
-        rows = grown["model"][name]
-        assert torch.equal(rows[:46], weights[name][:46])
-        assert rows.shape == (53, 8)
-        assert (rows[46:] - weights[name][:46].mean(0)).abs().max() < 0.6 * weights[name].std()
-        assert len({tuple(row) for row in rows[46:].tolist()}) == 7
+def test_new_rows_leave_the_old_ones_and_lie_near_their_mean(tied: bool) -> None:
+    model = Decoder(Shape(1, 1, 8, 50, 16, tied=tied))
+    old = {name: weight.detach().clone() + 3.0 for name, weight in model.named_parameters()}
+    model.load_state_dict(old)
+    add_rows(model, 46, 53)
+    assert model.shape.n_vocab == 53
+    assert model(torch.tensor([[52, 1]])).shape == (1, 2, 53)
+    for name, weight in model.named_parameters():
+        if name not in ("tok_emb.weight", "head.weight"):
+            assert torch.equal(weight, old[name])
+            continue
+        assert weight.shape == (53, 8)
+        assert torch.equal(weight[:46], old[name][:46])
+        assert (weight[46:] - old[name][:46].mean(0)).abs().max() < 0.6 * old[name].std()
+        assert len({tuple(row) for row in weight[46:].tolist()}) == 7
 
 
 def test_markers_of_a_vocabulary_that_has_all_but_one_are_an_error(tmp_path: Path) -> None:
@@ -340,6 +345,6 @@ def test_markers_of_a_vocabulary_that_has_all_but_one_are_an_error(tmp_path: Pat
     with pytest.raises(PocketlmError, match=r"the chat marker <\|system\|> splits into \d+ tokens"):
         vocabularies.check_markers(tok, markers_of("markers"), tmp_path)
     (tmp_path / "run").mkdir()
-    grown = vocabularies.take_tokenizer(tmp_path, markers_of("markers"), tmp_path / "run")
+    grown = vocabularies.keep_tokenizer(tok, markers_of("markers"), tmp_path / "run")
     vocabularies.check_markers(grown, markers_of("markers"), tmp_path)
     assert grown.n_vocab == tok.n_vocab + 1

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
-from pocketlm.train.presets import PRESETS, Settings, Shape, changed
+from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
 
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
+    from pocketlm.train.batches import Stage
     from pocketlm.train.documents import Reading
 
 TEMPLATE = "chat_template.jinja"  # where export looks for it
@@ -25,10 +25,20 @@ RECIPES = ("small-talk",)
 SETTINGS = {  # settings with a flag of their own (the name with dashes) → help
     "steps": "number of steps", "batch": "sequences per step, over all processes",
     "micro_batch": "sequences computed at once; divides the batch", "context": "tokens per sequence",
-    "lr": "peak learning rate", "warmup": "steps until the peak", "weight_decay": "weight decay of the matrices",
+    "lr": "peak learning rate", "min_lr": "learning rate of the last step (default: a tenth of the peak)",
+    "warmup": "steps until the peak", "weight_decay": "weight decay of the matrices", "beta2": "AdamW's second decay rate",
     "clip": "largest norm of the gradient", "dropout": "share of values set to 0", "dtype": "fp32, bf16 or fp16",
+    "optimizer": "adamw, or adamw8bit: less memory, by the package bitsandbytes",
+    "checkpointing": "compute every layer twice to save memory", "compile": "torch.compile the model, or not",
     "seed": "decides everything that is drawn at random",
 }  # fmt: skip
+CADENCE = {
+    "log_every": "a line of progress every N steps", "eval_every": "validation every N steps",
+    "save_seconds": "seconds between checkpoints", "keep": "keep the last N checkpoints, one at every validation",
+    "keep_every": "keep the checkpoint of every N-th step for good",
+    "patience": "stop after N validations without a better one",
+}  # fmt: skip
+FREE = ("steps", "micro_batch", "dtype", "compile", "checkpointing")  # settings that may change in the middle of a run
 
 VOCABULARY: dict[str, dict[str, Any]] = {  # the options that decide what a run reads
     "tokenizer": {"metavar": "NAME", "help": "bytes, sentencepiece, characters, gpt2, or a tokenizer's file or folder"},
@@ -51,38 +61,50 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="RUN", help="the run's folder; a run that was stopped there goes on")
     add("--preset", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)} (default tiny)")
     add("--recipe", metavar="NAME", help="small-talk: make the model that comes with the package")
-    add("--plot", metavar="RUN", help="draw a run's log to RUN/log.png")
+    add("--plot", nargs="?", const="", metavar="RUN", help="draw a run's log to RUN/log.png; in training, at every validation")
     add("--set", action="append", default=[], metavar="K=V", help="change the preset's shape, as in n_layer=6")
-    add("--from", dest="start", metavar="CHECKPOINT", help="begin with these weights: fine-tuning, longer context")
+    add("--from", dest="start", metavar="WEIGHTS", help="begin with a run, checkpoint, Hugging Face folder or GGUF")
     add("--rope-theta", type=float, default=0.0, metavar="X", help="with --from: another base of the rotary angles")
     add("--chat", default="chatml", metavar="NAME", help="how conversations are marked: chatml (default) or markers")
     add("--learn", default="assistant", choices=("assistant", "all"), help="whose turns are learnt (default assistant)")
     add("--val", action="append", default=[], metavar="FILE", help="texts for validation (default: a share of FILE)")
     add("--val-every", type=int, default=20, metavar="N", help="one document in N is kept for validation (default 20)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: the large presets do)")
-    add("--device", default="", metavar="NAME", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+    add("--mix", nargs="+", action="extend", default=[], metavar="FILE=SHARE", help="the shares of the texts (train/README.md)")
+    add("--device", default="", metavar="NAME", help="cpu, cuda, cuda:1, mps … (default: cuda where there is one)")
     add("--threads", type=int, default=0, metavar="N", help="threads of each process (default: PyTorch's choice)")
     add("--sample", action="append", default=[], metavar="TEXT", help="a prompt to continue at every validation")
-    add("--log-every", type=int, default=10, metavar="N", help="a line of progress every N steps (default 10)")
-    add("--eval-every", type=int, default=100, metavar="N", help="validation every N steps (default 100)")
-    add("--save-seconds", type=float, default=60.0, metavar="X", help="seconds between checkpoints (default 60)")
+    add("--samples", type=int, default=2, metavar="N", help="continuations of each (default 2)")
+    add("--sample-tokens", type=int, default=60, metavar="N", help="their length (default 60)")
+    add("--sample-temp", type=float, default=0.8, metavar="X", help="their temperature (default 0.8)")
+    add("--sample-top-k", type=int, default=40, metavar="N", help="of the N likeliest tokens (default 40; 0: of all)")
     group = parser.add_argument_group("vocabulary and documents")
     for name, how in VOCABULARY.items():
         group.add_argument(f"--{name}", **how)
-    group = parser.add_argument_group("how to train (defaults: the preset's)")
-    for name, text in SETTINGS.items():
-        kind = type(getattr(Settings(), name))
-        metavar = {int: "N", float: "X", str: "TYPE"}[kind]
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    _table(parser.add_argument_group("what is seen and kept of a run"), CADENCE, Cadence())
+    _table(parser.add_argument_group("how to train (defaults: the preset's)"), SETTINGS, Settings())
+
+
+def _table(group: Any, rows: dict[str, str], defaults: Any) -> None:
+    """One flag for each field of `defaults` that has a row; a preset's settings are not what their fields begin with."""
+    for name, text in rows.items():
+        value = getattr(defaults, name)
+        how: dict[str, Any] = {"type": type(value), "metavar": {int: "N", float: "X", str: "TYPE"}.get(type(value))}
+        if isinstance(value, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(defaults, Cadence):
+            how["default"], text = value, f"{text} (default {value:g})"
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status. Raises PocketlmError for everything a user can cause."""
-    if arguments.plot:
-        from pocketlm.train.log import plot
+    if arguments.plot is not None:
+        from pocketlm.train.log import check_can_plot, plot
 
-        print(plot(Path(arguments.plot)))
-        return 0
+        check_can_plot()
+        if not arguments.data and not arguments.mix:
+            print(plot(Path(arguments.plot or arguments.output or ".")))
+            return 0
     if arguments.recipe:
         from pocketlm.train.small_talk.recipe import cook
 
@@ -90,6 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
             near = did_you_mean(arguments.recipe, RECIPES)
             raise UsageError(f"--recipe {arguments.recipe}: expected {', '.join(RECIPES)}{near}")
         return cook(Path(arguments.output or arguments.recipe), arguments.threads, bool(arguments.compile))
+    from pocketlm.train import batches
+
+    stages = batches.read_mix(arguments.mix)
+    arguments.data = batches.mixed_files(stages, arguments.data)
     if not arguments.data or not arguments.output:
         raise UsageError("train: give the texts to learn and the run's folder, as in: pocketlm train book.txt -o run")
     if arguments.preset not in PRESETS:
@@ -99,10 +125,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--set changes a new model; the one of --from has its shape already")
     if wrong := [pair for pair in arguments.set if "=" not in pair]:
         raise UsageError(f"--set {wrong[0]}: expected a name and a value, as n_layer=6")
-    if min(arguments.log_every, arguments.eval_every, arguments.val_every - 1) < 1 or arguments.threads < 0:
-        raise UsageError("--log-every and --eval-every are 1 or more, --val-every 2 or more, --threads 0 or more")
+    if min(arguments.val_every - 1, arguments.samples, arguments.sample_tokens) < 1 or arguments.threads < 0:
+        raise UsageError("--samples and --sample-tokens are 1 or more, --val-every 2 or more, --threads 0 or more")
+    if not 0 <= arguments.sample_temp < 100 or arguments.sample_top_k < 0:
+        raise UsageError("--sample-temp and --sample-top-k are 0 or more")
     preset = PRESETS[arguments.preset]
-    given = {f.name: value for f in fields(Settings) if (value := getattr(arguments, f.name, None)) is not None}
+    given, seen = (
+        {f.name: value for f in fields(kind) if (value := getattr(arguments, f.name, None)) is not None}
+        for kind in (Settings, Cadence)
+    )
     shape = changed(preset.shape, dict(pair.split("=", 1) for pair in arguments.set))
     try:
         import torch
@@ -110,71 +141,75 @@ def run(arguments: argparse.Namespace) -> int:
         raise PocketlmError("training needs PyTorch; get it with: pip install 'pocketlm[train]'") from None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    _train(arguments, shape, arguments.tokenizer or preset.tokenizer, replace(preset.settings, **given))
+    kind, settings = arguments.tokenizer or preset.tokenizer, replace(preset.settings, **given)
+    _train(arguments, shape, kind, settings, Cadence(**seen), stages)
     return 0
 
 
-def _train(arguments: argparse.Namespace, shape: Shape, kind: str, settings: Settings) -> None:
+def _train(
+    arguments: argparse.Namespace, shape: Shape, kind: str, settings: Settings, cadence: Cadence, stages: list[Stage]
+) -> None:
     import torch
     import torch.distributed as dist
 
     from pocketlm import tokenizer
-    from pocketlm.export import published
-    from pocketlm.train import checkpoints, checks, data, loop
+    from pocketlm.train import batches, checkpoints, checks, data, devices, log, loop
     from pocketlm.train.decoder import Decoder
+    from pocketlm.train.starting_weights import add_rows, read_start, taken
 
-    folder, start = Path(arguments.output), checkpoints.read(Path(arguments.start)) if arguments.start else None
-    with loop.process_group(arguments.device) as ranks:
+    folder, notes = Path(arguments.output), []
+    model = None
+    if arguments.start:
+        model, notes = read_start(Path(arguments.start), settings, arguments.rope_theta)
+        shape = model.shape
+    with devices.process_group(arguments.device) as ranks:
         if ranks.leads:
             _prepare(folder, kind, shape.n_vocab, arguments)
         if ranks.size > 1:
             dist.barrier()
         tok = tokenizer.load(folder)
-        if start and arguments.add_markers:
-            first = published.load(_source(kind, arguments.start) or folder).n_vocab
-            if tok.n_vocab > first:
-                start = checkpoints.add_rows(start, first, max(start["shape"].n_vocab, tok.n_vocab))
-        shape = start["shape"] if start else replace(shape, n_vocab=tok.n_vocab, n_ctx=max(shape.n_ctx, settings.context))
+        if not model:
+            shape = replace(shape, n_vocab=tok.n_vocab, n_ctx=max(shape.n_ctx, settings.context))
+        elif arguments.add_markers and tok.n_vocab > (first := taken(kind, arguments.start).n_vocab):
+            add_rows(model, first, max(shape.n_vocab, tok.n_vocab))
+            shape = model.shape
         if tok.n_vocab > shape.n_vocab:
             problem = f"its tokenizer has {tok.n_vocab} tokens, the model {shape.n_vocab}"
             raise FileError(folder, problem, "give the model's own with --tokenizer, or more tokens with --add-markers")
         settings = replace(settings, context=settings.context or shape.n_ctx)
-        if settings.compile and (problem := loop.cannot_compile(ranks.device)):
-            if arguments.compile:
-                raise PocketlmError(f"--compile: {problem}")
-            print(f"training without torch.compile, which is slower: {problem}", file=sys.stderr)
-            settings = replace(settings, compile=False)
+        if not arguments.dtype:
+            settings = replace(settings, dtype=devices.dtype_here(settings.dtype, ranks.device))
         torch.manual_seed(settings.seed)
-        if start:
-            model = checkpoints.build(start, settings.context, settings.dropout, arguments.rope_theta)
-        else:
-            model = Decoder(shape, settings.dropout)
+        if model is None:
+            model = Decoder(shape, settings.dropout, settings.checkpointing)
             checks.check_fresh(model)
         ends = {"train": data.sentence_ends(tok) if arguments.windows == "sentences" else None}
         train, val = (
             data.open_corpus(folder / "data", split, settings.context, tok.n_vocab, ends.get(split)) for split in data.SPLITS
         )
+        feed = batches.Feed(train, settings.batch, settings.seed, stages, settings.steps)
+        sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+        for line in [*notes, *log.facts(sizes, tok, train, settings)]:
+            ranks.say(line)
+        with devices.memory_errors(settings, ranks):
+            at = loop.train(
+                model.to(ranks.device), devices.compiled(model, settings, ranks, bool(arguments.compile)), feed, val, settings,
+                cadence, folder, ranks, identity=_identity(arguments, model.shape, settings),
+                sample=loop.sampler(
+                    tok, arguments.sample, arguments.samples, arguments.sample_tokens, arguments.sample_temp,
+                    arguments.sample_top_k,
+                ),
+                plot=arguments.plot is not None,
+            )  # fmt: skip
         if ranks.leads:
-            n_parameters = sum(weight.numel() for weight in model.parameters())
-            facts = f"{n_parameters:,} parameters, {train.n_tokens:,} tokens to learn from, a vocabulary of {tok.n_vocab:,}"
-            print(facts, file=sys.stderr)
-        loss = loop.train(
-            model, train, val, settings, folder, ranks, identity=_identity(arguments, model.shape, settings, folder),
-            sample=loop.sampler(tok, arguments.sample), log_every=arguments.log_every, eval_every=arguments.eval_every,
-            save_seconds=arguments.save_seconds,
-        )  # fmt: skip
-        if ranks.leads:
-            print(f"{folder / checkpoints.LAST}: validation loss {loss:.4f} after {settings.steps} steps")
+            print(f"{folder / checkpoints.LAST}: validation loss {at.val_loss:.4f} after {at.step} steps")
 
 
-def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings, folder: Path) -> dict[str, Any]:
+def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings) -> dict[str, Any]:
     """What a run cannot change half way."""
-    from pocketlm.train.data import read_state
-
-    same = {name: value for name, value in asdict(settings).items() if name not in ("micro_batch", "compile")}
-    data = [[part["train"], part["val"], *part["key"][:2]] for part in read_state(folder / "data").values()]
+    same = {name: value for name, value in asdict(settings).items() if name not in FREE}
     given = {"from": arguments.start or "", "chat": arguments.chat, "learn": arguments.learn, "windows": arguments.windows}
-    return {**asdict(shape), **same, **given, "data": data}
+    return {**asdict(shape), **same, **given}
 
 
 def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespace) -> None:
@@ -186,9 +221,6 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
     except OSError as error:
         raise FileError(folder, f"cannot be made ({error.strerror})", "choose another folder with -o") from None
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
-    for file, times in Counter(Path(name).resolve() for name in (*arguments.data, *arguments.val)).items():
-        if times > 1:
-            print(f"{file} is given {times} times", file=sys.stderr)
     reading = documents.Reading(arguments.documents, arguments.shortest)
     tok = _tokenizer(folder, kind, n_vocab, reading, arguments)
     encoder = data.Encoder(tok, arguments.chat, data.ROLES if arguments.learn == "all" else ("assistant",), folder)
@@ -201,38 +233,27 @@ def _template(files: list[Path], arguments: argparse.Namespace) -> str:
     """How to talk to the model: as its conversations are written, as before where it learns more texts, else as to a text."""
     from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
     from pocketlm.train import data, documents
+    from pocketlm.train.starting_weights import template_beside
 
     if documents.has_conversations(files):
         return data.jinja(BUILT_IN[arguments.chat])
-    before = Path(arguments.start).parent / TEMPLATE if arguments.start else None
-    return before.read_text(encoding="utf-8") if before and before.is_file() else PLAIN_JINJA
-
-
-def _source(kind: str, start: str | None) -> Path | None:
-    """Where a run's tokenizer comes from; None: it is made here."""
-    from pocketlm.train.vocabularies import KINDS
-
-    return Path(kind) if kind not in KINDS else Path(start).parent if start else None
+    return (template_beside(Path(arguments.start)) if arguments.start else None) or PLAIN_JINJA
 
 
 def _tokenizer(folder: Path, kind: str, n_vocab: int, reading: Reading, arguments: argparse.Namespace) -> Tokenizer:
     from pocketlm import tokenizer
-    from pocketlm.export import published
     from pocketlm.tokenizer.normal_form import read_lines, read_normalizer
     from pocketlm.train import data, documents, vocabularies
+    from pocketlm.train.starting_weights import taken
 
     markers = data.markers_of(arguments.chat)
     if any((folder / name).exists() for name in vocabularies.FILES):
         return tokenizer.load(folder)
-    made = [name for name in ("symbols", "character_coverage", "normalize") if getattr(arguments, name)]
-    if source := _source(kind, arguments.start):
-        if made:
-            raise UsageError(f"--{made[0].replace('_', '-')} is for vocabularies that are made here; {source} is one already")
-        if not source.exists() and kind not in published.NAMES:
-            kinds = (*vocabularies.KINDS, *published.NAMES)
-            near = did_you_mean(kind, kinds)
-            raise UsageError(f"--tokenizer {kind}: expected {', '.join(kinds)}, or a tokenizer's file or folder{near}")
-        return vocabularies.take_tokenizer(source, markers if arguments.add_markers else (), folder)
+    if kind not in vocabularies.KINDS or arguments.start:
+        made_here = [name for name in ("symbols", "character_coverage", "normalize") if getattr(arguments, name)]
+        for name in made_here:
+            raise UsageError(f"--{name.replace('_', '-')} is for vocabularies that are made here, not for one that is taken")
+        return vocabularies.keep_tokenizer(taken(kind, arguments.start), markers if arguments.add_markers else (), folder)
     if ids := [name for name in arguments.data if name.endswith(documents.IDS)]:
         raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
     if arguments.character_coverage and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):

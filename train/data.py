@@ -1,8 +1,7 @@
-"""Texts and conversations as token ids on disk, part by part, and the batches of every step.
+"""Texts and conversations as token ids on disk, part by part.
 
 In: files, as `documents` reads them. Out: for each file and split a flat array of ids, read by mmap, the end-of-text token
-after every document, and a mask of the tokens to learn. `state.json` says which parts are done. Which sequences a step sees is
-a function of the seed and the step alone.
+after every document, and a mask of the tokens to learn. `state.json` says which parts are done.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pocketlm.train.vocabularies import ROLES, check_markers
 
 SPLITS = ("train", "val")
 SENTENCE_END = re.compile(r"""[.!?…。！？]["'»”’)\]]*\s*$|\n""")
+SHORT = "short texts"  # the part that they are together
 CHATS = ("chatml", "markers")
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (int64), mask of the targets (float32): (context,)
 
@@ -108,8 +109,14 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     how: list[Any] = [encoder.tok.n_vocab, encoder.row.name, *encoder.learn, every, reading.documents, reading.shortest]
     failures, old = [], read_state(folder)
-    jobs = [*((file, "train") for file in files), *((file, "val") for file in val_files)]
-    parts = {name: old.get(name, {}) for name in (f"part-{number:05d}" for number in range(len(jobs)))}
+    given = [*((file, "train") for file in files), *((file, "val") for file in val_files)]
+    for file, times in Counter(file.resolve() for file, _ in given).items():
+        if times > 1:
+            say(f"{file} is given {times} times")
+    jobs = [*{(file.resolve(), split): (file, split) for file, split in given}.values()]
+    known = {(part["key"][0], part["key"][3]): name for name, part in old.items() if "key" in part}  # wherever it stood
+    free = (name for number in count() if (name := f"part-{number:05d}") not in old)
+    parts = {name: old.get(name, {}) for name in [known.get((str(file), split)) or next(free) for file, split in jobs]}
     for name, (file, split) in zip(parts, jobs, strict=True):
         try:
             stat = file.stat()
@@ -166,18 +173,17 @@ def _dtype(n_vocab: int) -> type:
     return np.uint16 if n_vocab <= 1 << 16 else np.uint32
 
 
-# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── blocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split of all parts, one behind the other, in blocks of `context` tokens; an epoch shows each once, cut at another
-    place every time, or at the ends of sentences.
-    """
+    """One split of all parts, one behind the other, in blocks of `context` tokens or cut at the ends of sentences."""
 
     ids: list[np.ndarray]  # of every part, (n,) uint16 or uint32, mapped
     masks: list[np.ndarray]  # uint8
     context: int
+    files: list[str]  # where each part comes from
     sentence_ends: np.ndarray | None = None  # bool, for each id of the vocabulary; blocks are cut behind these
 
     @property
@@ -226,19 +232,15 @@ class Corpus:
             cuts.append(cuts[-1] + int(ends[-1]) + 1 if len(ends) and stop < last else stop)
         return np.array(cuts)
 
-    def batch(self, step: int, size: int, seed: int) -> list[Block]:
-        """The `size` blocks of a step: a function of its arguments, so that a run can go on anywhere."""
-        n, blocks = self.n_blocks(self.context - 1), []
-        for epoch, place in (divmod(i, n) for i in range(step * size, (step + 1) * size)):
-            shift, order = _order(seed, epoch, n, self.context)
-            blocks.append(self.block(int(order[place]), shift))
-        return blocks
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n_blocks: int, context: int) -> tuple[int, np.ndarray]:
-    random = np.random.default_rng([seed, epoch])
-    return int(random.integers(context)), random.permutation(n_blocks)
+    def parts(self) -> dict[str, Corpus]:
+        """Each file's part of the split; those too short for a block at every shift are one together."""
+        names = [name if len(ids) >= 2 * self.context else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
+        rows = [*zip(names, self.ids, self.masks, self.files, strict=True)]
+        found = {name: [list(row[1:]) for row in rows if row[0] == name] for name in names}
+        return {
+            name: replace(self, ids=[*ids], masks=[*masks], files=[*files])
+            for name, (ids, masks, files) in ((name, zip(*of, strict=True)) for name, of in found.items())
+        }
 
 
 def sentence_ends(tok: Tokenizer) -> np.ndarray:
@@ -249,9 +251,11 @@ def sentence_ends(tok: Tokenizer) -> np.ndarray:
 
 def open_corpus(folder: Path, split: str, context: int, n_vocab: int, sentence_ends: np.ndarray | None = None) -> Corpus:
     """A split of a prepared folder. Raises FileError where it is shorter than one block."""
-    stems = [folder / f"{name}.{split}" for name, part in sorted(read_state(folder).items()) if part.get(split)]
+    parts = {name: part for name, part in sorted(read_state(folder).items()) if part.get(split)}
+    stems = [folder / f"{name}.{split}" for name in parts]
     ids = [np.memmap(stem, _dtype(n_vocab), "r") for stem in stems]
-    corpus = Corpus([*ids], [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems], context, sentence_ends)
+    masks = [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems]
+    corpus = Corpus([*ids], [*masks], context, [part["key"][0] for part in parts.values()], sentence_ends)
     if not corpus.n_blocks(context - 1 if split == "train" else 0):
         problem = f"its {split} split has {corpus.n_tokens} tokens, too few for a sequence of {context}"
         raise FileError(folder, problem, "give more text, a smaller --context, or a --val file")

@@ -16,7 +16,6 @@ from typing import Any
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.export import published
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.gguf_vocabulary_writer import is_one_token, with_markers
@@ -117,9 +116,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path
     return tokenizer.load(folder)
 
 
-def take_tokenizer(source: Path, markers: Sequence[str], folder: Path) -> Tokenizer:
-    """The tokenizer that `published.load` reads, for a run: with a token that ends a text, and `markers`."""
-    write(folder / "vocab.json", tokenizer.to_json(with_markers(published.load(source), markers, (END, *OTHER_ENDS))))
+def keep_tokenizer(taken: Tokenizer, markers: Sequence[str], folder: Path) -> Tokenizer:
+    """A tokenizer made elsewhere as a run's: with a token that ends a text, and `markers`."""
+    write(folder / "vocab.json", tokenizer.to_json(with_markers(taken, markers, (END, *OTHER_ENDS))))
     return tokenizer.load(folder)
 
 
