@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "__main__": "cli",
     "cli": (
-        "cli_options errors model pocketlm tokenizer runtime.evaluation runtime.model_summary chat.repl chat.command"
-        " export.command export.checkpoint_summary export.from_model_file build.command bench.command train.command"
-        " terminal_text"
+        "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
+        " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
+        " train.command terminal_text"
     ),
-    "bench": "errors pocketlm model tokenizer runtime runtime.native export",
+    "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
         " terminal_text"

@@ -213,6 +213,7 @@ def _resume(
         scaler.load_state_dict(content["scaler"])
     feed.position = content["position"]
     at = Progress(**{name: content[name] for name in asdict(Progress())})
+    at.rolling = [step for step in at.rolling if isinstance(step, int)]  # from a stranger these would be names of files
     if content["measured"] != measured:  # losses on other texts say nothing about these
         at.best, at.since_best = math.inf, 0
     return at
