@@ -40,6 +40,7 @@ def write_fp16_bin(
             entries.append({"name": name, "shape": list(tensor.shape), "offset": offset})
             offset += encoded.n_bytes
             done.append(encoded)
+    vocabulary = {key: _plain(metadata[name]) for name, key in VOCAB_KEYS.items() if name in metadata}
     config = {
         "format": FORMAT_NAME,
         "version": 1,
@@ -47,16 +48,9 @@ def write_fp16_bin(
         "metadata": {key: _plain(value) for key, value in metadata.items() if key not in VOCAB_KEYS},
         "tensors": entries,
     }
-    for name, content in ((CONFIG, config), (VOCAB, vocabulary(metadata))):
+    for name, content in ((CONFIG, config), (VOCAB, vocabulary)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return done
-
-
-def vocabulary(metadata: Mapping[str, Any], whole: bool = False) -> dict[str, Any]:
-    """What is in `vocab.json`; `whole`: with the keys that a folder has in its `config.json`, so that it does alone."""
-    tables = {key: _plain(metadata[name]) for name, key in VOCAB_KEYS.items() if name in metadata}
-    others = {key: _plain(value) for key, value in metadata.items() if "tokenizer." in key and key not in VOCAB_KEYS}
-    return {**tables, "metadata": others} if whole else tables
 
 
 def _plain(value: Any) -> Any:

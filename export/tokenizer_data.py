@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
+from pocketlm.export import published
 from pocketlm.export.arrays import map_file
 from pocketlm.export.checkpoint import Checkpoint, read_json
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE
 from pocketlm.tokenizer.characters import from_json
+from pocketlm.tokenizer.readers import BESIDE
 
 NONE = "none"  # what --tokenizer says for a model without one
-BESIDE = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken")
 CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
 GPT2_ROWS = (50257, 50304)  # nanoGPT rounds GPT-2's vocabulary up
 GPT2_END = {"<|endoftext|>": 50256}  # OpenAI's rank files leave it out
@@ -38,7 +39,7 @@ TEST_TEXTS = (
 
 
 def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and notes for the user. `given`: a file or folder, or "none"; None looks beside the checkpoint.
+    """The tokenizer's keys and notes for the user. `given`: a file, a folder, a name or "none"; None looks beside it.
 
     `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
     one that does not fit the model.
@@ -46,7 +47,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if given is not None and str(given) == NONE:
         return {}, ["it has no tokenizer: it can be run with token ids only"]
     path = Path(given) if given is not None else _beside(checkpoint)
-    tokenizer = load(path) if path is not None else _own_characters(checkpoint)
+    tokenizer = published.load(path) if path is not None else _own_characters(checkpoint)
     if tokenizer is None:
         kind = (
             "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it,"

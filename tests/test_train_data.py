@@ -11,7 +11,7 @@ import pytest
 
 from pocketlm.chat.templates import BUILT_IN, Template, choose
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.train import data, vocabularies
+from pocketlm.train import data, documents, vocabularies
 from pocketlm.train.batches import Feed
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog number {i * 7919 % 1000}.\n" for i in range(900))
@@ -34,7 +34,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def make(folder: Path, kind: str = "characters", chat: str = "chatml", text: str = TEXT) -> Any:
     folder.mkdir(exist_ok=True)
     texts = [text, "".join(message["content"] for message in TALK), "systemuserassistant\n|<>_"]
-    return vocabularies.make_tokenizer(kind, texts, 400, data.markers_of(chat), folder)
+    return vocabularies.make_tokenizer(kind, texts, vocabularies.Wanted(400, data.markers_of(chat)), folder)
 
 
 def encoder(folder: Path, tok: Any, learn: tuple[str, ...] = ("assistant",), chat: str = "chatml") -> data.Encoder:
@@ -108,7 +108,7 @@ def test_markers_that_somebody_typed_are_letters(tmp_path: Path) -> None:
 def test_documents_end_with_the_end_token_and_long_ones_come_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Line {i}"}) + "\n" for i in range(5)))
-    pieces = list(data.read_documents(tmp_path / "a.txt"))
+    pieces = list(documents.read_documents(tmp_path / "a.txt"))
     assert len(pieces) > 2
     assert "".join(piece for piece, _ in pieces) == TEXT  # type: ignore[misc]
     assert all(piece.endswith("\n") for piece, _ in pieces)  # type: ignore[union-attr]
@@ -134,8 +134,8 @@ def test_a_bad_part_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     arguments = (files, [], tmp_path / "data", encoder(tmp_path, tok), 20, spoken.append)
     with pytest.raises(PocketlmError, match=r"bad.jsonl: line 2 is no document; .*the same command tries this one again"):
         data.prepare(*arguments)
-    state = data.read_state(tmp_path / "data")
-    assert [set(part) for part in state.values()] == [{"key", "train", "val"}, {"error"}, {"key", "train", "val"}]
+    state, done = data.read_state(tmp_path / "data"), {"key", "first", "train", "val", "documents"}
+    assert [set(part) for part in state.values()] == [done, {"error"}, done]
     before = (tmp_path / "data" / "part-00000.train").stat().st_mtime_ns
     spoken.clear()
     files[1].write_text('{"text": "fine"}\n')
@@ -167,7 +167,7 @@ def test_preparing_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     tok = make(tmp_path / "tok")
-    n = sum(1 for _ in data.read_documents(tmp_path / "a.txt"))
+    n = sum(1 for _ in documents.read_documents(tmp_path / "a.txt"))
     data.prepare([tmp_path / "a.txt"], [], tmp_path / "data", encoder(tmp_path, tok), n, said)
     part = data.read_state(tmp_path / "data")["part-00000"]
     assert part["train"] + part["val"] == len(tok.encode(TEXT)) + 1
@@ -181,7 +181,7 @@ def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
 
 
 def corpus_of(*lengths: int, context: int = 8) -> data.Corpus:
-    ids = [np.arange(1000 * i, 1000 * i + n, dtype=np.uint16) for i, n in enumerate(lengths)]
+    ids = [np.arange(sum(lengths[:i]), sum(lengths[: i + 1]), dtype=np.uint16) for i in range(len(lengths))]
     return data.Corpus(ids, [np.ones(n, np.uint8) for n in lengths], context, [f"{n}.txt" for n in lengths])
 
 
@@ -235,7 +235,7 @@ def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str
     content = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + content)
     with pytest.raises(FileError, match=problem):
-        list(data.read_documents(tmp_path / "a.jsonl"))
+        list(documents.read_documents(tmp_path / "a.jsonl"))
 
 
 def test_unknown_chats_are_usage_errors() -> None:

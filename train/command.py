@@ -7,7 +7,6 @@ interrupted one left off.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
     from pocketlm.train.batches import Stage
+    from pocketlm.train.documents import Reading
 
 TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
@@ -40,11 +40,24 @@ CADENCE = {
 }  # fmt: skip
 FREE = ("steps", "micro_batch", "dtype", "compile", "checkpointing")  # settings that may change in the middle of a run
 
+VOCABULARY: dict[str, dict[str, Any]] = {  # the options that decide what a run reads
+    "tokenizer": {"metavar": "NAME", "help": "bytes, sentencepiece, characters, gpt2, or a tokenizer's file or folder"},
+    "add-markers": {"action": "store_true", "help": "add the chat's markers to a tokenizer, and to a model, without them"},
+    "symbols": {"metavar": "FILE", "help": "texts that are one token each in a vocabulary made here, one a line"},
+    "character-coverage": {"type": float, "metavar": "X", "help": "share of the characters that get a token (sentencepiece)"},
+    "normalize": {"action": "append", "default": [], "metavar": "FORM",
+                  "help": "nfc, nfd, nfkc, nfkd, or a file of lines: what, a tab, by what; may be given again"},
+    "documents": {"choices": ("file", "blank", "line"), "default": "file",
+                  "help": "what ends a document of a text: its file (default), a blank line, each line"},
+    "shortest": {"type": int, "default": 0, "metavar": "N", "help": "leave out texts of fewer characters"},
+    "windows": {"choices": ("blocks", "sentences"), "default": "blocks", "help": "how a sequence is cut (default blocks)"},
+}  # fmt: skip
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `pocketlm train`."""
     add = parser.add_argument
-    add("data", nargs="*", metavar="FILE", help="texts (.txt) and conversations (.jsonl) to learn")
+    add("data", nargs="*", metavar="FILE", help="texts (.txt), conversations (.jsonl) and ids (.npy, .bin) to learn")
     add("-o", "--output", metavar="RUN", help="the run's folder; a run that was stopped there goes on")
     add("--preset", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)} (default tiny)")
     add("--recipe", metavar="NAME", help="small-talk: make the model that comes with the package")
@@ -52,7 +65,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="K=V", help="change the preset's shape, as in n_layer=6")
     add("--from", dest="start", metavar="WEIGHTS", help="begin with a run, checkpoint, Hugging Face folder or GGUF")
     add("--rope-theta", type=float, default=0.0, metavar="X", help="with --from: another base of the rotary angles")
-    add("--tokenizer", metavar="NAME", help="bytes, sentencepiece, characters, or a tokenizer's folder")
     add("--chat", default="chatml", metavar="NAME", help="how conversations are marked: chatml (default) or markers")
     add("--learn", default="assistant", choices=("assistant", "all"), help="whose turns are learnt (default assistant)")
     add("--val", action="append", default=[], metavar="FILE", help="texts for validation (default: a share of FILE)")
@@ -65,6 +77,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample-tokens", type=int, default=60, metavar="N", help="their length (default 60)")
     add("--sample-temp", type=float, default=0.8, metavar="X", help="their temperature (default 0.8)")
     add("--sample-top-k", type=int, default=40, metavar="N", help="of the N likeliest tokens (default 40; 0: of all)")
+    group = parser.add_argument_group("vocabulary and documents")
+    for name, how in VOCABULARY.items():
+        group.add_argument(f"--{name}", **how)
     _table(parser.add_argument_group("what is seen and kept of a run"), CADENCE, Cadence())
     _table(parser.add_argument_group("how to train (defaults: the preset's)"), SETTINGS, Settings())
 
@@ -140,7 +155,7 @@ def _train(
     from pocketlm import tokenizer
     from pocketlm.train import batches, checkpoints, checks, data, devices, log, loop
     from pocketlm.train.decoder import Decoder
-    from pocketlm.train.starting_weights import read_start
+    from pocketlm.train.starting_weights import add_rows, read_start, taken
 
     folder, notes = Path(arguments.output), []
     model = None
@@ -155,9 +170,12 @@ def _train(
         tok = tokenizer.load(folder)
         if not model:
             shape = replace(shape, n_vocab=tok.n_vocab, n_ctx=max(shape.n_ctx, settings.context))
+        elif arguments.add_markers and tok.n_vocab > (first := taken(kind, arguments.start).n_vocab):
+            add_rows(model, first, max(shape.n_vocab, tok.n_vocab))
+            shape = model.shape
         if tok.n_vocab > shape.n_vocab:
             problem = f"its tokenizer has {tok.n_vocab} tokens, the model {shape.n_vocab}"
-            raise FileError(folder, problem, "give the model's own with --tokenizer")
+            raise FileError(folder, problem, "give the model's own with --tokenizer, or more tokens with --add-markers")
         settings = replace(settings, context=settings.context or shape.n_ctx)
         if not arguments.dtype:
             settings = replace(settings, dtype=devices.dtype_here(settings.dtype, ranks.device))
@@ -165,7 +183,10 @@ def _train(
         if model is None:
             model = Decoder(shape, settings.dropout, settings.checkpointing)
             checks.check_fresh(model)
-        train, val = (data.open_corpus(folder / "data", split, settings.context, tok.n_vocab) for split in data.SPLITS)
+        ends = {"train": data.sentence_ends(tok) if arguments.windows == "sentences" else None}
+        train, val = (
+            data.open_corpus(folder / "data", split, settings.context, tok.n_vocab, ends.get(split)) for split in data.SPLITS
+        )
         feed = batches.Feed(train, settings.batch, settings.seed, stages, settings.steps)
         sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         for line in [*notes, *log.facts(sizes, tok, train, settings)]:
@@ -187,56 +208,60 @@ def _train(
 def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings) -> dict[str, Any]:
     """What a run cannot change half way."""
     same = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    return {**asdict(shape), **same, "from": arguments.start or "", "chat": arguments.chat, "learn": arguments.learn}
+    given = {"from": arguments.start or "", "chat": arguments.chat, "learn": arguments.learn, "windows": arguments.windows}
+    return {**asdict(shape), **same, **given}
 
 
 def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespace) -> None:
     """The run's tokenizer, chat template and encoded data, each made where it is not there yet."""
-    from pocketlm.train import data, vocabularies
+    from pocketlm.train import data, documents, vocabularies
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(folder, f"cannot be made ({error.strerror})", "choose another folder with -o") from None
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
-    markers = data.markers_of(arguments.chat)
-    learnt = [*files, *val_files] if kind == "characters" else files  # a rare letter may be in what measures alone
-    tok = _tokenizer(folder, learnt, kind, n_vocab, markers, arguments.start)
+    reading = documents.Reading(arguments.documents, arguments.shortest)
+    tok = _tokenizer(folder, kind, n_vocab, reading, arguments)
     encoder = data.Encoder(tok, arguments.chat, data.ROLES if arguments.learn == "all" else ("assistant",), folder)
     vocabularies.write(folder / TEMPLATE, _template(files, arguments))
     every = 0 if val_files else arguments.val_every
-    data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr))
+    data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr), reading)
 
 
 def _template(files: list[Path], arguments: argparse.Namespace) -> str:
     """How to talk to the model: as its conversations are written, as before where it learns more texts, else as to a text."""
     from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-    from pocketlm.train import data
+    from pocketlm.train import data, documents
     from pocketlm.train.starting_weights import template_beside
 
-    if data.has_conversations(files):
+    if documents.has_conversations(files):
         return data.jinja(BUILT_IN[arguments.chat])
     return (template_beside(Path(arguments.start)) if arguments.start else None) or PLAIN_JINJA
 
 
-def _tokenizer(
-    folder: Path, files: list[Path], kind: str, n_vocab: int, markers: tuple[str, ...], start: str | None
-) -> Tokenizer:
+def _tokenizer(folder: Path, kind: str, n_vocab: int, reading: Reading, arguments: argparse.Namespace) -> Tokenizer:
     from pocketlm import tokenizer
-    from pocketlm.train import data, vocabularies
-    from pocketlm.train.starting_weights import tokenizer_beside
+    from pocketlm.tokenizer.normal_form import read_lines, read_normalizer
+    from pocketlm.train import data, documents, vocabularies
+    from pocketlm.train.starting_weights import taken
 
+    markers = data.markers_of(arguments.chat)
     if any((folder / name).exists() for name in vocabularies.FILES):
         return tokenizer.load(folder)
-    if kind in vocabularies.KINDS and not start:
-        return vocabularies.make_tokenizer(kind, data.read_texts(files), n_vocab, markers, folder)
-    source = tokenizer_beside(Path(start), folder) if start and kind in vocabularies.KINDS else Path(kind)
-    if not source.exists():
-        kinds = ", ".join(vocabularies.KINDS)
-        near = did_you_mean(kind, vocabularies.KINDS)
-        raise UsageError(f"--tokenizer {kind}: expected {kinds}, or a tokenizer's file or folder{near}")
-    tokenizer.load(source)  # says what is wrong with it
-    for name in (*vocabularies.FILES, "tokenizer_config.json"):
-        if source != folder and (file := (source if source.is_dir() else source.parent) / name).is_file():
-            shutil.copyfile(file, folder / name)
-    return tokenizer.load(folder)
+    if kind not in vocabularies.KINDS or arguments.start:
+        made_here = [name for name in ("symbols", "character_coverage", "normalize") if getattr(arguments, name)]
+        for name in made_here:
+            raise UsageError(f"--{name.replace('_', '-')} is for vocabularies that are made here, not for one that is taken")
+        return vocabularies.keep_tokenizer(taken(kind, arguments.start), markers if arguments.add_markers else (), folder)
+    if ids := [name for name in arguments.data if name.endswith(documents.IDS)]:
+        raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
+    if arguments.character_coverage and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):
+        raise UsageError("--character-coverage is a number from 0.9 to 1, for --tokenizer sentencepiece")
+    symbols = [line for _, line in read_lines(Path(arguments.symbols))] if arguments.symbols else []
+    normalizer, coverage = read_normalizer(arguments.normalize), arguments.character_coverage or 0.9995
+    wanted = vocabularies.Wanted(n_vocab, markers, tuple(symbols), coverage, normalizer)
+    every_letter = kind == "characters"  # a rare one may be in what measures alone
+    files = [Path(name) for name in (*arguments.data, *(arguments.val if every_letter else ()))]
+    texts = documents.read_texts(files, reading, 0 if every_letter else vocabularies.MOST_BYTES)
+    return vocabularies.make_tokenizer(kind, texts, wanted, folder)

@@ -6,25 +6,26 @@ In: whatever `pocketlm export` reads: a checkpoint of this trainer or of nanoGPT
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm import tokenizer
+from pocketlm.errors import FileError, UsageError, did_you_mean
+from pocketlm.export import published
 from pocketlm.export.assemble import interleaving, reordered, split_qkv
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialects import read_canonical
-from pocketlm.export.fp16_bin_writer import vocabulary
 from pocketlm.export.from_model_file import is_model_file
 from pocketlm.export.tokenizer_data import chat_template
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.model_file import open_model
+from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.decoder import ALIBI_MAX_BIAS, Decoder
 from pocketlm.train.presets import CHOICES, Settings, Shape
-from pocketlm.train.vocabularies import FILES, write
+from pocketlm.train.vocabularies import FILES, KINDS
 
 NAMES = {  # the decoder's → the canonical one's
     "tok_emb": "token_embd", "pos_emb": "position_embd", "out_norm": "output_norm", "head": "output", "layers": "blk",
@@ -94,13 +95,31 @@ def _weights(model: CanonicalModel) -> dict[str, CanonicalTensor]:
     return weights
 
 
-def tokenizer_beside(start: Path, run: Path) -> Path:
-    """The folder with the tokenizer of such weights. One that is elsewhere, or in a GGUF, becomes the run's `vocab.json`."""
-    folder = start if start.is_dir() else start.parent
-    if not is_model_file(start) and any((folder / name).is_file() for name in FILES):
-        return folder
-    write(run / "vocab.json", json.dumps(vocabulary(read_canonical(start).metadata, whole=True), ensure_ascii=False))
-    return run
+def add_rows(model: Decoder, first: int, n_vocab: int) -> None:
+    """Make it a model of `n_vocab` tokens, of which those from `first` on are new: their rows of the token table, and of an
+    output matrix of its own, are drawn near the mean of the others, a tenth as far apart.
+    """
+    dice = torch.Generator().manual_seed(first)
+    for layer in (model.tok_emb, model.head):
+        if layer is not None:
+            old = layer.weight.data[:first]
+            new = torch.randn((n_vocab - first, old.shape[1]), generator=dice) * old.std(0) / 10 + old.mean(0)
+            layer.weight = torch.nn.Parameter(torch.cat([old, new]))
+    model.tok_emb.num_embeddings, model.shape = n_vocab, replace(model.shape, n_vocab=n_vocab)
+
+
+def taken(kind: str, start: str | None) -> Tokenizer:
+    """The tokenizer that a run takes: that of `--tokenizer`, else that of the weights `start`. Raises UsageError for none."""
+    if kind not in KINDS:
+        if not Path(kind).exists() and kind not in published.NAMES:
+            kinds = (*KINDS, *published.NAMES)
+            expected = f"{', '.join(kinds)}, or a tokenizer's file or folder{did_you_mean(kind, kinds)}"
+            raise UsageError(f"--tokenizer {kind}: expected {expected}")
+        return published.load(kind)
+    folder = path if (path := Path(start or "")).is_dir() else path.parent
+    if not is_model_file(path) and any((folder / name).is_file() for name in FILES):
+        return tokenizer.load(folder)
+    return tokenizer.from_metadata(read_canonical(path).metadata, path)
 
 
 def template_beside(start: Path) -> str | None:
