@@ -191,7 +191,9 @@ def library(folder: Path) -> Callable[[str], list[int]]:
 
 
 @pytest.mark.parametrize("kind", vocabularies.KINDS)
-def test_what_texts_go_through_is_carried_into_the_model(tmp_path: Path, kind: str) -> None:
+def test_what_texts_go_through_is_carried_into_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     """The library knows nothing of it: it gives the same ids for texts that were normalised before."""
     table, files = tmp_path / "table.tsv", texts(tmp_path / "texts")
     table.write_text("ё\tе\nЁ\tЕ\n…\t...\n<<\t«\n", encoding="utf-8")
@@ -212,6 +214,9 @@ def test_what_texts_go_through_is_carried_into_the_model(tmp_path: Path, kind: s
     for tok in (own, exported(tmp_path / "run")):
         for text in [*LANGUAGES.values(), "e\u0301 kâr… <<Ёж>> ёж\n"]:
             assert tok.encode(text) == encode(normalised(text)), text
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "run" / "last.pt"), "-o", str(tmp_path / "again.gguf")]) == 0
+    assert "stock llama.cpp tokenizes" in capsys.readouterr().out, "which does not normalise"
     learnt = [(tmp_path / run / "data" / "part-00004.train").read_bytes() for run in ("run", "plain")]
     assert learnt[0] == learnt[1] != b""
 
