@@ -153,13 +153,14 @@ def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[
 
 
 def test_texts(tokenizer: Tokenizer) -> list[str]:
-    """Twenty texts that the tokenizer can encode, the last with user-defined symbols where there are any.
+    """Twenty texts that the tokenizer can encode, the last with user-defined symbols, or what it replaces, where there are any.
 
     Of a character vocabulary, with the characters it has.
     """
     vocabulary = tokenizer.vocabulary
     usable = [vocabulary.tokens[i] for i in vocabulary.ids_of(NORMAL)]
-    texts = [tokenizer.encodable(text) or "".join(usable[number::7][:40]) for number, text in enumerate(TEST_TEXTS)]
+    wanted = [*TEST_TEXTS[:-1], " ".join(what for what, _ in vocabulary.normalizer.replacements[:40]) or TEST_TEXTS[-1]]
+    texts = [tokenizer.encodable(text) or "".join(usable[number::7][:40]) for number, text in enumerate(wanted)]
     if symbols := [vocabulary.tokens[i] for i in vocabulary.ids_of(USER_DEFINED)]:
         texts[-1] = f"one {symbols[0]} two{symbols[-1]} three"
     return texts

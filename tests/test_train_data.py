@@ -93,7 +93,7 @@ def test_only_answers_and_their_ends_are_learnt(tmp_path: Path, kind: str, chat:
     ids, mask = encoder(tmp_path, tok, chat=chat).encode(TALK, True)
     learnt = [i for i, m in zip(ids, mask, strict=True) if m]
     assert tok.decode(learnt, special=True).replace(f"{end} ", end).strip() == f"I am fine.{end}Yes, it is a fine day.{end}"
-    all_ids, all_mask = encoder(tmp_path, tok, data.ROLES, chat).encode(TALK, True)
+    all_ids, all_mask = encoder(tmp_path, tok, vocabularies.ROLES, chat).encode(TALK, True)
     everything = tok.decode([i for i, m in zip(all_ids, all_mask, strict=True) if m], special=True)
     assert everything.count(end) == 5
     assert "user" not in everything

@@ -16,10 +16,11 @@ tokenizers: Any = pytest.importorskip("tokenizers", reason="compared with")
 sentencepiece: Any = pytest.importorskip("sentencepiece", reason="compared with")
 
 from pocketlm import cli, load, tokenizer  # noqa: E402
+from pocketlm.chat.templates import BUILT_IN, choose  # noqa: E402
 from pocketlm.errors import FileError, PocketlmError  # noqa: E402
 from pocketlm.tokenizer import Tokenizer  # noqa: E402
 from pocketlm.train import checkpoints, documents, vocabularies  # noqa: E402
-from pocketlm.train.data import markers_of  # noqa: E402
+from pocketlm.train.data import CHATS, Encoder, jinja, markers_of  # noqa: E402
 from pocketlm.train.decoder import Decoder  # noqa: E402
 from pocketlm.train.presets import Shape  # noqa: E402
 from pocketlm.train.starting_weights import add_rows  # noqa: E402
@@ -190,7 +191,9 @@ def library(folder: Path) -> Callable[[str], list[int]]:
 
 
 @pytest.mark.parametrize("kind", vocabularies.KINDS)
-def test_what_texts_go_through_is_carried_into_the_model(tmp_path: Path, kind: str) -> None:
+def test_what_texts_go_through_is_carried_into_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     """The library knows nothing of it: it gives the same ids for texts that were normalised before."""
     table, files = tmp_path / "table.tsv", texts(tmp_path / "texts")
     table.write_text("ё\tе\nЁ\tЕ\n…\t...\n<<\t«\n", encoding="utf-8")
@@ -211,6 +214,9 @@ def test_what_texts_go_through_is_carried_into_the_model(tmp_path: Path, kind: s
     for tok in (own, exported(tmp_path / "run")):
         for text in [*LANGUAGES.values(), "e\u0301 kâr… <<Ёж>> ёж\n"]:
             assert tok.encode(text) == encode(normalised(text)), text
+    capsys.readouterr()
+    assert cli.main(["export", str(tmp_path / "run" / "last.pt"), "-o", str(tmp_path / "again.gguf")]) == 0
+    assert "stock llama.cpp tokenizes" in capsys.readouterr().out, "which does not normalise"
     learnt = [(tmp_path / run / "data" / "part-00004.train").read_bytes() for run in ("run", "plain")]
     assert learnt[0] == learnt[1] != b""
 
@@ -319,6 +325,52 @@ def test_a_base_without_markers_is_taught_to_chat(
     with load(tmp_path / "tuned2.gguf", backend="numpy") as model:
         said = model.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Kimsin?"}], temperature=0)
         assert "".join(piece.text for piece in said) == "Bir tilki."
+
+
+@pytest.mark.parametrize(
+    ("rule", "prefix", "collapse"),
+    [("nmt_nfkc", True, True), ("identity", True, True), ("nmt_nfkc", True, False), ("identity", False, False)],
+)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("chat", CHATS)
+def test_conversations_in_any_sentencepiece_are_the_chats_and_their_ends_are_learnt(
+    tmp_path: Path, rule: str, prefix: bool, collapse: bool, added: bool, chat: str
+) -> None:
+    own = [] if added else list(markers_of(chat))
+    sentencepiece.SentencePieceTrainer.train(
+        input=",".join(map(str, texts(tmp_path / "texts"))), model_prefix=str(tmp_path / "m"), model_type="bpe", vocab_size=700,
+        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False, minloglevel=2, normalization_rule_name=rule,
+        add_dummy_prefix=prefix, remove_extra_whitespaces=collapse, user_defined_symbols=own,
+    )  # fmt: skip
+    tok = tokenizer.load(tmp_path / "m.model")
+    if added:
+        (tmp_path / "run").mkdir()
+        tok = vocabularies.keep_tokenizer(tok, markers_of(chat), tmp_path / "run")
+    talk = [("system", "Be brief."), ("user", "Кто  ты?"), ("assistant", "Лиса. Да."), ("user", "И?"), ("assistant", "Kâr.")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    ids, mask = Encoder(tok, chat, ("assistant",), tmp_path).encode(messages, True)
+    template = choose(jinja(BUILT_IN[chat]), tok)
+    whole = template.encode(messages, tok, add_generation_prompt=False)
+    assert [*whole, tok.eos_id] == ids
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    if not added:
+        assert library.encode(template.render(messages, add_generation_prompt=False)) == whole
+    end = markers_of(chat)[-1]
+    learnt = tok.decode([i for i, m in zip(ids, mask, strict=True) if m], special=True)
+    assert [part.strip() for part in learnt.split(end)] == ["Лиса. Да.", "Kâr.", ""]
+
+
+def test_a_sentencepiece_with_markers_of_its_own_learns_to_answer_and_to_end(tmp_path: Path) -> None:
+    path, _ = from_sentencepiece(tmp_path)
+    (tmp_path / "talk.jsonl").write_text(TALK, encoding="utf-8")
+    options = f"{SMALL} --set n_ctx=64 --steps 150 --batch 4 --micro-batch 4 --warmup 5 --lr 1e-2 --eval-every 150"
+    run = ("-o", tmp_path / "run", "--chat", "markers", "--tokenizer", path)
+    assert train(tmp_path / "talk.jsonl", *run, options=options) == 0
+    exported(tmp_path / "run")
+    with load(tmp_path / "run.gguf", backend="numpy") as model:
+        asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Kimsin?"}]
+        said = model.chat(asked, temperature=0)
+        assert "".join(piece.text for piece in said).strip() == "Bir tilki."
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -282,9 +282,9 @@ class Tokenizer:
         return "".join(dict.fromkeys(lost))
 
     def encodable(self, text: str) -> str:
-        """`text`, normalised, without those characters."""
-        text = self.vocabulary.normalizer(text)
-        return text.translate(dict.fromkeys(map(ord, self.unknown(text))))
+        """`text` without those characters, normalised where it has any."""
+        lost = self.unknown(text)
+        return self.vocabulary.normalizer(text).translate(dict.fromkeys(map(ord, lost))) if lost else text
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens, else they are silent.

@@ -223,7 +223,7 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
     reading = documents.Reading(arguments.documents, arguments.shortest)
     tok = _tokenizer(folder, kind, n_vocab, reading, arguments)
-    encoder = data.Encoder(tok, arguments.chat, data.ROLES if arguments.learn == "all" else ("assistant",), folder)
+    encoder = data.Encoder(tok, arguments.chat, vocabularies.ROLES if arguments.learn == "all" else ("assistant",), folder)
     vocabularies.write(folder / TEMPLATE, _template(files, arguments))
     every = 0 if val_files else arguments.val_every
     data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr), reading)

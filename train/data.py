@@ -25,7 +25,7 @@ from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.documents import IDS, Document, Reading, read_documents, read_ids
-from pocketlm.train.vocabularies import ROLES, check_markers
+from pocketlm.train.vocabularies import check_markers
 
 SPLITS = ("train", "val")
 SENTENCE_END = re.compile(r"""[.!?…。！？]["'»”’)\]]*\s*$|\n""")
@@ -53,12 +53,6 @@ class Encoder:
             raise FileError(path, "the vocabulary has no end-of-text token", "add <|endoftext|> or </s> to it")
         self.tok, self.row, self.learn, self.path, self.markers = tok, BUILT_IN[chat], tuple(learn), path, markers_of(chat)
 
-    @cached_property
-    def _sides(self) -> dict[str, tuple[list[int], int]]:
-        """Role → ids before a content, number of ids after the marker that ends it. Texts alone need no letters of roles."""
-        sides = {role: [self.tok.encode(side, special=True) for side in self.row.roles[role]] for role in ROLES}
-        return {role: (before, len(after) - 1) for role, (before, after) in sides.items()}
-
     def encode(self, document: Document, ends: bool) -> tuple[list[int], list[int]]:
         """Ids and a mask of 0 and 1, the end-of-text token last where the document ends."""
         end = [self.tok.eos_id or 0] * ends
@@ -66,21 +60,29 @@ class Encoder:
             ids = self.tok.encode(document) + end
             return ids, [1] * len(ids)
         check_markers(self.tok, self.markers, self.path)
-        ids, mask = [], []
+        ids, mask, lead = [], [], ""
+        end_id = self.tok.token_id(self.markers[-1])
         for message in document:
-            turn, (before, n_after) = self._turn(message), self._sides[message["role"]]
+            before = self._behind(lead, self.row.roles[message["role"]][0])
+            turn = self._turn(lead, message)
             if turn[: len(before)] != before:
                 raise FileError(self.path, "the vocabulary joins chat markers with what follows", "choose others with --chat")
-            learnt = len(turn) - len(before) - n_after  # the content and the marker that ends it
+            n_after = turn[::-1].index(end_id)  # behind the marker that ends the turn
+            learnt = len(turn) - len(before) - n_after
             ids += turn
             mask += [0] * len(before) + [int(message["role"] in self.learn)] * learnt + [0] * n_after
+            lead = self.row.roles[message["role"]][1]
         return ids + end, mask + [0] * len(end)
 
-    def _turn(self, message: dict[str, str]) -> list[int]:
+    def _turn(self, lead: str, message: dict[str, str]) -> list[int]:
         if any(marker in message["content"] for marker in self.markers):  # typed by somebody, so no markers
             return Template(None, self.row).encode([message], self.tok, add_generation_prompt=False)[self.tok.adds_bos :]
         before, after = self.row.roles[message["role"]]
-        return self.tok.encode(before + message["content"] + after, special=True)
+        return self._behind(lead, before + message["content"] + after)
+
+    def _behind(self, lead: str, text: str) -> list[int]:
+        """Ids of a text behind `lead`: SentencePiece may begin a text otherwise than it goes on with one."""
+        return self.tok.encode(lead + text, special=True)[len(self.tok.encode(lead, special=True)) :]
 
 
 def jinja(row: BuiltIn) -> str:
@@ -232,9 +234,10 @@ class Corpus:
             cuts.append(cuts[-1] + int(ends[-1]) + 1 if len(ends) and stop < last else stop)
         return np.array(cuts)
 
-    def parts(self) -> dict[str, Corpus]:
-        """Each file's part of the split; those too short for a block at every shift are one together."""
-        names = [name if len(ids) >= 2 * self.context else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
+    def parts(self, joined: bool = True) -> dict[str, Corpus]:
+        """Each file's part of the split; `joined`: those too short for a block at every shift are one together."""
+        short = 2 * self.context if joined else 0
+        names = [name if len(ids) >= short else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
         rows = [*zip(names, self.ids, self.masks, self.files, strict=True)]
         found = {name: [list(row[1:]) for row in rows if row[0] == name] for name in names}
         return {
