@@ -63,7 +63,7 @@ class Feed:
 
     def __init__(self, corpus: Corpus, size: int, seed: int, stages: Sequence[Stage] = (), steps: int = 1):
         self.corpus, self.size, self.seed, self.stages, self.steps = corpus, size, seed, stages, steps
-        self.parts = corpus.parts(joined=not stages)  # a mix names files
+        self.parts = corpus.parts()
         self.n_blocks = np.array([part.n_blocks(corpus.context - 1) for part in self.parts.values()])
         self.given = np.zeros(len(self.parts), np.int64)  # sequences of each part so far
         self.owed = np.zeros(len(self.parts))  # by how much each is behind its share: between -1 and 1
@@ -103,7 +103,7 @@ class Feed:
             shares = np.zeros(len(self.parts))
             for name, (first, last) in stage.shares.items():
                 of = self._of(name)  # a pattern's share is that of all its files
-                shares[of] = (first + (last - first) * done) * self.n_blocks[of] / max(self.n_blocks[of].sum(), 1)
+                shares[of] += (first + (last - first) * done) * self.n_blocks[of] / max(self.n_blocks[of].sum(), 1)
         if not shares.sum():
             raise UsageError(f"--mix leaves nothing to learn at step {step}; give a longer text a share above 0")
         return shares / shares.sum()

@@ -234,10 +234,9 @@ class Corpus:
             cuts.append(cuts[-1] + int(ends[-1]) + 1 if len(ends) and stop < last else stop)
         return np.array(cuts)
 
-    def parts(self, joined: bool = True) -> dict[str, Corpus]:
-        """Each file's part of the split; `joined`: those too short for a block at every shift are one together."""
-        short = 2 * self.context if joined else 0
-        names = [name if len(ids) >= short else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
+    def parts(self) -> dict[str, Corpus]:
+        """Each file's part of the split; those too short for a block at every shift are one together."""
+        names = [name if len(ids) >= 2 * self.context else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
         rows = [*zip(names, self.ids, self.masks, self.files, strict=True)]
         found = {name: [list(row[1:]) for row in rows if row[0] == name] for name in names}
         return {
