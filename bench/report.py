@@ -181,8 +181,8 @@ def _figure(measure: Result | None) -> str:
 def columns(cells: list[list[str]], n_names: int = 1) -> list[str]:
     """A header and rows as lines; the first `n_names` columns are names, the others figures."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = [str.ljust] * n_names + [str.rjust] * (len(widths) - n_names)
-    return ["  ".join(side(*pair) for side, *pair in zip(sides, row, widths, strict=True)).rstrip() for row in cells]
+    names, figures = widths[:n_names], widths[n_names:]
+    return ["  ".join([*map(str.ljust, row, names), *map(str.rjust, row[n_names:], figures)]).rstrip() for row in cells]
 
 
 def markdown_rows(cells: list[list[str]], n_names: int = 1) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def content(run: str) -> dict[str, Any]:
 
 def same(a: str, b: str) -> bool:
     mine, theirs = content(a), content(b)
-    return mine["position"] == theirs["position"] and all(torch.equal(mine["model"][n], theirs["model"][n]) for n in mine["model"])
+    weights = ((weight, theirs["model"][name]) for name, weight in mine["model"].items())
+    return mine["position"] == theirs["position"] and all(torch.equal(*pair) for pair in weights)
 
 
 def errors(capsys: pytest.CaptureFixture[str]) -> str:
@@ -173,6 +176,11 @@ def test_stages_follow_each_other_and_shares_move_within_them() -> None:
 def test_a_pattern_is_a_group_that_shares_by_length() -> None:
     given = feed("d/p*=50 q.txt=50", p1=3000, p2=1000, q=100)
     assert given.shares(0).tolist() == pytest.approx([0.375, 0.125, 0.5], abs=0.002)
+
+
+def test_texts_too_short_for_a_sequence_can_be_mixed() -> None:
+    given = feed("a.txt=1 tiny*=1", a=400, tiny1=6, tiny2=7, tiny3=9)
+    assert counts(given, 0, 1)[0] == 10
 
 
 @pytest.mark.parametrize(
@@ -400,7 +408,7 @@ def _tensors(value: Any) -> list[Any]:
 def test_without_its_package_the_8_bit_optimiser_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim.adamw", None)
     assert train("run", "a.txt --steps 2 --optimizer adamw8bit") == 1
     assert "pip install bitsandbytes" in errors(capsys)
 
@@ -443,6 +451,26 @@ def test_a_presets_precision_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert devices.dtype_here("bf16", cuda) == got
     assert devices.dtype_here("fp16", cuda) == "fp16"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from pocketlm import cli
+assert cli.main(sys.argv[1:]) == 0
+left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+sys.exit("left behind: " + ", ".join(left) if any("gloo" in name for name in left) else 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads in /proc")
+def test_processes_that_trained_together_leave_no_thread_behind() -> None:
+    """One that is alive while the interpreter ends may end the program with "terminate called"."""
+    Path("program.py").write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    words = f"train a.txt -o run --val val.txt {RUN} --steps 2".split()
+    done = subprocess.run([sys.executable, *launcher, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ── presets ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -69,8 +69,12 @@ class Feed:
         self.owed = np.zeros(len(self.parts))  # by how much each is behind its share: between -1 and 1
         self._orders: dict[int, tuple[int, int, np.ndarray]] = {}
         self._gone: dict[str, list[float]] = {}  # what parts that are not there now gave before
-        for name in (name for stage in stages for name in stage.shares if not _found(name, [*self.parts])):
-            raise UsageError(f"--mix {name}: is none of the texts to learn{did_you_mean(name, self.parts)}")
+        for name in (name for stage in stages for name in stage.shares if not self._of(name)):
+            raise UsageError(f"--mix {name}: is none of the texts to learn{did_you_mean(name, corpus.files)}")
+
+    def _of(self, name: str) -> list[int]:
+        """The parts that a name of the mix means."""
+        return [i for i, part in enumerate(self.parts.values()) if _found(name, part.files)]
 
     @property
     def position(self) -> dict[str, list[float]]:
@@ -97,9 +101,8 @@ class Feed:
             end = later[0].start if later else self.steps
             done = min((step - stage.start) / max(end - 1 - stage.start, 1), 1.0)
             shares = np.zeros(len(self.parts))
-            names = [*self.parts]
             for name, (first, last) in stage.shares.items():
-                of = [names.index(file) for file in _found(name, names)]  # a pattern's share is that of all its files
+                of = self._of(name)  # a pattern's share is that of all its files
                 shares[of] = (first + (last - first) * done) * self.n_blocks[of] / max(self.n_blocks[of].sum(), 1)
         if not shares.sum():
             raise UsageError(f"--mix leaves nothing to learn at step {step}; give a longer text a share above 0")

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Its functions have the process group of the moment as a default argument. Imported later, by PyTorch's optimisers, it would
+# keep that group and its threads until the interpreter ends: now and then "terminate called without an active exception".
+import torch.distributed.nn.functional
+
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.terminal_text import print
 from pocketlm.train.decoder import Decoder

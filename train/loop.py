@@ -55,7 +55,7 @@ def optimiser(model: Decoder, settings: Settings) -> Any:
         return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=fused)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed here
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
         raise PocketlmError("--optimizer adamw8bit needs bitsandbytes; get it with: pip install bitsandbytes") from None
     on_gpu = model.tok_emb.weight.device.type == "cuda"  # where its state may be moved out of the GPU's memory

@@ -126,32 +126,20 @@ _GPU: dict[str, Any] = {"dtype": "bf16", "compile": True}
 PRESETS = {  # layers, heads, width, vocabulary, context, kv heads, feed-forward; README.md says what of it is published
     "tiny": Preset(Shape(4, 4, 128, 2048, 256, 4, 384), "bytes", Settings(200, 16, lr=3e-3, warmup=20)),
     "small-talk": Preset(Shape(4, 8, 256, 1024, 512, 4, 768), "bytes", Settings(7500, 16, 4, lr=3e-3, warmup=200)),
-    "chekhov-10m": Preset(
-        _gpt2(6, 6, 384, 201, 256), "characters",
-        Settings(5000, 64, lr=1e-3, warmup=100, beta2=0.99, dropout=0.2, dtype="bf16"),
-    ),
-    "classics-46m": Preset(
-        _gpt2(12, 8, 512, 16000, 512), "sentencepiece",
-        Settings(30000, 66, 6, lr=6e-4, warmup=200, dropout=0.1, dtype="bf16"),
-    ),
-    "mini-tron-48m": Preset(
-        _gpt2(10, 8, 512, 32000, 1024), "sentencepiece", Settings(16000, 64, 2, lr=3e-4, warmup=200, dropout=0.1, **_GPU)
-    ),
-    "turkish-25m": Preset(
-        _alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece", Settings(50000, 128, lr=3e-4, warmup=500, **_GPU)
-    ),
-    "turkish-68m": Preset(
-        _alibi(12, 8, 512, 64000, 2048, 4, 1376), "sentencepiece",
-        Settings(50000, 32, lr=3e-4, warmup=500, dropout=0.02, **_GPU),
-    ),
-    "polish-1.3b": Preset(
-        _gpt2(28, 16, 1920, 32000, 1024), "sentencepiece",
-        Settings(100000, 480, 1, lr=2e-4, warmup=2000, dtype="fp16", checkpointing=True),
-    ),
-    "gpt2-124m": Preset(
-        _gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes",
-        Settings(15000, 126, 6, lr=1e-4, warmup=1750, dtype="fp16", compile=True),
-    ),
+    "chekhov-10m": Preset(_gpt2(6, 6, 384, 201, 256), "characters",
+        Settings(5000, 64, lr=1e-3, warmup=100, beta2=0.99, dropout=0.2, dtype="bf16")),
+    "classics-46m": Preset(_gpt2(12, 8, 512, 16000, 512), "sentencepiece",
+        Settings(30000, 66, 6, lr=6e-4, warmup=200, dropout=0.1, dtype="bf16")),
+    "mini-tron-48m": Preset(_gpt2(10, 8, 512, 32000, 1024), "sentencepiece",
+        Settings(16000, 64, 2, lr=3e-4, warmup=200, dropout=0.1, **_GPU)),
+    "turkish-25m": Preset(_alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece",
+        Settings(50000, 128, lr=3e-4, warmup=500, **_GPU)),
+    "turkish-68m": Preset(_alibi(12, 8, 512, 64000, 2048, 4, 1376), "sentencepiece",
+        Settings(50000, 32, lr=3e-4, warmup=500, dropout=0.02, **_GPU)),
+    "polish-1.3b": Preset(_gpt2(28, 16, 1920, 32000, 1024), "sentencepiece",
+        Settings(100000, 480, 1, lr=2e-4, warmup=2000, dtype="fp16", checkpointing=True)),
+    "gpt2-124m": Preset(_gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes",
+        Settings(15000, 126, 6, lr=1e-4, warmup=1750, dtype="fp16", compile=True)),
 }  # fmt: skip
 
 
