@@ -28,9 +28,10 @@ WEIGHTS = (
 )  # fmt: skip
 NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "loss", "callbacks")  # parts of names of training state
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+DEEPSPEED = "mp_rank_00_model_states.pt"  # beside it lie the optimiser's parts
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
-    "mp_rank_00_model_states.pt",  # DeepSpeed's, beside it the optimiser's parts
+    DEEPSPEED,
     "best.pt", "last.pt",  # our trainer's
 )  # fmt: skip
 LATEST = "latest"  # DeepSpeed's file that names the folder of the last step
@@ -98,7 +99,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def home(weights: Path) -> Path:
     """The folder with what belongs to a checkpoint's file: its configuration, its tokenizer."""
     above = weights.parent.parent
-    return above if weights.name == FOLDER_FILES[-1] and (above / LATEST).is_file() else weights.parent
+    return above if weights.name == DEEPSPEED and (above / LATEST).is_file() else weights.parent
 
 
 def read_json(path: Path) -> Any:

@@ -19,6 +19,7 @@ from pocketlm import cli, load, tokenizer  # noqa: E402
 from pocketlm.chat.templates import BUILT_IN, choose  # noqa: E402
 from pocketlm.errors import FileError, PocketlmError  # noqa: E402
 from pocketlm.tokenizer import Tokenizer  # noqa: E402
+from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json  # noqa: E402
 from pocketlm.train import checkpoints, documents, vocabularies  # noqa: E402
 from pocketlm.train.data import CHATS, Encoder, jinja, markers_of  # noqa: E402
 from pocketlm.train.decoder import Decoder  # noqa: E402
@@ -106,6 +107,15 @@ def from_sentencepiece(folder: Path) -> tuple[Path, Callable[[str], list[int]]]:
     return path, processor.encode
 
 
+def from_unigram(folder: Path) -> tuple[Path, Callable[[str], list[int]]]:
+    """What SentencePiece makes unless it is asked for BPE."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=",".join(map(str, texts(folder / "texts"))), model_prefix=str(folder / "m"), vocab_size=500, minloglevel=2,
+        byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
+    )  # fmt: skip
+    return folder / "m.model", sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model")).encode
+
+
 def ranks() -> tuple[dict[bytes, int], Any]:
     tiktoken: Any = pytest.importorskip("tiktoken", reason="compared with")
     from tiktoken.load import load_tiktoken_bpe
@@ -123,7 +133,8 @@ def from_tiktoken(folder: Path) -> tuple[Path, Callable[[str], list[int]]]:
 
 
 SOURCES = [
-    from_tokenizer_json, from_normalising_json, from_vocab_and_merges, from_openais_files, from_sentencepiece, from_tiktoken,
+    from_tokenizer_json, from_normalising_json, from_vocab_and_merges, from_openais_files, from_sentencepiece, from_unigram,
+    from_tiktoken,
 ]  # fmt: skip
 
 
@@ -214,6 +225,10 @@ def test_what_texts_go_through_is_carried_into_the_model(
     for tok in (own, exported(tmp_path / "run")):
         for text in [*LANGUAGES.values(), "e\u0301 kâr… <<Ёж>> ёж\n"]:
             assert tok.encode(text) == encode(normalised(text)), text
+    if kind == "bytes":  # the other two are not BPE of a kind that the library normalises so
+        content, _ = to_tokenizer_json(own, own.n_vocab, "run")
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+        assert all(theirs.encode(text, add_special_tokens=False).ids == own.encode(text) for text in SAMPLES)
     capsys.readouterr()
     assert cli.main(["export", str(tmp_path / "run" / "last.pt"), "-o", str(tmp_path / "again.gguf")]) == 0
     assert "stock llama.cpp tokenizes" in capsys.readouterr().out, "which does not normalise"

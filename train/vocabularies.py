@@ -26,7 +26,7 @@ END = "<|endoftext|>"  # between documents, and in front of a conversation
 OTHER_ENDS = ("</s>", "<|end_of_text|>", "<eos>")  # as others call it
 ROLE_LETTERS = "".join(ROLES) + "\n"  # with them a model of texts in any script can be taught conversations later
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of which a run has one
-MOST_BYTES = 1 << 27  # of texts, evenly drawn, that a vocabulary is made of: more takes memory, and changes little
+MOST_BYTES = 1 << 26  # of texts, evenly drawn, that a vocabulary is made of: more takes memory, and changes little
 LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves longer ones out
 
 
