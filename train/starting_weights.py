@@ -27,6 +27,7 @@ from pocketlm.train.decoder import ALIBI_MAX_BIAS, Decoder
 from pocketlm.train.presets import CHOICES, Settings, Shape
 from pocketlm.train.vocabularies import FILES, KINDS
 
+ARCHITECTURES = ("gpt2", "llama", "refact", "pocketlm")  # whose operations are the decoder's
 NAMES = {  # the decoder's → the canonical one's
     "tok_emb": "token_embd", "pos_emb": "position_embd", "out_norm": "output_norm", "head": "output", "layers": "blk",
     "attn.q_proj": "attn_q", "attn.k_proj": "attn_k", "attn.v_proj": "attn_v", "attn.o_proj": "attn_output",
@@ -68,7 +69,8 @@ def read_start(path: Path, settings: Settings, rope_theta: float = 0.0) -> tuple
 def _shape(path: Path, model: CanonicalModel) -> Shape:
     hyper, rope = model.hyper, model.hyper.rope
     known = {f.name for f in fields(Shape)} | {"architecture", "head_dim", "rope", "alibi_max_bias"}
-    strange = [f.name for f in fields(Hyper) if f.name not in known and getattr(hyper, f.name) != f.default]
+    strange = ["architecture"] if hyper.architecture not in ARCHITECTURES else []
+    strange += [f.name for f in fields(Hyper) if f.name not in known and getattr(hyper, f.name) not in (f.default, {})]
     strange += [name for name in CHOICES if getattr(hyper, name, CHOICES[name][0]) not in CHOICES[name]]
     strange += ["head_dim"] if hyper.n_head * hyper.head_dim != hyper.n_embd else []
     strange += ["alibi_max_bias"] if hyper.position == "alibi" and hyper.alibi_max_bias != ALIBI_MAX_BIAS else []
