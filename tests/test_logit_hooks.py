@@ -47,3 +47,25 @@ def test_the_likeliest_are_listed_with_every_piece(model):
     for bad in (-1, 1.5, True, 101):
         with pytest.raises(UsageError, match="top_logprobs"):
             list(model.generate("the", top_logprobs=bad))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.5, "seed": 4}])
+def test_both_are_the_same_where_drafts_are_tried(model, options):
+    """The hooks see every token of an answer once, in order, also where several are verified in one pass."""
+
+    def answer(draft):
+        seen = []
+
+        def mask(logits, ids):
+            seen.append(len(ids))
+            logits[70:] = -math.inf  # a small alphabet repeats itself
+
+        pieces = list(model.generate("the the the", max_tokens=60, draft=draft, process=mask, top_logprobs=3, **options))
+        return [(piece.id, piece.logprob, piece.top_logprobs) for piece in pieces[:-1]], pieces[-1].drafted_tokens
+
+    plain, none = answer(False)
+    drafted, n = answer(True)
+    assert drafted == plain
+    assert none == 0
+    assert n >= 0
+    assert all(len(top) == 3 for *_, top in drafted)
