@@ -16,6 +16,7 @@ from pocketlm.tokenizer.gguf_vocabulary_writer import filled, merges
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
+from pocketlm.tokenizer.unigram import Unigram
 
 REPLACE_SPACES: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND: dict[str, Any] = {"type": "Prepend", "prepend": SPACE}
@@ -33,6 +34,8 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
 
     `path` is for the error message. Raises FileError where the library would not give the same ids.
     """
+    if isinstance(tokenizer, Unigram):
+        raise _refused(path, "scores of a unigram vocabulary that are added up in single precision")
     vocabulary = tokenizer.vocabulary
     byte_level, sentencepiece = isinstance(tokenizer, ByteBPE), isinstance(tokenizer, SentencePieceBPE)
     model: dict[str, Any] = {
