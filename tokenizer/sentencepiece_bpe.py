@@ -6,6 +6,7 @@ of the kind `llama` and Hugging Face's form of them differ in small things only,
 """
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Markers, Tokenizer, Vocabulary
 from pocketlm.tokenizer.merge import LONG, NO_MERGE, MergeTable, concatenation_table, merge, merge_long, rank_table
 from pocketlm.tokenizer.normalize import NormalForm, Rules
+from pocketlm.tokenizer.texts import TextIndex
 
 SPACE = "▁"
 UNKNOWN_TEXT = " ⁇ "  # what the SentencePiece library decodes an unknown token to
@@ -53,7 +55,7 @@ def score_table(path: object, vocabulary: Vocabulary, scores: Sequence[float]) -
     merged = [i for i in np.flatnonzero((types == NORMAL) | (types == UNUSED)).tolist() if len(vocabulary.tokens[i]) > 1]
     ties = len(set(ranks[merged].tolist())) < len(merged)
     n_symbols = len(vocabulary.tokens) + _CODE_POINTS
-    return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), ranks.tolist(), n_symbols, ties)
+    return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), array("i", ranks.astype("i").tobytes()), n_symbols, ties)
 
 
 def merges_table(path: object, vocabulary: Vocabulary, merges: Sequence[str]) -> MergeTable:
@@ -68,12 +70,9 @@ def _text_of(vocabulary: Vocabulary) -> Callable[[int], str]:
     return lambda symbol: tokens[symbol] if symbol < n_vocab else chr(symbol - n_vocab)
 
 
-def mergeable(vocabulary: Vocabulary) -> dict[str, int]:
+def mergeable(vocabulary: Vocabulary) -> TextIndex:
     """Token → id of all that plain text can become: no control, unknown or byte tokens."""
-    index = dict(vocabulary.index)
-    for i in vocabulary.ids_of(CONTROL, UNKNOWN, BYTE):
-        index.pop(vocabulary.tokens[i], None)
-    return index
+    return vocabulary.index.without(vocabulary.ids_of(CONTROL, UNKNOWN, BYTE))
 
 
 class _Symbols(dict[str, int]):
@@ -197,7 +196,7 @@ class SentencePieceBPE(Tokenizer):
 
     @cached_property
     def _symbols(self) -> _Symbols:
-        symbols = _Symbols({token: i for token, i in mergeable(self.vocabulary).items() if len(token) == 1})
+        symbols = _Symbols({token: i for token, i in mergeable(self.vocabulary).pairs() if len(token) == 1})
         symbols.beyond = self.n_vocab
         return symbols
 
