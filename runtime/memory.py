@@ -111,6 +111,27 @@ def release_pages(view: np.ndarray) -> None:
             base.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+def release_code(library: str) -> None:
+    """Give back the memory of a shared library's code, which is read again from its file if it is called again (Linux)."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            places = [line.split() for line in file if library in line and " r-xp " in line]
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return
+    for place, *_ in places:
+        start, end = (int(address, 16) for address in place.split("-"))
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)  # MADV_DONTNEED; code is never written to
+
+
+def return_unused() -> None:
+    """Give back what the C library keeps of memory that was freed: megabytes, once a vocabulary has been read (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
+
+
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:
     """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""What a large vocabulary takes in memory, and that the compact form of it is the tuple and the dictionary that it stands for."""
+"""What a large vocabulary takes in memory, and that its compact form is the tuple and the dictionary it stands for."""
 
 from __future__ import annotations
 

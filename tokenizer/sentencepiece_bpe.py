@@ -55,7 +55,8 @@ def score_table(path: object, vocabulary: Vocabulary, scores: Sequence[float]) -
     merged = [i for i in np.flatnonzero((types == NORMAL) | (types == UNUSED)).tolist() if len(vocabulary.tokens[i]) > 1]
     ties = len(set(ranks[merged].tolist())) < len(merged)
     n_symbols = len(vocabulary.tokens) + _CODE_POINTS
-    return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), array("i", ranks.astype("i").tobytes()), n_symbols, ties)
+    order = array("i", ranks.astype("i").tobytes())
+    return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), order, n_symbols, ties)
 
 
 def merges_table(path: object, vocabulary: Vocabulary, merges: Sequence[str]) -> MergeTable:
