@@ -20,6 +20,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime import control_groups
 
 MB = 1 << 20
+_FOR_THREADS = 32 * MB  # addresses that stacks and the allocator's reserves take, of those that `ulimit -v` counts
 
 
 def available_bytes() -> int | None:
@@ -60,8 +61,19 @@ def _linux() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("MemAvailable:"))
     free = int(line.split()[1]) * 1024
-    left = control_groups.memory_left()
-    return max(free if left is None else min(free, left), 0)
+    limits = [control_groups.memory_left(), *(_within(*row) for row in (("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)))]
+    return max(min([free, *(left for left in limits if left is not None)]), 0)
+
+
+def _within(name: str, column: int) -> int | None:
+    """Bytes left of what `ulimit` allows; None where that is all. `column` of /proc/self/statm says how much is used."""
+    import resource
+
+    most = resource.getrlimit(getattr(resource, name))[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return most - int(file.read().split()[column]) * mmap.PAGESIZE - _FOR_THREADS
 
 
 def _darwin() -> int:
