@@ -38,7 +38,8 @@ CORES = (
     Core("cortex-a72", "Pi 4", 1.8, "neon"),
     Core("cortex-a53", "Pi 3, Zero 2 W", 1.4, "neon"),
 )
-COLUMNS = {1: 4, 32: 32, 256: 64}  # weights in a block → columns that a turn of the inner loop takes
+# weights in a block, or a format → columns that a turn of the inner loop takes
+COLUMNS: dict[int | str, int] = {1: 4, 32: 32, 256: 64, "IQ4_XS": 32}
 
 
 class Loop(NamedTuple):
@@ -82,7 +83,7 @@ def loop_of(fmt: str, core: Core, tokens: int, rounds: int) -> Loop:
     """What a turn of a format's product with `tokens` tokens takes, per 32 weights of one row and token."""
     level = LEVELS[core.level]
     lines = inner_loop(compile_assembly(module_text(fmt, level, "sysv"), level), f"{fmt}_product{tokens}")
-    columns = COLUMNS[LAYOUTS[fmt].block_size]
+    columns = COLUMNS.get(fmt, COLUMNS[LAYOUTS[fmt].block_size])
     groups = 2 if fmt not in RUNS and tokens == 1 else 1  # a single token's product of floats takes two groups at a time
     share = ROWS * groups * tokens * columns / 32
     return Loop(len(lines) / share, analyse(lines, core.cpu, rounds) / share)

@@ -32,7 +32,7 @@ _ENTER = """
 mount -t binfmt_misc none /proc/sys/fs/binfmt_misc && printf %s "$1" > /proc/sys/fs/binfmt_misc/register || exit 77
 mount --rbind /proc "$2/proc" && mount --rbind /dev "$2/dev" && mount --bind "$3" "$2/mnt" || exit 77
 root=$2; shift 3
-exec chroot "$root" /usr/bin/env -i PATH=/usr/bin:/bin HOME=/mnt LANG=C.UTF-8 TMPDIR=/mnt/tmp "$@"
+exec chroot "$root" /usr/bin/env -i PATH=/usr/bin:/bin HOME=/mnt LANG=C.UTF-8 TMPDIR=/mnt/tmp QEMU_CPU="$QEMU_CPU" "$@"
 """
 
 
