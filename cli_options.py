@@ -23,6 +23,11 @@ def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> 
     if optional:
         text += "; default: small-talk, which comes with pocketlm"
     parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
+    running_arguments(parser)
+
+
+def running_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is run."""
     parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
     parser.add_argument(

@@ -21,18 +21,20 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "__main__": "cli",
     "cli": (
-        "cli_options errors model pocketlm tokenizer runtime.evaluation runtime.model_summary chat.repl chat.command"
-        " export.command export.checkpoint_summary export.from_model_file build.command bench.command train.command"
-        " doctor.command"
-        " terminal_text"
+        "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
+        " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
+        " train.command doctor.command terminal_text"
     ),
     "doctor": "errors model runtime runtime.native terminal_text",
-    "bench": "errors pocketlm model tokenizer runtime runtime.native export",
+    "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
         " terminal_text"
     ),
-    "train": "errors tokenizer runtime.atomic runtime.positions chat.templates train.small_talk",
+    "train": (
+        "errors tokenizer runtime.atomic runtime.hyper runtime.model_file runtime.positions chat.templates export"
+        " terminal_text train.small_talk"
+    ),
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors tokenizer runtime chat.templates",

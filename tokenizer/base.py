@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
 from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
 
 # token types, as GGUF and SentencePiece number them
@@ -55,6 +56,7 @@ class Vocabulary:
     adds_bos: bool
     strip_left: frozenset[int]  # markers that swallow white space before them
     strip_right: frozenset[int]  # and after them
+    normalizer: Normalizer = AS_IT_IS  # what plain text goes through first
 
     def ids_of(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, in order."""
@@ -75,6 +77,7 @@ def make_vocabulary(
     strip_left: Collection[int] = (),
     strip_right: Collection[int] = (),
     ends_are_control: bool = False,
+    normalizer: Normalizer = AS_IT_IS,
 ) -> Vocabulary:
     """Check the parts of a vocabulary against each other; FileError names what does not fit.
 
@@ -110,6 +113,7 @@ def make_vocabulary(
     return Vocabulary(
         texts, bytes(types), numbers, bos_id, eos_id, unk_id,
         frozenset(i for i in ends if i is not None), adds_bos, frozenset(strip_left), frozenset(strip_right),
+        normalizer,
     )  # fmt: skip
 
 
@@ -256,30 +260,33 @@ class Tokenizer:
         return ids
 
     def _pieces(self, text: str, special: bool) -> Iterator[tuple[str, bool, int | None]]:
-        """(plain text, whether nothing stands before it, the marker behind it or None at the end), in order."""
-        vocabulary, end = self.vocabulary, 0
+        """(normalised text, whether nothing stands before it, the marker behind it or None at the end), in order."""
+        vocabulary, end, normalised = self.vocabulary, 0, self.vocabulary.normalizer
         for start, stop, token_id in (self._all_markers if special else self._always_markers).find(text):
             if start < end:  # swallowed together with the white space after the marker before
                 continue
             piece = text[end:start]
-            yield piece.rstrip(_WHITE_SPACE) if token_id in vocabulary.strip_left else piece, end == 0, token_id
+            piece = piece.rstrip(_WHITE_SPACE) if token_id in vocabulary.strip_left else piece
+            yield normalised(piece), end == 0, token_id
             end = stop
             if token_id in vocabulary.strip_right:
                 end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
-        yield text[end:] if end else text, end == 0, None
+        yield normalised(text[end:] if end else text), end == 0, None
 
     def unknown(self, text: str, *, special: bool = False) -> str:
-        """The characters of `text` for which the vocabulary has no ids, each once."""
+        """The characters of `text`, once normalised, for which the vocabulary has no ids, each once."""
         lost: list[str] = []
         for piece, _, _ in self._pieces(text, special):
             known = self._known(piece)
             if len(known) < len(piece):
-                lost += dict.fromkeys(piece).keys() - set(known)
-        return "".join(sorted(set(lost), key=text.index))
+                held = set(known)
+                lost += [character for character in piece if character not in held]
+        return "".join(dict.fromkeys(lost))
 
     def encodable(self, text: str) -> str:
-        """`text` without those characters."""
-        return text.translate(dict.fromkeys(map(ord, self.unknown(text))))
+        """`text` without those characters, normalised where it has any."""
+        lost = self.unknown(text)
+        return self.vocabulary.normalizer(text).translate(dict.fromkeys(map(ord, lost))) if lost else text
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens, else they are silent.

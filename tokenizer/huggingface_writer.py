@@ -51,7 +51,7 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
         _check_unused(tokenizer, model["merges"], path)
         steps, own = _sentencepiece(tokenizer, path)
     else:
-        steps, own = {"decoder": {"type": "Fuse"}}, {}
+        steps, own = {"decoder": {"type": "Fuse"}, "normalizer": _sequence("normalizers", _normalizers(tokenizer, path))}, {}
     added = [
         {
             "id": i, "content": vocabulary.tokens[i], "single_word": False, "lstrip": i in vocabulary.strip_left,
@@ -80,7 +80,7 @@ def _byte_level(tokenizer: ByteBPE, path: object) -> tuple[dict[str, Any], dict[
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in patterns
         ]
     steps = {
-        "normalizer": {"type": options.normal_form} if options.normal_form else None,
+        "normalizer": _sequence("normalizers", _normalizers(tokenizer, path)),
         "pre_tokenizer": _sequence("pretokenizers", [*before, letters]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
     }
@@ -93,7 +93,7 @@ def _sentencepiece(tokenizer: SentencePieceBPE, path: object) -> tuple[dict[str,
         raise _refused(path, "user-defined symbols that are found in the text after it was normalised")
     if options.prefix == "always" and (options.prefix_first_only or options.split_spaces):
         raise _refused(path, f"{SPACE} in front of every text together with words that are split or markers that end it")
-    normalizers: list[dict[str, Any]] = [{"type": options.normal_form}] if options.normal_form else []
+    normalizers = _normalizers(tokenizer, path)
     if options.rules:
         table = base64.b64encode(options.rules.charsmap).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": table})
@@ -116,6 +116,18 @@ def _sentencepiece(tokenizer: SentencePieceBPE, path: object) -> tuple[dict[str,
         "decoder": _sequence("decoders", decoders),
     }
     return steps, {"byte_fallback": options.byte_fallback, "fuse_unk": options.fuse_unknown}
+
+
+def _normalizers(tokenizer: Tokenizer, path: object) -> list[dict[str, Any]]:
+    """A normal form, then replacements, which the library makes one after the other and not all at once."""
+    normalizer, touched = tokenizer.vocabulary.normalizer, set()
+    parts: list[dict[str, Any]] = [{"type": normalizer.form}] if normalizer.form else []
+    for what, by in normalizer.replacements:
+        if touched & set(what):
+            raise _refused(path, "replacements that share characters")
+        touched |= {*what, *by}
+        parts.append({"type": "Replace", "pattern": {"String": what}, "content": by})
+    return parts
 
 
 def _check_unused(tokenizer: Tokenizer, merges: list[str], path: object) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Markers, Tokenizer, Vocabulary
-from pocketlm.tokenizer.normalize import NormalForm, Rules
+from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.texts import TextIndex
 
 SPACE = "▁"
@@ -28,7 +28,6 @@ class Options:
     prefix: Literal["always", "missing", "never"] = "always"  # ▁ before the text; "missing": if it begins with none
     prefix_first_only: bool = False  # not before what follows a marker
     rules: Rules | None = None  # replacements of the precompiled normaliser
-    normal_form: NormalForm | None = None
     collapse_spaces: bool = False  # runs of spaces become one, none at either end
     symbols_in_text: bool = False  # user-defined symbols are found in the normalised text (the SentencePiece library),
     #                                or cut out of the text before (llama.cpp, Hugging Face)
@@ -68,10 +67,6 @@ class SentencePiece(Tokenizer):
     def _prepare(self, text: str, start: bool) -> str:
         """Normalised, with ▁ for spaces and in front."""
         options = self.options
-        if options.normal_form:
-            from unicodedata import normalize
-
-            text = normalize(options.normal_form, text)
         if options.rules:
             text = options.rules.apply(text, self._symbols_in_text)
         if options.collapse_spaces:
