@@ -272,7 +272,7 @@ def _generate(arguments: Arguments) -> int:
                 "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,
                 "threads": model.n_threads, "prompt_tokens": last.prompt_tokens, "generated_tokens": last.generated_tokens,
                 "prompt_seconds": last.prompt_seconds, "generation_seconds": last.generation_seconds,
-                "tokens_per_second": speed,
+                "tokens_per_second": speed, "drafted_tokens": last.drafted_tokens, "accepted_tokens": last.accepted_tokens,
             }  # fmt: skip
             print(json.dumps(result, ensure_ascii=False))
         else:

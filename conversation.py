@@ -58,21 +58,27 @@ class Conversation:
         other._turns = self._turns
         return other
 
-    def save(self, path: str | Path) -> None:
-        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is."""
+    def save(self, path: str | Path, *, exactly: bool = False) -> None:
+        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is.
+
+        `exactly`: only what has the bits that it would have if it were computed again, for a `load` that asks for the same.
+        """
         from pocketlm.runtime.state_file import write_state
 
         with self.state.settled() as (ids, cache):
-            write_state(path, ids, cache, self._model.fingerprint)
+            write_state(path, ids[: self.state.n_exact] if exactly else ids, cache, self._computed_by(exactly))
 
-    def load(self, path: str | Path) -> None:
+    def _computed_by(self, exactly: bool) -> str:
+        executor = self._model.executor
+        return f"{self._model.fingerprint} {executor.arithmetic}" if exactly else self._model.fingerprint
+
+    def load(self, path: str | Path, *, exactly: bool = False) -> None:
         """Go on from a saved file in place of what is in the cache. Raises FileError where the file is damaged, is another
         model's, or does not fit into the context.
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        fingerprint = self._model.fingerprint
-        header = check_state(path, self._model.hyper, self.n_ctx, fingerprint)
+        header = check_state(path, self._model.hyper, self.n_ctx, self._computed_by(exactly))
         self._turns = None
         self.state.fill(lambda cache: read_state(path, header, cache))
 
@@ -92,7 +98,8 @@ class Conversation:
 
     def generate(
         self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
-        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, draft: bool = True,
+        **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
 
@@ -100,6 +107,7 @@ class Conversation:
 
         `sampling` are the fields of `runtime.sampling.SamplingOptions`. A text gets the model's begin-of-text token
         where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
+        `draft`: what the text so far foretells is verified in one pass where that pays; the answer is the same without.
         """
         from pocketlm.runtime.generator import NoText
 
@@ -113,11 +121,12 @@ class Conversation:
         else:
             ids = list(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
-        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
+        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
-        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, draft: bool = True,
+        **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
 
@@ -152,14 +161,14 @@ class Conversation:
         stop = [*model.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = model.tokenizer.stream_decoder(continues=True)
         stream = self._stream(
-            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel,
+            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft,
             turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
         )  # fmt: skip
         return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
 
     def _stream(
         self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
-        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None,
+        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None, draft: bool,
         make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         from pocketlm.runtime.generator import generate
@@ -175,6 +184,7 @@ class Conversation:
         return generate(
             self.state, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
             ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift, keep=keep,
+            draft=draft,
         )  # fmt: skip
 
 

@@ -268,6 +268,26 @@ class Model:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
         return self._session.logits(ids)
 
+    @property
+    def state_bytes(self) -> int:
+        """What `save_state` would write, about."""
+        return self.context_used * type(self.executor.cache).bytes_for(self.hyper, self.n_ctx) // self.n_ctx
+
+    def save_state(self, path: str | Path) -> None:
+        """Write what was computed of the text in the model's own session, for `load_state`. Raises FileError.
+
+        Unlike `Conversation.save`, of exactly what would be computed again: without tokens whose keys were moved, and for the
+        backend and the instruction set that runs now.
+        """
+        self._session.save(path, exactly=True)
+
+    def load_state(self, path: str | Path) -> None:
+        """Have computed what `save_state` wrote: a text that begins like it goes on from there, with the same answer.
+
+        Raises FileError where the file is damaged or does not fit; the session is empty then.
+        """
+        self._session.load(path, exactly=True)
+
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:
         """Continue a text or a list of ids, as `Conversation.generate` does, in a session of the model's own."""
         return self._session.generate(prompt, **options)

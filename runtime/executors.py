@@ -31,6 +31,8 @@ class Executor(Protocol):
     n_ctx: int
     n_threads: int
     block: int  # tokens that a pass takes at most
+    arithmetic: str  # what the last bits of its results depend on beside the weights
+    same_bits: bool  # logits do not depend on how a text is cut into passes
 
     @property
     def cache(self) -> KVCache: ...

@@ -85,11 +85,17 @@ _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
 
 
 class Selection(Protocol):
-    """What an executor may do faster than NumPy: the ids of the k largest logits, in any order; the sum of exp(x - largest)."""
+    """What an executor may do faster than NumPy: the ids of the k largest logits, in any order; the sum of exp(x - largest);
+    a whole sampler, which draws the same tokens, or None for a chain that it does not know.
+    """
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray: ...
 
     def sum_exp(self, logits: np.ndarray, largest: float) -> float: ...
+
+    def draw(
+        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]
+    ) -> Sampler | None: ...
 
 
 def make_sampler(
@@ -114,9 +120,11 @@ def make_sampler(
         adjust.append(_bias(o.logit_bias, n_vocab))
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
         adjust.append(_penalties(o, exempt))
-    choose = (
-        _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, selection.top_k if selection else top_k)
-    )
+    uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
+    if selection and (sampler := selection.draw(o, exempt, logprobs, uniform)):
+        return sampler
+    is_greedy = o.temperature < GREEDY_BELOW or o.top_k == 1
+    choose = _greedy if is_greedy else _draw(o, weights, selection.top_k if selection else top_k, uniform)
 
     sum_exp = selection.sum_exp if selection else weights.fill
 
@@ -129,7 +137,7 @@ def make_sampler(
                 step(scores, ids)
         likeliest = int(used.argmax())  # of a NaN, should there be one: argmax takes it for the largest
         if not math.isfinite(used[likeliest]):
-            raise PocketlmError(_NO_CHOICE if used[likeliest] == -math.inf else _BROKEN)
+            raise PocketlmError(NO_CHOICE if used[likeliest] == -math.inf else BROKEN)
         id = choose(used, likeliest)
         if not logprobs:
             return id, math.nan
@@ -139,8 +147,8 @@ def make_sampler(
     return sample
 
 
-_BROKEN = "the model computed NaN or infinite logits; its weights are damaged, get the model file again"
-_NO_CHOICE = "no token is left to choose: every logit is -inf; look at logit_bias, or get the model file again"
+BROKEN = "the model computed NaN or infinite logits; its weights are damaged, get the model file again"
+NO_CHOICE = "no token is left to choose: every logit is -inf; look at logit_bias, or get the model file again"
 
 
 def top_k(logits: np.ndarray, k: int) -> np.ndarray:
@@ -194,9 +202,8 @@ def _greedy(logits: np.ndarray, likeliest: int) -> int:
 
 
 def _draw(
-    o: SamplingOptions, weights: _Weights, top_k_of: Callable[[np.ndarray, int], np.ndarray]
+    o: SamplingOptions, weights: _Weights, top_k_of: Callable[[np.ndarray, int], np.ndarray], uniform: Callable[[], float]
 ) -> Callable[[np.ndarray, int], int]:
-    uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
     filters: list[Callable[[np.ndarray, float], int]] = []
     if o.top_p < 1:
         filters.append(_top_p(o.top_p))

@@ -102,6 +102,7 @@ class NativeExecutor:
 
     name = "native"
     block = BLOCK
+    same_bits = True
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
@@ -112,6 +113,7 @@ class NativeExecutor:
         formats = sorted({tensors[name].format.name for name in names})
         check(plan, formats)
         self.level = levels.detect()
+        self.arithmetic = f"native {self.level.name}"
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors

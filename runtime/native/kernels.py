@@ -24,7 +24,7 @@ _aot: dict[str, str] = {}  # {"path": …, "version": …} of a file of images t
 
 def module_text(name: str, level: Level, abi: str) -> str:
     """The IR of "core" or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
-    from pocketlm.runtime.native import matrix, run_loop, stages, topk
+    from pocketlm.runtime.native import draw, matrix, run_loop, stages, topk
     from pocketlm.runtime.native.ir import Module
 
     module = Module(abi)
@@ -32,6 +32,7 @@ def module_text(name: str, level: Level, abi: str) -> str:
         stages.define(module, level.name)
         run_loop.define(module, level.machine)
         topk.define(module)
+        draw.define(module)
     else:
         matrix.define(module, level.name, name)
     return module.text()
