@@ -20,7 +20,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime import control_groups
 
 MB = 1 << 20
-_FOR_THREADS = 32 * MB  # addresses that stacks and the allocator's reserves take, of those that `ulimit -v` counts
+_FOR_THREADS = 224 * MB  # addresses that glibc reserves for threads (64 MB each, for moments 128): `ulimit -v` counts them
 
 
 def available_bytes() -> int | None:
