@@ -387,6 +387,12 @@ def _bench() -> Any:
     return command
 
 
+def _doctor() -> Any:
+    from pocketlm.doctor import command
+
+    return command
+
+
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "chats": _folder("List, delete or export saved conversations.", _chats),
@@ -401,6 +407,7 @@ COMMANDS: dict[str, Command] = {
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
+    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
     "eval": Command("Measure how well models predict texts.", lambda parser: _evaluation().arguments(parser), _eval),
     "train": _folder("Train a small model from texts.", _train),
 }

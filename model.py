@@ -81,6 +81,7 @@ class Model:
         try:
             self._read(ctx)
             self._start(backend)
+            memory.return_unused()
         except BaseException as error:
             self._file.close(error)
             raise

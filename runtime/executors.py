@@ -50,6 +50,13 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+    """Bytes of weights, cache and scratch that the native executor takes for a context of `n_ctx`."""
+    from pocketlm.runtime.native.executor import NativeExecutor
+
+    return NativeExecutor.memory(plan, tensors, n_ctx, n_threads)
+
+
 def make_executor(
     backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object
 ) -> Executor:

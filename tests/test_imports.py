@@ -23,13 +23,14 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command serve.command terminal_text"
+        " train.command doctor.command serve.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
         "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.templates chat.saved"
         " chat.transcript cli_options terminal_text"
     ),
+    "doctor": "errors model runtime runtime.native terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
@@ -57,7 +58,7 @@ ALLOWED = {
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
-    "runtime.executors": "model export.verify build.selftest runtime.session runtime.engine",
+    "runtime.executors": "doctor.models model export.verify build.selftest runtime.session runtime.engine",
     "runtime.numpy_executor": "runtime.executors export.importance bench.quantization_ladder",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",
