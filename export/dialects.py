@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
+from pocketlm.export.dialect import Dialect, Tensors
+from pocketlm.export.home_made import HOME_MADE
 from pocketlm.export.model_config import ModelConfig
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-WRAPPER = r"(?:(?:model|transformer|gpt|decoder|net|backbone|lm|llm|language_model)\.)*"
+WRAPPER = r"(?:(?:model|transformer|gpt|gpt_neox|decoder|net|backbone|lm|llm|language_model)\.)*"
 LAYERS = r"(?:layers?|blocks?|h|trf_blocks|transformer_blocks|decoder_layers|decoder_blocks)"
 ATTENTION = r"(?:attn|attention|self_attn|self_attention|att|mha|sa|sa_heads|attn_layer)"
 EMBED = r"(?:emb|embed|embedding|embeddings)"
@@ -107,23 +108,6 @@ def role_of(name: str) -> str | None:
 
 # ── dialects ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-Tensors = Mapping[str, LazyTensor]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """`signs`: expressions that must each match a name (`N`: a number). `fixed`: settings its code never changes.
-
-    `transposed`: its matrices are stored (in, out), as Conv1D's.
-    """
-
-    name: str
-    signs: tuple[str, ...]
-    fixed: dict[str, Any] = field(default_factory=dict)
-    transposed: bool = False
-    test: Callable[[Tensors], bool] = lambda tensors: True
-
-
 def _is_conv1d(tensors: Tensors) -> bool:
     return any(
         name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2
@@ -132,6 +116,7 @@ def _is_conv1d(tensors: Tensors) -> bool:
 
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
+    *HOME_MADE,
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
     Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}),
     Dialect(
@@ -205,11 +190,15 @@ def to_canonical(
 
     names = read_name_map(Path(mapping)) if mapping else NameMap()
     path = checkpoint.path
+    dialect = recognise(checkpoint.tensors)
+    for part, purpose in dialect.refuses.items():
+        if any(part in name for name in checkpoint.tensors):
+            raise FileError(path, f"its {dialect.name} {purpose}", "pocketlm does not compute that")
     found: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     left_over: list[str] = []
     for name, tensor in checkpoint.tensors.items():
-        role = names.role_of(name)
+        role = names.role_of(name) or dialect.role_of(name)
         if role is None and (names.drops(name) or _is_buffer(name, tensor)):
             buffers[name] = tensor
             continue
@@ -218,14 +207,14 @@ def to_canonical(
             left_over.append(name)
         else:
             found[role] = tensor
-    dialect = recognise(checkpoint.tensors)
     if left_over:
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         listed = ", ".join(map(quoted, left_over[:3])) + more
         problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {listed}"
         raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
-    config = ModelConfig(checkpoint.config, {**names.settings, **(overrides or {})}, path)
-    model = arrange(path, found, buffers, config, dialect.fixed, dialect.name, dialect.transposed)
+    said = {**checkpoint.config, "guessed from shapes": dialect.guess(checkpoint.tensors)}
+    config = ModelConfig(said, {**names.settings, **(overrides or {})}, path)
+    model = arrange(path, found, buffers, config, dialect)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     name = path.name if path.is_dir() else path.stem
 

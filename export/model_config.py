@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,8 @@ SETTINGS: dict[str, Setting] = {
     "n_ctx": Setting(
         int,
         ("n_ctx", "block_size", "context_length", "max_seq_len", "max_seq_length", "max_position_embeddings", "n_positions",
-         "ctx_len", "context_size", "max_context", "max_len", "max_length", "sequence_length", "seq_len", "seq_length"),
+         "ctx_len", "context_size", "max_context", "max_len", "max_length", "sequence_length", "sequence_len", "seq_len",
+         "seq_length"),
         "1024",
     ),
     "norm_eps": Setting(
@@ -56,7 +57,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_theta": Setting(float, ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"),
     "10000"),
     "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
-    "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct"), "1.0"),
+    "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
     "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
     "model_type": Setting(str, (), "llama"),
@@ -98,7 +99,9 @@ MODEL_ENTRIES = (
 )  # fmt: skip
 NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_config")
 
-MODEL_TYPES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama"}  # of Hugging Face, computed as these
+MODEL_TYPES = {
+    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "gpt_neo": "gptneo",
+}  # of Hugging Face, computed as these
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
 HARMLESS = {
     "attn_logit_softcapping": lambda v: not v, "final_logit_softcapping": lambda v: not v, "logit_softcap": lambda v: not v,
@@ -118,6 +121,10 @@ HARMLESS = {
     "is_encoder_decoder": lambda v: not v,
     "use_scaled_rope": lambda v: not v,
     "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
+    **{name: lambda v: not v for name in ( # litGPT's
+        "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
+        "attention_scores_scalar", "sliding_window_size",
+    )},
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
 
@@ -211,12 +218,12 @@ class ModelConfig:
             raise FileError(self.path, f"is a model of type {quoted(found)}", advice)
         return MODEL_TYPES[found]
 
-    def check_supported(self, n_ctx: int) -> None:
-        """Raises FileError that names anything in the configuration that pocketlm does not compute."""
+    def check_supported(self, n_ctx: int, computed: Sequence[str] = ()) -> None:
+        """Raises FileError that names anything in the configuration that pocketlm does not compute, but for `computed`."""
         for level in self._levels:
             for name, is_harmless in HARMLESS.items():
                 try:
-                    harmless = name not in level or is_harmless(level[name])
+                    harmless = name in computed or name not in level or is_harmless(level[name])
                 except TypeError:
                     harmless = False
                 if not harmless:
@@ -226,6 +233,8 @@ class ModelConfig:
                         "pocketlm does not compute that",
                     )
         window = self.raw("sliding_window", "attention_window")
+        if "sliding_window" in computed:
+            return
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"

@@ -86,6 +86,10 @@ class Builder:
         """A whole number above zero among the architecture's SETTINGS."""
         return self.settings.count(f"{self.hyper.architecture}.{key}", default)
 
+    def numbers(self, key: str, default: float | None = None) -> list[float]:
+        """A number for each layer among the architecture's SETTINGS; a single one is for all of them. FileError."""
+        return self.settings.numbers(f"{self.hyper.architecture}.{key}", self.hyper.n_layer, default)
+
     def choice(self, key: str, default: object, allowed: tuple) -> object:
         """One of `allowed` among the architecture's SETTINGS."""
         return self.settings.choice(f"{self.hyper.architecture}.{key}", default, allowed)

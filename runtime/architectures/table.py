@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from pocketlm.runtime.architectures import gpt2, llama, pocketlm, refact
+from pocketlm.runtime.architectures import (
+    bloom,
+    exaone4,
+    gpt2,
+    gptneo,
+    gptneox,
+    llama,
+    mpt,
+    nanochat,
+    phi2,
+    pocketlm,
+    refact,
+    stablelm,
+    starcoder2,
+)
 from pocketlm.runtime.architectures.common import Builder
 
 
@@ -19,4 +33,18 @@ class Architecture(Protocol):
     def operations(self, m: Builder) -> None: ...
 
 
-ARCHITECTURES: dict[str, Architecture] = {"gpt2": gpt2, "llama": llama, "refact": refact, "pocketlm": pocketlm}
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "refact": refact,
+    "stablelm": stablelm,
+    "phi2": phi2,
+    "gptneo": gptneo,
+    "gptneox": gptneox,
+    "starcoder2": starcoder2,
+    "exaone4": exaone4,
+    "bloom": bloom,
+    "mpt": mpt,
+    "nanochat": nanochat,
+    "pocketlm": pocketlm,
+}
