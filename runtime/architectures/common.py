@@ -116,6 +116,12 @@ class Builder:
         """Which layer this builder is for, from 0."""
         return self._layer
 
+    def window(self, period: int, default: int = 0) -> int:
+        """The layer's sliding window, `attention.sliding_window` among the SETTINGS; 0, all positions, in every period-th."""
+        if not (size := int(self.number("attention.sliding_window", default))):
+            return 0
+        return 0 if (self._layer + 1) % period == 0 else size
+
     def logits(self, x: str = "h") -> None:
         """logits = W x, with the token table where there is no output matrix."""
         head = "output" if self.has("output.weight") else "token_embd"

@@ -16,15 +16,14 @@ HYBRID = 64  # layers of the models that have windows, whatever a file of anothe
 
 def operations(m: Builder) -> None:
     is_hybrid = m.hyper.n_layer == HYBRID
-    window = m.count("attention.sliding_window", 4096)
     m.embed()
     for b in m.layers():
-        is_local = is_hybrid and b.layer % 4 < 3
+        window = b.window(4, 4096) if is_hybrid else 0
         b.qkv("x")
         b.norm_heads()
-        if is_local or not is_hybrid:
+        if window or not is_hybrid:
             b.rotate()
-        b.attend(window=window if is_local else 0)
+        b.attend(window=window)
         b.attention_output()
         b.norm("post_attention_norm", "y", "y")
         b.add()
