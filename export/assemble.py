@@ -26,6 +26,7 @@ from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
 
 Tensors = dict[str, CanonicalTensor]
+NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
 
 # ── tensors made of tensors ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,9 +127,10 @@ def arrange(
     added = frozenset({ROPE_FACTORS} & tensors.keys())
     if architecture == "gpt2":
         fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
-        added |= _fill_biases(tensors, n_layer)
     elif not draft.architecture:
         split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+    if architecture in NEED_BIASES:
+        added |= _fill_biases(tensors, n_layer)
     if architecture == "llama" and options["rope_pairs"] == "half":
         _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
         options["rope_pairs"] = "interleaved"
@@ -340,8 +342,8 @@ def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
 
 
 def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
-    """Zeros for every bias that is not there, which llama.cpp's gpt2 wants; their names."""
-    parts = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    """Zeros for every bias that is not there; their names."""
+    parts = ("attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
     names = ["output_norm", *(f"blk.{i}.{part}" for i in range(n_layer) for part in parts)]
     missing = [name for name in names if f"{name}.bias" not in tensors and f"{name}.weight" in tensors]
     zeros = {f"{name}.bias": constant(np.zeros(tensors[f"{name}.weight"].shape[0], np.float32)) for name in missing}

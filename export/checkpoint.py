@@ -207,9 +207,9 @@ def _read_safetensors(buffer: Buffer, path: Path) -> dict[str, Any]:
 
 
 READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], ...] = (
+    (looks_like_safetensors, _read_safetensors),  # whose length may begin with the bytes of the next two
     (lambda buffer: buffer[:2] == b"PK", _read_any_zip),
     (lambda buffer: buffer[:1] == b"\x80" and buffer[257:262] != b"ustar", read_torch_legacy),
-    (looks_like_safetensors, _read_safetensors),
     (looks_like_llama2c, read_llama2c),
     (lambda buffer: OLD_PICKLE.match(buffer) is not None, read_torch_legacy),  # to say what it wants to call
 )

@@ -42,7 +42,8 @@ class Dialect:
     """`signs`: expressions that must each match a name (`N`: a number). `fixed`: settings its code never changes.
 
     `transposed`: its matrices are stored (in, out), as Conv1D's. `names`: a tensor's name, without what wraps the model and
-    without .weight, → its role, where it means something else here than elsewhere; "*." stands for a layer. `computes`: entries
+    without .weight, → its role, where it means something else here than elsewhere; "*." stands for a layer, "#3" behind a role
+    for one head of several that are modules of their own. `computes`: entries
     of a configuration that are refused elsewhere. `refuses`: parts of names of tensors → what pocketlm does not compute with
     them. `guess`: what shapes tell where there is no configuration. `finish` brings
     tensors and keys into the architecture's form.
@@ -67,6 +68,7 @@ class Dialect:
             stem, suffix = name, "weight"
         if match := re.fullmatch(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)\.(.+)", stem):
             role = self.names.get(f"*.{match[2]}")
-            return f"blk.{int(match[1])}.{role}.{suffix}" if role else None
+            role, mark, head = (role or "").partition("#")
+            return f"blk.{int(match[1])}.{role}.{suffix}{mark}{head}" if role else None
         role = self.names.get(stem.rpartition(".")[2])
         return f"{role}.{suffix}" if role else None

@@ -66,7 +66,8 @@ SETTINGS: dict[str, Setting] = {
 # words of configurations → the options of hyper.py
 WORDS: dict[str, dict[str, str]] = {
     "norm": {
-        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer", "ln": "layer",
+        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer",
+        "low_precision_layernorm": "layer", "ln": "layer",
         "layer": "layer",
     },
     "activation": {
@@ -101,6 +102,8 @@ NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_co
 
 MODEL_TYPES = {
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama", "gpt_neo": "gptneo",
+    "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "starcoder2": "starcoder2", "exaone4": "exaone4",
+    "bloom": "bloom", "mpt": "mpt",
 }  # of Hugging Face, computed as these
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
 HARMLESS = {
@@ -121,6 +124,7 @@ HARMLESS = {
     "is_encoder_decoder": lambda v: not v,
     "use_scaled_rope": lambda v: not v,
     "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
+    "apply_residual_connection_post_layernorm": lambda v: not v, "softmax_scale": lambda v: v is None,
     **{name: lambda v: not v for name in ( # litGPT's
         "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
         "attention_scores_scalar", "sliding_window_size",

@@ -1,13 +1,14 @@
 """MPT (MosaicML 2023): LayerNorm, ALiBi, GELU by the tanh formula (the authors': exact), often without any bias.
 
-Some normalise all queries of a token as one vector, and all its keys. A bound on queries, keys and values (`clamp_kqv`) is
-refused, and so is a scale of the activations (`ffn_act`).
+Some normalise all queries of a token as one vector, and all its keys. A bound on them and on the values (`clamp_kqv`) is
+refused, and so is a scale of the activations (`ffn.act`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from pocketlm.errors import FileError
 from pocketlm.runtime.architectures.common import Builder
 
 USUAL: dict[str, Any] = {"norm": "layer", "position": "alibi", "activation": "gelu_tanh", "gated": False}
@@ -15,7 +16,9 @@ SETTINGS: tuple[str, ...] = ("attention.clamp_kqv",)
 
 
 def operations(m: Builder) -> None:
-    m.number("attention.clamp_kqv", 0.0, high=0.0)
+    if bound := m.number("attention.clamp_kqv", 0.0):
+        problem = f"bounds queries, keys and values (mpt.attention.clamp_kqv = {bound:g})"
+        raise FileError(m.settings.path, problem, "pocketlm does not compute that")
     m.embed()
     for b in m.layers():
         b.norm("attn_norm")
