@@ -6,8 +6,9 @@ authors of GPT-NeoX and MPT compute it exactly, and a file that pocketlm exports
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,15 +32,16 @@ NORM_BIASES = "attn_norm:embd ffn_norm:embd"
 FUSED = "attn_qkv:qkv attn_output:embd ffn_up:ff ffn_down:embd"
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """`biases` and `more`: tensors in every layer, "name:width"; `top`: those of the whole model."""
 
     arch: str
     biases: str = ""
     more: str = ""
     top: str = "output_norm.bias:embd"
-    keys: dict[str, Any] = {}
-    sizes: dict[str, int] = {}
+    keys: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 PART = {"rope.dimension_count": 8}
