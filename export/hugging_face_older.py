@@ -79,8 +79,8 @@ _ROPE = {**_LAYER_NORM, "position": "rope", "rope_pairs": "half"}
 OLDER = (
     Dialect(
         "Hugging Face GPT-NeoX", (r"(.*\.)?layers\.N\.attention\.query_key_value\.weight",),
-        {**_ROPE, "activation": "gelu_erf"}, architecture="gptneox", names={"*.attention.query_key_value": "attn_qkv"}, computes=("use_parallel_residual",),
-        finish=_gptneox,
+        {**_ROPE, "activation": "gelu_erf"}, architecture="gptneox", finish=_gptneox,
+        names={"*.attention.query_key_value": "attn_qkv"}, computes=("use_parallel_residual",),
     ),
     Dialect(
         "Hugging Face Phi", (r"(.*\.)?layers\.N\.self_attn\.dense\.weight", r"(.*\.)?layers\.N\.mlp\.fc1\.weight"),

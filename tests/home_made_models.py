@@ -211,6 +211,38 @@ class LitGPT(Model):
         return self["lm_head"](self["transformer.ln_f"](x))
 
 
+class MiniMind3(Model):
+    """A Qwen3 with 6400 tokens: heads normalised before they are rotated; no configuration is saved."""
+
+    def __init__(self, n_layer=2, n_head=4, n_kv_head=2, d=16, vocab=6400):
+        n_embd, n_ff = n_head * d, 96
+        parts: dict[str, nn.Module] = {"model.embed_tokens": nn.Embedding(vocab, n_embd)}
+        for i in range(n_layer):
+            at = f"model.layers.{i}."
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                parts[at + name] = nn.RMSNorm(n_embd, eps=1e-6)
+            for name in ("q_norm", "k_norm"):
+                parts[at + f"self_attn.{name}"] = nn.RMSNorm(d, eps=1e-6)
+            sizes = {"q": n_head * d, "k": n_kv_head * d, "v": n_kv_head * d, "o": n_embd}
+            parts |= {at + f"self_attn.{name}_proj": nn.Linear(n_embd, rows, bias=False) for name, rows in sizes.items()}
+            parts |= {at + f"mlp.{name}_proj": nn.Linear(n_embd, n_ff, bias=False) for name in ("gate", "up")}
+            parts[at + "mlp.down_proj"] = nn.Linear(n_ff, n_embd, bias=False)
+        super().__init__({**parts, "model.norm": nn.RMSNorm(n_embd, eps=1e-6)})
+        self.n_layer, self.n_head, self.n_kv_head = n_layer, n_head, n_kv_head
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self["model.embed_tokens"](ids)
+        for i in range(self.n_layer):
+            block = self[f"model.layers.{i}"]
+            a, h = block.self_attn, block.input_layernorm(x)
+            q = halves(a.q_norm(split(a.q_proj(h), self.n_head)), 1e6)
+            k = halves(a.k_norm(split(a.k_proj(h), self.n_kv_head)), 1e6)
+            x = x + a.o_proj(attention(q, k, split(a.v_proj(h), self.n_kv_head), q.shape[-1] ** -0.5))
+            h = block.post_attention_layernorm(x)
+            x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
+        return self["model.norm"](x) @ self["model.embed_tokens"].weight.T
+
+
 def randomise(model: nn.Module, seed: int = 0) -> Any:
     """Parameters random and none near a special value, so that a mixed-up tensor shows."""
     generator = torch.Generator().manual_seed(seed)

@@ -217,6 +217,13 @@ def test_minimind2(tmp_path: Path) -> None:
     assert (model.dialect, model.hyper.architecture, model.hyper.n_head) == ("minimind", "llama", 8)
 
 
+def test_minimind_3(tmp_path: Path) -> None:
+    module = made.randomise(made.MiniMind3()).half().float()
+    state = {**module.state_dict(), "lm_head.weight": module.state_dict()["model.embed_tokens.weight"]}
+    model, _ = check(module, save(tmp_path, {k: t.half() for k, t in state.items()}, "full_sft_64.pth"), n=12)
+    assert (model.dialect, model.hyper.architecture, model.hyper.n_head) == ("minimind 3", "qwen3", 4)
+
+
 def test_minimind_1(tmp_path: Path) -> None:
     module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", **{**SIZES, "n_vocab": 6400}))
     path = save(tmp_path, module.state_dict(), "pretrain_32.pth")
