@@ -7,7 +7,7 @@ the windows and, where rotary positions are scaled, longer than the context that
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tiny_models import vocabulary
 
 import pocketlm
 from pocketlm.errors import FileError
+from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
 from pocketlm.tokenizer import from_metadata
@@ -161,6 +162,31 @@ def test_older_configurations_mean_the_same(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(old.tensors[role].read(), tensor.read())
 
 
+EACH = ["qwen3", "gemma3", "phi3, longrope, long", "smollm3", "granite", "gemma2", "olmo3"]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_onnx_and_fp16_bin_say_the_same(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="the package onnx is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    ids, expected = saved(MODELS[name], tmp_path / "folder")
+    model = read_canonical(tmp_path / "folder")
+    export(model, "folder", tmp_path / "model.onnx", container="onnx", quant="f32")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    names, found = [entry.name for entry in session.get_inputs()[2:]], []
+    cache = [np.zeros((1, model.hyper.n_kv_head, 0, model.hyper.head_dim), np.float32)] * len(names)
+    for start, end in ((0, 20), (20, 21), (21, len(ids))):
+        given = {"input_ids": ids[None, start:end], "attention_mask": np.ones((1, end), np.int64)}
+        logits, *cache = session.run(None, {**given, **dict(zip(names, cache, strict=True))})
+        found.append(logits[0])
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    export(model, "folder", tmp_path / "bin", container="fp16", quant="f16")
+    with pocketlm.load(tmp_path / "bin", backend="numpy") as loaded:
+        assert compare(expected, loaded.logits(ids)).worst_cosine >= 0.999
+
+
 FULL, LOCAL = "full_attention", "sliding_attention"
 
 
@@ -177,7 +203,7 @@ FULL, LOCAL = "full_attention", "sliding_attention"
         ("olmo3", {"rope_parameters": {FULL: {"rope_theta": 1e6}, LOCAL: {"rope_theta": 1e4}}}, "rotary bases in other layers"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 1]}, "rotary positions in other layers"),
         ("smollm3", {"no_rope_layer_interval": 2, "no_rope_layers": None}, "rotary positions in other layers"),
-        ("qwen2", {"layer_types": [LOCAL] * 3, "sliding_window": 8, "use_sliding_window": True}, "sliding windows in other layers"),
+        ("qwen2", {"layer_types": [LOCAL] * 3, "sliding_window": 8, "use_sliding_window": True}, "sliding windows"),
         ("qwen3", {"num_experts": 8}, "num_experts"),
         ("granite", {"logits_scaling": 0}, "granite.logit_scale"),
         ("phi3, longrope, long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "no short_factor of 8"),
@@ -194,7 +220,7 @@ def test_what_the_architecture_does_not_compute_is_refused_by_name(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi3, longrope, long", "smollm3", "granite", "gemma2", "olmo3"])
+@pytest.mark.parametrize("name", EACH)
 def test_a_folder_for_transformers_is_made_of_what_its_classes_compute_only(name: str, tmp_path: Path) -> None:
     """Written as a Llama these models would say something else."""
     saved(MODELS[name], tmp_path / "folder")
@@ -203,7 +229,7 @@ def test_a_folder_for_transformers_is_made_of_what_its_classes_compute_only(name
         export(model, "folder", tmp_path / "again", container="huggingface", quant="f32")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi3, longrope, long", "smollm3", "granite", "gemma2", "olmo3"])
+@pytest.mark.parametrize("name", EACH)
 def test_a_file_exported_again_is_the_same_model(name: str, tmp_path: Path) -> None:
     saved(MODELS[name], tmp_path / "folder")
     model = read_canonical(tmp_path / "folder")
@@ -213,3 +239,21 @@ def test_a_file_exported_again_is_the_same_model(name: str, tmp_path: Path) -> N
     assert read_canonical(tmp_path / "again.gguf").hyper == once.hyper
     assert once.tensors.keys() == model.tensors.keys()
     assert once.added == model.added
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "granite"])
+def test_a_change_to_a_file_is_the_same_change_to_its_folder(name: str, tmp_path: Path) -> None:
+    """As a LoRA makes it: rows of queries are in the order of the folder, whatever the file's is."""
+    saved(MODELS[name], tmp_path / "folder")
+    export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "model.gguf", quant="f32")
+
+    def change(checkpoint: Checkpoint) -> Checkpoint:
+        ends = ("layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight")
+        at = next(name for name in checkpoint.tensors if name.endswith(ends))
+        old = checkpoint.tensors[at]
+        rows = np.arange(old.shape[0], dtype=np.float32)[:, None]
+        return replace(checkpoint, tensors={**checkpoint.tensors, at: replace(old, read=lambda: old.read() + rows)})
+
+    models = [read_canonical(tmp_path / where, change=change) for where in ("folder", "model.gguf")]
+    folder, file = (model.tensors["blk.0.attn_q.weight"].read() for model in models)
+    np.testing.assert_array_equal(folder, file)
