@@ -109,14 +109,13 @@ def arrange(
         theta = config.need(
             "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
         )
-        scaling, factors = config.rope_scaling(theta, n_dims)
+        scaling, factors = config.rope_scaling(theta, n_dims, n_ctx)
         keys |= {
             "rope.dimension_count": n_dims,
             "rope.freq_base": theta,
             **{f"rope.scaling.{k}": v for k, v in scaling.items()},
         }
-        if factors is not None:
-            tensors[ROPE_FACTORS] = constant(factors)
+        tensors |= {name: constant(values) for name, values in factors.items()}
     if position == "alibi":
         keys["attention.max_alibi_bias"] = _max_bias(buffers, config, n_head, path)
     config.ask()
@@ -124,14 +123,14 @@ def arrange(
     draft = Draft(dialect.architecture, tensors, keys, options, config)
     dialect.finish(draft)
     architecture = draft.architecture or _architecture(options, keys, tensors)
-    added = frozenset({ROPE_FACTORS} & tensors.keys())
+    added = frozenset(ROPE_FACTORS & tensors.keys())
     if architecture == "gpt2":
         fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     elif not draft.architecture:
         split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     if architecture in NEED_BIASES:
         added |= _fill_biases(tensors, n_layer)
-    if architecture == "llama" and options["rope_pairs"] == "half":
+    if ARCHITECTURES[architecture].get("rope_pairs") == "interleaved" and options.get("rope_pairs") == "half":
         _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
         options["rope_pairs"] = "interleaved"
     metadata = {f"pocketlm.{name}": value for name, value in options.items()} | {

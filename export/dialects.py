@@ -54,7 +54,7 @@ LAYER_ROLES = {
     "ffn_down": rf"(?:{FEED_FORWARD}\.)?(?:down_proj|w_down|down|fc_out|linear_down|W_down|linear_out|dense_4h_to_h)"
     rf"|(?:{FEED_FORWARD}\.)?(?:net|layers|seq)\.2|{FEED_FORWARD}\.(?:c_proj|proj|2|out_proj)",
     "ffn_1": rf"(?:{FEED_FORWARD}\.)?(?:w1|fc1|W1|linear1|linear_1|fc_1|l1)",
-     # what these are depends on their number and shapes
+    # what these are depends on their number and shapes
     "ffn_2": rf"(?:{FEED_FORWARD}\.)?(?:w2|fc2|W2|linear2|linear_2|fc_2|l2)",
     "ffn_3": rf"(?:{FEED_FORWARD}\.)?(?:w3|fc3|W3|linear3|linear_3|fc_3|l3)",
 }
@@ -190,12 +190,15 @@ def to_canonical(
     Raises FileError that lists tensors that are missing, left over or misshapen, or that asks for what nothing tells.
     """
     from pocketlm.export.assemble import arrange
+    from pocketlm.export.hugging_face import HUGGING_FACE, checked
     from pocketlm.export.name_map import NameMap, read_name_map
     from pocketlm.export.tokenizer_data import find_tokenizer
 
     names = read_name_map(Path(mapping)) if mapping else NameMap()
     path = checkpoint.path
-    dialect = recognise(checkpoint.tensors)
+    given = {**names.settings, **(overrides or {})}
+    family = HUGGING_FACE.get(ModelConfig(checkpoint.config, given, path).model_type or "")
+    dialect = family or recognise(checkpoint.tensors)
     for part, purpose in dialect.refuses.items():
         if any(part in name for name in checkpoint.tensors):
             raise FileError(path, f"its {dialect.name} {purpose}", "pocketlm does not compute that")
@@ -220,8 +223,10 @@ def to_canonical(
         problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {listed}"
         raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
     said = {**checkpoint.config, "guessed from shapes": dialect.guess(checkpoint.tensors)}
-    config = ModelConfig(said, {**names.settings, **(overrides or {})}, path)
+    config = ModelConfig(said, given, path)
     model = arrange(path, found, buffers, config, dialect)
+    if family:
+        model = checked(model, config)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     name = path.name if path.is_dir() else path.stem
     return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes])

@@ -1,5 +1,5 @@
-"""Dialects of the families with LayerNorm that transformers saves: GPT-NeoX, Phi 1 and 2, StableLM, StarCoder 2, BLOOM, MPT;
-and EXAONE 4.
+"""Dialects of the families with LayerNorm that transformers saves: GPT-NeoX, Phi 1 and 2, StableLM, StarCoder 2, BLOOM
+and MPT.
 
 Rows for dialects.py, with what brings their tensors and keys into the form that their architectures have elsewhere.
 """
@@ -13,8 +13,7 @@ import numpy as np
 from pocketlm.errors import FileError
 from pocketlm.export.assemble import reordered
 from pocketlm.export.canonical import CanonicalTensor
-from pocketlm.export.dialect import Dialect, Draft, Tensors
-from pocketlm.runtime.architectures.exaone4 import HYBRID
+from pocketlm.export.dialect import Dialect, Draft
 
 
 def _apart(draft: Draft) -> None:
@@ -51,27 +50,9 @@ def _starcoder2(draft: Draft) -> None:
         draft.keys["attention.sliding_window"] = window
 
 
-def _exaone4(draft: Draft) -> None:
-    """Windows in three layers of four where there are as many layers as the 32B has, and nowhere else."""
-    window, kinds = draft.config.raw("sliding_window"), draft.config.raw("layer_types")
-    n_layer, is_hybrid = draft.keys["block_count"], isinstance(window, int)
-    expected = ["sliding_attention" if is_hybrid and i % 4 < 3 else "full_attention" for i in range(n_layer)]
-    if is_hybrid != (n_layer == HYBRID) or (kinds is not None and kinds != expected):
-        problem = "its layers have windows where no EXAONE 4 has them"
-        raise FileError(draft.config.path, problem, "pocketlm does not compute that")
-    if is_hybrid:
-        draft.keys["attention.sliding_window"] = window
-
-
 def _mpt(draft: Draft) -> None:
     if draft.config.raw("alibi") is False:
         raise FileError(draft.config.path, "is an MPT without ALiBi", "pocketlm does not compute that")
-
-
-def _norms_of_heads(tensors: Tensors) -> bool:
-    """EXAONE 4 normalises every head; OLMo 2, which has the same names, all of them as one vector."""
-    sizes = {name.rpartition("layers.0.self_attn.")[2]: t.shape[0] for name, t in tensors.items()}
-    return sizes.get("q_norm.weight") != sizes.get("q_proj.weight")
 
 
 _LAYER_NORM: dict[str, Any] = {"norm": "layer", "norm_eps": 1e-5}
@@ -95,16 +76,6 @@ OLDER = (
         "Hugging Face StarCoder 2", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.mlp\.c_fc\.weight"),
         {**_ROPE, "activation": "gelu_tanh"}, architecture="starcoder2", computes=("sliding_window", "layer_types"),
         finish=_starcoder2,
-    ),
-    Dialect(
-        "Hugging Face EXAONE 4",
-        (r"(.*\.)?layers\.N\.self_attn\.q_norm\.weight", r"(.*\.)?layers\.N\.post_feedforward_layernorm\.weight"),
-        {"norm": "rms", "position": "rope", "rope_pairs": "half"}, architecture="exaone4", test=_norms_of_heads,
-        names={
-            "*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm",
-            "*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm",
-        },
-        computes=("sliding_window", "layer_types"), finish=_exaone4,
     ),
     Dialect(
         "Hugging Face BLOOM",

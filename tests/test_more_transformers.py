@@ -154,7 +154,7 @@ def test_logits_are_transformers(tmp_path: Path, name: str) -> None:
         ("mpt", {"attn_config": {"clip_qkv": 6}}, "clip_qkv"), ("mpt", {"attn_config": {"alibi": False}}, "without ALiBi"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("phi2", {"qk_layernorm": True}, "qk_layernorm"),
-        ("exaone4", {"sliding_window": 16}, "windows where no EXAONE 4 has them"),
+        ("exaone4", {"sliding_window": 16}, "3 layers that has sliding windows"),
     ],
 )  # fmt: skip
 def test_what_their_code_can_and_pocketlm_cannot_is_refused_by_name(
