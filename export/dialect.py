@@ -45,8 +45,8 @@ class Dialect:
     without .weight, → its role, where it means something else here than elsewhere; "*." stands for a layer, "#3" behind a role
     for one head of several that are modules of their own. `computes`: entries
     of a configuration that are refused elsewhere. `refuses`: parts of names of tensors → what pocketlm does not compute with
-    them. `guess`: what shapes tell where there is no configuration. `finish` brings
-    tensors and keys into the architecture's form.
+    them. `guess`: what shapes tell where there is no configuration. `finish` brings tensors and keys into the architecture's
+    form. `template`: the chat template that its code has built in.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Dialect:
     refuses: Mapping[str, str] = field(default_factory=dict)
     guess: Callable[[Tensors], Mapping[str, Any]] = lambda tensors: {}
     finish: Callable[[Draft], None] = lambda draft: None
+    template: str = ""
 
     def role_of(self, name: str) -> str | None:
         """The role of a tensor that has a meaning of its own here."""

@@ -229,6 +229,8 @@ def to_canonical(
         model = checked(model, config)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     name = path.name if path.is_dir() else path.stem
+    if dialect.template and metadata:
+        metadata = {"tokenizer.chat_template": dialect.template, **metadata}
     return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes])
 
 

@@ -23,6 +23,13 @@ NANOCHAT_LATER = {  # part of the name of a later generation's tensor → what i
     "value_embeds": "adds embeddings to the values of its attention (value_embeds, since January 2026)",
     "backout_lambda": "takes a middle layer's output back (backout_lambda, since March 2026)",
 }
+NANOCHAT_TEMPLATE = (  # a system message goes in front of the first question: the chat does so where a template refuses it
+    "{{ '<|bos|>' }}{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{{- '<|user_start|>' + message['content'] + '<|user_end|>' }}{%- elif message['role'] == 'assistant' %}"
+    "{{- '<|assistant_start|>' + message['content'] + '<|assistant_end|>' }}"
+    "{%- else %}{{- raise_exception('no such role') }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant_start|>' }}{%- endif %}"
+)
 NANOCHAT_EPS = float(np.finfo(np.float32).eps)  # PyTorch's rms_norm where none is given
 
 
@@ -146,6 +153,7 @@ HOME_MADE = (
             **{name: name for name in ("resid_lambdas", "x0_lambdas")},
         },
         refuses=NANOCHAT_LATER,
+        template=NANOCHAT_TEMPLATE,
     ),
     Dialect(
         "litGPT", (r"(.*\.)?h\.N\.norm_1\.weight", r"(.*\.)?h\.N\.attn\.qkv\.weight"), _LITGPT_FIXED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 
 torch = pytest.importorskip("torch", reason="checkpoints are made with PyTorch")
 made = pytest.importorskip("home_made_models")
@@ -59,6 +61,19 @@ def check(module: Any, source: Path, n: int = 40, **options: Any) -> tuple[Canon
     return model, receipt.notes
 
 
+def in_onnx(module: Any, model: CanonicalModel, out: Path) -> None:
+    """onnxruntime's logits of the model, all tokens at once."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the ONNX file")
+    export(model, "test", out, container="onnx", quant="f32", n_threads=1)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(2).integers(0, model.hyper.n_vocab, 40)
+    past = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")
+    }
+    found = session.run(["logits"], {"input_ids": ids[None], "attention_mask": np.ones((1, 40), np.int64), **past})[0][0]
+    assert np.abs(found - logits_of(module, ids, half=False)).max() < LIMIT
+
+
 def save(folder: Path, content: Any, name: str) -> Path:
     torch.save(content, folder / name)
     return folder / name
@@ -80,6 +95,7 @@ def test_nanochat(tmp_path: Path, options: dict[str, Any]) -> None:
     path = save(tmp_path, state, "model_000650.pt")
     (tmp_path / "meta_000650.json").write_text(json.dumps({"step": 650, "model_config": module.args}))
     model, notes = check(module, path)
+    in_onnx(module, model, tmp_path / "out.onnx")
     assert (model.dialect, model.hyper.architecture, model.hyper.n_vocab) == ("nanochat", "nanochat", 61)
     assert ONLY_HERE in notes
 
@@ -89,6 +105,25 @@ def test_what_later_nanochats_add_is_refused_by_name(tmp_path: Path, name: str) 
     state = {**made.NanoChat(lambdas=True).state_dict(), name: torch.ones(1, 24)}
     with pytest.raises(FileError, match=r"its nanochat .*(smear_gate|value_embeds), since .* 2026.*does not compute that"):
         read_canonical(save(tmp_path, state, "model_000650.pt"), tokenizer="none")
+
+
+def test_a_nanochat_chats_in_its_own_words(tmp_path: Path) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="writes the tokenizer")
+    words = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
+    markers = {f"<|{word}|>": 256 + i for i, word in enumerate(words)}
+    pattern = PRE_TOKENIZERS["nanochat"][0]
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=markers)
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    module = made.randomise(made.NanoChat(vocab=265, padded=320))
+    path = save(tmp_path, module.state_dict(), "model_000001.pt")
+    (tmp_path / "meta_000001.json").write_text(json.dumps({"model_config": module.args}))
+    export(read_canonical(path), path, tmp_path / "chat.gguf", quant="f32", n_threads=1)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, 123!"}]
+    with pocketlm.load(tmp_path / "chat.gguf", backend="numpy") as model:
+        ids = model.template.encode(messages, model.tokenizer)
+        assert 260 in model.tokenizer.vocabulary.end_ids
+    assert ids == [256, 257, *b"Be kind.\n\nHi, 123!", 258, 259]
 
 
 def test_a_nanochat_without_its_meta_file_asks_for_the_heads(tmp_path: Path) -> None:
@@ -183,6 +218,7 @@ def test_litgpt(tmp_path: Path, options: dict[str, Any], architecture: str) -> N
     save(tmp_path, {"model": module.state_dict()}, "lit_model.pth")
     (tmp_path / "model_config.yaml").write_text(module.yaml())
     model, notes = check(module, tmp_path / "lit_model.pth")
+    in_onnx(module, model, tmp_path / "out.onnx")
     assert (model.hyper.architecture, model.hyper.n_ctx) == (architecture, 48)
     assert (ONLY_HERE in notes) == (architecture == "pocketlm")
 
@@ -237,6 +273,7 @@ def test_tinystories_looks_through_its_windows(tmp_path: Path) -> None:
     save(tmp_path, module.state_dict(), "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(module.config))
     model, notes = check(module, tmp_path / "pytorch_model.bin", n=60)
+    in_onnx(module, model, tmp_path / "out.onnx")
     assert (model.dialect, model.hyper.architecture) == ("GPT-Neo", "gptneo")
     assert ONLY_HERE in notes
     (tmp_path / "config.json").unlink()

@@ -197,8 +197,8 @@ def _from_ranks(path: Path, ids: Mapping[str, int], name: str, special_tokens: M
     eos_id = special_tokens.get("<|endoftext|>", special_tokens.get("<|end_of_text|>"))
     bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<|endoftext|>"))
     adds_bos = "<|bos|>" in special_tokens  # nanochat's, before every text
-    bos_id, ends = special_tokens.get("<|bos|>", bos_id), [special_tokens.get("<|assistant_end|>")]
-    vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id, end_ids=ends, adds_bos=adds_bos)
+    bos_id = special_tokens.get("<|bos|>", bos_id)
+    vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id, adds_bos=adds_bos)
     mergeable = vocabulary.index.without(list(special_tokens.values()))
     table = concatenation_table(vocabulary.tokens.__getitem__, mergeable, range(len(tokens)), len(tokens), ties=False)
     return byte_bpe.ByteBPE(vocabulary, table, byte_bpe.Options(name, whole_words_first=True))
