@@ -6,6 +6,7 @@ base computes and pocketlm does not is refused here, by its name.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def _finish_gptneo(draft: Draft) -> None:
     layers = config.raw("attention_layers")
     if layers is None and isinstance(types := config.raw("attention_types"), list):
         try:
-            layers = [kind for kinds, times in types for _ in range(times) for kind in kinds]
+            each = (kind for kinds, times in types for _ in range(times) for kind in kinds)
+            layers = list(islice(each, n_layer + 1))  # however many the file asks for
         except (TypeError, ValueError):
             layers = types
     window = config.raw("window_size")

@@ -279,3 +279,19 @@ def test_tinystories_looks_through_its_windows(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileError, match="--set n_head"):
         read_canonical(tmp_path / "pytorch_model.bin", tokenizer="none")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_types": [[["global", "local"], 10**12]]}, {"attention_types": [[[], 3], 5]}, {"attention_types": "local"},
+        {"attention_layers": ["local", "sideways", "local", "local"]}, {"window_size": None}, {"window_size": "8"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_a_gpt_neos_configuration_does_not_name_are_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    module = made.GPTNeo()
+    save(tmp_path, module.state_dict(), "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(module.config | change))
+    with pytest.raises(FileError, match=r"nothing says (which|how).*; put its config.json beside it"):
+        read_canonical(tmp_path / "pytorch_model.bin", tokenizer="none")
