@@ -18,6 +18,7 @@ import numpy as np
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.model_summary import ROPE_FACTORS
@@ -25,6 +26,7 @@ from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
 
 Tensors = dict[str, CanonicalTensor]
+NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
 
 # ── tensors made of tensors ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -61,23 +63,24 @@ def interleaving(n_heads: int, head_dim: int, n_dims: int) -> np.ndarray:
 
 
 def arrange(
-    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig,
-    fixed: Mapping[str, Any], dialect: str, conv1d: bool,
-) -> CanonicalModel:  # fmt: skip
-    """The model whose tensors have the roles `found`. `fixed`: settings that the dialect's code never changes.
+    path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig, dialect: Dialect
+) -> CanonicalModel:
+    """The model whose tensors have the roles `found`.
 
     Raises FileError that lists every missing or misshapen tensor, or asks for what nothing tells.
     """
     notes: list[str] = []
     tensors = {role: CanonicalTensor(tensor.shape, tensor.read) for role, tensor in found.items()}
-    if conv1d:
+    fixed = dialect.fixed
+    if dialect.transposed:
         tensors = {role: transposed(t) if role.startswith("blk.") and len(t.shape) == 2 else t for role, t in tensors.items()}
-    for name in ("token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight"):
+    wanted = ("token_embd.weight", "output_norm.weight", "blk.0.attn_norm.weight")
+    for name in wanted[:1] if dialect.architecture else wanted:  # the plan says what else is missing
         if name not in tensors:
             raise FileError(path, f"no tensor has the role of {name}", "name the tensors in a file for --map")
     if len(tensors["token_embd.weight"].shape) != 2:
         raise FileError(path, "the token table is no matrix", "name the right one in a file for --map")
-    n_layer = 1 + max(int(role.split(".")[1]) for role in tensors if role.startswith("blk."))
+    n_layer = 1 + max((int(role.split(".")[1]) for role in tensors if role.startswith("blk.")), default=0)
     n_vocab, n_embd = tensors["token_embd.weight"].shape
     _drop_leading_ones(tensors)
     n_heads_found = _join_heads(tensors, path)
@@ -106,34 +109,37 @@ def arrange(
         theta = config.need(
             "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
         )
-        scaling, factors = config.rope_scaling(theta, n_dims)
+        scaling, factors = config.rope_scaling(theta, n_dims, n_ctx)
         keys |= {
             "rope.dimension_count": n_dims,
             "rope.freq_base": theta,
             **{f"rope.scaling.{k}": v for k, v in scaling.items()},
         }
-        if factors is not None:
-            tensors[ROPE_FACTORS] = constant(factors)
+        tensors |= {name: constant(values) for name, values in factors.items()}
     if position == "alibi":
         keys["attention.max_alibi_bias"] = _max_bias(buffers, config, n_head, path)
     config.ask()
-    config.check_supported(n_ctx)
-    architecture = _architecture(options, keys, tensors)
-    added = frozenset({ROPE_FACTORS} & tensors.keys())
+    config.check_supported(n_ctx, dialect.computes)
+    draft = Draft(dialect.architecture, tensors, keys, options, config)
+    dialect.finish(draft)
+    architecture = draft.architecture or _architecture(options, keys, tensors)
+    added = frozenset(ROPE_FACTORS & tensors.keys())
     if architecture == "gpt2":
         fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
-        added |= _fill_biases(tensors, n_layer)
-    else:
+    elif not draft.architecture:
         split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
-    if architecture == "llama" and options["rope_pairs"] == "half":
+    if architecture in NEED_BIASES:
+        added |= _fill_biases(tensors, n_layer)
+    if ARCHITECTURES[architecture].get("rope_pairs") == "interleaved" and options.get("rope_pairs") == "half":
         _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
         options["rope_pairs"] = "interleaved"
     metadata = {f"pocketlm.{name}": value for name, value in options.items()} | {
         f"{architecture}.{k}": v for k, v in keys.items()
     }
+    n_vocab = tensors["token_embd.weight"].shape[0]
     hyper = read_hyper({"general.architecture": architecture, **metadata}, n_vocab, path)
     make_plan(hyper, {name: tensor.shape for name, tensor in tensors.items()}, path)
-    return CanonicalModel(hyper, _in_order(tensors), {}, dialect, notes, added=added)
+    return CanonicalModel(hyper, _in_order(tensors), {}, dialect.name, notes, added=added)
 
 
 def _layer_tensors(tensors: Tensors, expression: str) -> list[str]:
@@ -335,8 +341,8 @@ def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
 
 
 def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
-    """Zeros for every bias that is not there, which llama.cpp's gpt2 wants; their names."""
-    parts = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+    """Zeros for every bias that is not there; their names."""
+    parts = ("attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
     names = ["output_norm", *(f"blk.{i}.{part}" for i in range(n_layer) for part in parts)]
     missing = [name for name in names if f"{name}.bias" not in tensors and f"{name}.weight" in tensors]
     zeros = {f"{name}.bias": constant(np.zeros(tensors[f"{name}.weight"].shape[0], np.float32)) for name in missing}

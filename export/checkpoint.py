@@ -6,6 +6,7 @@ prefixes are gone from the names, optimiser state is left out. Knows no dialect:
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import Buffer, LazyTensor, map_file
+from pocketlm.export.llama2c_reader import looks_like_llama2c, read_llama2c
 from pocketlm.export.npz_reader import read_npz
 from pocketlm.export.safetensors_reader import looks_like_safetensors, parse_json, read_safetensors
 from pocketlm.export.torch_reader import read_torch_legacy, read_torch_zip
@@ -36,7 +38,7 @@ FOLDER_FILES = (
 )  # fmt: skip
 LATEST = "latest"  # DeepSpeed's file that names the folder of the last step
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
-CONFIGS = ("config.json", "model_config.json", "params.json")  # beside the weights
+CONFIGS = ("config.json", "model_config.json", "params.json", "model_config.yaml")  # beside the weights
 OTHER_FILES = (  # offset, bytes → what it is, what to do
     (0, b"GGUF", "a GGUF model, not a checkpoint", "name the checkpoint it was made from"),
     (0, b"\x89HDF", "an HDF5 file", "save the weights as safetensors"),
@@ -92,8 +94,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         problem = "holds tensors without values, as DeepSpeed's stage 3 does, which keeps them in other files"
         raise FileError(path, problem, "make one checkpoint of them with the zero_to_fp32.py beside it")
     beside = [home(weights) / name for name in CONFIGS if (home(weights) / name).is_file()]
-    jsons = {file.name: read_json(file) for file in beside}
-    return Checkpoint(path, tensors, {**plain(config), **jsons}, (*files, *beside))
+    meta = weights.with_name(weights.name.replace("model_", "meta_", 1)).with_suffix(".json")  # nanochat's
+    if meta not in beside and meta.is_file():
+        beside.append(meta)
+    said = {file.name: read_yaml(file) if file.suffix == ".yaml" else read_json(file) for file in beside}
+    return Checkpoint(path, tensors, {**plain(config), **said}, (*files, *beside))
 
 
 def home(weights: Path) -> Path:
@@ -108,6 +113,39 @@ def read_json(path: Path) -> Any:
     if len(buffer) > MAX_JSON:
         raise FileError(path, f"is {len(buffer)} bytes long, more than a configuration can be")
     return parse_json(buffer[:], path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file of plain ones, one a line; those below another are a dictionary of that. Raises FileError."""
+    try:
+        text = bytes(map_file(path)[:MAX_JSON]).decode()
+    except UnicodeDecodeError:
+        raise FileError(path, "is not UTF-8", "save it as UTF-8") from None
+    result: dict[str, Any] = {}
+    inner: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, colon, value = line.partition(":")
+        if not colon or line.lstrip()[:1] in ("#", "-", ""):
+            continue
+        if line[0].isspace():
+            inner[name.strip()] = _scalar(value.strip())
+        else:
+            inner = {}
+            result[name] = _scalar(value.strip()) if value.strip() else inner
+    return result
+
+
+def _scalar(text: str) -> Any:
+    """A YAML value on one line: as JSON where it is, null and quoted texts, or the text itself."""
+    if text in ("null", "~", "None"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            return float(text)  # 1e-05
+        except ValueError:
+            return text.strip("'")
 
 
 # ── containers ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,9 +228,10 @@ def _read_safetensors(buffer: Buffer, path: Path) -> dict[str, Any]:
 
 
 READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], ...] = (
+    (looks_like_safetensors, _read_safetensors),  # whose length may begin with the bytes of the next two
     (lambda buffer: buffer[:2] == b"PK", _read_any_zip),
     (lambda buffer: buffer[:1] == b"\x80" and buffer[257:262] != b"ustar", read_torch_legacy),
-    (looks_like_safetensors, _read_safetensors),
+    (looks_like_llama2c, read_llama2c),
     (lambda buffer: OLD_PICKLE.match(buffer) is not None, read_torch_legacy),  # to say what it wants to call
 )
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
+from pocketlm.export.dialect import Dialect, Tensors
+from pocketlm.export.home_made import HOME_MADE
+from pocketlm.export.hugging_face_older import OLDER
 from pocketlm.export.model_config import ModelConfig
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-WRAPPER = r"(?:(?:model|transformer|gpt|decoder|net|backbone|lm|llm|language_model)\.)*"
+WRAPPER = r"(?:(?:model|transformer|gpt|gpt_neox|decoder|net|backbone|lm|llm|language_model)\.)*"
 LAYERS = r"(?:layers?|blocks?|h|trf_blocks|transformer_blocks|decoder_layers|decoder_blocks)"
 ATTENTION = r"(?:attn|attention|self_attn|self_attention|att|mha|sa|sa_heads|attn_layer)"
 EMBED = r"(?:emb|embed|embedding|embeddings)"
@@ -52,7 +54,7 @@ LAYER_ROLES = {
     "ffn_down": rf"(?:{FEED_FORWARD}\.)?(?:down_proj|w_down|down|fc_out|linear_down|W_down|linear_out|dense_4h_to_h)"
     rf"|(?:{FEED_FORWARD}\.)?(?:net|layers|seq)\.2|{FEED_FORWARD}\.(?:c_proj|proj|2|out_proj)",
     "ffn_1": rf"(?:{FEED_FORWARD}\.)?(?:w1|fc1|W1|linear1|linear_1|fc_1|l1)",
-     # what these are depends on their number and shapes
+    # what these are depends on their number and shapes
     "ffn_2": rf"(?:{FEED_FORWARD}\.)?(?:w2|fc2|W2|linear2|linear_2|fc_2|l2)",
     "ffn_3": rf"(?:{FEED_FORWARD}\.)?(?:w3|fc3|W3|linear3|linear_3|fc_3|l3)",
 }
@@ -110,23 +112,6 @@ def role_of(name: str) -> str | None:
 
 # ── dialects ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-Tensors = Mapping[str, LazyTensor]
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """`signs`: expressions that must each match a name (`N`: a number). `fixed`: settings its code never changes.
-
-    `transposed`: its matrices are stored (in, out), as Conv1D's.
-    """
-
-    name: str
-    signs: tuple[str, ...]
-    fixed: dict[str, Any] = field(default_factory=dict)
-    transposed: bool = False
-    test: Callable[[Tensors], bool] = lambda tensors: True
-
-
 def _is_conv1d(tensors: Tensors) -> bool:
     return any(
         name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2
@@ -135,6 +120,8 @@ def _is_conv1d(tensors: Tensors) -> bool:
 
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
+    *HOME_MADE,
+    *OLDER,
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
     Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}),
     Dialect(
@@ -203,16 +190,23 @@ def to_canonical(
     Raises FileError that lists tensors that are missing, left over or misshapen, or that asks for what nothing tells.
     """
     from pocketlm.export.assemble import arrange
+    from pocketlm.export.hugging_face import HUGGING_FACE, checked
     from pocketlm.export.name_map import NameMap, read_name_map
     from pocketlm.export.tokenizer_data import find_tokenizer
 
     names = read_name_map(Path(mapping)) if mapping else NameMap()
     path = checkpoint.path
+    given = {**names.settings, **(overrides or {})}
+    family = HUGGING_FACE.get(ModelConfig(checkpoint.config, given, path).model_type or "")
+    dialect = family or recognise(checkpoint.tensors)
+    for part, purpose in dialect.refuses.items():
+        if any(part in name for name in checkpoint.tensors):
+            raise FileError(path, f"its {dialect.name} {purpose}", "pocketlm does not compute that")
     found: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     left_over: list[str] = []
     for name, tensor in checkpoint.tensors.items():
-        role = names.role_of(name)
+        role = names.role_of(name) or dialect.role_of(name)
         if role is None and (names.drops(name) or _is_buffer(name, tensor)):
             buffers[name] = tensor
             continue
@@ -221,7 +215,6 @@ def to_canonical(
             left_over.append(name)
         else:
             found[role] = tensor
-    dialect = recognise(checkpoint.tensors)
     if any(re.fullmatch(TEXTBOOK_LORA, name) for name in left_over):
         raise FileError(path, "holds a LoRA that is not merged", f"merge it with --lora {path} --lora-scale ALPHA")
     if left_over:
@@ -229,10 +222,15 @@ def to_canonical(
         listed = ", ".join(map(quoted, left_over[:3])) + more
         problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {listed}"
         raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
-    config = ModelConfig(checkpoint.config, {**names.settings, **(overrides or {})}, path)
-    model = arrange(path, found, buffers, config, dialect.fixed, dialect.name, dialect.transposed)
+    said = {**checkpoint.config, "guessed from shapes": dialect.guess(checkpoint.tensors)}
+    config = ModelConfig(said, given, path)
+    model = arrange(path, found, buffers, config, dialect)
+    if family:
+        model = checked(model, config)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     name = path.name if path.is_dir() else path.stem
+    if dialect.template and metadata:
+        metadata = {"tokenizer.chat_template": dialect.template, **metadata}
     return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes])
 
 

@@ -19,7 +19,7 @@ from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.tokenizer_data import find_tokenizer
 from pocketlm.runtime.fp16_bin_reader import is_fp16_bin
 from pocketlm.runtime.gguf_reader import GGUF, TILED
-from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.model_summary import not_learnt
 
@@ -64,7 +64,8 @@ def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], C
     """The model with its tensors changed; `change` sees them with the rows in the order of Hugging Face's checkpoints."""
     hyper = model.hyper
     order: dict[str, np.ndarray] = {}
-    if hyper.architecture == "llama" and hyper.rope and hyper.rope.pairs == "interleaved":
+    usual = ARCHITECTURES[hyper.architecture].get("rope_pairs")
+    if usual == "interleaved" and hyper.rope and hyper.rope.pairs == usual:
         for part, n_heads in (("q", hyper.n_head), ("k", hyper.n_kv_head)):
             rows = interleaving(n_heads, hyper.head_dim, hyper.rope.n_dims)
             order |= {f"blk.{i}.attn_{part}.weight": rows for i in range(hyper.n_layer)}

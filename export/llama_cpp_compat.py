@@ -22,6 +22,7 @@ from pocketlm.tokenizer.gguf_vocabulary_reader import Keys
 from pocketlm.tokenizer.sentencepiece import SPACE
 
 OURS = "pocketlm."
+ONLY_OURS = ("pocketlm", "gptneo", "nanochat")  # architectures that llama.cpp has not
 # tokenizer.ggml.model -> standard keys that llama.cpp does not read for it
 IGNORED = {
     "llama": ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"),
@@ -32,9 +33,12 @@ END_ID = {"llama": 2, "gpt2": 11}  # what ends a text where the file does not sa
 
 def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:
     """Where stock llama.cpp runs the file differently: one line each."""
-    if hyper.architecture == "pocketlm":
+    if hyper.architecture in ONLY_OURS:
         return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
     notes = []
+    window = hyper.settings.get("attention.sliding_window", hyper.n_ctx)
+    if hyper.architecture == "starcoder2" and window < hyper.n_ctx:
+        notes.append(f"stock llama.cpp attends to everything where this model looks at {window} positions")
     own = own_options(hyper)
     if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":
         notes.append("stock llama.cpp computes GELU by the tanh formula where this model was trained with the exact one (erf)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,8 @@ SETTINGS: dict[str, Setting] = {
     "n_ctx": Setting(
         int,
         ("n_ctx", "block_size", "context_length", "max_seq_len", "max_seq_length", "max_position_embeddings", "n_positions",
-         "ctx_len", "context_size", "max_context", "max_len", "max_length", "sequence_length", "seq_len", "seq_length"),
+         "ctx_len", "context_size", "max_context", "max_len", "max_length", "sequence_length", "sequence_len", "seq_len",
+         "seq_length"),
         "1024",
     ),
     "norm_eps": Setting(
@@ -56,7 +57,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_theta": Setting(float, ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"),
     "10000"),
     "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
-    "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct"), "1.0"),
+    "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
     "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
     "model_type": Setting(str, (), "llama"),
@@ -65,7 +66,8 @@ SETTINGS: dict[str, Setting] = {
 # words of configurations → the options of hyper.py
 WORDS: dict[str, dict[str, str]] = {
     "norm": {
-        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer", "ln": "layer",
+        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer",
+        "low_precision_layernorm": "layer", "ln": "layer",
         "layer": "layer",
     },
     "activation": {
@@ -96,9 +98,15 @@ MODEL_ENTRIES = (
     "model_args", "model_config", "model_cfg", "model_params", "model", "gptconf", "hparams", "hyper_parameters", "cfg",
     "config", "args",
 )  # fmt: skip
+ROTARY = ("rope_scaling", "rope_parameters")  # entries about rotary positions; the second holds all of it since transformers 5
 NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_config")
 
-MODEL_TYPES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "llama"}  # of Hugging Face, computed as these
+MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
+    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
+    "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo", "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm",
+    "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
+}  # fmt: skip
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
 HARMLESS = {
     "attn_logit_softcapping": lambda v: not v, "final_logit_softcapping": lambda v: not v, "logit_softcap": lambda v: not v,
@@ -115,9 +123,15 @@ HARMLESS = {
     "qk_layernorm": lambda v: not v, "norm_first": lambda v: v in (None, True), "pre_norm": lambda v: v in (None, True),
     "post_norm": lambda v: not v, "scale_attn_weights": lambda v: v in (None, True),
     "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v,
-    "is_encoder_decoder": lambda v: not v,
+    "is_encoder_decoder": lambda v: not v, "use_bidirectional_attention": lambda v: not v,
+    "rope_local_type": lambda v: v == "default",
     "use_scaled_rope": lambda v: not v,
     "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
+    "apply_residual_connection_post_layernorm": lambda v: not v, "softmax_scale": lambda v: v is None,
+    **{name: lambda v: not v for name in ( # litGPT's
+        "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
+        "attention_scores_scalar", "sliding_window_size",
+    )},
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
 
@@ -155,7 +169,9 @@ class ModelConfig:
 
     def __init__(self, config: Mapping[str, Any], overrides: Mapping[str, str], path: object):
         self.path, self.given = path, parse_overrides(overrides)
-        self._levels = list(_levels(config))
+        levels = list(_levels(config))
+        self.rope, windows = _rotary(levels)
+        self._levels = [self.rope, windows, *levels]
         self.asked: dict[str, None] = {}  # settings that nobody answered
 
     def raw(self, *names: str) -> Any:
@@ -199,7 +215,7 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str | None:
-        """Hugging Face's `model_type` as one of "gpt2" and "llama"; None where there is none. FileError for any other."""
+        """The architecture that Hugging Face's `model_type` means; None where there is none. FileError for an unknown one."""
         found = self.given.get("model_type")
         if found is None:  # home-made configurations have entries of that name too
             levels = (level for level in self._levels if "architectures" in level or "transformers_version" in level)
@@ -211,12 +227,12 @@ class ModelConfig:
             raise FileError(self.path, f"is a model of type {quoted(found)}", advice)
         return MODEL_TYPES[found]
 
-    def check_supported(self, n_ctx: int) -> None:
-        """Raises FileError that names anything in the configuration that pocketlm does not compute."""
+    def check_supported(self, n_ctx: int, computed: Sequence[str] = ()) -> None:
+        """Raises FileError that names anything in the configuration that pocketlm does not compute, but for `computed`."""
         for level in self._levels:
             for name, is_harmless in HARMLESS.items():
                 try:
-                    harmless = name not in level or is_harmless(level[name])
+                    harmless = name in computed or name not in level or is_harmless(level[name])
                 except TypeError:
                     harmless = False
                 if not harmless:
@@ -226,42 +242,71 @@ class ModelConfig:
                         "pocketlm does not compute that",
                     )
         window = self.raw("sliding_window", "attention_window")
+        if "sliding_window" in computed:
+            return
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
             )
 
-    def rope_scaling(self, theta: float, n_dims: int) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Keys below `<architecture>.rope.scaling.` and the factors of `rope_freqs.weight`. FileError for unknown kinds."""
-        scaling = self.raw("rope_scaling", "rope_parameters")
-        if not isinstance(scaling, dict):
-            return {}, None
+    def said(self, name: str, default: Any = None) -> Any:
+        """The value of the first level that has `name`, which may be None; `default` where none has."""
+        return next((level[name] for level in self._levels if name in level), default)
+
+    def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
+        """The sliding window of every layer, 0 where it sees all of n_ctx; None where nothing says which layers have one."""
+        size, kinds = self.raw("sliding_window"), self.raw("layer_types")
+        if self.raw("use_sliding_window") is False or not isinstance(size, int) or size >= n_ctx:
+            size = 0
+        if kinds is None and isinstance(period := self.raw("sliding_window_pattern"), int) and period > 0:
+            kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]
+        if not isinstance(kinds, list):
+            return None if size else [0] * n_layer
+        sizes = {"full_attention": 0, "sliding_attention": size}
+        return [sizes.get(kind, -1) if isinstance(kind, str) else -1 for kind in kinds]
+
+    def rotary_layers(self, n_layer: int) -> list[bool] | None:
+        """Whether each layer has rotary positions; None where nothing says it layer by layer."""
+        layers, period = self.raw("no_rope_layers"), self.raw("no_rope_layer_interval")
+        if layers is None and isinstance(period, int) and period > 0:
+            layers = [(i + 1) % period for i in range(n_layer)]
+        return [bool(rotates) for rotates in layers] if isinstance(layers, list) else None
+
+    def rope_scaling(self, theta: float, n_dims: int, n_ctx: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Keys below `<architecture>.rope.scaling.`, and tensors of factors of frequencies. FileError for unknown kinds."""
+        scaling = self.rope
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
-            return {}, None
-        if kind not in ("linear", "yarn", "llama3"):
+            return {}, {}
+        if kind not in ("linear", "yarn", "llama3", "longrope", "su"):
             raise FileError(
                 self.path,
                 f"scales its rotary positions by {quoted(kind)}",
-                "pocketlm does not; it knows linear, yarn and llama3",
+                "pocketlm does not; it knows linear, yarn, llama3 and longrope",
             )
 
         def number(name: str, default: float | None = None) -> float:
-            value = scaling.get(name, default)
+            value = scaling[name] if scaling.get(name) is not None else default
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
                 raise FileError(
                     self.path, f"rope_scaling.{name} is {quoted(value)}, expected a number above 0", "correct config.json"
                 )
             return float(value)
 
-        factor = number("factor")
         if kind == "linear":
-            return {"type": "linear", "factor": factor}, None
+            return {"type": "linear", "factor": number("factor")}, {}
         original = number(
             "original_max_position_embeddings", self.raw("original_max_position_embeddings", "max_position_embeddings")
         )
+        if kind in ("longrope", "su"):
+            factor = number("factor", n_ctx / original)
+            usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+            keys = {"original_context_length": int(original), "attn_factor": number("attention_factor", usual)}
+            return keys, {f"rope_factors_{name}.weight": self._factors(f"{name}_factor", n_dims) for name in ("short", "long")}
+        factor = number("factor")
         if kind == "llama3":
-            return {}, llama3_factors(theta, n_dims, factor, number("low_freq_factor"), number("high_freq_factor"), original)
+            low, high = number("low_freq_factor"), number("high_freq_factor")
+            return {}, {"rope_freqs.weight": llama3_factors(theta, n_dims, factor, low, high, original)}
         if scaling.get("mscale") or scaling.get("truncate") is False:
             raise FileError(self.path, "uses a variant of YaRN (mscale, truncate)", "pocketlm does not")
         usual = 1 + 0.1 * math.log(factor)  # the runtime multiplies by this itself
@@ -270,7 +315,17 @@ class ModelConfig:
             "attn_factor": number("attention_factor", usual) / usual,
             "yarn_beta_fast": number("beta_fast", 32.0), "yarn_beta_slow": number("beta_slow", 1.0),
         }  # fmt: skip
-        return keys, None
+        return keys, {}
+
+    def _factors(self, name: str, n_dims: int) -> np.ndarray:
+        """A list of numbers above 0 in longrope's scaling, one for each pair of dimensions, float32."""
+        values = self.rope.get(name)
+        numbers = [v for v in values if isinstance(v, (int, float)) and 0 < v < 1e12] if isinstance(values, list) else []
+        if len(numbers) != n_dims // 2 or len(numbers) != len(values):
+            raise FileError(
+                self.path, f"its longrope scaling has no {name} of {n_dims // 2} numbers above 0", "correct config.json"
+            )
+        return np.array(numbers, np.float32)
 
 
 def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -284,7 +339,18 @@ def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield level
         for value in first:
             pending.extend(v for n, v in value.items() if isinstance(v, dict) and n not in NOT_MODEL)
-        pending.extend(value for name, value in inner.items() if name != "rope_scaling")
+        pending.extend(value for name, value in inner.items() if name not in ROTARY)
+
+
+def _rotary(levels: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What is said of rotary positions; and of those in layers with a window where these are said apart, by older names."""
+    said = next((level[name] for level in levels for name in ROTARY if isinstance(level.get(name), dict)), {})
+    whole, windows = said.get("full_attention"), said.get("sliding_attention")
+    if not isinstance(whole, dict):
+        return said, {}
+    if not isinstance(windows, dict):
+        return whole, {}
+    return whole, {"rope_local_base_freq": windows.get("rope_theta"), "rope_local_type": windows.get("rope_type", "default")}
 
 
 def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:

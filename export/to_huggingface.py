@@ -22,6 +22,8 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
+from pocketlm.runtime.architectures.common import pre_norm
+from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
@@ -122,6 +124,8 @@ def layout_of(model: CanonicalModel, source: object) -> Layout:
     hyper, rope = model.hyper, model.hyper.rope
     layout = LAYOUTS.get((hyper.norm, hyper.position, hyper.gated))
     what = f"{hyper.norm} norm, {hyper.position} positions and a feed-forward {'with' if hyper.gated else 'without'} a gate"
+    if ARCHITECTURES[hyper.architecture].operations is not pre_norm:
+        raise _refused(source, f"the layers of {hyper.architecture}")
     if layout is None:
         raise _refused(source, what)
     able = {part for parts in layout.biases.values() for part in parts}
@@ -184,7 +188,7 @@ def write_huggingface(
 
 def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str, bool], frozenset[str]]:
     """The tensors as the class wants them, by role, its settings about biases, and which of the biases were made here."""
-    hyper, tensors = model.hyper, {name: tensor for name, tensor in model.tensors.items() if name != ROPE_FACTORS}
+    hyper, tensors = model.hyper, {name: tensor for name, tensor in model.tensors.items() if name not in ROPE_FACTORS}
     arrange_qkv = fuse_qkv if "blk.{i}.attn_qkv" in layout.names else split_qkv
     arrange_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
     if hyper.rope and hyper.rope.pairs == "interleaved":
@@ -257,9 +261,11 @@ def _name(role: str, layout: Layout) -> str:
 
 def _rope(model: CanonicalModel, source: object) -> dict[str, Any]:
     """The keys about rotary positions, in the form that every version of transformers reads."""
-    rope, factors = model.hyper.rope, model.tensors.get(ROPE_FACTORS)
+    rope, factors = model.hyper.rope, model.tensors.get("rope_freqs.weight")
     if rope is None:
         return {}
+    if "rope_factors_long.weight" in model.tensors:
+        raise _refused(source, "rotary factors that depend on the context's length")
     plain = rope.scaling != "yarn" and rope.attention_factor != 1.0
     if plain or rope.extrapolation != 1.0 or (factors is not None and rope.scaling != "none"):
         raise _refused(source, "rotary positions scaled in this way")

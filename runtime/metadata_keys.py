@@ -48,6 +48,19 @@ class Keys:
             raise self.fail(key, f"is {value}, expected 1 to {LIMIT}")
         return value
 
+    def numbers(self, key: str, n: int, default: float | None = None) -> list[float]:
+        """`n` numbers (or yes and no: 1 and 0); a single one stands for all."""
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise self.fail(key, "is missing")
+        values = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
+        values = values if isinstance(values, list) else [values] * n
+        if len(values) != n:
+            raise self.fail(key, f"has {len(values)} numbers for {n} layers")
+        if not all(isinstance(v, (bool, int, float)) and abs(v) <= 1e12 for v in values):
+            raise self.fail(key, "should be finite numbers")
+        return [float(v) for v in values]
+
     def choice(self, key: str, default: Any, allowed: tuple) -> Any:
         value = self.metadata.get(key, default)
         if not isinstance(value, (str, bool)) or value not in allowed:

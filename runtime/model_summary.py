@@ -14,7 +14,8 @@ from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.tensor import Tensor
 
-ROPE_FACTORS = "rope_freqs.weight"  # a table that the positions are computed with
+# tables that the positions are computed with
+ROPE_FACTORS = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
 LONGEST = 100  # characters of a value that are shown
 DEEPEST = 32  # levels of nested values that are shown
 MOST = 16  # values of an array that are shown
@@ -39,7 +40,7 @@ def not_learnt(tensors: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(
         name
         for name, tensor in tensors.items()
-        if name == ROPE_FACTORS or (name.endswith(".bias") and len(tensor.shape) == 1 and not tensor.data.any())
+        if name in ROPE_FACTORS or (name.endswith(".bias") and len(tensor.shape) == 1 and not tensor.data.any())
     )
 
 

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import struct
 import types
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,10 @@ def test_reading_a_tensor_gives_its_pages_back(tmp_path: Path) -> None:
     for tensor in checkpoint.tensors.values():
         tensor.read()
     assert (pages() - before) * 4096 < 64 << 20
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50], ids=["as a pickle begins", "as a zip archive begins"])
+def test_a_safetensors_file_is_one_whatever_its_length_looks_like(tmp_path: Path, length: int) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + header + struct.pack("<2f", 1.5, -2.0))
+    assert open_checkpoint(tmp_path / "model.safetensors").tensors["w"].read().tolist() == [1.5, -2.0]

@@ -333,7 +333,7 @@ def test_what_nothing_tells_is_asked_for_and_what_is_not_computed_is_refused(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "gemma"}, "model of type gemma"),
+        ({"model_type": "mamba"}, "model of type mamba"),
         ({"sliding_window": 32}, "sliding window of 32 positions; pocketlm does not; add --set n_ctx=32"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import ARCHITECTURES as TINY
 from tiny_models import TOKENS, write_model
 
 from pocketlm.errors import FileError
@@ -190,7 +191,7 @@ def test_an_absurd_setting_of_an_architecture_is_named(tmp_path, capped, value):
 # ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_hyper_parameters_are_those_of_the_file(tmp_path, architecture):
     path = write_model(
         tmp_path / "model.gguf", arch=architecture, n_layer=3, n_embd=48, n_head=6, n_kv_head=2, n_ff=80, n_ctx=99, eps=1e-6

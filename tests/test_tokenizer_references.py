@@ -265,7 +265,7 @@ def test_ids_are_those_of_tiktoken(name, tmp_path):
 # ── llama.cpp ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name in PRE_TOKENIZERS if name != "nanochat"])  # which llama.cpp does not know
 def test_every_name_cuts_words_as_in_llama_cpp(name, tmp_path):
     """A small vocabulary under every name. Where words end before capitals, llama.cpp knows the capitals of ASCII only."""
     with open_gguf(VECTORS / "gguf-gpt-2.gguf") as file:

@@ -86,7 +86,7 @@ def write_model(
         if key == "general.architecture":
             writer.kv_data[0].pop(key)
         if value is not None:
-            _add_key(writer, key, value)
+            add_key(writer, key, value)
     for name, array in {**arrays, **(tensors or {})}.items():
         if array is not None:
             kind = (formats or {}).get(name, format) if array.ndim > 1 else "F32"
@@ -162,7 +162,7 @@ def _quantized(gguf: Any, array: np.ndarray, kind: str) -> np.ndarray:
     return gguf.quants.quantize(np.ascontiguousarray(array, np.float32), gguf.GGMLQuantizationType[kind])
 
 
-def _add_key(writer: Any, key: str, value: Any) -> None:
+def add_key(writer: Any, key: str, value: Any) -> None:
     """Write a key with the type that its Python value suggests."""
     if isinstance(value, bool):
         writer.add_bool(key, value)

@@ -21,7 +21,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # texts of tokens that end a turn wherever a vocabulary marks them as control or user-defined
 END_OF_TURN = (
     "</s>", "<eos>", "<EOT>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>",
-    "<|end_of_text|>", "<end_of_turn>", "<|eot|>", "<|return|>",
+    "<|end_of_text|>", "<end_of_turn>", "<|eot|>", "<|return|>", "<|assistant_end|>",
 )  # fmt: skip
 
 _LONGEST_TOKEN = 4096  # characters; what is done for every part of a token would take a stranger's file for ever

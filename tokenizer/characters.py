@@ -73,15 +73,8 @@ def place_tokens(path: object, ids: Mapping[Any, Any]) -> list[str]:
 
 
 def from_json(path: object, value: Any) -> Tokenizer:
-    """A JSON list of characters, an object character → id, or an object that holds one as `stoi`, `itos` or `chars`."""
+    """A list of characters, a table character → id, or what holds one as `stoi`, `itos` or `chars`: JSON, or a `meta.pkl`."""
     return from_table(path, _table(path, value))
-
-
-def from_pickle(path: object, data: bytes) -> Tokenizer:
-    """nanoGPT's `meta.pkl`: a dictionary with `stoi` (character → id) and `itos` (id → character)."""
-    from pocketlm.pickle_reader import read_pickle
-
-    return from_table(path, _table(path, read_pickle(data, path, {})[0]))  # it may call nothing
 
 
 def _table(path: object, value: Any) -> dict[Any, Any]:

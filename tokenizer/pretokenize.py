@@ -34,6 +34,9 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "qwen2 stablelm2 hunyuan deepseek-r1-qwen megrez kormo solar-open grok-2": (_QWEN2,),
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (_DIGITS_GPT2,),
     "qwen35": (_CONTRACTIONS + "|" + _WITH_MARKS,),
+    "nanochat": (  # digits in twos; no other library knows it by a name
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    ),
     "ufakzeka": (_QWEN2.removeprefix(_CONTRACTIONS + "|"),),  # Turkish: 'da and 'nin stay at their word
     "tekken": (_CASED % ("", "") + r"\p{N}" + _AND_LINES,),
     "gpt-4o llama4 kanana2 minimax-m2": (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"\p{N}{1,3}" + _AND_LINES,),

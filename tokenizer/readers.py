@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, UsageError
-from pocketlm.tokenizer import byte_bpe, characters, huggingface, sentencepiece_model
+from pocketlm.tokenizer import byte_bpe, characters, huggingface, llama2c, sentencepiece_model
 from pocketlm.tokenizer.base import CONTROL, NORMAL, UNUSED, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.gguf_vocabulary_reader import from_metadata
 from pocketlm.tokenizer.merge import concatenation_table
@@ -23,6 +23,7 @@ _MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
 BESIDE = (
     "tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "encoder.json", "*-vocab.json", "meta.pkl", "*.tiktoken",
+    "tokenizer.bin", "tokenizer.pkl",
 )  # fmt: skip
 _IN_FOLDER = (*BESIDE, "*.gguf")
 _MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # ends of the names of files that belong together
@@ -37,7 +38,8 @@ def load(
 ) -> Tokenizer:
     """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
     `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`) beside it, the
-    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, or a folder that holds one.
+    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, nanochat's `tokenizer.pkl`, llama2.c's `tokenizer.bin`, or a folder that
+    holds one.
 
     `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
     else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
@@ -53,8 +55,10 @@ def load(
         with open_gguf(path) as file:
             return from_metadata(file.metadata, path)
     data = _read(path)
+    if llama2c.looks_like(data):
+        return llama2c.read(path, data)
     if data.startswith(b"\x80"):
-        return characters.from_pickle(path, data)
+        return _from_pickle(path, data)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
         return _from_json(path, characters.parse_json(path, data))
     if data.startswith(b"\x0a"):
@@ -151,14 +155,39 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
         if text in ids:
             raise FileError(path, f"line {number} gives the token of rank {ids[text]} another rank")
         ids[text] = i
-    missing = [byte for byte, letter in enumerate(byte_bpe.LETTERS) if letter not in ids]
-    if missing:
-        raise FileError(path, f"it has no token for the byte 0x{missing[0]:02X}")
     if pattern is None:
         pattern = next((name for start, name in _TIKTOKEN_FILES.items() if path.name.startswith(start)), "gpt-2")
     name = pattern if pattern in PRE_TOKENIZERS else name_of_pattern(pattern)
     if name is None:
         raise UsageError(f"the pattern {pattern[:80]!r} is not known; known are " + ", ".join(PRE_TOKENIZERS))
+    return _from_ranks(path, ids, name, special_tokens)
+
+
+def _from_pickle(path: Path, data: bytes) -> Tokenizer:
+    """A pickled `tiktoken.Encoding`, which has pattern and markers, or nanoGPT's characters."""
+    from pocketlm.pickle_reader import Record, read_pickle
+
+    value = read_pickle(data, path, {})[0]  # it may call nothing
+    if not isinstance(value, Record):
+        return characters.from_json(path, value)
+    ranks, pattern, markers = (value.fields.get(name) for name in ("mergeable_ranks", "pat_str", "special_tokens"))
+    if not isinstance(ranks, dict) or not isinstance(pattern, str) or not isinstance(markers, dict):
+        problem = f"holds a {value.name[:80]!r}, which is no tokenizer pocketlm knows"
+        raise FileError(path, problem, "see `pocketlm tokenize --help`")
+    if set(map(type, ranks)) - {bytes} or set(map(type, [*ranks.values(), *markers.values()])) - {int} or b"" in ranks:
+        raise FileError(path, "its ranks are not a table from bytes to numbers")
+    name = name_of_pattern(pattern)
+    if name is None:
+        raise FileError(path, f"its pattern {pattern[:80]!r} is not known", "known are " + ", ".join(PRE_TOKENIZERS))
+    ids = {token.decode("latin-1").translate(byte_bpe.TO_LETTERS): i for token, i in ranks.items()}
+    return _from_ranks(path, ids, name, markers)
+
+
+def _from_ranks(path: Path, ids: Mapping[str, int], name: str, special_tokens: Mapping[str, int]) -> Tokenizer:
+    """Byte-level BPE whose ids are the order of merging; `name`: of its pre-tokenizer."""
+    missing = [byte for byte, letter in enumerate(byte_bpe.LETTERS) if letter not in ids]
+    if missing:
+        raise FileError(path, f"it has no token for the byte 0x{missing[0]:02X}")
     if set(special_tokens) & set(ids):
         raise UsageError(f"a special token is a token of {path} already")
     tokens = characters.place_tokens(path, {**ids, **special_tokens})
@@ -167,7 +196,9 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
         types[i] = CONTROL
     eos_id = special_tokens.get("<|endoftext|>", special_tokens.get("<|end_of_text|>"))
     bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<|endoftext|>"))
-    vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id)
+    adds_bos = "<|bos|>" in special_tokens  # nanochat's, before every text
+    bos_id = special_tokens.get("<|bos|>", bos_id)
+    vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id, adds_bos=adds_bos)
     mergeable = vocabulary.index.without(list(special_tokens.values()))
     table = concatenation_table(vocabulary.tokens.__getitem__, mergeable, range(len(tokens)), len(tokens), ties=False)
     return byte_bpe.ByteBPE(vocabulary, table, byte_bpe.Options(name, whole_words_first=True))

@@ -86,6 +86,10 @@ class Builder:
         """A whole number above zero among the architecture's SETTINGS."""
         return self.settings.count(f"{self.hyper.architecture}.{key}", default)
 
+    def numbers(self, key: str, default: float | None = None) -> list[float]:
+        """A number for each layer among the architecture's SETTINGS; a single one is for all of them. FileError."""
+        return self.settings.numbers(f"{self.hyper.architecture}.{key}", self.hyper.n_layer, default)
+
     def choice(self, key: str, default: object, allowed: tuple) -> object:
         """One of `allowed` among the architecture's SETTINGS."""
         return self.settings.choice(f"{self.hyper.architecture}.{key}", default, allowed)
@@ -111,6 +115,12 @@ class Builder:
     def layer(self) -> int:
         """Which layer this builder is for, from 0."""
         return self._layer
+
+    def window(self, period: int, default: int = 0) -> int:
+        """The layer's sliding window, `attention.sliding_window` among the SETTINGS; 0, all positions, in every period-th."""
+        if not (size := int(self.number("attention.sliding_window", default))):
+            return 0
+        return 0 if (self._layer + 1) % period == 0 else size
 
     def logits(self, x: str = "h") -> None:
         """logits = W x, with the token table where there is no output matrix."""

@@ -8,7 +8,30 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from pocketlm.runtime.architectures import gpt2, llama, pocketlm, refact
+from pocketlm.runtime.architectures import (
+    bloom,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gptneo,
+    gptneox,
+    granite,
+    llama,
+    mpt,
+    nanochat,
+    olmo2,
+    phi2,
+    phi3,
+    pocketlm,
+    qwen2,
+    qwen3,
+    refact,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from pocketlm.runtime.architectures.common import Builder
 
 
@@ -19,4 +42,27 @@ class Architecture(Protocol):
     def operations(self, m: Builder) -> None: ...
 
 
-ARCHITECTURES: dict[str, Architecture] = {"gpt2": gpt2, "llama": llama, "refact": refact, "pocketlm": pocketlm}
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "refact": refact,
+    "stablelm": stablelm,
+    "phi2": phi2,
+    "gptneo": gptneo,
+    "gptneox": gptneox,
+    "starcoder2": starcoder2,
+    "exaone4": exaone4,
+    "bloom": bloom,
+    "mpt": mpt,
+    "nanochat": nanochat,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "phi3": phi3,
+    "smollm3": smollm3,
+    "granite": granite,
+    "olmo2": olmo2,
+    "pocketlm": pocketlm,
+}

@@ -1,0 +1,184 @@
+"""Dialects of code bases that people train their own models with: nanochat, litGPT, minimind, and GPT-Neo's.
+
+Rows for dialects.py, with what brings their tensors and keys into an architecture's form. What a generation of such a code
+base computes and pocketlm does not is refused here, by its name.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.export.assemble import reordered, rows
+from pocketlm.export.dialect import Dialect, Draft, Tensors
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+
+# ── nanochat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NANOCHAT_LATER = {  # part of the name of a later generation's tensor → what it is for
+    "smear_gate": "mixes every token with the one before it (smear_gate, since March 2026)",
+    "ve_gate": "adds embeddings to the values of its attention (value_embeds, since January 2026)",
+    "value_embeds": "adds embeddings to the values of its attention (value_embeds, since January 2026)",
+    "backout_lambda": "takes a middle layer's output back (backout_lambda, since March 2026)",
+}
+NANOCHAT_TEMPLATE = (  # a system message goes in front of the first question: the chat does so where a template refuses it
+    "{{ '<|bos|>' }}{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{{- '<|user_start|>' + message['content'] + '<|user_end|>' }}{%- elif message['role'] == 'assistant' %}"
+    "{{- '<|assistant_start|>' + message['content'] + '<|assistant_end|>' }}"
+    "{%- else %}{{- raise_exception('no such role') }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant_start|>' }}{%- endif %}"
+)
+NANOCHAT_EPS = float(np.finfo(np.float32).eps)  # PyTorch's rms_norm where none is given
+
+
+def _finish_nanochat(draft: Draft) -> None:
+    """Settings that no file holds, by the generation that the tensors show; heads turned the other way round.
+
+    Its rotation runs backwards: with the halves of every query and key exchanged it is the usual one.
+    """
+    tensors, keys, config = draft.tensors, draft.keys, draft.config
+    n_head, n_kv_head, head_dim = draft.heads
+    for part, n in (("q", n_head), ("k", n_kv_head)):
+        order = np.arange(n * head_dim).reshape(n, 2, -1)[:, ::-1].ravel()
+        for role in draft.in_layers(rf"attn_{part}\.weight"):
+            tensors[role] = reordered(tensors[role], order)
+    n_vocab = config.raw("vocab_size")  # the tables are filled up to a multiple of 64
+    for name in ("token_embd.weight", "output.weight"):
+        if isinstance(n_vocab, int) and 0 < n_vocab < tensors[name].shape[0]:
+            tensors[name] = rows(tensors[name], 0, n_vocab)
+    for name, key in (("resid_lambdas", "residual_scale"), ("x0_lambdas", "embedding_scale")):
+        if lambdas := tensors.pop(f"{name}.weight", None):
+            keys[key] = [float(value) for value in lambdas.read().ravel()]
+    keys["final_logit_softcapping"] = 15.0
+    pattern = config.raw("window_pattern")
+    if isinstance(pattern, str) and "S" in pattern.upper():
+        letters = [pattern.upper()[i % len(pattern)] for i in range(keys["block_count"] - 1)] + ["L"]  # the last sees all
+        keys["attention.sliding_window"] = max(keys["context_length"] // 2, 1) + 1
+        keys["attention.sliding_window_pattern"] = [letter == "S" for letter in letters]
+
+
+# ── litGPT ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _finish_litgpt(draft: Draft) -> None:
+    """The architecture that its blocks are, GELU's form, and queries, keys and values one after the other."""
+    said, options = draft.config.raw, draft.options
+    mlp, norm = said("mlp_class_name"), said("norm_class_name")
+    if (options["gated"] and mlp == "GemmaMLP") or (norm == "RMSNorm" and "gemma" in str(said("name")).lower()):
+        raise FileError(draft.config.path, "is a Gemma model of litGPT", "convert it to a Hugging Face folder with litgpt")
+    if "activation" not in draft.config.given:
+        gelu = "gelu_tanh" if said("gelu_approximate") == "tanh" else "gelu_erf"
+        options["activation"] = "silu" if options["gated"] else gelu
+    is_shared = "blk.0.ffn_norm.weight" not in draft.tensors
+    if said("parallel_residual") or is_shared:
+        draft.architecture = {(False, False): "gptneox", (True, False): "phi2", (True, True): "stablelm"}.get(
+            (is_shared, options["gated"]), ""
+        )
+        usual = ARCHITECTURES[draft.architecture].USUAL if draft.architecture else {}
+        if not usual or options["norm"] != usual["norm"]:
+            problem = f"its blocks run side by side with {options['norm']} norms and {mlp or 'a feed-forward of its own'}"
+            raise FileError(draft.config.path, problem, "pocketlm does not compute that")
+
+
+def _from_groups(draft: Draft) -> None:
+    """Until December 2024 the rows of queries, keys and values stood group by group."""
+    n_head, n_kv_head, head_dim = draft.heads
+    per_group = n_head // n_kv_head
+    grid = np.arange((n_head + 2 * n_kv_head) * head_dim).reshape(n_kv_head, per_group + 2, head_dim)
+    order = np.concatenate([part.ravel() for part in (grid[:, :per_group], grid[:, per_group], grid[:, per_group + 1])])
+    for role in draft.in_layers(r"attn_qkv\.(weight|bias)"):
+        if draft.tensors[role].shape[0] == len(order):
+            draft.tensors[role] = reordered(draft.tensors[role], order)
+    _finish_litgpt(draft)
+
+
+# ── minimind ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MINIMIND_TOKENS = 6400
+
+
+def _is_minimind(tensors: Tensors) -> bool:
+    return any(name.endswith("embed_tokens.weight") and t.shape[0] == MINIMIND_TOKENS for name, t in tensors.items())
+
+
+def _normalises_heads(tensors: Tensors) -> bool:
+    return any(name.endswith("self_attn.q_norm.weight") for name in tensors)
+
+
+def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
+    """It saves no configuration. minimind-3 normalises queries and keys, minimind2 has two key-value heads."""
+    shapes = {name.partition("layers.0.self_attn.")[2]: t.shape for name, t in tensors.items()}
+    norm, keys = shapes.get("q_norm.weight"), shapes.get("k_proj.weight", (0,))
+    return {
+        "head_dim": norm[0] if norm else keys[0] // 2, "rms_norm_eps": 1e-6 if norm else 1e-5, "rope_theta": 1e6,
+        "max_position_embeddings": 32768,
+    }  # fmt: skip
+
+
+# ── GPT-Neo ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _finish_gptneo(draft: Draft) -> None:
+    """Which layers look at a window, from `attention_layers` or `attention_types`; zeros for biases that it lacks."""
+    config, n_layer = draft.config, draft.keys["block_count"]
+    layers = config.raw("attention_layers")
+    if layers is None and isinstance(types := config.raw("attention_types"), list):
+        try:
+            each = (kind for kinds, times in types for _ in range(times) for kind in kinds)
+            layers = list(islice(each, n_layer + 1))  # however many the file asks for
+        except (TypeError, ValueError):
+            layers = types
+    window = config.raw("window_size")
+    if not isinstance(layers, list) or len(layers) != n_layer or not set(map(str, layers)) <= {"local", "global"}:
+        raise FileError(config.path, "nothing says which of its layers are local", "put its config.json beside it")
+    if not isinstance(window, int):
+        raise FileError(config.path, "nothing says how wide its local windows are", "put its config.json beside it")
+    draft.keys["attention.sliding_window"] = window
+    draft.keys["attention.sliding_window_pattern"] = [kind == "local" for kind in layers]
+
+
+_LITGPT = {"*.attn.qkv": "attn_qkv", "*.attn.attn": "attn_qkv", "*.mlp.fc": "ffn_up", "*.mlp.fc_1": "ffn_gate",
+           "*.mlp.fc_2": "ffn_up"}  # fmt: skip
+_LITGPT_FIXED = {"position": "rope", "rope_pairs": "half", "activation": "gelu_erf"}
+_ROPE: dict[str, Any] = {"norm": "rms", "position": "rope", "rope_pairs": "half"}
+HOME_MADE = (
+    Dialect(
+        "nanochat", (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_q\.weight", r"(.*\.)?h\.N\.mlp\.c_fc\.weight"),
+        {"norm": "rms", "position": "rope", "rope_pairs": "half", "rope_theta": 10000.0, "activation": "relu_squared",
+         "norm_eps": NANOCHAT_EPS},
+        architecture="nanochat", finish=_finish_nanochat,
+        names={
+            **{f"*.attn.c_{part}": f"attn_{part}" for part in "qkv"},
+            **{name: name for name in ("resid_lambdas", "x0_lambdas")},
+        },
+        refuses=NANOCHAT_LATER,
+        template=NANOCHAT_TEMPLATE,
+    ),
+    Dialect(
+        "litGPT", (r"(.*\.)?h\.N\.norm_1\.weight", r"(.*\.)?h\.N\.attn\.qkv\.weight"), _LITGPT_FIXED,
+        names=_LITGPT, finish=_finish_litgpt, computes=("parallel_residual",),
+    ),
+    Dialect(
+        "litGPT before 2025", (r"(.*\.)?h\.N\.norm_1\.weight", r"(.*\.)?h\.N\.attn\.attn\.weight"), _LITGPT_FIXED,
+        names=_LITGPT, finish=_from_groups, computes=("parallel_residual",),
+    ),
+    Dialect(
+        "minimind", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
+        _ROPE, test=lambda tensors: _is_minimind(tensors) and not _normalises_heads(tensors), guess=_guess_minimind,
+    ),
+    Dialect(
+        "minimind 3", (r"(.*\.)?layers\.N\.self_attn\.q_norm\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
+        _ROPE, test=_is_minimind, guess=_guess_minimind, architecture="qwen3",
+        names={f"*.self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
+    ),
+    Dialect(
+        "GPT-Neo", (r"(.*\.)?wpe\.weight", r"(.*\.)?h\.N\.attn\.attention\.q_proj\.weight"),
+        {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5},
+        architecture="gptneo", finish=_finish_gptneo,
+        names={**{f"*.attn.attention.{part}_proj": f"attn_{part}" for part in "qkv"},
+               "*.attn.attention.out_proj": "attn_output"},
+    ),
+)  # fmt: skip

@@ -1,0 +1,176 @@
+"""Families of models as transformers saves them: a row of HUGGING_FACE for each architecture that a `model_type` means.
+
+In: a configuration, tensors by role. Out: the tensors and keys that the architecture's files have elsewhere, and a check that
+its layers are those that the configuration describes. What a family computes stands in runtime/architectures; `MODEL_TYPES`
+in model_config.py says which `model_type` is which.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.export.assemble import stacked
+from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.dialect import Dialect, Draft
+from pocketlm.export.model_config import ModelConfig
+from pocketlm.runtime.architectures.exaone4 import HYBRID
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.hyper_parameters import Rope
+from pocketlm.runtime.plan import Attend, Plan, Rotate, make_plan
+
+Step = Callable[[Draft], None]
+HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
+NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
+NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
+COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar")  # `checked` looks at these
+
+
+def one_added(draft: Draft) -> None:
+    """Gemma's norms multiply by 1 + weight; those of its files by weight."""
+    for role in [role for role in draft.tensors if role.endswith("norm.weight")]:
+        draft.tensors[role] = _changed(draft.tensors[role], lambda weights: weights + np.float32(1))
+
+
+def gate_before_up(draft: Draft) -> None:
+    """One tensor of the gate's rows and of those after them."""
+    for gate in draft.in_layers(r"ffn_gate\.weight"):
+        up = gate.replace("gate", "up")
+        draft.tensors[up] = stacked([draft.tensors.pop(gate), draft.tensors[up]])
+
+
+def llama_if_wide(draft: Draft) -> None:
+    """llama.cpp's Qwen2 has heads that are together as wide as the model; its Llama has others, and biases, too."""
+    n_head, _, head_dim = draft.heads
+    if n_head * head_dim != draft.keys["embedding_length"]:
+        draft.architecture = ""
+
+
+def tanh(draft: Draft) -> None:
+    """Whatever the first Gemma's configuration calls its GELU, its code computes the tanh formula."""
+    draft.options["activation"] = "gelu_tanh"
+
+
+def windows_at_their_depth(draft: Draft) -> None:
+    """EXAONE 4 leaves positions out of layers without a window where others have one; llama.cpp knows these by their depth."""
+    if ("attention.sliding_window" in draft.keys) != (draft.keys["block_count"] == HYBRID):
+        problem = f"is an EXAONE 4 of {draft.keys['block_count']} layers that has sliding windows, or lacks them"
+        raise FileError(draft.config.path, problem, "pocketlm does not compute that")
+
+
+def _family(
+    architecture: str, names: Mapping[str, str] | None = None, keys: Mapping[str, tuple[str, Any]] | None = None,
+    *steps: Step, **fixed: Any,
+) -> Dialect:  # fmt: skip
+    """A row. `names`: as of a Dialect; `keys`: the architecture's → config.json's, and what it is where that is silent."""
+    usual, keys = ARCHITECTURES[architecture].USUAL, keys or {}
+
+    def finish(draft: Draft) -> None:
+        for key, (name, default) in keys.items():
+            if (value := draft.config.said(name, default)) is not None or default is not None:
+                draft.keys[key] = value or 0.0  # null: without
+        for step in steps:
+            step(draft)
+
+    computes = (*COMPUTED, *(name for name, _ in keys.values()))
+    fixed = {**{name: usual[name] for name in ("norm", "position")}, "rope_pairs": "half", **fixed}
+    return Dialect(
+        f"Hugging Face {architecture}", (), fixed, architecture=architecture, names=names or {}, computes=computes,
+        finish=finish,
+    )  # fmt: skip
+
+
+HUGGING_FACE = {
+    row.architecture: row
+    for row in (
+        _family("qwen2", {}, {}, llama_if_wide),
+        _family("qwen3", HEAD_NORMS),
+        _family(
+            "gemma3", {**HEAD_NORMS, **NORMS_AROUND},
+            {
+                "attention.sliding_window": ("sliding_window", 4096),
+                "rope.freq_base_swa": ("rope_local_base_freq", 10000.0),
+                "final_logit_softcapping": ("final_logit_softcapping", None),
+            },
+            one_added, rope_theta=1e6,
+        ),
+        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up),
+        _family("smollm3", rope_theta=2e6),
+        _family(
+            "granite", {},
+            {
+                "embedding_scale": ("embedding_multiplier", 1.0),
+                "residual_scale": ("residual_multiplier", 1.0),
+                "attention.scale": ("attention_multiplier", 1.0),
+                "logit_scale": ("logits_scaling", 1.0),
+            },
+        ),
+        _family("gemma", {}, {}, one_added, tanh),
+        _family(
+            "gemma2", NORMS_AROUND,
+            {
+                "attention.sliding_window": ("sliding_window", 4096),
+                "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+                "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+            },
+            one_added,
+        ),
+        _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
+        _family(
+            "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},
+            windows_at_their_depth,
+        ),
+    )
+}  # fmt: skip
+
+
+# ── what a configuration says of single layers ───────────────────────────────────────────────────────────────────────
+
+
+def checked(model: CanonicalModel, config: ModelConfig) -> CanonicalModel:
+    """The model, its queries multiplied where the configuration divides scores by something else than its architecture does.
+
+    Raises FileError where layers have other windows, or other positions, than the configuration says.
+    """
+    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, config.path)
+    layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
+    for what, found, said in (
+        ("sliding windows", [window if window < n_ctx else 0 for window, _ in layers], config.windows(len(layers), n_ctx)),
+        ("rotary positions", [rope is not None for _, rope in layers], config.rotary_layers(len(layers))),
+        ("rotary bases", {rope.theta for window, rope in layers if window and rope}, {base} if base is not None else None),
+    ):
+        if said is not None and found and found != said:
+            problem = f"its configuration has {what} in other layers, or others, than {model.hyper.architecture} has"
+            raise FileError(config.path, problem, "pocketlm does not compute that")
+    divisor = config.raw("query_pre_attn_scalar")
+    scale = next(op.scale for op in plan.ops if isinstance(op, Attend))
+    if not isinstance(divisor, (int, float)) or divisor <= 0 or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
+        return model
+    factor, at = np.float32(divisor**-0.5 / scale), "attn_q_norm" if "blk.0.attn_q_norm.weight" in model.tensors else "attn_q"
+    changed = {
+        name: _changed(tensor, lambda weights: weights * factor)
+        for name, tensor in model.tensors.items()
+        if name.split(".")[-2] == at
+    }
+    return replace(model, tensors={**model.tensors, **changed})
+
+
+def _layers(plan: Plan) -> list[tuple[int, Rope | None]]:
+    """The window of every layer, and how its queries and keys are rotated."""
+    layers, rope = [], None
+    for op in plan.ops:
+        if isinstance(op, Rotate):
+            rope = op.rope
+        if isinstance(op, Attend):
+            layers.append((op.window, rope))
+            rope = None
+    return layers
+
+
+def _changed(tensor: CanonicalTensor, change: Callable[[np.ndarray], np.ndarray]) -> CanonicalTensor:
+    return CanonicalTensor(tensor.shape, lambda: change(tensor.read()))

@@ -1,0 +1,91 @@
+"""Dialects of the families with LayerNorm that transformers saves: GPT-NeoX, Phi 1 and 2, StableLM, StarCoder 2, BLOOM
+and MPT.
+
+Rows for dialects.py, with what brings their tensors and keys into the form that their architectures have elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.export.assemble import reordered
+from pocketlm.export.canonical import CanonicalTensor
+from pocketlm.export.dialect import Dialect, Draft
+
+
+def _apart(draft: Draft) -> None:
+    """All queries, all keys, all values, where the file has them head by head."""
+    n_head, _, head_dim = draft.heads
+    order = np.arange(3 * n_head * head_dim).reshape(n_head, 3, head_dim).swapaxes(0, 1).ravel()
+    for role in draft.in_layers(r"attn_qkv\.(weight|bias)"):
+        if draft.tensors[role].shape[0] == len(order):
+            draft.tensors[role] = reordered(draft.tensors[role], order)
+
+
+def _gptneox(draft: Draft) -> None:
+    _apart(draft)
+    draft.keys["use_parallel_residual"] = draft.config.raw("use_parallel_residual") is not False
+
+
+def _stablelm(draft: Draft) -> None:
+    """The norms of heads, which are modules of their own, as the rows of one matrix."""
+    draft.keys["use_parallel_residual"] = draft.config.raw("use_parallel_residual") is True
+    n_head, n_kv_head, head_dim = draft.heads
+    for part, n in (("q", n_head), ("k", n_kv_head)):
+        for role in draft.in_layers(rf"attn_{part}_norm\.weight"):
+            draft.tensors[role] = _shaped(draft.tensors[role], n, head_dim)
+
+
+def _shaped(tensor: CanonicalTensor, *shape: int) -> CanonicalTensor:
+    if int(np.prod(tensor.shape)) != int(np.prod(shape)):
+        return tensor  # the plan says what is wrong
+    return CanonicalTensor(shape, lambda: tensor.read().reshape(shape))
+
+
+def _starcoder2(draft: Draft) -> None:
+    if isinstance(window := draft.config.raw("sliding_window"), int):
+        draft.keys["attention.sliding_window"] = window
+
+
+def _mpt(draft: Draft) -> None:
+    if draft.config.raw("alibi") is False:
+        raise FileError(draft.config.path, "is an MPT without ALiBi", "pocketlm does not compute that")
+
+
+_LAYER_NORM: dict[str, Any] = {"norm": "layer", "norm_eps": 1e-5}
+_ROPE = {**_LAYER_NORM, "position": "rope", "rope_pairs": "half"}
+OLDER = (
+    Dialect(
+        "Hugging Face GPT-NeoX", (r"(.*\.)?layers\.N\.attention\.query_key_value\.weight",),
+        {**_ROPE, "activation": "gelu_erf"}, architecture="gptneox", finish=_gptneox,
+        names={"*.attention.query_key_value": "attn_qkv"}, computes=("use_parallel_residual",),
+    ),
+    Dialect(
+        "Hugging Face Phi", (r"(.*\.)?layers\.N\.self_attn\.dense\.weight", r"(.*\.)?layers\.N\.mlp\.fc1\.weight"),
+        {**_ROPE, "activation": "gelu_tanh"}, architecture="phi2",
+    ),
+    Dialect(
+        "Hugging Face StableLM", (r"(.*\.)?layers\.N\.input_layernorm\.bias", r"(.*\.)?layers\.N\.mlp\.gate_proj\.weight"),
+        _ROPE, architecture="stablelm", computes=("use_parallel_residual", "qk_layernorm"), finish=_stablelm,
+        names={f"*.self_attn.{part}_layernorm.norms.{i}": f"attn_{part}_norm#{i}" for part in "qk" for i in range(256)},
+    ),
+    Dialect(
+        "Hugging Face StarCoder 2", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.mlp\.c_fc\.weight"),
+        {**_ROPE, "activation": "gelu_tanh"}, architecture="starcoder2", computes=("sliding_window", "layer_types"),
+        finish=_starcoder2,
+    ),
+    Dialect(
+        "Hugging Face BLOOM",
+        (r"(.*\.)?h\.N\.self_attention\.query_key_value\.weight", r"(.*\.)?word_embeddings_layernorm\.weight"),
+        {**_LAYER_NORM, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
+        names={"word_embeddings_layernorm": "token_embd_norm", "*.self_attention.query_key_value": "attn_qkv"},
+    ),
+    Dialect(
+        "Hugging Face MPT", (r"(.*\.)?blocks\.N\.attn\.Wqkv\.weight", r"(.*\.)?blocks\.N\.ffn\.up_proj\.weight"),
+        {**_LAYER_NORM, "position": "alibi", "activation": "gelu_erf"}, architecture="mpt", finish=_mpt,
+        names={"*.attn.q_ln": "attn_q_norm", "*.attn.k_ln": "attn_k_norm"},
+    ),
+)  # fmt: skip

@@ -1,0 +1,44 @@
+"""Gemma 3 (arXiv:2503.19786): Gemma 2 with normalised heads in place of capped scores.
+
+Five of six layers see a window and have rotary positions of their own; the sixth's reach further.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from pocketlm.runtime.architectures.common import Builder
+
+USUAL: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "gelu_tanh", "gated": True,
+}  # fmt: skip
+SETTINGS: tuple[str, ...] = ("attention.sliding_window", "rope.freq_base_swa", "final_logit_softcapping")
+
+
+def operations(m: Builder) -> None:
+    h = m.hyper
+    is_27b = h.n_layer == 62  # the only one that does not divide by the root of a head's width
+    scale = (h.n_embd // h.n_head if is_27b else h.head_dim) ** -0.5
+    local = h.rope and replace(h.rope, theta=m.number("rope.freq_base_swa", 10000.0, 1.001), scaling="none", factor=1.0)
+    m.embed()
+    m.scale("x", math.sqrt(h.n_embd))
+    for b in m.layers():
+        window = b.window(6)
+        b.norm("attn_norm")
+        b.qkv()
+        b.norm_heads()
+        b.rotate(local if window else None)
+        b.attend(scale=scale, window=window)
+        b.attention_output()
+        b.norm("post_attention_norm", "y", "y")
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.norm("post_ffw_norm", "y", "y")
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+    if cap := m.number("final_logit_softcapping", 0.0):
+        m.softcap("logits", cap)

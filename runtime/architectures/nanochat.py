@@ -1,0 +1,46 @@
+"""nanochat up to January 2026: norms without weights, the one of queries and keys after their rotation, squared ReLU.
+
+Before a layer x becomes residual_scale · x + embedding_scale · (the embedding), with numbers of the layer's own. llama.cpp
+has no such architecture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pocketlm.runtime.architectures.common import Builder
+
+USUAL: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "relu_squared", "gated": False,
+}  # fmt: skip
+SETTINGS: tuple[str, ...] = (
+    "residual_scale", "embedding_scale", "attention.sliding_window", "attention.sliding_window_pattern",
+    "final_logit_softcapping",
+)  # fmt: skip
+
+
+def operations(m: Builder) -> None:
+    residual, embedding = m.numbers("residual_scale", 1.0), m.numbers("embedding_scale", 0.0)
+    is_local, window = m.numbers("attention.sliding_window_pattern", 0.0), m.count("attention.sliding_window", 1)
+    m.embed()
+    m.norm(None, "x", "x")
+    if any(embedding):
+        m.scale("x", 1.0, out="x0")
+    for b in m.layers():
+        if residual[b.layer] != 1:
+            b.scale("x", residual[b.layer])
+        if embedding[b.layer]:
+            b.add("x0", "x", factor=embedding[b.layer])
+        b.norm(None)
+        b.qkv()
+        b.rotate()
+        b.norm_heads(None, None)
+        b.attend(window=window if is_local[b.layer] else 0)
+        b.attention_output()
+        b.add()
+        b.norm(None)
+        b.feed_forward()
+        b.add()
+    m.norm(None)
+    m.logits()
+    m.softcap("logits", m.number("final_logit_softcapping", low=1e-6))

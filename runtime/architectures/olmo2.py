@@ -1,0 +1,36 @@
+"""OLMo 2 and OLMo 3 (arXiv:2501.00656): a Llama with norms after each block instead of before it.
+
+All queries of a token are normalised as one vector, and all its keys. OLMo 3 sees a window in three of four layers, whose
+rotary positions are not scaled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pocketlm.runtime.architectures.common import Builder
+
+USUAL: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
+}  # fmt: skip
+SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
+
+
+def operations(m: Builder) -> None:
+    local = m.hyper.rope and replace(m.hyper.rope, scaling="none", factor=1.0, attention_factor=1.0)
+    m.embed()
+    for b in m.layers():
+        window = b.window(4)
+        b.qkv("x")
+        b.norm_queries_and_keys()
+        b.rotate(local if window else None)
+        b.attend(window=window)
+        b.attention_output()
+        b.norm("post_attention_norm", "y", "y")
+        b.add()
+        b.feed_forward("x")
+        b.norm("post_ffw_norm", "y", "y")
+        b.add()
+    m.norm("output_norm")
+    m.logits()

@@ -1,0 +1,30 @@
+"""Phi-3, Phi-3.5 and Phi-4-mini (arXiv:2404.14219): a Llama with rotary positions on the halves of a head.
+
+Queries, keys and values are one tensor, gate and up another. In longer contexts than it was first trained for, tensors of
+factors stretch the rotary positions (LongRoPE, arXiv:2402.13753).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pocketlm.runtime.architectures.common import Builder
+
+USUAL: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
+}  # fmt: skip
+SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
+
+
+def operations(m: Builder) -> None:
+    window = int(m.number("attention.sliding_window", 0))
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention(window=window)
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()

@@ -1,0 +1,120 @@
+"""Published architectures: a GGUF of random weights gives the logits that llama.cpp computes from it.
+
+A row of MODELS is one architecture with every option that changes what it computes; each is tried in three shapes, by both
+executors, the text in one pass and token by token. The texts are longer than the windows and, where rotary positions are
+scaled, longer than the context that the model was first trained for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from agreement import compare
+from families import N_VOCAB, Shapes, write_random
+from llama_reference import LlamaReference
+
+import pocketlm
+
+
+@dataclass(frozen=True)
+class Row:
+    """`keys` and `extra` (tensors that the architecture may have) as `write_random` takes them, `{i}`: a layer's number."""
+
+    arch: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, str | int] = field(default_factory=dict)  # name -> width, a number or the name of a size
+    sizes: dict[str, int] = field(default_factory=dict)
+    n: int = 48  # tokens of the text
+    narrow: bool = False  # llama.cpp wants heads that are together as wide as the model
+
+
+SHAPES = {
+    "grouped heads": {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96},
+    "as many keys": {"n_embd": 96, "n_head": 3, "n_kv_head": 3, "head_dim": 32, "n_ff": 128},
+    "wide heads": {"n_embd": 64, "n_head": 6, "n_kv_head": 1, "head_dim": 24, "n_ff": 80},
+}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+OWN_HEAD: dict[str, str | int] = {"output.weight": "vocabulary"}
+QKV_BIASES: dict[str, str | int] = {
+    "blk.{i}.attn_q.bias": "q", "blk.{i}.attn_k.bias": "kv", "blk.{i}.attn_v.bias": "kv",
+}  # fmt: skip
+FUSED: dict[str, str | int] = {"blk.{i}.attn_qkv.weight": "qkv", "blk.{i}.ffn_up.weight": "gate and up"}
+FACTORS: dict[str, str | int] = {"rope_factors_long.weight": "half", "rope_factors_short.weight": "half"}
+LONGROPE = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_factor": 1.19}
+GRANITE = {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.1}
+MODELS = {
+    "qwen2": Row("qwen2", {"rope.freq_base": 1e6}, QKV_BIASES, narrow=True),
+    "qwen2, yarn, own head": Row("qwen2", YARN, {**QKV_BIASES, **OWN_HEAD}, narrow=True),
+    "qwen3": Row("qwen3", {"rope.freq_base": 1e6}),
+    "qwen3, yarn, own head": Row("qwen3", YARN, OWN_HEAD),
+    "gemma3": Row("gemma3", {"attention.sliding_window": 8, "rope.freq_base": 1e6}, sizes={"n_layer": 7}),
+    "gemma3, linear, capped logits": Row(
+        "gemma3",
+        {"attention.sliding_window": 8, "rope.freq_base": 1e6, "final_logit_softcapping": 2.0,
+         "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
+        OWN_HEAD, sizes={"n_layer": 7},
+    ),
+    "gemma3, another base in windows": Row(
+        "gemma3", {"attention.sliding_window": 8, "rope.freq_base": 1e6, "rope.freq_base_swa": 500.0}, sizes={"n_layer": 7},
+    ),
+    "phi3": Row("phi3", {}, FUSED, narrow=True),
+    "phi3, longrope, short": Row("phi3", LONGROPE, {**FUSED, **FACTORS, **OWN_HEAD}, narrow=True),
+    "phi3, longrope, long": Row("phi3", LONGROPE, {**FUSED, **FACTORS}, {"n_ctx": 512}, 300, narrow=True),
+    "phi3, a part of the head rotated": Row(
+        "phi3", {**LONGROPE, "rope.dimension_count": 12},
+        {**FUSED, "rope_factors_long.weight": 6, "rope_factors_short.weight": 6}, {"n_ctx": 512}, 300, narrow=True,
+    ),
+    "smollm3": Row("smollm3", {"rope.freq_base": 5e6}, sizes={"n_layer": 5}),
+    "smollm3, yarn, own head": Row("smollm3", YARN, OWN_HEAD, {"n_layer": 5}),
+    "granite": Row("granite", {"logit_scale": 8.0}),
+    "granite, all factors": Row("granite", GRANITE, OWN_HEAD),
+    "granite, no positions": Row("granite", {**GRANITE, "rope.scaling.finetuned": False}),
+    "gemma": Row("gemma"),
+    "gemma2": Row(
+        "gemma2", {"attention.sliding_window": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
+    ),
+    "gemma2, no caps said": Row("gemma2", {"attention.sliding_window": 8}),
+    "gemma2, as deep as 27B": Row("gemma2", {"attention.sliding_window": 8}, {}, {"n_layer": 46}, 12),
+    "gemma3, as deep as 27B": Row("gemma3", {"attention.sliding_window": 8}, {}, {"n_layer": 62}, 12),
+    "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),
+    "olmo2, yarn": Row("olmo2", YARN, OWN_HEAD, narrow=True),
+    "olmo3": Row("olmo2", {**YARN, "attention.sliding_window": 8}, OWN_HEAD, {"n_layer": 5}, narrow=True),
+}  # fmt: skip
+
+
+def tensors(row: Row, sizes: dict[str, int]) -> Shapes:
+    """The shapes of `row.extra`, in every layer."""
+    q, kv = sizes["n_head"] * sizes["head_dim"], sizes["n_kv_head"] * sizes["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (q,), "kv": (kv,), "half": (sizes["head_dim"] // 2,), "vocabulary": (N_VOCAB, sizes["n_embd"]),
+        "qkv": (q + 2 * kv, sizes["n_embd"]), "gate and up": (2 * sizes["n_ff"], sizes["n_embd"]),
+    }  # fmt: skip
+    return {
+        name.replace("{i}", str(i)): shapes[width] if isinstance(width, str) else (width,)
+        for name, width in row.extra.items()
+        for i in range(sizes["n_layer"] if "{i}" in name else 1)
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_llama_cpps(tmp_path, name, shape):
+    row = MODELS[name]
+    sizes = {"n_layer": 3, "n_ctx": 64, **SHAPES[shape], **row.sizes}
+    if row.narrow:
+        sizes["n_embd"] = sizes["n_head"] * sizes["head_dim"]
+    path = write_random(tmp_path / "model.gguf", row.arch, sizes, row.keys, tensors(row, sizes))
+    ids = np.random.default_rng(1).integers(0, 256, row.n)
+    with LlamaReference(path, n_ctx=sizes["n_ctx"]) as llama:
+        expected = llama.logits(ids)
+    assert np.ptp(expected, axis=1).min() > 0.5  # they say something
+    for backend in ("numpy", "native"):
+        with pocketlm.load(path, backend=backend, threads=2) as model:
+            assert compare(expected, model.logits(ids)).worst_cosine >= 0.9999, backend
+            executor = model.executor
+            executor.cache.truncate(0)
+            one_by_one = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
+            assert compare(expected, one_by_one).worst_cosine >= 0.9999, backend

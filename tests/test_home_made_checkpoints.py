@@ -1,0 +1,297 @@
+"""Checkpoints of nanochat, llama2.c, litGPT, minimind and GPT-Neo: what is exported gives the logits of their own forward."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pocketlm
+from pocketlm.errors import FileError
+from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.dialects import read_canonical
+from pocketlm.export.export import export
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
+
+torch = pytest.importorskip("torch", reason="checkpoints are made with PyTorch")
+made = pytest.importorskip("home_made_models")
+models = pytest.importorskip("torch_models")
+
+LIMIT = 1e-3
+
+
+def agree(path: Path, backend: str, expected: np.ndarray, ids: np.ndarray) -> None:
+    """The logits of a model file, in one block and token by token."""
+    with pocketlm.load(path, backend=backend, threads=2) as model:
+        assert np.abs(model.logits(ids) - expected).max() < LIMIT
+        executor = model.executor
+        executor.cache.truncate(0)
+        steps = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
+        assert np.abs(steps - expected).max() < LIMIT
+
+
+def logits_of(module: Any, ids: np.ndarray, half: bool) -> np.ndarray:
+    """What a PyTorch module computes; `half`: with keys and values rounded as the native executor's cache keeps them."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for owner, name in ((made, "attention"), (models, "causal_attention")):
+            plain = getattr(owner, name)
+
+            def rounded(q: Any, k: Any, v: Any, *rest: Any, plain: Any = plain) -> Any:
+                return plain(q, k.half().float(), v.half().float(), *rest)
+
+            if half:
+                patch.setattr(owner, name, rounded)
+        return module(torch.from_numpy(ids)).numpy()
+
+
+def check(module: Any, source: Path, n: int = 40, **options: Any) -> tuple[CanonicalModel, list[str]]:
+    """Exported and run, `source` computes what `module` does on n tokens; the model and the receipt's notes."""
+    model = read_canonical(source, tokenizer="none", **options)
+    out = source.parent / "out.gguf"
+    receipt = export(model, source, out, quant="f32", n_threads=1)
+    ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, n)
+    for backend in ("numpy", "native"):
+        agree(out, backend, logits_of(module, ids, half=backend == "native"), ids)
+    return model, receipt.notes
+
+
+def in_onnx(module: Any, model: CanonicalModel, out: Path) -> None:
+    """onnxruntime's logits of the model, all tokens at once."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the ONNX file")
+    export(model, "test", out, container="onnx", quant="f32", n_threads=1)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(2).integers(0, model.hyper.n_vocab, 40)
+    past = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")
+    }
+    found = session.run(["logits"], {"input_ids": ids[None], "attention_mask": np.ones((1, 40), np.int64), **past})[0][0]
+    assert np.abs(found - logits_of(module, ids, half=False)).max() < LIMIT
+
+
+def save(folder: Path, content: Any, name: str) -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+ONLY_HERE = "stock llama.cpp does not know this architecture: the file runs in pocketlm only"
+
+# ── nanochat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padded": 64}, {"padded": 64, "lambdas": True}, {"padded": 64, "lambdas": True, "pattern": "SSL", "n_layer": 5}],
+    ids=["October 2025", "December 2025: padded", "January 2026: lambdas", "January 2026: windows"],
+)
+def test_nanochat(tmp_path: Path, options: dict[str, Any]) -> None:
+    module = made.randomise(made.NanoChat(**options))
+    state = {f"_orig_mod.{name}": tensor for name, tensor in module.state_dict().items()}
+    path = save(tmp_path, state, "model_000650.pt")
+    (tmp_path / "meta_000650.json").write_text(json.dumps({"step": 650, "model_config": module.args}))
+    model, notes = check(module, path)
+    in_onnx(module, model, tmp_path / "out.onnx")
+    assert (model.dialect, model.hyper.architecture, model.hyper.n_vocab) == ("nanochat", "nanochat", 61)
+    assert ONLY_HERE in notes
+
+
+@pytest.mark.parametrize("name", ["smear_gate.weight", "transformer.h.0.attn.ve_gate.weight", "value_embeds.1.weight"])
+def test_what_later_nanochats_add_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    state = {**made.NanoChat(lambdas=True).state_dict(), name: torch.ones(1, 24)}
+    with pytest.raises(FileError, match=r"its nanochat .*(smear_gate|value_embeds), since .* 2026.*does not compute that"):
+        read_canonical(save(tmp_path, state, "model_000650.pt"), tokenizer="none")
+
+
+def test_a_nanochat_chats_in_its_own_words(tmp_path: Path) -> None:
+    tiktoken = pytest.importorskip("tiktoken", reason="writes the tokenizer")
+    words = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
+    markers = {f"<|{word}|>": 256 + i for i, word in enumerate(words)}
+    pattern = PRE_TOKENIZERS["nanochat"][0]
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("rustbpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=markers)
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    module = made.randomise(made.NanoChat(vocab=265, padded=320))
+    path = save(tmp_path, module.state_dict(), "model_000001.pt")
+    (tmp_path / "meta_000001.json").write_text(json.dumps({"model_config": module.args}))
+    export(read_canonical(path), path, tmp_path / "chat.gguf", quant="f32", n_threads=1)
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi, 123!"}]
+    with pocketlm.load(tmp_path / "chat.gguf", backend="numpy") as model:
+        ids = model.template.encode(messages, model.tokenizer)
+        assert 260 in model.tokenizer.vocabulary.end_ids
+    assert ids == [256, 257, *b"Be kind.\n\nHi, 123!", 258, 259]
+
+
+def test_a_nanochat_without_its_meta_file_asks_for_the_heads(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="--set n_head=8 --set n_ctx=1024"):
+        read_canonical(save(tmp_path, made.NanoChat().state_dict(), "model_000650.pt"), tokenizer="none")
+
+
+# ── llama2.c ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_ff": 48, "n_vocab": 61}
+ORDER_0 = ("embed", "attn_norm", "q", "k", "v", "o", "ffn_norm", "gate", "down", "up", "norm", "tables")
+ORDER_1 = ("attn_norm", "ffn_norm", "norm", "embed", "q", "k", "v", "o", "gate", "down", "up")
+
+
+def llama2c_bytes(module: Any, version: int, tied: bool, group: int = 16) -> bytes:
+    """A `model.bin`; of version 2 the module's matrices become what the file holds."""
+    numbers = [32, 48, 2, 4, 2, 61 if tied or version else -61, 40]
+    header = struct.pack("<7i", *numbers)
+    if version:
+        header = struct.pack("<Ii", 0x616B3432, version) + header + struct.pack("<B", tied)
+        header = (header + (struct.pack("<i", group) if version == 2 else b"")).ljust(256, b"\0")
+    parts = [header]
+    for name in (*(ORDER_1 if version else ORDER_0), *(() if tied else ("head",))):
+        if name == "tables":
+            parts.append(np.zeros((2, 40, 4), np.float32).tobytes())
+            continue
+        layers = [None] if name in ("embed", "norm", "head") else [0, 1]
+        for weight in [module.part(name, layer).weight for layer in layers]:
+            values = weight.detach().numpy()
+            if version == 2 and values.ndim > 1:
+                groups = values.reshape(-1, group)
+                scales = (np.abs(groups).max(1, keepdims=True) / 127).astype(np.float32)
+                codes = np.rint(groups / scales).astype(np.int8)
+                with torch.no_grad():
+                    weight.copy_(torch.from_numpy((codes * scales).reshape(values.shape)))
+                parts += [codes.tobytes(), scales.tobytes()]
+            else:
+                parts.append(values.astype("<f4").tobytes())
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_llama2c_model_bin(tmp_path: Path, version: int, tied: bool) -> None:
+    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", tied=tied, **SIZES))
+    path = tmp_path / "model.bin"
+    path.write_bytes(llama2c_bytes(module, version, tied))
+    model, _ = check(module, path)
+    assert (model.hyper.architecture, model.hyper.n_ctx, model.hyper.norm_eps) == ("llama", 40, 1e-5)
+    assert ("output.weight" in model.tensors) != tied
+
+
+def test_llama2c_checkpoint(tmp_path: Path) -> None:
+    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", **SIZES))
+    args = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "multiple_of": 16, "max_seq_len": 40,
+            "dropout": 0.0}  # fmt: skip
+    state = {**module.state_dict(), "output.weight": module.state_dict()["tok_embeddings.weight"]}
+    content = {"model": state, "model_args": args, "optimizer": {"state": {}}, "iter_num": 3, "config": {}}
+    check(module, save(tmp_path, content, "ckpt.pt"))
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_a_damaged_model_bin_is_one_line(tmp_path: Path, version: int) -> None:
+    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", **SIZES))
+    data, path = llama2c_bytes(module, version, True), tmp_path / "model.bin"
+    scrambled = (data[:4] + b"\xff" * 40 + data[44:], data[:8] + bytes(32) + data[40:])
+    for damaged in (data[:-4], data + b"\0\0\0\0", data[:30], *scrambled):
+        path.write_bytes(damaged)
+        with pytest.raises(FileError) as error:
+            read_canonical(path, tokenizer="none")
+        assert "\n" not in str(error.value)
+
+
+# ── litGPT ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LITGPT: dict[str, tuple[dict[str, Any], str]] = {
+    "Pythia": ({}, "gptneox"),
+    "Pythia, grouped rows": ({"grouped": True}, "gptneox"),
+    "phi": ({"shared": True, "n_kv_head": 4}, "phi2"),
+    "StableLM 2 12B": ({"shared": True, "mlp": "LLaMAMLP", "bias": False}, "stablelm"),
+    "Llama": ({"mlp": "LLaMAMLP", "norm": "RMSNorm", "parallel": False, "part": 1.0, "bias": False}, "llama"),
+    "Llama, grouped rows": (
+        {"mlp": "LLaMAMLP", "norm": "RMSNorm", "parallel": False, "part": 1.0, "bias": False, "grouped": True}, "llama",
+    ),
+    "sequential LayerNorm": ({"parallel": False}, "pocketlm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "architecture"), LITGPT.values(), ids=LITGPT)
+def test_litgpt(tmp_path: Path, options: dict[str, Any], architecture: str) -> None:
+    module = made.randomise(made.LitGPT(**options))
+    save(tmp_path, {"model": module.state_dict()}, "lit_model.pth")
+    (tmp_path / "model_config.yaml").write_text(module.yaml())
+    model, notes = check(module, tmp_path / "lit_model.pth")
+    in_onnx(module, model, tmp_path / "out.onnx")
+    assert (model.hyper.architecture, model.hyper.n_ctx) == (architecture, 48)
+    assert (ONLY_HERE in notes) == (architecture == "pocketlm")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scale_embeddings": "true"}, "scale_embeddings"), ({"norm_qk": "true"}, "norm_qk"),
+        ({"rope_adjustments": "\n  factor: 8.0\n  low_freq_factor: 1.0"}, "rope_adjustments"),
+        ({"mlp_class_name": "LLaMAMoE", "n_expert": "8"}, "n_expert"),
+    ],
+)  # fmt: skip
+def test_what_litgpt_can_and_pocketlm_cannot_is_refused_by_name(tmp_path: Path, change: dict[str, str], said: str) -> None:
+    module = made.LitGPT()
+    save(tmp_path, module.state_dict(), "lit_model.pth")
+    text = module.yaml()
+    for name, value in change.items():
+        text = re.sub(rf"^{name}: .*\n", "", text, flags=re.MULTILINE) + f"{name}: {value}\n"
+    (tmp_path / "model_config.yaml").write_text(text)
+    with pytest.raises(FileError, match=said):
+        read_canonical(tmp_path / "lit_model.pth", tokenizer="none")
+
+
+# ── minimind and TinyStories ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_minimind2(tmp_path: Path) -> None:
+    sizes = {"n_layer": 2, "n_head": 8, "n_kv_head": 2, "n_embd": 64, "n_ff": 96, "n_vocab": 6400}
+    module = models.initialise(models.Decoder(models.NAMES, "halves", theta=1e6, **sizes)).half().float()
+    state = {**module.state_dict(), "lm_head.weight": module.state_dict()["model.embed_tokens.weight"]}
+    model, _ = check(module, save(tmp_path, {k: t.half() for k, t in state.items()}, "full_sft_64.pth"), n=12)
+    assert (model.dialect, model.hyper.architecture, model.hyper.n_head) == ("minimind", "llama", 8)
+
+
+def test_minimind_3(tmp_path: Path) -> None:
+    module = made.randomise(made.MiniMind3()).half().float()
+    state = {**module.state_dict(), "lm_head.weight": module.state_dict()["model.embed_tokens.weight"]}
+    model, _ = check(module, save(tmp_path, {k: t.half() for k, t in state.items()}, "full_sft_64.pth"), n=12)
+    assert (model.dialect, model.hyper.architecture, model.hyper.n_head) == ("minimind 3", "qwen3", 4)
+
+
+def test_minimind_1(tmp_path: Path) -> None:
+    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", **{**SIZES, "n_vocab": 6400}))
+    path = save(tmp_path, module.state_dict(), "pretrain_32.pth")
+    with pytest.raises(FileError, match="--set n_head=8 --set n_ctx=1024"):
+        read_canonical(path, tokenizer="none")
+    check(module, path, overrides={"n_head": "4", "n_ctx": "64"})
+
+
+def test_tinystories_looks_through_its_windows(tmp_path: Path) -> None:
+    module = made.randomise(made.GPTNeo())
+    save(tmp_path, module.state_dict(), "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(module.config))
+    model, notes = check(module, tmp_path / "pytorch_model.bin", n=60)
+    in_onnx(module, model, tmp_path / "out.onnx")
+    assert (model.dialect, model.hyper.architecture) == ("GPT-Neo", "gptneo")
+    assert ONLY_HERE in notes
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileError, match="--set n_head"):
+        read_canonical(tmp_path / "pytorch_model.bin", tokenizer="none")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_types": [[["global", "local"], 10**12]]}, {"attention_types": [[[], 3], 5]}, {"attention_types": "local"},
+        {"attention_layers": ["local", "sideways", "local", "local"]}, {"window_size": None}, {"window_size": "8"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_a_gpt_neos_configuration_does_not_name_are_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    module = made.GPTNeo()
+    save(tmp_path, module.state_dict(), "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(module.config | change))
+    with pytest.raises(FileError, match=r"nothing says (which|how).*; put its config.json beside it"):
+        read_canonical(tmp_path / "pytorch_model.bin", tokenizer="none")
