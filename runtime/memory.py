@@ -111,6 +111,11 @@ def release_pages(view: np.ndarray) -> None:
             base.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not less than `n`."""
+    return -(-n // multiple) * multiple
+
+
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:
     """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -18,7 +18,7 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, release_pages
+from pocketlm.runtime.memory import aligned, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
@@ -36,33 +36,29 @@ __all__ = ["NativeExecutor", "NativeUnavailable"]
 BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 class NativeCache(KVCache):
     """float16. Keys [n_layer, n_kv_head, n_ctx / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache."""
 
     def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
         self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
-        rows, dim = _up(n_ctx, sizes.SPAN), _up(hyper.head_dim, ROWS)
+        rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
         self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
         self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 2
+        return 2 * hyper.n_layer * hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 2
 
     @staticmethod
     def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
         """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 10
+        return hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 10
 
     def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.keys[:, :, : _up(length, ROWS) // ROWS], self.values[:, :, :length]
+        return self.keys[:, :, : round_up(length, ROWS) // ROWS], self.values[:, :, :length]
 
     def _key_rows(self, layer: int, stop: int) -> np.ndarray:  # [n_kv_head, at least stop, padded_dim], a copy
-        keys = self.keys[layer, :, : _up(stop, ROWS) // ROWS].swapaxes(2, 3)
+        keys = self.keys[layer, :, : round_up(stop, ROWS) // ROWS].swapaxes(2, 3)
         return keys.reshape(keys.shape[0], -1, keys.shape[3])
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
@@ -81,7 +77,7 @@ class _Scratch:
 
     def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
-        self.dim = _up(hyper.head_dim, ROWS)
+        self.dim = round_up(hyper.head_dim, ROWS)
         self.activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))  # of one token
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (
@@ -90,7 +86,7 @@ class _Scratch:
             ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
         ):  # fmt: skip
             self.places[name], end = end, end + n_bytes
-        self.stride = _up(end, 4096)  # from thread to thread
+        self.stride = round_up(end, 4096)  # from thread to thread
         self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
         self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
@@ -117,7 +113,7 @@ class NativeExecutor:
         matrices = self._tile([tensors[name] for name in names])
         self._factors = factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
         self.cache = NativeCache(plan.hyper, n_ctx, factors)
-        self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
+        self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
         storage = Storage(matrices, self._vector, self._buffers, self._address)
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
@@ -134,7 +130,8 @@ class NativeExecutor:
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        rows = sum(round_up(width, 32) for width in plan.buffers.values())
+        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * rows
         scratch += rope_table_bytes(plan.hyper.rope, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
@@ -253,7 +250,7 @@ class NativeExecutor:
         return self._code[fmt].address(f"{fmt}_{kernel}")
 
     def _vector(self, name: str | None, n: int) -> np.ndarray:
-        key = (name, _up(n, 32))
+        key = (name, round_up(n, 32))
         if key not in self._vectors:
             vector = self._vectors[key] = aligned(key[1], np.float32)
             if name is not None:
