@@ -27,7 +27,8 @@ def home(tmp_path, monkeypatch):
 
 
 def piped(text, *arguments, command=DRIVER):
-    done = subprocess.run([*command, *arguments], input=text.encode(), capture_output=True, timeout=60)
+    known = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # Windows' own depends on the country
+    done = subprocess.run([*command, *arguments], input=text.encode(), capture_output=True, timeout=300, env=known)
     stdout, stderr = (data.decode().replace("\r\n", "\n") for data in (done.stdout, done.stderr))  # as Windows ends lines
     return stdout, stderr, done.returncode
 
