@@ -10,6 +10,7 @@ import numpy as np
 
 import pocketlm
 from pocketlm import __version__
+from pocketlm.errors import PocketlmError
 
 
 class Pocketlm:
@@ -61,6 +62,40 @@ class Pocketlm:
         if errors:
             raise errors[0]
         return time.perf_counter() - started
+
+    def ninth(self, prompt: list[int], n_tokens: int, conversations: int) -> tuple[float, float]:
+        """Seconds to the first token of one conversation more, begun when each of the others has made n_tokens, and how long
+        a token of the others took until then.
+        """
+        moments = [list[float]() for _ in range(conversations)]
+        done = threading.Event()
+        ctx = min(self._model.n_ctx, len(prompt) + 16 * n_tokens)
+
+        def speak(number: int) -> None:
+            with self._model.session(ctx=ctx) as session:
+                for _ in session.generate([*prompt, number], max_tokens=15 * n_tokens, seed=number, ignore_eos=True):
+                    moments[number].append(time.perf_counter())
+                    if done.is_set():
+                        return
+
+        threads = [threading.Thread(target=speak, args=(number,)) for number in range(conversations)]
+        with self._model.session(ctx=ctx) as session:
+            for thread in threads:
+                thread.start()
+            try:
+                while min(map(len, moments)) < n_tokens:
+                    if not all(thread.is_alive() for thread in threads):
+                        raise PocketlmError("a conversation ended before the ninth began")
+                    time.sleep(0.001)
+                started = time.perf_counter()
+                next(session.generate([*prompt, conversations], max_tokens=2, seed=0, ignore_eos=True))
+                first = time.perf_counter() - started
+            finally:
+                done.set()
+                for thread in threads:
+                    thread.join()
+        before = [moment for moment in moments[0] if moment <= started]
+        return first, float(np.median(np.diff(before)))
 
     def close(self) -> None:
         self._model.close()

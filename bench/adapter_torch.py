@@ -7,10 +7,10 @@ products in which the heads of a group share their keys.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from pocketlm.bench.protocol import Skipped
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.hyper import Hyper, read_hyper
-from pocketlm.runtime.positions import alibi_slopes, rope_table
+from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.positions import alibi_slopes, rope_tables
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "relu": F.relu, "gelu_erf": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -39,19 +39,20 @@ class Torch:
         plan = P.make_plan(hyper, saved["shapes"], path)
         self._embed, *blocks, norm, head = plan.ops
         layers = _layers(blocks)
+        if any(_without_names(layer) != _without_names(layers[0]) for layer in layers):
+            raise Skipped("the adapter for PyTorch runs models whose layers are alike")
         self._weights = weights
         self._layer_weights = [_weights(layer, weights) for layer in layers]
-        self._head, self._head_weights = make_layer([norm, head], hyper), _weights([norm, head], weights)
-        self._layer = self._eager = make_layer(layers[0], hyper)
+        self._head, self._head_weights = make_layer([norm, head]), _weights([norm, head], weights)
+        self._layer = self._eager = make_layer(layers[0])
         if compiled:
             self._layer = torch.compile(self._eager, dynamic=True)  # lengths change with every token
         shape = (hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim)
         self._keys, self._values, self._length = torch.zeros(shape), torch.zeros(shape), 0
         self._rope = self._slopes = None
-        if hyper.rope:
-            factors = weights[plan.rope_factors].numpy() if plan.rope_factors else None
-            self._rope = torch.from_numpy(rope_table(hyper.rope, n_ctx, factors))
-        if hyper.position == "alibi":
+        for table in rope_tables(plan.ops, lambda name: weights[name].numpy(), n_ctx).values():
+            self._rope = torch.from_numpy(table)
+        if hyper.alibi_max_bias:
             self._slopes = torch.from_numpy(alibi_slopes(hyper.n_head, hyper.alibi_max_bias))[:, None, None]
         how = "one layer compiled by Inductor with dynamic shapes" if compiled else "eager"
         self.facts = {
@@ -96,12 +97,29 @@ def _layers(ops: list[P.Op]) -> list[list[P.Op]]:
     return [ops[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def _without_names(ops: list[P.Op]) -> list[P.Op]:
+    """The operations without what has to differ from layer to layer; Skipped for one that `make_layer` does not know."""
+    plain: list[P.Op] = []
+    for op in ops:
+        if isinstance(op, P.Norm) and op.weight and op.n_groups == 1:
+            plain.append(replace(op, weight="", bias=op.bias and ""))
+        elif isinstance(op, P.Linear):
+            plain.append(replace(op, matrix=op.matrix.n_out))  # type: ignore[arg-type]
+        elif isinstance(op, P.Attend) and not (op.window or op.softcap or op.sinks):
+            plain.append(replace(op, layer=0))
+        elif isinstance(op, P.Rotate | P.Activate) or (isinstance(op, P.Add) and op.factor == 1):
+            plain.append(op)
+        else:
+            raise Skipped(f"the adapter for PyTorch does not know {op}")
+    return plain
+
+
 def _weights(ops: list[P.Op], weights: dict[str, Tensor]) -> list[Tensor | None]:
     """Weight and bias of every operation that has them, in order, named and transposed as convert.py stacks them."""
     found: list[Tensor | None] = []
     for op in ops:
         if isinstance(op, P.Norm):
-            found += [weights[op.weight], weights[op.bias] if op.bias else None]
+            found += [weights[op.weight] if op.weight else None, weights[op.bias] if op.bias else None]
         elif isinstance(op, P.Linear | P.Logits):
             name = "+".join(op.matrix.weights)
             found += [weights[f"{name}:T"], weights.get(f"{name}:bias")]
@@ -111,45 +129,44 @@ def _weights(ops: list[P.Op], weights: dict[str, Tensor]) -> list[Tensor | None]
 Layer = Callable[[Tensor, Any, Any, Any, Any, list[Any]], Tensor]
 
 
-def make_layer(ops: list[P.Op], hyper: Hyper) -> Layer:
+def make_layer(ops: list[P.Op]) -> Layer:
     """Those operations as one function: x [n, n_embd], the layer's keys and values [n_kv_head, total, head_dim], which end
     with n positions to be written, cos and sin [n, 2, 1, half], bias of the scores, weights -> the last op's output.
     """
-    q_width, kv_width, d = hyper.q_width, hyper.kv_width, hyper.head_dim
 
-    def rotate(qkv: Tensor, rope: Tensor) -> Tensor:  # [n, qkv] -> [n, qkv]
-        assert hyper.rope
-        heads = qkv[:, : q_width + kv_width].view(len(qkv), -1, d)
-        n_dims, cos, sin = hyper.rope.n_dims, rope[:, 0], rope[:, 1]
-        if hyper.rope.pairs == "interleaved":
+    def rotate(op: P.Rotate, qkv: Tensor, rope: Tensor) -> Tensor:  # [n, qkv] -> [n, qkv]
+        d, width = op.head_dim, op.n_heads * op.head_dim
+        heads = qkv[:, :width].view(len(qkv), -1, d)
+        n_dims, cos, sin = op.rope.n_dims, rope[:, 0], rope[:, 1]
+        if op.rope.pairs == "interleaved":
             a, b = heads[..., 0:n_dims:2], heads[..., 1:n_dims:2]
             turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
         else:
             a, b = heads[..., : n_dims // 2], heads[..., n_dims // 2 : n_dims]
             turned = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
         turned = torch.cat((turned, heads[..., n_dims:]), -1) if n_dims < d else turned
-        return torch.cat((turned.reshape(len(qkv), -1), qkv[:, q_width + kv_width :]), -1)
+        return torch.cat((turned.reshape(len(qkv), -1), qkv[:, width:]), -1)
 
-    def attend(qkv: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:  # [n, qkv] -> [n, q_width]
-        n = qkv.shape[0]
+    def attend(op: P.Attend, qkv: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:  # -> [n, q_width]
+        n, d, q_width, kv_width = qkv.shape[0], op.head_dim, op.n_head * op.head_dim, op.n_kv_head * op.head_dim
         q, k, v = qkv.split((q_width, kv_width, kv_width), -1)
-        keys[:, -n:], values[:, -n:] = (part.view(n, hyper.n_kv_head, d).transpose(0, 1) for part in (k, v))
+        keys[:, -n:], values[:, -n:] = (part.view(n, op.n_kv_head, d).transpose(0, 1) for part in (k, v))
         if n > 1:
-            q, grouped = q.view(n, hyper.n_head, d).transpose(0, 1), hyper.n_head != hyper.n_kv_head
+            q, grouped = q.view(n, op.n_head, d).transpose(0, 1), op.n_head != op.n_kv_head
             mask = None if bias is None else bias[None]
             mix = F.scaled_dot_product_attention(
-                q[None], keys[None], values[None], mask, is_causal=bias is None, enable_gqa=grouped
+                q[None], keys[None], values[None], mask, is_causal=bias is None, enable_gqa=grouped, scale=op.scale
             )
             return mix[0].transpose(0, 1).reshape(n, q_width)
-        scores = (q.view(hyper.n_kv_head, -1, d) / math.sqrt(d)) @ keys.transpose(1, 2)  # [n_kv_head, group, total]
+        scores = (q.view(op.n_kv_head, -1, d) * op.scale) @ keys.transpose(1, 2)  # [n_kv_head, group, total]
         if bias is not None:
-            scores = scores + bias.view(hyper.n_kv_head, -1, keys.shape[1])
+            scores = scores + bias.view(op.n_kv_head, -1, keys.shape[1])
         return (scores.softmax(-1) @ values).view(1, q_width)
 
-    def norm(op: P.Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def norm(op: P.Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if op.kind == "layer":
-            return F.layer_norm(x, weight.shape, weight, bias, op.eps)
-        y = F.rms_norm(x, weight.shape, weight, op.eps)
+            return F.layer_norm(x, (op.width,), weight, bias, op.eps)
+        y = F.rms_norm(x, (op.width,), weight, op.eps)
         return y if bias is None else y + bias
 
     def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:  # [n, n_in], [n_in, n_out] -> [n, n_out]
@@ -168,9 +185,9 @@ def make_layer(ops: list[P.Op], hyper: Hyper) -> Layer:
             if isinstance(op, P.Norm):
                 state[out] = norm(op, state[op.x], next(given), next(given))
             elif isinstance(op, P.Rotate):
-                state[out] = rotate(state[op.qkv], rope)
+                state[out] = rotate(op, state[op.qkv], rope)
             elif isinstance(op, P.Attend):
-                state[out] = attend(state[op.qkv], keys, values, bias)
+                state[out] = attend(op, state[op.qkv], keys, values, bias)
             elif isinstance(op, P.Activate):
                 state[out] = activate(op, state[op.x])
             elif isinstance(op, P.Add):

@@ -1,25 +1,35 @@
-"""A model file as the other libraries want it: ONNX, or PyTorch's own format, in a cache keyed by the file's content.
+"""A model file as the other libraries want it: ONNX, PyTorch's own format, folders; in a cache keyed by the file's content.
 
-The same weights go everywhere: the dequantised values of the file, in float32 (int8 is what onnxruntime makes of those).
+The same weights go everywhere: the dequantised values of the file (int8 and int4 are what the libraries make of those).
 Converting runs in a child process (worker.py); the parent only looks whether the result is there already.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pocketlm.bench.protocol import Skipped
+from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.code_cache import kept_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 FIRST_ROW = "first_row"  # input of a converted ONNX model: the first position whose logits are wanted
-SOURCES = ("bench/convert.py", "export/to_onnx.py", "export/onnx_file.py", "export/onnx_store.py")
+SOURCES = (
+    "bench/convert.py", "export/to_onnx.py", "export/onnx_file.py", "export/onnx_store.py", "export/to_huggingface.py",
+    "tokenizer/huggingface_writer.py",
+)  # fmt: skip
 
 
 class Kind(NamedTuple):
@@ -133,8 +143,89 @@ def _torch(path: Path, out: Path) -> None:
     part.replace(out)
 
 
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for what is needed on the way, under a name that `sweep` knows."""
+    with tempfile.TemporaryDirectory(prefix=f"part-{out.name}-", dir=out.parent) as folder:
+        yield Path(folder)
+
+
+def _exported(path: Path, out: Path, container: str, quant: str) -> Path:
+    """The model file's dequantised values in another container."""
+    from pocketlm.export.export import export
+    from pocketlm.export.from_model_file import read_model_file
+
+    export(read_model_file(path), path, out, container=container, quant=quant)
+    return out
+
+
+def _only(path: Path, kinds: tuple[str, ...], library: str) -> None:
+    """Raise Skipped for a model whose architecture a library does not know."""
+    from pocketlm.runtime.model_file import open_model
+
+    with open_model(path) as opened:
+        architecture = opened.metadata["general.architecture"]
+    if architecture not in kinds:
+        raise Skipped(f"{library} converts no models of the architecture {architecture}")
+
+
+def _genai(path: Path, out: Path) -> None:
+    """What onnxruntime-genai's own builder makes: int4 in blocks of 32, products in 8 bits, logits of the last position."""
+    _only(path, ("llama",), "onnxruntime-genai")
+    with _beside(out) as folder:
+        source = _exported(path, folder / "huggingface", "huggingface", "f32")
+        options = ("int4_accuracy_level=4", "int4_block_size=32", "prune_lm_head=true")
+        program = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", folder / "genai"]
+        _run([*program, "-p", "int4", "-e", "cpu", "-c", folder / "cache", "--extra_options", *options])
+        (folder / "genai").replace(out)
+
+
+def _openvino(path: Path, out: Path) -> None:
+    """What OpenVINO GenAI makes of a GGUF in float16, its matrices then in 4 bits in groups of 32 by NNCF."""
+    _only(path, ("llama",), "OpenVINO GenAI")
+    import nncf
+    import openvino
+    import openvino_genai
+
+    with _beside(out) as folder:
+        source = _exported(path, folder / "model.gguf", "gguf", "f16")
+        openvino_genai.LLMPipeline(source, "CPU", enable_save_ov_model=True)
+        model = openvino.Core().read_model(folder / "openvino_model.xml")
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, ratio=1.0)
+        (folder / "done").mkdir()
+        openvino.save_model(model, folder / "done" / "openvino_model.xml")
+        (folder / "done").replace(out)
+
+
+def _ctranslate2(path: Path, out: Path) -> None:
+    """What CTranslate2's own converter makes of a Hugging Face folder: int8."""
+    _only(path, ("llama", "gpt2"), "CTranslate2's converter")
+    from ctranslate2.converters import TransformersConverter
+
+    with _beside(out) as folder:
+        source = _exported(path, folder / "huggingface", "huggingface", "f32")
+        TransformersConverter(str(source)).convert(str(folder / "done"), quantization="int8")
+        config = folder / "done" / "config.json"
+        tokens = json.loads((folder / "done" / "vocabulary.json").read_text("utf-8"))
+        said = json.loads(config.read_text("utf-8"))  # a token that the model has not is null there, which is not read
+        filled = {k: tokens[0] if v is None and k.endswith("_token") else v for k, v in said.items()}
+        config.write_text(json.dumps(filled), "utf-8")
+        (folder / "done").replace(out)
+
+
+def _run(program: list[str | Path]) -> None:
+    """Run a program. Raises PocketlmError with the last line that it printed where it fails."""
+    done = subprocess.run([*map(str, program)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or ["it said nothing"]
+        raise PocketlmError(f"{' '.join(map(str, program[1:3]))} failed: {lines[-1]}")
+
+
 KINDS = {
     "onnx-f32": Kind("-f32.onnx", _onnx("f32")),
     "onnx-int8": Kind("-int8.onnx", _onnx("int8")),
     "torch": Kind(".pt", _torch),
+    "genai-int4": Kind("-genai", _genai),
+    "openvino-int4": Kind("-openvino", _openvino),
+    "ctranslate2-int8": Kind("-ctranslate2", _ctranslate2),
 }

@@ -24,7 +24,9 @@ from pocketlm.runtime import blas_threads
 from pocketlm.runtime.memory import available_bytes
 from pocketlm.runtime.threads import ThreadPool, default_threads, share
 
-PACKAGES = ("numpy", "llvmlite", "llama-cpp-python", "onnxruntime", "torch")
+PACKAGES = (
+    "numpy", "llvmlite", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "openvino", "ctranslate2", "torch",
+)  # fmt: skip
 LONGEST_LOOP = 0.3  # seconds
 POWERCAP = Path("/sys/class/powercap")  # Linux's RAPL counters, microjoules; since 2020 for root only by default
 

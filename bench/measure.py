@@ -139,7 +139,8 @@ class Row:
             self._require_memory(subject, n_ctx)
             path = subject.path
             if self.backend.reads != "gguf":
-                path = self._converted(subject, settings, say)
+                self.result["converted"] = {"kind": self.backend.reads, "seconds": None}
+                path, self.result["converted"]["seconds"] = converted(self.backend, path, settings.threads, self._limit, say)
             say(f"{subject.name}: loading {self.backend.name}")
             self.result["file_bytes"] = size_of(path)
             self._worker = Worker(settings.threads, self.backend.environment)
@@ -181,19 +182,25 @@ class Row:
         except FileError as error:
             raise Failure("no memory", error.problem) from None
 
-    def _converted(self, subject: Subject, settings: Settings, say: Say) -> Path:
-        out = convert.target(subject.path, self.backend.reads)
-        self.result["converted"] = {"kind": self.backend.reads, "seconds": None}
-        if not out.exists():
-            say(f"{subject.name}: converting to {self.backend.reads} for {self.backend.name}, once; kept as {out}")
-            started, worker = time.perf_counter(), Worker(settings.threads)
-            try:
-                worker.ask("convert", self._limit, kind=self.backend.reads, path=str(subject.path), out=str(out))
-            finally:
-                worker.close()
-                convert.sweep(out)
-            self.result["converted"]["seconds"] = time.perf_counter() - started
-        return out
+
+def converted(backend: Backend, path: Path, n_threads: int, limit: float, say: Say) -> tuple[Path, float | None]:
+    """The file or folder that a backend reads for a model file, and the seconds that making it took; None: it was there.
+
+    Raises Failure where it cannot be made.
+    """
+    if backend.reads == "gguf":
+        return path, None
+    out = convert.target(path, backend.reads)
+    if out.exists():
+        return out, None
+    say(f"{path.stem}: converting to {backend.reads} for {backend.name}, once; kept as {out}")
+    started, worker = time.perf_counter(), Worker(n_threads)
+    try:
+        worker.ask("convert", limit, kind=backend.reads, path=str(path), out=str(out))
+    finally:
+        worker.close()
+        convert.sweep(out)
+    return out, time.perf_counter() - started
 
 
 def bench_model(

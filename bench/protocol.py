@@ -39,6 +39,14 @@ class Adapter(Protocol):
     def close(self) -> None: ...
 
 
+class OwnSteps(Protocol):
+    """What an adapter also has whose library takes no token from outside while it generates."""
+
+    def decode_seconds(self, ids: np.ndarray, n: int) -> list[float]:
+        """Seconds of each of the n tokens that the library makes by itself after ids [n_ids], without the prompt's."""
+        ...
+
+
 class Completing(Protocol):
     """What an adapter also has whose library completes texts: the figure that a user sees."""
 
@@ -77,6 +85,9 @@ class Backend:
 _TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 _LLAMA = "pip install --no-binary llama-cpp-python llama-cpp-python"  # built here, so that it uses all of this CPU
 _ONNX = "pip install onnxruntime onnx"
+_GENAI = "pip install onnxruntime-genai onnx_ir transformers torch"
+_OPENVINO = "pip install openvino-genai nncf"
+_CT2 = "pip install ctranslate2 transformers torch"
 _POCKETLM, _LLAMACPP, _ONNXRUNTIME, _PYTORCH = (
     f"pocketlm.bench.adapter_{name}" for name in ("pocketlm:Pocketlm", "llama:Llama", "onnxruntime:OnnxRuntime", "torch:Torch")
 )
@@ -91,6 +102,18 @@ BACKENDS = {
         # onnxruntime packs float32 matrices again for its own products
         Backend("onnxruntime", _ONNXRUNTIME, ("onnxruntime", "onnx"), _ONNX, "onnx-f32", bytes_per_weight=8.0),
         Backend("onnxruntime int8", _ONNXRUNTIME, ("onnxruntime", "onnx"), _ONNX, "onnx-int8", bytes_per_weight=4.0),
+        Backend(
+            "onnxruntime-genai", "pocketlm.bench.adapter_genai:Genai",
+            ("onnxruntime_genai", "onnx_ir", "transformers", "torch"), _GENAI, "genai-int4", bytes_per_weight=8.0,
+        ),
+        Backend(
+            "openvino", "pocketlm.bench.adapter_openvino:OpenVino", ("openvino", "openvino_genai", "nncf"), _OPENVINO,
+            "openvino-int4", bytes_per_weight=4.0,
+        ),
+        Backend(
+            "ctranslate2", "pocketlm.bench.adapter_ctranslate2:CTranslate2", ("ctranslate2", "transformers", "torch"), _CT2,
+            "ctranslate2-int8", bytes_per_weight=8.0,
+        ),
         Backend("torch", _PYTORCH, ("torch",), _TORCH, "torch", bytes_per_weight=4.0),
         Backend("torch compiled", _PYTORCH, ("torch",), _TORCH, "torch", bytes_per_weight=4.0, options={"compiled": True}),
     )

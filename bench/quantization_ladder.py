@@ -21,7 +21,7 @@ from pocketlm.export.quantize import quantize
 from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.runtime.evaluation import perplexity
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import make_plan
@@ -34,11 +34,11 @@ WINDOW = 1024
 Quantizer = Callable[[str, np.ndarray], np.ndarray]
 
 
-def rounded(tensors: dict[str, Any], quant: str, quantizer: Quantizer) -> tuple[dict[str, Any], float, float]:
+def rounded(tensors: dict[str, Any], quant: str, quantizer: Quantizer, hyper: Hyper) -> tuple[dict[str, Any], float, float]:
     """The tensors in the formats of `quant` and back, bits per weight, and the relative RMSE of the matrices."""
     head, result, bits, count, errors, squares = head_name(tensors), {}, 0, 0, 0.0, 0.0
     for name, tensor in tensors.items():
-        weights, format = tensor.to_float32(), by_shape(name, tensor.shape, QUANTS[quant], head, False)[0]
+        weights, format = tensor.to_float32(), by_shape(name, tensor.shape, QUANTS[quant], head, False, hyper)[0]
         back = weights.copy()
         if format.name != "F32":
             dequantize(format, quantizer(format.name, weights), back)
@@ -83,7 +83,7 @@ def main() -> None:
     for quant in QUANTS:
         cells, bits, before, result = [], 0.0, {}, 0.0
         for quantizer in quantizers.values():
-            weights, bits, error = rounded(file.tensors, quant, quantizer)
+            weights, bits, error = rounded(file.tensors, quant, quantizer, hyper)
             if not before or any(not np.array_equal(weights[name], before[name]) for name in weights):
                 result = measure(weights)  # the same weights need no second run
             cells.append(f"{error:.3%} | {result:.3f}")

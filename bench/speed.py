@@ -1,6 +1,6 @@
-"""How fast pocketlm is beside llama.cpp (llama_decode, called directly) and a plain NumPy loop: one run, one table.
+"""How fast pocketlm is beside llama.cpp (llama_decode, called directly), other libraries and a plain NumPy loop: one run.
 
-    python bench/speed.py [--quick] [--json] [--only TEXT] [--rounds N]
+    python bench/speed.py [--quick] [--json] [--only TEXT …] [--rounds N]
 
 Every row alternates between two engines in processes of their own, same file, same number of threads; a figure is the median
 of the rounds. A fixed loop between the rounds shows whether the machine was quiet; ratios are what counts. See README.md.
@@ -20,17 +20,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pocketlm.bench import machine, shapes
-from pocketlm.bench.measure import DRIFT, open_subject
-from pocketlm.bench.processes import Worker
+from pocketlm.bench.measure import DRIFT, converted, open_subject
+from pocketlm.bench.processes import Failure, Worker
 from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.model import find_model
 
 LARGE = "decode 1.3B-class Q4_0"  # the row whose use of the memory bandwidth is shown
 ENGINES = {**BACKENDS, "naive NumPy": Backend("naive NumPy", "pocketlm.bench.adapter_naive:Naive")}
 LIMIT = 600.0  # seconds for one round
+WIDER = ("avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "avx512_fp16", "i8mm", "bf16")  # what other libraries may use
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Row:
     threads: int = 2
     conversations: int = 1
     rival_conversations: int = 1
-    n: int = 96  # tokens of a round
+    n: int = 128  # tokens of a round
     filled: int = 0  # tokens in the cache before decoding begins
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -61,8 +62,24 @@ ROWS = [
     Row("decode SmolLM2, 2000 in the cache", "SmolLM2", "decode", 2.0, 3.0, rival="llama.cpp no-flash", filled=2000),
     Row("eight conversations, SmolLM2 Q4_1", "SmolLM2", "together", 1.5, n=128, conversations=8, rival_conversations=8),
     Row("eight beside one alone, SmolLM2 Q4_1", "SmolLM2", "together", 3.0, rival="native", n=128, conversations=8),
+    Row("decode SmolLM2, 4000 in the cache", "SmolLM2", "decode", 2.0, 3.0, rival="llama.cpp no-flash", filled=4000),
+    Row("generate 48M Q4_0", "48M Q4_0", "together", 2.0, 3.0),  # with default sampling, beside llama_decode with nothing drawn
+    Row("generate 48M Q8_0", "48M Q8_0", "together", 1.6, 2.3),
+    Row("generate 48M F16", "48M F16", "together", 1.3, 1.6),
     Row("prefill 512, 48M Q4_0", "48M Q4_0", "prefill", 1.5, 3.0, n=512),
     Row("prefill 512, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0, n=512),
+    Row("prefill 4000, SmolLM2 Q4_1", "SmolLM2", "prefill", 1.5, 3.0, n=4000),
+    *(
+        Row(f"decode SmolLM2 beside {rival}", "SmolLM2", "decode", 1.0, 1.5, rival=rival)
+        for rival in ("onnxruntime-genai", "openvino", "ctranslate2")
+    ),
+    *(
+        Row(f"prefill 512 SmolLM2 beside {rival}", "SmolLM2", "prefill", 0.5, 0.9, rival=rival, n=512)
+        for rival in ("onnxruntime-genai", "openvino", "ctranslate2")
+    ),
+    Row("prefill 4000 SmolLM2 beside openvino", "SmolLM2", "prefill", 0.5, 1.0, rival="openvino", n=4000),
+    Row("decode 48M beside ctranslate2", "48M Q4_0", "decode", 1.0, 1.5, rival="ctranslate2"),
+    Row("prefill 512 48M beside ctranslate2", "48M Q4_0", "prefill", 0.8, 1.5, rival="ctranslate2", n=512),
     Row("one thread: decode 48M Q4_0", "48M Q4_0", "decode", 1.4, threads=1),
     Row("one thread: decode SmolLM2 Q4_1", "SmolLM2", "decode", 1.4, threads=1),
     Row("one thread: decode 48M Q8_0", "48M Q8_0", "decode", 1.4, threads=1),
@@ -74,9 +91,15 @@ ROWS = [
 ]
 
 
-def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -> dict[str, Any]:
-    """Tokens per second of both engines and their ratio, each round's own ratio being the unit of the median."""
-    n_ctx, n_vocab = (2560 if row.filled else 1024), open_subject(path).hyper.n_vocab
+def measure(
+    row: Row, path: Path, rounds: int, n: int, steady: machine.Steady, say: Callable[[str], None]
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens per second of both engines and their ratio, each round's own ratio being the unit of the median.
+
+    Raises Failure where one of them is not there or cannot run the model.
+    """
+    hyper = open_subject(path).hyper
+    n_ctx, n_vocab = min(max(1024, row.filled + n + 64), hyper.n_ctx), hyper.n_vocab
 
     def seconds(worker: Worker, conversations: int) -> float:
         if row.task == "together":  # of n tokens, whosever they are
@@ -89,10 +112,13 @@ def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -
         workers = []
         for name in (row.engine, row.rival):
             engine = ENGINES[name]
+            if engine.missing:
+                raise Failure("missing", f"{name} is not installed: {engine.get}")
+            file, _ = converted(engine, path, row.threads, LIMIT, say)
             workers.append(Worker(row.threads, row.environment if name == row.engine else {}))
             stack.callback(workers[-1].close)
             workers[-1].ask(
-                "load", LIMIT, adapter=engine.adapter, path=str(path), threads=row.threads, n_ctx=n_ctx, n_vocab=n_vocab,
+                "load", LIMIT, adapter=engine.adapter, path=str(file), threads=row.threads, n_ctx=n_ctx, n_vocab=n_vocab,
                 options=dict(engine.options),
             )  # fmt: skip
         both = list(zip(workers, (row.conversations, row.rival_conversations), strict=True))
@@ -110,24 +136,18 @@ def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -
 # ── what is not a ratio ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def seconds_of(program: list[str], rounds: int, environment: dict[str, str] | None = None) -> float:
-    """Median wall time of a command, its start included."""
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        subprocess.run(program, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(environment or {})})
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def seconds_of(program: list[str]) -> float:
+    """Wall time of a command, its start included."""
+    started = time.perf_counter()
+    subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
 
 
-def printed_seconds(program: str, rounds: int, environment: dict[str, str] | None = None) -> float:
-    """Median of what a Python program prints: it times itself, after the imports that are not part of the promise."""
-    times = []
-    for _ in range(rounds):
-        variables = {**os.environ, **(environment or {})}
-        done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables)
-        times.append(float(done.stdout.split()[-1]))
-    return statistics.median(times)
+def printed(program: str, environment: dict[str, str] | None = None) -> float:
+    """The number that a Python program prints: it times itself, after the imports that are not part of the promise."""
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables)
+    return float(done.stdout.split()[-1])
 
 
 OPEN = """
@@ -148,18 +168,64 @@ print(time.perf_counter() - started)
 """
 
 
-def start_up(smollm2: Path, rounds: int) -> Iterator[tuple[str, float, float]]:
-    """(what, seconds, at most) of everything a user waits for before the first token."""
-    yield "open SmolLM2 until the tokenizer encodes", printed_seconds(OPEN.format(path=str(smollm2)), rounds), 0.25
-    yield "pocketlm --help", seconds_of([sys.executable, "-m", "pocketlm", "--help"], rounds), 0.15
-    cold = []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            cold.append(printed_seconds(COMPILE, 1, {"POCKETLM_CACHE": folder}))
-    yield "compile SmolLM2's kernels, nothing cached", statistics.median(cold), 0.7
+PEAK = """
+import pocketlm
+from pocketlm.bench.worker import peak_bytes
+model = pocketlm.load({path!r}, "native")
+model.logits([1, 2, 3])
+print((peak_bytes() - {size} - {position} * model.n_ctx) / 1e6)
+"""
+
+
+def cold_compile(smollm2: Path) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        printed_seconds(COMPILE, 1, {"POCKETLM_CACHE": folder})
-        yield "the same from the cache", printed_seconds(COMPILE, rounds, {"POCKETLM_CACHE": folder}), 0.1
+        return printed(COMPILE, {"POCKETLM_CACHE": folder})
+
+
+def warm_compile(smollm2: Path) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        printed(COMPILE, {"POCKETLM_CACHE": folder})
+        return printed(COMPILE, {"POCKETLM_CACHE": folder})
+
+
+def ninth(smollm2: Path) -> float:
+    """How many passes of eight conversations the first token of a ninth takes."""
+    worker, engine = Worker(2), ENGINES["native"]
+    try:
+        worker.ask(
+            "load", LIMIT, adapter=engine.adapter, path=str(smollm2), threads=2, n_ctx=1024,
+            n_vocab=open_subject(smollm2).hyper.n_vocab, options=dict(engine.options),
+        )  # fmt: skip
+        found = worker.ask("ninth", LIMIT, n=24, conversations=8)
+        return found["first"] / found["others"]
+    finally:
+        worker.close()
+
+
+def peak(smollm2: Path) -> float:
+    """Megabytes at the default context, after three tokens."""
+    hyper = open_subject(smollm2).hyper
+    position = 2 * 2 * hyper.n_layer * hyper.kv_width  # bytes of keys and values in float16
+    return printed(PEAK.format(path=str(smollm2), size=smollm2.stat().st_size, position=position))
+
+
+class Other(NamedTuple):
+    """What is measured by itself: the median of the rounds should be `at_most`."""
+
+    name: str
+    measure: Callable[[Path], float]  # of SmolLM2's file
+    at_most: float
+    unit: str = "s"
+
+
+OTHERS = [  # what a user waits for before the first token, and what it takes
+    Other("open SmolLM2 until the tokenizer encodes", lambda path: printed(OPEN.format(path=str(path))), 0.25),
+    Other("pocketlm --help", lambda path: seconds_of([sys.executable, "-m", "pocketlm", "--help"]), 0.15),
+    Other("compile SmolLM2's kernels, nothing cached", cold_compile, 0.7),
+    Other("the same from the cache", warm_compile, 0.1),
+    Other("first token of a ninth beside eight", ninth, 2.0, "passes"),
+    Other("open SmolLM2: peak beyond file and cache", peak, 60, "MB"),
+]
 
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -190,7 +256,12 @@ def show_rows(
     say(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim")
     for row in rows:
         path = find(row.model, folder)
-        found = measure(row, path, rounds, 4 if quick and row.task != "prefill" else row.n, steady)
+        try:
+            found = measure(row, path, rounds, 4 if quick and row.task != "prefill" else row.n, steady, say)
+        except Failure as failure:
+            result["rows"].append({"name": row.name, "rival": row.rival, "status": failure.status, "reason": str(failure)})
+            say(f"{row.name:<40} {failure.status}: {failure}")
+            continue
         result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
         limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
         verdict = mark(found["ratio"], row.at_least, row.aim)
@@ -205,20 +276,31 @@ def show_rows(
     return result
 
 
-def show_start_up(folder: Path, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def show_others(others: list[Other], folder: Path, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     rows = []
-    say("")
-    for name, seconds, limit in start_up(find("SmolLM2", folder), rounds):
-        rows.append({"name": name, "seconds": seconds, "at_most": limit})
-        say(f"{name:<44} {seconds:>8.3f} s   at most {limit:.2f} s   {mark(-seconds, -limit)}")
+    for name, measure_once, limit, unit in others:
+        path = find("SmolLM2", folder)
+        value = statistics.median(measure_once(path) for _ in range(rounds))
+        rows.append({"name": name, "value": value, "unit": unit, "at_most": limit})
+        say(f"{name:<44} {value:>8.3f} {unit:<6} at most {limit:g} {unit}   {mark(-value, -limit)}")
     return rows
+
+
+def instructions() -> str:
+    """Which of the instruction sets that matter here the processor has, and which of them pocketlm's kernels are made for."""
+    from pocketlm.runtime.native import levels
+
+    level = levels.detect()
+    known = {flag for other in levels.LEVELS.values() for flag in other.needs} | set(WIDER)
+    found = sorted(known & levels.cpu_flags(level.machine))
+    return f"kernels for {level.name}; the processor has {', '.join(found)}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round of everything: does the script work?")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name holds this")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="only rows whose name holds this; may be given again")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", metavar="FOLDER", help="keep the written models here")
     options = parser.parse_args()
@@ -227,13 +309,14 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
 
-    result: dict[str, Any] = {"machine": machine.line(machine.describe())}
-    say(result["machine"])
+    def wanted(name: str) -> bool:
+        return not options.only or any(text in name for text in options.only)
+
+    result: dict[str, Any] = {"machine": machine.line(machine.describe()), "instructions": instructions()}
+    say(f"{result['machine']}\n{result['instructions']}")
     with models(options.models) as folder:
-        chosen = [row for row in ROWS if options.only in row.name]
-        result |= show_rows(chosen, folder, rounds, options.quick, steady, say)
-        if not options.only:
-            result["start_up"] = show_start_up(folder, rounds, say)
+        result |= show_rows([row for row in ROWS if wanted(row.name)], folder, rounds, options.quick, steady, say)
+        result["others"] = show_others([other for other in OTHERS if wanted(other.name)], folder, rounds, say)
     result["drift"] = steady.drift
     if steady.drift > DRIFT:
         say(f"\nwarning: the reference loop was up to {steady.drift - 1:.0%} slower than its best: the machine is busy")

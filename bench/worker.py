@@ -64,6 +64,8 @@ class Bench:
 
     def decode(self, n: int, depth: int, at_least: float) -> dict[str, Any]:
         """Seconds of each of n tokens after `depth` that are in the cache, over and over the same positions."""
+        if hasattr(self.adapter, "decode_seconds"):
+            return _passes(lambda: self.adapter.decode_seconds(self._ids[: depth + 1], n), at_least)
         self._truncate(min(self._length, depth))
         for start in range(self._length, depth, FILL):
             self.adapter.forward(self._ids[start : min(start + FILL, depth)])
@@ -96,6 +98,11 @@ class Bench:
     def together(self, n: int, conversations: int) -> dict[str, Any]:
         """Seconds of n tokens of each of so many conversations that go on at the same time, after a prompt of 16 each."""
         return {"seconds": self.adapter.together(self._ids[:16].tolist(), n, conversations)}
+
+    def ninth(self, n: int, conversations: int) -> dict[str, Any]:
+        """Seconds to the first token of one conversation more while so many go on, and of one token of those."""
+        first, others = self.adapter.ninth(self._ids[:16].tolist(), n, conversations)
+        return {"first": first, "others": others}
 
     def complete(self, text: str, n_tokens: int) -> dict[str, Any]:
         """What a user sees: tokens and seconds of the library's own call."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.export.command import model_options, own_keys, read_model
+from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
+from pocketlm.runtime.model_file import open_model, parts_of, size_of
 from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
@@ -155,9 +156,9 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     path = find_model(arguments.model)
     if not path.exists():
         raise FileError(path, "there is no such file", "check the path")
-    keep = not any(getattr(arguments, name) for name in ("quant", "pure", "set", "map", "tokenizer", "lora"))
+    keep = not any(getattr(arguments, name) for name in ("quant", "pure", "imatrix", "set", "map", "tokenizer", "lora"))
     own, is_gguf = own_keys(arguments), path.is_file() and (is_model_file(path) or path.suffix.lower() == ".gguf")
-    if is_gguf and keep and not own and not container.is_program(path):
+    if is_gguf and keep and not own and not container.is_program(path) and len(parts_of(path)) == 1:
         yield path
         return
     # beside the executable: a system's folder for temporary files may be in memory
@@ -169,7 +170,9 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
             from pocketlm.export.export import container_for, export
 
             kind = container_for(out, None)
-            export(read_model(arguments, path), path, out, container=kind, quant=arguments.quant, pure=arguments.pure)
+            model = read_model(arguments, path)
+            counts = read_importance(arguments, model)
+            export(model, path, out, container=kind, quant=arguments.quant, pure=arguments.pure, importance=counts)
         yield out
 
 
@@ -177,15 +180,15 @@ def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
     """The weights as they are, with other keys."""
     from pocketlm.export.gguf_writer import copy_gguf
     from pocketlm.runtime.atomic import replacing_file
-    from pocketlm.runtime.gguf_reader import open_gguf
 
     if container.is_program(model):
         from pocketlm.build.pack import unpack
 
         unpack(_find(str(model)), out.with_name("unpacked.gguf"))
         model = out.with_name("unpacked.gguf")
-    with open_gguf(model) as source, replacing_file(out, model.stat().st_size) as part, open(part, "xb") as file:
-        copy_gguf(file, {**source.metadata, **own}, source.tensors)
+    with open_model(model) as source, replacing_file(out, size_of(model)) as part, open(part, "xb") as file:
+        metadata = {key: value for key, value in source.metadata.items() if not key.startswith("split.")}
+        copy_gguf(file, {**metadata, **own}, source.tensors)
 
 
 def _folder(output: str) -> Path:

@@ -6,10 +6,11 @@ for something left out here fails there, not at a friend's. Sizes are those of L
 
 from __future__ import annotations
 
-PACKAGES = ("", "tokenizer", "runtime", "runtime/native", "chat", "build")  # what of pocketlm a stub holds
+# what of pocketlm a stub holds
+PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "build")
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
-    *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "ir", "matrix")),
+    *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "elements", "ir", "matrix")),
     *(f"runtime/native/{name}.py" for name in ("record_reader", "run_loop", "stages", "topk", "vector_math")),
     *(f"build/{name}.py" for name in (
         "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",

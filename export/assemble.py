@@ -121,10 +121,10 @@ def arrange(
     architecture = _architecture(options, keys, tensors)
     added = frozenset({ROPE_FACTORS} & tensors.keys())
     if architecture == "gpt2":
-        _fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+        fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
         added |= _fill_biases(tensors, n_layer)
     else:
-        _split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+        split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     if architecture == "llama" and options["rope_pairs"] == "half":
         _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
         options["rope_pairs"] = "interleaved"
@@ -310,7 +310,8 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
     return "pocketlm"
 
 
-def _split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+def split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+    """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
     for role in _layer_tensors(tensors, "attn_qkv.(weight|bias)"):
         if tensors[role].shape[0] != q + 2 * kv:
             continue  # the plan says what is wrong
@@ -319,7 +320,8 @@ def _split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
             tensors[role.replace("qkv", part)] = rows(both, start, stop)
 
 
-def _fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+    """One tensor in place of three, here, with zeros for a bias that only some of them have."""
     for i in range(n_layer):
         at = f"blk.{i}.attn_"
         weights = [f"{at}{part}.weight" for part in "qkv"]

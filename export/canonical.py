@@ -7,13 +7,16 @@ and are read one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,20 @@ class CanonicalModel:
     notes: list[str] = field(default_factory=list)  # things the user should know, one line each
     added: frozenset[str] = frozenset()  # tensors that are no parameters: zeros that an architecture wants, rotary factors
     remake: Callable[[Callable[[Any], Any]], CanonicalModel] | None = None  # the same from a changed checkpoint (LoRA)
+
+
+class Float32Tensors(Mapping[str, Tensor]):
+    """A model's float32 weights as the tensors that executors take, read when they are asked for."""
+
+    def __init__(self, model: CanonicalModel, path: Path):
+        self._tensors, self._path = model.tensors, path
+
+    def __getitem__(self, name: str) -> Tensor:
+        weights = np.ascontiguousarray(self._tensors[name].read(), np.float32)
+        return Tensor(name, weights.shape, FORMATS["F32"], weights.reshape(-1).view(np.uint8), 0, self._path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

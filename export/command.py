@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pocketlm.terminal_text import print
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
 
-HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file or an Ollama model."
+HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file, an Ollama model or a Hugging Face folder."
 BAR = 24  # characters of the progress bar
 
 
@@ -24,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="a .gguf or .onnx file; any other name makes a folder (fp16 bin)"
     )
-    parser.add_argument("--to", metavar="KIND", help="gguf, fp16, onnx or ollama; default: what OUT's ending says")
+    parser.add_argument("--to", metavar="KIND", help="gguf, fp16, onnx, ollama or huggingface; default: what OUT's ending says")
     model_options(parser)
     parser.add_argument(
         "--verify", nargs="?", const="", metavar="FILE", help="run the result and the float32 weights over a text and compare"
@@ -34,9 +35,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a checkpoint; `pocketlm pack` takes them, too
     "--quant": {
         "metavar": "FORMAT",
-        "help": "GGUF: f32 f16 (default) bf16 q8_0 q5_1 q5_0 q4_1 q4_0 q6_k q5_k q4_k; ONNX: f32 (default) f16 int8",
+"help": "GGUF: f32 f16 (default) bf16 q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl q3_k_m; "
+        "ONNX: f32 (default) f16 int8; Hugging Face: f16 (default) f32 bf16",
     },
-    "--pure": {"action": "store_true", "help": "the output matrix in the same format as the others, not a better one"},
+    "--pure": {"action": "store_true", "help": "every matrix in the same format, the output too, none in a better one"},
+    "--imatrix": {
+        "metavar": "FILE",
+        "help": "a text like those the model is for, or llama.cpp's importance matrix: quantised to be good at that",
+    },
     "--set": {
         "action": "append", "default": [], "metavar": "K=V",
         "help": "what the checkpoint does not say, as n_head=12; may be given again",
@@ -69,8 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     model = read_model(arguments, source)
     with Progress(sum(math.prod(tensor.shape) for tensor in model.tensors.values())) as progress:
         receipt = export(
-            model, source, out, container=container, quant=arguments.quant, pure=arguments.pure, progress=progress.step
-        )
+            model, source, out, container=container, quant=arguments.quant, pure=arguments.pure, progress=progress.step,
+            importance=read_importance(arguments, model),
+        )  # fmt: skip
     print(*receipt.lines(), sep="\n")
     if arguments.verify is not None:
         from pocketlm.export.verify import verify
@@ -101,6 +108,15 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
 
         model = merge(model, Path(arguments.lora))
     return replace(model, metadata={**model.metadata, **own_keys(arguments)})
+
+
+def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Mapping[str, Any] | None:
+    """How much the errors of the model's matrices count, where --imatrix says it. Raises PocketlmError."""
+    if not arguments.imatrix:
+        return None
+    from pocketlm.export.importance import importance
+
+    return importance(Path(arguments.imatrix), model)
 
 
 def own_keys(arguments: argparse.Namespace) -> dict[str, str]:

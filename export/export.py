@@ -26,6 +26,7 @@ from pocketlm.export.hyper_keys import file_metadata
 from pocketlm.export.llama_cpp_compat import stock_notes
 from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder, Progress
+from pocketlm.export.to_huggingface import FILES, write_huggingface
 from pocketlm.runtime.atomic import replacing_file, replacing_folder
 from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS, Fp16Bin
 from pocketlm.runtime.gguf_reader import GGUF
@@ -90,6 +91,7 @@ class _Job:
     quant: str
     pure: bool
     encoder: Encoder
+    importance: Mapping[str, np.ndarray] | None
 
     def metadata(self, file_type: int | None) -> dict[str, Any]:
         """The file's keys, proven to give back the model's hyper-parameters."""
@@ -102,7 +104,7 @@ class _Job:
         """About how many bytes the weights will take."""
         row, head = QUANTS[formats], head_name(self.model.tensors)
         shapes = [(name, tensor.shape) for name, tensor in self.model.tensors.items()]
-        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure)[0]) for name, shape in shapes]
+        pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure, self.model.hyper)[0]) for name, shape in shapes]
         return sum(count // format.block_size * format.block_bytes for count, format in pairs)
 
 
@@ -114,7 +116,7 @@ def _gguf(job: _Job) -> tuple[list[Encoded], list[str]]:
 def _write_gguf(job: _Job, path: Path) -> tuple[list[Encoded], list[str]]:
     metadata = job.metadata(QUANTS[job.quant].file_type)
     with open(path, "wb") as file:
-        done = write_gguf(file, metadata, job.model, job.quant, job.pure, job.encoder)
+        done = write_gguf(file, metadata, job.model, job.quant, job.pure, job.encoder, job.importance)
     _check(path, metadata, done)
     return done, stock_notes(job.model.hyper, metadata, job.out)
 
@@ -154,6 +156,13 @@ def _ollama(job: _Job) -> tuple[list[Encoded], list[str]]:
     return done, [*notes, *more, f"run: ollama create {job.out.name} -f {job.out}/Modelfile"]
 
 
+def _huggingface(job: _Job) -> tuple[list[Encoded], list[str]]:
+    metadata = job.metadata(None)
+    with replacing_folder(job.out, FILES, job.n_bytes(job.quant)) as part:
+        part.mkdir()
+        return write_huggingface(part, metadata, job.model, job.source, job.quant, job.encoder)
+
+
 class Container(NamedTuple):
     """What `--to` may ask for: how it is written, its formats, the first of which is the default."""
 
@@ -167,7 +176,9 @@ CONTAINERS = {
     "fp16": Container(_fp16, ("f16",)),
     "onnx": Container(_onnx, ("f32", "f16", "int8")),
     "ollama": Container(_ollama, _GGUF_QUANTS),
+    "huggingface": Container(_huggingface, ("f16", "f32", "bf16")),
 }
+FOLDERS = ("fp16", "ollama", "huggingface")
 CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
@@ -180,18 +191,19 @@ def container_for(out: Path, asked: str | None) -> str:
         raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}{did_you_mean(asked, CONTAINERS)}")
     if asked is None and (suffix := out.suffix.lower()) in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
-    if asked in ("fp16", "ollama") and by_name:
+    if asked in FOLDERS and by_name:
         raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")
     return asked or by_name or "fp16"
 
 
 def export(
     model: CanonicalModel, source: object, out: Path, *, container: str = "gguf", quant: str | None = None, pure: bool = False,
-    progress: Progress | None = None, n_threads: int | None = None,
+    progress: Progress | None = None, n_threads: int | None = None, importance: Mapping[str, np.ndarray] | None = None,
 ) -> Receipt:  # fmt: skip
     """Write `model` to `out`, which appears whole or not at all. `source`: the checkpoint's path, for error messages.
 
     `container`: a row of CONTAINERS. `quant`: one of its formats. `pure`: every matrix in that format, the head too.
+    `importance`: how much the errors of a matrix's columns count in a quantised GGUF (importance.py).
     Raises UsageError for a format that the container does not have, FileError for everything that is wrong with the
     model or the disk.
     """
@@ -200,9 +212,11 @@ def export(
     if quant not in row.quants:
         hint = did_you_mean(quant, row.quants, others=CALLED_ELSEWHERE)
         raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}{hint}")
+    if importance and (container not in ("gguf", "ollama") or quant in ("f32", "f16", "bf16", "q8_0")):
+        raise UsageError("--imatrix is for quantised GGUFs; name one of their formats, as --quant q4_k_m")
     make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
-        done, notes = row.write(_Job(model, source, out, quant, pure, encoder))
+        done, notes = row.write(_Job(model, source, out, quant, pure, encoder, importance))
     file_bytes = size_of(out)
     weight_bytes = file_bytes if container == "onnx" else sum(tensor.n_bytes for tensor in done)
     return Receipt(out, model.dialect, done, weight_bytes, file_bytes, [*model.notes, *notes], model.added)

@@ -43,7 +43,7 @@ def read_model_file(path: Path) -> CanonicalModel:
         raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
     hyper = read_hyper(opened.metadata, opened.tensors["token_embd.weight"].shape[0], path)
     tensors = {name: CanonicalTensor(tensor.shape, tensor.to_float32) for name, tensor in opened.tensors.items()}
-    metadata = {key: value for key, value in opened.metadata.items() if key != TILED}
+    metadata = {key: value for key, value in opened.metadata.items() if key != TILED and not key.startswith("split.")}
     formats = sorted({tensor.format.name for tensor in opened.tensors.values()} - {"F32", "F16", "BF16"})
     notes = [f"{path.name} was quantised already ({', '.join(formats)}): what that lost stays lost"] if formats else []
     kind = "GGUF" if isinstance(opened, GGUF) else "fp16 bin"

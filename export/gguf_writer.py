@@ -30,8 +30,9 @@ _STRING, _ARRAY = 8, 9
 
 
 def write_gguf(
-    file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder
-) -> list[Encoded]:
+    file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder,
+    importance: Mapping[str, np.ndarray] | None = None,
+) -> list[Encoded]:  # fmt: skip
     """Write the model to `file`, opened for writing and seekable; what became of every tensor, in the file's order.
 
     The header's size is known beforehand but not every format: a tensor may turn out not to fit into the one it should
@@ -44,11 +45,11 @@ def write_gguf(
     file.seek(_padded(len(start) + table_bytes))
     done, table, offset = [], [], 0
     for name, tensor in model.tensors.items():
-        format, reason = by_shape(name, tensor.shape, row, head, pure)
+        format, reason = by_shape(name, tensor.shape, row, head, pure, model.hyper)
         weights, largest = encoder.read(name, tensor)
         format, too_much = by_values(format, largest)
         encoded = Encoded(name, tuple(tensor.shape), format, too_much or reason)
-        for piece in encoder.pieces(encoded, weights):
+        for piece in encoder.pieces(encoded, weights, (importance or {}).get(name)):
             file.write(piece)
         file.write(bytes(-encoded.n_bytes % ALIGNMENT))
         dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))

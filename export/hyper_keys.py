@@ -45,6 +45,7 @@ def architecture_keys(hyper: Hyper) -> dict[str, Any]:
                 keys[f"{arch}.rope.{key}"] = value
         if rope.original_ctx != hyper.n_ctx:
             keys[f"{arch}.rope.scaling.original_context_length"] = rope.original_ctx
+    keys |= {f"{arch}.{name}": value for name, value in hyper.settings.items()}
     return keys | {f"pocketlm.{name}": value for name, value in own_options(hyper).items()}
 
 

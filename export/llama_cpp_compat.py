@@ -19,7 +19,7 @@ from pocketlm.tokenizer import Tokenizer, from_metadata
 from pocketlm.tokenizer.base import BYTE, NORMAL
 from pocketlm.tokenizer.byte_bpe import LETTERS
 from pocketlm.tokenizer.gguf_vocabulary_reader import Keys
-from pocketlm.tokenizer.sentencepiece_bpe import SPACE
+from pocketlm.tokenizer.sentencepiece import SPACE
 
 OURS = "pocketlm."
 # tokenizer.ggml.model -> standard keys that llama.cpp does not read for it

@@ -63,13 +63,19 @@ class Encoder:
             raise FileError(self._source, f"tensor {name} holds NaN or infinite weights", advice)
         return weights, largest
 
-    def pieces(self, encoded: Encoded, weights: np.ndarray) -> Iterator[np.ndarray]:
-        """The bytes of `weights` in `encoded.format`, uint8, in order; fills in the rest of `encoded` on the way."""
+    def pieces(
+        self, encoded: Encoded, weights: np.ndarray, importance: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
+        """The bytes of `weights` in `encoded.format`, uint8, in order; fills in the rest of `encoded` on the way.
+
+        `importance`: float32, how much the squared error of each column's weights counts; None: all the same.
+        """
         flat, format = weights.reshape(-1), encoded.format
 
         def work(start: int) -> tuple[np.ndarray, float, float]:
             mine = flat[start : start + PIECE]
-            data = quantize(format.name, mine)
+            counts = None if importance is None else importance[np.arange(start, start + mine.size) % importance.size]
+            data = quantize(format.name, mine, counts)
             if format is FORMATS["F32"]:
                 return data, 0.0, 0.0
             back = np.empty_like(mine)

@@ -29,7 +29,7 @@ from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import GELU_TANH_CUBE, GELU_TANH_SCALE
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.positions import alibi_slopes, rope_table
+from pocketlm.runtime.positions import Rotary, alibi_slopes, rope_tables, rotary
 
 OPSET, IR_VERSION = 17, 8
 MASKED = -1e30  # a score that softmax turns into 0; -inf would make NaN of a row that is all padding
@@ -49,8 +49,13 @@ class Graph:
         self._done: dict[str, Encoded] = {}
         self._write: dict[type, Callable[[Any], None]] = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
-            P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Logits: self._linear,
+            P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
+            P.Softcap: self._softcap, P.Logits: self._linear,
         }  # fmt: skip
+        self._regrouped = self._to_regroup()
+        self._visible: dict[int, str] = {}  # window -> which keys a query sees
+        self._penalties: dict[float, str] = {}  # ALiBi's max_bias -> what it adds to the scores
+        self._rotations: dict[Rotary, tuple[str, str]] = {}  # -> cos and sin of the queries' positions
 
     @property
     def done(self) -> list[Encoded]:
@@ -141,7 +146,7 @@ class Graph:
 
     def _positions(self) -> None:
         """Where keys and queries stand, which keys a query may see, and the tables that follow from that."""
-        hyper, end = self.hyper, self._ints(np.iinfo(np.int64).max)
+        end = self._ints(np.iinfo(np.int64).max)
         n, total = (self._node("Slice", self._node("Shape", x), self._ints(1), end) for x in ("input_ids", "attention_mask"))
         keys = self._node("CumSum", "attention_mask", self._ints(1))
         keys = self._node("Max", self._node("Sub", keys, self._ints(1)), self._ints(0))  # [batch, total]
@@ -151,19 +156,31 @@ class Graph:
         mine = self._node("Slice", places, self._node("Neg", n), end)  # [n]
         causal = self._node("LessOrEqual", places, self._unsqueeze(mine, 1))  # [n, total]
         real = self._unsqueeze(self._node("Equal", "attention_mask", self._ints(1)), 1, 2, 3)
-        self._values["visible"] = self._node("And", causal, real)  # [batch, 1, 1, n, total]
         self._values["positions"] = queries
-        if hyper.position == "alibi":
-            distance = self._node("Sub", self._unsqueeze(keys, 1, 2, 3), self._unsqueeze(queries, 1, 2, 4))
-            slopes = alibi_slopes(hyper.n_head, hyper.alibi_max_bias).reshape(hyper.n_kv_head, -1, 1, 1)
-            distance = self._node("Cast", distance, to=TensorProto.FLOAT)
-            self._values["alibi"] = self._node("Mul", distance, self._store.add("alibi_slopes", slopes))
-        if hyper.rope:
-            factors = self._read(self._plan.rope_factors) if self._plan.rope_factors else None
-            table = rope_table(hyper.rope, hyper.n_ctx, factors)
+        visible = self._node("And", causal, real)  # [batch, 1, 1, n, total]
+        ops = self._plan.ops
+        attends = [op for op in ops if isinstance(op, P.Attend)]
+        for window in {op.window: None for op in attends}:
+            near = self._node("Greater", self._distance(keys), self._ints(-window)) if window else ""
+            self._visible[window] = self._node("And", visible, near) if window else visible
+        for max_bias in {op.alibi_max_bias: None for op in attends if op.alibi_max_bias}:
+            slopes = alibi_slopes(self.hyper.n_head, max_bias).reshape(self.hyper.n_kv_head, -1, 1, 1)
+            stored = self._store.add(f"alibi_slopes_{max_bias!r}", slopes)
+            distance = self._node("Cast", self._distance(keys), to=TensorProto.FLOAT)
+            self._penalties[max_bias] = self._node("Mul", distance, stored)
+        for number, (key, table) in enumerate(rope_tables(ops, self._read, self.hyper.n_ctx).items()):
+            names = []
             for i, name in enumerate(("cos", "sin")):  # [batch, n, 1, half]
-                rows = self._node("Gather", self._store.add(f"rope_{name}", table[:, i]), queries)
-                self._values[name] = self._unsqueeze(rows, 2)
+                stored = self._store.add(f"rope_{name}" + (f"_{number}" if number else ""), table[:, i])
+                names.append(self._unsqueeze(self._node("Gather", stored, queries), 2))
+            self._rotations[key] = (names[0], names[1])
+
+    def _distance(self, keys: str) -> str:
+        """From queries to keys, int64 [batch, 1, 1, n, total]; below zero is the past."""
+        if "distance" not in self._values:
+            queries = self._unsqueeze(self._values["positions"], 1, 2, 4)
+            self._values["distance"] = self._node("Sub", self._unsqueeze(keys, 1, 2, 3), queries)
+        return self._values["distance"]
 
     # ── the operations of the plan ───────────────────────────────────────────────────────────────────────────────────
 
@@ -175,83 +192,138 @@ class Graph:
         self._values[op.out] = x
 
     def _norm(self, op: P.Norm) -> None:
-        x, weight, bias = self._values[op.x], self._vector(op.weight), [self._vector(op.bias)] if op.bias else []
+        """A whole row, or columns of it, each group by itself."""
+        x, before, after = self._values[op.x], op.column, self._plan.buffers[op.x] - op.column - op.n_groups * op.width
+        is_all = not before and not after and op.n_groups == 1
+        parts = [x] if is_all else self._split(x, before, op.n_groups * op.width, after)
+        at = int(before > 0)
+        groups = parts[at] if is_all else self._reshape(parts[at], 0, 0, op.n_groups, op.width)
+        y = self._normalised(op, groups)
+        parts[at] = y if is_all else self._reshape(y, 0, 0, op.n_groups * op.width)
+        self._values[op.out] = self._node("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
+
+    def _normalised(self, op: P.Norm, x: str) -> str:
+        weight, bias = ([self._vector(name)] if name else [] for name in (op.weight, op.bias))
+        if op.kind == "layer" and not any(len(self._plan.weights[name]) > 1 for name in (op.weight, op.bias) if name):
+            ones = weight or [self._store.add(f"ones_{op.width}", np.ones(op.width, np.float32))]
+            return self._node("LayerNormalization", x, *ones, *bias, epsilon=op.eps)
         if op.kind == "layer":
-            self._values[op.out] = self._node("LayerNormalization", x, weight, *bias, epsilon=op.eps)
-            return
+            x = self._node("Sub", x, self._node("ReduceMean", x, axes=[-1]))
         mean = self._node("ReduceMean", self._node("Mul", x, x), axes=[-1])
-        size = self._node("Sqrt", self._node("Add", mean, self._number(op.eps)))
-        y = self._node("Mul", self._node("Div", x, size), weight)
-        self._values[op.out] = self._node("Add", y, *bias) if bias else y
+        y = self._node("Div", x, self._node("Sqrt", self._node("Add", mean, self._number(op.eps))))
+        y = self._node("Mul", y, *weight) if weight else y
+        return self._node("Add", y, *bias) if bias else y
 
     def _linear(self, op: P.Linear | P.Logits) -> None:
         names, biases = op.matrix.weights, op.matrix.biases
         if not self._int8 and names == (self._plan.ops[0].table,):  # type: ignore[union-attr]  # the first op is Embed
             weight = self._node("Transpose", names[0], perm=[1, 0])  # done once, when the model is loaded
         else:
-            rows = np.concatenate([self._half_split(name, self._read(name)) for name in names])
+            rows = self._half_split(op.out, np.concatenate([self._read(name) for name in names]))
             write = self._eight_bits if self._int8 and op.x == "act" else self._weight
             weight = write("+".join(names) + ".T", rows.T)
         y = self._cast(self._node("MatMul", self._cast(self._values[op.x], True), weight), False)
         if any(biases):
             parts = [
-                self._half_split(bias, self._read(bias)) if bias else np.zeros(self._plan.weights[name][0], np.float32)
+                self._read(bias) if bias else np.zeros(self._plan.weights[name][0], np.float32)
                 for name, bias in zip(names, biases, strict=True)
             ]
-            y = self._node("Add", y, self._store.add("+".join(names) + ".bias", np.concatenate(parts)))
+            bias = self._half_split(op.out, np.concatenate(parts))
+            y = self._node("Add", y, self._store.add("+".join(names) + ".bias", bias))
         self._values[op.out] = y
 
-    def _half_split(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def _half_split(self, out: str, rows: np.ndarray) -> np.ndarray:
         """Rows of queries and keys from interleaved to half-split pairs: every score stays what it was."""
-        hyper, n_q, n_k = self.hyper, self.hyper.n_head, self.hyper.n_kv_head
-        n_heads = {"attn_q": n_q, "attn_k": n_k, "attn_qkv": n_q + n_k}.get(name.split(".")[-2], 0)
-        if not n_heads or not hyper.rope or hyper.rope.pairs == "half":
+        op = self._regrouped
+        if op is None or op.qkv != out:
             return rows
-        n_dims, n_rows = hyper.rope.n_dims, n_heads * hyper.head_dim
-        order = [*range(0, n_dims, 2), *range(1, n_dims, 2), *range(n_dims, hyper.head_dim)]
-        heads = rows[:n_rows].reshape(n_heads, hyper.head_dim, *rows.shape[1:])[:, order]
+        n_dims, d, n_rows = op.rope.n_dims, op.head_dim, op.n_heads * op.head_dim
+        order = [*range(0, n_dims, 2), *range(1, n_dims, 2), *range(n_dims, d)]
+        heads = rows[:n_rows].reshape(-1, d, *rows.shape[1:])[:, order]
         return np.concatenate([heads.reshape(n_rows, *rows.shape[1:]), rows[n_rows:]])
 
+    def _to_regroup(self) -> P.Rotate | None:
+        """A rotation of interleaved pairs that stands for all: alike in all layers, on rows that nothing else depends on."""
+        rotations = [op for op in self._plan.ops if isinstance(op, P.Rotate)]
+        kinds = {(op.qkv, op.n_heads, op.head_dim, op.rope.n_dims, op.rope.pairs) for op in rotations}
+        if len(kinds) != 1 or rotations[0].rope.pairs == "half":
+            return None
+        is_normed = any(isinstance(op, P.Norm) and op.out == rotations[0].qkv for op in self._plan.ops)
+        return None if is_normed else rotations[0]
+
     def _rotate(self, op: P.Rotate) -> None:
-        hyper, cos, sin = self.hyper, self._values["cos"], self._values["sin"]
-        assert hyper.rope
-        half = hyper.rope.n_dims // 2
-        turned, values = self._split(self._values[op.qkv], hyper.q_width + hyper.kv_width, hyper.kv_width)
-        heads = self._reshape(turned, 0, 0, hyper.n_head + hyper.n_kv_head, hyper.head_dim)
-        a, b, *rest = self._split(heads, half, half, hyper.head_dim - 2 * half)
+        cos, sin = self._rotations[rotary(op, self.hyper.n_ctx)]
+        half, width = op.rope.n_dims // 2, op.n_heads * op.head_dim
+        turned, *values = self._split(self._values[op.qkv], width, self._plan.buffers[op.qkv] - width)
+        heads = self._reshape(turned, 0, 0, op.n_heads, op.head_dim)
+        adjacent = op.rope.pairs == "interleaved" and self._regrouped is None
+        if adjacent:
+            pairs, *rest = self._split(heads, 2 * half, op.head_dim - 2 * half)
+            both = self._split(self._reshape(pairs, 0, 0, op.n_heads, half, 2), 1, 1)
+            a, b = (self._reshape(x, 0, 0, op.n_heads, half) for x in both)
+        else:
+            a, b, *rest = self._split(heads, half, half, op.head_dim - 2 * half)
         first = self._node("Sub", self._node("Mul", a, cos), self._node("Mul", b, sin))
         second = self._node("Add", self._node("Mul", a, sin), self._node("Mul", b, cos))
-        heads = self._node("Concat", first, second, *rest, axis=-1)
-        self._values[op.qkv] = self._node("Concat", self._reshape(heads, 0, 0, hyper.q_width + hyper.kv_width), values, axis=-1)
+        if adjacent:
+            both = self._node("Concat", self._unsqueeze(first, -1), self._unsqueeze(second, -1), axis=-1)
+            heads = self._reshape(both, 0, 0, op.n_heads, 2 * half)
+            heads = self._node("Concat", heads, *rest, axis=-1) if rest else heads
+        else:
+            heads = self._node("Concat", first, second, *rest, axis=-1)
+        self._values[op.qkv] = self._node("Concat", self._reshape(heads, 0, 0, width), *values, axis=-1)
 
     def _attend(self, op: P.Attend) -> None:
-        hyper, kv, group = self.hyper, self.hyper.n_kv_head, self.hyper.n_head // self.hyper.n_kv_head
-        q, *new = self._split(self._values[op.qkv], hyper.q_width, hyper.kv_width, hyper.kv_width)
-        q = self._node("Mul", q, self._number(1 / math.sqrt(hyper.head_dim)))
-        q = self._node("Transpose", self._reshape(self._cast(q, True), 0, 0, kv, group, hyper.head_dim), perm=[0, 2, 3, 1, 4])
+        kv, group, d = op.n_kv_head, op.n_head // op.n_kv_head, op.head_dim
+        q, *new = self._split(self._values[op.qkv], op.n_head * d, kv * d, kv * d)
+        q = self._node("Mul", q, self._number(op.scale))
+        q = self._node("Transpose", self._reshape(self._cast(q, True), 0, 0, kv, group, d), perm=[0, 2, 3, 1, 4])
         cached = []
         for x, part in zip(new, ("key", "value"), strict=True):
-            x = self._node("Transpose", self._reshape(self._cast(x, True), 0, 0, kv, hyper.head_dim), perm=[0, 2, 1, 3])
+            x = self._node("Transpose", self._reshape(self._cast(x, True), 0, 0, kv, d), perm=[0, 2, 1, 3])
             x = self._node("Concat", f"past_key_values.{op.layer}.{part}", x, out=f"present.{op.layer}.{part}", axis=2)
             cached.append(self._unsqueeze(x, 2))  # [batch, n_kv_head, 1, total, head_dim]: heads of a group share it
         keys, values = cached
         scores = self._cast(self._node("MatMul", q, self._node("Transpose", keys, perm=[0, 1, 2, 4, 3])), False)
-        if "alibi" in self._values:
-            scores = self._node("Add", scores, self._values["alibi"])
-        scores = self._node("Where", self._values["visible"], scores, self._number(MASKED))
-        shares = self._cast(self._node("Softmax", scores, axis=-1), True)  # [batch, n_kv_head, group, n, total]
+        if op.softcap:
+            scores = self._capped(scores, op.softcap)
+        if op.alibi_max_bias:
+            scores = self._node("Add", scores, self._penalties[op.alibi_max_bias])
+        scores = self._node("Where", self._visible[op.window], scores, self._number(MASKED))
+        if op.sinks:  # one more score, whose share is dropped
+            sinks = self._store.add(op.sinks, self._read(op.sinks).reshape(kv, group, 1, 1))
+            first = self._node("Slice", scores, self._ints(0), self._ints(1), self._ints(-1))
+            sinks = self._node("Add", self._node("Mul", first, self._number(0.0)), sinks)
+            shares = self._node("Softmax", self._node("Concat", sinks, scores, axis=-1), axis=-1)
+            end = self._ints(np.iinfo(np.int64).max)
+            shares = self._cast(self._node("Slice", shares, self._ints(1), end, self._ints(-1)), True)
+        else:
+            shares = self._cast(self._node("Softmax", scores, axis=-1), True)  # [batch, n_kv_head, group, n, total]
         mix = self._node("Transpose", self._cast(self._node("MatMul", shares, values), False), perm=[0, 3, 1, 2, 4])
-        self._values[op.out] = self._reshape(mix, 0, 0, hyper.q_width)
+        self._values[op.out] = self._reshape(mix, 0, 0, op.n_head * d)
 
     def _activate(self, op: P.Activate) -> None:
         x, up = self._values[op.x], ""
         if op.gated:
-            x, up = self._split(x, self.hyper.n_ff, self.hyper.n_ff)
-        y = {"silu": self._silu, "relu": self._relu, "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh}[op.kind](x)
+            x, up = self._split(x, op.n, op.n)
+        y = {
+            "silu": self._silu, "relu": self._relu, "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh,
+            "relu_squared": self._relu_squared,
+        }[op.kind](x)  # fmt: skip
         self._values[op.out] = self._node("Mul", y, up) if up else y
 
     def _add(self, op: P.Add) -> None:
-        self._values[op.out] = self._node("Add", self._values[op.out], self._values[op.x])
+        x = self._values[op.x] if op.factor == 1 else self._node("Mul", self._values[op.x], self._number(op.factor))
+        self._values[op.out] = self._node("Add", self._values[op.out], x)
+
+    def _scale(self, op: P.Scale) -> None:
+        self._values[op.out] = self._node("Mul", self._values[op.x], self._number(op.factor))
+
+    def _softcap(self, op: P.Softcap) -> None:
+        self._values[op.out] = self._capped(self._values[op.x], op.cap)
+
+    def _capped(self, x: str, cap: float) -> str:
+        return self._node("Mul", self._node("Tanh", self._node("Div", x, self._number(cap))), self._number(cap))
 
     # ── activations, as in runtime/activations.py ────────────────────────────────────────────────────────────────────
 
@@ -260,6 +332,10 @@ class Graph:
 
     def _relu(self, x: str) -> str:
         return self._node("Relu", x)
+
+    def _relu_squared(self, x: str) -> str:
+        y = self._node("Relu", x)
+        return self._node("Mul", y, y)
 
     def _gelu_erf(self, x: str) -> str:
         return self._gelu(x, self._node("Erf", self._node("Mul", x, self._number(math.sqrt(0.5)))))

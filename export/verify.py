@@ -2,7 +2,7 @@
 
 In: a `CanonicalModel` and the file made of it. Out: how alike their logits are, and how well each predicts the text.
 The float32 weights run on the numpy executor, the reference; files of pocketlm on the executor that their users get, which
-is the native one where it can run; ONNX files on onnxruntime. The only module of `export/` that knows executors.
+is the native one where it can run; ONNX files on onnxruntime. With importance.py the only module here that runs a model.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.canonical import CanonicalModel, Float32Tensors
+from pocketlm.export.dialects import read_canonical
+from pocketlm.export.to_huggingface import WEIGHTS
+from pocketlm.export.tokenizer_data import NONE
 from pocketlm.runtime.evaluation import TEXT, cosines, cross_entropy
 from pocketlm.runtime.executors import make_executor
-from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.plan import Plan, make_plan
 from pocketlm.runtime.tensor import Tensor
@@ -127,27 +129,10 @@ def _own_ids(tokenizer: Tokenizer, template: str | None) -> tuple[list[int], str
     return chat.encode(messages, tokenizer, add_generation_prompt=False), f" of {name}{without}"
 
 
-class _Weights(Mapping[str, Tensor]):
-    """A model's float32 weights as the tensors that executors take, read when they are asked for."""
-
-    def __init__(self, model: CanonicalModel, path: Path):
-        self._tensors, self._path = model.tensors, path
-
-    def __getitem__(self, name: str) -> Tensor:
-        weights = np.ascontiguousarray(self._tensors[name].read(), np.float32)
-        return Tensor(name, weights.shape, FORMATS["F32"], weights.reshape(-1).view(np.uint8), 0, self._path)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 @contextmanager
 def _exact_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
     plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, out)
-    with _runner("numpy", plan, _Weights(model, out), out) as run:
+    with _runner("numpy", plan, Float32Tensors(model, out), out) as run:
         yield run
 
 
@@ -156,6 +141,10 @@ def _exported_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
     path = out / "model.gguf" if (out / "model.gguf").is_file() else out  # in the folder for Ollama
     if path.suffix.lower() == ".onnx":
         yield _onnx_runner(model, path)
+        return
+    if (path / WEIGHTS).is_file():  # a Hugging Face folder: what pocketlm makes of it when it is exported again
+        with _exact_runner(read_canonical(path, tokenizer=NONE), path) as run:
+            yield run
         return
     with closing(open_model(path)) as opened:
         plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in opened.tensors.items()}, path)

@@ -1,6 +1,7 @@
 """The activation functions of the feed-forward layer, float32 in NumPy. The native kernels use the same formulas.
 
-Knows no model. GELU: arXiv:1606.08415, exact (erf) and in the tanh form; SiLU: x · sigmoid(x).
+Knows no model. GELU: arXiv:1606.08415, exact (erf) and in the tanh form; SiLU: x · sigmoid(x);
+squared ReLU: arXiv:2109.08668.
 """
 
 from __future__ import annotations
@@ -42,4 +43,9 @@ def relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu}
+def relu_squared(x: np.ndarray) -> np.ndarray:
+    y = np.maximum(x, 0)
+    return y * y
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared}

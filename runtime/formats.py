@@ -29,6 +29,11 @@ class Format:
     block_bytes: int
     dequantize: Dequantizer | None = None
 
+# What a code of four bits stands for: the steps of IQ4_NL and IQ4_XS lie closer near zero, as weights do; those of MXFP4
+# are the sixteen values of a float with one fraction bit (OCP Microscaling Formats), doubled so that they are whole.
+IQ4_STEPS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+MXFP4_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
 
 # ── parts of a block ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -145,6 +150,46 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(-1, 256)
 
 
+def _q2_k(blocks: np.ndarray) -> np.ndarray:
+    weights = _bits(blocks[:, 16:80], 2, 32).astype(np.float32).reshape(-1, 16, 16)
+    packed = blocks[:, :16]
+    weights *= (_half(blocks, 80) * (packed & 15).astype(np.float32))[:, :, None]
+    weights -= (_half(blocks, 82) * (packed >> 4).astype(np.float32))[:, :, None]
+    return weights.reshape(-1, 256)
+
+
+def _q3_k(blocks: np.ndarray) -> np.ndarray:
+    """Sixteen scales of 6 bits: eight bytes hold low halves, four bytes the top bits, two of every fourth scale each."""
+    high = _bits(blocks[:, :32], 1, 32) << np.uint8(2)
+    weights = (_bits(blocks[:, 32:96], 2, 32) | high).astype(np.float32).reshape(-1, 16, 16)
+    weights -= np.float32(4)
+    scales = (_nibbles(blocks[:, 96:104], 8) | (_bits(blocks[:, 104:108], 2, 4) << np.uint8(4))).astype(np.float32)
+    scales -= np.float32(32)
+    weights *= (_half(blocks, 108) * scales)[:, :, None]
+    return weights.reshape(-1, 256)
+
+
+def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
+    weights = np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 2:], 16)]
+    weights *= _half(blocks, 0)
+    return weights
+
+
+def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
+    """Eight scales of 6 bits: two bytes hold their top bits, four bytes the low halves."""
+    weights = np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 8:], 16)].reshape(-1, 8, 32)
+    high = _bits(blocks[:, 2:4], 2, 1) << np.uint8(4)
+    scales = (_nibbles(blocks[:, 4:8], 1) | high).astype(np.float32) - np.float32(32)
+    weights *= (_half(blocks, 0) * scales)[:, :, None]
+    return weights.reshape(-1, 256)
+
+
+def _mxfp4(blocks: np.ndarray) -> np.ndarray:
+    weights = np.array(MXFP4_STEPS, np.float32)[_nibbles(blocks[:, 1:], 16)]
+    weights *= np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)
+    return weights
+
+
 _ROWS = (
     Format("F32", 0, 1, 4, _f32),
     Format("F16", 1, 1, 2, _f16),
@@ -154,8 +199,8 @@ _ROWS = (
     Format("Q5_1", 7, 32, 24, _q5_1),
     Format("Q8_0", 8, 32, 34, _q8_0),
     Format("Q8_1", 9, 32, 40),
-    Format("Q2_K", 10, 256, 84),
-    Format("Q3_K", 11, 256, 110),
+    Format("Q2_K", 10, 256, 84, _q2_k),
+    Format("Q3_K", 11, 256, 110, _q3_k),
     Format("Q4_K", 12, 256, 144, _q4_k),
     Format("Q5_K", 13, 256, 176, _q5_k),
     Format("Q6_K", 14, 256, 210, _q6_k),
@@ -164,10 +209,10 @@ _ROWS = (
     Format("IQ2_XS", 17, 256, 74),
     Format("IQ3_XXS", 18, 256, 98),
     Format("IQ1_S", 19, 256, 50),
-    Format("IQ4_NL", 20, 32, 18),
+    Format("IQ4_NL", 20, 32, 18, _iq4_nl),
     Format("IQ3_S", 21, 256, 110),
     Format("IQ2_S", 22, 256, 82),
-    Format("IQ4_XS", 23, 256, 136),
+    Format("IQ4_XS", 23, 256, 136, _iq4_xs),
     Format("I8", 24, 1, 1),
     Format("I16", 25, 1, 2),
     Format("I32", 26, 1, 4),
@@ -177,7 +222,7 @@ _ROWS = (
     Format("BF16", 30, 1, 2, _bf16),
     Format("TQ1_0", 34, 256, 54),
     Format("TQ2_0", 35, 256, 66),
-    Format("MXFP4", 39, 32, 17),
+    Format("MXFP4", 39, 32, 17, _mxfp4),
     Format("NVFP4", 40, 64, 36),
     Format("Q1_0", 41, 128, 18),
 )

@@ -79,11 +79,14 @@ class GGUF:
         self.header_end = header_end
         self._keys = metadata
         self._mapping: FileMapping | None = None
+        self.parts: list[GGUF] = []  # the other files of a model that lies in several; their tensors are in `tensors`, too
 
     def close(self, error: BaseException | None = None) -> None:
         """Unmap the file (see `FileMapping.close`). Whoever shares `tensors` or `metadata` loses them, too."""
         self.tensors.clear()
         self._keys.close()
+        for part in self.parts:
+            part.close(error)
         if self._mapping is not None:
             self._mapping.close(error)
 

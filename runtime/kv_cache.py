@@ -5,18 +5,20 @@ Knows positions, not tokens: which ids stand behind them is the session's affair
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from pocketlm.runtime.hyper import Hyper
-from pocketlm.runtime.positions import rope_frequencies, rotate
+from pocketlm.runtime.hyper_parameters import Hyper
+from pocketlm.runtime.positions import Turn, rotate
 
 
 class KVCache:
     """keys and values, float32 [n_layer, n_kv_head, n_ctx, head_dim]; the first `length` positions are filled."""
 
-    def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
-        """Memory is reserved here and used as positions fill. `rope_factors` are those of `positions.rope_frequencies`."""
-        self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
+    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
+        """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`."""
+        self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
         self.keys, self.values = (
             np.zeros((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2)
         )
@@ -40,7 +42,7 @@ class KVCache:
 
     def fork(self, length: int) -> KVCache:
         """A cache of its own with the first `length` positions of this one; the rest takes no memory before it is filled."""
-        other = type(self)(self.hyper, self.n_ctx, self._rope_factors)
+        other = type(self)(self.hyper, self.n_ctx, self._turns)
         for copy, filled in zip(other._filled(length), self._filled(length), strict=True):
             copy[...] = filled
         other.length = length
@@ -68,18 +70,14 @@ class KVCache:
         False, and nothing changes, where positions are learned: they are mixed into the values and cannot be moved.
         ALiBi and models without positions need no turning: only distances count, and these stay.
         """
-        hyper = self.hyper
-        if hyper.position == "learned":
+        if self._turns is None:
             return False
-        cos = sin = np.zeros(0, np.float32)
-        if hyper.rope is not None:
-            angles = (start - stop) * rope_frequencies(hyper.rope, self._rope_factors)[0]
-            cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         moved = self.length - stop
-        for layer in range(hyper.n_layer):
+        for layer in range(len(self.keys)):
             keys = self.read_keys(layer, stop, self.length)
-            if hyper.rope is not None:
-                rotate(keys, cos, sin, hyper.rope.pairs)
+            if turn := self._turns.get(layer):
+                angles = (start - stop) * turn.frequencies
+                rotate(keys, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), turn.pairs)
             self.write_keys(layer, start, keys)
             values = self.values[layer]
             values[:, start : start + moved] = values[:, stop : self.length].copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,56 @@ from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 if TYPE_CHECKING:
     from pocketlm.runtime.container import Packed
 
+MAX_PARTS = 1000
 
 def open_model(path: str | Path) -> GGUF | Fp16Bin:
     """A GGUF file, an fp16 bin or a packed executable, opened and checked. Raises FileError, saying what else it may be."""
     path = Path(path)
     if not path.is_dir():
-        return _open_packed(path) or open_gguf(path)
+        return _open_packed(path) or _open_parts(path)
     if not is_fp16_bin(path):
         advice = "name the GGUF file, or convert a checkpoint with pocketlm export"
         raise FileError(path, "is a folder without config.json and weights.bin", advice)
     return open_fp16_bin(path)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a GGUF that lies in several (NAME-00001-of-00003.gguf, as llama.cpp names them), whichever is named;
+    the path alone where it is no part.
+    """
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    n = int(named[3]) if named else 0
+    if not named or not 1 <= int(named[2]) <= n <= MAX_PARTS:
+        return [path]
+    return [path.with_name(f"{named[1]}-{i:05d}-of-{named[3]}.gguf") for i in range(1, n + 1)]
+
+
+def _open_parts(path: Path) -> GGUF:
+    """A GGUF file with the tensors of all its parts. FileError: a part is missing, or of another model."""
+    paths = parts_of(path)
+    if len(paths) == 1 or not path.exists():
+        return open_gguf(path)
+    if missing := [part.name for part in paths if not part.exists()]:
+        raise FileError(path, f"is one of {len(paths)} parts, and {missing[0]} is not beside it", "put all parts in one folder")
+    first = open_gguf(paths[0])
+    try:
+        for number, part in enumerate(paths):
+            if number:
+                first.parts.append(open_gguf(part))
+            keys = first.parts[-1].metadata if number else first.metadata
+            if (keys.get("split.no"), keys.get("split.count")) != (number, len(paths)):
+                raise FileError(part, f"is not part {number + 1} of {len(paths)}", "download all parts again")
+        for opened in first.parts:
+            if twice := first.tensors.keys() & opened.tensors.keys():
+                raise FileError(opened.path, f"holds {min(twice)}, as another part does", "download all parts again")
+            first.tensors.update(opened.tensors)
+        if len(first.tensors) != first.metadata.get("split.tensors.count", len(first.tensors)):
+            count = first.metadata["split.tensors.count"]
+            raise FileError(paths[0], f"the parts hold {len(first.tensors)} of {count} tensors", "download all parts again")
+    except BaseException as error:
+        first.close(error)
+        raise
+    return first
 
 
 def _open_packed(path: Path) -> GGUF | None:
@@ -42,4 +83,4 @@ def open_packed(packed: Packed) -> GGUF:
 def size_of(path: str | Path) -> int:
     """Bytes of a model on disk, of a folder all its files."""
     path = Path(path)
-    return sum(entry.stat().st_size for entry in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return sum(entry.stat().st_size for entry in (path.iterdir() if path.is_dir() else parts_of(path)))

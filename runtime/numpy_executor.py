@@ -20,7 +20,7 @@ from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
-from pocketlm.runtime.positions import alibi_slopes, rope_table, rope_table_bytes, rotate
+from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary, rotate
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
@@ -40,17 +40,17 @@ class NumpyExecutor:
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         self._run = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
-            P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Logits: self._linear,
+            P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
+            P.Softcap: self._softcap, P.Logits: self._linear,
         }  # fmt: skip
         matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
         alone = [(name,) for name in plan.weights if name not in stacked]
         self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
         self._biases = {m: self._stack_biases(m) for m in matrices}
-        self._factors = factors = self._weights[plan.rope_factors,] if plan.rope_factors else None
-        self._rope = rope_table(plan.hyper.rope, n_ctx, factors) if plan.hyper.rope else None
-        self._slopes = alibi_slopes(self.hyper.n_head, self.hyper.alibi_max_bias) if self.hyper.position == "alibi" else None
-        self.cache = self._cache = KVCache(plan.hyper, n_ctx, factors)  # its own, and that of the text now worked on
+        self._rope = rope_tables(plan.ops, self._rows, n_ctx)
+        self._turns = key_turns(plan.ops, self._rows, n_ctx)
+        self.cache = self._cache = KVCache(plan.hyper, n_ctx, self._turns)  # its own, and that of the text now worked on
         self._one_at_a_time, self._closed = ForkedLock(), False
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
@@ -60,10 +60,10 @@ class NumpyExecutor:
         hyper, n = plan.hyper, min(BLOCK, n_ctx)
         weights = 4 * sum(math.prod(shape) for shape in plan.weights.values())
         inner = [width for name, width in plan.buffers.items() if name != "logits"]
-        alibi = hyper.position == "alibi"
+        alibi = any(isinstance(op, P.Attend) and op.alibi_max_bias for op in plan.ops)
         scores = 4 * hyper.n_head * n * n_ctx * (1 + alibi) + n * n_ctx * (8 + 1 + 4 * alibi)  # and distances, masks
         activations = 4 * n * (sum(inner) + 3 * max(inner)) + 4 * hyper.n_vocab
-        scratch = rope_table_bytes(hyper.rope, n_ctx) + max(scores + activations, KVCache.bytes_to_move(hyper, n_ctx))
+        scratch = rope_tables_bytes(plan.ops, n_ctx) + max(scores + activations, KVCache.bytes_to_move(hyper, n_ctx))
         return weights, KVCache.bytes_for(hyper, n_ctx), scratch
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class NumpyExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> KVCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return KVCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
+        return KVCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns)
 
     def new_selection(self) -> None:
         """NumPy's own is all there is."""
@@ -115,17 +115,16 @@ class NumpyExecutor:
 
     def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:  # [n] -> [rows, n_vocab], of the last
         state = {"ids": ids}
-        for op in self.plan.ops[:-1]:
+        for op in self.plan.ops:
             self._check_open()
+            if isinstance(op, P.Logits):
+                if rows <= 0:
+                    state[op.out] = np.empty((0, self.hyper.n_vocab), np.float32)
+                    break
+                state[op.x] = state[op.x][-rows:]
             self._run[type(op)](op, state)
         self._cache.length += len(ids)
-        head = self.plan.ops[-1]
-        assert isinstance(head, P.Logits)
-        if rows <= 0:
-            return np.empty((0, self.hyper.n_vocab), np.float32)
-        state[head.x] = state[head.x][-rows:]
-        self._linear(head, state)
-        return state[head.out]
+        return state["logits"]
 
     def _embed(self, op: P.Embed, state: dict[str, np.ndarray]) -> None:  # [n] -> [n, n_embd]
         table = self._rows(op.table)
@@ -134,15 +133,22 @@ class NumpyExecutor:
             start = self._cache.length
             state[op.out] += self._rows(op.positions)[start : start + len(state["ids"])]
 
-    def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
-        x = state[op.x]
+    def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width], or columns of it in place
+        columns = slice(op.column, op.column + op.n_groups * op.width)
+        x = state[op.x][:, columns].reshape(-1, op.n_groups, op.width)
         if op.kind == "layer":
-            x = x - np.add.reduce(x, -1, keepdims=True) / np.float32(x.shape[1])
-        variance = np.add.reduce(x * x, -1, keepdims=True) / np.float32(x.shape[1])
-        y = state[op.out] = x / np.sqrt(variance + np.float32(op.eps))
-        y *= self._rows(op.weight)
+            x = x - np.add.reduce(x, -1, keepdims=True) / np.float32(op.width)
+        variance = np.add.reduce(x * x, -1, keepdims=True) / np.float32(op.width)
+        y = x / np.sqrt(variance + np.float32(op.eps))
+        if op.weight:
+            y *= self._rows(op.weight)
         if op.bias:
             y += self._rows(op.bias)
+        y = y.reshape(len(y), -1)
+        if y.shape[1] == state[op.x].shape[1]:
+            state[op.out] = y
+        else:
+            state[op.out][:, columns] = y
 
     def _linear(self, op: P.Linear | P.Logits, state: dict[str, np.ndarray]) -> None:  # [n, n_in] -> [n, n_out]
         w, x = self._weights[op.matrix.weights], state[op.x]
@@ -164,43 +170,62 @@ class NumpyExecutor:
             y += bias
 
     def _rotate(self, op: P.Rotate, state: dict[str, np.ndarray]) -> None:  # [n, qkv], in place
-        hyper, qkv, start = self.hyper, state[op.qkv], self._cache.length
-        assert self._rope is not None
-        assert hyper.rope is not None
-        table = self._rope[start : start + len(qkv), :, None]  # [n, 2, 1, n_dims/2]
-        heads = qkv[:, : hyper.q_width + hyper.kv_width].reshape(len(qkv), -1, hyper.head_dim)  # [n, heads, head_dim]
-        rotate(heads, table[:, 0], table[:, 1], hyper.rope.pairs)
+        qkv, start = state[op.qkv], self._cache.length
+        table = self._rope[rotary(op, self.n_ctx)][start : start + len(qkv), :, None]  # [n, 2, 1, n_dims/2]
+        heads = qkv[:, : op.n_heads * op.head_dim].reshape(len(qkv), op.n_heads, op.head_dim)
+        rotate(heads, table[:, 0], table[:, 1], op.rope.pairs)
 
     def _attend(self, op: P.Attend, state: dict[str, np.ndarray]) -> None:  # [n, qkv] -> [n, q_width]
-        hyper, qkv, start = self.hyper, state[op.qkv], self._cache.length
-        n, t, group = len(qkv), start + len(qkv), hyper.n_head // hyper.n_kv_head
-        q = qkv[:, : hyper.q_width].reshape(n, hyper.n_kv_head, group, hyper.head_dim)
-        kv = qkv[:, hyper.q_width :].reshape(n, 2, hyper.n_kv_head, hyper.head_dim)
+        qkv, start, n_kv, d = state[op.qkv], self._cache.length, op.n_kv_head, op.head_dim
+        n, group = len(qkv), op.n_head // n_kv
+        q = qkv[:, : op.n_head * d].reshape(n, n_kv, group, d)
+        kv = qkv[:, op.n_head * d :].reshape(n, 2, n_kv, d)
         keys, values = self._cache.keys[op.layer], self._cache.values[op.layer]
-        keys[:, start:t], values[:, start:t] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)  # [n_kv_head, n, head_dim]
-        q = q.transpose(1, 2, 0, 3).reshape(hyper.n_kv_head, group * n, hyper.head_dim)  # heads of a group share keys
-        scores = q @ keys[:, :t].swapaxes(1, 2)  # [n_kv_head, group * n, t]
-        scores *= np.float32(1 / math.sqrt(hyper.head_dim))
-        scores = scores.reshape(hyper.n_head, n, t)
-        if n > 1 or self._slopes is not None:
-            distance = np.arange(t) - np.arange(start, t)[:, None]  # [n, t]; above zero is the future
-            if self._slopes is not None:
-                scores += self._slopes[:, None, None] * distance.astype(np.float32)
+        new = slice(start, start + n)
+        keys[:, new], values[:, new] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)  # [n_kv_head, n, head_dim]
+        first = max(start - op.window + 1, 0) if op.window else 0  # what the first query sees; t positions from here on
+        keys, values = keys[:, first : start + n], values[:, first : start + n]
+        t = keys.shape[1]
+        q = q.transpose(1, 2, 0, 3).reshape(n_kv, group * n, d)  # heads of a group share keys
+        scores = q @ keys.swapaxes(1, 2)  # [n_kv_head, group * n, t]
+        scores *= np.float32(op.scale)
+        if op.softcap:
+            scores /= np.float32(op.softcap)
+            np.tanh(scores, out=scores)
+            scores *= np.float32(op.softcap)
+        scores = scores.reshape(op.n_head, n, t)
+        if n > 1 or op.alibi_max_bias:
+            distance = np.arange(t) - np.arange(start - first, t)[:, None]  # [n, t]; above zero is the future
+            if op.alibi_max_bias:
+                scores += alibi_slopes(op.n_head, op.alibi_max_bias)[:, None, None] * distance.astype(np.float32)
             scores[:, distance > 0] = -np.inf
-        scores -= np.maximum.reduce(scores, -1, keepdims=True)
+            if op.window:
+                scores[:, distance <= -op.window] = -np.inf
+        largest = np.maximum.reduce(scores, -1, keepdims=True)  # [n_head, n, 1]
+        sinks = self._rows(op.sinks)[:, None, None] if op.sinks else None
+        if sinks is not None:
+            largest = np.maximum(largest, sinks)
+        scores -= largest
         np.exp(scores, out=scores)
-        scores /= np.add.reduce(scores, -1, keepdims=True)
-        mix = scores.reshape(hyper.n_kv_head, group * n, t) @ values[:, :t]  # [n_kv_head, group * n, head_dim]
-        mix = mix.reshape(hyper.n_head, n, hyper.head_dim).swapaxes(0, 1)
-        state[op.out] = mix.reshape(n, hyper.q_width)
+        total = np.add.reduce(scores, -1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks - largest)
+        scores /= total
+        mix = scores.reshape(n_kv, group * n, t) @ values  # [n_kv_head, group * n, head_dim]
+        state[op.out] = mix.reshape(op.n_head, n, d).swapaxes(0, 1).reshape(n, op.n_head * d)
 
     def _activate(self, op: P.Activate, state: dict[str, np.ndarray]) -> None:  # [n, ff] -> [n, n_ff]
-        x = state[op.x]
-        gate, up = (x[:, : self.hyper.n_ff], x[:, self.hyper.n_ff :]) if op.gated else (x, None)
-        state[op.out] = ACTIVATIONS[op.kind](gate) if up is None else ACTIVATIONS[op.kind](gate) * up
+        x, f = state[op.x], ACTIVATIONS[op.kind]
+        state[op.out] = f(x[:, : op.n]) * x[:, op.n :] if op.gated else f(x)
 
     def _add(self, op: P.Add, state: dict[str, np.ndarray]) -> None:  # [n, width] += [n, width]
-        state[op.out] += state[op.x]
+        state[op.out] += state[op.x] if op.factor == 1 else np.float32(op.factor) * state[op.x]
+
+    def _scale(self, op: P.Scale, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
+        state[op.out] = np.float32(op.factor) * state[op.x]
+
+    def _softcap(self, op: P.Softcap, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
+        state[op.out] = np.float32(op.cap) * np.tanh(state[op.x] / np.float32(op.cap))
 
     def _rows(self, name: str) -> np.ndarray:
         return self._weights[name,]

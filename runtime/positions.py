@@ -1,15 +1,19 @@
 """Where a token stands: the tables that rotary positions and ALiBi need. Shared by every executor.
 
-In: a `Hyper`'s position options. Out: NumPy tables. Knows nothing about weights or caches.
+In: the operations that turn queries and keys, and what reads a tensor of factors. Out: NumPy tables. Knows nothing about
+weights or caches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-from pocketlm.runtime.hyper import Rope
+from pocketlm.runtime.hyper_parameters import Rope
+from pocketlm.runtime.operations import Attend, Embed, Op, Rotate
 
 _POSITIONS = 4096  # computed at once, in float64: the table itself is all that a long context costs
 
@@ -24,7 +28,7 @@ def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.
     base = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
     if factors is not None:
         base = base / factors.astype(np.float64)
-    if rope.scaling == "none":
+    if rope.scaling in ("none", "longrope"):
         return base, rope.attention_factor
     scaled = base / rope.factor
     if rope.scaling == "linear":
@@ -51,9 +55,49 @@ def rope_table(rope: Rope, n_ctx: int, factors: np.ndarray | None = None) -> np.
     return table
 
 
-def rope_table_bytes(rope: Rope | None, n_ctx: int) -> int:
-    """Bytes of a `rope_table`; 0 for a model without one."""
-    return 4 * n_ctx * rope.n_dims if rope else 0
+Rotary = tuple[Rope, str | None]  # what a table is made of: operations that agree in it share the table
+
+
+def rotary(op: Rotate, n_ctx: int) -> Rotary:
+    """The rope and the tensor of factors that an operation uses in a context of this length."""
+    is_long = op.long_factors is not None and n_ctx > op.rope.original_ctx
+    return op.rope, op.long_factors if is_long else op.factors
+
+
+def rope_tables(ops: Iterable[Op], read: Callable[[str], np.ndarray], n_ctx: int) -> dict[Rotary, np.ndarray]:
+    """A `rope_table` for every distinct rotary; `read` gives a tensor in float32."""
+    keys = {rotary(op, n_ctx): None for op in ops if isinstance(op, Rotate)}
+    return {key: rope_table(key[0], n_ctx, read(key[1]) if key[1] else None) for key in keys}
+
+
+def rope_tables_bytes(ops: Iterable[Op], n_ctx: int) -> int:
+    """Bytes of the `rope_tables`."""
+    return sum(4 * n_ctx * rope.n_dims for rope, _ in {rotary(op, n_ctx) for op in ops if isinstance(op, Rotate)})
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the keys of a layer turn with each position."""
+
+    frequencies: np.ndarray  # float64 (n_dims/2,)
+    pairs: str
+
+
+def key_turns(ops: Iterable[Op], read: Callable[[str], np.ndarray], n_ctx: int) -> dict[int, Turn] | None:
+    """Layers of the cache whose keys are turned; None where positions are learned, and mixed into keys and values."""
+    turns: dict[int, Turn] = {}
+    turn = None
+    for op in ops:
+        if isinstance(op, Embed) and op.positions:
+            return None
+        if isinstance(op, Rotate):
+            rope, factors = rotary(op, n_ctx)
+            turn = Turn(rope_frequencies(rope, read(factors) if factors else None)[0], rope.pairs)
+        if isinstance(op, Attend):
+            if turn is not None:
+                turns[op.layer] = turn
+            turn = None
+    return turns
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, pairs: str) -> None:

@@ -14,7 +14,8 @@ from pocketlm.runtime.tensor import Tensor
 # where a block's half-precision scales begin, in bytes; every other byte holds integers
 HALF_SCALES = {
     "F16": (0,), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "MXFP4": (),  # its scale is a power of two in the first byte
 }  # fmt: skip
 EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80)}  # all bits set: NaN or infinite
 
@@ -32,6 +33,8 @@ def check_finite(tensor: Tensor) -> None:
             tensor.to_float32()  # raises the error that names the format
         blocks = tensor.data.reshape(-1, tensor.format.block_bytes)
         finite = all(_halves_finite(blocks[:, at : at + 2]) for at in HALF_SCALES[name])
+        if name == "MXFP4":  # 2^125 times the largest step is beyond float32; 255 means NaN
+            finite = not (blocks[:, 0] > 252).any()
     if not finite:
         raise FileError(
             tensor.path, f"tensor {tensor.name} holds NaN or infinite weights", "the model was damaged in training or export"

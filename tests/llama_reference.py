@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-GGML_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "BF16": 30}
+GGML_TYPES = {
+    "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+    "IQ4_NL": 20, "BF16": 30,
+}  # fmt: skip
 
 
 @functools.lru_cache
@@ -109,6 +112,14 @@ def _ggml() -> Any:
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
     return ggml
+
+
+def quantize_file(source: Path, out: Path, file_type: int) -> None:
+    """What llama.cpp's own program for it makes of a GGUF; `file_type`: the number of the mix of formats."""
+    lib = library()
+    options = lib.llama_model_quantize_default_params()
+    options.ftype, options.nthread = file_type, 1
+    assert lib.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options)) == 0
 
 
 def quantize(format_name: str, weights: np.ndarray) -> np.ndarray:

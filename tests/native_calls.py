@@ -73,16 +73,20 @@ def random_blocks(fmt: str, n_rows: int, n_columns: int, random: np.random.Gener
         return values.astype({"F32": np.float32, "F16": np.float16}[fmt]).view(np.uint8).reshape(-1)
     blocks = random.integers(0, 256, (n_rows, n_columns // size, FORMATS[fmt].block_bytes), dtype=np.uint8)
     # the largest integer that a scale is multiplied with, sub-scales of K-quants included
-    largest = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q4_K": 15 * 63, "Q5_K": 31 * 63, "Q6_K": 32 * 127}[
-        fmt
-    ]
+    largest = {
+        "Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q4_K": 15 * 63, "Q5_K": 31 * 63, "Q6_K": 32 * 127,
+        "Q2_K": 3 * 15, "Q3_K": 4 * 32, "IQ4_NL": 127, "IQ4_XS": 127 * 32, "MXFP4": 12,
+    }[fmt]  # fmt: skip
     scale = random.uniform(0.5, 2, (n_rows, n // size // n_rows)) * (2 * spread / largest)
     if wild:
         scale *= np.exp2(random.integers(-12, 12, (n_rows, 1))) * random.choice([-1, 1], (n_rows, 1))
+    if fmt == "MXFP4":
+        blocks[..., 0] = np.clip(np.rint(np.log2(np.abs(scale))) + 128, 0, 252)
+        return blocks.reshape(-1)
     first, *offsets = HALF_SCALES[fmt]
     blocks[..., first : first + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
-    for at in offsets:  # Q4_1 and Q5_1 add it to weights above zero, Q4_K and Q5_K subtract it times 0..63
-        offset = scale * (7.5 if fmt == "Q4_K" else 15 if fmt == "Q5_K" else -largest / 2)
+    for at in offsets:  # Q4_1 and Q5_1 add it to weights above zero, K formats subtract it times a sub-scale
+        offset = scale * {"Q4_K": 7.5, "Q5_K": 15, "Q2_K": 1.5}.get(fmt, -largest / 2)
         blocks[..., at : at + 2] = offset.astype(np.float16)[..., None].view(np.uint8)
     return blocks.reshape(-1)
 
@@ -132,7 +136,7 @@ K_WIDE = {"n_embd": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64, "n_ff": 25
 
 def wide(fmt: str) -> dict[str, int]:
     """The narrowest tiny model whose rows are whole blocks."""
-    return K_WIDE if fmt.endswith("_K") else WIDE
+    return K_WIDE if FORMATS[fmt].block_size == 256 else WIDE
 
 
 def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, **options: bool) -> dict[str, Tensor]:

@@ -11,10 +11,15 @@ import pytest
 from tiny_models import write_model
 
 from pocketlm.bench import convert
-from pocketlm.bench.protocol import BACKENDS, Backend
+from pocketlm.bench.protocol import BACKENDS, Backend, Skipped
+from pocketlm.bench.worker import Bench
+from pocketlm.errors import PocketlmError
 
 N_CTX = 64
-CLOSE = {"native": 0.9999, "llama.cpp": 0.999, "llama.cpp no-flash": 0.999, "onnxruntime int8": 0.99}  # the others: float32
+CLOSE = {  # the others: float32
+    "native": 0.9999, "llama.cpp": 0.999, "llama.cpp no-flash": 0.999, "onnxruntime int8": 0.99, "onnxruntime-genai": 0.85,
+    "openvino": 0.85, "ctranslate2": 0.99,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"arch": "gpt2"},
     "llama": {"arch": "llama", "n_kv_head": 2, "format": "Q8_0"},
@@ -32,7 +37,10 @@ def adapter(backend: Backend, path: Path) -> Any:
         pytest.importorskip(package, reason=f"{package} is not installed")
     if backend.reads != "gguf":
         out = path.with_name(f"{path.stem}{convert.KINDS[backend.reads].suffix}")
-        convert.KINDS[backend.reads].write(path, out)
+        try:
+            convert.KINDS[backend.reads].write(path, out)
+        except Skipped as reason:
+            pytest.skip(f"its library does not convert this: {reason}")
         path = out
     module, name = backend.adapter.split(":")
     return getattr(importlib.import_module(module), name)(str(path), 1, N_CTX, **{**backend.options, "compiled": False}
@@ -79,3 +87,34 @@ def test_what_a_user_sees_counts_the_tokens_that_were_generated(name: str, tmp_p
     assert 1 <= tokens <= 5
     assert seconds > 0
     one.close()
+
+
+def test_a_library_that_makes_its_own_steps_is_timed_by_them() -> None:
+    bench = Bench()
+    bench._ids = IDS
+
+    class Own:
+        def decode_seconds(self, ids: np.ndarray, n: int) -> list[float]:
+            assert ids.tolist() == IDS[:9].tolist()
+            return [0.5] * n
+
+    bench.adapter = Own()
+    assert bench.decode(3, depth=8, at_least=2.0)["seconds"] == [0.5] * 6  # twice, until two seconds are full
+
+
+def test_the_ninth_conversation_is_timed_while_eight_go_on(tmp_path: Path) -> None:
+    one = adapter(BACKENDS["numpy"], write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX))
+    first, others = one.ninth([1, 2, 3], 2, conversations=3)
+    assert first > 0
+    assert others > 0
+    one.close()
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime_genai is not installed")
+    path = write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX, n_kv_head=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert.sys, "executable", "false")
+        with pytest.raises(PocketlmError, match="failed"):
+            convert.KINDS["genai-int4"].write(path, tmp_path / "out-genai")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.gguf"]

@@ -25,7 +25,8 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 @pytest.mark.parametrize(
     ("asked", "meant"),
     [
-        ("q4_k_m", "q4_k"), ("Q4_K_S", "q4_k"), ("q5_k_m", "q5_k"), ("Q6_K_L", "q6_k"), ("q8", "q8_0"), ("q4", "q4_0"),
+        ("q4_k_l", "q4_k_m"), ("Q4_K_S", "q4_k_m"), ("q3_k", "q3_k_m"), ("iq4_xs", "iq4_nl"),
+        ("Q6_K_L", "q6_k"), ("q8", "q8_0"), ("q4", "q4_0"),
         ("int8", "q8_0"), ("int4", "q4_0"), ("fp16", "f16"), ("FP32", "f32"), ("float16", "f16"), ("bfloat16", "bf16"),
         ("half", "f16"), ("q40", "q4_0"), ("q8-0", "q8_0"),
     ],

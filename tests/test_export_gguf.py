@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_reference
 import numpy as np
 import pytest
 from canonical_models import GPT2, N_VOCAB, cosine, logits_of, make_hyper, make_model
@@ -93,7 +94,7 @@ def test_norms_and_positions_stay_float32_and_the_head_gets_more_bits(tmp_path: 
     write(model, tmp_path / "m.gguf", quant)
     formats = formats_of(tmp_path / "m.gguf")
     assert formats["position_embd.weight"] == formats["output_norm.weight"] == formats["blk.1.attn_norm.weight"] == "F32"
-    assert formats["blk.0.ffn_up.weight"] == formats["blk.1.attn_q.weight"] == quant.upper()
+    assert formats["blk.0.ffn_up.weight"] == formats["blk.1.attn_q.weight"] == quant.upper().removesuffix("_M")
     assert formats["token_embd.weight"] == (quant.upper() if quant in ("f32", "f16", "bf16", "q8_0") else "Q6_K")
 
 
@@ -118,6 +119,20 @@ def test_widths_that_no_block_divides_fall_back_and_are_named(tmp_path: Path, qu
     assert formats["blk.0.ffn_down.weight"] == quant.upper()
     assert formats["output.weight"] == head
     assert any("blk.*.attn_q.weight x2" in line and f"these have {width}" in line for line in receipt.lines())
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q6_k", *(name for name, row in QUANTS.items() if row.more)])
+@pytest.mark.parametrize(("n_kv_head", "fused"), [(1, False), (4, True)])
+def test_every_tensor_gets_the_format_that_llama_cpp_gives_it(tmp_path: Path, quant: str, n_kv_head: int, fused: bool):
+    shape = {"n_embd": 256, "n_head": 4, "n_kv_head": n_kv_head, "head_dim": 64, "n_ff": 256, "n_vocab": 32, "n_ctx": 8}
+    shape["n_layer"] = 17 if quant == "q3_k_m" else 9
+    hyper = make_hyper("gpt2", **{**GPT2, **shape}) if fused else make_hyper("llama", **shape)
+    model = make_model(hyper, fused=fused, tied=fused, bias=fused)
+    write(model, tmp_path / "f32.gguf", "f32")
+    write(model, tmp_path / "ours.gguf", quant)
+    llama_reference.quantize_file(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", QUANTS[quant].file_type)
+    ours, theirs = formats_of(tmp_path / "ours.gguf"), formats_of(tmp_path / "theirs.gguf")
+    assert ours == theirs
 
 
 def test_pure_gives_the_head_the_same_format(tmp_path: Path):

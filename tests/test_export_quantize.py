@@ -20,7 +20,7 @@ WEIGHTS = {
 }
 WEIGHTS = {name: weights.astype(np.float32) for name, weights in WEIGHTS.items()}
 SIMPLE = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-K = ["Q4_K", "Q5_K", "Q6_K"]
+K = ["Q4_K", "Q5_K", "Q6_K", "Q3_K", "IQ4_NL"]  # and others whose scales are searched for
 
 
 def rmse(format_name: str, data: np.ndarray, weights: np.ndarray) -> float:

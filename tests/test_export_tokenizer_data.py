@@ -18,10 +18,11 @@ from pocketlm import tokenizer
 from pocketlm.errors import FileError
 from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.tokenizer_data import TEST_TEXTS, chat_template, find_tokenizer
-from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import make_vocabulary
 from pocketlm.tokenizer.byte_bpe import LETTERS
 from pocketlm.tokenizer.merge import rank_table
+from pocketlm.tokenizer.unigram import Unigram
 
 CHARACTERS = sorted(set("\n !',-.?ABCabcdefghijklmnopqrstuvwxyzğışöüç"))
 CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -152,7 +153,7 @@ ODD = {
         "pre_tokenizer": ["gpt-2", "qwen2", "default"], "normal_form": [None, "NFD", "NFKC"],
         **{name: [False, True] for name in ("whole_words_first", "space_prefix", "unknown", "fuse_unknown")},
     },
-    sentencepiece_bpe.Options: {
+    sentencepiece.Options: {
         "prefix": ["always", "missing", "never"], "normal_form": [None, "NFC", "NFKD"], "unknown_text": ["", " ⁇ ", "?"],
         **{name: [False, True] for name in ("prefix_first_only", "collapse_spaces", "symbols_in_text", "split_spaces",
                                             "byte_fallback", "fuse_unknown")},
@@ -162,8 +163,8 @@ ODD = {
 
 def odd_tokenizer(options: Any, chance: random.Random) -> tokenizer.Tokenizer:
     """A small vocabulary with holes in what it covers, markers that swallow white space, symbols, merges of odd order."""
-    letters = "abehlot" if isinstance(options, sentencepiece_bpe.Options) else "abehlotĠĊ"
-    space = "▁" if isinstance(options, sentencepiece_bpe.Options) else "Ġ"
+    letters = "abehlot" if isinstance(options, sentencepiece.Options) else "abehlotĠĊ"
+    space = "▁" if isinstance(options, sentencepiece.Options) else "Ġ"
     pieces = [*letters, space, "he", "ll", "hell", "lo", "ello", "el", f"{space}h", "to", "ot", "é"]
     special = {"<unk>": 2, "<s>": 3, "<|end|>": 3, "<sep>": 4}
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if getattr(options, "byte_fallback", False) else []
@@ -179,7 +180,10 @@ def odd_tokenizer(options: Any, chance: random.Random) -> tokenizer.Tokenizer:
     if isinstance(options, byte_bpe.Options):
         table = rank_table("odd", tokens.__getitem__, vocabulary.index, merges, len(tokens))
         return byte_bpe.ByteBPE(vocabulary, table, options)
-    if chance.random() < 0.5:
+    kind = chance.randrange(3)
+    if kind == 0:
+        return Unigram("odd", vocabulary, [chance.uniform(-4, -1) for _ in tokens], options)
+    if kind == 1:
         table = sentencepiece_bpe.merges_table("odd", vocabulary, merges)
     else:
         table = sentencepiece_bpe.score_table("odd", vocabulary, [chance.choice((-1.5, -2.0, -3.0)) for _ in tokens])

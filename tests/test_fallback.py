@@ -48,10 +48,12 @@ def test_a_format_without_native_code(opened, monkeypatch, capsys):
     check(opened, plan_of(opened), "no native code for Q4_0 weights", capsys)
 
 
-def test_an_order_of_operations_without_native_code(opened, capsys):
+def test_an_order_of_operations_that_no_model_has_runs_all_the_same(opened):
     plan = plan_of(opened)
     twice = next(op for op in plan.ops if isinstance(op, P.Norm))
-    check(opened, replace(plan, ops=(plan.ops[0], twice, *plan.ops[1:])), "no native code for Norm before Norm", capsys)
+    plan = replace(plan, ops=(plan.ops[0], twice, *plan.ops[1:]))
+    native, numpy = (make_executor(backend, plan, opened.tensors, 32, 1, opened.path) for backend in ("native", "numpy"))
+    np.testing.assert_allclose(native.forward(IDS), numpy.forward(IDS), atol=1e-2)
 
 
 def test_an_operation_without_native_code(opened, monkeypatch, capsys):
@@ -71,7 +73,7 @@ def test_an_operation_without_native_code(opened, monkeypatch, capsys):
     monkeypatch.setattr(NumpyExecutor, "__init__", knowing_double)
     plan = plan_of(opened)
     changed = replace(plan, ops=(plan.ops[0], Double("x"), *plan.ops[1:]))  # type: ignore[arg-type]
-    check(opened, changed, "no native code for Double before Norm", capsys)
+    check(opened, changed, "no native code for Double", capsys)
 
 
 def test_an_activation_without_native_code(opened, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from pocketlm.runtime.formats import FORMATS, by_gguf_type, dequantize
 RUN = [format for format in FORMATS.values() if format.dequantize]
 SCALES = {  # where the float16 scales of a block are
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "F16": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,), "F16": (0,),
 }  # fmt: skip
 ODD_HALVES = [0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 1.0, -1.0, 65504.0, -65504.0, np.inf, -np.inf, np.nan, -np.nan]
 
@@ -42,6 +42,7 @@ def test_names_numbers_and_block_sizes_are_those_of_ggml():
 def test_the_promised_formats_run():
     assert {format.name for format in RUN} == {
         "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+        "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4",
     }  # fmt: skip
 
 

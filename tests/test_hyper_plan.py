@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import TOKENS, write_model
 
 from pocketlm.errors import FileError
 from pocketlm.runtime import plan as P
+from pocketlm.runtime.architectures import common, table
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.plan import Plan, make_plan
@@ -144,6 +146,45 @@ def test_options_that_an_architecture_does_not_imply_must_be_said(tmp_path):
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_listed(tmp_path, tensors, said):
     assert said in complaint(write_model(tmp_path / "model.gguf", tensors=tensors))
+
+
+# ── an architecture of its own ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def capped(monkeypatch) -> str:
+    """The architecture "capped": a Llama whose logits are capped at a key of its own."""
+
+    def operations(m):
+        common.pre_norm(m)
+        m.softcap("logits", m.number("final_cap", low=0.1))
+
+    module = SimpleNamespace(USUAL=ARCHITECTURES["llama"], SETTINGS=("final_cap",), operations=operations)
+    monkeypatch.setitem(table.ARCHITECTURES, "capped", module)
+    monkeypatch.setitem(ARCHITECTURES, "capped", module.USUAL)
+    return "capped"
+
+
+def file_of(tmp_path, arch: str, **keys: Any):
+    plain = write_model(tmp_path / "llama.gguf", n_layer=1)
+    with open_gguf(plain) as file:
+        own = {key.replace("llama.", f"{arch}."): value for key, value in file.metadata.items() if key.startswith("llama.")}
+    keys = {f"{arch}.{name}": value for name, value in keys.items()}
+    return write_model(tmp_path / "model.gguf", n_layer=1, metadata={**own, "general.architecture": arch, **keys})
+
+
+def test_a_new_architecture_is_one_file_and_one_row(tmp_path, capped):
+    from pocketlm.export.hyper_keys import architecture_keys
+
+    plan = plan_of(file_of(tmp_path, capped, final_cap=2.5))
+    assert plan.ops[-1] == P.Softcap("logits", "logits", 2.5)
+    keys = {"general.architecture": capped, **architecture_keys(plan.hyper)}
+    assert read_hyper(keys, plan.hyper.n_vocab, "again") == plan.hyper  # its key goes along where the model is written
+
+
+@pytest.mark.parametrize("value", [None, 0.0, math.nan, "two", [2.5], True], ids=repr)
+def test_an_absurd_setting_of_an_architecture_is_named(tmp_path, capped, value):
+    assert "capped.final_cap" in complaint(file_of(tmp_path, capped, final_cap=value))
 
 
 # ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -49,7 +49,7 @@ ALLOWED = {
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
     "runtime.executors": "model export.verify build.selftest runtime.session runtime.engine",
-    "runtime.numpy_executor": "runtime.executors bench.quantization_ladder",
+    "runtime.numpy_executor": "runtime.executors export.importance bench.quantization_ladder",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",
 }

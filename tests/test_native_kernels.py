@@ -55,7 +55,7 @@ def test_kernels_agree_with_numpy_between_guard_pages(guarded, level, fmt, case)
 
 
 @each_level
-@pytest.mark.parametrize("fmt", sorted(HALF_SCALES))
+@pytest.mark.parametrize("fmt", sorted(fmt for fmt, scales in HALF_SCALES.items() if scales))
 @pytest.mark.parametrize("bits", [0x7E00, 0xFE01, 0x7C00, 0xFC00], ids=["NaN", "-NaN", "inf", "-inf"])
 def test_a_scale_that_is_no_number_spoils_its_row_only(level, fmt, bits):
     random, n_rows, n_columns, bad = np.random.default_rng(5), 21, 256, 17
@@ -82,6 +82,8 @@ def test_the_largest_products_do_not_overflow(level, fmt):
         blocks = np.full((n_rows, n_columns // form.block_size, form.block_bytes), weight, np.uint8)
         for at in HALF_SCALES[fmt]:
             blocks[..., at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
+        if fmt == "MXFP4":
+            blocks[..., 0] = 120  # its scale is 2^-8
         expected = rounded(sign * x) @ weights(fmt, blocks.reshape(-1), n_rows).astype(np.float64).T
         w, y = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows)), np.zeros(16, np.float32)
         product = plain_function(kernels.loaded(fmt, level).address(f"{fmt}_product1"), 8)

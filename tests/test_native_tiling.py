@@ -30,9 +30,11 @@ def by_definition(fmt, data, n_rows, n_blocks):
 
 def test_the_names_say_where_every_byte_goes():
     random = np.random.default_rng(0)
-    for fmt, (n_rows, n_blocks) in zip(
-        LAYOUTS, ((17, 3), (3, 2), (16, 1), (33, 2), (5, 1), (18, 2), (20, 2), (7, 3), (2, 1), (17, 1), (1, 2)), strict=True
-    ):
+    shapes = (
+        (17, 3), (3, 2), (16, 1), (33, 2), (5, 1), (18, 2), (20, 2), (7, 3), (2, 1), (17, 1), (1, 2), (3, 2), (18, 1), (16, 3),
+        (5, 2), (33, 1),
+    )  # fmt: skip
+    for fmt, (n_rows, n_blocks) in zip(LAYOUTS, shapes, strict=True):
         data = random.integers(0, 256, n_rows * n_blocks * LAYOUTS[fmt].block_bytes, dtype=np.uint8)
         assert (tile(fmt, data, n_rows) == by_definition(fmt, data, n_rows, n_blocks)).all(), fmt
 

@@ -203,7 +203,7 @@ def test_ranks_may_come_without_pattern_and_markers(tmp_path):
         (b"\x80\x04B\xff\xff\xff\xff", ["its pickle is damaged"]),
         (b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", ["SentencePiece"]),
         (b"\n\x05\n\x01a", ["SentencePiece"]),
-        (b"\n\x03\n\x01a", ["unigram"]),
+        (b"\n\x03\n\x01a", ["without one unknown piece"]),
         (b"\n\x03\n\x01a\x12\x02\x18\x02", ["unknown piece"]),
         (b"\n\x05\n\x01\xff\x18\x02\x12\x02\x18\x02", ["SentencePiece"]),
     ],

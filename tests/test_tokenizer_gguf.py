@@ -114,7 +114,7 @@ def test_an_unknown_pre_tokenizer_is_named_with_the_known_ones():
     refused(BPE, "'gpt-5'", *PRE_TOKENIZERS, tokenizer__ggml__pre="gpt-5")
 
 
-@pytest.mark.parametrize("model", ["bert", "t5", "rwkv", "plamo2", "none", "no-such-kind"])
+@pytest.mark.parametrize("model", ["bert", "rwkv", "plamo2", "none", "no-such-kind"])
 def test_other_kinds_of_tokenizer_are_named(model):
     refused(SPM, repr(model), "gpt2, llama", tokenizer__ggml__model=model)
 

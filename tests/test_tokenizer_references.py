@@ -1,15 +1,22 @@
 """Ids equal to those of `sentencepiece`, `tokenizers` and `tiktoken`, on vocabularies trained here, 20,000 texts each."""
 
 import base64
+import contextlib
 import json
 import random
+import unicodedata
+from pathlib import Path
 
 import pytest
+from llama_reference import LlamaReference
 from tokenizer_texts import PROSE, WORDS, texts, train_sentencepiece
 
 from pocketlm import tokenizer
+from pocketlm.export.gguf_writer import copy_gguf
+from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.tokenizer.pretokenize import OTHER_WRITINGS, PRE_TOKENIZERS
 
+VECTORS = Path(__file__).parent / "vectors"
 LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) for i in range(600)]
 
 # ── SentencePiece ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -53,9 +60,10 @@ SENTENCEPIECE = {
 }
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @pytest.mark.parametrize("name", SENTENCEPIECE)
-def test_ids_and_texts_are_those_of_sentencepiece(name, tmp_path):
-    model = train_sentencepiece(LINES, 1000, **SENTENCEPIECE[name])
+def test_ids_and_texts_are_those_of_sentencepiece(name, kind, tmp_path):
+    model = train_sentencepiece(LINES, 1000 if kind == "bpe" else 700, model_type=kind, **SENTENCEPIECE[name])
     (tmp_path / "tokenizer.model").write_bytes(model)
     import sentencepiece
 
@@ -226,6 +234,35 @@ def test_ids_are_those_of_tiktoken(name, tmp_path):
         ids = theirs.encode(text, allowed_special="all")
         assert ours.encode(text, special=True) == ids, text
         assert ours.decode(ids, special=True) == text
+
+
+# ── llama.cpp ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_every_name_cuts_words_as_in_llama_cpp(name, tmp_path):
+    """A small vocabulary under every name. Where words end before capitals, llama.cpp knows the capitals of ASCII only."""
+    with open_gguf(VECTORS / "gguf-gpt-2.gguf") as file:
+        keys = {**file.metadata, "tokenizer.ggml.pre": name}
+    keys = {key: value for key, value in keys.items() if not key.startswith("pocketlm.")}
+    with open(tmp_path / "vocabulary.gguf", "wb") as out:
+        copy_gguf(out, keys, {})
+    ours = tokenizer.load(tmp_path / "vocabulary.gguf")
+    cased = name in ("tekken", "gpt-4o", "llama4", "kanana2", "minimax-m2")
+    with contextlib.closing(LlamaReference(tmp_path / "vocabulary.gguf", vocab_only=True)) as theirs:
+        for text in texts(400, 73):
+            if not cased or all(letter.isascii() or not letter.isalpha() for letter in unicodedata.normalize("NFD", text)):
+                assert ours.encode(text) == theirs.tokenize(text), text
+
+
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o", "qwen35", "ufakzeka", "bloom"])
+def test_words_are_cut_as_the_tokenizers_library_cuts_them(name):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    from pocketlm.tokenizer.pretokenize import splitter
+
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZERS[name][0]), "isolated")
+    for text in texts(3000, 74):
+        assert splitter(name)(text) == [word for word, _ in split.pre_tokenize_str(text)], text
 
 
 # ── the table itself ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -91,7 +91,7 @@ def train_sentencepiece(lines: Sequence[str], vocab_size: int, **options: Any) -
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is what is compared with")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, minloglevel=2,
-        num_threads=1, hard_vocab_limit=False, **options,
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, minloglevel=2,
+        num_threads=1, hard_vocab_limit=False, **{"model_type": "bpe", **options},
     )  # fmt: skip
     return model.getvalue()

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: its `tokenizer.ggml.*` keys in, a `Tokenizer` out. Knows nothing else of the file.
 
 Keys: the GGUF document in the ggml repository. `pocketlm.tokenizer.*` are ours, written by the exporter where those
-do not say enough: `kind` ("byte_bpe", "sentencepiece", "characters"), the options by their
+do not say enough: `kind` ("byte_bpe", "sentencepiece", "unigram", "characters"), the options by their
 names, `strip_left` and `strip_right` (ids), `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
 """
 
@@ -9,18 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pocketlm.errors import FileError
-from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, NoTokenizer, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
+from pocketlm.tokenizer.unigram import Unigram
 
 _GGML = "tokenizer.ggml."
 _NO_MODEL = ("", "no_vocab")  # tokenizer.ggml.model of a file without one; llama.cpp's converters write the second
 # tokenizer.ggml.model → the kind of tokenizer
-_KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece"}
+_KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece", "t5": "unigram"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
 _STRIPPING_MODELS = ("phi-3", "phi3")
 _NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
@@ -148,7 +149,7 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     prefix = keys.flag(_GGML + "add_space_prefix", False)
     usual = byte_bpe.Options(name, whole_words_first=name in WHOLE_WORDS_FIRST, space_prefix=prefix)
     options = read_options(keys.metadata, keys.path, usual)
-    vocabulary = _vocabulary(keys, tokens, types, adds_bos=name == "llama-bpe")  # llama.cpp's default
+    vocabulary = _vocabulary(keys, tokens, types, adds_bos=name in WHOLE_WORDS_FIRST)
     merges = keys.texts(_GGML + "merges")
     if merges is None:
         raise FileError(keys.path, "it has no merges (tokenizer.ggml.merges)")
@@ -158,21 +159,24 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
 
 def _sentencepiece(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     unknown = types.find(UNKNOWN)
-    vocabulary = _vocabulary(keys, tokens, types, adds_bos=True, unk_id=unknown if unknown >= 0 else None)
+    unigram = keys.text(OURS + "kind") == "unigram" or keys.text(_GGML + "model") == "t5"
+    vocabulary = _vocabulary(keys, tokens, types, adds_bos=not unigram, unk_id=unknown if unknown >= 0 else None)
     scores, merges = keys.numbers(_GGML + "scores", "iuf"), keys.texts(OURS + "merges")
     if scores is None:
         raise FileError(keys.path, "it has no scores (tokenizer.ggml.scores)")
     charsmap = keys.numbers(_GGML + "precompiled_charsmap", "iu")
-    exact = keys.text(OURS + "kind") == "sentencepiece"
-    usual = sentencepiece_bpe.Options(
+    exact = bool(keys.text(OURS + "kind"))
+    usual = sentencepiece.Options(
         prefix="always" if keys.flag(_GGML + "add_space_prefix", True) else "never",
         rules=None if charsmap is None or not charsmap.size else Rules(keys.path, charsmap.astype("u1").tobytes()),
         collapse_spaces=keys.flag(_GGML + "remove_extra_whitespaces", False),
         symbols_in_text=exact,
         byte_fallback=BYTE in types,
-        unknown_text=sentencepiece_bpe.UNKNOWN_TEXT if exact else "",
+        unknown_text=sentencepiece.UNKNOWN_TEXT if exact else "",
     )
     options = read_options(keys.metadata, keys.path, usual)
+    if unigram:
+        return Unigram(keys.path, vocabulary, scores.tolist(), options)
     if merges is not None:
         table = sentencepiece_bpe.merges_table(keys.path, vocabulary, merges)
     else:
@@ -190,7 +194,7 @@ def _characters(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     return Characters(_vocabulary(keys, tokens, types, adds_bos=False))
 
 
-_MAKERS = {"byte_bpe": _byte_bpe, "sentencepiece": _sentencepiece, "characters": _characters}
+_MAKERS = {"byte_bpe": _byte_bpe, "sentencepiece": _sentencepiece, "unigram": _sentencepiece, "characters": _characters}
 
 
 def _check_tests(keys: Keys, tokenizer: Tokenizer) -> None:

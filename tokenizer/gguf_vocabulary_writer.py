@@ -4,7 +4,7 @@ In: a `Tokenizer`. Out: `tokenizer.ggml.*` for everybody, and `pocketlm.tokenize
 field of the tokenizer's `Options`, by the field's name. Knows no file. What llama.cpp makes of the keys is export's.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ from pocketlm.tokenizer.byte_bpe import TO_LETTERS, ByteBPE
 from pocketlm.tokenizer.merge import NO_MERGE
 from pocketlm.tokenizer.normalize import NORMAL_FORMS
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
+from pocketlm.tokenizer.sentencepiece import SentencePiece
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
+from pocketlm.tokenizer.unigram import Unigram
 
 OURS = "pocketlm.tokenizer."
 # options that are texts → what they may be (None: anything); all others are true or false
@@ -60,8 +62,7 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     import numpy as np
 
     vocabulary = tokenizer.vocabulary
-    tokens = [token or f"[UNUSED{i}]" for i, token in enumerate(vocabulary.tokens)]
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), n_vocab)]
+    tokens = filled(vocabulary.tokens, n_vocab)
     types = np.full(n_vocab, UNUSED, np.int32)
     types[: tokenizer.n_vocab] = np.frombuffer(vocabulary.types, np.uint8)
     keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
@@ -75,7 +76,9 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     if isinstance(tokenizer, ByteBPE):
         return keys | _byte_bpe(tokenizer)
     if isinstance(tokenizer, SentencePieceBPE):
-        return keys | _sentencepiece(tokenizer, n_vocab)
+        return keys | _prepared(tokenizer) | _sentencepiece(tokenizer, n_vocab)
+    if isinstance(tokenizer, Unigram):
+        return keys | _prepared(tokenizer) | _unigram(tokenizer, n_vocab)
     return keys | _characters(tokens, vocabulary.types)
 
 
@@ -83,7 +86,7 @@ def _byte_bpe(tokenizer: ByteBPE) -> dict[str, Any]:
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": tokenizer.options.pre_tokenizer,
-        "tokenizer.ggml.merges": _in_order(_splits(tokenizer)),
+        "tokenizer.ggml.merges": merges(tokenizer),
         "tokenizer.ggml.add_space_prefix": tokenizer.options.space_prefix,
         OURS + "kind": "byte_bpe",
         **option_keys(tokenizer.options),
@@ -96,7 +99,7 @@ def _sentencepiece(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
     """
     import numpy as np
 
-    options, splits = tokenizer.options, list(_splits(tokenizer))
+    splits = list(_splits(tokenizer))
     scores, ranks = np.zeros(n_vocab, np.float32), {}
     for rank, left, right in splits:
         ranks.setdefault(left + right, set()).add(rank)
@@ -106,13 +109,36 @@ def _sentencepiece(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.add_space_prefix": options.prefix != "never",
-        "tokenizer.ggml.remove_extra_whitespaces": options.collapse_spaces,
         OURS + "kind": "sentencepiece",
-        **option_keys(options),
     }
     if any(len(values) > 1 or NO_MERGE in values for values in ranks.values()):
         keys[OURS + "merges"] = _in_order(splits)
+    return keys
+
+
+def _unigram(tokenizer: Unigram, n_vocab: int) -> dict[str, Any]:
+    import numpy as np
+
+    scores = np.zeros(n_vocab, np.float64 if np.any(np.float32(tokenizer.scores) != tokenizer.scores) else np.float32)
+    scores[: len(tokenizer.scores)] = tokenizer.scores
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        OURS + "kind": "unigram",
+    }
+
+
+def _prepared(tokenizer: SentencePiece) -> dict[str, Any]:
+    """How a text is prepared, for both kinds."""
+    import numpy as np
+
+    options = tokenizer.options
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.add_space_prefix": options.prefix != "never",
+        "tokenizer.ggml.remove_extra_whitespaces": options.collapse_spaces,
+        **option_keys(options),
+    }
     if options.rules:
         keys["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(options.rules.charsmap, np.uint8)
     return keys
@@ -133,6 +159,17 @@ def _characters(tokens: list[str], types: bytes) -> dict[str, Any]:
         "tokenizer.ggml.merges": merges,
         OURS + "kind": "characters",
     }
+
+
+def filled(tokens: Sequence[str], n_vocab: int) -> list[str]:
+    """The tokens by id, with a name of their own for ids that stand for nothing; `n_vocab` of them."""
+    names = [token or f"[UNUSED{i}]" for i, token in enumerate(tokens)]
+    return names + [f"[PAD{i}]" for i in range(len(names), n_vocab)]
+
+
+def merges(tokenizer: ByteBPE | SentencePieceBPE) -> list[str]:
+    """Every merge as "left right", the best first."""
+    return _in_order(_splits(tokenizer))
 
 
 def _splits(tokenizer: ByteBPE | SentencePieceBPE) -> Iterator[tuple[int, str, str]]:

@@ -5,17 +5,21 @@ Each part of the file is matched against what is known here; a part that is not 
 silently left out. Patterns are compared as text and never compiled from the file.
 """
 
+import base64
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
-from pocketlm.tokenizer import byte_bpe, sentencepiece_bpe
+from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, Vocabulary, make_vocabulary
-from pocketlm.tokenizer.characters import parse_json, place_tokens
+from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
+from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normalize import NORMAL_FORMS
+from pocketlm.tokenizer.normalize import NORMAL_FORMS, Rules
 from pocketlm.tokenizer.pretokenize import name_of_pattern
-from pocketlm.tokenizer.sentencepiece_bpe import SPACE
+from pocketlm.tokenizer.sentencepiece import SPACE
 
 _MAX_CONFIG = 1 << 24
 
@@ -61,6 +65,8 @@ class _Reader:
             if model.get(part):
                 raise self.refuse(f"model with {part}")
         normalizers, pre_tokenizers = _sequence(self.file, "normalizer"), _sequence(self.file, "pre_tokenizer")
+        if not normalizers and not pre_tokenizers and not model["merges"]:
+            return self.characters()
         byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
         return (self.byte_level if byte_level else self.sentencepiece)(normalizers, pre_tokenizers)
 
@@ -86,8 +92,11 @@ class _Reader:
 
     def sentencepiece(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
         prefix, first_only, split = "never", False, False
-        rest = [part for part in normalizers if part not in ({"type": "Prepend", "prepend": SPACE}, _REPLACE)]
-        if {"type": "Prepend", "prepend": SPACE} in normalizers:
+        collapses = [part for part in normalizers if part in COLLAPSE_SPACES] == COLLAPSE_SPACES
+        known = (PREPEND, REPLACE_SPACES, *(COLLAPSE_SPACES if collapses else ()))
+        tables = [part["precompiled_charsmap"] for part in normalizers if part["type"] == "Precompiled"]
+        rest = [part for part in normalizers if part not in known and part["type"] != "Precompiled"]
+        if PREPEND in normalizers:
             prefix = "always"
         if pre_tokenizers:
             part = pre_tokenizers[0]
@@ -96,14 +105,16 @@ class _Reader:
             scheme = part.get("prepend_scheme") or ("always" if part.get("add_prefix_space", True) else "never")
             prefix, first_only = ("never" if scheme == "never" else "missing"), scheme == "first"
             split = part.get("split", True)
-        elif _REPLACE not in normalizers:
+        elif REPLACE_SPACES not in normalizers:
             raise self.refuse("pre-tokenizer null without a normalizer that writes spaces as ▁")
-        if len(rest) > 1 or (rest and rest[0]["type"] not in NORMAL_FORMS):
-            raise self.refuse(f"normalizer {_types(rest)}")
+        if len(rest) > 1 or (rest and rest[0]["type"] not in NORMAL_FORMS) or len(tables) > 1:
+            raise self.refuse(f"normalizer {_types(normalizers)}")
         byte_fallback = bool(self.model.get("byte_fallback"))
-        options = sentencepiece_bpe.Options(
+        options = sentencepiece.Options(
             prefix=prefix,  # type: ignore[arg-type]
             prefix_first_only=first_only,
+            rules=Rules(self.path, base64.b64decode(tables[0])) if tables else None,
+            collapse_spaces=collapses,
             normal_form=NORMAL_FORMS[rest[0]["type"]] if rest else None,
             split_spaces=split,
             byte_fallback=byte_fallback,
@@ -112,6 +123,17 @@ class _Reader:
         vocabulary = self.vocabulary(byte_tokens=byte_fallback)
         table = sentencepiece_bpe.merges_table(self.path, vocabulary, self.merges())
         return sentencepiece_bpe.SentencePieceBPE(self.path, vocabulary, table, options)
+
+    def characters(self) -> Tokenizer:
+        """Every token that is no marker is a character."""
+        vocabulary = self.vocabulary(byte_tokens=False)
+        types = bytearray(vocabulary.types)
+        for i in vocabulary.ids_of(NORMAL):
+            if re.fullmatch(r"\[(UNUSED|PAD)[0-9]+\]", vocabulary.tokens[i]):  # an id that stands for nothing
+                types[i] = UNUSED
+            elif len(vocabulary.tokens[i]) > 1:
+                raise self.refuse(f"token {vocabulary.tokens[i][:40]!r} without a merge that makes it")
+        return Characters(replace(vocabulary, types=bytes(types)))
 
     def pre_tokenizer(self, parts: list[dict[str, Any]]) -> tuple[str, bool]:
         """The name in the table of a byte-level pre-tokenizer, and whether it puts a space in front."""
@@ -124,7 +146,7 @@ class _Reader:
             return "gpt-2", space_prefix
         if len(before) != 1 or space_prefix:
             raise unknown
-        if before[0] == {"type": "Digits", "individual_digits": True} and use_regex:
+        if before[0] == INDIVIDUAL_DIGITS and use_regex:
             return "smollm", False
         if before[0]["type"] != "Split" or use_regex:
             raise unknown
@@ -191,9 +213,6 @@ class _Reader:
             raise FileError(beside, "is not a JSON object")
         texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
         return {key: value for key, value in texts.items() if isinstance(value, str | bool)}
-
-
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def _sequence(file: dict[str, Any], part: str) -> list[dict[str, Any]]:

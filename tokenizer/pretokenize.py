@@ -18,18 +18,36 @@ _DIGITS_GPT2 = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST
+_QWEN2 = _CONTRACTIONS + _WORDS + r"\p{N}" + _REST
+_WITH_MARKS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Words end before a capital: as the models' own files say it, also where llama.cpp takes only A-Z for capitals.
+_LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_START, _AND_LINES = r"[^\r\n\p{L}\p{N}]?", r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = f"{_START}{_UPPER}*{_LOWER}+%s|{_START}{_UPPER}+{_LOWER}*%s|"
+_NOT_PUNCTUATION = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
-PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "llama-bpe": (_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,),
-    "qwen2": (_CONTRACTIONS + _WORDS + r"\p{N}" + _REST,),
-    "smollm": (_DIGITS_GPT2,),
-    "starcoder": (_DIGITS_GPT2,),
-    "refact": (_DIGITS_GPT2,),
+# Names that share a row are other models' names for the same words.
+_ROWS: dict[str, tuple[str, ...]] = {
+    "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat mellum exaone4 a.x-4.0": (_GPT2,),
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe glm4 chatglm-bpe": (_LLAMA3,),
+    "qwen2 stablelm2 hunyuan deepseek-r1-qwen megrez kormo solar-open grok-2": (_QWEN2,),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": (_DIGITS_GPT2,),
+    "qwen35": (_CONTRACTIONS + "|" + _WITH_MARKS,),
+    "ufakzeka": (_QWEN2.removeprefix(_CONTRACTIONS + "|"),),  # Turkish: 'da and 'nin stay at their word
+    "tekken": (_CASED % ("", "") + r"\p{N}" + _AND_LINES,),
+    "gpt-4o llama4 kanana2 minimax-m2": (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"\p{N}{1,3}" + _AND_LINES,),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    "bloom poro-chat gpt3-finnish": (_NOT_PUNCTUATION,),
+    "viking": (_NOT_PUNCTUATION, r"\p{N}"),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-# A word that is a token as a whole is taken as it is, whatever the merges say (llama.cpp, Llama 3).
-WHOLE_WORDS_FIRST = frozenset({"llama-bpe"})
+PRE_TOKENIZERS = {name: patterns for names, patterns in _ROWS.items() for name in names.split()}
+# A word that is a token as a whole is taken as it is, whatever the merges say; and a text begins with the first marker
+# unless the file says otherwise (llama.cpp).
+WHOLE_WORDS_FIRST = frozenset(
+    ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"]
+)
 
 # Other ways to write the same expressions, as files from elsewhere do → name; the table's own are known as they are.
 OTHER_WRITINGS = {
@@ -57,8 +75,8 @@ def splitter(name: str) -> Callable[[str], list[str]]:
     import regex
 
     first, *others = (regex.compile(pattern) for pattern in PRE_TOKENIZERS[name])
-    if not others:
-        return first.findall  # the single expressions of the table match every character
+    if not others and first.pattern.endswith(r"|\s+"):
+        return first.findall  # it matches every character
 
     def split(text: str) -> list[str]:
         words = [text]

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.normalize import Rules
-from pocketlm.tokenizer.sentencepiece_bpe import UNKNOWN_TEXT, Options, SentencePieceBPE, score_table
+from pocketlm.tokenizer.sentencepiece import UNKNOWN_TEXT, Options
+from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE, score_table
+from pocketlm.tokenizer.unigram import Unigram
 
 _MODEL_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 _UNSET = -1
@@ -67,7 +69,7 @@ def _piece(data: bytes) -> tuple[str, float, int]:
 
 
 def read(path: object, data: bytes) -> Tokenizer:
-    """The tokenizer of a `.model`. FileError for one that is damaged or not BPE, the kind that is supported."""
+    """The tokenizer of a `.model`. FileError for one that is damaged or of a kind that is not supported."""
     pieces: list[tuple[str, float, int]] = []
     messages: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}, 5: {}}  # trainer, normaliser, denormaliser
     try:
@@ -93,8 +95,9 @@ def read(path: object, data: bytes) -> Tokenizer:
         return value
 
     kind = whole(trainer, 3, 1)
-    if kind != 2:
-        raise FileError(path, f"is a SentencePiece model of the kind {_MODEL_KINDS.get(kind, kind)}", "only BPE is supported")
+    if kind not in (1, 2):
+        supported = "BPE and unigram are supported"
+        raise FileError(path, f"is a SentencePiece model of the kind {_MODEL_KINDS.get(kind, kind)}", supported)
     if whole(trainer, 24, 0) or not whole(normaliser, 5, 1) or content(denormaliser, 2, b""):
         raise FileError(path, "is a SentencePiece model that writes spaces as suffixes or changes text when decoding")
     types = [kind for *_, kind in pieces]
@@ -122,5 +125,7 @@ def read(path: object, data: bytes) -> Tokenizer:
         byte_fallback=bool(whole(trainer, 35, 0)),
         unknown_text=content(trainer, 44, UNKNOWN_TEXT.encode()).decode(errors="replace"),
     )
-    table = score_table(path, vocabulary, [score for _, score, _ in pieces])
-    return SentencePieceBPE(path, vocabulary, table, options)
+    scores = [score for _, score, _ in pieces]
+    if kind == 1:
+        return Unigram(path, vocabulary, scores, options)
+    return SentencePieceBPE(path, vocabulary, score_table(path, vocabulary, scores), options)

@@ -45,7 +45,7 @@ TILES = {
     "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
     "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
 }  # fmt: skip
-POSITION, RESULT, SLOPE = (offset(QUERY, name) for name in ("position", "result", "slope"))
+POSITION, OLDEST, RESULT, SLOPE, SOFTCAP = (offset(QUERY, name) for name in QUERY.names or ())
 
 
 def define(module: Module, level: str) -> None:
@@ -68,9 +68,10 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         with f.range(0, rows) as row:
             number = start + row
             _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
-        last = f.load(I64, own + r.run("rows_at") + (rows - 1) * QUERY.itemsize + POSITION, 8)
+        known = own + r.run("rows_at")
+        last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
         stop = f.minimum(entry("last"), last // SPAN + 1)
-        with f.range(entry("first"), stop) as span:
+        with f.range(f.maximum(entry("first"), f.load(I64, known + OLDEST, 8) // SPAN), stop) as span:
             row, at = f.var(I64, 0), span * (padded * 2 * SPAN)
             for queries, _ in TILES[level].scores:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
@@ -84,16 +85,25 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
     dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
     x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
     with f.range(0, dim) as d:
-        f.store(f.load(F32, x + d * 4) * r.run("query_scale", F32), to + d * (4 * QUERIES))
+        f.store(f.load(F32, x + d * 4) * r.op("query_scale", F32), to + d * (4 * QUERIES))
     with f.range(dim, padded) as d:
         f.store(f.const(F32, 0.0), to + d * (4 * QUERIES))
     known, slope, result = own + r.run("rows_at") + row * QUERY.itemsize, f.var(F32, 0.0), _slot(r, token("slot"), head)
-    with f.when(f.emit(I1, f"icmp ne ptr {r.run('slopes', PTR)}, null")):
-        slope.set(f.load(F32, r.run("slopes", PTR) + head * 4))
-    for value, at in ((token("position"), POSITION), (result, RESULT), (slope.get(), SLOPE)):
+    with f.when(f.emit(I1, f"icmp ne ptr {r.op('slopes', PTR)}, null")):
+        slope.set(f.load(F32, r.op("slopes", PTR) + head * 4))
+    position, softcap = token("position"), r.op("softcap", F32)
+    for value, at in (
+        (position, POSITION), (_oldest(f, r, position), OLDEST), (result, RESULT), (slope.get(), SLOPE), (softcap, SOFTCAP),
+    ):  # fmt: skip
         f.store(value, known + at, 4)
     with f.when(apart.equals(0)):
         _clear(f, result, padded)
+
+
+def _oldest(f: Function, r: Records, position: Value) -> Value:
+    """The first position that a query in the operation's window sees."""
+    window = r.op("window")
+    return f.select(window.equals(0), 0, f.maximum(position - window + 1, f.const(I64, 0)))
 
 
 def _slot(r: Records, slot: Value, head: Value) -> Value:
@@ -126,7 +136,8 @@ def _define_merge(module: Module) -> None:
 
 
 def _define_softmax(module: Module) -> None:
-    """softmax(run, own, row, queries, first, count): scores (+ ALiBi), -inf for the future, to weights e^(score - largest).
+    """softmax(run, own, row, queries, first, count): scores (capped, + ALiBi), -inf for the future and for what lies before
+    the window, to weights e^(score - largest).
 
     The largest score and the sum of the weights go to each query's result of the span.
     """
@@ -140,6 +151,11 @@ def _define_softmax(module: Module) -> None:
             ahead = f.cast("trunc", first - f.load(I64, known + POSITION, 8), I32)
             slope, scores = f.splat(f.load(F32, known + SLOPE, 4), LANES), own + r.run("scores_at") + i * (SPAN * 4)
             largest, total = f.var(ROW, -math.inf), f.var(ROW, 0.0)
+            cap = f.load(F32, known + SOFTCAP, 4)
+            with f.when(cap > 0.0), vectors(f, count) as at:
+                f.store(f.call(ROW, "softcap", f.load(ROW, scores + at, 4), cap), scores + at, 4)
+            with f.range(0, f.minimum(f.load(I64, known + OLDEST, 8) - first, count)) as before:
+                f.store(f.const(F32, -math.inf), scores + before * 4)
             with vectors(f, count) as at:
                 distance = f.splat(ahead + f.cast("trunc", at >> 2, I32), LANES) + lanes
                 score = f.fma(slope, f.cast("sitofp", distance, F32), f.load(ROW, scores + at, 4))
@@ -176,11 +192,16 @@ def _define_span(module: Module, level: str, queries: int, n_vectors: int) -> No
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
             _mix(f, level, values, scores + i * (SPAN * 4), mixed + result_bytes * i, result_bytes, padded, count, step)
-        with f.range(0, queries) as i, f.when(f.load(I64, known + i * QUERY.itemsize + POSITION, 8) >= first):
+        with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):
                 _clear(f, to, padded)
             f.call(VOID, "merge", to, mixed + i * result_bytes, padded)
+
+
+def _sees(f: Function, known: Value, first: Value) -> Value:
+    """Whether a query sees any position of the span that begins at `first`."""
+    return (f.load(I64, known + POSITION, 8) >= first) & (f.load(I64, known + OLDEST, 8) < first + SPAN)
 
 
 def _scores(
@@ -239,15 +260,32 @@ def _mix(
             columns(start, 1)
 
 
+def join(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+    """The stage: a token's output, into a buffer."""
+    join_partials(f, r, own, r.op("out", PTR) + task * r.op("out_stride"), r.token(task))
+
+
 def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callable[..., Value]) -> None:
-    """A token's output: its slots joined in order, each head's sums of values divided by the sum of weights."""
+    """A token's output: its slots joined in order, each head's sums of values divided by the sum of weights.
+
+    Spans before the window have left nothing in their slots. A sink is a weight without a value.
+    """
     n_head, dim, padded = r.run("n_head"), r.run("head_dim"), r.run("padded_dim")
     joined = own + r.run("mixed_at")  # the slots stay: other threads may be joining them, too
+    n_partials, sinks = token("n_partials"), r.op("sinks", PTR)
+    start = f.select(n_partials > 1, _oldest(f, r, token("position")) // SPAN, 0)
     with f.range(0, n_head) as head:
         _clear(f, joined, padded)
-        with f.range(0, token("n_partials")) as i:
+        with f.range(start, n_partials) as i:
             f.call(VOID, "merge", joined, _slot(r, token("slot") + i, head), padded)
-        scale, out, whole = 1.0 / f.load(F32, joined + padded * 4 + 4, 4), to + head * dim * 4, dim & -LANES
+        top, total = (f.load(F32, joined + padded * 4 + at, 4) for at in (0, 4))
+        share, out, whole = f.var(F32, 1.0 / total), to + head * dim * 4, dim & -LANES
+        with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):  # last, so that spans are joined in one order with and without
+            sink = f.load(F32, sinks + head * 4)
+            largest = f.maximum(top, sink)
+            powers = exp(f, f.join([f.splat(top - largest, 2), f.splat(sink - largest, 2)]))
+            share.set(f.extract(powers, 0) / f.fma(total, f.extract(powers, 0), f.extract(powers, 2)))
+        scale = share.get()
         with f.range(0, whole, LANES) as d:
             f.store(f.load(ROW, joined + d * 4, 4) * f.splat(scale, LANES), out + d * 4, 4)
         with f.range(whole, dim) as d:

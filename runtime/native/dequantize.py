@@ -7,13 +7,14 @@ scale: the matrix kernel multiplies it with activations, the embedding kernel wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pocketlm.runtime.native.dot import Words
+from pocketlm.runtime.formats import IQ4_STEPS, MXFP4_STEPS
+from pocketlm.runtime.native.dot import SIGNED_ZERO, Words
 from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, Function, Value
-from pocketlm.runtime.native.vector_math import from_half
+from pocketlm.runtime.native.vector_math import from_half, look_up
 
 BYTES = I8.vec(64)
 
@@ -28,7 +29,7 @@ class Run:
     scale: Value  # <16 x float>
     offset: Value | None
     zero: int
-    biggest: int  # bytes are 0..biggest; 128: signed bytes
+    biggest: int  # bytes are 0..biggest, unsigned; 128: signed bytes
 
 
 Planes = Mapping[str, Value]
@@ -117,6 +118,83 @@ def _q6_k(f: Function, level: str, p: Planes, each: Each) -> None:
             each(Run(column, 16, _fours(unpack, 4), d * f.cast("sitofp", scale, F32), None, 32, 63))
 
 
+def _q2_k(f: Function, level: str, p: Planes, each: Each) -> None:
+    d, m = _halves(f, level, p["d"]), _halves(f, level, p["m"])
+    # 16 columns a scale; 128 columns (a part) share 32 bytes, in quarters of 32
+    with f.range(0, 2) as part, f.range(0, 2) as odd:
+        for quarter in range(4):
+
+            def unpack(k: int, part: Value = part, odd: Value = odd, quarter: int = quarter) -> Value:
+                return (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
+
+            packed = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
+            scale, minimum = (f.cast("uitofp", bits, F32) for bits in (packed & 15, packed >> 4))
+            column = part * 128 + odd * 16 + 32 * quarter
+            each(Run(column, 16, _fours(unpack, 4), d * scale, 0.0 - m * minimum, 0, 3))
+
+
+def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
+    d, b = _halves(f, level, p["d"]), [f.load(I8.vec(16), p["s"] + 16 * i, 16) for i in range(12)]
+    table = f.stack(F32.vec(16), 16)  # the scales of the sixteen runs, so that loops can pick them
+    for i in range(16):
+        low = b[i] & 15 if i < 8 else b[i - 8] >> 4
+        six = low | (((b[8 + i % 4] >> (i // 4 * 2)) & 3) << 4)
+        f.store(d * f.cast("sitofp", six - 32, F32), table + 64 * i, 64)
+    with f.range(0, 2) as part, f.range(0, 2) as odd:
+        for quarter in range(4):
+            shift = f.splat(f.cast("trunc", part * 4 + quarter, I8), 64)
+
+            def unpack(k: int, part: Value = part, odd: Value = odd, quarter: int = quarter, shift: Value = shift) -> Value:
+                low = (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
+                return low | (((f.load(BYTES, p["h"] + (odd * 256 + 64 * k), 32) >> shift) & 1) << 2)
+
+            scale = f.load(F32.vec(16), table + (part * 512 + odd * 64 + 128 * quarter), 64)
+            each(Run(part * 128 + odd * 16 + 32 * quarter, 16, _fours(unpack, 4), scale, None, 4, 7))
+
+
+def _steps(f: Function, level: str, steps: Sequence[int], q: Value) -> tuple[Words, int, int]:
+    """32 columns whose codes of four bits are looked up, the first 16 in low halves; with their zero point and largest byte.
+
+    Steps of up to 16 are moved up by 16 and those beyond by what the level wants, so that no byte has to be moved later.
+    """
+    zero = 16 if max(map(abs, steps)) < 16 else SIGNED_ZERO.get(level, 0)
+    table = [(step + zero) & 255 for step in steps]
+    packed: dict[int, Value] = {}
+
+    def unpack(k: int) -> Value:
+        if k % 4 not in packed:
+            packed[k % 4] = f.load(BYTES, q + 64 * (k % 4), 32)
+        return look_up(f, level, table, packed[k % 4] >> 4 if k >= 4 else packed[k % 4] & 15)
+
+    words = _fours(unpack, 8)
+    return [words[k] for k in (0, 4, 1, 5, 2, 6, 3, 7)], zero, max(table) if zero else 128
+
+
+def _iq4_nl(f: Function, level: str, p: Planes, each: Each) -> None:
+    words, zero, biggest = _steps(f, level, IQ4_STEPS, p["q"])
+    each(Run(0, 32, words, _halves(f, level, p["d"]), None, zero, biggest))
+
+
+def _iq4_xs(f: Function, level: str, p: Planes, each: Each) -> None:
+    d, high = _halves(f, level, p["d"]), f.load(I16.vec(16), p["h"], 32)
+    table = f.stack(F32.vec(16), 8)
+    for i in range(8):
+        low = f.load(I8.vec(16), p["s"] + 16 * (i // 2), 16)
+        six = f.cast("zext", low >> 4 if i % 2 else low & 15, I16) | (((high >> (2 * i)) & 3) << 4)
+        f.store(d * f.cast("sitofp", six - 32, F32), table + 64 * i, 64)
+    with f.range(0, 8) as i:
+        words, zero, biggest = _steps(f, level, IQ4_STEPS, p["q"] + i * 256)
+        each(Run(i * 32, 32, words, f.load(F32.vec(16), table + i * 64, 64), None, zero, biggest))
+
+
+def _mxfp4(f: Function, level: str, p: Planes, each: Each) -> None:
+    words, zero, biggest = _steps(f, level, MXFP4_STEPS, p["q"])
+    # 2^(e - 128): below 2^-126 the exponent's field is 0 and the fraction's highest bits say it
+    e = f.cast("zext", f.load(I8.vec(16), p["e"], 16), I32)
+    bits = f.select(e < 2, f.const(e.type, 0x00200000) << e, (e - 1) << 23)
+    each(Run(0, 32, words, f.bitcast(bits, F32.vec(16)), None, zero, biggest))
+
+
 RUNS: dict[str, Runs] = {
     "Q8_0": _q8_0,
     "Q4_0": _simple(fifth=False, minimum=False),
@@ -126,6 +204,11 @@ RUNS: dict[str, Runs] = {
     "Q4_K": _k_quant(fifth=False),
     "Q5_K": _k_quant(fifth=True),
     "Q6_K": _q6_k,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }
 
 

@@ -8,17 +8,16 @@ length is checked here, before compiled code sees a pointer.
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, release_pages, round_up
+from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
@@ -27,7 +26,7 @@ from pocketlm.runtime.native.records import ENTRY, QUERY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
-from pocketlm.runtime.positions import alibi_slopes, rope_table, rope_table_bytes
+from pocketlm.runtime.positions import Turn, alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
@@ -36,29 +35,33 @@ __all__ = ["NativeExecutor", "NativeUnavailable"]
 BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
 
 
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 class NativeCache(KVCache):
     """float16. Keys [n_layer, n_kv_head, n_ctx / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache."""
 
-    def __init__(self, hyper: Hyper, n_ctx: int, rope_factors: np.ndarray | None = None):
-        self.hyper, self.n_ctx, self.length, self._rope_factors = hyper, n_ctx, 0, rope_factors
-        rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
+    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
+        self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
+        rows, dim = _up(n_ctx, sizes.SPAN), _up(hyper.head_dim, ROWS)
         self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
         self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 2
+        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 2
 
     @staticmethod
     def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
         """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 10
+        return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 10
 
     def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.keys[:, :, : round_up(length, ROWS) // ROWS], self.values[:, :, :length]
+        return self.keys[:, :, : _up(length, ROWS) // ROWS], self.values[:, :, :length]
 
     def _key_rows(self, layer: int, stop: int) -> np.ndarray:  # [n_kv_head, at least stop, padded_dim], a copy
-        keys = self.keys[layer, :, : round_up(stop, ROWS) // ROWS].swapaxes(2, 3)
+        keys = self.keys[layer, :, : _up(stop, ROWS) // ROWS].swapaxes(2, 3)
         return keys.reshape(keys.shape[0], -1, keys.shape[3])
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
@@ -77,8 +80,8 @@ class _Scratch:
 
     def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
-        self.dim = round_up(hyper.head_dim, ROWS)
-        self.activation = sizes.activation_bytes(max(plan.buffers[name] for name in ("x", "att", "act")))  # of one token
+        self.dim = _up(hyper.head_dim, ROWS)
+        self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in plan.ops if isinstance(op, P.Linear | P.Logits)))
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (
             ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * QUERY.itemsize),
@@ -86,7 +89,7 @@ class _Scratch:
             ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
         ):  # fmt: skip
             self.places[name], end = end, end + n_bytes
-        self.stride = round_up(end, 4096)  # from thread to thread
+        self.stride = _up(end, 4096)  # from thread to thread
         self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
         self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
@@ -108,21 +111,22 @@ class NativeExecutor:
         check(plan, formats)
         self.level = levels.detect()
         self._code = kernels(formats, self.level)
-        self._vectors: dict[tuple[str | None, int], np.ndarray] = {}
+        self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
         matrices = self._tile([tensors[name] for name in names])
-        self._factors = factors = tensors[plan.rope_factors].to_float32() if plan.rope_factors else None
-        self.cache = NativeCache(plan.hyper, n_ctx, factors)
-        self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
-        storage = Storage(matrices, self._vector, self._buffers, self._address)
+        self._tables = rope_tables(plan.ops, self._read, n_ctx)
+        self._turns = key_turns(plan.ops, self._read, n_ctx)
+        self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
+        self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
+        storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes)
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
-        self._record = self._make_record(factors)
+        self._record = self._make_record()
         self._one_at_a_time = ForkedLock()
         memory = [
             *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
-            *self._arrays.values(), self.cache.keys, self.cache.values,
+            *self._arrays.values(), *self._tables.values(), self.cache.keys, self.cache.values,
         ]  # fmt: skip
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
@@ -130,9 +134,8 @@ class NativeExecutor:
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        rows = sum(round_up(width, 32) for width in plan.buffers.values())
-        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * rows
-        scratch += rope_table_bytes(plan.hyper.rope, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
+        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
     def close(self) -> None:
@@ -149,7 +152,7 @@ class NativeExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._factors)
+        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
@@ -249,14 +252,27 @@ class NativeExecutor:
     def _address(self, fmt: str, kernel: str) -> int:
         return self._code[fmt].address(f"{fmt}_{kernel}")
 
-    def _vector(self, name: str | None, n: int) -> np.ndarray:
-        key = (name, round_up(n, 32))
+    def _read(self, name: str) -> np.ndarray:
+        check_finite(self._tensors[name])
+        return self._tensors[name].to_float32()
+
+    def _vector(self, name: str | None, n: int, empty: float = 0.0) -> np.ndarray:
+        key = (name or str(empty), _up(n, 32))
         if key not in self._vectors:
             vector = self._vectors[key] = aligned(key[1], np.float32)
-            if name is not None:
-                tensor = self._tensors[name]
-                check_finite(tensor)
-                vector[: tensor.shape[0]] = tensor.to_float32()
+            values = self._read(name).reshape(-1) if name else np.full(n, empty, np.float32)
+            vector[: len(values)] = values
+        return self._vectors[key]
+
+    def _table(self, op: P.Rotate) -> np.ndarray:
+        return self._tables[rotary(op, self.n_ctx)]
+
+    def _slopes(self, op: P.Attend) -> np.ndarray:
+        key = (f"slopes {op.alibi_max_bias}", op.n_head)
+        if key not in self._vectors:
+            slopes = alibi_slopes(op.n_head, op.alibi_max_bias)
+            self._vectors[key] = aligned(op.n_head, np.float32)
+            self._vectors[key][:] = slopes
         return self._vectors[key]
 
     def _tile(self, tensors: list[Tensor]) -> dict[str, TiledMatrix]:
@@ -286,7 +302,7 @@ class NativeExecutor:
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
-    def _make_record(self, rope_factors: np.ndarray | None) -> np.ndarray:
+    def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
         hyper, scratch = self.hyper, _Scratch(self.plan, self.n_ctx, self.n_threads)
         self._n_slots = scratch.n_slots
@@ -303,18 +319,12 @@ class NativeExecutor:
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
         self._id, self._position = arrays["tokens"]["id"], arrays["tokens"]["position"]
-        if hyper.rope:
-            arrays["rope"] = rope_table(hyper.rope, self.n_ctx, rope_factors)
-        if hyper.position == "alibi":
-            arrays["slopes"] = alibi_slopes(hyper.n_head, hyper.alibi_max_bias)
         record = aligned(1, RUN)
         values = {
             **{name: array.ctypes.data for name, array in arrays.items() if name in (RUN.names or ())}, **scratch.places,
             "n_operations": len(self._program), "activation_stride": scratch.activation, "scratch_stride": scratch.stride,
             "n_head": hyper.n_head, "n_kv_head": hyper.n_kv_head, "head_dim": hyper.head_dim,
-            "padded_dim": scratch.dim, "rope_half": hyper.rope.n_dims // 2 if hyper.rope else 0,
-            "rope_interleaved": bool(hyper.rope and hyper.rope.pairs == "interleaved"),
-            "query_scale": 1 / math.sqrt(hyper.head_dim),
+            "padded_dim": scratch.dim,
         }  # fmt: skip
         for name, value in values.items():
             record[name] = value

@@ -1,25 +1,18 @@
-"""The plan as a program for the run loop: operations fused where that saves a pass, addresses filled in.
+"""The plan as a program for the run loop: addresses filled in, every step one record or a few.
 
-In: a plan, its tiled matrices and vectors. Out: a NumPy array of operation records (records.py). Knows the order of
-stages and which of them may run without a barrier; knows no mathematics.
-
-    Embed                             EMBED (+ EMBED of the learned position)
-    Norm, Linear                      PREPARE with the norm, MATRIX …
-    Linear -> qkv [, Rotate], Attend  MATRIX, STORE, ATTEND
-    Linear -> y, Add                  PREPARE, MATRIX that adds to the residual stream
-    Linear -> ff, Activate            MATRIX that activates, and multiplies with the second matrix where gated
+In: a plan, its tiled matrices and vectors. Out: a NumPy array of operation records (records.py). Knows which stage computes a
+step of fusion.py, and which records may run without a barrier between them; knows no mathematics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.native import sizes
+from pocketlm.runtime.native import fusion, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.records import OPERATION
 from pocketlm.runtime.native.tiling import LAYOUTS, groups
@@ -42,49 +35,43 @@ class Storage:
     """Everything an encoded program points at; whoever runs the program keeps it alive."""
 
     matrices: Mapping[str, TiledMatrix]
-    vectors: Callable[[str | None, int], np.ndarray]  # a norm's or bias's float32, zeros for None, filled up with zeros
+    vectors: Callable[[str | None, int, float], np.ndarray]  # float32 of a name, or of that number; filled up with zeros
     buffers: Mapping[str, np.ndarray]  # name -> float32 [tokens, width filled up to 32]
     address: Callable[[str, str], int]  # of a format's kernel
+    table: Callable[[P.Rotate], np.ndarray]  # cos and sin of its positions
+    slopes: Callable[[P.Attend], np.ndarray]  # of ALiBi
 
 
 def check(plan: P.Plan, formats: Iterable[str]) -> None:
     """Raises NativeUnavailable where there is no code for an operation of the plan or for one of its matrices' formats."""
     if lacking := sorted(set(formats) - LAYOUTS.keys()):
         raise NativeUnavailable(f"there is no native code for {', '.join(lacking)} weights")
-    for _, ops in _fused(plan):
-        for op in ops:
-            known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS}.get(type(op))
-            if known is not None and op.kind not in known:
-                raise NativeUnavailable(f"there is no native code for {type(op).__name__} of the kind {op.kind!r}")
+    heads = set()
+    for op in plan.ops:
+        if isinstance(op, P.Attend):
+            heads.add((op.n_head, op.n_kv_head, op.head_dim))
+        known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS}.get(type(op))
+        if not isinstance(op, P.Op):
+            raise NativeUnavailable(f"there is no native code for {type(op).__name__}")
+        if known is not None and op.kind not in known:  # type: ignore[union-attr]
+            raise NativeUnavailable(f"there is no native code for {type(op).__name__} of the kind {op.kind!r}")  # type: ignore[union-attr]
+    if len(heads) > 1:
+        raise NativeUnavailable("there is no native code for layers whose heads differ")
 
 
 def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
-    """The program, an array of OPERATION. Raises NativeUnavailable for an order of operations that it does not know."""
-    encoder = _Encoder(storage, n_threads)
-    for emit, ops in _fused(plan):
-        emit(encoder, *ops)
+    """The program, an array of OPERATION."""
+    encoder = _Encoder(plan, storage, n_threads)
+    for step in fusion.fuse(plan.ops):
+        _STEPS[type(step)](encoder, step)
     return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
 
 
-def _fused(plan: P.Plan) -> Iterator[tuple[Callable[..., None], Sequence[Any]]]:
-    """The plan's operations in the groups that are encoded together, each with what encodes it."""
-    ops: list[Any] = list(plan.ops)
-    while ops:
-        for pattern, emit in _PATTERNS:
-            head = ops[: len(pattern)]
-            if len(head) == len(pattern) and all(isinstance(op, kind) for op, kind in zip(head, pattern, strict=True)):
-                yield emit, head
-                ops = ops[len(pattern) :]
-                break
-        else:
-            follows = f" before {type(ops[1]).__name__}" if len(ops) > 1 else ""
-            raise NativeUnavailable(f"there is no native code for {type(ops[0]).__name__}{follows}")
-
-
 class _Encoder:
-    def __init__(self, storage: Storage, n_threads: int):
-        self.storage, self.n_threads = storage, n_threads
+    def __init__(self, plan: P.Plan, storage: Storage, n_threads: int):
+        self.plan, self.storage, self.n_threads = plan, storage, n_threads
         self.records: list[np.ndarray] = []
+        self.tail = 0  # 1 behind the logits: only their rows go on
 
     def emit(self, kind: int, **fields: float) -> np.ndarray:
         record = np.zeros(1, OPERATION)
@@ -101,8 +88,8 @@ class _Encoder:
         buffer = self.storage.buffers[name]
         return {"out": buffer.ctypes.data + 4 * column, "out_stride": buffer.strides[0]}
 
-    def vector(self, name: str | None, n: int) -> int:
-        return self.storage.vectors(name, n).ctypes.data
+    def vector(self, name: str | None, n: int, empty: float = 0.0) -> int:
+        return self.storage.vectors(name, n, empty).ctypes.data
 
     def embed(self, op: P.Embed) -> None:
         for name, position in ((op.table, 0), (op.positions, 1)):
@@ -117,18 +104,80 @@ class _Encoder:
     def prepare(self, x: str, n: int, source: int, tail: bool = False, **fields: float) -> None:
         self.emit(sizes.PREPARE, **self.x(x), n=n, source=source, barrier=1, tail=tail, **fields)
 
-    def norm(self, op: P.Norm, n: int, tail: bool = False) -> None:
-        weight, bias = self.vector(op.weight, n), self.vector(op.bias, n)
-        self.prepare(op.x, n, NORMS[op.kind], tail, weight=weight, bias=bias, epsilon=op.eps)
+    def norm(self, op: P.Norm, out: str | None = None) -> None:
+        """From buffer to buffer, or added to `out`."""
+        at, own = 4 * op.column, self.norm_weights(op)
+        x, to = self.x(op.x), self.out(out or op.out, op.column)
+        x["x"] += at
+        self.emit(
+            sizes.NORM, **x, **to, n=op.width, n_groups=op.n_groups, source=NORMS[op.kind], epsilon=op.eps, barrier=1,
+            add=out is not None, tail=self.tail, **own,
+        )  # fmt: skip
 
-    def matrix(self, matrix: P.Matrix, out: str, add: bool = False, activation: int = 0, tail: bool = False) -> None:
+    def norm_weights(self, op: P.Norm) -> dict[str, int]:
+        """Weight and bias, ones and zeros where there are none, and the way to the next group's."""
+        apart = any(name is not None and len(self.plan.weights[name]) > 1 for name in (op.weight, op.bias))
+        n = op.width * op.n_groups if apart else op.width
+        stride = 4 * op.width if apart else 0
+        return {"weight": self.vector(op.weight, n, 1.0), "bias": self.vector(op.bias, n), "weight_stride": stride}
+
+    def add_norm(self, step: fusion.AddNorm) -> None:
+        self.norm(step.norm, step.out)
+
+    def rotate(self, op: P.Rotate) -> None:
+        self.emit(sizes.ROTATE, **self.x(op.qkv), n=op.head_dim, n_groups=op.n_heads, barrier=1, **self.rotation(op))
+
+    def rotation(self, op: P.Rotate) -> dict[str, int]:
+        adjacent = op.rope.pairs == "interleaved"
+        return {"rope": self.storage.table(op).ctypes.data, "rope_half": op.rope.n_dims // 2, "rope_interleaved": adjacent}
+
+    def attention(self, step: fusion.Attention) -> None:
+        op, store = step.attend, {}
+        if step.rotate:
+            store |= self.rotation(step.rotate)
+        if step.norms:
+            own, keys = (self.norm_weights(norm) for norm in step.norms)
+            store |= {"source": NORMS[step.norms[0].kind], "epsilon": step.norms[0].eps, "key_weight": keys["weight"], **own}
+        self.emit(sizes.STORE, **self.x(op.qkv), barrier=1, layer=op.layer, **store)
+        slopes = self.storage.slopes(op).ctypes.data if op.alibi_max_bias else 0
+        self.emit(
+            sizes.ATTEND, **self.x(op.qkv), barrier=1, layer=op.layer, query_scale=op.scale, softcap=op.softcap,
+            window=op.window, slopes=slopes,
+        )  # fmt: skip
+        if step.joined:
+            self.emit(sizes.JOIN, **self.out(op.out), barrier=1, **self.parts(op))
+
+    def parts(self, op: P.Attend) -> dict[str, int]:
+        """What joining attention's results needs to know."""
+        return {"window": op.window, "sinks": self.vector(op.sinks, op.n_head) if op.sinks else 0}
+
+    def product(self, step: fusion.Product) -> None:
+        linear, before = step.linear, step.before
+        if step.x == step.out:
+            raise NativeUnavailable("there is no native code for a product that overwrites what it reads")
+        n, self.tail = linear.matrix.n_in, int(isinstance(linear, P.Logits))
+        fields: dict[str, float] = {"source": sizes.AS_IT_IS}
+        if isinstance(before, P.Norm):
+            own = self.norm_weights(before)
+            fields = {"source": NORMS[before.kind], "weight": own["weight"], "bias": own["bias"], "epsilon": before.eps}
+        elif before:
+            fields = {"source": sizes.PARTIALS, **self.parts(before)}
+        self.emit(sizes.PREPARE, **self.x(step.x), n=n, barrier=1, tail=self.tail, **fields)
+        activation = 1 + sizes.ACTIVATIONS.index(step.activate.kind) if step.activate else 0
+        if step.activate and step.activate.gated:
+            self.gated(linear.matrix, step.out, activation)
+        else:
+            self.matrix(linear.matrix, step.out, step.add, activation)
+
+    def matrix(self, matrix: P.Matrix, out: str, add: P.Add | None, activation: int) -> None:
         """One record a tensor; they need no barrier between them, since each has rows of its own."""
         column = 0
         for name, bias in zip(matrix.weights, matrix.biases, strict=True):
             w = self.storage.matrices[name]
             self.emit(
-                sizes.MATRIX, **self.out(out, column), n=w.n_rows, bias=self.vector(bias, 16 * groups(w.n_rows)), add=add,
-                activation=activation, chunk=self.chunk(groups(w.n_rows)), tail=tail, **self.weights(w),
+                sizes.MATRIX, **self.out(out, column), n=w.n_rows, bias=self.vector(bias, 16 * groups(w.n_rows)),
+                add=add is not None, factor=add.factor if add else 1, activation=activation,
+                chunk=self.chunk(groups(w.n_rows)), tail=self.tail, **self.weights(w),
             )  # fmt: skip
             column += w.n_rows
         self.records[-1]["barrier"] = 1
@@ -141,14 +190,18 @@ class _Encoder:
         }  # fmt: skip
 
     def gated(self, matrix: P.Matrix, out: str, activation: int) -> None:
-        """The gate's rows activated and multiplied with the same rows of the second matrix."""
-        gate, up = (self.storage.matrices[name] for name in matrix.weights)
-        n = 16 * groups(gate.n_rows)
+        """The gate's rows activated and multiplied with the same rows of the second matrix, or of the second half."""
+        gate, up = (self.storage.matrices[matrix.weights[i]] for i in (0, -1))
+        is_one = len(matrix.weights) == 1
+        n_rows = matrix.n_out // 2
+        n = 16 * groups(matrix.n_out if is_one else n_rows)
+        bias, up_bias = self.vector(matrix.biases[0], n), self.vector(matrix.biases[-1], n)
         second = self.weights(up)
         self.emit(
-            sizes.MATRIX, **self.out(out), n=gate.n_rows, bias=self.vector(matrix.biases[0], n), activation=activation,
-            chunk=self.chunk(groups(gate.n_rows)), barrier=1, **self.weights(gate), up=second["weight"],
-            up_blocks=second["n_blocks"], up_bias=self.vector(matrix.biases[1], n),
+            sizes.MATRIX, **self.out(out), n=n_rows, bias=bias, activation=activation, chunk=self.chunk(groups(n_rows)),
+            barrier=1, **self.weights(gate), up=second["weight"], up_groups=second["n_groups"],
+            up_first=groups(n_rows) if is_one else 0, up_blocks=second["n_blocks"],
+            up_bias=up_bias + 4 * n_rows if is_one else up_bias,
             **{f"up_product{tile}": second[f"product{tile}"] for tile in sizes.TILES},
         )  # fmt: skip
 
@@ -162,42 +215,24 @@ class _Encoder:
         largest = max(1, min(sizes.MAX_CHUNK, n_groups // (4 * self.n_threads)))
         return min(range(largest, largest // 2, -1), key=most)
 
-    def normed_linear(self, norm: P.Norm, linear: P.Linear) -> None:
-        self.norm(norm, linear.matrix.n_in)
-        self.matrix(linear.matrix, linear.out)
+    def each(self, how: int, op: P.Activate | P.Add | P.Scale | P.Softcap, n: int, **fields: float) -> None:
+        self.emit(sizes.EACH, **self.x(op.x), **self.out(op.out), n=n, source=how, barrier=1, tail=self.tail, **fields)
 
-    def normed_feed_forward(self, norm: P.Norm, linear: P.Linear, activate: P.Activate) -> None:
-        self.norm(norm, linear.matrix.n_in)
-        activation = 1 + sizes.ACTIVATIONS.index(activate.kind)
-        if activate.gated:
-            self.gated(linear.matrix, activate.out, activation)
-        else:
-            self.matrix(linear.matrix, activate.out, activation=activation)
+    def activate(self, op: P.Activate) -> None:
+        self.each(sizes.ACTIVATE, op, op.n, activation=1 + sizes.ACTIVATIONS.index(op.kind), add=op.gated)
 
-    def attend(self, op: P.Attend, linear: P.Linear, add: P.Add) -> None:
-        for kind in (sizes.STORE, sizes.ATTEND):
-            self.emit(kind, **self.x(op.qkv), barrier=1, layer=op.layer)
-        self.prepare(op.out, linear.matrix.n_in, sizes.PARTIALS)
-        self.matrix(linear.matrix, add.out, add=True)
+    def add(self, op: P.Add) -> None:
+        self.each(sizes.ADD, op, self.plan.buffers[op.x], factor=op.factor)
 
-    def rotated_attend(self, rotate: P.Rotate, op: P.Attend, linear: P.Linear, add: P.Add) -> None:
-        self.attend(op, linear, add)  # STORE rotates
+    def scale(self, op: P.Scale) -> None:
+        self.each(sizes.SCALE, op, self.plan.buffers[op.x], factor=op.factor)
 
-    def residual(self, linear: P.Linear, add: P.Add) -> None:
-        self.prepare(linear.x, linear.matrix.n_in, sizes.AS_IT_IS)
-        self.matrix(linear.matrix, add.out, add=True)
-
-    def logits(self, norm: P.Norm, op: P.Logits) -> None:
-        self.norm(norm, op.matrix.n_in, tail=True)
-        self.matrix(op.matrix, op.out, tail=True)
+    def softcap(self, op: P.Softcap) -> None:
+        self.each(sizes.SOFTCAP, op, self.plan.buffers[op.x], factor=op.cap)
 
 
-_PATTERNS: tuple[tuple[tuple[type, ...], Callable[..., None]], ...] = (
-    ((P.Embed,), _Encoder.embed),
-    ((P.Norm, P.Linear, P.Activate), _Encoder.normed_feed_forward),
-    ((P.Norm, P.Linear), _Encoder.normed_linear),
-    ((P.Rotate, P.Attend, P.Linear, P.Add), _Encoder.rotated_attend),
-    ((P.Attend, P.Linear, P.Add), _Encoder.attend),
-    ((P.Linear, P.Add), _Encoder.residual),
-    ((P.Norm, P.Logits), _Encoder.logits),
-)
+_STEPS: dict[type, Callable[..., None]] = {
+    P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Activate: _Encoder.activate,
+    P.Add: _Encoder.add, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap, fusion.Product: _Encoder.product,
+    fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
+}  # fmt: skip

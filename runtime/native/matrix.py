@@ -80,7 +80,7 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                     scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + 64, 4), ROWS)
                     value = f.fma(run.scale, scaled, total.get())
                     if run.offset is not None:
-                        value = f.fma(run.offset, f.splat(f.load(F32, at + 68, 4), ROWS), value)
+                        value = f.fma(run.offset, f.splat(_scaled_sum(f, run, at, half), ROWS), value)
                     total.set(value)
 
             planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
@@ -96,6 +96,13 @@ def _unsigned(f: Function, level: str, run: Run) -> tuple[int, Words]:
     moved = SIGNED_ZERO.get(level, 0) if run.biggest == 128 else 0
     words = [(lambda unpack=unpack: unpack() ^ 0x80, column) for unpack, column in run.words] if moved else run.words
     return run.zero + moved, words
+
+
+def _scaled_sum(f: Function, run: Run, record: Value, half: Value | int) -> Value:
+    """The sum of the run's activations, f32."""
+    if run.count == 32:
+        return f.load(F32, record + 68, 4)
+    return f.cast("sitofp", f.load(I32, record + 72 + (half >> 2), 4), F32) * f.load(F32, record + 64, 4)
 
 
 def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -> Value:

@@ -19,22 +19,32 @@ OPERATION = np.dtype([
     ("tail", "i8"),          # 1: only the tokens whose logits are wanted
     ("x", "i8"), ("x_stride", "i8"),
     ("out", "i8"), ("out_stride", "i8"),
-    ("n", "i8"),             # PREPARE, EMBED: columns; MATRIX: rows
-    ("weight", "i8"),        # PREPARE: the norm's weight; EMBED, MATRIX: the tiled matrix
+    ("n", "i8"),             # PREPARE, EMBED, EACH: columns; NORM: of a group; ROTATE: of a head; MATRIX: rows
+    ("weight", "i8"),        # PREPARE, NORM, STORE: the norm's weight, of the queries; EMBED, MATRIX: the tiled matrix
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
-    ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 attention's partial results
-    ("epsilon", "f4"), ("unused", "f4"),
-    ("n_groups", "i8"), ("n_blocks", "i8"),
+    ("weight_stride", "i8"),  # NORM, STORE: from a group's weight and bias to the next one's; 0 where they share it
+    ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 parts of attention; NORM, STORE: 1, 2; EACH
+    ("epsilon", "f4"), ("factor", "f4"),     # factor: of what MATRIX adds, of EACH
+    ("n_groups", "i8"),      # MATRIX, EMBED: of 16 rows in the matrix; NORM, ROTATE: vectors in a row
+    ("n_blocks", "i8"),
     ("row", "i8"),           # EMBED: address of FMT_row
-    ("add", "i8"),           # EMBED, MATRIX: 1: out += …
+    ("add", "i8"),           # EMBED, MATRIX, NORM: 1: out += …
     ("by_position", "i8"),   # EMBED: 1: the row is the position, not the token's id
     # MATRIX: addresses of the kernels for tiles of sizes.TILES tokens
     ("product1", "i8"), ("product2", "i8"), ("product4", "i8"), ("product8", "i8"),
     ("chunk", "i8"),         # MATRIX: groups a task
-    ("activation", "i8"),    # MATRIX: 0 none, or 1 + its place in sizes.ACTIVATIONS
-    ("up", "i8"), ("up_blocks", "i8"), ("up_bias", "i8"),  # gated: up != 0
+    ("activation", "i8"),    # MATRIX, EACH: 0 none, or 1 + its place in sizes.ACTIVATIONS
+    ("up", "i8"), ("up_groups", "i8"), ("up_first", "i8"),   # gated: up != 0, and its first group
+    ("up_blocks", "i8"), ("up_bias", "i8"),
     ("up_product1", "i8"), ("up_product2", "i8"), ("up_product4", "i8"), ("up_product8", "i8"),
     ("layer", "i8"),         # STORE, ATTEND: which part of a token's cache
+    ("key_weight", "i8"),    # STORE: the weight of the keys' norm
+    ("rope", "i8"), ("rope_half", "i8"), ("rope_interleaved", "i8"),   # ROTATE, STORE: cos and sin; half 0: none
+    # ATTEND, and what joins its results
+    ("window", "i8"),        # 0: all
+    ("slopes", "i8"),        # ALiBi, float32 a head; 0: none
+    ("sinks", "i8"),         # float32 a head; 0: none
+    ("query_scale", "f4"), ("softcap", "f4"),   # softcap 0: none
 ])  # fmt: skip
 
 # what all operations share; the fields that threads write stand on cache lines of their own
@@ -56,9 +66,6 @@ RUN = np.dtype([
     ("products_at", "i8"), ("rows_at", "i8"), ("queries_at", "i8"), ("scores_at", "i8"), ("mixed_at", "i8"),
     ("partials", "i8"),                       # attention's results: slots, each of n_head of them
     ("n_head", "i8"), ("n_kv_head", "i8"), ("head_dim", "i8"), ("padded_dim", "i8"),
-    ("rope", "i8"), ("rope_half", "i8"), ("rope_interleaved", "i8"),
-    ("slopes", "i8"),                         # ALiBi, float32 a head; 0: none
-    ("query_scale", "f4"), ("unused", "f4"),
 ])  # fmt: skip
 
 # a token of a pass: which it is, where it stands in its text, and the cache of that text
@@ -78,7 +85,11 @@ ENTRY = np.dtype([
 ])  # fmt: skip
 
 # what a thread knows of a query that it takes through spans of positions
-QUERY = np.dtype([("position", "i8"), ("result", "i8"), ("slope", "f4"), ("unused", "f4", 3)])  # result: an address
+QUERY = np.dtype([
+    ("position", "i8"), ("oldest", "i8"),     # it sees positions from the oldest to its own
+    ("result", "i8"),                         # an address
+    ("slope", "f4"), ("softcap", "f4"),
+])  # fmt: skip
 
 WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 5)])  # state 1: asleep in Python
 

@@ -80,10 +80,12 @@ def _define_tasks(module: Module) -> None:
         kind = r.op("kind")
         with f.when(n.equals(0)):
             f.ret(0)
-        with f.when(kind <= sizes.PREPARE):
+        with f.when(kind <= sizes.JOIN):
             f.ret(n)
         with f.when(kind.equals(sizes.MATRIX)):
-            f.ret((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk"))
+            f.ret((((r.op("n") + (sizes.LANES - 1)) // sizes.LANES) + r.op("chunk") - 1) // r.op("chunk"))
+        with f.when(kind.equals(sizes.EACH)):
+            f.ret(n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS))
         with f.when(kind.equals(sizes.STORE)):
             f.ret(n * (r.run("n_head") + r.run("n_kv_head")))
         f.ret(r.run("n_entries") * r.run("n_kv_head"))
@@ -102,7 +104,7 @@ def _work(f: Function) -> None:
         kind = r.op("kind")
 
         def stage(task: Value, op: Value = op, own: Value = own, n: Value = n, kind: Value = kind) -> None:
-            for at, name in enumerate(("embed", "prepare", "matrix", "store", "attend")):
+            for at, name in enumerate(sizes.STAGES):
                 with f.when(kind.equals(at)):
                     f.call(VOID, name, run, op, own, task, n)
 

@@ -5,9 +5,12 @@ Knows nothing of what stands behind them. Programs with code made beforehand nee
 
 from __future__ import annotations
 
-EMBED, PREPARE, MATRIX, STORE, ATTEND = range(5)  # kinds of operations
-AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu")  # MATRIX: 1 for the first, 0 for none
+STAGES = ("embed", "prepare", "norm", "rotate", "join", "matrix", "store", "attend", "each")  # kinds of operations, by number
+EMBED, PREPARE, NORM, ROTATE, JOIN, MATRIX, STORE, ATTEND, EACH = range(len(STAGES))  # up to JOIN: a task a token
+AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
+SCALE, ADD, SOFTCAP, ACTIVATE = range(4)  # what EACH does
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")  # MATRIX, EACH: 1 for the first, 0 for none
+COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
 TILE = TILES[-1]
 RECORD = 80  # bytes of 32 columns' rounded activations

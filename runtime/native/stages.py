@@ -1,4 +1,4 @@
-"""The stages of a token besides the weight formats: embedding, normalising and rounding, products, cache, attention.
+"""The stages of a token besides the weight formats: embedding, normalising and rounding, products, the cache.
 
 In: the run's and an operation's record (records.py), a task number. Out: IR functions, one a stage; the run loop
 (run_loop.py) hands out the tasks. Knows the mathematics of the plan's operations, not the formats.
@@ -9,7 +9,7 @@ has the rest.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native import attention, sizes
+from pocketlm.runtime.native import attention, elements
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import Records, vectors
@@ -24,18 +24,21 @@ from pocketlm.runtime.native.sizes import (
     TILE,
     TILES,
 )  # fmt: skip
-from pocketlm.runtime.native.vector_math import ACTIVATIONS, to_half
+from pocketlm.runtime.native.vector_math import to_half
 
 MAX_HALF = 65504.0  # the largest number of float16
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
 
 
 def define(module: Module, level: str) -> None:
-    """Define the stages: embed, prepare, matrix, store and attend, each `(run, op, own, task, n)`."""
-    _define_activate(module)
+    """Define the stages of sizes.STAGES, each `(run, op, own, task, n)`."""
+    elements.define(module)
     _define_round(module)
     attention.define(module, level)
-    stages = {"embed": _embed, "prepare": _prepare, "matrix": _matrix, "store": _store, "attend": attention.attend}
+    stages = {
+        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "join": attention.join,
+        "matrix": _matrix, "store": _store, "attend": attention.attend, "each": elements.each,
+    }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
             run, op, own, task, n = f.args()
@@ -148,38 +151,29 @@ def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: 
 # products
 
 
-def _define_activate(module: Module) -> None:
-    with module.function("activate", {"kind": I64, "x": ROW}, returns=ROW) as f:
-        kind, x = f.args()
-        for number, name in enumerate(sizes.ACTIVATIONS, 1):
-            with f.when(kind.equals(number)):
-                f.ret(ACTIVATIONS[name](f, x), ROW)
-        f.ret(x, ROW)
-
-
 def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """A chunk of groups, for all tokens: products into the thread's own memory, then bias, activation, gate, residual."""
-    chunk, n_rows, n_groups = r.op("chunk"), r.op("n"), r.op("n_groups")
+    chunk, n_rows = r.op("chunk"), r.op("n")
     start = task * chunk
-    stop = f.minimum(start + chunk, n_groups)
+    stop = f.minimum(start + chunk, (n_rows + (LANES - 1)) // LANES)
     stride = r.run("activation_stride")
     x = f.select(n.equals(1), own, r.run("activations", PTR))
     y, y_stride = own + r.run("products_at"), MAX_CHUNK * LANES * 4
     up = y + TILE * y_stride
     gated = f.emit(I1, f"icmp ne ptr {r.op('up', PTR)}, null")
 
-    def product(prefix: str, size: Value, w: Value, blocks: Value, here: Value, to: Value) -> None:
+    def product(prefix: str, size: Value, w: Value, groups: Value, first: Value, blocks: Value, x: Value, y: Value) -> None:
         kernel = r.op(f"{prefix}product{TILE}", PTR)
         for smaller in TILES[:-1]:
             kernel = f.select(size.equals(smaller), r.op(f"{prefix}product{smaller}", PTR), kernel)
-        f.call_pointer(kernel, w, n_groups, start, stop, blocks, here, to, f.const(I64, y_stride))
+        f.call_pointer(kernel, w, groups, first + start, first + stop, blocks, x, y, f.const(I64, y_stride))
 
     with f.range(0, n, TILE) as token:
         left, here = n - token, x + token * stride
         size = _tile_size(f, left)
-        product("", size, r.op("weight", PTR), r.op("n_blocks"), here, y)
+        product("", size, r.op("weight", PTR), r.op("n_groups"), f.const(I64, 0), r.op("n_blocks"), here, y)
         with f.when(gated):
-            product("up_", size, r.op("up", PTR), r.op("up_blocks"), here, up)
+            product("up_", size, r.op("up", PTR), r.op("up_groups"), r.op("up_first"), r.op("up_blocks"), here, up)
         with f.range(0, f.minimum(left, f.const(I64, TILE))) as t:
             out = r.op("out", PTR) + (token + t) * r.op("out_stride")
             _finish(f, r, y + t * y_stride, up + t * y_stride, gated, out, start * LANES, f.minimum(stop * LANES, n_rows))
@@ -196,7 +190,7 @@ def _finish(f: Function, r: Records, y: Value, up: Value, gated: Value, out: Val
         with f.when(gated):
             v.set(v.get() * (f.load(ROW, up + at, 4) + f.load(ROW, r.op("up_bias", PTR) + row * 4, 4)))
         with f.when(r.op("add").equals(1)):
-            v.set(v.get() + f.load(ROW, to, 4))
+            v.set(v.get() * f.splat(r.op("factor", F32), LANES) + f.load(ROW, to, 4))
         with f.when(row + LANES <= last):
             f.store(v.get(), to, 4)
         with f.when(row + LANES > last):  # the next rows may be another matrix's
@@ -208,10 +202,17 @@ def _finish(f: Function, r: Records, y: Value, up: Value, gated: Value, out: Val
 # the cache
 
 
-def _rotate(f: Function, r: Records, vector: Value, position: Value) -> None:
+def _rotate(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+    """The heads of a token that an operation rotates."""
+    vector, position = r.op("x", PTR) + task * r.op("x_stride"), r.token(task)("position")
+    with f.range(0, r.op("n_groups")) as head:
+        _turn(f, r, vector + head * r.op("n") * 4, position)
+
+
+def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
     """Turn the pairs of a head by the angles of a position, sixteen pairs at a time where there are as many."""
-    half, adjacent = r.run("rope_half"), r.run("rope_interleaved").equals(1)
-    cosines = r.run("rope", PTR) + position * half * 8
+    half, adjacent = r.op("rope_half"), r.op("rope_interleaved").equals(1)
+    cosines = r.op("rope", PTR) + position * half * 8
     sines, whole = cosines + half * 4, half & -LANES
 
     def turned(x: Value, y: Value, at: Value) -> tuple[Value, Value]:
@@ -238,13 +239,18 @@ def _rotate(f: Function, r: Records, vector: Value, position: Value) -> None:
 
 
 def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """One head of one token: rotate its query, or rotate its key and write key and value to the cache."""
+    """One head of one token: query or key normalised and rotated where the operation says so, key and value to the cache."""
     n_head, n_kv, dim = r.run("n_head"), r.run("n_kv_head"), r.run("head_dim")
     number, head = task // (n_head + n_kv), task % (n_head + n_kv)
     token = r.token(number)
     position = token("position")
     vector = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4
-    _rotate(f, r, vector, position)
+    with f.when(r.op("source") > 0):
+        is_key = head >= n_head
+        group = f.select(is_key, head - n_head, head)
+        weight = f.select(is_key, r.op("key_weight", PTR), r.op("weight", PTR)) + group * r.op("weight_stride")
+        elements.normalise(f, r, vector, vector, weight, None, dim)
+    _turn(f, r, vector, position)
     with f.when(head >= n_head):
         padded, place = r.run("padded_dim"), attention.cache_of(r, token, head - n_head)
         keys = token("keys", PTR) + place + ((position >> 4) * padded * LANES + (position & 15)) * 2

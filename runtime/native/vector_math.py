@@ -8,9 +8,10 @@ about models.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pocketlm.runtime import activations as A
-from pocketlm.runtime.native.ir import F16, F32, I16, I32, Function, Value
+from pocketlm.runtime.native.ir import F16, F32, I8, I16, I32, Function, Value
 
 NO_HALF = ("sse4",)  # levels whose processors may lack half-precision conversions
 # coefficients of the Cephes library (expf, tanhf), highest power first
@@ -85,7 +86,29 @@ def relu(f: Function, x: Value) -> Value:
     return f.select(x < 0.0, 0.0, x)
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu}
+def relu_squared(f: Function, x: Value) -> Value:
+    y = relu(f, x)
+    return y * y
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared}
+
+
+_SHUFFLES = {  # bytes at a time, and the instruction that looks sixteen bytes up
+    "avx512-vnni": (64, "llvm.x86.avx512.pshuf.b.512"),
+    "avx-vnni": (32, "llvm.x86.avx2.pshuf.b"),
+    "avx2": (32, "llvm.x86.avx2.pshuf.b"),
+    "sse4": (16, "llvm.x86.ssse3.pshuf.b.128"),
+    "dotprod": (16, "llvm.aarch64.neon.tbl1.v16i8"),
+    "neon": (16, "llvm.aarch64.neon.tbl1.v16i8"),
+}
+
+
+def look_up(f: Function, level: str, table: Sequence[int], codes: Value) -> Value:
+    """table[code] for every byte of `codes`, 0..15; the table has sixteen bytes."""
+    width, intrinsic = _SHUFFLES[level]
+    bytes_ = f.vector(I8.vec(width), [*table] * (width // 16))
+    return f.join([f.call(part.type, intrinsic, bytes_, part) for part in f.split(codes, width)])
 
 
 def from_half(f: Function, level: str, x: Value) -> Value:

@@ -1,0 +1,121 @@
+"""How much each weight's error counts: the mean square of what it is multiplied with (an importance matrix, "imatrix").
+
+In: a text, which the float32 weights are run over; or a file that llama.cpp's llama-imatrix made of one. Out: for every
+matrix a float32 [columns]. Knows no formats; with verify.py the only module here that runs a model.
+
+An error e of a weight changes a product by e·x, so its square counts as much as the mean of x².
+Formats: llama.cpp, tools/imatrix (a GGUF; until 2025 a list of its own).
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pocketlm.errors import FileError
+from pocketlm.export.canonical import CanonicalModel, Float32Tensors
+
+if TYPE_CHECKING:
+    from pocketlm.runtime.plan import Linear, Logits
+
+LONGEST = 1 << 16  # tokens of a text that are run: enough for means, and minutes for a small model
+WINDOW = 512
+LEAST = 1e-3  # of the mean: a column that the text never used counts a little
+Importance = dict[str, np.ndarray]
+
+
+def importance(path: Path, model: CanonicalModel) -> Importance:
+    """What `path`, a text in UTF-8 or an importance matrix of llama.cpp, says of the model's matrices: name -> float32
+    [columns] above zero, with a mean of 1. FileError: neither, or of another model.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+    data = path.read_bytes() if start != b"GGUF" else b""
+    found = _of_gguf(path) if start == b"GGUF" else _of_list(data) or _of_text(data, path, model)
+    matrices = {name: t.shape[1] for name, t in model.tensors.items() if len(t.shape) == 2 and name in found}
+    wrong = [name for name, columns in matrices.items() if found[name].shape != (columns,)]
+    if wrong or not matrices:
+        what = f"{wrong[0]} has {found[wrong[0]].size} columns there" if wrong else "names none of its matrices"
+        raise FileError(path, f"is the importance matrix of another model: {what}", "make one of a text: --imatrix TEXT")
+    return {name: _relative(found[name]) for name in matrices}
+
+
+def _relative(squares: np.ndarray) -> np.ndarray:
+    squares = np.where(np.isfinite(squares) & (squares > 0), squares, 0).astype(np.float64)
+    return np.maximum(squares / max(squares.mean(), 1e-300), LEAST).astype(np.float32)
+
+
+def _of_gguf(path: Path) -> Importance:
+    from pocketlm.runtime.gguf_reader import open_gguf
+
+    sums, counts = ".in_sum2", ".counts"
+    with open_gguf(path) as file:
+        tensors = {name: tensor.to_float32() for name, tensor in file.tensors.items() if name.endswith((sums, counts))}
+    names = [name.removesuffix(sums) for name in tensors if name.endswith(sums) and name.removesuffix(sums) + counts in tensors]
+    with np.errstate(all="ignore"):  # a count of zero: nothing is known of the matrix
+        return {name: (tensors[name + sums] / tensors[name + counts].reshape(-1, 1)).mean(0) for name in names}
+
+
+def _of_list(data: bytes) -> Importance | None:
+    """Entries of a name, a number of runs and sums; None where the bytes are something else."""
+    found: Importance = {}
+    try:
+        (n_entries,), at = struct.unpack_from("<i", data), 4
+        for _ in range(n_entries):
+            (length,) = struct.unpack_from("<i", data, at)
+            name = data[at + 4 : at + 4 + length].decode()
+            runs, n_values = struct.unpack_from("<ii", data, at + 4 + length)
+            at += 12 + length
+            found[name] = np.frombuffer(data, "<f4", n_values, at) / np.float32(max(runs, 1))
+            at += 4 * n_values
+    except (struct.error, ValueError):  # UnicodeDecodeError is one
+        return None
+    return found or None
+
+
+def _of_text(data: bytes, path: Path, model: CanonicalModel) -> Importance:
+    from pocketlm.tokenizer import from_metadata
+
+    if "tokenizer.ggml.tokens" not in model.metadata:
+        raise FileError(path, "is a text, and the model has no tokenizer", "name one with --tokenizer")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "give a text, or an importance matrix") from None
+    tokenizer = from_metadata(model.metadata, path)
+    ids = np.array(tokenizer.encode(tokenizer.encodable(text))[:LONGEST], np.int64)
+    if len(ids) < WINDOW:
+        raise FileError(path, f"has {len(ids)} tokens", f"an importance matrix needs at least {WINDOW}, better 20,000")
+    return _mean_squares(model, ids, path)
+
+
+def _mean_squares(model: CanonicalModel, ids: np.ndarray, path: Path) -> Importance:
+    from pocketlm.runtime.numpy_executor import NumpyExecutor
+    from pocketlm.runtime.plan import make_plan
+    from pocketlm.runtime.threads import default_threads
+
+    sums: Importance = {}
+
+    class Listening(NumpyExecutor):
+        """Adds up the squares of what every matrix is multiplied with."""
+
+        def _linear(self, op: Linear | Logits, state: dict[str, np.ndarray]) -> None:
+            squares = np.einsum("ij,ij->j", state[op.x], state[op.x], dtype=np.float64)
+            for name in op.matrix.weights:
+                sums[name] = sums.get(name, 0) + squares
+            super()._linear(op, state)
+
+    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, path)
+    window = min(WINDOW, model.hyper.n_ctx)
+    with closing(Listening(plan, Float32Tensors(model, path), window, default_threads())) as executor:
+        for start in range(0, len(ids) - window + 1, window):
+            executor.cache.truncate(0)
+            executor.forward(ids[start : start + window], rows="all")
+    return sums

@@ -1,0 +1,242 @@
+"""What architectures list their operations with: tensors by name, settings by key, and the usual steps of a layer.
+
+In: hyper-parameters, the tensors' names and shapes. Out: operations, buffers, the tensors that are used, and what does not
+fit. Knows no values of tensors, and no architecture by name.
+
+A file of an architecture reads like the paper's description of a layer:
+
+    for b in m.layers():
+        b.norm("attn_norm")      # h = norm(x)
+        b.attention()            # y = W_o attention(h)
+        b.add()                  # x += y
+        b.norm("ffn_norm")
+        b.feed_forward()         # y = W_down activation(W h)
+        b.add()
+
+`m` names tensors from the whole model's, `b` from its layer's ("blk.3." comes before the name).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+
+from pocketlm.runtime.hyper_parameters import Hyper, Rope
+from pocketlm.runtime.metadata_keys import Keys
+from pocketlm.runtime.operations import (
+    Activate,
+    Add,
+    Attend,
+    Embed,
+    Linear,
+    Logits,
+    Matrix,
+    Norm,
+    Op,
+    Rotate,
+    Scale,
+    Softcap,
+)
+
+
+class Builder:
+    """Collects operations. A layer's builder (`layers`) adds to the same lists."""
+
+    def __init__(self, hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object):
+        self.hyper, self._shapes, self._prefix, self._layer = hyper, shapes, "", 0
+        self.settings = Keys({f"{hyper.architecture}.{key}": value for key, value in hyper.settings.items()}, path)
+        self.ops: list[Op] = []
+        self.buffers: dict[str, int] = {}  # name -> width
+        self.used: dict[str, tuple[int, ...]] = {}  # tensor -> the shape that it has to have
+        self.problems: list[str] = []
+
+    # ── tensors and settings ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def has(self, name: str) -> bool:
+        """Whether the file has the tensor."""
+        return self._prefix + name in self._shapes
+
+    def tensor(self, name: str, *shape: int) -> str:
+        """Use a tensor, which must be there and have this shape; its full name."""
+        name = self._prefix + name
+        found = self._shapes.get(name)
+        if found is None:
+            self.problems.append(f"{name} is missing")
+        elif tuple(found) != shape:
+            self.problems.append(f"{name} is {'x'.join(map(str, found))}, expected {'x'.join(map(str, shape))}")
+        self.used[name] = shape
+        return name
+
+    def optional(self, name: str, *shape: int) -> str | None:
+        """The same of a tensor that may be missing."""
+        return self.tensor(name, *shape) if self.has(name) else None
+
+    def matrix(self, n_in: int, *parts: tuple[str, int]) -> Matrix:
+        """Matrices (name without ".weight", rows) below each other, with the biases that there are."""
+        weights = tuple(self.tensor(f"{name}.weight", rows, n_in) for name, rows in parts)
+        biases = tuple(self.optional(f"{name}.bias", rows) for name, rows in parts)
+        return Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
+
+    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
+        """A number among the architecture's SETTINGS; FileError where it is missing without a default, or out of bounds."""
+        return self.settings.number(f"{self.hyper.architecture}.{key}", default, low, high)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero among the architecture's SETTINGS."""
+        return self.settings.count(f"{self.hyper.architecture}.{key}", default)
+
+    def choice(self, key: str, default: object, allowed: tuple) -> object:
+        """One of `allowed` among the architecture's SETTINGS."""
+        return self.settings.choice(f"{self.hyper.architecture}.{key}", default, allowed)
+
+    # ── the whole model ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def embed(self) -> None:
+        """x = table[ids], plus the positions' rows where they are learned."""
+        h = self.hyper
+        learned = self.tensor("position_embd.weight", h.n_ctx, h.n_embd) if h.position == "learned" else None
+        self._emit(Embed("x", self.tensor("token_embd.weight", h.n_vocab, h.n_embd), learned), h.n_embd)
+
+    def layers(self) -> Iterator[Builder]:
+        """A builder for each layer, in order; `layer` says which it is."""
+        for i in range(self.hyper.n_layer):
+            layer = copy.copy(self)
+            layer._prefix, layer._layer = f"blk.{i}.", i
+            yield layer
+            if len(self.problems) > 100:  # an absurd layer count must not build an endless list
+                return
+
+    @property
+    def layer(self) -> int:
+        """Which layer this builder is for, from 0."""
+        return self._layer
+
+    def logits(self, x: str = "h") -> None:
+        """logits = W x, with the token table where there is no output matrix."""
+        head = "output" if self.has("output.weight") else "token_embd"
+        self._emit(Logits(x, "logits", self.matrix(self.buffers[x], (head, self.hyper.n_vocab))), self.hyper.n_vocab)
+
+    # ── single operations ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def norm(self, name: str | None, x: str = "x", out: str = "h", kind: str | None = None) -> None:
+        """out = norm(x) · weight (+ bias, where there is one); without weights where `name` is None."""
+        width, h = self.buffers[x], self.hyper
+        weight = self.tensor(f"{name}.weight", width) if name else None
+        bias = self.optional(f"{name}.bias", width) if name else None
+        self._emit(Norm(x, out, kind or h.norm, weight, bias, h.norm_eps, width), width)
+
+    def linear(self, x: str, out: str, *parts: tuple[str, int]) -> None:
+        """out = [W0; W1; …] x (+ biases): matrices (name, rows) below each other."""
+        matrix = self.matrix(self.buffers[x], *parts)
+        self._emit(Linear(x, out, matrix), matrix.n_out)
+
+    def add(self, x: str = "y", out: str = "x", factor: float = 1.0) -> None:
+        """out += factor · x."""
+        self._emit(Add(x, out, factor), self.buffers[x])
+
+    def scale(self, x: str, factor: float, out: str | None = None) -> None:
+        """out, or x itself, = factor · x."""
+        self._emit(Scale(x, out or x, factor), self.buffers[x])
+
+    def softcap(self, x: str, cap: float) -> None:
+        """x = cap · tanh(x / cap)."""
+        self._emit(Softcap(x, x, cap), self.buffers[x])
+
+    # ── a layer ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def attention(self, x: str = "h", out: str = "y", rope: Rope | None = None, **attend: object) -> None:
+        """out = W_o attention(x): `qkv`, `rotate`, `attend` and `attention_output` after each other."""
+        self.qkv(x)
+        self.rotate(rope)
+        self.attend(**attend)  # type: ignore[arg-type]
+        self.attention_output(out)
+
+    def qkv(self, x: str = "h") -> None:
+        """qkv = the queries, keys and values of x, from one tensor or three."""
+        q, kv = self.hyper.q_width, self.hyper.kv_width
+        fused = [("attn_qkv", q + 2 * kv)]
+        self.linear(x, "qkv", *(fused if self.has("attn_qkv.weight") else [("attn_q", q), ("attn_k", kv), ("attn_v", kv)]))
+
+    def norm_heads(
+        self, q: str | None = "attn_q_norm", k: str | None = "attn_k_norm", kind: str | None = None, own: bool = False
+    ) -> None:
+        """Normalise every head of queries and keys. Weights: (head_dim,), with `own` (heads, head_dim); no name: none."""
+        h, column = self.hyper, 0
+        for name, heads in ((q, h.n_head), (k, h.n_kv_head)):
+            shape = (heads, h.head_dim) if own else (h.head_dim,)
+            self._norm_part(name, shape, kind, h.head_dim, heads, column)
+            column += heads * h.head_dim
+
+    def norm_queries_and_keys(self, q: str = "attn_q_norm", k: str = "attn_k_norm", kind: str | None = None) -> None:
+        """Normalise all queries of a token as one vector, and all its keys as another."""
+        h = self.hyper
+        self._norm_part(q, (h.q_width,), kind, h.q_width, 1, 0)
+        self._norm_part(k, (h.kv_width,), kind, h.kv_width, 1, h.q_width)
+
+    def _norm_part(
+        self, name: str | None, shape: tuple[int, ...], kind: str | None, width: int, groups: int, column: int
+    ) -> None:
+        weight = self.tensor(f"{name}.weight", *shape) if name else None
+        bias = self.optional(f"{name}.bias", *shape) if name else None
+        kind = kind or self.hyper.norm
+        self.ops.append(Norm("qkv", "qkv", kind, weight, bias, self.hyper.norm_eps, width, groups, column))
+
+    def rotate(self, rope: Rope | None = None) -> None:
+        """Rotary positions on queries and keys, `rope` or the model's; nothing where the model has others."""
+        h, rope = self.hyper, rope or self.hyper.rope
+        if rope is not None:
+            whole = copy.copy(self)
+            whole._prefix = ""  # the factors are the whole model's
+            half = rope.n_dims // 2
+            factors = whole.optional("rope_freqs.weight", half) or whole.optional("rope_factors_short.weight", half)
+            long_factors = whole.optional("rope_factors_long.weight", half)
+            self.ops.append(Rotate("qkv", h.n_head + h.n_kv_head, h.head_dim, rope, factors, long_factors))
+
+    def attend(
+        self, scale: float | None = None, window: int = 0, softcap: float = 0.0, alibi_max_bias: float | None = None,
+        sinks: str | None = None,
+    ) -> None:  # fmt: skip
+        """att = attention of qkv; `scale` is 1/√head_dim where it is not given, ALiBi the model's."""
+        h = self.hyper
+        op = Attend(
+            "qkv", "att", self._layer, h.n_head, h.n_kv_head, h.head_dim,
+            scale=1 / math.sqrt(h.head_dim) if scale is None else scale, window=window, softcap=softcap,
+            alibi_max_bias=h.alibi_max_bias if alibi_max_bias is None else alibi_max_bias,
+            sinks=self.tensor(sinks, h.n_head) if sinks else None,
+        )  # fmt: skip
+        self._emit(op, h.q_width)
+
+    def attention_output(self, out: str = "y") -> None:
+        """out = W_o att."""
+        self.linear("att", out, ("attn_output", self.hyper.n_embd))
+
+    def feed_forward(self, x: str = "h", out: str = "y") -> None:
+        """out = W_down f(W_up x), or W_down (f(W_gate x) · W_up x); gate and up may be one tensor, `ffn_up`."""
+        h = self.hyper
+        separate = h.gated and (self.has("ffn_gate.weight") or not self._is_twice("ffn_up.weight", h.n_ff))
+        parts = [("ffn_gate", h.n_ff), ("ffn_up", h.n_ff)] if separate else [("ffn_up", h.n_ff * (1 + h.gated))]
+        self.linear(x, "ff", *parts)
+        self._emit(Activate("ff", "act", h.activation, h.gated, h.n_ff), h.n_ff)
+        self.linear("act", out, ("ffn_down", h.n_embd))
+
+    def _is_twice(self, name: str, n: int) -> bool:
+        return self._shapes.get(self._prefix + name, (0,))[0] == 2 * n
+
+    def _emit(self, op: Op, width: int) -> None:
+        self.ops.append(op)
+        self.buffers[op.qkv if isinstance(op, Rotate) else op.out] = width
+
+
+def pre_norm(m: Builder) -> None:
+    """The decoder that GPT-2 made usual: a norm before attention and before the feed-forward layer, each added to x."""
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention()
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()

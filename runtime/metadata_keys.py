@@ -1,0 +1,55 @@
+"""Numbers, counts and choices from a file's metadata, each checked; a complaint names the file and the key.
+
+Knows no key by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pocketlm.errors import FileError
+
+LIMIT = 1 << 24  # no count of layers, heads, positions or widths above this: guards products against absurd files
+
+
+class Keys:
+    """Typed access to metadata; every complaint names the file and the key."""
+
+    def __init__(self, metadata: Mapping[str, Any], path: object):
+        self.metadata, self.path = metadata, path
+
+    def fail(self, key: str, problem: str) -> FileError:
+        return FileError(self.path, f"{key} {problem}", "the file is damaged or was exported wrongly")
+
+    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise self.fail(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.fail(key, f"should be a number, not {type(value).__name__}")
+        if not (math.isfinite(value) and low <= value <= high):
+            raise self.fail(key, f"is {value}, expected {low:g} to {high:g}")
+        return float(value)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.metadata.get(key, default)
+        if hasattr(value, "tolist"):  # an array with one value a layer: accepted where all layers agree
+            values = set(value.tolist())  # type: ignore[union-attr]
+            if len(values) != 1:
+                raise FileError(self.path, f"{key} differs from layer to layer", "pocketlm runs models whose layers are alike")
+            value = values.pop()
+        if value is None:
+            raise self.fail(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.fail(key, f"should be a whole number, not {type(value).__name__}")
+        if not 1 <= value <= LIMIT:
+            raise self.fail(key, f"is {value}, expected 1 to {LIMIT}")
+        return value
+
+    def choice(self, key: str, default: Any, allowed: tuple) -> Any:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, (str, bool)) or value not in allowed:
+            raise self.fail(key, f"is {value!r:.60}, expected one of {', '.join(map(str, allowed))}")
+        return value

@@ -1,0 +1,385 @@
+"""Decoders of every kind, listed with the builder of architectures, and what they compute in float64, written out here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from canonical_models import make_hyper
+
+from pocketlm.runtime import plan as P
+from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.formats import FORMATS
+from pocketlm.runtime.hyper import Rope
+from pocketlm.runtime.tensor import Tensor
+
+N_VOCAB = 96
+Operations = Callable[[Builder], None]
+
+
+def make(operations: Operations, extra: dict[str, tuple[int, ...]] | None = None, **options: Any) -> P.Plan:
+    """The plan of a small model; `extra` are tensors that `operations` uses only where they are there."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96, "n_vocab": N_VOCAB, "n_ctx": 64}
+    hyper = make_hyper(**{**sizes, **options})
+    wanted = Builder(hyper, extra or {}, "model")
+    operations(wanted)
+    shapes = {**(extra or {}), **wanted.used}
+    builder = Builder(hyper, shapes, "model")
+    operations(builder)
+    assert builder.problems == []
+    return P.Plan(hyper, builder.buffers, tuple(builder.ops), builder.used)
+
+
+def tensors_of(plan: P.Plan, seed: int = 0) -> dict[str, Tensor]:
+    """Random float32 weights; norms' around 1, factors of frequencies from 1 to 4."""
+    random, tensors = np.random.default_rng(seed), {}
+    for name, shape in plan.weights.items():
+        values = random.standard_normal(shape) * (0.3 if len(shape) == 1 else max(shape[-1], 16) ** -0.5)
+        if "norm" in name and name.endswith("weight"):
+            values = 1 + 0.3 * random.standard_normal(shape)
+        if name == "token_embd.weight":
+            values = random.standard_normal(shape)
+        if "rope" in name:
+            values = random.uniform(1, 4, shape)
+        data = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
+        tensors[name] = Tensor(name, shape, FORMATS["F32"], data, 0, Path("model"))
+    return tensors
+
+
+# ── lists of operations, after published architectures ───────────────────────────────────────────────────────────────
+
+
+def gemma3(m: Builder) -> None:
+    m.embed()
+    m.scale("x", math.sqrt(m.hyper.n_embd))
+    for b in m.layers():
+        is_local = b.layer % 2 == 0
+        b.norm("attn_norm")
+        b.qkv()
+        b.norm_heads()
+        b.rotate(Rope(100.0, m.hyper.head_dim, "half") if is_local else None)
+        b.attend(window=5 if is_local else 0, scale=0.3)
+        b.attention_output()
+        b.norm("post_attention_norm", "y", "y")
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.norm("post_ffw_norm", "y", "y")
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def gemma2(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention(window=7 * (1 - b.layer % 2), softcap=2.0)
+        b.norm("post_attention_norm", "y", "y")
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.norm("post_ffw_norm", "y", "y")
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+    m.softcap("logits", 3.0)
+
+
+def granite(m: Builder) -> None:
+    m.embed()
+    m.scale("x", 12.0)
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention(scale=0.11)
+        b.add(factor=0.22)
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add(factor=0.22)
+    m.norm("output_norm")
+    m.logits()
+    m.scale("logits", 1 / 8)
+
+
+def olmo2(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.qkv("x")
+        b.norm_queries_and_keys()
+        b.rotate()
+        b.attend()
+        b.attention_output()
+        b.norm("post_attention_norm", "y", "y")
+        b.add()
+        b.feed_forward("x")
+        b.norm("post_ffw_norm", "y", "y")
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def olmo(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm(None)
+        b.attention()
+        b.add()
+        b.norm(None)
+        b.feed_forward()
+        b.add()
+    m.norm(None)
+    m.logits()
+
+
+def phi2(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention()
+        b.add()
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def gptneox(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.norm("ffn_norm", out="h2")
+        b.attention()
+        b.add()
+        b.feed_forward("h2")
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def stablelm(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.qkv()
+        b.norm_heads(own=True)
+        b.rotate()
+        b.attend()
+        b.attention_output()
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def smollm3(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.qkv()
+        if b.layer % 2:
+            b.rotate()
+        b.attend()
+        b.attention_output()
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def bloom(m: Builder) -> None:
+    m.embed()
+    m.norm("token_embd_norm", "x", "x")
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention()
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def gpt_oss(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention(window=6 * (1 - b.layer % 2), sinks="attn_sinks.weight")
+        b.add()
+        b.norm("post_attention_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def nanochat(m: Builder) -> None:
+    m.embed()
+    m.norm(None, "x", "x")
+    m.scale("x", 1.0, out="x0")
+    for b in m.layers():
+        b.scale("x", 0.9)
+        b.add("x0", "x", factor=0.3)
+        b.norm(None)
+        b.qkv()
+        b.rotate()
+        b.norm_heads(None, None)
+        b.attend(scale=1.44 / math.sqrt(m.hyper.head_dim), window=9 * (b.layer % 2))
+        b.attention_output()
+        b.add()
+        b.norm(None)
+        b.feed_forward()
+        b.add()
+    m.norm(None)
+    m.logits()
+    m.softcap("logits", 15.0)
+
+
+def phi3(m: Builder) -> None:
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention()
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("output_norm")
+    m.logits()
+
+
+def _fused(n_layer: int = 2) -> dict[str, tuple[int, ...]]:
+    """Tensors of phi3: q, k and v in one, gate and up in one, factors of frequencies for short and long contexts."""
+    shapes: dict[str, tuple[int, ...]] = {"rope_factors_short.weight": (4,), "rope_factors_long.weight": (4,)}
+    for i in range(n_layer):
+        shapes |= {f"blk.{i}.attn_qkv.weight": (128, 64), f"blk.{i}.ffn_up.weight": (192, 64)}
+    return shapes
+
+
+def _biases() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"output_norm.bias": (64,), "token_embd_norm.bias": (64,)}
+    widths = {
+        "attn_norm": 64, "attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64, "ffn_norm": 64, "ffn_up": 96,
+        "ffn_down": 64,
+    }  # fmt: skip
+    for i in range(2):
+        shapes |= {f"blk.{i}.{name}.bias": (n,) for name, n in widths.items()}
+    return shapes
+
+
+def _without(names: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in _biases().items() if not any(part in name for part in names.split())}
+
+
+HALF = {"rope": Rope(1000.0, 16, "half")}
+PART = {"rope": Rope(1000.0, 4, "half"), "norm": "layer"}
+LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.19, original_ctx=32)}
+LISTS: dict[str, Callable[[], P.Plan]] = {
+    "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
+    "gemma2": lambda: make(gemma2, activation="gelu_tanh", **HALF),
+    "granite": lambda: make(granite),
+    "olmo2": lambda: make(olmo2, **HALF),
+    "olmo": lambda: make(olmo, norm="layer"),
+    "phi2": lambda: make(phi2, _without("token_embd_norm ffn_norm"), gated=False, activation="gelu_erf", **PART),
+    "gptneox": lambda: make(gptneox, _without("token_embd_norm"), gated=False, activation="gelu_erf", **PART),
+    "stablelm": lambda: make(stablelm, **PART),
+    "smollm3": lambda: make(smollm3),
+    "bloom": lambda: make(bloom, _biases(), norm="layer", position="alibi", gated=False, activation="gelu_tanh"),
+    "gpt-oss": lambda: make(gpt_oss, **HALF),
+    "nanochat": lambda: make(nanochat, gated=False, activation="relu_squared", **HALF),
+    "phi3": lambda: make(phi3, _fused(), **LONG),
+    "odd widths": lambda: make(gemma3, n_embd=60, head_dim=6, n_ff=52, rope=Rope(1000.0, 6, "interleaved")),
+}  # fmt: skip
+
+
+# ── the reference ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32).astype(np.float16).astype(np.float64)
+
+
+def angles(rope: Rope, factors: np.ndarray | None, n: int) -> np.ndarray:  # plain and longrope only
+    turns = rope.theta ** (-np.arange(rope.n_dims // 2) / (rope.n_dims // 2))
+    return np.arange(n)[:, None] * (turns / factors if factors is not None else turns)
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_erf": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "relu": lambda x: np.where(x > 0, x, 0),
+    "relu_squared": lambda x: np.where(x > 0, x, 0) ** 2,
+}
+
+
+def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: int, cached=half) -> np.ndarray:
+    """Logits of the whole text at once, float64, token by token where attention is; `cached`: what a key or value becomes."""
+    w = {name: tensor.to_float32().astype(np.float64) for name, tensor in tensors.items()}
+    n, s = len(ids), {}
+    for op in plan.ops:
+        if isinstance(op, P.Embed):
+            s[op.out] = w[op.table][ids] + (w[op.positions][:n] if op.positions else 0)
+        elif isinstance(op, P.Norm):
+            rows = s[op.x].copy()
+            for g in range(op.n_groups):
+                at = slice(op.column + g * op.width, op.column + (g + 1) * op.width)
+                x = rows[:, at]
+                x = x - x.mean(1, keepdims=True) if op.kind == "layer" else x
+                x = x / np.sqrt((x**2).mean(1, keepdims=True) + op.eps)
+                for name, combine in ((op.weight, np.multiply), (op.bias, np.add)):
+                    if name:
+                        x = combine(x, w[name][g] if w[name].ndim > 1 else w[name])
+                rows[:, at] = x
+            s[op.out] = rows
+        elif isinstance(op, P.Linear | P.Logits):
+            parts = zip(op.matrix.weights, op.matrix.biases, strict=True)
+            s[op.out] = np.concatenate([s[op.x] @ w[a].T + (w[b] if b else 0) for a, b in parts], 1)
+        elif isinstance(op, P.Rotate):
+            name = op.long_factors if op.long_factors and n_ctx > op.rope.original_ctx else op.factors
+            turns = np.exp(1j * angles(op.rope, w[name] if name else None, n)) * op.rope.attention_factor
+            s[op.qkv] = s[op.qkv].copy()
+            for head in range(op.n_heads):
+                for i in range(op.rope.n_dims // 2):
+                    a, b = (2 * i, 2 * i + 1) if op.rope.pairs == "interleaved" else (i, i + op.rope.n_dims // 2)
+                    a, b = head * op.head_dim + a, head * op.head_dim + b
+                    z = (s[op.qkv][:, a] + 1j * s[op.qkv][:, b]) * turns[:, i]
+                    s[op.qkv][:, a], s[op.qkv][:, b] = z.real, z.imag
+        elif isinstance(op, P.Attend):
+            s[op.out] = attention(op, s[op.qkv], w, cached)
+        elif isinstance(op, P.Activate):
+            x = s[op.x]
+            s[op.out] = ACTIVATIONS[op.kind](x[:, : op.n]) * (x[:, op.n : 2 * op.n] if op.gated else 1)
+        elif isinstance(op, P.Add):
+            s[op.out] = s[op.out] + op.factor * s[op.x]
+        elif isinstance(op, P.Scale):
+            s[op.out] = op.factor * s[op.x]
+        elif isinstance(op, P.Softcap):
+            s[op.out] = op.cap * np.tanh(s[op.x] / op.cap)
+    return s["logits"]
+
+
+def attention(op: P.Attend, qkv: np.ndarray, w: dict[str, np.ndarray], cached) -> np.ndarray:
+    d, n = op.head_dim, len(qkv)
+    heads = qkv.reshape(n, -1, d)
+    q, k, v = np.split(heads, [op.n_head, op.n_head + op.n_kv_head], axis=1)
+    k, v, out = cached(k), cached(v), np.zeros((n, op.n_head, d))
+    for t in range(n):
+        first = max(0, t - op.window + 1) if op.window else 0
+        for head in range(op.n_head):
+            shared = head // (op.n_head // op.n_kv_head)
+            scores = op.scale * (k[first : t + 1, shared] @ q[t, head])
+            scores = op.softcap * np.tanh(scores / op.softcap) if op.softcap else scores
+            if op.alibi_max_bias:  # as many heads as a power of two
+                scores = scores + 2.0 ** (-op.alibi_max_bias * (head + 1) / op.n_head) * (np.arange(first, t + 1) - t)
+            shares = np.exp(scores)
+            shares /= shares.sum() + (np.exp(w[op.sinks][head]) if op.sinks else 0)
+            out[t, head] = shares @ v[first : t + 1, shared]
+    return out.reshape(n, -1)
