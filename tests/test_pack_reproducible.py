@@ -1,4 +1,4 @@
-"""A stub is the same bytes whoever composes it, of the files that were fetched before."""
+"""A stub is the same bytes whoever composes it, of the files that were fetched before; and what its Python is told."""
 
 import os
 import site
@@ -8,6 +8,7 @@ import venv
 from pathlib import Path
 
 from packing import composed_stub
+from test_pack_aarch64 import entries
 
 PLATFORM = "macos-arm64"  # the smallest, and of no system whose own Python might go in
 COMPOSE = """
@@ -34,3 +35,9 @@ def test_another_python_of_this_version_composes_the_same_bytes_without_a_networ
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "stub").read_bytes() == stub.read_bytes()
+
+
+def test_python_is_told_that_its_code_has_no_docstrings(request):
+    """As -OO would: some versions of NumPy complain of missing ones otherwise, and do not start."""
+    stub = composed_stub(PLATFORM, Path(request.config.cache.mkdir("pocketlm-stub")))
+    assert [name for kind, name, _ in entries(stub) if kind == b"o"] == ["X utf8=1", "O", "O"]
