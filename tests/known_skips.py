@@ -39,10 +39,12 @@ ON_WINDOWS = {
     r"needs wine .*": "it is wine that runs this",
     r".*(qemu|no emulator).*": "Windows has no qemu-user",
     r"this Python has no pip": "the Python under wine has none",
-    r"(.*(PyTorch|'torch'|torch is).*|writes the checkpoints|makes the checkpoints?( and the adapter)?|draws)":
+    r"(.*(PyTorch|torch).*|(writes|makes) the checkpoints?( and the adapter)?|writes the adapter|draws)":
         "torch needs a minute to start under wine",
     r"(onnxruntime|transformers|llama-cpp-python|matplotlib|torch|onnx|llama[._]cpp|PyInstaller) "
     r"(is not installed|is what is compared with|reads its archives)": "large, and wine adds nothing to it",
+    r"(the package onnx is not installed|(writes|verifies|runs the) ONNX.*|runs what was written)": "the same",
+    r"Windows has no Ctrl-C .*": "Windows itself says so",
     r"SmolLM2 is not installed.*": "it is talked to under wine as a packed program",
     r"stubs of other systems keep NumPy's library": "what replaces it on Windows is tested in a packed program under wine",
 }  # fmt: skip
