@@ -109,7 +109,7 @@ def test_threads_wait_for_each_other_and_end(friend, home, tmp_path):
     """POCKETLM_THOROUGH=1: five times 10,000 tokens, which takes minutes where the processor is busy."""
     n = "10000" if os.environ.get("POCKETLM_THOROUGH") else "400"
     long = write_model(tmp_path / "long.gguf", format="Q4_0", n_ctx=10_100)
-    command = ("generate", "--model", str(long), "-p", "the", "-n", n, "--temp", "0", "--threads")
+    command = ("generate", "--model", str(long), "--ctx", "10100", "-p", "the", "-n", n, "--temp", "0", "--threads")
     one, *more = (run_windows(home, friend, *command, threads, seconds=3000) for threads in ("1", "2", "3", "2", "4"))
     assert one.returncode == 0
     assert len(one.stdout) > int(n)
