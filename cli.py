@@ -11,7 +11,6 @@ import io
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
@@ -172,7 +171,7 @@ def _read_text(path: str) -> str:
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except OSError as error:
-        raise FileError(path, error.strerror or str(error)) from None
+        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
     except UnicodeDecodeError as error:
         raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
 
@@ -273,7 +272,7 @@ def _generate(arguments: Arguments) -> int:
                 "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,
                 "threads": model.n_threads, "prompt_tokens": last.prompt_tokens, "generated_tokens": last.generated_tokens,
                 "prompt_seconds": last.prompt_seconds, "generation_seconds": last.generation_seconds,
-                "tokens_per_second": speed,
+                "tokens_per_second": speed, "drafted_tokens": last.drafted_tokens, "accepted_tokens": last.accepted_tokens,
             }  # fmt: skip
             print(json.dumps(result, ensure_ascii=False))
         else:
@@ -329,35 +328,14 @@ def _inspect(arguments: Arguments) -> int:
     return 0
 
 
-def _eval_arguments(parser: Parser) -> None:
-    model_arguments(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to predict; - reads standard input")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+def _evaluation() -> Any:
+    from pocketlm.bench import evaluate
+
+    return evaluate
 
 
 def _eval(arguments: Arguments) -> int:
-    from pocketlm.runtime.evaluation import perplexity
-
-    text = _read_text(arguments.text)
-    with _load(arguments) as model:
-        tokenizer = model.tokenizer
-        ids = tokenizer.encode(text)
-        started = time.perf_counter()
-        result = perplexity(model.executor, ids, tokenizer.bos_id if tokenizer.adds_bos else None)
-        seconds = time.perf_counter() - started
-    decoder = tokenizer.stream_decoder()
-    lengths = [len(decoder.push(id)) for id in ids]  # characters that each token completes
-    predicted = len(text) - sum(lengths[i] for i in result.unpredicted)
-    bits = result.nats / 0.6931471805599453 / max(predicted, 1)
-    facts = {"perplexity": result.perplexity, "bits_per_character": bits, "tokens": result.n_tokens, "window": result.window,
-             "seconds": seconds}  # fmt: skip
-    if arguments.json:
-        print(json.dumps(facts))
-    else:
-        counts = f"{result.n_tokens} tokens in windows of {result.window}"
-        print(f"perplexity {result.perplexity:.4f}, {bits:.4f} bits per character, {counts}")
-        print(f"[{result.n_tokens / seconds:.0f} tokens/s, {model.backend}]", file=sys.stderr)
-    return 0
+    return _evaluation().run(arguments, _load, _read_text)
 
 
 # What a folder does has its arguments and its work in the folder's own `command`, imported when it is asked for. The import
@@ -397,8 +375,20 @@ def _train() -> Any:
     return command
 
 
+def _serve() -> Any:
+    from pocketlm.serve import command
+
+    return command
+
+
 def _bench() -> Any:
     from pocketlm.bench import command
+
+    return command
+
+
+def _doctor() -> Any:
+    from pocketlm.doctor import command
 
     return command
 
@@ -406,6 +396,7 @@ def _bench() -> Any:
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "chats": _folder("List, delete or export saved conversations.", _chats),
+    "serve": _folder("Answer programs and a page in the browser.", _serve),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
     "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export),
     "pack": _folder("Make one executable out of a model.", _build("pack")),
@@ -416,6 +407,7 @@ COMMANDS: dict[str, Command] = {
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
-    "eval": Command("Measure the perplexity of a text.", _eval_arguments, _eval),
+    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
+    "eval": Command("Measure how well models predict texts.", lambda parser: _evaluation().arguments(parser), _eval),
     "train": _folder("Train a small model from texts.", _train),
 }

@@ -178,15 +178,24 @@ def _figure(measure: Result | None) -> str:
 # ── the forms ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def columns(cells: list[list[str]], n_names: int = 1) -> list[str]:
+    """A header and rows as lines; the first `n_names` columns are names, the others figures."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    names, figures = widths[:n_names], widths[n_names:]
+    return ["  ".join([*map(str.ljust, row, names), *map(str.rjust, row[n_names:], figures)]).rstrip() for row in cells]
+
+
+def markdown_rows(cells: list[list[str]], n_names: int = 1) -> list[str]:
+    """The same in Markdown."""
+    rule = ["---"] * n_names + ["--:"] * (len(cells[0]) - n_names)
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [cells[0], rule, *cells[1:]]]
+
+
 def plain(result: Result, extra: Iterable[Table] = ()) -> str:
     """Columns in spaces, for where rich is not installed or the output is not a terminal."""
     lines = head(result)
     for table in [*tables(result), *extra]:
-        cells = [table.header, *table.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(table.header))]
-        lines += ["", table.title]
-        lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
-        lines += table.notes
+        lines += ["", table.title, *columns([table.header, *table.rows]), *table.notes]
     return "\n".join([*lines, "", *foot(result)]).rstrip()
 
 
@@ -194,14 +203,9 @@ def markdown(result: Result, extra: Iterable[Table] = ()) -> str:
     """The same for a README."""
     lines = [f"{line}.  " for line in head(result)]
     for table in [*tables(result), *extra]:
-        lines += ["", f"**{table.title}**", ""]
-        lines += [_markdown_row(row) for row in [table.header, ["---", *["--:"] * (len(table.header) - 1)], *table.rows]]
+        lines += ["", f"**{table.title}**", "", *markdown_rows([table.header, *table.rows])]
         lines += ["", *(f"- {note}" for note in table.notes)]
     return "\n".join([*lines, "", *(f"{line}  " for line in foot(result))]).rstrip()
-
-
-def _markdown_row(row: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 
 def terminal(result: Result, extra: Iterable[Table] = ()) -> str:

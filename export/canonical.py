@@ -37,7 +37,6 @@ class CanonicalModel:
     dialect: str  # which row of the dialect table it was, for the receipt
     notes: list[str] = field(default_factory=list)  # things the user should know, one line each
     added: frozenset[str] = frozenset()  # tensors that are no parameters: zeros that an architecture wants, rotary factors
-    remake: Callable[[Callable[[Any], Any]], CanonicalModel] | None = None  # the same from a changed checkpoint (LoRA)
 
 
 class Float32Tensors(Mapping[str, Tensor]):

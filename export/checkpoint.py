@@ -6,6 +6,7 @@ prefixes are gone from the names, optimiser state is left out. Knows no dialect:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,9 +29,13 @@ WEIGHTS = (
 )  # fmt: skip
 NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "loss", "callbacks")  # parts of names of training state
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+DEEPSPEED = "mp_rank_00_model_states.pt"  # beside it lie the optimiser's parts
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    DEEPSPEED,
+    "best.pt", "last.pt",  # our trainer's
 )  # fmt: skip
+LATEST = "latest"  # DeepSpeed's file that names the folder of the last step
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
 CONFIGS = ("config.json", "model_config.json", "params.json")  # beside the weights
 OTHER_FILES = (  # offset, bytes → what it is, what to do
@@ -52,7 +57,8 @@ MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoi
 class Checkpoint:
     """`tensors` by their names without wrappers; `config`: what else was in the checkpoint and its config.json, plain data.
 
-    Plain data: dict, list, str, int, float, bool, None. `files` are those that were read; `folder` is where they lie.
+    Plain data: dict, list, str, int, float, bool, None. `files` are those that were read; `folder` is where they lie, or
+    DeepSpeed's above that of the step.
     """
 
     path: Path
@@ -62,7 +68,7 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        return self.files[0].parent
+        return home(self.files[0])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -97,9 +103,18 @@ def _open(path: Path, mapped: list[Buffer]) -> Checkpoint:
             )
         tensors[short] = replace(tensor, name=short)
     config = {name: value for name, value in _fields(tree).items() if value is not found}
-    beside = [weights.parent / name for name in CONFIGS if (weights.parent / name).is_file()]
+    if tensors and not any(math.prod(tensor.shape) for tensor in tensors.values()):
+        problem = "holds tensors without values, as DeepSpeed's stage 3 does, which keeps them in other files"
+        raise FileError(path, problem, "make one checkpoint of them with the zero_to_fp32.py beside it")
+    beside = [home(weights) / name for name in CONFIGS if (home(weights) / name).is_file()]
     jsons = {file.name: read_json(file) for file in beside}
     return Checkpoint(path, tensors, {**plain(config), **jsons}, (*files, *beside))
+
+
+def home(weights: Path) -> Path:
+    """The folder with what belongs to a checkpoint's file: its configuration, its tokenizer."""
+    above = weights.parent.parent
+    return above if weights.name == DEEPSPEED and (above / LATEST).is_file() else weights.parent
 
 
 def read_json(path: Path) -> Any:
@@ -114,10 +129,16 @@ def read_json(path: Path) -> Any:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The weights of a folder: Hugging Face's names, else the only checkpoint in it."""
+    """The weights of a folder: the names of Hugging Face, DeepSpeed or our trainer, else the only checkpoint in it."""
+    if (folder / "mp_rank_01_model_states.pt").is_file():
+        raise FileError(folder, "holds a model in parts, one for each GPU", "save it whole")
     for name in FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name
+    if (folder / LATEST).is_file():
+        step = bytes(map_file(folder / LATEST)[:MAX_NAME]).decode(errors="replace").strip()
+        if Path(step).name == step not in ("", "..") and (folder / step).is_dir():
+            return _file_of_folder(folder / step)
     found = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS and file.is_file())
     if len(found) != 1:
         problem = f"holds {len(found)} checkpoints" if found else "is a folder without a checkpoint in it"

@@ -50,9 +50,10 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a
     "--map": {"metavar": "FILE", "help": "a TOML file with the names of a code base that is not recognised"},
     "--tokenizer": {
         "metavar": "FILE",
-        "help": "tokenizer.json, SentencePiece .model, …, where it is not beside the checkpoint; none: token ids only",
+        "help": "tokenizer.json, .model, gpt2, …, where it is not beside the checkpoint; none: token ids only",
     },
-    "--lora": {"metavar": "DIR", "help": "a LoRA in PEFT's layout, merged before the export"},
+    "--lora": {"metavar": "PATH", "help": "a LoRA to merge: PEFT's folder, or a checkpoint with .lora.A and .lora.B"},
+    "--lora-scale": {"type": float, "metavar": "X", "help": "what the LoRA is multiplied by, where it does not say so itself"},
     "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's own name"},
     "--chat-template": {"metavar": "FILE", "help": "a Jinja file that becomes the model's chat template"},
 }  # fmt: skip
@@ -92,22 +93,23 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
 
     from pocketlm.export.dialects import read_canonical
     from pocketlm.export.from_model_file import is_model_file, with_tokenizer
+    from pocketlm.export.lora import read_lora
 
+    lora = read_lora(Path(arguments.lora), arguments.lora_scale) if arguments.lora else None
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
     if not is_model_file(source):
         overrides = _overrides(arguments.set)
-        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer)
+        model = read_canonical(
+            source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer, change=lora
+        )
     else:
-        model = read_canonical(source)
+        model = read_canonical(source, change=lora)
         if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:
             model = with_tokenizer(model, source, arguments.tokenizer)
         elif given:
             raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
-    if arguments.lora:
-        from pocketlm.export.lora import merge
-
-        model = merge(model, Path(arguments.lora))
-    return replace(model, metadata={**model.metadata, **own_keys(arguments)})
+    notes = [*model.notes, lora.note] if lora else model.notes
+    return replace(model, metadata={**model.metadata, **own_keys(arguments)}, notes=notes)
 
 
 def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Mapping[str, Any] | None:

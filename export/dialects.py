@@ -75,6 +75,9 @@ NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
 )
 
 
+TEXTBOOK_LORA = r"(.+)\.lora\.(?:lora_)?([AB])"  # the matrix that is changed, which factor of the change
+
+
 def _table(roles: Mapping[str, str], prefix: str) -> list[tuple[str, re.Pattern[str]]]:
     suffix = rf"(?:\.(?P<suffix>{'|'.join(SUFFIXES)}))?"
     return [(role, re.compile(rf"{prefix}(?:{names}){suffix}")) for role, names in roles.items()]
@@ -219,6 +222,8 @@ def to_canonical(
         else:
             found[role] = tensor
     dialect = recognise(checkpoint.tensors)
+    if any(re.fullmatch(TEXTBOOK_LORA, name) for name in left_over):
+        raise FileError(path, "holds a LoRA that is not merged", f"merge it with --lora {path} --lora-scale ALPHA")
     if left_over:
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         listed = ", ".join(map(quoted, left_over[:3])) + more
@@ -228,21 +233,21 @@ def to_canonical(
     model = arrange(path, found, buffers, config, dialect.fixed, dialect.name, dialect.transposed)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     name = path.name if path.is_dir() else path.stem
-
-    def remake(change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
-        return to_canonical(change(checkpoint), overrides=overrides, mapping=mapping, tokenizer=tokenizer)
-
-    return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes], remake=remake)
+    return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes])
 
 
 def read_canonical(
     path: str | Path, *, overrides: Mapping[str, str] | None = None, mapping: str | Path | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | None = None, change: Callable[[Checkpoint], Checkpoint] | None = None,
 ) -> CanonicalModel:  # fmt: skip
-    """The canonical form of anything that holds a model: a checkpoint, a GGUF file, the folder of an fp16 bin."""
+    """The canonical form of anything that holds a model: a checkpoint, a GGUF file, the folder of an fp16 bin.
+
+    `change`: what becomes of its tensors first (a LoRA).
+    """
     from pocketlm.export.from_model_file import is_model_file, read_model_file
 
     path = Path(path)
     if is_model_file(path):
-        return read_model_file(path)
-    return to_canonical(open_checkpoint(path), overrides=overrides, mapping=mapping, tokenizer=tokenizer)
+        return read_model_file(path, change)
+    checkpoint = open_checkpoint(path)
+    return to_canonical(change(checkpoint) if change else checkpoint, overrides=overrides, mapping=mapping, tokenizer=tokenizer)

@@ -36,8 +36,11 @@ def is_model_file(path: Path) -> bool:
     return start == b"GGUF" or (is_program(path) and find(path) is not None)
 
 
-def read_model_file(path: Path) -> CanonicalModel:
-    """The model in a GGUF or an fp16 bin. Raises FileError where there is none, or none that pocketlm runs."""
+def read_model_file(path: Path, change: Callable[[Checkpoint], Checkpoint] | None = None) -> CanonicalModel:
+    """The model in a GGUF or an fp16 bin, its tensors changed by `change`, which sees them as a checkpoint's.
+
+    Raises FileError where there is none, or none that pocketlm runs.
+    """
     opened = open_model(path)
     if "token_embd.weight" not in opened.tensors:
         raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
@@ -48,7 +51,7 @@ def read_model_file(path: Path) -> CanonicalModel:
     notes = [f"{path.name} was quantised already ({', '.join(formats)}): what that lost stays lost"] if formats else []
     kind = "GGUF" if isinstance(opened, GGUF) else "fp16 bin"
     model = CanonicalModel(hyper, tensors, metadata, kind, notes, added=not_learnt(opened.tensors))
-    return replace(model, remake=lambda change: _remade(model, path, change))
+    return _changed(model, path, change) if change else model
 
 
 def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> CanonicalModel:
@@ -57,7 +60,7 @@ def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> Canonic
     return replace(model, metadata={**model.metadata, **keys}, notes=[*model.notes, *notes])
 
 
-def _remade(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
+def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
     """The model with its tensors changed; `change` sees them with the rows in the order of Hugging Face's checkpoints."""
     hyper = model.hyper
     order: dict[str, np.ndarray] = {}

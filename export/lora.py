@@ -1,15 +1,17 @@
-"""Merges a LoRA (arXiv:2106.09685) into the checkpoint it was trained on: W + scale · B A, tensor by tensor as they are read.
+"""A LoRA (arXiv:2106.09685) added to the model it was trained on: W + scale · B A, tensor by tensor as they are read.
 
-In: a model, and the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors` or `.bin`).
-Out: the model with the sums. Names in the adapter are the checkpoint's own; in a model file they are found by their roles,
-and the adapter's base is taken for Hugging Face's form of the model.
+In: the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors` or `.bin`), or a checkpoint
+with the layers of textbooks: `NAME.lora.A` and `NAME.lora.B` beside `NAME.linear.weight`, or alone. Out: a `Lora`, which makes
+of a checkpoint the one with the sums. Names are the checkpoint's own; in a model file they are found by their roles, and the
+adapter's base is taken for Hugging Face's form of the model.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +19,10 @@ import numpy as np
 
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
-from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint, read_json
-from pocketlm.export.dialects import role_of
+from pocketlm.export.dialects import TEXTBOOK_LORA, role_of
 
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
+CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
 
 
@@ -32,39 +33,81 @@ class Pair(NamedTuple):
     b: LazyTensor
 
 
-def merge(model: CanonicalModel, folder: Path) -> CanonicalModel:
-    """The model with the adapter added. Raises FileError where they do not fit, naming what does not."""
-    assert model.remake, "every reader says how"
-    scale, transposed, pairs = _read(folder)
+@dataclass(frozen=True)
+class Lora:
+    """`pairs`: by the names of the matrices they change. `transposed`: the base's matrices are (in, out)."""
 
-    def change(checkpoint: Checkpoint) -> Checkpoint:
-        return replace(
-            checkpoint, tensors={**checkpoint.tensors, **_changed(checkpoint.tensors, pairs, scale, transposed, folder)}
-        )
+    path: Path
+    scale: float
+    transposed: bool
+    pairs: dict[str, Pair]
 
-    merged = model.remake(change)
-    return replace(merged, notes=[*merged.notes, f"{len(pairs)} tensors were changed by the LoRA {folder.name}"])
+    @property
+    def note(self) -> str:
+        return f"{len(self.pairs)} tensors were changed by the LoRA {self.path.name}"
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint with the adapter added. Raises FileError where they do not fit, naming what does not."""
+        tensors = {}
+        for name, tensor in checkpoint.tensors.items():
+            stem, _, end = name.rpartition(".")
+            own = stem.removesuffix(".linear")
+            if own != stem and own in self.pairs:
+                tensors[f"{own}.{end}"] = replace(tensor, name=f"{own}.{end}")
+            elif not re.fullmatch(TEXTBOOK_LORA, name):
+                tensors[name] = tensor
+        changed = _changed(tensors, self.pairs, self.scale, self.transposed, self.path)
+        return replace(checkpoint, tensors={**tensors, **changed})
 
 
-def _read(folder: Path) -> tuple[float, bool, dict[str, Pair]]:
-    """The factor, whether the base's matrices are (in, out), and the pairs by the base's names."""
-    config = read_json(folder / "adapter_config.json")
+def read_lora(path: Path, scale: float | None = None) -> Lora:
+    """The adapter in a folder or a checkpoint. `scale`: what B A is multiplied by, where the adapter does not say it or another
+    than it says. Raises FileError.
+    """
+    if path.is_file() or (path.is_dir() and not (path / CONFIG).is_file()):
+        pairs = _textbook(open_checkpoint(path).tensors, path)
+        if scale is None:
+            advice = "give --lora-scale: alpha, or alpha / rank where its code divides by the rank"
+            raise FileError(path, "does not say what its matrices are multiplied by", advice)
+        return Lora(path, scale, False, pairs)
+    config = read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise FileError(folder, "is no LoRA: adapter_config.json says otherwise", "merge it with PEFT and export the result")
+        raise FileError(path, f"is no LoRA: {CONFIG} says otherwise", "merge it with PEFT and export the result")
     if asked := [name for name in UNSUPPORTED if config.get(name)] or [
         name for name in ("bias",) if config.get(name, "none") != "none"
     ]:
         raise FileError(
-            folder, f"the adapter uses {asked[0]}, which pocketlm does not merge", "merge it with PEFT and export the result"
+            path, f"the adapter uses {asked[0]}, which pocketlm does not merge", "merge it with PEFT and export the result"
         )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise FileError(folder, "adapter_config.json lacks r or lora_alpha", "export the adapter again")
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+        raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
+    file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
-        raise FileError(folder, f"holds no {FILES[0]}", "name the folder of the adapter")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return scale, bool(config.get("fan_in_fan_out")), _pairs(open_checkpoint(file).tensors, folder)
+        raise FileError(path, f"holds no {FILES[0]}", "name the folder of the adapter")
+    said = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    transposed = bool(config.get("fan_in_fan_out"))
+    return Lora(path, said if scale is None else scale, transposed, _pairs(open_checkpoint(file).tensors, path))
+
+
+def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
+    """A [in, rank] and B [rank, out], or the other way round; the rank is the smaller number."""
+    halves: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if found := re.fullmatch(TEXTBOOK_LORA, name):
+            halves.setdefault(found[1], {})[found[2].lower()] = tensor
+    if not halves:
+        raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
+    if lonely := [name for name, pair in halves.items() if sorted(len(half.shape) for half in pair.values()) != [2, 2]]:
+        raise FileError(path, f"the two matrices for {quoted(lonely[0])} are not both there", "save the adapter again")
+
+    def turned(tensor: LazyTensor, is_right: bool) -> LazyTensor:
+        return tensor if is_right else replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
+
+    pairs = {name: (pair["a"], pair["b"]) for name, pair in halves.items()}
+    return {
+        name: Pair(turned(a, a.shape[0] <= a.shape[1]), turned(b, b.shape[1] <= b.shape[0])) for name, (a, b) in pairs.items()
+    }
 
 
 def _pairs(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, Pair]:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
+from pocketlm.export import published
 from pocketlm.export.arrays import map_file
 from pocketlm.export.checkpoint import Checkpoint, read_json
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE
 from pocketlm.tokenizer.characters import from_json
+from pocketlm.tokenizer.readers import BESIDE
 
 NONE = "none"  # what --tokenizer says for a model without one
-BESIDE = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken")
 CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
 GPT2_ROWS = (50257, 50304)  # nanoGPT rounds GPT-2's vocabulary up
 GPT2_END = {"<|endoftext|>": 50256}  # OpenAI's rank files leave it out
@@ -38,7 +39,7 @@ TEST_TEXTS = (
 
 
 def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and notes for the user. `given`: a file or folder, or "none"; None looks beside the checkpoint.
+    """The tokenizer's keys and notes for the user. `given`: a file, a folder, a name or "none"; None looks beside it.
 
     `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
     one that does not fit the model.
@@ -46,7 +47,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if given is not None and str(given) == NONE:
         return {}, ["it has no tokenizer: it can be run with token ids only"]
     path = Path(given) if given is not None else _beside(checkpoint)
-    tokenizer = load(path) if path is not None else _own_characters(checkpoint)
+    tokenizer = published.load(path) if path is not None else _own_characters(checkpoint)
     if tokenizer is None:
         kind = (
             "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it,"
@@ -152,13 +153,14 @@ def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[
 
 
 def test_texts(tokenizer: Tokenizer) -> list[str]:
-    """Twenty texts that the tokenizer can encode, the last with user-defined symbols where there are any.
+    """Twenty texts that the tokenizer can encode, the last with user-defined symbols, or what it replaces, where there are any.
 
     Of a character vocabulary, with the characters it has.
     """
     vocabulary = tokenizer.vocabulary
     usable = [vocabulary.tokens[i] for i in vocabulary.ids_of(NORMAL)]
-    texts = [tokenizer.encodable(text) or "".join(usable[number::7][:40]) for number, text in enumerate(TEST_TEXTS)]
+    wanted = [*TEST_TEXTS[:-1], " ".join(what for what, _ in vocabulary.normalizer.replacements[:40]) or TEST_TEXTS[-1]]
+    texts = [tokenizer.encodable(text) or "".join(usable[number::7][:40]) for number, text in enumerate(wanted)]
     if symbols := [vocabulary.tokens[i] for i in vocabulary.ids_of(USER_DEFINED)]:
         texts[-1] = f"one {symbols[0]} two{symbols[-1]} three"
     return texts

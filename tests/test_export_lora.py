@@ -13,7 +13,7 @@ from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
-from pocketlm.export.lora import merge
+from pocketlm.export.lora import read_lora
 
 torch = pytest.importorskip("torch", reason="makes the checkpoint and the adapter")
 models = pytest.importorskip("torch_models")
@@ -40,11 +40,11 @@ def adapter(folder: Path, module: Any, targets: list[str], transposed: bool = Fa
     return changed
 
 
-def read(folder: Path, module: Any, config: dict[str, Any]) -> CanonicalModel:
+def read(folder: Path, module: Any, config: dict[str, Any], lora: Path | None = None) -> CanonicalModel:
     folder.mkdir(exist_ok=True)
     torch.save(module.state_dict(), folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(config))
-    return read_canonical(folder, tokenizer="none")
+    return read_canonical(folder, tokenizer="none", change=read_lora(lora) if lora else None)
 
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_head": 4, "activation_function": "gelu_new"}
@@ -71,7 +71,7 @@ def test_merged_weights_are_those_of_the_changed_module(
 ) -> None:
     module, config = made(kind)
     changed = adapter(tmp_path / "lora", module, targets, transposed=kind == "gpt2", **options)
-    merged = merge(read(tmp_path, module, config), tmp_path / "lora")
+    merged = read(tmp_path, module, config, tmp_path / "lora")
     with torch.no_grad():
         for name, weight in changed.items():
             module.get_submodule(name).weight.copy_(weight)
@@ -89,7 +89,8 @@ def test_a_lora_changes_a_model_file_as_it_changes_the_checkpoint_it_was_made_of
     adapter(tmp_path / "lora", module, targets, transposed=kind == "gpt2", **options)
     model = read(tmp_path, module, config)
     export(model, "c", tmp_path / "m.gguf", quant="f32")
-    merged, expected = merge(read_canonical(tmp_path / "m.gguf"), tmp_path / "lora"), merge(model, tmp_path / "lora")
+    merged = read_canonical(tmp_path / "m.gguf", change=read_lora(tmp_path / "lora"))
+    expected = read(tmp_path, module, config, tmp_path / "lora")
     for name, tensor in expected.tensors.items():
         np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
 
@@ -102,7 +103,7 @@ def test_adapters_of_other_kinds_are_refused(options: dict[str, Any], said: str,
     module, config = made("llama")
     adapter(tmp_path / "lora", module, CASES[1][1], **options)
     with pytest.raises(FileError, match=said):
-        merge(read(tmp_path, module, config), tmp_path / "lora")
+        read(tmp_path, module, config, tmp_path / "lora")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -110,8 +111,102 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     other, _ = made("gpt2")
     adapter(tmp_path / "lora", other, CASES[2][1], transposed=True)
     with pytest.raises(FileError, match="which the checkpoint does not have"):
-        merge(read(tmp_path, module, config), tmp_path / "lora")
+        read(tmp_path, module, config, tmp_path / "lora")
     wider = models.Decoder(models.NAMES, "halves", n_embd=64)
     adapter(tmp_path / "wide", wider, CASES[1][1])
     with pytest.raises(FileError, match="do not fit"):
-        merge(read(tmp_path, module, config), tmp_path / "wide")
+        read(tmp_path, module, config, tmp_path / "wide")
+
+
+# ── as textbooks write it ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WithLora(torch.nn.Module):
+    """A linear layer and what is added to it: alpha · x A B."""
+
+    def __init__(self, linear: Any, alpha: float):
+        super().__init__()
+        self.linear, self.lora, self.alpha = linear, torch.nn.Module(), alpha
+        self.lora.A = torch.nn.Parameter(torch.randn(linear.in_features, RANK) * 0.1)
+        self.lora.B = torch.nn.Parameter(torch.randn(RANK, linear.out_features) * 0.1)
+
+    def forward(self, x: Any) -> Any:
+        return self.linear(x) + self.alpha * (x @ self.lora.A @ self.lora.B)
+
+
+def textbook(qkv_bias: bool = True) -> tuple[Any, dict[str, Any]]:
+    """A model whose every linear layer has a LoRA, and what its checkpoint says beside."""
+    module = models.initialise(models.TextbookGPT(qkv_bias=qkv_bias))
+
+    def wrap(parent: Any) -> None:
+        for name, child in parent.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, WithLora(child, ALPHA))
+            else:
+                wrap(child)
+
+    wrap(module)
+    return module, {"cfg": {"n_heads": 4, "context_length": 24}}
+
+
+IDS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def logits(model: CanonicalModel, folder: Path) -> np.ndarray:
+    from test_export_dialects import logits_of
+
+    export(model, "c", folder / "out.gguf", quant="f32")
+    return logits_of(folder / "out.gguf", IDS)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_a_textbooks_lora_is_merged(tmp_path: Path, alone: bool, qkv_bias: bool) -> None:
+    module, config = textbook(qkv_bias)
+    with torch.no_grad():
+        expected = module(torch.tensor(IDS)).numpy()
+    weights = module.state_dict()
+    plain = {name.replace(".linear.", "."): value for name, value in weights.items() if ".lora." not in name}
+    base = plain if alone else weights
+    torch.save({"model_state_dict": base, **config}, tmp_path / "base.pt")
+    torch.save({name: value for name, value in weights.items() if ".lora." in name}, tmp_path / "lora.pt")
+    lora = read_lora(tmp_path / ("lora.pt" if alone else "base.pt"), float(ALPHA))
+    model = read_canonical(tmp_path / "base.pt", tokenizer="none", change=lora)
+    assert lora.note.startswith("13 tensors were changed")
+    np.testing.assert_allclose(logits(model, tmp_path), expected, atol=2e-4)
+
+
+def test_a_lora_in_a_checkpoint_is_never_left_out_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pocketlm import cli
+
+    module, config = textbook()
+    torch.save({"model_state_dict": module.state_dict(), **config}, tmp_path / "m.pt")
+    command = ["export", str(tmp_path / "m.pt"), "-o", str(tmp_path / "m.gguf"), "--tokenizer", "none"]
+    said = []
+    for more in ([], ["--lora", str(tmp_path / "m.pt")], ["--lora", str(tmp_path / "m.pt"), "--lora-scale", "12"]):
+        status = cli.main([*command, *more])
+        out, err = capsys.readouterr()
+        said.append((status, err.strip() + out))
+    assert said[0][0] == 1
+    assert f"holds a LoRA that is not merged; merge it with --lora {tmp_path / 'm.pt'} --lora-scale ALPHA" in said[0][1]
+    assert said[1][0] == 1
+    assert "give --lora-scale: alpha, or alpha / rank where its code divides by the rank" in said[1][1]
+    assert said[2][0] == 0
+    assert "note: 13 tensors were changed by the LoRA m.pt" in said[2][1]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"a.lora.A": (4, 2)}, "are not both there"), ({"a.weight": (4, 4)}, "holds no LoRA"),
+        ({"a.lora.A": (4, 2), "a.lora.B": (2,)}, "are not both there"),
+        ({"a.lora.A": (4, 2), "a.lora.B": (2, 4)}, "which the checkpoint does not have"),
+        ({"tok_emb.lora.A": (9, 2), "tok_emb.lora.B": (2, 4)}, "do not fit"),
+    ],
+)  # fmt: skip
+def test_a_textbooks_lora_that_does_not_fit_is_one_line(tmp_path: Path, tensors: dict[str, Any], problem: str) -> None:
+    module = models.initialise(models.TextbookGPT())
+    torch.save({"model_state_dict": module.state_dict(), "cfg": {"n_heads": 4, "context_length": 24}}, tmp_path / "base.pt")
+    torch.save({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "lora.pt")
+    with pytest.raises(FileError, match=problem):
+        read_canonical(tmp_path / "base.pt", tokenizer="none", change=read_lora(tmp_path / "lora.pt", 1.0))

@@ -22,6 +22,7 @@ from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import make_vocabulary
 from pocketlm.tokenizer.byte_bpe import LETTERS
 from pocketlm.tokenizer.merge import rank_table
+from pocketlm.tokenizer.normal_form import Normalizer
 from pocketlm.tokenizer.unigram import Unigram
 
 CHARACTERS = sorted(set("\n !',-.?ABCabcdefghijklmnopqrstuvwxyzğışöüç"))
@@ -150,15 +151,18 @@ def test_a_gguf_vocabulary_written_again_is_the_same(name: str, vocabulary_file:
 
 ODD = {
     byte_bpe.Options: {
-        "pre_tokenizer": ["gpt-2", "qwen2", "default"], "normal_form": [None, "NFD", "NFKC"],
+        "pre_tokenizer": ["gpt-2", "qwen2", "default"],
         **{name: [False, True] for name in ("whole_words_first", "space_prefix", "unknown", "fuse_unknown")},
     },
     sentencepiece.Options: {
-        "prefix": ["always", "missing", "never"], "normal_form": [None, "NFC", "NFKD"], "unknown_text": ["", " ⁇ ", "?"],
+        "prefix": ["always", "missing", "never"], "unknown_text": ["", " ⁇ ", "?"],
         **{name: [False, True] for name in ("prefix_first_only", "collapse_spaces", "symbols_in_text", "split_spaces",
                                             "byte_fallback", "fuse_unknown")},
     },
 }  # fmt: skip
+
+
+REPLACED = [(), (("lo", "ll"), ("o", "e"), ("\n", ""))]
 
 
 def odd_tokenizer(options: Any, chance: random.Random) -> tokenizer.Tokenizer:
@@ -173,7 +177,8 @@ def odd_tokenizer(options: Any, chance: random.Random) -> tokenizer.Tokenizer:
     tokens = [*special, *pieces, *byte_tokens]
     types = bytes([*special.values(), *[1] * len(pieces), *[6] * len(byte_tokens)])
     vocabulary = make_vocabulary(
-        "odd", tokens, types, bos_id=1, unk_id=0, strip_left=chance.choice([(), (2,)]), strip_right=chance.choice([(), (2, 3)])
+        "odd", tokens, types, bos_id=1, unk_id=0, strip_left=chance.choice([(), (2,)]), strip_right=chance.choice([(), (2, 3)]),
+        normalizer=Normalizer(chance.choice([None, "NFD", "NFKC"]), chance.choice(REPLACED)),
     )
     pairs = [(p[:i], p[i:]) for p in pieces for i in range(1, len(p)) if p[:i] in pieces and p[i:] in pieces]
     merges = [f"{left} {right}" for left, right in chance.sample(pairs, len(pairs) - chance.choice((0, 0, 1, 2)))]
@@ -199,6 +204,7 @@ def test_every_option_that_changes_ids_comes_back(kind: type) -> None:
         original = odd_tokenizer(options, chance)
         written = tokenizer.from_metadata(tokenizer.to_metadata(original, original.n_vocab + 2), "written")
         assert written.options == options
+        assert written.vocabulary.normalizer == original.vocabulary.normalizer
         assert written.vocabulary.strip_left == original.vocabulary.strip_left
         assert written.vocabulary.strip_right == original.vocabulary.strip_right
         for text in samples:

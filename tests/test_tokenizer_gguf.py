@@ -141,7 +141,7 @@ BAD = [
     (BPE, "end token id -1", {"tokenizer__ggml__eos_token_id": -1}),
     (BPE, "eos_token_id is not a whole number", {"tokenizer__ggml__eos_token_id": "260"}),
     (BPE, "add_bos_token is not true or false", {"tokenizer__ggml__add_bos_token": 1}),
-    (BPE, "normal_form is 'NFX'", {"pocketlm__tokenizer__normal_form": "NFX"}),
+    (BPE, "normal form is 'NFX'; known are NFC", {"pocketlm__tokenizer__normal_form": "NFX"}),
     (BPE, "unknown is 'yes'; known are true, false", {"pocketlm__tokenizer__unknown": "yes"}),
     (BPE, "'qwen2'", {"pocketlm__tokenizer__pre_tokenizer": "qwen2", "pocketlm__tokenizer__split_pattern": [".+"]}),
     (BPE, "not written in byte-level letters", {"pocketlm__tokenizer__kind": "characters", "tokenizer__ggml__tokens": ["ż"] * 1,

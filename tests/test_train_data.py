@@ -11,7 +11,8 @@ import pytest
 
 from pocketlm.chat.templates import BUILT_IN, Template, choose
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.train import data, vocabularies
+from pocketlm.train import data, documents, vocabularies
+from pocketlm.train.batches import Feed
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog number {i * 7919 % 1000}.\n" for i in range(900))
 TALK = [
@@ -33,7 +34,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def make(folder: Path, kind: str = "characters", chat: str = "chatml", text: str = TEXT) -> Any:
     folder.mkdir(exist_ok=True)
     texts = [text, "".join(message["content"] for message in TALK), "systemuserassistant\n|<>_"]
-    return vocabularies.make_tokenizer(kind, texts, 400, data.markers_of(chat), folder)
+    return vocabularies.make_tokenizer(kind, texts, vocabularies.Wanted(400, data.markers_of(chat)), folder)
 
 
 def encoder(folder: Path, tok: Any, learn: tuple[str, ...] = ("assistant",), chat: str = "chatml") -> data.Encoder:
@@ -92,7 +93,7 @@ def test_only_answers_and_their_ends_are_learnt(tmp_path: Path, kind: str, chat:
     ids, mask = encoder(tmp_path, tok, chat=chat).encode(TALK, True)
     learnt = [i for i, m in zip(ids, mask, strict=True) if m]
     assert tok.decode(learnt, special=True).replace(f"{end} ", end).strip() == f"I am fine.{end}Yes, it is a fine day.{end}"
-    all_ids, all_mask = encoder(tmp_path, tok, data.ROLES, chat).encode(TALK, True)
+    all_ids, all_mask = encoder(tmp_path, tok, vocabularies.ROLES, chat).encode(TALK, True)
     everything = tok.decode([i for i, m in zip(all_ids, all_mask, strict=True) if m], special=True)
     assert everything.count(end) == 5
     assert "user" not in everything
@@ -107,7 +108,7 @@ def test_markers_that_somebody_typed_are_letters(tmp_path: Path) -> None:
 def test_documents_end_with_the_end_token_and_long_ones_come_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, newline="\n")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Line {i}"}) + "\n" for i in range(5)), newline="\n")
-    pieces = list(data.read_documents(tmp_path / "a.txt"))
+    pieces = list(documents.read_documents(tmp_path / "a.txt"))
     assert len(pieces) > 2
     assert "".join(piece for piece, _ in pieces) == TEXT  # type: ignore[misc]
     assert all(piece.endswith("\n") for piece, _ in pieces)  # type: ignore[union-attr]
@@ -133,8 +134,8 @@ def test_a_bad_part_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     arguments = (files, [], tmp_path / "data", encoder(tmp_path, tok), 20, spoken.append)
     with pytest.raises(PocketlmError, match=r"bad.jsonl: line 2 is no document; .*the same command tries this one again"):
         data.prepare(*arguments)
-    state = data.read_state(tmp_path / "data")
-    assert [set(part) for part in state.values()] == [{"key", "train", "val"}, {"error"}, {"key", "train", "val"}]
+    state, done = data.read_state(tmp_path / "data"), {"key", "first", "train", "val", "documents"}
+    assert [set(part) for part in state.values()] == [done, {"error"}, done]
     before = (tmp_path / "data" / "part-00000.train").stat().st_mtime_ns
     spoken.clear()
     files[1].write_text('{"text": "fine"}\n', newline="\n")
@@ -166,7 +167,7 @@ def test_preparing_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT, newline="\n")
     tok = make(tmp_path / "tok")
-    n = sum(1 for _ in data.read_documents(tmp_path / "a.txt"))
+    n = sum(1 for _ in documents.read_documents(tmp_path / "a.txt"))
     data.prepare([tmp_path / "a.txt"], [], tmp_path / "data", encoder(tmp_path, tok), n, said)
     part = data.read_state(tmp_path / "data")["part-00000"]
     assert part["train"] + part["val"] == len(tok.encode(TEXT)) + 1
@@ -180,29 +181,36 @@ def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
 
 
 def corpus_of(*lengths: int, context: int = 8) -> data.Corpus:
-    ids = [np.arange(1000 * i, 1000 * i + n, dtype=np.uint16) for i, n in enumerate(lengths)]
-    return data.Corpus(ids, [np.ones(n, np.uint8) for n in lengths], context)
+    ids = [np.arange(sum(lengths[:i]), sum(lengths[: i + 1]), dtype=np.uint16) for i in range(len(lengths))]
+    return data.Corpus(ids, [np.ones(n, np.uint8) for n in lengths], context, [f"{n}.txt" for n in lengths])
+
+
+def firsts(blocks: list[data.Block]) -> list[int]:
+    return [int(ids[0]) for ids, _, _ in blocks]
 
 
 def test_an_epoch_shows_every_block_once_and_the_next_cuts_elsewhere() -> None:
-    corpus = corpus_of(100, 50)
-    n = corpus.n_blocks(7)
-    epochs = [[block for step in range(e * n, (e + 1) * n) for block in corpus.batch(step, 1, 3)] for e in range(2)]
-    firsts = [sorted(int(ids[0]) for ids, _, _ in blocks) for blocks in epochs]
-    assert all(len(set(first)) == n for first in firsts)
-    assert firsts[0] != firsts[1]
+    feed = Feed(corpus_of(100, 50), 1, 3)
+    n = int(feed.n_blocks.sum())
+    epochs = [[block for step in range(e * n, (e + 1) * n) for block in feed.batch(step)] for e in range(2)]
+    assert feed.epochs == 2
+    assert all(len(set(firsts(blocks))) == n for blocks in epochs)
+    assert set(firsts(epochs[0])) != set(firsts(epochs[1]))
     for ids, targets, mask in epochs[0]:
         assert (targets == ids + 1).all()
         assert len(ids) == len(mask) == 8
 
 
-def test_a_batch_is_a_function_of_step_and_seed() -> None:
-    def firsts(step: int, seed: int) -> list[int]:
-        return [int(ids[0]) for ids, _, _ in corpus_of(500, 300).batch(step, 4, seed)]
+def test_a_batch_is_a_function_of_position_and_seed() -> None:
+    def batch(position: dict[str, list[float]], seed: int) -> list[int]:
+        feed = Feed(corpus_of(500, 300), 4, seed)
+        feed.position = position
+        return firsts(feed.batch(77))
 
-    assert firsts(77, 1) == firsts(77, 1)
-    assert firsts(77, 1) != firsts(78, 1)
-    assert firsts(77, 1) != firsts(77, 2)
+    here, there = {"500.txt": [40, 0.0], "300.txt": [20, 0.0]}, {"500.txt": [44, 0.0], "300.txt": [20, 0.0]}
+    assert batch(here, 1) == batch(here, 1)
+    assert batch(here, 1) != batch(there, 1)
+    assert batch(here, 1) != batch(here, 2)
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:
@@ -227,7 +235,7 @@ def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str
     content = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + content)
     with pytest.raises(FileError, match=problem):
-        list(data.read_documents(tmp_path / "a.jsonl"))
+        list(documents.read_documents(tmp_path / "a.jsonl"))
 
 
 def test_unknown_chats_are_usage_errors() -> None:

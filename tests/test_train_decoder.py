@@ -12,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the trainer is PyTorch")
 
+import train_checks  # noqa: E402
+
 from pocketlm.errors import PocketlmError, UsageError  # noqa: E402
 from pocketlm.export.dialects import read_canonical  # noqa: E402
 from pocketlm.export.export import export  # noqa: E402
@@ -115,9 +117,9 @@ def test_every_preset_passes_every_check(name: str) -> None:
     torch.manual_seed(0)
     module = decoder.Decoder(small(PRESETS[name].shape))
     checks.check_fresh(module)
-    checks.accumulation_is_one_large_batch(module)
+    train_checks.accumulation_is_one_large_batch(module)
     if name in ("tiny", "turkish-25m", "gpt2-124m"):  # RoPE, ALiBi, learned positions
-        checks.overfits_one_batch(module)
+        train_checks.overfits_one_batch(module)
 
 
 ALIBI = Shape(2, 4, 32, 61, 24, position="alibi")
@@ -157,16 +159,16 @@ def test_a_weight_without_gradient_is_caught() -> None:
     module = decoder.Decoder(ALIBI)
     module.layers[1].ffn.up_proj.weight.requires_grad_(False)
     with pytest.raises(PocketlmError, match=r"no gradient reaches layers.1.ffn.up_proj.weight"):
-        checks.overfits_one_batch(module)
+        train_checks.overfits_one_batch(module)
 
 
 def test_means_of_micro_batches_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean(*arguments: Any) -> Any:
         return losses(*arguments) / max(1.0, float(sum(mask.sum() for _, _, mask in arguments[1])))
 
-    monkeypatch.setattr(checks, "losses", mean)
+    monkeypatch.setattr(train_checks, "losses", mean)
     with pytest.raises(PocketlmError, match="differ from those of one large batch"):
-        checks.accumulation_is_one_large_batch(decoder.Decoder(ALIBI))
+        train_checks.accumulation_is_one_large_batch(decoder.Decoder(ALIBI))
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,7 +183,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_by_half_a_cosine() -> None:
-    settings = Settings(steps=110, warmup=10, lr=0.5, min_lr=0.1)
+    settings = Settings(steps=110, warmup=10, lr=0.5)
     rates = [learning_rate(step, settings) for step in range(111)]
     assert rates[0] == pytest.approx(0.05)
     assert rates[9] == rates[10] == pytest.approx(0.5)

@@ -18,7 +18,8 @@ torch = pytest.importorskip("torch", reason="the trainer is PyTorch")
 from pocketlm import cli, load  # noqa: E402
 from pocketlm.errors import PocketlmError  # noqa: E402
 from pocketlm.train import checkpoints, log, loop  # noqa: E402
-from pocketlm.train.presets import Shape  # noqa: E402
+from pocketlm.train.presets import Settings, Shape  # noqa: E402
+from pocketlm.train.starting_weights import read_start  # noqa: E402
 
 TEXT = "".join(f"Line {i}: the quick brown fox jumps over the lazy dog number {i * 7919 % 1000}.\n" for i in range(900))
 SMALL = "--set n_layer=2 --set n_embd=32 --set n_head=4 --set n_kv_head=2 --set n_ff=48 --set n_ctx=32 --tokenizer characters"
@@ -108,7 +109,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, text: Path, mo
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    model = checkpoints.build(checkpoints.read(tmp_path / "run" / "last.pt"), 0, 0.0)
+    model, _ = read_start(tmp_path / "run" / "last.pt", Settings())
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(PocketlmError, match="No space left on device"):
         checkpoints.save(tmp_path / "run" / "last.pt", model)
@@ -215,8 +216,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("{run}/none.txt -o {run}", 1, "none.txt: cannot be read"),
         ("{text} -o {text}", 1, "cannot be made"),
         ("{text} -o {run} --from {text} --set n_layer=2", 2, "--set changes a new model"),
-        ("{text} -o {run} --from {text}", 1, "text.txt: is no checkpoint of this trainer"),
-        ("{text} -o {run} --from {run}.pt", 1, "cannot be read"),
+        ("{text} -o {run} --from {text}", 1, "text.txt: is no checkpoint that pocketlm reads"),
+        ("{text} -o {run} --from {run}.pt", 1, "run.pt: there is no such file"),
         ("{text} -o {run} --context 100000", 1, "too few for a sequence of 100000"),
         ("--plot {run}", 1, "holds no steps"),
         ("--recipe soup", 2, "--recipe soup: expected small-talk"),

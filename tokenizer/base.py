@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
+from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
 
 # token types, as GGUF and SentencePiece number them
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -44,9 +46,9 @@ class NoTokenizer(FileError):
 class Vocabulary:
     """The tokens of a model and what they are for. Made by `make_vocabulary`, which checks it."""
 
-    tokens: Sequence[str]  # as the file writes them: byte-level letters, ▁ for a space, <0x0A> for a byte
+    tokens: Texts  # as the file writes them: byte-level letters, ▁ for a space, <0x0A> for a byte
     types: bytes  # one of the types above for each token
-    index: dict[str, int]  # token → id
+    index: TextIndex  # token → id, holes apart
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
@@ -54,6 +56,7 @@ class Vocabulary:
     adds_bos: bool
     strip_left: frozenset[int]  # markers that swallow white space before them
     strip_right: frozenset[int]  # and after them
+    normalizer: Normalizer = AS_IT_IS  # what plain text goes through first
 
     def ids_of(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, in order."""
@@ -74,6 +77,7 @@ def make_vocabulary(
     strip_left: Collection[int] = (),
     strip_right: Collection[int] = (),
     ends_are_control: bool = False,
+    normalizer: Normalizer = AS_IT_IS,
 ) -> Vocabulary:
     """Check the parts of a vocabulary against each other; FileError names what does not fit.
 
@@ -94,7 +98,6 @@ def make_vocabulary(
         for i, token in enumerate(tokens):
             if token and index[token] != i:
                 raise FileError(path, f"tokens {i} and {index[token]} are both {token[:40]!r}")
-    index.pop("", None)
     ends = set(end_ids) | {eos_id}
     stripping = [("stripping", i) for i in (*strip_left, *strip_right)]
     for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends), *stripping):
@@ -106,9 +109,11 @@ def make_vocabulary(
         for i in named:
             types[i] = CONTROL
     ends |= {i for i in named if types[i] in (CONTROL, USER_DEFINED)}
+    texts, numbers = index_of(tokens)
     return Vocabulary(
-        tokens, bytes(types), index, bos_id, eos_id, unk_id, frozenset(i for i in ends if i is not None), adds_bos,
-        frozenset(strip_left), frozenset(strip_right),
+        texts, bytes(types), numbers, bos_id, eos_id, unk_id,
+        frozenset(i for i in ends if i is not None), adds_bos, frozenset(strip_left), frozenset(strip_right),
+        normalizer,
     )  # fmt: skip
 
 
@@ -255,30 +260,33 @@ class Tokenizer:
         return ids
 
     def _pieces(self, text: str, special: bool) -> Iterator[tuple[str, bool, int | None]]:
-        """(plain text, whether nothing stands before it, the marker behind it or None at the end), in order."""
-        vocabulary, end = self.vocabulary, 0
+        """(normalised text, whether nothing stands before it, the marker behind it or None at the end), in order."""
+        vocabulary, end, normalised = self.vocabulary, 0, self.vocabulary.normalizer
         for start, stop, token_id in (self._all_markers if special else self._always_markers).find(text):
             if start < end:  # swallowed together with the white space after the marker before
                 continue
             piece = text[end:start]
-            yield piece.rstrip(_WHITE_SPACE) if token_id in vocabulary.strip_left else piece, end == 0, token_id
+            piece = piece.rstrip(_WHITE_SPACE) if token_id in vocabulary.strip_left else piece
+            yield normalised(piece), end == 0, token_id
             end = stop
             if token_id in vocabulary.strip_right:
                 end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
-        yield text[end:] if end else text, end == 0, None
+        yield normalised(text[end:] if end else text), end == 0, None
 
     def unknown(self, text: str, *, special: bool = False) -> str:
-        """The characters of `text` for which the vocabulary has no ids, each once."""
+        """The characters of `text`, once normalised, for which the vocabulary has no ids, each once."""
         lost: list[str] = []
         for piece, _, _ in self._pieces(text, special):
             known = self._known(piece)
             if len(known) < len(piece):
-                lost += dict.fromkeys(piece).keys() - set(known)
-        return "".join(sorted(set(lost), key=text.index))
+                held = set(known)
+                lost += [character for character in piece if character not in held]
+        return "".join(dict.fromkeys(lost))
 
     def encodable(self, text: str) -> str:
-        """`text` without those characters."""
-        return text.translate(dict.fromkeys(map(ord, self.unknown(text))))
+        """`text` without those characters, normalised where it has any."""
+        lost = self.unknown(text)
+        return self.vocabulary.normalizer(text).translate(dict.fromkeys(map(ord, lost))) if lost else text
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Ids to text; bytes that are no UTF-8 become U+FFFD. `special` shows control tokens, else they are silent.

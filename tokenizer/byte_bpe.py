@@ -9,7 +9,6 @@ from functools import cached_property
 
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
 from pocketlm.tokenizer.merge import LONG, MergeTable, merge, merge_long
-from pocketlm.tokenizer.normalize import NormalForm
 from pocketlm.tokenizer.pretokenize import splitter
 
 
@@ -37,7 +36,6 @@ class Options:
     pre_tokenizer: str  # a name of PRE_TOKENIZERS
     whole_words_first: bool = False  # a word that is a token needs no merges
     space_prefix: bool = False  # a space goes before a text that does not begin with one
-    normal_form: NormalForm | None = None  # NFC, NFD, NFKC or NFKD of the text comes first
     unknown: bool = False  # bytes the vocabulary lacks become the unknown token, else they are left out
     fuse_unknown: bool = False  # a run of them is one unknown token
 
@@ -62,10 +60,6 @@ class ByteBPE(Tokenizer):
 
     def _encode_text(self, text: str, start: bool) -> list[int]:
         options = self.options
-        if options.normal_form:
-            from unicodedata import normalize
-
-            text = normalize(options.normal_form, text)
         if options.space_prefix and not text.startswith(" "):
             text = " " + text
         return self._encode_words(splitter(options.pre_tokenizer)(text))

@@ -15,6 +15,8 @@ _ROLES = {
     "bos_id": ("<bos>", "<BOS>", "[BOS]", "<s>", "<|bos|>"),
     "eos_id": ("<eos>", "<EOS>", "[EOS]", "</s>", "<|eos|>", "<|endoftext|>"),
 }
+_MARKER = re.compile(r"<.+>|\[.+\]|[A-Z_]+")  # how they are written otherwise
+_WORDS = 8  # longer tokens written otherwise that a vocabulary of characters may have
 _HOLES = 1 << 16  # ids without a token that a file may have
 
 
@@ -37,12 +39,16 @@ class Characters(Tokenizer):
     @cached_property
     def _ids(self) -> dict[str, int]:
         vocabulary = self.vocabulary
-        return {token: i for token, i in vocabulary.index.items() if vocabulary.types[i] == NORMAL}
+        return {token: i for token, i in vocabulary.index.pairs() if vocabulary.types[i] == NORMAL}
 
 
 def from_table(path: object, ids: Mapping[str, int]) -> Tokenizer:
-    """The tokenizer of a table character → id. FileError for ids that are no ids or given twice."""
+    """The tokenizer of a table character → id. FileError for ids that are no ids or given twice, or a table of words."""
     tokens = place_tokens(path, ids)
+    words = [token for token in tokens if len(token) > 1 and not _MARKER.fullmatch(token)]
+    if len(words) > _WORDS:
+        problem = f"has {len(words)} tokens of several characters, {words[0][:40]!r} first, and nothing says how they merge"
+        raise FileError(path, problem, "put its merges.txt beside it, or give its tokenizer.json")
     types = bytearray(NORMAL if len(token) == 1 else CONTROL if token else UNUSED for token in tokens)
     roles: dict[str, Any] = {role: next((ids[name] for name in names if name in ids), None) for role, names in _ROLES.items()}
     if roles["unk_id"] is not None:

@@ -2,7 +2,8 @@
 
 Keys: the GGUF document in the ggml repository. `pocketlm.tokenizer.*` are ours, written by the exporter where those
 do not say enough: `kind` ("byte_bpe", "sentencepiece", "unigram", "characters"), the options by their
-names, `strip_left` and `strip_right` (ids), `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
+names, `strip_left` and `strip_right` (ids), `normal_form` and `replacements` (what, by what, what, by what, …),
+`test_texts` and `test_ids` (each "1 2 3"), which are checked here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, NoTokeni
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
 from pocketlm.tokenizer.merge import rank_table
+from pocketlm.tokenizer.normal_form import make_normalizer
 from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 from pocketlm.tokenizer.unigram import Unigram
@@ -113,6 +115,9 @@ def _types(keys: Keys, n_tokens: int) -> bytearray:
 
 
 def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool, unk_id: int | None = None) -> Vocabulary:
+    sides = keys.texts(OURS + "replacements") or []
+    if len(sides) % 2:
+        raise FileError(keys.path, f"{OURS}replacements are no pairs")
     wanted = {name: keys.number(f"{_GGML}{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
     return make_vocabulary(
         keys.path,
@@ -125,6 +130,9 @@ def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool,
         adds_bos=keys.flag(_GGML + "add_bos_token", adds_bos),
         strip_left=_ids(keys, "strip_left"),
         strip_right=_ids(keys, "strip_right") or _stripping(keys, tokens, types),
+        normalizer=make_normalizer(
+            keys.path, keys.text(OURS + "normal_form") or None, [*zip(sides[::2], sides[1::2], strict=True)]
+        ),
         ends_are_control=not keys.text(OURS + "kind"),  # they are often exported as text; llama.cpp, too, corrects that
     )
 
@@ -153,7 +161,7 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     merges = keys.texts(_GGML + "merges")
     if merges is None:
         raise FileError(keys.path, "it has no merges (tokenizer.ggml.merges)")
-    table = rank_table(keys.path, tokens.__getitem__, vocabulary.index, merges, len(tokens))
+    table = rank_table(keys.path, vocabulary.tokens.__getitem__, vocabulary.index, merges, len(tokens))
     return byte_bpe.ByteBPE(vocabulary, table, options)
 
 

@@ -12,7 +12,7 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer
 from pocketlm.tokenizer.byte_bpe import TO_LETTERS, ByteBPE
 from pocketlm.tokenizer.merge import NO_MERGE
-from pocketlm.tokenizer.normalize import NORMAL_FORMS
+from pocketlm.tokenizer.normal_form import Normalizer
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece import SentencePiece
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
@@ -20,7 +20,7 @@ from pocketlm.tokenizer.unigram import Unigram
 
 OURS = "pocketlm.tokenizer."
 # options that are texts → what they may be (None: anything); all others are true or false
-_CHOICES = {"pre_tokenizer": PRE_TOKENIZERS, "normal_form": NORMAL_FORMS, "prefix": ("always", "missing", "never"),
+_CHOICES = {"pre_tokenizer": PRE_TOKENIZERS, "prefix": ("always", "missing", "never"),
             "unknown_text": None}  # fmt: skip
 _ELSEWHERE = "rules"  # in tokenizer.ggml.precompiled_charsmap
 T = TypeVar("T")
@@ -73,6 +73,7 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     for name in ("strip_left", "strip_right"):
         if ids := getattr(vocabulary, name):
             keys[OURS + name] = np.array(sorted(ids), np.int32)
+    keys |= normalizer_keys(vocabulary.normalizer)
     if isinstance(tokenizer, ByteBPE):
         return keys | _byte_bpe(tokenizer)
     if isinstance(tokenizer, SentencePieceBPE):
@@ -80,6 +81,36 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     if isinstance(tokenizer, Unigram):
         return keys | _prepared(tokenizer) | _unigram(tokenizer, n_vocab)
     return keys | _characters(tokens, vocabulary.types)
+
+
+def normalizer_keys(normalizer: Normalizer) -> dict[str, Any]:
+    """What a normalizer adds to the keys of a tokenizer."""
+    sides = [side for pair in normalizer.replacements for side in pair]
+    keys = {OURS + "normal_form": normalizer.form, OURS + "replacements": sides}
+    return {key: value for key, value in keys.items() if value}
+
+
+def with_markers(tokenizer: Tokenizer, markers: Sequence[str], ends: Sequence[str]) -> dict[str, Any]:
+    """The keys of a tokenizer in which each of `markers` is one control token, and a text has an end: its own, or the first of
+    `ends` that it knows as one, or else `ends[0]`. What is not there yet is added behind all other tokens.
+    """
+    end = next((name for name in ends if tokenizer.token_id(name) in tokenizer.end_ids), ends[0])
+    wanted = dict.fromkeys([*[end] * (tokenizer.eos_id is None), *markers])
+    missing = [name for name in wanted if tokenizer.token_id(name) is None]
+    keys = to_metadata(tokenizer, tokenizer.n_vocab + len(missing))
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    tokens[tokenizer.n_vocab :] = missing
+    for name in wanted:
+        if name in missing or not is_one_token(tokenizer, name):
+            types[tokens.index(name)] = CONTROL
+    if tokenizer.eos_id is None:
+        keys["tokenizer.ggml.eos_token_id"] = tokens.index(end)
+    return keys
+
+
+def is_one_token(tokenizer: Tokenizer, marker: str) -> bool:
+    """Whether a marker is read as its token; a SentencePiece vocabulary may put a space in front."""
+    return tokenizer.token_id(marker) == tokenizer.encode(marker, special=True)[-1]
 
 
 def _byte_bpe(tokenizer: ByteBPE) -> dict[str, Any]:

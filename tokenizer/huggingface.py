@@ -1,6 +1,6 @@
 """Hugging Face's `tokenizer.json` (and the older `vocab.json` with `merges.txt`): the parsed file in, a `Tokenizer` out.
 
-Supported: BPE models, byte-level or in the manner of SentencePiece (Metaspace, or Prepend and Replace as normaliser).
+Supported: BPE, byte-level or in the manner of SentencePiece (Metaspace, or Prepend and Replace as normaliser), and Unigram.
 Each part of the file is matched against what is known here; a part that is not is refused by its name, so nothing is
 silently left out. Patterns are compared as text and never compiled from the file.
 """
@@ -17,9 +17,11 @@ from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER
 from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normalize import NORMAL_FORMS, Rules
+from pocketlm.tokenizer.normal_form import NORMAL_FORMS, Normalizer, make_normalizer
+from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import name_of_pattern
 from pocketlm.tokenizer.sentencepiece import SPACE
+from pocketlm.tokenizer.unigram import Unigram
 
 _MAX_CONFIG = 1 << 24
 
@@ -34,16 +36,21 @@ def from_tokenizer_json(path: Path, file: dict[str, Any]) -> Tokenizer:
         raise FileError(path, f"is not a tokenizer.json as the tokenizers library writes it ({error!r:.80})") from None
 
 
-def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: bytes) -> Tokenizer:
-    """GPT-2's two files: byte-level BPE with the `gpt-2` pre-tokenizer. FileError as above."""
+def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: bytes, added: Any) -> Tokenizer:
+    """GPT-2's two files: byte-level BPE with the `gpt-2` pre-tokenizer. `added`: `added_tokens.json`, marker → id.
+
+    FileError as above.
+    """
     try:
         lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
     except UnicodeDecodeError:
         raise FileError(merges_path, "is not UTF-8") from None
     file: dict[str, Any] = {"model": {"vocab": vocab, "merges": lines}}
     file["pre_tokenizer"] = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
-    names = [name for name in vocab if name in _MARKERS] if isinstance(vocab, dict) else []
-    file["added_tokens"] = [{"id": vocab[name], "content": name, "special": True} for name in names]
+    if not isinstance(vocab, dict) or not isinstance(added, dict):
+        raise FileError(path, "is not a table from tokens to ids, or added_tokens.json beside it is none")
+    markers = {**{name: vocab[name] for name in vocab if name in _MARKERS}, **added}
+    file["added_tokens"] = [{"id": i, "content": name, "special": True} for name, i in markers.items()]
     return from_tokenizer_json(path, file)
 
 
@@ -59,14 +66,16 @@ class _Reader:
 
     def read(self) -> Tokenizer:
         model = self.model
-        if model.get("type", "BPE") != "BPE":
+        if model.get("type", "BPE") not in ("BPE", "Unigram"):
             raise self.refuse(f"model {str(model.get('type'))[:40]!r}")
         for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(part):
                 raise self.refuse(f"model with {part}")
         normalizers, pre_tokenizers = _sequence(self.file, "normalizer"), _sequence(self.file, "pre_tokenizer")
-        if not normalizers and not pre_tokenizers and not model["merges"]:
-            return self.characters()
+        if model.get("type") == "Unigram":
+            return self.sentencepiece(normalizers, pre_tokenizers)
+        if not pre_tokenizers and not model["merges"] and REPLACE_SPACES not in normalizers:
+            return self.characters(normalizers)
         byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
         return (self.byte_level if byte_level else self.sentencepiece)(normalizers, pre_tokenizers)
 
@@ -74,24 +83,20 @@ class _Reader:
 
     def byte_level(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
         name, space_prefix = self.pre_tokenizer(pre_tokenizers)
-        for part in normalizers:
-            if part["type"] not in NORMAL_FORMS or len(normalizers) > 1:
-                raise self.refuse(f"normalizer {str(part['type'])[:40]!r}")
         options = byte_bpe.Options(
             name,
             whole_words_first=bool(self.model.get("ignore_merges")),
             space_prefix=space_prefix,
-            normal_form=NORMAL_FORMS[normalizers[0]["type"]] if normalizers else None,
             unknown=True,
             fuse_unknown=bool(self.model.get("fuse_unk")),
         )
-        vocabulary = self.vocabulary(byte_tokens=False)
+        vocabulary = self.vocabulary(self.normalizer(normalizers), byte_tokens=False)
         tokens = vocabulary.tokens
         table = rank_table(self.path, tokens.__getitem__, vocabulary.index, self.merges(), len(tokens))
         return byte_bpe.ByteBPE(vocabulary, table, options)
 
     def sentencepiece(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
-        prefix, first_only, split = "never", False, False
+        prefix, first_only, split, unigram = "never", False, False, self.model.get("type") == "Unigram"
         collapses = [part for part in normalizers if part in COLLAPSE_SPACES] == COLLAPSE_SPACES
         known = (PREPEND, REPLACE_SPACES, *(COLLAPSE_SPACES if collapses else ()))
         tables = [part["precompiled_charsmap"] for part in normalizers if part["type"] == "Precompiled"]
@@ -107,7 +112,7 @@ class _Reader:
             split = part.get("split", True)
         elif REPLACE_SPACES not in normalizers:
             raise self.refuse("pre-tokenizer null without a normalizer that writes spaces as ▁")
-        if len(rest) > 1 or (rest and rest[0]["type"] not in NORMAL_FORMS) or len(tables) > 1:
+        if len(tables) > 1:
             raise self.refuse(f"normalizer {_types(normalizers)}")
         byte_fallback = bool(self.model.get("byte_fallback"))
         options = sentencepiece.Options(
@@ -115,18 +120,32 @@ class _Reader:
             prefix_first_only=first_only,
             rules=Rules(self.path, base64.b64decode(tables[0])) if tables else None,
             collapse_spaces=collapses,
-            normal_form=NORMAL_FORMS[rest[0]["type"]] if rest else None,
             split_spaces=split,
             byte_fallback=byte_fallback,
-            fuse_unknown=bool(self.model.get("fuse_unk")),
+            fuse_unknown=bool(self.model.get("fuse_unk", unigram)),
         )
-        vocabulary = self.vocabulary(byte_tokens=byte_fallback)
+        vocabulary = self.vocabulary(self.normalizer(rest), byte_tokens=byte_fallback)
+        if unigram:
+            scores = [score for _, score in self.model["vocab"]]
+            return Unigram(self.path, vocabulary, scores + [0.0] * (len(vocabulary.tokens) - len(scores)), options)
         table = sentencepiece_bpe.merges_table(self.path, vocabulary, self.merges())
         return sentencepiece_bpe.SentencePieceBPE(self.path, vocabulary, table, options)
 
-    def characters(self) -> Tokenizer:
+    def normalizer(self, parts: list[dict[str, Any]]) -> Normalizer:
+        """One normal form, then replacements of texts, where they may as well be made all at once."""
+        form = parts[0]["type"] if parts and parts[0]["type"] in NORMAL_FORMS else None
+        pairs: list[tuple[str, str]] = []
+        for part in parts[form is not None :]:
+            if part["type"] != "Replace" or not isinstance(what := part["pattern"].get("String"), str):
+                raise self.refuse(f"normalizer '{_types(parts)}'")
+            if any(set(what) & {*before, *by} for before, by in pairs):
+                raise self.refuse(f"normalizer, in which {what[:40]!r} is replaced in what was replaced before,")
+            pairs.append((what, part["content"]))
+        return make_normalizer(self.path, form, pairs)
+
+    def characters(self, normalizers: list[dict[str, Any]]) -> Tokenizer:
         """Every token that is no marker is a character."""
-        vocabulary = self.vocabulary(byte_tokens=False)
+        vocabulary = self.vocabulary(self.normalizer(normalizers), byte_tokens=False)
         types = bytearray(vocabulary.types)
         for i in vocabulary.ids_of(NORMAL):
             if re.fullmatch(r"\[(UNUSED|PAD)[0-9]+\]", vocabulary.tokens[i]):  # an id that stands for nothing
@@ -168,9 +187,9 @@ class _Reader:
                 raise self.refuse(f"merge {i} of pieces with spaces")
         return [merge if type(merge) is str else " ".join(merge) for merge in merges]
 
-    def vocabulary(self, byte_tokens: bool) -> Vocabulary:
+    def vocabulary(self, normalizer: Normalizer, byte_tokens: bool) -> Vocabulary:
         vocab, added = self.model["vocab"], self.file.get("added_tokens") or []
-        ids = dict(vocab)
+        ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
         for token in added:
             if ids.setdefault(token["content"], token["id"]) != token["id"]:
                 raise FileError(self.path, f"its token {token['content'][:40]!r} has two ids")
@@ -184,7 +203,7 @@ class _Reader:
                     types[i] = BYTE
         for token in added:
             types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-        unk_id = ids.get(self.model.get("unk_token"))
+        unk_id = self.model["unk_id"] if isinstance(vocab, list) else ids.get(self.model.get("unk_token"))
         if unk_id is not None:
             types[unk_id] = UNKNOWN
         config = self.config()
@@ -200,6 +219,7 @@ class _Reader:
             adds_bos=template is not None or (config.get("add_bos_token") is True and bos_id is not None),
             strip_left=[token["id"] for token in added if token.get("lstrip")],
             strip_right=[token["id"] for token in added if token.get("rstrip")],
+            normalizer=normalizer,
         )
 
     def config(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pocketlm.tokenizer.gguf_vocabulary_writer import filled, merges
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
+from pocketlm.tokenizer.unigram import Unigram
 
 REPLACE_SPACES: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND: dict[str, Any] = {"type": "Prepend", "prepend": SPACE}
@@ -33,6 +34,8 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
 
     `path` is for the error message. Raises FileError where the library would not give the same ids.
     """
+    if isinstance(tokenizer, Unigram):
+        raise _refused(path, "scores of a unigram vocabulary that are added up in single precision")
     vocabulary = tokenizer.vocabulary
     byte_level, sentencepiece = isinstance(tokenizer, ByteBPE), isinstance(tokenizer, SentencePieceBPE)
     model: dict[str, Any] = {
@@ -51,7 +54,7 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
         _check_unused(tokenizer, model["merges"], path)
         steps, own = _sentencepiece(tokenizer, path)
     else:
-        steps, own = {"decoder": {"type": "Fuse"}}, {}
+        steps, own = {"decoder": {"type": "Fuse"}, "normalizer": _sequence("normalizers", _normalizers(tokenizer, path))}, {}
     added = [
         {
             "id": i, "content": vocabulary.tokens[i], "single_word": False, "lstrip": i in vocabulary.strip_left,
@@ -80,7 +83,7 @@ def _byte_level(tokenizer: ByteBPE, path: object) -> tuple[dict[str, Any], dict[
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in patterns
         ]
     steps = {
-        "normalizer": {"type": options.normal_form} if options.normal_form else None,
+        "normalizer": _sequence("normalizers", _normalizers(tokenizer, path)),
         "pre_tokenizer": _sequence("pretokenizers", [*before, letters]),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
     }
@@ -93,7 +96,7 @@ def _sentencepiece(tokenizer: SentencePieceBPE, path: object) -> tuple[dict[str,
         raise _refused(path, "user-defined symbols that are found in the text after it was normalised")
     if options.prefix == "always" and (options.prefix_first_only or options.split_spaces):
         raise _refused(path, f"{SPACE} in front of every text together with words that are split or markers that end it")
-    normalizers: list[dict[str, Any]] = [{"type": options.normal_form}] if options.normal_form else []
+    normalizers = _normalizers(tokenizer, path)
     if options.rules:
         table = base64.b64encode(options.rules.charsmap).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": table})
@@ -116,6 +119,18 @@ def _sentencepiece(tokenizer: SentencePieceBPE, path: object) -> tuple[dict[str,
         "decoder": _sequence("decoders", decoders),
     }
     return steps, {"byte_fallback": options.byte_fallback, "fuse_unk": options.fuse_unknown}
+
+
+def _normalizers(tokenizer: Tokenizer, path: object) -> list[dict[str, Any]]:
+    """A normal form, then replacements, which the library makes one after the other and not all at once."""
+    normalizer, touched = tokenizer.vocabulary.normalizer, set()
+    parts: list[dict[str, Any]] = [{"type": normalizer.form}] if normalizer.form else []
+    for what, by in normalizer.replacements:
+        if touched & set(what):
+            raise _refused(path, "replacements that share characters")
+        touched |= {*what, *by}
+        parts.append({"type": "Replace", "pattern": {"String": what}, "content": by})
+    return parts
 
 
 def _check_unused(tokenizer: Tokenizer, merges: list[str], path: object) -> None:

@@ -7,7 +7,7 @@ the offset of the children). The usual table has 225,000 keys; they are looked u
 """
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pocketlm.tokenizer.base import Markers
-
-NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
-NORMAL_FORMS: dict[str, NormalForm] = {"NFC": "NFC", "NFD": "NFD", "NFKC": "NFKC", "NFKD": "NFKD"}
 
 _MAX_BRANCHES = 1 << 22  # the usual tables have 200,000
 _MAX_KEY = 32  # characters

@@ -6,6 +6,7 @@ stranger is data, nothing in it is run, and its patterns are compared with those
 
 import base64
 import binascii
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,11 @@ from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_pattern
 
 _MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
-_IN_FOLDER = ("tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "meta.pkl", "*.tiktoken", "*.gguf")
+BESIDE = (
+    "tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "encoder.json", "*-vocab.json", "meta.pkl", "*.tiktoken",
+)  # fmt: skip
+_IN_FOLDER = (*BESIDE, "*.gguf")
+_MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # ends of the names of files that belong together
 # beginnings of the names of published rank files → pre-tokenizer; the last two are not in the table and refused so
 _TIKTOKEN_FILES = {
     "gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "qwen": "qwen2", "cl100k": "cl100k", "o200k": "o200k",
@@ -31,7 +36,8 @@ def load(
     path: str | os.PathLike[str], *, pattern: str | None = None, special_tokens: Mapping[str, int] | None = None
 ) -> Tokenizer:
     """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
-    `.model`, tiktoken ranks, the `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, or a folder that holds one.
+    `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`) beside it, the
+    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, or a folder that holds one.
 
     `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
     else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
@@ -86,9 +92,11 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
         return huggingface.from_tokenizer_json(path, value)
     if isinstance(value, dict) and "pieces" in value:
         return _fp16_bin(path, value)
-    merges = path.with_name("merges.txt")
-    if path.name == "vocab.json" and merges.is_file():
-        return huggingface.from_vocab_and_merges(path, value, merges, _read(merges))
+    for end, other in _MERGES.items():
+        merges, added = path.with_name(path.name.removesuffix(end) + other), path.with_name("added_tokens.json")
+        if path.name.endswith(end) and merges.is_file():
+            more = characters.parse_json(added, _read(added)) if added.is_file() else {}
+            return huggingface.from_vocab_and_merges(path, value, merges, _read(merges), more)
     return characters.from_json(path, value)
 
 
@@ -109,6 +117,14 @@ def _fp16_bin(path: Path, value: dict[str, Any]) -> Tokenizer:
     columns = {"tokens": pieces, **{name: value.get(key) for name, key in _BIN_COLUMNS.items()}}
     keys = {"tokenizer.ggml." + key: column for key, column in columns.items() if column is not None}
     return from_metadata({"tokenizer.ggml.model": "llama", **(said if not metadata else {}), **metadata, **keys}, path)
+
+
+def to_json(keys: Mapping[str, Any]) -> str:
+    """The keys of a tokenizer (`to_metadata`) as such a file, with all of them in it."""
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in keys.items()}
+    columns = {"tokenizer.ggml." + key: name for key, name in {"tokens": "pieces", **_BIN_COLUMNS}.items()}
+    value = {name: plain.pop(key) for key, name in columns.items() if key in plain}
+    return json.dumps({**value, "metadata": plain}, ensure_ascii=False)
 
 
 _BIN_ENDS = {"bos": "<s>", "eos": "</s>"}
@@ -152,5 +168,6 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
     eos_id = special_tokens.get("<|endoftext|>", special_tokens.get("<|end_of_text|>"))
     bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<|endoftext|>"))
     vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id)
-    table = concatenation_table(tokens.__getitem__, ids, range(len(tokens)), len(tokens), ties=False)
+    mergeable = vocabulary.index.without(list(special_tokens.values()))
+    table = concatenation_table(vocabulary.tokens.__getitem__, mergeable, range(len(tokens)), len(tokens), ties=False)
     return byte_bpe.ByteBPE(vocabulary, table, byte_bpe.Options(name, whole_words_first=True))

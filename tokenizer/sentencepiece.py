@@ -13,7 +13,8 @@ from typing import Literal
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Markers, Tokenizer, Vocabulary
-from pocketlm.tokenizer.normalize import NormalForm, Rules
+from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.texts import TextIndex
 
 SPACE = "▁"
 WORDS = re.compile(f"{SPACE}?[^{SPACE}]+|{SPACE}")  # each ▁ begins a word
@@ -27,7 +28,6 @@ class Options:
     prefix: Literal["always", "missing", "never"] = "always"  # ▁ before the text; "missing": if it begins with none
     prefix_first_only: bool = False  # not before what follows a marker
     rules: Rules | None = None  # replacements of the precompiled normaliser
-    normal_form: NormalForm | None = None
     collapse_spaces: bool = False  # runs of spaces become one, none at either end
     symbols_in_text: bool = False  # user-defined symbols are found in the normalised text (the SentencePiece library),
     #                                or cut out of the text before (llama.cpp, Hugging Face)
@@ -37,12 +37,9 @@ class Options:
     unknown_text: str = ""  # what the unknown token is decoded to
 
 
-def mergeable(vocabulary: Vocabulary) -> dict[str, int]:
+def mergeable(vocabulary: Vocabulary) -> TextIndex:
     """Token → id of all that plain text can become: no control, unknown or byte tokens."""
-    index = dict(vocabulary.index)
-    for i in vocabulary.ids_of(CONTROL, UNKNOWN, BYTE):
-        index.pop(vocabulary.tokens[i], None)
-    return index
+    return vocabulary.index.without(vocabulary.ids_of(CONTROL, UNKNOWN, BYTE))
 
 
 class SentencePiece(Tokenizer):
@@ -70,10 +67,6 @@ class SentencePiece(Tokenizer):
     def _prepare(self, text: str, start: bool) -> str:
         """Normalised, with ▁ for spaces and in front."""
         options = self.options
-        if options.normal_form:
-            from unicodedata import normalize
-
-            text = normalize(options.normal_form, text)
         if options.rules:
             text = options.rules.apply(text, self._symbols_in_text)
         if options.collapse_spaces:

@@ -1,17 +1,24 @@
-"""Checkpoints of a run: `last.pt` to go on from, `best.pt` to use. Written whole or not at all; read without running code."""
+"""Checkpoints of a run: `last.pt` to go on from, `best.pt` to use, `step_000100.pt` to go back to.
+
+Written whole or not at all; read without running code. What others wrote is starting_weights.py's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.train.decoder import Decoder
-from pocketlm.train.presets import Shape
+from pocketlm.train.presets import Cadence, Shape
 
 LAST, BEST = "last.pt", "best.pt"
 
@@ -33,11 +40,32 @@ def read(path: Path) -> dict[str, Any]:
         raise FileError(path, "is no checkpoint of this trainer", "name the last.pt or best.pt of a run") from None
 
 
-def build(content: dict[str, Any], context: int, dropout: float, rope_theta: float = 0.0) -> Decoder:
-    """The model of a checkpoint, for at least `context` positions. Raises UsageError where it has a table of fewer."""
-    old: Shape = content["shape"]
-    if old.position == "learned" and context > old.n_ctx:
-        raise UsageError(f"--context {context}: the model has learned positions, for {old.n_ctx} tokens; give at most that")
-    model = Decoder(replace(old, n_ctx=max(context, old.n_ctx), rope_theta=rope_theta or old.rope_theta), dropout)
-    model.load_state_dict(content["model"])
-    return model
+def is_numbered(step: int, cadence: Cadence) -> bool:
+    """Whether the checkpoint of a step is kept under a name of its own."""
+    stays = bool(cadence.keep_every) and step % cadence.keep_every == 0
+    return stays or (cadence.keep > 0 and step % cadence.eval_every == 0)
+
+
+@contextmanager
+def keeping(run: Path, step: int, rolling: list[int], cadence: Cadence) -> Iterator[None]:
+    """Around the saving of last.pt: give it a number too, where the step has one, and delete those that are too many.
+
+    `rolling`: the steps of the checkpoints that may be deleted; brought up to date before the block, which saves it.
+    """
+    stays, old = bool(cadence.keep_every) and step % cadence.keep_every == 0, []
+    if is_numbered(step, cadence) and not stays:
+        rolling[:] = [*(n for n in rolling if n != step), step]
+        rolling[:], old = rolling[-cadence.keep :], rolling[: -cadence.keep]
+    yield
+    if is_numbered(step, cadence):
+        with replacing_file(run / _name(step)) as part:
+            try:
+                os.link(run / LAST, part)  # the next last.pt is another file
+            except OSError:  # a file system without links
+                shutil.copyfile(run / LAST, part)
+    for n in old:
+        (run / _name(n)).unlink(missing_ok=True)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}.pt"

@@ -1,17 +1,20 @@
-"""Texts and conversations as token ids on disk, part by part, and the batches of every step.
+"""Texts and conversations as token ids on disk, part by part.
 
-In: .txt files (a document each), .jsonl of {"text": …} or {"messages": [{"role": …, "content": …}, …]}. Out: for each
-file and split a flat array of ids, read by mmap, the end-of-text token after every document, and a mask of the tokens to
-learn. `state.json` says which parts are done. Which sequences a step sees is a function of the seed and the step alone.
+In: files, as `documents` reads them. Out: for each file and split a flat array of ids, read by mmap, the end-of-text token
+after every document, and a mask of the tokens to learn. `state.json` says which parts are done.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -21,69 +24,25 @@ from pocketlm.chat.templates import BUILT_IN, BuiltIn, Template
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
-from pocketlm.train.vocabularies import ROLES, check_markers
+from pocketlm.train.documents import IDS, Document, Reading, read_documents, read_ids
+from pocketlm.train.vocabularies import check_markers
 
-PIECE = 1 << 12  # characters of a long text that are read, and dealt to a split, at a time
 SPLITS = ("train", "val")
+SENTENCE_END = re.compile(r"""[.!?…。！？]["'»”’)\]]*\s*$|\n""")
+SHORT = "short texts"  # the part that they are together
 CHATS = ("chatml", "markers")
-Document = str | list[dict[str, str]]
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (int64), mask of the targets (float32): (context,)
-
-# ── documents ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_documents(path: Path) -> Iterator[tuple[Document, bool]]:
-    """(document or a piece of one that ends with a line, whether it ends here). Raises FileError naming the line."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                yield from ((_document(line, path, n), True) for n, line in enumerate(file, 1) if line.strip())
-                return
-            following = file.read(PIECE)
-            while following:
-                piece, following = following + file.readline(), file.read(PIECE)
-                yield piece, not following
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
-
-
-def _document(line: str, path: Path, number: int) -> Document:
-    try:
-        row = json.loads(line)
-        if isinstance(row.get("text"), str):
-            return row["text"]
-        messages = [{"role": m["role"], "content": m["content"].strip()} for m in row["messages"]]
-        if messages and all(m["role"] in ROLES for m in messages):
-            return messages
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    expected = 'expected {"text": …} or {"messages": [{"role": "user", "content": …}, …]}'
-    raise FileError(path, f"line {number} is no document", expected)
-
-
-def read_texts(paths: Iterable[Path]) -> Iterator[str]:
-    """Everything that is said in the files, for a tokenizer to learn from."""
-    for path in paths:
-        for document, _ in read_documents(path):
-            yield document if isinstance(document, str) else "\n".join(message["content"] for message in document)
-
-
-def has_conversations(paths: Iterable[Path]) -> bool:
-    """Whether a document of the files is a conversation; a file is looked at as far as it can be read."""
-    for path in paths:
-        with suppress(FileError):
-            if path.suffix == ".jsonl" and any(not isinstance(document, str) for document, _ in read_documents(path)):
-                return True
-    return False
 
 
 def markers_of(chat: str) -> tuple[str, ...]:
-    """The markers that a kind of conversations is written with. Raises UsageError for an unknown kind."""
+    """The markers that a kind of conversations is written with, those that end a turn last. Raises UsageError for an unknown
+    kind.
+    """
     if chat not in CHATS:
         raise UsageError(f"--chat {chat}: expected {' or '.join(CHATS)}{did_you_mean(chat, CHATS)}")
-    return BUILT_IN[chat].needs
+    sides = BUILT_IN[chat].roles.values()
+    written = "".join([before for before, _ in sides] + [after for _, after in sides])
+    return tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", written)))
 
 
 class Encoder:
@@ -94,12 +53,6 @@ class Encoder:
             raise FileError(path, "the vocabulary has no end-of-text token", "add <|endoftext|> or </s> to it")
         self.tok, self.row, self.learn, self.path, self.markers = tok, BUILT_IN[chat], tuple(learn), path, markers_of(chat)
 
-    @cached_property
-    def _sides(self) -> dict[str, tuple[list[int], int]]:
-        """Role → ids before a content, number of ids after the marker that ends it. Texts alone need no letters of roles."""
-        sides = {role: [self.tok.encode(side, special=True) for side in self.row.roles[role]] for role in ROLES}
-        return {role: (before, len(after) - 1) for role, (before, after) in sides.items()}
-
     def encode(self, document: Document, ends: bool) -> tuple[list[int], list[int]]:
         """Ids and a mask of 0 and 1, the end-of-text token last where the document ends."""
         end = [self.tok.eos_id or 0] * ends
@@ -107,21 +60,29 @@ class Encoder:
             ids = self.tok.encode(document) + end
             return ids, [1] * len(ids)
         check_markers(self.tok, self.markers, self.path)
-        ids, mask = [], []
+        ids, mask, lead = [], [], ""
+        end_id = self.tok.token_id(self.markers[-1])
         for message in document:
-            turn, (before, n_after) = self._turn(message), self._sides[message["role"]]
+            before = self._behind(lead, self.row.roles[message["role"]][0])
+            turn = self._turn(lead, message)
             if turn[: len(before)] != before:
                 raise FileError(self.path, "the vocabulary joins chat markers with what follows", "choose others with --chat")
-            learnt = len(turn) - len(before) - n_after  # the content and the marker that ends it
+            n_after = turn[::-1].index(end_id)  # behind the marker that ends the turn
+            learnt = len(turn) - len(before) - n_after
             ids += turn
             mask += [0] * len(before) + [int(message["role"] in self.learn)] * learnt + [0] * n_after
+            lead = self.row.roles[message["role"]][1]
         return ids + end, mask + [0] * len(end)
 
-    def _turn(self, message: dict[str, str]) -> list[int]:
+    def _turn(self, lead: str, message: dict[str, str]) -> list[int]:
         if any(marker in message["content"] for marker in self.markers):  # typed by somebody, so no markers
             return Template(None, self.row).encode([message], self.tok, add_generation_prompt=False)[self.tok.adds_bos :]
         before, after = self.row.roles[message["role"]]
-        return self.tok.encode(before + message["content"] + after, special=True)
+        return self._behind(lead, before + message["content"] + after)
+
+    def _behind(self, lead: str, text: str) -> list[int]:
+        """Ids of a text behind `lead`: SentencePiece may begin a text otherwise than it goes on with one."""
+        return self.tok.encode(lead + text, special=True)[len(self.tok.encode(lead, special=True)) :]
 
 
 def jinja(row: BuiltIn) -> str:
@@ -139,24 +100,34 @@ def jinja(row: BuiltIn) -> str:
 
 
 def prepare(
-    files: Sequence[Path], val_files: Sequence[Path], folder: Path, encoder: Encoder, every: int, say: Callable[[str], Any]
-) -> None:
+    files: Sequence[Path], val_files: Sequence[Path], folder: Path, encoder: Encoder, every: int, say: Callable[[str], Any],
+    reading: Reading = Reading(),  # noqa: B008
+) -> None:  # fmt: skip
     """Encode every file that state.json does not call done; one bad file stops no other.
 
-    `every`: of so many documents (pieces of long texts) one goes to the validation split; 0: none does.
+    `every`: of so many documents (pieces of long texts), counted over all files, one goes to the validation split; 0: none.
     Raises PocketlmError after all were tried, if one could not be read; the next call tries that one again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    how, failures, old = [encoder.tok.n_vocab, encoder.row.name, *encoder.learn, every], [], read_state(folder)
-    jobs = [*((file, "train") for file in files), *((file, "val") for file in val_files)]
-    parts = {name: old.get(name, {}) for name in (f"part-{number:05d}" for number in range(len(jobs)))}
+    how: list[Any] = [encoder.tok.n_vocab, encoder.row.name, *encoder.learn, every, reading.documents, reading.shortest]
+    failures, old = [], read_state(folder)
+    given = [*((file, "train") for file in files), *((file, "val") for file in val_files)]
+    for file, times in Counter(file.resolve() for file, _ in given).items():
+        if times > 1:
+            say(f"{file} is given {times} times")
+    jobs = [*{(file.resolve(), split): (file, split) for file, split in given}.values()]
+    known = {(part["key"][0], part["key"][3]): name for name, part in old.items() if "key" in part}  # wherever it stood
+    free = (name for number in count() if (name := f"part-{number:05d}") not in old)
+    parts = {name: old.get(name, {}) for name in [known.get((str(file), split)) or next(free) for file, split in jobs]}
     for name, (file, split) in zip(parts, jobs, strict=True):
         try:
             stat = file.stat()
             key = [str(file), stat.st_size, stat.st_mtime_ns, split, how]
             if parts[name].get("key") != key:
                 say(f"encoding {file}")
-                parts[name] = {"key": key, **_encode_part(file, folder / name, split, encoder, every)}
+                first = parts[name].get("first", sum(part.get("documents", 0) for part in parts.values()))
+                counts = _encode_part(file, folder / name, split, encoder, every, first, reading)
+                parts[name] = {"key": key, "first": first, **counts}
         except (OSError, PocketlmError) as error:
             failures.append(str(error) if str(file) in str(error) else f"{file}: {error}")
             parts[name] = {"error": failures[-1]}
@@ -174,19 +145,29 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _encode_part(file: Path, stem: Path, split: str, encoder: Encoder, every: int) -> dict[str, int]:
-    """Write STEM.train, STEM.val and their .mask in constant memory; the number of tokens in each."""
-    counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+def _encode_part(
+    file: Path, stem: Path, split: str, encoder: Encoder, every: int, first: int, reading: Reading
+) -> dict[str, int]:
+    """Write STEM.train, STEM.val and their .mask in constant memory; the number of tokens in each, and of documents.
+
+    `first`: how many documents the files before it have.
+    """
+    counts: dict[str, int] = dict.fromkeys((*SPLITS, "documents"), 0)
+    n_vocab = encoder.tok.n_vocab
+    if file.suffix in IDS:
+        documents = ((ids, np.ones(len(ids), np.uint8)) for ids in read_ids(file, n_vocab))
+    else:
+        documents = (encoder.encode(document, ends) for document, ends in read_documents(file, reading))
     with ExitStack() as stack:
         names = [f"{split}{kind}" for split in SPLITS for kind in ("", ".mask")]
         parts = {name: stack.enter_context(replacing_file(Path(f"{stem}.{name}"))) for name in names}
         sinks = {name: stack.enter_context(open(part, "wb")) for name, part in parts.items()}
-        for number, (document, ends) in enumerate(read_documents(file)):
-            where = "val" if split == "val" or (every and number % every == every // 2) else "train"
-            ids, mask = encoder.encode(document, ends)
-            sinks[where].write(np.array(ids, _dtype(encoder.tok.n_vocab)).tobytes())
+        for number, (ids, mask) in enumerate(documents, first):
+            where = "val" if split == "val" or (every and number % every == min(every // 2, 2)) else "train"
+            sinks[where].write(np.array(ids, _dtype(n_vocab)).tobytes())
             sinks[f"{where}.mask"].write(bytes(mask))
             counts[where] += len(ids)
+            counts["documents"] += 1
     return counts
 
 
@@ -194,57 +175,89 @@ def _dtype(n_vocab: int) -> type:
     return np.uint16 if n_vocab <= 1 << 16 else np.uint32
 
 
-# ── batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── blocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split of all parts, in blocks of `context` tokens; an epoch shows each once, cut at another place every time."""
+    """One split of all parts, one behind the other, in blocks of `context` tokens or cut at the ends of sentences."""
 
     ids: list[np.ndarray]  # of every part, (n,) uint16 or uint32, mapped
     masks: list[np.ndarray]  # uint8
     context: int
+    files: list[str]  # where each part comes from
+    sentence_ends: np.ndarray | None = None  # bool, for each id of the vocabulary; blocks are cut behind these
 
     @property
     def n_tokens(self) -> int:
         return sum(map(len, self.ids))
 
     def n_blocks(self, shift: int = 0) -> int:
-        return sum(self._blocks_of(part, shift) for part in self.ids)
-
-    def _blocks_of(self, part: np.ndarray, shift: int) -> int:
-        return max(0, (len(part) - 1 - shift) // self.context)
+        if self.sentence_ends is not None:
+            return len(self._cuts) - 1
+        return max(0, (self.n_tokens - 1 - shift) // self.context)
 
     def block(self, number: int, shift: int = 0) -> Block:
-        """The block `number` of parts whose first `shift` tokens are left out."""
-        for ids, mask in zip(self.ids, self.masks, strict=True):
-            if number < (n := self._blocks_of(ids, shift)):
-                start, stop = shift + number * self.context, shift + (number + 1) * self.context + 1
-                window = ids[start:stop].astype(np.int64)
-                return window[:-1], window[1:], mask[start + 1 : stop].astype(np.float32)
-            number -= n
-        raise IndexError(number)
+        """The block `number` of a split whose first `shift` tokens are left out.
 
-    def batch(self, step: int, size: int, seed: int) -> list[Block]:
-        """The `size` blocks of a step: a function of its arguments, so that a run can go on anywhere."""
-        n, blocks = self.n_blocks(self.context - 1), []
-        for epoch, place in (divmod(i, n) for i in range(step * size, (step + 1) * size)):
-            shift, order = _order(seed, epoch, n, self.context)
-            blocks.append(self.block(int(order[place]), shift))
-        return blocks
+        Cut at sentences, it begins with one, and what is learnt of it ends with one; `shift` is 0 then, whatever it says.
+        """
+        first, end = shift + number * self.context, shift + (number + 1) * self.context
+        if self.sentence_ends is not None:
+            first, end = self._cuts[number : number + 2].tolist()
+        start = min(first, self.n_tokens - 1 - self.context)
+        window = self._slice(self.ids, start, start + self.context + 1).astype(np.int64)
+        mask = self._slice(self.masks, start + 1, start + self.context + 1).astype(np.float32)
+        mask[: first - start] = mask[end - start :] = 0.0
+        return window[:-1], window[1:], mask
+
+    def _slice(self, parts: list[np.ndarray], start: int, stop: int) -> np.ndarray:
+        found, at = [], bisect_right(self._begins, start) - 1
+        while start < stop:
+            begin = self._begins[at]
+            found.append(parts[at][start - begin : stop - begin])
+            start, at = begin + len(parts[at]), at + 1
+        return np.concatenate(found)
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        return [0, *accumulate(map(len, self.ids))]
+
+    @cached_property
+    def _cuts(self) -> np.ndarray:
+        """Where blocks begin and the last one ends: behind the last sentence that still fits."""
+        assert self.sentence_ends is not None
+        cuts, last = [0], self.n_tokens - 1
+        while last >= self.context and cuts[-1] < last:
+            stop = min(cuts[-1] + self.context, last)
+            ends = np.flatnonzero(self.sentence_ends[self._slice(self.ids, cuts[-1], stop)])
+            cuts.append(cuts[-1] + int(ends[-1]) + 1 if len(ends) and stop < last else stop)
+        return np.array(cuts)
+
+    def parts(self) -> dict[str, Corpus]:
+        """Each file's part of the split; those too short for a block at every shift are one together."""
+        names = [name if len(ids) >= 2 * self.context else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
+        rows = [*zip(names, self.ids, self.masks, self.files, strict=True)]
+        found = {name: [list(row[1:]) for row in rows if row[0] == name] for name in names}
+        return {
+            name: replace(self, ids=[*ids], masks=[*masks], files=[*files])
+            for name, (ids, masks, files) in ((name, zip(*of, strict=True)) for name, of in found.items())
+        }
 
 
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n_blocks: int, context: int) -> tuple[int, np.ndarray]:
-    random = np.random.default_rng([seed, epoch])
-    return int(random.integers(context)), random.permutation(n_blocks)
+def sentence_ends(tok: Tokenizer) -> np.ndarray:
+    """bool, for each id: whether a sentence, a line, a turn or a text may end with it."""
+    texts = (tok.token_bytes(i).decode(errors="ignore") for i in range(tok.n_vocab))
+    return np.array([i in tok.end_ids or SENTENCE_END.search(text) is not None for i, text in enumerate(texts)])
 
 
-def open_corpus(folder: Path, split: str, context: int, n_vocab: int) -> Corpus:
+def open_corpus(folder: Path, split: str, context: int, n_vocab: int, sentence_ends: np.ndarray | None = None) -> Corpus:
     """A split of a prepared folder. Raises FileError where it is shorter than one block."""
-    stems = [folder / f"{name}.{split}" for name, part in sorted(read_state(folder).items()) if part.get(split)]
+    parts = {name: part for name, part in sorted(read_state(folder).items()) if part.get(split)}
+    stems = [folder / f"{name}.{split}" for name in parts]
     ids = [np.memmap(stem, _dtype(n_vocab), "r") for stem in stems]
-    corpus = Corpus([*ids], [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems], context)
+    masks = [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems]
+    corpus = Corpus([*ids], [*masks], context, [part["key"][0] for part in parts.values()], sentence_ends)
     if not corpus.n_blocks(context - 1 if split == "train" else 0):
         problem = f"its {split} split has {corpus.n_tokens} tokens, too few for a sequence of {context}"
         raise FileError(folder, problem, "give more text, a smaller --context, or a --val file")

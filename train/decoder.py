@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pocketlm.runtime.positions import alibi_slopes
 from pocketlm.train.presets import Shape
@@ -79,17 +80,22 @@ class Layer(nn.Module):
         self.attn_norm, self.attn = Norm(shape), Attention(shape)
         self.ffn_norm, self.ffn = Norm(shape), FeedForward(shape)
 
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None, drop: nn.Module) -> Tensor:
+        x = x + drop(self.attn(self.attn_norm(x), rope, bias))
+        return x + drop(self.ffn(self.ffn_norm(x)))
+
 
 class Decoder(nn.Module):
-    """`dropout` acts on the embedding and on what every sub-layer adds."""
+    """`dropout` acts on the embedding and on what every sub-layer adds. `checkpointing` (arXiv:1604.06174): keep each layer's
+    input alone, and compute the layer again for its gradients."""
 
-    def __init__(self, shape: Shape, dropout: float = 0.0):
+    def __init__(self, shape: Shape, dropout: float = 0.0, checkpointing: bool = False):
         super().__init__()
         self.rope_cos: Tensor
         self.rope_sin: Tensor
         self.alibi: Tensor
         self.layers: Any
-        self.shape, self.drop = shape, nn.Dropout(dropout)
+        self.shape, self.drop, self.checkpointing = shape, nn.Dropout(dropout), checkpointing
         self.tok_emb = nn.Embedding(shape.n_vocab, shape.n_embd)
         self.pos_emb = nn.Embedding(shape.n_ctx, shape.n_embd) if shape.position == "learned" else None
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.n_layer))
@@ -117,8 +123,10 @@ class Decoder(nn.Module):
         bias = self.alibi_bias(n).to(x.dtype) if position == "alibi" else None
         x = self.drop(x)
         for layer in self.layers:
-            x = x + self.drop(layer.attn(layer.attn_norm(x), rope, bias))
-            x = x + self.drop(layer.ffn(layer.ffn_norm(x)))
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, rope, bias, self.drop, use_reentrant=False)
+            else:
+                x = layer(x, rope, bias, self.drop)
         return F.linear(self.out_norm(x), self.tok_emb.weight if self.head is None else self.head.weight)
 
     def alibi_bias(self, n: int) -> Tensor:  # -> float32 [1, n_head, n, n]

@@ -1,112 +1,80 @@
 """The loop: a model, a corpus and settings in; checkpoints and a log in the run's folder out. Knows no text, but for samples.
 
-A step is a function of the weights, the optimiser's state, the settings and the step's number: which blocks it sees and
-which values dropout takes are drawn from (seed, step), so a run that was killed anywhere goes on from its last checkpoint
-to the very weights it would have had. Several processes share a step's micro batches; their number does not matter.
+A step is a function of the weights, the optimiser's state, the settings, the step's number and what every part of the
+corpus has given so far. All of that is in a checkpoint, so a run that was killed anywhere goes on from its last one to
+the very weights it would have had. Several processes share a step's micro batches; their number does not matter.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import os
-import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train import log
-from pocketlm.train.checkpoints import BEST, LAST, read, save
+from pocketlm.train.batches import Feed
+from pocketlm.train.checkpoints import BEST, LAST, is_numbered, keeping, read, save
 from pocketlm.train.data import Block, Corpus
 from pocketlm.train.decoder import Decoder
-from pocketlm.train.presets import Settings
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes of one run (torchrun's), and where this one computes."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, *values: float) -> list[float]:
-        """Each value added up over all processes."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+from pocketlm.train.devices import AUTOCAST, Ranks
+from pocketlm.train.presets import Cadence, Settings
 
 
-@contextmanager
-def process_group(device: str) -> Iterator[Ranks]:
-    """Joins the other processes where torchrun started this one. Raises UsageError for a device that is not there."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and size > 1:
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        place = torch.zeros(1, device=kind).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {kind}: {str(error).splitlines()[0][:120]}") from None
-    if size > 1:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield Ranks(int(os.environ.get("RANK", "0")), size, place)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+@dataclass
+class Progress:
+    """How far a run has come. It is saved as it is."""
+
+    step: int = 0
+    best: float = math.inf  # validation loss
+    since_best: int = 0  # validations
+    val_loss: float = math.nan
+    seconds: float = 0.0
+    rolling: list[int] = field(default_factory=list)  # steps of the numbered checkpoints that newer ones will replace
 
 
-def cannot_compile(device: torch.device) -> str:
-    """Why torch.compile does not work here (it needs a C++ compiler), "" where it does."""
-    factor = random.random()  # so that nothing compiled earlier will do
-    try:
-        torch.compile(lambda x: x * factor)(torch.ones(8, device=device))
-    except Exception as error:  # whatever the compilers under it raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return lines[0][:200]
-    return ""
-
-
-def optimiser(model: Decoder, settings: Settings) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) that decays matrices only."""
+def optimiser(model: Decoder, settings: Settings) -> Any:
+    """AdamW (arXiv:1711.05101) that decays matrices only; its state in 32 bits, or in 8 (arXiv:2110.02861)."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=True)
+    if settings.optimizer == "adamw":
+        fused = model.tok_emb.weight.device.type != "mps"  # PyTorch 2.4 has none there
+        return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=fused)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed here
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise PocketlmError("--optimizer adamw8bit needs bitsandbytes; get it with: pip install bitsandbytes") from None
+    on_gpu = model.tok_emb.weight.device.type == "cuda"  # where its state may be moved out of the GPU's memory
+    return AdamW8bit(groups, settings.lr, (0.9, settings.beta2), is_paged=on_gpu)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warm-up, then half a cosine down to min_lr of lr."""
+    """Linear warm-up, then half a cosine down to min_lr."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
+    lowest = settings.min_lr / settings.lr if settings.min_lr >= 0 else 0.1  # as a share of lr
     share = min((step - settings.warmup) / max(1, settings.steps - settings.warmup), 1.0)
-    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * share)))
+    return settings.lr * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def losses(model: Any, blocks: Sequence[Block], device: torch.device, dtype: str = "fp32") -> torch.Tensor:
     """Sum of the cross-entropies of a micro batch's learnt tokens, in nats."""
     ids, targets, mask = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*blocks, strict=True))
-    with torch.autocast(device.type, DTYPES[dtype]) if dtype in DTYPES else nullcontext():
+    with torch.autocast(device.type, AUTOCAST.get(dtype), dtype in AUTOCAST):
         logits = model(ids)
     each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     return (each * mask.flatten()).sum()
@@ -132,21 +100,20 @@ def evaluate(model: Decoder, corpus: Corpus, ranks: Ranks, settings: Settings, n
 
 
 def take_step(
-    model: Decoder, compiled: Any, corpus: Corpus, optimizer: torch.optim.Optimizer, scaler: Any, settings: Settings, step: int,
+    model: Decoder, compiled: Any, feed: Feed, optimizer: torch.optim.Optimizer, scaler: Any, settings: Settings, step: int,
     ranks: Ranks,
 ) -> float:  # fmt: skip
     """One update from `settings.batch` sequences; their mean loss. The same for any micro batch and number of processes."""
-    blocks = corpus.batch(step, settings.batch, settings.seed)
+    blocks = feed.batch(step)
     count = max(1.0, n_learnt(blocks))
     micro = [blocks[i : i + settings.micro_batch] for i in range(0, len(blocks), settings.micro_batch)]
-    mine = range(len(micro))[ranks.rank :: ranks.size]
     nats = 0.0
-    for number in mine:
+    for number in range(len(micro))[ranks.rank :: ranks.size]:
         torch.manual_seed(hash((settings.seed, step, number)))  # what dropout draws
-        with compiled.no_sync() if ranks.size > 1 and number != mine[-1] else nullcontext():
-            loss = losses(compiled, micro[number], ranks.device, settings.dtype)
-            scaler.scale(loss * (ranks.size / count)).backward()  # DDP takes the mean over the processes
+        loss = losses(compiled, micro[number], ranks.device, settings.dtype)
+        scaler.scale(loss * (1 / count)).backward()
         nats += float(loss.detach())
+    ranks.add_up(weight.grad for weight in model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     scaler.unscale_(optimizer)
@@ -158,78 +125,98 @@ def take_step(
 
 
 def train(
-    model: Decoder, corpus: Corpus, val: Corpus, settings: Settings, run: Path, ranks: Ranks, *, identity: dict[str, Any],
-    sample: Callable[[Decoder], list[str]], log_every: int = 10, eval_every: int = 100, eval_blocks: int = 64,
-    save_seconds: float = 60.0,
-) -> float:  # fmt: skip
-    """Train until `settings.steps`, from the run's last checkpoint where there is one; the last validation loss, in nats.
+    model: Decoder, compiled: Any, feed: Feed, val: Corpus, settings: Settings, cadence: Cadence, run: Path, ranks: Ranks, *,
+    identity: dict[str, Any], sample: Callable[[Decoder], list[dict[str, Any]]], plot: bool = False,
+) -> Progress:  # fmt: skip
+    """Train until `settings.steps`, or a plateau, from the run's last checkpoint where there is one.
 
-    `identity`: what the run is made of; a checkpoint that was made otherwise is refused with UsageError. On Ctrl-C or
-    SIGTERM the step is finished and saved, and KeyboardInterrupt raised.
+    `compiled`: the model, or what torch.compile made of it. `identity`: what the run is made of; a checkpoint that was made
+    otherwise is refused with UsageError. `sample`: what the model says at a validation, some texts for each prompt. On Ctrl-C
+    or SIGTERM the step is finished and saved, and KeyboardInterrupt raised.
     """
     if (n_micro := settings.batch // settings.micro_batch) % ranks.size:
         raise UsageError(f"{n_micro} micro batches a step cannot be shared by {ranks.size} processes")
-    model.to(ranks.device).train()
-    optimizer, scaler = optimiser(model, settings), torch.amp.GradScaler(ranks.device.type, enabled=settings.dtype == "fp16")
-    step, best, val_loss, seconds = 0, math.inf, math.nan, 0.0
-    if (run / LAST).exists():
-        content = read(run / LAST)
-        _check_identity(content["identity"], identity, run)
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(content[name])
-        step, best, val_loss, seconds = (content[name] for name in ("step", "best", "val_loss", "seconds"))
-        _say(ranks, f"going on at step {step} of {settings.steps}")
-    compiled: Any = torch.nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
-    compiled = torch.compile(compiled) if settings.compile else compiled
+    optimizer = optimiser(model.train(), settings)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=settings.dtype == "fp16")
+    measured = [[file, len(ids)] for file, ids in zip(val.files, val.ids, strict=True)]
+    at = _resume(run, identity, measured, model, optimizer, scaler, feed)
+    if at.step:
+        ranks.say(f"going on at step {at.step} of {settings.steps}")
     if ranks.leads:
-        log.rewind(run / log.LOG, step)
-    started = time.monotonic() - seconds
+        log.rewind(run / log.LOG, at.step)
+    started = time.monotonic() - at.seconds
     saved = shown_at = time.monotonic()
-    shown = step
+    shown = at.step
+
+    def ended() -> bool:
+        return at.step >= settings.steps or 0 < cadence.patience <= at.since_best
+
     with stopping() as stop:
-        while step < settings.steps:
-            loss = take_step(model, compiled, corpus, optimizer, scaler, settings, step, ranks)
-            step, now = step + 1, time.monotonic()
+        while not ended():
+            loss = take_step(model, compiled, feed, optimizer, scaler, settings, at.step, ranks)
+            at.step, now = at.step + 1, time.monotonic()
+            at.seconds = now - started
             if not math.isfinite(loss):
-                raise PocketlmError(f"the loss is {loss} at step {step}: try a smaller --lr, or --dtype bf16 or fp32")
-            is_last = step == settings.steps
-            if ranks.leads and (step % log_every == 0 or is_last):
-                each = (now - shown_at) / (step - shown)
-                row = {"step": step, "loss": loss, "lr": optimizer.param_groups[0]["lr"]}
-                row |= {"tokens_per_second": round(settings.batch * corpus.context / each), "seconds": round(now - started, 1)}
+                raise PocketlmError(f"the loss is {loss} at step {at.step}: try a smaller --lr, or --dtype bf16 or fp32")
+            if ranks.leads and (at.step % cadence.log_every == 0 or ended()):
+                each = (now - shown_at) / (at.step - shown)
+                row = {"step": at.step, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "epoch": round(feed.epochs, 4)}
+                row |= {"tokens_per_second": round(settings.batch * settings.context / each), "seconds": round(at.seconds, 1)}
+                if ranks.device.type == "cuda":
+                    row["gigabytes"] = round(torch.cuda.max_memory_allocated(ranks.device) / 1e9, 3)
                 log.write(run / log.LOG, row)
-                _say(ranks, log.progress(row, settings.steps, (settings.steps - step) * each))
-                shown, shown_at = step, now
-            if step % eval_every == 0 or is_last:
-                val_loss = evaluate(model, val, ranks, settings, eval_blocks)
+                ranks.say(log.progress(row, settings.steps, (settings.steps - at.step) * each))
+                shown, shown_at = at.step, now
+            if at.step % cadence.eval_every == 0 or at.step == settings.steps:
+                at.val_loss = evaluate(model, val, ranks, settings, cadence.eval_blocks)
+                at.since_best = 0 if at.val_loss < at.best else at.since_best + 1
+                at.best = min(at.best, at.val_loss)
                 if ranks.leads:
-                    if val_loss < best:
-                        save(run / BEST, model, step=step, val_loss=val_loss)
-                    log.write(run / log.LOG, {"step": step, "val_loss": val_loss, "samples": sample(model)})
-                best = min(best, val_loss)
-                _say(ranks, f"validation loss {val_loss:.4f} (best {best:.4f})")
+                    if not at.since_best:
+                        save(run / BEST, model, step=at.step, val_loss=at.val_loss)
+                    row = {"step": at.step, "val_loss": at.val_loss, "perplexity": log.perplexity(at.val_loss)}
+                    row |= {"epoch": round(feed.epochs, 4), "samples": sample(model)}
+                    log.write(run / log.LOG, row)
+                    for line in log.validation(row, at.best):
+                        ranks.say(line)
+                    if plot:
+                        log.plot(run)
                 shown_at += time.monotonic() - now
-            stopped, due = ranks.sum(len(stop), ranks.leads and now - saved > save_seconds)
-            if ranks.leads and (due or stopped or is_last):
-                state = {"step": step, "best": best, "val_loss": val_loss, "seconds": now - started, "identity": identity}
-                save(run / LAST, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **state)
+            stopped, due = ranks.sum(len(stop), ranks.leads and now - saved > cadence.save_seconds)
+            if ranks.leads and (due or stopped or is_numbered(at.step, cadence) or ended()):
+                with keeping(run, at.step, at.rolling, cadence):
+                    state = {"identity": identity, "measured": measured, "position": feed.position, **asdict(at)}
+                    save(run / LAST, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **state)
                 saved = now
-            if stopped and not is_last:
-                _say(ranks, f"stopped at step {step}, which is saved: the same command goes on")
+            if stopped and not ended():
+                ranks.say(f"stopped at step {at.step}, which is saved: the same command goes on")
                 raise KeyboardInterrupt
-    return val_loss
+    return at
 
 
-def _say(ranks: Ranks, text: str) -> None:
-    if ranks.leads:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _check_identity(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            problem = f"{run} holds a run with {name} = {str(old.get(name))[:60]}, not {str(new.get(name))[:60]}"
-            raise UsageError(f"{problem}: give that to go on with it, or another folder with -o")
+def _resume(
+    run: Path, identity: dict[str, Any], measured: list[list[Any]], model: Decoder, optimizer: Any, scaler: Any, feed: Feed
+) -> Progress:
+    """Bring everything to where the run's last checkpoint was. Raises UsageError for a run of another identity."""
+    if not (run / LAST).exists():
+        return Progress()
+    content = read(run / LAST)
+    if missing := [name for name in ("identity", "measured", "position", *asdict(Progress())) if name not in content]:
+        raise FileError(run / LAST, f"says no {missing[0]}, so no run can go on from it", "choose another folder with -o")
+    old = content["identity"]
+    if wrong := [name for name in sorted(old.keys() | identity) if old.get(name) != identity.get(name)]:
+        given = "; ".join(f"{name} = {old.get(name)}, not {identity.get(name)}" for name in wrong)
+        raise UsageError(f"{run} holds a run with {given}: give that to go on with it, or another folder with -o")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"] and scaler.is_enabled():  # --dtype may change
+        scaler.load_state_dict(content["scaler"])
+    feed.position = content["position"]
+    at = Progress(**{name: content[name] for name in asdict(Progress())})
+    at.rolling = [step for step in at.rolling if isinstance(step, int)]  # from a stranger these would be names of files
+    if content["measured"] != measured:  # losses on other texts say nothing about these
+        at.best, at.since_best = math.inf, 0
+    return at
 
 
 @contextmanager
@@ -245,23 +232,29 @@ def stopping() -> Iterator[list[int]]:
 
 
 def sampler(
-    tok: Tokenizer, prompts: Sequence[str], n_tokens: int = 60, temperature: float = 0.7
-) -> Callable[[Decoder], list[str]]:
-    """What a model makes of the prompts (chat markers are read), always with the same draws; training's are left alone."""
+    tok: Tokenizer, prompts: Sequence[str], n_each: int = 2, n_tokens: int = 60, temperature: float = 0.8, top_k: int = 40
+) -> Callable[[Decoder], list[dict[str, Any]]]:
+    """What a model makes of each prompt (chat markers are read), always with the same draws; training's are left alone."""
     encoded = [tok.encode(prompt, special=True, bos=tok.adds_bos) or [tok.eos_id or 0] for prompt in prompts]
 
     @torch.no_grad()
-    def sample(model: Decoder) -> list[str]:
+    def go_on(model: Decoder, prompt: list[int], dice: torch.Generator) -> str:
+        ids: list[int] = []
+        while len(ids) < n_tokens and not (ids and ids[-1] in tok.end_ids):
+            seen = torch.tensor([(prompt + ids)[-model.shape.n_ctx :]], device=model.tok_emb.weight.device)
+            logits, among = model(seen)[0, -1].float().cpu().topk(min(top_k or tok.n_vocab, model.shape.n_vocab))
+            chances = (logits / temperature).softmax(-1) if temperature else (logits == logits[0]).float()
+            ids.append(int(among[torch.multinomial(chances, 1, generator=dice)]))
+        return tok.decode(ids)
+
+    def sample(model: Decoder) -> list[dict[str, Any]]:
         model.eval()
-        dice, texts = torch.Generator().manual_seed(1), []
-        for prompt in encoded:
-            ids: list[int] = []
-            while len(ids) < n_tokens and not (ids and ids[-1] in tok.end_ids):
-                seen = torch.tensor([(prompt + ids)[-model.shape.n_ctx :]], device=model.tok_emb.weight.device)
-                logits = model(seen)[0, -1].float().cpu()
-                ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=dice)))
-            texts.append(tok.decode(ids))
+        dice = torch.Generator().manual_seed(1)
+        rows = [
+            {"prompt": prompt, "texts": [go_on(model, ids, dice) for _ in range(n_each)]}
+            for prompt, ids in zip(prompts, encoded, strict=True)
+        ]
         model.train()
-        return texts
+        return rows
 
     return sample

@@ -12,6 +12,7 @@ CHOICES = {
     "position": ("rope", "alibi", "learned", "none"),
     "activation": ("silu", "gelu_erf", "gelu_tanh"),
     "dtype": ("fp32", "bf16", "fp16"),
+    "optimizer": ("adamw", "adamw8bit"),
 }
 
 
@@ -64,7 +65,7 @@ class Settings:
     micro_batch: int = 8  # sequences at once; changes nothing but rounding
     context: int = 0  # tokens a sequence; 0: the model's n_ctx
     lr: float = 1e-3
-    min_lr: float = 0.1  # of lr, at the last step
+    min_lr: float = -1.0  # at the last step; -1: a tenth of lr
     warmup: int = 50  # steps
     weight_decay: float = 0.1  # of matrices only
     beta2: float = 0.95
@@ -72,6 +73,8 @@ class Settings:
     dropout: float = 0.0
     dtype: str = "fp32"
     compile: bool = False
+    checkpointing: bool = False  # less memory, a third more time, the same result
+    optimizer: str = "adamw"
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -80,6 +83,25 @@ class Settings:
             raise UsageError(f"a batch of {self.batch} is no whole number of micro batches of {self.micro_batch}")
         if not (0 < self.lr < 10 and 0 <= self.dropout < 1 and self.clip > 0 and min(self.context, self.warmup) >= 0):
             raise UsageError("expected 0 < lr < 10, 0 <= dropout < 1, clip > 0, context and warmup 0 or more")
+        if not (0 <= self.beta2 < 1 and self.min_lr <= self.lr):
+            raise UsageError(f"expected 0 <= beta2 < 1 and a min lr of at most the lr, {self.lr:g}")
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often a run logs, validates and is saved. What is learnt does not depend on it, but for when `patience` ends it."""
+
+    log_every: int = 10  # steps
+    eval_every: int = 100
+    eval_blocks: int = 64  # sequences that are looked at each time
+    save_seconds: float = 60.0
+    keep: int = 0  # numbered checkpoints, the last of one at every validation
+    keep_every: int = 0  # steps between numbered checkpoints that stay; 0: none does
+    patience: int = 0  # validations without a better one after which a run ends; 0: never
+
+    def __post_init__(self) -> None:
+        if min(self.log_every, self.eval_every) < 1 or min(self.keep, self.keep_every, self.patience) < 0:
+            raise UsageError("--log-every and --eval-every are 1 or more, --keep, --keep-every and --patience 0 or more")
 
 
 @dataclass(frozen=True)
@@ -100,19 +122,25 @@ def _alibi(n_layer: int, n_head: int, n_embd: int, n_vocab: int, n_ctx: int, n_k
     return Shape(n_layer, n_head, n_embd, n_vocab, n_ctx, n_kv_head, n_ff, position="alibi", norm_eps=1e-6)
 
 
-_BOOK = Settings(steps=5000, batch=64, lr=1e-3, warmup=100, dropout=0.2)
-_LARGE = Settings(steps=100000, batch=480, lr=6e-4, warmup=2000, dtype="bf16", compile=True)
-PRESETS = {  # layers, heads, width, vocabulary, context, kv heads, feed-forward; README.md has the published counts
+_GPU: dict[str, Any] = {"dtype": "bf16", "compile": True}
+PRESETS = {  # layers, heads, width, vocabulary, context, kv heads, feed-forward; README.md says what of it is published
     "tiny": Preset(Shape(4, 4, 128, 2048, 256, 4, 384), "bytes", Settings(200, 16, lr=3e-3, warmup=20)),
     "small-talk": Preset(Shape(4, 8, 256, 1024, 512, 4, 768), "bytes", Settings(7500, 16, 4, lr=3e-3, warmup=200)),
-    "chekhov-10m": Preset(_gpt2(6, 6, 384, 201, 256), "characters", _BOOK),
-    "classics-46m": Preset(_gpt2(12, 8, 512, 16000, 512), "sentencepiece", _BOOK),
-    "mini-tron-48m": Preset(_gpt2(10, 8, 512, 32000, 1024), "sentencepiece", _LARGE),
-    "turkish-25m": Preset(_alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece", _LARGE),
-    "turkish-68m": Preset(_alibi(12, 8, 512, 64000, 1024, 4, 1376), "sentencepiece", _LARGE),
-    "polish-1.3b": Preset(_gpt2(28, 16, 1920, 32000, 1024), "sentencepiece", _LARGE),
-    "gpt2-124m": Preset(_gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes", _LARGE),
-}
+    "chekhov-10m": Preset(_gpt2(6, 6, 384, 201, 256), "characters",
+        Settings(5000, 64, lr=1e-3, warmup=100, beta2=0.99, dropout=0.2, dtype="bf16")),
+    "classics-46m": Preset(_gpt2(12, 8, 512, 16000, 512), "sentencepiece",
+        Settings(30000, 66, 6, lr=6e-4, warmup=200, dropout=0.1, dtype="bf16")),
+    "mini-tron-48m": Preset(_gpt2(10, 8, 512, 32000, 1024), "sentencepiece",
+        Settings(16000, 64, 2, lr=3e-4, warmup=200, dropout=0.1, **_GPU)),
+    "turkish-25m": Preset(_alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece",
+        Settings(50000, 128, lr=3e-4, warmup=500, **_GPU)),
+    "turkish-68m": Preset(_alibi(12, 8, 512, 64000, 2048, 4, 1376), "sentencepiece",
+        Settings(50000, 32, lr=3e-4, warmup=500, dropout=0.02, **_GPU)),
+    "polish-1.3b": Preset(_gpt2(28, 16, 1920, 32000, 1024), "sentencepiece",
+        Settings(100000, 480, 1, lr=2e-4, warmup=2000, dtype="fp16", checkpointing=True)),
+    "gpt2-124m": Preset(_gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes",
+        Settings(15000, 126, 6, lr=1e-4, warmup=1750, dtype="fp16", compile=True)),
+}  # fmt: skip
 
 
 def changed(shape: Shape, pairs: dict[str, str]) -> Shape:

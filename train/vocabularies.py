@@ -1,6 +1,7 @@
-"""Makes vocabularies with the libraries of the field.
+"""The vocabulary of a run: made with the libraries of the field, or taken from somebody's file.
 
-In: texts. Out: a tokenizer's files in a folder, which `pocketlm.tokenizer` reads: the ids of training are the runtime's.
+In: texts, or the file of a tokenizer. Out: a tokenizer's file in the run's folder, which `pocketlm.tokenizer` reads: the ids
+of training are the runtime's.
 """
 
 from __future__ import annotations
@@ -8,21 +9,39 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pocketlm import tokenizer
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
+from pocketlm.tokenizer.gguf_vocabulary_writer import is_one_token, with_markers
+from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
 
 ROLES = ("system", "user", "assistant")
 END = "<|endoftext|>"  # between documents, and in front of a conversation
+OTHER_ENDS = ("</s>", "<|end_of_text|>", "<eos>")  # as others call it
 ROLE_LETTERS = "".join(ROLES) + "\n"  # with them a model of texts in any script can be taught conversations later
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of which each kind writes one
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of which a run has one
+MOST_BYTES = 1 << 26  # of texts, evenly drawn, that a vocabulary is made of: more takes memory, and changes little
+LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves longer ones out
 
 
-def _byte_bpe(texts: Iterable[str], n_vocab: int, markers: Sequence[str], folder: Path) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """What a vocabulary shall hold. `symbols` are one token in every text, `markers` only where a chat writes them."""
+
+    n_vocab: int
+    markers: tuple[str, ...] = ()
+    symbols: tuple[str, ...] = ()
+    coverage: float = 0.9995  # share of all characters that get a token (sentencepiece); others become bytes
+    normalizer: Normalizer = AS_IT_IS  # of every text, now and later
+
+
+def _byte_bpe(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
     """`tokenizers`: byte-level BPE with GPT-2's pre-tokenizer."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -31,37 +50,44 @@ def _byte_bpe(texts: Iterable[str], n_vocab: int, markers: Sequence[str], folder
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer
-    options = {"vocab_size": n_vocab, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    model.train_from_iterator(texts, trainer(special_tokens=[END, *markers], **options))
+    options = {"vocab_size": wanted.n_vocab, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    model.train_from_iterator(texts, trainer(special_tokens=[END, *wanted.markers, *wanted.symbols], **options))
+    file = json.loads(model.to_str())
+    for token in file["added_tokens"]:
+        token["special"] = token["content"] not in wanted.symbols
     write(folder / "tokenizer_config.json", json.dumps({"bos_token": END, "eos_token": END, "add_bos_token": True}))
-    write(folder / "tokenizer.json", model.to_str())
+    write(folder / "tokenizer.json", json.dumps(file, ensure_ascii=False))
 
 
-def _sentencepiece(texts: Iterable[str], n_vocab: int, markers: Sequence[str], folder: Path) -> None:
+def _sentencepiece(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
     """`sentencepiece`: BPE with byte fallback; markers are user-defined symbols, </s> ends a document."""
     import sentencepiece
 
     lines = (line for text in texts for line in text.splitlines() if line.strip())
+    cut = (line[start : start + LONGEST_LINE] for line in lines for start in range(0, len(line), LONGEST_LINE))
     model = io.BytesIO()
-    options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "character_coverage": 0.9995}
+    options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "character_coverage": wanted.coverage}
     text = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=n_vocab, user_defined_symbols=list(markers), minloglevel=2,
-            max_sentence_length=1 << 16, **options, **text,
+            sentence_iterator=cut, model_writer=model, vocab_size=wanted.n_vocab, minloglevel=2, max_sentence_length=1 << 16,
+            user_defined_symbols=[*wanted.markers, *wanted.symbols], **options, **text,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:
-        raise PocketlmError(f"sentencepiece made no vocabulary of {n_vocab}: {str(error).splitlines()[-1][:200]}") from None
+        reason = str(error).splitlines()[-1][:200]
+        raise PocketlmError(f"sentencepiece made no vocabulary of {wanted.n_vocab}: {reason}") from None
     write(folder / "tokenizer.model", model.getvalue())
 
 
-def _characters(texts: Iterable[str], n_vocab: int, markers: Sequence[str], folder: Path) -> None:
+def _characters(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
     """Every character of the texts, in order of their codes; with markers also those that stand between markers."""
-    found = sorted({character for text in texts for character in text}.union(ROLE_LETTERS if markers else ""))
-    write(folder / "vocab.json", json.dumps([END, *markers, *found], ensure_ascii=False))
+    found = {character for text in texts for character in text}.union(ROLE_LETTERS if wanted.markers else "")
+    longer = [symbol for symbol in wanted.symbols if len(symbol) > 1]
+    alphabet = sorted(found.union(symbol for symbol in wanted.symbols if len(symbol) == 1))
+    write(folder / "vocab.json", json.dumps([END, *wanted.markers, *longer, *alphabet], ensure_ascii=False))
 
 
-KINDS: dict[str, Callable[[Iterable[str], int, Sequence[str], Path], None]] = {
+KINDS: dict[str, Callable[[Iterable[str], Wanted, Path], None]] = {
     "bytes": _byte_bpe,
     "sentencepiece": _sentencepiece,
     "characters": _characters,
@@ -73,19 +99,33 @@ def write(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def make_tokenizer(kind: str, texts: Iterable[str], n_vocab: int, markers: Sequence[str], folder: Path) -> Tokenizer:
+def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path) -> Tokenizer:
     """Train a tokenizer of KINDS on `texts` and read it back. Raises PocketlmError without the library."""
+    wanted = replace(wanted, symbols=tuple(dict.fromkeys(s for s in wanted.symbols if s not in (END, *wanted.markers))))
+    if changed := [token for token in (*wanted.markers, *wanted.symbols) if wanted.normalizer(token) != token]:
+        raise UsageError(f"--normalize replaces {changed[0]}, which is a token of its own: take it out of one of the two")
     try:
-        KINDS[kind](texts, n_vocab, markers, folder)
+        with TemporaryDirectory() as temporary:
+            place = Path(temporary) if wanted.normalizer else folder  # the libraries' files cannot say every normalisation
+            KINDS[kind](map(wanted.normalizer, texts), wanted, place)
+            if wanted.normalizer:
+                keys = tokenizer.to_metadata(made := tokenizer.load(place), made.n_vocab)
+                write(folder / "vocab.json", tokenizer.to_json(keys | tokenizer.normalizer_keys(wanted.normalizer)))
     except ImportError as error:
         raise PocketlmError(f"training needs the package {error.name}; get it with: pip install 'pocketlm[train]'") from None
+    return tokenizer.load(folder)
+
+
+def keep_tokenizer(taken: Tokenizer, markers: Sequence[str], folder: Path) -> Tokenizer:
+    """A tokenizer made elsewhere as a run's: with a token that ends a text, and `markers`."""
+    write(folder / "vocab.json", tokenizer.to_json(with_markers(taken, markers, (END, *OTHER_ENDS))))
     return tokenizer.load(folder)
 
 
 def check_markers(tok: Tokenizer, markers: Sequence[str], path: object) -> None:
     """Raises FileError for a chat marker that is more than one token: a model would learn its letters and never stop."""
     for marker in markers:
-        pieces = tok.encode(marker, special=True)
-        if tok.token_id(marker) != pieces[-1]:  # a SentencePiece vocabulary may put a space in front
-            problem = f"the chat marker {marker} splits into {len(pieces)} tokens of this vocabulary"
-            raise FileError(path, problem, "register it as a special token, or choose other markers with --chat")
+        if not is_one_token(tok, marker):
+            n_tokens = len(tok.encode(marker, special=True))
+            problem = f"the chat marker {marker} splits into {n_tokens} tokens of this vocabulary"
+            raise FileError(path, problem, "add it with --add-markers, or choose other markers with --chat")

@@ -1,0 +1,133 @@
+"""What a run begins with: weights that were trained before, here or elsewhere, and the tokenizer and template beside them.
+
+In: whatever `pocketlm export` reads: a checkpoint of this trainer or of nanoGPT, a Hugging Face folder, a GGUF, … Out: a
+`Decoder` that computes the same. Knows no names but the canonical ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pocketlm import tokenizer
+from pocketlm.errors import FileError, UsageError, did_you_mean
+from pocketlm.export import published
+from pocketlm.export.assemble import interleaving, reordered, split_qkv
+from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.dialects import read_canonical
+from pocketlm.export.from_model_file import is_model_file
+from pocketlm.export.tokenizer_data import chat_template
+from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.model_file import open_model
+from pocketlm.tokenizer import Tokenizer
+from pocketlm.train.decoder import ALIBI_MAX_BIAS, Decoder
+from pocketlm.train.presets import CHOICES, Settings, Shape
+from pocketlm.train.vocabularies import FILES, KINDS
+
+ARCHITECTURES = ("gpt2", "llama", "refact", "pocketlm")  # whose operations are the decoder's
+NAMES = {  # the decoder's → the canonical one's
+    "tok_emb": "token_embd", "pos_emb": "position_embd", "out_norm": "output_norm", "head": "output", "layers": "blk",
+    "attn.q_proj": "attn_q", "attn.k_proj": "attn_k", "attn.v_proj": "attn_v", "attn.o_proj": "attn_output",
+    "ffn.gate_proj": "ffn_gate", "ffn.up_proj": "ffn_up", "ffn.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def read_start(path: Path, settings: Settings, rope_theta: float = 0.0) -> tuple[Decoder, list[str]]:
+    """A model with the weights in a file or folder, for `settings.context` positions (0: its own), and what the user should
+    know about it. Biases that it lacks where it has others begin as zeros.
+
+    Raises FileError for what is no checkpoint, or of a model that the decoder cannot be; UsageError where it has a table of
+    fewer positions.
+    """
+    model = read_canonical(path, tokenizer="none")
+    shape = _shape(path, model)
+    if shape.position == "learned" and settings.context > shape.n_ctx:
+        problem = f"the model has learned positions, for {shape.n_ctx} tokens; give at most that"
+        raise UsageError(f"--context {settings.context}: {problem}")
+    shape = replace(shape, n_ctx=max(settings.context, shape.n_ctx), rope_theta=rope_theta or shape.rope_theta)
+    decoder, weights = Decoder(shape, settings.dropout, settings.checkpointing), _weights(model)
+    with torch.no_grad():
+        for name, weight in decoder.named_parameters():
+            canonical = name
+            for ours, theirs in NAMES.items():
+                canonical = canonical.replace(f"{ours}.", f"{theirs}.")
+            value = weights.pop(canonical, None)
+            if value is not None and tuple(value.shape) == tuple(weight.shape):
+                weight.copy_(torch.from_numpy(value.read()))
+            elif value is None and name.endswith("bias"):
+                weight.zero_()
+            else:
+                raise FileError(path, f"has no {canonical} of the shape {tuple(weight.shape)}", "it cannot be trained here")
+    if weights:
+        raise FileError(path, f"has {next(iter(weights))}, which this trainer does not know", "it cannot be trained here")
+    return decoder, [note for note in model.notes if "tokenizer" not in note]
+
+
+def _shape(path: Path, model: CanonicalModel) -> Shape:
+    hyper, rope = model.hyper, model.hyper.rope
+    known = {f.name for f in fields(Shape)} | {"architecture", "head_dim", "rope", "alibi_max_bias"}
+    strange = ["architecture"] if hyper.architecture not in ARCHITECTURES else []
+    strange += [f.name for f in fields(Hyper) if f.name not in known and getattr(hyper, f.name) not in (f.default, {})]
+    strange += [name for name in CHOICES if getattr(hyper, name, CHOICES[name][0]) not in CHOICES[name]]
+    strange += ["head_dim"] if hyper.n_head * hyper.head_dim != hyper.n_embd else []
+    strange += ["alibi_max_bias"] if hyper.position == "alibi" and hyper.alibi_max_bias != ALIBI_MAX_BIAS else []
+    if rope and (rope.scaling != "none" or rope.n_dims != hyper.head_dim or "rope_freqs.weight" in model.tensors):
+        strange.append("rope")
+    if strange:
+        raise FileError(path, f"has {strange[0]} = {getattr(hyper, strange[0])}, which this trainer has not", "train another")
+    same = {f.name: getattr(hyper, f.name) for f in fields(Shape) if hasattr(hyper, f.name)}
+    learnt = model.tensors.keys() - model.added
+    bias, tied = any(name.endswith(".bias") for name in learnt), "output.weight" not in learnt
+    return Shape(**same, rope_theta=rope.theta if rope else 10000.0, bias=bias, tied=tied)
+
+
+def _weights(model: CanonicalModel) -> dict[str, CanonicalTensor]:
+    """What was learnt, with q, k and v apart and the two of a rotary pair half a head apart."""
+    hyper = model.hyper
+    weights = {name: tensor for name, tensor in model.tensors.items() if name not in model.added}
+    split_qkv(weights, hyper.n_layer, hyper.q_width, hyper.kv_width)
+    if hyper.rope and hyper.rope.pairs == "interleaved":
+        for part, n_heads in (("q", hyper.n_head), ("k", hyper.n_kv_head)):
+            order = np.argsort(interleaving(n_heads, hyper.head_dim, hyper.rope.n_dims))
+            turned = {name for name in weights if f".attn_{part}." in name}
+            weights |= {name: reordered(weights[name], order) for name in turned}
+    return weights
+
+
+def add_rows(model: Decoder, first: int, n_vocab: int) -> None:
+    """Make it a model of `n_vocab` tokens, of which those from `first` on are new: their rows of the token table, and of an
+    output matrix of its own, are drawn near the mean of the others, a tenth as far apart.
+    """
+    dice = torch.Generator().manual_seed(first)
+    for layer in (model.tok_emb, model.head):
+        if layer is not None:
+            old = layer.weight.data[:first]
+            new = torch.randn((n_vocab - first, old.shape[1]), generator=dice) * old.std(0) / 10 + old.mean(0)
+            layer.weight = torch.nn.Parameter(torch.cat([old, new]))
+    model.tok_emb.num_embeddings, model.shape = n_vocab, replace(model.shape, n_vocab=n_vocab)
+
+
+def taken(kind: str, start: str | None) -> Tokenizer:
+    """The tokenizer that a run takes: that of `--tokenizer`, else that of the weights `start`. Raises UsageError for none."""
+    if kind not in KINDS:
+        if not Path(kind).exists() and kind not in published.NAMES:
+            kinds = (*KINDS, *published.NAMES)
+            expected = f"{', '.join(kinds)}, or a tokenizer's file or folder{did_you_mean(kind, kinds)}"
+            raise UsageError(f"--tokenizer {kind}: expected {expected}")
+        return published.load(kind)
+    folder = path if (path := Path(start or "")).is_dir() else path.parent
+    if not is_model_file(path) and any((folder / name).is_file() for name in FILES):
+        return tokenizer.load(folder)
+    return tokenizer.from_metadata(read_canonical(path).metadata, path)
+
+
+def template_beside(start: Path) -> str | None:
+    """The chat template of such weights, as Jinja."""
+    if not is_model_file(start):
+        return chat_template(start if start.is_dir() else start.parent)
+    with open_model(start) as file:
+        template = file.metadata.get("tokenizer.chat_template")
+    return template if isinstance(template, str) else None
