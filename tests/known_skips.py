@@ -33,7 +33,7 @@ KNOWN = {
 ON_WINDOWS = {
     r".*(POSIX|fork|SIGKILL|signal|flock|/dev/full|always full|named pipes|interval timer|XDG|limit on the size).*":
         "Windows has no such thing",
-    r".*(/proc|madvise|getrusage|only Linux|needs Linux|packs for this system|this system does not say).*":
+    r".*(/proc|madvise|getrusage|only Linux|needs Linux|Linux's|Linux lets|ulimit|packs for this system|does not say).*":
         "Linux says it, Windows does not",
     r".*(terminal|pexpect).*": "Windows has consoles, no pseudo-terminals: test_pack_windows.py runs one, from outside of wine",
     r"needs wine .*": "it is wine that runs this",
@@ -44,6 +44,8 @@ ON_WINDOWS = {
     r"(onnxruntime|transformers|llama-cpp-python|matplotlib|torch|onnx|llama[._]cpp|PyInstaller) "
     r"(is not installed|is what is compared with|reads its archives)": "large, and wine adds nothing to it",
     r"(the package onnx is not installed|(writes|verifies|runs the) ONNX.*|runs what was written)": "the same",
+    r"(playwright|axe-playwright-python|no Chromium|the openai package|needs llvm-mca|makes the folders|the 8-bit optimiser).*":
+        "large, or no program for Windows; Linux' run has it",
     r"Windows has no Ctrl-C .*": "Windows itself says so",
     r"SmolLM2 is not installed.*": "it is talked to under wine as a packed program",
     r"stubs of other systems keep NumPy's library": "what replaces it on Windows is tested in a packed program under wine",
