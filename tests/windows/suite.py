@@ -31,7 +31,8 @@ CACHE, CONSTRAINTS = ROOT / ".cache/windows", ROOT / ".ci/constraints.txt"
 # torch, onnxruntime and so on compute the same on every system, and take minutes to start here
 REQUIREMENTS = (
     "numpy", "llvmlite", "jinja2", "prompt_toolkit", "regex", "starlette", "uvicorn", "pytest", "colorama", "pytest-xdist",
-    "gguf", "tokenizers", "sentencepiece", "protobuf", "tiktoken", "safetensors", "psutil", "pyte", "pefile", "lief", "macholib",
+    "gguf", "tokenizers", "sentencepiece", "protobuf", "tiktoken", "safetensors", "psutil", "pyte", "pefile", "lief",
+    "macholib",
 )  # fmt: skip
 
 
