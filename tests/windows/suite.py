@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -44,8 +45,13 @@ def python_exe() -> Path:
     done = folder / "composed"
     if not done.exists() or done.read_text() != stamp:
         python.compose(folder, REQUIREMENTS, CONSTRAINTS)
-        (folder / "Lib/site-packages/pocketlm").symlink_to(ROOT, target_is_directory=True)
         done.write_text(stamp)
+    package = folder / "Lib/site-packages/pocketlm"
+    shutil.rmtree(package, ignore_errors=True)
+    package.mkdir()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):  # among which this folder is
+            (package / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
     return folder / "python.exe"
 
 
