@@ -34,7 +34,7 @@ class Crashing(Honest):
         self.calls += 1
         if self.calls > 1:
             if os.name == "nt":  # where ctypes makes an OSError of it
-                ctypes.windll.kernel32.TerminateProcess(-1, 0xC0000005)
+                ctypes.windll.kernel32.TerminateProcess(ctypes.c_void_p(-1), 0xC0000005)
             ctypes.string_at(0)
         return super().forward(ids, rows)
 
