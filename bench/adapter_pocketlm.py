@@ -73,10 +73,11 @@ class Pocketlm:
 
         def speak(number: int) -> None:
             with self._model.session(ctx=ctx) as session:
-                for _ in session.generate([*prompt, number], max_tokens=15 * n_tokens, seed=number, ignore_eos=True):
-                    moments[number].append(time.perf_counter())
-                    if done.is_set():
-                        return
+                while not done.is_set():  # once, but for tiny models, which end before the slowest thread has begun
+                    for _ in session.generate([*prompt, number], max_tokens=15 * n_tokens, seed=number, ignore_eos=True):
+                        moments[number].append(time.perf_counter())
+                        if done.is_set():
+                            return
 
         threads = [threading.Thread(target=speak, args=(number,)) for number in range(conversations)]
         with self._model.session(ctx=ctx) as session:
