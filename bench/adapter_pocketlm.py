@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +13,14 @@ import pocketlm
 from pocketlm import __version__
 from pocketlm.errors import PocketlmError
 
+# Drafts would make random weights that repeat themselves look fast: other engines are compared without theirs, too
+WHOLE: dict[str, Any] = {"ignore_eos": True, "draft": False}
+
 
 class Pocketlm:
     def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str):
         self._model = pocketlm.load(path, backend, n_threads, n_ctx)
-        self.facts = {"version": f"pocketlm {__version__}", "settings": f"{n_threads} threads, float16 KV cache"}
+        self.facts = {"version": f"pocketlm {__version__}", "settings": f"{n_threads} threads, float16 KV cache, no drafts"}
         if backend == "native":
             from pocketlm.runtime.native import levels
 
@@ -31,7 +35,7 @@ class Pocketlm:
         return self._model.executor.forward(ids, rows)
 
     def complete(self, text: str, n_tokens: int) -> tuple[int, float]:
-        *_, last = self._model.generate(text, max_tokens=n_tokens, temperature=0, reuse_cache=False)
+        *_, last = self._model.generate(text, max_tokens=n_tokens, temperature=0, reuse_cache=False, draft=False)
         return last.generated_tokens, last.prompt_seconds + last.generation_seconds
 
     def together(self, prompt: list[int], n_tokens: int, conversations: int) -> float:
@@ -42,7 +46,7 @@ class Pocketlm:
         def speak(number: int) -> None:
             try:
                 with self._model.session(ctx=min(self._model.n_ctx, len(prompt) + n_tokens + 2)) as session:
-                    pieces = session.generate([*prompt, number], max_tokens=n_tokens + 1, seed=number, ignore_eos=True)
+                    pieces = session.generate([*prompt, number], max_tokens=n_tokens + 1, seed=number, **WHOLE)
                     next(pieces)
                     barrier.wait()
                     for _ in pieces:
@@ -74,7 +78,7 @@ class Pocketlm:
         def speak(number: int) -> None:
             with self._model.session(ctx=ctx) as session:
                 while not done.is_set():  # once, but for tiny models, which end before the slowest thread has begun
-                    for _ in session.generate([*prompt, number], max_tokens=15 * n_tokens, seed=number, ignore_eos=True):
+                    for _ in session.generate([*prompt, number], max_tokens=15 * n_tokens, seed=number, **WHOLE):
                         moments[number].append(time.perf_counter())
                         if done.is_set():
                             return
@@ -89,7 +93,7 @@ class Pocketlm:
                         raise PocketlmError("a conversation ended before the ninth began")
                     time.sleep(0.001)
                 started = time.perf_counter()
-                next(session.generate([*prompt, conversations], max_tokens=2, seed=0, ignore_eos=True))
+                next(session.generate([*prompt, conversations], max_tokens=2, seed=0, **WHOLE))
                 first = time.perf_counter() - started
             finally:
                 done.set()
