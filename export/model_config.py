@@ -350,7 +350,8 @@ def _rotary(levels: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping
         return said, {}
     if not isinstance(windows, dict):
         return whole, {}
-    return whole, {"rope_local_base_freq": windows.get("rope_theta"), "rope_local_type": windows.get("rope_type", "default")}
+    theta = windows.get("rope_theta", 10000.0)
+    return whole, {"rope_local_base_freq": theta, "rope_local_type": windows.get("rope_type", "default")}
 
 
 def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:

@@ -86,6 +86,7 @@ MODELS = {
         "Gemma2", {**GEMMA, "sliding_window": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
         llama_cpp=False,
     ),
+    "phi3, wide heads": Row("Phi3", {"head_dim": 24}, llama_cpp=False),
     "olmo2": Row("Olmo2"),
     "olmo2, yarn": Row("Olmo2", {"rope_parameters": YARN}),
     "olmo3": Row(
@@ -160,6 +161,19 @@ def test_older_configurations_mean_the_same(name: str, tmp_path: Path) -> None:
     assert old.hyper == new.hyper
     for role, tensor in new.tensors.items():
         np.testing.assert_array_equal(old.tensors[role].read(), tensor.read())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("phi3, window", "stock llama.cpp attends to everything where this model looks at 8 positions"),
+        ("phi3, wide heads", "stock llama.cpp does not know phi3 with 4 heads of 24 in a width of 64"),
+    ],
+)
+def test_the_receipt_says_what_llama_cpp_computes_otherwise(name: str, said: str, tmp_path: Path) -> None:
+    saved(MODELS[name], tmp_path / "folder")
+    receipt = export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "model.gguf", quant="f32")
+    assert any(said in note for note in receipt.notes)
 
 
 EACH = ["qwen3", "gemma3", "phi3, longrope, long", "smollm3", "granite", "gemma2", "olmo3"]
