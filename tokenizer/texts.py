@@ -45,6 +45,13 @@ class Texts(Sequence[str]):
             raise IndexError(at)
         return self._data[self._starts[at] : self._starts[at + 1] - 1].decode()
 
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Texts):
+            return self._data == other._data and self._starts == other._starts
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __iter__(self) -> Iterator[str]:
         if self._can_split:
             return iter(self._data.decode().split("\0"))
