@@ -15,6 +15,7 @@ from pocketlm.doctor.board import board
 from pocketlm.doctor.health import health
 from pocketlm.doctor.resources import memory_of, memory_speed, storage, storage_speed
 from pocketlm.errors import PocketlmError
+from pocketlm.model import find_model
 from pocketlm.runtime.native import levels
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.threads import check_threads
@@ -32,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Find out, and print. Exit status 0: also where there is something to change."""
-    facts = examine([models.find_model(name) for name in arguments.models], check_threads(arguments.threads))
+    facts = examine([find_model(name) for name in arguments.models], check_threads(arguments.threads))
     print(json.dumps(_plain(facts), indent=1) if arguments.json else describe(facts))
     return 0
 

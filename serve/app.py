@@ -105,7 +105,7 @@ class Api:
 
     def _facts(self) -> dict[str, Any]:
         model, tokenizer = self._model, self._model.tokenizer
-        meta = {"vocab_type": tokenizer.vocabulary.kind if hasattr(tokenizer.vocabulary, "kind") else type(tokenizer).__name__,
+        meta = {"vocab_type": type(tokenizer).__name__,
                 "n_vocab": tokenizer.n_vocab, "n_ctx": self._answerer.n_ctx, "n_ctx_train": model.hyper.n_ctx,
                 "n_embd": model.hyper.n_embd, "n_params": model.n_parameters, "size": model.file_bytes}  # fmt: skip
         return {"id": model.name, "object": "model", "created": int(model.path.stat().st_mtime), "owned_by": "pocketlm",

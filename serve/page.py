@@ -142,7 +142,7 @@ class Page:
 
         def write() -> dict[str, Any]:
             conversation.model, conversation.model_id = self._model.name, self._id()
-            record = transcript.Record() if path is None else transcript.Record.at(path, revision)
+            record = transcript.Record() if path is None else transcript.Record.at(path, str(revision))
             same_file = record.save(conversation)
             assert record.path is not None
             return {"name": record.path.stem, "revision": record.revision, "moved": not same_file}

@@ -37,7 +37,8 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
     if isinstance(tokenizer, Unigram):
         raise _refused(path, "scores of a unigram vocabulary that are added up in single precision")
     vocabulary = tokenizer.vocabulary
-    byte_level, sentencepiece = isinstance(tokenizer, ByteBPE), isinstance(tokenizer, SentencePieceBPE)
+    byte_level = isinstance(tokenizer, ByteBPE)
+    sentencepiece = isinstance(tokenizer, SentencePieceBPE)
     model: dict[str, Any] = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,

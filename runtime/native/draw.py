@@ -143,7 +143,8 @@ def _define_penalise(module: Module) -> None:
     arguments = {"s": PTR, "logits": PTR, "ids": PTR, "n": I64}
     with module.function("penalise", arguments, returns=I64) as f:
         s, logits, ids, n = f.args()
-        n_vocab, saved = _get(f, s, "n_vocab"), f.var(PTR, _get(f, s, "saved", PTR))
+        n_vocab = _get(f, s, "n_vocab")
+        saved = f.var(PTR, _get(f, s, "saved", PTR))
 
         def keep(x: Value) -> None:
             f.store(x, saved.get(), 4)
