@@ -85,6 +85,8 @@ class Worker:
         code = self._process.wait()
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        if code >= 1 << 31:  # Windows: what ended it, as its documents write that
+            return f"ended by {code:#X}".replace("0X", "0x")
         if code >= 0:
             return ": ".join([f"ended with status {code}", *last])
         names = {number.value: number.name for number in signal.Signals}

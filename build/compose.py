@@ -204,6 +204,7 @@ def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, 
         Entry(archive_writer.DATA, licences.NAME, licences.collect(fetched, tree.licences, tree.library, libraries).encode()),
         Entry(archive_writer.MODULES, "PYZ.pyz", archive_writer.modules(rest, magic)),
         Entry(archive_writer.OPTION, "X utf8=1"),
+        *[Entry(archive_writer.OPTION, "O")] * 2,  # the code has no docstrings: NumPy must not expect them
     ]
 
 

@@ -7,7 +7,9 @@ code does. Sources: System V gABI, chapters 4 and 5; the hash function is chapte
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from pocketlm.runtime.memory import round_up
 
 _MACHINES = {"x86_64": (62, 0x1000), "aarch64": (183, 0x10000)}  # number, largest page
 _FILE = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -33,14 +35,14 @@ def shared_object(name: str, machine: str, code: bytes, symbols: Mapping[str, in
     n = len(symbols) + 1
     chain = struct.pack(f"<{3 + n}I", 1, n, 1, 0, *range(2, n), 0)  # one bucket, in which each names the next: they are few
     head = _FILE.size + 5 * _SEGMENT.size
-    hash_at = -(-head // 8) * 8
-    symbols_at = -(-(hash_at + len(chain)) // 8) * 8
+    hash_at = round_up(head, 8)
+    symbols_at = round_up(hash_at + len(chain), 8)
     strings_at = symbols_at + n * _SYMBOL.size
     own = text(name)
     names = {symbol: text(symbol) for symbol in symbols}
-    code_at = -(-(strings_at + len(texts)) // page) * page
+    code_at = round_up(strings_at + len(texts), page)
     table += [_SYMBOL.pack(names[s], _GLOBAL_FUNCTION, 0, 1, code_at + offset, 0) for s, offset in symbols.items()]
-    dynamic_at = -(-(code_at + len(code)) // page) * page
+    dynamic_at = round_up(code_at + len(code), page)
     facts = {_SONAME: own, _HASH: hash_at, _STRINGS: strings_at, _SYMBOLS: symbols_at, _STRINGS_SIZE: len(texts),
              _SYMBOL_SIZE: _SYMBOL.size, 0: 0}  # fmt: skip
     dynamic = b"".join(struct.pack("<QQ", *fact) for fact in facts.items())
@@ -66,31 +68,27 @@ def shared_object(name: str, machine: str, code: bytes, symbols: Mapping[str, in
 
 def dynamic_symbols(library: bytes, defined: bool) -> set[str]:
     """Names that a library offers to others, or (not `defined`) wants of them."""
-    at, size, count = struct.unpack_from("<Q", library, 40)[0], *struct.unpack_from("<HH", library, 58)
-    sections = [_SECTION.unpack_from(library, at + i * size) for i in range(count)]
-    names = set()
-    for _, kind, _, _, start, length, link, *_ in sections:
-        if kind == _SHT_DYNSYM:
-            texts = sections[link][4]
-            for name, _, _, section, _, _ in _SYMBOL.iter_unpack(library[start : start + length]):
-                if bool(section) == defined:
-                    begin = texts + name
-                    names.add(library[begin : library.index(0, begin)].decode())
-    return names
+    rows = _rows(library, _SHT_DYNSYM, _SYMBOL)
+    return {_text(library, texts + name) for texts, (name, _, _, section, _, _) in rows if bool(section) == defined}
 
 
 def needed(library: bytes) -> list[str]:
     """The libraries that one wants, by name."""
+    rows = _rows(library, _SHT_DYNAMIC, struct.Struct("<QQ"))
+    return [_text(library, texts + value) for texts, (tag, value) in rows if tag == _NEEDED]
+
+
+def _rows(library: bytes, wanted: int, row: struct.Struct) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The rows of all sections of a kind, each with the place of the names that it refers to."""
     at, size, count = struct.unpack_from("<Q", library, 40)[0], *struct.unpack_from("<HH", library, 58)
     sections = [_SECTION.unpack_from(library, at + i * size) for i in range(count)]
-    names = []
     for _, kind, _, _, start, length, link, *_ in sections:
-        if kind == _SHT_DYNAMIC:
-            texts = sections[link][4]
-            for tag, value in struct.iter_unpack("<QQ", library[start : start + length]):
-                if tag == _NEEDED:
-                    names.append(library[texts + value : library.index(0, texts + value)].decode())
-    return names
+        if kind == wanted:
+            yield from ((sections[link][4], fields) for fields in row.iter_unpack(library[start : start + length]))
+
+
+def _text(library: bytes, at: int) -> str:
+    return library[at : library.index(0, at)].decode()
 
 
 def without_sections(binary: bytes) -> bytes:

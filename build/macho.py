@@ -14,6 +14,8 @@ import hashlib
 import struct
 from typing import BinaryIO
 
+from pocketlm.runtime.memory import round_up
+
 MAGIC = b"\xcf\xfa\xed\xfe"  # 64 bits, little-endian
 _UNIVERSAL = b"\xca\xfe\xba\xbe"  # several processors; this part is big-endian
 _PROCESSORS = {"aarch64": 0x0100000C, "x86_64": 0x01000007}
@@ -81,7 +83,7 @@ def sign(file: BinaryIO) -> None:
 
 def signed_bytes(length: int) -> int:
     """How long a program of so many bytes is when it is signed."""
-    code_bytes = -(-length // 16) * 16
+    code_bytes = round_up(length, 16)
     return code_bytes + _signature_bytes(code_bytes)
 
 
@@ -118,7 +120,7 @@ def _covered(data: bytes, code_bytes: int, signature_bytes: int) -> tuple[bytes,
                 text, first = (offset, length), min(first, *_section_offsets(old, len(data)))
             elif name == b"__LINKEDIT":
                 length = code_bytes + signature_bytes - offset
-                memory = -(-length // _SEGMENT_UNIT) * _SEGMENT_UNIT
+                memory = round_up(length, _SEGMENT_UNIT)
                 _SEGMENT.pack_into(command, 0, *start, address, memory, offset, length)
         elif kind == _LC_SYMTAB:
             *symbols, strings, _ = _SYMBOLS.unpack_from(command)
@@ -141,7 +143,7 @@ def _section_offsets(segment: bytes, default: int) -> list[int]:
 
 def _signature_bytes(code_bytes: int) -> int:
     n = _LIST.size + _DIRECTORY.size + len(IDENTIFIER) + 1 + 32 * -(-code_bytes // _HASHED_PAGE)
-    return -(-n // 16) * 16
+    return round_up(n, 16)
 
 
 def _signature(hashes: bytes, code_bytes: int, text: tuple[int, int]) -> bytes:

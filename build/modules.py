@@ -20,6 +20,7 @@ from pathlib import Path
 
 COMPILED = (".so", ".pyd")
 _SYS_PLATFORM = {"windows": "win32", "macos": "darwin", "linux": "linux"}
+_FREE_THREADED = re.compile(r"\.(cp|cpython-)3\d+t-")  # compiled for a Python without the lock, which may lie beside the other
 _DOTTED = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 
@@ -72,7 +73,7 @@ def _file(name: str, folders: Sequence[Path]) -> Path | None:
         if "__init__.py" in _names(folder / last if last in files else folder / "?"):
             return folder / last / "__init__.py"
         for file in files:
-            if file.startswith(f"{last}.") and file.endswith(COMPILED):
+            if file.startswith(f"{last}.") and file.endswith(COMPILED) and not _FREE_THREADED.search(file):
                 return folder / file
         if f"{last}.py" in files:
             return folder / f"{last}.py"

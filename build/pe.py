@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from pocketlm.runtime.memory import round_up
+
 MAGIC = b"MZ"
 _FILE = struct.Struct("<HHIIIHH")  # processor, sections, time, symbols (2), bytes of the optional header, flags
 _SECTION = struct.Struct("<8sIIIIIIHHI")  # name, bytes in memory, address, bytes in the file, offset, (4 unused), flags
@@ -118,18 +120,18 @@ def exports(library: bytes) -> set[str]:
 def shared_library(name: str, code: bytes, symbols: Mapping[str, int]) -> bytes:
     """A DLL called `name` of position-independent x86-64 code; `symbols`: a function's name, and its offset in the code."""
     code_address = _PAGE
-    table_address = code_address + _up(len(code), _PAGE)
+    table_address = code_address + round_up(len(code), _PAGE)
     table = _export_table(name, {symbol: code_address + offset for symbol, offset in symbols.items()}, table_address)
     sections = [(b".text", code_address, code, _CODE), (b".edata", table_address, table, _DATA)]
-    headers = bytearray(_up(64 + 4 + _FILE.size + _OPTIONAL_BYTES + len(sections) * _SECTION.size, _FILE_ALIGNMENT))
+    headers = bytearray(round_up(64 + 4 + _FILE.size + _OPTIONAL_BYTES + len(sections) * _SECTION.size, _FILE_ALIGNMENT))
     headers[:2], headers[60:64], headers[64:68] = b"MZ", struct.pack("<I", 64), b"PE\0\0"
     flags = 0x2022  # executable, large addresses, a library
     _FILE.pack_into(headers, 68, _MACHINE_X64, len(sections), 0, 0, 0, _OPTIONAL_BYTES, flags)
     optional = 68 + _FILE.size
-    end = table_address + _up(len(table), _PAGE)
+    end = table_address + round_up(len(table), _PAGE)
     struct.pack_into(
         "<HBBIIIIIQIIHHHHHHIIIIHHQQQQII", headers, optional,
-        _PE32_PLUS, 0, 0, _up(len(code), _FILE_ALIGNMENT), _up(len(table), _FILE_ALIGNMENT), 0, 0, code_address,
+        _PE32_PLUS, 0, 0, round_up(len(code), _FILE_ALIGNMENT), round_up(len(table), _FILE_ALIGNMENT), 0, 0, code_address,
         0x180000000, _PAGE, _FILE_ALIGNMENT, 6, 0, 0, 0, 6, 0, 0, end, len(headers), 0, 2,
         0x0160,  # addresses of more than 32 bits, any address, no code in data
         0x100000, 0x1000, 0x100000, 0x1000, 0, 16,
@@ -137,7 +139,7 @@ def shared_library(name: str, code: bytes, symbols: Mapping[str, int]) -> bytes:
     _DIRECTORY.pack_into(headers, optional + _DIRECTORIES_AT, table_address, len(table))
     out, at = headers, optional + _OPTIONAL_BYTES
     for section, address, data, rights in sections:
-        length = _up(len(data), _FILE_ALIGNMENT)
+        length = round_up(len(data), _FILE_ALIGNMENT)
         _SECTION.pack_into(headers, at, section, len(data), address, length, len(out), 0, 0, 0, 0, rights)
         at += _SECTION.size
         out += data.ljust(length, b"\0")
@@ -193,7 +195,7 @@ def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple
         del data[last.offset :]
         row, address = last.at, last.address
     else:
-        row, address = last.at + _SECTION.size, _up(last.address + last.memory, _PAGE)
+        row, address = last.at + _SECTION.size, round_up(last.address + last.memory, _PAGE)
         struct.pack_into("<H", data, file.coff + 2, len(file.sections) + 1)
         if row + _SECTION.size > min(section.offset for section in file.sections if section.length):
             raise UnreadableProgram("the boot loader's header has no room for another section")
@@ -207,11 +209,11 @@ def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple
     }  # fmt: skip
     content = _resource_tree(resources, address)
     data += bytes(-len(data) % _FILE_ALIGNMENT)
-    length = _up(len(content), _FILE_ALIGNMENT)
+    length = round_up(len(content), _FILE_ALIGNMENT)
     _SECTION.pack_into(data, row, b".rsrc", len(content), address, length, len(data), 0, 0, 0, 0, _DATA)
     _DIRECTORY.pack_into(data, file.directory(_RESOURCES), address, len(content))
     _DIRECTORY.pack_into(data, file.directory(_CERTIFICATES), 0, 0)
-    struct.pack_into("<I", data, file.optional + 56, address + _up(len(content), _PAGE))  # bytes of the whole in memory
+    struct.pack_into("<I", data, file.optional + 56, address + round_up(len(content), _PAGE))  # bytes of the whole in memory
     struct.pack_into("<I", data, file.coff + 4, 0)  # the time it was made
     return bytes(data + content.ljust(length, b"\0"))
 
@@ -226,7 +228,7 @@ def _resource_tree(resources: Mapping[int, Mapping[int, bytes]], address: int) -
     count = sum(map(len, resources.values()))
     languages_at = sum(sizes)
     rows_at = languages_at + 24 * count
-    content_at = _up(rows_at + 16 * count, 16)
+    content_at = round_up(rows_at + 16 * count, 16)
     types, middle, languages, rows, content = [], b"", b"", b"", bytearray()
     done, at = 0, sizes[0]
     below = 1 << 31  # marks a table
@@ -301,7 +303,3 @@ def _sum(total: int, data: bytes | bytearray) -> int:
     number = int.from_bytes(data, "little")
     total += number % 0xFFFF
     return total % 0xFFFF or (0xFFFF if total or number else 0)
-
-
-def _up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

@@ -19,7 +19,7 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.gguf_reader import GGUF, TILED, TILED_ALIGNMENT, can_tile, stored_bytes
-from pocketlm.runtime.memory import release_pages
+from pocketlm.runtime.memory import release_pages, round_up
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, restore, tile
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.weights import check_finite
@@ -36,10 +36,6 @@ class Place(NamedTuple):
     tensor: Tensor
     original: int
     stored: int
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _entry_bytes(tensor: Tensor) -> int:
@@ -60,13 +56,13 @@ def store(source: GGUF, raw: BinaryIO, out: BinaryIO) -> tuple[int, int, list[tu
         raise FileError(source.path, "is tiled already", "take the original")
     base, list_bytes = out.tell(), _list_bytes(source)
     list_start = source.header_end - list_bytes
-    data_start, stored_start = (_up(end, source.alignment) for end in (source.header_end, source.header_end + len(_KEY)))
+    data_start, stored_start = (round_up(end, source.alignment) for end in (source.header_end, source.header_end + len(_KEY)))
     at, places, tensors = stored_start, {}, source.tensors
     for name in sorted(tensors, key=lambda name: tensors[name].offset):
-        at = _up(at, max(TILED_ALIGNMENT, source.alignment))
+        at = round_up(at, max(TILED_ALIGNMENT, source.alignment))
         places[name] = Place(tensors[name], tensors[name].offset, at)
         at += stored_bytes(tensors[name].format, tensors[name].shape, True)
-    end = _up(at, TILED_ALIGNMENT)
+    end = round_up(at, TILED_ALIGNMENT)
 
     raw.seek(0)
     magic, version, n_tensors, n_keys = _COUNTS.unpack(raw.read(_COUNTS.size))
@@ -138,7 +134,7 @@ def unstore(stored: GGUF, raw: BinaryIO, base: int, record: bytes, out: BinaryIO
 
     list_bytes = _list_bytes(stored)
     header_end = stored.header_end - len(_KEY)
-    data_start = _up(header_end, stored.alignment)
+    data_start = round_up(header_end, stored.alignment)
     raw.seek(base)
     magic, version, n_tensors, n_keys = _COUNTS.unpack(raw.read(_COUNTS.size))
     write(_COUNTS.pack(magic, version, n_tensors, n_keys - 1))

@@ -22,6 +22,7 @@ from pocketlm.export.safetensors_reader import looks_like_safetensors, parse_jso
 from pocketlm.export.torch_reader import read_torch_legacy, read_torch_zip
 from pocketlm.export.zip_reader import read_zip
 from pocketlm.pickle_reader import Global, Record
+from pocketlm.runtime.file_mapping import unmap
 
 # entries that may hold the weights, best first; anything else is tried after them
 WEIGHTS = (
@@ -73,10 +74,24 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open and check a checkpoint file or folder. Raises FileError in one line; no code of the checkpoint ever runs."""
-    path = Path(path)
+    """Open and check a checkpoint file or folder. Raises FileError in one line; no code of the checkpoint ever runs.
+
+    A file that is refused is not mapped any more, though its error is still being handled.
+    """
+    mapped: list[Buffer] = []
+    try:
+        return _open(Path(path), mapped)
+    except BaseException as error:
+        for buffer in mapped:
+            unmap(buffer, error)
+        raise
+
+
+def _open(path: Path, mapped: list[Buffer]) -> Checkpoint:
+    """The checkpoint; what is mapped for it is added to `mapped`."""
     weights = _file_of_folder(path) if path.is_dir() else path
-    tree, files = _read_index(weights) if weights.name.endswith(".index.json") else (_read_file(weights), (weights,))
+    is_index = weights.name.endswith(".index.json")
+    tree, files = _read_index(weights, mapped) if is_index else (_read_file(weights, mapped), (weights,))
     search = _Search(path)
     found = search.find_weights(tree)
     if found is None:
@@ -109,10 +124,10 @@ def home(weights: Path) -> Path:
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises FileError."""
-    buffer = map_file(path)
-    if len(buffer) > MAX_JSON:
-        raise FileError(path, f"is {len(buffer)} bytes long, more than a configuration can be")
-    return parse_json(buffer[:], path)
+    data = map_file(path)[: MAX_JSON + 1]
+    if len(data) > MAX_JSON:
+        raise FileError(path, f"is longer than the {MAX_JSON} bytes that a configuration can be")
+    return parse_json(data, path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -171,7 +186,7 @@ def _file_of_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+def _read_index(path: Path, mapped: list[Buffer]) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     """All tensors of a sharded checkpoint, from the index that says which file holds which."""
     index = read_json(path)
     places = index.get("weight_map") if isinstance(index, dict) else None
@@ -182,7 +197,7 @@ def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     for file in files:
         if Path(file).name != file or file == "..":
             raise FileError(path, f"refers to {quoted(file)}, outside its folder", "do not trust this checkpoint")
-        found = _tensors_of_shard(path.parent / file)
+        found = _tensors_of_shard(path.parent / file, mapped)
         for name, tensor in found.items():
             if name in tensors:
                 raise FileError(path, f"tensor {quoted(name)} is in two of the files", "download the checkpoint again")
@@ -195,14 +210,15 @@ def _read_index(path: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     return tensors, tuple(path.parent / file for file in files)
 
 
-def _tensors_of_shard(path: Path) -> dict[str, LazyTensor]:
+def _tensors_of_shard(path: Path, mapped: list[Buffer]) -> dict[str, LazyTensor]:
     search = _Search(path)
-    return dict(search.leaves(search.find_weights(_read_file(path))))
+    return dict(search.leaves(search.find_weights(_read_file(path, mapped))))
 
 
-def _read_file(path: Path) -> Any:
-    """The object a file holds; its tensors are `LazyTensor`s."""
+def _read_file(path: Path, mapped: list[Buffer]) -> Any:
+    """The object a file holds; its tensors are `LazyTensor`s over the mapping that is added to `mapped`."""
     buffer = map_file(path)
+    mapped.append(buffer)
     if not len(buffer):
         raise FileError(path, "is empty", "copy or save it again")
     for matches, read in READERS:

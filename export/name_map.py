@@ -53,9 +53,8 @@ class NameMap:
 
 def read_name_map(path: Path) -> NameMap:
     """Raises FileError, naming the line, for anything that is not understood."""
-    data = map_file(path)
     try:
-        text = bytes(data[:MAX_BYTES]).decode("utf-8-sig")
+        text = map_file(path)[:MAX_BYTES].decode("utf-8-sig")
     except UnicodeDecodeError:
         raise FileError(path, "is not UTF-8 text", "save it as UTF-8") from None
     result, section = NameMap(), ""

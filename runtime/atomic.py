@@ -66,6 +66,8 @@ def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> It
 
 def _real(target: Path) -> Path:
     try:
+        with suppress(OSError):
+            os.lstat(target)  # Windows' realpath takes any name
         return Path(os.path.realpath(target))
     except ValueError as error:  # a name with a zero byte
         raise FileError(target, f"cannot be written ({error})") from None

@@ -29,14 +29,19 @@ class FileMapping:
         arrays among them, as long as it is handled; they are forgotten here.
         """
         buffer, self.buffer = self.buffer, b""
-        for forget in (lambda: None, lambda: _forget_variables(error), gc.collect):
-            forget()
-            try:
-                if isinstance(buffer, mmap.mmap):
-                    buffer.close()
-                return
-            except BufferError:
-                continue
+        unmap(buffer, error)
+
+
+def unmap(buffer: Buffer, error: BaseException | None = None) -> None:
+    """Unmap what was mapped, as `FileMapping.close` does; for bytes that are no mapping, nothing."""
+    for forget in (lambda: None, lambda: _forget_variables(error), gc.collect):
+        forget()
+        try:
+            if isinstance(buffer, mmap.mmap):
+                buffer.close()
+            return
+        except BufferError:
+            continue
 
 
 def _forget_variables(error: BaseException | None) -> None:

@@ -123,6 +123,11 @@ def release_pages(view: np.ndarray) -> None:
             base.madvise(mmap.MADV_DONTNEED, start, length)
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not less than `n`."""
+    return -(-n // multiple) * multiple
+
+
 def release_code(library: str) -> None:
     """Give back the memory of a shared library's code, which is read again from its file if it is called again (Linux)."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ class Honest(Pocketlm):
 
 
 class Crashing(Honest):
-    """Reads address zero when it is asked for a second prompt."""
+    """Ends as a program does that reads address zero, when it is asked for a second prompt."""
 
     calls = 0
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         self.calls += 1
         if self.calls > 1:
+            if os.name == "nt":  # where ctypes makes an OSError of it
+                ctypes.windll.kernel32.TerminateProcess(ctypes.c_void_p(-1), 0xC0000005)
             ctypes.string_at(0)
         return super().forward(ids, rows)
 

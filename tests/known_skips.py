@@ -5,6 +5,7 @@ along without a word. In a checkout like any other, tests skip and say why.
 """
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -28,13 +29,36 @@ KNOWN = {
     r"its library does not convert this: .*": "no library knows every architecture",
     r"the slopes of .* heads are another test's": "two parameters that do not go together",
 }
+# The same for a run on Windows or under wine (tests/windows/suite.py)
+ON_WINDOWS = {
+    r".*(POSIX|fork|SIGKILL|signal|flock|/dev/full|always full|named pipes|interval timer|XDG|limit on the size).*":
+        "Windows has no such thing",
+    r".*(/proc|madvise|getrusage|only Linux|needs Linux|Linux's|Linux lets|ulimit|packs for this system|does not say).*":
+        "Linux says it, Windows does not",
+    r".*(terminal|pexpect).*": "Windows has consoles, no pseudo-terminals: test_pack_windows.py runs one, from outside of wine",
+    r"needs wine .*": "it is wine that runs this",
+    r".*(qemu|no emulator).*": "Windows has no qemu-user",
+    r"this Python has no pip": "the Python under wine has none",
+    r"(.*(PyTorch|torch).*|(writes|makes) the checkpoints?( and the adapter)?|writes the adapter|draws)":
+        "torch needs a minute to start under wine",
+    r"(onnxruntime|transformers|llama-cpp-python|matplotlib|torch|onnx|llama[._]cpp|PyInstaller) "
+    r"(is not installed|is what is compared with|reads its archives)": "large, and wine adds nothing to it",
+    r"(the package onnx is not installed|(writes|verifies|runs the) ONNX.*|runs what was written)": "the same",
+    r"(playwright|axe-playwright-python|no Chromium|the openai package|needs llvm-mca|makes the folders|the 8-bit optimiser).*":
+        "large, or no program for Windows; Linux' run has it",
+    r"Windows has no Ctrl-C .*": "Windows itself says so",
+    r"SmolLM2 is not installed.*": "it is talked to under wine as a packed program",
+    r"stubs of other systems keep NumPy's library": "what replaces it on Windows is tested in a packed program under wine",
+}  # fmt: skip
 
 
 class KnownSkips:
     """Collects the skips of a run; those that the table does not know are listed at its end and turn its exit status to 1."""
 
     def __init__(self) -> None:
+        self.known = {**KNOWN, **(ON_WINDOWS if sys.platform == "win32" else {})}
         self.unknown: dict[str, list[str]] = {}
+        self.numbers: dict[str, int] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._see(report)
@@ -45,14 +69,21 @@ class KnownSkips:
     def _see(self, report: Any) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
             reason = report.longrepr[2].removeprefix("Skipped: ")
-            if not any(re.fullmatch(known, reason) for known in KNOWN):
+            why = next((why for known, why in self.known.items() if re.fullmatch(known, reason)), None)
+            if why is None:
                 self.unknown.setdefault(reason, []).append(report.nodeid)
+            else:
+                self.numbers[f"{reason} ({why})"] = self.numbers.get(f"{reason} ({why})", 0) + 1
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.unknown and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if sys.platform == "win32" and self.numbers:
+            terminalreporter.section("skipped on Windows")
+            for reason, number in sorted(self.numbers.items(), key=lambda row: -row[1]):
+                terminalreporter.line(f"{number:4} {reason}")
         if self.unknown:
             terminalreporter.section("skipped for a reason that tests/known_skips.py does not know", red=True)
         for reason, tests in self.unknown.items():

@@ -64,7 +64,7 @@ def mixed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     ("name", "status", "reason"),
     [
         ("numpy", "ok", ""),
-        ("crashing", "crashed", "SIGSEGV in prefill"),
+        ("crashing", "crashed", "0xC0000005 in prefill" if os.name == "nt" else "SIGSEGV in prefill"),
         ("lying", "disagrees", "cosine"),
         ("nan", "disagrees", "NaN"),
         ("greedy", "no memory", "the memory ran out"),

@@ -27,8 +27,10 @@ def home(tmp_path, monkeypatch):
 
 
 def piped(text, *arguments, command=DRIVER):
-    done = subprocess.run([*command, *arguments], input=text.encode(), capture_output=True, timeout=60)
-    return done.stdout.decode(), done.stderr.decode(), done.returncode
+    known = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # Windows' own depends on the country
+    done = subprocess.run([*command, *arguments], input=text.encode(), capture_output=True, timeout=300, env=known)
+    stdout, stderr = (data.decode().replace("\r\n", "\n") for data in (done.stdout, done.stderr))  # as Windows ends lines
+    return stdout, stderr, done.returncode
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_a_script_that_waits_for_each_answer_may_begin_with_a_command():
         for line, answer in ((b"/temp 0\nHello\n", b"You said: Hello\n"), (b"Bye\n", b"You said: Bye\n")):
             child.stdin.write(line)
             child.stdin.flush()
-            assert child.stdout.readline() == answer
+            assert child.stdout.readline().replace(b"\r\n", b"\n") == answer
         child.stdin.close()
     assert child.returncode == 0
 

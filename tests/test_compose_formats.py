@@ -321,3 +321,10 @@ def test_a_new_program_does_not_speak_of_the_signature_of_the_old_one(tmp_path):
     with open(tmp_path / "boot", "r+b") as file:
         pe.write_checksum(file)
     assert struct.unpack_from("<II", (tmp_path / "boot").read_bytes(), place) == (0, 0)
+
+
+def test_what_is_compiled_for_a_python_without_the_lock_is_not_taken(tmp_path):
+    for file in ("select.cp313t-win_amd64.pyd", "select.pyd", "zlib.cpython-313t-x86_64-linux-gnu.so"):
+        (tmp_path / file).write_bytes(b"")
+    found = modules.find(["select", "zlib"], [tmp_path], "windows-x86_64", ())
+    assert found.compiled == {"select": tmp_path / "select.pyd"}

@@ -63,7 +63,8 @@ def test_onnx_has_names_of_its_own(tiny: str, tmp_path: Path, capsys: pytest.Cap
         (["train", "a.txt", "-o", "r", "--recipe", "smalltalk"], "did you mean small-talk?"),
     ],
 )
-def test_commands_flags_and_values(words: list[str], end: str, tiny: str, capsys: pytest.CaptureFixture[str]):
+def test_commands_flags_and_values(words: list[str], end: str, tiny: str, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # in this folder, Windows would take Chat for the folder chat
     if "--dtype" in words or "--set" in words:
         pytest.importorskip("torch", reason="train checks these with PyTorch at hand")
     assert said(capsys, *(tiny if word == "MODEL" else word for word in words)).endswith(end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,16 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from canonical_models import make_hyper, make_model
+from test_export_security import SOUND, WAYS, entry, safetensors, torch_zip
 from tiny_models import write_model
 
 import pocketlm
 from pocketlm.cli import main
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export import export as export_module
+from pocketlm.export.checkpoint import open_checkpoint
 from pocketlm.runtime import atomic
 from pocketlm.runtime.model_file import open_model
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process has mapped")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what a process has mapped")
 
 
 def mapped(path: Path | str) -> bool:
@@ -104,6 +107,34 @@ def test_a_damaged_file_is_let_go_of(gguf):
         open_model(gguf)
     assert error.value.path == gguf
     assert not mapped(gguf)
+
+
+REFUSED = {
+    "a pickle that calls": torch_zip(WAYS["STACK_GLOBAL"]("os", "system")), "cut short": SOUND[:-30], "a web page": b"<html>",
+    "no weights": torch_zip(b"\x80\x02}."), "an old pickle": WAYS["GLOBAL and REDUCE"]("os", "system"),
+    "safetensors": safetensors(entry(shape=(2, -3))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_checkpoint_is_let_go_of(kind, tmp_path):
+    path = tmp_path / "checkpoint"
+    path.write_bytes(REFUSED[kind])
+    with pytest.raises(FileError) as error:
+        open_checkpoint(path)
+    assert not mapped(path)
+    del error
+
+
+def test_a_refused_index_lets_go_of_all_its_files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(safetensors(entry()))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "a", "v": "b"}}))
+    with pytest.raises(FileError, match="two of the files") as error:
+        open_checkpoint(index)
+    assert not mapped(tmp_path)
+    del error
 
 
 def test_an_array_that_is_still_used_stays_valid(path):

@@ -81,9 +81,10 @@ class Import(NamedTuple):
 
 def _modules() -> dict[str, Path]:
     found = {}
-    for path in ROOT.rglob("*.py"):
+    folders = [entry for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith(".") and entry.name != "tests"]
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]:
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] != "tests" and not any(part.startswith(".") for part in parts):
+        if not any(part.startswith(".") for part in parts):
             found[".".join(parts).removesuffix("__init__").rstrip(".") or "pocketlm"] = path
     return found
 

@@ -40,7 +40,7 @@ def logits(executor):
     return b"".join(executor.forward(part, rows="all").tobytes() for part in (IDS[:9], IDS[9:10], IDS[10:11], IDS[11:40]))
 
 
-def program(text, *arguments, seconds=60):
+def program(text, *arguments, seconds=300):
     """Run a program that has this module's helpers; its stdout and stderr."""
     start = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_native_threads import *\n"
     done = subprocess.run([sys.executable, "-c", start + text, os.path.dirname(__file__), *arguments],

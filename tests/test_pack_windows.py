@@ -109,11 +109,11 @@ def test_a_conversation_at_a_console(friend, home, tmp_path):
 
 
 def test_threads_wait_for_each_other_and_end(friend, home, tmp_path):
-    """POCKETLM_THOROUGH=1: four times 4000 tokens, which takes minutes where the processor is busy."""
-    n = "4000" if os.environ.get("POCKETLM_THOROUGH") else "400"
-    long = write_model(tmp_path / "long.gguf", format="Q4_0", n_ctx=5000)
-    command = ("generate", "--model", str(long), "-p", "the", "-n", n, "--temp", "0", "--threads")
-    one, *more = (run_windows(home, friend, *command, threads, seconds=600) for threads in ("1", "2", "3", "2", "3"))
+    """POCKETLM_THOROUGH=1: five times 10,000 tokens, which takes minutes where the processor is busy."""
+    n = "10000" if os.environ.get("POCKETLM_THOROUGH") else "400"
+    long = write_model(tmp_path / "long.gguf", format="Q4_0", n_ctx=10_100)
+    command = ("generate", "--model", str(long), "--ctx", "10100", "-p", "the", "-n", n, "--temp", "0", "--threads")
+    one, *more = (run_windows(home, friend, *command, threads, seconds=3000) for threads in ("1", "2", "3", "2", "4"))
     assert one.returncode == 0
     assert len(one.stdout) > int(n)
     assert [(other.returncode, other.stdout) for other in more] == [(0, one.stdout)] * 4

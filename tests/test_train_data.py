@@ -106,8 +106,8 @@ def test_markers_that_somebody_typed_are_letters(tmp_path: Path) -> None:
 
 
 def test_documents_end_with_the_end_token_and_long_ones_come_in_pieces(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Line {i}"}) + "\n" for i in range(5)))
+    (tmp_path / "a.txt").write_text(TEXT, newline="\n")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"Line {i}"}) + "\n" for i in range(5)), newline="\n")
     pieces = list(documents.read_documents(tmp_path / "a.txt"))
     assert len(pieces) > 2
     assert "".join(piece for piece, _ in pieces) == TEXT  # type: ignore[misc]
@@ -126,9 +126,9 @@ def test_documents_end_with_the_end_token_and_long_ones_come_in_pieces(tmp_path:
 
 def test_a_bad_part_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.txt", "bad.jsonl", "c.txt")]
-    files[0].write_text(TEXT)
-    files[1].write_text('{"text": "fine"}\n{"messages": []}\n')
-    files[2].write_text(TEXT[:5000])
+    files[0].write_text(TEXT, newline="\n")
+    files[1].write_text('{"text": "fine"}\n{"messages": []}\n', newline="\n")
+    files[2].write_text(TEXT[:5000], newline="\n")
     tok = make(tmp_path / "tok")
     spoken: list[str] = []
     arguments = (files, [], tmp_path / "data", encoder(tmp_path, tok), 20, spoken.append)
@@ -138,7 +138,7 @@ def test_a_bad_part_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     assert [set(part) for part in state.values()] == [done, {"error"}, done]
     before = (tmp_path / "data" / "part-00000.train").stat().st_mtime_ns
     spoken.clear()
-    files[1].write_text('{"text": "fine"}\n')
+    files[1].write_text('{"text": "fine"}\n', newline="\n")
     data.prepare(*arguments)
     assert spoken == [f"encoding {files[1]}"]
     assert (tmp_path / "data" / "part-00000.train").stat().st_mtime_ns == before
@@ -148,7 +148,7 @@ def test_a_bad_part_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
 def test_preparing_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.txt" for i in range(3)]
     for file in files:
-        file.write_text(TEXT[:9000])
+        file.write_text(TEXT[:9000], newline="\n")
     tok = make(tmp_path / "tok")
     spoken: list[str] = []
 
@@ -165,14 +165,14 @@ def test_preparing_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 
 def test_one_piece_in_so_many_measures_or_a_file_does(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "a.txt").write_text(TEXT, newline="\n")
     tok = make(tmp_path / "tok")
     n = sum(1 for _ in documents.read_documents(tmp_path / "a.txt"))
     data.prepare([tmp_path / "a.txt"], [], tmp_path / "data", encoder(tmp_path, tok), n, said)
     part = data.read_state(tmp_path / "data")["part-00000"]
     assert part["train"] + part["val"] == len(tok.encode(TEXT)) + 1
     assert 0 < part["val"] < part["train"]
-    (tmp_path / "b.txt").write_text(TEXT[:2000])
+    (tmp_path / "b.txt").write_text(TEXT[:2000], newline="\n")
     data.prepare([tmp_path / "a.txt"], [tmp_path / "b.txt"], tmp_path / "data", encoder(tmp_path, tok), 0, said)
     assert len(data.open_corpus(tmp_path / "data", "val", 64, tok.n_vocab).ids[0]) == len(tok.encode(TEXT[:2000])) + 1
 
@@ -214,7 +214,7 @@ def test_a_batch_is_a_function_of_position_and_seed() -> None:
 
 
 def test_too_little_text_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("Line 1\n")
+    (tmp_path / "a.txt").write_text("Line 1\n", newline="\n")
     tok = make(tmp_path / "tok")
     data.prepare([tmp_path / "a.txt"], [], tmp_path / "data", encoder(tmp_path, tok), 20, said)
     with pytest.raises(FileError, match=r"its train split has 8 tokens, too few for a sequence of 64; give more text"):

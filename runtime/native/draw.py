@@ -146,7 +146,7 @@ def _define_penalise(module: Module) -> None:
         n_vocab = _get(f, s, "n_vocab")
         saved = f.var(PTR, _get(f, s, "saved", PTR))
 
-        def keep(x: Value) -> None:
+        def keep(x: Value, saved: Var = saved) -> None:
             f.store(x, saved.get(), 4)
             saved.set(saved.get() + 4)
 
