@@ -316,15 +316,21 @@ def _inspect_arguments(parser: Parser) -> None:
 
 
 def _inspect(arguments: Arguments) -> int:
+    from pocketlm.doctor.portrait import portrait
     from pocketlm.export.checkpoint_summary import inspect_checkpoint
     from pocketlm.export.from_model_file import is_model_file
     from pocketlm.model import find_model
     from pocketlm.runtime.model_summary import describe, inspect
 
     path = find_model(arguments.file)
-    look = inspect_checkpoint if path.exists() and not is_model_file(path) else inspect
-    facts = look(path, tensors=arguments.tensors or arguments.json)
-    print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
+    is_checkpoint = path.exists() and not is_model_file(path)
+    facts = (inspect_checkpoint if is_checkpoint else inspect)(path, tensors=arguments.tensors or arguments.json)
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    print(describe(facts))
+    if not is_checkpoint and facts["parameters"]:
+        print("", *portrait(path), sep="\n")
     return 0
 
 

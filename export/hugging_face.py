@@ -72,8 +72,11 @@ def _family(
 
     def finish(draft: Draft) -> None:
         for key, (name, default) in keys.items():
-            if (value := draft.config.said(name, default)) is not None or default is not None:
-                draft.keys[key] = value or 0.0  # null: without
+            value = draft.config.said(name, default)
+            if value is None and default is not None:
+                value = type(default)(0)  # null: without
+            if value is not None:
+                draft.keys[key] = value
         for step in steps:
             step(draft)
 

@@ -23,6 +23,8 @@ from pocketlm.tokenizer.sentencepiece import SPACE
 
 OURS = "pocketlm."
 ONLY_OURS = ("pocketlm", "gptneo", "nanochat")  # architectures that llama.cpp has not
+NO_WINDOW = ("phi3", "starcoder2")  # those whose sliding windows it leaves out
+NARROW = ("qwen2", "phi3", "olmo2")  # those whose heads have to be together as wide as the model
 # tokenizer.ggml.model -> standard keys that llama.cpp does not read for it
 IGNORED = {
     "llama": ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"),
@@ -37,7 +39,10 @@ def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[s
         return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
     notes = []
     window = hyper.settings.get("attention.sliding_window", hyper.n_ctx)
-    if hyper.architecture == "starcoder2" and window < hyper.n_ctx:
+    if hyper.architecture in NARROW and hyper.q_width != hyper.n_embd:
+        problem = f"{hyper.n_head} heads of {hyper.head_dim} in a width of {hyper.n_embd}"
+        notes.append(f"stock llama.cpp does not know {hyper.architecture} with {problem}: the file runs in pocketlm only")
+    if hyper.architecture in NO_WINDOW and 0 < window < hyper.n_ctx:
         notes.append(f"stock llama.cpp attends to everything where this model looks at {window} positions")
     own = own_options(hyper)
     if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":

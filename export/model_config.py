@@ -319,8 +319,8 @@ class ModelConfig:
 
     def _factors(self, name: str, n_dims: int) -> np.ndarray:
         """A list of numbers above 0 in longrope's scaling, one for each pair of dimensions, float32."""
-        values = self.rope.get(name)
-        numbers = [v for v in values if isinstance(v, (int, float)) and 0 < v < 1e12] if isinstance(values, list) else []
+        values = found if isinstance(found := self.rope.get(name), list) else []
+        numbers = [v for v in values if isinstance(v, (int, float)) and 0 < v < 1e12]
         if len(numbers) != n_dims // 2 or len(numbers) != len(values):
             raise FileError(
                 self.path, f"its longrope scaling has no {name} of {n_dims // 2} numbers above 0", "correct config.json"
@@ -350,7 +350,8 @@ def _rotary(levels: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping
         return said, {}
     if not isinstance(windows, dict):
         return whole, {}
-    return whole, {"rope_local_base_freq": windows.get("rope_theta"), "rope_local_type": windows.get("rope_type", "default")}
+    theta = windows.get("rope_theta", 10000.0)
+    return whole, {"rope_local_base_freq": theta, "rope_local_type": windows.get("rope_type", "default")}
 
 
 def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:

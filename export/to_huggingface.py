@@ -119,12 +119,25 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+# architectures whose layers are not the plain ones → the class that computes them as they usually are
+OWN_LAYOUTS = {
+    "qwen3": Layout(
+        "qwen3", "Qwen3ForCausalLM",
+        {**_LLAMA_NAMES, **{f"blk.{{i}}.attn_{p}_norm": f"model.layers.{{i}}.self_attn.{p}_norm" for p in "qk"}},
+        _llama, {"attention_bias": (*_QKV, "attn_output")}, narrow=False,
+    ),
+}  # fmt: skip
+
+
 def layout_of(model: CanonicalModel, source: object) -> Layout:
     """The class of transformers that computes this model. Raises FileError, with the reason, where none does."""
     hyper, rope = model.hyper, model.hyper.rope
     layout = LAYOUTS.get((hyper.norm, hyper.position, hyper.gated))
     what = f"{hyper.norm} norm, {hyper.position} positions and a feed-forward {'with' if hyper.gated else 'without'} a gate"
-    if ARCHITECTURES[hyper.architecture].operations is not pre_norm:
+    usual = ARCHITECTURES[hyper.architecture].USUAL
+    if all(getattr(hyper, name) == usual.get(name) for name in ("norm", "position", "gated")):
+        layout = OWN_LAYOUTS.get(hyper.architecture, layout)
+    if ARCHITECTURES[hyper.architecture].operations is not pre_norm and layout is not OWN_LAYOUTS.get(hyper.architecture):
         raise _refused(source, f"the layers of {hyper.architecture}")
     if layout is None:
         raise _refused(source, what)

@@ -86,6 +86,7 @@ MODELS = {
         "Gemma2", {**GEMMA, "sliding_window": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
         llama_cpp=False,
     ),
+    "phi3, wide heads": Row("Phi3", {"head_dim": 24}, llama_cpp=False),
     "olmo2": Row("Olmo2"),
     "olmo2, yarn": Row("Olmo2", {"rope_parameters": YARN}),
     "olmo3": Row(
@@ -162,6 +163,19 @@ def test_older_configurations_mean_the_same(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(old.tensors[role].read(), tensor.read())
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("phi3, window", "stock llama.cpp attends to everything where this model looks at 8 positions"),
+        ("phi3, wide heads", "stock llama.cpp does not know phi3 with 4 heads of 24 in a width of 64"),
+    ],
+)
+def test_the_receipt_says_what_llama_cpp_computes_otherwise(name: str, said: str, tmp_path: Path) -> None:
+    saved(MODELS[name], tmp_path / "folder")
+    receipt = export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "model.gguf", quant="f32")
+    assert any(said in note for note in receipt.notes)
+
+
 EACH = ["qwen3", "gemma3", "phi3, longrope, long", "smollm3", "granite", "gemma2", "olmo3"]
 
 
@@ -220,7 +234,19 @@ def test_what_the_architecture_does_not_compute_is_refused_by_name(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", [name for name in MODELS if "qwen" in name])
+def test_a_folder_for_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
+    ids, expected = saved(MODELS[name], tmp_path / "folder")
+    export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "again", container="huggingface", quant="f32")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(tmp_path / "again", dtype="float32", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.inference_mode():
+        found = model.eval()(torch.tensor(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", EACH[1:])
 def test_a_folder_for_transformers_is_made_of_what_its_classes_compute_only(name: str, tmp_path: Path) -> None:
     """Written as a Llama these models would say something else."""
     saved(MODELS[name], tmp_path / "folder")

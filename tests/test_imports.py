@@ -23,7 +23,7 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command doctor.command serve.command terminal_text"
+        " train.command doctor.command doctor.portrait serve.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
@@ -58,7 +58,7 @@ ALLOWED = {
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
-    "runtime.executors": "doctor.models model export.verify build.selftest runtime.session runtime.engine",
+    "runtime.executors": "doctor.models doctor.portrait model export.verify build.selftest runtime.session runtime.engine",
     "runtime.numpy_executor": "runtime.executors export.importance bench.quantization_ladder",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",
