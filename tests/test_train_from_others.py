@@ -194,7 +194,8 @@ def test_weights_that_do_not_say_their_shape_are_told_it(tmp_path: Path, capsys:
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {c: i for i, c in enumerate(characters)}}))
     model = randomised(GPT(vocab_size=len(characters) + 1, bias=False))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    run = go_on(tmp_path, tmp_path / "weights.pt", "--set", "n_head=4", "--tokenizer", str(tmp_path / "meta.pkl"), "--lr", "1e-9")
+    told = ["--set", "n_head=4", "--tokenizer", str(tmp_path / "meta.pkl")]
+    run = go_on(tmp_path, tmp_path / "weights.pt", *told, "--lr", "1e-9")
     ids = answers(run, tmp_path / "out.gguf")
     with torch.no_grad(), pocketlm.load(tmp_path / "out.gguf", backend="numpy") as after:
         assert close(after.logits(ids), model(torch.tensor(ids)), 1e-3)

@@ -62,7 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)} (default tiny)")
     add("--recipe", metavar="NAME", help="small-talk: make the model that comes with the package")
     add("--plot", nargs="?", const="", metavar="RUN", help="draw a run's log to RUN/log.png; in training, at every validation")
-    add("--set", action="append", default=[], metavar="K=V", help="the preset's shape but n_layer=6; with --from, what the weights do not say")
+    add("--set", action="append", default=[], metavar="K=V", help="n_layer=6, of the preset's shape; what --from does not say")
     add("--from", dest="start", metavar="WEIGHTS", help="begin with a run, checkpoint, Hugging Face folder or GGUF")
     add("--rope-theta", type=float, default=0.0, metavar="X", help="with --from: another base of the rotary angles")
     add("--chat", default="chatml", metavar="NAME", help="how conversations are marked: chatml (default) or markers")
