@@ -272,7 +272,7 @@ def _generate(arguments: Arguments) -> int:
                 "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,
                 "threads": model.n_threads, "prompt_tokens": last.prompt_tokens, "generated_tokens": last.generated_tokens,
                 "prompt_seconds": last.prompt_seconds, "generation_seconds": last.generation_seconds,
-                "tokens_per_second": speed,
+                "tokens_per_second": speed, "drafted_tokens": last.drafted_tokens, "accepted_tokens": last.accepted_tokens,
             }  # fmt: skip
             print(json.dumps(result, ensure_ascii=False))
         else:
@@ -375,8 +375,20 @@ def _train() -> Any:
     return command
 
 
+def _serve() -> Any:
+    from pocketlm.serve import command
+
+    return command
+
+
 def _bench() -> Any:
     from pocketlm.bench import command
+
+    return command
+
+
+def _doctor() -> Any:
+    from pocketlm.doctor import command
 
     return command
 
@@ -384,6 +396,7 @@ def _bench() -> Any:
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
     "chats": _folder("List, delete or export saved conversations.", _chats),
+    "serve": _folder("Answer programs and a page in the browser.", _serve),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
     "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export),
     "pack": _folder("Make one executable out of a model.", _build("pack")),
@@ -394,6 +407,7 @@ COMMANDS: dict[str, Command] = {
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
+    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
     "eval": Command("Measure how well models predict texts.", lambda parser: _evaluation().arguments(parser), _eval),
     "train": _folder("Train a small model from texts.", _train),
 }

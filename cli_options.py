@@ -40,6 +40,10 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (_, kind, text) in SAMPLING.items():
         group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument(
+        "--draft", default="on", metavar="on|off", choices=("on", "off"),
+        help="on (default): tokens that the text so far foretells are verified together; the answer is the same",
+    )  # fmt: skip
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
 
 
@@ -51,4 +55,4 @@ def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
         from pocketlm.runtime.sampling import SamplingOptions
 
         SamplingOptions(**given)
-    return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos}
+    return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos, "draft": arguments.draft == "on"}

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError
+from pocketlm.asynchronous import in_thread
+from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from pocketlm.chat.templates import Template
     from pocketlm.runtime.generator import Piece
+    from pocketlm.runtime.sampling import Sampler
 
 ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 
@@ -58,21 +61,27 @@ class Conversation:
         other._turns = self._turns
         return other
 
-    def save(self, path: str | Path) -> None:
-        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is."""
+    def save(self, path: str | Path, *, exactly: bool = False) -> None:
+        """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is.
+
+        `exactly`: only what has the bits that it would have if it were computed again, for a `load` that asks for the same.
+        """
         from pocketlm.runtime.state_file import write_state
 
         with self.state.settled() as (ids, cache):
-            write_state(path, ids, cache, self._model.fingerprint)
+            write_state(path, ids[: self.state.n_exact] if exactly else ids, cache, self._computed_by(exactly))
 
-    def load(self, path: str | Path) -> None:
+    def _computed_by(self, exactly: bool) -> str:
+        executor = self._model.executor
+        return f"{self._model.fingerprint} {executor.arithmetic}" if exactly else self._model.fingerprint
+
+    def load(self, path: str | Path, *, exactly: bool = False) -> None:
         """Go on from a saved file in place of what is in the cache. Raises FileError where the file is damaged, is another
         model's, or does not fit into the context.
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        fingerprint = self._model.fingerprint
-        header = check_state(path, self._model.hyper, self.n_ctx, fingerprint)
+        header = check_state(path, self._model.hyper, self.n_ctx, self._computed_by(exactly))
         self._turns = None
         self.state.fill(lambda cache: read_state(path, header, cache))
 
@@ -92,7 +101,8 @@ class Conversation:
 
     def generate(
         self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
-        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, draft: bool = True,
+        **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
 
@@ -100,6 +110,9 @@ class Conversation:
 
         `sampling` are the fields of `runtime.sampling.SamplingOptions`. A text gets the model's begin-of-text token
         where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
+        `draft`: what the text so far foretells is verified in one pass where that pays; the answer is the same without.
+        Two more options: `top_logprobs` (how many of the likeliest tokens each piece lists) and `process`, a function that
+        changes the logits in place before the choice, as `runtime.sampling.make_sampler` describes it.
         """
         from pocketlm.runtime.generator import NoText
 
@@ -113,11 +126,12 @@ class Conversation:
         else:
             ids = list(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
-        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel)
+        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
-        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, **sampling: Any,
+        ignore_eos: bool = False, reuse_cache: bool = True, cancel: threading.Event | None = None, draft: bool = True,
+        **sampling: Any,
     ) -> Iterator[Piece]:  # fmt: skip
         """Answer the last of `messages`, each a {"role": "system" | "user" | "assistant", "content": text}.
 
@@ -152,14 +166,24 @@ class Conversation:
         stop = [*model.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = model.tokenizer.stream_decoder(continues=True)
         stream = self._stream(
-            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel,
+            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft,
             turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
         )  # fmt: skip
         return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
 
+    def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
+        """The pieces of `generate` for an `async for`, made in a thread. Who leaves the loop, or is cancelled, ends the answer
+        within one pass; `cancel` is no option here.
+        """
+        return in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **options))
+
+    def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
+        """The pieces of `chat`, in the same way."""
+        return in_thread(lambda cancel: self.chat(messages, cancel=cancel, **options))
+
     def _stream(
         self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
-        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None,
+        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None, draft: bool,
         make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
     ) -> Iterator[Piece]:  # fmt: skip
         from pocketlm.runtime.generator import generate
@@ -171,11 +195,47 @@ class Conversation:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
             beyond = dict.fromkeys(range(model._tokenizer.n_vocab, n_vocab), -math.inf)
             sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
+        top_logprobs = sampling.pop("top_logprobs", 0)
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
-        return generate(
-            self.state, ids, sampler, decoder, max_tokens=max_tokens, stop=stop, end_ids=end_ids,
-            ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift, keep=keep,
+        listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)
+        stream = generate(
+            self.state, ids, listed.sample if top_logprobs else sampler, decoder, max_tokens=max_tokens, stop=stop,
+            end_ids=end_ids, ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift,
+            keep=keep, draft=draft,
         )  # fmt: skip
+        return listed.told(stream) if top_logprobs else stream
+
+
+class Likeliest:
+    """Lists with each piece the tokens that were likeliest at its place, of the first `n_vocab`. Raises UsageError."""
+
+    MOST = 100
+
+    def __init__(self, sampler: Sampler, n: int, n_vocab: int):
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.MOST:
+            raise UsageError(f"top_logprobs is {n!r}; it must be a whole number from 0 to {self.MOST}")
+        self._sampler, self._n, self._n_vocab = sampler, n, n_vocab
+        self._seen: deque[tuple[int, tuple[tuple[int, float], ...]]] = deque()
+
+    def sample(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
+        """What the sampler says, and what else it could have said."""
+        from pocketlm.runtime.sampling import top_k
+
+        id, logprob = self._sampler(logits, ids)
+        total = float(logits[id]) - logprob
+        likeliest = top_k(logits[: self._n_vocab], self._n).tolist()
+        self._seen.append((id, tuple((i, float(logits[i]) - total) for i in likeliest)))
+        return id, logprob
+
+    def told(self, stream: Iterator[Piece]) -> Iterator[Piece]:
+        """The pieces of the stream, each with its list."""
+        for piece in stream:
+            while piece.id >= 0 and self._seen:
+                id, likeliest = self._seen.popleft()
+                if id == piece.id:
+                    piece = replace(piece, top_logprobs=likeliest)
+                    break
+            yield piece
 
 
 def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
@@ -219,6 +279,11 @@ class Turns:
         if not dropped:
             return self._messages
         return self._messages[: self._starts[0]] + self._messages[self._starts[dropped] :]
+
+    def drop_beyond(self, n_chars: int) -> None:
+        """Drop the oldest turns until the texts are no longer than that, or only the last question is left."""
+        while self.dropped < len(self._starts) - 1 and sum(len(m["content"]) for m in self._left(self.dropped)) > n_chars:
+            self.dropped += 1
 
     def fit(self, room: int) -> list[int]:
         """The ids without as many turns as have to go, oldest first, until they are at most `room`; the last question stays.

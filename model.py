@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ class Model:
         try:
             self._read(ctx)
             self._start(backend)
+            memory.return_unused()
         except BaseException as error:
             self._file.close(error)
             raise
@@ -267,6 +268,26 @@ class Model:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
         return self._session.logits(ids)
 
+    @property
+    def state_bytes(self) -> int:
+        """What `save_state` would write, about."""
+        return self.context_used * type(self.executor.cache).bytes_for(self.hyper, self.n_ctx) // self.n_ctx
+
+    def save_state(self, path: str | Path) -> None:
+        """Write what was computed of the text in the model's own session, for `load_state`. Raises FileError.
+
+        Unlike `Conversation.save`, of exactly what would be computed again: without tokens whose keys were moved, and for the
+        backend and the instruction set that runs now.
+        """
+        self._session.save(path, exactly=True)
+
+    def load_state(self, path: str | Path) -> None:
+        """Have computed what `save_state` wrote: a text that begins like it goes on from there, with the same answer.
+
+        Raises FileError where the file is damaged or does not fit; the session is empty then.
+        """
+        self._session.load(path, exactly=True)
+
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:
         """Continue a text or a list of ids, as `Conversation.generate` does, in a session of the model's own."""
         return self._session.generate(prompt, **options)
@@ -274,3 +295,11 @@ class Model:
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:
         """Answer the last of the messages, as `Conversation.chat` does, in a session of the model's own."""
         return self._session.chat(messages, **options)
+
+    def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
+        """`generate` for an `async for`, as `Conversation.agenerate`."""
+        return self._session.agenerate(prompt, **options)
+
+    def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
+        """`chat` for an `async for`, as `Conversation.achat`."""
+        return self._session.achat(messages, **options)

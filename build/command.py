@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pocketlm.build.persona import UIS
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
@@ -43,10 +44,11 @@ def _persona_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (_, kind, text) in SAMPLING.items():
         group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    group.add_argument("--ui", choices=UIS, help="where it talks: in the terminal (chat, the default) or in the browser (web)")
 
 
 def _texts(arguments: argparse.Namespace) -> dict[str, str | None]:
-    return {name: getattr(arguments, name) for name in TEXTS}
+    return {name: getattr(arguments, name) for name in (*TEXTS, "ui")}
 
 
 def _flags(arguments: argparse.Namespace) -> dict[str, float]:

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from pocketlm import __version__
 from pocketlm.build import archive_writer, blas, bytecode, elf, licences, macho, modules, pe, wheels
 from pocketlm.build.archive_writer import Code, Entry
-from pocketlm.build.contents import EXCLUDED
+from pocketlm.build.contents import DATA, EXCLUDED
 from pocketlm.build.sources import copy_sources, host_platform
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
@@ -200,10 +200,15 @@ def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, 
         *binaries,
         Entry(archive_writer.DATA, "base_library.zip", archive_writer.library(base, magic)),
         Entry(archive_writer.DATA, KERNELS, kernels.read_bytes()),
+        *(_data(f"pocketlm/{name}", layout, tree) for name in DATA),
         Entry(archive_writer.DATA, licences.NAME, licences.collect(fetched, tree.licences, tree.library, libraries).encode()),
         Entry(archive_writer.MODULES, "PYZ.pyz", archive_writer.modules(rest, magic)),
         Entry(archive_writer.OPTION, "X utf8=1"),
     ]
+
+
+def _data(name: str, layout: _Layout, tree: _Tree) -> Entry:
+    return Entry(archive_writer.DATA, name.replace("/", layout.separator), (tree.own / name).read_bytes())
 
 
 def _own_modules(own: Path) -> list[str]:

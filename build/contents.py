@@ -7,26 +7,33 @@ for something left out here fails there, not at a friend's. Sizes are those of L
 from __future__ import annotations
 
 # what of pocketlm a stub holds
-PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "build")
+PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "serve", "build")
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
-    *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "elements", "ir", "matrix")),
-    *(f"runtime/native/{name}.py" for name in ("record_reader", "run_loop", "stages", "topk", "vector_math")),
+    *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),
+    *(f"runtime/native/{name}.py" for name in ("ir", "matrix", "record_reader", "run_loop", "stages", "topk", "vector_math")),
     *(f"build/{name}.py" for name in (
         "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
         "wheels",
     )),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
-FROZEN = ("numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex")  # with all that they import, but for:
+DATA = ("serve/page.html",)  # files that are no code
+FROZEN = (  # with all that they import, but for what EXCLUDED names
+    "numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex",
+    "starlette", "uvicorn", "h11", "anyio", "typing_extensions", "exceptiongroup",
+)  # fmt: skip
 
 # Modules that somebody imports and a conversation never reaches
 EXCLUDED = (
-    "llvmlite", "torch", "PIL", "yaml", "tarfile", "typing_extensions", "wcwidth._wcwidth_c",
+    "llvmlite", "torch", "PIL", "yaml", "tarfile", "wcwidth._wcwidth_c",
     "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
     "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
     "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
-    "xmlrpc", "http", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test", "optparse", "webbrowser",
+    "xmlrpc", "http.server", "http.cookiejar", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test",
+    "optparse", "click", "uvicorn.main", "uvicorn.supervisors", "uvicorn._subprocess", "uvicorn.workers",
+    "starlette.testclient", "starlette.templating", "starlette.schemas", "starlette.staticfiles", "anyio.pytest_plugin",
+    "anyio._backends._trio", "idna", "sniffio", "_uuid",
     "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
     "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
     "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
@@ -34,6 +41,7 @@ EXCLUDED = (
     "_multibytecodec", "_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp", "_codecs_kr", "_codecs_tw",
     "_wmi",  # Windows is asked for the processor's name, for which there is another way; wine has none
 )  # fmt: skip
+STOOD_IN = ("ssl",)  # excluded, and imported all the same: pocketlm.serve.without_tls puts something in its place
 
 
 def is_excluded(module: str) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from pocketlm.errors import FileError, UsageError
 
+UIS = ("chat", "web")  # where it talks: in the terminal, in the browser
 MAX_BYTES = 1 << 16  # a system prompt longer than this fills any small model's context
 
 
@@ -21,6 +22,7 @@ class Persona:
     system: str = ""
     greeting: str = ""
     flags: dict[str, float | int] = field(default_factory=dict)
+    ui: str = ""  # "web": it talks in the browser
 
     def to_bytes(self) -> bytes:
         """The block. Raises UsageError when it is too long."""
@@ -36,7 +38,8 @@ class Persona:
     def lines(self) -> list[str]:
         """For a person."""
         shown = {"title": self.title, "system": self.system, "greeting": self.greeting}
-        return [f"{name:<9} {text or '(the model’s own)'}" for name, text in shown.items()] + self.arguments()
+        lines = [f"{name:<9} {text or '(the model’s own)'}" for name, text in shown.items()]
+        return [*lines, *([f"{'ui':<9} {self.ui}"] * bool(self.ui)), *self.arguments()]
 
 
 def from_bytes(data: bytes, path: object) -> Persona:
@@ -44,6 +47,7 @@ def from_bytes(data: bytes, path: object) -> Persona:
     try:
         values = json.loads(data)
         texts = {name: values[name] for name in ("title", "system", "greeting")}
+        texts["ui"] = values.get("ui", "")
         flags: dict[str, float | int] = {}
         flags.update((str(flag), value) for flag, value in values["flags"].items() if isinstance(value, int | float))
         if all(isinstance(text, str) for text in texts.values()):

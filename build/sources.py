@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pocketlm.build.contents import BUILDERS, LEFT_OUT, PACKAGES
+from pocketlm.build.contents import BUILDERS, DATA, LEFT_OUT, PACKAGES
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.aot import PLATFORMS
 from pocketlm.runtime.native.levels import host_machine
@@ -41,7 +41,7 @@ def _sources() -> list[Path]:
     """The package's files that a stub depends on, relative to the package."""
     root = Path(__file__).parents[1]
     files = [file.relative_to(root) for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
-    return [file for file in files if file.as_posix() not in LEFT_OUT]
+    return [file for file in files if file.as_posix() not in LEFT_OUT] + [Path(name) for name in DATA]
 
 
 def copy_sources(folder: Path) -> None:

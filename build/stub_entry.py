@@ -30,6 +30,7 @@ A conversation with a language model. Everything happens on this computer: no ne
 
   {name}                        talk
   {name} "QUESTION"             answer once; the text of a pipe is one message, and follows the question
+  {name} --web                  talk in the browser; --port N, --no-browser, --api-key KEY
   {name} generate -p TEXT       continue a text (-n N: at most N tokens, --json: with ids and timings)
   {name} --model FILE.gguf      talk to another model; also with generate
   {name} --check                has the file arrived whole?
@@ -122,16 +123,22 @@ def _run(arguments: list[str]) -> int:
         if packed is None:
             raise FileError(executable, "holds no model", "pack one with pocketlm pack")
         return _check(packed) if arguments == ["--check"] else _selftest(packed)
-    command = arguments.pop(0) if arguments[:1] in (["chat"], ["generate"]) else "chat"
     own = persona.from_bytes(packed.read("persona"), executable) if packed and model is None else persona.Persona()
+    command = "serve" if own.ui == "web" and not arguments else "chat"
+    if "--web" in arguments:
+        arguments, command = [word for word in arguments if word != "--web"], "serve"
+    elif arguments[:1] in (["chat"], ["generate"]):
+        command = arguments.pop(0)
     words = [command, model or str(executable), *own.arguments()]
     load = None
-    if command == "chat":
+    if command == "serve":
+        words += ["--port=0", "--slots=4", "--browser"]
+    if command in ("chat", "serve"):
         words += [f"--title={own.title}"] * bool(own.title) + [f"--system={own.system}"] * bool(own.system)
-        words += [f"--greeting={own.greeting or HOW_TO}"]
+        words += [f"--greeting={own.greeting or HOW_TO if command == 'chat' else own.greeting}"]
         if packed and model is None:  # its conversations are this program's: this model under this title
             words += [f"--model-id={packed.sections['gguf'].sha256.hex()[:32]} {own.title}"]
-        if own.title:
+        if own.title and command == "chat":
             load = partial(_open_later, own.title)
     return cli.main(words + arguments, load, executable.name)
 

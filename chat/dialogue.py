@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pocketlm.chat import saved
+from pocketlm.chat import saved, states
 from pocketlm.chat.console import Console
 from pocketlm.chat.endings import Endings
 from pocketlm.chat.opening import Opening
@@ -45,6 +45,7 @@ class Chat:
         self._told = ""  # the last note about the template
         self._forgotten = 0  # turns, as the last note about them said
         self._unknown: set[str] = set()  # characters of which a note has said that the vocabulary lacks them
+        self._restorable = False  # whether a state may have been kept of what was resumed
         self._last: Any = None  # the last piece of the last answer
 
     @property
@@ -172,6 +173,8 @@ class Chat:
             speed = new / last.prompt_seconds if last.prompt_seconds else 0.0
             lines.append(self._figures())
             lines.append(f"prompt: {new} new tokens, {last.cached_tokens} from the cache, {speed:.0f} tokens/s")
+            if last.drafted_tokens:
+                lines.append(f"drafts from the conversation: {last.accepted_tokens} of {last.drafted_tokens} tokens accepted")
         return lines
 
     # ---- what the commands do
@@ -222,10 +225,25 @@ class Chat:
             self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
             if conversation.messages[-1].get("cut"):
                 self.console.note(f"(cut off: {MORE})")
+        self._restorable = self._saving
+        opening = self._model if isinstance(self._model, Opening) else None
+        if opening is None or opening.is_open:
+            self.restore(self.model)
         conversation.model = self._model.name
         conversation.interactive |= self.console.interactive
 
+    def restore(self, model: Any) -> None:
+        """Have the model, which has just been opened, go on from where it was in the conversation that was resumed."""
+        if self._restorable and self.record.path is not None:
+            self._restorable = False
+            states.restore(model, self.record.path)
+
     # ---- its file
+
+    def keep_state(self) -> None:
+        """At the end: keep what was computed, so that the conversation can be resumed at once."""
+        if self._saving and self._last is not None and self.record.path is not None:
+            states.keep(self.model, self.record.path)
 
     def save(self) -> None:
         """Write the conversation to its file; the first time this fails is also the last. An empty one has no file."""

@@ -31,16 +31,25 @@ class Opening:
         self._error: BaseException | None = None
         self._cancel, self._done = threading.Event(), threading.Event()
 
-    def start(self, messages: list[dict[str, str]], failed: Callable[[OpeningFailed], object]) -> None:
-        """Begin, unless that was done. `messages`: those before the first question. `failed` is called in the thread."""
+    def start(
+        self, messages: list[dict[str, str]], failed: Callable[[OpeningFailed], object],
+        opened: Callable[[Any], object] = lambda model: None,
+    ) -> None:  # fmt: skip
+        """Begin, unless that was done. `messages`: those before the first question. `failed` is called in the thread, and so is
+        `opened` with the model, before anything is computed.
+        """
         if self._thread is None:
             first = [*messages, {"role": "user", "content": "."}]
-            self._thread = threading.Thread(target=self._open, args=(first, failed), daemon=True, name="pocketlm-opening")
+            todo = first, failed, opened
+            self._thread = threading.Thread(target=self._open, args=todo, daemon=True, name="pocketlm-opening")
             self._thread.start()
 
-    def _open(self, first: list[dict[str, str]], failed: Callable[[OpeningFailed], object]) -> None:
+    def _open(
+        self, first: list[dict[str, str]], failed: Callable[[OpeningFailed], object], opened: Callable[[Any], object]
+    ) -> None:
         try:
             self._model = self._load()
+            opened(self._model)
             with suppress(PocketlmError):  # whoever asks a question is told; this brings the imports, the template, the
                 list(self._model.chat(first, max_tokens=0, cancel=self._cancel))  # weights, the keys of the first lines
         except BaseException as error:

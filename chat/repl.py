@@ -63,8 +63,11 @@ def run(
             if system is not None:
                 chat.conversation.system = system.encode("utf-8", "replace").decode()  # an argument can hold lone surrogates
             if isinstance(model, Opening):
-                console.when_asked(lambda: model.start(chat.conversation.for_model(), console.end))
-            return _converse(chat, question, lines)
+                console.when_asked(lambda: model.start(chat.conversation.for_model(), console.end, chat.restore))
+            status = _converse(chat, question, lines)
+            with chat.endings.held():
+                chat.keep_state()
+            return status
     except OpeningFailed as failed:
         raise failed.error from None
     except OutputClosed as closed:

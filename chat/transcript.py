@@ -32,7 +32,8 @@ class Conversation:
     """What was said. `messages` alternate between user and assistant; `system` is what the model was told before.
 
     An answer that did not come to its end has `"cut": True`. `model` is the model's name, `model_id` what it is recognised
-    by ("" in files of earlier versions); `interactive`: a person held it, not a program.
+    by ("" in files of earlier versions); `interactive`: a person held it, not a program. `branches` are other ways that it
+    went, each {"at": how many of `messages` come before, "messages": what came then}; the page shows them.
     """
 
     system: str = ""
@@ -40,6 +41,7 @@ class Conversation:
     model: str = ""
     model_id: str = ""
     interactive: bool = False
+    branches: list[dict[str, Any]] = field(default_factory=list)
 
     def for_model(self) -> list[dict[str, str]]:
         """The messages a model is given: the system prompt, if there is one, in front."""
@@ -94,6 +96,18 @@ class Record:
         """`path`: a file to be written, which does not exist yet."""
         self.path = path
         self._known: Set[bytes | None] = {None}  # digests of what this program may find there; None: no file
+
+    @classmethod
+    def at(cls, path: Path, revision: str) -> Record:
+        """The record of a file that was at this `revision` when it was read or written last."""
+        record = cls(path)
+        record._known = {bytes.fromhex(revision)}
+        return record
+
+    @property
+    def revision(self) -> str:
+        """Stands for the content that was read or written last; "" before that."""
+        return next((digest.hex() for digest in self._known if digest), "")
 
     def load(self, path: Path) -> Conversation:
         """Read the conversation that goes on in this record. Raises FileError."""
@@ -161,19 +175,45 @@ def _parse(path: Path, data: bytes) -> Conversation:
         raise FileError(path, "is not a saved conversation", "it is no JSON") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise FileError(path, "is not a saved conversation", f"its format is not {FORMAT!r}")
-    messages, texts = content.get("messages"), [content.get(name, "") for name in ("system", "model", "model_id")]
-    if not (isinstance(messages, list) and all(map(_is_message, messages)) and all(map(_is_text, texts))):
+    found = checked(content)
+    if found is None:
         raise FileError(path, "is a damaged conversation", "its messages are not texts of a user and an assistant")
-    kept = [{"role": m["role"], "content": m["content"], **({"cut": True} if m.get("cut") is True else {})} for m in messages]
-    return Conversation(texts[0], kept, texts[1], texts[2], content.get("interactive") is True)
+    return found
+
+
+def checked(content: dict[str, Any]) -> Conversation | None:
+    """The conversation in the object of a file; None where that is none."""
+    messages, texts = content.get("messages"), [content.get(name, "") for name in ("system", "model", "model_id")]
+    if not (isinstance(messages, list) and _are_messages(messages) and all(map(_is_text, texts))):
+        return None
+    others = content.get("branches", [])
+    whole = isinstance(others, list) and all(isinstance(other, dict) for other in others)
+    if not (whole and all(_are_messages(other.get("messages")) for other in others)):
+        return None
+    branches = [
+        {"at": other["at"], "messages": _kept(other["messages"])}
+        for other in others  # those but whose beginning was taken back since
+        if type(other.get("at")) is int and 0 <= other["at"] <= len(messages)
+    ]
+    return Conversation(texts[0], _kept(messages), texts[1], texts[2], content.get("interactive") is True, branches)
+
+
+def _kept(messages: list[Any]) -> list[dict[str, Any]]:
+    return [{"role": m["role"], "content": m["content"], **({"cut": True} if m.get("cut") is True else {})} for m in messages]
 
 
 def _written(conversation: Conversation) -> str:
     """JSON, a message a line: people may look into it, and a long one is written in no time."""
     facts = {"format": FORMAT, **asdict(replace(conversation, messages=[]))}
     del facts["messages"]
+    if not conversation.branches:
+        del facts["branches"]
     head, *lines = map(json.JSONEncoder(ensure_ascii=False).encode, (facts, *conversation.messages))
     return f'{head[:-1]}, "messages": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_message, value))
 
 
 def _is_message(value: object) -> bool:

@@ -11,14 +11,20 @@ from pathlib import Path, PurePosixPath
 
 
 def memory_left(root: Path = Path("/")) -> int | None:
-    """Bytes that may still be taken before the tightest limit is reached; None where there is no limit."""
+    """Bytes that may still be taken before the tightest limit is reached; None where there is no limit.
+
+    Pages of files that were read count as used, and are given up as soon as a program wants memory: the model's own file, read
+    once, would leave no room for the model.
+    """
     left = []
-    for folder, limit, used in (
-        *((folder, "memory.max", "memory.current") for folder in _groups(root, "")),
-        *((folder, "memory.limit_in_bytes", "memory.usage_in_bytes") for folder in _groups(root, "memory")),
+    for folder, limit, used, files in (
+        *((folder, "memory.max", "memory.current", "") for folder in _groups(root, "")),
+        *((folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_") for folder in _groups(root, "memory")),
     ):
         if (most := _number(folder / limit)) is not None and (now := _number(folder / used)) is not None:
-            left.append(most - now)
+            rows = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+            kept = sum(_whole(rows.get(f"{files}{kind}_file", "")) or 0 for kind in ("active", "inactive"))
+            left.append(most - max(now - kept, 0))
     return min(left, default=None)
 
 

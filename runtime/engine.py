@@ -5,8 +5,8 @@ and what became of the logits. Knows no sessions, no sampling and no text.
 
 There is no thread of the engine's own, so a single caller pays nothing for it. Callers queue up; whoever finds nobody leading
 leads: waits for a moment for those who took part in the last pass, computes a pass of what is queued then, hands out the
-results and goes (flat combining: Hendler, Incze, Shavit and Tzafrir, SPAA 2010). Single tokens go first, then as much of the
-prompts as fits into a pass, so that a long prompt does not stop the others.
+results and goes (flat combining: Hendler, Incze, Shavit and Tzafrir, SPAA 2010). Single tokens, with their drafts,
+go first, then as much of the prompts as fits into a pass, so that a long prompt does not stop the others.
 
 An interrupt of the leader loses nothing: what is not handed out stays in the queue, and the next leader computes it again.
 """
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError
+from pocketlm.runtime.drafts import MOST_ROWS
 from pocketlm.runtime.threads import closed_lock, open_lock
 
 if TYPE_CHECKING:
@@ -136,9 +137,11 @@ class Engine:
         for request in [request for request in self._queue if request.done]:
             self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
         queue, room, work = list(self._queue), self.executor.block, list[tuple[_Request, int]]()
+        if len(queue) == 1:
+            return [(queue[0], min(len(queue[0].ids), room))]
         # for who waits longest, should that be a prompt, though there be ever so many single tokens
-        kept = room // 4 if len(queue[0].ids) > 1 else 0
-        for request in sorted(queue, key=lambda request: len(request.ids) > 1):  # in the order of arrival
+        kept = room // 4 if len(queue[0].ids) > MOST_ROWS else 0
+        for request in sorted(queue, key=lambda request: len(request.ids) > MOST_ROWS):  # in the order of arrival
             if request is queue[0]:
                 kept = 0
             if free := room - kept:

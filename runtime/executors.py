@@ -31,6 +31,8 @@ class Executor(Protocol):
     n_ctx: int
     n_threads: int
     block: int  # tokens that a pass takes at most
+    arithmetic: str  # what the last bits of its results depend on beside the weights
+    same_bits: bool  # logits do not depend on how a text is cut into passes
 
     @property
     def cache(self) -> KVCache: ...
@@ -46,6 +48,13 @@ class Executor(Protocol):
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 
     def close(self) -> None: ...
+
+
+def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+    """Bytes of weights, cache and scratch that the native executor takes for a context of `n_ctx`."""
+    from pocketlm.runtime.native.executor import NativeExecutor
+
+    return NativeExecutor.memory(plan, tensors, n_ctx, n_threads)
 
 
 def make_executor(

@@ -7,6 +7,7 @@ shorter prompt (`make_room`) and goes on with it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Generator, Sequence, Set
 from dataclasses import dataclass
 from math import nan
@@ -18,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from pocketlm.errors import UsageError
+from pocketlm.runtime.drafts import Drafts
 from pocketlm.runtime.sampling import Sampler
 from pocketlm.runtime.session import Session
 
@@ -40,7 +42,10 @@ class Piece:
     prompt_seconds: float = 0.0  # until the first logits
     generation_seconds: float = 0.0  # from there to the end, what the caller does between records included
     note: str = ""  # what a user should know about this answer, such as that the context was full
+    drafted_tokens: int = 0  # tokens that were looked up in the text so far and tried (see `drafts`)
+    accepted_tokens: int = 0  # how many of them were the ones that were drawn
     dropped_turns: int = 0  # of a conversation (`Model.chat`): how many of its oldest turns the model did not see
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # ids and logprobs of the likeliest tokens here, where that was asked for
 
 
 class Decoder(Protocol):
@@ -75,6 +80,7 @@ def generate(
     reuse_cache: bool = True,
     shift: bool = False,
     keep: int | None = None,
+    draft: bool = True,
 ) -> Generator[Piece, None, None]:
     """The answer to the prompt `ids`, token by token, the last record saying how it ended.
 
@@ -85,6 +91,8 @@ def generate(
     When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
     tokens at the beginning that have to stay, the older half of the others goes instead, and the answer goes on.
+
+    With `draft`, what the text so far foretells is verified in one pass where that pays (see `drafts`); the answer is the same.
 
     Raises UsageError for an empty prompt, an id outside the vocabulary, an empty stop string or a negative max_tokens,
     PocketlmError for a prompt longer than the context: with the first record, before anything is computed. PocketlmError
@@ -99,10 +107,12 @@ def generate(
     matcher = StopStrings(stops) if stops else None
     ends = frozenset() if ignore_eos else end_ids
     n_ctx, push = session.n_ctx, decoder.push
-    tokens = list(map(int, ids))  # the prompt and, growing, the answer
-    n_prompt, n_generated, stopped = len(tokens), 0, False
+    prompt = list(map(int, ids))
+    n_prompt, n_generated, stopped = len(prompt), 0, False
 
     claim = session.claim()
+    session.check_ids(prompt)
+    tokens = array("i", prompt)  # and, growing, the answer; as samplers in compiled code read it
 
     def interrupted() -> bool:
         session.check(claim)
@@ -110,21 +120,37 @@ def generate(
 
     prompted = started = perf_counter()
 
-    def draw(logits: np.ndarray) -> tuple[int, float] | tuple[()]:  # inside the pass: the logits are the executor's own memory
+    def draw_first(logits: np.ndarray) -> list[tuple[int, float]]:
         nonlocal prompted
         if not n_generated:
             prompted = perf_counter()
-        return sampler(logits, tokens) if max_tokens != 0 else ()
+        return [sampler(logits, tokens)] if max_tokens != 0 else []
+
+    drafts = Drafts(session.odds) if draft and session.executor.same_bits else None
+    tried: list[int] = []
+
+    def draw(rows: np.ndarray) -> list[tuple[int, float]]:  # inside the pass: the logits are the executor's own memory
+        """Tokens as long as they are the draft's, and one more: exactly those that would have been drawn one by one."""
+        drawn, n = list[tuple[int, float]](), len(tokens)
+        for logits in rows:
+            drawn.append(sampler(logits, tokens))
+            id = drawn[-1][0]
+            if len(drawn) > len(tried) or id != tried[len(drawn) - 1] or id in ends or n_generated + len(drawn) == max_tokens:
+                break
+            tokens.append(id)  # the next row's penalties
+        del tokens[n:]
+        return drawn
 
     with session.held(claim):
-        drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=interrupted, use=draw)
+        drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=interrupted, use=draw_first)
         note, prompted = session.note, prompted if drawn is not None else perf_counter()
-    reason = "cancelled"
+    reason, at = "cancelled", 0  # at: which of the drawn tokens comes next
     while drawn is not None and not cancelled():
         if not drawn:  # there is nothing to draw any more
             reason = "length"
             break
-        id, logprob = drawn
+        id, logprob = drawn[at]
+        at += 1
         if id in ends:
             reason = "stop"
             break
@@ -138,15 +164,24 @@ def generate(
             reason = "stop"
             break
         if n_generated == max_tokens or cancelled():
-            drawn = ()
+            drawn, at = [], 0
             continue
+        if at < len(drawn):
+            continue
+        at = 0
         with session.held(claim):
-            if len(session.ids) < n_ctx:
-                drawn = session.append(id, draw)
+            if (room := n_ctx - len(session.ids)) > 0:
+                if drafts is None:
+                    drawn = session.append_draft(id, (), draw)
+                    continue
+                tried = drafts.after(tokens, room - 1)
+                begun = perf_counter()
+                drawn = session.append_draft(id, tried, draw)
+                drafts.passed(tried, len(drawn), perf_counter() - begun)
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is not None:
-            tokens = prompt + tokens[-n_generated:]
+            tokens = array("i", prompt) + tokens[-n_generated:]
             note = f"the context of {n_ctx} tokens is full: the prompt was cut from {n_prompt} to {len(prompt)} tokens"
         elif keep is not None:
             del tokens[keep : keep + max(1, (n_ctx - keep) // 2)]
@@ -156,7 +191,7 @@ def generate(
             reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break
         with session.held(claim):
-            drawn, _ = session.advance(tokens, shift=True, cancelled=interrupted, use=draw)
+            drawn, _ = session.advance(tokens, shift=True, cancelled=interrupted, use=draw_first)
             note += f"; {session.note}" if session.note else ""
 
     rest = "" if stopped else decoder.flush()
@@ -165,7 +200,8 @@ def generate(
         rest += matcher.held
         reason = "stop" if stopped else reason
     seconds = prompted - started, perf_counter() - prompted
-    yield Piece(rest, -1, nan, reason, n_prompt, n_cached, n_generated, *seconds, note)
+    tries = (drafts.drafted, drafts.accepted) if drafts else (0, 0)
+    yield Piece(rest, -1, nan, reason, n_prompt, n_cached, n_generated, *seconds, note, *tries)
 
 
 def _shorter_prompt(make_room: Callable[[], Sequence[int] | None] | None, length: int, room: int) -> list[int] | None:

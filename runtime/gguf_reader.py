@@ -67,8 +67,8 @@ class GGUF:
     where the list of tensors ends.
 
     `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. After `close`
-    there are no tensors, and only keys that were read before can be read. An array that was taken out of a tensor stays
-    valid and keeps the file mapped.
+    there are no tensors, and only keys that were read before can be read, lists of texts apart. An array that was taken out
+    of a tensor stays valid and keeps the file mapped.
     """
 
     def __init__(
@@ -335,7 +335,10 @@ class _Place:
 
 
 class _Metadata(Mapping[str, Any]):
-    """The keys of a file; a value is decoded when it is first asked for."""
+    """The keys of a file; a value is decoded when it is first asked for, and remembered unless it is a list of texts.
+
+    Those of a vocabulary and its merges take tens of megabytes, and who needs them for long keeps them in a smaller form.
+    """
 
     def __init__(self, buffer: Buffer, path: Path):
         self._buffer: Buffer | None = buffer
@@ -348,7 +351,10 @@ class _Metadata(Mapping[str, Any]):
             place = self.places[key]
             if self._buffer is None:
                 raise PocketlmError(f"{self._path} is closed; open it again")
-            self._values[key] = self._decode(self._buffer, place, key)
+            value = self._decode(self._buffer, place, key)
+            if isinstance(value, list):
+                return value
+            self._values[key] = value
         return self._values[key]
 
     def close(self) -> None:

@@ -10,8 +10,14 @@ from pocketlm.errors import PocketlmError
 def check_ids(ids: np.ndarray, n_vocab: int, length: int, n_ctx: int) -> np.ndarray:
     """`ids` as int64 [n]. Raises PocketlmError for none, for one outside the vocabulary, for more than the context holds."""
     ids = np.asarray(ids)
-    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_vocab:
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or not _are_below(n_vocab, ids):
         raise PocketlmError(f"token ids must be a list of one or more whole numbers from 0 to {n_vocab - 1}")
     if length + len(ids) > n_ctx:
         raise PocketlmError(f"{length + len(ids)} tokens do not fit into a context of {n_ctx}; use a larger --ctx")
     return ids.astype(np.int64)
+
+
+def _are_below(n_vocab: int, ids: np.ndarray) -> bool:
+    if len(ids) == 1:  # every token of an answer comes by: NumPy's reductions cost more than all the rest here
+        return 0 <= ids[0] < n_vocab
+    return bool(ids.min() >= 0 and ids.max() < n_vocab)

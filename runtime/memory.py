@@ -20,6 +20,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime import control_groups
 
 MB = 1 << 20
+_FOR_THREADS = 224 * MB  # addresses that glibc reserves for threads (64 MB each, for moments 128): `ulimit -v` counts them
 
 
 def available_bytes() -> int | None:
@@ -60,8 +61,19 @@ def _linux() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         line = next(line for line in file if line.startswith("MemAvailable:"))
     free = int(line.split()[1]) * 1024
-    left = control_groups.memory_left()
-    return max(free if left is None else min(free, left), 0)
+    limits = [control_groups.memory_left(), *(_within(*row) for row in (("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)))]
+    return max(min([free, *(left for left in limits if left is not None)]), 0)
+
+
+def _within(name: str, column: int) -> int | None:
+    """Bytes left of what `ulimit` allows; None where that is all. `column` of /proc/self/statm says how much is used."""
+    import resource
+
+    most = resource.getrlimit(getattr(resource, name))[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return most - int(file.read().split()[column]) * mmap.PAGESIZE - _FOR_THREADS
 
 
 def _darwin() -> int:
@@ -109,6 +121,27 @@ def release_pages(view: np.ndarray) -> None:
         length = (first + view.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
             base.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def release_code(library: str) -> None:
+    """Give back the memory of a shared library's code, which is read again from its file if it is called again (Linux)."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            places = [line.split() for line in file if library in line and " r-xp " in line]
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return
+    for place, *_ in places:
+        start, end = (int(address, 16) for address in place.split("-"))
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)  # MADV_DONTNEED; code is never written to
+
+
+def return_unused() -> None:
+    """Give back what the C library keeps of memory that was freed: megabytes, once a vocabulary has been read (glibc)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return
 
 
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:

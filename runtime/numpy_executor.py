@@ -35,6 +35,8 @@ class NumpyExecutor:
 
     name = "numpy"
     block = BLOCK
+    arithmetic = "numpy"
+    same_bits = False  # products of few rows are summed in another order than those of many
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads

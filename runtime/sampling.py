@@ -32,6 +32,9 @@ Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
 penalty, no filter; computed in float32 (error about 1e-6), NaN from a sampler made with `logprobs=False`.
 """
 
+Process = Callable[[np.ndarray, Sequence[int]], None]
+"""(a copy of the logits float32 (n_vocab,), ids so far): changes the logits in place."""
+
 GREEDY_BELOW = 1e-5  # a temperature this low is greedy: dividing by it would only overflow
 FIRST_NUCLEUS = 256  # how many tokens are looked at first where top-p is the only filter; a peaked distribution needs few
 N_ROWS = 64  # the vocabulary seen as this many rows: NumPy reduces over rows several times faster than along one
@@ -85,11 +88,17 @@ _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
 
 
 class Selection(Protocol):
-    """What an executor may do faster than NumPy: the ids of the k largest logits, in any order; the sum of exp(x - largest)."""
+    """What an executor may do faster than NumPy: the ids of the k largest logits, in any order; the sum of exp(x - largest);
+    a whole sampler, which draws the same tokens, or None for a chain that it does not know.
+    """
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray: ...
 
     def sum_exp(self, logits: np.ndarray, largest: float) -> float: ...
+
+    def draw(
+        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]
+    ) -> Sampler | None: ...
 
 
 def make_sampler(
@@ -98,25 +107,32 @@ def make_sampler(
     selection: Selection | None = None,
     exempt: Set[int] = frozenset(),
     logprobs: bool = True,
+    process: Process | None = None,
     **options: Any,
 ) -> Sampler:
     """The sampler for `options`, the fields of SamplingOptions. Its draws depend on the seed and the logits alone.
 
     `selection` is how an executor finds the largest logits and sums them up; NumPy's way where it is None. The penalties leave
     `exempt` ids alone: the end tokens, of which a chat's prompt is full, and an answer must be able to end. `logprobs=False`
-    saves a pass over the vocabulary for a caller that does not look at them. Raises UsageError for a bad option. The
-    sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all -inf.
+    saves a pass over the vocabulary for a caller that does not look at them. `process(logits, ids)` changes a copy of the
+    logits in place, after bias and penalties: -inf for a token that may not come, as a grammar wants it. Raises UsageError
+    for a bad option. The sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all
+    -inf.
     """
     o = SamplingOptions(**options)
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
-    adjust: list[Callable[[np.ndarray, Sequence[int]], None]] = []
+    adjust: list[Process] = []
     if o.logit_bias:
         adjust.append(_bias(o.logit_bias, n_vocab))
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
         adjust.append(_penalties(o, exempt))
-    choose = (
-        _greedy if o.temperature < GREEDY_BELOW or o.top_k == 1 else _draw(o, weights, selection.top_k if selection else top_k)
-    )
+    if process is not None:
+        adjust.append(process)
+    uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
+    if selection and process is None and (sampler := selection.draw(o, exempt, logprobs, uniform)):
+        return sampler
+    is_greedy = o.temperature < GREEDY_BELOW or o.top_k == 1
+    choose = _greedy if is_greedy else _draw(o, weights, selection.top_k if selection else top_k, uniform)
 
     sum_exp = selection.sum_exp if selection else weights.fill
 
@@ -129,7 +145,7 @@ def make_sampler(
                 step(scores, ids)
         likeliest = int(used.argmax())  # of a NaN, should there be one: argmax takes it for the largest
         if not math.isfinite(used[likeliest]):
-            raise PocketlmError(_NO_CHOICE if used[likeliest] == -math.inf else _BROKEN)
+            raise PocketlmError(NO_CHOICE if used[likeliest] == -math.inf else BROKEN)
         id = choose(used, likeliest)
         if not logprobs:
             return id, math.nan
@@ -139,8 +155,8 @@ def make_sampler(
     return sample
 
 
-_BROKEN = "the model computed NaN or infinite logits; its weights are damaged, get the model file again"
-_NO_CHOICE = "no token is left to choose: every logit is -inf; look at logit_bias, or get the model file again"
+BROKEN = "the model computed NaN or infinite logits; its weights are damaged, get the model file again"
+NO_CHOICE = "no token is left to choose: every logit is -inf; look at logit_bias, or get the model file again"
 
 
 def top_k(logits: np.ndarray, k: int) -> np.ndarray:
@@ -194,9 +210,8 @@ def _greedy(logits: np.ndarray, likeliest: int) -> int:
 
 
 def _draw(
-    o: SamplingOptions, weights: _Weights, top_k_of: Callable[[np.ndarray, int], np.ndarray]
+    o: SamplingOptions, weights: _Weights, top_k_of: Callable[[np.ndarray, int], np.ndarray], uniform: Callable[[], float]
 ) -> Callable[[np.ndarray, int], int]:
-    uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
     filters: list[Callable[[np.ndarray, float], int]] = []
     if o.top_p < 1:
         filters.append(_top_p(o.top_p))

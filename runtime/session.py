@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.threads import ForkedLock
@@ -40,6 +41,8 @@ class Session:
         self.executor, self.engine, self.cache = executor, engine or Engine(executor), cache or executor.cache
         self.n_ctx = self.cache.n_ctx
         self.ids = list(ids)
+        self._moved: int | None = None  # from which position on keys were moved here from elsewhere
+        self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self._lock = ForkedLock()
         self._claim: object | None = None  # the present user's; None before the first and after `end`
@@ -89,7 +92,9 @@ class Session:
     def fork(self) -> Session:
         """A session that goes on from here by itself: the filled part of the cache is copied. PocketlmError after `end`."""
         with self.settled() as (ids, cache):
-            return Session(self.executor, self.engine, cache.fork(len(ids)), ids)
+            other = Session(self.executor, self.engine, cache.fork(len(ids)), ids)
+            other._moved = self._moved
+            return other
 
     @contextmanager
     def settled(self) -> Iterator[tuple[list[int], Any]]:
@@ -126,6 +131,19 @@ class Session:
         self._settle()
         return self._forward([id], 1, lambda rows: use(rows[0]))[1]
 
+    def append_draft(self, id: int, draft: Sequence[int], use: Callable[[np.ndarray], Sequence[Any]]) -> Sequence[Any]:
+        """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
+
+        `use` gets float32 (rows, n_vocab), one row or more and at most 1 + len(draft), and returns a sequence: as many of the
+        tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short for all of them.
+        """
+        self._settle()
+        before = len(self.ids)
+        result = self._forward([id, *draft], 1 + len(draft), use)[1]
+        if len(self.ids) > before + len(result):
+            self._truncate(before + len(result))
+        return result
+
     def advance(
         self,
         ids: Sequence[int],
@@ -147,7 +165,7 @@ class Session:
         Raises UsageError for no ids or one outside the vocabulary, PocketlmError for more than the context holds.
         """
         ids = list(map(int, ids))
-        self._check(ids)
+        self.check_ids(ids)
         self.note = ""
         self._settle()
         if not reuse_cache:
@@ -171,7 +189,13 @@ class Session:
             result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
         return result, same
 
-    def _check(self, ids: list[int]) -> None:
+    @property
+    def n_exact(self) -> int:
+        """How many tokens of the cache have the bits that they would have if they were computed again."""
+        return len(self.ids) if self._moved is None else min(self._moved, len(self.ids))
+
+    def check_ids(self, ids: list[int]) -> None:
+        """Raises UsageError for no ids or one outside the vocabulary, PocketlmError for more than the context holds."""
         n_vocab, n_ctx = self.executor.hyper.n_vocab, self.n_ctx
         if not ids:
             raise UsageError("the prompt is empty; give the model at least one token to go on from")
@@ -204,12 +228,15 @@ class Session:
 
     def _truncate(self, length: int) -> None:
         del self.ids[length:]
+        if self._moved is not None and length <= self._moved:
+            self._moved = None
         self._settle()
 
     def _remove(self, start: int, stop: int) -> bool:
         # the ids first: if an interrupt comes in the middle of the move, `_settle` gives up all from `start` on
         moved = self.ids[stop:]
         del self.ids[start:]
+        self._moved = start if self._moved is None else min(start, self._moved)
         if self.cache.remove(start, stop):
             self.ids += moved
             return True

@@ -20,18 +20,22 @@ HALF_SCALES = {
 EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80)}  # all bits set: NaN or infinite
 
 
-def check_finite(tensor: Tensor) -> None:
-    """Raises FileError if any weight of the tensor is NaN or infinite, or if its format cannot be run."""
+def check_finite(tensor: Tensor, part: slice = slice(None)) -> None:
+    """Raises FileError if any weight of the tensor is NaN or infinite, or if its format cannot be run.
+
+    `part`: bytes of it, whole blocks, that are to be looked at.
+    """
     if tensor.tiled:  # was checked before it was tiled
         return
+    data = tensor.data[part]
     name = tensor.format.name
     if name in EXPONENTS:
         dtype, exponent = EXPONENTS[name]
-        finite = not ((tensor.data.view(dtype) & exponent) == exponent).any()
+        finite = not ((data.view(dtype) & exponent) == exponent).any()
     else:
         if name not in HALF_SCALES:
             tensor.to_float32()  # raises the error that names the format
-        blocks = tensor.data.reshape(-1, tensor.format.block_bytes)
+        blocks = data.reshape(-1, tensor.format.block_bytes)
         finite = all(_halves_finite(blocks[:, at : at + 2]) for at in HALF_SCALES[name])
         if name == "MXFP4":  # 2^125 times the largest step is beyond float32; 255 means NaN
             finite = not (blocks[:, 0] > 252).any()

@@ -25,6 +25,14 @@ class FakeModel:
         self.asked: list[list[dict[str, str]]] = []
         self.sampling: dict = {}
 
+    state_bytes = 1000
+
+    def save_state(self, path):
+        path.write_text("state")
+
+    def load_state(self, path):
+        self.loaded = path.read_text()
+
     def set_threads(self, n):
         if not 1 <= n <= 64:
             raise UsageError(f"--threads {n}: expected 1 to 64")
@@ -36,7 +44,7 @@ class FakeModel:
         self.backend = name
 
     def chat(self, messages, *, cancel=None, **sampling):
-        SamplingOptions(**{name: value for name, value in sampling.items() if name not in ("max_tokens", "stop")})
+        SamplingOptions(**{name: value for name, value in sampling.items() if name not in ("max_tokens", "stop", "draft")})
         self.asked.append([dict(message) for message in messages])
         self.sampling = sampling
         *_, question = (message["content"] for message in messages if message["role"] == "user")
@@ -68,7 +76,7 @@ class FakeModel:
             yield piece(word)
         self.context_used = 10 * len(messages)
         reason = "cancelled" if cancel is not None and cancel.is_set() else "length" if n < len(words) else "stop"
-        counts = {"prompt_tokens": 12, "cached_tokens": 8, "generated_tokens": n}
+        counts = {"prompt_tokens": 12, "cached_tokens": 8, "generated_tokens": n, "drafted_tokens": 8, "accepted_tokens": 6}
         yield piece("", -1, reason, dropped_turns=dropped, **counts, prompt_seconds=0.1, generation_seconds=0.5)
 
 

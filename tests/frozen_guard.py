@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-from pocketlm.build.contents import EXCLUDED, FROZEN, is_excluded, is_held
+from pocketlm.build.contents import EXCLUDED, FROZEN, STOOD_IN, is_excluded, is_held
 
 SERVANTS = {*FROZEN, *sys.stdlib_module_names, "frozen_guard"}
 # Every import passes here: most are let through by their first word
@@ -44,7 +44,7 @@ def _source(frame: FrameType) -> str:
 def refuse(module: str, frame: FrameType | None) -> None:
     """Raise ModuleNotFoundError for a module that no stub holds and that is wanted for a stub's code."""
     unknown = module.partition(".")[0] not in {*SERVANTS, "pocketlm"}
-    if (unknown or is_excluded(module)) and (asker := on_behalf_of_a_stub(frame)):
+    if module not in STOOD_IN and (unknown or is_excluded(module)) and (asker := on_behalf_of_a_stub(frame)):
         raise ModuleNotFoundError(f"No module named {module!r} in a packed program, where {asker} wants it", name=module)
 
 

@@ -18,7 +18,7 @@ from pocketlm.chat import saved, transcript
 from pocketlm.chat.repl import run
 from pocketlm.chat.transcript import Conversation, Record
 from pocketlm.cli import main
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import FileError, PocketlmError
 
 DRIVER = str(Path(__file__).with_name("chat_fake.py"))
 
@@ -317,3 +317,25 @@ def test_a_name_that_nothing_can_have_is_one_line(line):
     notes = chat(line)
     assert notes.startswith("pocketlm: ")
     assert notes.count("\n") == 1
+
+
+def test_other_ways_that_a_conversation_went_are_kept_and_checked(tmp_path):
+    """The page makes them; the terminal, which knows none, keeps those whose beginning is still there."""
+    def other(at):
+        return {"at": at, "messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c", "cut": True}]}
+
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "d"}]
+    path = tmp_path / "kept.json"
+    record = transcript.Record(path)
+    record.save(transcript.Conversation(messages=messages, branches=[other(0), other(2)]))
+    assert transcript.load(path).branches == [other(0), other(2)]
+    again = transcript.Record()
+    conversation = again.load(path)
+    del conversation.messages[1:]
+    again.save(conversation)
+    assert transcript.load(path).branches == [other(0)]
+    for wrong in ({"at": 0}, "x", {"at": 0, "messages": [{"role": "x", "content": "y"}]}):
+        file = {"format": transcript.FORMAT, "messages": messages, "branches": [wrong]}
+        path.write_text(json.dumps(file))
+        with pytest.raises(FileError, match="damaged"):
+            transcript.load(path)

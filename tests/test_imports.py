@@ -23,8 +23,14 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command terminal_text"
+        " train.command doctor.command serve.command terminal_text"
     ),
+    # the engine with another face: it asks a model, and knows no kernels
+    "serve": (
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.templates chat.saved"
+        " chat.transcript cli_options terminal_text"
+    ),
+    "doctor": "errors model runtime runtime.native terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
@@ -37,7 +43,8 @@ ALLOWED = {
     "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors tokenizer runtime chat.templates",
-    "conversation": "errors tokenizer runtime chat.templates",
+    "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "asynchronous": "",
     "cli_options": "runtime.sampling",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
@@ -51,7 +58,7 @@ ALLOWED = {
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
-    "runtime.executors": "model export.verify build.selftest runtime.session runtime.engine",
+    "runtime.executors": "doctor.models model export.verify build.selftest runtime.session runtime.engine",
     "runtime.numpy_executor": "runtime.executors export.importance bench.quantization_ladder",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,3 +124,28 @@ def _mapped(path: Path) -> int:
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+LIMITED = """
+import resource, sys
+from pocketlm.cli import main
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]) << 20, resource.RLIM_INFINITY))
+sys.exit(main(["generate", sys.argv[1], "-p", "then", "-n", "2", "--threads", "2", "--ctx", "64"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v bounds nothing elsewhere")
+@pytest.mark.parametrize("megabytes", [300, 350, 400, 500, 1000, 4000])
+def test_under_a_limit_of_addresses_a_model_runs_or_says_in_a_line_what_is_missing(tmp_path, megabytes):
+    path = write_model(tmp_path / "model.gguf", n_embd=256, rows=70_000)
+    with pocketlm.load(path, ctx=64):  # compiled
+        pass
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(path), str(megabytes)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert run.returncode in (0, 1), run.stderr
+    if run.returncode:
+        assert run.stderr.count("\n") == 1, run.stderr
+        assert "needs" in run.stderr or "memory" in run.stderr
+    assert run.returncode == 0 or megabytes < 4000
+    assert run.returncode == 1 or megabytes > 300

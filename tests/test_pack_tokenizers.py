@@ -63,10 +63,10 @@ def vocab_and_merges(folder):
     return folder
 
 
-def sentencepiece(byte_fallback):
+def sentencepiece(byte_fallback, kind="bpe"):
     def file(folder):
         path = folder / "tokenizer.model"
-        path.write_bytes(train_sentencepiece(PROSE.split("\n"), 512, byte_fallback=byte_fallback))
+        path.write_bytes(train_sentencepiece(PROSE.split("\n"), 512, byte_fallback=byte_fallback, model_type=kind))
         return path
 
     return file
@@ -97,6 +97,7 @@ FILES = {
     "SentencePiece BPE, .model with byte fallback": sentencepiece(True),
     "SentencePiece BPE, .model without": sentencepiece(False),
     "SentencePiece BPE, tokenizer.json": sentencepiece_json,
+    "unigram, .model": sentencepiece(True, "unigram"),
     "characters, meta.pkl": meta_pkl,
     "characters, JSON": characters_json,
 }
@@ -155,7 +156,7 @@ def test_there_is_a_model_for_every_kind_that_is_read():
     from pocketlm.tokenizer.gguf_vocabulary_reader import _MAKERS
 
     kinds = {"a GGUF of the kind gpt2": "byte_bpe", "byte-level": "byte_bpe", "a GGUF of the kind llama": "sentencepiece",
-             "SentencePiece": "sentencepiece", "characters": "characters"}  # fmt: skip
+             "SentencePiece": "sentencepiece", "unigram": "unigram", "characters": "characters"}  # fmt: skip
     covered = {kind for name in (*FILES, *KEYS) for start, kind in kinds.items() if name.startswith(start)}
     assert covered == {*_MAKERS}
 

@@ -1,14 +1,17 @@
 """What Windows' friends get, composed here and run under wine: it talks, checks itself, and says what is wrong in one line."""
 
+import json
 import os
 import random
 import shutil
+import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
 from packing import composed_stub, pack_friend, tiny_chat_model
 from tiny_models import write_model
-from wine_runner import environment_for, needs_wine, prefix, run_windows
+from wine_runner import WINE, environment_for, needs_wine, prefix, run_windows
 
 import pocketlm
 from pocketlm.runtime import container
@@ -141,3 +144,32 @@ def test_it_brings_the_licences_of_all_that_is_inside(friend, home):
     text = run_windows(home, friend, "--licences").stdout
     for word in ("PYTHON SOFTWARE FOUNDATION LICENSE", "\nnumpy\n", "\nregex\n", "libffi", "Visual C++", "\npocketlm\n"):
         assert word in text
+
+
+def test_it_talks_in_the_browser(friend, home):
+    """wine's sockets are this system's: page, programs and conversations are asked for from outside."""
+    process = subprocess.Popen(
+        [str(WINE), str(friend), "--web", "--no-browser"], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, env=environment_for(home),
+    )  # fmt: skip
+    try:
+        lines = (line.decode("utf-8", "replace") for line in process.stderr)  # wine says something, too
+        said = next(line for line in lines if line.startswith("page "))
+        url, token = said.split()[1].split("/#")
+
+        def ask(path, body=None):
+            headers = {"Content-Type": "application/json", "X-Pocketlm-Token": token}
+            request = urllib.request.Request(url + path, None if body is None else json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.read()
+
+        assert b"<script>" in ask("/")
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+        answer = json.loads(ask("/v1/chat/completions", {"messages": messages}))["choices"][0]["message"]["content"]
+        assert answer + "\n" == run_windows(home, friend, "chat", stdin="hello\n").stdout
+        name = json.loads(ask("/page/chats", {"messages": [messages[1], {"role": "assistant", "content": answer}]}))["name"]
+        assert json.loads(ask(f"/page/chats/{name}"))["messages"][1]["content"] == answer
+        ask(f"/page/chats/{name}/delete", {})  # wine's user has one folder for all tests
+        assert name not in str(ask("/page/chats"))
+    finally:
+        process.kill()

@@ -123,6 +123,26 @@ MEMORY = {
         },
         2000,
     ),
+    "version 2, mostly pages of files": (
+        "0::/\n",
+        V2,
+        {
+            "sys/fs/cgroup/memory.max": "5000\n",
+            "sys/fs/cgroup/memory.current": "4900\n",
+            "sys/fs/cgroup/memory.stat": "anon 900\nfile 4000\ninactive_file 3000\nactive_file 800\nslab 5\n",
+        },
+        3900,
+    ),
+    "version 1, mostly pages of files": (
+        "5:memory:/\n",
+        V1,
+        {
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9000\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "8000\n",
+            "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 5000\ntotal_active_file 1000\n",
+        },
+        7000,
+    ),
     "no limit": ("0::/\n", V2, {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"}, None),
 }
 

@@ -124,7 +124,6 @@ CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Iso
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("model.type", "Unigram", ["'Unigram'"]),
         ("model.type", "WordPiece", ["'WordPiece'"]),
         ("model.dropout", 0.1, ["dropout"]),
         ("model.end_of_word_suffix", "</w>", ["end_of_word_suffix"]),

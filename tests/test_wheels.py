@@ -14,7 +14,8 @@ from pocketlm.build.wheels import PYTHONS, Pinned, fetch, pinned
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.native.aot import PLATFORMS
 
-NEEDED = {"numpy", "regex", "markupsafe", "jinja2", "prompt_toolkit", "wcwidth", "pyinstaller"}
+NEEDED = {"numpy", "regex", "markupsafe", "jinja2", "prompt_toolkit", "wcwidth", "starlette", "uvicorn", "h11", "anyio",
+          "pyinstaller"}  # fmt: skip
 
 
 @pytest.fixture

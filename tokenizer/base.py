@@ -13,6 +13,7 @@ from functools import cached_property
 
 from pocketlm.errors import FileError, UsageError
 from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
+from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
 
 # token types, as GGUF and SentencePiece number them
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -45,9 +46,9 @@ class NoTokenizer(FileError):
 class Vocabulary:
     """The tokens of a model and what they are for. Made by `make_vocabulary`, which checks it."""
 
-    tokens: Sequence[str]  # as the file writes them: byte-level letters, ▁ for a space, <0x0A> for a byte
+    tokens: Texts  # as the file writes them: byte-level letters, ▁ for a space, <0x0A> for a byte
     types: bytes  # one of the types above for each token
-    index: dict[str, int]  # token → id
+    index: TextIndex  # token → id, holes apart
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
@@ -97,7 +98,6 @@ def make_vocabulary(
         for i, token in enumerate(tokens):
             if token and index[token] != i:
                 raise FileError(path, f"tokens {i} and {index[token]} are both {token[:40]!r}")
-    index.pop("", None)
     ends = set(end_ids) | {eos_id}
     stripping = [("stripping", i) for i in (*strip_left, *strip_right)]
     for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends), *stripping):
@@ -109,9 +109,11 @@ def make_vocabulary(
         for i in named:
             types[i] = CONTROL
     ends |= {i for i in named if types[i] in (CONTROL, USER_DEFINED)}
+    texts, numbers = index_of(tokens)
     return Vocabulary(
-        tokens, bytes(types), index, bos_id, eos_id, unk_id, frozenset(i for i in ends if i is not None), adds_bos,
-        frozenset(strip_left), frozenset(strip_right), normalizer,
+        texts, bytes(types), numbers, bos_id, eos_id, unk_id,
+        frozenset(i for i in ends if i is not None), adds_bos, frozenset(strip_left), frozenset(strip_right),
+        normalizer,
     )  # fmt: skip
 
 

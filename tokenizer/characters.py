@@ -39,7 +39,7 @@ class Characters(Tokenizer):
     @cached_property
     def _ids(self) -> dict[str, int]:
         vocabulary = self.vocabulary
-        return {token: i for token, i in vocabulary.index.items() if vocabulary.types[i] == NORMAL}
+        return {token: i for token, i in vocabulary.index.pairs() if vocabulary.types[i] == NORMAL}
 
 
 def from_table(path: object, ids: Mapping[str, int]) -> Tokenizer:

@@ -161,7 +161,7 @@ def _byte_bpe(keys: Keys, tokens: list[str], types: bytearray) -> Tokenizer:
     merges = keys.texts(_GGML + "merges")
     if merges is None:
         raise FileError(keys.path, "it has no merges (tokenizer.ggml.merges)")
-    table = rank_table(keys.path, tokens.__getitem__, vocabulary.index, merges, len(tokens))
+    table = rank_table(keys.path, vocabulary.tokens.__getitem__, vocabulary.index, merges, len(tokens))
     return byte_bpe.ByteBPE(vocabulary, table, options)
 
 

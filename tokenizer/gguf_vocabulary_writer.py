@@ -150,8 +150,9 @@ def _sentencepiece(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
 def _unigram(tokenizer: Unigram, n_vocab: int) -> dict[str, Any]:
     import numpy as np
 
-    scores = np.zeros(n_vocab, np.float64 if np.any(np.float32(tokenizer.scores) != tokenizer.scores) else np.float32)
-    scores[: len(tokenizer.scores)] = tokenizer.scores
+    exact = np.array(tokenizer.scores)
+    scores = np.zeros(n_vocab, np.float32 if (exact.astype(np.float32) == exact).all() else np.float64)
+    scores[: len(exact)] = exact
     return {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.pre": "default",

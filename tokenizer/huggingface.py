@@ -1,6 +1,6 @@
 """Hugging Face's `tokenizer.json` (and the older `vocab.json` with `merges.txt`): the parsed file in, a `Tokenizer` out.
 
-Supported: BPE models, byte-level or in the manner of SentencePiece (Metaspace, or Prepend and Replace as normaliser).
+Supported: BPE, byte-level or in the manner of SentencePiece (Metaspace, or Prepend and Replace as normaliser), and Unigram.
 Each part of the file is matched against what is known here; a part that is not is refused by its name, so nothing is
 silently left out. Patterns are compared as text and never compiled from the file.
 """
@@ -21,6 +21,7 @@ from pocketlm.tokenizer.normal_form import NORMAL_FORMS, Normalizer, make_normal
 from pocketlm.tokenizer.normalize import Rules
 from pocketlm.tokenizer.pretokenize import name_of_pattern
 from pocketlm.tokenizer.sentencepiece import SPACE
+from pocketlm.tokenizer.unigram import Unigram
 
 _MAX_CONFIG = 1 << 24
 
@@ -65,12 +66,14 @@ class _Reader:
 
     def read(self) -> Tokenizer:
         model = self.model
-        if model.get("type", "BPE") != "BPE":
+        if model.get("type", "BPE") not in ("BPE", "Unigram"):
             raise self.refuse(f"model {str(model.get('type'))[:40]!r}")
         for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(part):
                 raise self.refuse(f"model with {part}")
         normalizers, pre_tokenizers = _sequence(self.file, "normalizer"), _sequence(self.file, "pre_tokenizer")
+        if model.get("type") == "Unigram":
+            return self.sentencepiece(normalizers, pre_tokenizers)
         if not pre_tokenizers and not model["merges"] and REPLACE_SPACES not in normalizers:
             return self.characters(normalizers)
         byte_level = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
@@ -93,7 +96,7 @@ class _Reader:
         return byte_bpe.ByteBPE(vocabulary, table, options)
 
     def sentencepiece(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
-        prefix, first_only, split = "never", False, False
+        prefix, first_only, split, unigram = "never", False, False, self.model.get("type") == "Unigram"
         collapses = [part for part in normalizers if part in COLLAPSE_SPACES] == COLLAPSE_SPACES
         known = (PREPEND, REPLACE_SPACES, *(COLLAPSE_SPACES if collapses else ()))
         tables = [part["precompiled_charsmap"] for part in normalizers if part["type"] == "Precompiled"]
@@ -119,9 +122,12 @@ class _Reader:
             collapse_spaces=collapses,
             split_spaces=split,
             byte_fallback=byte_fallback,
-            fuse_unknown=bool(self.model.get("fuse_unk")),
+            fuse_unknown=bool(self.model.get("fuse_unk", unigram)),
         )
         vocabulary = self.vocabulary(self.normalizer(rest), byte_tokens=byte_fallback)
+        if unigram:
+            scores = [score for _, score in self.model["vocab"]]
+            return Unigram(self.path, vocabulary, scores + [0.0] * (len(vocabulary.tokens) - len(scores)), options)
         table = sentencepiece_bpe.merges_table(self.path, vocabulary, self.merges())
         return sentencepiece_bpe.SentencePieceBPE(self.path, vocabulary, table, options)
 
@@ -183,7 +189,7 @@ class _Reader:
 
     def vocabulary(self, normalizer: Normalizer, byte_tokens: bool) -> Vocabulary:
         vocab, added = self.model["vocab"], self.file.get("added_tokens") or []
-        ids = dict(vocab)
+        ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
         for token in added:
             if ids.setdefault(token["content"], token["id"]) != token["id"]:
                 raise FileError(self.path, f"its token {token['content'][:40]!r} has two ids")
@@ -197,7 +203,7 @@ class _Reader:
                     types[i] = BYTE
         for token in added:
             types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-        unk_id = ids.get(self.model.get("unk_token"))
+        unk_id = self.model["unk_id"] if isinstance(vocab, list) else ids.get(self.model.get("unk_token"))
         if unk_id is not None:
             types[unk_id] = UNKNOWN
         config = self.config()

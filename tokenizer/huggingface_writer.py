@@ -16,6 +16,7 @@ from pocketlm.tokenizer.gguf_vocabulary_writer import filled, merges
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
+from pocketlm.tokenizer.unigram import Unigram
 
 REPLACE_SPACES: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREPEND: dict[str, Any] = {"type": "Prepend", "prepend": SPACE}
@@ -33,8 +34,11 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
 
     `path` is for the error message. Raises FileError where the library would not give the same ids.
     """
+    if isinstance(tokenizer, Unigram):
+        raise _refused(path, "scores of a unigram vocabulary that are added up in single precision")
     vocabulary = tokenizer.vocabulary
-    byte_level, sentencepiece = isinstance(tokenizer, ByteBPE), isinstance(tokenizer, SentencePieceBPE)
+    byte_level = isinstance(tokenizer, ByteBPE)
+    sentencepiece = isinstance(tokenizer, SentencePieceBPE)
     model: dict[str, Any] = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,

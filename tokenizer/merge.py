@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError
+from pocketlm.tokenizer.texts import TextIndex, index_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,11 +49,11 @@ class MergeTable(dict[int, int]):
 
 
 def rank_table(
-    path: object, text_of: Callable[[int], str], index: dict[str, int], merges: Sequence[str], stride: int
+    path: object, text_of: Callable[[int], str], index: TextIndex, merges: Sequence[str], stride: int
 ) -> MergeTable:
     """The table of a list of merges "left right", the best first. FileError where they do not fit `index`."""
-    ranks = dict(zip(merges, range(len(merges)), strict=True))
-    _check_merges(path, index, merges, ranks)
+    _check_merges(path, index, merges)
+    ranks = index_of(merges)[1]
 
     def resolve(left: int, right: int) -> int:
         first, second = text_of(left), text_of(right)
@@ -62,7 +63,7 @@ def rank_table(
     return MergeTable(stride, resolve)
 
 
-def _check_merges(path: object, index: dict[str, int], merges: Sequence[str], ranks: dict[str, int]) -> None:
+def _check_merges(path: object, index: TextIndex, merges: Sequence[str]) -> None:
     """FileError unless each merge is two pieces, there once, and what it gives is in the vocabulary.
 
     In bulk first, because a vocabulary has 50,000 of them and the user waits. (A merge of a piece that is not in the
@@ -70,7 +71,7 @@ def _check_merges(path: object, index: dict[str, int], merges: Sequence[str], ra
     """
     lines = "\n".join(merges)
     merged = lines.replace(" ", "").split("\n")
-    if lines.count(" ") == len(merged) == len(ranks) == len(merges) and all(map(index.__contains__, merged)):
+    if lines.count(" ") == len(merged) == len(set(merges)) == len(merges) and index.has_all(merged):
         return
     seen = set()
     for i, merge in enumerate(merges):
@@ -85,7 +86,7 @@ def _check_merges(path: object, index: dict[str, int], merges: Sequence[str], ra
 
 
 def concatenation_table(
-    text_of: Callable[[int], str], index: dict[str, int], ranks: Sequence[int], stride: int, ties: bool
+    text_of: Callable[[int], str], index: TextIndex, ranks: Sequence[int], stride: int, ties: bool
 ) -> MergeTable:
     """The table of a vocabulary without merges: neighbours merge when their joined text is in `index`.
 

@@ -168,5 +168,6 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
     eos_id = special_tokens.get("<|endoftext|>", special_tokens.get("<|end_of_text|>"))
     bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<|endoftext|>"))
     vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id)
-    table = concatenation_table(tokens.__getitem__, ids, range(len(tokens)), len(tokens), ties=False)
+    mergeable = vocabulary.index.without(list(special_tokens.values()))
+    table = concatenation_table(vocabulary.tokens.__getitem__, mergeable, range(len(tokens)), len(tokens), ties=False)
     return byte_bpe.ByteBPE(vocabulary, table, byte_bpe.Options(name, whole_words_first=True))

@@ -14,6 +14,7 @@ from typing import Literal
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Markers, Tokenizer, Vocabulary
 from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.texts import TextIndex
 
 SPACE = "▁"
 WORDS = re.compile(f"{SPACE}?[^{SPACE}]+|{SPACE}")  # each ▁ begins a word
@@ -36,12 +37,9 @@ class Options:
     unknown_text: str = ""  # what the unknown token is decoded to
 
 
-def mergeable(vocabulary: Vocabulary) -> dict[str, int]:
+def mergeable(vocabulary: Vocabulary) -> TextIndex:
     """Token → id of all that plain text can become: no control, unknown or byte tokens."""
-    index = dict(vocabulary.index)
-    for i in vocabulary.ids_of(CONTROL, UNKNOWN, BYTE):
-        index.pop(vocabulary.tokens[i], None)
-    return index
+    return vocabulary.index.without(vocabulary.ids_of(CONTROL, UNKNOWN, BYTE))
 
 
 class SentencePiece(Tokenizer):

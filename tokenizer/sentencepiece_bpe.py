@@ -4,6 +4,7 @@ In: a vocabulary with scores (or merges), and `Options`. Out: a `Tokenizer`. Kno
 """
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -29,7 +30,8 @@ def score_table(path: object, vocabulary: Vocabulary, scores: Sequence[float]) -
     merged = [i for i in np.flatnonzero((types == NORMAL) | (types == UNUSED)).tolist() if len(vocabulary.tokens[i]) > 1]
     ties = len(set(ranks[merged].tolist())) < len(merged)
     n_symbols = len(vocabulary.tokens) + _CODE_POINTS
-    return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), ranks.tolist(), n_symbols, ties)
+    order = array("i", ranks.astype("i").tobytes())
+    return concatenation_table(_text_of(vocabulary), mergeable(vocabulary), order, n_symbols, ties)
 
 
 def merges_table(path: object, vocabulary: Vocabulary, merges: Sequence[str]) -> MergeTable:
@@ -120,7 +122,7 @@ class SentencePieceBPE(SentencePiece):
 
     @cached_property
     def _symbols(self) -> _Symbols:
-        symbols = _Symbols({token: i for token, i in mergeable(self.vocabulary).items() if len(token) == 1})
+        symbols = _Symbols({token: i for token, i in mergeable(self.vocabulary).pairs() if len(token) == 1})
         symbols.beyond = self.n_vocab
         return symbols
 

@@ -33,7 +33,7 @@ class Unigram(SentencePiece):
         self._unknown_score = array(self._kind, [min(learnt) - _UNKNOWN_BELOW])[0]
         self._scored: dict[str, tuple[float, int]] = {}
         lengths: dict[str, set[int]] = {}
-        for text, i in mergeable(vocabulary).items():
+        for text, i in mergeable(vocabulary).pairs():
             symbol = types[i] == USER_DEFINED and options.symbols_in_text
             if types[i] != UNUSED:
                 self._scored[text] = _SYMBOL_SCORE if symbol else scores[i], i

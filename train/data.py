@@ -62,6 +62,7 @@ class Encoder:
         check_markers(self.tok, self.markers, self.path)
         ids, mask, lead = [], [], ""
         end_id = self.tok.token_id(self.markers[-1])
+        assert end_id is not None  # check_markers has seen it
         for message in document:
             before = self._behind(lead, self.row.roles[message["role"]][0])
             turn = self._turn(lead, message)

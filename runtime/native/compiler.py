@@ -6,12 +6,15 @@ object. Knows nothing about what the code computes, nor about linking.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.levels import Level
+
+Emitted = TypeVar("Emitted", bytes, str)
 
 
 def compile_object(ir_text: str, level: Level) -> bytes:
@@ -21,6 +24,15 @@ def compile_object(ir_text: str, level: Level) -> bytes:
     and functions keep off the red zone, which Windows does not have. NativeUnavailable: there is no llvmlite;
     PocketlmError: the text is not valid IR (a defect of the kernels).
     """
+    return _compile(ir_text, level, lambda machine, module: machine.emit_object(module))
+
+
+def compile_assembly(ir_text: str, level: Level) -> str:
+    """The same code as text for an assembler, for whoever counts instructions. Raises what `compile_object` raises."""
+    return _compile(ir_text, level, lambda machine, module: machine.emit_assembly(module))
+
+
+def _compile(ir_text: str, level: Level, emit: Callable[[Any, Any], Emitted]) -> Emitted:
     llvm, machine = _target_machine(level)
     try:
         module = llvm.parse_assembly(ir_text, llvm.create_context())
@@ -46,7 +58,7 @@ def compile_object(ir_text: str, level: Level) -> bytes:
         passes.add_loop_rotate_pass()
         passes.add_instruction_combine_pass()
         passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
-        return machine.emit_object(module)
+        return emit(machine, module)
 
 
 @cache

@@ -49,6 +49,16 @@ def _q8_0(f: Function, level: str, p: Planes, each: Each) -> None:
     each(Run(0, 32, _fours(lambda k: f.load(BYTES, p["q"] + 64 * k, 32), 8), _halves(f, level, p["d"]), None, 0, 128))
 
 
+def _spread(f: Function, level: str, address: Value) -> Value:
+    """64 bits as <64 x i8>: 16 where a bit is set, else 0."""
+    if level not in ("dotprod", "neon"):
+        return f.select(f.bitcast(f.load(I64, address, 8), I1.vec(64)), f.const(BYTES, 16), f.const(BYTES, 0))
+    # NEON has no masks, and LLVM takes 64 bits apart one by one: each byte eight times, tested for a bit of its own
+    repeated = f.shuffle(f.load(I8.vec(8), address, 8), [lane // 8 for lane in range(64)])
+    bits = repeated & f.vector(BYTES, [1 << lane % 8 for lane in range(64)])
+    return f.select(bits.equals(0), f.const(BYTES, 0), f.const(BYTES, 16))
+
+
 def _simple(fifth: bool, minimum: bool) -> Runs:
     """Q4_0, Q4_1, Q5_0, Q5_1: one scale for 32 columns; the first 16 in low halves, the others in high ones."""
 
@@ -59,7 +69,7 @@ def _simple(fifth: bool, minimum: bool) -> Runs:
             if k % 4 not in packed:
                 packed[k % 4] = f.load(BYTES, p["q"] + 64 * (k % 4), 32)
             v = packed[k % 4] >> 4 if k >= 4 else packed[k % 4] & 15
-            return f.select(f.bitcast(f.load(I64, p["h"] + 8 * k, 8), I1.vec(64)), v | 16, v) if fifth else v
+            return v | _spread(f, level, p["h"] + 8 * k) if fifth else v
 
         words = _fours(unpack, 8)
         words = [words[k] for k in (0, 4, 1, 5, 2, 6, 3, 7)]  # the two that lie in the same bytes one after the other

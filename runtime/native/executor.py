@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
 from pocketlm.runtime.native.records import ENTRY, QUERY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
-from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, tiled_bytes
+from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.positions import Turn, alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
@@ -32,6 +33,7 @@ from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
+PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the second-level cache
 BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
 
 
@@ -100,6 +102,7 @@ class NativeExecutor:
 
     name = "native"
     block = BLOCK
+    same_bits = True
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
@@ -110,6 +113,7 @@ class NativeExecutor:
         formats = sorted({tensors[name].format.name for name in names})
         check(plan, formats)
         self.level = levels.detect()
+        self.arithmetic = f"native {self.level.name}"
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
@@ -276,29 +280,20 @@ class NativeExecutor:
         return self._vectors[key]
 
     def _tile(self, tensors: list[Tensor]) -> dict[str, TiledMatrix]:
-        """The matrices in our order, permuted by all threads; the file's pages are given back as it goes."""
+        """The matrices in our order, permuted by all threads. Of the file only the pieces being read are in memory, PIECE bytes
+        a thread: their pages are given back at once.
+        """
         result = {}
         with ThreadPool(self.n_threads) as pool:
             for tensor in tensors:
-                check_finite(tensor)
                 fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
                 if tensor.tiled:  # in a packed executable: used where it is
                     result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
                     continue
                 data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
-                n_groups, n_blocks = groups(n_rows), n_columns // LAYOUTS[fmt].block_size
                 types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
-
-                def job(
-                    part: int, parts: int, permute=permute, source=tensor.data.ctypes.data, data=data,
-                    counts=(n_rows, n_groups, n_blocks),
-                ) -> None:  # fmt: skip
-                    mine = share(counts[1], part, parts)
-                    permute(source, data.ctypes.data, *counts, mine.start, mine.stop)
-
-                pool.run(job)
-                release_pages(tensor.data)
+                pool.run(partial(_tile_rows, tensor, data, permute))
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
@@ -329,6 +324,19 @@ class NativeExecutor:
         for name, value in values.items():
             record[name] = value
         return record
+
+
+def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:
+    """A thread's share of a matrix into `data`. Raises FileError for weights that are NaN."""
+    source, (n_rows, n_columns) = tensor.data, tensor.shape
+    group_bytes, n_blocks = ROWS * source.nbytes // n_rows, n_columns // tensor.format.block_size
+    mine, step = share(groups(n_rows), part, parts), max(1, PIECE // group_bytes)
+    for first in range(mine.start, mine.stop, step):
+        last = min(first + step, mine.stop)
+        piece = slice(first * group_bytes, last * group_bytes)
+        check_finite(tensor, piece)
+        permute(source.ctypes.data, data.ctypes.data, n_rows, groups(n_rows), n_blocks, first, last)
+        release_pages(source[piece])
 
 
 def _matrix_names(plan: P.Plan) -> list[str]:

@@ -102,9 +102,9 @@ def _product(ops: Sequence[P.Op], i: int, before: P.Norm | P.Attend | None) -> t
         return product, 1
     if isinstance(following, P.Add) and _adds(following, linear.out) and following.out != product.x:
         return replace(product, add=following), 2
-    reads_it = isinstance(following, P.Activate) and following.x == linear.out
-    if reads_it and following.out not in (linear.out, product.x) and _in_halves(following, linear):
-        return replace(product, activate=following), 2
+    if isinstance(following, P.Activate) and following.x == linear.out:
+        if following.out not in (linear.out, product.x) and _in_halves(following, linear):
+            return replace(product, activate=following), 2
     return product, 1
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-from pocketlm.runtime import activations
+from pocketlm.runtime import activations, memory
 from pocketlm.runtime.native import aot, code_cache, linker
+from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.levels import Level, host_abi
 from pocketlm.runtime.native.tiling import LAYOUTS
 
@@ -22,7 +24,7 @@ _aot: dict[str, str] = {}  # {"path": …, "version": …} of a file of images t
 
 def module_text(name: str, level: Level, abi: str) -> str:
     """The IR of "core" or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
-    from pocketlm.runtime.native import matrix, run_loop, stages, topk
+    from pocketlm.runtime.native import draw, matrix, run_loop, stages, topk
     from pocketlm.runtime.native.ir import Module
 
     module = Module(abi)
@@ -30,6 +32,7 @@ def module_text(name: str, level: Level, abi: str) -> str:
         stages.define(module, level.name)
         run_loop.define(module, level.machine)
         topk.define(module)
+        draw.define(module)
     else:
         matrix.define(module, level.name, name)
     return module.text()
@@ -56,22 +59,30 @@ def loaded(name: str, level: Level) -> linker.Loaded:
     """
     if _aot:
         return linker.load(_images(_aot["path"], level, _aot["version"])[name])
-    from importlib.metadata import version
-
     from pocketlm.runtime.native.compiler import compile_object
 
     abi = host_abi()
 
     def make() -> bytes:
-        return linker.to_bytes(linker.link([compile_object(module_text(name, level, abi), level)]))
+        code = compile_object(module_text(name, level, abi), level)
+        memory.release_code("llvmlite")  # 70 MB that are needed once
+        return linker.to_bytes(linker.link([code]))
 
-    key = f"{name} {level.name} {abi} {_sources()} llvmlite {version('llvmlite')}"
+    key = f"{name} {level.name} {abi} {_sources()} llvmlite {_compiler()}"
     return linker.load(linker.from_bytes(code_cache.cached(key, make)))
 
 
 def kernels(formats: Iterable[str], level: Level) -> dict[str, linker.Loaded]:
     """"core" and the code of every format named."""
     return {name: loaded(name, level) for name in (CORE, *formats)}
+
+
+def _compiler() -> str:
+    """llvmlite's version; asking importlib.metadata for it takes 3 MB and 20 ms. NativeUnavailable where there is none."""
+    spec = importlib.util.find_spec("llvmlite")
+    if spec is None or spec.origin is None:
+        raise NativeUnavailable("the native kernels need llvmlite, which is not installed")
+    return hashlib.sha256(Path(spec.origin).with_name("_version.py").read_bytes()).hexdigest()
 
 
 @functools.cache

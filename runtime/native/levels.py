@@ -90,7 +90,10 @@ def host_machine() -> str:
     name = sysconfig.get_platform().removeprefix("win-") if sys.platform == "win32" else platform.machine()
     machine = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}.get(name.lower())
     if machine is None or struct.calcsize("P") != 8 or sys.byteorder != "little":
-        raise NativeUnavailable(f"no native kernels for {name} with {8 * struct.calcsize('P')}-bit pointers")
+        pointers = f"{8 * struct.calcsize('P')}-bit pointers"
+        wide = "; it takes a 64-bit system: Raspberry Pi OS (64-bit) runs on a Pi 3, 4, 5 and Zero 2 W"
+        advice = wide if name.startswith(("arm", "aarch64")) and struct.calcsize("P") == 4 else ""
+        raise NativeUnavailable(f"no native kernels for {name} with {pointers}{advice}")
     return machine
 
 

@@ -50,9 +50,9 @@ OPERATION = np.dtype([
 # what all operations share; the fields that threads write stand on cache lines of their own
 RUN = np.dtype([
     ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
-    ("arrived", "i8"), ("pad1", "i8", 7),     # threads that have reached a barrier of this run, for every other run
-    ("arrived2", "i8"), ("pad2", "i8", 7),    # the same for the runs between
-    ("n_threads", "i8"),
+    ("arrived", "i8"), ("pad1", "i8", 7),     # how often a thread has reached a barrier of this run
+    ("late", "i8"), ("pad2", "i8", 7),        # 1: a thread was waited for longer than work can explain
+    ("n_threads", "i8"),                      # that take part in a run; the others have nothing to do with it
     ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield
     ("workers", "i8"),                        # WORKER records, one a thread
@@ -91,7 +91,24 @@ QUERY = np.dtype([
     ("slope", "f4"), ("softcap", "f4"),
 ])  # fmt: skip
 
-WORKER = np.dtype([("state", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 5)])  # state 1: asleep in Python
+# of a thread: 1 while it sleeps in Python; the last run that it is to take part in, and that it has; 1: Python has to wake it
+WORKER = np.dtype([("state", "i8"), ("go", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 4)])
+
+# how tokens are drawn, and the memory of it; f4 pairs fill eight bytes as well
+SAMPLER = np.dtype([
+    ("n_vocab", "i8"), ("k", "i8"),           # k: of top-k; 1: greedy
+    ("edits", "i8"), ("logprobs", "i8"),      # 1: there are biases or penalties; 1: `logit` and `sum` are wanted
+    ("last_n", "i8"),                         # how many of the last tokens are penalised
+    ("repeat", "f4"), ("presence", "f4"), ("frequency", "f4"), ("unused", "f4"),
+    ("exempt", "i8"), ("n_exempt", "i8"),     # int64: ids that no penalty touches
+    ("bias_ids", "i8"), ("biases", "i8"), ("n_bias", "i8"),  # int64, float32
+    ("top_p", "f8"), ("min_p", "f8"), ("temperature", "f8"),  # 1: off; -log of min-p, infinite: off
+    ("saved", "i8"),                          # float32: what edits have changed
+    ("chunks", "i8"),                         # float32: the largest of every sizes.CHUNK logits, then -inf
+    ("values", "i8"), ("ids", "i8"),          # float32, int32: logits that may be among the k largest
+    ("top_x", "i8"), ("top_ids", "i8"), ("weights", "i8"),  # float32, int32, float64: the k largest
+    ("logit", "f8"), ("sum", "f8"),           # results, see draw.py
+])  # fmt: skip
 
 
 def offset(dtype: np.dtype, name: str) -> int:

@@ -13,10 +13,11 @@ from __future__ import annotations
 from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.record_reader import Records
-from pocketlm.runtime.native.records import CACHE_LINE, OPERATION, RUN, WORKER, offset
+from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
 
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
+LATE = 4  # times as long as it has worked itself, a thread waits for another until it thinks that something is wrong
 PATIENCE = 200  # time slices a waiting thread gives away before it sleeps
 
 
@@ -25,7 +26,7 @@ def define(module: Module, machine: str) -> None:
     _define_barrier(module, machine)
     _define_tasks(module)
     with module.function("work", {"run": PTR, "tid": I64}, linkage="entry") as f:
-        _work(f)
+        _work(f, machine)
     with module.function("step", {"run": PTR}, returns=I64, linkage="entry") as f:
         _step(f)
     with module.function("wait", {"run": PTR, "tid": I64}, returns=I64, linkage="entry") as f:
@@ -45,31 +46,35 @@ def _give_way(f: Function, run: Value) -> None:
     f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I32, linkage="system")
 
 
-def _spin_until(f: Function, machine: str, run: Value, done) -> None:
-    """Wait for `done()` (i1): spin for a while, then give time slices away."""
-    spins = f.var(I64, 0)
-    with f.loop_while(lambda: done() ^ f.const(I1, 1)):
-        spins.set(spins.get() + 1)
-        with f.when(spins.get() <= SPINS[machine]):
-            f.call(VOID, "pause")
-        with f.when(spins.get() > SPINS[machine]):
-            _give_way(f, run)
-
-
 def _define_barrier(module: Module, machine: str) -> None:
-    """barrier(run, arrived, number): wait until all threads have come to the number-th barrier of the run."""
-    with module.function("barrier", {"run": PTR, "arrived": PTR, "number": I64}) as f:
-        run, arrived, number = f.args()
-        target = number * f.field(run, offset(RUN, "n_threads"))
+    """barrier(run, number, times): wait until all threads have come to the number-th barrier of the run.
+
+    A thread that does not come for `LATE` times as long as this one has ever worked between two barriers of the run, and
+    some more, has lost its processor to somebody else: then the run is marked as late. `times`: of this thread, when it left
+    the last barrier, and the longest it has worked.
+    """
+    with module.function("barrier", {"run": PTR, "number": I64, "times": PTR}) as f:
+        run, number, times = f.args()
+        arrived, epoch = run + offset(RUN, "arrived"), run + offset(RUN, "epoch")
+        target, longest = number * f.field(run, offset(RUN, "n_threads")), times + 8
+        now = f.clock(machine)
+        f.store(f.maximum(f.load(I64, longest, 8), now - f.load(I64, times, 8)), longest, 8)
         f.atomic_add(arrived, 1)
-        # the others may have ended in the middle of a run: its results are garbage then, but nobody hangs
-        epoch = run + offset(RUN, "epoch")
-        _spin_until(f, machine, run, lambda: (f.atomic_load(arrived) >= target) | (f.atomic_load(epoch) < 0))
+        spins = f.var(I64, 0)
 
+        def is_missing() -> Value:
+            # the others may have ended in the middle of a run: its results are garbage then, but nobody hangs
+            return (f.atomic_load(arrived) < target) & (f.atomic_load(epoch) >= 0)
 
-def _arrived(f: Function, run: Value) -> Value:
-    """The barrier's counter of this run. Two take turns: a thread may still look at the last run's when the next begins."""
-    return run + (f.atomic_load(run + offset(RUN, "epoch")) & 1) * CACHE_LINE + offset(RUN, "arrived")
+        with f.loop_while(is_missing):
+            spins.set(spins.get() + 1)
+            with f.when(spins.get() <= SPINS[machine]):
+                f.call(VOID, "pause")
+            with f.when(spins.get() > SPINS[machine]):
+                with f.when(f.clock(machine) - now > f.load(I64, longest, 8) * LATE):
+                    f.atomic_store(1, run + offset(RUN, "late"))
+                _give_way(f, run)
+        f.store(f.clock(machine), times, 8)
 
 
 def _define_tasks(module: Module) -> None:
@@ -91,9 +96,11 @@ def _define_tasks(module: Module) -> None:
         f.ret(r.run("n_entries") * r.run("n_kv_head"))
 
 
-def _work(f: Function) -> None:
+def _work(f: Function, machine: str) -> None:
     run, tid = f.args()
-    arrived, barriers = _arrived(f, run), f.var(I64, 0)
+    barriers, times = f.var(I64, 0), f.stack(I64, 2)
+    f.store(f.clock(machine), times, 8)
+    f.store(f.const(I64, 0), times + 8, 8)
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
         with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
             f.ret()  # the threads end: nobody looks at the results
@@ -122,10 +129,12 @@ def _work(f: Function) -> None:
                 task.set(f.atomic_add(counter, 1))
             with f.when(r.op("barrier").equals(1)):
                 barriers.set(barriers.get() + 1)
-                f.call(VOID, "barrier", run, arrived, barriers.get())
-    barriers.set(barriers.get() + 1)  # nobody leaves while another thread still reads the counters
-    f.call(VOID, "barrier", run, arrived, barriers.get())
+                f.call(VOID, "barrier", run, barriers.get(), times)
+    # the run ends when no other thread reads the counters any more; those have nothing to wait for
+    with f.when(tid > 0):
+        f.atomic_add(run + offset(RUN, "arrived"), 1)
     with f.when(tid.equals(0)):
+        f.call(VOID, "barrier", run, barriers.get() + 1, times)
         f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
 
 
@@ -134,11 +143,12 @@ def _step(f: Function) -> None:
     counters = f.field(run, offset(RUN, "counters"), PTR)
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as i:
         f.atomic_store(0, counters + i * 8)
-    f.atomic_store(0, run + ((f.atomic_load(run + offset(RUN, "epoch")) + 1) & 1) * CACHE_LINE + offset(RUN, "arrived"))
-    f.atomic_add(run + offset(RUN, "epoch"), 1)
+    f.atomic_store(0, run + offset(RUN, "arrived"))
+    epoch = f.atomic_add(run + offset(RUN, "epoch"), 1) + 1
     workers, sleepers = f.field(run, offset(RUN, "workers"), PTR), f.var(I64, 0)
     with f.range(1, f.field(run, offset(RUN, "n_threads"))) as tid:
         worker = workers + tid * WORKER.itemsize
+        f.atomic_store(epoch, worker + offset(WORKER, "go"))
         with f.when(f.compare_exchange(worker + offset(WORKER, "state"), ASLEEP, 0)):
             f.store(f.const(I64, 1), worker + offset(WORKER, "wake"), 8)
             sleepers.set(sleepers.get() + 1)
@@ -152,33 +162,29 @@ def _step(f: Function) -> None:
 def _wait(f: Function, machine: str) -> None:
     run, tid = f.args()
     worker = f.field(run, offset(RUN, "workers"), PTR) + tid * WORKER.itemsize
-    state, seen, epoch = worker + offset(WORKER, "state"), worker + offset(WORKER, "seen"), run + offset(RUN, "epoch")
+    state, seen, go = (worker + offset(WORKER, name) for name in ("state", "seen", "go"))
+    epoch = run + offset(RUN, "epoch")
     with f.loop_while(lambda: f.const(I1, 1)):
         waited = f.var(I64, 0)
 
-        def idle(waited=waited) -> Value:
-            same = f.atomic_load(epoch).equals(f.load(I64, seen, 8))
-            return same & (waited.get() < SPINS[machine] + PATIENCE)
+        def is_idle() -> Value:
+            return f.atomic_load(go).equals(f.load(I64, seen, 8)) & (f.atomic_load(epoch) >= 0)
 
         waited.set(0)
-        with f.loop_while(idle):
+        with f.loop_while(lambda waited=waited: is_idle() & (waited.get() < SPINS[machine] + PATIENCE)):
             waited.set(waited.get() + 1)
             with f.when(waited.get() <= SPINS[machine]):
                 f.call(VOID, "pause")
             with f.when(waited.get() > SPINS[machine]):
                 _give_way(f, run)
-        now = f.atomic_load(epoch)
-        with f.when(now < 0):
-            f.ret(0)
-        with f.when(now.equals(f.load(I64, seen, 8))):
+        with f.when(is_idle()):
             f.atomic_store(ASLEEP, state)
             # a run that began meanwhile either sees that this thread sleeps and wakes it, or is seen here
-            with f.when(f.atomic_load(epoch).equals(f.load(I64, seen, 8))):
+            with f.when(is_idle()):
                 f.ret(1)
             with f.when(f.compare_exchange(state, ASLEEP, 0) ^ f.const(I1, 1)):
                 f.ret(1)
-        now = f.atomic_load(epoch)
-        with f.when(now < 0):
+        with f.when(f.atomic_load(epoch) < 0):
             f.ret(0)
-        f.store(now, seen, 8)
+        f.store(f.atomic_load(go), seen, 8)
         f.call(VOID, "work", run, tid)

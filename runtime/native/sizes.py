@@ -19,6 +19,8 @@ SPAN = 256  # positions whose scores have one largest; fixed, so that sums do no
 QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many
 MAX_CHUNK = 16  # groups of rows in a task
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
+MAX_K = 256  # of top-k in `draw`, which sorts by insertion
+BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or infinite logits, all -inf, no such ids
 
 
 def tile_size(n: int) -> int:

@@ -11,11 +11,13 @@ from pocketlm.runtime.native.ir import F32, I1, I16, I64, PTR, Function, Module,
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
-from pocketlm.runtime.native.vector_math import exp
+from pocketlm.runtime.native.vector_math import exp_of_negative
 
 
 def define(module: Module) -> None:
-    """largest_of(x, n, out), at_least(x, n, bound, ids) -> count and sum_exp(x, n, top) -> float, over whole vectors of x."""
+    """largest_of(x, n, out), at_least(x, n, bound, ids) -> count over whole vectors of x; sum_exp(x, n, top) -> float,
+    where no x is above `top`.
+    """
     with module.function("largest_of", {"x": PTR, "n": I64, "out": PTR}, linkage="entry") as f:
         x, n, out = f.args()
         with f.range(0, n, CHUNK) as i:
@@ -37,9 +39,13 @@ def define(module: Module) -> None:
     with module.function("sum_exp", {"x": PTR, "n": I64, "top": F32}, returns=F32, linkage="entry") as f:
         x, n, top = f.args()
         total, high = f.var(ROW, 0.0), f.splat(top, ROWS)
-        with f.range(0, n, ROWS) as i:
-            total.set(total.get() + exp(f, f.load(ROW, x + i * 4, 4) - high))
-        f.ret(f.reduce(total.get(), "add"), F32)
+        whole = n - n % ROWS
+        with f.range(0, whole, ROWS) as i:
+            total.set(total.get() + exp_of_negative(f, f.load(ROW, x + i * 4, 4) - high))
+        rest = f.var(F32, f.reduce(total.get(), "add"))
+        with f.range(whole, n) as i:
+            rest.set(rest.get() + exp_of_negative(f, f.load(F32, x + i * 4, 4) - top))
+        f.ret(rest.get(), F32)
 
 
 def _any(f: Function, lanes: Value) -> Value:

@@ -1,6 +1,7 @@
 """The threads of the native executor: Python threads that live inside compiled code.
 
-They wait for a run there, spinning at first, and come back to Python only to sleep. Knows the run record, not what runs.
+They wait for a run there, spinning at first, and come back to Python only to sleep. Where another program wants a processor,
+fewer of them run: what is waited for is always the slowest. Knows the run record, not what runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,11 @@ import numpy as np
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.memory import aligned
 from pocketlm.runtime.native.linker import Loaded
-from pocketlm.runtime.native.records import WORKER
+from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
+OFTEN = 0.25  # seconds: a thread that is late twice in this time, or once after it was taken in again, shares its processor
+REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
 
@@ -37,6 +41,10 @@ class WorkerThreads:
         self._step = core.function("step", ctypes.c_int64, ctypes.c_void_p)
         self._work = core.function("work", None, ctypes.c_void_p, ctypes.c_int64)
         self._address = record.ctypes.data
+        # NumPy takes several times as long to look at a number
+        self._epoch, self._begun, self._late = (
+            ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, name)) for name in ("epoch", "begun", "late")
+        )
         self._begin()
 
     def run(self) -> None:
@@ -46,22 +54,39 @@ class WorkerThreads:
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
         self._finish()
+        if self._late.value or self._active < self.n_threads:
+            self._adapt()
         try:
             self._step(self._address)
         finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
             self._finish()
-        if self._record["epoch"][0] < 0:
+        if self._epoch.value < 0:
             join_threads(self._threads)  # they may still be looking at what the caller owns
         self.check_open()
 
     def check_open(self) -> None:
         """Raises PocketlmError once the threads are ended."""
-        if self._record["epoch"][0] < 0:
+        if self._epoch.value < 0:
             raise PocketlmError("this model is closed; load it again")
+
+    def _adapt(self) -> None:
+        """Leave a thread out, or take one in again, before the next run."""
+        now = monotonic()
+        if self._late.value:
+            self._late.value = 0
+            calm, self._last_late = now - max(self._last_late, self._until), now
+            if calm < OFTEN and self._active > 1:
+                self._rest = min(2 * self._rest, REST[1])
+                self._active, self._until = self._active - 1, now + self._rest
+            elif calm > 4 * REST[1]:
+                self._rest = REST[0] / 2
+        elif now >= self._until:
+            self._active += 1
+        self._record["n_threads"] = self._active
 
     def _finish(self) -> None:
         """Wake the threads that a begun run needs and do this thread's share; nothing if no run has begun."""
-        if self._record["begun"][0]:
+        if self._begun.value:
             for tid in np.flatnonzero(self._workers["wake"]):
                 open_lock(self._locks[tid])
                 self._workers["wake"][tid] = 0
@@ -76,8 +101,9 @@ class WorkerThreads:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._workers = aligned(self.n_threads, WORKER)
-        for name, value in (("epoch", 0), ("arrived", 0), ("arrived2", 0), ("begun", 0), ("n_threads", self.n_threads)):
+        for name, value in (("epoch", 0), ("arrived", 0), ("late", 0), ("begun", 0), ("n_threads", self.n_threads)):
             self._record[name] = value
+        self._active, self._last_late, self._until, self._rest = self.n_threads, 0.0, 0.0, REST[0] / 2
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
         self._locks = [closed_lock() for _ in range(self.n_threads)]

@@ -1,0 +1,96 @@
+"""Streams for coroutines: what a thread makes piece by piece, handed to an event loop.
+
+In: something to iterate over in a thread of its own. Out: an asynchronous iterator of the same. Knows no models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+AHEAD = 1000  # pieces that wait for a slow reader before the thread waits, too
+
+
+class Handover:
+    """Parts on their way from one thread to one event loop, in order. `ahead` None: the thread never waits for the reader."""
+
+    def __init__(self, ahead: int | None = AHEAD):
+        self.cancel = threading.Event()
+        self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._parts: deque[Any] = deque()
+        self._room = threading.Semaphore(ahead) if ahead else None
+        self._told = False  # the loop knows that something has come
+        self._error: BaseException | None = None
+        self._ended = False
+
+    def start(self, make: Callable[[threading.Event], Iterable[Any]], ended: Callable[[], object] = lambda: None) -> None:
+        """Iterate in a thread, which ends with the process. `ended` is called in the loop when the thread is through."""
+        threading.Thread(target=self._work, args=(make, ended), daemon=True, name="pocketlm-stream").start()
+
+    def _work(self, make: Callable[[threading.Event], Iterable[Any]], ended: Callable[[], object]) -> None:
+        try:
+            for part in make(self.cancel):
+                if self._room is not None:
+                    self._room.acquire()
+                if self.cancel.is_set() and self._room is not None:
+                    break  # nobody reads any more
+                self._parts.append(part)
+                self._tell()
+        except BaseException as error:
+            self._error = error
+        self._ended = True
+        self._tell()
+        self._call(ended)
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            self._call(self._wake)
+
+    def _wake(self) -> None:
+        self._told = False  # first: what comes from here on tells again
+        self._arrived.set()
+
+    def _call(self, function: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed: nobody is there to be told
+            self.cancel.set()
+
+    async def next(self) -> Any:
+        """The next part. Raises StopAsyncIteration at the end, and what the thread raised."""
+        while not self._parts:
+            if self._ended and not self._parts:
+                if self._error is not None:
+                    raise self._error
+                raise StopAsyncIteration
+            await self._arrived.wait()
+            self._arrived.clear()
+        if self._room is not None:
+            self._room.release()
+        return self._parts.popleft()
+
+    def close(self) -> None:
+        """The thread stops at its next part."""
+        self.cancel.set()
+        if self._room is not None:
+            self._room.release()
+
+
+async def in_thread(make: Callable[[threading.Event], Iterable[T]], ahead: int | None = AHEAD) -> AsyncGenerator[T, None]:
+    """What `make(cancel)` iterates over, made in a thread of its own. Where the reader leaves, `cancel` is set."""
+    handover = Handover(ahead)
+    handover.start(make)
+    try:
+        while True:
+            try:
+                part = await handover.next()
+            except StopAsyncIteration:
+                return
+            yield part
+    finally:
+        handover.close()

@@ -1,0 +1,173 @@
+"""What decides how fast an answer comes beside the forward pass: Python around it, drafts, and other programs.
+
+    python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass: median, and the quietest tenth
+    python bench/decoding.py drafts [MODEL]      with drafts beside without: a program and a text written again, and prose
+    python bench/decoding.py busy [MODEL]        two threads beside a busy loop, in shares of one undisturbed thread
+
+Rounds alternate, a figure is the median of their ratios. Processor time stands beside wall time: on a machine that others use
+it is the figure to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pocketlm
+from pocketlm.bench.measure import open_subject
+from pocketlm.bench.processes import Worker
+from pocketlm.bench.protocol import BACKENDS
+from pocketlm.errors import PocketlmError
+from pocketlm.model import find_model
+
+PROGRAM = '''def read_table(path, separator=","):
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        header = file.readline().rstrip("\\n").split(separator)
+        for line in file:
+            values = line.rstrip("\\n").split(separator)
+            row = {}
+            for name, value in zip(header, values):
+                row[name] = float(value) if value else None
+            rows.append(row)
+    return rows
+'''
+TEXT = (
+    "The lighthouse keeper climbed the stairs every evening at six. He carried a can of oil, a cloth and a small brass lamp."
+    " At the top he opened the window, looked at the weather and wrote two lines into a book that was older than himself. Then"
+    " he lit the great lamp, waited until the flame stood still and sat down beside it."
+)
+AGAIN = f"Python:\n```python\n{PROGRAM}```\nThe same program with another name:\n```python\n{PROGRAM[:40]}"
+TASKS = {  # (what the answer goes on from: a text, or a question in a chat)
+    "a program again": (AGAIN, False),
+    "a text again": (f"{TEXT}\n\nOnce more, word for word:\n\n{TEXT[:60]}", False),
+    "prose": ("Write a long story about a dragon who wants to learn to swim.", True),
+    "an explanation": ("Explain how rain forms.", True),
+}
+CHAINS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0, "repeat_penalty": 1.0}, "sampled": {"repeat_penalty": 1.0}}
+
+
+def share(names: list[str], rounds: int) -> Iterator[str]:
+    for name in names or ["small-talk", "smollm2"]:
+        with pocketlm.load(name, threads=1) as model:
+            workers: Any = model.executor._workers  # type: ignore[attr-defined]  the pass and nothing but it
+            run, passes = workers.run, []
+
+            def timed(run: Callable[[], None] = run, passes: list[float] = passes) -> None:
+                started = time.thread_time()
+                run()
+                passes.append(time.thread_time() - started)
+
+            workers.run = timed
+            for logprobs in (True, False):
+                shares = []
+                for seed in range(rounds):
+                    passes.clear()
+                    stream = model.generate("Once", max_tokens=64, ignore_eos=True, seed=seed, draft=False, logprobs=logprobs)
+                    next(stream)
+                    passes.clear()
+                    started = time.thread_time()
+                    for _ in stream:
+                        now = time.thread_time()
+                        shares.append(1e6 * (now - started - sum(passes)))
+                        passes.clear()
+                        started = now
+                tenth, *_ = statistics.quantiles(shares, n=10)
+                words = f"{model.hyper.n_vocab:6} words, {'with' if logprobs else 'without':7} log-probabilities"
+                yield f"{name:12} {words} {statistics.median(shares):7.1f} {tenth:7.1f}"
+
+
+def drafts(names: list[str], rounds: int) -> Iterator[str]:
+    with pocketlm.load((names or ["smollm2"])[0], threads=1) as model:
+
+        def once(prompt: str, chat: bool, draft: bool, **sampling: Any) -> tuple[list[int], float, float, Any]:
+            options = {"max_tokens": 150, "draft": draft, **sampling}
+            stream = model.chat([{"role": "user", "content": prompt}], **options) if chat else model.generate(prompt, **options)
+            pieces = [next(stream)]
+            wall, processor = time.perf_counter(), time.process_time()
+            pieces += stream
+            return [p.id for p in pieces], time.perf_counter() - wall, time.process_time() - processor, pieces[-1]
+
+        yield f"{'':32} {'wall':>6} {'processor':>10}  drafted, accepted"
+        for task, (prompt, chat) in TASKS.items():
+            for chain, sampling in CHAINS.items():
+                ratios, last = [], None
+                for seed in range(rounds):
+                    ids, *before, _ = once(prompt, chat, False, seed=seed, **sampling)
+                    same, *after, last = once(prompt, chat, True, seed=seed, **sampling)
+                    assert ids == same, "a draft has changed an answer"
+                    ratios.append([a / b for a, b in zip(before, after, strict=True)])
+                wall, processor = (statistics.median(column) for column in zip(*ratios, strict=True))
+                assert last is not None
+                yield f"{task:20} {chain:11} {wall:6.2f} {processor:10.2f}  {last.drafted_tokens}, {last.accepted_tokens}"
+
+
+@contextmanager
+def busy_loop(processor: int | None) -> Iterator[None]:
+    """Another program that wants a processor: this one, or whichever the system gives it."""
+    pin = f"import os; os.sched_setaffinity(0, [{processor}])\n" if processor is not None else ""
+    program = subprocess.Popen([sys.executable, "-c", f"{pin}while True: pass"])
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        program.kill()
+        program.wait()
+
+
+def busy(names: list[str], rounds: int) -> Iterator[str]:
+    path = find_model((names or ["smollm2"])[0])
+    n_vocab = open_subject(path).hyper.n_vocab
+    subjects = {"pocketlm, one thread, undisturbed": ("native", 1), "pocketlm": ("native", 2), "llama.cpp": ("llama.cpp", 2)}
+    workers: dict[str, Worker] = {}
+    try:
+        for label, (backend, threads) in subjects.items():
+            engine = BACKENDS[backend]
+            worker = Worker(threads, {})
+            with suppress(PocketlmError):
+                worker.ask(
+                    "load", 100, adapter=engine.adapter, path=str(path), threads=threads, n_ctx=512, n_vocab=n_vocab,
+                    options=dict(engine.options),
+                )  # fmt: skip
+                workers[label] = worker
+
+        def speed(label: str) -> float:
+            n = 32 if label == "llama.cpp" else 256  # its threads wait for one another: a token takes up to a second
+            return n / sum(workers[label].ask("decode", 600, n=n, depth=32, at_least=0.0)["seconds"])
+
+        one, *others = workers
+        core = sorted(os.sched_getaffinity(0))[-1] if hasattr(os, "sched_getaffinity") else None
+        for name, processor in (("anywhere", None), ("on one of the cores", core)):
+            shares: dict[str, list[float]] = {label: [] for label in others}
+            for _ in range(rounds):
+                undisturbed = speed(one)
+                with busy_loop(processor):
+                    for label in others:
+                        shares[label].append(speed(label) / undisturbed)
+            for label in others:
+                yield f"busy loop {name:20} {label:12} {statistics.median(shares[label]):6.2f} of one undisturbed thread"
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("share", "drafts", "busy"))
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    for line in {"share": share, "drafts": drafts, "busy": busy}[options.what](options.models, options.rounds):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What machine this is, which models fit on it, and what to change."""

@@ -1,0 +1,218 @@
+"""From what a request asks to what the model says: encoding, a slot, pieces one by one.
+
+In: an `Ask`. Out: `(number of the answer, Piece)`, as an asynchronous iterator; the reader may leave at any time, and may be
+slow: neither holds anybody else up. Knows no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pocketlm.asynchronous import Handover
+from pocketlm.conversation import ANSWER_ROOM, Turns
+from pocketlm.errors import PocketlmError
+from pocketlm.serve.errors import ApiError
+from pocketlm.serve.fields import Ask
+from pocketlm.serve.slots import QueueFull, Slot, Slots
+
+if TYPE_CHECKING:
+    from pocketlm.model import Model
+    from pocketlm.runtime.generator import Piece
+
+ENCODING = 4  # prompts that are made into ids at the same time
+STOPPING = "the server is stopping"
+
+
+@dataclass
+class Counters:
+    """What happened since the start; times in seconds."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_seconds: float = 0.0
+    generation_seconds: float = 0.0
+    refused: int = 0  # the queue was full
+    left: int = 0  # clients that hung up before the end
+
+
+@dataclass
+class Prompts:
+    """The ids of every prompt of a request, and how many turns of its conversation had to go."""
+
+    ids: list[list[int]]
+    stop: list[str] = field(default_factory=list)
+    dropped_turns: int = 0
+
+
+class Answerer:
+    """A model with `n_slots` sessions. `seconds`: the longest that a request may wait for one, and then be answered."""
+
+    def __init__(self, model: Model, sessions: Sequence[Any], waiting: int, seconds: float):
+        self.model, self.seconds = model, seconds
+        self.slots = Slots(sessions, waiting)
+        self.counters = Counters()
+        self.n_ctx = sessions[0].n_ctx
+        self.stopping = False
+        self.running: set[Answer] = set()
+        self._encoding = asyncio.Semaphore(ENCODING)
+        tokenizer = model.tokenizer
+        self._longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.n_vocab))
+
+    # ---- prompts
+
+    async def encode(self, ask: Ask) -> Prompts:
+        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        async with self._encoding:
+            made = Handover()
+            made.start(lambda cancel: [self._encode(ask)])
+            return await made.next()
+
+    def _encode(self, ask: Ask) -> Prompts:
+        tokenizer, template = self.model.tokenizer, self.model.template
+        texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
+        most = self.n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
+        if not ask.fit and sum(map(len, texts)) > most:
+            raise self._too_long(sum(map(len, texts)) // self._longest)
+        try:
+            if not ask.is_chat:
+                ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
+                prompts = Prompts(ids)
+            else:
+                from pocketlm.chat.templates import continued
+
+                messages = ask.messages
+                if ask.fit:
+                    messages = [{**message, "content": tokenizer.encodable(message["content"])} for message in messages]
+                opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+                asked = messages[:-1] if opening else messages
+                turns = Turns(asked, template, tokenizer, opening=continued(opening, tokenizer))
+                if ask.fit:
+                    turns.drop_beyond(most)
+                    room = ask.options.get("max_tokens") or ANSWER_ROOM
+                    ids = turns.fit(self.n_ctx - min(room, ANSWER_ROOM, self.n_ctx // 4))
+                else:
+                    ids = turns.encode()
+                prompts = Prompts([ids], list(template.stop), turns.dropped)
+        except PocketlmError as error:
+            raise ApiError(400, str(error)) from None
+        for ids in prompts.ids:
+            if len(ids) >= self.n_ctx:
+                raise self._too_long(len(ids))
+            if not all(0 <= id < tokenizer.n_vocab for id in ids):
+                raise ApiError(400, f"prompt holds an id that is no token; they go from 0 to {tokenizer.n_vocab - 1}")
+        return prompts
+
+    def _ids(self, text: str) -> list[int]:
+        tokenizer = self.model.tokenizer
+        ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+        return ids or [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None][:1]
+
+    def _too_long(self, n: int) -> ApiError:
+        message = f"the prompt has {n} tokens or more, and the context holds {self.n_ctx}"
+        return ApiError(400, message, "exceed_context_size_error", n_prompt_tokens=n, n_ctx=self.n_ctx)
+
+    # ---- answers
+
+    async def begin(self, ask: Ask, prompts: Prompts) -> Answer:
+        """Wait for a slot, and answer. Raises ApiError: 429 where too many wait, 503 where none is free in time."""
+        if self.stopping:
+            raise ApiError(503, STOPPING, retry_after=5)
+        try:
+            slot = await self.slots.take(prompts.ids[0], self.seconds)
+        except QueueFull as full:
+            self.counters.refused += 1
+            raise ApiError(429, str(full), retry_after=full.retry_after) from None
+        except TimeoutError:
+            late = f"no slot became free in {self.seconds:g} s"
+            raise ApiError(503, STOPPING if self.stopping else late, retry_after=10) from None
+        return Answer(self, ask, prompts, slot)  # from here on the slot is given back by its thread: nothing may come between
+
+    def count(self, piece: Piece) -> None:
+        """The last piece of an answer."""
+        counters = self.counters
+        counters.prompt_tokens += piece.prompt_tokens - piece.cached_tokens
+        counters.cached_tokens += piece.cached_tokens
+        counters.generated_tokens += piece.generated_tokens
+        counters.prompt_seconds += piece.prompt_seconds
+        counters.generation_seconds += piece.generation_seconds
+
+    def stop(self) -> None:
+        """From now on nobody is answered; answers that are being made end within a pass."""
+        self.stopping = True
+        for answer in list(self.running):
+            answer.cancel()
+        self.slots.stop()
+
+
+class Answer:
+    """The answers to one request, as they are made: an asynchronous iterator of `(number, Piece)`.
+
+    The slot is given back as soon as the thread that computes them is through, whatever becomes of the reader, who says with
+    `close` that he has left. Where the time is over, the answer ends with what there is. Raises ApiError 503 where the server
+    stops, 500 where the model fails.
+    """
+
+    def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, slot: Slot):
+        self._answerer, self._slot = answerer, slot
+        self._handover = Handover(ahead=None)  # an answer is no longer than the context: a slow reader holds no slot
+        self._complete = False
+        self._clock = asyncio.get_running_loop().call_later(answerer.seconds, self._handover.cancel.set)
+        answerer.running.add(self)
+        answerer.counters.requests += 1
+        try:
+            self._handover.start(lambda cancel: _pieces(ask, prompts, slot, cancel), self._ended)
+        except RuntimeError as error:  # no more threads can be had
+            self._ended()
+            raise ApiError(503, f"the server is overloaded ({error})", retry_after=10) from None
+
+    def _ended(self) -> None:
+        self._clock.cancel()
+        self._answerer.running.discard(self)
+        self._answerer.slots.give_back(self._slot)
+
+    def cancel(self) -> None:
+        """It ends within a pass."""
+        self._handover.cancel.set()
+
+    def close(self) -> None:
+        """Nobody reads any more. To be called once, whatever has happened."""
+        self._handover.close()
+        self._answerer.counters.left += not self._complete
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> tuple[int, Piece]:
+        try:
+            number, piece = await self._handover.next()
+        except StopAsyncIteration:
+            self._complete = True
+            raise
+        except PocketlmError as error:
+            self._complete = True
+            raise ApiError(500, str(error)) from None
+        if piece.finish_reason:
+            self._answerer.count(piece)
+            if piece.finish_reason == "cancelled" and self._answerer.stopping:
+                self._complete = True
+                raise ApiError(503, STOPPING, retry_after=5)
+        return number, piece
+
+
+def _pieces(ask: Ask, prompts: Prompts, slot: Slot, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
+    """The work of the thread."""
+    options, number = dict(ask.options), 0
+    options["stop"] = [*prompts.stop, *options.get("stop", ())]
+    for ids in prompts.ids:
+        for i in range(ask.n):
+            seed = options.get("seed")
+            own = {**options, "seed": None if seed is None else seed + i}  # or all n were the same
+            for piece in slot.session.generate(ids, cancel=cancel, **own):
+                yield number, piece
+            number += 1

@@ -1,0 +1,268 @@
+"""The addresses of the server and what each of them does.
+
+In: a model's `Answerer`, a `Policy`, the page. Out: an ASGI application. Knows HTTP, and of the model only how to ask it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from pocketlm.errors import PocketlmError
+from pocketlm.serve import fields
+from pocketlm.serve.answering import Answer, Answerer, Prompts
+from pocketlm.serve.errors import ApiError
+from pocketlm.serve.fields import Ask
+from pocketlm.serve.guard import MAX_BODY, Guard, Policy
+from pocketlm.serve.metrics import text as metrics_text
+from pocketlm.serve.shapes import Shape, finish_reason
+
+READ_SECONDS = 30.0  # that a body may take to come
+PING_SECONDS = 15.0  # after which a stream says that it is still there
+MOST_IDS = 1 << 20
+
+
+def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], page: list[Route]) -> Guard:
+    """All of it. `defaults`: options for answers that a request does not name; `page`: the routes of the page."""
+    api = Api(answerer, defaults)
+    routes = [
+        *(Route(path, api.health) for path in ("/health", "/v1/health")),
+        *(Route(path, api.models) for path in ("/models", "/v1/models")),
+        Route("/v1/models/{name:path}", api.model),
+        Route("/metrics", api.metrics),
+        *(Route(path, api.chat, methods=["POST"]) for path in ("/chat/completions", "/v1/chat/completions")),
+        *(Route(path, api.completion, methods=["POST"]) for path in ("/completions", "/v1/completions")),
+        *(Route(path, api.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
+        *(Route(path, api.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
+        *page,
+    ]
+    handlers: dict[Any, Callable[..., Any]] = {ApiError: _api_error, HTTPException: _http_error, Exception: _defect}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return Guard(app, policy)
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    messages = {404: "there is nothing at this address", 405: "this address wants another method"}
+    message = messages.get(error.status_code, "refused")
+    response = ApiError(error.status_code, message, "invalid_request_error").response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    return ApiError(500, "the server has a defect; its terminal shows which").response()
+
+
+async def read_json(request: Request) -> Any:
+    """The body. Raises ApiError where it is too large, too slow or no JSON."""
+    try:
+        text = (await asyncio.wait_for(_body(request), READ_SECONDS)).decode()  # json.loads would let half characters in
+        content = json.loads(text)
+        if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except (TimeoutError, asyncio.TimeoutError):
+        raise ApiError(408, f"the body did not come in {READ_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client hung up") from None
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is no JSON in UTF-8") from None
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise ApiError(413, f"the body may have {MAX_BODY} bytes")
+    return bytes(body)
+
+
+class Api:
+    """What programs ask for."""
+
+    def __init__(self, answerer: Answerer, defaults: dict[str, Any]):
+        self._answerer, self._model, self._defaults = answerer, answerer.model, defaults
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return PlainTextResponse(metrics_text(self._answerer), media_type="text/plain; version=0.0.4")
+
+    def _facts(self) -> dict[str, Any]:
+        model, tokenizer = self._model, self._model.tokenizer
+        meta = {"vocab_type": type(tokenizer).__name__,
+                "n_vocab": tokenizer.n_vocab, "n_ctx": self._answerer.n_ctx, "n_ctx_train": model.hyper.n_ctx,
+                "n_embd": model.hyper.n_embd, "n_params": model.n_parameters, "size": model.file_bytes}  # fmt: skip
+        return {"id": model.name, "object": "model", "created": int(model.path.stat().st_mtime), "owned_by": "pocketlm",
+                "meta": meta}  # fmt: skip
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._facts()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._model.name:
+            raise ApiError(404, f"the model here is {self._model.name}")
+        return JSONResponse(self._facts())
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await read_json(request)
+        flags = ("add_special", "parse_special", "with_pieces")
+        content = _field(body, "content", lambda value: isinstance(value, str), "a text")
+        special, parsed, pieces = (_field(body, name, lambda value: isinstance(value, bool), "true or false") for name in flags)
+        tokenizer = self._model.tokenizer
+        try:
+            ids = tokenizer.encode(content or "", special=parsed is not False, bos=bool(special) and tokenizer.adds_bos)
+        except PocketlmError as error:
+            raise ApiError(400, str(error)) from None
+        return JSONResponse({"tokens": [_piece(id, tokenizer.token_bytes(id)) for id in ids] if pieces else ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        tokens = _field(await read_json(request), "tokens", lambda value: isinstance(value, list), "a list of ids") or []
+        n = self._model.tokenizer.n_vocab
+        if len(tokens) > MOST_IDS or not all(type(id) is int and 0 <= id < n for id in tokens):
+            raise ApiError(400, f"tokens must be a list of ids from 0 to {n - 1}", param="tokens")
+        return JSONResponse({"content": self._model.tokenizer.decode(tokens, special=True)})
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, is_chat=True)
+
+    async def completion(self, request: Request) -> Response:
+        return await self._answer(request, is_chat=False)
+
+    async def _answer(self, request: Request, is_chat: bool) -> Response:
+        ask = fields.read(await read_json(request), is_chat, self._defaults)
+        prompts = await self._answerer.encode(ask)
+        shape = Shape(is_chat, self._model.name, self._model.tokenizer.token_bytes)
+        return Answering(self._answerer, ask, prompts, shape)
+
+
+def _field(body: Any, name: str, fits: Callable[[Any], bool], kind: str) -> Any:
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object")
+    value = body.get(name)
+    if value is not None and not fits(value):
+        raise ApiError(400, f"{name} must be {kind}", param=name)
+    return value
+
+
+def _piece(id: int, data: bytes) -> dict[str, Any]:
+    """A text where the bytes are one; else the bytes."""
+    try:
+        return {"id": id, "piece": data.decode()}
+    except UnicodeDecodeError:
+        return {"id": id, "piece": [*data]}
+
+
+class Answering(Response):
+    """The response to a question: whole, or as a stream of events. It ends where the client hangs up, and so does the work."""
+
+    def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, shape: Shape):
+        self._answerer, self._ask, self._prompts, self._shape = answerer, ask, prompts, shape
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        work = asyncio.ensure_future(self._respond(scope, receive, send))
+        gone = asyncio.ensure_future(_hung_up(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled() and (error := work.exception()) is not None:
+            raise error
+
+    async def _respond(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            answer = await self._answerer.begin(self._ask, self._prompts)
+            try:
+                response = None if self._ask.stream else JSONResponse(await self._whole(answer))
+                if response is None:
+                    await self._stream(answer, send)
+            finally:
+                answer.close()
+        except ApiError as error:
+            response = error.response()
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _whole(self, answer: Answer) -> dict[str, Any]:
+        texts: dict[int, list[str]] = {}
+        pieces: dict[int, list[Any]] = {}
+        async for number, piece in answer:
+            texts.setdefault(number, []).append(piece.text)
+            pieces.setdefault(number, []).append(piece)
+        answers = [("".join(texts[number]), pieces[number]) for number in sorted(pieces)]
+        return self._shape.whole(answers, self._ask.n, self._ask.logprobs, self._prompts.dropped_turns)
+
+    async def _stream(self, answer: Answer, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
+                   (b"x-accel-buffering", b"no")]  # fmt: skip
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for event in _pinging(self._events(answer)):
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        except ApiError as error:  # the head is sent: an event must say it
+            await send({"type": "http.response.body", "body": _event(error.content), "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _events(self, answer: Answer) -> AsyncIterator[bytes]:
+        ask, shape = self._ask, self._shape
+        opened, lasts = set[int](), []
+        held: list[Any] = []  # pieces without text, until the next that has some
+        async for number, piece in answer:
+            if number not in opened:
+                opened.add(number)
+                held = []
+                if (opening := shape.opening(number)) is not None:
+                    yield _event(opening)
+            held.append(piece)
+            if piece.text or (piece.finish_reason and ask.logprobs and len(held) > 1):
+                yield _event(shape.delta(number, piece.text, held if ask.logprobs else None))
+                held = []
+            if finish_reason(piece):
+                lasts.append(piece)
+                yield _event(shape.end(number, piece, self._prompts.dropped_turns))
+        if ask.include_usage:
+            yield _event(shape.usage(lasts, ask.n))
+
+
+def _event(content: Any) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _pinging(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The events, and a comment where none comes for a while: a long prompt is not taken for a dead connection."""
+    coming = asyncio.ensure_future(anext(events))
+    try:
+        while True:
+            await asyncio.wait((coming,), timeout=PING_SECONDS)
+            if not coming.done():
+                yield b":\n\n"
+                continue
+            try:
+                yield coming.result()
+            except StopAsyncIteration:
+                return
+            coming = asyncio.ensure_future(anext(events))
+    finally:
+        coming.cancel()
+
+
+async def _hung_up(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,110 @@
+"""`pocketlm serve`: its arguments, and what it says when the server runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from pocketlm.cli_options import model_arguments, sampling_arguments, sampling_keywords
+from pocketlm.errors import FileError, UsageError
+from pocketlm.terminal_text import print
+
+PORT = 8642
+QUEUE = 16  # requests that may wait, for each slot
+SECONDS = 600.0
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    model_arguments(parser, optional=True)
+    group = parser.add_argument_group("the server")
+    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: this computer alone)")
+    group.add_argument("--port", type=int, default=PORT, metavar="N", help=f"default {PORT}; 0: any that is free")
+    group.add_argument("--slots", type=int, default=8, metavar="N", help="answers at the same time (default 8)")
+    group.add_argument("--timeout", type=float, default=SECONDS, metavar="S", help="longest wait and answer, in seconds")
+    group.add_argument("--api-key", metavar="KEY", help="programs must send it; also from $POCKETLM_API_KEY")
+    group.add_argument("--open", action="store_true", help="let everybody in the network ask, without a key")
+    group.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let the pages of a site ask: https://…")
+    group.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open the page")
+    group.add_argument("--system", default="", metavar="TEXT", help="what the page tells the model before a conversation")
+    group.add_argument("--title", default="", metavar="TEXT", help="what the page calls the model")
+    group.add_argument("--greeting", default="", metavar="TEXT", help="what the page says first")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    sampling_arguments(parser)
+    parser.add_argument("--model-id", default="", help=argparse.SUPPRESS)  # of packed programs: whose conversations these are
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until it is stopped; the exit status."""
+    import pocketlm
+    from pocketlm.serve import without_tls
+
+    without_tls.stand_in()
+    from pocketlm.serve.answering import Answerer
+    from pocketlm.serve.app import application
+    from pocketlm.serve.page import Page
+    from pocketlm.serve.server import Server, listen
+
+    policy = _policy(arguments)
+    if not 1 <= arguments.slots <= 256:
+        raise UsageError(f"--slots {arguments.slots}: expected 1 to 256")
+    if not 0 <= arguments.port <= 65535:
+        raise UsageError(f"--port {arguments.port}: expected 0 to 65535")
+    if not arguments.timeout > 0:
+        raise UsageError(f"--timeout {arguments.timeout}: expected more than 0 seconds")
+    defaults = sampling_keywords(arguments)
+    if arguments.max_tokens is not None:
+        defaults["max_tokens"] = arguments.max_tokens
+    socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing
+    with socket, pocketlm.load(arguments.model or "small-talk", arguments.backend, arguments.threads, arguments.ctx) as model:
+        _ = model.tokenizer  # raises FileError where the file has none
+        answerer = Answerer(model, _sessions(model, arguments), QUEUE * arguments.slots, arguments.timeout)
+        page = Page(answerer, policy, _persona(arguments), arguments.model_id, defaults)
+        server = Server(application(answerer, policy, defaults, page.routes()), socket, answerer.stop)
+        port = socket.getsockname()[1]
+        server.serve_until_stopped(lambda: _begun(arguments, policy, page, port))
+    print(f"{arguments.program}: stopped", file=sys.stderr)
+    return 0
+
+
+def _policy(arguments: argparse.Namespace) -> Any:
+    from pocketlm.serve.guard import Policy, is_loopback
+
+    key = arguments.api_key or os.environ.get("POCKETLM_API_KEY", "")
+    if not is_loopback(arguments.host) and not key and not arguments.open:
+        raise UsageError(
+            f"--host {arguments.host}: other computers could ask; give a key with --api-key KEY, or say --open to let everybody"
+        )
+    if "*" in arguments.cors or not all(origin.startswith(("http://", "https://")) for origin in arguments.cors):
+        raise UsageError("--cors ORIGIN: name each site, as in --cors https://example.org")
+    return Policy(arguments.host, key, tuple(origin.rstrip("/").lower() for origin in arguments.cors))
+
+
+def _persona(arguments: argparse.Namespace) -> dict[str, str]:
+    return {name: getattr(arguments, name) for name in ("title", "system", "greeting")}
+
+
+def _sessions(model: Any, arguments: argparse.Namespace) -> list[Any]:
+    """As many as asked for, or as there is memory for, but for one at least."""
+    sessions = [model.session()]
+    try:
+        while len(sessions) < arguments.slots:
+            sessions.append(model.session())
+    except FileError:
+        print(f"{arguments.program}: there is memory for {len(sessions)} slots; --ctx makes them smaller", file=sys.stderr)
+    return sessions
+
+
+def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> None:
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    shown = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    address = f"http://{shown}:{port}"
+    print(f"page      {address}/#{policy.token}", file=sys.stderr)
+    print(f"programs  {address}/v1" + ("  (with the key)" if policy.key else ""), file=sys.stderr)
+    print("Ctrl-C stops it", file=sys.stderr, flush=True)
+    if arguments.browser:
+        import webbrowser
+
+        webbrowser.open(f"{address}/#{page.one_time_code()}")

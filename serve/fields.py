@@ -1,0 +1,229 @@
+"""The fields of a request: which there are, what they may hold, and what they ask of the model.
+
+In: the JSON of `/v1/chat/completions` or `/v1/completions`. Out: an `Ask`, or an ApiError 400 that names the field. A field
+that is not supported is refused, never ignored; one that is null counts as not given. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pocketlm.errors import UsageError, did_you_mean
+from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+from pocketlm.serve.errors import ApiError
+
+MOST_CHOICES = 16  # answers to one request: prompts times n
+MOST_STOPS, MOST_STOP_CHARACTERS = 64, 4096
+MOST_LIKELIEST = 20  # OpenAI's bound of top_logprobs
+COMPLETION_TOKENS = 16  # what OpenAI's protocol says of max_tokens in /v1/completions where it is not given
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+# Fields of the protocol that cannot be had, with the values that ask for nothing
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
+    "service_tier": ("auto", "default"), "echo": (False,), "suffix": ("",), "best_of": (1,), "grammar": ("",), "n_probs": (0,),
+}  # fmt: skip
+LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for who keeps books; they change no answer
+
+
+@dataclass
+class Ask:
+    """What one request wants. `options` are those of `Conversation.generate`."""
+
+    is_chat: bool
+    messages: list[dict[str, str]] = field(default_factory=list)
+    prompts: list[str | list[int]] = field(default_factory=list)
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    logprobs: bool = False
+    fit: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
+    """The request; `defaults` are options for what it does not say. Raises ApiError."""
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object")
+    fields = _CHAT if is_chat else _COMPLETION
+    ask = Ask(is_chat, options={**(CHAT_DEFAULTS if is_chat else {}), **defaults})
+    if not is_chat:
+        ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
+    for name, value in body.items():
+        if value is None or name in LABELS:
+            continue
+        if name in fields:
+            fields[name](ask, name, value)
+        elif name not in NOTHING or not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[name]):
+            hint = "" if name in NOTHING else did_you_mean(name[:40], fields, cutoff=0.7)
+            raise _bad(name[:100], f"is not supported{hint}")
+    if not (ask.messages if is_chat else ask.prompts):
+        raise _bad("messages" if is_chat else "prompt", "is missing")
+    if len(ask.prompts or [0]) * ask.n > MOST_CHOICES:
+        raise _bad("n", f"asks for more than {MOST_CHOICES} answers at once")
+    if is_chat and ask.options.get("top_logprobs") and not ask.logprobs:
+        raise _bad("top_logprobs", "needs logprobs: true")
+    try:
+        SamplingOptions(**{name: ask.options[name] for name in (*SAMPLING, "seed", "logit_bias") if name in ask.options})
+    except UsageError as error:
+        raise ApiError(400, str(error)) from None
+    return ask
+
+
+def _bad(name: str, problem: str) -> ApiError:
+    return ApiError(400, f"{name} {problem}", param=name)
+
+
+# ---- kinds of fields -----------------------------------------------------------------------------------------------------
+
+Reader = Callable[[Ask, str, Any], None]
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise _bad(name, f"must be a whole number from {least} to {most}")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _bad(name, "must be true or false")
+    return value
+
+
+def _number(ask: Ask, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _bad(name, "must be a number")
+    ask.options[name] = value
+
+
+def _model(ask: Ask, name: str, value: Any) -> None:
+    if not isinstance(value, str):  # any name means the model that is here
+        raise _bad(name, "must be a text")
+
+
+def _set(name: str, read: Callable[[str, Any], Any]) -> Reader:
+    return lambda ask, given, value: setattr(ask, name, read(given, value))
+
+
+def _option(name: str, read: Callable[[str, Any], Any]) -> Reader:
+    return lambda ask, given, value: ask.options.__setitem__(name, read(given, value))
+
+
+def _seed(name: str, value: Any) -> int | None:
+    return None if value == -1 else _whole(name, value, 0, 1 << 64)  # -1: llama.cpp's word for any
+
+
+def _stop(name: str, value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise _bad(name, "must be a text or a list of texts, each of at least one character")
+    if len(stops) > MOST_STOPS or sum(map(len, stops)) > MOST_STOP_CHARACTERS:
+        raise _bad(name, f"holds more than {MOST_STOPS} texts, or more than {MOST_STOP_CHARACTERS} characters")
+    return stops
+
+
+def _logit_bias(name: str, value: Any) -> dict[int, float]:
+    """OpenAI's object of ids and numbers, or llama.cpp's list of pairs, in which false stands for never."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    bias = {}
+    try:
+        for id, number in pairs:
+            number = -math.inf if number is False else number
+            if isinstance(number, bool) or not isinstance(number, int | float) or isinstance(id, float):
+                raise ValueError
+            bias[int(id)] = float(number)
+    except (TypeError, ValueError, OverflowError):
+        raise _bad(name, "must map ids of tokens to numbers") from None
+    return bias
+
+
+def _stream_options(ask: Ask, name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not {*value} <= {"include_usage", "include_obfuscation"}:
+        raise _bad(name, "may hold include_usage and nothing else")
+    if value.get("include_obfuscation"):
+        raise _bad(f"{name}.include_obfuscation", "is not supported")
+    ask.include_usage = _flag(f"{name}.include_usage", value.get("include_usage", False))
+
+
+def _messages(ask: Ask, name: str, value: Any) -> None:
+    if not isinstance(value, list) or not value:
+        raise _bad(name, "must be a list of at least one message")
+    ask.messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(name: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise _bad(name, "must be an object with role and content")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise _bad(f"{name}.role", f"must be one of {', '.join(ROLES)}")
+    for other, given in message.items():
+        if other not in ("role", "content") and given not in (None, []):
+            raise _bad(f"{name}.{other[:100]}", "is not supported")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                raise _bad(f"{name}.content", "must be a text, or a list of parts of type text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise _bad(f"{name}.content", "must be a text")
+    return {"role": ROLES[role], "content": content}
+
+
+def _prompt(ask: Ask, name: str, value: Any) -> None:
+    """A text, several, ids, or several lists of ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and all(type(id) is int for id in value)):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(each, str) or _is_ids(each) for each in value):
+        raise _bad(name, "must be a text, a list of texts, ids of tokens, or a list of such")
+    if not 1 <= len(value) <= MOST_CHOICES:
+        raise _bad(name, f"must hold 1 to {MOST_CHOICES} prompts")
+    ask.prompts = value
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(id) is int and 0 <= id < 1 << 31 for id in value)
+
+
+def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
+    if value is not False:
+        ask.logprobs = True
+        ask.options["top_logprobs"] = 1 if value is True else _whole(name, value, 0, MOST_LIKELIEST)
+
+
+def _max_tokens(name: str, value: Any) -> int:
+    return _whole(name, value, 0, 1 << 31)
+
+
+_COMMON: dict[str, Reader] = {
+    **dict.fromkeys(SAMPLING, _number),
+    "model": _model,
+    "max_tokens": _option("max_tokens", _max_tokens),
+    "seed": _option("seed", _seed),
+    "stop": _option("stop", _stop),
+    "logit_bias": _option("logit_bias", _logit_bias),
+    "ignore_eos": _option("ignore_eos", _flag),
+    "cache_prompt": _option("reuse_cache", _flag),
+    "n": _set("n", lambda name, value: _whole(name, value, 1, MOST_CHOICES)),
+    "stream": _set("stream", _flag),
+    "stream_options": _stream_options,
+}
+_CHAT: dict[str, Reader] = {
+    **_COMMON,
+    "messages": _messages,
+    "max_completion_tokens": _option("max_tokens", _max_tokens),
+    "logprobs": _set("logprobs", _flag),
+    "top_logprobs": _option("top_logprobs", lambda name, value: _whole(name, value, 0, MOST_LIKELIEST)),
+    # ours: whole turns go where the context is full, oldest first, and characters that the model does not know are left out
+    "fit": _set("fit", _flag),
+}
+_COMPLETION: dict[str, Reader] = {**_COMMON, "prompt": _prompt, "logprobs": _logprobs_of_completion}

@@ -1,0 +1,150 @@
+"""Who may ask: checks of every request before anything of it is read but its head.
+
+In: the head of a request, and a `Policy`. Out: nothing, or the ApiError that refuses it. What this stops: pages of other
+sites, that make a visitor's browser ask (CSRF), also by a name of theirs that leads here (DNS rebinding); programs without
+the key; bodies that are too large. Knows no model.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from pocketlm.serve.errors import ApiError
+
+MAX_BODY = 4 << 20
+PUBLIC = {"/", "/health", "/v1/health", "/models", "/v1/models", "/page/enter"}  # without a key
+TOKEN = "x-pocketlm-token"
+_LOCAL_NAMES = re.compile(r"[a-z0-9.-]+\.(local|internal|lan|home\.arpa)")
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
+_SAFE = {
+    b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer", b"cross-origin-resource-policy": b"same-origin",
+    b"x-frame-options": b"DENY", b"cache-control": b"no-store",
+}  # fmt: skip
+
+ASGI = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+@dataclass
+class Policy:
+    """`is_open`: asked from other computers without a key, too. `origins`: whose pages may ask. `token` is the page's."""
+
+    host: str = "127.0.0.1"
+    key: str = ""
+    origins: tuple[str, ...] = ()
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+
+    def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+        """Raises ApiError for a request that is refused. `headers` by their names in small letters."""
+        self._check_host(headers.get("host", ""))
+        self._check_origin(path, headers)
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the Content-Type must be application/json")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 18 or int(length) > MAX_BODY:
+            raise ApiError(413, f"the body may have {MAX_BODY} bytes")
+        if method != "OPTIONS":
+            self._check_key(path, headers)
+
+    def _check_host(self, host: str) -> None:
+        """The name by which the server was found must be one that only this computer, or its network, gives to it."""
+        found = _HOST.fullmatch(host.lower())
+        name = found["name"] if found else ""
+        found_by_any = bool(self.key) and not is_loopback(self.host)  # whoever is led here by another name lacks the key
+        if not name or not (found_by_any or self._is_own(name)):
+            raise ApiError(403, "the Host header names another computer")
+
+    def _is_own(self, name: str) -> bool:
+        if name in ("localhost", self.host.lower()) or name.endswith(".localhost"):
+            return True
+        try:
+            address = ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return not is_loopback(self.host) and (name == socket.gethostname().lower() or bool(_LOCAL_NAMES.fullmatch(name)))
+        return address.is_loopback or not is_loopback(self.host)
+
+    def _check_origin(self, path: str, headers: Mapping[str, str]) -> None:
+        """A page of another site may ask for nothing; a link there may lead to the page here."""
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        if origin is not None:
+            if origin != f"http://{headers['host'].lower()}" and origin not in self.origins:
+                raise ApiError(403, "pages of that origin may not ask here; see --cors")
+        elif site not in ("none", "same-origin") and not (path == "/" and headers.get("sec-fetch-mode") == "navigate"):
+            raise ApiError(403, "pages of other sites may not ask here")
+
+    def _check_key(self, path: str, headers: Mapping[str, str]) -> None:
+        has_token = same(headers.get(TOKEN, ""), self.token)
+        if path.startswith("/page/") and path not in PUBLIC and not has_token:
+            raise ApiError(401, "open the page by the address that the server printed when it started")
+        if self.key and path not in PUBLIC and not has_token:
+            scheme, _, bearer = headers.get("authorization", "").partition(" ")
+            given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+            if not same(given, self.key):
+                raise ApiError(401, "the key is missing or wrong; send Authorization: Bearer KEY")
+
+    def cors(self, headers: Mapping[str, str]) -> dict[bytes, bytes]:
+        """What a browser is told that asks for a page of an origin in `origins`."""
+        origin = headers.get("origin", "")
+        if origin not in self.origins:
+            return {}
+        return {b"access-control-allow-origin": origin.encode("latin-1"), b"vary": b"Origin",
+                b"cross-origin-resource-policy": b"cross-origin"}  # fmt: skip
+
+
+PREFLIGHT = {
+    "access-control-allow-methods": "GET, POST",
+    "access-control-allow-headers": "authorization, content-type, x-api-key, user-agent, x-requested-with",
+    "access-control-max-age": "600",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this computer alone."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def same(a: str, b: str) -> bool:
+    """Whether two secrets are the same; how long that takes does not tell where they differ."""
+    return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode("utf-8", "replace"))
+
+
+class Guard:
+    """An ASGI application that lets through to another what the policy does not refuse."""
+
+    def __init__(self, app: ASGI, policy: Policy):
+        self._app, self._policy = app, policy
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1"), value.decode("latin-1"))
+        extra = {**_SAFE, **self._policy.cors(headers)}
+
+        async def send_safely(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *((n, v) for n, v in extra.items() if n not in given)]
+            await send(message)
+
+        app: Any = self._app
+        try:
+            self._policy.check(scope["method"], scope["path"], headers)
+            if scope["method"] == "OPTIONS":
+                app = Response(status_code=204, headers=PREFLIGHT if headers.get("origin") in self._policy.origins else {})
+        except ApiError as refused:
+            app = refused.response()
+        await app(scope, receive, send_safely)
+        return None

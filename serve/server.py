@@ -1,0 +1,152 @@
+"""The server: uvicorn, with limits of time on what clients do, and an end that tells them.
+
+In: an ASGI application and a listening socket. Out: responses, until Ctrl-C, a signal or `stop`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.serve import without_tls
+
+with without_tls.imports():
+    # the first three are chosen by their names at run time: these lines put them into a packed program
+    import anyio._backends._asyncio  # noqa: F401
+    import uvicorn.lifespan.off
+    import uvicorn.loops.asyncio  # noqa: F401
+    from uvicorn.config import Config
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.server import Server as Uvicorn
+
+HEAD_BYTES = 16 << 10  # of a request's head
+HEAD_SECONDS = 10.0  # from a connection, or from the last answer on it, until the head of the next request is there
+STALL_SECONDS = 60.0  # that a reader may take nothing
+CONNECTIONS = 768  # at the same time
+STOP_SECONDS = 10  # for answers to end once the server stops
+
+
+class Protocol(H11Protocol):
+    """One connection. It ends where its client is too slow with the head of a request, or does not read what is sent."""
+
+    _head: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._end(self._head)
+
+    def on_response_complete(self) -> None:
+        self._end(self._head)
+        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._end(self._stall)
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(self._head)
+        self._end(self._stall)
+        super().connection_lost(exc)
+
+    @staticmethod
+    def _end(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
+
+class Server(Uvicorn):
+    """`stopping` is called in the loop when the end begins: it lets answers end."""
+
+    def __init__(self, app: Any, listening: socket.socket, stopping: Callable[[], object]):
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        config = Config(
+            app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
+            server_header=False, date_header=True, limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_keep_alive=int(HEAD_SECONDS) or 1, timeout_graceful_shutdown=STOP_SECONDS,
+            proxy_headers=False, interface="asgi3",
+        )  # fmt: skip
+        super().__init__(config)
+        self._stopping, self._listening = stopping, listening
+
+    def serve_until_stopped(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Answer until `stop`, SIGINT or SIGTERM; a second signal does not wait for answers. `ready`: it has begun."""
+        asyncio.run(self._run(ready))
+
+    async def _run(self, ready: Callable[[], object]) -> None:
+        beginning = asyncio.ensure_future(self._announce(ready))
+        try:
+            await self.serve(sockets=[self._listening])
+        finally:
+            beginning.cancel()
+
+    async def _announce(self, ready: Callable[[], object]) -> None:
+        while not self.started:
+            await asyncio.sleep(0.005)
+        ready()
+
+    def stop(self) -> None:
+        """From any thread."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let answers end first."""
+        self._stopping()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals stop the server, and the process goes on to its own end: uvicorn would send them to it again."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second one ends without waiting."""
+        self.force_exit |= self.should_exit
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: any that is free. Raises UsageError for an address that is none, PocketlmError for a port
+    that is taken.
+    """
+    try:
+        [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except (socket.gaierror, UnicodeError, OverflowError):
+        raise UsageError(f"--host {host}: is no address of this computer") from None
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES) or os.name == "nt":
+            taken = "is taken by another program" if error.errno == errno.EADDRINUSE else "may not be used"
+            raise PocketlmError(f"port {port} {taken}; choose another one with --port, or any with --port 0") from None
+        raise UsageError(f"--host {host}: {error.strerror or error}") from None

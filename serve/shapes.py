@@ -1,0 +1,119 @@
+"""What is said about an answer, in the shapes of OpenAI's protocol.
+
+In: pieces. Out: the objects of a response or of its stream. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pocketlm import __version__
+
+if TYPE_CHECKING:
+    from pocketlm.runtime.generator import Piece
+
+NEVER = -9999.0  # what the protocol calls the logarithm of no probability
+FINGERPRINT = f"b-pocketlm-{__version__}"
+
+
+def finish_reason(piece: Piece) -> str | None:
+    """As the protocol knows them: what ended for want of time has reached a limit, too."""
+    return "length" if piece.finish_reason == "cancelled" else piece.finish_reason
+
+
+class Shape:
+    """The objects about one request. `token_bytes` gives the bytes that an id stands for."""
+
+    def __init__(self, is_chat: bool, model: str, token_bytes: Callable[[int], bytes]):
+        self._is_chat, self._token_bytes = is_chat, token_bytes
+        self._head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}", "created": int(time.time()),
+                      "model": model, "system_fingerprint": FINGERPRINT}  # fmt: skip
+        self._offsets: dict[int, int] = {}  # characters of each completion so far, for its logprobs
+
+    def opening(self, number: int) -> dict[str, Any] | None:
+        """What a stream says before the first text of an answer; None: nothing."""
+        return self._chunk(number, {"role": "assistant", "content": None}, None) if self._is_chat else None
+
+    def delta(self, number: int, text: str, pieces: Sequence[Piece] | None) -> dict[str, Any]:
+        """More text. `pieces`: those that it comes from, None where nobody wants their logprobs."""
+        logprobs = None if pieces is None else self._logprobs(number, pieces)
+        return self._chunk(number, {"content": text}, None, logprobs)
+
+    def end(self, number: int, piece: Piece, dropped_turns: int) -> dict[str, Any]:
+        """The end of an answer in a stream."""
+        told = {"note": piece.note} if piece.note else {}
+        told |= {"dropped_turns": dropped_turns} if dropped_turns else {}
+        return {**self._chunk(number, {}, finish_reason(piece)), "timings": timings(piece), **told}
+
+    def usage(self, lasts: Sequence[Piece], n: int) -> dict[str, Any]:
+        """The last object of a stream, where it is asked for."""
+        return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, n)}
+
+    def whole(self, answers: Sequence[tuple[str, list[Piece]]], n: int, wanted: bool, dropped_turns: int) -> dict[str, Any]:
+        """All answers at once. `answers`: text and pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are."""
+        choices = []
+        for number, (text, pieces) in enumerate(answers):
+            content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            logprobs = self._logprobs(number, pieces) if wanted else None
+            choices.append({"index": number, **content, "logprobs": logprobs, "finish_reason": finish_reason(pieces[-1])})
+        lasts = [pieces[-1] for _, pieces in answers]
+        told = {"dropped_turns": dropped_turns} if dropped_turns else {}
+        return {**self._head, "object": self._name(""), "choices": choices, "usage": usage(lasts, n),
+                "timings": timings(lasts[-1]), **told}  # fmt: skip
+
+    def _name(self, ending: str) -> str:
+        return f"chat.completion{ending}" if self._is_chat else "text_completion"
+
+    def _chunk(self, number: int, delta: dict[str, Any], reason: str | None, logprobs: Any = None) -> dict[str, Any]:
+        content: dict[str, Any] = {"delta": delta} if self._is_chat else {"text": delta.get("content") or ""}
+        choice = {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head, "object": self._name(".chunk"), "choices": [choice]}
+
+    def _logprobs(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        tokens = [piece for piece in pieces if piece.id >= 0]
+        if self._is_chat:
+            listed = [{**self._token(piece.id, piece.logprob), "top_logprobs": [self._token(*pair) for pair in
+                       piece.top_logprobs]} for piece in tokens]  # fmt: skip
+            return {"content": listed, "refusal": None}
+        texts = [self._text(piece.id) for piece in tokens]
+        offsets, at = [], self._offsets.get(number, 0)
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        self._offsets[number] = at
+        tops = [{self._text(id): _finite(logprob) for id, logprob in piece.top_logprobs} for piece in tokens]
+        return {"tokens": texts, "token_logprobs": [_finite(piece.logprob) for piece in tokens], "top_logprobs": tops,
+                "text_offset": offsets}  # fmt: skip
+
+    def _token(self, id: int, logprob: float) -> dict[str, Any]:
+        return {"id": id, "token": self._text(id), "bytes": [*self._token_bytes(id)], "logprob": _finite(logprob)}
+
+    def _text(self, id: int) -> str:
+        return self._token_bytes(id).decode("utf-8", "replace")
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else NEVER
+
+
+def usage(lasts: Sequence[Piece], n: int) -> dict[str, Any]:
+    """Tokens; the prompt of n answers counts once."""
+    prompt, completion = sum(piece.prompt_tokens for piece in lasts[::n]), sum(piece.generated_tokens for piece in lasts)
+    cached = sum(piece.cached_tokens for piece in lasts[::n])
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip
+
+
+def timings(last: Piece) -> dict[str, Any]:
+    """As llama.cpp's server tells them, in milliseconds."""
+    computed = last.prompt_tokens - last.cached_tokens
+    seconds = last.prompt_seconds, last.generation_seconds
+    per_second = [n / s if s else 0.0 for n, s in zip((computed, last.generated_tokens), seconds, strict=True)]
+    return {
+        "cache_n": last.cached_tokens, "prompt_n": computed, "prompt_ms": 1e3 * seconds[0], "prompt_per_second": per_second[0],
+        "predicted_n": last.generated_tokens, "predicted_ms": 1e3 * seconds[1], "predicted_per_second": per_second[1],
+    }  # fmt: skip

@@ -1,0 +1,46 @@
+"""Instructions of the kernels' inner loops on aarch64, counted in the code itself: no format is taken apart bit by bit."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pocketlm.bench import arm64_cycles
+from pocketlm.errors import PocketlmError
+
+CODE = """
+Q_product1:
+\tmov\tx0, #0
+.LBB0_1:
+\tadd\tx0, x0, #1  // a comment
+\tcbz\tx0, .LBB0_3
+.LBB0_2:
+\tld1\t{ v0.4s }, [x1], #16
+\tsdot\tv1.4s, v0.16b, v2.16b
+\tsubs\tx0, x0, #1
+\tb.ne\t.LBB0_2
+.LBB0_3:
+\tret
+.Lfunc_end0:
+"""
+
+
+def test_the_inner_loop_is_the_block_that_branches_to_itself():
+    lines = arm64_cycles.inner_loop(CODE, "Q_product1")
+    assert [line.split()[0] for line in lines] == ["ld1", "sdot", "subs", "b.ne"]
+    with pytest.raises(PocketlmError, match="no loop"):
+        arm64_cycles.inner_loop(CODE, "another")
+
+
+@pytest.mark.parametrize("core", arm64_cycles.CORES[:2], ids=lambda core: core.cpu)
+@pytest.mark.parametrize("fmt", ["Q4_0", "Q5_0", "Q5_1"])
+def test_formats_of_32_weights_take_at_most_40_instructions_for_them(monkeypatch, core, fmt):
+    monkeypatch.setattr(arm64_cycles, "analyse", lambda lines, cpu, rounds: 1.0)
+    assert arm64_cycles.loop_of(fmt, core, 1, 1).instructions < 40
+
+
+@pytest.mark.skipif(shutil.which("llvm-mca") is None, reason="needs llvm-mca (Debian package llvm)")
+def test_the_analyser_counts_cycles():
+    lines = arm64_cycles.inner_loop(CODE, "Q_product1")
+    assert 1 <= arm64_cycles.analyse(lines, "cortex-a72", 50) < 10

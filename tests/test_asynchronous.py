@@ -1,0 +1,110 @@
+"""`async for` over answers: the same pieces, other coroutines go on meanwhile, and who leaves ends the work."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+from serving import tiny_chat, wait_until
+
+import pocketlm
+from pocketlm.asynchronous import in_thread
+from pocketlm.errors import PocketlmError
+
+QUESTION = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with pocketlm.load(tiny_chat(tmp_path_factory.mktemp("async")), threads=1) as model:
+        yield model
+
+
+async def ids_of(stream):
+    return [piece.id async for piece in stream]
+
+
+def test_the_pieces_are_those_of_the_plain_stream(model):
+    options = {"max_tokens": 12, "temperature": 0}
+    assert asyncio.run(ids_of(model.achat(QUESTION, **options))) == [p.id for p in model.chat(QUESTION, **options)]
+    assert asyncio.run(ids_of(model.agenerate("the", **options))) == [p.id for p in model.generate("the", **options)]
+
+
+def test_streams_of_several_sessions_go_on_at_the_same_time(model):
+    alone = [p.id for p in model.chat(QUESTION, max_tokens=30, temperature=0)]
+
+    async def together():
+        sessions = [model.session() for _ in range(9)]
+        return await asyncio.gather(*(ids_of(s.achat(QUESTION, max_tokens=30, temperature=0)) for s in sessions))
+
+    assert asyncio.run(together()) == [alone] * 9
+
+
+def test_other_coroutines_go_on_while_a_pass_is_computed(model, monkeypatch):
+    step, inside, leave = model.executor.step, threading.Event(), threading.Event()
+
+    def slow(work):
+        inside.set()
+        assert leave.wait(30)
+        return step(work)
+
+    monkeypatch.setattr(model.executor, "step", slow)
+
+    async def others():
+        stream = asyncio.ensure_future(ids_of(model.agenerate("the", max_tokens=2)))
+        while not inside.is_set():
+            await asyncio.sleep(0.001)
+        leave.set()  # reached although the pass waits for it
+        return await stream
+
+    assert len(asyncio.run(others())) == 3
+
+
+@pytest.mark.parametrize("how", ["break", "cancel"])
+def test_who_leaves_ends_the_answer(model, how):
+    session = model.session()
+
+    async def leave():
+        async def read():
+            async for _ in session.agenerate("the", ignore_eos=True, temperature=0):
+                if how == "break":
+                    break
+
+        reading = asyncio.ensure_future(read())
+        await asyncio.sleep(0.02)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+    asyncio.run(leave())
+    wait_until(lambda: not any(thread.name == "pocketlm-stream" for thread in threading.enumerate()))
+    assert session.context_used < 512
+    assert list(session.generate("the", max_tokens=1))[-1].finish_reason == "length", "the session is as good as new"
+
+
+def test_errors_come_where_the_stream_is_read(model):
+    with pytest.raises(PocketlmError, match="context"):
+        asyncio.run(ids_of(model.agenerate("x" * 999)))
+    with pytest.raises(PocketlmError, match="temperature"):
+        asyncio.run(ids_of(model.achat(QUESTION, temperature=-1)))
+
+
+def test_a_slow_reader_lets_the_thread_wait():
+    made = []
+
+    async def read():
+        stream = in_thread(lambda cancel: (made.append(i) or i for i in range(10_000)), ahead=10)
+        assert await stream.__anext__() == 0
+        time.sleep(0.05)
+        seen = len(made)
+        rest = [part async for part in stream]
+        return seen, rest
+
+    seen, rest = asyncio.run(read())
+    assert seen <= 13
+    assert rest == [*range(1, 10_000)]
+
+
+def test_the_package_says_that_it_is_typed():
+    from pathlib import Path
+
+    assert (Path(pocketlm.__file__).parent / "py.typed").exists()

@@ -1,0 +1,74 @@
+"""What a caller may do where the next token is chosen: change the logits, and see the likeliest."""
+
+import math
+
+import numpy as np
+import pytest
+from test_drafts import Eager
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    with pocketlm.load(write_model(tmp_path_factory.mktemp("hooks") / "tiny.gguf"), threads=1) as model:
+        yield model
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"top_k": 0, "top_p": 1, "min_p": 0}])
+def test_a_mask_leaves_only_what_it_allows(model, options):
+    allowed, seen = [65, 66, 67], []
+
+    def mask(logits, ids):
+        seen.append(list(ids))
+        kept = logits[allowed].copy()
+        logits.fill(-math.inf)
+        logits[allowed] = kept
+
+    pieces = list(model.generate("the", max_tokens=10, process=mask, **options))[:-1]
+    assert {piece.id for piece in pieces} <= {*allowed}
+    prompt = model.tokenizer.encode("the")
+    assert seen[0] == prompt
+    assert seen[-1] == prompt + [piece.id for piece in pieces[:-1]]
+    plain = model.logits(seen[-1])[-1].astype(float)
+    logprob = plain[pieces[-1].id] - plain.max() - math.log(np.exp(plain - plain.max()).sum())
+    assert pieces[-1].logprob == pytest.approx(logprob, abs=1e-4), "the log-probability is the model's own"
+
+
+def test_the_likeliest_are_listed_with_every_piece(model):
+    *pieces, last = model.generate("the", max_tokens=6, temperature=0, top_logprobs=4)
+    for piece in pieces:
+        ids, logprobs = zip(*piece.top_logprobs, strict=True)
+        assert ids[0] == piece.id
+        assert logprobs[0] == pytest.approx(piece.logprob, abs=1e-6)
+        assert list(logprobs) == sorted(logprobs, reverse=True)
+    assert last.top_logprobs == ()
+    for bad in (-1, 1.5, True, 101):
+        with pytest.raises(UsageError, match="top_logprobs"):
+            list(model.generate("the", top_logprobs=bad))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.5, "seed": 4}])
+def test_both_are_the_same_where_drafts_are_tried(model, options):
+    """The hooks see every token of an answer once, in order, also where several are verified in one pass."""
+
+    def answer(draft):
+        seen = []
+
+        def mask(logits, ids):
+            seen.append(len(ids))
+            logits[70:] = -math.inf  # a small alphabet repeats itself
+
+        session = model.session()
+        session.state.odds = Eager()  # tries whatever was found
+        pieces = list(session.generate("the the the", max_tokens=60, draft=draft, process=mask, top_logprobs=3, **options))
+        return [(piece.id, piece.logprob, piece.top_logprobs) for piece in pieces[:-1]], pieces[-1].drafted_tokens
+
+    plain, none = answer(False)
+    drafted, n = answer(True)
+    assert drafted == plain
+    assert none == 0
+    assert n > 0
+    assert all(len(top) == 3 for *_, top in drafted)

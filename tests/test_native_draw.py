@@ -1,0 +1,139 @@
+"""Tokens drawn in compiled code: the same ones as the NumPy sampler's with the same seed, and the logits as they were."""
+
+import math
+from array import array
+
+import numpy as np
+import pytest
+from native_calls import each_level
+
+from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime import sampling
+from pocketlm.runtime.native import sizes
+from pocketlm.runtime.native.kernels import CORE, loaded
+from pocketlm.runtime.native.selection import Selection
+from pocketlm.runtime.sampling import make_sampler
+
+
+class OnlyNumpy:
+    """A selection that knows no chain: the whole sampler is sampling.py's."""
+
+    top_k = staticmethod(sampling.top_k)
+
+    @staticmethod
+    def sum_exp(logits, largest):
+        return float(np.exp(logits.astype(np.float64) - largest).sum())
+
+    @staticmethod
+    def draw(*_):
+        return None
+
+
+def random_logits(rng, n):
+    """All kinds: peaked, flat, with many equals, zeros of either sign, and tokens that are impossible."""
+    logits = rng.normal(size=n) * rng.choice([0.1, 1, 4, 30])
+    kind = rng.integers(6)
+    if kind == 0:
+        logits = np.round(logits)
+    elif kind == 1:
+        logits[rng.random(n) < 0.5] = logits.max()
+    elif kind == 2:
+        logits = np.where(rng.random(n) < 0.5, 0.0, -0.0)
+    elif kind == 3:
+        logits[rng.random(n) < 0.9] = -np.inf
+        logits[rng.integers(n)] = 1
+    elif kind == 4:
+        logits = -np.abs(np.round(logits, 1))
+    return logits.astype(np.float32)
+
+
+def random_options(rng, n):
+    return {
+        "temperature": float(rng.choice([0, 0.3, 0.7, 1, 1.7])),
+        "top_k": int(rng.choice([1, 2, 5, 40, 256])),
+        "top_p": float(rng.choice([1, 0.1, 0.5, 0.95, 0.9999])),
+        "min_p": float(rng.choice([0, 0.001, 0.05, 0.5, 1])),
+        "repeat_penalty": float(rng.choice([1, 1.1, 2, 0.5])),
+        "presence_penalty": float(rng.choice([0, 0.75])),
+        "frequency_penalty": float(rng.choice([0, 0.25, 0.1])),
+        "repeat_last_n": int(rng.choice([1, 7, 64, 5000])),
+        "logit_bias": {int(i): float(rng.choice([3, -3, -math.inf])) for i in rng.integers(n, size=5)}
+        if n > 6 and rng.random() < 0.3
+        else None,
+        "seed": int(rng.integers(1 << 40)),
+    }
+
+
+@each_level
+def test_the_tokens_are_those_of_the_numpy_sampler(level):
+    rng = np.random.default_rng(1)
+    core = loaded(CORE, level)
+    for case in range(400):
+        n = int(rng.choice([2, 7, 16, 100, 129, 1000, 5003, 12_345]))
+        options, exempt = random_options(rng, n), set(rng.integers(n, size=3).tolist())
+        ids = rng.integers(n, size=int(rng.choice([0, 3, 64, 300]))).tolist()
+        native = make_sampler(n_vocab=n, selection=Selection(core, n), exempt=exempt, **options)
+        reference = make_sampler(n_vocab=n, selection=OnlyNumpy(), exempt=exempt, **options)
+        for _ in range(4):
+            logits = random_logits(rng, n)
+            before = logits.tobytes()
+            try:
+                expected = reference(logits, ids)
+            except PocketlmError as error:
+                with pytest.raises(PocketlmError, match=str(error)[:20]):
+                    native(logits, ids)
+            else:
+                id, logprob = native(logits, array("i", ids) if case % 2 else ids)
+                assert id == expected[0], (case, n, options)
+                assert logprob == pytest.approx(expected[1], abs=2e-5)
+                ids.append(id)
+            assert logits.tobytes() == before
+
+
+@each_level
+@pytest.mark.parametrize("n", [5, 16, 1000, 49_152])
+def test_broken_logits_are_found_wherever_they_are(level, n):
+    native = make_sampler(n_vocab=n, selection=Selection(loaded(CORE, level), n), repeat_penalty=1.1, logprobs=False)
+    for place in {0, n // 2, n - 1}:
+        for bad in (math.nan, -math.nan, math.inf):
+            logits = np.zeros(n, np.float32)
+            logits[place] = bad
+            with pytest.raises(PocketlmError, match="NaN or infinite"):
+                native(logits, [1])
+    with pytest.raises(PocketlmError, match="no token is left"):
+        native(np.full(n, -np.inf, np.float32), [1])
+
+
+@pytest.fixture
+def selection():
+    from native_calls import host_level
+
+    return Selection(loaded(CORE, host_level()), 500)
+
+
+@pytest.mark.parametrize("bad", [500, -1, 2**31 - 1])
+def test_ids_outside_the_vocabulary_change_no_memory(selection, bad):
+    memory = np.zeros(1500, np.float32)
+    native = make_sampler(n_vocab=500, selection=selection, repeat_penalty=2.0, presence_penalty=1.0, logit_bias={3: 1.0})
+    with pytest.raises(UsageError, match="not in the vocabulary"):
+        native(memory[500:1000], [1, bad, 2])
+    assert not memory.any()
+
+
+def test_other_logits_are_refused_and_read_only_ones_are_not_written(selection):
+    native = make_sampler(n_vocab=500, selection=selection, repeat_penalty=2.0)
+    for wrong in (np.zeros(499, np.float32), np.zeros(500), np.zeros(1000, np.float32)[::2]):
+        with pytest.raises(UsageError, match="expected contiguous"):
+            native(wrong, [])
+    fixed = np.ones(500, np.float32)
+    fixed.flags.writeable = False
+    assert 0 <= native(fixed, [1, 2])[0] < 500
+
+
+def test_other_chains_are_numpys(selection):
+    for options in ({"top_k": 0}, {"top_k": sizes.MAX_K + 1}, {"top_k": 0, "min_p": 0.0}):
+        own, other = (make_sampler(n_vocab=500, selection=s, seed=4, **options) for s in (selection, OnlyNumpy()))
+        rng = np.random.default_rng(2)
+        for _ in range(50):
+            logits = random_logits(rng, 500)
+            assert own(logits, [])[0] == other(logits, [])[0]

@@ -1,0 +1,384 @@
+"""The page in a real browser: conversations and their files, keyboard, screen reader, phone, dark, languages, hostile texts."""
+
+import time
+from pathlib import Path
+
+import pytest
+from browsing import browser
+from serving import serving, wait_until
+
+import pocketlm
+from pocketlm.chat import saved, transcript
+from pocketlm.model import find_model
+from pocketlm.serve import page as page_module
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with pocketlm.load("small-talk", threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "data"))
+    persona = {"title": "Ada", "greeting": "Good morning!"}
+    with serving(find_model("small-talk"), slots=2, persona=persona, temperature=0.0) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(chromium, server):
+    """Opens the page; every error in it, and every request that leaves the computer, fails the test."""
+    contexts, wrong = [], []
+
+    def visit(context=None, width=1000, locale="en-GB", enter=True, **options):
+        if context is None:
+            context = chromium.new_context(viewport={"width": width, "height": 700}, locale=locale, **options)
+            contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((server.url, "data:")) or wrong.append(request.url))
+        page.goto(server.url + (f"/#{server.policy.token}" if enter else "/"))
+        if enter:
+            page.wait_for_selector("h1:has-text('Ada')")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def ask(page, text, wait=True):
+    page.fill("#question", text)
+    page.keyboard.press("Enter")
+    if wait:
+        answered(page)
+
+
+def answered(page):
+    page.wait_for_selector("#send:not([hidden])")
+    page.wait_for_selector("nav li[aria-current]", state="attached")
+
+
+def begun(page):
+    """Some of the answer is there. (`wait_for_function` would want the page's policy to allow eval.)"""
+    wait_until(lambda: len((answers(page) or [""])[-1]) > 5)
+
+
+def answers(page):
+    return page.locator("li.assistant > .text").all_inner_texts()
+
+
+def text_of(pieces):
+    return "".join(piece.text for piece in pieces)
+
+
+def files():
+    return [transcript.load(path) for path in saved.paths()]
+
+
+def test_a_conversation_and_the_file_that_the_terminal_goes_on_with(server, visit, alone):
+    page = visit()
+    assert page.inner_text(".greeting") == "Good morning!"
+    ask(page, "Hi! How are you?")
+    ask(page, "I like music.")
+    messages = [{"role": "user", "content": "Hi! How are you?"}]
+    messages.append({"role": "assistant", "content": text_of(alone.chat(messages, temperature=0))})
+    messages.append({"role": "user", "content": "I like music."})
+    messages.append({"role": "assistant", "content": text_of(alone.chat(messages, temperature=0))})
+    assert answers(page) == [message["content"] for message in messages if message["role"] == "assistant"]
+    assert "tokens/s" in page.inner_text("#log")
+    assert "context" in page.inner_text("#log")
+    [conversation] = files()
+    assert conversation.messages == messages
+    assert saved.latest(alone.fingerprint) == saved.paths()[0], "what `pocketlm chat --resume` takes"
+    assert (conversation.model, conversation.interactive) == (alone.name, True)
+
+
+def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, alone):
+    begun = transcript.Conversation(system="", model=alone.name, model_id=alone.fingerprint, interactive=True)
+    begun.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! How", "cut": True}]
+    record = transcript.Record()
+    record.save(begun)
+    page = visit()
+    page.click("nav .open:has-text('Hello')")
+    assert answers(page) == ["Hi! How"]
+    page.click("text=Go on")
+    answered(page)
+    [conversation] = files()
+    assert conversation.messages[-1]["content"] == "Hi! How" + text_of(alone.chat(begun.messages, temperature=0))
+    assert "cut" not in conversation.messages[-1]
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("nav .delete")
+    page.wait_for_selector("nav li", state="detached")
+    assert files() == []
+
+
+def slow(server):
+    server.before = lambda: time.sleep(0.05)
+
+
+def test_stop(server, visit):
+    page = visit()
+    slow(server)
+    ask(page, "Tell me a joke.", wait=False)
+    begun(page)
+    page.click("#stop")
+    answered(page)
+    wait_until(server.idle)
+    said = answers(page)[0]
+    assert "(cut off)" in page.inner_text("#log")
+    wait_until(lambda: [m.get("cut") for m in files()[0].messages] == [None, True])
+    assert files()[0].messages[1]["content"] == said
+
+
+def test_a_reload_in_the_middle_keeps_the_question_and_the_answer_so_far(server, visit):
+    page = visit()
+    slow(server)
+    ask(page, "Tell me a joke.", wait=False)
+    begun(page)
+    page.wait_for_selector("nav li[aria-current]")
+    page.reload()
+    page.wait_for_selector("li.user")
+    wait_until(server.idle)
+    assert page.inner_text("li.user > .text") == "Tell me a joke."
+    wait_until(lambda: files()[0].messages[1].get("cut") is True)
+    server.before = lambda: None
+    page.click("text=Go on")
+    answered(page)
+    assert len(answers(page)[0]) > 5
+
+
+def test_two_tabs(server, visit):
+    first = visit()
+    second = visit(context=first.context, enter=False)  # the token is the browser's, not the tab's
+    second.wait_for_selector("h1:has-text('Ada')")
+    slow(server)
+    ask(first, "Hello", wait=False)
+    ask(second, "What is your name?", wait=False)
+    answered(first)
+    answered(second)
+    assert sorted(conversation.messages[0]["content"] for conversation in files()) == ["Hello", "What is your name?"]
+    server.before = lambda: None
+    second.click("nav .open:has-text('Hello')")  # now both have the same one
+    second.wait_for_selector("li.user:has-text('Hello')")
+    ask(first, "And you?")
+    ask(second, "I like music.")
+    wait_until(lambda: len(files()) == 3)
+    assert "changed elsewhere" in second.inner_text("#line")
+    questions = {tuple(m["content"] for m in c.messages if m["role"] == "user") for c in files()}
+    assert questions == {("Hello", "And you?"), ("Hello", "I like music."), ("What is your name?",)}, "nobody's words are lost"
+
+
+def test_edit_retry_and_branches_survive_a_reload_and_the_terminal(server, visit):
+    page = visit()
+    ask(page, "Hello")
+    ask(page, "I like music.")
+    for text in ("I like cats.", "I like tea."):
+        page.locator("li.user").nth(1).get_by_role("button", name="Edit").click()
+        page.fill(".edit textarea", text)
+        page.keyboard.press("Enter")
+        answered(page)
+    page.get_by_role("button", name="Retry").last.click()
+    answered(page)
+    assert "2/2" in page.locator("li.assistant").last.inner_text()
+    wait_until(lambda: len(files()[0].branches) == 3)
+    [conversation] = files()
+    assert [m["content"] for m in conversation.messages][::2] == ["Hello", "I like tea."]
+    record = transcript.Record()  # the terminal reads it and writes it
+    path = saved.paths()[0]
+    record.save(record.load(path))
+    page.reload()
+    page.wait_for_selector("text=I like tea.")
+    for text in ("I like music.", "I like cats."):
+        page.locator("li.user").nth(1).get_by_role("button", name="Next version").click()
+        page.wait_for_selector(f"text={text}")
+    wait_until(lambda: files()[0].messages[2]["content"] == "I like cats.")
+    assert len(files()[0].branches) == 2, "the two answers that are the same word for word have become one"
+
+
+def test_a_phone(server, visit):
+    page = visit(width=320)
+    ask(page, "Hello")
+    width = "document.scrollingElement.scrollWidth"
+    assert page.evaluate(width) <= 320
+    assert page.is_hidden("nav")
+    page.click("#menu")
+    page.click("nav .open:has-text('Hello')")
+    page.wait_for_selector("nav", state="hidden")
+    page.click("#options")
+    assert page.evaluate(width) <= 320
+    assert page.locator("dialog").bounding_box()["width"] <= 320
+
+
+def test_the_keyboard_is_enough(server, visit):
+    page = visit()
+    page.keyboard.type("Hello")  # the question has the focus
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("friend")
+    page.keyboard.press("Enter")
+    answered(page)
+    assert page.inner_text("li.user > .text") == "Hello\nfriend"
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.closest('.edit') !== null")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Alt+n")
+    page.wait_for_selector("li.user", state="detached")
+    reached = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert {"new", "options", "open", "delete", "scroll", "question", "send"} <= reached
+    slow(server)
+    page.focus("#question")
+    page.keyboard.type("Tell me a joke.")
+    page.keyboard.press("Enter")
+    begun(page)
+    page.keyboard.press("Escape")
+    answered(page)
+    assert "(cut off)" in page.inner_text("#log")
+    server.before = lambda: None
+    page.focus("#options")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog[open]", state="detached")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 320])
+def test_axe_finds_nothing_serious(server, visit, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python brings axe-core").Axe()
+    page = visit(width=width, color_scheme=scheme)
+    ask(page, "Hello")
+    ask(page, "I like music.")
+    page.get_by_role("button", name="Retry").last.click()
+    answered(page)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    views = [lambda: None, lambda: page.click("#options")]
+    if width == 320:
+        views.insert(1, lambda: page.click("#menu"))
+    for view in views:
+        view()
+        found = axe.run(page).response["violations"]
+        assert [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")] == []
+
+
+def test_appearance_and_language_can_be_chosen(server, visit):
+    page = visit(color_scheme="light")
+    page.click("#options")
+    page.select_option("#theme", "dark")
+    page.select_option("#language", "pl")
+    assert page.inner_text("#settings-title") == "Ustawienia"
+    page.reload()
+    page.wait_for_selector("text=Wyślij")
+    assert page.evaluate("document.documentElement.lang") == "pl"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+
+
+LANGUAGES = {"tr-TR": "Gönder", "pl-PL": "Wyślij", "ru-RU": "Отправить", "en-US": "Send", "de-DE": "Send"}
+
+
+@pytest.mark.parametrize(("locale", "word"), LANGUAGES.items())
+def test_the_browser_chooses_the_words(server, visit, locale, word):
+    assert visit(locale=locale).inner_text("#send") == word
+
+
+def test_settings_reach_the_model(server, visit, alone):
+    page = visit()
+    page.click("#options")
+    page.fill("#system", "You are a pirate.")
+    page.fill("input[name=max_tokens]", "3")
+    page.click("dialog .main")
+    ask(page, "Hello")
+    messages = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Hello"}]
+    assert answers(page) == [text_of(alone.chat(messages, temperature=0, max_tokens=3)).strip()]
+    assert files()[0].system == "You are a pirate."
+    assert files()[0].messages[-1]["cut"] is True, "three tokens are no whole answer"
+
+
+HOSTILE = """\
+<script>window.hit = 1</script><img src=x onerror="window.hit = 2"><svg onload="window.hit = 3">
+[click](javascript:window.hit=4) [page](https://example.org/a?b=c) <iframe srcdoc="x"></iframe>
+
+```html
+</code></pre><script>window.hit = 5</script>
+```
+"""
+RENDERED = """\
+# A *title*
+
+- one
+- **two**
+  1. three
+
+| a | b |
+|---|---|
+| `1` | 2 |
+
+> said
+
+a_b_c and ~~gone~~ and 2 * 3 * 4
+"""
+
+
+def test_what_a_model_says_is_text_and_some_markdown(server, visit, alone):
+    conversation = transcript.Conversation(model=alone.name, model_id=alone.fingerprint, interactive=True)
+    conversation.messages = [
+        {"role": "user", "content": "<b>hi</b>"}, {"role": "assistant", "content": HOSTILE},
+        {"role": "user", "content": "again"}, {"role": "assistant", "content": RENDERED},
+    ]  # fmt: skip
+    transcript.Record().save(conversation)
+    page = visit()
+    page.click("nav .open")
+    page.wait_for_selector("li.assistant h2")
+    assert page.evaluate("window.hit") is None
+    assert page.locator("#log").locator("script, img, svg, iframe, b").count() == 0
+    assert page.eval_on_selector_all("#log a", "links => links.map(a => a.href)") == ["https://example.org/a?b=c"]
+    assert "<script>window.hit = 1</script>" in answers(page)[0]
+    assert page.inner_text("#log pre") == "</code></pre><script>window.hit = 5</script>"
+    last = page.locator("li.assistant .text").last
+    assert last.locator("h2 em").inner_text() == "title"
+    assert last.locator("ul > li").all_inner_texts()[0] == "one"
+    assert last.locator("ul > li > ol > li").inner_text() == "three"
+    assert last.locator("li strong").inner_text() == "two"
+    assert last.locator("td").all_inner_texts() == ["1", "2"]
+    assert last.locator("blockquote").inner_text() == "said"
+    assert last.locator("p").last.inner_text() == "a_b_c and gone and 2 * 3 * 4"
+
+
+def test_without_the_address_of_the_start_nothing_is_shown(server, visit):
+    page = visit(enter=False)
+    page.wait_for_selector("text=This page opens by the address")
+    assert page.locator("nav li").count() == 0
+    page.goto(f"{server.url}/#{'x' * 32}")
+    page.reload()
+    page.wait_for_selector("text=This page opens by the address")
+
+
+def test_a_server_that_is_gone_is_said_and_the_question_stays(server, visit):
+    page = visit()
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    ask(page, "Hello", wait=False)
+    page.wait_for_selector("text=The program does not answer")
+    assert page.input_value("#question") == "Hello"
+
+
+def test_the_page_is_small_and_asks_nobody_else():
+    html = Path(page_module.__file__).with_name("page.html").read_text(encoding="utf-8")
+    assert len(html.encode()) < 60_000
+    assert "innerHTML" not in html
+    assert "insertAdjacentHTML" not in html
+    words = html.replace("http://www.w3.org/2000/svg", "").split('"')
+    assert not [word for word in words if word.startswith(("http:", "https:", "//"))]

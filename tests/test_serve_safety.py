@@ -1,0 +1,253 @@
+"""What attacks a server on somebody's computer is refused: other sites, other names, no key, paths, sizes, slowness."""
+
+import json
+import socket
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+from serving import Reply, everything, hello, serving, tiny_chat, wait_until
+
+from pocketlm.cli import main
+from pocketlm.serve import guard
+from pocketlm.serve import server as http_server
+from pocketlm.serve.guard import Policy
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_chat(tmp_path_factory.mktemp("safety"))
+
+
+@pytest.fixture(scope="module")
+def server(path):
+    with serving(path) as server:
+        yield server
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost.evil",
+                                  "[::2]", "192.168.1.5", "127.0.0.1@evil", "xn--lcalhost-55a", "a\tb",
+                                  "localhost:x", None])  # fmt: skip
+def test_a_name_that_leads_here_from_elsewhere_is_refused(server, host):
+    """DNS rebinding; an empty or missing Host is no way around it."""
+    reply = server.get("/v1/models", Host=host)
+    assert reply.status in (400, 403)
+    assert b"Tiny" not in reply.body
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:1", "[::1]:8642", "LOCALHOST:8642", "chat.localhost"])
+def test_this_computers_own_names_are_not(server, host):
+    assert server.get("/v1/models", Host=host).status == 200
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1", "", "http://localhost"])
+def test_a_page_of_another_site_is_refused(server, origin):
+    for reply in (server.post(CHAT, hello(), Origin=origin), server.get("/v1/models", Origin=origin),
+                  server.ask("OPTIONS", CHAT, {"Origin": origin, "Access-Control-Request-Method": "POST"})):  # fmt: skip
+        assert reply.status == 403
+        assert "access-control-allow-origin" not in reply.headers
+
+
+def test_without_an_origin_the_browser_says_where_a_request_comes_from(server):
+    for site in ("cross-site", "same-site"):
+        assert server.get("/v1/models", Sec_Fetch_Site=site, Sec_Fetch_Mode="no-cors").status == 403
+        assert server.get("/v1/models", Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate").status == 403
+        assert server.get("/", Sec_Fetch_Site=site, Sec_Fetch_Mode="navigate").status == 200, "a link to the page is a link"
+    assert server.get("/v1/models", Sec_Fetch_Site="same-origin").status == 200
+
+
+def test_a_form_of_another_site_cannot_ask(server):
+    """What a browser sends without asking first: three kinds of content, none of which is taken."""
+    form = "application/x-www-form-urlencoded"
+    for kind in ("text/plain", form, "multipart/form-data; boundary=x", None, "application/jsonp"):
+        reply = server.ask("POST", CHAT, {"Content-Type": kind}, json.dumps(hello()).encode())
+        assert reply.status == 415
+    kind = "Application/JSON; charset=utf-8"
+    assert server.ask("POST", CHAT, {"Content-Type": kind}, json.dumps(hello()).encode()).status == 200
+
+
+def test_the_pages_of_one_site_may_be_let_in(path):
+    with serving(path, policy=Policy(origins=("https://friend.example",))) as server:
+        asked = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "content-type"}  # fmt: skip
+        preflight = server.ask("OPTIONS", CHAT, asked)
+        assert preflight.status == 204
+        assert preflight.headers["access-control-allow-origin"] == "https://friend.example"
+        assert "content-type" in preflight.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in preflight.headers
+        answer = server.post(CHAT, hello(), Origin="https://friend.example")
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, "https://friend.example")
+        assert server.post(CHAT, hello(), Origin="https://friend.example.evil").status == 403
+
+
+@pytest.mark.parametrize("address", ["/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/page/chats/..%2f..%2fx",
+                                     "/page/chats/%2e%2e", "/page/chats/a%00b", "/page/chats/..",
+                                     "//etc/passwd", "/page/chats/%E2%80%AE",
+                                     "/page.html",
+                                     "/serve/page.html", "/page/chats/a/b/c"])  # fmt: skip
+def test_no_path_leads_to_a_file(server, address):
+    for method in ("GET", "POST"):
+        headers = {guard.TOKEN: server.policy.token, "Content-Type": "application/json"}
+        reply = server.ask(method, address, headers, b'{"messages": [], "revision": ""}')
+        assert reply.status in (400, 404, 405), (method, address, reply.body)
+
+
+def test_what_a_client_sends_becomes_no_header(server):
+    """Header injection: texts of a request come back as JSON, and nowhere else."""
+    evil = "x\r\nSet-Cookie: a=b\r\n\r\n"
+    for reply in (server.post(CHAT, hello(model=evil)), server.post(CHAT, hello(**{evil: 1})),
+                  server.get("/v1/models/x%0d%0aSet-Cookie:%20a=b"), server.get("/%0d%0aSet-Cookie:a")):  # fmt: skip
+        assert "set-cookie" not in reply.headers
+    for broken in (b"GET /\r\n x HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n b: c\x00\r\n\r\n"):
+        assert Reply(server.raw(broken)).status == 400
+    split = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x"
+    assert Reply(server.raw(split)).status >= 400, "two lengths: request smuggling"
+
+
+def test_the_page_may_do_nothing_but_its_own(server):
+    reply = server.get("/")
+    policy = reply.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert server.policy.token.encode() not in reply.body
+
+
+def test_conversations_want_the_pages_token(server):
+    for address in ("/page/facts", "/page/chats", "/page/chats/x"):
+        assert server.get(address).status == 401
+        assert server.get(address, **{guard.TOKEN: "wrong"}).status == 401
+        assert server.get(address, **{guard.TOKEN: server.policy.token}).status in (200, 404)
+    assert server.post("/page/chats", {"messages": []}).status == 401
+
+
+def test_a_code_in_an_address_is_good_once(server):
+    code = server.page.one_time_code()
+    assert server.post("/page/enter", {"code": code}).json == {"token": server.policy.token}
+    for body in ({"code": code}, {"code": ""}, {"code": None}, {}, []):
+        assert server.post("/page/enter", body).status == 401
+    assert server.post("/page/enter", {"code": server.policy.token}).status == 200
+
+
+def test_with_a_key_nobody_asks_without_it(path):
+    with serving(path, policy=Policy(key="s3cret")) as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"X-Api-Key": "S3cret"},
+                        {"Authorization": "Bearer "}, {"Authorization": "Bearer sécret"}):  # fmt: skip
+            reply = server.post(CHAT, hello(), **headers)
+            assert (reply.status, reply.error["type"]) == (401, "authentication_error")
+            assert server.get("/metrics", **headers).status == 401
+        assert server.post(CHAT, hello(), Authorization="Bearer s3cret").status == 200
+        assert server.post(CHAT, hello(), X_Api_Key="s3cret").status == 200
+        assert server.post(CHAT, hello(), **{guard.TOKEN: server.policy.token}).status == 200, "the page has its token"
+        for public in ("/health", "/v1/models", "/"):
+            assert server.get(public).status == 200
+
+
+def test_another_address_wants_a_key_or_an_explicit_word(path, capsys):
+    assert main(["serve", str(path), "--host", "0.0.0.0"]) == 2
+    error = capsys.readouterr().err
+    assert "--api-key" in error
+    assert "--open" in error
+    assert main(["serve", str(path), "--cors", "*"]) == 2
+    assert main(["serve", str(path), "--slots", "0"]) == 2
+    assert main(["serve", str(path), "--host", "no address"]) == 2
+
+
+def test_a_taken_port_is_one_line(path, server, capsys):
+    assert main(["serve", str(path), "--port", str(server.port)]) == 1
+    assert capsys.readouterr().err == (
+        f"pocketlm: port {server.port} is taken by another program; choose another one with --port, or any with --port 0\n"
+    )
+
+
+OPEN, KEYED = Policy("0.0.0.0"), Policy("0.0.0.0", key="k")
+
+
+@pytest.mark.parametrize(("policy", "host", "passes"), [
+    (OPEN, "192.168.1.5", True), (OPEN, "laptop.local", True), (OPEN, "evil.example", False), (OPEN, "", False),
+    (OPEN, socket.gethostname(), True), (KEYED, "evil.example", True), (KEYED, "", False), (OPEN, "[fe80::1]:80", True),
+])  # fmt: skip
+def test_in_a_network_names_are_local_or_a_key_is_needed(policy, host, passes):
+    headers = {"host": host, "authorization": "Bearer k"}
+    if passes:
+        policy.check("GET", "/v1/models", headers)
+    else:
+        with pytest.raises(guard.ApiError):
+            policy.check("GET", "/v1/models", headers)
+
+
+# ---- sizes and times: the others go on ---------------------------------------------------------------------------------
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with server.connect() as client:
+        client.sendall(head + b"Content-Length: 1000000000\r\n\r\n")
+        assert Reply(everything(client)).status == 413, "before the first byte of it came"
+    with server.connect() as client:
+        client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+        sent = 0
+        try:
+            for _ in range(64):
+                client.sendall(chunk)
+                sent += 1
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        assert sent < 64, "a body without an end"
+    for length in ("-1", "1e9", "99999999999999999999", "0x10", "5, 6"):
+        assert server.ask("POST", CHAT, {"Content-Type": "application/json", "Content-Length": length}).status in (400, 413)
+    assert server.post(CHAT, hello()).status == 200
+
+
+def test_a_flood_of_headers_is_refused(server):
+    for flood in (b"".join(b"X-%d: y\r\n" % n for n in range(20_000)), b"X: " + b"y" * 1_000_000 + b"\r\n"):
+        reply = server.raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + flood + b"\r\n")
+        assert not reply or Reply(reply).status == 400
+    assert server.raw(b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n")[:12] in (b"HTTP/1.1 400", b"")
+    assert server.post(CHAT, hello()).status == 200
+
+
+def test_json_that_is_deep_or_large_is_a_400(server):
+    deep = b"[" * 100_000, b"1" * 100_000, b'{"a":' * 50_000
+    for body in (*deep, b"\xff\xfe", b"", b"nul", b'{"messages": NaN}', b'"x"', b"[]"):
+        assert server.post(CHAT, body).status == 400
+
+
+def test_who_is_slow_with_his_head_loses_the_connection_and_nobody_else_waits(server, monkeypatch):
+    monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.3)
+    slow = [server.connect() for _ in range(50)]
+    for client in slow:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: loc")
+    assert server.post(CHAT, hello()).status == 200
+    deadline = time.monotonic() + 20
+    for client in slow:
+        client.settimeout(max(0.1, deadline - time.monotonic()))
+        with suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+        client.close()
+
+
+def test_who_is_slow_with_his_body_gets_a_408(server, monkeypatch):
+    monkeypatch.setattr("pocketlm.serve.app.READ_SECONDS", 0.2)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    assert Reply(server.raw(head + b"Content-Length: 9\r\n\r\n{")).status == 408
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on how large Linux lets the buffers of a socket become")
+def test_who_reads_nothing_holds_no_slot_and_in_the_end_loses_the_connection(path, monkeypatch):
+    monkeypatch.setattr(http_server, "STALL_SECONDS", 0.5)
+    with serving(path, slots=1) as server:
+        body = json.dumps(hello(max_tokens=400, n=16, stream=True, logprobs=True, top_logprobs=20, ignore_eos=True)).encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+            wait_until(lambda: server.answerer.slots.busy == 1)
+            assert server.post(CHAT, hello()).status == 200, "the only slot is free before anything is read"
+            wait_until(lambda: not server.server.server_state.connections)

@@ -1,0 +1,56 @@
+"""The server needs nothing that a packed program leaves out: it runs in a process where all of that cannot be imported."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+
+from serving import tiny_chat
+
+BARE = """
+import sys
+from pocketlm.build.contents import FROZEN, is_excluded
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if is_excluded(name) or top not in {*FROZEN, *sys.stdlib_module_names, "pocketlm", "llvmlite"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+import os, pathlib
+for name in [name for name in sys.modules if is_excluded(name)]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Nothing())
+import inspect
+
+def no_source(of):
+    raise OSError("there is no source in a packed program")
+
+inspect.getsource = no_source
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if is_excluded(name) else found(name, package)
+from pocketlm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_it_runs_without_what_a_packed_program_leaves_out(tmp_path):
+    path = tiny_chat(tmp_path)
+    command = [sys.executable, "-c", BARE, "serve", str(path), "--port", "0", "--backend", "numpy", "--slots", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.readline()
+        try:
+            assert said.startswith("page "), said + process.stderr.read()
+            url = said.split()[1].partition("/#")[0]
+            body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}).encode()
+            request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                assert json.load(reply)["usage"]["completion_tokens"] == 3
+        finally:
+            process.terminate()
+
+
+def test_who_wants_all_of_uvicorn_gets_it_afterwards():
+    code = "import pocketlm.serve.server, uvicorn, ssl; assert uvicorn.run and ssl.SSLContext and uvicorn.main"
+    subprocess.run([sys.executable, "-c", code], check=True)
