@@ -123,10 +123,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--preset {arguments.preset}: expected one of {', '.join(PRESETS)}{near}")
     if wrong := [pair for pair in arguments.set if "=" not in pair]:
         raise UsageError(f"--set {wrong[0]}: expected a name and a value, as n_layer=6")
-    if min(arguments.val_every - 1, arguments.samples, arguments.sample_tokens) < 1 or arguments.threads < 0:
-        raise UsageError("--samples and --sample-tokens are 1 or more, --val-every 2 or more, --threads 0 or more")
-    if not 0 <= arguments.sample_temp < 100 or arguments.sample_top_k < 0:
-        raise UsageError("--sample-temp and --sample-top-k are 0 or more")
+    least = {"val_every": 2, "samples": 1, "sample_tokens": 1, "sample_temp": 0, "sample_top_k": 0, "threads": 0}
+    for name in (name for name, number in least.items() if not number <= getattr(arguments, name) < 1 << 31):
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
     preset = PRESETS[arguments.preset]
     given, seen = (
         {f.name: value for f in fields(kind) if (value := getattr(arguments, f.name, None)) is not None}
