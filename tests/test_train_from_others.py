@@ -187,3 +187,18 @@ def test_a_run_goes_on_in_another_from_its_best_weights(tmp_path: Path) -> None:
     run = go_on(tmp_path, tmp_path / "first")
     own, before = (tokenizer.load(folder) for folder in (run, tmp_path / "first"))
     assert (own.encode(TEXT), own.vocabulary.tokens) == (before.encode(TEXT), before.vocabulary.tokens)
+
+
+def test_weights_that_do_not_say_their_shape_are_told_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    characters = [*sorted({*TEXT})]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": {c: i for i, c in enumerate(characters)}}))
+    model = randomised(GPT(vocab_size=len(characters) + 1, bias=False))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    told = ["--set", "n_head=4", "--tokenizer", str(tmp_path / "meta.pkl")]
+    run = go_on(tmp_path, tmp_path / "weights.pt", *told, "--lr", "1e-9")
+    ids = answers(run, tmp_path / "out.gguf")
+    with torch.no_grad(), pocketlm.load(tmp_path / "out.gguf", backend="numpy") as after:
+        assert close(after.logits(ids), model(torch.tensor(ids)), 1e-3)
+    words = ["train", str(tmp_path / "text.txt"), "-o", str(tmp_path / "other"), "--from", str(tmp_path / "out.gguf")]
+    assert cli.main([*words, "--set", "n_head=2"]) == 2
+    assert "out.gguf says all of it" in capsys.readouterr().err

@@ -201,6 +201,8 @@ def test_files_that_only_the_mix_names_are_learnt_and_missing_ones_named(capsys:
     assert [given for given, _ in content("run")["position"].values()] == [10, 10]
     assert train("none", "a.txt --mix a.txt=50 nosuch.txt=50 --steps 5") == 1
     assert "nosuch.txt: cannot be read" in errors(capsys)
+    assert train("run", "a.txt nosuch.txt --steps 10") == 1  # a run whose vocabulary is there already
+    assert errors(capsys).startswith("pocketlm: nosuch.txt: cannot be read (No such file or directory); the other parts")
 
 
 # ── what is kept, where it ends ──────────────────────────────────────────────────────────────────────────────────────

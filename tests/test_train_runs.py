@@ -215,7 +215,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("{text} -o {run} --device tpu9", 2, "--device tpu9"),
         ("{run}/none.txt -o {run}", 1, "none.txt: cannot be read"),
         ("{text} -o {text}", 1, "cannot be made"),
-        ("{text} -o {run} --from {text} --set n_layer=2", 2, "--set changes a new model"),
         ("{text} -o {run} --from {text}", 1, "text.txt: is no checkpoint that pocketlm reads"),
         ("{text} -o {run} --from {run}.pt", 1, "run.pt: there is no such file"),
         ("{text} -o {run} --context 100000", 1, "too few for a sequence of 100000"),

@@ -62,7 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", default="tiny", metavar="NAME", help=f"{', '.join(PRESETS)} (default tiny)")
     add("--recipe", metavar="NAME", help="small-talk: make the model that comes with the package")
     add("--plot", nargs="?", const="", metavar="RUN", help="draw a run's log to RUN/log.png; in training, at every validation")
-    add("--set", action="append", default=[], metavar="K=V", help="change the preset's shape, as in n_layer=6")
+    add("--set", action="append", default=[], metavar="K=V", help="n_layer=6, of the preset's shape; what --from does not say")
     add("--from", dest="start", metavar="WEIGHTS", help="begin with a run, checkpoint, Hugging Face folder or GGUF")
     add("--rope-theta", type=float, default=0.0, metavar="X", help="with --from: another base of the rotary angles")
     add("--chat", default="chatml", metavar="NAME", help="how conversations are marked: chatml (default) or markers")
@@ -121,20 +121,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset not in PRESETS:
         near = did_you_mean(arguments.preset, PRESETS)
         raise UsageError(f"--preset {arguments.preset}: expected one of {', '.join(PRESETS)}{near}")
-    if arguments.start and arguments.set:
-        raise UsageError("--set changes a new model; the one of --from has its shape already")
     if wrong := [pair for pair in arguments.set if "=" not in pair]:
         raise UsageError(f"--set {wrong[0]}: expected a name and a value, as n_layer=6")
-    if min(arguments.val_every - 1, arguments.samples, arguments.sample_tokens) < 1 or arguments.threads < 0:
-        raise UsageError("--samples and --sample-tokens are 1 or more, --val-every 2 or more, --threads 0 or more")
-    if not 0 <= arguments.sample_temp < 100 or arguments.sample_top_k < 0:
-        raise UsageError("--sample-temp and --sample-top-k are 0 or more")
+    least = {"val_every": 2, "samples": 1, "sample_tokens": 1, "sample_temp": 0, "sample_top_k": 0, "threads": 0}
+    for name in (name for name, number in least.items() if not number <= getattr(arguments, name) < 1 << 31):
+        raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
     preset = PRESETS[arguments.preset]
     given, seen = (
         {f.name: value for f in fields(kind) if (value := getattr(arguments, f.name, None)) is not None}
         for kind in (Settings, Cadence)
     )
-    shape = changed(preset.shape, dict(pair.split("=", 1) for pair in arguments.set))
+    shape = preset.shape if arguments.start else changed(preset.shape, _pairs(arguments))
     try:
         import torch
     except ImportError:
@@ -160,7 +157,7 @@ def _train(
     folder, notes = Path(arguments.output), []
     model = None
     if arguments.start:
-        model, notes = read_start(Path(arguments.start), settings, arguments.rope_theta)
+        model, notes = read_start(Path(arguments.start), settings, arguments.rope_theta, _pairs(arguments))
         shape = model.shape
     with devices.process_group(arguments.device) as ranks:
         if ranks.leads:
@@ -203,6 +200,10 @@ def _train(
             )  # fmt: skip
         if ranks.leads:
             print(f"{folder / checkpoints.LAST}: validation loss {at.val_loss:.4f} after {at.step} steps")
+
+
+def _pairs(arguments: argparse.Namespace) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in arguments.set)
 
 
 def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings) -> dict[str, Any]:

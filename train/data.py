@@ -130,7 +130,8 @@ def prepare(
                 counts = _encode_part(file, folder / name, split, encoder, every, first, reading)
                 parts[name] = {"key": key, "first": first, **counts}
         except (OSError, PocketlmError) as error:
-            failures.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+            said = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+            failures.append(said if str(file) in said else f"{file}: {said}")
             parts[name] = {"error": failures[-1]}
         with replacing_file(folder / "state.json") as temporary:
             temporary.write_text(json.dumps(parts, indent=1), encoding="utf-8")

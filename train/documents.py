@@ -22,7 +22,6 @@ from pocketlm.train.vocabularies import ROLES
 PIECE = 1 << 12  # characters of a long text, or ids, that are read, and dealt to a split, at a time
 LONGEST_LINE = 1 << 16  # characters of one that are read at a time
 IDS, ROWS = (".npy", ".bin"), (".jsonl", ".json")  # ends of names; every other file is a text
-SEPARATORS = ("file", "blank", "line")
 Document = str | list[dict[str, str]]
 
 

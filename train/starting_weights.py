@@ -6,6 +6,7 @@ In: whatever `pocketlm export` reads: a checkpoint of this trainer or of nanoGPT
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -35,14 +36,19 @@ NAMES = {  # the decoder's → the canonical one's
 }  # fmt: skip
 
 
-def read_start(path: Path, settings: Settings, rope_theta: float = 0.0) -> tuple[Decoder, list[str]]:
+def read_start(
+    path: Path, settings: Settings, rope_theta: float = 0.0, said: Mapping[str, str] | None = None
+) -> tuple[Decoder, list[str]]:
     """A model with the weights in a file or folder, for `settings.context` positions (0: its own), and what the user should
-    know about it. Biases that it lacks where it has others begin as zeros.
+    know about it. Biases that it lacks where it has others begin as zeros. `said`: names and values of `--set`, which the
+    weights do not say themselves.
 
     Raises FileError for what is no checkpoint, or of a model that the decoder cannot be; UsageError where it has a table of
     fewer positions.
     """
-    model = read_canonical(path, tokenizer="none")
+    if said and is_model_file(path):
+        raise UsageError(f"--set says what weights do not say; {path} says all of it")
+    model = read_canonical(path, overrides=said, tokenizer="none")
     shape = _shape(path, model)
     if shape.position == "learned" and settings.context > shape.n_ctx:
         problem = f"the model has learned positions, for {shape.n_ctx} tokens; give at most that"
