@@ -153,10 +153,10 @@ def _random(shapes: Mapping[str, tuple[int, ...]], seed: int, spread: float) -> 
 
 
 def _quantized(gguf: Any, array: np.ndarray, kind: str) -> np.ndarray:
-    """The tensor's bytes as the writer wants them; K-quants come from ggml itself."""
+    """The tensor's bytes as the writer wants them; those of K and IQ formats come from ggml itself."""
     if kind in ("F32", "F16"):
         return np.ascontiguousarray(array, {"F32": np.float32, "F16": np.float16}[kind])
-    if kind.endswith("_K"):
+    if kind.endswith("_K") or kind.startswith("IQ"):
         assert kind in GGML_TYPES
         return quantize(kind, array).reshape(len(array), -1)
     return gguf.quants.quantize(np.ascontiguousarray(array, np.float32), gguf.GGMLQuantizationType[kind])
