@@ -134,6 +134,9 @@ def test_without_a_compiler_a_preset_trains_uncompiled_and_compile_is_an_error(
     pytest.importorskip("sentencepiece", reason="trains the vocabulary")
     monkeypatch.setattr(loop.torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # what was compiled before needs no compiler
+    monkeypatch.setattr(loop.torch._inductor.config, "force_disable_caches", True)
+    loop.torch.compiler.reset()
     wanted = PRESETS["turkish-25m"].settings.compile
     assert wanted
     text = tmp_path / "text.txt"
