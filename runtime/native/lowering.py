@@ -101,9 +101,6 @@ class _Encoder:
                     row=self.storage.address(table.format, "row"), by_position=position, add=position, barrier=1,
                 )  # fmt: skip
 
-    def prepare(self, x: str, n: int, source: int, tail: bool = False, **fields: float) -> None:
-        self.emit(sizes.PREPARE, **self.x(x), n=n, source=source, barrier=1, tail=tail, **fields)
-
     def norm(self, op: P.Norm, out: str | None = None) -> None:
         """From buffer to buffer, or added to `out`."""
         at, own = 4 * op.column, self.norm_weights(op)
