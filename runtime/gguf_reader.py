@@ -357,6 +357,10 @@ class _Metadata(Mapping[str, Any]):
             self._values[key] = value
         return self._values[key]
 
+    def __contains__(self, key: object) -> bool:
+        """Without decoding the value, which a mapping's own way would do."""
+        return key in self.places
+
     def close(self) -> None:
         """Let go of the file; what was decoded before stays."""
         self._buffer = None
