@@ -8,6 +8,7 @@ goes through in blocks of tokens, several texts one after the other. Knows nothi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -52,6 +53,7 @@ class NumpyExecutor:
         self._biases = {m: self._stack_biases(m) for m in matrices}
         self._rope = rope_tables(plan.ops, self._rows, n_ctx)
         self._turns = key_turns(plan.ops, self._rows, n_ctx)
+        self._slopes = functools.cache(alibi_slopes)
         self.cache = self._cache = KVCache(plan.hyper, n_ctx, self._turns)  # its own, and that of the text now worked on
         self._one_at_a_time, self._closed = ForkedLock(), False
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
@@ -199,7 +201,7 @@ class NumpyExecutor:
         if n > 1 or op.alibi_max_bias:
             distance = np.arange(t) - np.arange(start - first, t)[:, None]  # [n, t]; above zero is the future
             if op.alibi_max_bias:
-                scores += alibi_slopes(op.n_head, op.alibi_max_bias)[:, None, None] * distance.astype(np.float32)
+                scores += self._slopes(op.n_head, op.alibi_max_bias)[:, None, None] * distance.astype(np.float32)
             scores[:, distance > 0] = -np.inf
             if op.window:
                 scores[:, distance <= -op.window] = -np.inf
