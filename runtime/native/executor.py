@@ -18,7 +18,7 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, release_pages
+from pocketlm.runtime.memory import aligned, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
@@ -37,33 +37,29 @@ PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the sec
 BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 class NativeCache(KVCache):
     """float16. Keys [n_layer, n_kv_head, n_ctx / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache."""
 
     def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
         self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
-        rows, dim = _up(n_ctx, sizes.SPAN), _up(hyper.head_dim, ROWS)
+        rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
         self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
         self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 2
+        return 2 * hyper.n_layer * hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 2
 
     @staticmethod
     def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
         """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * _up(hyper.head_dim, ROWS) * _up(n_ctx, sizes.SPAN) * 10
+        return hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 10
 
     def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.keys[:, :, : _up(length, ROWS) // ROWS], self.values[:, :, :length]
+        return self.keys[:, :, : round_up(length, ROWS) // ROWS], self.values[:, :, :length]
 
     def _key_rows(self, layer: int, stop: int) -> np.ndarray:  # [n_kv_head, at least stop, padded_dim], a copy
-        keys = self.keys[layer, :, : _up(stop, ROWS) // ROWS].swapaxes(2, 3)
+        keys = self.keys[layer, :, : round_up(stop, ROWS) // ROWS].swapaxes(2, 3)
         return keys.reshape(keys.shape[0], -1, keys.shape[3])
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
@@ -82,7 +78,7 @@ class _Scratch:
 
     def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
-        self.dim = _up(hyper.head_dim, ROWS)
+        self.dim = round_up(hyper.head_dim, ROWS)
         self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in plan.ops if isinstance(op, P.Linear | P.Logits)))
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (
@@ -91,7 +87,7 @@ class _Scratch:
             ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
         ):  # fmt: skip
             self.places[name], end = end, end + n_bytes
-        self.stride = _up(end, 4096)  # from thread to thread
+        self.stride = round_up(end, 4096)  # from thread to thread
         self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
         self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
@@ -121,7 +117,7 @@ class NativeExecutor:
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
-        self._buffers = {name: aligned((BLOCK, _up(width, 32)), np.float32) for name, width in plan.buffers.items()}
+        self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
         storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes)
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
@@ -138,7 +134,8 @@ class NativeExecutor:
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
-        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + 4 * BLOCK * sum(_up(width, 32) for width in plan.buffers.values())
+        buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
+        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
@@ -261,7 +258,7 @@ class NativeExecutor:
         return self._tensors[name].to_float32()
 
     def _vector(self, name: str | None, n: int, empty: float = 0.0) -> np.ndarray:
-        key = (name or str(empty), _up(n, 32))
+        key = (name or str(empty), round_up(n, 32))
         if key not in self._vectors:
             vector = self._vectors[key] = aligned(key[1], np.float32)
             values = self._read(name).reshape(-1) if name else np.full(n, empty, np.float32)
