@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.asynchronous import in_thread
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
@@ -175,10 +174,14 @@ class Conversation:
         """The pieces of `generate` for an `async for`, made in a thread. Who leaves the loop, or is cancelled, ends the answer
         within one pass; `cancel` is no option here.
         """
+        from pocketlm.asynchronous import in_thread  # not above: asyncio takes a while to import
+
         return in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **options))
 
     def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
         """The pieces of `chat`, in the same way."""
+        from pocketlm.asynchronous import in_thread
+
         return in_thread(lambda cancel: self.chat(messages, cancel=cancel, **options))
 
     def _stream(
