@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.asynchronous import Handover
-from pocketlm.conversation import ANSWER_ROOM, Turns
+from pocketlm.conversation import Turns, prompt_ids, prompt_room
 from pocketlm.errors import PocketlmError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
@@ -81,21 +81,16 @@ class Answerer:
             raise self._too_long(sum(map(len, texts)) // self._longest)
         try:
             if not ask.is_chat:
-                ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
+                ids = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
                 prompts = Prompts(ids)
             else:
-                from pocketlm.chat.templates import continued
-
                 messages = ask.messages
                 if ask.fit:
                     messages = [{**message, "content": tokenizer.encodable(message["content"])} for message in messages]
-                opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-                asked = messages[:-1] if opening else messages
-                turns = Turns(asked, template, tokenizer, opening=continued(opening, tokenizer))
+                turns = Turns(messages, template, tokenizer)
                 if ask.fit:
                     turns.drop_beyond(most)
-                    room = ask.options.get("max_tokens") or ANSWER_ROOM
-                    ids = turns.fit(self.n_ctx - min(room, ANSWER_ROOM, self.n_ctx // 4))
+                    ids = turns.fit(prompt_room(self.n_ctx, ask.options.get("max_tokens")))
                 else:
                     ids = turns.encode()
                 prompts = Prompts([ids], list(template.stop), turns.dropped)
@@ -107,11 +102,6 @@ class Answerer:
             if not all(0 <= id < tokenizer.n_vocab for id in ids):
                 raise ApiError(400, f"prompt holds an id that is no token; they go from 0 to {tokenizer.n_vocab - 1}")
         return prompts
-
-    def _ids(self, text: str) -> list[int]:
-        tokenizer = self.model.tokenizer
-        ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
-        return ids or [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None][:1]
 
     def _too_long(self, n: int) -> ApiError:
         message = f"the prompt has {n} tokens or more, and the context holds {self.n_ctx}"

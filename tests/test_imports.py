@@ -27,8 +27,8 @@ ALLOWED = {
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
-        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.templates chat.saved"
-        " chat.transcript cli_options terminal_text"
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.transcript"
+        " cli_options terminal_text"
     ),
     "doctor": "errors model runtime runtime.native terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
