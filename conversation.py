@@ -292,7 +292,9 @@ class Turns:
 
     def drop_beyond(self, n_chars: int) -> None:
         """Drop the oldest turns until the texts are no longer than that, or only the last question is left."""
-        while self.dropped < len(self._starts) - 1 and sum(len(m["content"]) for m in self._left(self.dropped)) > n_chars:
+        most, left = len(self._starts) - 1, sum(len(message["content"]) for message in self._left(self.dropped))
+        while self.dropped < most and left > n_chars:
+            left -= self._n_chars(self._starts[self.dropped], self._starts[self.dropped + 1])
             self.dropped += 1
 
     def fit(self, room: int) -> list[int]:
