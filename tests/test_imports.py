@@ -45,7 +45,7 @@ ALLOWED = {
     "model": "conversation errors tokenizer runtime chat.templates",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "asynchronous": "",
-    "cli_options": "runtime.sampling",
+    "cli_options": "errors pocketlm runtime.sampling terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",
