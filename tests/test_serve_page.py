@@ -112,6 +112,7 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     record.save(begun)
     page = visit()
     page.click("nav .open:has-text('Hello')")
+    page.wait_for_selector("li.assistant")
     assert answers(page) == ["Hi! How"]
     page.click("text=Go on")
     answered(page)
