@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pocketlm.model import Model
     from pocketlm.runtime.generator import Piece
 
-ENCODING = 4  # prompts that are made into ids at the same time
+T = TypeVar("T")
+ENCODING = 4  # texts that are made into ids at the same time
 STOPPING = "the server is stopping"
 
 
@@ -68,10 +69,14 @@ class Answerer:
 
     async def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        return await self.aside(lambda: self._encode(ask))
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""
         async with self._encoding:
             made = Handover()
-            made.start(lambda cancel: [self._encode(ask)])
-            return await made.next()
+            made.start(lambda cancel: [work()])
+            return await anext(made)
 
     def _encode(self, ask: Ask) -> Prompts:
         tokenizer, template = self.model.tokenizer, self.model.template
@@ -180,7 +185,7 @@ class Answer:
 
     async def __anext__(self) -> tuple[int, Piece]:
         try:
-            number, piece = await self._handover.next()
+            number, piece = await anext(self._handover)
         except StopAsyncIteration:
             self._complete = True
             raise
