@@ -61,8 +61,11 @@ class Handover:
         except RuntimeError:  # the loop is closed: nobody is there to be told
             self.cancel.set()
 
-    async def next(self) -> Any:
-        """The next part. Raises StopAsyncIteration at the end, and what the thread raised."""
+    def __aiter__(self) -> Handover:
+        return self
+
+    async def __anext__(self) -> Any:
+        """The next part. Raises what the thread raised."""
         while not self._parts:
             if self._ended and not self._parts:
                 if self._error is not None:
@@ -86,11 +89,7 @@ async def in_thread(make: Callable[[threading.Event], Iterable[T]], ahead: int |
     handover = Handover(ahead)
     handover.start(make)
     try:
-        while True:
-            try:
-                part = await handover.next()
-            except StopAsyncIteration:
-                return
+        async for part in handover:
             yield part
     finally:
         handover.close()

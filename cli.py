@@ -15,7 +15,14 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
 
-from pocketlm.cli_options import DEFAULT_MODEL, model_arguments, sampling_arguments, sampling_keywords
+from pocketlm.cli_options import (
+    DEFAULT_MODEL,
+    model_arguments,
+    open_model,
+    read_text,
+    sampling_arguments,
+    sampling_keywords,
+)
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.terminal_text import print
 
@@ -141,41 +148,6 @@ def _parser(chosen: list[str], program: str) -> Parser:
     return parser
 
 
-def _load(arguments: Arguments) -> Any:
-    import pocketlm
-
-    load = arguments.load or pocketlm.load
-    model = load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
-    if arguments.load is None:
-        try:
-            _check_loaded(model, arguments.program)
-        except BaseException:
-            model.close()
-            raise
-    return model
-
-
-def _check_loaded(model: Any, program: str) -> None:
-    """Whether it can be given texts, as all commands that load a model do; a note on a context that is too long for it."""
-    _ = model.tokenizer  # raises FileError where the file has none
-    if not model.hyper.reaches(model.n_ctx):
-        beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
-        print(f"{program}: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
-
-
-def _read_text(path: str) -> str:
-    """The UTF-8 text of a file, or of standard input for `-`."""
-    try:
-        if path == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
-
-
 def _chat_arguments(parser: Parser) -> None:
     model_arguments(parser, optional=True)
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="answer this, and end")
@@ -217,7 +189,7 @@ def _chat(arguments: Arguments) -> int:
     sampling = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
-    with _load(arguments) as model:
+    with open_model(arguments) as model:
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, title=arguments.title,
@@ -241,12 +213,12 @@ def _prompt(arguments: Arguments) -> str:
     if arguments.prompt is not None and arguments.file is not None:
         raise UsageError(usage)
     if arguments.file is not None:
-        return _read_text(arguments.file)
+        return read_text(arguments.file)
     if arguments.prompt not in (None, "-"):
         return arguments.prompt
     if arguments.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(usage)
-    text = _read_text("-")
+    text = read_text("-")
     if not text and arguments.prompt is None:
         raise UsageError(usage)
     return text.removesuffix("\n").removesuffix("\r")
@@ -254,7 +226,7 @@ def _prompt(arguments: Arguments) -> str:
 
 def _generate(arguments: Arguments) -> int:
     prompt = _prompt(arguments)
-    with _load(arguments) as model:
+    with open_model(arguments) as model:
         if lost := model.tokenizer.unknown(prompt):
             named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
             print(f"{arguments.program}: the model knows no {named}: left out of the prompt", file=sys.stderr)
@@ -297,7 +269,7 @@ def _tokenize(arguments: Arguments) -> int:
     from pocketlm.model import find_model
 
     tok = tokenizer.load(find_model(arguments.model))
-    text = arguments.text if arguments.text is not None else _read_text("-")
+    text = arguments.text if arguments.text is not None else read_text("-")
     if not arguments.decode:
         print(*tok.encode(text, special=arguments.special, bos=arguments.bos))
         return 0
@@ -332,16 +304,6 @@ def _inspect(arguments: Arguments) -> int:
     if not is_checkpoint and facts["parameters"]:
         print("", *portrait(path), sep="\n")
     return 0
-
-
-def _evaluation() -> Any:
-    from pocketlm.bench import evaluate
-
-    return evaluate
-
-
-def _eval(arguments: Arguments) -> int:
-    return _evaluation().run(arguments, _load, _read_text)
 
 
 # What a folder does has its arguments and its work in the folder's own `command`, imported when it is asked for. The import
@@ -393,6 +355,12 @@ def _bench() -> Any:
     return command
 
 
+def _eval() -> Any:
+    from pocketlm.bench import evaluate
+
+    return evaluate
+
+
 def _doctor() -> Any:
     from pocketlm.doctor import command
 
@@ -414,6 +382,6 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
     "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
-    "eval": Command("Measure how well models predict texts.", lambda parser: _evaluation().arguments(parser), _eval),
+    "eval": _folder("Measure how well models predict texts.", _eval),
     "train": _folder("Train a small model from texts.", _train),
 }

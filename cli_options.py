@@ -1,9 +1,15 @@
-"""The options that several commands share: which model, and how the next token is chosen. Knows no command."""
+"""What several commands share: the options that name a model and texts, what is opened by them, and the options by which the
+next token is chosen. Knows no command.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
+
+from pocketlm.errors import FileError
+from pocketlm.terminal_text import print
 
 DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
 SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
@@ -33,6 +39,40 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
     )
+
+
+def open_model(arguments: argparse.Namespace) -> Any:
+    """The model that the options name, by `arguments.load` where that is given; a note on a context that is too long for it.
+
+    Raises FileError where it cannot be given texts, as all commands that open a model do.
+    """
+    if arguments.load is not None:
+        return arguments.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    import pocketlm
+
+    model = pocketlm.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    try:
+        _ = model.tokenizer  # raises FileError where the file has none
+        if not model.hyper.reaches(model.n_ctx):
+            beyond = f"{model.name} was trained for {model.hyper.n_ctx} tokens and may lose its way beyond"
+            print(f"{arguments.program}: --ctx {model.n_ctx}: {beyond}", file=sys.stderr)
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def read_text(path: str) -> str:
+    """The UTF-8 text of a file, or of standard input for `-`. Raises FileError."""
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except OSError as error:
+        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.asynchronous import in_thread
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
@@ -117,14 +116,7 @@ class Conversation:
         from pocketlm.runtime.generator import NoText
 
         model = self._model
-        if isinstance(prompt, str):
-            tokenizer = model.tokenizer
-            ids = (
-                tokenizer.encode(prompt, bos=tokenizer.adds_bos)
-                or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
-            )
-        else:
-            ids = list(prompt)
+        ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else list(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
         return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft)
 
@@ -145,17 +137,11 @@ class Conversation:
         Options of `sampling` that are not given are those of `generate`, but for `runtime.sampling.CHAT_DEFAULTS`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
-        from pocketlm.chat.templates import continued
         from pocketlm.runtime.sampling import CHAT_DEFAULTS
 
         model, sampling = self._model, {**CHAT_DEFAULTS, **sampling}
-        *asked, last = messages or [{}]
-        opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
-        opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        turns = self._turns = Turns(
-            asked if opening else messages, model.template, model.tokenizer, self._turns, continued(opening, model.tokenizer)
-        )
-        limit = self.n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, self.n_ctx // 4)
+        turns = self._turns = Turns(messages, model.template, model.tokenizer, self._turns)
+        limit = prompt_room(self.n_ctx, max_tokens)
         keep, lost = None, 0
         if model.template.name == "plain":
             n_bos, ids = int(model.tokenizer.adds_bos), turns.encode()
@@ -175,10 +161,14 @@ class Conversation:
         """The pieces of `generate` for an `async for`, made in a thread. Who leaves the loop, or is cancelled, ends the answer
         within one pass; `cancel` is no option here.
         """
+        from pocketlm.asynchronous import in_thread  # not above: asyncio takes a while to import
+
         return in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **options))
 
     def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
         """The pieces of `chat`, in the same way."""
+        from pocketlm.asynchronous import in_thread
+
         return in_thread(lambda cancel: self.chat(messages, cancel=cancel, **options))
 
     def _stream(
@@ -204,6 +194,19 @@ class Conversation:
             keep=keep, draft=draft,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text to go on with; the model's begin-of-text token in front where it asks for one, or where there is
+    nothing else.
+    """
+    ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
+    return ids or [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None][:1]
+
+
+def prompt_room(n_ctx: int, max_tokens: int | None) -> int:
+    """How many tokens of a conversation a context holds beside the answer, which may have `max_tokens`."""
+    return n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, n_ctx // 4)
 
 
 class Likeliest:
@@ -249,19 +252,26 @@ def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Pie
 
 
 class Turns:
-    """A conversation that can lose its oldest turns: a user's message with all that follows until the next one.
+    """A conversation that can lose its oldest turns: a user's message with all that follows until the next one. Where the
+    last message is the assistant's, its text is the beginning of the answer.
 
     `before`: the same for the conversation as it was. Turns that had to go then are not looked at again where the new one
     goes on from it, so that a question costs what the turns cost that fit, not what the whole conversation would.
-    `opening`: the ids with which the answer to the last message begins.
     """
 
     def __init__(
-        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None,
-        opening: Sequence[int] = (),
-    ):  # fmt: skip
-        self._template, self._tokenizer, self._opening = template, tokenizer, list(opening)
+        self, messages: Sequence[Mapping[str, str]], template: Template, tokenizer: Tokenizer, before: Turns | None = None
+    ):
+        from pocketlm.chat.templates import continued
+
+        self._template, self._tokenizer = template, tokenizer
         self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
+        last = self._messages[-1] if self._messages else {}
+        opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
+        opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
+        self._opening = continued(opening, tokenizer)
+        if opening:
+            self._messages.pop()
         if not self._messages:
             raise PocketlmError("there are no messages to answer")
         self._starts = [i for i, m in enumerate(self._messages) if isinstance(m, Mapping) and m.get("role") == "user"]
@@ -282,7 +292,9 @@ class Turns:
 
     def drop_beyond(self, n_chars: int) -> None:
         """Drop the oldest turns until the texts are no longer than that, or only the last question is left."""
-        while self.dropped < len(self._starts) - 1 and sum(len(m["content"]) for m in self._left(self.dropped)) > n_chars:
+        most, left = len(self._starts) - 1, sum(len(message["content"]) for message in self._left(self.dropped))
+        while self.dropped < most and left > n_chars:
+            left -= self._n_chars(self._starts[self.dropped], self._starts[self.dropped + 1])
             self.dropped += 1
 
     def fit(self, room: int) -> list[int]:

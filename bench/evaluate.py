@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pocketlm.bench.report import columns, markdown_rows
-from pocketlm.cli_options import running_arguments
+from pocketlm.cli_options import open_model, read_text, running_arguments
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.model import find_model
 from pocketlm.runtime.evaluation import perplexity
@@ -50,18 +50,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--markdown", action="store_true", help="a table for a README")
 
 
-def run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Any], read: Callable[[str], str]) -> int:
-    """Measure, print; the exit status. `load` opens the model that the arguments name, `read` a text. Several pairs of a
-    model and a text are all tried; one alone that fails is a PocketlmError."""
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print; the exit status. Several pairs of a model and a text are all tried; one alone that fails is a
+    PocketlmError.
+    """
     if not arguments.models:  # eval --text FILE MODEL …
         arguments.models, arguments.text = arguments.text[1:], arguments.text[:1]
     if not arguments.models:
         raise UsageError("eval: give the models first, as in: pocketlm eval a.gguf run --text story.txt")
-    texts = {name: read(name) for name in arguments.text}
+    texts = {name: read_text(name) for name in arguments.text}
     rows, failures = [], []
     for name in arguments.models:
         try:
-            with _file(find_model(name)) as path, load(argparse.Namespace(**{**vars(arguments), "model": str(path)})) as model:
+            with (
+                _file(find_model(name)) as path,
+                open_model(argparse.Namespace(**{**vars(arguments), "model": str(path)})) as model,
+            ):
                 rows += _rows(name, model, texts, failures)
         except PocketlmError as error:
             failures.append(error)

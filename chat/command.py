@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pocketlm.chat import saved, states, transcript
+from pocketlm.chat import saved, transcript
 from pocketlm.errors import FileError
 from pocketlm.terminal_text import print
 
@@ -46,8 +46,7 @@ def _one_of_ours(name: str) -> Path:
 def _delete(path: Path) -> str:
     (line,) = saved.listed([path])
     try:
-        path.unlink()
-        states.forget(path)
+        saved.delete(path)
     except OSError as error:
         raise FileError(path, f"cannot be deleted ({error.strerror or error})") from None
     return "deleted: " + line.split(maxsplit=1)[1]

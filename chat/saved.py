@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from pocketlm.chat import states
 from pocketlm.chat.transcript import Conversation, chats_folder, load
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.terminal_text import without_controls
@@ -94,6 +95,12 @@ def _facts(path: Path) -> tuple[str, ...]:
     turns = f"{conversation.n_turns} turn{'s' * (conversation.n_turns != 1)}"
     words = " ".join(conversation.messages[0]["content"].split()) if conversation.messages else ""
     return (conversation.model or "(no model)", changed, turns, words if len(words) <= 40 else words[:39] + "…")
+
+
+def delete(path: Path) -> None:
+    """Take a conversation away, and the state that was kept of it. Raises OSError."""
+    path.unlink()
+    states.forget(path)
 
 
 def markdown(conversation: Conversation) -> str:

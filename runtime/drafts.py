@@ -90,7 +90,7 @@ class Drafts:
             n //= 2
         draft = text[self._at : self._at + n].tolist()
         while len(draft) < n:  # it has come to its own end: the text repeats itself
-            draft += draft[: n - len(draft)] if len(draft) > 1 else draft * (n - len(draft))
+            draft += draft[: n - len(draft)]
         return draft
 
     def passed(self, draft: list[int], n_drawn: int, seconds: float) -> None:

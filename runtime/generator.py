@@ -172,11 +172,11 @@ def generate(
         with session.held(claim):
             if (room := n_ctx - len(session.ids)) > 0:
                 if drafts is None:
-                    drawn = session.append_draft(id, (), draw)
+                    drawn = session.append(id, use=draw)
                     continue
                 tried = drafts.after(tokens, room - 1)
                 begun = perf_counter()
-                drawn = session.append_draft(id, tried, draw)
+                drawn = session.append(id, tried, draw)
                 drafts.passed(tried, len(drawn), perf_counter() - begun)
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)

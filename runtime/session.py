@@ -124,18 +124,14 @@ class Session:
                 self._forward(block.tolist(), len(block), lambda rows, at=at: np.copyto(logits[at : at + len(rows)], rows))
             return logits
 
-    def append(self, id: int, use: Use = np.copy) -> Any:
-        """What `use` makes of the logits, float32 (n_vocab,), after one more token; they are valid only there. Raises
-        PocketlmError if the context is full.
-        """
-        self._settle()
-        return self._forward([id], 1, lambda rows: use(rows[0]))[1]
-
-    def append_draft(self, id: int, draft: Sequence[int], use: Callable[[np.ndarray], Sequence[Any]]) -> Sequence[Any]:
+    def append(
+        self, id: int, draft: Sequence[int] = (), use: Callable[[np.ndarray], Sequence[Any]] = np.copy
+    ) -> Sequence[Any]:
         """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
 
-        `use` gets float32 (rows, n_vocab), one row or more and at most 1 + len(draft), and returns a sequence: as many of the
-        tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short for all of them.
+        `use` gets float32 (rows, n_vocab), valid only there, one row or more and at most 1 + len(draft), and returns a
+        sequence: as many of the tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short
+        for all of them.
         """
         self._settle()
         before = len(self.ids)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
-from pocketlm.conversation import ANSWER_ROOM, Turns
+from pocketlm.conversation import Turns, prompt_ids, prompt_room
 from pocketlm.errors import PocketlmError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pocketlm.model import Model
     from pocketlm.runtime.generator import Piece
 
-ENCODING = 4  # prompts that are made into ids at the same time
+T = TypeVar("T")
+ENCODING = 4  # texts that are made into ids at the same time
 STOPPING = "the server is stopping"
 
 
@@ -68,10 +69,14 @@ class Answerer:
 
     async def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        return await self.aside(lambda: self._encode(ask))
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""
         async with self._encoding:
             made = Handover()
-            made.start(lambda cancel: [self._encode(ask)])
-            return await made.next()
+            made.start(lambda cancel: [work()])
+            return await anext(made)
 
     def _encode(self, ask: Ask) -> Prompts:
         tokenizer, template = self.model.tokenizer, self.model.template
@@ -81,21 +86,16 @@ class Answerer:
             raise self._too_long(sum(map(len, texts)) // self._longest)
         try:
             if not ask.is_chat:
-                ids = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
+                ids = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
                 prompts = Prompts(ids)
             else:
-                from pocketlm.chat.templates import continued
-
                 messages = ask.messages
                 if ask.fit:
                     messages = [{**message, "content": tokenizer.encodable(message["content"])} for message in messages]
-                opening = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-                asked = messages[:-1] if opening else messages
-                turns = Turns(asked, template, tokenizer, opening=continued(opening, tokenizer))
+                turns = Turns(messages, template, tokenizer)
                 if ask.fit:
                     turns.drop_beyond(most)
-                    room = ask.options.get("max_tokens") or ANSWER_ROOM
-                    ids = turns.fit(self.n_ctx - min(room, ANSWER_ROOM, self.n_ctx // 4))
+                    ids = turns.fit(prompt_room(self.n_ctx, ask.options.get("max_tokens")))
                 else:
                     ids = turns.encode()
                 prompts = Prompts([ids], list(template.stop), turns.dropped)
@@ -107,11 +107,6 @@ class Answerer:
             if not all(0 <= id < tokenizer.n_vocab for id in ids):
                 raise ApiError(400, f"prompt holds an id that is no token; they go from 0 to {tokenizer.n_vocab - 1}")
         return prompts
-
-    def _ids(self, text: str) -> list[int]:
-        tokenizer = self.model.tokenizer
-        ids = tokenizer.encode(text, bos=tokenizer.adds_bos)
-        return ids or [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None][:1]
 
     def _too_long(self, n: int) -> ApiError:
         message = f"the prompt has {n} tokens or more, and the context holds {self.n_ctx}"
@@ -190,7 +185,7 @@ class Answer:
 
     async def __anext__(self) -> tuple[int, Piece]:
         try:
-            number, piece = await self._handover.next()
+            number, piece = await anext(self._handover)
         except StopAsyncIteration:
             self._complete = True
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,6 +24,9 @@ from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
 from pocketlm.serve.metrics import text as metrics_text
 from pocketlm.serve.shapes import Shape, finish_reason
+
+if TYPE_CHECKING:
+    from pocketlm.runtime.generator import Piece
 
 READ_SECONDS = 30.0  # that a body may take to come
 PING_SECONDS = 15.0  # after which a stream says that it is still there
@@ -125,18 +128,24 @@ class Api:
         content = _field(body, "content", lambda value: isinstance(value, str), "a text")
         special, parsed, pieces = (_field(body, name, lambda value: isinstance(value, bool), "true or false") for name in flags)
         tokenizer = self._model.tokenizer
+        bos = bool(special) and tokenizer.adds_bos
+
+        def tokens() -> list[Any]:
+            ids = tokenizer.encode(content or "", special=parsed is not False, bos=bos)
+            return [_piece(id, tokenizer.token_bytes(id)) for id in ids] if pieces else ids
+
         try:
-            ids = tokenizer.encode(content or "", special=parsed is not False, bos=bool(special) and tokenizer.adds_bos)
+            return JSONResponse({"tokens": await self._answerer.aside(tokens)})
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
-        return JSONResponse({"tokens": [_piece(id, tokenizer.token_bytes(id)) for id in ids] if pieces else ids})
 
     async def detokenize(self, request: Request) -> Response:
         tokens = _field(await read_json(request), "tokens", lambda value: isinstance(value, list), "a list of ids") or []
         n = self._model.tokenizer.n_vocab
         if len(tokens) > MOST_IDS or not all(type(id) is int and 0 <= id < n for id in tokens):
             raise ApiError(400, f"tokens must be a list of ids from 0 to {n - 1}", param="tokens")
-        return JSONResponse({"content": self._model.tokenizer.decode(tokens, special=True)})
+        text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True))
+        return JSONResponse({"content": text})
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, is_chat=True)
@@ -201,13 +210,10 @@ class Answering(Response):
             await response(scope, receive, send)
 
     async def _whole(self, answer: Answer) -> dict[str, Any]:
-        texts: dict[int, list[str]] = {}
-        pieces: dict[int, list[Any]] = {}
+        answers: dict[int, list[Piece]] = {}  # by their numbers, in the order in which they are made
         async for number, piece in answer:
-            texts.setdefault(number, []).append(piece.text)
-            pieces.setdefault(number, []).append(piece)
-        answers = [("".join(texts[number]), pieces[number]) for number in sorted(pieces)]
-        return self._shape.whole(answers, self._ask.n, self._ask.logprobs, self._prompts.dropped_turns)
+            answers.setdefault(number, []).append(piece)
+        return self._shape.whole([*answers.values()], self._ask.n, self._ask.logprobs, self._prompts.dropped_turns)
 
     async def _stream(self, answer: Answer, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),

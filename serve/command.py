@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from pocketlm.cli_options import model_arguments, sampling_arguments, sampling_keywords
+from pocketlm.cli_options import model_arguments, open_model, sampling_arguments, sampling_keywords
 from pocketlm.errors import FileError, UsageError
 from pocketlm.terminal_text import print
 
@@ -38,7 +38,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until it is stopped; the exit status."""
-    import pocketlm
     from pocketlm.serve import without_tls
 
     without_tls.stand_in()
@@ -58,8 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens is not None:
         defaults["max_tokens"] = arguments.max_tokens
     socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing
-    with socket, pocketlm.load(arguments.model or "small-talk", arguments.backend, arguments.threads, arguments.ctx) as model:
-        _ = model.tokenizer  # raises FileError where the file has none
+    with socket, open_model(arguments) as model:
         answerer = Answerer(model, _sessions(model, arguments), QUEUE * arguments.slots, arguments.timeout)
         page = Page(answerer, policy, _persona(arguments), arguments.model_id, defaults)
         server = Server(application(answerer, policy, defaults, page.routes()), socket, answerer.stop)

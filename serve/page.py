@@ -152,11 +152,11 @@ class Page:
     async def delete(self, request: Request) -> Response:
         path = self._path(request)
 
-        def unlink() -> None:
+        def delete() -> None:
             transcript.load(path)  # never another file than a conversation
-            path.unlink()
+            saved.delete(path)
 
-        await _asked(unlink, 404)
+        await _asked(delete, 404)
         return JSONResponse({"deleted": path.stem})
 
     @staticmethod
@@ -185,7 +185,7 @@ async def _asked(work: Callable[[], Any], status: int) -> Any:
 
 def _conversation(body: dict[str, Any]) -> transcript.Conversation:
     """The conversation in a request. Raises ApiError."""
-    found = transcript.checked({"system": "", **body})
+    found = transcript.checked(body)
     if found is None:
         raise ApiError(400, "messages must alternate between user and assistant, each with a text as content", param="messages")
     found.interactive = True

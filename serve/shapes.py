@@ -53,14 +53,15 @@ class Shape:
         """The last object of a stream, where it is asked for."""
         return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, n)}
 
-    def whole(self, answers: Sequence[tuple[str, list[Piece]]], n: int, wanted: bool, dropped_turns: int) -> dict[str, Any]:
-        """All answers at once. `answers`: text and pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are."""
+    def whole(self, answers: Sequence[Sequence[Piece]], n: int, wanted: bool, dropped_turns: int) -> dict[str, Any]:
+        """All answers at once. `answers`: the pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are."""
         choices = []
-        for number, (text, pieces) in enumerate(answers):
+        for number, pieces in enumerate(answers):
+            text = "".join(piece.text for piece in pieces)
             content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
             logprobs = self._logprobs(number, pieces) if wanted else None
             choices.append({"index": number, **content, "logprobs": logprobs, "finish_reason": finish_reason(pieces[-1])})
-        lasts = [pieces[-1] for _, pieces in answers]
+        lasts = [pieces[-1] for pieces in answers]
         told = {"dropped_turns": dropped_turns} if dropped_turns else {}
         return {**self._head, "object": self._name(""), "choices": choices, "usage": usage(lasts, n),
                 "timings": timings(lasts[-1]), **told}  # fmt: skip

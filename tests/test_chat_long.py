@@ -156,6 +156,26 @@ def test_a_conversation_that_does_not_go_on_from_the_last_is_looked_at_whole():
     assert Turns(long, template, tokenizer, before).dropped == 0
 
 
+def test_what_a_context_cannot_hold_at_all_goes_at_the_cost_of_a_look_at_each_message():
+    tokenizer, template, _, _ = objects("byte-level BPE", "chatml")
+    looks = []
+
+    class Text(str):
+        def __len__(self):
+            looks.append(1)
+            return super().__len__()
+
+    said = [{"role": role, "content": Text(f"thing {i}")} for i in range(400) for role in ("user", "assistant")][:-1]
+    turns, n_chars = Turns([SYSTEM, *said], template, tokenizer), len(SYSTEM["content"]) + 100
+    looks.clear()
+    turns.drop_beyond(n_chars)
+    assert len(looks) <= 2 * len(said)
+    rest = [len(str(message["content"])) for message in said[2 * turns.dropped - 2 :]]
+    assert sum(rest[2:]) <= 100 < sum(rest)  # one turn less would have been too few
+    turns.drop_beyond(0)
+    assert turns.dropped == 399
+
+
 # ── what a question costs ────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -217,6 +217,13 @@ def test_tokenizing_needs_no_compiler_and_no_templates(tiny):
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_completing_and_answering_once_need_no_event_loop(tiny):
+    for words in (["generate", tiny, "-p", "hi", "-n", "1"], ["chat", tiny, "hi", "--max-tokens", "1", "--no-save"]):
+        program = f"import sys\nfrom pocketlm.cli import main\nassert main({words!r}) == 0\nsys.exit('asyncio' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes and signals of POSIX")
 def test_a_reader_that_has_seen_enough_is_no_error(tiny, tmp_path):
     for words in (f"inspect {tiny} --tensors", f"generate {tiny} -p hi -n 100 --ignore-eos"):

@@ -39,7 +39,7 @@ def greedy(session: Session, ids: list[int], n: int) -> list[int]:
     """The n ids after `ids`, in the session."""
     said = [session.advance(ids, use=lambda logits: int(logits.argmax()))[0]]
     while len(said) < n:
-        said.append(session.append(said[-1], lambda logits: int(logits.argmax())))
+        said += session.append(said[-1], use=lambda rows: rows.argmax(-1).tolist())
     return said
 
 
@@ -113,7 +113,7 @@ def test_the_first_token_of_a_ninth_comes_within_two_passes():
     def goes_on(session: Session) -> bool:
         said = greedy(session, [1, 2, 3], 1)
         while not stop.is_set():
-            said.append(session.append(said[-1], lambda logits: int(logits.argmax())))
+            said += session.append(said[-1], use=lambda rows: rows.argmax(-1).tolist())
         return said == expected([1, 2, 3], len(said))
 
     def comes() -> list[int]:
@@ -139,7 +139,7 @@ def test_a_long_prompt_does_not_stop_the_others():
     def goes_on(session: Session) -> bool:
         said = greedy(session, [1, 2, 3], 1)
         while not stop.is_set():
-            said.append(session.append(said[-1], lambda logits: int(logits.argmax())))
+            said += session.append(said[-1], use=lambda rows: rows.argmax(-1).tolist())
         return said == expected([1, 2, 3], len(said))
 
     def reads() -> list[int]:

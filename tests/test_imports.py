@@ -27,8 +27,8 @@ ALLOWED = {
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
-        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.templates chat.saved"
-        " chat.transcript cli_options terminal_text"
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.transcript"
+        " cli_options terminal_text"
     ),
     "doctor": "errors model runtime runtime.native terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
@@ -45,7 +45,7 @@ ALLOWED = {
     "model": "conversation errors tokenizer runtime chat.templates",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "asynchronous": "",
-    "cli_options": "runtime.sampling",
+    "cli_options": "errors pocketlm runtime.sampling terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",

@@ -1,6 +1,8 @@
 """The server speaks OpenAI's protocol: every field that it takes does what it says, every other is refused by its name."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import hello, serving, tiny_chat
@@ -90,6 +92,26 @@ def test_completions_of_texts_and_of_ids(server, alone):
     assert "".join(event["choices"][0]["text"] for event in streamed) == wanted
     default = server.post(COMPLETION, {"prompt": "a", "ignore_eos": True}).json
     assert default["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize(("name", "body", "said"), [("encode", {"content": "inn"}, "tokens"), ("decode", {"tokens": [5]}, "content")])
+def test_nobody_waits_for_a_long_text_of_another(server, monkeypatch, name, body, said):
+    work, at_work, go_on = getattr(server.model.tokenizer, name), threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        at_work.set()
+        assert go_on.wait(30)
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(server.model.tokenizer, name, slow)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(server.post, "/tokenize" if name == "encode" else "/detokenize", body)
+        assert at_work.wait(30)
+        try:
+            assert b"ok" in server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", patience=5)
+        finally:
+            go_on.set()
+        assert said in reply.result().json
 
 
 def test_a_seed_means_one_text_and_n_means_several(server):

@@ -8,7 +8,7 @@ from browsing import browser
 from serving import serving, wait_until
 
 import pocketlm
-from pocketlm.chat import saved, transcript
+from pocketlm.chat import saved, states, transcript
 from pocketlm.model import find_model
 from pocketlm.serve import page as page_module
 
@@ -112,16 +112,22 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     record.save(begun)
     page = visit()
     page.click("nav .open:has-text('Hello')")
+    page.wait_for_selector("li.assistant")
     assert answers(page) == ["Hi! How"]
     page.click("text=Go on")
     answered(page)
     [conversation] = files()
     assert conversation.messages[-1]["content"] == "Hi! How" + text_of(alone.chat(begun.messages, temperature=0))
     assert "cut" not in conversation.messages[-1]
+    state = states.path_of(saved.paths()[0])
+    assert state is not None
+    state.parent.mkdir()
+    state.write_bytes(b"what the terminal kept of it")
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("nav .delete")
     page.wait_for_selector("nav li", state="detached")
     assert files() == []
+    assert not state.exists()
 
 
 def slow(server):

@@ -243,6 +243,15 @@ def test_the_command_stops_in_order_at_a_signal(path, number):
         assert (process.wait(30), rest) == (0, "pocketlm: stopped\n")
 
 
+def test_the_command_says_where_the_context_is_longer_than_the_model_knows(path):
+    command = [sys.executable, "-m", "pocketlm", "serve", str(path), "--port", "0", "--threads", "1", "--ctx", "5000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+        said = process.stderr.readline()
+        process.terminate()
+        assert "--ctx 5000" in said
+        assert "was trained for 4096 tokens" in said
+
+
 if __name__ == "__main__":
     import tempfile
     from pathlib import Path

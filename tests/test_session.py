@@ -32,7 +32,7 @@ def test_any_walk_through_prompts_computes_only_what_is_new():
         if ids and rng.random() < 0.5:
             id = rng.randrange(300)
             ids = [*ids, id]
-            logits = session.append(id)
+            (logits,) = session.append(id)
         else:
             old, ids = ids, ids[: rng.randint(0, len(ids))] + numbers(rng, rng.randint(0, 20))
             ids = ids or [5]
