@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import reordered, rows
+from pocketlm.export.assemble import reorder, rows
 from pocketlm.export.dialect import Dialect, Draft, Tensors
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 
@@ -43,8 +43,7 @@ def _finish_nanochat(draft: Draft) -> None:
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):
         order = np.arange(n * head_dim).reshape(n, 2, -1)[:, ::-1].ravel()
-        for role in draft.in_layers(rf"attn_{part}\.weight"):
-            tensors[role] = reordered(tensors[role], order)
+        reorder(tensors, rf"attn_{part}\.weight", order)
     n_vocab = config.raw("vocab_size")  # the tables are filled up to a multiple of 64
     for name in ("token_embd.weight", "output.weight"):
         if isinstance(n_vocab, int) and 0 < n_vocab < tensors[name].shape[0]:
@@ -89,9 +88,7 @@ def _from_groups(draft: Draft) -> None:
     per_group = n_head // n_kv_head
     grid = np.arange((n_head + 2 * n_kv_head) * head_dim).reshape(n_kv_head, per_group + 2, head_dim)
     order = np.concatenate([part.ravel() for part in (grid[:, :per_group], grid[:, per_group], grid[:, per_group + 1])])
-    for role in draft.in_layers(r"attn_qkv\.(weight|bias)"):
-        if draft.tensors[role].shape[0] == len(order):
-            draft.tensors[role] = reordered(draft.tensors[role], order)
+    reorder(draft.tensors, r"attn_qkv\.(weight|bias)", order)
     _finish_litgpt(draft)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import reordered
+from pocketlm.export.assemble import in_layers, reorder
 from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 
@@ -20,9 +20,7 @@ def _apart(draft: Draft) -> None:
     """All queries, all keys, all values, where the file has them head by head."""
     n_head, _, head_dim = draft.heads
     order = np.arange(3 * n_head * head_dim).reshape(n_head, 3, head_dim).swapaxes(0, 1).ravel()
-    for role in draft.in_layers(r"attn_qkv\.(weight|bias)"):
-        if draft.tensors[role].shape[0] == len(order):
-            draft.tensors[role] = reordered(draft.tensors[role], order)
+    reorder(draft.tensors, r"attn_qkv\.(weight|bias)", order)
 
 
 def _gptneox(draft: Draft) -> None:
@@ -35,7 +33,7 @@ def _stablelm(draft: Draft) -> None:
     draft.keys["use_parallel_residual"] = draft.config.raw("use_parallel_residual") is True
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):
-        for role in draft.in_layers(rf"attn_{part}_norm\.weight"):
+        for role in in_layers(draft.tensors, rf"attn_{part}_norm\.weight"):
             draft.tensors[role] = _shaped(draft.tensors[role], n, head_dim)
 
 
