@@ -101,10 +101,6 @@ def _is_minimind(tensors: Tensors) -> bool:
     return any(name.endswith("embed_tokens.weight") and t.shape[0] == MINIMIND_TOKENS for name, t in tensors.items())
 
 
-def _normalises_heads(tensors: Tensors) -> bool:
-    return any(name.endswith("self_attn.q_norm.weight") for name in tensors)
-
-
 def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
     """It saves no configuration. minimind-3 normalises queries and keys, minimind2 has two key-value heads."""
     shapes = {name.partition("layers.0.self_attn.")[2]: t.shape for name, t in tensors.items()}
@@ -163,13 +159,13 @@ HOME_MADE = (
         names=_LITGPT, finish=_from_groups, computes=("parallel_residual",),
     ),
     Dialect(
-        "minimind", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
-        _ROPE, test=lambda tensors: _is_minimind(tensors) and not _normalises_heads(tensors), guess=_guess_minimind,
-    ),
-    Dialect(
         "minimind 3", (r"(.*\.)?layers\.N\.self_attn\.q_norm\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
         _ROPE, test=_is_minimind, guess=_guess_minimind, architecture="qwen3",
         names={f"*.self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
+    ),
+    Dialect(
+        "minimind", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
+        _ROPE, test=_is_minimind, guess=_guess_minimind,
     ),
     Dialect(
         "GPT-Neo", (r"(.*\.)?wpe\.weight", r"(.*\.)?h\.N\.attn\.attention\.q_proj\.weight"),
