@@ -15,10 +15,10 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, NoTokenizer, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
+from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normal_form import make_normalizer
-from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.normalizer import make_normalizer
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 from pocketlm.tokenizer.unigram import Unigram
 

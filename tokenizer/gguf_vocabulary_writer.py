@@ -14,7 +14,7 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer
 from pocketlm.tokenizer.byte_bpe import TO_LETTERS, ByteBPE
 from pocketlm.tokenizer.merge import NO_MERGE
-from pocketlm.tokenizer.normal_form import Normalizer
+from pocketlm.tokenizer.normalizer import Normalizer
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece import SentencePiece
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
