@@ -19,7 +19,7 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
 from pocketlm.export.dialect import Dialect, Tensors
 from pocketlm.export.home_made import HOME_MADE
-from pocketlm.export.hugging_face_older import OLDER
+from pocketlm.export.hugging_face_layer_norm import LAYER_NORM
 from pocketlm.export.model_config import ModelConfig
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,7 +121,7 @@ def _is_conv1d(tensors: Tensors) -> bool:
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
     *HOME_MADE,
-    *OLDER,
+    *LAYER_NORM,
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
     Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}),
     Dialect(

@@ -53,9 +53,9 @@ def _mpt(draft: Draft) -> None:
         raise FileError(draft.config.path, "is an MPT without ALiBi", "pocketlm does not compute that")
 
 
-_LAYER_NORM: dict[str, Any] = {"norm": "layer", "norm_eps": 1e-5}
-_ROPE = {**_LAYER_NORM, "position": "rope", "rope_pairs": "half"}
-OLDER = (
+_FIXED: dict[str, Any] = {"norm": "layer", "norm_eps": 1e-5}
+_ROPE = {**_FIXED, "position": "rope", "rope_pairs": "half"}
+LAYER_NORM = (
     Dialect(
         "Hugging Face GPT-NeoX", (r"(.*\.)?layers\.N\.attention\.query_key_value\.weight",),
         {**_ROPE, "activation": "gelu_erf"}, architecture="gptneox", finish=_gptneox,
@@ -78,12 +78,12 @@ OLDER = (
     Dialect(
         "Hugging Face BLOOM",
         (r"(.*\.)?h\.N\.self_attention\.query_key_value\.weight", r"(.*\.)?word_embeddings_layernorm\.weight"),
-        {**_LAYER_NORM, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
+        {**_FIXED, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
         names={"word_embeddings_layernorm": "token_embd_norm", "*.self_attention.query_key_value": "attn_qkv"},
     ),
     Dialect(
         "Hugging Face MPT", (r"(.*\.)?blocks\.N\.attn\.Wqkv\.weight", r"(.*\.)?blocks\.N\.ffn\.up_proj\.weight"),
-        {**_LAYER_NORM, "position": "alibi", "activation": "gelu_erf"}, architecture="mpt", finish=_mpt,
+        {**_FIXED, "position": "alibi", "activation": "gelu_erf"}, architecture="mpt", finish=_mpt,
         names={"*.attn.q_ln": "attn_q_norm", "*.attn.k_ln": "attn_k_norm"},
     ),
 )  # fmt: skip
