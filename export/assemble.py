@@ -44,19 +44,37 @@ def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
     return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
 
 
-def reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
-
-
 def constant(values: np.ndarray) -> CanonicalTensor:
     return CanonicalTensor(values.shape, values.copy)
 
 
-def interleaving(n_heads: int, head_dim: int, n_dims: int) -> np.ndarray:
-    """Row numbers that bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side."""
+def in_layers(tensors: Tensors, expression: str) -> list[str]:
+    """The roles in layers that match."""
+    return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
+
+
+def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
+    """Bring the rows of tensors in layers that match into this order, here; the plan complains of one with more or fewer."""
+    for role in in_layers(tensors, expression):
+        if tensors[role].shape[0] == len(order):
+            tensors[role] = _reordered(tensors[role], order)
+
+
+def _reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
+    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
+
+
+def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:
+    """Bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side, in queries and keys, here.
+
+    `heads`: query heads, key-value heads, their width. `back`: from there into two halves.
+    """
+    n_head, n_kv_head, head_dim = heads
     pairs = np.arange(n_dims).reshape(2, -1).T.ravel()
     head = np.concatenate([pairs, np.arange(n_dims, head_dim)])
-    return (np.arange(n_heads)[:, None] * head_dim + head).ravel()
+    for part, n in (("q", n_head), ("k", n_kv_head)):
+        order = (np.arange(n)[:, None] * head_dim + head).ravel()
+        reorder(tensors, rf"attn_{part}\.(weight|bias)", np.argsort(order) if back else order)
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -127,11 +145,11 @@ def arrange(
     if architecture == "gpt2":
         fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     elif not draft.architecture:
-        split_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+        split_qkv(tensors, n_head * head_dim, n_kv_head * head_dim)
     if architecture in NEED_BIASES:
         added |= _fill_biases(tensors, n_layer)
     if ARCHITECTURES[architecture].get("rope_pairs") == "interleaved" and options.get("rope_pairs") == "half":
-        _interleave(tensors, n_layer, n_head, n_kv_head, head_dim, keys["rope.dimension_count"])
+        interleave(tensors, (n_head, n_kv_head, head_dim), keys["rope.dimension_count"])
         options["rope_pairs"] = "interleaved"
     metadata = {f"pocketlm.{name}": value for name, value in options.items()} | {
         f"{architecture}.{k}": v for k, v in keys.items()
@@ -140,10 +158,6 @@ def arrange(
     hyper = read_hyper({"general.architecture": architecture, **metadata}, n_vocab, path)
     make_plan(hyper, {name: tensor.shape for name, tensor in tensors.items()}, path)
     return CanonicalModel(hyper, _in_order(tensors), {}, dialect.name, notes, added=added)
-
-
-def _layer_tensors(tensors: Tensors, expression: str) -> list[str]:
-    return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.{expression}", role)]
 
 
 def _drop_leading_ones(tensors: Tensors) -> None:
@@ -168,12 +182,12 @@ def _join_heads(tensors: Tensors, path: Path) -> int | None:
 
 def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
     """What numbered matrices are: of two, up and down; of three, the one of n_embd rows is down and the first is the gate."""
-    for role in _layer_tensors(tensors, "ffn_gate_up.(weight|bias)"):
+    for role in in_layers(tensors, "ffn_gate_up.(weight|bias)"):
         both, half = tensors.pop(role), 0
         half = both.shape[0] // 2
         tensors[role.replace("gate_up", "gate")] = rows(both, 0, half)
         tensors[role.replace("gate_up", "up")] = rows(both, half, both.shape[0])
-    if not (numbered := _layer_tensors(tensors, r"ffn_[123]\.(weight|bias)")):
+    if not (numbered := in_layers(tensors, r"ffn_[123]\.(weight|bias)")):
         return
     second = tensors.get("blk.0.ffn_2.weight")
     names = {"1": "up", "2": "down"}
@@ -316,9 +330,9 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
     return "pocketlm"
 
 
-def split_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
     """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
-    for role in _layer_tensors(tensors, "attn_qkv.(weight|bias)"):
+    for role in in_layers(tensors, "attn_qkv.(weight|bias)"):
         if tensors[role].shape[0] != q + 2 * kv:
             continue  # the plan says what is wrong
         both = tensors.pop(role)
@@ -348,14 +362,6 @@ def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
     zeros = {f"{name}.bias": constant(np.zeros(tensors[f"{name}.weight"].shape[0], np.float32)) for name in missing}
     tensors |= zeros
     return frozenset(zeros)
-
-
-def _interleave(tensors: Tensors, n_layer: int, n_head: int, n_kv_head: int, head_dim: int, n_dims: int) -> None:
-    for part, n in (("q", n_head), ("k", n_kv_head)):
-        order = interleaving(n, head_dim, n_dims)
-        for role in _layer_tensors(tensors, rf"attn_{part}\.(weight|bias)"):
-            if tensors[role].shape[0] == len(order):
-                tensors[role] = reordered(tensors[role], order)
 
 
 def _in_order(tensors: Tensors) -> Tensors:

@@ -32,10 +32,6 @@ class Draft:
         """Query heads, key-value heads, their width."""
         return tuple(self.keys[f"attention.{name}"] for name in ("head_count", "head_count_kv", "key_length"))  # type: ignore[return-value]
 
-    def in_layers(self, expression: str) -> list[str]:
-        """The roles in layers that match, as they are now."""
-        return [role for role in self.tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
-
 
 @dataclass(frozen=True)
 class Dialect:

@@ -15,12 +15,17 @@ from pathlib import Path
 
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
+from pocketlm.export.assemble import arrange, is_tied
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
 from pocketlm.export.dialect import Dialect, Tensors
+from pocketlm.export.from_model_file import is_model_file, read_model_file
 from pocketlm.export.home_made import HOME_MADE
-from pocketlm.export.hugging_face_older import OLDER
+from pocketlm.export.hugging_face import HUGGING_FACE, checked
+from pocketlm.export.hugging_face_layer_norm import LAYER_NORM
 from pocketlm.export.model_config import ModelConfig
+from pocketlm.export.name_map import NameMap, read_name_map
+from pocketlm.export.tokenizer_data import find_tokenizer
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -121,7 +126,7 @@ def _is_conv1d(tensors: Tensors) -> bool:
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
     *HOME_MADE,
-    *OLDER,
+    *LAYER_NORM,
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
     Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}),
     Dialect(
@@ -161,8 +166,6 @@ def recognise(tensors: Tensors) -> Dialect:
 
 def not_parameters(tensors: Tensors) -> frozenset[str]:
     """Names of a checkpoint's tensors that are no parameters: buffers, and an output matrix that is the token table."""
-    from pocketlm.export.assemble import is_tied
-
     others = {name for name, tensor in tensors.items() if _is_buffer(name, tensor)}
     names = {role_of(name): name for name in tensors}
     head, table = names.get("output.weight"), names.get("token_embd.weight")
@@ -189,11 +192,6 @@ def to_canonical(
     `overrides`: the settings of `--set`; `mapping`: a file of names (name_map.py); `tokenizer`: a tokenizer's file or folder.
     Raises FileError that lists tensors that are missing, left over or misshapen, or that asks for what nothing tells.
     """
-    from pocketlm.export.assemble import arrange
-    from pocketlm.export.hugging_face import HUGGING_FACE, checked
-    from pocketlm.export.name_map import NameMap, read_name_map
-    from pocketlm.export.tokenizer_data import find_tokenizer
-
     names = read_name_map(Path(mapping)) if mapping else NameMap()
     path = checkpoint.path
     given = {**names.settings, **(overrides or {})}
@@ -242,8 +240,6 @@ def read_canonical(
 
     `change`: what becomes of its tensors first (a LoRA).
     """
-    from pocketlm.export.from_model_file import is_model_file, read_model_file
-
     path = Path(path)
     if is_model_file(path):
         return read_model_file(path, change)

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from pocketlm.errors import FileError
 from pocketlm.export.arrays import LazyTensor
-from pocketlm.export.assemble import interleaving, reordered
+from pocketlm.export.assemble import interleave
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.tokenizer_data import find_tokenizer
@@ -62,19 +60,16 @@ def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> Canonic
 
 def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
     """The model with its tensors changed; `change` sees them with the rows in the order of Hugging Face's checkpoints."""
-    hyper = model.hyper
-    order: dict[str, np.ndarray] = {}
+    hyper, rope = model.hyper, model.hyper.rope
+    heads = (hyper.n_head, hyper.n_kv_head, hyper.head_dim)
     usual = ARCHITECTURES[hyper.architecture].get("rope_pairs")
-    if usual == "interleaved" and hyper.rope and hyper.rope.pairs == usual:
-        for part, n_heads in (("q", hyper.n_head), ("k", hyper.n_kv_head)):
-            rows = interleaving(n_heads, hyper.head_dim, hyper.rope.n_dims)
-            order |= {f"blk.{i}.attn_{part}.weight": rows for i in range(hyper.n_layer)}
-    shown = {name: reordered(t, np.argsort(order[name])) if name in order else t for name, t in model.tensors.items()}
+    turned = rope if rope and rope.pairs == usual == "interleaved" else None
+    shown = dict(model.tensors)
+    if turned:
+        interleave(shown, heads, turned.n_dims, back=True)
     before = {name: LazyTensor(name, t.shape, "float32", t.read) for name, t in shown.items()}
     after = change(Checkpoint(path, before, {}, (path,))).tensors
-    tensors = dict(model.tensors)
-    for name, tensor in after.items():
-        if tensor is not before[name]:
-            changed = CanonicalTensor(tensor.shape, tensor.read)
-            tensors[name] = reordered(changed, order[name]) if name in order else changed
-    return replace(model, tensors=tensors)
+    changed = {name: CanonicalTensor(t.shape, t.read) for name, t in after.items() if t is not before[name]}
+    if turned:
+        interleave(changed, heads, turned.n_dims)
+    return replace(model, tensors={**model.tensors, **changed})

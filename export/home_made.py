@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import reordered, rows
+from pocketlm.export.assemble import reorder, rows
 from pocketlm.export.dialect import Dialect, Draft, Tensors
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 
@@ -43,8 +43,7 @@ def _finish_nanochat(draft: Draft) -> None:
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):
         order = np.arange(n * head_dim).reshape(n, 2, -1)[:, ::-1].ravel()
-        for role in draft.in_layers(rf"attn_{part}\.weight"):
-            tensors[role] = reordered(tensors[role], order)
+        reorder(tensors, rf"attn_{part}\.weight", order)
     n_vocab = config.raw("vocab_size")  # the tables are filled up to a multiple of 64
     for name in ("token_embd.weight", "output.weight"):
         if isinstance(n_vocab, int) and 0 < n_vocab < tensors[name].shape[0]:
@@ -89,9 +88,7 @@ def _from_groups(draft: Draft) -> None:
     per_group = n_head // n_kv_head
     grid = np.arange((n_head + 2 * n_kv_head) * head_dim).reshape(n_kv_head, per_group + 2, head_dim)
     order = np.concatenate([part.ravel() for part in (grid[:, :per_group], grid[:, per_group], grid[:, per_group + 1])])
-    for role in draft.in_layers(r"attn_qkv\.(weight|bias)"):
-        if draft.tensors[role].shape[0] == len(order):
-            draft.tensors[role] = reordered(draft.tensors[role], order)
+    reorder(draft.tensors, r"attn_qkv\.(weight|bias)", order)
     _finish_litgpt(draft)
 
 
@@ -102,10 +99,6 @@ MINIMIND_TOKENS = 6400
 
 def _is_minimind(tensors: Tensors) -> bool:
     return any(name.endswith("embed_tokens.weight") and t.shape[0] == MINIMIND_TOKENS for name, t in tensors.items())
-
-
-def _normalises_heads(tensors: Tensors) -> bool:
-    return any(name.endswith("self_attn.q_norm.weight") for name in tensors)
 
 
 def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
@@ -166,13 +159,13 @@ HOME_MADE = (
         names=_LITGPT, finish=_from_groups, computes=("parallel_residual",),
     ),
     Dialect(
-        "minimind", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
-        _ROPE, test=lambda tensors: _is_minimind(tensors) and not _normalises_heads(tensors), guess=_guess_minimind,
-    ),
-    Dialect(
         "minimind 3", (r"(.*\.)?layers\.N\.self_attn\.q_norm\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
         _ROPE, test=_is_minimind, guess=_guess_minimind, architecture="qwen3",
         names={f"*.self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
+    ),
+    Dialect(
+        "minimind", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
+        _ROPE, test=_is_minimind, guess=_guess_minimind,
     ),
     Dialect(
         "GPT-Neo", (r"(.*\.)?wpe\.weight", r"(.*\.)?h\.N\.attn\.attention\.q_proj\.weight"),

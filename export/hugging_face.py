@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import stacked
+from pocketlm.export.assemble import in_layers, stacked
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
@@ -39,7 +39,7 @@ def one_added(draft: Draft) -> None:
 
 def gate_before_up(draft: Draft) -> None:
     """One tensor of the gate's rows and of those after them."""
-    for gate in draft.in_layers(r"ffn_gate\.weight"):
+    for gate in in_layers(draft.tensors, r"ffn_gate\.weight"):
         up = gate.replace("gate", "up")
         draft.tensors[up] = stacked([draft.tensors.pop(gate), draft.tensors[up]])
 

@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,8 +57,25 @@ class Lora:
                 tensors[f"{own}.{end}"] = replace(tensor, name=f"{own}.{end}")
             elif not re.fullmatch(TEXTBOOK_LORA, name):
                 tensors[name] = tensor
-        changed = _changed(tensors, self.pairs, self.scale, self.transposed, self.path)
-        return replace(checkpoint, tensors={**tensors, **changed})
+        return replace(checkpoint, tensors={**tensors, **self._changed(tensors)})
+
+    def _changed(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """The changed tensors by their names in the base."""
+        changed = {}
+        for name, (a, b) in self.pairs.items():
+            own = [f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight"]
+            base = next((tensors[n] for n in (*own, role_of(own[0]) or "") if n in tensors), None)
+            if base is None:
+                problem = f"it changes {quoted(name)}, which the checkpoint does not have"
+                raise FileError(self.path, problem, "name the checkpoint it was trained on")
+            turned = self.transposed and base.name in own  # a model file's are not
+            shape = base.shape[::-1] if turned else base.shape
+            if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or shape != (b.shape[0], a.shape[1]):
+                problem = f"its matrices for {quoted(name)} do not fit the checkpoint's"
+                raise FileError(self.path, problem, "name the checkpoint it was trained on")
+            read = partial(_sum, base, a, b, self.scale, turned)
+            changed[base.name] = replace(base, read=read, source=(base.source, name))
+        return changed
 
 
 def read_lora(path: Path, scale: float | None = None) -> Lora:
@@ -126,40 +144,6 @@ def _pairs(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, Pair]:
     if lonely:
         raise FileError(folder, f"one of the two matrices for {quoted(lonely[0])} is missing", "export the adapter again")
     return {name: Pair(**pair) for name, pair in halves.items()}
-
-
-def _changed(
-    tensors: Mapping[str, LazyTensor], pairs: Mapping[str, Pair], scale: float, transposed: bool, folder: Path
-) -> dict[str, Any]:
-    """The changed tensors by their names in the base."""
-    changed = {}
-    for name, (a, b) in pairs.items():
-        own = [f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight"]
-        base = next((tensors[n] for n in (*own, role_of(own[0]) or "") if n in tensors), None)
-        if base is None:
-            raise FileError(
-                folder,
-                f"it changes {quoted(name)}, which the checkpoint does not have",
-                "name the checkpoint it was trained on",
-            )
-        turned = transposed and base.name in own  # a model file's are not
-        if (
-            len(a.shape) != 2
-            or len(b.shape) != 2
-            or a.shape[0] != b.shape[1]
-            or _shape(base, turned) != (b.shape[0], a.shape[1])
-        ):
-            raise FileError(
-                folder, f"its matrices for {quoted(name)} do not fit the checkpoint's", "name the checkpoint it was trained on"
-            )
-        changed[base.name] = replace(
-            base, read=lambda base=base, a=a, b=b, turned=turned: _sum(base, a, b, scale, turned), source=(base.source, name)
-        )
-    return changed
-
-
-def _shape(base: LazyTensor, transposed: bool) -> tuple[int, ...]:
-    return base.shape[::-1] if transposed else base.shape
 
 
 def _sum(base: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float, transposed: bool) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import Tensors, constant, fuse_qkv, interleaving, reordered, split_qkv, transposed
+from pocketlm.export.assemble import Tensors, constant, fuse_qkv, interleave, split_qkv, transposed
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
@@ -202,13 +202,12 @@ def write_huggingface(
 def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str, bool], frozenset[str]]:
     """The tensors as the class wants them, by role, its settings about biases, and which of the biases were made here."""
     hyper, tensors = model.hyper, {name: tensor for name, tensor in model.tensors.items() if name not in ROPE_FACTORS}
-    arrange_qkv = fuse_qkv if "blk.{i}.attn_qkv" in layout.names else split_qkv
-    arrange_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
+    if "blk.{i}.attn_qkv" in layout.names:
+        fuse_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
+    else:
+        split_qkv(tensors, hyper.q_width, hyper.kv_width)
     if hyper.rope and hyper.rope.pairs == "interleaved":
-        for part, n_heads in (("attn_q", hyper.n_head), ("attn_k", hyper.n_kv_head)):
-            order = np.argsort(interleaving(n_heads, hyper.head_dim, hyper.rope.n_dims))
-            for name in [name for name in tensors if _part(name) == part]:
-                tensors[name] = reordered(tensors[name], order)
+        interleave(tensors, (hyper.n_head, hyper.n_kv_head, hyper.head_dim), hyper.rope.n_dims, back=True)
     settings: dict[str, bool] = {}
     able: set[str] = set()
     for setting, parts in layout.biases.items():

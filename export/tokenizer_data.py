@@ -17,7 +17,7 @@ from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE
 from pocketlm.tokenizer.characters import from_json
-from pocketlm.tokenizer.readers import BESIDE
+from pocketlm.tokenizer.readers import find_in
 
 NONE = "none"  # what --tokenizer says for a model without one
 CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
@@ -71,9 +71,8 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
 
 def _beside(checkpoint: Checkpoint) -> Path | None:
     """A tokenizer's file in the checkpoint's folder, or where nanoGPT keeps the characters of its data sets."""
-    for pattern in BESIDE:
-        if found := sorted(file for file in checkpoint.folder.glob(pattern) if file.is_file()):
-            return found[0]
+    if found := find_in(checkpoint.folder):
+        return found
     training = checkpoint.config.get("config")
     data_set = training.get("dataset") if isinstance(training, dict) else None
     if isinstance(data_set, str) and Path(data_set).name == data_set != "..":

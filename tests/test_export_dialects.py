@@ -8,88 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from llama_reference import LlamaReference
+from checkpoint_checks import IDS, SPELLINGS, check, compiled, hf_folder, read_canonical, save
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError
 from pocketlm.export import dialects
-from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.export import export
-from pocketlm.runtime.hyper import read_hyper
-from pocketlm.runtime.model_file import open_model
-from pocketlm.runtime.numpy_executor import NumpyExecutor
-from pocketlm.runtime.plan import make_plan
 
 torch = pytest.importorskip("torch", reason="checkpoints are made with PyTorch")
 models = pytest.importorskip("torch_models")
-
-
-def read_canonical(path: Path, **options: Any) -> CanonicalModel:
-    """The model with a tokenizer of 61 characters, for llama.cpp loads none without one."""
-    characters = path.parent / "characters.json"
-    characters.write_text(json.dumps([chr(33 + i) for i in range(60)] + [" "]))
-    return dialects.read_canonical(path, tokenizer=characters, **options)
-
-
-IDS = [3, 14, 15, 9, 26, 5, 35, 58, 0, 60, 7, 7]
-
-
-def logits_of(path: Path, ids: list[int], step: int = 0) -> np.ndarray:
-    """The numpy executor's logits on a model file; with `step`, that many tokens at a time through the cache."""
-    with open_model(path) as file:
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        plan = make_plan(read_hyper(file.metadata, shapes["token_embd.weight"][0], path), shapes, path)
-        executor = NumpyExecutor(plan, file.tensors, len(ids), 1)
-        step = step or len(ids)
-        parts = [executor.forward(np.array(ids[i : i + step]), rows="all") for i in range(0, len(ids), step)]
-        executor.close()
-    return np.concatenate(parts)
-
-
-def onnx_logits_of(path: Path, ids: list[int], step: int = 0) -> np.ndarray:
-    """onnxruntime's logits, the cache going from one call to the next."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the ONNX file")
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    past = {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")
-    }
-    names = [output.name for output in session.get_outputs()]
-    parts, step = [], step or len(ids)
-    for start in range(0, len(ids), step):
-        now = np.array([ids[start : start + step]])
-        mask = np.ones((1, start + now.shape[1]), np.int64)
-        results = dict(zip(names, session.run(names, {"input_ids": now, "attention_mask": mask, **past}), strict=True))
-        past = {name: results[name.replace("past_key_values", "present")] for name in past}
-        parts.append(results["logits"][0])
-    return np.concatenate(parts)
-
-
-def check(module: Any, model: CanonicalModel, folder: Path, ids: list[int] = IDS) -> None:
-    """What is written of `model`, in every container, computes what the PyTorch module does, with the cache and without."""
-    with torch.no_grad():
-        expected = module(torch.tensor(ids)).numpy()
-    files = {"gguf": folder / "out.gguf", "fp16": folder / "out", "onnx": folder / "out.onnx"}
-    for container, path in files.items():
-        export(model, "test", path, container=container, quant="f16" if container == "fp16" else "f32", n_threads=1)
-    for step in (0, 1):
-        for logits in (logits_of(files["gguf"], ids, step), onnx_logits_of(files["onnx"], ids, step)):
-            assert np.abs(logits - expected).max() < 1e-4
-        half = logits_of(files["fp16"], ids, step)
-        assert cosine(half, expected) > 0.9999
-    if model.hyper.architecture != "pocketlm":
-        with LlamaReference(files["gguf"]) as reference:
-            assert cosine(reference.logits(ids), expected) > 0.999
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
-
-
-def compiled(module: Any) -> dict[str, Any]:
-    state = torch.compile(module).state_dict()
-    assert all(name.startswith("_orig_mod.") for name in state)
-    return state
 
 
 def test_nanogpt(tmp_path: Path) -> None:
@@ -102,21 +28,6 @@ def test_nanogpt(tmp_path: Path) -> None:
     assert model.hyper.activation == "gelu_erf"
     assert "output.weight" not in model.tensors
     check(module, model, tmp_path)
-
-
-def save(folder: Path, content: Any, name: str = "ckpt.pt") -> Path:
-    torch.save(content, folder / name)
-    return folder / name
-
-
-def hf_folder(folder: Path, module: Any, config: dict[str, Any]) -> Path:
-    """A Hugging Face folder: config.json and model.safetensors."""
-    safetensors = pytest.importorskip("safetensors.torch", reason="writes the checkpoint")
-    safetensors.save_file(
-        {name: t.contiguous().clone() for name, t in module.state_dict().items()}, folder / "model.safetensors"
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 LLAMA = {
@@ -237,21 +148,6 @@ def test_one_module_a_head(tmp_path: Path) -> None:
     check(module, model, tmp_path)
 
 
-SPELLINGS = [
-    ("tok_emb", "layers", "attn", "ffn", ("norm1", "norm2", "norm")),
-    ("embed", "blocks", "attention", "mlp", ("attn_norm", "ffn_norm", "norm_f")),
-    ("embed_tokens", "h", "attn", "ffn", ("ln1", "ln2", "ln_f")),
-    (
-        "transformer.embed_tokens",
-        "transformer.layers",
-        "attention",
-        "feed_forward",
-        ("attention_norm", "ffn_norm", "final_norm"),
-    ),
-    ("token_embedding", "blocks", "self_attn", "ff", ("norm_1", "norm_2", "norm_out")),
-]
-
-
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: "-".join(s[:4]))
 def test_alibi_decoder_in_every_spelling(tmp_path: Path, spelling: tuple[Any, ...]) -> None:
     module = models.initialise(models.Decoder(models.spelled(*spelling), "alibi", n_head=8, n_kv_head=2, eps=1e-6))
@@ -293,41 +189,7 @@ def test_mixes_that_no_architecture_describes_run_as_pocketlm(tmp_path: Path, op
     check(module, model, tmp_path)
 
 
-# ── names and settings that the user gives ───────────────────────────────────────────────────────────────────────────
-
-
-def test_rotary_positions_of_a_home_made_model_are_asked_for_and_partly_rotated_ones_run(tmp_path: Path) -> None:
-    frequencies = 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)  # half of every head's 8 values
-    module = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves", frequencies=frequencies))
-    path = save(tmp_path, {"model": module.state_dict(), "config": {"n_heads": 4, "use_rope": True, "rotary_pct": 0.5}})
-    with pytest.raises(FileError, match=r"rope_pairs, rope_theta.* add .*--set rope_pairs=half\|interleaved") as error:
-        read_canonical(path)
-    assert "n_ctx" in str(error.value)
-    settings = {"rope_pairs": "half", "rope_theta": "10000", "n_ctx": "64", "norm_eps": "1e-5"}
-    model = read_canonical(path, overrides=settings)
-    assert model.hyper.architecture == "pocketlm"
-    check(module, model, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({}, "tell n_head"),
-        ({"n_head": 5}, "correct it with --set n_head=N"),
-        ({"n_head": 4, "activation": "relu2"}, "activation = 'relu2'".replace("'", "")),
-        ({"n_head": 4, "num_experts": 8}, "num_experts = 8"),
-        ({"n_head": 4, "qk_norm": True}, "qk_norm = True"),
-        ({"n_head": 4, "norm_first": False}, "norm_first = False"),
-        ({"n_head": 4, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
-    ],
-)
-def test_what_nothing_tells_is_asked_for_and_what_is_not_computed_is_refused(
-    config: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": config})
-    with pytest.raises(FileError, match=re.escape(said)) as error:
-        read_canonical(path)
-    assert "\n" not in str(error.value)
+# ── what a configuration asks for that is not computed ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -350,87 +212,6 @@ def test_hugging_face_models_that_are_computed_otherwise_are_refused_by_name(
     folder = hf_folder(tmp_path, module, {**LLAMA, "tie_word_embeddings": True, **change})
     with pytest.raises(FileError, match=re.escape(said)):
         read_canonical(folder)
-
-
-def test_left_over_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> None:
-    state, args = models.GPT(bias=False, masks=False).state_dict(), {"n_head": 4}
-    cases = {
-        "2 of 18 tensors have no place in the model: transformer.h.0.attn.q_norm.weight, extra": {
-            **state, "transformer.h.0.attn.q_norm.weight": torch.ones(8), "extra": torch.ones(3),
-        },
-        "blk.1.ffn_down.weight is missing": {n: t for n, t in state.items() if n != "transformer.h.1.mlp.c_proj.weight"},
-        "blk.1.ffn_down.weight is 32x127, expected 32x128": {
-            **state, "transformer.h.1.mlp.c_proj.weight": torch.ones(32, 127),
-        },
-        "no tensor has the role of token_embd.weight": {n: t for n,
-        t in state.items() if "wte" not in n and "lm_head" not in n},
-    }  # fmt: skip
-    for said, tensors in cases.items():
-        with pytest.raises(FileError, match=re.escape(said)):
-            read_canonical(save(tmp_path, {"model": tensors, "model_args": args}))
-
-
-def test_settings_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
-    path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": {"n_head": 4}})
-    for settings in ({"heads": "4"}, {"n_head": "four"}, {"position": "sideways"}, {"norm_eps": "nan"}):
-        with pytest.raises(UsageError, match="--set"):
-            read_canonical(path, overrides=settings)
-
-
-MAP = """
-# a model that nobody foresaw
-drop = ["stem.{i}.drawing", "note"]
-
-[set]
-n_head = 4
-activation = "gelu_erf"  # exact
-norm_eps = 1e-5
-norm = "layer"
-
-[names]
-"words" = "token_embd.weight"
-"places" = "position_embd.weight"
-"stem.{i}.a.gain" = "blk.{i}.attn_norm.weight"
-"stem.{i}.qkv_all" = "blk.{i}.attn_qkv.weight"
-"stem.{i}.mix" = "blk.{i}.attn_output.weight"
-"stem.{i}.b.gain" = "blk.{i}.ffn_norm.weight"
-"stem.{i}.wide" = "blk.{i}.ffn_up.weight"
-"stem.{i}.narrow" = "blk.{i}.ffn_down.weight"
-last = "output_norm.weight"
-"""
-
-
-def test_a_map_names_what_nobody_foresaw(tmp_path: Path) -> None:
-    module = models.initialise(models.GPT(bias=False, masks=False))
-    new = {"wte": "words", "wpe": "places", "ln_f": "last", "h": "stem", "ln_1": "a.gain", "ln_2": "b.gain"}
-    parts = {"attn.c_attn": "qkv_all", "attn.c_proj": "mix", "mlp.c_fc": "wide", "mlp.c_proj": "narrow"}
-    state = {"note": torch.ones(3), "stem.0.drawing": torch.ones(4, 4)}
-    for name, tensor in module.state_dict().items():
-        if name != "lm_head.weight":
-            for old, given in parts.items():
-                name = name.replace(old, given)
-            parts_of_name = name.removeprefix("transformer.").removesuffix(".weight").split(".")
-            state[".".join(str(new.get(part, part)) for part in parts_of_name)] = tensor
-    (tmp_path / "names.toml").write_text(MAP)
-    check(module, read_canonical(save(tmp_path, state), mapping=tmp_path / "names.toml"), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[names]\na = b",
-        '[names]\na = "blk.0.attention.weight"',
-        '[names]\n"a.{i}" = "output.weight"',
-        "n_head = 4",
-        "[names",
-        "x = {}",
-        "[set]\nx = []",
-    ],
-)
-def test_a_wrong_map_is_one_line_with_its_number(line: str, tmp_path: Path) -> None:
-    (tmp_path / "names.toml").write_text(line)
-    with pytest.raises(FileError, match=r"names.toml: line \d"):
-        read_canonical(save(tmp_path, models.GPT().state_dict()), mapping=tmp_path / "names.toml")
 
 
 # ── published sizes ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_checks import logits_of
 
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
@@ -153,8 +154,6 @@ IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def logits(model: CanonicalModel, folder: Path) -> np.ndarray:
-    from test_export_dialects import logits_of
-
     export(model, "c", folder / "out.gguf", quant="f32")
     return logits_of(folder / "out.gguf", IDS)
 

@@ -22,7 +22,7 @@ from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import make_vocabulary
 from pocketlm.tokenizer.byte_bpe import LETTERS
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normal_form import Normalizer
+from pocketlm.tokenizer.normalizer import Normalizer
 from pocketlm.tokenizer.unigram import Unigram
 
 CHARACTERS = sorted(set("\n !',-.?ABCabcdefghijklmnopqrstuvwxyzğışöüç"))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from canonical_models import make_hyper, make_model
-from test_export_security import SOUND, WAYS, entry, safetensors, torch_zip
+from hostile_checkpoints import SOUND, WAYS, entry, safetensors, torch_zip
 from tiny_models import write_model
 
 import pocketlm

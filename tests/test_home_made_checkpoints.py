@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_checks import onnx_logits_of, save
 
 import pocketlm
 from pocketlm.errors import FileError
@@ -63,20 +64,9 @@ def check(module: Any, source: Path, n: int = 40, **options: Any) -> tuple[Canon
 
 def in_onnx(module: Any, model: CanonicalModel, out: Path) -> None:
     """onnxruntime's logits of the model, all tokens at once."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="runs the ONNX file")
     export(model, "test", out, container="onnx", quant="f32", n_threads=1)
-    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(2).integers(0, model.hyper.n_vocab, 40)
-    past = {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32) for i in session.get_inputs() if i.name.startswith("past")
-    }
-    found = session.run(["logits"], {"input_ids": ids[None], "attention_mask": np.ones((1, 40), np.int64), **past})[0][0]
-    assert np.abs(found - logits_of(module, ids, half=False)).max() < LIMIT
-
-
-def save(folder: Path, content: Any, name: str) -> Path:
-    torch.save(content, folder / name)
-    return folder / name
+    assert np.abs(onnx_logits_of(out, ids.tolist()) - logits_of(module, ids, half=False)).max() < LIMIT
 
 
 ONLY_HERE = "stock llama.cpp does not know this architecture: the file runs in pocketlm only"

@@ -4,6 +4,7 @@ import argparse
 import pickle
 
 import pytest
+from checkpoint_checks import MAP
 from packing import fake_stub
 
 from pocketlm.build import command as build
@@ -13,7 +14,6 @@ from pocketlm.export import command as export
 torch = pytest.importorskip("torch", reason="makes the checkpoint and the adapter")
 models = pytest.importorskip("torch_models")
 lora = pytest.importorskip("test_export_lora")
-MAP = pytest.importorskip("test_export_dialects").MAP
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": 61, "bias": True, "dropout": 0.0}
 NAMES = {"transformer.": "", "h.": "stem.", "wte": "words", "wpe": "places", "ln_f": "last", "ln_1": "a.gain", "ln_2": "b.gain",
@@ -22,7 +22,7 @@ LETTERS = [chr(33 + i) for i in range(60)] + [" "]
 
 
 def renamed(name):
-    """A tensor of nanoGPT as MAP, of the tests of dialects, calls it."""
+    """A tensor of nanoGPT as MAP calls it."""
     for old, new in NAMES.items():
         name = name.replace(old, new)
     return name.removesuffix(".weight")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pocketlm.errors import FileError, UsageError
-from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
+from pocketlm.tokenizer.normalizer import AS_IT_IS, Normalizer
 from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
 
 # token types, as GGUF and SentencePiece number them

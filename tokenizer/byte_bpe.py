@@ -7,6 +7,8 @@ In: a vocabulary in the byte-level letters of GPT-2, a merge table, the name of 
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
 from pocketlm.tokenizer.merge import LONG, MergeTable, merge, merge_long
 from pocketlm.tokenizer.pretokenize import splitter
@@ -78,8 +80,6 @@ class ByteBPE(Tokenizer):
     def _merge(self, data: bytes) -> list[int]:
         byte_ids = self._byte_ids
         if len(data) >= LONG and not self._missing.intersection(data):
-            import numpy as np
-
             return merge_long(np.frombuffer(data, dtype=np.uint8), byte_ids.__getitem__, self.table)  # type: ignore[arg-type]
         symbols = [byte_ids[byte] for byte in data]
         if None in symbols:

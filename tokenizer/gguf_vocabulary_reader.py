@@ -9,14 +9,16 @@ names, `strip_left` and `strip_right` (ids), `normal_form` and `replacements` (w
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, NoTokenizer, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters
+from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normal_form import make_normalizer
-from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.normalizer import make_normalizer
 from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 from pocketlm.tokenizer.unigram import Unigram
 
@@ -61,8 +63,6 @@ class Keys:
 
     def numbers(self, key: str, kinds: str) -> Any:
         """A one-dimensional NumPy array whose dtype is of one of `kinds` ("iu", "iuf"); None if it is missing."""
-        import numpy as np
-
         value = self.metadata.get(key)
         if value is None:
             return None
@@ -102,8 +102,6 @@ def from_metadata(metadata: Mapping[str, Any], path: object) -> Tokenizer:
 
 
 def _types(keys: Keys, n_tokens: int) -> bytearray:
-    import numpy as np
-
     types = keys.numbers(_GGML + "token_type", "iu")
     if types is None:
         return bytearray([NORMAL]) * n_tokens

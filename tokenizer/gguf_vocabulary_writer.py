@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import numpy as np
+
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Tokenizer
 from pocketlm.tokenizer.byte_bpe import TO_LETTERS, ByteBPE
 from pocketlm.tokenizer.merge import NO_MERGE
-from pocketlm.tokenizer.normal_form import Normalizer
+from pocketlm.tokenizer.normalizer import Normalizer
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 from pocketlm.tokenizer.sentencepiece import SentencePiece
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE
@@ -59,8 +61,6 @@ def read_options(metadata: Mapping[str, Any], path: object, usual: T) -> T:
 
 def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
     """The keys of a tokenizer, filled up to `n_vocab` tokens."""
-    import numpy as np
-
     vocabulary = tokenizer.vocabulary
     tokens = filled(vocabulary.tokens, n_vocab)
     types = np.full(n_vocab, UNUSED, np.int32)
@@ -128,8 +128,6 @@ def _sentencepiece(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
     """Scores are minus the best rank: their order is all that counts. By scores a token is made of any two pieces;
     where that is not so, the merges go along.
     """
-    import numpy as np
-
     splits = list(_splits(tokenizer))
     scores, ranks = np.zeros(n_vocab, np.float32), {}
     for rank, left, right in splits:
@@ -148,8 +146,6 @@ def _sentencepiece(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
 
 
 def _unigram(tokenizer: Unigram, n_vocab: int) -> dict[str, Any]:
-    import numpy as np
-
     exact = np.array(tokenizer.scores)
     scores = np.zeros(n_vocab, np.float32 if (exact.astype(np.float32) == exact).all() else np.float64)
     scores[: len(exact)] = exact
@@ -163,8 +159,6 @@ def _unigram(tokenizer: Unigram, n_vocab: int) -> dict[str, Any]:
 
 def _prepared(tokenizer: SentencePiece) -> dict[str, Any]:
     """How a text is prepared, for both kinds."""
-    import numpy as np
-
     options = tokenizer.options
     keys: dict[str, Any] = {
         "tokenizer.ggml.add_space_prefix": options.prefix != "never",

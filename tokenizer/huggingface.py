@@ -15,10 +15,10 @@ from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
+from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
-from pocketlm.tokenizer.normal_form import NORMAL_FORMS, Normalizer, make_normalizer
-from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.normalizer import NORMAL_FORMS, Normalizer, make_normalizer
 from pocketlm.tokenizer.pretokenize import name_of_pattern
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.unigram import Unigram

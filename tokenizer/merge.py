@@ -11,13 +11,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.texts import TextIndex, index_of
-
-if TYPE_CHECKING:
-    import numpy as np
 
 NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
@@ -169,14 +167,12 @@ def _merge_heap(symbols: "array[int]", table: MergeTable) -> list[int]:
 # ── long texts of few different symbols: a run of one character ──────────────────────────────────────────────────────
 
 
-def merge_long(codes: "np.ndarray", symbol_of: Callable[[int], int], table: MergeTable) -> list[int]:
+def merge_long(codes: np.ndarray, symbol_of: Callable[[int], int], table: MergeTable) -> list[int]:
     """`merge` of `symbol_of(code)` for an array of at least `LONG` unsigned codes.
 
     Codes are numbered anew in 8 bits and all occurrences of a pair are merged at once, so a run of ten million equal
     characters is no burden; a text of many different characters goes the usual way.
     """
-    import numpy as np
-
     used = np.zeros(int(codes.max()) + 1, dtype=bool)
     for block in _blocks(codes):
         used[block] = True
@@ -196,9 +192,7 @@ def merge_long(codes: "np.ndarray", symbol_of: Callable[[int], int], table: Merg
 class _Run:
     """A long sequence of few different symbols, numbered by `alphabet`, being merged."""
 
-    def __init__(self, local: "np.ndarray", alphabet: list[int], table: MergeTable):
-        import numpy as np
-
+    def __init__(self, local: np.ndarray, alphabet: list[int], table: MergeTable):
         self.local, self.alphabet, self._table = local, [], table
         self._values = np.full(65536, NO_MERGE, dtype=np.int64)  # of the pair `left << 8 | right` of numbers
         for symbol in alphabet:
@@ -217,8 +211,6 @@ class _Run:
 
     def merge(self) -> bool:
         """Whether all merges are done; if not, what is left is a state that merging one by one would come to, too."""
-        import numpy as np
-
         budget = _ROUNDS * len(self.local)
         while len(self.local) > 1:
             pairs = (self.local[:-1].astype(np.uint16) << 8) | self.local[1:]
@@ -247,10 +239,8 @@ class _Run:
         values = self._values
         return min(int(min(values[new << 8 | other], values[other << 8 | new])) for other in symbols) >> 32
 
-    def _all_at_once(self, pairs: "np.ndarray", best: int, new: int) -> None:
+    def _all_at_once(self, pairs: np.ndarray, best: int, new: int) -> None:
         """Merge every occurrence of one pair, which must not make a pair that should have gone before."""
-        import numpy as np
-
         hit = pairs == best
         if best >> 8 == best & 255:
             hit &= _every_other(hit)
@@ -261,8 +251,6 @@ class _Run:
 
     def _left_to_right(self, rank: int, symbols: list[int]) -> bool:
         """Do all merges of one rank, the leftmost first, in one pass; False if they could make a better pair."""
-        import numpy as np
-
         becomes: dict[int, int] = {}
         new = _STAYS
         done = bytearray()
@@ -296,10 +284,8 @@ class _Run:
         return _BETTER if self._best_rank_of(new, symbols) < rank else new
 
 
-def _every_other(hit: "np.ndarray") -> "np.ndarray":
+def _every_other(hit: np.ndarray) -> np.ndarray:
     """True at the first, third, fifth … place of each run of True: of aaaa, the pairs that can be merged at once."""
-    import numpy as np
-
     first = hit.copy()
     first[1:] &= ~hit[:-1]
     starts = np.flatnonzero(first)
@@ -310,6 +296,6 @@ def _every_other(hit: "np.ndarray") -> "np.ndarray":
     return odd == 0
 
 
-def _blocks(values: "np.ndarray") -> "list[np.ndarray]":
+def _blocks(values: np.ndarray) -> list[np.ndarray]:
     """The array in parts: NumPy copies indices in 64 bits, which should be no longer than the cache."""
     return [values[start : start + (1 << 18)] for start in range(0, len(values), 1 << 18)]

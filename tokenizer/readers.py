@@ -8,7 +8,7 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def load(
     """
     path = Path(path)
     if path.is_dir():
-        path = _in_folder(path)
+        if (found := find_in(path, _IN_FOLDER)) is None:
+            raise FileError(path, "holds no tokenizer", "looked for " + ", ".join(_IN_FOLDER))
+        path = found
     data = _read(path, 4)
     if data == b"GGUF":
         from pocketlm.runtime.gguf_reader import open_gguf
@@ -83,12 +85,10 @@ def _read(path: Path, n_bytes: int = -1) -> bytes:
     return data
 
 
-def _in_folder(folder: Path) -> Path:
-    for name in _IN_FOLDER:
-        found = sorted(file for file in folder.glob(name) if file.is_file())
-        if found:
-            return found[0]
-    raise FileError(folder, "holds no tokenizer", "looked for " + ", ".join(_IN_FOLDER))
+def find_in(folder: Path, names: Sequence[str] = BESIDE) -> Path | None:
+    """The first tokenizer's file in a folder, of `names` in their order; None where there is none."""
+    found = (sorted(file for file in folder.glob(name) if file.is_file()) for name in names)
+    return next((files[0] for files in found if files), None)
 
 
 def _from_json(path: Path, value: Any) -> Tokenizer:

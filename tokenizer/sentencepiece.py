@@ -13,7 +13,7 @@ from typing import Literal
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Markers, Tokenizer, Vocabulary
-from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.texts import TextIndex
 
 SPACE = "▁"

@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import numpy as np
+
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import NORMAL, UNUSED, Vocabulary
 from pocketlm.tokenizer.merge import LONG, NO_MERGE, MergeTable, concatenation_table, merge, merge_long, rank_table
@@ -18,8 +20,6 @@ _CODE_POINTS = 0x110000
 
 def score_table(path: object, vocabulary: Vocabulary, scores: Sequence[float]) -> MergeTable:
     """Merges by score, the highest first. FileError for scores that do not fit the vocabulary."""
-    import numpy as np
-
     values = np.asarray(scores, dtype=np.float64)
     if values.shape != (len(vocabulary.tokens),):
         raise FileError(path, f"{values.size} scores for {len(vocabulary.tokens)} tokens")
@@ -96,8 +96,6 @@ class SentencePieceBPE(SentencePiece):
         symbols = self._symbols
         if len(text) < LONG:
             return merge([symbols[character] for character in text], table)
-        import numpy as np
-
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         return merge_long(codes, lambda code: symbols[chr(code)], table)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, make_vocabulary
-from pocketlm.tokenizer.normalize import Rules
+from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.sentencepiece import UNKNOWN_TEXT, Options
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE, score_table
 from pocketlm.tokenizer.unigram import Unigram

@@ -121,8 +121,5 @@ def index_of(texts: Sequence[str]) -> tuple[Texts, TextIndex]:
     kept = Texts(texts)
     hashes = np.fromiter(map(hash, texts), np.int64, len(texts))
     order = np.argsort(hashes)
-    return kept, TextIndex(kept, hashes[order], order.astype(np.int32)).without(_empty(texts))
-
-
-def _empty(texts: Sequence[str]) -> list[int]:
-    return [i for i, text in enumerate(texts) if not text] if "" in texts else []
+    index = TextIndex(kept, hashes[order], order.astype(np.int32))
+    return kept, index.without([i for i, text in enumerate(texts) if not text]) if "" in texts else index

@@ -243,7 +243,7 @@ def _template(files: list[Path], arguments: argparse.Namespace) -> str:
 
 def _tokenizer(folder: Path, kind: str, n_vocab: int, reading: Reading, arguments: argparse.Namespace) -> Tokenizer:
     from pocketlm import tokenizer
-    from pocketlm.tokenizer.normal_form import read_lines, read_normalizer
+    from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
     from pocketlm.train import data, documents, vocabularies
     from pocketlm.train.starting_weights import taken
 

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, UsageError, did_you_mean
 from pocketlm.export import published
-from pocketlm.export.assemble import interleaving, reordered, split_qkv
+from pocketlm.export.assemble import interleave, split_qkv
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.from_model_file import is_model_file
@@ -94,12 +93,9 @@ def _weights(model: CanonicalModel) -> dict[str, CanonicalTensor]:
     """What was learnt, with q, k and v apart and the two of a rotary pair half a head apart."""
     hyper = model.hyper
     weights = {name: tensor for name, tensor in model.tensors.items() if name not in model.added}
-    split_qkv(weights, hyper.n_layer, hyper.q_width, hyper.kv_width)
+    split_qkv(weights, hyper.q_width, hyper.kv_width)
     if hyper.rope and hyper.rope.pairs == "interleaved":
-        for part, n_heads in (("q", hyper.n_head), ("k", hyper.n_kv_head)):
-            order = np.argsort(interleaving(n_heads, hyper.head_dim, hyper.rope.n_dims))
-            turned = {name for name in weights if f".attn_{part}." in name}
-            weights |= {name: reordered(weights[name], order) for name in turned}
+        interleave(weights, (hyper.n_head, hyper.n_kv_head, hyper.head_dim), hyper.rope.n_dims, back=True)
     return weights
 
 

@@ -19,7 +19,7 @@ from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.gguf_vocabulary_writer import is_one_token, with_markers
-from pocketlm.tokenizer.normal_form import AS_IT_IS, Normalizer
+from pocketlm.tokenizer.normalizer import AS_IT_IS, Normalizer
 
 ROLES = ("system", "user", "assistant")
 END = "<|endoftext|>"  # between documents, and in front of a conversation

@@ -9,11 +9,11 @@ the offset of the children). The usual table has 225,000 keys; they are looked u
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pocketlm.errors import FileError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from pocketlm.tokenizer.base import Markers
 
 _MAX_BRANCHES = 1 << 22  # the usual tables have 200,000
@@ -24,8 +24,6 @@ class Rules:
     """The replacements of one precompiled table, `charsmap`. FileError for a table that is damaged."""
 
     def __init__(self, path: object, charsmap: bytes):
-        import numpy as np
-
         self._path, self.charsmap = path, charsmap
         size = int.from_bytes(charsmap[:4], "little")
         if len(charsmap) < 8 or size % 4 or not 4 <= size <= len(charsmap) - 4:
@@ -97,7 +95,7 @@ def _offset(unit: int) -> int:
     return (unit >> 10) << ((unit & 0x200) >> 6)
 
 
-def _one_of(characters: "np.ndarray") -> str:
+def _one_of(characters: np.ndarray) -> str:
     """A class of characters given as their UTF-8 bytes in an integer.
 
     Those above U+FFFF stand apart: `re` looks up a class in a bitmap only when it has none of them.
@@ -111,9 +109,7 @@ def _one_of(characters: "np.ndarray") -> str:
 class _Trie:
     """Walks all branches of the trie at once, in arrays."""
 
-    def __init__(self, units: "np.ndarray"):
-        import numpy as np
-
+    def __init__(self, units: np.ndarray):
         self._ends, labels = units & 0x100 > 0, units & 0x800000FF
         places = np.arange(len(units))
         self._states = places ^ ((units >> 10) << ((units & 0x200) >> 6))
@@ -123,14 +119,12 @@ class _Trie:
         self._parents, self._labels = parents[self._order], labels
         self.root = self._states[:1]
 
-    def has_children(self, states: "np.ndarray") -> "np.ndarray":
+    def has_children(self, states: np.ndarray) -> np.ndarray:
         """Whether longer keys go on from each of the states."""
         return self._parents.searchsorted(states) < self._parents.searchsorted(states, side="right")
 
-    def characters(self, states: "np.ndarray") -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+    def characters(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The characters that go on from the states (UTF-8 in an integer), the state after each, whether a key ends there."""
-        import numpy as np
-
         text = np.zeros(len(states), dtype=np.int64)
         first = text
         done: list[tuple[np.ndarray, ...]] = []

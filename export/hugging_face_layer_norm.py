@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import reordered
+from pocketlm.export.assemble import in_layers, reorder
 from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 
@@ -20,9 +20,7 @@ def _apart(draft: Draft) -> None:
     """All queries, all keys, all values, where the file has them head by head."""
     n_head, _, head_dim = draft.heads
     order = np.arange(3 * n_head * head_dim).reshape(n_head, 3, head_dim).swapaxes(0, 1).ravel()
-    for role in draft.in_layers(r"attn_qkv\.(weight|bias)"):
-        if draft.tensors[role].shape[0] == len(order):
-            draft.tensors[role] = reordered(draft.tensors[role], order)
+    reorder(draft.tensors, r"attn_qkv\.(weight|bias)", order)
 
 
 def _gptneox(draft: Draft) -> None:
@@ -35,7 +33,7 @@ def _stablelm(draft: Draft) -> None:
     draft.keys["use_parallel_residual"] = draft.config.raw("use_parallel_residual") is True
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):
-        for role in draft.in_layers(rf"attn_{part}_norm\.weight"):
+        for role in in_layers(draft.tensors, rf"attn_{part}_norm\.weight"):
             draft.tensors[role] = _shaped(draft.tensors[role], n, head_dim)
 
 
@@ -55,9 +53,9 @@ def _mpt(draft: Draft) -> None:
         raise FileError(draft.config.path, "is an MPT without ALiBi", "pocketlm does not compute that")
 
 
-_LAYER_NORM: dict[str, Any] = {"norm": "layer", "norm_eps": 1e-5}
-_ROPE = {**_LAYER_NORM, "position": "rope", "rope_pairs": "half"}
-OLDER = (
+_FIXED: dict[str, Any] = {"norm": "layer", "norm_eps": 1e-5}
+_ROPE = {**_FIXED, "position": "rope", "rope_pairs": "half"}
+LAYER_NORM = (
     Dialect(
         "Hugging Face GPT-NeoX", (r"(.*\.)?layers\.N\.attention\.query_key_value\.weight",),
         {**_ROPE, "activation": "gelu_erf"}, architecture="gptneox", finish=_gptneox,
@@ -80,12 +78,12 @@ OLDER = (
     Dialect(
         "Hugging Face BLOOM",
         (r"(.*\.)?h\.N\.self_attention\.query_key_value\.weight", r"(.*\.)?word_embeddings_layernorm\.weight"),
-        {**_LAYER_NORM, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
+        {**_FIXED, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
         names={"word_embeddings_layernorm": "token_embd_norm", "*.self_attention.query_key_value": "attn_qkv"},
     ),
     Dialect(
         "Hugging Face MPT", (r"(.*\.)?blocks\.N\.attn\.Wqkv\.weight", r"(.*\.)?blocks\.N\.ffn\.up_proj\.weight"),
-        {**_LAYER_NORM, "position": "alibi", "activation": "gelu_erf"}, architecture="mpt", finish=_mpt,
+        {**_FIXED, "position": "alibi", "activation": "gelu_erf"}, architecture="mpt", finish=_mpt,
         names={"*.attn.q_ln": "attn_q_norm", "*.attn.k_ln": "attn_k_norm"},
     ),
 )  # fmt: skip
