@@ -1,4 +1,4 @@
-"""Decoders of every kind, listed with the builder of architectures, and what they compute in float64, written out here."""
+"""Decoders of every kind: published architectures', and others listed here; what they compute in float64, written out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from canonical_models import make_hyper
 
 from pocketlm.runtime import plan as P
+from pocketlm.runtime.architectures import bloom, gptneox, granite, olmo2, phi2, phi3, stablelm
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Rope
@@ -49,7 +50,7 @@ def tensors_of(plan: P.Plan, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
-# ── lists of operations, after published architectures ───────────────────────────────────────────────────────────────
+# ── lists of operations that no architecture here has ────────────────────────────────────────────────────────────────
 
 
 def gemma3(m: Builder) -> None:
@@ -89,38 +90,6 @@ def gemma2(m: Builder) -> None:
     m.softcap("logits", 3.0)
 
 
-def granite(m: Builder) -> None:
-    m.embed()
-    m.scale("x", 12.0)
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention(scale=0.11)
-        b.add(factor=0.22)
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add(factor=0.22)
-    m.norm("output_norm")
-    m.logits()
-    m.scale("logits", 1 / 8)
-
-
-def olmo2(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.qkv("x")
-        b.norm_queries_and_keys()
-        b.rotate()
-        b.attend()
-        b.attention_output()
-        b.norm("post_attention_norm", "y", "y")
-        b.add()
-        b.feed_forward("x")
-        b.norm("post_ffw_norm", "y", "y")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
 def olmo(m: Builder) -> None:
     m.embed()
     for b in m.layers():
@@ -134,48 +103,6 @@ def olmo(m: Builder) -> None:
     m.logits()
 
 
-def phi2(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention()
-        b.add()
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
-def gptneox(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.norm("ffn_norm", out="h2")
-        b.attention()
-        b.add()
-        b.feed_forward("h2")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
-def stablelm(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.qkv()
-        b.norm_heads(own=True)
-        b.rotate()
-        b.attend()
-        b.attention_output()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
 def smollm3(m: Builder) -> None:
     m.embed()
     for b in m.layers():
@@ -185,20 +112,6 @@ def smollm3(m: Builder) -> None:
             b.rotate()
         b.attend()
         b.attention_output()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
-def bloom(m: Builder) -> None:
-    m.embed()
-    m.norm("token_embd_norm", "x", "x")
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention()
         b.add()
         b.norm("ffn_norm")
         b.feed_forward()
@@ -242,19 +155,6 @@ def nanochat(m: Builder) -> None:
     m.softcap("logits", 15.0)
 
 
-def phi3(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
 def _fused(n_layer: int = 2) -> dict[str, tuple[int, ...]]:
     """Tensors of phi3: q, k and v in one, gate and up in one, factors of frequencies for short and long contexts."""
     shapes: dict[str, tuple[int, ...]] = {"rope_factors_short.weight": (4,), "rope_factors_long.weight": (4,)}
@@ -278,23 +178,30 @@ def _without(names: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in _biases().items() if not any(part in name for part in names.split())}
 
 
+def _own_norms() -> dict[str, tuple[int, ...]]:
+    """Of stablelm: one after the other, heads normalised."""
+    shapes: dict[str, tuple[int, ...]] = {"attn_q_norm": (4, 16), "ffn_norm": (64,)}
+    return {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in shapes.items()}
+
+
 HALF = {"rope": Rope(1000.0, 16, "half")}
 PART = {"rope": Rope(1000.0, 4, "half"), "norm": "layer"}
 LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.19, original_ctx=32)}
+FACTORS = {"attention.scale": 0.11, "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 8.0}
 LISTS: dict[str, Callable[[], P.Plan]] = {
     "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
     "gemma2": lambda: make(gemma2, activation="gelu_tanh", **HALF),
-    "granite": lambda: make(granite),
-    "olmo2": lambda: make(olmo2, **HALF),
+    "granite": lambda: make(granite.operations, settings=FACTORS),
+    "olmo2": lambda: make(olmo2.operations, **HALF),
     "olmo": lambda: make(olmo, norm="layer"),
-    "phi2": lambda: make(phi2, _without("token_embd_norm ffn_norm"), gated=False, activation="gelu_erf", **PART),
-    "gptneox": lambda: make(gptneox, _without("token_embd_norm"), gated=False, activation="gelu_erf", **PART),
-    "stablelm": lambda: make(stablelm, **PART),
+    "phi2": lambda: make(phi2.operations, _without("token_embd_norm ffn_norm"), gated=False, activation="gelu_erf", **PART),
+    "gptneox": lambda: make(gptneox.operations, _without("token_embd_norm"), gated=False, activation="gelu_erf", **PART),
+    "stablelm": lambda: make(stablelm.operations, _own_norms(), **PART),
     "smollm3": lambda: make(smollm3),
-    "bloom": lambda: make(bloom, _biases(), norm="layer", position="alibi", gated=False, activation="gelu_tanh"),
+    "bloom": lambda: make(bloom.operations, _biases(), norm="layer", position="alibi", gated=False, activation="gelu_tanh"),
     "gpt-oss": lambda: make(gpt_oss, **HALF),
     "nanochat": lambda: make(nanochat, gated=False, activation="relu_squared", **HALF),
-    "phi3": lambda: make(phi3, _fused(), **LONG),
+    "phi3": lambda: make(phi3.operations, _fused(), **LONG),
     "odd widths": lambda: make(gemma3, n_embd=60, head_dim=6, n_ff=52, rope=Rope(1000.0, 6, "interleaved")),
 }  # fmt: skip
 
