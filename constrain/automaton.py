@@ -28,7 +28,7 @@ from pocketlm.constrain.grammar import (
 )  # fmt: skip
 from pocketlm.errors import UsageError
 
-MOST_NODES = 200_000
+MOST_NODES = 50_000
 END = 0  # the node where what was entered, or the whole text, is through
 
 

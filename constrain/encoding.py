@@ -36,8 +36,8 @@ def sequences(chars: Chars) -> tuple[Bytes, ...]:
 def _utf8(ranges: Ranges) -> Iterator[Bytes]:
     for limits in UTF8:
         for low, high in common(ranges, (limits,)):
-            for ranges in between(tuple(chr(low).encode()), tuple(chr(high).encode()), 0x80, 0xBF):
-                yield tuple((span,) for span in ranges)
+            for spans in between(tuple(chr(low).encode()), tuple(chr(high).encode()), 0x80, 0xBF):
+                yield tuple((span,) for span in spans)
 
 
 def between(low: tuple[int, ...], high: tuple[int, ...], least: int, most: int) -> Iterator[Spans]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pocketlm.constrain import json_texts, patterns
 from pocketlm.constrain.automaton import build
 from pocketlm.constrain.grammar import Choice, Grammar
-from pocketlm.constrain.masks import MOST_STATES, NONE, Masks
+from pocketlm.constrain.masks import WHOLE, Masks
 from pocketlm.constrain.schema import grammar_of
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
@@ -120,7 +120,7 @@ class Guides:
         """For one answer. Raises UsageError for a form that is not supported, or too large."""
         with self._lock:
             masks = self._kept.pop(form, None)
-            if masks is None or masks.n_states > MOST_STATES // 2:  # answers that are being written keep theirs
+            if masks is None or masks.is_large:  # answers that are being written keep theirs
                 name, value = form
                 grammar = FORMS[name](value)
                 masks = Masks(build(grammar), self.vocabulary, grammar.of)
@@ -175,6 +175,6 @@ class Guide:
         """Whether the answer is whole and nothing can be added to it. Otherwise what may come is computed here, so that a pass
         that others wait for has it at once. Raises UsageError, as `Masks.mask`.
         """
-        if self._state == NONE or not self._masks.may_go_on(self._state):
+        if self._state <= {WHOLE}:
             return True
         return not len(self._masks.mask(self._state))

@@ -3,8 +3,8 @@
 In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of the tokens that a whole text can go on with, exactly these.
 Knows no model and no grammar.
 
-A state is a set of (node, stack of the parts that were entered); states and their rows of 256 bytes are made when they are
-first met, and the tree of the vocabulary is walked by all its branches at once, one level after the other. A mask is kept
+A state is a set of (node, stack of the parts that were entered). Their rows of 256 bytes are made when they are first met, and
+forgotten when there are many; the tree of the vocabulary is walked by all its branches at once, one level after the other. A mask is kept
 with its state. Inside a repeated part whose repetitions can be counted (the characters of a string, above all) the tree is
 walked once: it says for every token how many repetitions it needs, and what remains to be walked are the branches that leave
 the part. So a string of at most 4,000 characters has no 4,000 masks of its own to be computed.
@@ -23,8 +23,9 @@ from pocketlm.constrain.automaton import END, Automaton
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
-MOST_STATES = 1 << 15  # of 1 KB each
-MOST_STEPS = 1_000_000  # for one mask
+MOST_ROWS = 1 << 14  # of 1 KB each
+MOST_STACKS = 1 << 18
+MOST_STEPS = 200_000  # for one mask
 MOST_MASK_BYTES = 1 << 24
 BOTTOM = 0  # the stack where nothing was entered
 NONE = -1
@@ -33,7 +34,9 @@ MOST_COUNTED = 32
 FAR = np.iinfo(np.int32).max
 
 Place = tuple[int, int]  # node, stack
+State = frozenset[Place]
 WHOLE: Place = END, BOTTOM
+NOWHERE: State = frozenset()
 
 
 class Masks:
@@ -45,40 +48,44 @@ class Masks:
         self._lock = threading.Lock()
         self._frames: list[tuple[int, int, int]] = [(0, 0, 0)]  # of a stack: part, times through it, stack below
         self._stacks: dict[tuple[int, int, int], int] = {}
-        self._reached: dict[Place, frozenset[Place]] = {}
-        self._places: list[frozenset[Place]] = []
-        self._states: dict[frozenset[Place], int] = {}
+        self._masks: dict[State, np.ndarray] = {}
+        self._mask_bytes = 0
+        self._counted: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+        self._forget()
+        self.start: State = self._reach((automaton.start, BOTTOM))
+
+    def _forget(self) -> None:
+        """The numbers of states, and what follows them."""
+        self._reached: dict[Place, State] = {}
+        self._states: list[State] = []
+        self._number_of: dict[State, int] = {}
         self._table = np.full((64, 256), NONE, np.int32)
         self._has_row = np.zeros(64, bool)
         self._is_whole = np.zeros(64, bool)
-        self._masks: dict[int, np.ndarray] = {}
-        self._mask_bytes = 0
-        self._counted: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
         self._steps = 0
-        self.start = self._state(self._reach((automaton.start, BOTTOM)))
+
+    def _begin(self) -> None:
+        self._steps = 0
+        if len(self._states) > MOST_ROWS // 2:
+            self._forget()
 
     @property
-    def n_states(self) -> int:
-        return len(self._places)
+    def is_large(self) -> bool:
+        """Whether so much has been met that others had better begin anew."""
+        return len(self._frames) > MOST_STACKS // 4
 
-    def advance(self, state: int, data: bytes) -> int:
-        """The state after these bytes; NONE where they cannot come. Raises UsageError as `mask`."""
+    def advance(self, state: State, data: bytes) -> State:
+        """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
         with self._lock:
-            self._steps = 0
+            self._begin()
+            number = self._number(state)
             for byte in data:
-                if state != NONE:
-                    state = int(self._row(state)[byte])
-            return state
+                number = int(self._row(number)[byte])
+                if number == NONE:
+                    return NOWHERE
+            return self._states[number]
 
-    def is_whole(self, state: int) -> bool:
-        """Whether the text may end here."""
-        return state != NONE and bool(self._is_whole[state])
-
-    def may_go_on(self, state: int) -> bool:
-        """Whether anything may come after it."""
-        return state != NONE and self._places[state] != {WHOLE}
-
-    def mask(self, state: int) -> np.ndarray:
+    def mask(self, state: State) -> np.ndarray:
         """The ids of the tokens that may come where these are few, else for each token whether it may not, bool (n_vocab,).
 
         Raises UsageError where a text can be read in so many ways that this would take too much time or memory.
@@ -86,7 +93,7 @@ class Masks:
         with self._lock:
             found = self._masks.get(state)
             if found is None:
-                self._steps = 0
+                self._begin()
                 found = self._compute(state)
                 self._mask_bytes += found.nbytes
                 while self._mask_bytes > MOST_MASK_BYTES and self._masks:
@@ -94,7 +101,7 @@ class Masks:
                 self._masks[state] = found
             return found
 
-    def apply(self, state: int, logits: np.ndarray) -> None:
+    def apply(self, state: State, logits: np.ndarray) -> None:
         """-inf for what may not come."""
         mask = self.mask(state)
         if mask.dtype == np.bool_:
@@ -108,7 +115,7 @@ class Masks:
 
     def _count(self, steps: int) -> None:
         self._steps += steps
-        if self._steps > MOST_STEPS or len(self._places) >= MOST_STATES:
+        if self._steps > MOST_STEPS or len(self._states) >= MOST_ROWS or len(self._frames) >= MOST_STACKS:
             raise UsageError(f"{self.of} can be read in too many ways at once; make it simpler")
 
     def _stack(self, part: int, times: int, below: int) -> int:
@@ -119,7 +126,7 @@ class Masks:
             self._frames.append(frame)
         return found
 
-    def _reach(self, place: Place) -> frozenset[Place]:
+    def _reach(self, place: Place) -> State:
         """Where one is without another byte: the places that have edges, and the end of the whole text."""
         found = self._reached.get(place)
         if found is not None:
@@ -156,26 +163,26 @@ class Masks:
         found = self._reached[place] = frozenset(kept)
         return found
 
-    def _state(self, places: frozenset[Place]) -> int:
-        found = self._states.get(places)
+    def _number(self, state: State) -> int:
+        found = self._number_of.get(state)
         if found is None:
-            self._count(len(places))
-            found = self._states[places] = len(self._places)
-            self._places.append(places)
+            self._count(len(state))
+            found = self._number_of[state] = len(self._states)
+            self._states.append(state)
             if found == len(self._table):
                 self._table = np.concatenate([self._table, np.full_like(self._table, NONE)])
                 self._has_row = np.concatenate([self._has_row, np.zeros_like(self._has_row)])
                 self._is_whole = np.concatenate([self._is_whole, np.zeros_like(self._is_whole)])
-            self._is_whole[found] = WHOLE in places
+            self._is_whole[found] = WHOLE in state
         return found
 
-    def _row(self, state: int) -> np.ndarray:
-        """The states after each byte."""
-        if not self._has_row[state]:
+    def _row(self, number: int) -> np.ndarray:
+        """The numbers of the states after each byte."""
+        if not self._has_row[number]:
             edges = self._automaton.edges
             spans = [
                 (low, high, self._reach((target, stack)))
-                for node, stack in self._places[state]
+                for node, stack in self._states[number]
                 for low, high, target in edges[node]
             ]
             starts = sorted({span[0] for span in spans} | {span[1] + 1 for span in spans})
@@ -184,40 +191,40 @@ class Masks:
                 reached = {places for first, last, places in spans if first <= low <= last}
                 self._count(len(spans))
                 if reached:
-                    row[low:end] = self._state(frozenset().union(*reached))
-            self._table[state] = row
-            self._has_row[state] = True
-        return self._table[state]
+                    row[low:end] = self._number(frozenset().union(*reached))
+            self._table[number] = row
+            self._has_row[number] = True
+        return self._table[number]
 
     def _need_rows(self, states: np.ndarray) -> None:
         missing = states[~self._has_row[states]]
         if len(missing):
-            for state in np.unique(missing):
-                self._row(int(state))
+            for number in np.unique(missing):
+                self._row(int(number))
 
     # ---- masks
 
-    def _compute(self, state: int) -> np.ndarray:
+    def _compute(self, state: State) -> np.ndarray:
         vocabulary, automaton = self.vocabulary, self._automaton
         alive = np.zeros(vocabulary.n_nodes, bool)
         counted: dict[int, list[Place]] = {}  # stack -> places in the part on top of it
         others: list[Place] = []
-        for place in self._places[state]:
+        for place in state:
             node, stack = place
             if stack != BOTTOM and automaton.parts[self._frames[stack][0]].is_even:
                 counted.setdefault(stack, []).append((node, BOTTOM))
             elif place != WHOLE:
                 others.append(place)
         if others:
-            self._walk(np.zeros(1, np.int64), np.array([self._state(frozenset(others))]), alive)
+            self._walk(np.zeros(1, np.int64), np.array([self._number(frozenset(others))]), alive)
         for stack, places in counted.items():
             self._repeated(stack, frozenset(places), alive)
         alive[0] = False
         allowed = alive[vocabulary.node_of]
-        if self._is_whole[state]:
+        if WHOLE in state:
             allowed[vocabulary.end_ids] = True
         ids = allowed.nonzero()[0]
-        if not len(ids) and not self._is_whole[state]:
+        if not len(ids) and WHOLE not in state:
             raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
         return ids if len(ids) * 8 <= len(allowed) else ~allowed
 
@@ -232,7 +239,7 @@ class Masks:
             nodes, states = children[kept], states[kept]
             alive[nodes] = True
 
-    def _repeated(self, stack: int, places: frozenset[Place], alive: np.ndarray) -> None:
+    def _repeated(self, stack: int, places: State, alive: np.ndarray) -> None:
         """The same from the root, inside the part on top of the stack, and out of it."""
         vocabulary = self.vocabulary
         i, times, below = self._frames[stack]
@@ -240,8 +247,7 @@ class Masks:
         needed, through = self._counts(i, places)
         alive |= needed <= (FAR - 1 if part.most is None else part.most - times)
         # where the part may be left at an inner node of the tree, it goes on behind it
-        after = self._state(self._reach((part.after, below)))
-        row = self._row(after)
+        row = self._row(self._number(self._reach((part.after, below))))
         first = (row != NONE).nonzero()[0]
         if len(first) <= FEW_BYTES:
             nodes = vocabulary.with_bytes(first.tolist())
@@ -255,18 +261,18 @@ class Masks:
         alive[nodes] = True
         self._walk(nodes, row[vocabulary.byte[nodes]], alive)
 
-    def _counts(self, i: int, places: frozenset[Place]) -> tuple[np.ndarray, np.ndarray]:
+    def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
         """For each node of the tree, from the root inside a part and never out of it: how many repetitions are needed, FAR
         where that leads nowhere; and how many are through where one is at the end of one, else 0. int32 (n_nodes,).
         """
         vocabulary, part = self.vocabulary, self._automaton.parts[i]
-        state, start = self._state(places), self._state(self._reach((part.start, BOTTOM)))
+        first = self._reach((part.start, BOTTOM))
         # of what is at its beginning it depends on nothing but what is repeated: every string has the same
-        kept_in, key = (vocabulary.counted, part.body) if state == start else (self._counted, (part.start, state))
+        kept_in, key = (vocabulary.counted, part.body) if places == first else (self._counted, (part.start, places))
         if (found := kept_in.get(key)) is not None:
             return found
         needed, through = np.full(vocabulary.n_nodes, FAR, np.int32), np.zeros(vocabulary.n_nodes, np.int32)
-        nodes, states, counts = np.zeros(1, np.int64), np.array([state]), np.zeros(1, np.int32)
+        nodes, states, counts = np.zeros(1, np.int64), np.array([self._number(places)]), np.zeros(1, np.int32)
         while len(nodes):
             self._need_rows(states)
             children, n = vocabulary.below(nodes)
@@ -277,7 +283,7 @@ class Masks:
             counts = counts + ends
             needed[nodes] = counts + ~ends
             through[nodes] = counts * ends
-            states = np.where(ends, start, states)
+            states = np.where(ends, self._number(first), states)
         if len(kept_in) >= MOST_COUNTED:
             kept_in.clear()
         kept_in[key] = needed, through

@@ -64,12 +64,13 @@ def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
     for bound in (bounds.least, bounds.most):
         if bound is not None and (abs(bound) >= 10**DIGITS or _fraction(abs(bound))[DIGITS:]):
             raise UsageError(f"{bound} has more than {DIGITS} digits")
+    found = [] if bounds.most is not None and bounds.most < 0 else [not_negative(bounds.from_zero)]
     below = bounds.mirrored
     if below.most is None or below.most > 0:
         above_zero = Bounds(Decimal(0), below.most, True, below.open_most)
         negative = below if below.least is not None and below.least > 0 else above_zero
-        return Either((not_negative(bounds.from_zero), Sequence((literal("-"), not_negative(negative)))))
-    return not_negative(bounds.from_zero)
+        found.append(Sequence((literal("-"), not_negative(negative))))
+    return Either(tuple(found))
 
 
 def _whole_between(bounds: Bounds) -> tuple[int, int]:

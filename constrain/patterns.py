@@ -137,7 +137,7 @@ class _Parser:
         self._take("?")  # lazy: the same texts
         if self._at < len(self._text) and (self._text[self._at] in "*+?" or self._is_braces()):
             raise self._bad("two quantifiers; put the first in a group")
-        return Repeat(node, *bounds)
+        return _times(node, *bounds)
 
     def _is_braces(self) -> bool:
         end = self._text.find("}", self._at)
@@ -262,6 +262,14 @@ class _Parser:
             raise self._bad("a ] is missing", at)
         c = self._next("")
         return self._escape(in_class=True) if c == "\\" else self._one(ord(c), here)
+
+
+def _times(node: Node, least: int, most: int | None) -> Node:
+    """What is repeated in what is repeated is repeated once where that is the same: there is one way less to read a text."""
+    if isinstance(node, Repeat) and node.least <= 1 and most != 0 and node.most != 0:
+        most = None if most is None or node.most is None else most * node.most
+        return Repeat(node.body, least * node.least, most)
+    return Repeat(node, least, most)
 
 
 def _sequence(parts: list[Node]) -> Node:

@@ -191,18 +191,29 @@ class _Compiler:
             merged = self._both(merged, part, f"{path}/allOf/{i}" if i else path)
         return merged
 
+    def _flat(self, schema: Any, path: str) -> Any:
+        """The same without `$ref` and `allOf` at its top."""
+        while not isinstance(schema, bool) and ("$ref" in schema or "allOf" in schema):
+            self._n += 1
+            if self._n > MOST_SCHEMAS:
+                raise self._bad(path, "the schema is too large, or refers to itself without end")
+            schema = self._merged(schema, path)
+            if not isinstance(schema, bool):
+                self._check(schema, path)
+        return schema
+
     def _both(self, a: Any, b: Any, path: str) -> Any:
         """A schema for what both ask for."""
         self._n += 1
         if self._n > MOST_SCHEMAS:
             raise self._bad(path, "the schema is too large, or refers to itself without end")
-        if a is True or b is True:
+        if a is True or b is True or a == b:
             return b if a is True else a
         if a is False or b is False:
             return False
         for one in (a, b):
             self._check(one, path)
-        a, b = (self._merged(one, path) if "$ref" in one or "allOf" in one else one for one in (a, b))
+        a, b = self._flat(a, path), self._flat(b, path)
         if isinstance(a, bool) or isinstance(b, bool):
             return self._both(a, b, path)
         a, b = ({keyword: value for keyword, value in one.items() if keyword not in NOTES} for one in (a, b))
@@ -246,8 +257,8 @@ class _Compiler:
             return False
         self._check(a, path)
         self._check(b, path)
-        if "$ref" in a or "allOf" in a or "$ref" in b or "allOf" in b:
-            flat = [self._merged(one, path) if "$ref" in one or "allOf" in one else one for one in (a, b)]
+        flat = self._flat(a, path), self._flat(b, path)
+        if flat[0] is not a or flat[1] is not b:
             return self._apart(*flat, path, depth + 1)
         values = [_listed(one) for one in (a, b)]
         if None not in values:
