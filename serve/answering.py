@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.slots import QueueFull, Slot, Slots
@@ -80,6 +80,10 @@ class Answerer:
 
     def _encode(self, ask: Ask) -> Prompts:
         tokenizer, template = self.model.tokenizer, self.model.template
+        try:
+            self.model.guide(dict(ask.options))  # made here, outside of every slot, and remembered
+        except UsageError as error:
+            raise ApiError(400, str(error)) from None
         texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
         most = self.n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
         if not ask.fit and sum(map(len, texts)) > most:
@@ -189,9 +193,9 @@ class Answer:
         except StopAsyncIteration:
             self._complete = True
             raise
-        except PocketlmError as error:
+        except PocketlmError as error:  # a UsageError: what the client asked for leads no further
             self._complete = True
-            raise ApiError(500, str(error)) from None
+            raise ApiError(400 if isinstance(error, UsageError) else 500, str(error)) from None
         if piece.finish_reason:
             self._answerer.count(piece)
             if piece.finish_reason == "cancelled" and self._answerer.stopping:

@@ -27,7 +27,7 @@ SAMPLING = (
 # Fields of the protocol that cannot be had, with the values that ask for nothing
 NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "store": (False,),
     "service_tier": ("auto", "default"), "echo": (False,), "suffix": ("",), "best_of": (1,), "grammar": ("",), "n_probs": (0,),
 }  # fmt: skip
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for who keeps books; they change no answer
@@ -153,6 +153,23 @@ def _stream_options(ask: Ask, name: str, value: Any) -> None:
     ask.include_usage = _flag(f"{name}.include_usage", value.get("include_usage", False))
 
 
+def _response_format(ask: Ask, name: str, value: Any) -> None:
+    """OpenAI's three; an object may have a `schema`, as llama.cpp has it."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise _bad(f"{name}.type", "must be text, json_object or json_schema")
+    described = value.get("json_schema") if kind == "json_schema" else value
+    known = {"text": (), "json_object": ("schema",), "json_schema": ("name", "description", "strict", "schema")}[kind]
+    for other in described if isinstance(described, dict) else ():
+        if other not in known and (described is not value or other != "type"):
+            raise _bad(f"{name}.{other[:100]}", "is not supported")
+    if kind == "json_schema" and not (isinstance(described, dict) and described.get("schema") is not None):
+        raise _bad(f"{name}.json_schema.schema", "is missing")
+    if kind != "text":
+        schema = described.get("schema")
+        ask.options.update({"json_object": True} if schema is None else {"json_schema": schema})
+
+
 def _messages(ask: Ask, name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise _bad(name, "must be a list of at least one message")
@@ -215,6 +232,8 @@ _COMMON: dict[str, Reader] = {
     "cache_prompt": _option("reuse_cache", _flag),
     "n": _set("n", lambda name, value: _whole(name, value, 1, MOST_CHOICES)),
     "stream": _set("stream", _flag),
+    "response_format": _response_format,
+    "json_schema": lambda ask, name, value: ask.options.__setitem__(name, value),
     "stream_options": _stream_options,
 }
 _CHAT: dict[str, Reader] = {

@@ -46,7 +46,7 @@ ALLOWED = {
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
-    "cli_options": "errors pocketlm runtime.sampling terminal_text",
+    "cli_options": "errors pocketlm runtime.sampling terminal_text constrain.guides",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",
