@@ -255,7 +255,7 @@ class Masks:
             for node, state in zip(nodes, states, strict=True):
                 row = self._row(state)
                 for child in range(first[node], last[node]):
-                    if (to := row[byte[child]]) != NONE:
+                    if (to := int(row[byte[child]])) != NONE:
                         children.append(child)
                         reached.append(to)
             alive[children] = True

@@ -153,21 +153,25 @@ def _stream_options(ask: Ask, name: str, value: Any) -> None:
     ask.include_usage = _flag(f"{name}.include_usage", value.get("include_usage", False))
 
 
+_FORMATS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+
+
 def _response_format(ask: Ask, name: str, value: Any) -> None:
     """OpenAI's three; an object may have a `schema`, as llama.cpp has it."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in ("text", "json_object", "json_schema"):
-        raise _bad(f"{name}.type", "must be text, json_object or json_schema")
-    described = value.get("json_schema") if kind == "json_schema" else value
-    known = {"text": (), "json_object": ("schema",), "json_schema": ("name", "description", "strict", "schema")}[kind]
-    for other in described if isinstance(described, dict) else ():
-        if other not in known and (described is not value or other != "type"):
-            raise _bad(f"{name}.{other[:100]}", "is not supported")
-    if kind == "json_schema" and not (isinstance(described, dict) and described.get("schema") is not None):
-        raise _bad(f"{name}.json_schema.schema", "is missing")
-    if kind != "text":
-        schema = described.get("schema")
-        ask.options.update({"json_object": True} if schema is None else {"json_schema": schema})
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise _bad(f"{name}.type", f"must be one of {', '.join(_FORMATS)}")
+    known = {"type", *_FORMATS[kind]}
+    if kind == "json_schema":
+        name, value, known = f"{name}.{kind}", value.get(kind), {"name", "description", "strict", "schema"}
+        if not isinstance(value, dict) or value.get("schema") is None:
+            raise _bad(f"{name}.schema", "is missing")
+    if unknown := [other for other in value if other not in known]:
+        raise _bad(f"{name}.{unknown[0][:100]}", "is not supported")
+    if value.get("schema") is not None:
+        ask.options["json_schema"] = value["schema"]
+    elif kind == "json_object":
+        ask.options["json_object"] = True
 
 
 def _messages(ask: Ask, name: str, value: Any) -> None:
