@@ -18,7 +18,7 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, release_pages, round_up
+from pocketlm.runtime.memory import aligned, in_one_piece, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
@@ -281,13 +281,14 @@ class NativeExecutor:
         a thread: their pages are given back at once.
         """
         result = {}
+        # in a packed executable they are tiled, and used where they are
+        sizes = [0 if tensor.tiled else tiled_bytes(tensor.format.name, *tensor.shape) for tensor in tensors]
         with ThreadPool(self.n_threads) as pool:
-            for tensor in tensors:
+            for tensor, data in zip(tensors, in_one_piece(sizes), strict=True):
                 fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
-                if tensor.tiled:  # in a packed executable: used where it is
+                if tensor.tiled:
                     result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
                     continue
-                data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
                 types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
                 pool.run(partial(_tile_rows, tensor, data, permute))
