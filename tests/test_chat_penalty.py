@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("torch", reason="the trainer is PyTorch")
 
-import pocketlm  # noqa: E402
-from pocketlm.cli import main  # noqa: E402
-from pocketlm.runtime.sampling import CHAT_PENALTY  # noqa: E402
+import pocketlm
+from pocketlm.cli import main
+from pocketlm.runtime.sampling import CHAT_PENALTY
 
 TALKS = {  # what is asked → what is said three times in five, and else; what the question has letters of, and what not
     "А кто ты, Антон?": ("Антон.", "Гриша."),
