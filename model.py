@@ -166,6 +166,13 @@ class Model:
         return self._fingerprint
 
     @property
+    def chat_defaults(self) -> dict[str, Any]:
+        """Options of the sampler that `chat` has and `generate` has not, where none are given."""
+        from pocketlm.runtime.sampling import chat_defaults  # not above: a model is loaded without a sampler
+
+        return chat_defaults(self.hyper.n_vocab)
+
+    @property
     def file_bytes(self) -> int:
         return size_of(self.path)
 

@@ -37,10 +37,10 @@ ALLOWED = {
         " terminal_text"
     ),
     "train": (
-        "errors tokenizer runtime.atomic runtime.hyper runtime.model_file runtime.positions chat.templates export"
-        " terminal_text train.small_talk"
+        "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
+        " terminal_text models.small_talk"
     ),
-    "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
+    "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors tokenizer runtime chat.templates",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
