@@ -28,6 +28,11 @@ Step = Callable[[Draft], None]
 HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
 NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
 NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
+EXPERTS = {
+    "*.mlp.gate": "ffn_gate_inp",
+    **{f"*.mlp.experts.N.{part}_proj": f"ffn_{part}_exps#N" for part in ("gate", "up", "down")},
+}
+EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
 COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar")  # `checked` looks at these
 
 
@@ -56,6 +61,17 @@ def tanh(draft: Draft) -> None:
     draft.options["activation"] = "gelu_tanh"
 
 
+def weights_add_up(always: bool) -> Step:
+    """Whether the weights of a token's experts are divided by their sum is the architecture's, as llama.cpp has it."""
+
+    def check(draft: Draft) -> None:
+        if bool(draft.config.said("norm_topk_prob", False)) != always:
+            problem = f"its configuration has norm_topk_prob = {not always}"
+            raise FileError(draft.config.path, problem, f"pocketlm computes {draft.architecture} with {always}")
+
+    return check
+
+
 def windows_at_their_depth(draft: Draft) -> None:
     """EXAONE 4 leaves positions out of layers without a window where others have one; llama.cpp knows these by their depth."""
     if ("attention.sliding_window" in draft.keys) != (draft.keys["block_count"] == HYBRID):
@@ -71,8 +87,8 @@ def _family(
     usual, keys = ARCHITECTURES[architecture].USUAL, keys or {}
 
     def finish(draft: Draft) -> None:
-        for key, (name, default) in keys.items():
-            value = draft.config.said(name, default)
+        for key, (names, default) in keys.items():
+            value = draft.config.said(names, default)
             if value is None and default is not None:
                 value = type(default)(0)  # null: without
             if value is not None:
@@ -80,7 +96,7 @@ def _family(
         for step in steps:
             step(draft)
 
-    computes = (*COMPUTED, *(name for name, _ in keys.values()))
+    computes = (*COMPUTED, *(name for names, _ in keys.values() for name in names.split()))
     fixed = {**{name: usual[name] for name in ("norm", "position")}, "rope_pairs": "half", **fixed}
     return Dialect(
         f"Hugging Face {architecture}", (), fixed, architecture=architecture, names=names or {}, computes=computes,
@@ -124,6 +140,11 @@ HUGGING_FACE = {
             one_added,
         ),
         _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
+        _family(
+            "qwen3moe", {**HEAD_NORMS, **EXPERTS}, {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)},
+            weights_add_up(True),
+        ),
+        _family("olmoe", {**HEAD_NORMS, **EXPERTS}, EXPERT_KEYS, weights_add_up(False)),
         _family(
             "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},
             windows_at_their_depth,

@@ -21,7 +21,7 @@ from __future__ import annotations
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.sizes import RECORD, TILES
+from pocketlm.runtime.native.sizes import RECORD, TILE, TILES
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
@@ -50,6 +50,14 @@ def define(module: Module, level: str, fmt: str) -> None:
         (_integer_row if fmt in RUNS else _float_row)(f, level, fmt)
     with module.function(f"{fmt}_tile", TILE_ROWS, linkage="entry") as f:
         _tile(f, fmt)
+
+
+def tile_size(f: Function, left: Value) -> Value:
+    """Tokens of the tile that the next of `left` tokens belong to, as sizes.tile_size has it."""
+    size = f.const(I64, TILE)
+    for smaller in reversed(TILES[:-1]):
+        size = f.select(left <= smaller, f.const(I64, smaller), size)
+    return size
 
 
 def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
