@@ -17,7 +17,7 @@ import numpy as np
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime import blas_threads
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.activations import ACTIVATIONS
+from pocketlm.runtime.activations import ACTIVATIONS, beside
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
@@ -223,7 +223,7 @@ class NumpyExecutor:
 
     def _activate(self, op: P.Activate, state: dict[str, np.ndarray]) -> None:  # [n, ff] -> [n, n_ff]
         x, f = state[op.x], ACTIVATIONS[op.kind]
-        state[op.out] = f(x[:, : op.n]) * x[:, op.n :] if op.gated else f(x)
+        state[op.out] = f(x[:, : op.n]) * beside(op.kind, x[:, op.n :]) if op.gated else f(x)
 
     def _add(self, op: P.Add, state: dict[str, np.ndarray]) -> None:  # [n, width] += [n, width]
         state[op.out] += state[op.x] if op.factor == 1 else np.float32(op.factor) * state[op.x]

@@ -99,7 +99,7 @@ class Attend:
 
 @dataclass(frozen=True)
 class Activate:
-    """out = f(x), or f(gate) * up where x holds n columns of gate before n of up."""
+    """out = f(x), or f(gate) * up where x holds n columns of gate before n of up (activations.beside: what becomes of up)."""
 
     x: str
     out: str

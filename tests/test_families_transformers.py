@@ -55,10 +55,17 @@ LONGROPE = {
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 0.5}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "tie_word_embeddings": False}
+GPT_OSS = {
+    "num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 24, "sliding_window": 8, "tie_word_embeddings": False,
+}
 MODELS = {
     "qwen3moe": Row("Qwen3Moe", {**EXPERTS, "head_dim": 24, "norm_topk_prob": True}),
     "qwen3moe, yarn, biases": Row(
         "Qwen3Moe", {**EXPERTS, "norm_topk_prob": True, "rope_parameters": YARN, "attention_bias": True}, llama_cpp=False,
+    ),
+    "gpt-oss": Row("GptOss", {**GPT_OSS, "rope_parameters": {**YARN, "truncate": True}}),
+    "gpt-oss, the ramp not at whole pairs": Row(
+        "GptOss", {**GPT_OSS, "rope_parameters": {**YARN, "truncate": False}}, llama_cpp=False,
     ),
     "olmoe": Row("Olmoe", {"num_key_value_heads": 4, "num_experts": 6, "num_experts_per_tok": 3}),
     "olmoe, fewer keys": Row("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3}, llama_cpp=False, seed=1),
@@ -232,6 +239,7 @@ FULL, LOCAL = "full_attention", "sliding_attention"
         ("qwen3moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
         ("qwen3moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
         ("qwen3moe", {"num_experts_per_tok": 9}, "more than the 6 experts"),
+        ("gpt-oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0"),
         ("granite", {"logits_scaling": 0}, "granite.logit_scale"),
         ("phi3, longrope, long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "no short_factor of 8"),
     ],

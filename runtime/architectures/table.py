@@ -15,6 +15,7 @@ from pocketlm.runtime.architectures import (
     gemma2,
     gemma3,
     gpt2,
+    gpt_oss,
     gptneo,
     gptneox,
     granite,
@@ -68,5 +69,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": olmo2,
     "qwen3moe": qwen3moe,
     "olmoe": olmoe,
+    "gpt-oss": gpt_oss,
     "pocketlm": pocketlm,
 }

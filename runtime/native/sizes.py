@@ -13,7 +13,8 @@ EMBED, PREPARE, NORM, ROTATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GRO
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
 SOFTMAX, SIGMOID = range(2)  # how ROUTE makes weights of scores
 SCALE, ADD, SOFTCAP, ACTIVATE = range(4)  # what EACH does
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")  # MATRIX, EACH: 1 for the first, 0 for none
+# MATRIX, EACH: 1 for the first, 0 for none
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "swiglu_clamped")
 COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
 TILE = TILES[-1]

@@ -181,7 +181,8 @@ def _finish(f: Function, r: Records, y: Value, up: Value, gated: Value, out: Val
         with f.when(r.op("activation") > 0):
             v.set(f.call(ROW, "activate", r.op("activation"), v.get()))
         with f.when(gated):
-            v.set(v.get() * (f.load(ROW, up + at, 4) + f.load(ROW, r.op("up_bias", PTR) + row * 4, 4)))
+            beside = f.load(ROW, up + at, 4) + f.load(ROW, r.op("up_bias", PTR) + row * 4, 4)
+            v.set(v.get() * f.call(ROW, "beside", r.op("activation"), beside))
         with f.when(r.op("add").equals(1)):
             v.set(v.get() * f.splat(r.op("factor", F32), LANES) + f.load(ROW, to, 4))
         with f.when(row + LANES <= last):
