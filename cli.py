@@ -361,6 +361,12 @@ def _eval() -> Any:
     return evaluate
 
 
+def _pull() -> Any:
+    from pocketlm.pull import command
+
+    return command
+
+
 def _doctor() -> Any:
     from pocketlm.doctor import command
 
@@ -382,6 +388,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
     "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
+    "pull": _folder("Fetch a good small model by its name.", _pull),
     "eval": _folder("Measure how well models predict texts.", _eval),
     "train": _folder("Train a small model from texts.", _train),
 }
