@@ -130,7 +130,7 @@ def _lock(file: Any, target: Path) -> None:
         if os.name == "nt":
             import msvcrt
 
-            os.lseek(file.fileno(), 1 << 50, os.SEEK_SET)  # a byte that nobody reads, since there the system holds locks by force
+            os.lseek(file.fileno(), 1 << 50, os.SEEK_SET)  # no byte of the file: there locks keep readers off
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl

@@ -27,7 +27,8 @@ ALLOWED = {
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
-        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.transcript"
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.thinking"
+        " chat.transcript"
         " cli_options terminal_text"
     ),
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
