@@ -267,7 +267,7 @@ class Turns:
         last = self._messages[-1] if self._messages else {}
         opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
         opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        self._opening = continued(opening, tokenizer)
+        self._opening = continued(template.begun(opening), tokenizer)
         if opening:
             self._messages.pop()
         if not self._messages:
