@@ -44,8 +44,9 @@ ALLOWED = {
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
-    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates",
+    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain.guides",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm runtime.sampling terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
