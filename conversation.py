@@ -137,12 +137,10 @@ class Conversation:
         learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
         piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
         and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
-        Options of `sampling` that are not given are those of `generate`, but for `runtime.sampling.CHAT_DEFAULTS`.
+        Options of `sampling` that are not given are those of `generate`, but for those of `Model.chat_defaults`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
-        from pocketlm.runtime.sampling import CHAT_DEFAULTS
-
-        model, sampling = self._model, {**CHAT_DEFAULTS, **sampling}
+        model, sampling = self._model, {**self._model.chat_defaults, **sampling}
         turns = self._turns = Turns(messages, model.template, model.tokenizer, self._turns)
         limit = prompt_room(self.n_ctx, max_tokens)
         keep, lost = None, 0
@@ -278,7 +276,7 @@ class Turns:
         last = self._messages[-1] if self._messages else {}
         opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
         opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        self._opening = continued(opening, tokenizer)
+        self._opening = continued(template.begun(opening), tokenizer)
         if opening:
             self._messages.pop()
         if not self._messages:

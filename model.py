@@ -43,11 +43,18 @@ DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the 
 
 def find_model(name: str) -> Path:
     """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one."""
+    from pocketlm.pull.catalogue import CATALOGUE, fetched
+
     path = Path(name)
-    if path.exists() or path.suffix or path.name != name:
+    if path.exists() or (path.suffix and name not in CATALOGUE) or path.name != name:
         return path
+    if name in CATALOGUE:
+        found = fetched(name)
+        if found is None:
+            raise FileError(name, "this model is not here", f"get it with: pocketlm pull {name}")
+        return found
     if name not in INSTALLED:
-        names = f"{', '.join(INSTALLED)}{did_you_mean(name, INSTALLED)}"
+        names = f"{', '.join(INSTALLED)}{did_you_mean(name, [*INSTALLED, *CATALOGUE]) or ' and those of pocketlm pull'}"
         raise FileError(name, "there is no such file", f"give a path, or a short name: {names}")
     package, command = INSTALLED[name]
     spec = importlib.util.find_spec(package)
@@ -166,6 +173,13 @@ class Model:
             self._session.state.check_open()
             self._fingerprint = fingerprint(self.tensors)
         return self._fingerprint
+
+    @property
+    def chat_defaults(self) -> dict[str, Any]:
+        """Options of the sampler that `chat` has and `generate` has not, where none are given."""
+        from pocketlm.runtime.sampling import chat_defaults  # not above: a model is loaded without a sampler
+
+        return chat_defaults(self.hyper.n_vocab)
 
     @property
     def file_bytes(self) -> int:
