@@ -28,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--open", action="store_true", help="let everybody in the network ask, without a key")
     group.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let the pages of a site ask: https://…")
     group.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open the page")
+    group.add_argument("--install-service", action="store_true", help="print a systemd unit that does all this, and end")
     group.add_argument("--system", default="", metavar="TEXT", help="what the page tells the model before a conversation")
     group.add_argument("--title", default="", metavar="TEXT", help="what the page calls the model")
     group.add_argument("--greeting", default="", metavar="TEXT", help="what the page says first")
@@ -56,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     defaults = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         defaults["max_tokens"] = arguments.max_tokens
+    if arguments.install_service:
+        return _service(arguments)
     socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing
     with socket, open_model(arguments) as model:
         answerer = Answerer(model, _sessions(model, arguments), QUEUE * arguments.slots, arguments.timeout)
@@ -64,6 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
         port = socket.getsockname()[1]
         server.serve_until_stopped(lambda: _begun(arguments, policy, page, port))
     print(f"{arguments.program}: stopped", file=sys.stderr)
+    return 0
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    if arguments.load is not None:
+        raise UsageError("--install-service is for pocketlm serve, not for a packed program")
+    from pocketlm.serve import service
+
+    with open_model(arguments) as model:
+        print(service.unit(arguments, sys.argv[1:], model), end="")
+    print(service.how_to(arguments), file=sys.stderr)
     return 0
 
 
