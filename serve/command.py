@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from typing import Any
 
@@ -91,7 +92,11 @@ def _policy(arguments: argparse.Namespace) -> Any:
         )
     if "*" in arguments.cors or not all(origin.startswith(("http://", "https://")) for origin in arguments.cors):
         raise UsageError("--cors ORIGIN: name each site, as in --cors https://example.org")
-    return Policy(arguments.host, key, tuple(origin.rstrip("/").lower() for origin in arguments.cors))
+    token = os.environ.get("POCKETLM_PAGE_TOKEN", "")
+    if token and not re.fullmatch(r"[\w-]{16,200}", token, re.ASCII):
+        raise UsageError("POCKETLM_PAGE_TOKEN: expected 16 to 200 letters, digits, - or _")
+    kept = {"token": token} if token else {}  # else a new one with every start
+    return Policy(arguments.host, key, tuple(origin.rstrip("/").lower() for origin in arguments.cors), **kept)
 
 
 def _persona(arguments: argparse.Namespace) -> dict[str, str]:

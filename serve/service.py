@@ -21,7 +21,7 @@ from pocketlm.serve.guard import is_loopback
 MB = 1 << 20
 BESIDE = 192 * MB  # Python, the tables of the tokenizer, working memory
 NAME = "pocketlm"
-KEY_FILE = "/etc/pocketlm.env"
+SECRETS = "/etc/pocketlm.env"  # the command line of a service can be read by everybody
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # by ProtectHome= and PrivateTmp=
 
 UNIT = """\
@@ -33,7 +33,8 @@ After=network-online.target
 
 [Service]
 ExecStart={command}
-{key}Environment=XDG_DATA_HOME=%S/{name} POCKETLM_CACHE=%C/{name} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+EnvironmentFile={secrets}{file}
+Environment=XDG_DATA_HOME=%S/{name} POCKETLM_CACHE=%C/{name} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 StateDirectory={name}
 CacheDirectory={name}
 WorkingDirectory=%S/{name}
@@ -94,7 +95,7 @@ def unit(arguments: Any, words: list[str], model: Any) -> str:
     low = 0 < port < 1024  # such a port wants a right that a user of its own has not
     return UNIT.format(
         name=NAME, model=_plain(model.name), command=_command([*program, *_without_key(words, arguments, model.path)]),
-        key=f"EnvironmentFile={KEY_FILE}\n" if arguments.api_key or os.environ.get("POCKETLM_API_KEY") else "",
+        secrets="" if _has_key(arguments) else "-", file=SECRETS,
         slots=f"{slots} conversations of {model.n_ctx} tokens", memory=memory,
         network="" if not is_loopback(arguments.host) else "IPAddressDeny=any\nIPAddressAllow=localhost\n",
         bound="".join(f"BindReadOnlyPaths={_path(path)}\n" for path in _hidden([*needed, model.path])),
@@ -105,16 +106,21 @@ def unit(arguments: Any, words: list[str], model: Any) -> str:
 def how_to(arguments: Any) -> str:
     """What a person does with it."""
     lines = [f"save this as /etc/systemd/system/{NAME}.service, then: sudo systemctl enable --now {NAME}"]
-    if arguments.api_key or os.environ.get("POCKETLM_API_KEY"):
-        lines.append(f"the key goes into {KEY_FILE}, readable by root alone: POCKETLM_API_KEY=…")
+    if _has_key(arguments):
+        lines.append(f"the key goes into {SECRETS}, readable by root alone: POCKETLM_API_KEY=…")
+    lines.append(f"POCKETLM_PAGE_TOKEN=… in {SECRETS} is what stands behind the # of the page's address, with every start")
     return "\n".join(lines)
+
+
+def _has_key(arguments: Any) -> bool:
+    return bool(arguments.api_key or os.environ.get("POCKETLM_API_KEY"))
 
 
 def _program() -> tuple[list[str], list[Path]]:
     """How this very program is started, and the folders that this takes."""
     if getattr(sys, "frozen", False):
         return [os.path.realpath(sys.executable)], [Path(sys.executable).resolve()]
-    found = Path(sys.argv[0]).absolute()
+    found = Path(sys.argv[0]).absolute().parent.resolve() / Path(sys.argv[0]).name
     known = found.name.startswith(NAME) and os.access(found, os.X_OK) and found.is_file()
     program = [str(found)] if known else [sys.executable, "-m", "pocketlm"]
     return program, [Path(sys.prefix), Path(sys.base_prefix), Path(pocketlm.__file__).resolve().parent]

@@ -1,5 +1,6 @@
 """The systemd unit that `pocketlm serve --install-service` prints: systemd reads it, and it says what was asked for."""
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from serving import tiny_chat
 
 from pocketlm.cli import main
 from pocketlm.serve import service
+from pocketlm.serve.command import _policy
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,17 @@ def test_the_unit_says_what_was_asked_for(path, capsys, monkeypatch):
     assert lines["AmbientCapabilities"] == ["CAP_NET_BIND_SERVICE"]
     assert lines["IPAddressDeny"] == ["any"], "it listens on this computer alone"
     assert text.count("[Service]") == 2, "a title makes no section"
+
+
+def test_the_address_of_the_page_can_stay(path, monkeypatch, capsys):
+    arguments = argparse.Namespace(host="127.0.0.1", api_key="", open=False, cors=[])
+    assert _policy(arguments).token != _policy(arguments).token
+    monkeypatch.setenv("POCKETLM_PAGE_TOKEN", "a-token_of-16-letters")
+    assert _policy(arguments).token == "a-token_of-16-letters"
+    for wrong in ("short", "with spaces in it all", "ä" * 20):
+        monkeypatch.setenv("POCKETLM_PAGE_TOKEN", wrong)
+        assert main(["serve", str(path)]) == 2
+        assert "POCKETLM_PAGE_TOKEN: expected" in capsys.readouterr().err
 
 
 def test_the_memory_is_that_of_the_slots(path, capsys, monkeypatch):

@@ -68,6 +68,8 @@ def make_root(root: Path) -> None:
     """Debian's packages unpacked, not configured: enough to run Python in."""
     if (root / "usr/bin/python3").exists():
         return
+    if root.exists():
+        sys.exit(f"{root}: is there already and holds no Python; name another folder with --root")
     if shutil.which("debootstrap") is None:
         sys.exit("needs debootstrap: apt install debootstrap")
     part = root.with_name(root.name + ".part")
