@@ -82,13 +82,13 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str]
     """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
 
     def command(chat: Chat, text: str) -> None:
-        from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+        from pocketlm.runtime.sampling import SamplingOptions
 
         if text:
             value = empty if text == "off" and empty is not ... else _number(text, kind)
             SamplingOptions(**{keyword: value})
             chat.sampling[keyword] = value
-        default = getattr(SamplingOptions(**CHAT_DEFAULTS), keyword)
+        default = getattr(SamplingOptions(**chat.model.chat_defaults), keyword)
         chat.console.note(f"{keyword}: {chat.sampling.get(keyword, default)}")
 
     return command

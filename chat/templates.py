@@ -47,6 +47,22 @@ class BuiltIn:
         turns = "".join(before + content + after for before, after, content in rows)
         return turns + self.roles["assistant"][0] * add_generation_prompt
 
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The markers that it writes, those that end a turn last."""
+        sides = self.roles.values()
+        written = "".join([before for before, _ in sides] + [after for _, after in sides])
+        return tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", written)))
+
+    @property
+    def jinja(self) -> str:
+        """The template as the Jinja that travels in a model file, where its roles differ in their names alone."""
+        before, after = (side.replace("\n", "\\n") for side in self.roles["user"])
+        turn = f"""{{{{- '{before.replace("user", "' + message['role'] + '")}' + message['content'] + '{after}' }}}}"""
+        prompt = f"{{{{- '{before.replace('user', 'assistant')}' }}}}"
+        loop = f"{{%- for message in messages %}}{turn}{{%- endfor %}}"
+        return f"{loop}{{%- if add_generation_prompt %}}{prompt}{{%- endif %}}"
+
 
 def _tagged(before: str, after: str) -> dict[str, tuple[str, str]]:
     return {role: (before.format(role), after) for role in ("system", "user", "assistant")}

@@ -65,7 +65,7 @@ def fit(path: Path, free: int | None, bytes_per_second: float | None, n_threads:
             choices = [wanted, *(n for n in (2048, 1024, 512, _SHORTEST) if n < wanted)]
             n_ctx = next((n for n in choices if free is None or needs(n) <= free), 0)
             tables = {"token_embd.weight", "position_embd.weight"} if "output.weight" in sizes else {"position_embd.weight"}
-            read = sum(size for name, size in sizes.items() if name not in tables)
+            read = int(sum(size * plan.experts.get(name, 1) for name, size in sizes.items() if name not in tables))
             return Fit(path, needs(n_ctx or choices[-1]), n_ctx, wanted, read, bytes_per_second and bytes_per_second / read)
     except PocketlmError as error:
         return Fit(path, 0, 0, 0, 0, None, str(error).removeprefix(f"{path}: "))

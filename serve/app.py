@@ -155,7 +155,8 @@ class Api:
         return await self._answer(request, is_chat=False)
 
     async def _answer(self, request: Request, is_chat: bool) -> Response:
-        ask = fields.read(await read_json(request), is_chat, self._defaults)
+        defaults = {**self._model.chat_defaults, **self._defaults} if is_chat else self._defaults
+        ask = fields.read(await read_json(request), is_chat, defaults)
         prompts = await self._answerer.encode(ask)
         shape = Shape(is_chat, self._model.name, self._model.tokenizer.token_bytes)
         return Answering(self._answerer, ask, prompts, shape)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketlm.errors import UsageError, did_you_mean
-from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.errors import ApiError
 
 MOST_CHOICES = 16  # answers to one request: prompts times n
@@ -55,7 +55,7 @@ def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
     fields = _CHAT if is_chat else _COMPLETION
-    ask = Ask(is_chat, options={**(CHAT_DEFAULTS if is_chat else {}), **defaults})
+    ask = Ask(is_chat, options={**defaults})
     if not is_chat:
         ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():

@@ -6,9 +6,10 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.runtime.sampling import SamplingOptions, chat_defaults
 
 
 class FakeModel:
@@ -18,6 +19,7 @@ class FakeModel:
     n_parameters, file_bytes, context_used = 1_000_000, 2_000_000, 0
     n_turns = 1000  # that the context holds
     fingerprint = "f" * 32
+    chat_defaults: ClassVar[dict] = chat_defaults(n_vocab=32_000)
 
     def __init__(self):
         self.template = SimpleNamespace(

@@ -39,13 +39,14 @@ ALLOWED = {
         " terminal_text"
     ),
     "train": (
-        "errors tokenizer runtime.atomic runtime.hyper runtime.model_file runtime.positions chat.templates export"
-        " terminal_text train.small_talk"
+        "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
+        " terminal_text models.small_talk"
     ),
-    "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
+    "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
-    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates",
+    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain.guides",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm runtime.sampling runtime.memory runtime.processors terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
