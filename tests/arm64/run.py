@@ -152,7 +152,7 @@ def main() -> None:
         if not arguments.short:
             shutil.copytree(SOURCE / "tests", shared / "tests")
             tests = [f"/mnt/tests/{name}" for name in SUITE.split()]
-            machine.run("/mnt/env/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+            machine.run("/mnt/env/bin/python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests)
     print("all steps done")
 
 
