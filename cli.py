@@ -193,11 +193,18 @@ def _chat(arguments: Arguments) -> int:
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with open_model(arguments) as model:
+        watch = {} if arguments.load is not None else {"watch": _throttling()}  # a packed program has no doctor
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
-            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
+            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program, **watch,
         )  # fmt: skip
+
+
+def _throttling() -> Callable[[], str]:
+    from pocketlm.doctor.health import Throttling
+
+    return Throttling().note
 
 
 def _generate_arguments(parser: Parser) -> None:

@@ -39,6 +39,10 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
     )
+    parser.add_argument("--nice", action="store_true", help="let other programs go first")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="take little memory, at the price of some speed; --ctx is 1024 unless given"
+    )
 
 
 def open_model(arguments: argparse.Namespace) -> Any:
@@ -46,6 +50,14 @@ def open_model(arguments: argparse.Namespace) -> Any:
 
     Raises FileError where it cannot be given texts, as all commands that open a model do.
     """
+    if arguments.nice:
+        from pocketlm.runtime.processors import be_nice
+
+        be_nice()
+    if arguments.low_memory:
+        from pocketlm.runtime.memory import be_sparing
+
+        be_sparing()
     if arguments.load is not None:
         return arguments.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
     import pocketlm
