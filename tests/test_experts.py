@@ -27,6 +27,7 @@ from pocketlm.runtime.architectures import qwen3moe
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.native import executor as native_executor
+from pocketlm.runtime.native import workers
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import Plan
@@ -232,3 +233,28 @@ def test_a_gpt_oss_with_quantised_experts_computes_as_llama_cpp(tmp_path: Path, 
     for backend in ("numpy", "native"):
         with pocketlm.load(tmp_path / "m.gguf", backend=backend, threads=2) as model:
             assert compare(expected, model.logits(ids)).worst_cosine > 0.999, backend  # llama.cpp rounds activations to 8 bits
+
+
+def test_the_system_is_told_which_experts_of_the_file_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it reads these at once, and nothing around them."""
+    told = []
+    listen = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)(lambda *call: told.append(call) or 0)
+    monkeypatch.setattr(workers, "_advise", lambda: ctypes.cast(listen, ctypes.c_void_p).value)
+    plan = plan_of(n_layer=1)
+    tensors = quantised(plan, "Q4_0")
+    executor = native(plan, tensors, threads=1, free=0)
+    logits(executor, IDS[:1], 1)
+    chosen = executor._buffers["chosen"][0, :2].astype(int)
+    executor.close()
+    wanted = []
+    for name in plan.experts:
+        data = tensors[name].data
+        for expert in sorted(chosen):
+            first = data.ctypes.data + expert * data.nbytes // 6
+            wanted.append((first - first % 65536, data.nbytes // 6 + first % 65536, mmap.MADV_WILLNEED))
+    assert told == wanted
+    executor = native(plan, tensors, threads=1)
+    told.clear()
+    logits(executor, IDS[:1], 1)
+    assert not told  # in memory
+    executor.close()

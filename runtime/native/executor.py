@@ -20,7 +20,7 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, available_bytes, release_pages, round_up
+from pocketlm.runtime.memory import aligned, available_bytes, read_as_told, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
@@ -318,6 +318,8 @@ class NativeExecutor:
             if n_rows % ROWS == 0 and (free is None or needed <= free):
                 tiled = self._tile([replace(tensor, shape=(n_experts * n_rows, n_columns))])[tensor.name]
                 result[tensor.name] = replace(tiled, n_rows=n_rows)
+            else:
+                read_as_told(tensor.data)
         return result
 
     def _make_record(self) -> np.ndarray:

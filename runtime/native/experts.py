@@ -12,11 +12,11 @@ is read, and nothing is kept but what the system keeps of the file.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F32, I64, PTR, VOID, Function, Value
+from pocketlm.runtime.native.ir import F32, I32, I64, PTR, VOID, Function, Value
 from pocketlm.runtime.native.matrix import ROW, tile_size
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import GROUP, PAIR, offset
-from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, RECORD, SIGMOID, TILE, TILES
+from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, RECORD, SIGMOID, TILE, TILES, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
 
@@ -137,7 +137,10 @@ def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     skipped = f.var(I64, expert * n_groups)
     with f.when(r.op("tile") > 0):
         tiled = own + r.run("tiled_at")
-        source = r.op("weight", PTR) + expert * r.op("expert_bytes") + start * r.op("group_bytes")
+        whole = r.op("weight", PTR) + expert * r.op("expert_bytes")
+        with f.when(start.equals(0)):
+            _announce(f, r, whole, r.op("expert_bytes"))
+        source = whole + start * r.op("group_bytes")
         left, here = n_rows - start * LANES, stop - start
         f.call_pointer(r.op("tile", PTR), source, tiled, left, here, n_blocks, f.const(I64, 0), here, linkage="entry")
         w.set(tiled)
@@ -157,6 +160,14 @@ def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
             out = r.op("out", PTR) + pair("token") * r.op("out_stride") + pair("slot") * n_rows * 4
             bias = r.op("bias", PTR) + expert * r.op("weight_stride")
             _finish(f, y + t * y_stride, bias, out, start * LANES, f.minimum(stop * LANES, n_rows))
+
+
+def _announce(f: Function, r: Records, first: Value, n_bytes: Value) -> None:
+    """Tell the system that these bytes of the file are wanted: it reads them at once, and (`read_as_told`) no others."""
+    with f.when(r.run("advise") > 0):
+        over = f.emit(I64, f"ptrtoint ptr {first} to i64") & (PAGES - 1)
+        where, length = first + (0 - over), n_bytes + over
+        f.call_pointer(r.run("advise", PTR), where, length, f.const(I32, WILL_NEED), returns=I32, linkage="system")
 
 
 def _finish(f: Function, y: Value, bias: Value, out: Value, first: Value, last: Value) -> None:
