@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.model import DEFAULT_CTX, INSTALLED, find_model
+from pocketlm.pull.catalogue import CATALOGUE
 from pocketlm.runtime.executors import memory_needed
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
@@ -36,9 +37,9 @@ class Fit:
 
 
 def at_hand(folder: Path) -> list[Path]:
-    """The installed models, and the GGUF files of a folder."""
+    """The installed and the fetched models, and the GGUF files of a folder."""
     found = []
-    for name in INSTALLED:
+    for name in [*INSTALLED, *CATALOGUE]:
         try:
             found.append(find_model(name))
         except FileError:

@@ -136,6 +136,14 @@ HARMLESS = {
 }  # fmt: skip
 
 
+def read_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """Names and values of `--set NAME=VALUE …`. Raises UsageError."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError(f"--set {pair}: expected a name and a value, as --set n_head=12")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
     """The values of `--set NAME=VALUE`, of their types. Raises UsageError for an unknown name or value."""
     result = {}
