@@ -116,7 +116,7 @@ def release_pages(view: np.ndarray) -> None:
 
 
 def read_as_told(view: np.ndarray) -> None:
-    """Let the system read of these file pages only what it is asked for, not megabytes around it (Linux: up to read_ahead_kb)."""
+    """Let the system read of these file pages only what it is asked for, and not read_ahead_kb around it (Linux)."""
     _advise(view, "MADV_RANDOM")
 
 

@@ -3,8 +3,8 @@
 In: the run's and an operation's record (records.py), a task number. Out: IR functions. Knows no formats.
 
 `group` sorts the pass's pairs of a token and one of its experts by expert: PAIR records, and a GROUP for each expert that is
-wanted. `gather` rounds a pair's activations to where the tile of its group begins (matrix.py), and `experts` takes a chunk of an
-expert's rows for all tokens of its group. A row's result depends on its pair alone, whoever else is in the group.
+wanted. `gather` rounds a pair's activations to where the tile of its group begins (matrix.py), and `experts` takes a chunk of
+an expert's rows for all tokens of its group. A row's result depends on its pair alone, whoever else is in the group.
 
 Experts that lie in the file's order are tiled in the thread's own memory, at `tiled_at`, a chunk at a time: only what is wanted
 is read, and nothing is kept but what the system keeps of the file.
@@ -21,7 +21,7 @@ from pocketlm.runtime.native.vector_math import exp
 
 
 def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """The numbers of the largest scores and their weights. NaN counts as the smallest: whatever scores are, n_used are found."""
+    """The numbers of the largest scores, and weights. NaN counts as the smallest: n_used are found, whatever scores are."""
     x, out = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "out"))
     n_used, n_experts = r.op("n_used"), r.op("n")
     weights = out + n_used * 4

@@ -6,7 +6,8 @@ Knows nothing of what stands behind them. Programs with code made beforehand nee
 from __future__ import annotations
 
 STAGES = (  # kinds of operations, by number
-    "embed", "prepare", "norm", "rotate", "route", "mix", "join", "matrix", "store", "attend", "each", "group", "gather", "experts",
+    "embed", "prepare", "norm", "rotate", "route", "mix", "join", "matrix", "store", "attend", "each", "group", "gather",
+    "experts",
 )  # fmt: skip
 EMBED, PREPARE, NORM, ROTATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS = range(len(STAGES))
 # up to JOIN: a task a token
