@@ -22,7 +22,15 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, release_pages, reserved, round_up
+from pocketlm.runtime.memory import (
+    aligned,
+    available_bytes,
+    in_one_piece,
+    read_as_told,
+    release_pages,
+    reserved,
+    round_up,
+)
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
@@ -126,7 +134,9 @@ class NativeExecutor:
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
+        fit, mapped = self._place_experts()
+        matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
+        matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
@@ -327,19 +337,19 @@ class NativeExecutor:
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
-    def _place_experts(self) -> dict[str, TiledMatrix]:
-        """Those of the plan: tiled where all of them fit into the memory, in the file where they do not."""
-        tensors = [self._tensors[name] for name in self.plan.experts]
-        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads)) + sum(t.data.nbytes for t in tensors)
-        free, result = available_bytes(), {}
-        for tensor in tensors:
-            n_experts, n_rows, n_columns = tensor.shape
-            # NaN among weights in the file is not looked for: that would read all of them. Logits tell
-            result[tensor.name] = TiledMatrix(tensor.format.name, n_rows, n_columns, tensor.data, mapped=True)
-            if n_rows % ROWS == 0 and (free is None or needed <= free):
-                tiled = self._tile([replace(tensor, shape=(n_experts * n_rows, n_columns))])[tensor.name]
-                result[tensor.name] = replace(tiled, n_rows=n_rows)
-        return result
+    def _place_experts(self) -> tuple[list[str], dict[str, TiledMatrix]]:
+        """Those of the plan to be tiled, where all fit into the memory, and those that stay in the file."""
+        experts = {name: self._tensors[name] for name in self.plan.experts}
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads))
+        needed += sum(tensor.data.nbytes for tensor in experts.values())
+        fits = (free := available_bytes()) is None or needed <= free
+        fit = [name for name, tensor in experts.items() if fits and tensor.shape[1] % ROWS == 0]
+        mapped = {}
+        for name in experts.keys() - fit:  # NaN among them is not looked for, which would read them all: logits tell
+            tensor = experts[name]
+            read_as_told(tensor.data)
+            mapped[name] = TiledMatrix(tensor.format.name, *tensor.shape[1:], tensor.data, mapped=True)
+        return fit, mapped
 
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
@@ -372,6 +382,11 @@ class NativeExecutor:
             record[name] = value
         self._n_running = ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, "n_threads"))
         return record
+
+
+def _as_one(tensor: Tensor) -> Tensor:
+    """All experts' matrices below each other."""
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:
