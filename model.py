@@ -221,9 +221,8 @@ class Model:
         if form is None:
             return None
         with self.changing:
-            if self._guides is None:
-                self._guides = Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
-        return self._guides.guide(form)
+            guides = self._guides = self._guides or Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
+        return guides.guide(form)
 
     def set_threads(self, n_threads: int) -> None:
         """Run on `n_threads` from now on; what is in the KV cache is computed again."""

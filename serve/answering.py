@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pocketlm.asynchronous import Handover
 from pocketlm.chat.thinking import Splitter
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.slots import QueueFull, Slot, Slots
@@ -81,7 +81,12 @@ class Answerer:
             return await anext(made)
 
     def _encode(self, ask: Ask) -> Prompts:
-        tokenizer, template = self.model.tokenizer, self.model.template.with_thinking(ask.thinking)
+        try:
+            has_form = self.model.guide(dict(ask.options)) is not None  # made here, outside of every slot, and remembered
+        except UsageError as error:
+            raise ApiError(400, str(error)) from None
+        # a form begins with the first token: there is nothing that the model could think before
+        tokenizer, template = self.model.tokenizer, self.model.template.with_thinking(False if has_form else ask.thinking)
         texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
         most = self.n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
         if not ask.fit and sum(map(len, texts)) > most:
@@ -101,7 +106,7 @@ class Answerer:
                 else:
                     ids = turns.encode()
                 prompts = Prompts([ids], list(template.stop), turns.dropped)
-                if ask.thoughts_apart:
+                if ask.thoughts_apart and not has_form:
                     last = ask.messages[-1]
                     begun = last["content"] if last["role"] == "assistant" else ""
                     prompts.parts = lambda: Splitter(template.tags, begun or template.thought_opening)
@@ -195,9 +200,9 @@ class Answer:
         except StopAsyncIteration:
             self._complete = True
             raise
-        except PocketlmError as error:
+        except PocketlmError as error:  # a UsageError: what the client asked for leads no further
             self._complete = True
-            raise ApiError(500, str(error)) from None
+            raise ApiError(400 if isinstance(error, UsageError) else 500, str(error)) from None
         if piece.finish_reason:
             self._answerer.count(piece)
             if piece.finish_reason == "cancelled" and self._answerer.stopping:

@@ -48,7 +48,7 @@ ALLOWED = {
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
-    "cli_options": "errors pocketlm runtime.sampling runtime.memory runtime.processors terminal_text",
+    "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",
