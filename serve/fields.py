@@ -6,6 +6,7 @@ that is not supported is refused, never ignored; one that is null counts as not 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,18 @@ class Ask:
     logprobs: bool = False
     fit: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(data: bytes) -> Any:
+    """The JSON of a request. Raises ApiError."""
+    try:
+        text = data.decode()  # json.loads would let half characters in
+        content = json.loads(text)
+        if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except (ValueError, RecursionError):
+        raise ApiError(400, "this is no JSON in UTF-8") from None
 
 
 def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:

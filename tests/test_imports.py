@@ -23,12 +23,17 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command doctor.command doctor.portrait serve.command terminal_text"
+        " train.command doctor.command doctor.portrait serve.command batch.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
         "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.transcript"
         " cli_options terminal_text"
+    ),
+    # … and with a third
+    "batch": (
+        "errors pocketlm model conversation runtime.generator runtime.atomic serve.fields serve.asking serve.errors serve.guard"
+        " serve.shapes cli_options terminal_text"
     ),
     "doctor": "errors model runtime runtime.native terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
@@ -47,7 +52,7 @@ ALLOWED = {
     "asynchronous": "",
     "cli_options": "errors pocketlm runtime.sampling terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
-    "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
+    "chat": "errors tokenizer runtime.sampling runtime.atomic terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",
