@@ -60,8 +60,10 @@ def _machine(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
     from pocketlm.batch.local import Machine
 
     if arguments.dask:
-        from pocketlm.batch.over_dask import Cluster
-
+        try:
+            from pocketlm.batch.over_dask import Cluster
+        except ImportError:
+            raise UsageError("--dask needs Dask, and pocketlm as a package; get it with: pip install distributed") from None
         with Cluster(arguments.dask, arguments.model, running_keywords(arguments), settings) as cluster:
             yield cluster
     else:

@@ -43,7 +43,7 @@ class Written(NamedTuple):
 
 
 class Answering:
-    """`defaults`: options for what a line does not say. A line without a seed of its own has one made of `seed` and its text."""
+    """`defaults`: options for what a line does not say. A line without a seed has one made of `seed` and its text."""
 
     def __init__(self, model: Model, defaults: Mapping[str, Any], seed: int):
         self._defaults, self._seed = dict(defaults), b"%d\n" % seed

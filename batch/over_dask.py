@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import distributed
+
 import pocketlm
 from pocketlm.batch.lines import Line, Written
 from pocketlm.batch.local import Machine, Settings
@@ -60,14 +62,10 @@ class Cluster:
     """The workers of the scheduler at `address`, in a `with` statement. Raises UsageError and FileError."""
 
     def __init__(self, address: str, model: str, how: Mapping[str, Any], settings: Settings):
-        try:
-            import distributed
-        except ImportError:
-            raise UsageError("--dask needs Dask; get it with: pip install distributed") from None
         self._opening = model, tuple(how.items()), settings.slots, settings.seed, tuple(settings.defaults.items())
-        self._n_lines, self._address, self._dask = ROUNDS * settings.slots, address, distributed
+        self._n_lines, self._address = ROUNDS * settings.slots, address
         try:
-            self._client = distributed.Client(address, timeout=SECONDS, set_as_default=False)
+            self._client: Any = distributed.Client(address, timeout=SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             problem = f"no scheduler answers there ({str(error)[:100]})"
             raise UsageError(f"--dask {address}: {problem}; dask scheduler starts one") from None
@@ -95,7 +93,7 @@ class Cluster:
     def answers(self, lines: Iterable[Line]) -> Iterator[Written]:
         """As `Machine.answers`."""
         waiting = iter(lines)
-        under_way = self._dask.as_completed(loop=self._client.loop, raise_errors=False)
+        under_way = distributed.as_completed(loop=self._client.loop, raise_errors=False)
 
         def send() -> None:
             while under_way.count() < CHUNKS * len(self._client.ncores()) and (chunk := list(islice(waiting, self._n_lines))):
@@ -105,7 +103,7 @@ class Cluster:
         for future in under_way:
             try:
                 yield from future.result()
-            except self._dask.KilledWorker as error:
+            except distributed.KilledWorker as error:
                 raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
             send()
 

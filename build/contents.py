@@ -18,6 +18,7 @@ BUILDERS = {
     )),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
+LEFT_OUT |= {"batch/over_dask.py"}
 DATA = ("serve/page.html",)  # files that are no code
 FROZEN = (  # with all that they import, but for what EXCLUDED names
     "numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex",
