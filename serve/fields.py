@@ -213,14 +213,14 @@ def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
         ask.options["top_logprobs"] = 1 if value is True else _whole(name, value, 0, MOST_LIKELIEST)
 
 
-def _max_tokens(name: str, value: Any) -> int:
-    return _whole(name, value, 0, 1 << 31)
+def _max_tokens(name: str, value: Any) -> int | None:
+    return None if value == -1 else _whole(name, value, 0, 1 << 31)  # -1: as many as there is room for
 
 
 _COMMON: dict[str, Reader] = {
     **dict.fromkeys(SAMPLING, _number),
     "model": _model,
-    "max_tokens": _option("max_tokens", _max_tokens),
+    **dict.fromkeys(("max_tokens", "n_predict"), _option("max_tokens", _max_tokens)),  # the second is llama.cpp's word
     "seed": _option("seed", _seed),
     "stop": _option("stop", _stop),
     "logit_bias": _option("logit_bias", _logit_bias),

@@ -283,3 +283,13 @@ def test_addresses_that_there_are_not(server):
     assert server.get("/nothing").status == 404
     assert server.post("/v1/responses", {}).error["type"] == "invalid_request_error"
     assert server.get(CHAT).status == 405
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "n_predict"])
+def test_minus_one_token_is_as_many_as_there_is_room_for(server, name):
+    body = {"prompt": "the inn", "temperature": 0, "ignore_eos": True}
+    long = server.post("/v1/completions", {**body, name: -1}).json
+    assert long["usage"]["total_tokens"] >= server.answerer.n_ctx
+    assert long["choices"][0]["finish_reason"] == "length"
+    assert server.post("/v1/completions", {**body, name: 3}).json["usage"]["completion_tokens"] == 3
+    assert server.post("/v1/completions", {**body, name: -2}).status == 400
