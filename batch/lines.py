@@ -46,7 +46,8 @@ class Answering:
     """`defaults`: options for what a line does not say. A line without a seed has one made of `seed` and its text."""
 
     def __init__(self, model: Model, defaults: Mapping[str, Any], seed: int):
-        self._defaults, self._seed = dict(defaults), b"%d\n" % seed
+        self._defaults = {False: dict(defaults), True: {**model.chat_defaults, **defaults}}  # by whether it is a chat
+        self._seed = b"%d\n" % seed
         self._asking = Asking(model, model.n_ctx)
         self._token_bytes = model.tokenizer.token_bytes
 
@@ -66,7 +67,8 @@ class Answering:
     def _answer(
         self, line: Line, body: dict[str, Any], named: dict[str, Any], session: Conversation, cancel: threading.Event
     ) -> Written | None:
-        ask = fields.read(body, body.get("messages") is not None, self._defaults)
+        is_chat = body.get("messages") is not None
+        ask = fields.read(body, is_chat, self._defaults[is_chat])
         if ask.options.get("seed") is None:
             ask.options["seed"] = self._seed_of(line)
         prompts = self._asking.encode(ask)
@@ -75,7 +77,8 @@ class Answering:
             answers.setdefault(number, []).append(piece)
         if any(parts[-1].finish_reason == "cancelled" for parts in answers.values()):
             return None
-        whole = Shape(ask.is_chat, "", self._token_bytes).whole([*answers.values()], ask.n, ask.logprobs, prompts.dropped_turns)
+        shape = Shape(is_chat, "", self._token_bytes)
+        whole = shape.whole([*answers.values()], ask.n, ask.logprobs, prompts.dropped_turns, prompts.parts)
         told = {name: whole[name] for name in ("choices", "usage", "dropped_turns") if name in whole}
         del told["usage"]["prompt_tokens_details"]  # what was in the cache depends on which lines came before
         return Written(line.number, _json({**named, **told}), told["usage"]["completion_tokens"])

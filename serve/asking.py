@@ -6,10 +6,11 @@ In: an `Ask` and a session. Out: pieces, or an ApiError that says what is wrong 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pocketlm.chat.thinking import Splitter
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
 from pocketlm.errors import PocketlmError
 from pocketlm.serve.errors import ApiError
@@ -28,6 +29,7 @@ class Prompts:
     ids: list[list[int]]
     stop: list[str] = field(default_factory=list)
     dropped_turns: int = 0
+    parts: Callable[[], Splitter] | None = None  # tells thought from answer in what is said to them; None: nobody wants that
 
 
 class Asking:
@@ -40,7 +42,7 @@ class Asking:
 
     def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
-        tokenizer, template = self._model.tokenizer, self._model.template
+        tokenizer, template = self._model.tokenizer, self._model.template.with_thinking(ask.thinking)
         texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
         most = self._n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
         if not ask.fit and sum(map(len, texts)) > most:
@@ -60,6 +62,10 @@ class Asking:
                 else:
                     ids = turns.encode()
                 prompts = Prompts([ids], list(template.stop), turns.dropped)
+                if ask.thoughts_apart:
+                    last = ask.messages[-1]
+                    begun = last["content"] if last["role"] == "assistant" else ""
+                    prompts.parts = lambda: Splitter(template.tags, begun or template.thought_opening)
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
         for ids in prompts.ids:
