@@ -219,6 +219,7 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
     form_arguments(parser)
+    _batch().arguments(parser)
 
 
 def _prompt(arguments: Arguments) -> str:
@@ -239,6 +240,8 @@ def _prompt(arguments: Arguments) -> str:
 
 
 def _generate(arguments: Arguments) -> int:
+    if arguments.input or arguments.output or arguments.dask:
+        return _batch().run(arguments)
     prompt = _prompt(arguments)
     options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
@@ -267,6 +270,12 @@ def _generate(arguments: Arguments) -> int:
             note = f"; {last.note}" if last.note else ""
             print(f"[{last.generated_tokens} tokens, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
     return 0
+
+
+def _batch() -> Any:
+    from pocketlm.batch import command
+
+    return command
 
 
 def _tokenize_arguments(parser: Parser) -> None:

@@ -46,6 +46,11 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def running_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `pocketlm.load`."""
+    return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx}
+
+
 def open_model(arguments: argparse.Namespace) -> Any:
     """The model that the options name, by `arguments.load` where that is given; a note on a context that is too long for it.
 

@@ -7,7 +7,7 @@ for something left out here fails there, not at a friend's. Sizes are those of L
 from __future__ import annotations
 
 # what of pocketlm a stub holds
-PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "serve", "build")
+PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "serve", "batch", "build")
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),
@@ -18,6 +18,7 @@ BUILDERS = {
     )),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
+LEFT_OUT |= {"batch/over_dask.py"}
 DATA = ("serve/page.html",)  # files that are no code
 FROZEN = (  # with all that they import, but for what EXCLUDED names
     "numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex",
