@@ -291,7 +291,8 @@ class Model:
         """FileError where there is no memory for one more session."""
         with self.changing:  # no other thread makes a session meanwhile
             promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
-        n_bytes = type(self.executor.cache).bytes_for(self.hyper, n_ctx)
+        cache = self.executor.cache
+        n_bytes = cache.bytes_for(self.hyper, n_ctx, cache.windows)
         memory.require_session(self.path, n_bytes, promised, n_ctx)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -301,7 +302,7 @@ class Model:
     @property
     def state_bytes(self) -> int:
         """What `save_state` would write, about."""
-        return self.context_used * type(self.executor.cache).bytes_for(self.hyper, self.n_ctx) // self.n_ctx
+        return self.executor.cache.nbytes_at(self.context_used)
 
     def save_state(self, path: str | Path) -> None:
         """Write what was computed of the text in the model's own session, for `load_state`. Raises FileError.

@@ -55,7 +55,7 @@ class NumpyExecutor:
         self._rope = rope_tables(plan.ops, self._rows, n_ctx)
         self._turns = key_turns(plan.ops, self._rows, n_ctx)
         self._slopes = functools.cache(alibi_slopes)
-        self.cache = self._cache = KVCache(plan.hyper, n_ctx, self._turns)  # its own, and that of the text now worked on
+        self.cache = self._cache = self.new_cache()  # its own, and that of the text now worked on
         self._one_at_a_time, self._closed = ForkedLock(), False
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
@@ -70,7 +70,7 @@ class NumpyExecutor:
         scores = 4 * hyper.n_head * n * n_ctx * (1 + alibi) + n * n_ctx * (8 + 1 + 4 * alibi)  # and distances, masks
         activations = 4 * n * (sum(inner) + 3 * max(inner)) + 4 * hyper.n_vocab
         scratch = rope_tables_bytes(plan.ops, n_ctx) + max(scores + activations, KVCache.bytes_to_move(hyper, n_ctx))
-        return weights, KVCache.bytes_for(hyper, n_ctx), scratch
+        return weights, KVCache.bytes_for(hyper, n_ctx, plan.windows), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -85,7 +85,7 @@ class NumpyExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> KVCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return KVCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns)
+        return KVCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
 
     def new_selection(self) -> None:
         """NumPy's own is all there is."""
@@ -122,6 +122,7 @@ class NumpyExecutor:
 
     def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:  # [n] -> [rows, n_vocab], of the last
         state = {"ids": ids}
+        self._cache.about_to_write(len(ids))
         for op in self.plan.ops:
             self._check_open()
             if isinstance(op, P.Logits):
@@ -187,11 +188,12 @@ class NumpyExecutor:
         n, group = len(qkv), op.n_head // n_kv
         q = qkv[:, : op.n_head * d].reshape(n, n_kv, group, d)
         kv = qkv[:, op.n_head * d :].reshape(n, 2, n_kv, d)
-        keys, values = self._cache.keys[op.layer], self._cache.values[op.layer]
-        new = slice(start, start + n)
+        keys, values = self._cache.layers[op.layer]
+        new = self._cache.at(op.layer, start, start + n)
         keys[:, new], values[:, new] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)  # [n_kv_head, n, head_dim]
         first = max(start - op.window + 1, 0) if op.window else 0  # what the first query sees; t positions from here on
-        keys, values = keys[:, first : start + n], values[:, first : start + n]
+        seen = self._cache.at(op.layer, first, start + n)
+        keys, values = keys[:, seen], values[:, seen]
         t = keys.shape[1]
         q = q.transpose(1, 2, 0, 3).reshape(n_kv, group * n, d)  # heads of a group share keys
         scores = q @ keys.swapaxes(1, 2)  # [n_kv_head, group * n, t]

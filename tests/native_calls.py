@@ -12,6 +12,7 @@ import pytest
 from canonical_models import make_hyper, make_model
 
 from pocketlm.runtime.formats import FORMATS, dequantize
+from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.native import levels, linker
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.executor import NativeExecutor
@@ -165,10 +166,13 @@ def executors(
         patch.setenv("POCKETLM_ISA", level.name)
         native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads)
     reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1)
-    reference.cache.keys, reference.cache.values = (
-        a.astype(np.float16) for a in (reference.cache.keys, reference.cache.values)
-    )
+    own = reference.cache
+    reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows)
     return native, reference
+
+
+class _HalfCache(KVCache):
+    dtype = np.float16
 
 
 @functools.cache

@@ -26,9 +26,10 @@ from pocketlm.runtime.native.sizes import LANES, QUERIES, SPAN
 from pocketlm.runtime.native.vector_math import exp, exp_of_negative, from_half
 
 
-def cache_of(r: Records, token: Callable[..., Value], kv: Value) -> Value:
-    """Bytes from a token's keys, or values, to those of a head in the operation's layer."""
-    return (r.op("layer") * r.run("n_kv_head") + kv) * token("head_stride")
+def cache_of(r: Records, token: Callable[..., Value], kv: Value) -> tuple[Value, Value]:
+    """Bytes from a token's keys, or values, to those of a head in the operation's layer, and the rows that the layer has."""
+    layer = r.layer(token)
+    return layer("offset") + kv * (layer("rows") * r.run("padded_dim") * 2), layer("rows")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     entry, kv, group = r.entry(task // n_kv), task % n_kv, r.run("n_head") // n_kv
     all_rows, padded = entry("n_tokens") * group, r.run("padded_dim")
     token = r.token(entry("token"))
-    keys, values = (token(name, PTR) + cache_of(r, token, kv) for name in ("keys", "values"))
+    place, in_cache = cache_of(r, token, kv)
+    keys, values = (token(name, PTR) + place for name in ("keys", "values"))
     with f.range(0, all_rows, QUERIES) as start:
         rows = f.minimum(all_rows - start, f.const(I64, QUERIES))
         with f.range(0, rows) as row:
@@ -72,7 +74,7 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
         stop = f.minimum(entry("last"), last // SPAN + 1)
         with f.range(f.maximum(entry("first"), f.load(I64, known + OLDEST, 8) // SPAN), stop) as span:
-            row, at = f.var(I64, 0), span * (padded * 2 * SPAN)
+            row, at = f.var(I64, 0), span % (in_cache // SPAN) * (padded * 2 * SPAN)
             for queries, _ in TILES[level].scores:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
                     arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, entry("apart"))

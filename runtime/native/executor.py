@@ -25,7 +25,7 @@ from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, PAIR, QUERY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -40,39 +40,50 @@ BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
 
 
 class NativeCache(KVCache):
-    """float16. Keys [n_layer, n_kv_head, n_ctx / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache."""
+    """float16. Keys [n_kv_head, rows / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache, padded.
 
-    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
-        self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
-        rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
-        self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
-        self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
+    A span of SPAN positions lies in one piece in every layer, a ring or not.
+    """
 
-    @staticmethod
-    def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 2
+    dtype = np.float16
+    block = BLOCK
+    unit = sizes.SPAN
 
-    @staticmethod
-    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = ()):
+        super().__init__(hyper, n_ctx, turns, windows)
+        self.table = aligned(hyper.n_layer, LAYER)  # what compiled code knows of the layers
+        self.table["rows"] = self.rows
+        at = hyper.n_kv_head * self._padded(hyper) * self.table["rows"] * self.keys.itemsize
+        self.table["offset"] = np.cumsum(at) - at
+
+    @classmethod
+    def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
         """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 10
+        return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, sizes.SPAN) * 10
 
-    def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.keys[:, :, : round_up(length, ROWS) // ROWS], self.values[:, :, :length]
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        return round_up(hyper.head_dim, ROWS)
 
-    def _key_rows(self, layer: int, stop: int) -> np.ndarray:  # [n_kv_head, at least stop, padded_dim], a copy
-        keys = self.keys[layer, :, : round_up(stop, ROWS) // ROWS].swapaxes(2, 3)
-        return keys.reshape(keys.shape[0], -1, keys.shape[3])
+    def _allocate(self, n: int) -> np.ndarray:
+        return aligned(n, self.dtype)
+
+    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        n_kv, dim = self.hyper.n_kv_head, self._padded(self.hyper)
+        return keys.reshape(n_kv, rows // ROWS, dim, ROWS), values.reshape(n_kv, rows, dim)
+
+    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self.layers[layer]
+        return keys[:, : round_up(n, ROWS) // ROWS], values[:, :n]
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return self._key_rows(layer, stop)[:, start:stop, : self.hyper.head_dim].astype(np.float32)
+        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
+        keys = self.layers[layer][0][:, group, : self.hyper.head_dim, lane]  # [n, n_kv_head, head_dim]
+        return np.ascontiguousarray(keys.swapaxes(0, 1), np.float32)
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        stop = start + keys.shape[1]
-        rows = self._key_rows(layer, stop)
-        rows[:, start:stop, : self.hyper.head_dim] = keys
-        rows = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
-        self.keys[layer, :, : rows.shape[1]] = rows
+        group, lane = divmod(np.arange(start, start + keys.shape[1]) % self.rows[layer], ROWS)
+        self.layers[layer][0][:, group, : self.hyper.head_dim, lane] = keys.swapaxes(0, 1)
 
 
 class _Scratch:
@@ -125,7 +136,7 @@ class NativeExecutor:
         matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
-        self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
+        self.cache = self.new_cache()
         self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
         storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes)
         self._storage: Storage | None = storage  # what the program points at
@@ -136,6 +147,7 @@ class NativeExecutor:
         memory = [
             *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
             *self._arrays.values(), *self._tables.values(), self.cache.keys, self.cache.values,
+            self.cache.table,
         ]  # fmt: skip
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
@@ -149,7 +161,7 @@ class NativeExecutor:
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
         scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
-        return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
+        return weights, NativeCache.bytes_for(plan.hyper, n_ctx, plan.windows), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -165,7 +177,7 @@ class NativeExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns)
+        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
@@ -200,6 +212,8 @@ class NativeExecutor:
         """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
+        for cache, ids, _ in work:
+            cache.about_to_write(len(ids))
         self._workers.run()
         logits, start = [], 0
         for cache, ids, rows in work:
@@ -226,7 +240,7 @@ class NativeExecutor:
             here = tokens[n : n + len(ids)]
             here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
             here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
-            here["head_stride"] = cache.values.strides[1]
+            here["layers"] = cache.table.ctypes.data
             n += len(ids)
             wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
             n_rows += rows

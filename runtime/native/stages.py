@@ -246,9 +246,10 @@ def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         elements.normalise(f, r, vector, vector, weight, None, dim)
     _turn(f, r, vector, position)
     with f.when(head >= n_head):
-        padded, place = r.run("padded_dim"), attention.cache_of(r, token, head - n_head)
-        keys = token("keys", PTR) + place + ((position >> 4) * padded * LANES + (position & 15)) * 2
-        values = token("values", PTR) + place + position * padded * 2
+        padded, (place, rows) = r.run("padded_dim"), attention.cache_of(r, token, head - n_head)
+        row = position % rows
+        keys = token("keys", PTR) + place + ((row >> 4) * padded * LANES + (row & 15)) * 2
+        values = token("values", PTR) + place + row * padded * 2
         value = vector + n_kv * dim * 4
 
         def limited(x: Value) -> Value:  # an infinite key would make the whole answer NaN; a NaN stays one
