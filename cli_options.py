@@ -39,6 +39,11 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
     )
+    cache_argument(parser)
+
+
+def cache_argument(parser: Any) -> None:
+    parser.add_argument("--kv", metavar="KIND", help="what the model looks back on is kept as f16 (default) or q8: half the memory")
 
 
 def open_model(arguments: argparse.Namespace) -> Any:
@@ -46,11 +51,12 @@ def open_model(arguments: argparse.Namespace) -> Any:
 
     Raises FileError where it cannot be given texts, as all commands that open a model do.
     """
+    options = arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx, arguments.kv or "f16"
     if arguments.load is not None:
-        return arguments.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+        return arguments.load(*options)
     import pocketlm
 
-    model = pocketlm.load(arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx)
+    model = pocketlm.load(*options)
     try:
         _ = model.tokenizer  # raises FileError where the file has none
         if not model.hyper.reaches(model.n_ctx):

@@ -64,14 +64,17 @@ def find_model(name: str) -> Path:
     return found[0]
 
 
-def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None) -> Model:
+def load(
+    path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "f16"
+) -> Model:
     """Open a model file and make it ready to run.
 
     `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores. `ctx`: positions in the
-    KV cache; None for the model's own context, at most 4096.
+    KV cache; None for the model's own context, at most 4096. `kv`: how these are kept, "f16" (NumPy: float32) or "q8", which
+    takes half the memory, or a quarter, and a little of the accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
-    return Model(find_model(str(path)), backend, threads, ctx)
+    return Model(find_model(str(path)), backend, threads, ctx, kv)
 
 
 class Model:
@@ -82,8 +85,8 @@ class Model:
     PocketlmError at its next piece. So does every stream of every session after `set_threads`, `set_backend` or `close`.
     """
 
-    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None):
-        self.path = path
+    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "f16"):
+        self.path, self.kv = path, kv
         self.n_threads = check_threads(threads)
         self._file = open_model(path)
         try:
@@ -149,7 +152,7 @@ class Model:
         return ctx
 
     def _start(self, backend: str) -> None:
-        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path)
+        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path, self.kv)
         self.engine = Engine(self.executor)
         state = Session(self.executor, self.engine)
         if self._own is None:

@@ -10,14 +10,18 @@ Knows positions, not tokens: which ids stand behind them is the session's affair
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
 
+from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.memory import round_up
 from pocketlm.runtime.positions import Turn, rotate
 
+KINDS = ("f16", "q8")  # of numbers: each executor's usual ones, float16 or float32, or int8 with a scale
+SCALE_BYTES = 4
 MARGIN = 512  # positions before a window that are kept: an answer of so many tokens can be taken back
 
 
@@ -29,6 +33,7 @@ class KVCache:
     dtype: Any = np.float32
     block = 512  # tokens that an executor writes at most before it reads
     unit = 1  # rows are a multiple of it, and what a query reads begins at one
+    saved: Any = np.float32  # the numbers in a file, which are exactly those that are kept
 
     def __init__(
         self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
@@ -107,6 +112,12 @@ class KVCache:
         """Put values [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
         self.layers[layer][1][:, self.at(layer, start, start + values.shape[1]), : self.hyper.head_dim] = values
 
+    def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of positions to compute with [n_kv_head, stop - start, head_dim]."""
+        rows = self.at(layer, start, stop)
+        keys, values = self.layers[layer]
+        return keys[:, rows], values[:, rows]
+
     def at(self, layer: int, start: int, stop: int) -> slice | np.ndarray:
         """The rows of positions [start, stop), no more than the layer has."""
         rows = self.rows[layer]
@@ -182,3 +193,46 @@ class KVCache:
         self.first = first
         self.length -= distance
         return True
+
+
+def check_kind(kv: str) -> None:
+    """Raises UsageError where caches keep no such numbers."""
+    if kv not in KINDS:
+        raise UsageError(f"kv {kv!r}: expected one of {', '.join(KINDS)}{did_you_mean(kv, KINDS)}")
+
+
+def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers [..., n] as int8 [..., n] and a scale for each n, float32 [...].
+
+    A scale has 16 significant bits: what is read from int8 and rounded again stays the same, bit for bit.
+    """
+    largest = np.abs(x).max(-1).astype(np.float32) * np.float32(1 / 127)
+    scales = ((largest.view(np.int32) + 0x80) & -0x100).view(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 1e-30)
+    with np.errstate(invalid="ignore"):  # NaN has no integer; the scale carries it on
+        return np.rint(x * inverse[..., None]).astype(np.int8), scales
+
+
+class ByteCache(KVCache):
+    """int8: a row is head_dim numbers and the bytes of their scale, a float32."""
+
+    dtype = np.int8
+
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        return hyper.head_dim + SCALE_BYTES
+
+    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
+        rows = self.layers[layer][which][:, self.at(layer, start, stop)]
+        return rows[..., :-SCALE_BYTES] * rows[..., -SCALE_BYTES:].view(np.float32)
+
+    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
+        rows, numbers = self.at(layer, start, start + x.shape[1]), self.layers[layer][which]
+        numbers[:, rows, :-SCALE_BYTES], scales = to_bytes(x)
+        numbers[:, rows, -SCALE_BYTES:] = scales[..., None].view(np.int8)
+
+    read_keys, read_values = partialmethod(_read, 0), partialmethod(_read, 1)
+    write_keys, write_values = partialmethod(_write, 0), partialmethod(_write, 1)
+
+    def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.read_keys(layer, start, stop), self.read_values(layer, start, stop)

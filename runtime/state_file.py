@@ -53,7 +53,7 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
     The file appears whole or not at all; raises FileError.
     """
     ids = ids if cache.goes_on_from(len(ids)) else []
-    hyper, dtype, n, first = cache.hyper, cache.values.dtype.newbyteorder("<"), len(ids), cache.first if ids else 0
+    hyper, dtype, n, first = cache.hyper, np.dtype(cache.saved).newbyteorder("<"), len(ids), cache.first if ids else 0
     size = _size(cache, n, first, dtype.itemsize)
     counts = n, hyper.n_layer, hyper.n_kv_head, hyper.head_dim, dtype.itemsize, first
     header = HEADER.pack(MAGIC, VERSION, *counts, _identity(model, hyper))
@@ -125,7 +125,7 @@ def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.d
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise FileError(path, "has become shorter", DAMAGED)
     with np.errstate(over="ignore"):
-        array = np.frombuffer(content, dtype).reshape(shape).astype(cache.values.dtype)
+        array = np.frombuffer(content, dtype).reshape(shape).astype(cache.saved)
     if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
         raise FileError(path, "holds numbers that are not finite", DAMAGED)
     return array

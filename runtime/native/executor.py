@@ -12,14 +12,14 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
-from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.kv_cache import SCALE_BYTES, KVCache, to_bytes
 from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
@@ -45,7 +45,7 @@ class NativeCache(KVCache):
     A span of SPAN positions lies in one piece in every layer, a ring or not.
     """
 
-    dtype = np.float16
+    dtype = saved = np.float16
     block = BLOCK
     unit = sizes.SPAN
 
@@ -86,6 +86,49 @@ class NativeCache(KVCache):
         self.layers[layer][0][:, group, : self.hyper.head_dim, lane] = keys.swapaxes(0, 1)
 
 
+class NativeByteCache(NativeCache):
+    """int8. A group of 16 positions, of keys [padded_dim, 16] or of values [16, padded_dim], ends with its scales, float32 [16]."""
+
+    dtype = np.int8
+    saved = np.float32
+
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        return round_up(hyper.head_dim, ROWS) + SCALE_BYTES
+
+    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = self.hyper.n_kv_head, rows // ROWS, self._padded(self.hyper) * ROWS
+        return keys.reshape(shape), values.reshape(shape)
+
+    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self.layers[layer]
+        n_groups = round_up(n, ROWS) // ROWS
+        return keys[:, :n_groups], values[:, :n_groups]
+
+    def _groups(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers [n_kv_head, groups, 16, padded_dim] and scales [n_kv_head, groups, 16] of keys (0) or values (1)."""
+        groups, scales = self.layers[layer][which], SCALE_BYTES * ROWS
+        shape, numbers = (*groups.shape[:2], -1, ROWS) if which == 0 else (*groups.shape[:2], ROWS, -1), groups[..., :-scales]
+        shaped = numbers.reshape(shape)
+        return shaped.swapaxes(2, 3) if which == 0 else shaped, groups[..., -scales:].view(np.float32)
+
+    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
+        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
+        numbers, scales = self._groups(which, layer)
+        return numbers[:, group, lane, : self.hyper.head_dim] * scales[:, group, lane, None]
+
+    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
+        group, lane = divmod(np.arange(start, start + x.shape[1]) % self.rows[layer], ROWS)
+        numbers, scales = self._groups(which, layer)
+        numbers[:, group, lane, : self.hyper.head_dim], scales[:, group, lane] = to_bytes(x)
+
+    read_keys, read_values = partialmethod(_read, 0), partialmethod(_read, 1)
+    write_keys, write_values = partialmethod(_write, 0), partialmethod(_write, 1)
+
+
+CACHES = {"f16": NativeCache, "q8": NativeByteCache}
+
+
 class _Scratch:
     """How large the working arrays of a run are: known before anything is allocated."""
 
@@ -120,7 +163,7 @@ class NativeExecutor:
     block = BLOCK
     same_bits = True
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
+    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
         weights that are NaN.
         """
@@ -129,8 +172,9 @@ class NativeExecutor:
         formats = sorted({tensors[name].format.name for name in [*names, *plan.experts]})
         check(plan, formats)
         self.level = levels.detect()
-        self.arithmetic = f"native {self.level.name}"
-        self._code = kernels(formats, self.level)
+        self.arithmetic = f"native {self.level.name}" + " q8" * (kv == "q8")
+        self._kind = CACHES[kv]
+        self._code = kernels(formats, self.level, kv)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
         matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
@@ -152,7 +196,7 @@ class NativeExecutor:
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16") -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
         do not fit they are read from the file as they are needed.
         """
@@ -161,7 +205,7 @@ class NativeExecutor:
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
         scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
-        return weights, NativeCache.bytes_for(plan.hyper, n_ctx, plan.windows), scratch
+        return weights, CACHES[kv].bytes_for(plan.hyper, n_ctx, plan.windows), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -177,7 +221,7 @@ class NativeExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
+        return self._kind(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
