@@ -196,11 +196,18 @@ def _chat(arguments: Arguments) -> int:
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with open_model(arguments) as model:
+        watch = {} if arguments.load is not None else {"watch": _throttling()}  # a packed program has no doctor
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
-            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
+            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program, **watch,
         )  # fmt: skip
+
+
+def _throttling() -> Callable[[], str]:
+    from pocketlm.doctor.health import Throttling
+
+    return Throttling().note
 
 
 def _generate_arguments(parser: Parser) -> None:
@@ -212,6 +219,7 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
     form_arguments(parser)
+    _batch().arguments(parser)
 
 
 def _prompt(arguments: Arguments) -> str:
@@ -232,6 +240,8 @@ def _prompt(arguments: Arguments) -> str:
 
 
 def _generate(arguments: Arguments) -> int:
+    if arguments.input or arguments.output or arguments.dask:
+        return _batch().run(arguments)
     prompt = _prompt(arguments)
     options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
@@ -260,6 +270,12 @@ def _generate(arguments: Arguments) -> int:
             note = f"; {last.note}" if last.note else ""
             print(f"[{last.generated_tokens} tokens, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
     return 0
+
+
+def _batch() -> Any:
+    from pocketlm.batch import command
+
+    return command
 
 
 def _tokenize_arguments(parser: Parser) -> None:

