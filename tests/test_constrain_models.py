@@ -207,6 +207,20 @@ def test_commands(path, tmp_path, capsys):
     assert out.startswith("{")
 
 
+def test_many_prompts(path, tmp_path, capsys):
+    """The command's form is that of lines that have none of their own."""
+    lines, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    own = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}}
+    bad = {"json_schema": {"not": {}}}
+    prompts = [{"prompt": "the"}, {"prompt": "in", **own}, {"prompt": "a", **bad}]
+    lines.write_text("\n".join(map(json.dumps, prompts)))
+    run(capsys, "generate", path, "--input", lines, "--output", answers, "--regex", "[a-c]{4}", "--slots", 2)
+    found = sorted((json.loads(line) for line in answers.read_text().splitlines()), key=lambda answer: answer["line"])
+    assert re.fullmatch("[a-c]{4}", found[0]["choices"][0]["text"])
+    assert found[1]["choices"][0]["text"] in ("1", "2")
+    assert "not is not supported" in found[2]["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("content", "words", "said"),
     [
