@@ -27,7 +27,7 @@ from pocketlm.constrain.grammar import (
 )  # fmt: skip
 from pocketlm.constrain.numbers import NUMBER
 
-INDENT = 64
+INDENT = 32
 SPACE = Either((EMPTY, literal(" "), Sequence((literal("\n"), Repeat(Chars(((9, 9), (32, 32))), 0, INDENT)))))
 COMMA = Sequence((literal(","), SPACE))
 _COLON = Sequence((literal(":"), SPACE))
