@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import itertools
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,16 +112,25 @@ def release_pages(view: np.ndarray) -> None:
 
     Does nothing for arrays that are not views of a mapping, nor where the system has no such request.
     """
+    _advise(view, "MADV_DONTNEED")
+
+
+def read_as_told(view: np.ndarray) -> None:
+    """Let the system read of these file pages only what it is asked for, and not read_ahead_kb around it (Linux)."""
+    _advise(view, "MADV_RANDOM")
+
+
+def _advise(view: np.ndarray, advice: str) -> None:
     base = view
     while isinstance(base, np.ndarray):
         base = base.base
     base = base.obj if isinstance(base, memoryview) else base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    if isinstance(base, mmap.mmap) and hasattr(mmap, advice):
         first = view.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
         start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others hold a neighbour's bytes
         length = (first + view.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
-            base.madvise(mmap.MADV_DONTNEED, start, length)
+            base.madvise(getattr(mmap, advice), start, length)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -149,8 +159,47 @@ def return_unused() -> None:
         return
 
 
+_sparing = False
+
+
+def be_sparing() -> None:
+    """From now on this process takes as little memory as it can, at the price of some speed."""
+    global _sparing
+    _sparing = True
+
+
+def is_sparing() -> bool:
+    """Whether `be_sparing` was called."""
+    return _sparing
+
+
+def reserved(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`aligned` for an array of which only a part may ever be used.
+
+    NumPy asks the system for pages of 2 MB, so that one byte used takes 2 MB: faster, and more memory. A sparing process has
+    small pages here.
+    """
+    array = aligned(shape, dtype)
+    if _sparing and sys.platform == "linux":
+        start, stop = round_up(array.ctypes.data, mmap.PAGESIZE), (array.ctypes.data + array.nbytes) & -mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE
+    return array
+
+
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:
     """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     raw = np.zeros(n_bytes + alignment, np.uint8)
     return raw[-raw.ctypes.data % alignment :][:n_bytes].view(dtype).reshape(shape)
+
+
+def in_one_piece(sizes: Sequence[int], alignment: int = 64) -> list[np.ndarray]:
+    """Zeroed arrays of bytes, one behind the other in one allocation; each begins as `aligned` lets it.
+
+    Of Linux NumPy asks large pages for allocations of 4 MB and more: the processor then looks up an address for 2 MB instead
+    of 4 kB, and fetches ahead over the ends of what lies there.
+    """
+    starts = [0, *itertools.accumulate(round_up(size, alignment) for size in sizes)]
+    whole = aligned(starts[-1], np.uint8, alignment)
+    return [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]

@@ -26,6 +26,7 @@ from pocketlm.serve.metrics import text as metrics_text
 from pocketlm.serve.shapes import Shape, finish_reason
 
 if TYPE_CHECKING:
+    from pocketlm.chat.thinking import Splitter
     from pocketlm.runtime.generator import Piece
 
 READ_SECONDS = 30.0  # that a body may take to come
@@ -72,17 +73,11 @@ async def _defect(request: Request, error: Exception) -> Response:
 async def read_json(request: Request) -> Any:
     """The body. Raises ApiError where it is too large, too slow or no JSON."""
     try:
-        text = (await asyncio.wait_for(_body(request), READ_SECONDS)).decode()  # json.loads would let half characters in
-        content = json.loads(text)
-        if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
-            json.dumps(content, ensure_ascii=False).encode()
-        return content
+        return fields.parse(await asyncio.wait_for(_body(request), READ_SECONDS))
     except (TimeoutError, asyncio.TimeoutError):
         raise ApiError(408, f"the body did not come in {READ_SECONDS:g} s") from None
     except ClientDisconnect:
         raise ApiError(400, "the client hung up") from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body is no JSON in UTF-8") from None
 
 
 async def _body(request: Request) -> bytes:
@@ -214,7 +209,8 @@ class Answering(Response):
         answers: dict[int, list[Piece]] = {}  # by their numbers, in the order in which they are made
         async for number, piece in answer:
             answers.setdefault(number, []).append(piece)
-        return self._shape.whole([*answers.values()], self._ask.n, self._ask.logprobs, self._prompts.dropped_turns)
+        prompts = self._prompts
+        return self._shape.whole([*answers.values()], self._ask.n, self._ask.logprobs, prompts.dropped_turns, prompts.parts)
 
     async def _stream(self, answer: Answer, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
@@ -231,15 +227,22 @@ class Answering(Response):
         ask, shape = self._ask, self._shape
         opened, lasts = set[int](), []
         held: list[Any] = []  # pieces without text, until the next that has some
+        splitter: Splitter | None = None
         async for number, piece in answer:
             if number not in opened:
                 opened.add(number)
                 held = []
+                splitter = self._prompts.parts and self._prompts.parts()
                 if (opening := shape.opening(number)) is not None:
                     yield _event(opening)
             held.append(piece)
-            if piece.text or (piece.finish_reason and ask.logprobs and len(held) > 1):
-                yield _event(shape.delta(number, piece.text, held if ask.logprobs else None))
+            parts = [(False, piece.text)] * bool(piece.text) if splitter is None else [*splitter.push(piece.text)]
+            if piece.finish_reason and splitter is not None:
+                parts += splitter.flush()
+            if not parts and piece.finish_reason and ask.logprobs and len(held) > 1:
+                parts = [(False, "")]
+            for is_thought, text in parts:
+                yield _event(shape.delta(number, text, held if ask.logprobs else None, is_thought))
                 held = []
             if finish_reason(piece):
                 lasts.append(piece)

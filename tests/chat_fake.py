@@ -1,5 +1,5 @@
 """A model without weights for the tests of the chat; run as a program, a chat with it: chat_fake.py
-[--no-save | --save] [--lines] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
+[--no-save | --save] [--lines] [--hot] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
 
 import argparse
 import sys
@@ -22,7 +22,9 @@ class FakeModel:
     chat_defaults: ClassVar[dict] = chat_defaults(n_vocab=32_000)
 
     def __init__(self):
-        self.template = SimpleNamespace(note="", name="chatml")
+        self.template = SimpleNamespace(
+            note="", name="chatml", tags=("<think>", "</think>"), thought_opening="", thinking=None, has_switch=True
+        )
         self.tokenizer = SimpleNamespace(encodable=lambda text: text)
         self.asked: list[list[dict[str, str]]] = []
         self.sampling: dict = {}
@@ -63,6 +65,10 @@ class FakeModel:
         if question == "silent":
             words = []
         words = [word if n == 0 else f" {word}" for n, word in enumerate(words)]
+        if question == "think":
+            words = ["<thi", "nk>\nIt", " greets\n", "</th", "ink>\n\nHello", " there"]
+            words[:2] = ["It"] if self.template.thought_opening else words[:2]
+            opening = opening.removeprefix(self.template.thought_opening)
         while opening:  # the beginning of the answer, which is continued
             opening = opening.removeprefix(words.pop(0))
         dropped = max(0, sum(message["role"] == "user" for message in messages) - self.n_turns)
@@ -97,12 +103,15 @@ if __name__ == "__main__":
     flags.add_argument("--no-save", dest="save", action="store_false")
     flags.add_argument("--lines", action="store_true")
     flags.add_argument("--model")
+    flags.add_argument("--hot", action="store_true")
     flags.add_argument("--turns", type=int, default=1000)
     options = vars(flags.parse_args())
     model = FakeModel()
     model.n_turns = options.pop("turns")
     if name := options.pop("model"):
         model.name, model.fingerprint = name, name * 8
+    if options.pop("hot"):
+        options["watch"] = lambda: "the processor is slowed down"
     try:
         sys.exit(run(model, sampling={}, **options))
     except PocketlmError as error:

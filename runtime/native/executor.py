@@ -8,9 +8,13 @@ length is checked here, before compiled code sees a pointer.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
@@ -18,12 +22,21 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, release_pages, round_up
+from pocketlm.runtime.memory import (
+    aligned,
+    available_bytes,
+    in_one_piece,
+    read_as_told,
+    release_pages,
+    reserved,
+    round_up,
+)
 from pocketlm.runtime.native import levels, sizes
+from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, QUERY, RUN, TOKEN
+from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN, offset
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -43,8 +56,8 @@ class NativeCache(KVCache):
     def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
         self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
         rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
-        self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
-        self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
+        self.keys = reserved((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
+        self.values = reserved((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
@@ -76,21 +89,28 @@ class NativeCache(KVCache):
 class _Scratch:
     """How large the working arrays of a run are: known before anything is allocated."""
 
-    def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
+    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
         self.dim = round_up(hyper.head_dim, ROWS)
-        self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in plan.ops if isinstance(op, P.Linear | P.Logits)))
+        products, experts = ([op for op in plan.ops if isinstance(op, kind)] for kind in (P.Linear | P.Logits, P.Experts))
+        self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in products))
+        self.n_pairs = BLOCK * max((op.n_used for op in experts), default=0)  # of a token and an expert, in a pass
+        self.n_experts = max((op.n_experts for op in experts), default=0)
+        widest = sizes.activation_bytes(max((op.matrix.n_in for op in experts), default=0))
+        self.activations = max(BLOCK * self.activation, 8 * self.n_pairs // 5 * widest)  # a tile of 5 takes as much as one of 8
+        row = max((tensors[name].data.nbytes // math.prod(plan.weights[name][:2]) for name in plan.experts), default=0)
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (
             ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * QUERY.itemsize),
             ("queries_at", sizes.QUERIES * self.dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
-            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
+            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4), ("tiled_at", sizes.EXPERT_CHUNK * ROWS * row),
         ):  # fmt: skip
-            self.places[name], end = end, end + n_bytes
+            self.places[name], end = end, end + round_up(n_bytes, 64)
         self.stride = round_up(end, 4096)  # from thread to thread
         self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
-        self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
+        self.n_bytes = self.activations + n_threads * self.stride + partials
+        self.n_bytes += self.n_pairs * (PAIR.itemsize + GROUP.itemsize) + 8 * self.n_experts
 
 
 class NativeExecutor:
@@ -99,6 +119,7 @@ class NativeExecutor:
     name = "native"
     block = BLOCK
     same_bits = True
+    single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
@@ -106,14 +127,16 @@ class NativeExecutor:
         """
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         names = _matrix_names(plan)
-        formats = sorted({tensors[name].format.name for name in names})
+        formats = sorted({tensors[name].format.name for name in [*names, *plan.experts]})
         check(plan, formats)
         self.level = levels.detect()
         self.arithmetic = f"native {self.level.name}"
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._tile([tensors[name] for name in names])
+        fit, mapped = self._place_experts()
+        matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
+        matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
@@ -132,10 +155,13 @@ class NativeExecutor:
 
     @staticmethod
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
-        weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
+        do not fit they are read from the file as they are needed.
+        """
+        held = plan.weights.keys() - plan.experts.keys()
+        weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in held)
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
-        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + buffers
+        scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
 
@@ -146,6 +172,11 @@ class NativeExecutor:
         self._workers.close()
         self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
         self.cache.release()
+
+    def use_fewer_threads(self, path: object) -> None:
+        """Single tokens are computed by fewer threads from now on, once that is known to be faster for the model at `path`."""
+        n_bytes = sum(tensor.data.nbytes for tensor in self._tensors.values())
+        self.single = for_model(Path(str(path)), n_bytes, self.level.name, self.n_threads)
 
     def new_selection(self) -> Selection:
         """For one sampler: it has memory of its own, so that several threads may draw at the same time."""
@@ -188,13 +219,24 @@ class NativeExecutor:
         """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
-        self._workers.run()
+        self._run(len(work) == 1 and len(work[0][1]) == 1)
         logits, start = [], 0
         for cache, ids, rows in work:
             cache.length += len(ids)
             logits.append(self._logits[start : start + rows])
             start += rows
         return logits
+
+    def _run(self, is_single: bool) -> None:
+        """The pass that the records describe."""
+        single = self.single
+        if single is None:
+            return self._workers.run()
+        self._n_running.value = single.next() if is_single else self.n_threads
+        started = perf_counter()
+        self._workers.run()
+        if is_single and single.is_trying:
+            single.took(perf_counter() - started)
 
     def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
         """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
@@ -281,22 +323,37 @@ class NativeExecutor:
         a thread: their pages are given back at once.
         """
         result = {}
+        # in a packed executable they are tiled, and used where they are
+        sizes = [0 if tensor.tiled else tiled_bytes(tensor.format.name, *tensor.shape) for tensor in tensors]
         with ThreadPool(self.n_threads) as pool:
-            for tensor in tensors:
+            for tensor, data in zip(tensors, in_one_piece(sizes), strict=True):
                 fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
-                if tensor.tiled:  # in a packed executable: used where it is
+                if tensor.tiled:
                     result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
                     continue
-                data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
                 types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
                 pool.run(partial(_tile_rows, tensor, data, permute))
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
+    def _place_experts(self) -> tuple[list[str], dict[str, TiledMatrix]]:
+        """Those of the plan to be tiled, where all fit into the memory, and those that stay in the file."""
+        experts = {name: self._tensors[name] for name in self.plan.experts}
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads))
+        needed += sum(tensor.data.nbytes for tensor in experts.values())
+        fits = (free := available_bytes()) is None or needed <= free
+        fit = [name for name, tensor in experts.items() if fits and tensor.shape[1] % ROWS == 0]
+        mapped = {}
+        for name in experts.keys() - fit:  # NaN among them is not looked for, which would read them all: logits tell
+            tensor = experts[name]
+            read_as_told(tensor.data)
+            mapped[name] = TiledMatrix(tensor.format.name, *tensor.shape[1:], tensor.data, mapped=True)
+        return fit, mapped
+
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
-        hyper, scratch = self.hyper, _Scratch(self.plan, self.n_ctx, self.n_threads)
+        hyper, scratch = self.hyper, _Scratch(self.plan, self._tensors, self.n_ctx, self.n_threads)
         self._n_slots = scratch.n_slots
         self._logits = self._buffers["logits"][:, : hyper.n_vocab]
         self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
@@ -306,7 +363,10 @@ class NativeExecutor:
             "tokens": aligned(BLOCK, TOKEN),
             "rows": aligned(BLOCK, np.int64),
             "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),
-            "activations": aligned(BLOCK * scratch.activation, np.uint8),
+            "activations": aligned(scratch.activations, np.uint8),
+            "counts": aligned(scratch.n_experts, np.int64),
+            "pairs": aligned(scratch.n_pairs, PAIR),
+            "groups": aligned(min(scratch.n_pairs, scratch.n_experts), GROUP),
             "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
@@ -320,7 +380,13 @@ class NativeExecutor:
         }  # fmt: skip
         for name, value in values.items():
             record[name] = value
+        self._n_running = ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, "n_threads"))
         return record
+
+
+def _as_one(tensor: Tensor) -> Tensor:
+    """All experts' matrices below each other."""
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:
