@@ -159,6 +159,34 @@ def return_unused() -> None:
         return
 
 
+_sparing = False
+
+
+def be_sparing() -> None:
+    """From now on this process takes as little memory as it can, at the price of some speed."""
+    global _sparing
+    _sparing = True
+
+
+def is_sparing() -> bool:
+    """Whether `be_sparing` was called."""
+    return _sparing
+
+
+def reserved(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`aligned` for an array of which only a part may ever be used.
+
+    NumPy asks the system for pages of 2 MB, so that one byte used takes 2 MB: faster, and more memory. A sparing process has
+    small pages here.
+    """
+    array = aligned(shape, dtype)
+    if _sparing and sys.platform == "linux":
+        start, stop = round_up(array.ctypes.data, mmap.PAGESIZE), (array.ctypes.data + array.nbytes) & -mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE
+    return array
+
+
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:
     """A zeroed array whose data begin at a multiple of `alignment` bytes. Pages are used as they are written."""
     n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
