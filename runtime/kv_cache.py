@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pocketlm.runtime.hyper_parameters import Hyper
+from pocketlm.runtime.memory import reserved
 from pocketlm.runtime.positions import Turn, rotate
 
 
@@ -20,7 +21,7 @@ class KVCache:
         """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`."""
         self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
         self.keys, self.values = (
-            np.zeros((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2)
+            reserved((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2)
         )
 
     @staticmethod

@@ -144,9 +144,9 @@ class Answer:
         except StopAsyncIteration:
             self._complete = True
             raise
-        except PocketlmError as error:
+        except PocketlmError as error:  # a UsageError: what the client asked for leads no further
             self._complete = True
-            raise ApiError(500, str(error)) from None
+            raise ApiError(400 if isinstance(error, UsageError) else 500, str(error)) from None
         if piece.finish_reason:
             self._answerer.count(piece)
             if piece.finish_reason == "cancelled" and self._answerer.stopping:

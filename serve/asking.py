@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pocketlm.chat.thinking import Splitter
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 
@@ -42,7 +42,12 @@ class Asking:
 
     def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
-        tokenizer, template = self._model.tokenizer, self._model.template.with_thinking(ask.thinking)
+        try:
+            has_form = self._model.guide(dict(ask.options)) is not None  # made here, outside of every slot, and remembered
+        except UsageError as error:
+            raise ApiError(400, str(error)) from None
+        # a form begins with the first token: there is nothing that the model could think before
+        tokenizer, template = self._model.tokenizer, self._model.template.with_thinking(False if has_form else ask.thinking)
         texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
         most = self._n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
         if not ask.fit and sum(map(len, texts)) > most:
@@ -62,7 +67,7 @@ class Asking:
                 else:
                     ids = turns.encode()
                 prompts = Prompts([ids], list(template.stop), turns.dropped)
-                if ask.thoughts_apart:
+                if ask.thoughts_apart and not has_form:
                     last = ask.messages[-1]
                     begun = last["content"] if last["role"] == "assistant" else ""
                     prompts.parts = lambda: Splitter(template.tags, begun or template.thought_opening)

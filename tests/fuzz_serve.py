@@ -19,13 +19,19 @@ from typing import Any
 
 from serving import Serving, everything, hello, serving, tiny_chat
 
+SCHEMA = {
+    "type": "object", "properties": {"a": {"maxLength": 5}, "b": {"$ref": "#/$defs/n"}, "c": {"pattern": "a"}},
+    "required": ["a"], "$defs": {"n": {"anyOf": [{"type": ["integer", "null"], "minimum": 1}, {"enum": ["x", 1.5]}]}},
+}  # fmt: skip
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": {
         **hello(), "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}, "n": 2, "logprobs": True,
         "top_logprobs": 2, "stop": ["a", "b"], "seed": 1, "logit_bias": {"5": -1.0}, "top_p": 0.9, "top_k": 5, "min_p": 0.1,
-        "presence_penalty": 0.1, "frequency_penalty": 0.1, "response_format": {"type": "text"}, "tools": [], "fit": True,
+        "presence_penalty": 0.1, "frequency_penalty": 0.1, "tools": [], "fit": True,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}},
     },
-    "/v1/completions": {"prompt": ["the", "in"], "max_tokens": 2, "logprobs": 1, "echo": False, "temperature": 0.5},
+    "/v1/completions": {"prompt": ["the", "in"], "max_tokens": 2, "logprobs": 1, "echo": False, "temperature": 0.5,
+                        "json_schema": SCHEMA},
     "/tokenize": {"content": "the inn", "add_special": True, "parse_special": False, "with_pieces": True},
     "/detokenize": {"tokens": [1, 2, 3]},
     "/page/enter": {"code": "x"},

@@ -23,7 +23,7 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command doctor.command doctor.portrait serve.command batch.command pull.command terminal_text"
+        " train.command doctor.command doctor.health doctor.portrait serve.command batch.command pull.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
@@ -53,7 +53,7 @@ ALLOWED = {
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
-    "cli_options": "errors pocketlm runtime.sampling terminal_text",
+    "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
     "chat": "errors tokenizer runtime.sampling runtime.atomic terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",

@@ -172,7 +172,7 @@ def test_an_answer_that_is_begun_is_gone_on_with(server, alone):
 
 
 REFUSED = {
-    "tools": [{"type": "function"}], "tool_choice": "required", "response_format": {"type": "json_object"}, "functions": [{}],
+    "tools": [{"type": "function"}], "tool_choice": "required", "response_format": {"type": "grammar"}, "functions": [{}],
     "audio": {}, "store": True, "n": 0, "stop": [""], "temperature": "hot", "top_p": 2, "max_tokens": -2, "stream": "yes",
     "logit_bias": {"x": 1}, "seed": 1.5, "frequency_penalty": True, "top_logprobs": 21, "max_token": 5, "top_k": -1,
     "stream_options": {"x": 1}, "messages": [], "min_p": -1, "modalities": ["audio"], "repeat_last_n": 0,

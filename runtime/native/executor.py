@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
@@ -20,12 +22,21 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, release_pages, round_up
+from pocketlm.runtime.memory import (
+    aligned,
+    available_bytes,
+    in_one_piece,
+    read_as_told,
+    release_pages,
+    reserved,
+    round_up,
+)
 from pocketlm.runtime.native import levels, sizes
+from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN
+from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN, offset
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -45,8 +56,8 @@ class NativeCache(KVCache):
     def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
         self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
         rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
-        self.keys = aligned((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
-        self.values = aligned((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
+        self.keys = reserved((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
+        self.values = reserved((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
 
     @staticmethod
     def bytes_for(hyper: Hyper, n_ctx: int) -> int:
@@ -108,6 +119,7 @@ class NativeExecutor:
     name = "native"
     block = BLOCK
     same_bits = True
+    single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
@@ -122,7 +134,9 @@ class NativeExecutor:
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
+        fit, mapped = self._place_experts()
+        matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
+        matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
@@ -158,6 +172,11 @@ class NativeExecutor:
         self._workers.close()
         self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
         self.cache.release()
+
+    def use_fewer_threads(self, path: object) -> None:
+        """Single tokens are computed by fewer threads from now on, once that is known to be faster for the model at `path`."""
+        n_bytes = sum(tensor.data.nbytes for tensor in self._tensors.values())
+        self.single = for_model(Path(str(path)), n_bytes, self.level.name, self.n_threads)
 
     def new_selection(self) -> Selection:
         """For one sampler: it has memory of its own, so that several threads may draw at the same time."""
@@ -200,13 +219,24 @@ class NativeExecutor:
         """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
-        self._workers.run()
+        self._run(len(work) == 1 and len(work[0][1]) == 1)
         logits, start = [], 0
         for cache, ids, rows in work:
             cache.length += len(ids)
             logits.append(self._logits[start : start + rows])
             start += rows
         return logits
+
+    def _run(self, is_single: bool) -> None:
+        """The pass that the records describe."""
+        single = self.single
+        if single is None:
+            return self._workers.run()
+        self._n_running.value = single.next() if is_single else self.n_threads
+        started = perf_counter()
+        self._workers.run()
+        if is_single and single.is_trying:
+            single.took(perf_counter() - started)
 
     def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
         """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
@@ -307,19 +337,19 @@ class NativeExecutor:
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
-    def _place_experts(self) -> dict[str, TiledMatrix]:
-        """Those of the plan: tiled where all of them fit into the memory, in the file where they do not."""
-        tensors = [self._tensors[name] for name in self.plan.experts]
-        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads)) + sum(t.data.nbytes for t in tensors)
-        free, result = available_bytes(), {}
-        for tensor in tensors:
-            n_experts, n_rows, n_columns = tensor.shape
-            # NaN among weights in the file is not looked for: that would read all of them. Logits tell
-            result[tensor.name] = TiledMatrix(tensor.format.name, n_rows, n_columns, tensor.data, mapped=True)
-            if n_rows % ROWS == 0 and (free is None or needed <= free):
-                tiled = self._tile([replace(tensor, shape=(n_experts * n_rows, n_columns))])[tensor.name]
-                result[tensor.name] = replace(tiled, n_rows=n_rows)
-        return result
+    def _place_experts(self) -> tuple[list[str], dict[str, TiledMatrix]]:
+        """Those of the plan to be tiled, where all fit into the memory, and those that stay in the file."""
+        experts = {name: self._tensors[name] for name in self.plan.experts}
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads))
+        needed += sum(tensor.data.nbytes for tensor in experts.values())
+        fits = (free := available_bytes()) is None or needed <= free
+        fit = [name for name, tensor in experts.items() if fits and tensor.shape[1] % ROWS == 0]
+        mapped = {}
+        for name in experts.keys() - fit:  # NaN among them is not looked for, which would read them all: logits tell
+            tensor = experts[name]
+            read_as_told(tensor.data)
+            mapped[name] = TiledMatrix(tensor.format.name, *tensor.shape[1:], tensor.data, mapped=True)
+        return fit, mapped
 
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
@@ -350,7 +380,13 @@ class NativeExecutor:
         }  # fmt: skip
         for name, value in values.items():
             record[name] = value
+        self._n_running = ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, "n_threads"))
         return record
+
+
+def _as_one(tensor: Tensor) -> Tensor:
+    """All experts' matrices below each other."""
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:
