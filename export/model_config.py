@@ -60,6 +60,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
     "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
+    "logit_softcap": Setting(float, ("logit_softcap",), "15|20"),
     "model_type": Setting(str, (), "llama"),
 }  # fmt: skip
 
@@ -229,7 +230,7 @@ class ModelConfig:
 
     def check_supported(self, n_ctx: int, computed: Sequence[str] = ()) -> None:
         """Raises FileError that names anything in the configuration that pocketlm does not compute, but for `computed`."""
-        for level in self._levels:
+        for level in (self.given, *self._levels):
             for name, is_harmless in HARMLESS.items():
                 try:
                     harmless = name in computed or name not in level or is_harmless(level[name])

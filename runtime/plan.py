@@ -26,6 +26,7 @@ from pocketlm.runtime.operations import (
     Add,
     Attend,
     Embed,
+    Gate,
     Linear,
     Logits,
     Matrix,
@@ -37,8 +38,8 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Linear", "Logits", "Matrix", "Norm", "Op", "Plan", "Rotate", "Scale", "Softcap",
-    "make_plan",
+    "Activate", "Add", "Attend", "Embed", "Gate", "Linear", "Logits", "Matrix", "Norm", "Op", "Plan", "Rotate", "Scale",
+    "Softcap", "make_plan",
 ]  # fmt: skip
 
 

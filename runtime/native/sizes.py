@@ -5,8 +5,9 @@ Knows nothing of what stands behind them. Programs with code made beforehand nee
 
 from __future__ import annotations
 
-STAGES = ("embed", "prepare", "norm", "rotate", "join", "matrix", "store", "attend", "each")  # kinds of operations, by number
-EMBED, PREPARE, NORM, ROTATE, JOIN, MATRIX, STORE, ATTEND, EACH = range(len(STAGES))  # up to JOIN: a task a token
+# kinds of operations, by number
+STAGES = ("embed", "prepare", "norm", "rotate", "gate", "join", "matrix", "store", "attend", "each")
+EMBED, PREPARE, NORM, ROTATE, GATE, JOIN, MATRIX, STORE, ATTEND, EACH = range(len(STAGES))  # up to JOIN: a task a token
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
 SCALE, ADD, SOFTCAP, ACTIVATE = range(4)  # what EACH does
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")  # MATRIX, EACH: 1 for the first, 0 for none

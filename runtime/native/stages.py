@@ -36,8 +36,8 @@ def define(module: Module, level: str) -> None:
     _define_round(module)
     attention.define(module, level)
     stages = {
-        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "join": attention.join,
-        "matrix": _matrix, "store": _store, "attend": attention.attend, "each": elements.each,
+        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "gate": elements.gate,
+        "join": attention.join, "matrix": _matrix, "store": _store, "attend": attention.attend, "each": elements.each,
     }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
@@ -50,10 +50,12 @@ def define(module: Module, level: str) -> None:
 
 def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     out, token = r.op("out", PTR) + task * r.op("out_stride"), r.token(task)
-    row = f.select(r.op("by_position").equals(1), token("position"), token("id"))
-    f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), row, own)
+    which = r.op("row_is")
+    row = f.select(which.equals(0), token("id"), f.select(which.equals(1), token("position"), token("before")))
+    known = f.maximum(row, f.const(I64, 0))
+    f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), known, own)
     with f.range(0, r.op("n")) as i:
-        value = f.load(F32, own + i * 4)
+        value = f.select(row < 0, 0.0, f.load(F32, own + i * 4))
         before = f.select(r.op("add").equals(1), f.load(F32, out + i * 4), 0.0)
         f.store(value + before, out + i * 4)
 
