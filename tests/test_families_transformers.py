@@ -28,6 +28,7 @@ from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+rounded_attention = pytest.importorskip("rounded_attention")
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,19 @@ def saved(row: Row, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     metadata = vocabulary()
     (folder / "tokenizer.json").write_text(json.dumps(to_tokenizer_json(from_metadata(metadata, "m"), N_VOCAB, "m")[0]))
     ids = np.random.default_rng(1).integers(0, 256, row.n)
+    return ids, logits_of(model, ids)
+
+
+def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        return ids, model(torch.tensor(ids)[None]).logits[0].numpy()
+        return model(torch.tensor(ids)[None]).logits[0].numpy()
+
+
+def rounded_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """With keys and values rounded to float16, as the native executor's cache keeps them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    rounded_attention.round_keys_and_values(model)
+    return logits_of(model, ids)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -123,14 +135,14 @@ def test_logits_are_transformers(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     export(read_canonical(tmp_path / "folder"), "folder", path, quant="f32")
     assert np.ptp(expected, axis=1).min() > 0.5  # they say something
-    largest = np.abs(expected).max()
-    for backend, limit in (("numpy", 1e-5), ("native", 2e-3)):  # which keeps keys and values in float16
+    # rounding keys and values alone moves the logits of gemma 2 and 3, smollm3 and olmo by up to 3e-3, of the others by 8e-4
+    for backend, limit, same in (("numpy", 1e-5, expected), ("native", 1e-3, rounded_logits(tmp_path / "folder", ids))):
         with pocketlm.load(path, backend=backend, threads=2) as model:
-            np.testing.assert_allclose(model.logits(ids), expected, atol=limit * largest, rtol=0)
+            np.testing.assert_allclose(model.logits(ids), same, atol=limit, rtol=0)
             executor = model.executor
             executor.cache.truncate(0)
             one_by_one = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
-            np.testing.assert_allclose(one_by_one, expected, atol=limit * largest, rtol=0)
+            np.testing.assert_allclose(one_by_one, same, atol=limit, rtol=0)
     if row.llama_cpp:
         with LlamaReference(path, n_ctx=row.options.get("max_position_embeddings", SIZES["max_position_embeddings"])) as llama:
             assert compare(expected, llama.logits(ids)).worst_cosine >= 0.9999
@@ -241,8 +253,7 @@ def test_a_folder_for_transformers_computes_the_same(name: str, tmp_path: Path) 
     load = transformers.AutoModelForCausalLM.from_pretrained
     model, info = load(tmp_path / "again", dtype="float32", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    with torch.inference_mode():
-        found = model.eval()(torch.tensor(ids)[None]).logits[0].numpy()
+    found = logits_of(model.eval(), ids)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 

@@ -72,7 +72,7 @@ def normalise(
 
 
 def gate(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """The groups of a row: out + factor · sigmoid(weight · x) · y. The gates are made before anything is written: x may be out."""
+    """The groups of a row: out + factor · sigmoid(weight · x) · y. All gates are made first: x may be out."""
     x, y, to = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "y", "out"))
     width, stride, whole = r.op("n"), r.op("weight_stride"), r.op("n") & -LANES
     with f.range(0, r.op("n_groups")) as i:
