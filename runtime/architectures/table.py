@@ -18,6 +18,7 @@ from pocketlm.runtime.architectures import (
     gptneo,
     gptneox,
     granite,
+    hunyuan_dense,
     llama,
     mpt,
     nanochat,
@@ -63,6 +64,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": phi3,
     "smollm3": smollm3,
     "granite": granite,
+    "hunyuan-dense": hunyuan_dense,
     "olmo2": olmo2,
     "pocketlm": pocketlm,
 }
