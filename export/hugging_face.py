@@ -56,6 +56,13 @@ def tanh(draft: Draft) -> None:
     draft.options["activation"] = "gelu_tanh"
 
 
+def stretched_base(draft: Draft) -> None:
+    """What Hunyuan calls dynamic is a larger base, whatever the length of the text."""
+    n_dims = draft.keys["rope.dimension_count"]
+    if alpha := draft.config.rope.get("alpha"):
+        draft.keys["rope.freq_base"] *= float(alpha) ** (n_dims / (n_dims - 2))
+
+
 def windows_at_their_depth(draft: Draft) -> None:
     """EXAONE 4 leaves positions out of layers without a window where others have one; llama.cpp knows these by their depth."""
     if ("attention.sliding_window" in draft.keys) != (draft.keys["block_count"] == HYBRID):
@@ -112,6 +119,10 @@ HUGGING_FACE = {
                 "attention.scale": ("attention_multiplier", 1.0),
                 "logit_scale": ("logits_scaling", 1.0),
             },
+        ),
+        _family(
+            "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
+            stretched_base,
         ),
         _family("gemma", {}, {}, one_added, tanh),
         _family(

@@ -106,7 +106,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
     "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo", "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm",
-    "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
+    "hunyuan_v1_dense": "hunyuan-dense", "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
 }  # fmt: skip
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
 HARMLESS = {
@@ -279,7 +279,9 @@ class ModelConfig:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
             return {}, {}
-        if kind not in ("linear", "yarn", "llama3", "longrope", "su"):
+        if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
+            kind = "another base"
+        if kind not in ("linear", "yarn", "llama3", "longrope", "su", "another base"):
             raise FileError(
                 self.path,
                 f"scales its rotary positions by {quoted(kind)}",
@@ -294,6 +296,9 @@ class ModelConfig:
                 )
             return float(value)
 
+        if kind == "another base":  # its family's row
+            number("alpha")
+            return {}, {}
         if kind == "linear":
             return {"type": "linear", "factor": number("factor")}, {}
         original = number(

@@ -78,6 +78,12 @@ MODELS = {
     ),
     "granite": Row("Granite", GRANITE),
     "granite, yarn, biases": Row("Granite", {**GRANITE, "rope_parameters": YARN, "attention_bias": True, "mlp_bias": True}),
+    "hunyuan-dense": Row("HunYuanDenseV1", {"head_dim": 24}),
+    "hunyuan-dense, stretched, own head": Row(
+        "HunYuanDenseV1",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0},
+         "tie_word_embeddings": False, "head_dim": 16},
+    ),
     "gemma": Row("Gemma", GEMMA),
     "gemma2": Row(
         "Gemma2", {**GEMMA, "sliding_window": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0},
@@ -231,6 +237,8 @@ FULL, LOCAL = "full_attention", "sliding_attention"
         ("smollm3", {"no_rope_layer_interval": 2, "no_rope_layers": None}, "rotary positions in other layers"),
         ("qwen2", {"layer_types": [LOCAL] * 3, "sliding_window": 8, "use_sliding_window": True}, "sliding windows"),
         ("qwen3", {"num_experts": 8}, "num_experts"),
+        ("hunyuan-dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "by dynamic"),
+        ("hunyuan-dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": "x"}}, "rope_scaling.alpha"),
         ("granite", {"logits_scaling": 0}, "granite.logit_scale"),
         ("phi3, longrope, long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "no short_factor of 8"),
     ],
