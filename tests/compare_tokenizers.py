@@ -231,8 +231,8 @@ def of_llama_cpp_name(folder: Path, name: str) -> Pair:
     def encode(some: list[str], special: bool) -> list[Ids]:
         return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
 
-    def leave_out(text: str) -> bool:  # where words end before capitals, llama.cpp knows those of ASCII only
-        return name in CASED and any(letter.isalpha() and not letter.isascii() for letter in unicodedata.normalize("NFD", text))
+    def leave_out(text: str) -> bool:  # where words end before capitals, llama.cpp knows the letters of ASCII only, and no marks
+        return name in CASED and any(unicodedata.category(c)[0] in "LM" and not c.isascii() for c in text)
 
     return Pair(tokenizer.load(path), encode, None, (False,), leave_out)
 
