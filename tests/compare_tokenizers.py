@@ -231,7 +231,7 @@ def of_llama_cpp_name(folder: Path, name: str) -> Pair:
     def encode(some: list[str], special: bool) -> list[Ids]:
         return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
 
-    def leave_out(text: str) -> bool:  # where words end before capitals, llama.cpp knows the letters of ASCII only, and no marks
+    def leave_out(text: str) -> bool:  # where words end before capitals, llama.cpp knows letters of ASCII only, and no marks
         return name in CASED and any(unicodedata.category(c)[0] in "LM" and not c.isascii() for c in text)
 
     return Pair(tokenizer.load(path), encode, None, (False,), leave_out)
