@@ -42,10 +42,8 @@ class KVCache:
         sizes = [hyper.n_kv_head * rows * self._padded(hyper) for rows in self.rows]
         self.keys, self.values = (self._allocate(sum(sizes)) for _ in range(2))
         cuts = np.cumsum(sizes)[:-1]
-        self.layers = [
-            self._shaped(*both, rows)
-            for *both, rows in zip(np.split(self.keys, cuts), np.split(self.values, cuts), self.rows, strict=True)
-        ]
+        parts = zip(np.split(self.keys, cuts), np.split(self.values, cuts), self.rows, strict=True)
+        self.layers = [self._shaped(keys, values, rows) for keys, values, rows in parts]
 
     @classmethod
     def rows_of_layers(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int]) -> tuple[int, ...]:

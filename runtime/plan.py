@@ -56,7 +56,7 @@ class Plan:
     def windows(self) -> tuple[int, ...]:
         """The sliding window of every layer of the cache; 0 for none."""
         found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
-        return tuple(found[layer] for layer in sorted(found))
+        return tuple(found.get(layer, 0) for layer in range(self.hyper.n_layer))
 
 
 def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object) -> Plan:
