@@ -157,6 +157,9 @@ def _chat_arguments(parser: Parser) -> None:
     parser.add_argument("--title", metavar="TEXT", help="what the first line calls the model")
     parser.add_argument("--greeting", metavar="TEXT", help="what the chat says first")
     parser.add_argument("--template", metavar="NAME", help="chat template: chatml, markers, alpaca, plain or a Jinja file")
+    parser.add_argument(
+        "--think", choices=("on", "off", "hide"), metavar="on|off|hide", help="whether it thinks first; hide: does so unseen"
+    )
     resumed = "go on with the last conversation with this model, or with the one of that name (pocketlm chats lists them)"
     parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="NAME", help=resumed)
     parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
@@ -192,8 +195,8 @@ def _chat(arguments: Arguments) -> int:
     with open_model(arguments) as model:
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
-            question=arguments.question, lines=arguments.lines, template=arguments.template, title=arguments.title,
-            greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
+            question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
+            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
         )  # fmt: skip
 
 
@@ -361,6 +364,12 @@ def _eval() -> Any:
     return evaluate
 
 
+def _pull() -> Any:
+    from pocketlm.pull import command
+
+    return command
+
+
 def _doctor() -> Any:
     from pocketlm.doctor import command
 
@@ -382,6 +391,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
     "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
     "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
+    "pull": _folder("Fetch a good small model by its name.", _pull),
     "eval": _folder("Measure how well models predict texts.", _eval),
     "train": _folder("Train a small model from texts.", _train),
 }

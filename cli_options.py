@@ -25,7 +25,7 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 
 
 def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    text = "a GGUF file, or the short name of an installed model (small-talk, smollm2)"
+    text = "a GGUF file, or the short name of an installed or fetched model (small-talk, smollm2, qwen3-0.6b)"
     if optional:
         text += "; default: small-talk, which comes with pocketlm"
     parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)

@@ -112,6 +112,9 @@ class Conversation:
         `draft`: what the text so far foretells is verified in one pass where that pays; the answer is the same without.
         Two more options: `top_logprobs` (how many of the likeliest tokens each piece lists) and `process`, a function that
         changes the logits in place before the choice, as `runtime.sampling.make_sampler` describes it.
+        And four of which one may be given, for the form that the answer must have: `json_object`, `json_schema`, `choices`,
+        `regex`, as `constrain.guides.take_form` describes them. An answer that `max_tokens` or the context cuts off is the
+        beginning of such a text.
         """
         from pocketlm.runtime.generator import NoText
 
@@ -134,12 +137,10 @@ class Conversation:
         learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
         piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
         and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
-        Options of `sampling` that are not given are those of `generate`, but for `runtime.sampling.CHAT_DEFAULTS`.
+        Options of `sampling` that are not given are those of `generate`, but for those of `Model.chat_defaults`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
-        from pocketlm.runtime.sampling import CHAT_DEFAULTS
-
-        model, sampling = self._model, {**CHAT_DEFAULTS, **sampling}
+        model, sampling = self._model, {**self._model.chat_defaults, **sampling}
         turns = self._turns = Turns(messages, model.template, model.tokenizer, self._turns)
         limit = prompt_room(self.n_ctx, max_tokens)
         keep, lost = None, 0
@@ -186,12 +187,18 @@ class Conversation:
             beyond = dict.fromkeys(range(model._tokenizer.n_vocab, n_vocab), -math.inf)
             sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
         top_logprobs = sampling.pop("top_logprobs", 0)
+        guide = model.guide(sampling)
+        if guide is not None:
+            if ignore_eos:
+                raise UsageError("an answer that has a form ends with it: ignore_eos cannot be had")
+            sampling["process"] = guide.after(sampling.get("process"))
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
         listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)
+        chosen = listed.sample if top_logprobs else sampler
         stream = generate(
-            self.state, ids, listed.sample if top_logprobs else sampler, decoder, max_tokens=max_tokens, stop=stop,
+            self.state, ids, guide.along(chosen) if guide else chosen, decoder, max_tokens=max_tokens, stop=stop,
             end_ids=end_ids, ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift,
-            keep=keep, draft=draft,
+            keep=keep, draft=draft, is_over=guide.is_over if guide else None,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
 
@@ -269,7 +276,7 @@ class Turns:
         last = self._messages[-1] if self._messages else {}
         opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
         opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        self._opening = continued(opening, tokenizer)
+        self._opening = continued(template.begun(opening), tokenizer)
         if opening:
             self._messages.pop()
         if not self._messages:

@@ -5,7 +5,7 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 
 def did_you_mean(
@@ -21,6 +21,13 @@ def did_you_mean(
     found = (others or {}).get(word.lower(), "")
     near = [found] if found in known else get_close_matches(word.lower(), known, 1, cutoff)
     return f", did you mean {sign}{known[near[0]]}?" if near else ""
+
+
+def one_of(flag: str, value: str, words: Collection[str]) -> str:
+    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected gguf, onnx, did you mean gguf?"."""
+    if value not in words:
+        raise UsageError(f"{flag} {value}: expected {', '.join(words)}{did_you_mean(value, words)}")
+    return value
 
 
 def quoted(name: object, limit: int = 100) -> str:

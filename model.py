@@ -31,6 +31,7 @@ from pocketlm.tokenizer import NoTokenizer, Tokenizer, from_metadata
 
 if TYPE_CHECKING:
     from pocketlm.chat.templates import Template
+    from pocketlm.constrain.guides import Guide, Guides
     from pocketlm.runtime.generator import Piece
 
 INSTALLED = {  # short name: (Python package that holds the file, how to get it)
@@ -42,11 +43,18 @@ DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the 
 
 def find_model(name: str) -> Path:
     """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one."""
+    from pocketlm.pull.catalogue import CATALOGUE, fetched
+
     path = Path(name)
-    if path.exists() or path.suffix or path.name != name:
+    if path.exists() or (path.suffix and name not in CATALOGUE) or path.name != name:
         return path
+    if name in CATALOGUE:
+        found = fetched(name)
+        if found is None:
+            raise FileError(name, "this model is not here", f"get it with: pocketlm pull {name}")
+        return found
     if name not in INSTALLED:
-        names = f"{', '.join(INSTALLED)}{did_you_mean(name, INSTALLED)}"
+        names = f"{', '.join(INSTALLED)}{did_you_mean(name, [*INSTALLED, *CATALOGUE]) or ' and those of pocketlm pull'}"
         raise FileError(name, "there is no such file", f"give a path, or a short name: {names}")
     package, command = INSTALLED[name]
     spec = importlib.util.find_spec(package)
@@ -104,6 +112,7 @@ class Model:
         self._template: Template | None = None
         self._sessions = weakref.WeakSet[Conversation]()
         self._own: Conversation | None = None
+        self._guides: Guides | None = None
         self._fingerprint = ""
         self.changing = threading.RLock()  # one thread at a time takes the executor away, or makes a session
 
@@ -166,6 +175,13 @@ class Model:
         return self._fingerprint
 
     @property
+    def chat_defaults(self) -> dict[str, Any]:
+        """Options of the sampler that `chat` has and `generate` has not, where none are given."""
+        from pocketlm.runtime.sampling import chat_defaults  # not above: a model is loaded without a sampler
+
+        return chat_defaults(self.hyper.n_vocab)
+
+    @property
     def file_bytes(self) -> int:
         return size_of(self.path)
 
@@ -191,6 +207,20 @@ class Model:
     @template.setter
     def template(self, template: Template) -> None:
         self._template = template
+
+    def guide(self, options: dict[str, Any]) -> Guide | None:
+        """What leads an answer to the form that the options ask for, which are taken out of them; None where they ask for none.
+        Raises UsageError, as `constrain.guides.take_form` and `Guides.guide`.
+        """
+        from pocketlm.constrain.guides import Guides, take_form
+
+        form = take_form(options)
+        if form is None:
+            return None
+        with self.changing:
+            if self._guides is None:
+                self._guides = Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
+        return self._guides.guide(form)
 
     def set_threads(self, n_threads: int) -> None:
         """Run on `n_threads` from now on; what is in the KV cache is computed again."""

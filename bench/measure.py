@@ -95,8 +95,10 @@ def open_subject(path: Path) -> Subject:
             raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
         shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
         hyper = read_hyper(opened.metadata, shapes["token_embd.weight"][0], path)
-        matrices = [op.matrix for op in make_plan(hyper, shapes, path).ops if isinstance(op, Linear | Logits)]
-        read = sum(opened.tensors[name].data.nbytes for matrix in matrices for name in matrix.weights)
+        plan = make_plan(hyper, shapes, path)
+        names = [name for op in plan.ops if isinstance(op, Linear | Logits) for name in op.matrix.weights]
+        shares = dict.fromkeys(names, 1.0) | plan.experts
+        read = int(sum(opened.tensors[name].data.nbytes * share for name, share in shares.items()))
         tokenizer = from_metadata(opened.metadata, path)
         try:
             ids, takes_text = tokenizer.encode(TEXT, bos=tokenizer.adds_bos), bool(tokenizer.encode(USER_TEXT))

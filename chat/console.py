@@ -94,13 +94,13 @@ class Console:
 
     # ---- out
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, style: str = "") -> None:
         """A part of an answer, as it comes; at a terminal its lines end between words. Raises OutputClosed."""
         text = without_controls(text)
         if text:
             shown = self._wrap(text)
             self._at_line_start = shown.endswith("\n")
-            self._emit(self.stdout, shown)
+            self._emit(self.stdout, f"{style}{shown}{RESET}" if self.colour and style else shown)
 
     def _columns(self, stream: TextIO) -> int:
         try:

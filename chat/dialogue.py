@@ -7,13 +7,15 @@ neither the commands nor where questions come from.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pocketlm.chat import saved, states
-from pocketlm.chat.console import Console
+from pocketlm.chat.console import DIM, Console
 from pocketlm.chat.endings import Endings
 from pocketlm.chat.opening import Opening
+from pocketlm.chat.thinking import Splitter, split
 from pocketlm.chat.transcript import Conversation, Record, shown
 from pocketlm.errors import PocketlmError
 
@@ -37,7 +39,8 @@ class Chat:
         self.conversation = self._begun()
         self.record = Record()
         self.copies: dict[Path, Record] = {}  # the files that /save has written
-        self.show_stats = console.interactive
+        self.show_stats = self.show_thoughts = console.interactive
+        self._wish: bool | None = None  # whether the model is to think before it answers; None: as its template does
         self.leaving = self.failed = False
         self.endings = Endings(self.keep, console.leave_editor)
         self._saving, self._lock = save, threading.Lock()
@@ -47,6 +50,7 @@ class Chat:
         self._unknown: set[str] = set()  # characters of which a note has said that the vocabulary lacks them
         self._restorable = False  # whether a state may have been kept of what was resumed
         self._last: Any = None  # the last piece of the last answer
+        self._in_thought = False  # whether what was shown last was one
 
     @property
     def model(self) -> Any:
@@ -88,11 +92,15 @@ class Chat:
         try:
             given = self._encodable(Conversation(self.conversation.system, messages).for_model())
             with self.console.interruptible() as cancel:
+                begun = answer["content"] or self._prepared().thought_opening
+                parts = Splitter(self.model.template.tags, begun)
                 for last in self.model.chat(given, cancel=cancel, **self.sampling):
                     if not last.finish_reason:
                         self._report_forgotten(last)
-                    answer["content"] += last.text
-                    self.console.write(last.text)
+                    if last.text:
+                        answer["content"] = (answer["content"] or begun) + last.text
+                    self._show(parts.push(last.text))
+                self._show(parts.flush())
         except PocketlmError:
             self._last = None
             self._take_back(new)
@@ -107,9 +115,31 @@ class Chat:
             del answer["cut"]
         else:
             self._take_back(new)
+        self._in_thought = False
         self.console.end_line()
         self.save()
         self._report()
+
+    def _prepared(self) -> Any:
+        """The model's template, which knows what is wished of it."""
+        template = self.model.template
+        if template.thinking != self._wish:
+            template.thinking = self._wish
+            if self._wish is not None and not template.has_switch:
+                self.console.note("this model's template has no switch for thinking; /think hide hides what it thinks")
+        return template
+
+    def _show(self, parts: Iterable[tuple[bool, str]]) -> None:
+        """Parts of an answer; what the model thinks is dimmed, or a short note."""
+        for is_thought, text in parts:
+            if is_thought and not self.show_thoughts:
+                if self.console.interactive and not self._in_thought:
+                    self.console.note("(thinking)")
+            else:
+                if self._in_thought and not is_thought:
+                    self.console.end_line()
+                self.console.write(text, DIM if is_thought else "")
+            self._in_thought = is_thought
 
     def _take_back(self, new: list[dict[str, Any]]) -> None:
         """A question and its answer, should that be empty."""
@@ -208,6 +238,17 @@ class Chat:
         if question is not None:
             self.ask(question)
 
+    def think(self, wanted: str) -> None:
+        """ "on", "off": whether the model thinks before it answers, where its template can say so; "hide": it is not shown."""
+        self.show_thoughts = wanted != "hide" and self.console.interactive
+        if wanted != "hide":
+            self._wish = wanted == "on"
+
+    def thoughts(self) -> str:
+        """What is wished of thoughts, in a word or two."""
+        wish = {None: "as the model's template does", True: "on", False: "off"}[self._wish]
+        return wish + (", hidden" if not self.show_thoughts else "")
+
     def resume(self, path: Path | None) -> None:
         """Go on with the conversation in a file, or with the last one that was held with this model. Raises FileError."""
         path = path or saved.latest(self.model_id)
@@ -222,7 +263,7 @@ class Chat:
         self.console.note(f"resumed: {turns} with {name}{other}, {shown(path)}")
         if self.console.interactive and conversation.messages:
             question, *answers = conversation.messages[-2:]
-            self.console.note("\n".join([f"> {question['content']}", *(answer["content"] for answer in answers)]))
+            self.console.note("\n".join([f"> {question['content']}", *(split(answer["content"])[1] for answer in answers)]))
             if conversation.messages[-1].get("cut"):
                 self.console.note(f"(cut off: {MORE})")
         self._restorable = self._saving

@@ -25,6 +25,7 @@ def run(
     question: str | None = None,
     lines: bool = False,
     template: str | None = None,
+    think: str | None = None,
     title: str | None = None,
     greeting: str | None = None,
     model_id: str = "",
@@ -40,7 +41,8 @@ def run(
 
     `sampling`: keywords of `model.chat`. `resume`: go on with the last conversation that a person held with this model, or
     with the one of that name. `save`: None keeps the conversations of people, and not those of programs; False keeps no
-    input history either. `template`: a built-in name or a Jinja file in place of the model's own. `title`: what the banner
+    input history either. `template`: a built-in name or a Jinja file in place of the model's own. `think`: "on", "off" or
+    "hide", as /think. `title`: what the banner
     shows in place of name and figures; `greeting`: what it says. `model_id`: what the model's conversations are recognised
     by, in place of its fingerprint; `program`: what errors begin with.
     Raises PocketlmError for what is wrong before the first message.
@@ -56,6 +58,8 @@ def run(
                 from pocketlm.chat.templates import named
 
                 chat.model.template = named(template, chat.model.tokenizer)
+            if think is not None:
+                chat.think(think)
             if console.interactive:
                 _banner(chat, title, greeting)
             if resume:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pocketlm.chat import states
+from pocketlm.chat.thinking import split
 from pocketlm.chat.transcript import Conversation, chats_folder, load
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.terminal_text import without_controls
@@ -111,5 +112,8 @@ def markdown(conversation: Conversation) -> str:
         parts.append("\n".join(f"> {line}".rstrip() for line in conversation.system.splitlines()))
     for message in conversation.messages:
         speaker = "You" if message["role"] == "user" else name
-        parts.append(f"**{speaker}:** {message['content'].strip()}" + " *(cut off)*" * bool(message.get("cut")))
+        thought, content = split(message["content"]) if message["role"] == "assistant" else ("", message["content"])
+        if thought:
+            parts.append(f"**{speaker}** *(thinking)*:\n\n" + "\n".join(f"> {line}".rstrip() for line in thought.splitlines()))
+        parts.append(f"**{speaker}:** {content.strip()}" + " *(cut off)*" * bool(message.get("cut")))
     return without_controls("\n\n".join(parts)) + "\n"

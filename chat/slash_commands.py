@@ -15,6 +15,7 @@ from pocketlm.chat.dialogue import Chat
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 
 MAX_TOKENS = 1_000_000
+THINK = ("on", "off", "hide")
 LISTED = 10  # conversations that /load shows
 
 
@@ -81,13 +82,13 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str]
     """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
 
     def command(chat: Chat, text: str) -> None:
-        from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+        from pocketlm.runtime.sampling import SamplingOptions
 
         if text:
             value = empty if text == "off" and empty is not ... else _number(text, kind)
             SamplingOptions(**{keyword: value})
             chat.sampling[keyword] = value
-        default = getattr(SamplingOptions(**CHAT_DEFAULTS), keyword)
+        default = getattr(SamplingOptions(**chat.model.chat_defaults), keyword)
         chat.console.note(f"{keyword}: {chat.sampling.get(keyword, default)}")
 
     return command
@@ -124,6 +125,14 @@ def _stats(chat: Chat, text: str) -> None:
         raise UsageError(f"/stats {text[:40]}: expected on, off or nothing")
     else:
         chat.console.note("\n".join(chat.statistics()), style="")
+
+
+def _think(chat: Chat, text: str) -> None:
+    if text:
+        if text not in THINK:
+            raise UsageError(f"/think {text[:40]}: expected {', '.join(THINK[:-1])} or {THINK[-1]}")
+        chat.think(text)
+    chat.console.note(f"thinking: {chat.thoughts()}")
 
 
 def _save(chat: Chat, name: str) -> None:
@@ -189,6 +198,7 @@ COMMANDS: dict[str, Command] = {
     "max_tokens": Command("[N]", "the longest answer", _max_tokens),
     "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None), _off),
     "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop, _off),
+    "think": Command("[on|off|hide]", "whether it thinks before it answers; hide: unseen", _think, lambda: THINK),
     "stats": Command("[on|off]", "figures of the last answer; on, off: a line after each", _stats, lambda: ("on", "off")),
     "undo": Command("", "take back the last question and its answer", lambda chat, _: chat.undo()),
     "retry": Command("", "ask the last question again", lambda chat, _: chat.retry()),

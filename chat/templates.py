@@ -7,12 +7,14 @@ control tokens). Knows no weights; Jinja is imported when the first conversation
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketlm.chat.thinking import Tags, tags_of
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that says whether the model is to think
 _PRIVATE = re.compile("([\U000f0000-\U000fffff])")  # characters without a meaning, which stand in for contents
 
 
@@ -43,6 +46,22 @@ class BuiltIn:
         rows = [(*self.roles.get(message["role"], self.roles["user"]), message["content"]) for message in messages]
         turns = "".join(before + content + after for before, after, content in rows)
         return turns + self.roles["assistant"][0] * add_generation_prompt
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The markers that it writes, those that end a turn last."""
+        sides = self.roles.values()
+        written = "".join([before for before, _ in sides] + [after for _, after in sides])
+        return tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", written)))
+
+    @property
+    def jinja(self) -> str:
+        """The template as the Jinja that travels in a model file, where its roles differ in their names alone."""
+        before, after = (side.replace("\n", "\\n") for side in self.roles["user"])
+        turn = f"""{{{{- '{before.replace("user", "' + message['role'] + '")}' + message['content'] + '{after}' }}}}"""
+        prompt = f"{{{{- '{before.replace('user', 'assistant')}' }}}}"
+        loop = f"{{%- for message in messages %}}{turn}{{%- endfor %}}"
+        return f"{loop}{{%- if add_generation_prompt %}}{prompt}{{%- endif %}}"
 
 
 def _tagged(before: str, after: str) -> dict[str, tuple[str, str]]:
@@ -82,6 +101,9 @@ class Template:
     def __init__(self, source: str | None, built_in: BuiltIn, bos_token: str = "", eos_token: str = ""):
         self.source, self.built_in = source, built_in
         self.note = ""
+        self.tags: Tags = tags_of(source or "")
+        self._thinking: bool | None = None
+        self._thought_opening: str | None = None
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._compiled: Any = None
         self._markers: _Markers | None = None
@@ -95,6 +117,48 @@ class Template:
     def stop(self) -> tuple[str, ...]:
         """Texts that end an answer, beside the end-of-turn tokens of the vocabulary."""
         return self.built_in.stop if self.source is None else ()
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether the template knows a variable for thinking."""
+        return any(re.search(rf"\b{name}\b", self.source or "") for name in _SWITCHES)
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think before it answers; None: as the template does by itself."""
+        return self._thinking
+
+    @thinking.setter
+    def thinking(self, wanted: bool | None) -> None:
+        self._thinking, self._thought_opening = wanted, None
+
+    def with_thinking(self, wanted: bool | None) -> Template:
+        """The same template with another wish."""
+        other = copy.copy(self)
+        other.thinking = wanted
+        return other
+
+    @property
+    def thought_opening(self) -> str:
+        """The tag, with what follows, by which the opening of an answer begins the thought itself; "" where the model does."""
+        if self._thought_opening is None:
+            self._thought_opening, tag = "", self.tags[0]
+            if self.source is not None and tag in self.source:
+                try:
+                    text = self._render_jinja([{"role": "user", "content": "."}], True)
+                except PocketlmError:
+                    text = ""
+                at = text.rfind(tag)
+                if at >= 0 and not text[at + len(tag) :].strip():
+                    self._thought_opening = text[at:]
+        return self._thought_opening
+
+    def begun(self, content: str) -> str:
+        """What goes behind the opening of an answer that has begun with `content`: the tag is not written twice."""
+        tag, opening = self.tags[0], self.thought_opening
+        if opening and content.startswith(tag):
+            return content.removeprefix(opening) if content.startswith(opening) else content[len(tag) :].lstrip("\n")
+        return content
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as text, with the opening of the next answer where `add_generation_prompt` asks for it.
@@ -123,6 +187,8 @@ class Template:
 
         self._compiled = self._compiled or SandboxedTemplate(self.source or "")
         variables = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None, **self._tokens}
+        if self._thinking is not None:
+            variables |= dict.fromkeys(_SWITCHES, self._thinking)
         size = sum(len(message["content"]) for message in messages)
         try:
             return self._compiled.render({**variables, "messages": messages}, size)
@@ -177,15 +243,23 @@ class Template:
         """`text` as (piece, is content) in order, None for a template that changes what is said.
 
         Found by rendering again with one private-use character in the place of each content, white space around it
-        kept, because templates trim it. It must give the same text when the contents are put back.
+        kept, because templates trim it. It must give the same text when the contents are put back. Where an answer holds
+        a thought, both have a character, and the tags stay: the template may leave the thought out.
         """
-        stand_ins = {chr(0xF0000 + n): message["content"].strip() for n, message in enumerate(messages[:0xFFFE])}
-        if len(messages) > len(stand_ins) or _PRIVATE.search(text):
+        tags = re.compile(f"({'|'.join(map(re.escape, self.tags))})")
+        stand_ins: dict[str, str] = {}
+        masked = []
+        for message in messages:
+            pieces = tags.split(message["content"]) if message["role"] == "assistant" else [message["content"]]
+            for n in range(0, len(pieces), 2):
+                if content := pieces[n].strip():
+                    mark = chr(0xF0000 + len(stand_ins))
+                    stand_ins[mark], pieces[n] = content, pieces[n].replace(content, mark, 1)
+            masked.append({**message, "content": "".join(pieces)})
+            if len(stand_ins) > 0xF000:
+                return None
+        if _PRIVATE.search(text):
             return None
-        masked = [
-            {**message, "content": message["content"].replace(content, mark, 1) if content else message["content"]}
-            for message, (mark, content) in zip(messages, stand_ins.items(), strict=True)
-        ]
         render = self.built_in.render if self.source is None else self._render_jinja
         try:
             pieces = _PRIVATE.split(render(masked, add_generation_prompt))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.model import DEFAULT_CTX, INSTALLED, find_model
+from pocketlm.pull.catalogue import CATALOGUE
 from pocketlm.runtime.executors import memory_needed
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
@@ -36,9 +37,9 @@ class Fit:
 
 
 def at_hand(folder: Path) -> list[Path]:
-    """The installed models, and the GGUF files of a folder."""
+    """The installed and the fetched models, and the GGUF files of a folder."""
     found = []
-    for name in INSTALLED:
+    for name in [*INSTALLED, *CATALOGUE]:
         try:
             found.append(find_model(name))
         except FileError:
@@ -64,7 +65,7 @@ def fit(path: Path, free: int | None, bytes_per_second: float | None, n_threads:
             choices = [wanted, *(n for n in (2048, 1024, 512, _SHORTEST) if n < wanted)]
             n_ctx = next((n for n in choices if free is None or needs(n) <= free), 0)
             tables = {"token_embd.weight", "position_embd.weight"} if "output.weight" in sizes else {"position_embd.weight"}
-            read = sum(size for name, size in sizes.items() if name not in tables)
+            read = int(sum(size * plan.experts.get(name, 1) for name, size in sizes.items() if name not in tables))
             return Fit(path, needs(n_ctx or choices[-1]), n_ctx, wanted, read, bytes_per_second and bytes_per_second / read)
     except PocketlmError as error:
         return Fit(path, 0, 0, 0, 0, None, str(error).removeprefix(f"{path}: "))

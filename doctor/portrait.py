@@ -50,15 +50,20 @@ def portrait_with(path: Path, n_threads: int, bytes_per_second: float) -> list[s
         contexts = sorted({min(n_ctx, hyper.n_ctx) for n_ctx in (*CONTEXTS, hyper.n_ctx)})
         sizes = ", ".join(f"{_size(needs(n_ctx))} with {n_ctx:,} tokens of context" for n_ctx in contexts)
         boards = [f"{size} GB {_longest(size, hyper.n_ctx, lambda n_ctx: needs(n_ctx, PI_THREADS))}" for size in PIS]
+        experts = sum(file.tensors[name].data.nbytes for name in plan.experts)
         does = "holds conversations" if "tokenizer.chat_template" in file.metadata else "continues texts"
     speeds = {"here": bytes_per_second, **{f"on a {name}": speed for name, speed in PI_SPEEDS.items()}}
     most = ", ".join(f"{speed / here.read:.0f} {where}" for where, speed in speeds.items())
     return [
         f"It {does}: {hyper.architecture}, {hyper.n_layer} layers, {hyper.n_embd} wide, made for {hyper.n_ctx:,} tokens.",
-        f"Memory: {sizes}.",
+        f"Memory: {sizes}{_beside(experts)}.",
         f"Tokens a second, at most: {most} (each reads {_size(here.read)} of weights).",
         f"Raspberry Pi without a desktop: {', '.join(boards)}.",
     ]
+
+
+def _beside(experts: int) -> str:
+    return f"; {_size(experts)} of experts beside that, which are read from the file where they do not fit" if experts else ""
 
 
 def _longest(size: int, n_ctx: int, needs: Callable[[int], int]) -> str:

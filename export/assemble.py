@@ -40,6 +40,11 @@ def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
     return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
 
 
+def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
+    """The parts behind each other, in a dimension of their own."""
+    return CanonicalTensor((len(parts), *parts[0].shape), lambda: np.stack([part.read() for part in parts]))
+
+
 def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
     return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
 
@@ -104,7 +109,7 @@ def arrange(
     n_heads_found = _join_heads(tensors, path)
     _name_feed_forward(tensors, n_embd)
     _tie(tensors, found, config, notes)
-    gated = "blk.0.ffn_gate.weight" in tensors
+    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps", "_up_exps"))
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
     position = _position(tensors, buffers, config, fixed)
     options: dict[str, Any] = {
@@ -127,7 +132,7 @@ def arrange(
         theta = config.need(
             "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
         )
-        scaling, factors = config.rope_scaling(theta, n_dims, n_ctx)
+        scaling, factors = config.rope_scaling(theta, n_dims, n_ctx, dialect.computes)
         keys |= {
             "rope.dimension_count": n_dims,
             "rope.freq_base": theta,
@@ -168,15 +173,15 @@ def _drop_leading_ones(tensors: Tensors) -> None:
 
 
 def _join_heads(tensors: Tensors, path: Path) -> int | None:
-    """Stack heads that are modules of their own; how many query heads there were."""
+    """Join heads that are modules of their own, and experts; how many query heads there were."""
     groups: dict[str, dict[int, CanonicalTensor]] = {}
     for role in [role for role in tensors if "#" in role]:
         name, _, head = role.partition("#")
         groups.setdefault(name, {})[int(head)] = tensors.pop(role)
     for name, parts in groups.items():
         if sorted(parts) != list(range(len(parts))) or len({part.shape for part in parts.values()}) != 1 or name in tensors:
-            raise FileError(path, f"the heads of {name} do not fit together", "the checkpoint is not complete")
-        tensors[name] = stacked([parts[i] for i in range(len(parts))])
+            raise FileError(path, f"the parts of {name} do not fit together", "the checkpoint is not complete")
+        tensors[name] = (layered if "_exps" in name else stacked)([parts[i] for i in range(len(parts))])
     return len(groups["blk.0.attn_q.weight"]) if "blk.0.attn_q.weight" in groups else None
 
 
@@ -280,10 +285,12 @@ def _context(tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelC
 
 
 def _n_ff(tensors: Tensors, path: Path) -> int:
-    up = tensors.get("blk.0.ffn_up.weight")
+    if both := tensors.get("blk.0.ffn_gate_up_exps.weight"):  # (experts, n_embd, 2 n_ff)
+        return both.shape[-1] // 2
+    up = tensors.get("blk.0.ffn_up.weight") or tensors.get("blk.0.ffn_up_exps.weight")
     if up is None:
         raise FileError(path, "no tensor has the role of blk.0.ffn_up.weight", "name the tensors in a file for --map")
-    return up.shape[0]
+    return up.shape[-2]
 
 
 def _theta(buffers: Mapping[str, LazyTensor], n_dims: int) -> float | None:

@@ -94,11 +94,12 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from pocketlm.export.dialects import read_canonical
     from pocketlm.export.from_model_file import is_model_file, with_tokenizer
     from pocketlm.export.lora import read_lora
+    from pocketlm.export.model_config import read_pairs
 
     lora = read_lora(Path(arguments.lora), arguments.lora_scale) if arguments.lora else None
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
     if not is_model_file(source):
-        overrides = _overrides(arguments.set)
+        overrides = read_pairs(arguments.set)
         model = read_canonical(
             source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer, change=lora
         )
@@ -127,13 +128,6 @@ def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
     if arguments.chat_template:
         keys["tokenizer.chat_template"] = read_text(arguments.chat_template)
     return keys
-
-
-def _overrides(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
-        if "=" not in pair:
-            raise UsageError(f"--set {pair}: expected a name and a value, as --set n_head=12")
-    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def read_text(path: str) -> str:

@@ -39,9 +39,10 @@ class Dialect:
 
     `transposed`: its matrices are stored (in, out), as Conv1D's. `names`: a tensor's name, without what wraps the model and
     without .weight, → its role, where it means something else here than elsewhere; "*." before it, or ".*" behind it, is a
-    layer, "#3" behind a role for one head of several that are modules of their own. `computes`: entries of a configuration
-    that are refused elsewhere. `guess`: what shapes tell where there is no configuration. `finish` brings tensors and keys into
-    the architecture's form. `template`: the chat template that its code has built in.
+    layer, "#3" behind a role for one head, or expert, of several that are modules of their own; `N` in a name, with "#N" behind
+    the role, for the number of each. `computes`: entries of a configuration that are refused elsewhere. `guess`: what shapes
+    tell where there is no configuration. `finish` brings tensors and keys into the architecture's form. `template`: the chat
+    template that its code has built in.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Dialect:
             stem, suffix = name, "weight"
         if match := re.fullmatch(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)\.(.+)", stem):
             role = self.names.get(f"*.{match[2]}")
+            if role is None and (number := re.search(r"\.(\d+)\.", match[2])):
+                role = self.names.get(f"*.{match[2].replace(number[0], '.N.', 1)}", "").replace("#N", f"#{int(number[1])}")
             role, mark, head = (role or "").partition("#")
             return f"blk.{int(match[1])}.{role}.{suffix}{mark}{head}" if role else None
         parent, _, last = stem.rpartition(".")

@@ -178,6 +178,7 @@ CONTAINERS = {
     "ollama": Container(_ollama, _GGUF_QUANTS),
     "huggingface": Container(_huggingface, ("f16", "f32", "bf16")),
 }
+EXPERT_CONTAINERS = ("gguf", "ollama")  # ONNX would compute all experts for every token
 FOLDERS = ("fp16", "ollama", "huggingface")
 CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
@@ -214,7 +215,9 @@ def export(
         raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}{hint}")
     if importance and (container not in ("gguf", "ollama") or quant in ("f32", "f16", "bf16", "q8_0")):
         raise UsageError("--imatrix is for quantised GGUFs; name one of their formats, as --quant q4_k_m")
-    make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
+    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
+    if plan.experts and container not in EXPERT_CONTAINERS:
+        raise FileError(source, f"is a mixture of experts, which {container} does not hold", "export it to a .gguf")
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
         done, notes = row.write(_Job(model, source, out, quant, pure, encoder, importance))
     file_bytes = size_of(out)

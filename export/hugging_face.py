@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, quoted
 from pocketlm.export.assemble import in_layers, stacked
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
+from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE
 from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.hyper_parameters import Rope
@@ -28,6 +29,11 @@ Step = Callable[[Draft], None]
 HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
 NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
 NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
+EXPERTS = {
+    "*.mlp.gate": "ffn_gate_inp",
+    **{f"*.mlp.experts.N.{part}_proj": f"ffn_{part}_exps#N" for part in ("gate", "up", "down")},
+}
+EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
 COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar")  # `checked` looks at these
 
 
@@ -63,6 +69,47 @@ def stretched_base(draft: Draft) -> None:
         draft.keys["rope.freq_base"] *= float(alpha) ** (n_dims / (n_dims - 2))
 
 
+def weights_add_up(always: bool) -> Step:
+    """Whether the weights of a token's experts are divided by their sum is the architecture's, as llama.cpp has it."""
+
+    def check(draft: Draft) -> None:
+        if bool(draft.config.said("norm_topk_prob", False)) != always:
+            problem = f"its configuration has norm_topk_prob = {not always}"
+            raise FileError(draft.config.path, problem, f"pocketlm computes {draft.architecture} with {always}")
+
+    return check
+
+
+def gpt_oss(draft: Draft) -> None:
+    """Experts' matrices are transposed there, and the columns of gate and up take turns."""
+    draft.options["activation"] = "swiglu_clamped"
+    draft.keys["expert_feed_forward_length"] = draft.keys["feed_forward_length"]
+    if draft.config.rope.get("truncate") is False:
+        draft.keys["rope.scaling.truncate"] = False
+    for name, value in (("swiglu_limit", CLAMP), ("swiglu_alpha", CLAMPED_SCALE)):
+        if (said := draft.config.said(name, value)) != value:
+            raise FileError(draft.config.path, f"its configuration has {name} = {quoted(said)}", f"pocketlm computes with {value}")
+    for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps(_bias)?\.weight"):
+        both, kind = draft.tensors.pop(role), "bias" if "_bias" in role else "weight"
+        if kind == "weight":
+            both = _experts_transposed(both)
+        layer, parts = role.rpartition(".ffn_")[0], {"down": both}
+        if "gate_up" in role:
+            parts = {"gate": _every_second(both, 0), "up": _every_second(both, 1)}
+        draft.tensors |= {f"{layer}.ffn_{part}_exps.{kind}": tensor for part, tensor in parts.items()}
+
+
+def _experts_transposed(tensor: CanonicalTensor) -> CanonicalTensor:
+    n, columns, rows = tensor.shape
+    return CanonicalTensor((n, rows, columns), lambda: tensor.read().swapaxes(1, 2))
+
+
+def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
+    """Of the rows of every expert."""
+    n, rows, *columns = tensor.shape
+    return CanonicalTensor((n, rows // 2, *columns), lambda: tensor.read()[:, first::2])
+
+
 def windows_at_their_depth(draft: Draft) -> None:
     """EXAONE 4 leaves positions out of layers without a window where others have one; llama.cpp knows these by their depth."""
     if ("attention.sliding_window" in draft.keys) != (draft.keys["block_count"] == HYBRID):
@@ -72,14 +119,14 @@ def windows_at_their_depth(draft: Draft) -> None:
 
 def _family(
     architecture: str, names: Mapping[str, str] | None = None, keys: Mapping[str, tuple[str, Any]] | None = None,
-    *steps: Step, **fixed: Any,
+    *steps: Step, computes: tuple[str, ...] = (), **fixed: Any,
 ) -> Dialect:  # fmt: skip
     """A row. `names`: as of a Dialect; `keys`: the architecture's → config.json's, and what it is where that is silent."""
     usual, keys = ARCHITECTURES[architecture].USUAL, keys or {}
 
     def finish(draft: Draft) -> None:
-        for key, (name, default) in keys.items():
-            value = draft.config.said(name, default)
+        for key, (names, default) in keys.items():
+            value = draft.config.said(names, default)
             if value is None and default is not None:
                 value = type(default)(0)  # null: without
             if value is not None:
@@ -87,7 +134,7 @@ def _family(
         for step in steps:
             step(draft)
 
-    computes = (*COMPUTED, *(name for name, _ in keys.values()))
+    computes = (*COMPUTED, *computes, *(name for names, _ in keys.values() for name in names.split()))
     fixed = {**{name: usual[name] for name in ("norm", "position")}, "rope_pairs": "half", **fixed}
     return Dialect(
         f"Hugging Face {architecture}", (), fixed, architecture=architecture, names=names or {}, computes=computes,
@@ -135,6 +182,22 @@ HUGGING_FACE = {
             one_added,
         ),
         _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
+        _family(
+            "qwen3moe", {**HEAD_NORMS, **EXPERTS}, {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)},
+            weights_add_up(True),
+        ),
+        _family("olmoe", {**HEAD_NORMS, **EXPERTS}, EXPERT_KEYS, weights_add_up(False)),
+        _family(
+            "gpt-oss",
+            {
+                "*.self_attn.sinks": "attn_sinks", "*.post_attention_layernorm": "post_attention_norm",
+                "*.mlp.router": "ffn_gate_inp",
+                **{f"*.mlp.experts.{part}_proj{end}": f"ffn_{part}_exps{end}" for part in ("gate_up", "down")
+                   for end in ("", "_bias")},
+            },
+            {**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
+            gpt_oss, computes=("truncate",),
+        ),
         _family(
             "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},
             windows_at_their_depth,

@@ -105,15 +105,16 @@ NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_co
 MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
-    "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo", "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm",
-    "hunyuan_v1_dense": "hunyuan-dense", "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
+    "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
+    "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
+    "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
 }  # fmt: skip
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
 HARMLESS = {
     "attn_logit_softcapping": lambda v: not v, "final_logit_softcapping": lambda v: not v, "logit_softcap": lambda v: not v,
     "soft_cap": lambda v: not v, "num_local_experts": lambda v: not v or v == 1, "num_experts": lambda v: not v or v == 1,
     "n_routed_experts": lambda v: not v, "n_experts": lambda v: not v or v == 1, "use_moe": lambda v: not v,
-    "clip_qkv": lambda v: not v,
+    "clip_qkv": lambda v: not v, "mlp_only_layers": lambda v: not v, "decoder_sparse_step": lambda v: v in (None, 1),
     "logit_scale": lambda v: v in (None, 1), "logits_scaling": lambda v: v in (None, 1),
     "embedding_multiplier": lambda v: v in (None, 1),
     "residual_multiplier": lambda v: v in (None, 1), "attention_multiplier": lambda v: v is None,
@@ -135,6 +136,14 @@ HARMLESS = {
     )},
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
+
+
+def read_pairs(pairs: Sequence[str]) -> dict[str, str]:
+    """Names and values of `--set NAME=VALUE …`. Raises UsageError."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UsageError(f"--set {pair}: expected a name and a value, as --set n_head=12")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -250,9 +259,9 @@ class ModelConfig:
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
             )
 
-    def said(self, name: str, default: Any = None) -> Any:
-        """The value of the first level that has `name`, which may be None; `default` where none has."""
-        return next((level[name] for level in self._levels if name in level), default)
+    def said(self, names: str, default: Any = None) -> Any:
+        """The value of the first level that has one of `names`, which may be None; `default` where none has."""
+        return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
         """The sliding window of every layer, 0 where it sees all of n_ctx; None where nothing says which layers have one."""
@@ -273,8 +282,12 @@ class ModelConfig:
             layers = [(i + 1) % period for i in range(n_layer)]
         return [bool(rotates) for rotates in layers] if isinstance(layers, list) else None
 
-    def rope_scaling(self, theta: float, n_dims: int, n_ctx: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Keys below `<architecture>.rope.scaling.`, and tensors of factors of frequencies. FileError for unknown kinds."""
+    def rope_scaling(
+        self, theta: float, n_dims: int, n_ctx: int, computed: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Keys below `<architecture>.rope.scaling.`, and tensors of factors of frequencies. FileError for unknown kinds, and
+        what is not among the `computed`.
+        """
         scaling = self.rope
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
@@ -313,7 +326,7 @@ class ModelConfig:
         if kind == "llama3":
             low, high = number("low_freq_factor"), number("high_freq_factor")
             return {}, {"rope_freqs.weight": llama3_factors(theta, n_dims, factor, low, high, original)}
-        if scaling.get("mscale") or scaling.get("truncate") is False:
+        if scaling.get("mscale") or (scaling.get("truncate") is False and "truncate" not in computed):
             raise FileError(self.path, "uses a variant of YaRN (mscale, truncate)", "pocketlm does not")
         usual = 1 + 0.1 * math.log(factor)  # the runtime multiplies by this itself
         keys = {

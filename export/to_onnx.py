@@ -27,7 +27,7 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.onnx_store import Store
 from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.activations import GELU_TANH_CUBE, GELU_TANH_SCALE
+from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE, GELU_TANH_CUBE, GELU_TANH_SCALE
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.positions import Rotary, alibi_slopes, rope_tables, rotary
 
@@ -310,8 +310,11 @@ class Graph:
             x, up = self._split(x, op.n, op.n)
         y = {
             "silu": self._silu, "relu": self._relu, "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh,
-            "relu_squared": self._relu_squared,
+            "relu_squared": self._relu_squared, "swiglu_clamped": self._swiglu_clamped,
         }[op.kind](x)  # fmt: skip
+        if up and op.kind == "swiglu_clamped":
+            up = self._node("Clip", up, self._number(-CLAMP), self._number(CLAMP))
+            up = self._node("Add", up, self._number(1.0))
         self._values[op.out] = self._node("Mul", y, up) if up else y
 
     def _add(self, op: P.Add) -> None:
@@ -344,6 +347,10 @@ class Graph:
 
     def _silu(self, x: str) -> str:
         return self._node("Mul", x, self._node("Sigmoid", x))
+
+    def _swiglu_clamped(self, x: str) -> str:
+        x = self._node("Min", x, self._number(CLAMP))
+        return self._node("Mul", x, self._node("Sigmoid", self._node("Mul", x, self._number(CLAMPED_SCALE))))
 
     def _relu(self, x: str) -> str:
         return self._node("Relu", x)

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+CLAMP, CLAMPED_SCALE = 7.0, 1.702
 GELU_TANH_SCALE, GELU_TANH_CUBE = math.sqrt(2 / math.pi), 0.044715
 # erf(x) = x · P(x²) / Q(x²) on |x| < ERF_LIMIT, beyond which it is ±1 in float32; highest power first. The rational
 # approximation of XLA's and Eigen's float32 erf, checked in the tests against math.erf.
@@ -48,4 +49,19 @@ def relu_squared(x: np.ndarray) -> np.ndarray:
     return y * y
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared}
+def swiglu_clamped(x: np.ndarray) -> np.ndarray:
+    """gpt-oss's gate: x · sigmoid(1.702 x) of x up to 7. What it is multiplied with is `beside`."""
+    x = np.minimum(x, np.float32(CLAMP))
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(np.float32(-CLAMPED_SCALE) * x))
+
+
+def beside(kind: str, up: np.ndarray) -> np.ndarray:
+    """What an activated gate is multiplied with: itself, but for gpt-oss, which adds one to it between -7 and 7."""
+    return np.clip(up, np.float32(-CLAMP), np.float32(CLAMP)) + np.float32(1) if kind == "swiglu_clamped" else up
+
+
+ACTIVATIONS = {
+    "silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared,
+    "swiglu_clamped": swiglu_clamped,
+}  # fmt: skip

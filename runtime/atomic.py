@@ -41,6 +41,12 @@ def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
         _sync(target.parent)
 
 
+def write_file(target: Path, content: str | bytes) -> None:
+    """Write bytes, or a text in UTF-8, whole or not at all. Raises FileError."""
+    with replacing_file(target) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @contextmanager
 def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> Iterator[Path]:
     """The same for a folder, which the block makes. An old one must hold nothing but `files`: the rest is the user's."""

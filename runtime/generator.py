@@ -81,6 +81,7 @@ def generate(
     shift: bool = False,
     keep: int | None = None,
     draft: bool = True,
+    is_over: Callable[[], bool] | None = None,
 ) -> Generator[Piece, None, None]:
     """The answer to the prompt `ids`, token by token, the last record saying how it ended.
 
@@ -91,6 +92,8 @@ def generate(
     When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
     tokens at the beginning that have to stay, the older half of the others goes instead, and the answer goes on.
+
+    `is_over()` is asked before every pass whether the answer is whole as it is, with what was drawn last.
 
     With `draft`, what the text so far foretells is verified in one pass where that pays (see `drafts`); the answer is the same.
 
@@ -168,6 +171,9 @@ def generate(
             continue
         if at < len(drawn):
             continue
+        if is_over is not None and is_over():
+            reason = "stop"
+            break
         at = 0
         with session.held(claim):
             if (room := n_ctx - len(session.ids)) > 0:

@@ -24,6 +24,7 @@ class Rope:
     extrapolation: float = 1.0  # YaRN: how much of the ramp applies
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True  # YaRN: the ramp begins and ends at whole pairs
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime import blas_threads
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.activations import ACTIVATIONS
+from pocketlm.runtime.activations import ACTIVATIONS, beside
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.memory import aligned, release_pages
@@ -44,12 +44,14 @@ class NumpyExecutor:
         self._run = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
             P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
-            P.Softcap: self._softcap, P.Gate: self._gate, P.Logits: self._linear,
+            P.Softcap: self._softcap, P.Gate: self._gate, P.Route: self._route, P.Experts: self._experts, P.Mix: self._mix,
+            P.Logits: self._linear,
         }  # fmt: skip
         matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
-        alone = [(name,) for name in plan.weights if name not in stacked]
+        alone = [(name,) for name in plan.weights if name not in stacked and name not in plan.experts]
         self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
+        self._tensors = {name: tensors[name] for name in plan.experts}  # the file's own: few of many experts are needed
         self._biases = {m: self._stack_biases(m) for m in matrices}
         self._rope = rope_tables(plan.ops, self._rows, n_ctx)
         self._turns = key_turns(plan.ops, self._rows, n_ctx)
@@ -62,7 +64,8 @@ class NumpyExecutor:
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
         hyper, n = plan.hyper, min(BLOCK, n_ctx)
-        weights = 4 * sum(math.prod(shape) for shape in plan.weights.values())
+        experts = plan.experts
+        weights = 4 * sum(math.prod(shape) for name, shape in plan.weights.items() if name not in experts)
         inner = [width for name, width in plan.buffers.items() if name != "logits"]
         alibi = any(isinstance(op, P.Attend) and op.alibi_max_bias for op in plan.ops)
         scores = 4 * hyper.n_head * n * n_ctx * (1 + alibi) + n * n_ctx * (8 + 1 + 4 * alibi)  # and distances, masks
@@ -78,6 +81,7 @@ class NumpyExecutor:
         self._pool.close()
         with self._one_at_a_time.here:
             self._weights.clear()
+            self._tensors.clear()
             self.cache.release()
 
     def new_cache(self, n_ctx: int | None = None) -> KVCache:
@@ -225,7 +229,7 @@ class NumpyExecutor:
 
     def _activate(self, op: P.Activate, state: dict[str, np.ndarray]) -> None:  # [n, ff] -> [n, n_ff]
         x, f = state[op.x], ACTIVATIONS[op.kind]
-        state[op.out] = f(x[:, : op.n]) * x[:, op.n :] if op.gated else f(x)
+        state[op.out] = f(x[:, : op.n]) * beside(op.kind, x[:, op.n :]) if op.gated else f(x)
 
     def _add(self, op: P.Add, state: dict[str, np.ndarray]) -> None:  # [n, width] += [n, width]
         state[op.out] += state[op.x] if op.factor == 1 else np.float32(op.factor) * state[op.x]
@@ -240,6 +244,38 @@ class NumpyExecutor:
 
     def _softcap(self, op: P.Softcap, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
         state[op.out] = np.float32(op.cap) * np.tanh(state[op.x] / np.float32(op.cap))
+
+    def _route(self, op: P.Route, state: dict[str, np.ndarray]) -> None:  # [n, n_experts] -> [n, 2 n_used]
+        x = state[op.x]
+        chosen = np.argsort(-x, axis=-1, kind="stable")[:, : op.n_used]
+        scores = np.take_along_axis(x, chosen, -1)
+        if op.kind == "softmax":
+            largest = scores[:, :1]
+            weights = np.exp(scores - largest)
+            total = np.exp(x - largest)
+        else:
+            weights = 1 / (1 + np.exp(-scores))
+            total = np.ones((1, 1), np.float32)
+        total = np.add.reduce(weights if op.normalised else total, -1, keepdims=True)
+        state[op.out] = np.concatenate([chosen.astype(np.float32), weights / total], -1)
+
+    def _experts(self, op: P.Experts, state: dict[str, np.ndarray]) -> None:  # [n, (n_used) n_in] -> [n, parts n_used rows]
+        chosen, n_in = state[op.chosen][:, : op.n_used].astype(np.int64), op.matrix.n_in
+        n, n_parts = len(chosen), len(op.matrix.weights)
+        x = np.broadcast_to(state[op.x].reshape(n, -1, n_in), (n, op.n_used, n_in))
+        out = np.empty((n, n_parts, op.n_used, op.matrix.n_out // n_parts), np.float32)
+        for number in sorted(set(chosen.ravel().tolist())):
+            tokens, places = np.nonzero(chosen == number)
+            for i, (name, bias) in enumerate(zip(op.matrix.weights, op.matrix.biases, strict=True)):
+                expert = self._tensors[name].part(number)
+                check_finite(expert)
+                y = x[tokens, places] @ expert.to_float32().T
+                out[tokens, i, places] = y + self._rows(bias)[number] if bias else y
+        state[op.out] = out.reshape(n, -1)
+
+    def _mix(self, op: P.Mix, state: dict[str, np.ndarray]) -> None:  # [n, n_used n_embd] -> [n, n_embd]
+        weights = state[op.chosen][:, None, op.n_used :]
+        state[op.out] = (weights @ state[op.x].reshape(len(weights), op.n_used, -1))[:, 0]
 
     def _rows(self, name: str) -> np.ndarray:
         return self._weights[name,]

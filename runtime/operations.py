@@ -100,7 +100,7 @@ class Attend:
 
 @dataclass(frozen=True)
 class Activate:
-    """out = f(x), or f(gate) * up where x holds n columns of gate before n of up."""
+    """out = f(x), or f(gate) * up where x holds n columns of gate before n of up (activations.beside: what becomes of up)."""
 
     x: str
     out: str
@@ -155,6 +155,50 @@ class Softcap:
 
 
 @dataclass(frozen=True)
+class Route:
+    """Which experts a token goes to: out = the numbers of the n_used largest of x, largest first, then their weights.
+
+    Equal ones are taken in their order. Weights are the softmax of all of x, or the sigmoid of each; with `normalised` divided
+    by their sum.
+    """
+
+    x: str
+    out: str
+    kind: str  # "softmax" | "sigmoid"
+    n_experts: int
+    n_used: int
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A product with the matrices of the experts that `chosen`, the result of a Route, names for each token.
+
+    Weights are (n_experts, rows, n_in), biases (n_experts, rows). out: for every weight tensor the rows of the first chosen
+    expert, of the second, …; matrix.n_out is what all tensors have for one of them. x is one row for all experts or, with
+    `own`, one for each, after each other. out is not x.
+    """
+
+    x: str
+    out: str
+    chosen: str
+    matrix: Matrix
+    n_experts: int
+    n_used: int
+    own: bool
+
+
+@dataclass(frozen=True)
+class Mix:
+    """out = the sum of x's n_used parts, each times its weight in `chosen`."""
+
+    x: str
+    out: str
+    chosen: str
+    n_used: int
+
+
+@dataclass(frozen=True)
 class Logits:
     """The last product, for the rows asked for only. What follows works on these rows of `out`."""
 
@@ -163,4 +207,4 @@ class Logits:
     matrix: Matrix
 
 
-Op = Embed | Norm | Linear | Rotate | Attend | Activate | Add | Gate | Scale | Softcap | Logits
+Op = Embed | Norm | Linear | Rotate | Attend | Activate | Add | Gate | Scale | Softcap | Route | Experts | Mix | Logits

@@ -8,6 +8,9 @@ Every executor runs this list, and the ONNX exporter writes it down. Buffers tha
     att     attention's mix of the values   [n, q_width]
     ff      feed-forward, gate before up    [n, n_ff] or [n, 2 n_ff]
     act     after the activation            [n, n_ff]
+    router  scores of the experts           [n, n_experts]
+    chosen  the largest, and their weights  [n, 2 n_used]
+    parts   what each of them adds          [n, n_used · n_embd]
     y       what a block adds to x          [n, n_embd]
     logits                                  [rows asked for, n_vocab]
 """
@@ -26,20 +29,23 @@ from pocketlm.runtime.operations import (
     Add,
     Attend,
     Embed,
+    Experts,
     Gate,
     Linear,
     Logits,
     Matrix,
+    Mix,
     Norm,
     Op,
     Rotate,
+    Route,
     Scale,
     Softcap,
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Gate", "Linear", "Logits", "Matrix", "Norm", "Op", "Plan", "Rotate", "Scale",
-    "Softcap", "make_plan",
+    "Activate", "Add", "Attend", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan",
+    "Rotate", "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
 
@@ -57,6 +63,12 @@ class Plan:
         """The sliding window of every layer of the cache; 0 for none."""
         found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
         return tuple(found.get(layer, 0) for layer in range(self.hyper.n_layer))
+
+    @property
+    def experts(self) -> dict[str, float]:
+        """The tensors of experts, and which part of them a token needs."""
+        ops = [op for op in self.ops if isinstance(op, Experts)]
+        return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
 
 
 def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object) -> Plan:

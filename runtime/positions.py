@@ -37,8 +37,10 @@ def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.
     def pair_turning(times: float) -> float:  # the pair that turns `times` full circles over the original context
         return rope.n_dims * math.log(rope.original_ctx / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(0.0, math.floor(pair_turning(rope.beta_fast)))
-    high = min(rope.n_dims - 1.0, math.ceil(pair_turning(rope.beta_slow)))
+    low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0.0, low), min(rope.n_dims - 1.0, high)
     ramp = 1.0 - np.clip((np.arange(half) - low) / max(0.001, high - low), 0.0, 1.0)
     keep = ramp * rope.extrapolation
     return scaled * (1 - keep) + base * keep, rope.attention_factor * (1.0 + 0.1 * math.log(rope.factor))

@@ -70,8 +70,16 @@ class SamplingOptions:
                 raise UsageError(f"logit_bias of token {id!r} is {bias!r}; it must be a number from -1e6 to 1e6, or -inf")
 
 
-# what an answer in a chat is drawn with unless asked otherwise: small models left alone repeat themselves turn after turn
-CHAT_DEFAULTS: dict[str, Any] = {"repeat_penalty": 1.1}
+CHAT_PENALTY = 1.1
+FEWEST_WORDS = 1000  # tokens of a vocabulary of words; of a smaller one the last 64 tokens are most of what can come next
+
+
+def chat_defaults(n_vocab: int) -> dict[str, Any]:
+    """What an answer in a chat is drawn with unless asked otherwise, by a model of so many tokens: small models left alone
+    repeat themselves turn after turn. One of letters has to repeat them, so its answers are not penalised.
+    """
+    return {"repeat_penalty": CHAT_PENALTY if n_vocab >= FEWEST_WORDS else 1.0}
+
 
 # option, its type, what holds for a good value, the same in words
 _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (

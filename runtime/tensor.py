@@ -46,6 +46,12 @@ class Tensor:
         table = self._rows().reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
         return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
 
+    def part(self, number: int) -> Tensor:
+        """One of the matrices of a tensor of three dimensions."""
+        n_bytes = self.data.nbytes // self.shape[0]
+        data = self.data[number * n_bytes : (number + 1) * n_bytes]
+        return Tensor(self.name, self.shape[1:], self.format, data, self.offset + number * n_bytes, self.path)
+
     def sample(self) -> bytes:
         """At most 64 of the bytes, by which two tensors are told apart; the same whether the matrix is tiled or not.
 

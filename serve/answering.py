@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
+from pocketlm.chat.thinking import Splitter
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
 from pocketlm.errors import PocketlmError
 from pocketlm.serve.errors import ApiError
@@ -49,6 +50,7 @@ class Prompts:
     ids: list[list[int]]
     stop: list[str] = field(default_factory=list)
     dropped_turns: int = 0
+    parts: Callable[[], Splitter] | None = None  # tells thought from answer in what is said to them; None: nobody wants that
 
 
 class Answerer:
@@ -79,7 +81,7 @@ class Answerer:
             return await anext(made)
 
     def _encode(self, ask: Ask) -> Prompts:
-        tokenizer, template = self.model.tokenizer, self.model.template
+        tokenizer, template = self.model.tokenizer, self.model.template.with_thinking(ask.thinking)
         texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
         most = self.n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
         if not ask.fit and sum(map(len, texts)) > most:
@@ -99,6 +101,10 @@ class Answerer:
                 else:
                     ids = turns.encode()
                 prompts = Prompts([ids], list(template.stop), turns.dropped)
+                if ask.thoughts_apart:
+                    last = ask.messages[-1]
+                    begun = last["content"] if last["role"] == "assistant" else ""
+                    prompts.parts = lambda: Splitter(template.tags, begun or template.thought_opening)
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
         for ids in prompts.ids:

@@ -26,6 +26,7 @@ from pocketlm.serve.metrics import text as metrics_text
 from pocketlm.serve.shapes import Shape, finish_reason
 
 if TYPE_CHECKING:
+    from pocketlm.chat.thinking import Splitter
     from pocketlm.runtime.generator import Piece
 
 READ_SECONDS = 30.0  # that a body may take to come
@@ -154,7 +155,8 @@ class Api:
         return await self._answer(request, is_chat=False)
 
     async def _answer(self, request: Request, is_chat: bool) -> Response:
-        ask = fields.read(await read_json(request), is_chat, self._defaults)
+        defaults = {**self._model.chat_defaults, **self._defaults} if is_chat else self._defaults
+        ask = fields.read(await read_json(request), is_chat, defaults)
         prompts = await self._answerer.encode(ask)
         shape = Shape(is_chat, self._model.name, self._model.tokenizer.token_bytes)
         return Answering(self._answerer, ask, prompts, shape)
@@ -213,7 +215,8 @@ class Answering(Response):
         answers: dict[int, list[Piece]] = {}  # by their numbers, in the order in which they are made
         async for number, piece in answer:
             answers.setdefault(number, []).append(piece)
-        return self._shape.whole([*answers.values()], self._ask.n, self._ask.logprobs, self._prompts.dropped_turns)
+        prompts = self._prompts
+        return self._shape.whole([*answers.values()], self._ask.n, self._ask.logprobs, prompts.dropped_turns, prompts.parts)
 
     async def _stream(self, answer: Answer, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
@@ -230,15 +233,22 @@ class Answering(Response):
         ask, shape = self._ask, self._shape
         opened, lasts = set[int](), []
         held: list[Any] = []  # pieces without text, until the next that has some
+        splitter: Splitter | None = None
         async for number, piece in answer:
             if number not in opened:
                 opened.add(number)
                 held = []
+                splitter = self._prompts.parts and self._prompts.parts()
                 if (opening := shape.opening(number)) is not None:
                     yield _event(opening)
             held.append(piece)
-            if piece.text or (piece.finish_reason and ask.logprobs and len(held) > 1):
-                yield _event(shape.delta(number, piece.text, held if ask.logprobs else None))
+            parts = [(False, piece.text)] * bool(piece.text) if splitter is None else [*splitter.push(piece.text)]
+            if piece.finish_reason and splitter is not None:
+                parts += splitter.flush()
+            if not parts and piece.finish_reason and ask.logprobs and len(held) > 1:
+                parts = [(False, "")]
+            for is_thought, text in parts:
+                yield _event(shape.delta(number, text, held if ask.logprobs else None, is_thought))
                 held = []
             if finish_reason(piece):
                 lasts.append(piece)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketlm.errors import UsageError, did_you_mean
-from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.errors import ApiError
 
 MOST_CHOICES = 16  # answers to one request: prompts times n
@@ -45,6 +45,8 @@ class Ask:
     include_usage: bool = False
     logprobs: bool = False
     fit: bool = False
+    thinking: bool | None = None  # None: as the template does
+    thoughts_apart: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,7 +55,7 @@ def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
     fields = _CHAT if is_chat else _COMPLETION
-    ask = Ask(is_chat, options={**(CHAT_DEFAULTS if is_chat else {}), **defaults})
+    ask = Ask(is_chat, options={**defaults})
     if not is_chat:
         ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():
@@ -165,8 +167,9 @@ def _message(name: str, message: Any) -> dict[str, str]:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise _bad(f"{name}.role", f"must be one of {', '.join(ROLES)}")
+    thought = message.get("reasoning_content") if role == "assistant" else None
     for other, given in message.items():
-        if other not in ("role", "content") and given not in (None, []):
+        if other not in ("role", "content") and given not in (None, []) and not (given is thought and isinstance(given, str)):
             raise _bad(f"{name}.{other[:100]}", "is not supported")
     content = message.get("content")
     if isinstance(content, list):
@@ -176,7 +179,21 @@ def _message(name: str, message: Any) -> dict[str, str]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise _bad(f"{name}.content", "must be a text")
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": f"<think>\n{thought}\n</think>\n\n{content}" if thought else content}
+
+
+def _template_arguments(ask: Ask, name: str, value: Any) -> None:
+    """Of llama.cpp's arguments for templates the one that there is a use for."""
+    if not isinstance(value, dict) or not {*value} <= {"enable_thinking"}:
+        raise _bad(name, "may hold enable_thinking and nothing else")
+    if "enable_thinking" in value:
+        ask.thinking = _flag(f"{name}.enable_thinking", value["enable_thinking"])
+
+
+def _reasoning_format(ask: Ask, name: str, value: Any) -> None:
+    if value not in ("auto", "deepseek", "none"):
+        raise _bad(name, "must be auto or none")
+    ask.thoughts_apart = value != "none"
 
 
 def _prompt(ask: Ask, name: str, value: Any) -> None:
@@ -220,6 +237,8 @@ _COMMON: dict[str, Reader] = {
 _CHAT: dict[str, Reader] = {
     **_COMMON,
     "messages": _messages,
+    "chat_template_kwargs": _template_arguments,
+    "reasoning_format": _reasoning_format,
     "max_completion_tokens": _option("max_tokens", _max_tokens),
     "logprobs": _set("logprobs", _flag),
     "top_logprobs": _option("top_logprobs", lambda name, value: _whole(name, value, 0, MOST_LIKELIEST)),

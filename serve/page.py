@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from pocketlm.chat import saved, transcript
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.app import read_json
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.guard import Policy, same
@@ -82,7 +82,7 @@ class Page:
 
     async def facts(self, request: Request) -> Response:
         model = self._model
-        options = SamplingOptions(**{**CHAT_DEFAULTS, **{n: v for n, v in self._defaults.items() if n in _SETTINGS}})
+        options = SamplingOptions(**{**model.chat_defaults, **{n: v for n, v in self._defaults.items() if n in _SETTINGS}})
         settings: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
         settings["max_tokens"] = self._defaults.get("max_tokens")
         return JSONResponse({

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pocketlm import __version__
 
 if TYPE_CHECKING:
+    from pocketlm.chat.thinking import Splitter
     from pocketlm.runtime.generator import Piece
 
 NEVER = -9999.0  # what the protocol calls the logarithm of no probability
@@ -38,10 +39,12 @@ class Shape:
         """What a stream says before the first text of an answer; None: nothing."""
         return self._chunk(number, {"role": "assistant", "content": None}, None) if self._is_chat else None
 
-    def delta(self, number: int, text: str, pieces: Sequence[Piece] | None) -> dict[str, Any]:
+    def delta(
+        self, number: int, text: str, pieces: Sequence[Piece] | None, is_thought: bool = False
+    ) -> dict[str, Any]:  # fmt: skip
         """More text. `pieces`: those that it comes from, None where nobody wants their logprobs."""
         logprobs = None if pieces is None else self._logprobs(number, pieces)
-        return self._chunk(number, {"content": text}, None, logprobs)
+        return self._chunk(number, {"reasoning_content" if is_thought else "content": text}, None, logprobs)
 
     def end(self, number: int, piece: Piece, dropped_turns: int) -> dict[str, Any]:
         """The end of an answer in a stream."""
@@ -53,12 +56,23 @@ class Shape:
         """The last object of a stream, where it is asked for."""
         return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, n)}
 
-    def whole(self, answers: Sequence[Sequence[Piece]], n: int, wanted: bool, dropped_turns: int) -> dict[str, Any]:
-        """All answers at once. `answers`: the pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are."""
+    def whole(
+        self, answers: Sequence[Sequence[Piece]], n: int, wanted: bool, dropped_turns: int,
+        parts: Callable[[], Splitter] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """All answers at once. `answers`: the pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are; `parts`
+        tells thought from answer, as llama.cpp's server shows them.
+        """
         choices = []
         for number, pieces in enumerate(answers):
-            text = "".join(piece.text for piece in pieces)
-            content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            text, told = "".join(piece.text for piece in pieces), {}
+            if parts is not None:
+                splitter = parts()
+                found = [*splitter.push(text), *splitter.flush()]
+                thought, text = ("".join(part for is_thought, part in found if is_thought is of) for of in (True, False))
+                told = {"reasoning_content": thought} if thought else {}
+            message = {"role": "assistant", "content": text, **told}
+            content: dict[str, Any] = {"message": message} if self._is_chat else {"text": text}
             logprobs = self._logprobs(number, pieces) if wanted else None
             choices.append({"index": number, **content, "logprobs": logprobs, "finish_reason": finish_reason(pieces[-1])})
         lasts = [pieces[-1] for pieces in answers]

@@ -6,9 +6,10 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.runtime.sampling import SamplingOptions, chat_defaults
 
 
 class FakeModel:
@@ -18,9 +19,12 @@ class FakeModel:
     n_parameters, file_bytes, context_used = 1_000_000, 2_000_000, 0
     n_turns = 1000  # that the context holds
     fingerprint = "f" * 32
+    chat_defaults: ClassVar[dict] = chat_defaults(n_vocab=32_000)
 
     def __init__(self):
-        self.template = SimpleNamespace(note="", name="chatml")
+        self.template = SimpleNamespace(
+            note="", name="chatml", tags=("<think>", "</think>"), thought_opening="", thinking=None, has_switch=True
+        )
         self.tokenizer = SimpleNamespace(encodable=lambda text: text)
         self.asked: list[list[dict[str, str]]] = []
         self.sampling: dict = {}
@@ -61,6 +65,10 @@ class FakeModel:
         if question == "silent":
             words = []
         words = [word if n == 0 else f" {word}" for n, word in enumerate(words)]
+        if question == "think":
+            words = ["<thi", "nk>\nIt", " greets\n", "</th", "ink>\n\nHello", " there"]
+            words[:2] = ["It"] if self.template.thought_opening else words[:2]
+            opening = opening.removeprefix(self.template.thought_opening)
         while opening:  # the beginning of the answer, which is continued
             opening = opening.removeprefix(words.pop(0))
         dropped = max(0, sum(message["role"] == "user" for message in messages) - self.n_turns)

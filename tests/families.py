@@ -56,4 +56,4 @@ def random_weights(random: np.random.Generator, name: str, shape: tuple[int, ...
     noise = random.standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
         return np.float32(0.2) * noise + np.float32("norm" in name and name.endswith("weight"))
-    return noise * np.float32(0.3 if "embd" in name else 1.5 / np.sqrt(shape[1]))
+    return noise * np.float32(0.3 if "embd" in name else 1.5 / np.sqrt(shape[-1]))

@@ -11,7 +11,7 @@ import numpy as np
 from canonical_models import make_hyper
 
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.architectures import bloom, gptneox, granite, olmo2, phi2, phi3, stablelm
+from pocketlm.runtime.architectures import bloom, gptneox, granite, olmo2, olmoe, phi2, phi3, qwen3moe, stablelm
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Rope
@@ -133,6 +133,22 @@ def gpt_oss(m: Builder) -> None:
     m.logits()
 
 
+def routed(**options: Any) -> Operations:
+    def list_it(m: Builder) -> None:
+        m.embed()
+        for b in m.layers():
+            b.norm("attn_norm")
+            b.attention()
+            b.add()
+            b.norm("ffn_norm")
+            b.experts(**options)
+            b.add()
+        m.norm("output_norm")
+        m.logits()
+
+    return list_it
+
+
 def nanochat(m: Builder) -> None:
     m.embed()
     m.norm(None, "x", "x")
@@ -209,10 +225,16 @@ def _own_norms() -> dict[str, tuple[int, ...]]:
     return {f"blk.{i}.{name}.weight": shape for i in range(2) for name, shape in shapes.items()}
 
 
+def _expert_biases(n_ff: int) -> dict[str, tuple[int, ...]]:
+    widths = {"ffn_gate_inp": (7,), "ffn_gate_exps": (7, n_ff), "ffn_up_exps": (7, n_ff), "ffn_down_exps": (7, 64)}
+    return {f"blk.{i}.{name}.bias": shape for i in range(2) for name, shape in widths.items()}
+
+
 HALF = {"rope": Rope(1000.0, 16, "half")}
 PART = {"rope": Rope(1000.0, 4, "half"), "norm": "layer"}
 LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.19, original_ctx=32)}
 FACTORS = {"attention.scale": 0.11, "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 8.0}
+EXPERTS = {"expert_count": 7, "expert_used_count": 3}
 LISTS: dict[str, Callable[[], P.Plan]] = {
     "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
     "gemma2": lambda: make(gemma2, activation="gelu_tanh", **HALF),
@@ -225,6 +247,12 @@ LISTS: dict[str, Callable[[], P.Plan]] = {
     "smollm3": lambda: make(smollm3),
     "bloom": lambda: make(bloom.operations, _biases(), norm="layer", position="alibi", gated=False, activation="gelu_tanh"),
     "gpt-oss": lambda: make(gpt_oss, **HALF),
+    "qwen3moe": lambda: make(qwen3moe.operations, settings=EXPERTS | {"expert_feed_forward_length": 48}, **HALF),
+    "olmoe": lambda: make(olmoe.operations, settings=EXPERTS, **HALF),
+    "experts with biases": lambda: make(routed(n_ff=36), _expert_biases(36), settings=EXPERTS, **HALF),
+    "experts, sigmoid": lambda: make(routed(kind="sigmoid", normalised=False), settings=EXPERTS, activation="relu"),
+    "experts, sigmoid, normalised": lambda: make(routed(kind="sigmoid"), settings=EXPERTS | {"expert_used_count": 7}),
+    "one expert": lambda: make(routed(normalised=False), settings={"expert_count": 1, "expert_used_count": 1}),
     "nanochat": lambda: make(nanochat, gated=False, activation="relu_squared", **HALF),
     "gated": lambda: make(gated, _gates(), gated=False, activation="relu_squared", **HALF),
     "phi3": lambda: make(phi3.operations, _fused(), **LONG),
@@ -289,6 +317,13 @@ def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: 
                     s[op.qkv][:, a], s[op.qkv][:, b] = z.real, z.imag
         elif isinstance(op, P.Attend):
             s[op.out] = attention(op, s[op.qkv], w, cached)
+        elif isinstance(op, P.Route):
+            s[op.out] = np.array([routed_to(op, scores) for scores in s[op.x]])
+        elif isinstance(op, P.Experts):
+            s[op.out] = np.array([experts(op, x, chosen, w) for x, chosen in zip(s[op.x], s[op.chosen], strict=True)])
+        elif isinstance(op, P.Mix):
+            parts, weights = s[op.x].reshape(n, op.n_used, -1), s[op.chosen][:, op.n_used :]
+            s[op.out] = (parts * weights[:, :, None]).sum(1)
         elif isinstance(op, P.Activate):
             x = s[op.x]
             s[op.out] = ACTIVATIONS[op.kind](x[:, : op.n]) * (x[:, op.n : 2 * op.n] if op.gated else 1)
@@ -305,6 +340,22 @@ def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: 
         elif isinstance(op, P.Softcap):
             s[op.out] = op.cap * np.tanh(s[op.x] / op.cap)
     return s["logits"]
+
+
+def routed_to(op: P.Route, scores: np.ndarray) -> np.ndarray:  # of one token
+    chosen = sorted(range(op.n_experts), key=lambda i: (-scores[i], i))[: op.n_used]
+    shares = np.exp(scores) / np.exp(scores).sum() if op.kind == "softmax" else 1 / (1 + np.exp(-scores))
+    weights = shares[chosen] / (shares[chosen].sum() if op.normalised else 1)
+    return np.concatenate([chosen, weights])
+
+
+def experts(op: P.Experts, x: np.ndarray, chosen: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:  # of one token
+    out = []
+    for name, bias in zip(op.matrix.weights, op.matrix.biases, strict=True):
+        for slot, number in enumerate(chosen[: op.n_used].astype(int)):
+            own = x.reshape(-1, op.matrix.n_in)[slot if op.own else 0]
+            out.append(w[name][number] @ own + (w[bias][number] if bias else 0))
+    return np.concatenate(out)
 
 
 def attention(op: P.Attend, qkv: np.ndarray, w: dict[str, np.ndarray], cached) -> np.ndarray:

@@ -133,7 +133,7 @@ def test_a_model_cannot_take_over_the_terminal():
 # ---- commands ------------------------------------------------------------------------------------------------------------
 
 REQUIRED = (
-    "help quit reset system temp top_k top_p min_p repeat_penalty max_tokens seed stop stats undo retry more save load "
+    "help quit reset system temp top_k top_p min_p repeat_penalty max_tokens seed stop think stats undo retry more save load "
     "threads backend"
 )
 

@@ -61,6 +61,30 @@ def test_a_published_template_renders_as_plain_jinja_does(name, conversation):
                 assert sandboxed(PUBLISHED[name]).render(variables, 1000) == expected
 
 
+DEVELOPER = [{"role": "developer", "content": "Be brief."}, *turns("Hello", "Hi", "Again?")]
+THOUGHTS = {
+    "a thought": turns("Hello", "<think>\nhm\n</think>\n\nHi", "Again?"),
+    "a thought at the end": turns("Hello", "<think>hm</think>Hi"),
+    "a thought without an end": turns("Hello", "<think>\nhm", "Again?"),
+    "a developer": DEVELOPER,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("conversation", THOUGHTS)
+def test_thinking_and_developers_are_rendered_as_plain_jinja_does(name, conversation):
+    for switch in ({}, {"enable_thinking": True}, {"enable_thinking": False}, {"thinking": True}, {"thinking": False}):
+        known = {"messages": THOUGHTS[conversation], "add_generation_prompt": True, "tools": None}
+        variables = {**known, "bos_token": "<s>", "eos_token": "</s>", **switch}
+        try:
+            expected = plain_jinja(PUBLISHED[name], **variables)
+        except jinja2.exceptions.TemplateError:
+            with pytest.raises(TemplateRaised):
+                sandboxed(PUBLISHED[name]).render(variables, 1000)
+        else:
+            assert sandboxed(PUBLISHED[name]).render(variables, 1000) == expected
+
+
 def test_at_least_15_published_templates_are_compared():
     assert len(PUBLISHED) >= 15
 

@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import marshal
+import os
 import shutil
 import struct
 import subprocess
@@ -281,7 +282,7 @@ def test_python_starts_from_its_own_archive(tmp_path):
     path = tmp_path / "base.zip"
     path.write_bytes(archive_writer.library({"m": code, "p": code._replace(is_package=True), "p.q": code}, MAGIC_NUMBER))
     command = [sys.executable, "-c", "import m, p.q; print(m.answer + p.answer + p.q.answer)"]
-    done = subprocess.run(command, env={"PYTHONPATH": str(path)}, capture_output=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True)
     assert done.stdout.split() == [b"126"]
 
 

@@ -29,6 +29,8 @@ class Row:
     sizes: dict[str, int] = field(default_factory=dict)
     n: int = 48  # tokens of the text
     narrow: bool = False  # llama.cpp wants heads that are together as wide as the model
+    equal: bool = False  # and as many of keys as of queries
+    seed: int = 0  # of the weights; routers whose scores lie near each other choose by the last bits, which is another choice
 
 
 SHAPES = {
@@ -42,10 +44,32 @@ QKV_BIASES: dict[str, str | int] = {
     "blk.{i}.attn_q.bias": "q", "blk.{i}.attn_k.bias": "kv", "blk.{i}.attn_v.bias": "kv",
 }  # fmt: skip
 FUSED: dict[str, str | int] = {"blk.{i}.attn_qkv.weight": "qkv", "blk.{i}.ffn_up.weight": "gate and up"}
+GPT_OSS_BIASES: dict[str, str | int] = {
+    "blk.{i}.attn_output.bias": "embd", "blk.{i}.ffn_gate_inp.bias": "experts", "blk.{i}.ffn_gate_exps.bias": "experts, ff",
+    "blk.{i}.ffn_up_exps.bias": "experts, ff", "blk.{i}.ffn_down_exps.bias": "experts, embd",
+}  # fmt: skip
 FACTORS: dict[str, str | int] = {"rope_factors_long.weight": "half", "rope_factors_short.weight": "half"}
 LONGROPE = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_factor": 1.19}
 GRANITE = {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.1}
+EXPERTS = {"expert_count": 8, "expert_used_count": 3}
 MODELS = {
+    "qwen3moe": Row("qwen3moe", EXPERTS | {"expert_feed_forward_length": 48, "rope.freq_base": 1e6}),
+    "qwen3moe, yarn, own head": Row("qwen3moe", {**EXPERTS, **YARN, "expert_feed_forward_length": 36}, OWN_HEAD),
+    "qwen3moe, one of many": Row(
+        "qwen3moe", {"expert_count": 100, "expert_used_count": 1, "expert_feed_forward_length": 32}, OWN_HEAD,
+    ),
+    "gpt-oss": Row(
+        "gpt-oss", {**EXPERTS, **YARN, "expert_feed_forward_length": 48, "attention.sliding_window": 8},
+        {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES}, {"n_layer": 4}, seed=3,
+    ),
+    "gpt-oss, no yarn": Row(
+        "gpt-oss", {**EXPERTS, "expert_feed_forward_length": 64, "attention.sliding_window": 8},
+        {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES},
+    ),
+    "olmoe": Row("olmoe", EXPERTS, OWN_HEAD, narrow=True, equal=True, seed=2),
+    "olmoe, all of two": Row(
+        "olmoe", {**YARN, "expert_count": 2, "expert_used_count": 2}, OWN_HEAD, narrow=True, equal=True,
+    ),
     "qwen2": Row("qwen2", {"rope.freq_base": 1e6}, QKV_BIASES, narrow=True),
     "qwen2, yarn, own head": Row("qwen2", YARN, {**QKV_BIASES, **OWN_HEAD}, narrow=True),
     "qwen3": Row("qwen3", {"rope.freq_base": 1e6}),
@@ -90,8 +114,10 @@ MODELS = {
 def tensors(row: Row, sizes: dict[str, int]) -> Shapes:
     """The shapes of `row.extra`, in every layer."""
     q, kv = sizes["n_head"] * sizes["head_dim"], sizes["n_kv_head"] * sizes["head_dim"]
+    n, n_ff = (int(row.keys.get(f"expert_{name}", 0)) for name in ("count", "feed_forward_length"))
     shapes: dict[str, tuple[int, ...]] = {
         "q": (q,), "kv": (kv,), "half": (sizes["head_dim"] // 2,), "vocabulary": (N_VOCAB, sizes["n_embd"]),
+        "embd": (sizes["n_embd"],), "experts": (n,), "experts, ff": (n, n_ff), "experts, embd": (n, sizes["n_embd"]),
         "qkv": (q + 2 * kv, sizes["n_embd"]), "gate and up": (2 * sizes["n_ff"], sizes["n_embd"]),
     }  # fmt: skip
     return {
@@ -106,9 +132,11 @@ def tensors(row: Row, sizes: dict[str, int]) -> Shapes:
 def test_logits_are_llama_cpps(tmp_path, name, shape):
     row = MODELS[name]
     sizes = {"n_layer": 3, "n_ctx": 64, **SHAPES[shape], **row.sizes}
+    if row.equal:
+        sizes["n_kv_head"] = sizes["n_head"]
     if row.narrow:
         sizes["n_embd"] = sizes["n_head"] * sizes["head_dim"]
-    path = write_random(tmp_path / "model.gguf", row.arch, sizes, row.keys, tensors(row, sizes))
+    path = write_random(tmp_path / "model.gguf", row.arch, sizes, row.keys, tensors(row, sizes), row.seed)
     ids = np.random.default_rng(1).integers(0, 256, row.n)
     with LlamaReference(path, n_ctx=sizes["n_ctx"]) as llama:
         expected = llama.logits(ids)

@@ -13,7 +13,7 @@ from exact_llama import POCKET, SMOLLM2, dequantised, exact_logits
 import pocketlm
 from pocketlm.cli import main
 from pocketlm.model import find_model
-from pocketlm.runtime.sampling import CHAT_DEFAULTS, SamplingOptions
+from pocketlm.runtime.sampling import CHAT_PENALTY, SamplingOptions
 
 N = 64
 
@@ -53,5 +53,5 @@ def test_a_chat_has_a_mild_penalty_of_its_own(capsys: pytest.CaptureFixture[str]
         return [piece.id for piece in model.chat(messages, max_tokens=40, temperature=0, ignore_eos=True, **options)]
 
     with pocketlm.load("small-talk", backend="numpy") as model:
-        default, penalised, plain = ids(), ids(repeat_penalty=CHAT_DEFAULTS["repeat_penalty"]), ids(repeat_penalty=1.0)
+        default, penalised, plain = ids(), ids(repeat_penalty=CHAT_PENALTY), ids(repeat_penalty=1.0)
     assert default == penalised != plain

@@ -23,27 +23,30 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command doctor.command doctor.portrait serve.command terminal_text"
+        " train.command doctor.command doctor.portrait serve.command pull.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
-        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.transcript"
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.thinking"
+        " chat.transcript"
         " cli_options terminal_text"
     ),
-    "doctor": "errors model runtime runtime.native terminal_text",
+    "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
+    "pull": "errors runtime.native.code_cache terminal_text",  # of the cache where it is: a fetched model lies beside it
     "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
         " terminal_text"
     ),
     "train": (
-        "errors tokenizer runtime.atomic runtime.hyper runtime.model_file runtime.positions chat.templates export"
-        " terminal_text train.small_talk"
+        "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
+        " terminal_text models.small_talk"
     ),
-    "train.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
+    "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
-    "model": "conversation errors tokenizer runtime chat.templates",
+    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain.guides",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm runtime.sampling terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",

@@ -24,10 +24,12 @@ def pears(): pytest.skip("no pears in a fixture")
 def test_two(pears): pass
 @pytest.mark.skip(reason="no plums by a mark")
 def test_three(): pass
-def test_four(): pytest.skip("no emulator for x86-64 and more")
+def test_four(): pytest.skip("this NumPy has no OpenBLAS in its wheel and more")
 """
 UNKNOWN_MODULE = "import pytest\npytest.importorskip('no_such_module', reason='no cherries of a module')\n"
-REASONS = ["no apples in the test", "no pears in a fixture", "no plums by a mark", "no emulator for x86-64 and more"]
+REASONS = [
+    "no apples in the test", "no pears in a fixture", "no plums by a mark", "this NumPy has no OpenBLAS in its wheel and more",
+]  # fmt: skip
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +41,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
-@pytest.mark.parametrize("parallel", [(), ("-n", "2")], ids=["one process", "xdist"])
+@pytest.mark.parametrize("parallel", [(), ("-n", "2", "--capture=sys")], ids=["one process", "xdist"])
 def test_unknown_skips_fail_the_run_and_are_named(parallel, tmp_path):
     if parallel:
         pytest.importorskip("xdist", reason="pytest-xdist is not installed")

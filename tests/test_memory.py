@@ -149,3 +149,13 @@ def test_under_a_limit_of_addresses_a_model_runs_or_says_in_a_line_what_is_missi
         assert "needs" in run.stderr or "memory" in run.stderr
     assert run.returncode == 0 or megabytes < 4000
     assert run.returncode == 1 or megabytes > 300
+
+
+def test_arrays_in_one_piece_are_aligned_zeroed_and_apart():
+    sizes = [5, 0, 1000, 64, 3 << 20]
+    arrays = memory.in_one_piece(sizes)
+    assert [array.nbytes for array in arrays] == sizes
+    assert all(array.ctypes.data % 64 == 0 and not array.any() for array in arrays if array.size)
+    for number, array in enumerate(arrays):
+        array[:] = number
+    assert [set(array.tolist()) for array in arrays] == [{0}, set(), {2}, {3}, {4}]

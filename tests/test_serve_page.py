@@ -1,5 +1,6 @@
 """The page in a real browser: conversations and their files, keyboard, screen reader, phone, dark, languages, hostile texts."""
 
+import json
 import time
 from pathlib import Path
 
@@ -362,6 +363,24 @@ def test_what_a_model_says_is_text_and_some_markdown(server, visit, alone):
     assert last.locator("td").all_inner_texts() == ["1", "2"]
     assert last.locator("blockquote").inner_text() == "said"
     assert last.locator("p").last.inner_text() == "a_b_c and gone and 2 * 3 * 4"
+
+
+def test_a_thought_is_folded_and_kept_as_the_terminal_keeps_it(server, visit):
+    deltas = [{"reasoning_content": "It "}, {"reasoning_content": "greets"}, {"content": "Hello "}, {"content": "there"}]
+    chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+    timings = dict.fromkeys(("cache_n", "prompt_n", "predicted_n", "predicted_ms", "predicted_per_second"), 1)
+    chunks.append({"choices": [{"delta": {}, "finish_reason": "stop"}], "timings": timings})
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    page = visit()
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    ask(page, "Hi")
+    thought = page.locator("li.assistant details.thought")
+    assert thought.get_attribute("open") is None
+    assert page.locator("li.assistant .text > p").inner_text() == "Hello there"
+    thought.locator("summary").click()
+    assert thought.inner_text().split() == ["Thinking", "It", "greets"]
+    wait_until(lambda: files()[0].messages[1].get("cut") is None)
+    assert files()[0].messages[1]["content"] == "<think>\nIt greets\n</think>\n\nHello there"
 
 
 def test_without_the_address_of_the_start_nothing_is_shown(server, visit):

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from session_walk import Walk
+from session_walk import ACTIONS, MEGABYTES_ALLOWED, Walk, resident
 from tiny_models import write_model
 
 import pocketlm
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.model import Model
 from pocketlm.runtime import memory
+from pocketlm.runtime.native.executor import NativeCache
 from pocketlm.runtime.state_file import HEADER
 
 PROMPTS = ["then", "in the thing", "the the the", "nothing in this", "a", "thin " * 30, "hen", "the inn"]
@@ -290,12 +291,34 @@ def test_a_closed_session_says_so_and_gives_its_memory_back(model):
 
 
 def test_sessions_that_come_and_go_at_random_say_what_they_say_alone(path, tmp_path):
-    with pocketlm.load(path, backend="native", threads=2) as model, pocketlm.load(path, backend="native", threads=1) as alone:
-        walk = Walk(model, alone, tmp_path, seed=3)
-        walk.run(3000, 6)
+    with pocketlm.load(path, "native", threads=2) as model, pocketlm.load(path, "native", threads=1) as alone:
+        walk = Walk(model, alone, tmp_path)
+        walk.run(1500, seed=3)
+        before = resident()
+        walk.run(3000, seed=4)
         assert walk.wrong == []
-        assert min(walk.done.values()) > 0, walk.done
-        assert len(model._sessions) <= 2  # all that were dropped are gone
+        assert set(walk.done) == set(ACTIONS)
+        assert walk.merged[0] > 100
+        assert walk.drafts[1] > 100
+        assert len(model._sessions) <= 1 + 8 * 3  # all that were dropped are gone
+        assert resident() - before < MEGABYTES_ALLOWED << 20
+
+
+WRONG = {  # what the walk must notice
+    "a fork lacks its last position": ("_filled", lambda filled: lambda cache, n: filled(cache, max(n - 1, 0))),
+    "a state is saved in another order": ("read_keys", lambda read: lambda *where: read(*where)[:, ::-1].copy()),
+    "a text is cut one too late": ("truncate", lambda cut: lambda cache, n: cut(cache, n + (n < cache.length))),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_walk_notices_when(path, tmp_path, monkeypatch, what):
+    name, wrong = WRONG[what]
+    with pocketlm.load(path, "native", threads=2) as model, pocketlm.load(path, "native", threads=1) as alone:
+        monkeypatch.setattr(NativeCache, name, wrong(getattr(NativeCache, name)))
+        walk = Walk(model, alone, tmp_path)
+        walk.run(10_000, seed=3)
+        assert isinstance(walk.wrong[0], tuple)  # an answer that differs, no error
 
 
 def test_no_session_comes_while_room_is_counted(model):

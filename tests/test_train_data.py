@@ -79,7 +79,7 @@ def test_the_libraries_agree_with_the_runtime_on_ids(tmp_path: Path) -> None:
 def test_conversations_are_encoded_as_the_chat_writes_them(tmp_path: Path, kind: str, chat: str) -> None:
     tok = make(tmp_path, kind, chat)
     ids, _ = encoder(tmp_path, tok, chat=chat).encode(TALK, True)
-    template = choose(data.jinja(BUILT_IN[chat]), tok)
+    template = choose(BUILT_IN[chat].jinja, tok)
     assert template.source is not None
     whole = template.encode(TALK, tok, add_generation_prompt=False)
     assert ids == [*whole[tok.adds_bos :], tok.eos_id]
@@ -239,5 +239,5 @@ def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str
 
 
 def test_unknown_chats_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match="--chat alpaca: expected chatml or markers"):
+    with pytest.raises(UsageError, match="--chat alpaca: expected chatml, markers"):
         data.markers_of("alpaca")

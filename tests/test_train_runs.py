@@ -205,7 +205,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("options", "status", "said"),
     [
         ("", 2, "give the texts to learn and the run's folder"),
-        ("{text} -o {run} --preset huge", 2, "--preset huge: expected one of tiny, small-talk"),
+        ("{text} -o {run} --preset huge", 2, "--preset huge: expected tiny, small-talk"),
         ("{text} -o {run} --set n_layer", 2, "expected a name and a value"),
         ("{text} -o {run} --batch 3", 2, "a batch of 3 is no whole number of micro batches"),
         ("{text} -o {run} --lr -1", 2, "expected 0 < lr"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import pocketlm
-from pocketlm.train.small_talk.baselines import kneser_ney
-from pocketlm.train.small_talk.conversations import UNWANTED, by_hand, sentence
+from pocketlm.models.small_talk.baselines import kneser_ney
+from pocketlm.models.small_talk.conversations import UNWANTED, by_hand, sentence
 
 MODEL = Path(pocketlm.__file__).parent / "models" / "small-talk.gguf"
 

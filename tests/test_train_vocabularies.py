@@ -21,7 +21,7 @@ from pocketlm.errors import FileError, PocketlmError  # noqa: E402
 from pocketlm.tokenizer import Tokenizer  # noqa: E402
 from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json  # noqa: E402
 from pocketlm.train import checkpoints, documents, vocabularies  # noqa: E402
-from pocketlm.train.data import CHATS, Encoder, jinja, markers_of  # noqa: E402
+from pocketlm.train.data import CHATS, Encoder, markers_of  # noqa: E402
 from pocketlm.train.decoder import Decoder  # noqa: E402
 from pocketlm.train.presets import Shape  # noqa: E402
 from pocketlm.train.starting_weights import add_rows  # noqa: E402
@@ -364,7 +364,7 @@ def test_conversations_in_any_sentencepiece_are_the_chats_and_their_ends_are_lea
     talk = [("system", "Be brief."), ("user", "Кто  ты?"), ("assistant", "Лиса. Да."), ("user", "И?"), ("assistant", "Kâr.")]
     messages = [{"role": role, "content": content} for role, content in talk]
     ids, mask = Encoder(tok, chat, ("assistant",), tmp_path).encode(messages, True)
-    template = choose(jinja(BUILT_IN[chat]), tok)
+    template = choose(BUILT_IN[chat].jinja, tok)
     whole = template.encode(messages, tok, add_generation_prompt=False)
     assert [*whole, tok.eos_id] == ids
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))

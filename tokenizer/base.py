@@ -181,7 +181,7 @@ class Tokenizer:
         """The bytes of the first token of a text, and whether the token after it still counts as the first."""
         return data, False
 
-    def _starts_anew_after(self, token_id: int) -> bool:
+    def starts_anew_after(self, token_id: int) -> bool:
         """Whether the text after this token was encoded like the start of a text."""
         return False
 
@@ -362,7 +362,7 @@ class StreamDecoder:
             data = tokenizer._unknown_text
         if self._at_start:
             data, self._at_start = tokenizer._at_start(token_id, data)
-        if tokenizer._starts_anew_after(token_id):
+        if tokenizer.starts_anew_after(token_id):
             self._at_start = True
         return self._utf8.decode(data)
 

@@ -121,7 +121,7 @@ class SentencePiece(Tokenizer):
             return data, False
         return data[1:], options.collapse_spaces and len(data) == 1
 
-    def _starts_anew_after(self, token_id: int) -> bool:
+    def starts_anew_after(self, token_id: int) -> bool:
         options, kind = self.options, self.vocabulary.types[token_id]
         if options.prefix == "never" or options.prefix_first_only:
             return False

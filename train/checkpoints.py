@@ -20,7 +20,7 @@ from pocketlm.runtime.atomic import replacing_file
 from pocketlm.train.decoder import Decoder
 from pocketlm.train.presets import Cadence, Shape
 
-LAST, BEST = "last.pt", "best.pt"
+LAST, BEST, NUMBERED = "last.pt", "best.pt", "step_{:06d}.pt"
 
 
 def save(path: Path, model: Decoder, **more: Any) -> None:
@@ -40,10 +40,11 @@ def read(path: Path) -> dict[str, Any]:
         raise FileError(path, "is no checkpoint of this trainer", "name the last.pt or best.pt of a run") from None
 
 
-def is_numbered(step: int, cadence: Cadence) -> bool:
-    """Whether the checkpoint of a step is kept under a name of its own."""
-    stays = bool(cadence.keep_every) and step % cadence.keep_every == 0
-    return stays or (cadence.keep > 0 and step % cadence.eval_every == 0)
+def kept(step: int, cadence: Cadence) -> str:
+    """Whether the checkpoint of a step has a name of its own: "for good", "for now" or ""."""
+    if cadence.keep_every and step % cadence.keep_every == 0:
+        return "for good"
+    return "for now" if cadence.keep and step % cadence.eval_every == 0 else ""
 
 
 @contextmanager
@@ -52,20 +53,16 @@ def keeping(run: Path, step: int, rolling: list[int], cadence: Cadence) -> Itera
 
     `rolling`: the steps of the checkpoints that may be deleted; brought up to date before the block, which saves it.
     """
-    stays, old = bool(cadence.keep_every) and step % cadence.keep_every == 0, []
-    if is_numbered(step, cadence) and not stays:
+    how, old = kept(step, cadence), []
+    if how == "for now":
         rolling[:] = [*(n for n in rolling if n != step), step]
         rolling[:], old = rolling[-cadence.keep :], rolling[: -cadence.keep]
     yield
-    if is_numbered(step, cadence):
-        with replacing_file(run / _name(step)) as part:
+    if how:
+        with replacing_file(run / NUMBERED.format(step)) as part:
             try:
                 os.link(run / LAST, part)  # the next last.pt is another file
             except OSError:  # a file system without links
                 shutil.copyfile(run / LAST, part)
     for n in old:
-        (run / _name(n)).unlink(missing_ok=True)
-
-
-def _name(step: int) -> str:
-    return f"step_{step:06d}.pt"
+        (run / NUMBERED.format(n)).unlink(missing_ok=True)

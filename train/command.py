@@ -10,48 +10,21 @@ import argparse
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
+from pocketlm import tokenizer
+from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
+from pocketlm.errors import FileError, PocketlmError, UsageError, one_of
+from pocketlm.export.model_config import read_pairs
+from pocketlm.runtime.atomic import write_file
+from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
+from pocketlm.train import batches, data, documents, log, vocabularies
 from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
-
-if TYPE_CHECKING:
-    from pocketlm.tokenizer import Tokenizer
-    from pocketlm.train.batches import Stage
-    from pocketlm.train.documents import Reading
 
 TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
-SETTINGS = {  # settings with a flag of their own (the name with dashes) → help
-    "steps": "number of steps", "batch": "sequences per step, over all processes",
-    "micro_batch": "sequences computed at once; divides the batch", "context": "tokens per sequence",
-    "lr": "peak learning rate", "min_lr": "learning rate of the last step (default: a tenth of the peak)",
-    "warmup": "steps until the peak", "weight_decay": "weight decay of the matrices", "beta2": "AdamW's second decay rate",
-    "clip": "largest norm of the gradient", "dropout": "share of values set to 0", "dtype": "fp32, bf16 or fp16",
-    "optimizer": "adamw, or adamw8bit: less memory, by the package bitsandbytes",
-    "checkpointing": "compute every layer twice to save memory", "compile": "torch.compile the model, or not",
-    "seed": "decides everything that is drawn at random",
-}  # fmt: skip
-CADENCE = {
-    "log_every": "a line of progress every N steps", "eval_every": "validation every N steps",
-    "save_seconds": "seconds between checkpoints", "keep": "keep the last N checkpoints, one at every validation",
-    "keep_every": "keep the checkpoint of every N-th step for good",
-    "patience": "stop after N validations without a better one",
-}  # fmt: skip
+OPTIONS = {Cadence: "what is seen and kept of a run", Settings: "how to train (defaults: the preset's)"}
 FREE = ("steps", "micro_batch", "dtype", "compile", "checkpointing")  # settings that may change in the middle of a run
-
-VOCABULARY: dict[str, dict[str, Any]] = {  # the options that decide what a run reads
-    "tokenizer": {"metavar": "NAME", "help": "bytes, sentencepiece, characters, gpt2, or a tokenizer's file or folder"},
-    "add-markers": {"action": "store_true", "help": "add the chat's markers to a tokenizer, and to a model, without them"},
-    "symbols": {"metavar": "FILE", "help": "texts that are one token each in a vocabulary made here, one a line"},
-    "character-coverage": {"type": float, "metavar": "X", "help": "share of the characters that get a token (sentencepiece)"},
-    "normalize": {"action": "append", "default": [], "metavar": "FORM",
-                  "help": "nfc, nfd, nfkc, nfkd, or a file of lines: what, a tab, by what; may be given again"},
-    "documents": {"choices": ("file", "blank", "line"), "default": "file",
-                  "help": "what ends a document of a text: its file (default), a blank line, each line"},
-    "shortest": {"type": int, "default": 0, "metavar": "N", "help": "leave out texts of fewer characters"},
-    "windows": {"choices": ("blocks", "sentences"), "default": "blocks", "help": "how a sequence is cut (default blocks)"},
-}  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,87 +50,76 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample-tokens", type=int, default=60, metavar="N", help="their length (default 60)")
     add("--sample-temp", type=float, default=0.8, metavar="X", help="their temperature (default 0.8)")
     add("--sample-top-k", type=int, default=40, metavar="N", help="of the N likeliest tokens (default 40; 0: of all)")
-    group = parser.add_argument_group("vocabulary and documents")
-    for name, how in VOCABULARY.items():
-        group.add_argument(f"--{name}", **how)
-    _table(parser.add_argument_group("what is seen and kept of a run"), CADENCE, Cadence())
-    _table(parser.add_argument_group("how to train (defaults: the preset's)"), SETTINGS, Settings())
-
-
-def _table(group: Any, rows: dict[str, str], defaults: Any) -> None:
-    """One flag for each field of `defaults` that has a row; a preset's settings are not what their fields begin with."""
-    for name, text in rows.items():
-        value = getattr(defaults, name)
-        how: dict[str, Any] = {"type": type(value), "metavar": {int: "N", float: "X", str: "TYPE"}.get(type(value))}
-        if isinstance(value, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(defaults, Cadence):
-            how["default"], text = value, f"{text} (default {value:g})"
-        group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
+    add = parser.add_argument_group("vocabulary and documents").add_argument
+    add("--tokenizer", metavar="NAME", help="bytes, sentencepiece, characters, gpt2, or a tokenizer's file or folder")
+    add("--add-markers", action="store_true", help="add the chat's markers to a tokenizer, and to a model, without them")
+    add("--symbols", metavar="FILE", help="texts that are one token each in a vocabulary made here, one a line")
+    add("--character-coverage", type=float, metavar="X", help="share of the characters that get a token (sentencepiece)")
+    forms = "nfc, nfd, nfkc, nfkd, or a file of lines: what, a tab, by what; may be given again"
+    add("--normalize", action="append", default=[], metavar="FORM", help=forms)
+    ends = "what ends a document of a text: its file (default), a blank line, each line"
+    add("--documents", choices=("file", "blank", "line"), default="file", help=ends)
+    add("--shortest", type=int, default=0, metavar="N", help="leave out texts of fewer characters")
+    add("--windows", choices=("blocks", "sentences"), default="blocks", help="how a sequence is cut (default blocks)")
+    for kind, title in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for f in (f for f in fields(kind) if "help" in f.metadata):
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if not isinstance(f.default, bool):
+                how = {"type": type(f.default), "metavar": {int: "N", float: "X", str: "TYPE"}[type(f.default)]}
+            default = f" (default {f.default:g})" if kind is Cadence else ""
+            group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']}{default}", **how)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status. Raises PocketlmError for everything a user can cause."""
     if arguments.plot is not None:
-        from pocketlm.train.log import check_can_plot, plot
-
-        check_can_plot()
+        log.check_can_plot()
         if not arguments.data and not arguments.mix:
-            print(plot(Path(arguments.plot or arguments.output or ".")))
+            print(log.plot(Path(arguments.plot or arguments.output or ".")))
             return 0
     if arguments.recipe:
-        from pocketlm.train.small_talk.recipe import cook
+        from pocketlm.models.small_talk.recipe import cook
 
-        if arguments.recipe not in RECIPES:
-            near = did_you_mean(arguments.recipe, RECIPES)
-            raise UsageError(f"--recipe {arguments.recipe}: expected {', '.join(RECIPES)}{near}")
+        one_of("--recipe", arguments.recipe, RECIPES)
         return cook(Path(arguments.output or arguments.recipe), arguments.threads, bool(arguments.compile))
-    from pocketlm.train import batches
-
     stages = batches.read_mix(arguments.mix)
     arguments.data = batches.mixed_files(stages, arguments.data)
     if not arguments.data or not arguments.output:
         raise UsageError("train: give the texts to learn and the run's folder, as in: pocketlm train book.txt -o run")
-    if arguments.preset not in PRESETS:
-        near = did_you_mean(arguments.preset, PRESETS)
-        raise UsageError(f"--preset {arguments.preset}: expected one of {', '.join(PRESETS)}{near}")
-    if wrong := [pair for pair in arguments.set if "=" not in pair]:
-        raise UsageError(f"--set {wrong[0]}: expected a name and a value, as n_layer=6")
+    preset, said = PRESETS[one_of("--preset", arguments.preset, PRESETS)], read_pairs(arguments.set)
     least = {"val_every": 2, "samples": 1, "sample_tokens": 1, "sample_temp": 0, "sample_top_k": 0, "threads": 0}
     for name in (name for name, number in least.items() if not number <= getattr(arguments, name) < 1 << 31):
         raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
-    preset = PRESETS[arguments.preset]
-    given, seen = (
-        {f.name: value for f in fields(kind) if (value := getattr(arguments, f.name, None)) is not None}
-        for kind in (Settings, Cadence)
+    cadence, settings = (
+        replace(at, **{f.name: value for f in fields(at) if (value := getattr(arguments, f.name, None)) is not None})
+        for at in (Cadence(), preset.settings)
     )
-    shape = preset.shape if arguments.start else changed(preset.shape, _pairs(arguments))
+    shape = preset.shape if arguments.start else changed(preset.shape, said)
     try:
         import torch
     except ImportError:
         raise PocketlmError("training needs PyTorch; get it with: pip install 'pocketlm[train]'") from None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    kind, settings = arguments.tokenizer or preset.tokenizer, replace(preset.settings, **given)
-    _train(arguments, shape, kind, settings, Cadence(**seen), stages)
+    _train(arguments, shape, arguments.tokenizer or preset.tokenizer, settings, cadence, stages)
     return 0
 
 
 def _train(
-    arguments: argparse.Namespace, shape: Shape, kind: str, settings: Settings, cadence: Cadence, stages: list[Stage]
+    arguments: argparse.Namespace, shape: Shape, kind: str, settings: Settings, cadence: Cadence, stages: list[batches.Stage]
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    from pocketlm import tokenizer
-    from pocketlm.train import batches, checkpoints, checks, data, devices, log, loop
+    from pocketlm.train import checkpoints, checks, devices, loop
     from pocketlm.train.decoder import Decoder
     from pocketlm.train.starting_weights import add_rows, read_start, taken
 
     folder, notes = Path(arguments.output), []
     model = None
     if arguments.start:
-        model, notes = read_start(Path(arguments.start), settings, arguments.rope_theta, _pairs(arguments))
+        model, notes = read_start(Path(arguments.start), settings, arguments.rope_theta, read_pairs(arguments.set))
         shape = model.shape
     with devices.process_group(arguments.device) as ranks:
         if ranks.leads:
@@ -188,34 +150,23 @@ def _train(
         sizes = {name: weight.numel() for name, weight in model.named_parameters()}
         for line in [*notes, *log.facts(sizes, tok, train, settings)]:
             ranks.say(line)
+        made_of = {**asdict(model.shape), **asdict(settings), "from": arguments.start or ""}
+        made_of |= {name: getattr(arguments, name) for name in ("chat", "learn", "windows")}
+        identity = {name: value for name, value in made_of.items() if name not in FREE}
+        how = (getattr(arguments, name) for name in ("sample", "samples", "sample_tokens", "sample_temp", "sample_top_k"))
+        sample, plot = loop.sampler(tok, *how), arguments.plot is not None
         with devices.memory_errors(settings, ranks):
+            model, fast = model.to(ranks.device), devices.compiled(model, settings, ranks, bool(arguments.compile))
             at = loop.train(
-                model.to(ranks.device), devices.compiled(model, settings, ranks, bool(arguments.compile)), feed, val, settings,
-                cadence, folder, ranks, identity=_identity(arguments, model.shape, settings),
-                sample=loop.sampler(
-                    tok, arguments.sample, arguments.samples, arguments.sample_tokens, arguments.sample_temp,
-                    arguments.sample_top_k,
-                ),
-                plot=arguments.plot is not None,
-            )  # fmt: skip
+                model, fast, feed, val, settings, cadence, folder, ranks, identity=identity, sample=sample, plot=plot
+            )
         if ranks.leads:
             print(f"{folder / checkpoints.LAST}: validation loss {at.val_loss:.4f} after {at.step} steps")
 
 
-def _pairs(arguments: argparse.Namespace) -> dict[str, str]:
-    return dict(pair.split("=", 1) for pair in arguments.set)
-
-
-def _identity(arguments: argparse.Namespace, shape: Shape, settings: Settings) -> dict[str, Any]:
-    """What a run cannot change half way."""
-    same = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    given = {"from": arguments.start or "", "chat": arguments.chat, "learn": arguments.learn, "windows": arguments.windows}
-    return {**asdict(shape), **same, **given}
-
-
 def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespace) -> None:
     """The run's tokenizer, chat template and encoded data, each made where it is not there yet."""
-    from pocketlm.train import data, documents, vocabularies
+    from pocketlm.train.starting_weights import template_beside
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,26 +176,18 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
     reading = documents.Reading(arguments.documents, arguments.shortest)
     tok = _tokenizer(folder, kind, n_vocab, reading, arguments)
     encoder = data.Encoder(tok, arguments.chat, vocabularies.ROLES if arguments.learn == "all" else ("assistant",), folder)
-    vocabularies.write(folder / TEMPLATE, _template(files, arguments))
+    if documents.has_conversations(files):
+        template = BUILT_IN[arguments.chat].jinja
+    else:  # as it was talked to before, or else as to a text
+        template = (template_beside(Path(arguments.start)) if arguments.start else None) or PLAIN_JINJA
+    write_file(folder / TEMPLATE, template)
     every = 0 if val_files else arguments.val_every
     data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr), reading)
 
 
-def _template(files: list[Path], arguments: argparse.Namespace) -> str:
-    """How to talk to the model: as its conversations are written, as before where it learns more texts, else as to a text."""
-    from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-    from pocketlm.train import data, documents
-    from pocketlm.train.starting_weights import template_beside
-
-    if documents.has_conversations(files):
-        return data.jinja(BUILT_IN[arguments.chat])
-    return (template_beside(Path(arguments.start)) if arguments.start else None) or PLAIN_JINJA
-
-
-def _tokenizer(folder: Path, kind: str, n_vocab: int, reading: Reading, arguments: argparse.Namespace) -> Tokenizer:
-    from pocketlm import tokenizer
-    from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
-    from pocketlm.train import data, documents, vocabularies
+def _tokenizer(
+    folder: Path, kind: str, n_vocab: int, reading: documents.Reading, arguments: argparse.Namespace
+) -> tokenizer.Tokenizer:
     from pocketlm.train.starting_weights import taken
 
     markers = data.markers_of(arguments.chat)

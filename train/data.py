@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.chat.templates import BUILT_IN, BuiltIn, Template
-from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
-from pocketlm.runtime.atomic import replacing_file
+from pocketlm.chat.templates import BUILT_IN, Template
+from pocketlm.errors import FileError, PocketlmError, one_of
+from pocketlm.runtime.atomic import replacing_file, write_file
 from pocketlm.tokenizer import Tokenizer
-from pocketlm.train.documents import IDS, Document, Reading, read_documents, read_ids
+from pocketlm.train.documents import IDS, Document, Reading, dtype_of_ids, read_documents, read_ids
 from pocketlm.train.vocabularies import check_markers
 
 SPLITS = ("train", "val")
@@ -35,14 +35,8 @@ Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (int64), ma
 
 
 def markers_of(chat: str) -> tuple[str, ...]:
-    """The markers that a kind of conversations is written with, those that end a turn last. Raises UsageError for an unknown
-    kind.
-    """
-    if chat not in CHATS:
-        raise UsageError(f"--chat {chat}: expected {' or '.join(CHATS)}{did_you_mean(chat, CHATS)}")
-    sides = BUILT_IN[chat].roles.values()
-    written = "".join([before for before, _ in sides] + [after for _, after in sides])
-    return tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", written)))
+    """The markers that a kind of conversations is written with. Raises UsageError for what is none of CHATS."""
+    return BUILT_IN[one_of("--chat", chat, CHATS)].markers
 
 
 class Encoder:
@@ -86,17 +80,6 @@ class Encoder:
         return self.tok.encode(lead + text, special=True)[len(self.tok.encode(lead, special=True)) :]
 
 
-def jinja(row: BuiltIn) -> str:
-    """A built-in template as the Jinja that travels in a model file."""
-    before, after = (side.replace("\n", "\\n") for side in row.roles["user"])
-    turn = f"""{{{{- '{before.replace("user", "' + message['role'] + '")}' + message['content'] + '{after}' }}}}"""
-    prompt = f"{{{{- '{before.replace('user', 'assistant')}' }}}}"
-    return (
-        f"{{%- for message in messages %}}{turn}{{%- endfor %}}"
-        f"{{%- if add_generation_prompt %}}{prompt}{{%- endif %}}"
-    )
-
-
 # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -133,8 +116,7 @@ def prepare(
             said = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
             failures.append(said if str(file) in said else f"{file}: {said}")
             parts[name] = {"error": failures[-1]}
-        with replacing_file(folder / "state.json") as temporary:
-            temporary.write_text(json.dumps(parts, indent=1), encoding="utf-8")
+        write_file(folder / "state.json", json.dumps(parts, indent=1))
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise PocketlmError(f"{failures[0]}{more}; the other parts are done, the same command tries this one again")
@@ -166,15 +148,11 @@ def _encode_part(
         sinks = {name: stack.enter_context(open(part, "wb")) for name, part in parts.items()}
         for number, (ids, mask) in enumerate(documents, first):
             where = "val" if split == "val" or (every and number % every == min(every // 2, 2)) else "train"
-            sinks[where].write(np.array(ids, _dtype(n_vocab)).tobytes())
+            sinks[where].write(np.array(ids, dtype_of_ids(n_vocab)).tobytes())
             sinks[f"{where}.mask"].write(bytes(mask))
             counts[where] += len(ids)
             counts["documents"] += 1
     return counts
-
-
-def _dtype(n_vocab: int) -> type:
-    return np.uint16 if n_vocab <= 1 << 16 else np.uint32
 
 
 # ── blocks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -238,13 +216,13 @@ class Corpus:
 
     def parts(self) -> dict[str, Corpus]:
         """Each file's part of the split; those too short for a block at every shift are one together."""
-        names = [name if len(ids) >= 2 * self.context else SHORT for name, ids in zip(self.files, self.ids, strict=True)]
-        rows = [*zip(names, self.ids, self.masks, self.files, strict=True)]
-        found = {name: [list(row[1:]) for row in rows if row[0] == name] for name in names}
-        return {
-            name: replace(self, ids=[*ids], masks=[*masks], files=[*files])
-            for name, (ids, masks, files) in ((name, zip(*of, strict=True)) for name, of in found.items())
-        }
+        found: dict[str, Corpus] = {}
+        for name, ids, mask in zip(self.files, self.ids, self.masks, strict=True):
+            part = found.setdefault(name if len(ids) >= 2 * self.context else SHORT, replace(self, ids=[], masks=[], files=[]))
+            part.ids.append(ids)
+            part.masks.append(mask)
+            part.files.append(name)
+        return found
 
 
 def sentence_ends(tok: Tokenizer) -> np.ndarray:
@@ -257,7 +235,7 @@ def open_corpus(folder: Path, split: str, context: int, n_vocab: int, sentence_e
     """A split of a prepared folder. Raises FileError where it is shorter than one block."""
     parts = {name: part for name, part in sorted(read_state(folder).items()) if part.get(split)}
     stems = [folder / f"{name}.{split}" for name in parts]
-    ids = [np.memmap(stem, _dtype(n_vocab), "r") for stem in stems]
+    ids = [np.memmap(stem, dtype_of_ids(n_vocab), "r") for stem in stems]
     masks = [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems]
     corpus = Corpus([*ids], [*masks], context, [part["key"][0] for part in parts.values()], sentence_ends)
     if not corpus.n_blocks(context - 1 if split == "train" else 0):

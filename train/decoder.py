@@ -17,19 +17,10 @@ ACTIVATIONS = {"silu": F.silu, "gelu_erf": F.gelu, "gelu_tanh": lambda x: F.gelu
 ALIBI_MAX_BIAS = 8.0
 
 
-class Norm(nn.Module):
-    """RMSNorm, or LayerNorm with a bias or none."""
-
-    def __init__(self, shape: Shape):
-        super().__init__()
-        self.eps, self.rms = shape.norm_eps, shape.norm == "rms"
-        self.weight = nn.Parameter(torch.ones(shape.n_embd))
-        self.bias = nn.Parameter(torch.zeros(shape.n_embd)) if shape.bias and not self.rms else None
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., n_embd] -> the same
-        if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+def norm(shape: Shape) -> nn.Module:
+    if shape.norm == "rms":
+        return nn.RMSNorm(shape.n_embd, shape.norm_eps)
+    return nn.LayerNorm(shape.n_embd, shape.norm_eps, bias=shape.bias)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [b, heads, n, d], [n, d/2] -> [b, heads, n, d]
@@ -41,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [b, heads, n, d], 
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = shape.n_head, shape.n_kv_head, shape.n_embd // shape.n_head
+        self.head_dim, self.n_shared = shape.n_embd // shape.n_head, shape.n_head // shape.n_kv_head
         kv_width = shape.n_kv_head * self.head_dim
         self.q_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
         self.k_proj = nn.Linear(shape.n_embd, kv_width, bias=shape.bias)
@@ -51,12 +42,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         # [b, n, n_embd], cos and sin [n, head_dim/2], what is added to scores [1, n_head, n, n] -> [b, n, n_embd]
         b, n, _ = x.shape
-        q = self.q_proj(x).view(b, n, self.n_head, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(b, n, self.n_kv_head, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(b, n, self.n_kv_head, self.head_dim).transpose(1, 2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).view(b, n, -1, self.head_dim).transpose(1, 2) for project in projections)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, 1) for t in (k, v))
+        k, v = (t.repeat_interleave(self.n_shared, 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         return self.o_proj(y.transpose(1, 2).reshape(b, n, -1))
 
@@ -77,8 +67,8 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
-        self.attn_norm, self.attn = Norm(shape), Attention(shape)
-        self.ffn_norm, self.ffn = Norm(shape), FeedForward(shape)
+        self.attn_norm, self.attn = norm(shape), Attention(shape)
+        self.ffn_norm, self.ffn = norm(shape), FeedForward(shape)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None, drop: nn.Module) -> Tensor:
         x = x + drop(self.attn(self.attn_norm(x), rope, bias))
@@ -99,7 +89,7 @@ class Decoder(nn.Module):
         self.tok_emb = nn.Embedding(shape.n_vocab, shape.n_embd)
         self.pos_emb = nn.Embedding(shape.n_ctx, shape.n_embd) if shape.position == "learned" else None
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.n_layer))
-        self.out_norm = Norm(shape)
+        self.out_norm = norm(shape)
         self.head = None if shape.tied else nn.Linear(shape.n_embd, shape.n_vocab, bias=False)
         for name, weight in self.named_parameters():  # what is added to the stream grows with depth (GPT-2, section 2.3)
             scale = math.sqrt(2 * shape.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0

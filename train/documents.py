@@ -106,13 +106,18 @@ def read_texts(paths: Iterable[Path], reading: Reading, n_bytes: int = 0) -> Ite
             yield document if isinstance(document, str) else "\n".join(message["content"] for message in document)
 
 
+def dtype_of_ids(n_vocab: int) -> type:
+    """In which the ids of a vocabulary are kept."""
+    return np.uint16 if n_vocab <= 1 << 16 else np.uint32
+
+
 def read_ids(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
     """The ids of a file, PIECE at a time. Raises FileError for what are none, or not of a vocabulary of `n_vocab`."""
     try:
         if path.suffix == ".npy":
             ids = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         else:
-            ids = np.memmap(path, np.uint16 if n_vocab <= 1 << 16 else np.uint32, "r")
+            ids = np.memmap(path, dtype_of_ids(n_vocab), "r")
     except OSError as error:
         raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
     except (ValueError, EOFError):

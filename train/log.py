@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.atomic import replacing_file, write_file
 
 LOG, PICTURE = "log.jsonl", "log.png"
 CURVES = {  # of a row, below the loss: label, colour
@@ -23,17 +24,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a line that was cut short is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+        with suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return rows
 
 
 def rewind(path: Path, step: int) -> None:
     """Take out what a killed run wrote after its last checkpoint."""
-    with replacing_file(path) as part:
-        part.write_text("".join(_line(row) for row in read_log(path) if row["step"] <= step), encoding="utf-8")
+    write_file(path, "".join(_line(row) for row in read_log(path) if row["step"] <= step))
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
@@ -43,10 +41,6 @@ def write(path: Path, row: dict[str, Any]) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def progress(row: dict[str, Any], steps: int, seconds_left: float) -> str:
@@ -99,10 +93,8 @@ def smoothed(values: list[float]) -> list[float]:
 
 def check_can_plot() -> None:
     """Raises PocketlmError without matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PocketlmError("drawing needs matplotlib; get it with: pip install matplotlib") from None
+    if find_spec("matplotlib") is None:
+        raise PocketlmError("drawing needs matplotlib; get it with: pip install matplotlib")
 
 
 def plot(run: Path) -> Path:

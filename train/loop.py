@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.runtime.sampling import Sampler, make_sampler
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train import log
 from pocketlm.train.batches import Feed
-from pocketlm.train.checkpoints import BEST, LAST, is_numbered, keeping, read, save
+from pocketlm.train.checkpoints import BEST, LAST, keeping, kept, read, save
 from pocketlm.train.data import Block, Corpus
 from pocketlm.train.decoder import Decoder
 from pocketlm.train.devices import AUTOCAST, Ranks
@@ -46,10 +47,8 @@ class Progress:
 
 def optimiser(model: Decoder, settings: Settings) -> Any:
     """AdamW (arXiv:1711.05101) that decays matrices only; its state in 32 bits, or in 8 (arXiv:2110.02861)."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if settings.optimizer == "adamw":
         fused = model.tok_emb.weight.device.type != "mps"  # PyTorch 2.4 has none there
         return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=fused)
@@ -174,7 +173,7 @@ def train(
                 if ranks.leads:
                     if not at.since_best:
                         save(run / BEST, model, step=at.step, val_loss=at.val_loss)
-                    row = {"step": at.step, "val_loss": at.val_loss, "perplexity": log.perplexity(at.val_loss)}
+                    row = {"step": at.step, "val_loss": at.val_loss, "perplexity": math.exp(min(at.val_loss, 700.0))}
                     row |= {"epoch": round(feed.epochs, 4), "samples": sample(model)}
                     log.write(run / log.LOG, row)
                     for line in log.validation(row, at.best):
@@ -183,7 +182,7 @@ def train(
                         log.plot(run)
                 shown_at += time.monotonic() - now
             stopped, due = ranks.sum(len(stop), ranks.leads and now - saved > cadence.save_seconds)
-            if ranks.leads and (due or stopped or is_numbered(at.step, cadence) or ended()):
+            if ranks.leads and (due or stopped or kept(at.step, cadence) or ended()):
                 with keeping(run, at.step, at.rolling, cadence):
                     state = {"identity": identity, "measured": measured, "position": feed.position, **asdict(at)}
                     save(run / LAST, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **state)
@@ -238,20 +237,19 @@ def sampler(
     encoded = [tok.encode(prompt, special=True, bos=tok.adds_bos) or [tok.eos_id or 0] for prompt in prompts]
 
     @torch.no_grad()
-    def go_on(model: Decoder, prompt: list[int], dice: torch.Generator) -> str:
+    def go_on(model: Decoder, prompt: list[int], choose: Sampler) -> str:
         ids: list[int] = []
         while len(ids) < n_tokens and not (ids and ids[-1] in tok.end_ids):
             seen = torch.tensor([(prompt + ids)[-model.shape.n_ctx :]], device=model.tok_emb.weight.device)
-            logits, among = model(seen)[0, -1].float().cpu().topk(min(top_k or tok.n_vocab, model.shape.n_vocab))
-            chances = (logits / temperature).softmax(-1) if temperature else (logits == logits[0]).float()
-            ids.append(int(among[torch.multinomial(chances, 1, generator=dice)]))
+            ids.append(choose(model(seen)[0, -1].float().cpu().numpy()[: tok.n_vocab], ids)[0])
         return tok.decode(ids)
 
     def sample(model: Decoder) -> list[dict[str, Any]]:
         model.eval()
-        dice = torch.Generator().manual_seed(1)
+        options = {"temperature": temperature, "top_k": top_k, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+        choose = make_sampler(n_vocab=tok.n_vocab, logprobs=False, **options)
         rows = [
-            {"prompt": prompt, "texts": [go_on(model, ids, dice) for _ in range(n_each)]}
+            {"prompt": prompt, "texts": [go_on(model, ids, choose) for _ in range(n_each)]}
             for prompt, ids in zip(prompts, encoded, strict=True)
         ]
         model.train()

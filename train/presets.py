@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from pocketlm.errors import UsageError, did_you_mean
+from pocketlm.errors import UsageError, did_you_mean, one_of
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -17,10 +17,13 @@ CHOICES = {
 
 
 def _check_choices(value: Any) -> None:
-    for f in fields(value):
-        if f.name in CHOICES and (chosen := getattr(value, f.name)) not in CHOICES[f.name]:
-            near = did_you_mean(chosen, CHOICES[f.name])
-            raise UsageError(f"{f.name} {chosen}: expected {', '.join(CHOICES[f.name])}{near}")
+    for name in (name for name in CHOICES if hasattr(value, name)):
+        one_of(name, getattr(value, name), CHOICES[name])
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that is a flag of `pocketlm train`, too; the name with dashes."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,22 @@ class Shape:
 class Settings:
     """How a model is trained; the same settings, data and number of threads give the same model."""
 
-    steps: int = 1000
-    batch: int = 32  # sequences a step, on all processes together
-    micro_batch: int = 8  # sequences at once; changes nothing but rounding
-    context: int = 0  # tokens a sequence; 0: the model's n_ctx
-    lr: float = 1e-3
-    min_lr: float = -1.0  # at the last step; -1: a tenth of lr
-    warmup: int = 50  # steps
-    weight_decay: float = 0.1  # of matrices only
-    beta2: float = 0.95
-    clip: float = 1.0  # norm of the gradient
-    dropout: float = 0.0
-    dtype: str = "fp32"
-    compile: bool = False
-    checkpointing: bool = False  # less memory, a third more time, the same result
-    optimizer: str = "adamw"
-    seed: int = 1
+    steps: int = option(1000, "number of steps")
+    batch: int = option(32, "sequences per step, over all processes")
+    micro_batch: int = option(8, "sequences computed at once; divides the batch, and changes nothing but rounding")
+    context: int = option(0, "tokens per sequence; 0: as many as the model takes")
+    lr: float = option(1e-3, "peak learning rate")
+    min_lr: float = option(-1.0, "learning rate of the last step; -1: a tenth of the peak")
+    warmup: int = option(50, "steps until the peak")
+    weight_decay: float = option(0.1, "weight decay of the matrices")
+    beta2: float = option(0.95, "AdamW's second decay rate")
+    clip: float = option(1.0, "largest norm of the gradient")
+    dropout: float = option(0.0, "share of values set to 0")
+    dtype: str = option("fp32", "fp32, bf16 or fp16")
+    compile: bool = option(False, "torch.compile the model, or not")
+    checkpointing: bool = option(False, "compute every layer twice: less memory, a third more time, the same result")
+    optimizer: str = option("adamw", "adamw, or adamw8bit: less memory, by the package bitsandbytes")
+    seed: int = option(1, "decides everything that is drawn at random")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -91,13 +94,13 @@ class Settings:
 class Cadence:
     """How often a run logs, validates and is saved. What is learnt does not depend on it, but for when `patience` ends it."""
 
-    log_every: int = 10  # steps
-    eval_every: int = 100
+    log_every: int = option(10, "a line of progress every N steps")
+    eval_every: int = option(100, "validation every N steps")
     eval_blocks: int = 64  # sequences that are looked at each time
-    save_seconds: float = 60.0
-    keep: int = 0  # numbered checkpoints, the last of one at every validation
-    keep_every: int = 0  # steps between numbered checkpoints that stay; 0: none does
-    patience: int = 0  # validations without a better one after which a run ends; 0: never
+    save_seconds: float = option(60.0, "seconds between checkpoints")
+    keep: int = option(0, "keep the last N checkpoints, one at every validation")
+    keep_every: int = option(0, "keep the checkpoint of every N-th step for good; 0: of none")
+    patience: int = option(0, "stop after N validations without a better one; 0: never")
 
     def __post_init__(self) -> None:
         if min(self.log_every, self.eval_every) < 1 or min(self.keep, self.keep_every, self.patience) < 0:
@@ -111,34 +114,26 @@ class Preset:
     settings: Settings = field(default_factory=Settings)
 
 
-def _gpt2(
-    n_layer: int, n_head: int, n_embd: int, n_vocab: int, n_ctx: int, bias: bool = False, activation: str = "gelu_erf"
-) -> Shape:
-    options: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": activation, "gated": False, "bias": bias}
-    return Shape(n_layer, n_head, n_embd, n_vocab, n_ctx, **options)
-
-
-def _alibi(n_layer: int, n_head: int, n_embd: int, n_vocab: int, n_ctx: int, n_kv_head: int, n_ff: int) -> Shape:
-    return Shape(n_layer, n_head, n_embd, n_vocab, n_ctx, n_kv_head, n_ff, position="alibi", norm_eps=1e-6)
-
-
+_GPT2: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "gelu_erf", "gated": False}
+_OPENAI: dict[str, Any] = {**_GPT2, "activation": "gelu_tanh", "bias": True}
+_ALIBI: dict[str, Any] = {"position": "alibi", "norm_eps": 1e-6}
 _GPU: dict[str, Any] = {"dtype": "bf16", "compile": True}
 PRESETS = {  # layers, heads, width, vocabulary, context, kv heads, feed-forward; README.md says what of it is published
     "tiny": Preset(Shape(4, 4, 128, 2048, 256, 4, 384), "bytes", Settings(200, 16, lr=3e-3, warmup=20)),
     "small-talk": Preset(Shape(4, 8, 256, 1024, 512, 4, 768), "bytes", Settings(7500, 16, 4, lr=3e-3, warmup=200)),
-    "chekhov-10m": Preset(_gpt2(6, 6, 384, 201, 256), "characters",
+    "chekhov-10m": Preset(Shape(6, 6, 384, 201, 256, **_GPT2), "characters",
         Settings(5000, 64, lr=1e-3, warmup=100, beta2=0.99, dropout=0.2, dtype="bf16")),
-    "classics-46m": Preset(_gpt2(12, 8, 512, 16000, 512), "sentencepiece",
+    "classics-46m": Preset(Shape(12, 8, 512, 16000, 512, **_GPT2), "sentencepiece",
         Settings(30000, 66, 6, lr=6e-4, warmup=200, dropout=0.1, dtype="bf16")),
-    "mini-tron-48m": Preset(_gpt2(10, 8, 512, 32000, 1024), "sentencepiece",
+    "mini-tron-48m": Preset(Shape(10, 8, 512, 32000, 1024, **_GPT2), "sentencepiece",
         Settings(16000, 64, 2, lr=3e-4, warmup=200, dropout=0.1, **_GPU)),
-    "turkish-25m": Preset(_alibi(12, 8, 256, 64000, 512, 2, 688), "sentencepiece",
+    "turkish-25m": Preset(Shape(12, 8, 256, 64000, 512, 2, 688, **_ALIBI), "sentencepiece",
         Settings(50000, 128, lr=3e-4, warmup=500, **_GPU)),
-    "turkish-68m": Preset(_alibi(12, 8, 512, 64000, 2048, 4, 1376), "sentencepiece",
+    "turkish-68m": Preset(Shape(12, 8, 512, 64000, 2048, 4, 1376, **_ALIBI), "sentencepiece",
         Settings(50000, 32, lr=3e-4, warmup=500, dropout=0.02, **_GPU)),
-    "polish-1.3b": Preset(_gpt2(28, 16, 1920, 32000, 1024), "sentencepiece",
+    "polish-1.3b": Preset(Shape(28, 16, 1920, 32000, 1024, **_GPT2), "sentencepiece",
         Settings(100000, 480, 1, lr=2e-4, warmup=2000, dtype="fp16", checkpointing=True)),
-    "gpt2-124m": Preset(_gpt2(12, 12, 768, 50257, 1024, bias=True, activation="gelu_tanh"), "bytes",
+    "gpt2-124m": Preset(Shape(12, 12, 768, 50257, 1024, **_OPENAI), "bytes",
         Settings(15000, 126, 6, lr=1e-4, warmup=1750, dtype="fp16", compile=True)),
 }  # fmt: skip
 

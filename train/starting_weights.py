@@ -17,22 +17,16 @@ from pocketlm.errors import FileError, UsageError, did_you_mean
 from pocketlm.export import published
 from pocketlm.export.assemble import interleave, split_qkv
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
-from pocketlm.export.dialects import read_canonical
+from pocketlm.export.dialects import read_canonical, role_of
 from pocketlm.export.from_model_file import is_model_file
 from pocketlm.export.tokenizer_data import chat_template
 from pocketlm.runtime.hyper import Hyper
-from pocketlm.runtime.model_file import open_model
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.decoder import ALIBI_MAX_BIAS, Decoder
 from pocketlm.train.presets import CHOICES, Settings, Shape
 from pocketlm.train.vocabularies import FILES, KINDS
 
 ARCHITECTURES = ("gpt2", "llama", "refact", "pocketlm")  # whose operations are the decoder's
-NAMES = {  # the decoder's → the canonical one's
-    "tok_emb": "token_embd", "pos_emb": "position_embd", "out_norm": "output_norm", "head": "output", "layers": "blk",
-    "attn.q_proj": "attn_q", "attn.k_proj": "attn_k", "attn.v_proj": "attn_v", "attn.o_proj": "attn_output",
-    "ffn.gate_proj": "ffn_gate", "ffn.up_proj": "ffn_up", "ffn.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 def read_start(
@@ -56,9 +50,7 @@ def read_start(
     decoder, weights = Decoder(shape, settings.dropout, settings.checkpointing), _weights(model)
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
-            canonical = name
-            for ours, theirs in NAMES.items():
-                canonical = canonical.replace(f"{ours}.", f"{theirs}.")
+            canonical = role_of(name) or name
             value = weights.pop(canonical, None)
             if value is not None and tuple(value.shape) == tuple(weight.shape):
                 weight.copy_(torch.from_numpy(value.read()))
@@ -130,6 +122,5 @@ def template_beside(start: Path) -> str | None:
     """The chat template of such weights, as Jinja."""
     if not is_model_file(start):
         return chat_template(start if start.is_dir() else start.parent)
-    with open_model(start) as file:
-        template = file.metadata.get("tokenizer.chat_template")
+    template = read_canonical(start).metadata.get("tokenizer.chat_template")
     return template if isinstance(template, str) else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.atomic import write_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.gguf_vocabulary_writer import is_one_token, with_markers
 from pocketlm.tokenizer.normalizer import AS_IT_IS, Normalizer
@@ -55,8 +55,8 @@ def _byte_bpe(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
     file = json.loads(model.to_str())
     for token in file["added_tokens"]:
         token["special"] = token["content"] not in wanted.symbols
-    write(folder / "tokenizer_config.json", json.dumps({"bos_token": END, "eos_token": END, "add_bos_token": True}))
-    write(folder / "tokenizer.json", json.dumps(file, ensure_ascii=False))
+    write_file(folder / "tokenizer_config.json", json.dumps({"bos_token": END, "eos_token": END, "add_bos_token": True}))
+    write_file(folder / "tokenizer.json", json.dumps(file, ensure_ascii=False))
 
 
 def _sentencepiece(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
@@ -76,7 +76,7 @@ def _sentencepiece(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[-1][:200]
         raise PocketlmError(f"sentencepiece made no vocabulary of {wanted.n_vocab}: {reason}") from None
-    write(folder / "tokenizer.model", model.getvalue())
+    write_file(folder / "tokenizer.model", model.getvalue())
 
 
 def _characters(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
@@ -84,7 +84,7 @@ def _characters(texts: Iterable[str], wanted: Wanted, folder: Path) -> None:
     found = {character for text in texts for character in text}.union(ROLE_LETTERS if wanted.markers else "")
     longer = [symbol for symbol in wanted.symbols if len(symbol) > 1]
     alphabet = sorted(found.union(symbol for symbol in wanted.symbols if len(symbol) == 1))
-    write(folder / "vocab.json", json.dumps([END, *wanted.markers, *longer, *alphabet], ensure_ascii=False))
+    write_file(folder / "vocab.json", json.dumps([END, *wanted.markers, *longer, *alphabet], ensure_ascii=False))
 
 
 KINDS: dict[str, Callable[[Iterable[str], Wanted, Path], None]] = {
@@ -92,11 +92,6 @@ KINDS: dict[str, Callable[[Iterable[str], Wanted, Path], None]] = {
     "sentencepiece": _sentencepiece,
     "characters": _characters,
 }
-
-
-def write(path: Path, content: str | bytes) -> None:
-    with replacing_file(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path) -> Tokenizer:
@@ -110,7 +105,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path
             KINDS[kind](map(wanted.normalizer, texts), wanted, place)
             if wanted.normalizer:
                 keys = tokenizer.to_metadata(made := tokenizer.load(place), made.n_vocab)
-                write(folder / "vocab.json", tokenizer.to_json(keys | tokenizer.normalizer_keys(wanted.normalizer)))
+                write_file(folder / "vocab.json", tokenizer.to_json(keys | tokenizer.normalizer_keys(wanted.normalizer)))
     except ImportError as error:
         raise PocketlmError(f"training needs the package {error.name}; get it with: pip install 'pocketlm[train]'") from None
     return tokenizer.load(folder)
@@ -118,7 +113,7 @@ def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path
 
 def keep_tokenizer(taken: Tokenizer, markers: Sequence[str], folder: Path) -> Tokenizer:
     """A tokenizer made elsewhere as a run's: with a token that ends a text, and `markers`."""
-    write(folder / "vocab.json", tokenizer.to_json(with_markers(taken, markers, (END, *OTHER_ENDS))))
+    write_file(folder / "vocab.json", tokenizer.to_json(with_markers(taken, markers, (END, *OTHER_ENDS))))
     return tokenizer.load(folder)
 
 

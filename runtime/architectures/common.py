@@ -29,13 +29,16 @@ from pocketlm.runtime.operations import (
     Add,
     Attend,
     Embed,
+    Experts,
     Gate,
     Linear,
     Logits,
     Matrix,
+    Mix,
     Norm,
     Op,
     Rotate,
+    Route,
     Scale,
     Softcap,
 )
@@ -250,6 +253,32 @@ class Builder:
         self.linear(x, "ff", *parts)
         self._emit(Activate("ff", "act", h.activation, h.gated, h.n_ff), h.n_ff)
         self.linear("act", out, ("ffn_down", h.n_embd))
+
+    def experts(
+        self, x: str = "h", out: str = "y", n_ff: int | None = None, kind: str = "softmax", normalised: bool = True
+    ) -> None:
+        """out = the weighted sum of feed-forward layers (gate, up, down) of `n_ff` that a router chooses for each token.
+
+        The architecture has expert_count and expert_used_count among its SETTINGS.
+        """
+        h, n, k = self.hyper, self.count("expert_count"), self.count("expert_used_count")
+        if k > n:
+            key = f"{h.architecture}.expert_used_count"
+            raise self.settings.fail(key, f"is {k}, more than the {n} experts")
+        n_ff = n_ff or h.n_ff
+        self.linear(x, "router", ("ffn_gate_inp", n))
+        self._emit(Route("router", "chosen", kind, n, k, normalised), 2 * k)
+        self._experts(x, "ff", (("ffn_gate_exps", n_ff), ("ffn_up_exps", n_ff)), n, k, own=False)
+        self._emit(Activate("ff", "act", h.activation, True, k * n_ff), k * n_ff)
+        self._experts("act", "parts", (("ffn_down_exps", h.n_embd),), n, k, own=True)
+        self._emit(Mix("parts", out, "chosen", k), h.n_embd)
+
+    def _experts(self, x: str, out: str, parts: tuple[tuple[str, int], ...], n: int, k: int, own: bool) -> None:
+        n_in = self.buffers[x] // k if own else self.buffers[x]
+        weights = tuple(self.tensor(f"{name}.weight", n, rows, n_in) for name, rows in parts)
+        biases = tuple(self.optional(f"{name}.bias", n, rows) for name, rows in parts)
+        matrix = Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
+        self._emit(Experts(x, out, "chosen", matrix, n, k, own), k * matrix.n_out)
 
     def _is_twice(self, name: str, n: int) -> bool:
         return self._shapes.get(self._prefix + name, (0,))[0] == 2 * n

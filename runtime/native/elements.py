@@ -10,17 +10,22 @@ from pocketlm.runtime.native.ir import F32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.sizes import LANES, LAYER_NORM
-from pocketlm.runtime.native.vector_math import ACTIVATIONS, exp, tanh
+from pocketlm.runtime.native.vector_math import ACTIVATIONS, clamped_beside, exp, tanh
 
 
 def define(module: Module) -> None:
-    """Define `activate(kind, x)` and `softcap(x, cap)`, on 16 numbers."""
+    """Define `activate(kind, x)`, `beside(kind, up)` and `softcap(x, cap)`, on 16 numbers."""
     with module.function("activate", {"kind": I64, "x": ROW}, returns=ROW) as f:
         kind, x = f.args()
         for number, name in enumerate(sizes.ACTIVATIONS, 1):
             with f.when(kind.equals(number)):
                 f.ret(ACTIVATIONS[name](f, x), ROW)
         f.ret(x, ROW)
+    with module.function("beside", {"kind": I64, "up": ROW}, returns=ROW) as f:
+        kind, up = f.args()
+        with f.when(kind.equals(1 + sizes.ACTIVATIONS.index("swiglu_clamped"))):
+            f.ret(clamped_beside(f, up), ROW)
+        f.ret(up, ROW)
     with module.function("softcap", {"x": ROW, "cap": F32}, returns=ROW) as f:
         x, cap = f.args()
         f.ret(tanh(f, x / f.splat(cap, LANES)) * f.splat(cap, LANES), ROW)
@@ -113,7 +118,7 @@ def each(f: Function, level: str, r: Records, own: Value, task: Value, n: Value)
         with f.when(how.equals(sizes.ACTIVATE)):
             result.set(f.call(ROW, "activate", r.op("activation"), v))
             with f.when(r.op("add").equals(1)):  # gated: the other half of the row
-                result.set(result.get() * load(x + (at + width * 4)))
+                result.set(result.get() * f.call(ROW, "beside", r.op("activation"), load(x + (at + width * 4))))
         return result.get()
 
     whole = count & -LANES

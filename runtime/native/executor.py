@@ -8,8 +8,10 @@ length is checked here, before compiled code sees a pointer.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -18,12 +20,12 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, release_pages, round_up
+from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, LAYER, QUERY, RUN, TOKEN
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, PAIR, QUERY, RUN, TOKEN
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -87,21 +89,28 @@ class NativeCache(KVCache):
 class _Scratch:
     """How large the working arrays of a run are: known before anything is allocated."""
 
-    def __init__(self, plan: P.Plan, n_ctx: int, n_threads: int):
+    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
         self.dim = round_up(hyper.head_dim, ROWS)
-        self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in plan.ops if isinstance(op, P.Linear | P.Logits)))
+        products, experts = ([op for op in plan.ops if isinstance(op, kind)] for kind in (P.Linear | P.Logits, P.Experts))
+        self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in products))
+        self.n_pairs = BLOCK * max((op.n_used for op in experts), default=0)  # of a token and an expert, in a pass
+        self.n_experts = max((op.n_experts for op in experts), default=0)
+        widest = sizes.activation_bytes(max((op.matrix.n_in for op in experts), default=0))
+        self.activations = max(BLOCK * self.activation, 8 * self.n_pairs // 5 * widest)  # a tile of 5 takes as much as one of 8
+        row = max((tensors[name].data.nbytes // math.prod(plan.weights[name][:2]) for name in plan.experts), default=0)
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (
             ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * QUERY.itemsize),
             ("queries_at", sizes.QUERIES * self.dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
-            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4),
+            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4), ("tiled_at", sizes.EXPERT_CHUNK * ROWS * row),
         ):  # fmt: skip
-            self.places[name], end = end, end + n_bytes
+            self.places[name], end = end, end + round_up(n_bytes, 64)
         self.stride = round_up(end, 4096)  # from thread to thread
         self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
         partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
-        self.n_bytes = BLOCK * self.activation + n_threads * self.stride + partials
+        self.n_bytes = self.activations + n_threads * self.stride + partials
+        self.n_bytes += self.n_pairs * (PAIR.itemsize + GROUP.itemsize) + 8 * self.n_experts
 
 
 class NativeExecutor:
@@ -117,14 +126,14 @@ class NativeExecutor:
         """
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         names = _matrix_names(plan)
-        formats = sorted({tensors[name].format.name for name in names})
+        formats = sorted({tensors[name].format.name for name in [*names, *plan.experts]})
         check(plan, formats)
         self.level = levels.detect()
         self.arithmetic = f"native {self.level.name}"
         self._code = kernels(formats, self.level)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._tile([tensors[name] for name in names])
+        matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = self.new_cache()
@@ -144,10 +153,13 @@ class NativeExecutor:
 
     @staticmethod
     def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
-        """Bytes of weights, cache and scratch that an executor of this plan takes at most."""
-        weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in plan.weights)
+        """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
+        do not fit they are read from the file as they are needed.
+        """
+        held = plan.weights.keys() - plan.experts.keys()
+        weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in held)
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
-        scratch = _Scratch(plan, n_ctx, n_threads).n_bytes + buffers
+        scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, NativeCache.bytes_for(plan.hyper, n_ctx, plan.windows), scratch
 
@@ -297,22 +309,37 @@ class NativeExecutor:
         a thread: their pages are given back at once.
         """
         result = {}
+        # in a packed executable they are tiled, and used where they are
+        sizes = [0 if tensor.tiled else tiled_bytes(tensor.format.name, *tensor.shape) for tensor in tensors]
         with ThreadPool(self.n_threads) as pool:
-            for tensor in tensors:
+            for tensor, data in zip(tensors, in_one_piece(sizes), strict=True):
                 fmt, (n_rows, n_columns) = tensor.format.name, tensor.shape
-                if tensor.tiled:  # in a packed executable: used where it is
+                if tensor.tiled:
                     result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, tensor.data)
                     continue
-                data = aligned(tiled_bytes(fmt, n_rows, n_columns), np.uint8)
                 types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
                 pool.run(partial(_tile_rows, tensor, data, permute))
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
+    def _place_experts(self) -> dict[str, TiledMatrix]:
+        """Those of the plan: tiled where all of them fit into the memory, in the file where they do not."""
+        tensors = [self._tensors[name] for name in self.plan.experts]
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads)) + sum(t.data.nbytes for t in tensors)
+        free, result = available_bytes(), {}
+        for tensor in tensors:
+            n_experts, n_rows, n_columns = tensor.shape
+            # NaN among weights in the file is not looked for: that would read all of them. Logits tell
+            result[tensor.name] = TiledMatrix(tensor.format.name, n_rows, n_columns, tensor.data, mapped=True)
+            if n_rows % ROWS == 0 and (free is None or needed <= free):
+                tiled = self._tile([replace(tensor, shape=(n_experts * n_rows, n_columns))])[tensor.name]
+                result[tensor.name] = replace(tiled, n_rows=n_rows)
+        return result
+
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
-        hyper, scratch = self.hyper, _Scratch(self.plan, self.n_ctx, self.n_threads)
+        hyper, scratch = self.hyper, _Scratch(self.plan, self._tensors, self.n_ctx, self.n_threads)
         self._n_slots = scratch.n_slots
         self._logits = self._buffers["logits"][:, : hyper.n_vocab]
         self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
@@ -322,7 +349,10 @@ class NativeExecutor:
             "tokens": aligned(BLOCK, TOKEN),
             "rows": aligned(BLOCK, np.int64),
             "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),
-            "activations": aligned(BLOCK * scratch.activation, np.uint8),
+            "activations": aligned(scratch.activations, np.uint8),
+            "counts": aligned(scratch.n_experts, np.int64),
+            "pairs": aligned(scratch.n_pairs, PAIR),
+            "groups": aligned(min(scratch.n_pairs, scratch.n_experts), GROUP),
             "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }

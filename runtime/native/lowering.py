@@ -17,17 +17,21 @@ from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.records import OPERATION
 from pocketlm.runtime.native.tiling import LAYOUTS, groups
 
+ROUTES = {"softmax": sizes.SOFTMAX, "sigmoid": sizes.SIGMOID}
 NORMS = {"rms": sizes.RMS_NORM, "layer": sizes.LAYER_NORM}
 
 
 @dataclass(frozen=True)
 class TiledMatrix:
-    """A matrix as the kernels read it: uint8 `data`, 64-byte aligned."""
+    """A matrix as the kernels read it: uint8 `data`, 64-byte aligned; of experts, which may be `mapped` (in the file's order),
+    those of one of them are n_rows.
+    """
 
     format: str
     n_rows: int
     n_columns: int
     data: np.ndarray
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def check(plan: P.Plan, formats: Iterable[str]) -> None:
     for op in plan.ops:
         if isinstance(op, P.Attend):
             heads.add((op.n_head, op.n_kv_head, op.head_dim))
-        known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS}.get(type(op))
+        known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS, P.Route: ROUTES}.get(type(op))
         if not isinstance(op, P.Op):
             raise NativeUnavailable(f"there is no native code for {type(op).__name__}")
         if known is not None and op.kind not in known:  # type: ignore[union-attr]
@@ -71,6 +75,7 @@ class _Encoder:
     def __init__(self, plan: P.Plan, storage: Storage, n_threads: int):
         self.plan, self.storage, self.n_threads = plan, storage, n_threads
         self.records: list[np.ndarray] = []
+        self.grouped = ""  # the choice of experts that tokens are sorted by
         self.tail = 0  # 1 behind the logits: only their rows go on
 
     def emit(self, kind: int, **fields: float) -> np.ndarray:
@@ -202,15 +207,50 @@ class _Encoder:
             **{f"up_product{tile}": second[f"product{tile}"] for tile in sizes.TILES},
         )  # fmt: skip
 
-    def chunk(self, n_groups: int) -> int:
+    def chunk(self, n_groups: int, most_groups: int = sizes.MAX_CHUNK) -> int:
         """Groups a task: about four tasks a thread, so that a slow thread does not hold the others, and as many for each."""
 
         def most(chunk: int) -> int:  # groups of the thread with the most
             tasks = -(-n_groups // chunk)
             return min(-(-tasks // self.n_threads) * chunk, n_groups)
 
-        largest = max(1, min(sizes.MAX_CHUNK, n_groups // (4 * self.n_threads)))
+        largest = max(1, min(most_groups, n_groups // (4 * self.n_threads)))
         return min(range(largest, largest // 2, -1), key=most)
+
+    def route(self, op: P.Route) -> None:
+        used: dict[str, float] = {"n": op.n_experts, "n_used": op.n_used, "barrier": 1}
+        self.emit(sizes.ROUTE, **self.x(op.x), **self.out(op.out), **used, source=ROUTES[op.kind], normalised=op.normalised)
+        self.emit(sizes.GROUP, **self.x(op.out), **used)
+        self.grouped = op.out
+
+    def experts(self, op: P.Experts) -> None:
+        """Tokens gathered by expert, then a record a tensor."""
+        if op.chosen != self.grouped or op.x == op.out:
+            raise NativeUnavailable("there is no native code for this order of routers and experts")
+        x_bytes, n_in = sizes.activation_bytes(op.matrix.n_in), op.matrix.n_in
+        self.emit(
+            sizes.GATHER, **self.x(op.x), n=n_in, n_used=op.n_used, slot_stride=4 * n_in * op.own, x_bytes=x_bytes, barrier=1,
+        )  # fmt: skip
+        column = 0
+        for name, bias in zip(op.matrix.weights, op.matrix.biases, strict=True):
+            w, n_groups = self.storage.matrices[name], groups(self.storage.matrices[name].n_rows)
+            row_bytes = w.n_columns // LAYOUTS[w.format].block_size * LAYOUTS[w.format].block_bytes
+            self.emit(
+                sizes.EXPERTS, **self.out(op.out, column), n=w.n_rows, n_experts=op.n_experts, x_bytes=x_bytes,
+                bias=self.vector(bias, op.n_experts * w.n_rows if bias else 16 * n_groups),
+                weight_stride=4 * w.n_rows if bias else 0, chunk=self.chunk(n_groups * op.n_used, sizes.EXPERT_CHUNK),
+                tile=self.storage.address(w.format, "tile") if w.mapped else 0, expert_bytes=w.n_rows * row_bytes,
+                group_bytes=16 * row_bytes, **self.weights(w),
+            )  # fmt: skip
+            column += op.n_used * w.n_rows
+        self.records[-1]["barrier"] = 1
+
+    def mix(self, op: P.Mix) -> None:
+        chosen = self.storage.buffers[op.chosen]
+        self.emit(
+            sizes.MIX, **self.x(op.x), **self.out(op.out), n=self.plan.buffers[op.out], n_used=op.n_used, barrier=1,
+            weight=chosen.ctypes.data + 4 * op.n_used, weight_stride=chosen.strides[0],
+        )  # fmt: skip
 
     def each(self, how: int, op: P.Activate | P.Add | P.Scale | P.Softcap, n: int, **fields: float) -> None:
         self.emit(sizes.EACH, **self.x(op.x), **self.out(op.out), n=n, source=how, barrier=1, tail=self.tail, **fields)
@@ -239,5 +279,6 @@ class _Encoder:
 _STEPS: dict[type, Callable[..., None]] = {
     P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Activate: _Encoder.activate,
     P.Add: _Encoder.add, P.Gate: _Encoder.gate, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap,
-    fusion.Product: _Encoder.product, fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
+    P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix, fusion.Product: _Encoder.product,
+    fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
 }  # fmt: skip

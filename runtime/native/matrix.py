@@ -21,7 +21,7 @@ from __future__ import annotations
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.sizes import RECORD, TILES
+from pocketlm.runtime.native.sizes import RECORD, TILE, TILES
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
@@ -50,6 +50,14 @@ def define(module: Module, level: str, fmt: str) -> None:
         (_integer_row if fmt in RUNS else _float_row)(f, level, fmt)
     with module.function(f"{fmt}_tile", TILE_ROWS, linkage="entry") as f:
         _tile(f, fmt)
+
+
+def tile_size(f: Function, left: Value) -> Value:
+    """Tokens of the tile that the next of `left` tokens belong to, as sizes.tile_size has it."""
+    size = f.const(I64, TILE)
+    for smaller in reversed(TILES[:-1]):
+        size = f.select(left <= smaller, f.const(I64, smaller), size)
+    return size
 
 
 def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
@@ -187,11 +195,18 @@ def _tile(f: Function, fmt: str) -> None:
         return (f.load(I8, address + (number >> 1)) >> f.cast("trunc", (number & 1) * 4, I8)) & 15
 
     with f.range(first, last) as g:
+        is_whole = (g + 1) * ROWS <= n_rows
         for plane in layout.planes:
             start = to + n_groups * n_blocks * (ROWS * layout.plane_offset(plane.name)) + g * n_blocks * (ROWS * plane.bytes)
             units = plane.bytes // plane.unit if plane.unit else 2 * plane.bytes
             type_ = {0: I8, 1: I8, 2: I16, 4: I32}[plane.unit]
-            with f.range(0, n_blocks) as b, f.range(0, units) as u, f.range(0, ROWS, 1 if plane.unit else 2) as r:
+            left = f.var(I64, n_blocks)  # blocks that are moved unit by unit
+            if plane.unit == 4 and units % 4 == 0:
+                with f.when(is_whole), f.range(0, n_blocks) as b, f.range(0, units, 4) as u:
+                    at = source + g * ROWS * row_bytes + b * layout.block_bytes + (u * 4 + plane.offset)
+                    _transpose(f, at, row_bytes, start + (b * units + u) * (ROWS * 4))
+                left.set(f.select(is_whole, 0, n_blocks))
+            with f.range(0, left.get()) as b, f.range(0, units) as u, f.range(0, ROWS, 1 if plane.unit else 2) as r:
                 at = source + (g * ROWS + r) * row_bytes + b * layout.block_bytes + plane.offset
                 value = f.var(type_, 0)
                 with f.when(g * ROWS + r < n_rows):
@@ -201,3 +216,14 @@ def _tile(f: Function, fmt: str) -> None:
                         value.set(value.get() | (half(at + row_bytes, u) << 4))
                 unit = (b * units + u) * ROWS + r
                 f.store(value.get(), start + (unit * plane.unit if plane.unit else unit >> 1))
+
+
+def _transpose(f: Function, source: Value, row_bytes: Value, to: Value) -> None:
+    """Four units of four bytes of each of 16 rows, to where the rows of a unit lie side by side."""
+    for first in range(0, ROWS, 4):
+        a, b, c, d = (f.load(I32.vec(4), source + row_bytes * (first + i)) for i in range(4))
+        halves = [(f.shuffle(a, (i, 4 + i, i + 1, 5 + i), b), f.shuffle(c, (i, 4 + i, i + 1, 5 + i), d)) for i in (0, 2)]
+        for unit in range(4):
+            ab, cd = halves[unit // 2]
+            pair = unit % 2 * 2
+            f.store(f.shuffle(ab, (pair, pair + 1, 4 + pair, 5 + pair), cd), to + (unit * ROWS + first) * 4)

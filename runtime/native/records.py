@@ -46,6 +46,13 @@ OPERATION = np.dtype([
     ("slopes", "i8"),        # ALiBi, float32 a head; 0: none
     ("sinks", "i8"),         # float32 a head; 0: none
     ("query_scale", "f4"), ("softcap", "f4"),   # softcap 0: none
+    # experts; n_groups, n_blocks: of one of them, weight_stride of EXPERTS: from one's bias to the next
+    ("n_experts", "i8"), ("n_used", "i8"),      # how many there are, how many a token goes to
+    ("normalised", "i8"),    # ROUTE: 1: weights are divided by their sum
+    ("slot_stride", "i8"),   # GATHER: from the row for a token's first expert to that for its second; 0: one for all
+    ("x_bytes", "i8"),       # GATHER, EXPERTS: of a pair's activations
+    ("tile", "i8"),          # EXPERTS: address of FMT_tile where weights are in the file's order, or 0
+    ("expert_bytes", "i8"), ("group_bytes", "i8"),  # EXPERTS: of an expert, of 16 of its rows, in the file
 ])  # fmt: skip
 
 # what all operations share; the fields that threads write stand on cache lines of their own
@@ -67,6 +74,8 @@ RUN = np.dtype([
     ("products_at", "i8"), ("rows_at", "i8"), ("queries_at", "i8"), ("scores_at", "i8"), ("mixed_at", "i8"),
     ("partials", "i8"),                       # attention's results: slots, each of n_head of them
     ("n_head", "i8"), ("n_kv_head", "i8"), ("head_dim", "i8"), ("padded_dim", "i8"),
+    # tokens sorted by expert: an int64 an expert, PAIR records, GROUP records and how many; where experts are tiled
+    ("counts", "i8"), ("pairs", "i8"), ("groups", "i8"), ("n_chosen", "i8"), ("tiled_at", "i8"),
 ])  # fmt: skip
 
 # a token of a pass: which it is, where it stands in its text, and the cache of that text
@@ -81,6 +90,10 @@ TOKEN = np.dtype([
 # a layer of a cache: bytes from the first layer's keys to its own, and from values to values, and how many positions it keeps;
 # position p is in row p % rows
 LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
+# a token and one of the experts it goes to, by place among these; the pairs of that expert, [first, last), and how many pairs'
+# activations lie before theirs
+PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
+GROUP = np.dtype([("expert", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 
 # neighbouring tokens of one text, and spans of positions that they attend to in one task
 ENTRY = np.dtype([

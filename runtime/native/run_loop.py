@@ -91,6 +91,12 @@ def _define_tasks(module: Module) -> None:
             f.ret((((r.op("n") + (sizes.LANES - 1)) // sizes.LANES) + r.op("chunk") - 1) // r.op("chunk"))
         with f.when(kind.equals(sizes.EACH)):
             f.ret(n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS))
+        with f.when(kind.equals(sizes.GROUP)):
+            f.ret(1)
+        with f.when(kind.equals(sizes.GATHER)):
+            f.ret(n * r.op("n_used"))
+        with f.when(kind.equals(sizes.EXPERTS)):
+            f.ret(r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")))
         with f.when(kind.equals(sizes.STORE)):
             f.ret(n * (r.run("n_head") + r.run("n_kv_head")))
         f.ret(r.run("n_entries") * r.run("n_kv_head"))

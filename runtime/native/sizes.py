@@ -5,12 +5,17 @@ Knows nothing of what stands behind them. Programs with code made beforehand nee
 
 from __future__ import annotations
 
-# kinds of operations, by number
-STAGES = ("embed", "prepare", "norm", "rotate", "gate", "join", "matrix", "store", "attend", "each")
-EMBED, PREPARE, NORM, ROTATE, GATE, JOIN, MATRIX, STORE, ATTEND, EACH = range(len(STAGES))  # up to JOIN: a task a token
+STAGES = (  # kinds of operations, by number
+    "embed", "prepare", "norm", "rotate", "gate", "route", "mix", "join", "matrix", "store", "attend", "each", "group",
+    "gather", "experts",
+)  # fmt: skip
+EMBED, PREPARE, NORM, ROTATE, GATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS = range(len(STAGES))
+# up to JOIN: a task a token
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
+SOFTMAX, SIGMOID = range(2)  # how ROUTE makes weights of scores
 SCALE, ADD, SOFTCAP, ACTIVATE = range(4)  # what EACH does
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared")  # MATRIX, EACH: 1 for the first, 0 for none
+# MATRIX, EACH: 1 for the first, 0 for none
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "swiglu_clamped")
 COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
 TILE = TILES[-1]
@@ -19,6 +24,7 @@ LANES = 16
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
 QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many
 MAX_CHUNK = 16  # groups of rows in a task
+EXPERT_CHUNK = 4  # the same of an expert: tiled on the way, they stay in the second-level cache
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
 MAX_K = 256  # of top-k in `draw`, which sorts by insertion
 BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or infinite logits, all -inf, no such ids

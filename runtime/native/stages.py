@@ -9,9 +9,9 @@ has the rest.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native import attention, elements
+from pocketlm.runtime.native import attention, elements, experts
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
-from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.matrix import ROW, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.sizes import (
     AS_IT_IS,
@@ -38,6 +38,8 @@ def define(module: Module, level: str) -> None:
     stages = {
         "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "gate": elements.gate,
         "join": attention.join, "matrix": _matrix, "store": _store, "attend": attention.attend, "each": elements.each,
+        "route": experts.route, "group": experts.group, "gather": experts.gather, "experts": experts.experts,
+        "mix": experts.mix,
     }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
@@ -95,20 +97,12 @@ def _define_round(module: Module) -> None:
             f.store(scale * f.cast("sitofp", sums[0] + sums[1], F32), record + 68, 4)
 
 
-def _tile_size(f: Function, left: Value) -> Value:
-    """Tokens of the tile that the next of `left` tokens belong to, as sizes.tile_size has it."""
-    size = f.const(I64, TILE)
-    for smaller in reversed(TILES[:-1]):
-        size = f.select(left <= smaller, f.const(I64, smaller), size)
-    return size
-
-
 def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     width, source = r.op("n"), r.op("source")
     columns = ((width + 31) >> 5) << 5
     # a single token is prepared by every thread for itself; others lie in tiles
     first, alone = task & -TILE, n.equals(1)
-    size, place = _tile_size(f, n - first), task - first
+    size, place = tile_size(f, n - first), task - first
     tile = f.select(alone, own, r.run("activations", PTR) + first * r.run("activation_stride"))
     to = tile + place * columns * 4
     token = f.var(I64, task)
@@ -172,7 +166,7 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
 
     with f.range(0, n, TILE) as token:
         left, here = n - token, x + token * stride
-        size = _tile_size(f, left)
+        size = tile_size(f, left)
         product("", size, r.op("weight", PTR), r.op("n_groups"), f.const(I64, 0), r.op("n_blocks"), here, y)
         with f.when(gated):
             product("up_", size, r.op("up", PTR), r.op("up_groups"), r.op("up_first"), r.op("up_blocks"), here, up)
@@ -190,7 +184,8 @@ def _finish(f: Function, r: Records, y: Value, up: Value, gated: Value, out: Val
         with f.when(r.op("activation") > 0):
             v.set(f.call(ROW, "activate", r.op("activation"), v.get()))
         with f.when(gated):
-            v.set(v.get() * (f.load(ROW, up + at, 4) + f.load(ROW, r.op("up_bias", PTR) + row * 4, 4)))
+            beside = f.load(ROW, up + at, 4) + f.load(ROW, r.op("up_bias", PTR) + row * 4, 4)
+            v.set(v.get() * f.call(ROW, "beside", r.op("activation"), beside))
         with f.when(r.op("add").equals(1)):
             v.set(v.get() * f.splat(r.op("factor", F32), LANES) + f.load(ROW, to, 4))
         with f.when(row + LANES <= last):

@@ -91,7 +91,21 @@ def relu_squared(f: Function, x: Value) -> Value:
     return y * y
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared}
+def swiglu_clamped(f: Function, x: Value) -> Value:
+    x = f.select(x > A.CLAMP, A.CLAMP, x)
+    return x / (exp(f, x * -A.CLAMPED_SCALE) + 1.0)
+
+
+def clamped_beside(f: Function, up: Value) -> Value:
+    """What swiglu_clamped is multiplied with."""
+    up = f.select(up > A.CLAMP, A.CLAMP, up)
+    return f.select(up < -A.CLAMP, -A.CLAMP, up) + 1.0
+
+
+ACTIVATIONS = {
+    "silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared,
+    "swiglu_clamped": swiglu_clamped,
+}  # fmt: skip
 
 
 _SHUFFLES = {  # bytes at a time, and the instruction that looks sixteen bytes up

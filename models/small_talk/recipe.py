@@ -32,8 +32,8 @@ CARD = {
 
 def cook(run: Path, threads: int, compile: bool) -> int:
     """Make RUN/small-talk.gguf; goes on where an interrupted call left off. Raises PocketlmError."""
-    from pocketlm.train.small_talk.baselines import table
-    from pocketlm.train.small_talk.conversations import make_data
+    from pocketlm.models.small_talk.baselines import table
+    from pocketlm.models.small_talk.conversations import make_data
 
     files = make_data(run / "texts")
     stages: dict[str, dict[str, Any]] = {"base": BASE, "talk": {**TALK, "from": run / "base" / "best.pt"}}

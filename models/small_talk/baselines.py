@@ -96,5 +96,5 @@ def table(path: Path, data: Path) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        raise SystemExit(str(UsageError("usage: python -m pocketlm.train.small_talk.baselines MODEL.gguf RUN/data")))
+        raise SystemExit(str(UsageError("usage: python -m pocketlm.models.small_talk.baselines MODEL.gguf RUN/data")))
     print(*table(Path(sys.argv[1]), Path(sys.argv[2])), sep="\n")

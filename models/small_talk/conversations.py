@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.atomic import write_file
 
 Turns = list[str]
 OWN = Path(__file__).with_name("own.json")
@@ -175,6 +175,5 @@ def make_data(folder: Path) -> dict[str, Path]:
     files = {"base": base, "talk": talk, "val": val}
     for name, conversations in files.items():
         lines = [json.dumps(_messages(turns), ensure_ascii=False) + "\n" for turns in conversations]
-        with replacing_file(folder / f"{name}.jsonl") as part:
-            part.write_text("".join(lines), encoding="utf-8")
+        write_file(folder / f"{name}.jsonl", "".join(lines))
     return {name: folder / f"{name}.jsonl" for name in files}

@@ -1,0 +1,180 @@
+"""The face: what an answer must be like, as options, and the guide that lets through what fits.
+
+In: a tokenizer's tokens and the options of an answer. Out: a `Guide`, which changes logits. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pocketlm.constrain import json_texts, patterns
+from pocketlm.constrain.automaton import build
+from pocketlm.constrain.grammar import Choice, Grammar
+from pocketlm.constrain.masks import WHOLE, Masks
+from pocketlm.constrain.schema import grammar_of
+from pocketlm.constrain.vocabulary import Vocabulary
+from pocketlm.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pocketlm.runtime.sampling import Process, Sampler
+
+KEPT = 16  # forms whose masks are remembered
+MOST_CHOICE_CHARACTERS = 100_000
+NO_RULES: dict[str, Any] = {}
+
+
+class Tokens(Protocol):
+    """Of a tokenizer, what is asked of it here."""
+
+    n_vocab: int
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def is_control(self, token_id: int) -> bool: ...
+    def starts_anew_after(self, token_id: int) -> bool: ...
+
+
+def _any_object(value: Any) -> Grammar:
+    return Grammar(json_texts.ANY_OBJECT, json_texts.RULES, "json_object")
+
+
+def _schema(value: Any) -> Grammar:
+    return grammar_of(json.loads(value))
+
+
+def _choices(value: str) -> Grammar:
+    return Grammar(Choice(tuple(json.loads(value))), NO_RULES, "choices")
+
+
+def _regex(value: str) -> Grammar:
+    return Grammar(patterns.whole(value), NO_RULES, "regex")
+
+
+FORMS: dict[str, Callable[[str], Grammar]] = {
+    "json_object": _any_object, "json_schema": _schema, "choices": _choices, "regex": _regex,
+}  # fmt: skip
+Form = tuple[str, str]  # the option's name, and its value as a text
+
+
+def take_form(options: dict[str, Any]) -> Form | None:
+    """What the options ask for, which are taken out of them. Raises UsageError.
+
+    `json_object=True`: any JSON object. `json_schema`: a schema, as an object or its text. `choices`: one of these texts.
+    `regex`: the whole answer matches it.
+    """
+    given = {name: value for name in FORMS if (value := options.pop(name, None)) is not None and value is not False}
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: an answer has one form; give one of them")
+    for name, value in given.items():
+        return name, _TEXT_OF[name](value)
+    return None
+
+
+def _flag_text(value: Any) -> str:
+    if value is not True:
+        raise UsageError(f"json_object is {value!r}; it must be True or False")
+    return ""
+
+
+def _schema_text(schema: Any) -> str:
+    try:
+        return json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"json_schema is no JSON: {error}") from None
+
+
+def _choices_text(choices: Any) -> str:
+    texts = [] if isinstance(choices, str | bytes) or not isinstance(choices, Sequence) else list(choices)
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise UsageError("choices must be a list of texts, each of at least one character")
+    if sum(map(len, texts)) > MOST_CHOICE_CHARACTERS:
+        raise UsageError(f"choices have more than {MOST_CHOICE_CHARACTERS} characters")
+    return json.dumps(texts)
+
+
+def _regex_text(pattern: Any) -> str:
+    if not isinstance(pattern, str):
+        raise UsageError(f"regex is {pattern!r}; it must be a text")
+    return pattern
+
+
+_TEXT_OF: Mapping[str, Callable[[Any], str]] = {
+    "json_object": _flag_text, "json_schema": _schema_text, "choices": _choices_text, "regex": _regex_text,
+}  # fmt: skip
+
+
+class Guides:
+    """Of one model: its vocabulary as a tree, and the masks of the forms that were asked for last. For any thread."""
+
+    def __init__(self, tokenizer: Tokens, end_ids: frozenset[int], n_vocab: int):
+        self._tokenizer, self._end_ids, self._n_vocab = tokenizer, end_ids, n_vocab
+        self._lock = threading.Lock()
+        self._vocabulary: Vocabulary | None = None
+        self._kept: dict[Form, Masks] = {}
+
+    def guide(self, form: Form) -> Guide:
+        """For one answer. Raises UsageError for a form that is not supported, or too large."""
+        with self._lock:
+            masks = self._kept.pop(form, None)
+            if masks is None or masks.is_large:  # answers that are being written keep theirs
+                name, value = form
+                grammar = FORMS[name](value)
+                masks = Masks(build(grammar), self.vocabulary, grammar.of)
+            self._kept[form] = masks  # the last one is the newest
+            while len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+        return Guide(masks)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        if self._vocabulary is None:
+            tokenizer, ends = self._tokenizer, self._end_ids
+            # after some markers of SentencePiece's a token loses its space: it is not known what it would be
+            tokens = [
+                b"" if id in ends or tokenizer.is_control(id) or tokenizer.starts_anew_after(id) else tokenizer.token_bytes(id)
+                for id in range(tokenizer.n_vocab)
+            ]
+            self._vocabulary = Vocabulary(tokens, sorted(ends), self._n_vocab)
+        return self._vocabulary
+
+
+class Guide:
+    """Along one answer: which tokens may come next."""
+
+    def __init__(self, masks: Masks):
+        self._masks, self._state = masks, masks.start
+        masks.mask(self._state)
+
+    def after(self, process: Process | None) -> Process:
+        """The step that sets the logits of what cannot come next to -inf; another step before it."""
+
+        def step(logits: np.ndarray, ids: Sequence[int]) -> None:
+            if process is not None:
+                process(logits, ids)
+            self._masks.apply(self._state, logits)
+
+        return step
+
+    def along(self, sampler: Sampler) -> Sampler:
+        """The sampler; what it draws is followed."""
+
+        def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
+            drawn = sampler(logits, ids)
+            data = self._masks.vocabulary.tokens[drawn[0]]
+            if data:  # not an end
+                self._state = self._masks.advance(self._state, data)
+            return drawn
+
+        return sample
+
+    def is_over(self) -> bool:
+        """Whether the answer is whole and nothing can be added to it. Otherwise what may come is computed here, so that a pass
+        that others wait for has it at once. Raises UsageError, as `Masks.mask`.
+        """
+        if self._state <= {WHOLE}:
+            return True
+        return not len(self._masks.mask(self._state))

@@ -1,0 +1,290 @@
+"""Which tokens may come next: an automaton beside a vocabulary.
+
+In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of the tokens that a whole text can go on with, exactly these.
+Knows no model and no grammar.
+
+A state is a set of (node, stack of the parts that were entered). Their rows of 256 bytes are made when they are first met, and
+forgotten when there are many; the tree of the vocabulary is walked by all its branches at once, one level after the other. A mask is kept
+with its state. Inside a repeated part whose repetitions can be counted (the characters of a string, above all) the tree is
+walked once: it says for every token how many repetitions it needs, and what remains to be walked are the branches that leave
+the part. So a string of at most 4,000 characters has no 4,000 masks of its own to be computed.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Hashable
+from itertools import pairwise
+
+import numpy as np
+
+from pocketlm.constrain.automaton import END, Automaton
+from pocketlm.constrain.vocabulary import Vocabulary
+from pocketlm.errors import UsageError
+
+MOST_ROWS = 1 << 14  # of 1 KB each
+MOST_STACKS = 1 << 18
+MOST_STEPS = 200_000  # for one mask
+MOST_MASK_BYTES = 1 << 24
+BOTTOM = 0  # the stack where nothing was entered
+NONE = -1
+FEW_BYTES = 8
+MOST_COUNTED = 32
+FAR = np.iinfo(np.int32).max
+
+Place = tuple[int, int]  # node, stack
+State = frozenset[Place]
+WHOLE: Place = END, BOTTOM
+NOWHERE: State = frozenset()
+
+
+class Masks:
+    """The states of one automaton, and their masks. Any thread may use it."""
+
+    def __init__(self, automaton: Automaton, vocabulary: Vocabulary, of: str):
+        self.vocabulary, self.of = vocabulary, of
+        self._automaton = automaton
+        self._lock = threading.Lock()
+        self._frames: list[tuple[int, int, int]] = [(0, 0, 0)]  # of a stack: part, times through it, stack below
+        self._stacks: dict[tuple[int, int, int], int] = {}
+        self._masks: dict[State, np.ndarray] = {}
+        self._mask_bytes = 0
+        self._counted: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
+        self._forget()
+        self.start: State = self._reach((automaton.start, BOTTOM))
+
+    def _forget(self) -> None:
+        """The numbers of states, and what follows them."""
+        self._reached: dict[Place, State] = {}
+        self._states: list[State] = []
+        self._number_of: dict[State, int] = {}
+        self._table = np.full((64, 256), NONE, np.int32)
+        self._has_row = np.zeros(64, bool)
+        self._is_whole = np.zeros(64, bool)
+        self._steps = 0
+
+    def _begin(self) -> None:
+        self._steps = 0
+        if len(self._states) > MOST_ROWS // 2:
+            self._forget()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether so much has been met that others had better begin anew."""
+        return len(self._frames) > MOST_STACKS // 4
+
+    def advance(self, state: State, data: bytes) -> State:
+        """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
+        with self._lock:
+            self._begin()
+            number = self._number(state)
+            for byte in data:
+                number = int(self._row(number)[byte])
+                if number == NONE:
+                    return NOWHERE
+            return self._states[number]
+
+    def mask(self, state: State) -> np.ndarray:
+        """The ids of the tokens that may come where these are few, else for each token whether it may not, bool (n_vocab,).
+
+        Raises UsageError where a text can be read in so many ways that this would take too much time or memory.
+        """
+        with self._lock:
+            found = self._masks.get(state)
+            if found is None:
+                self._begin()
+                found = self._compute(state)
+                self._mask_bytes += found.nbytes
+                while self._mask_bytes > MOST_MASK_BYTES and self._masks:
+                    self._mask_bytes -= self._masks.pop(next(iter(self._masks))).nbytes
+                self._masks[state] = found
+            return found
+
+    def apply(self, state: State, logits: np.ndarray) -> None:
+        """-inf for what may not come."""
+        mask = self.mask(state)
+        if mask.dtype == np.bool_:
+            np.copyto(logits, -math.inf, where=mask)
+        else:
+            kept = logits[mask]
+            logits.fill(-math.inf)
+            logits[mask] = kept
+
+    # ---- states
+
+    def _count(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > MOST_STEPS or len(self._states) >= MOST_ROWS or len(self._frames) >= MOST_STACKS:
+            raise UsageError(f"{self.of} can be read in too many ways at once; make it simpler")
+
+    def _stack(self, part: int, times: int, below: int) -> int:
+        frame = part, times, below
+        found = self._stacks.get(frame)
+        if found is None:
+            found = self._stacks[frame] = len(self._frames)
+            self._frames.append(frame)
+        return found
+
+    def _reach(self, place: Place) -> State:
+        """Where one is without another byte: the places that have edges, and the end of the whole text."""
+        found = self._reached.get(place)
+        if found is not None:
+            return found
+        automaton, parts = self._automaton, self._automaton.parts
+        work, seen, kept = [place], {place}, []
+        while work:
+            here = node, stack = work.pop()
+            if node == END and stack == BOTTOM:
+                kept.append(here)
+                continue
+            targets: list[Place] = []
+            if node == END:
+                i, times, below = self._frames[stack]
+                part, times = parts[i], times + 1
+                if times >= part.least:
+                    targets.append((part.after, below))
+                if part.most is None or times < part.most:
+                    times = min(times, part.least) if part.most is None else times
+                    targets.append((part.start, self._stack(i, times, below)))
+            else:
+                if automaton.edges[node]:
+                    kept.append(here)
+                targets += [(target, stack) for target in automaton.skips[node]]
+                for i in automaton.entries[node]:
+                    if not parts[i].least:
+                        targets.append((parts[i].after, stack))
+                    targets.append((parts[i].start, self._stack(i, 0, stack)))
+            self._count(1 + len(targets))
+            for target in targets:
+                if target not in seen:
+                    seen.add(target)
+                    work.append(target)
+        found = self._reached[place] = frozenset(kept)
+        return found
+
+    def _number(self, state: State) -> int:
+        found = self._number_of.get(state)
+        if found is None:
+            self._count(len(state))
+            found = self._number_of[state] = len(self._states)
+            self._states.append(state)
+            if found == len(self._table):
+                self._table = np.concatenate([self._table, np.full_like(self._table, NONE)])
+                self._has_row = np.concatenate([self._has_row, np.zeros_like(self._has_row)])
+                self._is_whole = np.concatenate([self._is_whole, np.zeros_like(self._is_whole)])
+            self._is_whole[found] = WHOLE in state
+        return found
+
+    def _row(self, number: int) -> np.ndarray:
+        """The numbers of the states after each byte."""
+        if not self._has_row[number]:
+            edges = self._automaton.edges
+            spans = [
+                (low, high, self._reach((target, stack)))
+                for node, stack in self._states[number]
+                for low, high, target in edges[node]
+            ]
+            starts = sorted({span[0] for span in spans} | {span[1] + 1 for span in spans})
+            row = np.full(256, NONE, np.int32)
+            for low, end in pairwise(starts):
+                reached = {places for first, last, places in spans if first <= low <= last}
+                self._count(len(spans))
+                if reached:
+                    row[low:end] = self._number(frozenset().union(*reached))
+            self._table[number] = row
+            self._has_row[number] = True
+        return self._table[number]
+
+    def _need_rows(self, states: np.ndarray) -> None:
+        missing = states[~self._has_row[states]]
+        if len(missing):
+            for number in np.unique(missing):
+                self._row(int(number))
+
+    # ---- masks
+
+    def _compute(self, state: State) -> np.ndarray:
+        vocabulary, automaton = self.vocabulary, self._automaton
+        alive = np.zeros(vocabulary.n_nodes, bool)
+        counted: dict[int, list[Place]] = {}  # stack -> places in the part on top of it
+        others: list[Place] = []
+        for place in state:
+            node, stack = place
+            if stack != BOTTOM and automaton.parts[self._frames[stack][0]].is_even:
+                counted.setdefault(stack, []).append((node, BOTTOM))
+            elif place != WHOLE:
+                others.append(place)
+        if others:
+            self._walk(np.zeros(1, np.int64), np.array([self._number(frozenset(others))]), alive)
+        for stack, places in counted.items():
+            self._repeated(stack, frozenset(places), alive)
+        alive[0] = False
+        allowed = alive[vocabulary.node_of]
+        if WHOLE in state:
+            allowed[vocabulary.end_ids] = True
+        ids = allowed.nonzero()[0]
+        if not len(ids) and WHOLE not in state:
+            raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
+        return ids if len(ids) * 8 <= len(allowed) else ~allowed
+
+    def _walk(self, nodes: np.ndarray, states: np.ndarray, alive: np.ndarray) -> None:
+        """Mark what can be reached in the tree of the vocabulary from these nodes, where the text is in these states."""
+        vocabulary = self.vocabulary
+        while len(nodes):
+            self._need_rows(states)
+            children, counts = vocabulary.below(nodes)
+            states = self._table[np.repeat(states, counts), vocabulary.byte[children]]
+            kept = states != NONE
+            nodes, states = children[kept], states[kept]
+            alive[nodes] = True
+
+    def _repeated(self, stack: int, places: State, alive: np.ndarray) -> None:
+        """The same from the root, inside the part on top of the stack, and out of it."""
+        vocabulary = self.vocabulary
+        i, times, below = self._frames[stack]
+        part = self._automaton.parts[i]
+        needed, through = self._counts(i, places)
+        alive |= needed <= (FAR - 1 if part.most is None else part.most - times)
+        # where the part may be left at an inner node of the tree, it goes on behind it
+        row = self._row(self._number(self._reach((part.after, below))))
+        first = (row != NONE).nonzero()[0]
+        if len(first) <= FEW_BYTES:
+            nodes = vocabulary.with_bytes(first.tolist())
+        else:
+            nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
+        inner = through[vocabulary.parent[nodes]]
+        left = (inner > 0) & (inner + times >= part.least)
+        if part.most is not None:
+            left &= inner + times <= part.most
+        nodes = nodes[left]
+        alive[nodes] = True
+        self._walk(nodes, row[vocabulary.byte[nodes]], alive)
+
+    def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
+        """For each node of the tree, from the root inside a part and never out of it: how many repetitions are needed, FAR
+        where that leads nowhere; and how many are through where one is at the end of one, else 0. int32 (n_nodes,).
+        """
+        vocabulary, part = self.vocabulary, self._automaton.parts[i]
+        first = self._reach((part.start, BOTTOM))
+        # of what is at its beginning it depends on nothing but what is repeated: every string has the same
+        kept_in, key = (vocabulary.counted, part.body) if places == first else (self._counted, (part.start, places))
+        if (found := kept_in.get(key)) is not None:
+            return found
+        needed, through = np.full(vocabulary.n_nodes, FAR, np.int32), np.zeros(vocabulary.n_nodes, np.int32)
+        nodes, states, counts = np.zeros(1, np.int64), np.array([self._number(places)]), np.zeros(1, np.int32)
+        while len(nodes):
+            self._need_rows(states)
+            children, n = vocabulary.below(nodes)
+            states, counts = self._table[np.repeat(states, n), vocabulary.byte[children]], np.repeat(counts, n)
+            kept = states != NONE
+            nodes, states, counts = children[kept], states[kept], counts[kept]
+            ends = self._is_whole[states]
+            counts = counts + ends
+            needed[nodes] = counts + ~ends
+            through[nodes] = counts * ends
+            states = np.where(ends, self._number(first), states)
+        if len(kept_in) >= MOST_COUNTED:
+            kept_in.clear()
+        kept_in[key] = needed, through
+        return needed, through

@@ -1,0 +1,159 @@
+"""Numbers between bounds, as JSON writes them: which digits may come.
+
+In: bounds. Out: a `Node`. A number has at most DIGITS digits before its point and as many behind it, and an exponent of at
+most two, where it may have one: all of it is read again everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+
+from pocketlm.constrain.encoding import between
+from pocketlm.constrain.grammar import EMPTY, Chars, Either, Node, Repeat, Sequence, literal, optional
+from pocketlm.errors import UsageError
+
+DIGITS = 19
+_DIGIT = Chars(((48, 57),))
+_WHOLE = Either((literal("0"), Sequence((Chars(((49, 57),)), Repeat(_DIGIT, 0, DIGITS - 1)))))
+_SIGN = optional(literal("-"))
+_POINT = literal(".")
+_EXPONENT = Sequence((Chars(((69, 69), (101, 101))), optional(Chars(((43, 43), (45, 45)))), Repeat(_DIGIT, 1, 2)))
+INTEGER = Sequence((_SIGN, _WHOLE))
+NUMBER = Sequence((_SIGN, _WHOLE, optional(Sequence((_POINT, Repeat(_DIGIT, 1, DIGITS)))), optional(_EXPONENT)))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`least` to `most`, None where there is no bound; without the bound itself where it is marked as open."""
+
+    least: Decimal | None = None
+    most: Decimal | None = None
+    open_least: bool = False
+    open_most: bool = False
+
+    @property
+    def mirrored(self) -> Bounds:
+        least, most = (None if bound is None else -bound for bound in (self.most, self.least))
+        return Bounds(least, most, self.open_most, self.open_least)
+
+    @property
+    def from_zero(self) -> Bounds:
+        """What is left of it at 0 and above."""
+        return self if self.least is not None and self.least >= 0 else Bounds(Decimal(0), self.most, False, self.open_most)
+
+
+def integers(bounds: Bounds) -> Node:
+    """Raises UsageError for bounds that have more digits than a number may have; so does `numbers`."""
+    if bounds == Bounds():
+        return INTEGER
+    return _both_signs(bounds, lambda b: _digits(*_whole_between(b)))
+
+
+def numbers(bounds: Bounds) -> Node:
+    """Without exponents where there is a bound."""
+    if bounds == Bounds():
+        return NUMBER
+    return _both_signs(bounds, _decimals)
+
+
+def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
+    for bound in (bounds.least, bounds.most):
+        if bound is not None and (abs(bound) >= 10**DIGITS or _fraction(abs(bound))[DIGITS:]):
+            raise UsageError(f"{bound} has more than {DIGITS} digits")
+    found = [] if bounds.most is not None and bounds.most < 0 else [not_negative(bounds.from_zero)]
+    below = bounds.mirrored
+    if below.most is None or below.most > 0:
+        above_zero = Bounds(Decimal(0), below.most, True, below.open_most)
+        negative = below if below.least is not None and below.least > 0 else above_zero
+        found.append(Sequence((literal("-"), not_negative(negative))))
+    return Either(tuple(found))
+
+
+def _whole_between(bounds: Bounds) -> tuple[int, int]:
+    assert bounds.least is not None
+    least = math.floor(bounds.least) + 1 if bounds.open_least else math.ceil(bounds.least)
+    if bounds.most is None:
+        return least, 10**DIGITS - 1
+    return least, math.ceil(bounds.most) - 1 if bounds.open_most else math.floor(bounds.most)
+
+
+def _digits(least: int, most: int) -> Node:
+    """The whole numbers from 0 <= least to most."""
+    found: list[Node] = []
+    for n in range(len(str(least)), len(str(max(most, 0))) + 1):
+        low, high = max(least, 10 ** (n - 1) if n > 1 else 0), min(most, 10**n - 1)
+        if low <= high:
+            for ranges in between(tuple(map(int, str(low))), tuple(map(int, str(high))), 0, 9):
+                found.append(Sequence(tuple(Chars(((48 + a, 48 + b),)) for a, b in ranges)))
+    return Either(tuple(found))
+
+
+def _fraction(number: Decimal) -> str:
+    """The digits behind the point, without zeros at the end."""
+    return f"{number % 1:f}".partition(".")[2].rstrip("0")
+
+
+def _decimals(bounds: Bounds) -> Node:
+    assert bounds.least is not None
+    low = int(bounds.least)
+    low_end = _End(_fraction(bounds.least), bounds.open_least)
+    if bounds.most is None:
+        return Either((_with(low, low_end, None), _free(low + 1, 10**DIGITS - 1)))
+    high, high_end = int(bounds.most), _End(_fraction(bounds.most), bounds.open_most)
+    if low > high:
+        return Either(())
+    if low == high:
+        return _with(low, low_end, high_end)
+    return Either((_with(low, low_end, None), _free(low + 1, high - 1), _with(high, None, high_end)))
+
+
+def _free(least: int, most: int) -> Node:
+    return Sequence((_digits(least, most), optional(Sequence((_POINT, Repeat(_DIGIT, 1, DIGITS))))))
+
+
+@dataclass(frozen=True)
+class _End:
+    """A bound of a fraction: its digits, and whether it is open."""
+
+    digits: str
+    is_open: bool
+
+
+def _with(whole: int, low: _End | None, high: _End | None) -> Node:
+    """This whole number, with fractions between the bounds."""
+    digits = _fractions(low, high, DIGITS)
+    parts = [Sequence((_POINT, digits))]
+    return Sequence((literal(str(whole)), Either((EMPTY, *parts) if _zero_fits(low, high) else tuple(parts))))
+
+
+def _zero_fits(low: _End | None, high: _End | None) -> bool:
+    """Whether the fraction may end here: what does not follow is 0."""
+    reaches_low = low is None or (not low.digits and not low.is_open)
+    return reaches_low and (high is None or bool(high.digits) or not high.is_open)
+
+
+@lru_cache(1024)
+def _fractions(low: _End | None, high: _End | None, n: int) -> Node:
+    """One to n digits of a fraction between the bounds."""
+    if low is None and high is None:
+        return Repeat(_DIGIT, 1, n) if n else Either(())
+    found: list[Node] = []
+    for digit in range(10) if n else ():
+        fits, below, above = True, low, high
+        if low is not None:
+            first, rest = int(low.digits[:1] or 0), _End(low.digits[1:], low.is_open)
+            fits = digit >= first
+            below = None if digit > first or (not rest.digits and not low.is_open) else rest
+        if high is not None:
+            first = int(high.digits[:1] or 0)
+            fits = fits and digit <= first and bool(high.digits or not high.is_open)
+            above = None if digit < first else _End(high.digits[1:], high.is_open)
+        if fits:
+            after = _fractions(below, above, n - 1)
+            ends = (EMPTY,) if _zero_fits(below, above) else ()
+            found.append(Sequence((literal(str(digit)), Either((*ends, after)))))
+    return Either(tuple(found))

@@ -1,0 +1,140 @@
+"""A file from a server onto the disk: resumed, checked, and in place only when it is whole.
+
+In: a `Remote`, a path, who wants to know how far it is. Out: the file. Knows what HTTP promises and that servers lie.
+
+What has come lies in `NAME.<beginning of its SHA-256>.part` beside the target until the last byte is there and the SHA-256 is
+right. It outlives a lost connection, Ctrl-C and a power cut; the next call goes on where it ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pocketlm.errors import FileError, PocketlmError
+from pocketlm.pull.hub import BROKEN, Remote, reason, request
+
+PAUSES = (1, 2, 4, 8)  # seconds before the next try, as long as no byte comes
+CHUNK = 1 << 18
+
+Progress = Callable[[int], object]  # is told how many bytes are there
+
+
+def download(remote: Remote, target: Path, sha256: str, progress: Progress = lambda n: None) -> None:
+    """Fetch the file to `target`. Raises PocketlmError, one line, also where its SHA-256 is not `sha256`."""
+    part, ours = target.with_name(f"{target.name}.{sha256[:12]}.part"), False
+    try:
+        with open(part, "a+b") as file:
+            _lock(file, target)
+            ours = True
+            have = file.seek(0, os.SEEK_END)
+            if have > remote.n_bytes:
+                have = _restart(file)
+            if remote.n_bytes - have > (free := shutil.disk_usage(target.parent).free):
+                problem = f"needs {(remote.n_bytes - have) / 1e6:.0f} MB where {free / 1e6:.0f} MB are free"
+                raise FileError(target, problem, "make room, or name another place with -o")
+            digest = _fill(file, remote, have, progress)
+            if digest != sha256:
+                _restart(file)
+                raise FileError(target.name, "what came is not this file (its SHA-256 differs)", "nothing was kept; try again")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        raise FileError(target, f"cannot be written ({error.strerror or error})", "what has come is kept") from None
+    finally:
+        with suppress(OSError):
+            if ours and part.stat().st_size == 0:
+                part.unlink()
+
+
+def _fill(file: Any, remote: Remote, have: int, progress: Progress) -> str:
+    """Write what is missing; returns the SHA-256 of it all."""
+    digest, tries = hashlib.sha256(), 0
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    while have < remote.n_bytes:
+        before, why = have, "the server ended it"
+        try:
+            with request(remote.url, have) as response:
+                start = _start(response, have, remote)
+                if start != have:
+                    digest, have = hashlib.sha256(), _restart(file)
+                while chunk := response.read(min(CHUNK, remote.n_bytes - have + 1)):
+                    have += len(chunk)
+                    if have > remote.n_bytes:
+                        _restart(file)
+                        raise PocketlmError(f"the server sends more than the {remote.n_bytes:,} bytes that it announced")
+                    _write(file, chunk)
+                    digest.update(chunk)
+                    progress(have)
+        except _Full as full:
+            raise full.error from None
+        except BROKEN as error:
+            why = reason(error)
+        tries = 0 if have > before else tries + 1
+        if have < remote.n_bytes:
+            if tries > len(PAUSES):
+                done = f"{have / 1e6:.1f} of {remote.n_bytes / 1e6:.1f} MB"
+                raise PocketlmError(f"the connection is lost at {done} ({why}); the same command goes on from there")
+            time.sleep(PAUSES[max(tries, 1) - 1])
+    return digest.hexdigest()
+
+
+class _Full(Exception):
+    """The disk refused; unlike what a connection ends with, it is not tried again."""
+
+    def __init__(self, error: OSError):
+        self.error = error
+
+
+def _write(file: Any, chunk: bytes) -> None:
+    try:
+        file.write(chunk)
+    except OSError as error:
+        raise _Full(error) from None
+
+
+def _start(response: Any, have: int, remote: Remote) -> int:
+    """Where the body that comes begins in the file. Raises PocketlmError for one that cannot be this file's."""
+    start = 0
+    if response.status == 206:
+        said = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if not said or int(said[1]) != have:
+            raise PocketlmError("the server sends another part of the file than it was asked for")
+        start = have
+    length = response.headers.get("Content-Length", "")
+    if length.isdigit() and int(length) != remote.n_bytes - start:
+        announced = f"{int(length) + start:,} bytes where {remote.n_bytes:,} were announced"
+        raise PocketlmError(f"the server means to send {announced}; try again later")
+    return start
+
+
+def _restart(file: Any) -> int:
+    file.truncate(0)
+    file.seek(0)
+    return 0
+
+
+def _lock(file: Any, target: Path) -> None:
+    """Nobody else writes to the part. Raises PocketlmError where somebody does."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(file.fileno(), 1 << 50, os.SEEK_SET)  # no byte of the file: there locks keep readers off
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise PocketlmError(f"{target.name} is being fetched by another program") from None

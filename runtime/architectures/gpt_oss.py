@@ -1,0 +1,34 @@
+"""gpt-oss (arXiv:2508.10925): experts with biases and a clamped gate; a share of attention goes to a sink in every head.
+
+Every other layer sees a sliding window, beginning with the first. The authors' YaRN does not begin and end at whole pairs;
+llama.cpp's does, and so does that of a file which does not say otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pocketlm.runtime.architectures.common import Builder
+
+USUAL: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "swiglu_clamped", "gated": True,
+}  # fmt: skip
+SETTINGS: tuple[str, ...] = (
+    "attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length", "rope.scaling.truncate",
+)  # fmt: skip
+
+
+def operations(m: Builder) -> None:
+    n_ff = m.count("expert_feed_forward_length", m.hyper.n_ff)
+    rope = m.hyper.rope and replace(m.hyper.rope, truncate=bool(m.choice("rope.scaling.truncate", True, (True, False))))
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        b.attention(rope=rope, window=b.window(2), sinks="attn_sinks.weight")
+        b.add()
+        b.norm("post_attention_norm")
+        b.experts(n_ff=n_ff)
+        b.add()
+    m.norm("output_norm")
+    m.logits()

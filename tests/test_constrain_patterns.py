@@ -1,0 +1,197 @@
+"""Regular expressions as masks, against Python's `re`; choices; numbers between bounds against `decimal`."""
+
+import random
+import re
+import sys
+from decimal import Decimal
+
+import pytest
+from constraining import TOKENS, check_exactly, masks_of, reads, walk, write
+
+from pocketlm.constrain import patterns
+from pocketlm.constrain.grammar import Choice, Grammar
+from pocketlm.constrain.numbers import DIGITS, Bounds, integers, numbers
+from pocketlm.errors import UsageError
+
+LETTERS = "ab1é日🙂 .\n"
+CLASSES = (
+    "[ab]",
+    "[^a]",
+    "[a-c1-3]",
+    r"\d",
+    r"\w",
+    r"\s",
+    r"\D",
+    r"\W",
+    r"\S",
+    ".",
+    "[é-ü]",
+    "[🙂-🙏a]",
+    r"[\d.]",
+    r"[^\s]",
+    r"\n",
+    r"[\]\-a]",
+)
+
+
+def masks_for(node, of="regex"):
+    return masks_of(Grammar(node, {}, of))
+
+
+def random_pattern(rng, depth=3):
+    kind = rng.randrange(8) if depth else 0
+    if kind <= 1:
+        return re.escape(rng.choice(LETTERS)) if rng.random() < 0.6 else rng.choice(CLASSES)
+    if kind <= 4:
+        return "".join(random_pattern(rng, depth - 1) for _ in range(rng.randrange(1, 4)))
+    if kind == 5:
+        return f"({'?:' * rng.randrange(2)}{'|'.join(random_pattern(rng, depth - 1) for _ in range(rng.randrange(1, 4)))})"
+    low = rng.randrange(3)
+    times = rng.choice(("*", "+", "?", "*?", f"{{{low}}}", f"{{{low},}}", f"{{{low},{low + rng.randrange(4)}}}", "{0,40}"))
+    return f"(?:{random_pattern(rng, depth - 1)}){times}"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_patterns_are_read_as_re_reads_them(seed):
+    rng, refused = random.Random(seed), 0
+    for _ in range(60):
+        pattern = random_pattern(rng)
+        try:
+            masks = masks_for(patterns.whole(pattern))
+        except UsageError as error:  # [^…] of everything
+            assert "no text" in str(error)
+            continue
+        judge = re.compile(pattern, re.ASCII)
+        for _ in range(12):
+            text = "".join(rng.choice(LETTERS) for _ in range(rng.randrange(9)))
+            assert reads(masks, text) == bool(judge.fullmatch(text)), (pattern, text)
+        for _ in range(3):
+            try:
+                text = walk(masks, rng, steps=12)
+            except UsageError as error:
+                assert "too many ways" in str(error), pattern
+                refused += 1
+                break
+            if text is not None:
+                assert judge.fullmatch(text), (pattern, text)
+                assert not write(masks, text, rng), pattern
+    assert refused <= 2
+
+
+@pytest.mark.parametrize("pattern", [
+    "[a-c]{2,40}x", "a{3}[ab]*", "(é|日|🙂){1,5}é?", "(ab|ba){2,3}a", "(a{2}b){1,4}c", ".{0,30}a.{30}", "(a+b?){2,4}", "(a*){2,3}b",
+    "[^a]*a[^a]{0,2}", "[aé]{5}", "(|a)b", r"\w{1,3}(-\w{1,3})*",
+])  # fmt: skip
+def test_a_mask_has_every_token_that_fits_and_no_other(pattern):
+    """Where repetitions are counted, the mask comes from one walk for all counts."""
+    masks, rng = masks_for(patterns.whole(pattern)), random.Random(1)
+    for _ in range(6):
+        check_exactly(masks, rng)
+
+
+@pytest.mark.parametrize(("pattern", "yes", "no"), [
+    ("^ab$", ["ab"], ["xab", "abx"]), ("ab", ["ab", "xxab", "aby", "é\nab\n"], ["a b", ""]), ("^a|b$", ["ax", "xb"], ["xa", "bx"]),
+    ("^(?:a|b)+$", ["abab"], ["", "abc"]), ("b$", ["aab"], ["ba"]),
+])  # fmt: skip
+def test_a_pattern_of_a_schema_is_found_anywhere(pattern, yes, no):
+    masks = masks_for(patterns.anywhere(pattern))
+    assert [reads(masks, text) for text in yes] == [True] * len(yes)
+    assert [reads(masks, text) for text in no] == [False] * len(no)
+
+
+@pytest.mark.parametrize(("pattern", "word"), [
+    ("a(?=b)", "looking ahead"), ("(?<!a)b", "looking behind"), (r"(a)\1", r"\\1 is not"), (r"\bword", r"\\b is not"), ("(?i)a", "flags"),
+    (r"\p{L}", r"\\p is not"), ("a**", "two quantifiers"), ("*a", "nothing to repeat"), ("(a", "missing"), ("a)", "too many"),
+    ("[a", "missing"), ("[b-a]", "backwards"), ("a{5,2}", "from 5 to 2"), ("a{999999999}", "100000 times"), ("(^a)", "outside of groups"),
+    ("a^b", "beginning only"), ("a$b", "end only"), ("[]a]", "write"), ("a\\", "lone"), (r"\ud800", "Unicode"), ("a++", "possessive"),
+    ("(" * 200 + ")" * 200, "groups in each other"), ("a" * 20_000, "10000 are possible"), ("[^\\s\\S]", "no text"),
+    ("((a?b?){1000}c?){1000}", "too large"), (r"\xg1", "hexadecimal"), ("(?>a)", "atomic"), ("(?P=n)", "reference"), ("(?(1)a)", "condition"),
+])  # fmt: skip
+def test_what_is_not_supported_is_said_in_one_line(pattern, word):
+    with pytest.raises(UsageError, match=word) as caught:
+        masks_for(patterns.whole(pattern))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_what_would_take_too_long_is_refused():
+    """A thousand places at once, each with a thousand counts."""
+    masks = masks_for(patterns.whole("((a+b?){1,1000}c?){1,1000}d"))
+    with pytest.raises(UsageError, match="too many ways"):
+        state = masks.start
+        for _ in range(400):
+            masks.mask(state)
+            state = masks.advance(state, b"a" * 12)
+
+
+def test_choices():
+    texts = ("yes", "no", "yes, but", "日本", "日本語", "a\nb")
+    masks, rng = masks_for(Choice(texts)), random.Random(0)
+    assert {walk(masks, rng) for _ in range(300)} == set(texts)
+    assert all(not write(masks, text, rng) for text in texts for _ in range(20))
+    assert not any(reads(masks, text) for text in ("ye", "yes,", "", "nono", "日"))
+    many = masks_for(Choice(tuple("a" * n for n in range(1, 5000))))  # each is the beginning of the next
+    assert reads(many, "a" * 4999)
+    assert not reads(many, "a" * 5000)
+    others = masks_for(Choice(texts, others=True))
+    assert [reads(others, text) for text in (*texts, "ye", "", "yes, but not")] == [False] * len(texts) + [True] * 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_between_bounds(seed):
+    rng = random.Random(seed)
+
+    def bound():
+        if rng.random() < 0.25:
+            return None
+        return (
+            Decimal(rng.randrange(-1200, 1200)).scaleb(-rng.randrange(4))
+            if rng.random() < 0.8
+            else Decimal(rng.randrange(-3, 3))
+        )
+
+    for _ in range(40):
+        bounds = Bounds(bound(), bound(), rng.random() < 0.5, rng.random() < 0.5)
+        for make in (integers, numbers):
+            try:
+                masks = masks_for(make(bounds))
+            except UsageError as error:
+                assert "no text" in str(error)
+                masks = None
+            tried = [Decimal(rng.randrange(-2500, 2500)).scaleb(-rng.randrange(5)) for _ in range(20)]
+            tried += [
+                b + d for b in (bounds.least, bounds.most) if b is not None for d in (0, Decimal("0.01"), Decimal("-0.01"))
+            ]
+            for number in tried:
+                if make is integers and number % 1:
+                    continue
+                text = f"{int(number)}" if make is integers else f"{number:f}"
+                if text.startswith("-0") and not number:
+                    continue
+                if bounds.least is None and bounds.most is None:
+                    inside = True
+                else:
+                    low = bounds.least is None or number > bounds.least or (number == bounds.least and not bounds.open_least)
+                    high = bounds.most is None or number < bounds.most or (number == bounds.most and not bounds.open_most)
+                    inside = low and high
+                assert (masks is not None and reads(masks, text)) == inside, (bounds, text)
+            if masks is not None:
+                text = walk(masks, rng, 6)
+                assert text is not None
+                assert len(text.partition(".")[0]) <= DIGITS + 1
+                assert float(text) == float(Decimal(text))
+                assert bounds.least is None or Decimal(text) >= bounds.least
+                assert bounds.most is None or Decimal(text) <= bounds.most
+
+
+def test_every_token_is_a_leaf_or_a_branch_of_the_tree():
+    from constraining import VOCABULARY as tree
+
+    for id, data in enumerate(TOKENS):
+        node, spelled = int(tree.node_of[id]), b""
+        while node:
+            spelled = bytes([tree.byte[node]]) + spelled
+            node = int(tree.parent[node])
+        assert spelled == data
+    assert not tree.node_of[len(TOKENS) :].any()
+    assert sys.getsizeof(tree.byte) < 10_000
