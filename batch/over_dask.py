@@ -34,7 +34,7 @@ def _machine(opening: str) -> Machine:
 
 
 def _opened(opening: str) -> Machine:
-    """The model of this worker, one for all chunks. `opening`: its name, keywords of `pocketlm.load` and of Settings, as JSON."""
+    """The model of this worker, one for all chunks. `opening`: its name, keywords of `pocketlm.load` and Settings, as JSON."""
     with _open_lock:
         return _machine(opening)
 
