@@ -278,6 +278,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_erf": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     "relu": lambda x: np.where(x > 0, x, 0),
     "relu_squared": lambda x: np.where(x > 0, x, 0) ** 2,
+    "swiglu_clamped": lambda x: np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))),
 }
 
 
@@ -326,7 +327,9 @@ def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: 
             s[op.out] = (parts * weights[:, :, None]).sum(1)
         elif isinstance(op, P.Activate):
             x = s[op.x]
-            s[op.out] = ACTIVATIONS[op.kind](x[:, : op.n]) * (x[:, op.n : 2 * op.n] if op.gated else 1)
+            up = x[:, op.n : 2 * op.n] if op.gated else 1
+            up = np.clip(up, -7, 7) + 1 if op.gated and op.kind == "swiglu_clamped" else up
+            s[op.out] = ACTIVATIONS[op.kind](x[:, : op.n]) * up
         elif isinstance(op, P.Add):
             s[op.out] = s[op.out] + op.factor * s[op.x]
         elif isinstance(op, P.Gate):

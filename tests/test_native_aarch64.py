@@ -199,7 +199,7 @@ class Program:
         cache = native.cache
         arrays += [cache.keys, cache.values, cache.table, native._workers._workers, *native._tables.values()]
         arrays += [array for key, array in native._arrays.items() if key != "program"]
-        self.places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays)
+        self.places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays if array.nbytes)
         relocate(program, self.places)
         self.places = sorted([*self.places, (native._program.ctypes.data, native._program.nbytes, guest.put(program))])
         self.logits = next(to for address, _, to in self.places if address == self.buffer.ctypes.data)

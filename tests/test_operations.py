@@ -111,6 +111,9 @@ SINGLE = {
         f"{kind}{' gated' if gated else ''}": (feed_forward, {"activation": kind, "gated": gated})
         for kind in ACTIVATIONS for gated in (False, True)
     },
+    "swiglu_clamped beyond its ends": (
+        lambda m: (m.embed(), m.scale("x", 30.0), m.feed_forward("x"), m.logits("y")), {"activation": "swiglu_clamped"},
+    ),
     "heads of 6": (attend(window=5, sinks="sinks", rope=Rope(100.0, 4, "half")), {"head_dim": 6, "n_embd": 60}),
     "norm of heads of 6": (normed("rms", True, True), {"head_dim": 6, "n_embd": 60}),
     "width 52": (feed_forward, {"n_ff": 52, "n_embd": 60}),
