@@ -96,6 +96,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("native", _POCKETLM, ("llvmlite",), "pip install llvmlite", options={"backend": "native"}),
+        Backend("native q8", _POCKETLM, ("llvmlite",), "pip install llvmlite", options={"backend": "native", "kv": "q8"}),
         Backend("numpy", _POCKETLM, options={"backend": "numpy"}),
         Backend("llama.cpp", _LLAMACPP, ("llama_cpp",), _LLAMA, bytes_per_file_byte=2.0),
         Backend("llama.cpp no-flash", _LLAMACPP, ("llama_cpp",), _LLAMA, bytes_per_file_byte=2.0, options={"flash": False}),

@@ -63,6 +63,12 @@ class Plan:
         ops = [op for op in self.ops if isinstance(op, Experts)]
         return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of every layer of the cache; 0 for none."""
+        found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
+        return tuple(found[layer] for layer in sorted(found))
+
 
 def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object) -> Plan:
     """The operations of the model whose tensors have these `shapes` (NumPy order).

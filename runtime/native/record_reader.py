@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from pocketlm.runtime.native.ir import I64, PTR, Function, Type, Value
-from pocketlm.runtime.native.records import ENTRY, GROUP, OPERATION, PAIR, RUN, TOKEN, offset
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, OPERATION, PAIR, RUN, TOKEN, offset
 from pocketlm.runtime.native.sizes import LANES
 
 
@@ -36,6 +36,11 @@ class Records:
     def group(self, number: Value) -> Callable[[str], Value]:
         at = self.run("groups", PTR) + number * GROUP.itemsize
         return lambda name: self._f.field(at, offset(GROUP, name))
+
+    def layer(self, token: Callable[..., Value]) -> Callable[[str], Value]:
+        """The operation's layer in a token's cache."""
+        at = token("layers", PTR) + self.op("layer") * LAYER.itemsize
+        return lambda name: self._f.field(at, offset(LAYER, name))
 
     def entry(self, number: Value) -> Callable[[str], Value]:
         at = self.run("entries", PTR) + number * ENTRY.itemsize

@@ -82,7 +82,7 @@ RUN = np.dtype([
 TOKEN = np.dtype([
     ("id", "i8"), ("position", "i8"),
     ("keys", "i8"), ("values", "i8"),         # addresses of the first layer's
-    ("head_stride", "i8"),                    # bytes of one kv head's keys, or values, of one layer
+    ("layers", "i8"),                         # LAYER records
     ("slot", "i8"), ("n_partials", "i8"),     # its results of attention: n_partials slots from `slot` on
     ("pad", "i8"),
 ])  # fmt: skip
@@ -91,6 +91,10 @@ TOKEN = np.dtype([
 # activations lie before theirs
 PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 GROUP = np.dtype([("expert", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
+
+# a layer of a cache: where its keys begin behind those of the first layer, its values likewise, in bytes, and how many
+# positions it keeps; position p is in row p % rows
+LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
 
 # neighbouring tokens of one text, and spans of positions that they attend to in one task
 ENTRY = np.dtype([
