@@ -1,6 +1,6 @@
 """A packed program for Windows under wine beside the same model's for Linux: processor time to start, and for a token.
 
-    python tests/windows/speed.py smollm2 [--rounds 5] [--threads 1] [-n 96]
+    python tests/windows/speed.py smollm2 [--rounds 5] [--threads 1] [-n 256]
 
 The two take turns. What counts is user and system time, of the boot loader and of what it starts: on a busy machine the clock
 says nothing. Prints a line for each, medians, and their ratios.
@@ -44,7 +44,8 @@ def processor_seconds(program: Path, n: int, threads: str, environment: dict[str
     command = [str(program), "generate", "-p", "Once", "--temp", "0", "--ignore-eos", "--threads", threads, "-n", str(n)]
     command = [WINE or "wine", *command] if program.suffix == ".exe" else command
     seen: dict[int, float] = {}
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # Python under wine takes no files
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdin
         process.stdin.close()
         while process.poll() is None:
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", default="1")
-    parser.add_argument("-n", type=int, default=96)
+    parser.add_argument("-n", type=int, default=256)
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         programs = {"Linux": Path(folder, "beside-linux"), "wine": Path(folder, "beside-wine.exe")}
