@@ -204,7 +204,7 @@ class Masks:
     def _need_rows(self, states: np.ndarray) -> None:
         missing = states[~self._has_row[states]]
         if len(missing):
-            for number in sorted({*missing.tolist()}):  # np.unique needs numpy.ma, which no stub holds
+            for number in set(missing.tolist()):  # numpy.unique wants what packed programs lack
                 self._row(number)
 
     # ---- masks
