@@ -8,11 +8,13 @@ from __future__ import annotations
 
 # what of pocketlm a stub holds
 PACKAGES = (
-    "", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "constrain", "serve", "batch", "build",
+    "", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "constrain", "serve", "batch", "pull",
+    "build",
 )  # fmt: skip
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),
+    *(f"runtime/native/{name}.py" for name in ("cache_numbers", "experts")),
     *(f"runtime/native/{name}.py" for name in ("ir", "matrix", "record_reader", "run_loop", "stages", "topk", "vector_math")),
     *(f"build/{name}.py" for name in (
         "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
@@ -20,7 +22,7 @@ BUILDERS = {
     )),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
-LEFT_OUT |= {"batch/over_dask.py"}
+LEFT_OUT |= {"batch/over_dask.py", "pull/command.py", "pull/download.py", "pull/hub.py"}
 DATA = ("serve/page.html",)  # files that are no code
 FROZEN = (  # with all that they import, but for what EXCLUDED names
     "numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex",
@@ -31,7 +33,7 @@ FROZEN = (  # with all that they import, but for what EXCLUDED names
 EXCLUDED = (
     "llvmlite", "torch", "PIL", "yaml", "tarfile", "wcwidth._wcwidth_c",
     "IPython", "pytest", "setuptools", "pkg_resources", "tkinter", "idlelib", "turtle",
-    "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "decimal", "_decimal", "_pydecimal", "fractions", "statistics",
+    "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "_decimal", "fractions", "statistics",
     "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
     "xmlrpc", "http.server", "http.cookiejar", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test",
     "optparse", "click", "uvicorn.main", "uvicorn.supervisors", "uvicorn._subprocess", "uvicorn.workers",

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from pocketlm.build import modules, sources
 from pocketlm.build.contents import BUILDERS, EXCLUDED, LEFT_OUT, is_excluded, is_held
 
 
@@ -21,7 +22,7 @@ REACHING = {
     "a name in a module": "from numpy.random import default_rng",
     "an attribute of NumPy": "import numpy\nnumpy.random.default_rng(1)",
     "a function of NumPy that reaches further": "import numpy\nnumpy.unique([1, 2])",
-    "a function of the standard library": "import importlib\nimportlib.import_module('decimal')",
+    "a function of the standard library": "import importlib\nimportlib.import_module('statistics')",
     "a module in a package that is left out": "import unittest.mock",
     "a name of a package whose names are left out": "from prompt_toolkit import PromptSession",
     "a package that no stub has heard of": "import psutil",
@@ -42,13 +43,29 @@ def test_the_senders_code_reaches_everything(module):
     for code in REACHING.values():
         if "psutil" not in code:
             run_as(module, code)
-    assert importlib.import_module("decimal") is sys.modules["decimal"]
+    assert importlib.import_module("statistics") is sys.modules["statistics"]
 
 
 def test_a_stubs_code_has_the_rest():
     run_as("pocketlm.chat.repl", "import json, numpy, regex, jinja2, prompt_toolkit.shortcuts.prompt, pocketlm.tokenizer.base")
     run_as("pocketlm.chat.repl", "import numpy\nnumpy.linalg.norm([1.0]), numpy.sort([2, 1])")
     run_as("pocketlm.chat.repl", "from prompt_toolkit.shortcuts import PromptSession, utils")
+
+
+# What the code of a stub asks for and a stub has not: commands that it does not offer, and what makes compiled code
+MISSING = {
+    "pocketlm.cli": "bench doctor doctor.health doctor.portrait export export.checkpoint_summary export.from_model_file train",
+    "pocketlm.runtime.native.kernels": "runtime.native.compiler runtime.native.ir",
+    "pocketlm.batch.command": "batch.over_dask",
+}
+
+
+def test_a_stub_holds_what_its_own_modules_import(tmp_path):
+    sources.copy_sources(tmp_path)
+    names = [".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in (tmp_path / "pocketlm").rglob("*.py")]
+    found = modules.find([name.removesuffix(".__init__") for name in names], [tmp_path], "linux-x86_64", EXCLUDED).nowhere
+    missing = {(name, importer) for name, importer in found.items() if name.partition(".")[0] == "pocketlm"}
+    assert missing == {(f"pocketlm.{name}", importer) for importer, words in MISSING.items() for name in words.split()}
 
 
 def test_the_tables_name_files_that_there_are():
