@@ -80,7 +80,7 @@ class Conversation:
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        header = check_state(path, self._model.hyper, self.n_ctx, self._computed_by(exactly))
+        header = check_state(path, self.state.cache, self._computed_by(exactly))
         self._turns = None
         self.state.fill(lambda cache: read_state(path, header, cache))
 

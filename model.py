@@ -68,15 +68,17 @@ def find_model(name: str) -> Path:
     return found[0]
 
 
-def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None) -> Model:
+def load(
+    path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "f16"
+) -> Model:
     """Open a model file and make it ready to run.
 
     `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores, of which single tokens take as
-    many as are fastest. `ctx`: positions in the
-    KV cache; None for the model's own context, at most 4096.
+    many as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
+    kept, "f16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
-    return Model(find_model(str(path)), backend, threads, ctx)
+    return Model(find_model(str(path)), backend, threads, ctx, kv)
 
 
 class Model:
@@ -87,8 +89,8 @@ class Model:
     PocketlmError at its next piece. So does every stream of every session after `set_threads`, `set_backend` or `close`.
     """
 
-    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None):
-        self.path = path
+    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "f16"):
+        self.path, self.kv = path, kv
         self.n_threads, self._threads_are_given = check_threads(threads), threads is not None
         self._file = open_model(path)
         try:
@@ -154,7 +156,7 @@ class Model:
         return ctx
 
     def _start(self, backend: str) -> None:
-        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path,
+        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path, self.kv,
                                       may_use_fewer=not self._threads_are_given)  # fmt: skip
         self.engine = Engine(self.executor)
         state = Session(self.executor, self.engine)
@@ -224,9 +226,8 @@ class Model:
         if form is None:
             return None
         with self.changing:
-            if self._guides is None:
-                self._guides = Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
-        return self._guides.guide(form)
+            guides = self._guides = self._guides or Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
+        return guides.guide(form)
 
     def set_threads(self, n_threads: int) -> None:
         """Run on `n_threads` from now on; what is in the KV cache is computed again."""
@@ -298,7 +299,8 @@ class Model:
         """FileError where there is no memory for one more session."""
         with self.changing:  # no other thread makes a session meanwhile
             promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
-        n_bytes = type(self.executor.cache).bytes_for(self.hyper, n_ctx)
+        cache = self.executor.cache
+        n_bytes = cache.bytes_for(self.hyper, n_ctx, cache.windows)
         memory.require_session(self.path, n_bytes, promised, n_ctx)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
@@ -308,7 +310,7 @@ class Model:
     @property
     def state_bytes(self) -> int:
         """What `save_state` would write, about."""
-        return self.context_used * type(self.executor.cache).bytes_for(self.hyper, self.n_ctx) // self.n_ctx
+        return self.executor.cache.nbytes_at(self.context_used)
 
     def save_state(self, path: str | Path) -> None:
         """Write what was computed of the text in the model's own session, for `load_state`. Raises FileError.

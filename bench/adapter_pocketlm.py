@@ -14,13 +14,15 @@ from pocketlm import __version__
 from pocketlm.errors import PocketlmError
 
 # Drafts would make random weights that repeat themselves look fast: other engines are compared without theirs, too
+CACHES = {"f16": "float16", "q8": "int8"}
 WHOLE: dict[str, Any] = {"ignore_eos": True, "draft": False}
 
 
 class Pocketlm:
-    def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str):
-        self._model = pocketlm.load(path, backend, n_threads, n_ctx)
-        self.facts = {"version": f"pocketlm {__version__}", "settings": f"{n_threads} threads, float16 KV cache, no drafts"}
+    def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str, kv: str = "f16"):
+        self._model = pocketlm.load(path, backend, n_threads, n_ctx, kv)
+        settings = f"{n_threads} threads, {CACHES[kv]} KV cache, no drafts"
+        self.facts = {"version": f"pocketlm {__version__}", "settings": settings}
         if backend == "native":
             from pocketlm.runtime.native import levels
 
@@ -28,8 +30,10 @@ class Pocketlm:
         else:
             self.facts["build"] = f"NumPy {np.__version__}, single-threaded BLAS under {n_threads} Python threads"
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
+        """How many are left: none, where sliding windows need what is gone."""
         self._model.executor.cache.truncate(length)
+        return self._model.executor.cache.length
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         return self._model.executor.forward(ids, rows)

@@ -25,8 +25,8 @@ class Adapter(Protocol):
 
     facts: dict[str, str]  # version, build flags, settings: what a reader needs to do the same
 
-    def truncate(self, length: int) -> None:
-        """Keep the first `length` positions of the cache, which holds at least that many."""
+    def truncate(self, length: int) -> int | None:
+        """Keep the first `length` positions of the cache, which holds at least that many; how many are left (None: these)."""
         ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
@@ -96,6 +96,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("native", _POCKETLM, ("llvmlite",), "pip install llvmlite", options={"backend": "native"}),
+        Backend("native q8", _POCKETLM, ("llvmlite",), "pip install llvmlite", options={"backend": "native", "kv": "q8"}),
         Backend("numpy", _POCKETLM, options={"backend": "numpy"}),
         Backend("llama.cpp", _LLAMACPP, ("llama_cpp",), _LLAMA, bytes_per_file_byte=2.0),
         Backend("llama.cpp no-flash", _LLAMACPP, ("llama_cpp",), _LLAMA, bytes_per_file_byte=2.0, options={"flash": False}),

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pocketlm.build.persona import UIS
-from pocketlm.cli_options import SAMPLING
+from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
+from pocketlm.runtime.kv_cache import KINDS, check_kind
 from pocketlm.runtime.model_file import open_model, parts_of, size_of
 from pocketlm.terminal_text import print
 
@@ -43,6 +44,7 @@ def _persona_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", metavar="TEXT", help=text)
     for flag, (_, kind, text) in SAMPLING.items():
         group.add_argument(flag, type=kind, metavar="X" if kind is float else "N", help=text)
+    cache_argument(group)
     group.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     group.add_argument("--ui", choices=UIS, help="where it talks: in the terminal (chat, the default) or in the browser (web)")
 
@@ -51,13 +53,14 @@ def _texts(arguments: argparse.Namespace) -> dict[str, str | None]:
     return {name: getattr(arguments, name) for name in (*TEXTS, "ui")}
 
 
-def _flags(arguments: argparse.Namespace) -> dict[str, float]:
+def _flags(arguments: argparse.Namespace) -> dict[str, float | str]:
     """The sampling flags that were given, checked as the chat would check them."""
     from pocketlm.runtime.sampling import SamplingOptions
 
-    values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in (*SAMPLING, "--max-tokens")}
+    values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in (*SAMPLING, "--max-tokens", "--kv")}
     given = {flag: value for flag, value in values.items() if value is not None}
     SamplingOptions(**{SAMPLING[flag][0]: value for flag, value in given.items() if flag in SAMPLING})
+    check_kind(given.get("--kv", KINDS[0]))
     if given.get("--max-tokens", 1) < 1:
         raise UsageError(f"--max-tokens {given['--max-tokens']}: expected at least 1")
     return given

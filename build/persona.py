@@ -21,7 +21,7 @@ class Persona:
     title: str = ""
     system: str = ""
     greeting: str = ""
-    flags: dict[str, float | int] = field(default_factory=dict)
+    flags: dict[str, float | int | str] = field(default_factory=dict)
     ui: str = ""  # "web": it talks in the browser
 
     def to_bytes(self) -> bytes:
@@ -48,8 +48,8 @@ def from_bytes(data: bytes, path: object) -> Persona:
         values = json.loads(data)
         texts = {name: values[name] for name in ("title", "system", "greeting")}
         texts["ui"] = values.get("ui", "")
-        flags: dict[str, float | int] = {}
-        flags.update((str(flag), value) for flag, value in values["flags"].items() if isinstance(value, int | float))
+        flags: dict[str, float | int | str] = {}
+        flags.update((str(flag), value) for flag, value in values["flags"].items() if isinstance(value, int | float | str))
         if all(isinstance(text, str) for text in texts.values()):
             return Persona(**texts, flags=flags)
     except (ValueError, KeyError, TypeError, AttributeError):

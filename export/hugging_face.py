@@ -62,6 +62,13 @@ def tanh(draft: Draft) -> None:
     draft.options["activation"] = "gelu_tanh"
 
 
+def stretched_base(draft: Draft) -> None:
+    """What Hunyuan calls dynamic is a larger base, whatever the length of the text."""
+    n_dims = draft.keys["rope.dimension_count"]
+    if alpha := draft.config.rope.get("alpha"):
+        draft.keys["rope.freq_base"] *= float(alpha) ** (n_dims / (n_dims - 2))
+
+
 def weights_add_up(always: bool) -> Step:
     """Whether the weights of a token's experts are divided by their sum is the architecture's, as llama.cpp has it."""
 
@@ -81,7 +88,8 @@ def gpt_oss(draft: Draft) -> None:
         draft.keys["rope.scaling.truncate"] = False
     for name, value in (("swiglu_limit", CLAMP), ("swiglu_alpha", CLAMPED_SCALE)):
         if (said := draft.config.said(name, value)) != value:
-            raise FileError(draft.config.path, f"its configuration has {name} = {quoted(said)}", f"pocketlm computes with {value}")
+            problem = f"its configuration has {name} = {quoted(said)}"
+            raise FileError(draft.config.path, problem, f"pocketlm computes with {value}")
     for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps(_bias)?\.weight"):
         both, kind = draft.tensors.pop(role), "bias" if "_bias" in role else "weight"
         if kind == "weight":
@@ -160,6 +168,10 @@ HUGGING_FACE = {
                 "logit_scale": ("logits_scaling", 1.0),
             },
         ),
+        _family(
+            "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
+            stretched_base,
+        ),
         _family("gemma", {}, {}, one_added, tanh),
         _family(
             "gemma2", NORMS_AROUND,
@@ -172,8 +184,8 @@ HUGGING_FACE = {
         ),
         _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
         _family(
-            "qwen3moe", {**HEAD_NORMS, **EXPERTS}, {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)},
-            weights_add_up(True),
+            "qwen3moe", {**HEAD_NORMS, **EXPERTS},
+            {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
         ),
         _family("olmoe", {**HEAD_NORMS, **EXPERTS}, EXPERT_KEYS, weights_add_up(False)),
         _family(

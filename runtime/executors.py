@@ -12,7 +12,7 @@ import numpy as np
 from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime import memory
 from pocketlm.runtime.hyper import Hyper
-from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.kv_cache import KINDS, KVCache, check_kind
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.sampling import Selection
 from pocketlm.runtime.tensor import Tensor
@@ -59,16 +59,18 @@ def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threa
 
 def make_executor(
     backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object,
-    may_use_fewer: bool = False,
+    kv: str = KINDS[0], may_use_fewer: bool = False,
 ) -> Executor:  # fmt: skip
     """An executor of `plan`. "auto" is native, or numpy with one line on stderr where there is no native code for the plan or
-    code cannot be made executable. `may_use_fewer`: single tokens are computed by fewer threads, where that is faster.
+    code cannot be made executable. `kv`: how caches keep keys and values, one of kv_cache.KINDS. `may_use_fewer`: single
+    tokens are computed by fewer threads, where that is faster.
 
-    Raises UsageError for an unknown backend, FileError when the memory is too small or weights are NaN, and
+    Raises UsageError for an unknown backend or kind of cache, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+    check_kind(kv)
     for name in plan.weights:
         if tensors[name].format.dequantize is None:
             tensors[name].to_float32()  # raises the error that names the format
@@ -76,8 +78,8 @@ def make_executor(
         from pocketlm.runtime.native.executor import NativeExecutor, NativeUnavailable
 
         try:
-            memory.require(path, partial(NativeExecutor.memory, plan, tensors, n_threads=n_threads), n_ctx)
-            executor = NativeExecutor(plan, tensors, n_ctx, n_threads)
+            memory.require(path, partial(NativeExecutor.memory, plan, tensors, n_threads=n_threads, kv=kv), n_ctx)
+            executor = NativeExecutor(plan, tensors, n_ctx, n_threads, kv)
             if may_use_fewer:
                 executor.use_fewer_threads(path)
             return executor
@@ -87,5 +89,5 @@ def make_executor(
             print(f"pocketlm: running on NumPy, which is slower: {reason}", file=sys.stderr)
     from pocketlm.runtime.numpy_executor import NumpyExecutor
 
-    memory.require(path, partial(NumpyExecutor.memory, plan, tensors, n_threads=n_threads), n_ctx)
-    return NumpyExecutor(plan, tensors, n_ctx, n_threads)
+    memory.require(path, partial(NumpyExecutor.memory, plan, tensors, n_threads=n_threads, kv=kv), n_ctx)
+    return NumpyExecutor(plan, tensors, n_ctx, n_threads, kv)

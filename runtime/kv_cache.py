@@ -1,86 +1,246 @@
-"""The keys and values of every position of one text, preallocated for the whole context.
+"""The keys and values of one text, preallocated for the whole context.
 
-Knows positions, not tokens: which ids stand behind them is the session's affair.
+A layer without a window keeps every position. Layers with a sliding window keep a ring: position p in row p % rows, so that a
+text of any length takes a window of them, a pass of tokens, and a MARGIN that the text can be cut back by. A text that is cut
+back further has to be computed again from its beginning, and `truncate` says so by forgetting all of it.
+
+Which ids stand behind the positions is the session's affair; they are here for models that look at the token before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partialmethod
+from typing import Any
 
 import numpy as np
 
+from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
-from pocketlm.runtime.memory import reserved
+from pocketlm.runtime.memory import reserved, round_up
 from pocketlm.runtime.positions import Turn, rotate
+
+KINDS = ("f16", "q8")  # of numbers: each executor's usual ones, float16 or float32, or int8 with a scale
+SCALE_BYTES = 4
+MARGIN = 512  # positions before a window that are kept: an answer of so many tokens can be taken back
 
 
 class KVCache:
-    """keys and values, float32 [n_layer, n_kv_head, n_ctx, head_dim]; the first `length` positions are filled."""
+    """`layers`: keys and values of each, float32 [n_kv_head, rows, head_dim]; the first `length` positions are filled, of which
+    layers with a window hold those from `first` on. `keys` and `values`: the memory of all layers, one after the other.
+    """
 
-    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
-        """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`."""
-        self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
-        self.keys, self.values = (
-            reserved((hyper.n_layer, hyper.n_kv_head, n_ctx, hyper.head_dim), np.float32) for _ in range(2)
-        )
+    dtype: Any = np.float32
+    block = 512  # tokens that an executor writes at most before it reads
+    unit = 1  # rows are a multiple of it, and what a query reads begins at one
+    saved: Any = np.float32  # the numbers in a file, which are exactly those that are kept
 
-    @staticmethod
-    def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.kv_width * n_ctx * 4
+    def __init__(
+        self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
+    ):  # fmt: skip
+        """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`, `windows` `plan.windows`."""
+        self.hyper, self.n_ctx, self.length, self.first, self._turns = hyper, n_ctx, 0, 0, turns
+        self.windows, self.rows = tuple(windows), self.rows_of_layers(hyper, n_ctx, windows)
+        self.ids = np.zeros(n_ctx, np.int32)  # of every position
+        self._ring = min(self.rows)
+        self._reach = self._before(max(windows, default=0))
+        sizes = [hyper.n_kv_head * rows * self._padded(hyper) for rows in self.rows]
+        self.keys, self.values = (self._allocate(sum(sizes)) for _ in range(2))
+        cuts = np.cumsum(sizes)[:-1]
+        parts = zip(np.split(self.keys, cuts), np.split(self.values, cuts), self.rows, strict=True)
+        self.layers = [self._shaped(keys, values, rows) for keys, values, rows in parts]
 
-    @staticmethod
-    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+    @classmethod
+    def rows_of_layers(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int]) -> tuple[int, ...]:
+        """How many positions each layer keeps. All windows get what the largest of them needs."""
+        whole = round_up(n_ctx, cls.unit)
+        ring = min(whole, round_up(cls._before(max(windows, default=0)) + cls.block + MARGIN, cls.unit))
+        return tuple(ring if window else whole for window in windows) or (whole,) * hyper.n_layer
+
+    @classmethod
+    def _before(cls, window: int) -> int:
+        """How many positions before its own a query reads, with what precedes its window in the same unit of rows."""
+        return window - 1 + cls.unit - 1
+
+    @classmethod
+    def bytes_for(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int] = ()) -> int:
+        """Of keys and values of a full context."""
+        rows = sum(cls.rows_of_layers(hyper, n_ctx, windows))
+        return 2 * hyper.n_kv_head * cls._padded(hyper) * rows * np.dtype(cls.dtype).itemsize
+
+    @classmethod
+    def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
         """Of the copies that `remove` makes, one layer at a time: of keys, of what turning them needs, of values."""
         return 4 * hyper.kv_width * n_ctx * 3
 
+    # ── what a cache of another number format or another order has of its own ───────────────────────────────────────────
+
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        """Numbers of a position's key, or value, in one head."""
+        return hyper.head_dim
+
+    def _allocate(self, n: int) -> np.ndarray:
+        return reserved((n,), self.dtype)
+
+    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The memory of a layer as keys and values."""
+        shape = self.hyper.n_kv_head, rows, self._padded(self.hyper)
+        return keys.reshape(shape), values.reshape(shape)
+
+    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first n rows of keys and values, or a few more."""
+        keys, values = self.layers[layer]
+        return keys[:, :n], values[:, :n]
+
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
         """A copy, float32 [n_kv_head, stop - start, head_dim]."""
-        return self.keys[layer, :, start:stop].copy()
+        return self.layers[layer][0][:, self.at(layer, start, stop)].astype(np.float32)
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        """Put keys, float32 [n_kv_head, n, head_dim], at `start`."""
-        self.keys[layer, :, start : start + keys.shape[1]] = keys
+        """Put keys [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
+        self.layers[layer][0][:, self.at(layer, start, start + keys.shape[1])] = keys
+
+    # ── the same for all ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def read_values(self, layer: int, start: int, stop: int) -> np.ndarray:
+        """A copy [n_kv_head, stop - start, head_dim]."""
+        return self.layers[layer][1][:, self.at(layer, start, stop), : self.hyper.head_dim].copy()
+
+    def write_values(self, layer: int, start: int, values: np.ndarray) -> None:
+        """Put values [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
+        self.layers[layer][1][:, self.at(layer, start, start + values.shape[1]), : self.hyper.head_dim] = values
+
+    def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of positions to compute with [n_kv_head, stop - start, head_dim]."""
+        rows = self.at(layer, start, stop)
+        keys, values = self.layers[layer]
+        return keys[:, rows], values[:, rows]
+
+    def at(self, layer: int, start: int, stop: int) -> slice | np.ndarray:
+        """The rows of positions [start, stop), no more than the layer has."""
+        rows = self.rows[layer]
+        first, last = start % rows, start % rows + stop - start
+        return slice(first, last) if last <= rows else np.arange(first, last) % rows
+
+    def held(self, layer: int) -> int:
+        """The first position that a layer holds."""
+        return self.first if self.windows and self.windows[layer] else 0
+
+    def about_to_write(self, ids: np.ndarray) -> None:
+        """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
+        stop = self.length + len(ids)
+        self.first = max(self.first, stop - self._ring)
+        self.ids[self.length : stop] = ids
+
+    @property
+    def id_before(self) -> int:
+        """The id of the last position, -1 where there is none."""
+        return self.ids[self.length - 1] if self.length else -1
+
+    def goes_on_from(self, length: int) -> bool:
+        """Whether all is there that the token after the first `length` positions reads."""
+        return self.first == 0 or length == 0 or length - self._reach >= self.first
 
     def fork(self, length: int) -> KVCache:
         """A cache of its own with the first `length` positions of this one; the rest takes no memory before it is filled."""
-        other = type(self)(self.hyper, self.n_ctx, self._turns)
-        for copy, filled in zip(other._filled(length), self._filled(length), strict=True):
-            copy[...] = filled
-        other.length = length
+        other = type(self)(self.hyper, self.n_ctx, self._turns, self.windows)
+        for layer, rows in enumerate(self.rows):
+            n = rows if self.held(layer) else min(length, rows)  # a ring that has gone round is full
+            for copy, filled in zip(other._filled(layer, n), self._filled(layer, n), strict=True):
+                copy[...] = filled
+        other.ids[:length] = self.ids[:length]
+        other.first, other.length = self.first, length
+        other.truncate(length)
         return other
-
-    def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.keys[:, :, :length], self.values[:, :, :length]
 
     def release(self) -> None:
         """Give the memory back. Nobody may compute with this cache any more."""
-        self.length, self.keys, self.values = 0, self.keys[:0].copy(), self.values[:0].copy()
+        self.length, self.first, self.layers = 0, 0, []
+        self.keys, self.values = self.keys[:0].copy(), self.values[:0].copy()
+
+    def nbytes_at(self, length: int) -> int:
+        """Bytes that a text of so many positions uses, about."""
+        used = sum(min(length, rows) for rows in self.rows)
+        return (self.keys.nbytes + self.values.nbytes) * used // sum(self.rows)
 
     @property
     def nbytes_to_come(self) -> int:
         """Bytes that were promised and not used so far."""
-        return (self.keys.nbytes + self.values.nbytes) * (self.n_ctx - self.length) // self.n_ctx
+        return self.nbytes_at(self.n_ctx) - self.nbytes_at(self.length)
 
     def truncate(self, length: int) -> None:
-        """Forget every position from `length` on."""
-        self.length = min(self.length, max(length, 0))
+        """Forget every position from `length` on; all of them where a window needs what is no longer there."""
+        length = min(self.length, max(length, 0))
+        self.length = length if self.goes_on_from(length) else 0
+        if self.length == 0:
+            self.first = 0
 
     def remove(self, start: int, stop: int) -> bool:
         """Take positions [start, stop) out and move the later ones down; keys turn back by the distance moved.
 
-        False, and nothing changes, where positions are learned: they are mixed into the values and cannot be moved.
-        ALiBi and models without positions need no turning: only distances count, and these stay.
+        False, and nothing changes, where positions are learned: they are mixed into the values and cannot be moved; and where
+        too little would be left of what a window needs. ALiBi and models without positions need no turning: only distances
+        count, and these stay.
         """
-        if self._turns is None:
+        distance = stop - start
+        first = self.first if self.first <= start else max(self.first, stop) - distance
+        if self._turns is None or (first and self.length - distance - self._reach < first):
             return False
-        moved = self.length - stop
-        for layer in range(len(self.keys)):
-            keys = self.read_keys(layer, stop, self.length)
+        for layer in range(len(self.layers)):
+            oldest = max(stop, self.held(layer))
+            values = self.read_values(layer, oldest, self.length)
+            self.write_values(layer, oldest - distance, values)
+            del values
+            keys = self.read_keys(layer, oldest, self.length)
             if turn := self._turns.get(layer):
-                angles = (start - stop) * turn.frequencies
+                angles = -distance * turn.frequencies
                 rotate(keys, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), turn.pairs)
-            self.write_keys(layer, start, keys)
-            values = self.values[layer]
-            values[:, start : start + moved] = values[:, stop : self.length].copy()
-        self.length -= stop - start
+            self.write_keys(layer, oldest - distance, keys)
+        self.ids[start : self.length - distance] = self.ids[stop : self.length].copy()
+        self.first = first
+        self.length -= distance
         return True
+
+
+def check_kind(kv: str) -> None:
+    """Raises UsageError where caches keep no such numbers."""
+    if kv not in KINDS:
+        raise UsageError(f"kv {kv!r}: expected one of {', '.join(KINDS)}{did_you_mean(kv, KINDS)}")
+
+
+def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers [..., n] as int8 [..., n] and a scale for each n, float32 [...].
+
+    A scale has 16 significant bits: what is read from int8 and rounded again stays the same, bit for bit.
+    """
+    largest = np.abs(x).max(-1).astype(np.float32) * np.float32(1 / 127)
+    scales = ((largest.view(np.int32) + 0x80) & -0x100).view(np.float32)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 1e-30)
+    with np.errstate(invalid="ignore"):  # NaN has no integer; the scale carries it on
+        return np.rint(x * inverse[..., None]).astype(np.int8), scales
+
+
+class ByteCache(KVCache):
+    """int8: a row is head_dim numbers and the bytes of their scale, a float32."""
+
+    dtype = np.int8
+
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        return hyper.head_dim + SCALE_BYTES
+
+    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
+        rows = self.layers[layer][which][:, self.at(layer, start, stop)]
+        return rows[..., :-SCALE_BYTES] * rows[..., -SCALE_BYTES:].view(np.float32)
+
+    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
+        rows, numbers = self.at(layer, start, start + x.shape[1]), self.layers[layer][which]
+        numbers[:, rows, :-SCALE_BYTES], scales = to_bytes(x)
+        numbers[:, rows, -SCALE_BYTES:] = scales[..., None].view(np.int8)
+
+    read_keys, read_values = partialmethod(_read, 0), partialmethod(_read, 1)
+    write_keys, write_values = partialmethod(_write, 0), partialmethod(_write, 1)
+
+    def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.read_keys(layer, start, stop), self.read_values(layer, start, stop)

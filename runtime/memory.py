@@ -112,16 +112,25 @@ def release_pages(view: np.ndarray) -> None:
 
     Does nothing for arrays that are not views of a mapping, nor where the system has no such request.
     """
+    _advise(view, "MADV_DONTNEED")
+
+
+def read_as_told(view: np.ndarray) -> None:
+    """Let the system read of these file pages only what it is asked for, and not read_ahead_kb around it (Linux)."""
+    _advise(view, "MADV_RANDOM")
+
+
+def _advise(view: np.ndarray, advice: str) -> None:
     base = view
     while isinstance(base, np.ndarray):
         base = base.base
     base = base.obj if isinstance(base, memoryview) else base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    if isinstance(base, mmap.mmap) and hasattr(mmap, advice):
         first = view.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
         start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others hold a neighbour's bytes
         length = (first + view.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
-            base.madvise(mmap.MADV_DONTNEED, start, length)
+            base.madvise(getattr(mmap, advice), start, length)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -19,7 +19,7 @@ from pocketlm.runtime import blas_threads
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.activations import ACTIVATIONS, beside
 from pocketlm.runtime.ids import check_ids
-from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.kv_cache import ByteCache, KVCache
 from pocketlm.runtime.memory import aligned, release_pages
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary, rotate
 from pocketlm.runtime.tensor import Tensor
@@ -27,6 +27,7 @@ from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
+CACHES = {"f16": KVCache, "q8": ByteCache}
 SMALL = 1 << 16  # multiplications below which waking the other threads costs more than it saves
 HEAD_START = 48 << 10  # multiplications that the caller has done when the others are awake: 4 % of a token of a 48M model
 
@@ -36,15 +37,16 @@ class NumpyExecutor:
 
     name = "numpy"
     block = BLOCK
-    arithmetic = "numpy"
     same_bits = False  # products of few rows are summed in another order than those of many
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
+    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
+        self._kind, self.arithmetic = CACHES[kv], "numpy" + " q8" * (kv == "q8")
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         self._run = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
             P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
-            P.Softcap: self._softcap, P.Route: self._route, P.Experts: self._experts, P.Mix: self._mix, P.Logits: self._linear,
+            P.Softcap: self._softcap, P.Gate: self._gate, P.Route: self._route, P.Experts: self._experts, P.Mix: self._mix,
+            P.Logits: self._linear,
         }  # fmt: skip
         matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
@@ -55,12 +57,14 @@ class NumpyExecutor:
         self._rope = rope_tables(plan.ops, self._rows, n_ctx)
         self._turns = key_turns(plan.ops, self._rows, n_ctx)
         self._slopes = functools.cache(alibi_slopes)
-        self.cache = self._cache = KVCache(plan.hyper, n_ctx, self._turns)  # its own, and that of the text now worked on
+        self.cache = self._cache = self.new_cache()  # its own, and that of the text now worked on
         self._one_at_a_time, self._closed = ForkedLock(), False
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+    def memory(
+        plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+    ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
         hyper, n = plan.hyper, min(BLOCK, n_ctx)
         experts = plan.experts
@@ -70,7 +74,7 @@ class NumpyExecutor:
         scores = 4 * hyper.n_head * n * n_ctx * (1 + alibi) + n * n_ctx * (8 + 1 + 4 * alibi)  # and distances, masks
         activations = 4 * n * (sum(inner) + 3 * max(inner)) + 4 * hyper.n_vocab
         scratch = rope_tables_bytes(plan.ops, n_ctx) + max(scores + activations, KVCache.bytes_to_move(hyper, n_ctx))
-        return weights, KVCache.bytes_for(hyper, n_ctx), scratch
+        return weights, CACHES[kv].bytes_for(hyper, n_ctx, plan.windows), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -85,7 +89,7 @@ class NumpyExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> KVCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return KVCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns)
+        return self._kind(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
 
     def new_selection(self) -> None:
         """NumPy's own is all there is."""
@@ -122,6 +126,7 @@ class NumpyExecutor:
 
     def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:  # [n] -> [rows, n_vocab], of the last
         state = {"ids": ids}
+        self._cache.about_to_write(ids)
         for op in self.plan.ops:
             self._check_open()
             if isinstance(op, P.Logits):
@@ -134,10 +139,13 @@ class NumpyExecutor:
         return state["logits"]
 
     def _embed(self, op: P.Embed, state: dict[str, np.ndarray]) -> None:  # [n] -> [n, n_embd]
-        table = self._rows(op.table)
+        table, start = self._rows(op.table), self._cache.length
+        if op.before:
+            before = table[self._cache.ids[max(start - 1, 0) : start + len(state["ids"]) - 1]]
+            state[op.out] = before if start else np.concatenate([np.zeros((1, table.shape[1]), np.float32), before])
+            return
         state[op.out] = table[state["ids"]]
         if op.positions:
-            start = self._cache.length
             state[op.out] += self._rows(op.positions)[start : start + len(state["ids"])]
 
     def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width], or columns of it in place
@@ -187,11 +195,10 @@ class NumpyExecutor:
         n, group = len(qkv), op.n_head // n_kv
         q = qkv[:, : op.n_head * d].reshape(n, n_kv, group, d)
         kv = qkv[:, op.n_head * d :].reshape(n, 2, n_kv, d)
-        keys, values = self._cache.keys[op.layer], self._cache.values[op.layer]
-        new = slice(start, start + n)
-        keys[:, new], values[:, new] = kv[:, 0].swapaxes(0, 1), kv[:, 1].swapaxes(0, 1)  # [n_kv_head, n, head_dim]
+        self._cache.write_keys(op.layer, start, kv[:, 0].swapaxes(0, 1))  # [n_kv_head, n, head_dim]
+        self._cache.write_values(op.layer, start, kv[:, 1].swapaxes(0, 1))
         first = max(start - op.window + 1, 0) if op.window else 0  # what the first query sees; t positions from here on
-        keys, values = keys[:, first : start + n], values[:, first : start + n]
+        keys, values = self._cache.seen(op.layer, first, start + n)
         t = keys.shape[1]
         q = q.transpose(1, 2, 0, 3).reshape(n_kv, group * n, d)  # heads of a group share keys
         scores = q @ keys.swapaxes(1, 2)  # [n_kv_head, group * n, t]
@@ -227,6 +234,11 @@ class NumpyExecutor:
 
     def _add(self, op: P.Add, state: dict[str, np.ndarray]) -> None:  # [n, width] += [n, width]
         state[op.out] += state[op.x] if op.factor == 1 else np.float32(op.factor) * state[op.x]
+
+    def _gate(self, op: P.Gate, state: dict[str, np.ndarray]) -> None:  # columns of [n, width] += [n, n_groups * width]
+        x, y, columns = state[op.x], state[op.y], slice(op.column, op.column + op.n_groups * op.width)
+        gates = np.float32(op.factor) / (1 + np.exp(-(x[:, : op.n_columns] @ self._rows(op.weight).T)))  # [n, n_groups]
+        state[op.out][:, columns] += np.repeat(gates, op.width, 1) * y
 
     def _scale(self, op: P.Scale, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
         state[op.out] = np.float32(op.factor) * state[op.x]

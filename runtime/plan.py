@@ -30,6 +30,7 @@ from pocketlm.runtime.operations import (
     Attend,
     Embed,
     Experts,
+    Gate,
     Linear,
     Logits,
     Matrix,
@@ -43,8 +44,8 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Experts", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan", "Rotate", "Route",
-    "Scale", "Softcap", "make_plan",
+    "Activate", "Add", "Attend", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan",
+    "Rotate", "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
 
@@ -56,6 +57,12 @@ class Plan:
     buffers: dict[str, int]
     ops: tuple[Op, ...]
     weights: dict[str, tuple[int, ...]]
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of every layer of the cache; 0 for none."""
+        found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
+        return tuple(found.get(layer, 0) for layer in range(self.hyper.n_layer))
 
     @property
     def experts(self) -> dict[str, float]:

@@ -166,17 +166,19 @@ class Session:
         self._settle()
         if not reuse_cache:
             self.clear()
-        same = _common(self.ids, ids)
+        same, why = _common(self.ids, ids), ""
         if shift and same < len(self.ids):
             start, n = _longest_match(ids[same:], self.ids[same:])
             if n >= MIN_SHIFT:
                 self._truncate(same + start + n)
-                if self._remove(same, same + start):
+                if len(self.ids) == same + start + n and self._remove(same, same + start):
                     same += n
                 else:
-                    self.note = f"this model's positions are learned, so {len(ids) - same} tokens were computed again"
-        same = min(same, len(ids) - 1)
-        self._truncate(same)
+                    why = "positions are learned" if self.executor.hyper.position == "learned" else "windows slide"
+        self._truncate(min(same, len(ids) - 1))
+        same = len(self.ids)  # none, where a sliding window needs what the cache has no longer
+        if why:
+            self.note = f"this model's {why}, so {len(ids) - same} tokens were computed again"
         result = None
         while (at := len(self.ids)) < len(ids):
             if cancelled is not None and cancelled():
@@ -221,11 +223,11 @@ class Session:
         self.engine.forget(self.cache)
         self.cache.truncate(len(self.ids))
         del self.ids[self.cache.length :]
+        if self._moved is not None and len(self.ids) <= self._moved:
+            self._moved = None
 
     def _truncate(self, length: int) -> None:
         del self.ids[length:]
-        if self._moved is not None and length <= self._moved:
-            self._moved = None
         self._settle()
 
     def _remove(self, start: int, stop: int) -> bool:

@@ -4,8 +4,9 @@ In: ids and a cache. Out: a file, and the cache filled again by the same model, 
 sizes, ids, the model's fingerprint and the checksum are looked at before a byte of it is used.
 
 Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float16 or float32 [n_kv_head, n, head_dim],
-then the SHA-256 of all that. Keys are rotated. The numbers are those that were computed: where another executor or another
-instruction-set level goes on from them, it does so within rounding, not bit for bit.
+then the SHA-256 of all that. Layers with a sliding window have positions [first, n) only. Keys are rotated. The numbers are
+those that were computed: where another executor or another instruction-set level goes on from them, it does so within
+rounding, not bit for bit.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KVCache
 
-MAGIC, VERSION = b"pocketlm state\n\0", 1
-HEADER = struct.Struct("<16s6I32s")  # magic, version, n, n_layer, n_kv_head, head_dim, bytes of a number; the fingerprint
+MAGIC, VERSION = b"pocketlm state\n\0", 2
+# magic, version, n, n_layer, n_kv_head, head_dim, bytes of a number, first; the fingerprint
+HEADER = struct.Struct("<16s7I32s")
 PART = 1 << 20  # bytes read at once
 DAMAGED = "load the messages again instead"
 
@@ -38,6 +40,7 @@ class State:
     ids: list[int]
     dtype: np.dtype[Any]
     offset: int  # of the first layer's keys
+    first: int  # position of layers that have a sliding window
 
 
 def _identity(model: str, hyper: Hyper) -> bytes:
@@ -46,14 +49,15 @@ def _identity(model: str, hyper: Hyper) -> bytes:
 
 
 def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str) -> None:
-    """Save the first len(ids) positions of a cache; `model`: its fingerprint.
+    """Save the first len(ids) positions of a cache, none where it could not go on from there; `model`: its fingerprint.
 
     The file appears whole or not at all; raises FileError.
     """
-    shape, dtype, n = _shape(cache.hyper, len(ids)), cache.values.dtype.newbyteorder("<"), len(ids)
-    size = _size(cache.hyper, n, dtype.itemsize)
-    counts = n, cache.hyper.n_layer, shape[0], shape[2], dtype.itemsize
-    header = HEADER.pack(MAGIC, VERSION, *counts, _identity(model, cache.hyper))
+    ids = ids if cache.goes_on_from(len(ids)) else []
+    hyper, dtype, n, first = cache.hyper, np.dtype(cache.saved).newbyteorder("<"), len(ids), cache.first if ids else 0
+    size = _size(cache, n, first, dtype.itemsize)
+    counts = n, hyper.n_layer, hyper.n_kv_head, hyper.head_dim, dtype.itemsize, first
+    header = HEADER.pack(MAGIC, VERSION, *counts, _identity(model, hyper))
     digest = hashlib.sha256()
     with replacing_file(Path(path), size) as part, open(part, "wb") as file:
 
@@ -63,19 +67,20 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
 
         write(header)
         write(np.asarray(ids, "<i4").tobytes())
-        for layer in range(cache.hyper.n_layer):
-            write(cache.read_keys(layer, 0, n).astype(dtype).tobytes())
-            write(cache.values[layer, :, :n, : shape[2]].astype(dtype).tobytes())
+        for layer, start in enumerate(_starts(cache, first)):
+            write(cache.read_keys(layer, start, n).astype(dtype).tobytes())
+            write(cache.read_values(layer, start, n).astype(dtype).tobytes())
         file.write(digest.digest())
 
 
-def check_state(path: str | Path, hyper: Hyper, n_ctx: int, model: str) -> State:
-    """Everything about a file that can be wrong. Raises FileError."""
+def check_state(path: str | Path, cache: KVCache, model: str) -> State:
+    """Everything about a file that can be wrong for a cache, which stays as it is. Raises FileError."""
+    hyper, n_ctx = cache.hyper, cache.n_ctx
     with _opened(path) as file:
         head = file.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
             raise FileError(path, "is not a saved session", "name a file that save() has written")
-        _, version, n, *shape, itemsize, found = HEADER.unpack(head)
+        _, version, n, *shape, itemsize, first, found = HEADER.unpack(head)
         if version != VERSION:
             raise FileError(path, f"is a saved session of version {version}, not {VERSION}", DAMAGED)
         same = found == _identity(model, hyper) and shape == [hyper.n_layer, hyper.n_kv_head, hyper.head_dim]
@@ -83,7 +88,9 @@ def check_state(path: str | Path, hyper: Hyper, n_ctx: int, model: str) -> State
             raise FileError(path, "was saved by another model", "load it with the model that saved it")
         if n > n_ctx:
             raise FileError(path, f"holds {n} tokens but the context holds {n_ctx}", "use a larger context")
-        expected = _size(hyper, n, itemsize)
+        if first > n:
+            raise FileError(path, f"begins behind its end, at {first} of {n} tokens", f"it is damaged; {DAMAGED}")
+        expected = _size(cache, n, first, itemsize)
         if (size := Path(path).stat().st_size) != expected:
             raise FileError(path, f"has {size} bytes instead of {expected}", f"it is damaged; {DAMAGED}")
         content = file.read(4 * n)
@@ -95,18 +102,21 @@ def check_state(path: str | Path, hyper: Hyper, n_ctx: int, model: str) -> State
             raise FileError(path, "its checksum does not fit its content", f"it is damaged; {DAMAGED}")
     if n and not 0 <= ids.min() <= ids.max() < hyper.n_vocab:
         raise FileError(path, "holds ids that are not in the vocabulary", f"it is damaged; {DAMAGED}")
-    return State(ids.tolist(), np.dtype(f"<f{itemsize}"), HEADER.size + 4 * n)
+    return State(ids.tolist(), np.dtype(f"<f{itemsize}"), HEADER.size + 4 * n, first)
 
 
 def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
     """Fill an empty cache with what `check_state` has looked at; the ids. Raises FileError, the cache holds nothing then."""
-    n = len(state.ids)
-    shape = _shape(cache.hyper, n)
+    n, hyper = len(state.ids), cache.hyper
+    cache.length, cache.first = 0, state.first
+    cache.about_to_write(np.array(state.ids, np.int32))
     with _opened(path) as file:
         file.seek(state.offset)
-        for layer in range(cache.hyper.n_layer):
-            cache.write_keys(layer, 0, _read(path, file, shape, state.dtype, cache))
-            cache.values[layer, :, :n, : shape[2]] = _read(path, file, shape, state.dtype, cache)
+        for layer, start in enumerate(_starts(cache, state.first)):
+            kept = max(start, cache.held(layer))  # the other executor may hold more
+            for write in (cache.write_keys, cache.write_values):
+                found = _read(path, file, (hyper.n_kv_head, n - start, hyper.head_dim), state.dtype, cache)
+                write(layer, kept, found[:, kept - start :])
     cache.length = n
     return state.ids
 
@@ -116,18 +126,20 @@ def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.d
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise FileError(path, "has become shorter", DAMAGED)
     with np.errstate(over="ignore"):
-        array = np.frombuffer(content, dtype).reshape(shape).astype(cache.values.dtype)
+        array = np.frombuffer(content, dtype).reshape(shape).astype(cache.saved)
     if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
         raise FileError(path, "holds numbers that are not finite", DAMAGED)
     return array
 
 
-def _shape(hyper: Hyper, n: int) -> tuple[int, int, int]:
-    return hyper.n_kv_head, n, hyper.head_dim
+def _starts(cache: KVCache, first: int) -> list[int]:
+    """The first position of every layer."""
+    return [first if window else 0 for window in cache.windows or [0] * cache.hyper.n_layer]
 
 
-def _size(hyper: Hyper, n: int, itemsize: int) -> int:
-    return HEADER.size + 4 * n + 2 * hyper.n_layer * hyper.n_kv_head * n * hyper.head_dim * itemsize + 32
+def _size(cache: KVCache, n: int, first: int, itemsize: int) -> int:
+    numbers = sum(n - start for start in _starts(cache, first)) * cache.hyper.n_kv_head * cache.hyper.head_dim
+    return HEADER.size + 4 * n + 2 * numbers * itemsize + 32
 
 
 def _opened(path: str | Path) -> BinaryIO:

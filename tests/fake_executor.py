@@ -59,7 +59,9 @@ class FakeExecutor:
 
     def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Choice = mixed):
         self.n_ctx, self.choose, self._learned = n_ctx, choose, learned
-        self.hyper = SimpleNamespace(n_vocab=n_vocab, reaches=lambda n_positions: not learned)
+        self.hyper = SimpleNamespace(
+            n_vocab=n_vocab, position="learned" if learned else "rope", reaches=lambda n_positions: not learned
+        )
         self.cache = self.new_cache()
         self.fed: list[int] = []
         self.passes: list[list[int]] = []

@@ -26,6 +26,7 @@ KNOWN = {
     r"llama-cpp-python came without the ggml-base library": "some of its wheels link it into one file",
     r"this NumPy has no OpenBLAS in its wheel": "the wheels of some platforms use another library",
     r"(onnxruntime_genai|onnx_ir|openvino(_genai)?|nncf|ctranslate2) is not installed": "too large a download for a check",
+    r"(lm-eval|accelerate) is not installed": "with data sets, SciPy and the like it takes minutes; tests/README.md says how",
     r"its library does not convert this: .*": "no library knows every architecture",
     r"the slopes of .* heads are another test's": "two parameters that do not go together",
 }
@@ -44,7 +45,7 @@ ON_WINDOWS = {
     r"(onnxruntime|transformers|llama-cpp-python|matplotlib|torch|onnx|llama[._]cpp|PyInstaller) "
     r"(is not installed|is what is compared with|reads its archives)": "large, and wine adds nothing to it",
     r"(the package onnx is not installed|(writes|verifies|runs the) ONNX.*|runs what was written)": "the same",
-    r"(playwright|axe-playwright-python|no Chromium|the openai package|needs llvm-mca|makes the folders|the 8-bit optimiser).*":
+    r"(playwright|axe-playwright-python|no Chromium|the openai package|needs llvm-mca|makes the folders|jsonschema|the 8-b).*":
         "large, or no program for Windows; Linux' run has it",
     r"Windows has no Ctrl-C .*": "Windows itself says so",
     r"SmolLM2 is not installed.*": "it is talked to under wine as a packed program",

@@ -12,6 +12,7 @@ import pytest
 from canonical_models import make_hyper, make_model
 
 from pocketlm.runtime.formats import FORMATS, dequantize
+from pocketlm.runtime.kv_cache import KVCache
 from pocketlm.runtime.native import levels, linker
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.executor import NativeExecutor
@@ -153,9 +154,9 @@ def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, *
 
 def executors(
     level: Level, fmt: str = "F32", threads: int = 2, formats: Mapping[str, str] | None = None, n_ctx: int | None = None,
-    tied: bool = True, bias: bool = False, fused: bool = False, **hyper: Any,
+    tied: bool = True, bias: bool = False, fused: bool = False, kv: str = "f16", **hyper: Any,
 ) -> tuple[NativeExecutor, NumpyExecutor]:  # fmt: skip
-    """The same random model in both executors; the reference rounds keys and values to float16, too."""
+    """The same random model in both executors; the reference rounds keys and values as it does."""
     if hyper.get("position") == "learned" and n_ctx:  # the table has a row for each position
         hyper["n_ctx"] = n_ctx
     shape = make_hyper(**{**wide(fmt), **hyper})
@@ -163,12 +164,16 @@ def executors(
     plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POCKETLM_ISA", level.name)
-        native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads)
-    reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1)
-    reference.cache.keys, reference.cache.values = (
-        a.astype(np.float16) for a in (reference.cache.keys, reference.cache.values)
-    )
+        native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads, kv)
+    reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1, kv)
+    if kv == "f16":
+        own = reference.cache
+        reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows)
     return native, reference
+
+
+class _HalfCache(KVCache):
+    dtype = np.float16
 
 
 @functools.cache

@@ -18,17 +18,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pocketlm.runtime.native.ir import F16, F32, I1, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.cache_numbers import Halves
+from pocketlm.runtime.native.ir import F32, I1, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
 from pocketlm.runtime.native.sizes import LANES, QUERIES, SPAN
-from pocketlm.runtime.native.vector_math import exp, exp_of_negative, from_half
+from pocketlm.runtime.native.vector_math import exp, exp_of_negative
 
 
-def cache_of(r: Records, token: Callable[..., Value], kv: Value) -> Value:
-    """Bytes from a token's keys, or values, to those of a head in the operation's layer."""
-    return (r.op("layer") * r.run("n_kv_head") + kv) * token("head_stride")
+def cache_of(r: Records, numbers: Halves, token: Callable[..., Value], kv: Value) -> tuple[Value, Value]:
+    """Bytes from a token's keys, or values, to those of a head in the operation's layer, and the rows that the layer has."""
+    layer = r.layer(token)
+    return layer("offset") + kv * (layer("rows") * numbers.row_bytes(r.run("padded_dim"))), layer("rows")
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,22 @@ TILES = {
 POSITION, OLDEST, RESULT, SLOPE, SOFTCAP = (offset(QUERY, name) for name in QUERY.names or ())
 
 
-def define(module: Module, level: str) -> None:
+def define(module: Module, level: str, numbers: Halves) -> None:
     """Define what `attend` calls: `span1`, `span2`, … for so many queries, and what these call."""
     _define_merge(module)
     _define_softmax(module)
     for queries, n_vectors in TILES[level].scores:
-        _define_span(module, level, queries, n_vectors)
+        _define_span(module, level, numbers, queries, n_vectors)
 
 
-def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Halves) -> None:
     """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
     n_kv = r.run("n_kv_head")
     entry, kv, group = r.entry(task // n_kv), task % n_kv, r.run("n_head") // n_kv
     all_rows, padded = entry("n_tokens") * group, r.run("padded_dim")
     token = r.token(entry("token"))
-    keys, values = (token(name, PTR) + cache_of(r, token, kv) for name in ("keys", "values"))
+    place, in_cache = cache_of(r, numbers, token, kv)
+    keys, values = (token(name, PTR) + place for name in ("keys", "values"))
     with f.range(0, all_rows, QUERIES) as start:
         rows = f.minimum(all_rows - start, f.const(I64, QUERIES))
         with f.range(0, rows) as row:
@@ -72,7 +75,7 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
         stop = f.minimum(entry("last"), last // SPAN + 1)
         with f.range(f.maximum(entry("first"), f.load(I64, known + OLDEST, 8) // SPAN), stop) as span:
-            row, at = f.var(I64, 0), span * (padded * 2 * SPAN)
+            row, at = f.var(I64, 0), span % (in_cache // SPAN) * (numbers.row_bytes(padded) * SPAN)
             for queries, _ in TILES[level].scores:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
                     arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, entry("apart"))
@@ -172,7 +175,7 @@ def _define_softmax(module: Module) -> None:
             f.store(f.reduce(total.get(), "add"), result + 4, 4)
 
 
-def _define_span(module: Module, level: str, queries: int, n_vectors: int) -> None:
+def _define_span(module: Module, level: str, numbers: Halves, queries: int, n_vectors: int) -> None:
     """span{queries}(run, own, keys, values, row, span, apart): queries from `row` on over one span.
 
     Its result joins those of the spans before it, or with `apart` goes to a slot of its own.
@@ -187,11 +190,16 @@ def _define_span(module: Module, level: str, queries: int, n_vectors: int) -> No
         with f.when(count <= 0):
             f.ret()
         scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
-        _scores(f, level, keys, own + r.run("queries_at") + row * 4, scores, padded, count, queries, n_vectors)
+        _scores(f, level, numbers, keys, own + r.run("queries_at") + row * 4, scores, padded, count, queries, n_vectors)
         f.call(VOID, "softmax", run, own, row, f.const(I64, queries), first, count)
+        with f.range(0, count if numbers.has_scales else f.const(I64, 0), LANES) as p:
+            for i in range(queries):
+                at = scores + (p * 4 + i * (SPAN * 4))
+                f.store(numbers.scaled(f, f.load(ROW, at, 4), values + p * numbers.row_bytes(padded), padded), at, 4)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
-            _mix(f, level, values, scores + i * (SPAN * 4), mixed + result_bytes * i, result_bytes, padded, count, step)
+            here = scores + i * (SPAN * 4), mixed + result_bytes * i
+            _mix(f, level, numbers, values, *here, result_bytes, padded, count, step)
         with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):
@@ -205,15 +213,16 @@ def _sees(f: Function, known: Value, first: Value) -> Value:
 
 
 def _scores(
-    f: Function, level: str, keys: Value, q: Value, scores: Value, padded: Value, count: Value, queries: int, n_vectors: int
-) -> None:
+    f: Function, level: str, numbers: Halves, keys: Value, q: Value, scores: Value, padded: Value, count: Value, queries: int,
+    n_vectors: int,
+) -> None:  # fmt: skip
     """q · k of every query and position, one after the other along the head's columns."""
     with f.range(0, count, LANES * n_vectors) as p:
         sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
-        start = keys + p * padded * 2
+        start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
         with f.range(0, padded) as d:
             here = [
-                from_half(f, level, f.load(F16.vec(LANES), start + (padded * k + d) * (2 * LANES), 32))
+                numbers.load(f, level, start + group_bytes * k + d * (numbers.n_bytes * LANES))
                 for k in range(n_vectors)
             ]
             for i, own_sums in enumerate(sums):
@@ -222,12 +231,13 @@ def _scores(
                     total.set(f.fma(key, value, total.get()))
         for i, own_sums in enumerate(sums):
             for k, total in enumerate(own_sums):
-                f.store(total.get(), scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
+                score = numbers.scaled(f, total.get(), start + group_bytes * k, padded)
+                f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
 
 
 def _mix(
-    f: Function, level: str, values: Value, scores: Value, out: Value, out_stride: Value, padded: Value, count: Value,
-    queries: int,
+    f: Function, level: str, numbers: Halves, values: Value, scores: Value, out: Value, out_stride: Value, padded: Value,
+    count: Value, queries: int,
 ) -> None:  # fmt: skip
     """Sums of weight times value: of the even positions and of the odd ones, then both."""
 
@@ -235,8 +245,8 @@ def _mix(
         sums = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in range(n_vectors)] for _ in range(queries)]
 
         def add(p: Value, odd: int) -> None:
-            row = values + ((p + odd) * padded + start) * 2
-            here = [from_half(f, level, f.load(F16.vec(LANES), row + 2 * LANES * k, 32)) for k in range(n_vectors)]
+            row, n = numbers.value_row(values, p + odd, padded) + start * numbers.n_bytes, numbers.n_bytes * LANES
+            here = [numbers.load(f, level, row + n * k) for k in range(n_vectors)]
             for i, own_sums in enumerate(sums):
                 weight = f.splat(f.load(F32, scores + (p * 4 + (SPAN * i + odd) * 4), 4), LANES)
                 for value, pair in zip(here, own_sums, strict=True):

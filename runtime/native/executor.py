@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from time import perf_counter
 
@@ -21,14 +21,21 @@ import numpy as np
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
-from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, release_pages, reserved, round_up
+from pocketlm.runtime.kv_cache import SCALE_BYTES, KVCache, to_bytes
+from pocketlm.runtime.memory import (
+    aligned,
+    available_bytes,
+    in_one_piece,
+    read_as_told,
+    release_pages,
+    round_up,
+)
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN, offset
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, PAIR, QUERY, RUN, TOKEN, offset
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -43,39 +50,90 @@ BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
 
 
 class NativeCache(KVCache):
-    """float16. Keys [n_layer, n_kv_head, n_ctx / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache."""
+    """float16. Keys [n_kv_head, rows / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache, padded.
 
-    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None):
-        self.hyper, self.n_ctx, self.length, self._turns = hyper, n_ctx, 0, turns
-        rows, dim = round_up(n_ctx, sizes.SPAN), round_up(hyper.head_dim, ROWS)
-        self.keys = reserved((hyper.n_layer, hyper.n_kv_head, rows // ROWS, dim, ROWS), np.float16)
-        self.values = reserved((hyper.n_layer, hyper.n_kv_head, rows, dim), np.float16)
+    A span of SPAN positions lies in one piece in every layer, a ring or not.
+    """
 
-    @staticmethod
-    def bytes_for(hyper: Hyper, n_ctx: int) -> int:
-        return 2 * hyper.n_layer * hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 2
+    dtype = saved = np.float16
+    block = BLOCK
+    unit = sizes.SPAN
 
-    @staticmethod
-    def bytes_to_move(hyper: Hyper, n_ctx: int) -> int:
+    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = ()):
+        super().__init__(hyper, n_ctx, turns, windows)
+        self.table = aligned(hyper.n_layer, LAYER)  # what compiled code knows of the layers
+        self.table["rows"] = self.rows
+        at = hyper.n_kv_head * self._padded(hyper) * self.table["rows"] * self.keys.itemsize
+        self.table["offset"] = np.cumsum(at) - at
+
+    @classmethod
+    def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
         """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * round_up(hyper.head_dim, ROWS) * round_up(n_ctx, sizes.SPAN) * 10
+        return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, sizes.SPAN) * 10
 
-    def _filled(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.keys[:, :, : round_up(length, ROWS) // ROWS], self.values[:, :, :length]
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        return round_up(hyper.head_dim, ROWS)
 
-    def _key_rows(self, layer: int, stop: int) -> np.ndarray:  # [n_kv_head, at least stop, padded_dim], a copy
-        keys = self.keys[layer, :, : round_up(stop, ROWS) // ROWS].swapaxes(2, 3)
-        return keys.reshape(keys.shape[0], -1, keys.shape[3])
+    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        n_kv, dim = self.hyper.n_kv_head, self._padded(self.hyper)
+        return keys.reshape(n_kv, rows // ROWS, dim, ROWS), values.reshape(n_kv, rows, dim)
+
+    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self.layers[layer]
+        return keys[:, : round_up(n, ROWS) // ROWS], values[:, :n]
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return self._key_rows(layer, stop)[:, start:stop, : self.hyper.head_dim].astype(np.float32)
+        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
+        keys = self.layers[layer][0][:, group, : self.hyper.head_dim, lane]  # [n, n_kv_head, head_dim]
+        return np.ascontiguousarray(keys.swapaxes(0, 1), np.float32)
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        stop = start + keys.shape[1]
-        rows = self._key_rows(layer, stop)
-        rows[:, start:stop, : self.hyper.head_dim] = keys
-        rows = rows.reshape(rows.shape[0], -1, ROWS, rows.shape[2]).swapaxes(2, 3)
-        self.keys[layer, :, : rows.shape[1]] = rows
+        group, lane = divmod(np.arange(start, start + keys.shape[1]) % self.rows[layer], ROWS)
+        self.layers[layer][0][:, group, : self.hyper.head_dim, lane] = keys.swapaxes(0, 1)
+
+
+class NativeByteCache(NativeCache):
+    """int8. A group of 16 positions, keys [padded_dim, 16] or values [16, padded_dim], ends with its scales, float32 [16]."""
+
+    dtype = np.int8
+    saved = np.float32
+
+    @classmethod
+    def _padded(cls, hyper: Hyper) -> int:
+        return round_up(hyper.head_dim, ROWS) + SCALE_BYTES
+
+    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = self.hyper.n_kv_head, rows // ROWS, self._padded(self.hyper) * ROWS
+        return keys.reshape(shape), values.reshape(shape)
+
+    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        keys, values = self.layers[layer]
+        n_groups = round_up(n, ROWS) // ROWS
+        return keys[:, :n_groups], values[:, :n_groups]
+
+    def _groups(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers [n_kv_head, groups, 16, padded_dim] and scales [n_kv_head, groups, 16] of keys (0) or values (1)."""
+        groups, scales = self.layers[layer][which], SCALE_BYTES * ROWS
+        shape, numbers = (*groups.shape[:2], -1, ROWS) if which == 0 else (*groups.shape[:2], ROWS, -1), groups[..., :-scales]
+        shaped = numbers.reshape(shape)
+        return shaped.swapaxes(2, 3) if which == 0 else shaped, groups[..., -scales:].view(np.float32)
+
+    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
+        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
+        numbers, scales = self._groups(which, layer)
+        return numbers[:, group, lane, : self.hyper.head_dim] * scales[:, group, lane, None]
+
+    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
+        group, lane = divmod(np.arange(start, start + x.shape[1]) % self.rows[layer], ROWS)
+        numbers, scales = self._groups(which, layer)
+        numbers[:, group, lane, : self.hyper.head_dim], scales[:, group, lane] = to_bytes(x)
+
+    read_keys, read_values = partialmethod(_read, 0), partialmethod(_read, 1)
+    write_keys, write_values = partialmethod(_write, 0), partialmethod(_write, 1)
+
+
+CACHES = {"f16": NativeCache, "q8": NativeByteCache}
 
 
 class _Scratch:
@@ -113,7 +171,7 @@ class NativeExecutor:
     same_bits = True
     single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
+    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
         weights that are NaN.
         """
@@ -122,14 +180,17 @@ class NativeExecutor:
         formats = sorted({tensors[name].format.name for name in [*names, *plan.experts]})
         check(plan, formats)
         self.level = levels.detect()
-        self.arithmetic = f"native {self.level.name}"
-        self._code = kernels(formats, self.level)
+        self.arithmetic = f"native {self.level.name}" + " q8" * (kv == "q8")
+        self._kind = CACHES[kv]
+        self._code = kernels(formats, self.level, kv)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
+        fit, mapped = self._place_experts()
+        matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
+        matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
-        self.cache = NativeCache(plan.hyper, n_ctx, self._turns)
+        self.cache = self.new_cache()
         self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
         storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes)
         self._storage: Storage | None = storage  # what the program points at
@@ -140,11 +201,14 @@ class NativeExecutor:
         memory = [
             *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
             *self._arrays.values(), *self._tables.values(), self.cache.keys, self.cache.values,
+            self.cache.table,
         ]  # fmt: skip
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
     @staticmethod
-    def memory(plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
+    def memory(
+        plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+    ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
         do not fit they are read from the file as they are needed.
         """
@@ -153,7 +217,7 @@ class NativeExecutor:
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
         scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
-        return weights, NativeCache.bytes_for(plan.hyper, n_ctx), scratch
+        return weights, CACHES[kv].bytes_for(plan.hyper, n_ctx, plan.windows), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -174,7 +238,7 @@ class NativeExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return NativeCache(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns)
+        return self._kind(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
@@ -209,6 +273,8 @@ class NativeExecutor:
         """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
+        for cache, ids, _ in work:
+            cache.about_to_write(ids)
         self._run(len(work) == 1 and len(work[0][1]) == 1)
         logits, start = [], 0
         for cache, ids, rows in work:
@@ -233,7 +299,7 @@ class NativeExecutor:
         before, n_spans = self._alone
         if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
             return False
-        self._id[0], self._position[0] = ids[0], cache.length
+        self._id[0], self._position[0], self._before[0] = ids[0], cache.length, cache.id_before
         return True
 
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
@@ -246,7 +312,9 @@ class NativeExecutor:
             here = tokens[n : n + len(ids)]
             here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
             here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
-            here["head_stride"] = cache.values.strides[1]
+            here["layers"] = cache.table.ctypes.data
+            here["before"][1:] = ids[:-1]
+            here["before"][0] = cache.id_before
             n += len(ids)
             wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
             n_rows += rows
@@ -327,19 +395,19 @@ class NativeExecutor:
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
-    def _place_experts(self) -> dict[str, TiledMatrix]:
-        """Those of the plan: tiled where all of them fit into the memory, in the file where they do not."""
-        tensors = [self._tensors[name] for name in self.plan.experts]
-        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads)) + sum(t.data.nbytes for t in tensors)
-        free, result = available_bytes(), {}
-        for tensor in tensors:
-            n_experts, n_rows, n_columns = tensor.shape
-            # NaN among weights in the file is not looked for: that would read all of them. Logits tell
-            result[tensor.name] = TiledMatrix(tensor.format.name, n_rows, n_columns, tensor.data, mapped=True)
-            if n_rows % ROWS == 0 and (free is None or needed <= free):
-                tiled = self._tile([replace(tensor, shape=(n_experts * n_rows, n_columns))])[tensor.name]
-                result[tensor.name] = replace(tiled, n_rows=n_rows)
-        return result
+    def _place_experts(self) -> tuple[list[str], dict[str, TiledMatrix]]:
+        """Those of the plan to be tiled, where all fit into the memory, and those that stay in the file."""
+        experts = {name: self._tensors[name] for name in self.plan.experts}
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads))
+        needed += sum(tensor.data.nbytes for tensor in experts.values())
+        fits = (free := available_bytes()) is None or needed <= free
+        fit = [name for name, tensor in experts.items() if fits and tensor.shape[1] % ROWS == 0]
+        mapped = {}
+        for name in experts.keys() - fit:  # NaN among them is not looked for, which would read them all: logits tell
+            tensor = experts[name]
+            read_as_told(tensor.data)
+            mapped[name] = TiledMatrix(tensor.format.name, *tensor.shape[1:], tensor.data, mapped=True)
+        return fit, mapped
 
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
@@ -360,7 +428,7 @@ class NativeExecutor:
             "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
-        self._id, self._position = arrays["tokens"]["id"], arrays["tokens"]["position"]
+        self._id, self._position, self._before = (arrays["tokens"][name] for name in ("id", "position", "before"))
         record = aligned(1, RUN)
         values = {
             **{name: array.ctypes.data for name, array in arrays.items() if name in (RUN.names or ())}, **scratch.places,
@@ -372,6 +440,11 @@ class NativeExecutor:
             record[name] = value
         self._n_running = ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, "n_threads"))
         return record
+
+
+def _as_one(tensor: Tensor) -> Tensor:
+    """All experts' matrices below each other."""
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:

@@ -19,17 +19,18 @@ from pocketlm.runtime.native.levels import Level, host_abi
 from pocketlm.runtime.native.tiling import LAYOUTS
 
 CORE = "core"
+CORES = {"f16": CORE, "q8": "core_q8"}  # by how keys and values are kept
 _aot: dict[str, str] = {}  # {"path": …, "version": …} of a file of images to use in place of a compiler
 
 
 def module_text(name: str, level: Level, abi: str) -> str:
-    """The IR of "core" or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
-    from pocketlm.runtime.native import draw, matrix, run_loop, stages, topk
+    """The IR of a core or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
+    from pocketlm.runtime.native import cache_numbers, draw, matrix, run_loop, stages, topk
     from pocketlm.runtime.native.ir import Module
 
     module = Module(abi)
-    if name == CORE:
-        stages.define(module, level.name)
+    if kept := next((kv for kv, core in CORES.items() if core == name), None):
+        stages.define(module, level.name, cache_numbers.KINDS[kept])
         run_loop.define(module, level.machine)
         topk.define(module)
         draw.define(module)
@@ -40,7 +41,7 @@ def module_text(name: str, level: Level, abi: str) -> str:
 
 def module_texts(level: Level, abi: str) -> dict[str, str]:
     """Every module's IR, for images made ahead of time."""
-    return {name: module_text(name, level, abi) for name in (CORE, *LAYOUTS)}
+    return {name: module_text(name, level, abi) for name in (*CORES.values(), *LAYOUTS)}
 
 
 def use_images(path: str, version: str) -> None:
@@ -72,9 +73,9 @@ def loaded(name: str, level: Level) -> linker.Loaded:
     return linker.load(linker.from_bytes(code_cache.cached(key, make)))
 
 
-def kernels(formats: Iterable[str], level: Level) -> dict[str, linker.Loaded]:
-    """"core" and the code of every format named."""
-    return {name: loaded(name, level) for name in (CORE, *formats)}
+def kernels(formats: Iterable[str], level: Level, kv: str = "f16") -> dict[str, linker.Loaded]:
+    """"core", for caches of that kind, and the code of every format named."""
+    return {CORE: loaded(CORES[kv], level), **{name: loaded(name, level) for name in formats}}
 
 
 def _compiler() -> str:

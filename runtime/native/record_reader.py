@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from pocketlm.runtime.native.ir import I64, PTR, Function, Type, Value
-from pocketlm.runtime.native.records import ENTRY, GROUP, OPERATION, PAIR, RUN, TOKEN, offset
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, OPERATION, PAIR, RUN, TOKEN, offset
 from pocketlm.runtime.native.sizes import LANES
 
 
@@ -25,6 +25,11 @@ class Records:
     def token(self, number: Value) -> Callable[..., Value]:
         at = self.run("tokens", PTR) + number * TOKEN.itemsize
         return lambda name, type=I64: self._f.field(at, offset(TOKEN, name), type)
+
+    def layer(self, token: Callable[..., Value]) -> Callable[[str], Value]:
+        """The operation's layer in a token's cache."""
+        at = token("layers", PTR) + self.op("layer") * LAYER.itemsize
+        return lambda name: self._f.field(at, offset(LAYER, name))
 
     def set_run(self, name: str, value: Value) -> None:
         self._f.store(value, self._run + offset(RUN, name), 8)

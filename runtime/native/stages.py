@@ -9,7 +9,10 @@ has the rest.
 
 from __future__ import annotations
 
+from functools import partial
+
 from pocketlm.runtime.native import attention, elements, experts
+from pocketlm.runtime.native.cache_numbers import Halves
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
@@ -24,21 +27,21 @@ from pocketlm.runtime.native.sizes import (
     TILE,
     TILES,
 )  # fmt: skip
-from pocketlm.runtime.native.vector_math import to_half
 
-MAX_HALF = 65504.0  # the largest number of float16
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
 
 
-def define(module: Module, level: str) -> None:
+def define(module: Module, level: str, numbers: Halves) -> None:
     """Define the stages of sizes.STAGES, each `(run, op, own, task, n)`."""
     elements.define(module)
     _define_round(module)
-    attention.define(module, level)
+    attention.define(module, level, numbers)
     stages = {
-        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "join": attention.join,
-        "matrix": _matrix, "store": _store, "attend": attention.attend, "each": elements.each, "route": experts.route,
-        "group": experts.group, "gather": experts.gather, "experts": experts.experts, "mix": experts.mix,
+        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "gate": elements.gate,
+        "join": attention.join, "matrix": _matrix, "store": partial(_store, numbers=numbers),
+        "attend": partial(attention.attend, numbers=numbers), "each": elements.each,
+        "route": experts.route, "group": experts.group, "gather": experts.gather, "experts": experts.experts,
+        "mix": experts.mix,
     }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
@@ -51,10 +54,12 @@ def define(module: Module, level: str) -> None:
 
 def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     out, token = r.op("out", PTR) + task * r.op("out_stride"), r.token(task)
-    row = f.select(r.op("by_position").equals(1), token("position"), token("id"))
-    f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), row, own)
+    which = r.op("row_is")
+    row = f.select(which.equals(0), token("id"), f.select(which.equals(1), token("position"), token("before")))
+    known = f.maximum(row, f.const(I64, 0))
+    f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), known, own)
     with f.range(0, r.op("n")) as i:
-        value = f.load(F32, own + i * 4)
+        value = f.select(row < 0, 0.0, f.load(F32, own + i * 4))
         before = f.select(r.op("add").equals(1), f.load(F32, out + i * 4), 0.0)
         f.store(value + before, out + i * 4)
 
@@ -232,7 +237,7 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
         f.store(y, b)
 
 
-def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Halves) -> None:
     """One head of one token: query or key normalised and rotated where the operation says so, key and value to the cache."""
     n_head, n_kv, dim = r.run("n_head"), r.run("n_kv_head"), r.run("head_dim")
     number, head = task // (n_head + n_kv), task % (n_head + n_kv)
@@ -246,20 +251,17 @@ def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         elements.normalise(f, r, vector, vector, weight, None, dim)
     _turn(f, r, vector, position)
     with f.when(head >= n_head):
-        padded, place = r.run("padded_dim"), attention.cache_of(r, token, head - n_head)
-        keys = token("keys", PTR) + place + ((position >> 4) * padded * LANES + (position & 15)) * 2
-        values = token("values", PTR) + place + position * padded * 2
-        value = vector + n_kv * dim * 4
-
-        def limited(x: Value) -> Value:  # an infinite key would make the whole answer NaN; a NaN stays one
-            return to_half(f, level, f.maximum(f.const(x.type, -MAX_HALF), f.minimum(f.const(x.type, MAX_HALF), x)))
-
-        whole = dim & -LANES
+        padded, (place, rows) = r.run("padded_dim"), attention.cache_of(r, numbers, token, head - n_head)
+        row, value, size = position % rows, vector + n_kv * dim * 4, numbers.n_bytes
+        group, lane = (row >> 4) * (numbers.row_bytes(padded) * LANES), row & 15
+        keys, values = (token(name, PTR) + place for name in ("keys", "values"))
+        of_key, of_value = (numbers.scale(f, x, dim, to + group, lane, padded) for x, to in ((vector, keys), (value, values)))
+        keys, values, whole = keys + group + lane * size, numbers.value_row(values, row, padded), dim & -LANES
         with f.range(0, whole, LANES) as d:
-            halves = limited(f.load(ROW, vector + d * 4, 4))
-            for lane in range(LANES):
-                f.store(f.extract(halves, lane), keys + (d + lane) * (2 * LANES))
-            f.store(limited(f.load(ROW, value + d * 4, 4)), values + d * 2)
+            kept = numbers.kept(f, level, f.load(ROW, vector + d * 4, 4), of_key)
+            for column in range(LANES):
+                f.store(f.extract(kept, column), keys + (d + column) * (size * LANES))
+            f.store(numbers.kept(f, level, f.load(ROW, value + d * 4, 4), of_value), values + d * size)
         with f.range(whole, dim) as d:
-            f.store(limited(f.load(F32, vector + d * 4)), keys + d * (2 * LANES))
-            f.store(limited(f.load(F32, value + d * 4)), values + d * 2)
+            f.store(numbers.kept(f, level, f.load(F32, vector + d * 4), of_key), keys + d * (size * LANES))
+            f.store(numbers.kept(f, level, f.load(F32, value + d * 4), of_value), values + d * size)

@@ -1,0 +1,126 @@
+"""Caches of int8: the same in both executors, one answer bit for bit, half the memory, and nothing lost by moving or saving."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from native_calls import each_level, executors, host_level, kl_divergence
+from session_walk import Walk
+from test_native_one_answer import same_bits
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.errors import UsageError
+from pocketlm.runtime.kv_cache import ByteCache, to_bytes
+from pocketlm.runtime.native.executor import NativeByteCache, NativeCache
+from pocketlm.runtime.native.sizes import SPAN
+
+SHAPES = {
+    "narrow": {"head_dim": 8, "n_embd": 64, "n_head": 2, "n_kv_head": 2},
+    "groups, a width that fills no vectors": {"head_dim": 24, "n_embd": 64, "n_head": 6, "n_kv_head": 2},
+    "alibi": {"position": "alibi"},
+}
+
+
+def logits(executor, ids, cut):
+    executor.cache.truncate(0)
+    return np.concatenate([executor.forward(ids[at : at + cut], rows="all").copy() for at in range(0, len(ids), cut)])
+
+
+@each_level
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_executors_agree(level, shape):
+    native, reference = executors(level, "F32", 2, n_vocab=64, n_ctx=2 * SPAN, kv="q8", **SHAPES[shape])
+    ids = np.random.default_rng(1).integers(0, 64, SPAN + 40)
+    exact, found = logits(reference, ids, 100), logits(native, ids, 100)
+    assert kl_divergence(exact, found).max() < 1e-4  # a number that lies between two may be rounded to either
+    for layer in range(native.hyper.n_layer):
+        for read in ("read_keys", "read_values"):
+            a, b = (getattr(executor.cache, read)(layer, 0, len(ids)) for executor in (native, reference))
+            assert np.abs(a - b).max() <= np.abs(b).max() / 64
+    native.close()
+
+
+@each_level
+def test_one_answer(level):
+    ids, first = np.random.default_rng(2).integers(0, 64, SPAN + 30), None
+    for threads in (1, 3):
+        native, reference = executors(level, "F16", threads, n_vocab=64, n_ctx=2 * SPAN, kv="q8")
+        reference.close()
+        for cut in (1, 5, 13, 128):
+            found = logits(native, ids, cut)
+            first = found if first is None else first
+            assert same_bits(found, first), f"{threads} threads, passes of {cut} tokens"
+        native.cache.keys[:], native.cache.values[:] = -1, -1  # scales that are no number
+        assert same_bits(logits(native, ids, 128), first)
+        native.close()
+
+
+def test_sessions_that_come_and_go_say_what_they_say_alone(tmp_path):
+    path = write_model(tmp_path / "tiny.gguf", n_ctx=512, n_kv_head=2, head_dim=24)
+    with pocketlm.load(path, "native", 2, kv="q8") as model, pocketlm.load(path, "native", 1, kv="q8") as alone:
+        walk = Walk(model, alone, tmp_path)
+        walk.run(3000, seed=5)
+        assert walk.wrong == []
+        assert min(walk.done["saved"], walk.done["forked"]) > 0
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_a_saved_session_keeps_every_bit(tmp_path, backend):
+    """Numbers that were rounded are the same when they are rounded again: from the other executor, too."""
+    path, prompt = write_model(tmp_path / "tiny.gguf", n_kv_head=2, head_dim=24), list(range(3, 103))
+    with pocketlm.load(path, backend, 1, kv="q8") as model:
+        session = model.session()
+        session.state.advance(prompt)
+        cache = session.state.cache
+        kept = [read(layer, 0, 100) for layer in (0, 1) for read in (cache.read_keys, cache.read_values)]
+        session.save(tmp_path / "a.state")
+        expected, _ = session.state.advance([*prompt, 5])
+        loaded = model.session(load=tmp_path / "a.state")
+        assert same_bits(loaded.state.advance([*prompt, 5])[0], expected)
+    with pocketlm.load(path, "native" if backend == "numpy" else "numpy", 1, kv="q8") as other:
+        cache = other.session(load=tmp_path / "a.state").state.cache
+        found = [read(layer, 0, 100) for layer in (0, 1) for read in (cache.read_keys, cache.read_values)]
+        assert all(same_bits(a, b) for a, b in zip(kept, found, strict=True))
+    with pocketlm.load(path, "native", 1) as usual:  # and goes on where caches are not rounded
+        session = usual.session(load=tmp_path / "a.state")
+        logits, n_cached = session.state.advance([*prompt, 5])
+        assert n_cached == 100
+        assert kl_divergence(expected[None], logits[None]).max() < 1e-3
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-42, 1e-30, 1.0, 65504.0])
+def test_rounding_is_done_once(x):
+    numbers = np.random.default_rng(6).uniform(-1, 1, (50, 24)).astype(np.float32) * np.float32(x)
+    rounded, scales = to_bytes(numbers)
+    again, same = to_bytes(rounded * scales[:, None])
+    assert (again == rounded).all()
+    assert (same == scales).all() or x < 1e-29
+    assert np.abs(rounded * scales[:, None] - numbers).max() <= max(scales.max() * 0.51, 1e-27)
+
+
+def test_turns_that_go_are_moved_as_in_a_cache_of_floats(tmp_path):
+    path, ids = write_model(tmp_path / "tiny.gguf", n_ctx=256), np.random.default_rng(7).integers(3, 250, 200).tolist()
+    left, logits = ids[:20] + ids[60:], {}
+    for kv in ("f16", "q8"):
+        with pocketlm.load(path, "native", 1, kv=kv) as model:
+            state = model.session().state
+            state.advance(ids)
+            logits[kv], n_cached = state.advance([*left, 7], shift=True)
+            assert n_cached == len(left)
+    assert kl_divergence(logits["f16"][None], logits["q8"][None]).max() < 1e-3
+
+
+def test_it_takes_half_the_memory():
+    native, _ = executors(host_level(), "F16", 1, head_dim=64, n_embd=128, n_head=2, n_kv_head=2, n_ctx=512, kv="q8")
+    hyper = native.hyper
+    whole, half = NativeCache.bytes_for(hyper, 512), NativeByteCache.bytes_for(hyper, 512)
+    assert half == native.cache.keys.nbytes + native.cache.values.nbytes == whole * 68 // 128
+    assert ByteCache.bytes_for(hyper, 512) == whole * 68 // 128
+    assert native.memory(native.plan, {}, 512, 1, "q8")[1] == half
+    native.close()
+
+
+def test_another_kind_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="kv 'q4': expected one of f16, q8"):
+        pocketlm.load(write_model(tmp_path / "tiny.gguf"), kv="q4")
