@@ -44,16 +44,19 @@ DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the 
 
 def find_model(name: str) -> Path:
     """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one."""
-    from pocketlm.pull.catalogue import CATALOGUE, fetched
-
     path = Path(name)
-    if path.exists() or (path.suffix and name not in CATALOGUE) or path.name != name:
+    if path.exists() or path.name != name:
+        return path
+    try:
+        from pocketlm.pull.catalogue import CATALOGUE, fetched
+    except ModuleNotFoundError:  # a packed program fetches nothing
         return path
     if name in CATALOGUE:
-        found = fetched(name)
-        if found is None:
+        if (found := fetched(name)) is None:
             raise FileError(name, "this model is not here", f"get it with: pocketlm pull {name}")
         return found
+    if path.suffix:
+        return path
     if name not in INSTALLED:
         names = f"{', '.join(INSTALLED)}{did_you_mean(name, [*INSTALLED, *CATALOGUE]) or ' and those of pocketlm pull'}"
         raise FileError(name, "there is no such file", f"give a path, or a short name: {names}")
