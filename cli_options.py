@@ -43,7 +43,8 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_argument(parser: Any) -> None:
-    parser.add_argument("--kv", metavar="KIND", help="what the model looks back on is kept as f16 (default) or q8: half the memory")
+    text = "what the model looks back on is kept as f16 (default) or q8, in half the memory"
+    parser.add_argument("--kv", metavar="KIND", help=text)
 
 
 def open_model(arguments: argparse.Namespace) -> Any:

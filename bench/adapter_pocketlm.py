@@ -21,7 +21,8 @@ WHOLE: dict[str, Any] = {"ignore_eos": True, "draft": False}
 class Pocketlm:
     def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str, kv: str = "f16"):
         self._model = pocketlm.load(path, backend, n_threads, n_ctx, kv)
-        self.facts = {"version": f"pocketlm {__version__}", "settings": f"{n_threads} threads, {CACHES[kv]} KV cache, no drafts"}
+        settings = f"{n_threads} threads, {CACHES[kv]} KV cache, no drafts"
+        self.facts = {"version": f"pocketlm {__version__}", "settings": settings}
         if backend == "native":
             from pocketlm.runtime.native import levels
 

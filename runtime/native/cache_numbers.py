@@ -6,7 +6,7 @@ has a column's 16 numbers after the other's, a group of values a row after the o
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F16, F32, I8, I32, I64, Function, Type, Value
+from pocketlm.runtime.native.ir import F16, F32, I8, I32, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.sizes import LANES
 from pocketlm.runtime.native.vector_math import from_half, to_half
