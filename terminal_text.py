@@ -32,3 +32,9 @@ def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None 
     if out is not None and (out is sys.stderr or out.isatty()):
         texts = map(without_controls, texts)
     builtins.print(*texts, sep=sep, end=end, file=out, flush=flush)
+
+
+def clock(seconds: float) -> str:
+    """A time as minutes and seconds, with hours where there are some."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

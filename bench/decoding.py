@@ -2,6 +2,7 @@
 
     python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass: median, and the quietest tenth
     python bench/decoding.py drafts [MODEL]      with drafts beside without: a program and a text written again, and prose
+    python bench/decoding.py constrained [MODEL] time a token of answers that have a form, the first of one and later ones
     python bench/decoding.py busy [MODEL]        two threads beside a busy loop, in shares of one undisturbed thread
 
 Rounds alternate, a figure is the median of their ratios. Processor time stands beside wall time: on a machine that others use
@@ -27,7 +28,7 @@ from pocketlm.bench.protocol import BACKENDS
 from pocketlm.errors import PocketlmError
 from pocketlm.model import find_model
 
-PROGRAM = '''def read_table(path, separator=","):
+PROGRAM = """def read_table(path, separator=","):
     rows = []
     with open(path, encoding="utf-8") as file:
         header = file.readline().rstrip("\\n").split(separator)
@@ -38,7 +39,7 @@ PROGRAM = '''def read_table(path, separator=","):
                 row[name] = float(value) if value else None
             rows.append(row)
     return rows
-'''
+"""
 TEXT = (
     "The lighthouse keeper climbed the stairs every evening at six. He carried a can of oil, a cloth and a small brass lamp."
     " At the top he opened the window, looked at the weather and wrote two lines into a book that was older than himself. Then"
@@ -50,6 +51,14 @@ TASKS = {  # (what the answer goes on from: a text, or a question in a chat)
     "a text again": (f"{TEXT}\n\nOnce more, word for word:\n\n{TEXT[:60]}", False),
     "prose": ("Write a long story about a dragon who wants to learn to swim.", True),
     "an explanation": ("Explain how rain forms.", True),
+}
+_TEXT, _SHORT = {"type": "string"}, {"type": "string", "maxLength": 120}
+_PET = {"name": _TEXT, "story": _TEXT, "age": {"type": "integer", "minimum": 0, "maximum": 99}, "tags": {"items": _TEXT}}
+FORMS: dict[str, dict[str, Any]] = {
+    "any JSON object": {"json_object": True},
+    "a schema": {"json_schema": {"type": "object", "properties": _PET, "required": list(_PET)}},
+    "texts of bounded length": {"json_schema": {"type": "array", "items": _SHORT, "minItems": 4, "maxItems": 8}},
+    "a pattern": {"regex": r"([A-Z][a-z' -]{3,90}[.!?]\n?){4,8}"},
 }
 CHAINS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0, "repeat_penalty": 1.0}, "sampled": {"repeat_penalty": 1.0}}
 
@@ -109,6 +118,31 @@ def drafts(names: list[str], rounds: int) -> Iterator[str]:
                 yield f"{task:20} {chain:11} {wall:6.2f} {processor:10.2f}  {last.drafted_tokens}, {last.accepted_tokens}"
 
 
+def constrained(names: list[str], rounds: int) -> Iterator[str]:
+    with pocketlm.load((names or ["smollm2"])[0], threads=1) as model:
+
+        def once(seed: int, **form: Any) -> float:
+            """Seconds a token, the end token's pass included."""
+            messages = [{"role": "user", "content": "Describe a pet of yours, with many details, as JSON."}]
+            stream = model.chat(messages, max_tokens=160, seed=seed, draft=False, logprobs=False, **form)
+            next(stream)
+            started, n = time.process_time(), sum(1 for _ in stream)
+            return (time.process_time() - started) / n
+
+        for _ in range(2):
+            once(0, json_object=True)  # the vocabulary is read once
+        yield f"{'':28} {'first':>6} {'later':>6}  times the time a token takes without"
+        for form, options in FORMS.items():
+            ratios = []
+            for seed in range(rounds):
+                plain = once(seed, ignore_eos=True)
+                if "json_schema" in options:  # one that was never seen
+                    options = {"json_schema": {**options["json_schema"], "title": str(seed)}}
+                ratios.append((once(seed, **options) / plain, once(seed, **options) / once(seed, ignore_eos=True)))
+            first, later = (statistics.median(column) for column in zip(*ratios, strict=True))
+            yield f"{form:28} {first if 'json_schema' in options else float('nan'):6.3f} {later:6.3f}"
+
+
 @contextmanager
 def busy_loop(processor: int | None) -> Iterator[None]:
     """Another program that wants a processor: this one, or whichever the system gives it."""
@@ -158,13 +192,16 @@ def busy(names: list[str], rounds: int) -> Iterator[str]:
             worker.close()
 
 
+TABLES = {"share": share, "drafts": drafts, "constrained": constrained, "busy": busy}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("share", "drafts", "busy"))
+    parser.add_argument("what", choices=tuple(TABLES))
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    for line in {"share": share, "drafts": drafts, "busy": busy}[options.what](options.models, options.rounds):
+    for line in TABLES[options.what](options.models, options.rounds):
         print(line, flush=True)
     return 0
 

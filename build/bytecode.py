@@ -1,26 +1,27 @@
-"""Sources compiled to code for another computer's Python of the same version: the same bytes whoever compiles them.
+"""Sources compiled to code for another computer's Python: the same bytes whoever compiles them.
 
-In: files. Out: marshalled code. Knows nothing about archives. What is marshalled depends on more than the source: on the
-order of sets, and on which constants something else in the process refers to. Hence a process of its own, with nothing of
-the user's in it.
+In: files. Out: marshalled code. Knows nothing about archives. The code is for this version of Python, or for another one whose
+library there is for this system: a process of this Python loads it, and lets it compile. What is marshalled depends on more
+than the source: on the order of sets, and on which constants something else in the process refers to. Hence a process of its
+own, with nothing of the user's in it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pocketlm.errors import PocketlmError
 
 _COMPILER = """\
-import sys
-sys.path = list(filter(None, sys.path))  # not the root folder of a drive, in which everybody on Windows may put a json
-import json, marshal
-for path, name in json.load(sys.stdin):
+import sys, marshal, _frozen_importlib_external  # no file: not from a folder of others, nor compiled for another Python
+sys.stdout.buffer.write(_frozen_importlib_external.MAGIC_NUMBER)
+words = iter(sys.stdin.buffer.read().decode("utf-8", "surrogatepass").split("\\0"))
+for path, name in zip(words, words):
     with open(path, "rb") as file:
         source = file.read()
     code = marshal.dumps(compile(source, name, "exec", dont_inherit=True, optimize=2))
@@ -28,21 +29,43 @@ for path, name in json.load(sys.stdin):
 """
 
 
-def compile_all(files: Mapping[str, Path]) -> dict[str, bytes]:
-    """Marshalled code by module, without assertions and docstrings; in tracebacks a file is called as in the archive."""
-    wanted = [(str(path), _name(module, path)) for module, path in files.items()]
+_RUN_ANOTHER = """\
+import ctypes, os, sys
+words = [sys.argv[0], *sys.argv[2:]]
+python = ctypes.CDLL(sys.argv[1], getattr(os, "RTLD_DEEPBIND", 0))  # its own functions before those of this one
+sys.exit(python.Py_BytesMain(len(words), (ctypes.c_char_p * len(words))(*map(os.fsencode, words))))
+"""
+
+
+class Another(NamedTuple):
+    """Another version of Python."""
+
+    library: Path  # CPython for this system
+    home: Path  # above the folder with its own modules
+
+
+def compile_all(files: Mapping[str, Path], another: Another | None = None) -> tuple[dict[str, bytes], bytes]:
+    """Marshalled code by module, without assertions and docstrings, and the number that files with such code begin with.
+
+    In tracebacks a file is called as in the archive. PocketlmError: a file is no Python, or `another` does not run here.
+    """
+    wanted = "\0".join(word for module, path in files.items() for word in (str(path), _name(module, path)))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-S", "-s", "-B", "-X", "utf8", "-c", _COMPILER]
-    done = subprocess.run(command, input=json.dumps(wanted).encode(), capture_output=True, env=environment, cwd=os.sep)
+    command = [sys.executable]
+    if another:
+        environment["PYTHONHOME"] = str(another.home)
+        command += ["-E", "-c", _RUN_ANOTHER, str(another.library)]
+    command += ["-S", "-s", "-B", "-X", "utf8", "-c", _COMPILER]
+    done = subprocess.run(command, input=wanted.encode("utf-8", "surrogatepass"), capture_output=True, env=environment)
     if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines() or ["no words"]
+        last = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
         raise PocketlmError(f"a module could not be compiled: {last[-1]}")
-    codes, at = {}, 0
+    codes, at = {}, 4
     for module in files:
         length = int.from_bytes(done.stdout[at : at + 4], "little")
         codes[module] = done.stdout[at + 4 : at + 4 + length]
         at += 4 + length
-    return codes
+    return codes, done.stdout[:4]
 
 
 def _name(module: str, path: Path) -> str:

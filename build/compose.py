@@ -3,14 +3,13 @@
 In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Boot loader and loader
 scripts are PyInstaller's, CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages (Linux), the packages
 from their wheels; the kernels of every instruction-set level are compiled here. Python's own library is that of this
-Python, since the bytecode must be of the version that will run it. On Linux, for Linux, CPython is this one too: it runs
-wherever the C library is as new as here. Nothing of the target is run.
+Python, since the bytecode must be of the version that will run it; Debian, which does not have every version, has its own. On
+Linux, for Linux, CPython is this one too: it runs wherever the C library is as new as here. Nothing of the target is run.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import io
 import re
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from pocketlm import __version__
 from pocketlm.build import archive_writer, blas, bytecode, elf, licences, macho, modules, pe, wheels
 from pocketlm.build.archive_writer import Code, Entry
-from pocketlm.build.contents import DATA, EXCLUDED
+from pocketlm.build.contents import COMPILED_IN, DATA, ENCODINGS, EXCLUDED, REPLACED
 from pocketlm.build.sources import copy_sources, host_platform
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file
@@ -51,22 +50,24 @@ _SYSTEM_LIBRARIES = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr
 class _Layout:
     """Where things are: in the wheels and packages, and in the archive."""
 
+    python: wheels.Python
     boot: str  # the boot loader in PyInstaller's wheel
     library: str  # Python, in the archive
     compiled: str  # folder for compiled modules of Python's own library, in the archive
     separator: str = "/"
 
 
-def _layout(platform: str) -> _Layout:
-    major, minor = PYTHON
+def _layout(platform: str, python: wheels.Python) -> _Layout:
+    major, minor = python
     dynload = f"python{major}.{minor}/lib-dynload/"
-    return {
-        "windows-x86_64": _Layout("Windows-64bit-intel/run.exe", f"python{major}{minor}.dll", "", "\\"),
-        "linux-x86_64": _Layout("Linux-64bit-intel/run", f"libpython{major}.{minor}.so.1.0", dynload),
-        "linux-aarch64": _Layout("Linux-64bit-arm/run", f"libpython{major}.{minor}.so.1.0", dynload),
-        "macos-arm64": _Layout("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
-        "macos-x86_64": _Layout("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
-    }[platform]
+    files = {
+        "windows-x86_64": ("Windows-64bit-intel/run.exe", f"python{major}{minor}.dll", "", "\\"),
+        "linux-x86_64": ("Linux-64bit-intel/run", f"libpython{major}.{minor}.so.1.0", dynload),
+        "linux-aarch64": ("Linux-64bit-arm/run", f"libpython{major}.{minor}.so.1.0", dynload),
+        "macos-arm64": ("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
+        "macos-x86_64": ("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
+    }
+    return _Layout(python, *files[platform])
 
 
 def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
@@ -75,13 +76,18 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     `wheel_folder`: where the wheels are, in place of the cache folder and the network. PocketlmError: something cannot be
     fetched, or this Python's version cannot be had for the platform; FileError: a file is not the one that is known.
     """
-    layout = _layout(platform)
-    is_own = platform == host_platform() and _own_library(layout.library) is not None
-    fetched = wheels.fetch(wheels.pinned(platform, PYTHON, without_cpython=is_own), wheel_folder)
+    host = host_platform()
+    is_own = platform == host and _own_library(_layout(host, PYTHON).library) is not None
+    python = PYTHON if is_own else wheels.version_for(platform, PYTHON, host)
+    layout = _layout(platform, python)
+    wanted = [file for file in wheels.pinned(platform, python) if not (is_own and file.is_cpython)]
+    fetched = wheels.fetch(wanted, wheel_folder)
+    compiler = [] if python == PYTHON else [file for file in wheels.pinned(host, python) if file.is_cpython]
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
-        tree = _unpack(fetched, Path(temporary), is_own)
-        entries = _entries(platform, layout, tree, fetched)
-        program = archive_writer.program(entries, PYTHON, layout.library)
+        tree = _unpack(fetched, Path(temporary), is_own, python)
+        another = _another(wheels.fetch(compiler, wheel_folder), Path(temporary), _layout(host, python).library, tree.library)
+        entries = _entries(platform, layout, tree, fetched, another)
+        program = archive_writer.program(entries, python, layout.library)
         boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
             with open(part, "x+b") as file:
@@ -114,7 +120,7 @@ def _own_library(name: str) -> Path | None:
     return path if sys.platform == "linux" and path.exists() else None
 
 
-def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
+def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool, python: wheels.Python) -> _Tree:
     own, packages, cpython, loader = (root / name for name in ("own", "packages", "cpython", "loader"))
     copy_sources(own)
     library, compiled, shared = Path(sysconfig.get_path("stdlib")), cpython / "deploy_libs", (cpython / "deploy_libs",)
@@ -125,7 +131,7 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
     for name, path in fetched.items():
         if path.suffix == ".deb":
             _unpack_debian(path, cpython)
-            library = cpython / f"usr/lib/python{PYTHON[0]}.{PYTHON[1]}"
+            library = cpython / f"usr/lib/python{python[0]}.{python[1]}"
             compiled = library / "lib-dynload"
             shared = tuple(sorted(folder for kind in ("usr/lib", "lib") for folder in (cpython / kind).glob("*-linux-gnu")))
         elif name == "panda3d":
@@ -137,9 +143,18 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool) -> _Tree:
             shared = (next(cpython.glob("msvc_runtime-*.data/data/Scripts")), *shared)
         else:
             _unzip(path, packages)
+    for file, text in REPLACED.items():
+        packages.joinpath(file).resolve(strict=True).write_text(text, encoding="ascii")
     copyrights = cpython.glob("usr/share/doc/*/copyright")
     texts = {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in copyrights}
     return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader, texts)
+
+
+def _another(fetched: Mapping[str, Path], root: Path, name: str, library: Path) -> bytecode.Another | None:
+    """The version of CPython that was fetched for this system, with its own modules in `library`; None for no files."""
+    for path in fetched.values():
+        _unpack_debian(path, root / "compiler") if path.suffix == ".deb" else _unzip(path, root / "compiler", ("deploy_libs/",))
+    return bytecode.Another(next((root / "compiler").rglob(name)), library.parents[1]) if fetched else None
 
 
 def _unzip(path: Path, to: Path, starts: tuple[str, ...] = ("",)) -> None:
@@ -176,20 +191,21 @@ def _unpack_debian(path: Path, to: Path) -> None:
 # ---- the archive -------------------------------------------------------------------------------------------------------
 
 
-def _entries(platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path]) -> list[Entry]:
+def _entries(
+    platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path], another: bytecode.Another | None
+) -> list[Entry]:
     loader = tree.loader / "PyInstaller/loader"
     boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
     found = modules.find(
         [*_own_modules(tree.own), *_base_modules(tree.library), *_BOOT], [tree.own, tree.packages, tree.library, tree.compiled],
-        platform, EXCLUDED,
+        platform, (*EXCLUDED, *COMPILED_IN), layout.python,
     )  # fmt: skip
     scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
     files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **scripts}
-    marshalled = bytecode.compile_all(dict(sorted(files.items())))
+    marshalled, magic = bytecode.compile_all(dict(sorted(files.items())), another)
     code = {name: Code(path.stem == "__init__", marshalled[name]) for name, path in found.python.items()}
     base = {name: item for name, item in code.items() if name.startswith(_BASE) and name.split(".")[0] in _BASE}
     rest = {name: item for name, item in code.items() if name not in base}
-    magic = importlib.util.MAGIC_NUMBER
     kernels = tree.own / KERNELS
     build_images(kernels, platform, module_texts, __version__)
     binaries = _binaries(platform, layout, tree, found.compiled)
@@ -218,10 +234,11 @@ def _own_modules(own: Path) -> list[str]:
 
 
 def _base_modules(library: Path) -> list[str]:
-    """The names in _BASE that this version of Python has, and all modules of those that are packages."""
+    """The names in _BASE that this version of Python has, and the modules of those that are packages."""
     names = [name for name in _BASE if (library / name).is_dir() or (library / f"{name}.py").exists()]
     files = [(name, file.stem) for name in names for file in sorted((library / name).glob("*.py"))]
-    return [*names, *(f"{name}.{stem}" for name, stem in files if stem != "__init__")]
+    wanted = (f"{name}.{stem}" for name, stem in files if stem in ENCODINGS or name != "encodings")
+    return [*names, *(name for name in wanted if not name.endswith(".__init__"))]
 
 
 def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str, Path]) -> list[Entry]:

@@ -7,7 +7,7 @@ for something left out here fails there, not at a friend's. Sizes are those of L
 from __future__ import annotations
 
 # what of pocketlm a stub holds
-PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "serve", "build")
+PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "serve", "batch", "build")
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),
@@ -18,6 +18,7 @@ BUILDERS = {
     )),
 }  # fmt: skip
 LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
+LEFT_OUT |= {"batch/over_dask.py"}
 DATA = ("serve/page.html",)  # files that are no code
 FROZEN = (  # with all that they import, but for what EXCLUDED names
     "numpy", "jinja2", "markupsafe", "prompt_toolkit", "wcwidth", "regex",
@@ -37,10 +38,27 @@ EXCLUDED = (
     "numpy.random", "numpy.fft", "numpy.polynomial", "numpy.ma", "numpy.f2py", "numpy.testing", "numpy.ctypeslib",
     "numpy.distutils", "numpy._core._multiarray_tests", "numpy._core._umath_tests", "numpy._core._rational_tests",
     "numpy._core._struct_ufunc_tests", "numpy._core._operand_flag_tests", "numpy._core._simd",
+    "numpy.char", "numpy.rec", "numpy.strings", "numpy.core", "numpy.matlib", "numpy.typing",
     "prompt_toolkit.contrib", "pygments", "babel",
+    "urllib.request", "zipfile", "importlib.metadata", "importlib.resources", "importlib.readers", "concurrent.futures.process",
+    "email.policy", "email.generator", "plistlib", "pyexpat", "xml.dom.expatbuilder", "xml.dom.pulldom", "xml.sax",
+    "tracemalloc",
     "_multibytecodec", "_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp", "_codecs_kr", "_codecs_tw",
     "_wmi",  # Windows is asked for the processor's name, for which there is another way; wine has none
 )  # fmt: skip
+COMPILED_IN = ("importlib._bootstrap", "importlib._bootstrap_external", "zipimport")  # CPython has their code in itself
+# Text encodings that a program in Python's UTF-8 mode can meet; "mbcs" and "oem" are Windows' own
+ENCODINGS = (
+    "aliases", "ascii", "charmap", "cp1252", "cp437", "idna", "latin_1", "mbcs", "oem", "punycode", "raw_unicode_escape",
+    "unicode_escape", "utf_16", "utf_16_be", "utf_16_le", "utf_32", "utf_32_be", "utf_32_le", "utf_8", "utf_8_sig",
+)  # fmt: skip
+# Files of packages that would import much, or hold texts alone, and what stands in their place
+REPLACED = {
+    "numpy/_core/_add_newdocs.py": "", "numpy/_core/_add_newdocs_scalars.py": "",
+    "prompt_toolkit/__init__.py": "from .application import Application\n",  # first: its modules import each other
+    "prompt_toolkit/shortcuts/__init__.py": "from .prompt import PromptSession, prompt\n",
+    "prompt_toolkit/widgets/__init__.py": "from .base import Frame\n",
+}  # fmt: skip
 STOOD_IN = ("ssl",)  # excluded, and imported all the same: pocketlm.serve.without_tls puts something in its place
 
 

@@ -4,8 +4,8 @@ In: folders with Python's library, packages and compiled modules; the names to b
 every module that can be reached. Nothing is imported or run. Knows no archives.
 
 An import is followed wherever it stands, in a function too, but for branches that the platform does not take
-(`if sys.platform == …`, `if os.name == …`) and those for type checkers. What compiled modules import is read from the dotted
-names in them.
+(`if sys.platform == …`, `if os.name == …`), nor this version of Python (`if sys.version_info >= …`), and those for type
+checkers. What compiled modules import is read from the dotted names in them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import ast
 import functools
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 COMPILED = (".so", ".pyd")
+Target = tuple[str, tuple[int, int]]  # "linux", and a version of Python
 _SYS_PLATFORM = {"windows": "win32", "macos": "darwin", "linux": "linux"}
 _FREE_THREADED = re.compile(r"\.(cp|cpython-)3\d+t-")  # compiled for a Python without the lock, which may lie beside the other
 _DOTTED = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
@@ -33,10 +35,13 @@ class Found:
     nowhere: dict[str, str] = field(default_factory=dict)
 
 
-def find(roots: Collection[str], folders: Sequence[Path], platform: str, excluded: Collection[str]) -> Found:
+def find(
+    roots: Collection[str], folders: Sequence[Path], platform: str, excluded: Collection[str],
+    python: tuple[int, int] = sys.version_info[:2],
+) -> Found:  # fmt: skip
     """All that `roots` import, and what that imports; `platform` as in aot.PLATFORMS. Packages in `excluded` go with all in
     them. SyntaxError: a file is not Python."""
-    found, system = Found(), platform.partition("-")[0]
+    found, target = Found(), (platform.partition("-")[0], python)
     waiting = [(name, "") for name in sorted(roots, reverse=True)]
     seen: set[str] = set()
     while waiting:
@@ -58,7 +63,7 @@ def find(roots: Collection[str], folders: Sequence[Path], platform: str, exclude
             found.python[name] = path
             tree = ast.parse(path.read_bytes(), str(path))
             package = name if path.stem == "__init__" else parent
-            for other, is_certain in _imports(tree, package, system):
+            for other, is_certain in _imports(tree, package, target):
                 if is_certain or _file(other, folders):
                     waiting.append((other, name if is_certain else ""))
     return found
@@ -91,9 +96,9 @@ def _named_in(path: Path) -> set[str]:
     return {text.decode() for text in texts if _DOTTED.fullmatch(text)}
 
 
-def _imports(tree: ast.Module, package: str, system: str) -> Iterator[tuple[str, bool]]:
+def _imports(tree: ast.Module, package: str, target: Target) -> Iterator[tuple[str, bool]]:
     """Modules imported anywhere in a file, and whether that is certainly a module: in `from a import b`, b may be a name."""
-    for statement in _taken(tree.body, system):
+    for statement in _taken(tree.body, target):
         if isinstance(statement, ast.Import):
             yield from ((alias.name, True) for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom):
@@ -105,34 +110,38 @@ def _imports(tree: ast.Module, package: str, system: str) -> Iterator[tuple[str,
             yield from ((f"{base}.{alias.name}", False) for alias in statement.names)
 
 
-def _taken(body: Sequence[ast.stmt], system: str) -> Iterator[ast.stmt]:
+def _taken(body: Sequence[ast.stmt], target: Target) -> Iterator[ast.stmt]:
     """Every statement in `body` and inside of them, without the branches not taken."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If):
-            truth = _truth(statement.test, system)
-            yield from _taken(statement.body, system) if truth is not False else ()
-            yield from _taken(statement.orelse, system) if truth is not True else ()
+            truth = _truth(statement.test, target)
+            yield from _taken(statement.body, target) if truth is not False else ()
+            yield from _taken(statement.orelse, target) if truth is not True else ()
             continue
         for name in ("body", "orelse", "finalbody"):
-            yield from _taken(getattr(statement, name, ()), system)
+            yield from _taken(getattr(statement, name, ()), target)
         for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
-            yield from _taken(part.body, system)
+            yield from _taken(part.body, target)
 
 
-def _truth(test: ast.expr, system: str) -> bool | None:
-    """What a condition is on the system, where it only asks for that; else None."""
+def _truth(test: ast.expr, target: Target) -> bool | None:
+    """What a condition is there, where it only asks for the system, or the version of Python; else None."""
+    system, python = target
     values = {"sys.platform": _SYS_PLATFORM[system], "platform": _SYS_PLATFORM[system],
               "os.name": "nt" if system == "windows" else "posix"}  # fmt: skip
     match test:
         case ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"):
             return False
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            truth = _truth(operand, system)
+            truth = _truth(operand, target)
             return None if truth is None else not truth
         case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq() as op], comparators=[ast.Constant(value=str(other))]):
             value = values.get(ast.unparse(left))
             return None if value is None else (value == other) == isinstance(op, ast.Eq)
+        case ast.Compare(left=left, ops=[ast.Lt() | ast.GtE() as op], comparators=[ast.Tuple(elts=[_, _]) as other]):
+            is_older = python < ast.literal_eval(other)
+            return is_older == isinstance(op, ast.Lt) if ast.unparse(left) == "sys.version_info" else None
         case ast.Call(func=ast.Attribute(attr="startswith", value=left), args=[ast.Constant(value=str(start))]):
             value = values.get(ast.unparse(left))
             return None if value is None else value.startswith(start)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,11 @@ class Pinned:
     sha256: str
     source: str = ""  # Debian's: release, and folder in the archive
 
+    @property
+    def is_cpython(self) -> bool:
+        """Whether CPython comes from it, or what CPython needs of Debian."""
+        return bool(self.source) or self.name == "panda3d"
+
     def fits(self, platform: str, python: Python) -> bool:
         """Whether a stub for `platform` with that version of CPython can hold it, by the tags in its name."""
         if self.source:
@@ -61,20 +66,23 @@ class Pinned:
         return interpreter == f"cp{python[0]}{python[1]}" or (interpreter, abi) == ("py3", "none")
 
 
-def pinned(platform: str, python: Python, without_cpython: bool = False) -> list[Pinned]:
-    """What a stub for `platform` takes. PocketlmError: CPython, which it takes too, cannot be had of that version for it."""
-    table = list(_table())
+def pinned(platform: str, python: Python) -> list[Pinned]:
+    """What a stub for `platform` takes, CPython too where it can be had of that version for it."""
+    return list({file.name: file for file in _table() if file.fits(platform, python)}.values())
 
-    def files(version: Python) -> dict[str, Pinned]:
-        return {file.name: file for file in table if file.fits(platform, version)}
 
-    found = files(python)
-    if without_cpython:
-        return [file for file in found.values() if not (file.source or file.name == "panda3d")]
-    if not _has_cpython(found):
-        usable = ", ".join(f"{major}.{minor}" for major, minor in PYTHONS if _has_cpython(files((major, minor))))
+def version_for(platform: str, python: Python, host: str) -> Python:
+    """The version of CPython for a stub for `platform`: `python`, or one that can be had for `host` too, to compile for it.
+
+    PocketlmError: there is none.
+    """
+    candidates = [version for version in PYTHONS if any(file.is_cpython for file in pinned(platform, version))]
+    # Where CPython is a wheel's, Python's own modules are this Python's
+    others = [version for version in candidates if any(file.is_cpython for file in pinned(host, version))]
+    if python not in candidates and not (platform.startswith("linux") and others):
+        usable = ", ".join(f"{major}.{minor}" for major, minor in candidates)
         raise PocketlmError(f"executables for {platform} are composed by Python {usable}; this is {python[0]}.{python[1]}")
-    return list(found.values())
+    return python if python in candidates else others[0]
 
 
 def fetch(files: Sequence[Pinned], folder: Path | None = None) -> dict[str, Path]:
@@ -100,10 +108,6 @@ def _table() -> Iterator[Pinned]:
             source, _, file = path.rpartition("/")
             name, version, *_ = file.split("_" if source else "-")
             yield Pinned(name, version, file, sha256, source)
-
-
-def _has_cpython(names: Iterable[str]) -> bool:
-    return any(name == "panda3d" or name.startswith("libpython") for name in names)
 
 
 @contextmanager

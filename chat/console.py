@@ -233,12 +233,11 @@ def _escapes_work() -> bool:
 
 def _editor(complete: Completer, history: Path | None) -> Any:
     """A line editor: history, Tab, several lines by Alt-Enter or a backslash, a pasted block as one message."""
-    from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer as ToolkitCompleter
     from prompt_toolkit.completion import Completion
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
-    from prompt_toolkit.shortcuts import CompleteStyle
+    from prompt_toolkit.shortcuts.prompt import CompleteStyle, PromptSession
 
     class Words(ToolkitCompleter):
         def get_completions(self, document: Any, complete_event: Any) -> Iterator[Completion]:

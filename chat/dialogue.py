@@ -7,7 +7,7 @@ neither the commands nor where questions come from.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Chat:
         self._unknown: set[str] = set()  # characters of which a note has said that the vocabulary lacks them
         self._restorable = False  # whether a state may have been kept of what was resumed
         self._last: Any = None  # the last piece of the last answer
+        self.watch: Callable[[], str] = lambda: ""  # what there is to say of the machine after an answer
         self._in_thought = False  # whether what was shown last was one
 
     @property
@@ -185,6 +186,8 @@ class Chat:
                 self.console.note(self._figures())
             elif last.finish_reason == "length" and self.console.interactive:
                 self.console.note(f"(cut off: {MORE})")
+            if about_machine := self.watch():
+                self.console.note(about_machine)
 
     def _figures(self) -> str:
         last, used, n_ctx = self._last, self.model.context_used, self.model.n_ctx

@@ -5,6 +5,7 @@ asked for. Out: the conversation at a terminal or through pipes, its file, an ex
 models.
 """
 
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from pocketlm.chat import saved, slash_commands, transcript
@@ -30,6 +31,7 @@ def run(
     greeting: str | None = None,
     model_id: str = "",
     program: str = "pocketlm",
+    watch: Callable[[], str] = lambda: "",
     stdin: TextIO | None = None,
     stdout: TextIO | None = None,
     stderr: TextIO | None = None,
@@ -44,7 +46,8 @@ def run(
     input history either. `template`: a built-in name or a Jinja file in place of the model's own. `think`: "on", "off" or
     "hide", as /think. `title`: what the banner
     shows in place of name and figures; `greeting`: what it says. `model_id`: what the model's conversations are recognised
-    by, in place of its fingerprint; `program`: what errors begin with.
+    by, in place of its fingerprint; `program`: what errors begin with. `watch` is asked after every answer of a conversation at
+    a terminal: what it says of the machine is noted.
     Raises PocketlmError for what is wrong before the first message.
     """
     console = Console(stdin, stdout, stderr, one_shot=question is not None)
@@ -58,6 +61,8 @@ def run(
                 from pocketlm.chat.templates import named
 
                 chat.model.template = named(template, chat.model.tokenizer)
+            if console.interactive:
+                chat.watch = watch
             if think is not None:
                 chat.think(think)
             if console.interactive:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
+from pocketlm.runtime.atomic import lock_file
 
 FORMAT = "pocketlm conversation 1"
 MAX_BYTES = 64 << 20  # no conversation comes near; a file that large is something else
@@ -301,31 +302,9 @@ def _alone(path: Path | None) -> Iterator[bool]:
         yield True
         return
     try:
-        yield _locked(handle)
+        yield lock_file(handle, LOCK_SECONDS)
     finally:
         os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    """Waits for the lock on a file; False when that takes too long."""
-    end = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (BlockingIOError, PermissionError):  # somebody has it: how POSIX and Windows say so
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.005)
-        except OSError:
-            return True
 
 
 def _sweep(folder: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pocketlm.constrain import json_texts, patterns
-from pocketlm.constrain.automaton import build
+from pocketlm.constrain.automaton import Automaton, build
 from pocketlm.constrain.grammar import Choice, Grammar
 from pocketlm.constrain.masks import WHOLE, Masks
 from pocketlm.constrain.schema import grammar_of
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pocketlm.runtime.sampling import Process, Sampler
 
-KEPT = 16  # forms whose masks are remembered
+KEPT = 6  # forms whose masks are remembered
 MOST_CHOICE_CHARACTERS = 100_000
 NO_RULES: dict[str, Any] = {}
 
@@ -107,12 +107,25 @@ _TEXT_OF: Mapping[str, Callable[[Any], str]] = {
 }  # fmt: skip
 
 
+def check_form(options: Mapping[str, Any]) -> None:
+    """Raises UsageError where what the options ask for cannot be had from any model."""
+    if form := take_form(dict(options)):
+        _automaton(form)
+
+
+def _automaton(form: Form) -> tuple[Automaton, str]:
+    """And what it is called."""
+    name, value = form
+    grammar = FORMS[name](value)
+    return build(grammar), grammar.of
+
+
 class Guides:
     """Of one model: its vocabulary as a tree, and the masks of the forms that were asked for last. For any thread."""
 
     def __init__(self, tokenizer: Tokens, end_ids: frozenset[int], n_vocab: int):
         self._tokenizer, self._end_ids, self._n_vocab = tokenizer, end_ids, n_vocab
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._vocabulary: Vocabulary | None = None
         self._kept: dict[Form, Masks] = {}
 
@@ -120,26 +133,26 @@ class Guides:
         """For one answer. Raises UsageError for a form that is not supported, or too large."""
         with self._lock:
             masks = self._kept.pop(form, None)
-            if masks is None or masks.is_large:  # answers that are being written keep theirs
-                name, value = form
-                grammar = FORMS[name](value)
-                masks = Masks(build(grammar), self.vocabulary, grammar.of)
-            self._kept[form] = masks  # the last one is the newest
-            while len(self._kept) > KEPT:
-                del self._kept[next(iter(self._kept))]
+            if masks is not None:
+                self._kept[form] = masks  # the last one is the newest
+        if masks is None or masks.is_large:  # answers that are being written keep theirs
+            automaton, of = _automaton(form)
+            masks = Masks(automaton, self._read(), of)
+            with self._lock:
+                self._kept[form] = masks
+                while len(self._kept) > KEPT:
+                    del self._kept[next(iter(self._kept))]
         return Guide(masks)
 
-    @property
-    def vocabulary(self) -> Vocabulary:
-        if self._vocabulary is None:
-            tokenizer, ends = self._tokenizer, self._end_ids
-            # after some markers of SentencePiece's a token loses its space: it is not known what it would be
-            tokens = [
-                b"" if id in ends or tokenizer.is_control(id) or tokenizer.starts_anew_after(id) else tokenizer.token_bytes(id)
-                for id in range(tokenizer.n_vocab)
-            ]
-            self._vocabulary = Vocabulary(tokens, sorted(ends), self._n_vocab)
-        return self._vocabulary
+    def _read(self) -> Vocabulary:
+        with self._reading:
+            if self._vocabulary is None:
+                tokenizer, ends = self._tokenizer, self._end_ids
+                # after some markers of SentencePiece's a token loses its space: what it would be depends on them
+                silent = {id for id in range(tokenizer.n_vocab) if tokenizer.is_control(id) or tokenizer.starts_anew_after(id)}
+                tokens = [b"" if id in silent or id in ends else tokenizer.token_bytes(id) for id in range(tokenizer.n_vocab)]
+                self._vocabulary = Vocabulary(tokens, sorted(ends), self._n_vocab)
+            return self._vocabulary
 
 
 class Guide:

@@ -3,11 +3,11 @@
 In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of the tokens that a whole text can go on with, exactly these.
 Knows no model and no grammar.
 
-A state is a set of (node, stack of the parts that were entered). Their rows of 256 bytes are made when they are first met, and
-forgotten when there are many; the tree of the vocabulary is walked by all its branches at once, one level after the other. A mask is kept
-with its state. Inside a repeated part whose repetitions can be counted (the characters of a string, above all) the tree is
-walked once: it says for every token how many repetitions it needs, and what remains to be walked are the branches that leave
-the part. So a string of at most 4,000 characters has no 4,000 masks of its own to be computed.
+A state is a set of (node, stack of the parts that were entered). For a mask, the tree of the vocabulary is walked by all its
+branches at once, one level after the other; what follows each byte is a row of 256, made when a state is first met, and
+forgotten when there are many. A mask is kept with its state. Inside a repeated part whose repetitions can be counted (the
+characters of a string, above all) the tree is walked once: it says for every token how many repetitions it needs, and what
+remains to be walked are the branches that leave the part. So a string of at most 4,000 characters costs no 4,000 walks.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from pocketlm.constrain.automaton import END, Automaton
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
-MOST_ROWS = 1 << 14  # of 1 KB each
-MOST_STACKS = 1 << 18
+MOST_ROWS = 1 << 13  # of 1 KB each
+MOST_STACKS = 1 << 16
 MOST_STEPS = 200_000  # for one mask
-MOST_MASK_BYTES = 1 << 24
+MOST_MASK_BYTES = 1 << 23
 BOTTOM = 0  # the stack where nothing was entered
 NONE = -1
 FEW_BYTES = 8
-MOST_COUNTED = 32
-FAR = np.iinfo(np.int32).max
+FEW_NODES = 12
+MOST_COUNTED = 8
+FAR = np.iinfo(np.int16).max  # tokens are shorter
 
 Place = tuple[int, int]  # node, stack
 State = frozenset[Place]
@@ -78,12 +79,16 @@ class Masks:
         """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
         with self._lock:
             self._begin()
-            number = self._number(state)
-            for byte in data:
-                number = int(self._row(number)[byte])
-                if number == NONE:
-                    return NOWHERE
-            return self._states[number]
+            edges = self._automaton.edges
+            for byte in data:  # few states of a text are met again: a row for each would take longer
+                reached = [
+                    self._reach((target, stack))
+                    for node, stack in state
+                    for low, high, target in edges[node]
+                    if low <= byte <= high
+                ]
+                state = NOWHERE.union(*reached) if len(reached) != 1 else reached[0]
+            return state
 
     def mask(self, state: State) -> np.ndarray:
         """The ids of the tokens that may come where these are few, else for each token whether it may not, bool (n_vocab,).
@@ -232,6 +237,9 @@ class Masks:
         """Mark what can be reached in the tree of the vocabulary from these nodes, where the text is in these states."""
         vocabulary = self.vocabulary
         while len(nodes):
+            if len(nodes) <= FEW_NODES:
+                nodes, states = self._walk_few(nodes.tolist(), states.tolist(), alive)
+                continue
             self._need_rows(states)
             children, counts = vocabulary.below(nodes)
             states = self._table[np.repeat(states, counts), vocabulary.byte[children]]
@@ -239,13 +247,28 @@ class Masks:
             nodes, states = children[kept], states[kept]
             alive[nodes] = True
 
+    def _walk_few(self, nodes: list[int], states: list[int], alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same node by node, which is faster as long as they are few: along 80 spaces, say. Where it has come to."""
+        byte, first, last = self.vocabulary.plain
+        while 0 < len(nodes) <= FEW_NODES:
+            children, reached = list[int](), list[int]()
+            for node, state in zip(nodes, states, strict=True):
+                row = self._row(state)
+                for child in range(first[node], last[node]):
+                    if (to := int(row[byte[child]])) != NONE:
+                        children.append(child)
+                        reached.append(to)
+            alive[children] = True
+            nodes, states = children, reached
+        return np.array(nodes, np.int64), np.array(states, np.int64)
+
     def _repeated(self, stack: int, places: State, alive: np.ndarray) -> None:
         """The same from the root, inside the part on top of the stack, and out of it."""
         vocabulary = self.vocabulary
         i, times, below = self._frames[stack]
         part = self._automaton.parts[i]
         needed, through = self._counts(i, places)
-        alive |= needed <= (FAR - 1 if part.most is None else part.most - times)
+        alive |= needed <= (FAR - 1 if part.most is None else min(part.most - times, FAR - 1))
         # where the part may be left at an inner node of the tree, it goes on behind it
         row = self._row(self._number(self._reach((part.after, below))))
         first = (row != NONE).nonzero()[0]
@@ -254,16 +277,16 @@ class Masks:
         else:
             nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
         inner = through[vocabulary.parent[nodes]]
-        left = (inner > 0) & (inner + times >= part.least)
+        left = (inner > 0) & (inner >= part.least - times)
         if part.most is not None:
-            left &= inner + times <= part.most
+            left &= inner <= part.most - times
         nodes = nodes[left]
         alive[nodes] = True
         self._walk(nodes, row[vocabulary.byte[nodes]], alive)
 
     def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
         """For each node of the tree, from the root inside a part and never out of it: how many repetitions are needed, FAR
-        where that leads nowhere; and how many are through where one is at the end of one, else 0. int32 (n_nodes,).
+        where that leads nowhere; and how many are through where one is at the end of one, else 0. int16 (n_nodes,).
         """
         vocabulary, part = self.vocabulary, self._automaton.parts[i]
         first = self._reach((part.start, BOTTOM))
@@ -271,8 +294,8 @@ class Masks:
         kept_in, key = (vocabulary.counted, part.body) if places == first else (self._counted, (part.start, places))
         if (found := kept_in.get(key)) is not None:
             return found
-        needed, through = np.full(vocabulary.n_nodes, FAR, np.int32), np.zeros(vocabulary.n_nodes, np.int32)
-        nodes, states, counts = np.zeros(1, np.int64), np.array([self._number(places)]), np.zeros(1, np.int32)
+        needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
+        nodes, states, counts = np.zeros(1, np.int64), np.array([self._number(places)]), np.zeros(1, np.int16)
         while len(nodes):
             self._need_rows(states)
             children, n = vocabulary.below(nodes)

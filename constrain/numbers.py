@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from pocketlm.constrain.encoding import between
 from pocketlm.constrain.grammar import EMPTY, Chars, Either, Node, Repeat, Sequence, literal, optional
-from pocketlm.errors import UsageError
+from pocketlm.errors import UsageError, quoted
 
 DIGITS = 19
 _DIGIT = Chars(((48, 57),))
@@ -63,7 +63,7 @@ def numbers(bounds: Bounds) -> Node:
 def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
     for bound in (bounds.least, bounds.most):
         if bound is not None and (abs(bound) >= 10**DIGITS or _fraction(abs(bound))[DIGITS:]):
-            raise UsageError(f"{bound} has more than {DIGITS} digits")
+            raise UsageError(f"{quoted(bound)} has more than {DIGITS} digits")
     found = [] if bounds.most is not None and bounds.most < 0 else [not_negative(bounds.from_zero)]
     below = bounds.mirrored
     if below.most is None or below.most > 0:

@@ -10,7 +10,6 @@ Not every valid instance is among the texts: members come in the order of `prope
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -147,10 +146,9 @@ class _Compiler:
 
     def _whole(self, schema: Schema, keyword: str, path: str, default: int | None) -> int | None:
         value = schema.get(keyword, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float) or value != int(value)):
-            raise self._bad(path, f"{keyword} must be a whole number")
-        if value is not None and not 0 <= value <= 1 << 31:
-            raise self._bad(path, f"{keyword} is out of range")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if keyword in schema and not (is_number and 0 <= value <= 1 << 31 and value % 1 == 0):
+            raise self._bad(path, f"{keyword} must be a whole number from 0 to {1 << 31}")
         return None if value is None else int(value)
 
     # ---- references and combinations
@@ -268,7 +266,7 @@ class _Compiler:
             return True
         if kinds[0] & kinds[1] != {"object"}:
             return False
-        required = set(map(str, a.get("required") or ())) & set(map(str, b.get("required") or ()))
+        required = {*_names({"required": a.get("required")})} & {*_names({"required": b.get("required")})}
         members = [one.get("properties") if isinstance(one.get("properties"), Mapping) else {} for one in (a, b)]
         named = required & members[0].keys() & members[1].keys()
         return any(self._apart(members[0][name], members[1][name], path, depth + 1) for name in sorted(named))
@@ -387,7 +385,7 @@ class _Compiler:
         for keyword in OF_TYPE["number"]:
             value = schema.get(keyword)
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
                     raise self._bad(path, f"{keyword} must be a number")
                 bounds[keyword] = Decimal(value if isinstance(value, int) else repr(value))
         low, low_open = bounds.get("minimum"), bounds.get("exclusiveMinimum")
@@ -428,7 +426,8 @@ def _listed(schema: Schema) -> list[Any] | None:
 
 
 def _names(schema: Schema) -> list[str]:
-    return [name for keyword in ("properties", "required") for name in schema.get(keyword) or () if isinstance(name, str)]
+    given = [schema.get(keyword) for keyword in ("properties", "required")]
+    return [name for names in given if isinstance(names, list | dict) for name in names if isinstance(name, str)]
 
 
 def _kind(value: Any) -> str:

@@ -5,6 +5,7 @@ In: the bytes of each token; none for tokens that may not come, such as control 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 
@@ -61,6 +62,12 @@ class Vocabulary:
         """All nodes that one of these bytes leads to."""
         order, starts = self._by_byte
         return np.concatenate([order[:0], *(order[starts[value] : starts[value + 1]] for value in values)])
+
+    @cached_property
+    def plain(self) -> tuple[bytes, array[int], array[int]]:
+        """`byte`, `first_child` and the end of the children, to be looked up one by one."""
+        ends = self.first_child + self.n_children
+        return self.byte.tobytes(), array("q", self.first_child.tolist()), array("q", ends.tolist())
 
     @cached_property
     def _by_byte(self) -> tuple[np.ndarray, np.ndarray]:

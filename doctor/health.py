@@ -6,6 +6,7 @@ In: files under /sys and, on a Raspberry Pi, what `vcgencmd get_throttled` print
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,33 @@ def throttled(root: Path = Path("/"), vcgencmd: str | None = None) -> int | None
 def named(flags: int) -> tuple[str, ...]:
     """What the four lowest bits say."""
     return tuple(name for bit, name in enumerate(_BITS) if flags >> bit & 1)
+
+
+class Throttling:
+    """Whether the processor is slowed down while a model runs. Each call of `note` looks."""
+
+    def __init__(self, root: Path = Path("/")):
+        self._root, self._told = root, ()
+        self._asks = root != Path("/") or shutil.which("vcgencmd") is not None
+        self._counted = self._count()
+
+    def note(self) -> str:
+        """One line where that is new, "" else."""
+        flags, counted = throttled(self._root, None if self._asks else ""), self._count()
+        now = named(flags or 0)
+        if counted > self._counted and "it is throttled" not in now:
+            now = (*now, "it was throttled meanwhile")
+        said, self._told, self._counted = self._told, now, counted
+        if not set(now) - set(said):
+            return ""
+        celsius = _celsius(self._root)
+        heat = f" ({celsius:.0f} °C)" if celsius else ""
+        return f"the processor is slowed down: {', '.join(now)}{heat}; pocketlm doctor says what helps"
+
+    def _count(self) -> int:
+        """How often that has happened, where the machine counts it."""
+        paths = self._root.glob("sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count")
+        return sum(number(path) or 0 for path in paths)
 
 
 def _ask() -> str:

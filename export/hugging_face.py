@@ -81,7 +81,8 @@ def gpt_oss(draft: Draft) -> None:
         draft.keys["rope.scaling.truncate"] = False
     for name, value in (("swiglu_limit", CLAMP), ("swiglu_alpha", CLAMPED_SCALE)):
         if (said := draft.config.said(name, value)) != value:
-            raise FileError(draft.config.path, f"its configuration has {name} = {quoted(said)}", f"pocketlm computes with {value}")
+            problem = f"its configuration has {name} = {quoted(said)}"
+            raise FileError(draft.config.path, problem, f"pocketlm computes with {value}")
     for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps(_bias)?\.weight"):
         both, kind = draft.tensors.pop(role), "bias" if "_bias" in role else "weight"
         if kind == "weight":
@@ -172,8 +173,8 @@ HUGGING_FACE = {
         ),
         _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
         _family(
-            "qwen3moe", {**HEAD_NORMS, **EXPERTS}, {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)},
-            weights_add_up(True),
+            "qwen3moe", {**HEAD_NORMS, **EXPERTS},
+            {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
         ),
         _family("olmoe", {**HEAD_NORMS, **EXPERTS}, EXPERT_KEYS, weights_add_up(False)),
         _family(

@@ -70,6 +70,31 @@ def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> It
         _sync(target.parent)
 
 
+def lock_file(handle: int, seconds: float) -> bool:
+    """Waits for the system's lock on an open file, which goes with the process; False when it takes longer than `seconds`.
+    True as well where the file's system knows no locks.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                os.lseek(handle, 1 << 40, os.SEEK_SET)  # of a byte that nobody reads: others cannot, where it is locked
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):  # somebody has it: how POSIX and Windows say so
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
+        except OSError:
+            return True
+
+
 def _real(target: Path) -> Path:
     try:
         with suppress(OSError):

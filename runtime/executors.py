@@ -59,10 +59,11 @@ def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threa
 
 def make_executor(
     backend: str, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, path: object,
-    kv: str = KINDS[0],
+    kv: str = KINDS[0], may_use_fewer: bool = False,
 ) -> Executor:  # fmt: skip
     """An executor of `plan`. "auto" is native, or numpy with one line on stderr where there is no native code for the plan or
-    code cannot be made executable. `kv`: how caches keep keys and values, one of kv_cache.KINDS.
+    code cannot be made executable. `kv`: how caches keep keys and values, one of kv_cache.KINDS. `may_use_fewer`: single tokens
+    are computed by fewer threads, where that is faster.
 
     Raises UsageError for an unknown backend or kind of cache, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.
@@ -78,7 +79,10 @@ def make_executor(
 
         try:
             memory.require(path, partial(NativeExecutor.memory, plan, tensors, n_threads=n_threads, kv=kv), n_ctx)
-            return NativeExecutor(plan, tensors, n_ctx, n_threads, kv)
+            executor = NativeExecutor(plan, tensors, n_ctx, n_threads, kv)
+            if may_use_fewer:
+                executor.use_fewer_threads(path)
+            return executor
         except NativeUnavailable as reason:
             if backend == "native":
                 raise

@@ -16,7 +16,7 @@ import numpy as np
 
 from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
-from pocketlm.runtime.memory import round_up
+from pocketlm.runtime.memory import reserved, round_up
 from pocketlm.runtime.positions import Turn, rotate
 
 KINDS = ("f16", "q8")  # of numbers: each executor's usual ones, float16 or float32, or int8 with a scale
@@ -81,7 +81,7 @@ class KVCache:
         return hyper.head_dim
 
     def _allocate(self, n: int) -> np.ndarray:
-        return np.zeros(n, self.dtype)
+        return reserved((n,), self.dtype)
 
     def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """The memory of a layer as keys and values."""

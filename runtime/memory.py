@@ -112,16 +112,25 @@ def release_pages(view: np.ndarray) -> None:
 
     Does nothing for arrays that are not views of a mapping, nor where the system has no such request.
     """
+    _advise(view, "MADV_DONTNEED")
+
+
+def read_as_told(view: np.ndarray) -> None:
+    """Let the system read of these file pages only what it is asked for, and not read_ahead_kb around it (Linux)."""
+    _advise(view, "MADV_RANDOM")
+
+
+def _advise(view: np.ndarray, advice: str) -> None:
     base = view
     while isinstance(base, np.ndarray):
         base = base.base
     base = base.obj if isinstance(base, memoryview) else base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+    if isinstance(base, mmap.mmap) and hasattr(mmap, advice):
         first = view.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
         start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others hold a neighbour's bytes
         length = (first + view.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         if length > 0:
-            base.madvise(mmap.MADV_DONTNEED, start, length)
+            base.madvise(getattr(mmap, advice), start, length)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -148,6 +157,34 @@ def return_unused() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         return
+
+
+_sparing = False
+
+
+def be_sparing() -> None:
+    """From now on this process takes as little memory as it can, at the price of some speed."""
+    global _sparing
+    _sparing = True
+
+
+def is_sparing() -> bool:
+    """Whether `be_sparing` was called."""
+    return _sparing
+
+
+def reserved(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`aligned` for an array of which only a part may ever be used.
+
+    NumPy asks the system for pages of 2 MB, so that one byte used takes 2 MB: faster, and more memory. A sparing process has
+    small pages here.
+    """
+    array = aligned(shape, dtype)
+    if _sparing and sys.platform == "linux":
+        start, stop = round_up(array.ctypes.data, mmap.PAGESIZE), (array.ctypes.data + array.nbytes) & -mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE
+    return array
 
 
 def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np.ndarray:

@@ -43,8 +43,8 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Experts", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan", "Rotate", "Route",
-    "Scale", "Softcap", "make_plan",
+    "Activate", "Add", "Attend", "Embed", "Experts", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan", "Rotate",
+    "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
 

@@ -28,6 +28,18 @@ def cores() -> int:
     return found if found > 0 else os.cpu_count() or 1
 
 
+def be_nice() -> None:
+    """Let other programs go first: this thread, and those that it starts from now on. Where that is refused nothing changes."""
+    try:
+        if sys.platform == "win32":
+            kernel = ctypes.WinDLL("kernel32")
+            kernel.SetPriorityClass(ctypes.c_void_p(-1), 0x4000)  # this process: BELOW_NORMAL_PRIORITY_CLASS
+        else:
+            os.nice(10)
+    except OSError:
+        return
+
+
 # ---- Linux ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""From what a request asks to what the model says: encoding, a slot, pieces one by one.
+"""From what a request asks to what the model says, for a server: a slot, and pieces one by one.
 
 In: an `Ask`. Out: `(number of the answer, Piece)`, as an asynchronous iterator; the reader may leave at any time, and may be
 slow: neither holds anybody else up. Knows no HTTP and no JSON.
@@ -7,15 +7,13 @@ slow: neither holds anybody else up. Knows no HTTP and no JSON.
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
-from pocketlm.chat.thinking import Splitter
-from pocketlm.conversation import Turns, prompt_ids, prompt_room
 from pocketlm.errors import PocketlmError
+from pocketlm.serve.asking import Asking, Prompts, pieces
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.slots import QueueFull, Slot, Slots
@@ -43,16 +41,6 @@ class Counters:
     left: int = 0  # clients that hung up before the end
 
 
-@dataclass
-class Prompts:
-    """The ids of every prompt of a request, and how many turns of its conversation had to go."""
-
-    ids: list[list[int]]
-    stop: list[str] = field(default_factory=list)
-    dropped_turns: int = 0
-    parts: Callable[[], Splitter] | None = None  # tells thought from answer in what is said to them; None: nobody wants that
-
-
 class Answerer:
     """A model with `n_slots` sessions. `seconds`: the longest that a request may wait for one, and then be answered."""
 
@@ -64,14 +52,13 @@ class Answerer:
         self.stopping = False
         self.running: set[Answer] = set()
         self._encoding = asyncio.Semaphore(ENCODING)
-        tokenizer = model.tokenizer
-        self._longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.n_vocab))
+        self._asking = Asking(model, self.n_ctx)
 
     # ---- prompts
 
     async def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
-        return await self.aside(lambda: self._encode(ask))
+        return await self.aside(lambda: self._asking.encode(ask))
 
     async def aside(self, work: Callable[[], T]) -> T:
         """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""
@@ -79,44 +66,6 @@ class Answerer:
             made = Handover()
             made.start(lambda cancel: [work()])
             return await anext(made)
-
-    def _encode(self, ask: Ask) -> Prompts:
-        tokenizer, template = self.model.tokenizer, self.model.template.with_thinking(ask.thinking)
-        texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
-        most = self.n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
-        if not ask.fit and sum(map(len, texts)) > most:
-            raise self._too_long(sum(map(len, texts)) // self._longest)
-        try:
-            if not ask.is_chat:
-                ids = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
-                prompts = Prompts(ids)
-            else:
-                messages = ask.messages
-                if ask.fit:
-                    messages = [{**message, "content": tokenizer.encodable(message["content"])} for message in messages]
-                turns = Turns(messages, template, tokenizer)
-                if ask.fit:
-                    turns.drop_beyond(most)
-                    ids = turns.fit(prompt_room(self.n_ctx, ask.options.get("max_tokens")))
-                else:
-                    ids = turns.encode()
-                prompts = Prompts([ids], list(template.stop), turns.dropped)
-                if ask.thoughts_apart:
-                    last = ask.messages[-1]
-                    begun = last["content"] if last["role"] == "assistant" else ""
-                    prompts.parts = lambda: Splitter(template.tags, begun or template.thought_opening)
-        except PocketlmError as error:
-            raise ApiError(400, str(error)) from None
-        for ids in prompts.ids:
-            if len(ids) >= self.n_ctx:
-                raise self._too_long(len(ids))
-            if not all(0 <= id < tokenizer.n_vocab for id in ids):
-                raise ApiError(400, f"prompt holds an id that is no token; they go from 0 to {tokenizer.n_vocab - 1}")
-        return prompts
-
-    def _too_long(self, n: int) -> ApiError:
-        message = f"the prompt has {n} tokens or more, and the context holds {self.n_ctx}"
-        return ApiError(400, message, "exceed_context_size_error", n_prompt_tokens=n, n_ctx=self.n_ctx)
 
     # ---- answers
 
@@ -167,7 +116,7 @@ class Answer:
         answerer.running.add(self)
         answerer.counters.requests += 1
         try:
-            self._handover.start(lambda cancel: _pieces(ask, prompts, slot, cancel), self._ended)
+            self._handover.start(lambda cancel: pieces(ask, prompts, slot.session, cancel), self._ended)
         except RuntimeError as error:  # no more threads can be had
             self._ended()
             raise ApiError(503, f"the server is overloaded ({error})", retry_after=10) from None
@@ -195,25 +144,12 @@ class Answer:
         except StopAsyncIteration:
             self._complete = True
             raise
-        except PocketlmError as error:
+        except PocketlmError as error:  # a UsageError: what the client asked for leads no further
             self._complete = True
-            raise ApiError(500, str(error)) from None
+            raise ApiError(400 if isinstance(error, UsageError) else 500, str(error)) from None
         if piece.finish_reason:
             self._answerer.count(piece)
             if piece.finish_reason == "cancelled" and self._answerer.stopping:
                 self._complete = True
                 raise ApiError(503, STOPPING, retry_after=5)
         return number, piece
-
-
-def _pieces(ask: Ask, prompts: Prompts, slot: Slot, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
-    """The work of the thread."""
-    options, number = dict(ask.options), 0
-    options["stop"] = [*prompts.stop, *options.get("stop", ())]
-    for ids in prompts.ids:
-        for i in range(ask.n):
-            seed = options.get("seed")
-            own = {**options, "seed": None if seed is None else seed + i}  # or all n were the same
-            for piece in slot.session.generate(ids, cancel=cancel, **own):
-                yield number, piece
-            number += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from typing import Any
 
@@ -28,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--open", action="store_true", help="let everybody in the network ask, without a key")
     group.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="let the pages of a site ask: https://…")
     group.add_argument("--browser", action=argparse.BooleanOptionalAction, default=False, help="open the page")
+    group.add_argument("--install-service", action="store_true", help="print a systemd unit that does all this, and end")
     group.add_argument("--system", default="", metavar="TEXT", help="what the page tells the model before a conversation")
     group.add_argument("--title", default="", metavar="TEXT", help="what the page calls the model")
     group.add_argument("--greeting", default="", metavar="TEXT", help="what the page says first")
@@ -56,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     defaults = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         defaults["max_tokens"] = arguments.max_tokens
+    if arguments.install_service:
+        return _service(arguments)
     socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing
     with socket, open_model(arguments) as model:
         answerer = Answerer(model, _sessions(model, arguments), QUEUE * arguments.slots, arguments.timeout)
@@ -64,6 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
         port = socket.getsockname()[1]
         server.serve_until_stopped(lambda: _begun(arguments, policy, page, port))
     print(f"{arguments.program}: stopped", file=sys.stderr)
+    return 0
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    if arguments.load is not None:
+        raise UsageError("--install-service is for pocketlm serve, not for a packed program")
+    from pocketlm.serve import service
+
+    with open_model(arguments) as model:
+        print(service.unit(arguments, sys.argv[1:], model), end="")
+    print(service.how_to(arguments), file=sys.stderr)
     return 0
 
 
@@ -77,7 +92,11 @@ def _policy(arguments: argparse.Namespace) -> Any:
         )
     if "*" in arguments.cors or not all(origin.startswith(("http://", "https://")) for origin in arguments.cors):
         raise UsageError("--cors ORIGIN: name each site, as in --cors https://example.org")
-    return Policy(arguments.host, key, tuple(origin.rstrip("/").lower() for origin in arguments.cors))
+    token = os.environ.get("POCKETLM_PAGE_TOKEN", "")
+    if token and not re.fullmatch(r"[\w-]{16,200}", token, re.ASCII):
+        raise UsageError("POCKETLM_PAGE_TOKEN: expected 16 to 200 letters, digits, - or _")
+    kept = {"token": token} if token else {}  # else a new one with every start
+    return Policy(arguments.host, key, tuple(origin.rstrip("/").lower() for origin in arguments.cors), **kept)
 
 
 def _persona(arguments: argparse.Namespace) -> dict[str, str]:

@@ -6,6 +6,7 @@ that is not supported is refused, never ignored; one that is null counts as not 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ SAMPLING = (
 # Fields of the protocol that cannot be had, with the values that ask for nothing
 NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "store": (False,),
     "service_tier": ("auto", "default"), "echo": (False,), "suffix": ("",), "best_of": (1,), "grammar": ("",), "n_probs": (0,),
 }  # fmt: skip
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for who keeps books; they change no answer
@@ -48,6 +49,18 @@ class Ask:
     thinking: bool | None = None  # None: as the template does
     thoughts_apart: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(data: bytes) -> Any:
+    """The JSON of a request. Raises ApiError."""
+    try:
+        text = data.decode()  # json.loads would let half characters in
+        content = json.loads(text)
+        if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except (ValueError, RecursionError):
+        raise ApiError(400, "this is no JSON in UTF-8") from None
 
 
 def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
@@ -155,6 +168,27 @@ def _stream_options(ask: Ask, name: str, value: Any) -> None:
     ask.include_usage = _flag(f"{name}.include_usage", value.get("include_usage", False))
 
 
+_FORMATS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+
+
+def _response_format(ask: Ask, name: str, value: Any) -> None:
+    """OpenAI's three; an object may have a `schema`, as llama.cpp has it."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _FORMATS:
+        raise _bad(f"{name}.type", f"must be one of {', '.join(_FORMATS)}")
+    known = {"type", *_FORMATS[kind]}
+    if kind == "json_schema":
+        name, value, known = f"{name}.{kind}", value.get(kind), {"name", "description", "strict", "schema"}
+        if not isinstance(value, dict) or value.get("schema") is None:
+            raise _bad(f"{name}.schema", "is missing")
+    if unknown := [other for other in value if other not in known]:
+        raise _bad(f"{name}.{unknown[0][:100]}", "is not supported")
+    if value.get("schema") is not None:
+        ask.options["json_schema"] = value["schema"]
+    elif kind == "json_object":
+        ask.options["json_object"] = True
+
+
 def _messages(ask: Ask, name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise _bad(name, "must be a list of at least one message")
@@ -217,14 +251,14 @@ def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
         ask.options["top_logprobs"] = 1 if value is True else _whole(name, value, 0, MOST_LIKELIEST)
 
 
-def _max_tokens(name: str, value: Any) -> int:
-    return _whole(name, value, 0, 1 << 31)
+def _max_tokens(name: str, value: Any) -> int | None:
+    return None if value == -1 else _whole(name, value, 0, 1 << 31)  # -1: as many as there is room for
 
 
 _COMMON: dict[str, Reader] = {
     **dict.fromkeys(SAMPLING, _number),
     "model": _model,
-    "max_tokens": _option("max_tokens", _max_tokens),
+    **dict.fromkeys(("max_tokens", "n_predict"), _option("max_tokens", _max_tokens)),  # the second is llama.cpp's word
     "seed": _option("seed", _seed),
     "stop": _option("stop", _stop),
     "logit_bias": _option("logit_bias", _logit_bias),
@@ -232,6 +266,8 @@ _COMMON: dict[str, Reader] = {
     "cache_prompt": _option("reuse_cache", _flag),
     "n": _set("n", lambda name, value: _whole(name, value, 1, MOST_CHOICES)),
     "stream": _set("stream", _flag),
+    "response_format": _response_format,
+    "json_schema": lambda ask, name, value: ask.options.__setitem__(name, value),
     "stream_options": _stream_options,
 }
 _CHAT: dict[str, Reader] = {

@@ -57,6 +57,18 @@ class Protocol(H11Protocol):
         self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
         super().on_response_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """For what is no HTTP. Where that is the body of a request, who answers it is told that nobody listens any more, and
+        who has begun to is not contradicted."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started:
+            self.transport.close()
+            return
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        super().send_400_response(msg)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)

@@ -1,5 +1,5 @@
 """A model without weights for the tests of the chat; run as a program, a chat with it: chat_fake.py
-[--no-save | --save] [--lines] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
+[--no-save | --save] [--lines] [--hot] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
 
 import argparse
 import sys
@@ -103,12 +103,15 @@ if __name__ == "__main__":
     flags.add_argument("--no-save", dest="save", action="store_false")
     flags.add_argument("--lines", action="store_true")
     flags.add_argument("--model")
+    flags.add_argument("--hot", action="store_true")
     flags.add_argument("--turns", type=int, default=1000)
     options = vars(flags.parse_args())
     model = FakeModel()
     model.n_turns = options.pop("turns")
     if name := options.pop("model"):
         model.name, model.fingerprint = name, name * 8
+    if options.pop("hot"):
+        options["watch"] = lambda: "the processor is slowed down"
     try:
         sys.exit(run(model, sampling={}, **options))
     except PocketlmError as error:

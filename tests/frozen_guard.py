@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import importlib.util
+import re
 import sys
 from types import FrameType
 from typing import Any
 
-from pocketlm.build.contents import EXCLUDED, FROZEN, STOOD_IN, is_excluded, is_held
+from pocketlm.build.contents import EXCLUDED, FROZEN, REPLACED, STOOD_IN, is_excluded, is_held
 
 SERVANTS = {*FROZEN, *sys.stdlib_module_names, "frozen_guard"}
 # Every import passes here: most are let through by their first word
@@ -44,8 +46,18 @@ def _source(frame: FrameType) -> str:
 def refuse(module: str, frame: FrameType | None) -> None:
     """Raise ModuleNotFoundError for a module that no stub holds and that is wanted for a stub's code."""
     unknown = module.partition(".")[0] not in {*SERVANTS, "pocketlm"}
-    if module not in STOOD_IN and (unknown or is_excluded(module)) and (asker := on_behalf_of_a_stub(frame)):
+    missing = unknown or is_excluded(module) or is_replaced(module)
+    if module not in STOOD_IN and missing and (asker := on_behalf_of_a_stub(frame)):
         raise ModuleNotFoundError(f"No module named {module!r} in a packed program, where {asker} wants it", name=module)
+
+
+def is_replaced(module: str) -> bool:
+    """Whether this is a name in a package whose `__init__` is another in a stub, which has no such name."""
+    package, _, name = module.rpartition(".")
+    text = REPLACED.get(f"{package.replace('.', '/')}/__init__.py")
+    if text is None or name.startswith("__") or name in re.findall(r"\w+", text):
+        return False
+    return importlib.util.find_spec(module) is None
 
 
 def install() -> None:

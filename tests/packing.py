@@ -1,12 +1,19 @@
 """What the tests of packed executables share: a stub without a program in it, and the real one, built once."""
 
+import json
 import os
 import platform
 import random
+import signal
 import struct
+import subprocess
+import urllib.request
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from one_at_a_time import one_at_a_time
@@ -103,3 +110,29 @@ def composed_stub(platform: str, folder: Path) -> Path:
             del os.environ["POCKETLM_CACHE"]
         else:
             os.environ["POCKETLM_CACHE"] = before
+
+
+@contextmanager
+def web(command: Sequence[str | Path], **environment: str) -> Iterator[tuple[str, str]]:
+    """Address and token of a program that serves a page, which ends in order."""
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            said = process.stderr.readline()
+            if not said and process.wait(30) == 77:
+                pytest.skip("this system lets nobody register programs of another processor: its mounts are not allowed")
+            assert said.startswith("page "), said + process.stderr.read()
+            address, _, token = said.split()[1].partition("/#")
+            yield address, token
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        assert process.returncode == 0
+
+
+def ask(url: str, body: Any = None, token: str = "") -> bytes:
+    """What a server answers to a GET, or to a POST of `body`."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "X-Pocketlm-Token": token}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120) as reply:
+        return reply.read()

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 import pytest
@@ -208,19 +209,21 @@ def test_imports_are_followed_as_the_system_would_take_them(tmp_path):
         "if sys.platform == 'win32':\n from one import a\nelif sys.platform.startswith('linux'):\n import two\n"
         "else:\n import three\n"
         "def f():\n try:\n  import far.away\n except ImportError:\n  import near\n"
-        "if os.name != 'nt':\n import posix_only\n",
+        "if os.name != 'nt':\n import posix_only\n"
+        "if sys.version_info >= (3, 99):\n import never\nelse:\n import always\n"
+        "if sys.version_info < (3, 9):\n import never\n",
         "one/__init__.py": "from . import b as c\nfrom .deep import *",
         "one/deep/__init__.py": "from ..last import x",
         "two.py": "import left.out, left.inside",
         "far/away.cp311.so": "\0far.hidden\0far.text, not a name\0other.thing\0",
     }
     empty = ("one/a", "one/b", "one/last", "left/__init__", "left/out", "left/inside", "three", "far/__init__", "far/hidden",
-             "near", "never", "posix_only", "other/thing")  # fmt: skip
+             "near", "never", "always", "posix_only", "other/thing")  # fmt: skip
     files |= {f"{name}.py": "" for name in empty}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    always = {"start", "far", "far.hidden", "near"}
+    always = {"start", "far", "far.hidden", "near", "always"}
     expected = {
         "windows-x86_64": {"one", "one.a", "one.b", "one.deep", "one.last"},
         "linux-x86_64": {"two", "left", "left.inside", "posix_only"},
@@ -239,8 +242,9 @@ def test_bytecode_is_the_same_whoever_compiles_it(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "m.py").write_text(text)
         files[name] = {"package.m": tmp_path / name / "m.py"}
-    one, two = bytecode.compile_all(files["here"]), bytecode.compile_all(files["there"])
-    assert one == two
+    (one, magic), two = bytecode.compile_all(files["here"]), bytecode.compile_all(files["there"])
+    assert (one, magic) == two
+    assert magic == MAGIC_NUMBER
     code = marshal.loads(one["package.m"])
     assert code.co_filename == "package/m.py"
     space = {}
@@ -257,8 +261,6 @@ def test_pyinstaller_reads_the_archive(tmp_path):
     readers = pytest.importorskip("PyInstaller.archive.readers", reason="PyInstaller reads its archives")
     code = marshal.dumps(compile("x = 1", "m.py", "exec"))
     codes = {name: archive_writer.Code(name == "p", code) for name in ("m", "p", "p.q")}
-    from importlib.util import MAGIC_NUMBER
-
     entries = [
         archive_writer.Entry(archive_writer.SCRIPT, "start", code),
         archive_writer.Entry(archive_writer.BINARY, "a/b.so", b"library" * 99),
@@ -276,8 +278,6 @@ def test_pyinstaller_reads_the_archive(tmp_path):
 
 
 def test_python_starts_from_its_own_archive(tmp_path):
-    from importlib.util import MAGIC_NUMBER
-
     code = archive_writer.Code(False, marshal.dumps(compile("answer = 42", "m.py", "exec")))
     path = tmp_path / "base.zip"
     path.write_bytes(archive_writer.library({"m": code, "p": code._replace(is_package=True), "p.q": code}, MAGIC_NUMBER))
@@ -309,8 +309,13 @@ def test_a_title_of_any_length_has_a_version_resource():
 
 
 def test_what_lies_in_the_folder_is_not_imported_by_the_compiler(tmp_path):
-    (tmp_path / "json.py").write_text("raise SystemExit('somebody put this here')")
-    subprocess.run([sys.executable, "-c", bytecode._COMPILER], cwd=tmp_path, input=b"[]", check=True)
+    for name in ("json", "ast", "marshal", "io", "codecs"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('somebody put this here')")
+    (tmp_path / "m.txt").write_text("x = 1")
+    command = [sys.executable, "-S", "-c", bytecode._COMPILER]
+    assert subprocess.run(command, cwd=tmp_path, input=b"m.txt\0m", check=True, capture_output=True).stdout.startswith(
+        MAGIC_NUMBER
+    )
 
 
 def test_a_new_program_does_not_speak_of_the_signature_of_the_old_one(tmp_path):

@@ -38,6 +38,13 @@ def masks_for(node, of="regex"):
     return masks_of(Grammar(node, {}, of))
 
 
+def masks_or_none(node):
+    try:
+        return masks_for(node)
+    except UsageError:  # no text can be that
+        return None
+
+
 def random_pattern(rng, depth=3):
     kind = rng.randrange(8) if depth else 0
     if kind <= 1:
@@ -56,10 +63,8 @@ def test_patterns_are_read_as_re_reads_them(seed):
     rng, refused = random.Random(seed), 0
     for _ in range(60):
         pattern = random_pattern(rng)
-        try:
-            masks = masks_for(patterns.whole(pattern))
-        except UsageError as error:  # [^…] of everything
-            assert "no text" in str(error)
+        masks = masks_or_none(patterns.whole(pattern))
+        if masks is None:  # [^…] of everything
             continue
         judge = re.compile(pattern, re.ASCII)
         for _ in range(12):
@@ -68,8 +73,7 @@ def test_patterns_are_read_as_re_reads_them(seed):
         for _ in range(3):
             try:
                 text = walk(masks, rng, steps=12)
-            except UsageError as error:
-                assert "too many ways" in str(error), pattern
+            except UsageError:  # it can be read in too many ways
                 refused += 1
                 break
             if text is not None:
@@ -78,10 +82,23 @@ def test_patterns_are_read_as_re_reads_them(seed):
     assert refused <= 2
 
 
-@pytest.mark.parametrize("pattern", [
-    "[a-c]{2,40}x", "a{3}[ab]*", "(é|日|🙂){1,5}é?", "(ab|ba){2,3}a", "(a{2}b){1,4}c", ".{0,30}a.{30}", "(a+b?){2,4}", "(a*){2,3}b",
-    "[^a]*a[^a]{0,2}", "[aé]{5}", "(|a)b", r"\w{1,3}(-\w{1,3})*",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "[a-c]{2,40}x",
+        "a{3}[ab]*",
+        "(é|日|🙂){1,5}é?",
+        "(ab|ba){2,3}a",
+        "(a{2}b){1,4}c",
+        ".{0,30}a.{30}",
+        "(a+b?){2,4}",
+        "(a*){2,3}b",
+        "[^a]*a[^a]{0,2}",
+        "[aé]{5}",
+        "(|a)b",
+        r"\w{1,3}(-\w{1,3})*",
+    ],
+)
 def test_a_mask_has_every_token_that_fits_and_no_other(pattern):
     """Where repetitions are counted, the mask comes from one walk for all counts."""
     masks, rng = masks_for(patterns.whole(pattern)), random.Random(1)
@@ -89,24 +106,56 @@ def test_a_mask_has_every_token_that_fits_and_no_other(pattern):
         check_exactly(masks, rng)
 
 
-@pytest.mark.parametrize(("pattern", "yes", "no"), [
-    ("^ab$", ["ab"], ["xab", "abx"]), ("ab", ["ab", "xxab", "aby", "é\nab\n"], ["a b", ""]), ("^a|b$", ["ax", "xb"], ["xa", "bx"]),
-    ("^(?:a|b)+$", ["abab"], ["", "abc"]), ("b$", ["aab"], ["ba"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("^ab$", ["ab"], ["xab", "abx"]),
+        ("ab", ["ab", "xxab", "aby", "é\nab\n"], ["a b", ""]),
+        ("^a|b$", ["ax", "xb"], ["xa", "bx"]),
+        ("^(?:a|b)+$", ["abab"], ["", "abc"]),
+        ("b$", ["aab"], ["ba"]),
+    ],
+)
 def test_a_pattern_of_a_schema_is_found_anywhere(pattern, yes, no):
     masks = masks_for(patterns.anywhere(pattern))
     assert [reads(masks, text) for text in yes] == [True] * len(yes)
     assert [reads(masks, text) for text in no] == [False] * len(no)
 
 
-@pytest.mark.parametrize(("pattern", "word"), [
-    ("a(?=b)", "looking ahead"), ("(?<!a)b", "looking behind"), (r"(a)\1", r"\\1 is not"), (r"\bword", r"\\b is not"), ("(?i)a", "flags"),
-    (r"\p{L}", r"\\p is not"), ("a**", "two quantifiers"), ("*a", "nothing to repeat"), ("(a", "missing"), ("a)", "too many"),
-    ("[a", "missing"), ("[b-a]", "backwards"), ("a{5,2}", "from 5 to 2"), ("a{999999999}", "100000 times"), ("(^a)", "outside of groups"),
-    ("a^b", "beginning only"), ("a$b", "end only"), ("[]a]", "write"), ("a\\", "lone"), (r"\ud800", "Unicode"), ("a++", "possessive"),
-    ("(" * 200 + ")" * 200, "groups in each other"), ("a" * 20_000, "10000 are possible"), ("[^\\s\\S]", "no text"),
-    ("((a?b?){1000}c?){1000}", "too large"), (r"\xg1", "hexadecimal"), ("(?>a)", "atomic"), ("(?P=n)", "reference"), ("(?(1)a)", "condition"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "word"),
+    [
+        ("a(?=b)", "looking ahead"),
+        ("(?<!a)b", "looking behind"),
+        (r"(a)\1", r"\\1 is not"),
+        (r"\bword", r"\\b is not"),
+        ("(?i)a", "flags"),
+        (r"\p{L}", r"\\p is not"),
+        ("a**", "two quantifiers"),
+        ("*a", "nothing to repeat"),
+        ("(a", "missing"),
+        ("a)", "too many"),
+        ("[a", "missing"),
+        ("[b-a]", "backwards"),
+        ("a{5,2}", "from 5 to 2"),
+        ("a{999999999}", "100000 times"),
+        ("(^a)", "outside of groups"),
+        ("a^b", "beginning only"),
+        ("a$b", "end only"),
+        ("[]a]", "write"),
+        ("a\\", "lone"),
+        (r"\ud800", "Unicode"),
+        ("a++", "possessive"),
+        ("(" * 200 + ")" * 200, "groups in each other"),
+        ("a" * 20_000, "10000 are possible"),
+        ("[^\\s\\S]", "no text"),
+        ("((a?b?){1000}c?){1000}", "too large"),
+        (r"\xg1", "hexadecimal"),
+        ("(?>a)", "atomic"),
+        ("(?P=n)", "reference"),
+        ("(?(1)a)", "condition"),
+    ],
+)
 def test_what_is_not_supported_is_said_in_one_line(pattern, word):
     with pytest.raises(UsageError, match=word) as caught:
         masks_for(patterns.whole(pattern))
@@ -117,11 +166,15 @@ def test_what_is_not_supported_is_said_in_one_line(pattern, word):
 def test_what_would_take_too_long_is_refused():
     """A thousand places at once, each with a thousand counts."""
     masks = masks_for(patterns.whole("((a+b?){1,1000}c?){1,1000}d"))
-    with pytest.raises(UsageError, match="too many ways"):
+
+    def write_many():
         state = masks.start
         for _ in range(400):
             masks.mask(state)
             state = masks.advance(state, b"a" * 12)
+
+    with pytest.raises(UsageError, match="too many ways"):
+        write_many()
 
 
 def test_choices():
@@ -153,11 +206,7 @@ def test_numbers_between_bounds(seed):
     for _ in range(40):
         bounds = Bounds(bound(), bound(), rng.random() < 0.5, rng.random() < 0.5)
         for make in (integers, numbers):
-            try:
-                masks = masks_for(make(bounds))
-            except UsageError as error:
-                assert "no text" in str(error)
-                masks = None
+            masks = masks_or_none(make(bounds))
             tried = [Decimal(rng.randrange(-2500, 2500)).scaleb(-rng.randrange(5)) for _ in range(20)]
             tried += [
                 b + d for b in (bounds.least, bounds.most) if b is not None for d in (0, Decimal("0.01"), Decimal("-0.01"))

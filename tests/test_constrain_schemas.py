@@ -9,7 +9,7 @@ from constraining import TOKENS, check_exactly, dumped, masks_of, reads, walk, w
 
 from pocketlm.constrain.grammar import Grammar
 from pocketlm.constrain.json_texts import ANY_OBJECT, RULES
-from pocketlm.constrain.schema import FORMATS, grammar_of
+from pocketlm.constrain.schema import FORMATS, KNOWN, grammar_of
 from pocketlm.errors import UsageError
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema says what is valid")
@@ -146,10 +146,15 @@ def test_any_object(seed):
 
 
 RECURSIVE = {
-    "$defs": {"tree": {"type": "object", "properties": {"v": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
-                       "required": ["v"]}},
+    "$defs": {
+        "tree": {
+            "type": "object",
+            "properties": {"v": {"type": "integer"}, "kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+            "required": ["v"],
+        }
+    },
     "$ref": "#/$defs/tree",
-}  # fmt: skip
+}
 
 
 def test_a_schema_may_hold_itself():
@@ -168,10 +173,15 @@ def test_formats(name):
     masks, rng = masks_of(grammar_of({"type": "string", "format": name})), random.Random(3)
     examples = {
         "date": ("2024-02-29 2000-02-29 1999-12-31 2023-04-30", "2023-02-29 1900-02-29 2024-04-31 0000-01-01 2024-13-01"),
-        "time": ("12:00:00Z 23:59:59.123+02:00", "24:00:00Z 12:00:00 12:60:00Z"), "email": ("a@b.example x.y+z@sub.b.example", "a@ @b a a@b .a@b.c"),
-        "date-time": ("2024-02-29T12:00:00Z", "2024-02-29 12:00:00Z 2023-02-29T12:00:00Z"), "ipv4": ("127.0.0.1 255.0.19.7", "256.0.0.1 1.2.3 01.2.3.4"),
-        "uuid": ("123e4567-e89b-12d3-a456-426614174000", "123e4567e89b12d3a456426614174000 123e4567-e89b-12d3-a456-42661417400g"),
-    }  # fmt: skip
+        "time": ("12:00:00Z 23:59:59.123+02:00", "24:00:00Z 12:00:00 12:60:00Z"),
+        "email": ("a@b.example x.y+z@sub.b.example", "a@ @b a a@b .a@b.c"),
+        "date-time": ("2024-02-29T12:00:00Z", "2024-02-29 12:00:00Z 2023-02-29T12:00:00Z"),
+        "ipv4": ("127.0.0.1 255.0.19.7", "256.0.0.1 1.2.3 01.2.3.4"),
+        "uuid": (
+            "123e4567-e89b-12d3-a456-426614174000",
+            "123e4567e89b12d3a456426614174000 123e4567-e89b-12d3-a456-42661417400g",
+        ),
+    }
     good, bad = examples[name]
     assert all(reads(masks, json.dumps(text)) for text in good.split())
     assert not any(reads(masks, json.dumps(text)) for text in bad.split())
@@ -181,29 +191,63 @@ def test_formats(name):
 
 
 CASES = [
-    ({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["b"], "additionalProperties": {"type": "null"}},
-     [{"a": 1, "b": None}, {"b": None, "c": None}], [{"a": 1}, {"b": 1}]),
+    (
+        {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}},
+            "required": ["b"],
+            "additionalProperties": {"type": "null"},
+        },
+        [{"a": 1, "b": None}, {"b": None, "c": None}],
+        [{"a": 1}, {"b": 1}],
+    ),
     ({"properties": {"a": {"type": "string", "nullable": True}}}, [{"a": None}, {"a": "x"}, {}], [{"a": 1}, {"b": 1}, 3]),
     ({"type": "object", "properties": {"a": False, "b": {}}}, [{"b": [1]}, {}], [{"a": 1}]),
     ({"oneOf": [{"type": "integer"}, {"type": "string"}, {"type": "null"}]}, [1, "a", None], [True, 1.5]),
-    ({"oneOf": [{"type": "object", "properties": {"k": {"const": k}, k: {"type": "integer"}}, "required": ["k", k]} for k in "ab"]},
-     [{"k": "a", "a": 1}, {"k": "b", "b": 1}], [{"k": "a", "b": 1}, {"k": "c"}]),
-    ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
-     [{"a": 1}, {"b": 1}, {"a": 1, "b": 2}], [{}]),
-    ({"allOf": [{"type": "number", "minimum": 3}, {"type": "integer", "maximum": 5}, {"minimum": 4}]}, [4, 5], [3, 6, 4.5, "x"]),
+    (
+        {
+            "oneOf": [
+                {"type": "object", "properties": {"k": {"const": k}, k: {"type": "integer"}}, "required": ["k", k]}
+                for k in "ab"
+            ]
+        },
+        [{"k": "a", "a": 1}, {"k": "b", "b": 1}],
+        [{"k": "a", "b": 1}, {"k": "c"}],
+    ),
+    (
+        {"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        [{"a": 1}, {"b": 1}, {"a": 1, "b": 2}],
+        [{}],
+    ),
+    (
+        {"allOf": [{"type": "number", "minimum": 3}, {"type": "integer", "maximum": 5}, {"minimum": 4}]},
+        [4, 5],
+        [3, 6, 4.5, "x"],
+    ),
     ({"$ref": "#/$defs/n", "maximum": 2, "$defs": {"n": {"type": "integer", "minimum": 1}}}, [1, 2], [0, 3]),
-    ({"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"properties": {"a": {"maximum": 1}, "b": {"const": 0}}}]},
-     [{"a": 1}, {"a": 1, "b": 0}], [{}, {"a": 2}, {"a": 1, "b": 1}]),
+    (
+        {
+            "allOf": [
+                {"properties": {"a": {"type": "integer"}}, "required": ["a"]},
+                {"properties": {"a": {"maximum": 1}, "b": {"const": 0}}},
+            ]
+        },
+        [{"a": 1}, {"a": 1, "b": 0}],
+        [{}, {"a": 2}, {"a": 1, "b": 1}],
+    ),
     ({"type": ["string", "null"], "enum": ["a", None, 1]}, ["a", None], [1, "b"]),
     ({"const": {"a": [1, {"b": "é\n"}]}}, [{"a": [1, {"b": "é\n"}]}], [{"a": [1]}]),
-    ({"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": False, "minItems": 1},
-     [[1], [1, "a"]], [[], ["a"], [1, "a", 1]]),
+    (
+        {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}], "items": False, "minItems": 1},
+        [[1], [1, "a"]],
+        [[], ["a"], [1, "a", 1]],
+    ),
     ({"type": "array", "items": False}, [[]], [[1]]),
     ({"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 1000}, [[1, 1], [1] * 1000], [[1], [1] * 1001]),
     ({"type": "string", "maxLength": 3}, ["", "日本語", "🙂🙂🙂"], ["abcd"]),
     ({"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3}, [1, 2], [0, 3]),
     (True, [1, {}], []),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("schema", "valid", "invalid"), CASES, ids=[str(i) for i in range(len(CASES))])
@@ -217,21 +261,38 @@ def test_keywords(schema, valid, invalid):
 
 
 BAD = [
-    ({"type": "object", "patternProperties": {}}, "patternProperties"), ({"not": {}}, "not"), ({"if": {}}, "if"), ({"type": "str"}, "type is str"),
-    ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"type": "integer", "multipleOf": 3}, "multipleOf"),
-    ({"type": "string", "format": "uri"}, "format uri"), ({"type": "string", "pattern": "(?=a)"}, "looking ahead"),
-    ({"type": "string", "pattern": "a", "maxLength": 3}, "together"), ({"properties": {"a": {"contains": {}}}}, "/properties/a: contains"),
-    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "may both hold"), ({"$ref": "#"}, "refers to itself"), ([], "a schema is"),
-    ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "refers to itself"), ({"$ref": "http://x.example/"}, "is not supported: it must be #"),
-    ({"$ref": "#/$defs/none"}, "leads nowhere"), ({"type": "integer", "minimum": 5, "maximum": 4}, "no text"),
-    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no text"), ({"enum": 3}, "enum must be"),
-    ({"type": "object", "minProperties": 1}, "minProperties"), ({"type": "array", "items": [{}]}, "prefixItems"), ({"enum": []}, "no text"),
-    ({"allOf": [{"additionalProperties": False}, {"properties": {"a": {}}}]}, "additionalProperties"), ({"minimum": "1"}, "minimum must be"),
-    ({"maxLength": -1}, "maxLength"), ({"required": "a"}, "required must be"), ({"minimum": 1e300}, "digits"), ({"anyOf": []}, "anyOf must be"),
+    ({"type": "object", "patternProperties": {}}, "patternProperties"),
+    ({"not": {}}, "not"),
+    ({"if": {}}, "if"),
+    ({"type": "str"}, "type is str"),
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+    ({"type": "string", "format": "uri"}, "format uri"),
+    ({"type": "string", "pattern": "(?=a)"}, "looking ahead"),
+    ({"type": "string", "pattern": "a", "maxLength": 3}, "together"),
+    ({"properties": {"a": {"contains": {}}}}, "/properties/a: contains"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "may both hold"),
+    ({"$ref": "#"}, "refers to itself"),
+    ([], "a schema is"),
+    ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "refers to itself"),
+    ({"$ref": "http://x.example/"}, "is not supported: it must be #"),
+    ({"$ref": "#/$defs/none"}, "leads nowhere"),
+    ({"type": "integer", "minimum": 5, "maximum": 4}, "no text"),
+    ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no text"),
+    ({"enum": 3}, "enum must be"),
+    ({"type": "object", "minProperties": 1}, "minProperties"),
+    ({"type": "array", "items": [{}]}, "prefixItems"),
+    ({"enum": []}, "no text"),
+    ({"allOf": [{"additionalProperties": False}, {"properties": {"a": {}}}]}, "additionalProperties"),
+    ({"minimum": "1"}, "minimum must be"),
+    ({"maxLength": -1}, "maxLength"),
+    ({"required": "a"}, "required must be"),
+    ({"minimum": 1e200}, "digits"),
+    ({"anyOf": []}, "anyOf must be"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "refers to itself"),
     ({"$ref": "#/a", "title": "", "minimum": 1, "a": {"$ref": "#/a", "minimum": 1}}, "a is not supported"),
     ({"$defs": {"a": {"$ref": "#/$defs/a", "minimum": 1}}, "$ref": "#/$defs/a"}, "refers to itself|nested"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("schema", "word"), BAD)
@@ -248,15 +309,67 @@ def nested(depth):
     return schema
 
 
-@pytest.mark.parametrize("schema", [
-    nested(5000), {"anyOf": [{"$ref": "#/$defs/a0"}], "$defs": {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/a{i + 1}", "title": str(i)}]} for i in range(40)} | {"a40": {"type": "null"}}},
-    {"properties": {str(i): {"enum": [f"{i} {j}" * 20 for j in range(40)]} for i in range(400)}},
-    {"type": "array", "prefixItems": [{}] * 3000}, {"allOf": [{"anyOf": [{"minLength": i}] * 30} for i in range(30)]},
-], ids=["deep", "doubling", "large", "many items", "product"])  # fmt: skip
+def doubling(n):
+    """Each holds the next one twice."""
+    twice = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/a{i + 1}", "title": "t"}]} for i in range(n)}
+    return {"anyOf": [{"$ref": "#/$defs/a0"}], "$defs": {**twice, f"a{n}": {"type": "null"}}}
+
+
+STRANGE = {
+    "deep": nested(5000),
+    "doubling": doubling(40),
+    "large": {"properties": {str(i): {"enum": [f"{i} {j}" * 20 for j in range(40)]} for i in range(400)}},
+    "many items": {"type": "array", "prefixItems": [{}] * 3000},
+    "product": {"allOf": [{"anyOf": [{"minLength": i}] * 30} for i in range(30)]},
+}
+
+
+@pytest.mark.parametrize("schema", STRANGE.values(), ids=STRANGE)
 def test_a_strangers_schema_takes_no_memory_and_no_time(schema):
     with pytest.raises(UsageError) as caught:
         masks_of(grammar_of(schema))
     assert "\n" not in str(caught.value)
+
+
+RICH = {
+    "$defs": {"t": {"properties": {"v": {"type": "integer"}, "k": {"items": {"$ref": "#/$defs/t"}}}, "required": ["v"]}},
+    "allOf": [{"$ref": "#/$defs/t"}, {"properties": {"v": {"maximum": 5, "exclusiveMinimum": 1.5}}}],
+    "oneOf": [
+        {"properties": {"kind": {"const": 1}}, "required": ["kind"]},
+        {"properties": {"kind": {"enum": [2, 3]}}, "required": ["kind"]},
+    ],
+    "anyOf": [{"properties": {"s": {"type": "string", "pattern": "^a+$"}}}, {"properties": {"s": {"format": "date"}}}],
+    "minProperties": 1,
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_schema_holds_it_is_built_or_refused(seed):
+    from fuzz_serve import VALUES, _nodes
+
+    rng, built = random.Random(seed), 0
+    for _ in range(500):
+        schema = json.loads(
+            json.dumps(rng.choice((RICH, RECURSIVE, {"properties": {"a": RICH}}, {"anyOf": [RICH, RECURSIVE]})))
+        )
+        for _ in range(rng.randrange(3)):
+            container, key = rng.choice(_nodes(schema, []) or [({"": 0}, "")])
+            if rng.random() < 0.3:
+                del container[key]
+            elif isinstance(container, dict) and rng.random() < 0.3:
+                container[rng.choice((*KNOWN, "\ud800"))] = rng.choice(VALUES)
+            else:
+                container[key] = rng.choice(VALUES)
+        try:
+            masks = masks_of(grammar_of(json.loads(json.dumps(schema))))
+        except UsageError as error:
+            message = str(error)
+            assert "\n" not in message
+            assert len(message) < 500
+            continue
+        built += 1
+        walk(masks, rng, 5)
+    assert built > 50
 
 
 def test_a_token_may_be_a_part_of_a_character():

@@ -27,6 +27,7 @@ from pocketlm.runtime.architectures import qwen3moe
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.native import executor as native_executor
+from pocketlm.runtime.native import workers
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import Plan
@@ -149,9 +150,10 @@ def test_experts_take_no_memory_where_there_is_none() -> None:
     for free, held in ((needed, True), (needed - 1, False)):
         executor = native(plan, tensors, free=free)
         assert executor._storage is not None
-        places = [executor._storage.matrices[name] for name in plan.experts]
-        assert {place.mapped for place in places} == {not held}
-        assert all(np.shares_memory(place.data, tensors[name].data) != held for name, place in zip(plan.experts, places, strict=True))
+        for name in plan.experts:
+            place = executor._storage.matrices[name]
+            assert place.mapped != held
+            assert np.shares_memory(place.data, tensors[name].data) != held
         executor.close()
 
 
@@ -232,3 +234,29 @@ def test_a_gpt_oss_with_quantised_experts_computes_as_llama_cpp(tmp_path: Path, 
     for backend in ("numpy", "native"):
         with pocketlm.load(tmp_path / "m.gguf", backend=backend, threads=2) as model:
             assert compare(expected, model.logits(ids)).worst_cosine > 0.999, backend  # llama.cpp rounds activations to 8 bits
+
+
+def test_the_system_is_told_which_experts_of_the_file_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it reads these at once, and nothing around them."""
+    told = []
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    listen = kind(lambda *call: told.append(call) or 0)
+    monkeypatch.setattr(workers, "_advise", lambda: ctypes.cast(listen, ctypes.c_void_p).value)
+    plan = plan_of(n_layer=1)
+    tensors = quantised(plan, "Q4_0")
+    executor = native(plan, tensors, threads=1, free=0)
+    logits(executor, IDS[:1], 1)
+    chosen = executor._buffers["chosen"][0, :2].astype(int)
+    executor.close()
+    wanted = []
+    for name in plan.experts:
+        data = tensors[name].data
+        for expert in sorted(chosen):
+            first = data.ctypes.data + expert * data.nbytes // 6
+            wanted.append((first - first % 65536, data.nbytes // 6 + first % 65536, mmap.MADV_WILLNEED))
+    assert told == wanted
+    executor = native(plan, tensors, threads=1)
+    told.clear()
+    logits(executor, IDS[:1], 1)
+    assert not told  # in memory
+    executor.close()

@@ -23,7 +23,7 @@ ALLOWED = {
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
         " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
-        " train.command doctor.command doctor.portrait serve.command pull.command terminal_text"
+        " train.command doctor.command doctor.health doctor.portrait serve.command batch.command pull.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
@@ -31,9 +31,14 @@ ALLOWED = {
         " chat.transcript"
         " cli_options terminal_text"
     ),
+    # … and with a third
+    "batch": (
+        "errors pocketlm model conversation runtime.generator runtime.atomic serve.fields serve.asking serve.errors serve.guard"
+        " serve.shapes cli_options terminal_text"
+    ),
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
     "pull": "errors runtime.native.code_cache terminal_text",  # of the cache where it is: a fetched model lies beside it
-    "bench": "errors pocketlm model tokenizer runtime runtime.native export cli_options terminal_text",
+    "bench": "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
         " terminal_text"
@@ -48,9 +53,9 @@ ALLOWED = {
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
-    "cli_options": "errors pocketlm runtime.sampling terminal_text",
+    "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
-    "chat": "errors tokenizer runtime.sampling terminal_text",  # of sampling the names and bounds of its options
+    "chat": "errors tokenizer runtime.sampling runtime.atomic terminal_text",  # of sampling the names and bounds of its options
     "runtime": "errors runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",

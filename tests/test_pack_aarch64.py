@@ -4,6 +4,7 @@ The root is made once by `debootstrap --arch=arm64 --variant=minbase --foreign b
 Programs for the other processor start as if they were this one's, by an entry of the kernel's own that only they see.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from packing import composed_stub, pack_friend, tiny_chat_model
+from packing import ask, composed_stub, pack_friend, tiny_chat_model, web
 
 import pocketlm
 from pocketlm.runtime.container import program_place
@@ -41,16 +42,24 @@ def friend(model, request, tmp_path_factory):
     return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
 
 
-def run(program, *arguments, stdin="", cpu="cortex-a72"):
+def command(program, *arguments, network="-n"):
+    """What runs the program in the root; "-n": without a network."""
     if QEMU is None:
         pytest.skip("needs qemu-aarch64-static (Debian package qemu-user-static)")
     if ROOT is None:
         pytest.skip("POCKETLM_ARM64_ROOT names no root made as this file says")
     entry = f":pocketlm:M::{_ELF}:{_MASK}:{QEMU}:F"
-    command = ["unshare", "-U", "-r", "-m", "-n", "sh", "-c", _SCRIPT, "sh", entry, ROOT, program, *arguments]
+    return ["unshare", "-U", "-r", "-m", *network.split(), "sh", "-c", _SCRIPT, "sh", entry, ROOT, program, *arguments]
+
+
+def environment(cpu="cortex-a72"):
+    return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "QEMU_CPU": cpu}
+
+
+def run(program, *arguments, stdin="", cpu="cortex-a72"):
     result = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=300,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "QEMU_CPU": cpu},
+        command(program, *arguments), input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=300,
+        env=environment(cpu),
     )  # fmt: skip
     if result.returncode == 77:
         pytest.skip(f"this system lets nobody register programs of another processor: {result.stderr.strip()}")
@@ -110,6 +119,18 @@ def test_it_talks_in_a_bare_debian(friend):
     assert (result.returncode, result.stderr) == (0, "")
     assert len(result.stdout.splitlines()) >= 2
     assert platform.machine() == "aarch64" or b"\xb7\x00" in friend.read_bytes()[:20]
+
+
+def test_it_talks_in_the_browser(friend):
+    program = command(friend, "--web", "--no-browser", network="")
+    with web(program, XDG_DATA_HOME="/tmp/data", **environment()) as (url, token):
+        assert b"<script>" in ask(url + "/")
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
+        answer = json.loads(ask(url + "/v1/chat/completions", {"messages": messages}))["choices"][0]["message"]["content"]
+        assert answer + "\n" == run(friend, "--no-save", stdin="hello\n").stdout
+        saved = {"messages": [messages[1], {"role": "assistant", "content": answer}]}
+        name = json.loads(ask(url + "/page/chats", saved, token))["name"]
+        assert json.loads(ask(f"{url}/page/chats/{name}", token=token))["messages"][1]["content"] == answer
 
 
 def test_it_brings_the_licences_of_all_that_is_inside(friend):

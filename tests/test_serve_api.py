@@ -172,8 +172,8 @@ def test_an_answer_that_is_begun_is_gone_on_with(server, alone):
 
 
 REFUSED = {
-    "tools": [{"type": "function"}], "tool_choice": "required", "response_format": {"type": "json_object"}, "functions": [{}],
-    "audio": {}, "store": True, "n": 0, "stop": [""], "temperature": "hot", "top_p": 2, "max_tokens": -1, "stream": "yes",
+    "tools": [{"type": "function"}], "tool_choice": "required", "response_format": {"type": "grammar"}, "functions": [{}],
+    "audio": {}, "store": True, "n": 0, "stop": [""], "temperature": "hot", "top_p": 2, "max_tokens": -2, "stream": "yes",
     "logit_bias": {"x": 1}, "seed": 1.5, "frequency_penalty": True, "top_logprobs": 21, "max_token": 5, "top_k": -1,
     "stream_options": {"x": 1}, "messages": [], "min_p": -1, "modalities": ["audio"], "repeat_last_n": 0,
 }  # fmt: skip
@@ -286,6 +286,16 @@ def test_addresses_that_there_are_not(server):
     assert server.get("/nothing").status == 404
     assert server.post("/v1/responses", {}).error["type"] == "invalid_request_error"
     assert server.get(CHAT).status == 405
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "n_predict"])
+def test_minus_one_token_is_as_many_as_there_is_room_for(server, name):
+    body = {"prompt": "the inn", "temperature": 0, "ignore_eos": True}
+    long = server.post("/v1/completions", {**body, name: -1}).json
+    assert long["usage"]["total_tokens"] >= server.answerer.n_ctx
+    assert long["choices"][0]["finish_reason"] == "length"
+    assert server.post("/v1/completions", {**body, name: 3}).json["usage"]["completion_tokens"] == 3
+    assert server.post("/v1/completions", {**body, name: -2}).status == 400
 
 
 # ---- thoughts ----------------------------------------------------------------------------------------------------------

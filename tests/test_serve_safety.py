@@ -251,3 +251,18 @@ def test_who_reads_nothing_holds_no_slot_and_in_the_end_loses_the_connection(pat
             wait_until(lambda: server.answerer.slots.busy == 1)
             assert server.post(CHAT, hello()).status == 200, "the only slot is free before anything is read"
             wait_until(lambda: not server.server.server_state.connections)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain"])  # the second is answered before its body has come
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nabcdefgh\r\n"])
+def test_a_body_that_turns_out_malformed_is_no_defect_of_the_server(server, caplog, kind, rest):
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert Reply(server.raw(head.encode() + b"3\r\n{\"a\r\n" + rest)).status == 400
+    with server.connect() as client:
+        client.sendall(head.encode() + b"3\r\n{\"a\r\n")
+        time.sleep(0.2)
+        client.sendall(rest)
+        assert Reply(everything(client)).status == (400 if kind == "application/json" else 415)
+    assert server.post("/v1/completions", {"prompt": "the", "max_tokens": 1}).status == 200
+    wait_until(server.idle)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

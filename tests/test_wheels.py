@@ -1,6 +1,7 @@
 """What stubs are composed of is fetched once, whole, and only if it is what the tables say."""
 
 import hashlib
+import marshal
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pocketlm.build import wheels
-from pocketlm.build.wheels import PYTHONS, Pinned, fetch, pinned
+from pocketlm.build import bytecode, wheels
+from pocketlm.build.compose import _another
+from pocketlm.build.sources import host_platform
+from pocketlm.build.wheels import PYTHONS, Pinned, Unreachable, fetch, pinned, version_for
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.native.aot import PLATFORMS
 
@@ -54,16 +57,29 @@ def index(tmp_path, monkeypatch):
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_platform_has_one_file_of_everything(platform, python):
-    if platform.startswith("linux") and python not in ((3, 11), (3, 13)):  # Debian has two versions of Python
-        with pytest.raises(PocketlmError, match=r"3\.11, 3\.13"):
-            pinned(platform, python)
-        found = pinned(platform, python, without_cpython=True)
-    else:
-        found = pinned(platform, python)
+    found = pinned(platform, python)
+    has_cpython = python in ((3, 11), (3, 13)) or not platform.startswith("linux")  # Debian has two versions of Python
+    assert any(file.is_cpython for file in found) == has_cpython
     names = [file.name for file in found]
     assert len(set(names)) == len(names)
     assert set(names) >= NEEDED
     assert all(len(bytes.fromhex(file.sha256)) == 32 for file in found)
+
+
+@pytest.mark.parametrize("host", PLATFORMS)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_python_composes_for_every_platform(platform, host):
+    """With its own version where that can be had; else with one that can be had for this system too, to compile for it."""
+    for python in PYTHONS:
+        version = version_for(platform, python, host)
+        if platform.startswith("linux"):
+            assert version == (python if python in ((3, 11), (3, 13)) else (3, 11))
+            assert any(file.is_cpython for file in pinned(host, version))
+        else:
+            assert version == python
+    if not platform.startswith("linux"):
+        with pytest.raises(PocketlmError, match=r"Python 3\.10, 3\.11, 3\.12, 3\.13, 3\.14; this is 3\.9"):
+            version_for(platform, (3, 9), host)
 
 
 def test_the_second_time_works_without_a_network(cache, index, monkeypatch, capsys):
@@ -129,3 +145,23 @@ def test_a_package_of_debian_comes_from_one_of_its_archives(cache, tmp_path, mon
     with pytest.raises(PocketlmError, match="Debian's archive") as caught:
         fetch([wanted])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets programs load Debian's libraries")
+def test_the_version_of_debians_python_compiles_for_itself(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("POCKETLM_CACHE", str(request.config.cache.mkdir("pocketlm-stub")))
+    library = "libpython3.11.so.1.0"
+    try:
+        fetched = fetch([file for file in pinned(host_platform(), (3, 11)) if file.is_cpython])
+    except Unreachable as error:
+        pytest.skip(f"there is nothing to compose a stub of: {error}")
+    another = _another(fetched, tmp_path, library, tmp_path / "compiler/usr/lib/python3.11")
+    data = another.library.read_bytes()  # with a name of its own: this Python may be a library of that name itself
+    another.library.write_bytes(data.replace(library.encode(), library.replace("3.11", "3.xx").encode()))
+    (tmp_path / "m.py").write_text('def f(x):\n    """Doc."""\n    assert x\n    return [y for y in {"a", "b"} if y > x]\n')
+    codes, magic = bytecode.compile_all({"m": tmp_path / "m.py"}, another)
+    assert magic == (3495).to_bytes(2, "little") + b"\r\n"  # of Python 3.11 (importlib/_bootstrap_external.py)
+    assert codes["m"][0] & 0x7F == ord("c")  # marshalled code
+    if sys.version_info[:2] == (3, 11):
+        own, number = bytecode.compile_all({"m": tmp_path / "m.py"})
+        assert (marshal.loads(codes["m"]), magic) == (marshal.loads(own["m"]), number)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime.atomic import replacing_file, write_file
+from pocketlm.terminal_text import clock
 
 LOG, PICTURE = "log.jsonl", "log.png"
 CURVES = {  # of a row, below the loss: label, colour
@@ -44,11 +45,9 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def progress(row: dict[str, Any], steps: int, seconds_left: float) -> str:
-    minutes, seconds = divmod(round(seconds_left), 60)
-    left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
     return (
         f"step {row['step']}/{steps} {row['step'] / steps:4.0%}  loss {row['loss']:.4f}  {row['tokens_per_second']:,} tokens/s"
-        f"  {left} left"
+        f"  {clock(seconds_left)} left"
     )
 
 

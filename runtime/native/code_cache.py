@@ -25,16 +25,29 @@ _DIGEST_BYTES = 32
 
 def cached(key_text: str, make: Callable[[], bytes]) -> bytes:
     """What `make()` returned for this key once, or returns now. Raises only what `make` raises."""
-    key = hashlib.sha256(key_text.encode()).digest()
-    folder = _trusted_folder()
-    if folder is None:
-        return make()
-    path = folder / (key.hex() + _SUFFIX)
-    content = _read(path, key)
+    content = kept(key_text)
     if content is None:
         content = make()
-        _write(path, _digest(key, content) + content)
+        keep(key_text, content)
     return content
+
+
+def kept(key_text: str) -> bytes | None:
+    """What was kept for this key; None where that is nothing, or cannot be trusted."""
+    key, path = _place(key_text)
+    return _read(path, key) if path else None
+
+
+def keep(key_text: str, content: bytes) -> None:
+    """Keep it, where there is a folder for that."""
+    key, path = _place(key_text)
+    if path:
+        _write(path, _digest(key, content) + content)
+
+
+def _place(key_text: str) -> tuple[bytes, Path | None]:
+    key, folder = hashlib.sha256(key_text.encode()).digest(), _trusted_folder()
+    return key, folder / (key.hex() + _SUFFIX) if folder else None
 
 
 def cache_folder() -> Path | None:

@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,20 @@ from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import SCALE_BYTES, ByteCache, KVCache
-from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, release_pages, round_up
+from pocketlm.runtime.memory import (
+    aligned,
+    available_bytes,
+    in_one_piece,
+    read_as_told,
+    release_pages,
+    round_up,
+)
 from pocketlm.runtime.native import levels, sizes
+from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, PAIR, QUERY, RUN, TOKEN
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, PAIR, QUERY, RUN, TOKEN, offset
 from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -65,9 +75,6 @@ class NativeCache(KVCache):
     @classmethod
     def _padded(cls, hyper: Hyper) -> int:
         return round_up(hyper.head_dim, ROWS)
-
-    def _allocate(self, n: int) -> np.ndarray:
-        return aligned(n, self.dtype)
 
     def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         n_kv, dim = self.hyper.n_kv_head, self._padded(self.hyper)
@@ -152,6 +159,7 @@ class NativeExecutor:
     name = "native"
     block = BLOCK
     same_bits = True
+    single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
@@ -167,7 +175,9 @@ class NativeExecutor:
         self._code = kernels(formats, self.level, kv)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        matrices = self._tile([tensors[name] for name in names]) | self._place_experts()
+        fit, mapped = self._place_experts()
+        matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
+        matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = self.new_cache()
@@ -206,6 +216,11 @@ class NativeExecutor:
         self._workers.close()
         self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
         self.cache.release()
+
+    def use_fewer_threads(self, path: object) -> None:
+        """Single tokens are computed by fewer threads from now on, once that is known to be faster for the model at `path`."""
+        n_bytes = sum(tensor.data.nbytes for tensor in self._tensors.values())
+        self.single = for_model(Path(str(path)), n_bytes, self.level.name, self.n_threads)
 
     def new_selection(self) -> Selection:
         """For one sampler: it has memory of its own, so that several threads may draw at the same time."""
@@ -250,13 +265,24 @@ class NativeExecutor:
             self._describe(work)
         for cache, ids, _ in work:
             cache.about_to_write(len(ids))
-        self._workers.run()
+        self._run(len(work) == 1 and len(work[0][1]) == 1)
         logits, start = [], 0
         for cache, ids, rows in work:
             cache.length += len(ids)
             logits.append(self._logits[start : start + rows])
             start += rows
         return logits
+
+    def _run(self, is_single: bool) -> None:
+        """The pass that the records describe."""
+        single = self.single
+        if single is None:
+            return self._workers.run()
+        self._n_running.value = single.next() if is_single else self.n_threads
+        started = perf_counter()
+        self._workers.run()
+        if is_single and single.is_trying:
+            single.took(perf_counter() - started)
 
     def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
         """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
@@ -357,19 +383,19 @@ class NativeExecutor:
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
-    def _place_experts(self) -> dict[str, TiledMatrix]:
-        """Those of the plan: tiled where all of them fit into the memory, in the file where they do not."""
-        tensors = [self._tensors[name] for name in self.plan.experts]
-        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads)) + sum(t.data.nbytes for t in tensors)
-        free, result = available_bytes(), {}
-        for tensor in tensors:
-            n_experts, n_rows, n_columns = tensor.shape
-            # NaN among weights in the file is not looked for: that would read all of them. Logits tell
-            result[tensor.name] = TiledMatrix(tensor.format.name, n_rows, n_columns, tensor.data, mapped=True)
-            if n_rows % ROWS == 0 and (free is None or needed <= free):
-                tiled = self._tile([replace(tensor, shape=(n_experts * n_rows, n_columns))])[tensor.name]
-                result[tensor.name] = replace(tiled, n_rows=n_rows)
-        return result
+    def _place_experts(self) -> tuple[list[str], dict[str, TiledMatrix]]:
+        """Those of the plan to be tiled, where all fit into the memory, and those that stay in the file."""
+        experts = {name: self._tensors[name] for name in self.plan.experts}
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads))
+        needed += sum(tensor.data.nbytes for tensor in experts.values())
+        fits = (free := available_bytes()) is None or needed <= free
+        fit = [name for name, tensor in experts.items() if fits and tensor.shape[1] % ROWS == 0]
+        mapped = {}
+        for name in experts.keys() - fit:  # NaN among them is not looked for, which would read them all: logits tell
+            tensor = experts[name]
+            read_as_told(tensor.data)
+            mapped[name] = TiledMatrix(tensor.format.name, *tensor.shape[1:], tensor.data, mapped=True)
+        return fit, mapped
 
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
@@ -400,7 +426,13 @@ class NativeExecutor:
         }  # fmt: skip
         for name, value in values.items():
             record[name] = value
+        self._n_running = ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, "n_threads"))
         return record
+
+
+def _as_one(tensor: Tensor) -> Tensor:
+    """All experts' matrices below each other."""
+    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
 
 
 def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:

@@ -3,8 +3,8 @@
 In: the run's and an operation's record (records.py), a task number. Out: IR functions. Knows no formats.
 
 `group` sorts the pass's pairs of a token and one of its experts by expert: PAIR records, and a GROUP for each expert that is
-wanted. `gather` rounds a pair's activations to where the tile of its group begins (matrix.py), and `experts` takes a chunk of an
-expert's rows for all tokens of its group. A row's result depends on its pair alone, whoever else is in the group.
+wanted. `gather` rounds a pair's activations to where the tile of its group begins (matrix.py), and `experts` takes a chunk of
+an expert's rows for all tokens of its group. A row's result depends on its pair alone, whoever else is in the group.
 
 Experts that lie in the file's order are tiled in the thread's own memory, at `tiled_at`, a chunk at a time: only what is wanted
 is read, and nothing is kept but what the system keeps of the file.
@@ -12,16 +12,16 @@ is read, and nothing is kept but what the system keeps of the file.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F32, I64, PTR, VOID, Function, Value
+from pocketlm.runtime.native.ir import F32, I32, I64, PTR, VOID, Function, Value
 from pocketlm.runtime.native.matrix import ROW, tile_size
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import GROUP, PAIR, offset
-from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, RECORD, SIGMOID, TILE, TILES
+from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, RECORD, SIGMOID, TILE, TILES, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
 
 def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """The numbers of the largest scores and their weights. NaN counts as the smallest: whatever scores are, n_used are found."""
+    """The numbers of the largest scores, and weights. NaN counts as the smallest: n_used are found, whatever scores are."""
     x, out = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "out"))
     n_used, n_experts = r.op("n_used"), r.op("n")
     weights = out + n_used * 4
@@ -137,7 +137,10 @@ def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     skipped = f.var(I64, expert * n_groups)
     with f.when(r.op("tile") > 0):
         tiled = own + r.run("tiled_at")
-        source = r.op("weight", PTR) + expert * r.op("expert_bytes") + start * r.op("group_bytes")
+        whole = r.op("weight", PTR) + expert * r.op("expert_bytes")
+        with f.when(start.equals(0)):
+            _announce(f, r, whole, r.op("expert_bytes"))
+        source = whole + start * r.op("group_bytes")
         left, here = n_rows - start * LANES, stop - start
         f.call_pointer(r.op("tile", PTR), source, tiled, left, here, n_blocks, f.const(I64, 0), here, linkage="entry")
         w.set(tiled)
@@ -157,6 +160,14 @@ def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
             out = r.op("out", PTR) + pair("token") * r.op("out_stride") + pair("slot") * n_rows * 4
             bias = r.op("bias", PTR) + expert * r.op("weight_stride")
             _finish(f, y + t * y_stride, bias, out, start * LANES, f.minimum(stop * LANES, n_rows))
+
+
+def _announce(f: Function, r: Records, first: Value, n_bytes: Value) -> None:
+    """Tell the system that these bytes of the file are wanted: it reads them at once, and (`read_as_told`) no others."""
+    with f.when(r.run("advise") > 0):
+        over = f.emit(I64, f"ptrtoint ptr {first} to i64") & (PAGES - 1)
+        where, length = first + (0 - over), n_bytes + over
+        f.call_pointer(r.run("advise", PTR), where, length, f.const(I32, WILL_NEED), returns=I32, linkage="system")
 
 
 def _finish(f: Function, y: Value, bias: Value, out: Value, first: Value, last: Value) -> None:

@@ -123,41 +123,34 @@ def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -
 
 
 def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
-    """Two sums a row and token, of the even columns and of the odd: in every kernel, so that the results are the same."""
+    """Two sums a row and token, of the even columns and of the odd: in every kernel, so that the results are the same.
+
+    One group of rows at a time: two, which would hide more of an addition's latency, are two streams from memory, and those
+    were a third slower.
+    """
     w, _, first, last, n, x, y, y_stride = f.args()
     convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
     xs = [x + ((n + 31) >> 5) * (128 * t) for t in range(tokens)]
     whole, group_bytes = n & -4, n * type_.bytes
-
-    def groups(g: Value, count: int) -> None:  # a single token's product takes two at a time, to hide an addition's latency
-        totals = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in xs] for _ in range(count)]
-        starts = [w + (g + i) * group_bytes for i in range(count)]
+    with f.range(first, last) as g:
+        totals = [[f.var(ROW, 0.0) for _ in range(2)] for _ in xs]
+        start = w + g * group_bytes
 
         def column(c: Value, chain: int) -> None:
-            values = [f.splat(f.load(F32, token + c * 4, 4), ROWS) for token in xs]
-            for start, rows in zip(starts, totals, strict=True):
-                weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
-                for value, sums in zip(values, rows, strict=True):
-                    sums[chain].set(f.fma(weights, value, sums[chain].get()))
+            weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
+            for token, sums in zip(xs, totals, strict=True):
+                sums[chain].set(f.fma(weights, f.splat(f.load(F32, token + c * 4, 4), ROWS), sums[chain].get()))
 
         with f.range(0, whole, 4) as c:
             if tokens == 1:
-                for start in starts:
-                    for line in range(0, 4 * type_.bytes, 64):
-                        f.prefetch(start + (c * type_.bytes + AHEAD + line))
+                for line in range(0, 4 * type_.bytes, 64):
+                    f.prefetch(start + (c * type_.bytes + AHEAD + line))
             for i in range(4):
                 column(c + i, i % 2)
         with f.range(whole, n) as c:
             column(c, 0)
-        for i, rows in enumerate(totals):
-            for t, (even, odd) in enumerate(rows):
-                f.store(even.get() + odd.get(), y + y_stride * t + (g + i - first) * (4 * ROWS))
-
-    pairs = first + ((last - first) & -2) if tokens == 1 else first
-    with f.range(first, pairs, 2) as g:
-        groups(g, 2)
-    with f.range(pairs, last) as g:
-        groups(g, 1)
+        for t, (even, odd) in enumerate(totals):
+            f.store(even.get() + odd.get(), y + y_stride * t + (g - first) * (4 * ROWS))
 
 
 def _integer_row(f: Function, level: str, fmt: str) -> None:

@@ -62,6 +62,7 @@ RUN = np.dtype([
     ("n_threads", "i8"),                      # that take part in a run; the others have nothing to do with it
     ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield
+    ("advise", "i8"),                         # address of madvise, or 0
     ("workers", "i8"),                        # WORKER records, one a thread
     ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: the next task of every operation
     ("tokens", "i8"), ("n_tokens", "i8"),     # TOKEN records

@@ -6,7 +6,8 @@ Knows nothing of what stands behind them. Programs with code made beforehand nee
 from __future__ import annotations
 
 STAGES = (  # kinds of operations, by number
-    "embed", "prepare", "norm", "rotate", "route", "mix", "join", "matrix", "store", "attend", "each", "group", "gather", "experts",
+    "embed", "prepare", "norm", "rotate", "route", "mix", "join", "matrix", "store", "attend", "each", "group", "gather",
+    "experts",
 )  # fmt: skip
 EMBED, PREPARE, NORM, ROTATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS = range(len(STAGES))
 # up to JOIN: a task a token
@@ -23,6 +24,8 @@ LANES = 16
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
 QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many
 MAX_CHUNK = 16  # groups of rows in a task
+PAGES = 1 << 16  # a multiple of every system's page size
+WILL_NEED = 3  # what madvise is told, on Linux and macOS
 EXPERT_CHUNK = 4  # the same of an expert: tiled on the way, they stay in the second-level cache
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
 MAX_K = 256  # of top-k in `draw`, which sorts by insertion

@@ -106,6 +106,7 @@ class WorkerThreads:
         self._active, self._last_late, self._until, self._rest = self.n_threads, 0.0, 0.0, REST[0] / 2
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
+        self._record["advise"] = _advise()
         self._locks = [closed_lock() for _ in range(self.n_threads)]
         # the threads own the memory they compute in, but not this object: it can be collected, and then they end
         wait = self._core.function("wait", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
@@ -141,3 +142,11 @@ def _give_way() -> tuple[int, Any]:
     library = ctypes.WinDLL("kernel32") if sys.platform == "win32" else ctypes.CDLL(None)  # type: ignore[attr-defined]
     function = library.SwitchToThread if sys.platform == "win32" else library.sched_yield
     return ctypes.cast(function, ctypes.c_void_p).value or 0, library
+
+
+def _advise() -> int:
+    """The address of the system's function that is told which part of a file will be read; 0 where there is none."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).madvise, ctypes.c_void_p).value or 0
+    except (AttributeError, TypeError, OSError):
+        return 0

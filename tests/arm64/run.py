@@ -68,6 +68,8 @@ def make_root(root: Path) -> None:
     """Debian's packages unpacked, not configured: enough to run Python in."""
     if (root / "usr/bin/python3").exists():
         return
+    if root.exists():
+        sys.exit(f"{root}: is there already and holds no Python; name another folder with --root")
     if shutil.which("debootstrap") is None:
         sys.exit("needs debootstrap: apt install debootstrap")
     part = root.with_name(root.name + ".part")
@@ -150,7 +152,7 @@ def main() -> None:
         if not arguments.short:
             shutil.copytree(SOURCE / "tests", shared / "tests")
             tests = [f"/mnt/tests/{name}" for name in SUITE.split()]
-            machine.run("/mnt/env/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+            machine.run("/mnt/env/bin/python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests)
     print("all steps done")
 
 

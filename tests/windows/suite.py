@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +24,6 @@ import python  # noqa: E402
 from wine_runner import WINE, environment_for, prefix  # noqa: E402
 
 from pocketlm.build import wheels  # noqa: E402
-from pocketlm.errors import PocketlmError  # noqa: E402
 from pocketlm.runtime.native.aot import PLATFORMS  # noqa: E402
 
 CACHE, CONSTRAINTS = ROOT / ".cache/windows", ROOT / ".ci/constraints.txt"
@@ -61,8 +59,7 @@ def fetch_what_stubs_are_made_of() -> Path:
     kept.mkdir(parents=True, exist_ok=True)
     os.environ["POCKETLM_CACHE"] = str(kept)
     for platform in PLATFORMS:
-        with suppress(PocketlmError):  # this version of Python is none for that platform
-            wheels.fetch(wheels.pinned(platform, python.VERSION))
+        wheels.fetch(wheels.pinned(platform, python.VERSION))
     own = folder / "d/pocketlm-stub/wheels"
     own.parent.mkdir(parents=True, exist_ok=True)
     if not own.exists():

@@ -1,0 +1,101 @@
+"""`pocketlm generate --input`: what it takes, how far it is, and what it says at the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pocketlm.cli_options import open_model, running_keywords, sampling_keywords
+from pocketlm.errors import UsageError
+from pocketlm.terminal_text import clock, print
+
+SLOTS = 8
+EVERY = 0.5, 30.0  # seconds between two words on how far it is: to a terminal, and to what is not
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes for many prompts."""
+    group = parser.add_argument_group("many prompts")
+    group.add_argument("--input", metavar="FILE", help="JSON lines with a prompt or messages each, and sampling fields")
+    group.add_argument("--output", metavar="FILE", help="JSON lines with their answers, in order; goes on where it was ended")
+    group.add_argument("--slots", type=int, default=SLOTS, metavar="N", help=f"answers at the same time (default {SLOTS})")
+    group.add_argument("--dask", metavar="ADDRESS", help="let the workers of a Dask cluster answer: tcp://…")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer all that is not answered; the exit status."""
+    from pocketlm import __version__
+    from pocketlm.batch.files import Answers, Prompts
+    from pocketlm.batch.local import Settings
+
+    if not arguments.input or not arguments.output:
+        raise UsageError("generate: --input FILE and --output FILE belong together")
+    if arguments.prompt is not None or arguments.file is not None or arguments.json:
+        raise UsageError("generate --input: -p, -f and --json are for a single prompt")
+    if not 1 <= arguments.slots <= 256:
+        raise UsageError(f"--slots {arguments.slots}: expected 1 to 256")
+    defaults = {**sampling_keywords(arguments), "max_tokens": arguments.max_tokens}
+    settings = Settings(arguments.slots, defaults.pop("seed", 0), defaults)
+    prompts = Prompts(Path(arguments.input))
+    with _machine(arguments, settings) as machine:
+        key = prompts.key(machine.made_of, settings.seed, sorted(defaults.items()), __version__)
+        with Answers(Path(arguments.output), key, prompts.n_lines) as answers:
+            progress = Progress(prompts.n_lines, answers.n_done, arguments.program)
+            for written in machine.answers(line for line in prompts if line.number not in answers):
+                answers.add(written)
+                progress.show(answers.n_done, written.tokens)
+            answers.finish()
+            progress.end(arguments.output, answers.n_done, answers.n_errors)
+    return 0
+
+
+@contextmanager
+def _machine(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
+    """What answers lines, open for the length of a `with` statement."""
+    from pocketlm.batch.local import Machine
+
+    if arguments.dask:
+        try:
+            from pocketlm.batch.over_dask import Cluster
+        except ImportError:
+            raise UsageError("--dask needs Dask, and pocketlm as a package; get it with: pip install distributed") from None
+        with Cluster(arguments.dask, arguments.model, running_keywords(arguments), settings) as cluster:
+            yield cluster
+    else:
+        with open_model(arguments) as model:
+            yield Machine(model, settings)
+
+
+class Progress:
+    """How far a run is, on stderr: on one line of a terminal, or on a line now and then. `done`: before it."""
+
+    def __init__(self, n_lines: int, done: int, program: str):
+        self._n_lines, self._before, self._program = n_lines, done, program
+        self._began, self._tokens = time.monotonic(), 0
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._next = self._began + EVERY[not self._terminal]
+        if done:
+            print(f"{program}: {done:,} of {n_lines:,} lines are answered already", file=sys.stderr)
+
+    def show(self, done: int, tokens: int) -> None:
+        """One more line is answered, with so many tokens."""
+        self._tokens += tokens
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + EVERY[not self._terminal]
+            seconds = now - self._began
+            left = clock((self._n_lines - done) * seconds / (done - self._before))
+            share, speed = done / self._n_lines, self._tokens / max(seconds, 1e-9)
+            text = f"{done:,}/{self._n_lines:,} lines {share:4.0%}  {speed:,.0f} tokens/s  {left} left"
+            print(text.ljust(70) if self._terminal else text, end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self, output: str, done: int, errors: int) -> None:
+        """All is written."""
+        seconds = time.monotonic() - self._began
+        failed = f", {errors:,} of them errors" if errors else ""
+        speed = f"{self._tokens:,} tokens in {clock(seconds)}, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        print(f"{output}: {done:,} answers{failed}; {speed}".ljust(70 if self._terminal else 0), file=sys.stderr)

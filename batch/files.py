@@ -1,0 +1,150 @@
+"""The two files of a batch: prompts that are read, and answers that are kept whatever happens.
+
+In: paths, lines. Out: the lines that are still to be answered; in the end, their answers in one file, in order. Answers are
+kept as they come in a file beside it whose name tells what they were made of: it is where a run that was ended goes on. Knows
+no model, and of a line only its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pocketlm.batch.lines import Line, Written
+from pocketlm.errors import FileError
+from pocketlm.runtime.atomic import lock_file, replacing_file
+from pocketlm.serve.guard import MAX_BODY
+
+BLOCK = 1 << 20
+BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
+MOST_ANSWER = 1 << 30  # bytes of a line; longer ones are none of ours
+_NUMBERED = re.compile(rb'\{"line": (\d{1,15}), .*\}\n', re.DOTALL)
+_ERROR = b', "error": {'  # cannot stand inside a JSON text, which writes \" for "
+
+
+class Prompts:
+    """A file of prompts; `n_lines`: blank ones included. Raises FileError where it cannot be read."""
+
+    def __init__(self, path: Path):
+        self._path, self._digest, self.n_lines, last = path, hashlib.blake2b(digest_size=16), 0, b"\n"
+        try:
+            with path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    self._digest.update(block)
+                    self.n_lines += block.count(b"\n")
+                    last = block[-1:]
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        self.n_lines += last != b"\n"
+
+    def key(self, *made_of: Any) -> str:
+        """12 hexadecimal digits: others for another content of the file, and for others of `made_of`."""
+        return hashlib.blake2b(repr((self._digest.hexdigest(), *made_of)).encode(), digest_size=6).hexdigest()
+
+    def __iter__(self) -> Iterator[Line]:
+        """All lines that are not blank."""
+        try:
+            with self._path.open("rb") as file:
+                for number in range(1, self.n_lines + 1):
+                    data = file.readline(MAX_BODY)
+                    if data and not data.endswith(b"\n") and (rest := file.readline(BLOCK)):
+                        while rest and not rest.endswith(b"\n"):
+                            rest = file.readline(BLOCK)
+                        yield Line(number, None)
+                    elif data := data.removeprefix(BOM if number == 1 else b"").strip():
+                        yield Line(number, data)
+        except OSError as error:
+            raise _unreadable(self._path, error) from None
+
+
+class Answers:
+    """What is known of the answers to `n_lines` lines. In a `with` statement; raises FileError.
+
+    `add` keeps one, `finish` makes `target` of them. Until then they are in `target`.KEY.part, also after a kill, a full disk
+    or a power cut, where only a line that was not written to its end is lost.
+    """
+
+    def __init__(self, target: Path, key: str, n_lines: int):
+        if target.exists():
+            raise FileError(target, "is there already", "take it away, or choose another name for the answers")
+        self._target, self._part = target, target.with_name(f"{target.name}.{key}.part")
+        self._starts = array("q", [-1]) * (n_lines + 1)  # where in the part the answer to a line starts
+        self.n_done = self.n_errors = 0
+        with _told(self._part):
+            self._handle = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            with _told(self._part):
+                if not lock_file(self._handle, 0.0):
+                    raise FileError(self._part, "another run is writing these answers", "wait until it ends")
+                self._size = self._take_stock()
+                os.ftruncate(self._handle, self._size)
+        except BaseException:
+            os.close(self._handle)
+            raise
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._handle)
+        if not self._size:
+            with suppress(OSError):
+                self._part.unlink()
+
+    def __contains__(self, number: int) -> bool:
+        return self._starts[number] >= 0
+
+    def add(self, written: Written) -> None:
+        """Keep what is to be written of a line."""
+        left = memoryview(written.data)
+        with _told(self._part):
+            while left:
+                left = left[os.write(self._handle, left) :]
+        self._note(written.number, written.data)
+
+    def finish(self) -> None:
+        """All answers in the order of the lines, in the target; the part goes."""
+        with replacing_file(self._target, self._size) as path, path.open("wb") as out, self._part.open("rb") as kept:
+            for start in self._starts:
+                if start >= 0:
+                    kept.seek(start)
+                    out.write(kept.readline())
+        self._size = 0  # `__exit__` takes the part away
+
+    def _take_stock(self) -> int:
+        """Note every answer that is there; how many bytes those are. What follows them is what a kill has left."""
+        size = self._size = 0
+        with self._part.open("rb") as file:
+            while (data := file.readline(MOST_ANSWER)) and (found := _NUMBERED.fullmatch(data)):
+                if not 0 < (number := int(found[1])) < len(self._starts):
+                    break
+                self._note(number, data)
+                size = self._size
+        return size
+
+    def _note(self, number: int, data: bytes) -> None:
+        self.n_done += self._starts[number] < 0
+        self.n_errors += self._starts[number] < 0 and _ERROR in data
+        self._starts[number] = self._size
+        self._size += len(data)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses, as a FileError."""
+    try:
+        yield
+    except OSError as error:
+        advice = "mend that and give the same command again: the answers so far are kept"
+        raise FileError(path, f"cannot be written ({error.strerror or error})", advice) from None
+
+
+def _unreadable(path: Path, error: OSError) -> FileError:
+    return FileError(path, f"cannot be read ({error.strerror or error})", "check the path")

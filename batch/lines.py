@@ -1,0 +1,119 @@
+"""One line of a file of prompts and what is written of it: an answer, or what is wrong with the line.
+
+In: a line of JSON, a session. Out: a line of JSON, which depends on the line, the model and the settings alone. Knows no files,
+no threads and no other machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pocketlm.errors import PocketlmError
+from pocketlm.serve import fields
+from pocketlm.serve.asking import Asking, pieces
+from pocketlm.serve.errors import ApiError
+from pocketlm.serve.guard import MAX_BODY
+from pocketlm.serve.shapes import Shape
+
+if TYPE_CHECKING:
+    from pocketlm.conversation import Conversation
+    from pocketlm.model import Model
+    from pocketlm.runtime.generator import Piece
+
+STREAMED = ("stream", "stream_options")  # fields of a request that a file has no use for
+
+
+class Line(NamedTuple):
+    """`number`: in the file, from 1 on. `data`: without its end; None where it is longer than a request may be."""
+
+    number: int
+    data: bytes | None
+
+
+class Written(NamedTuple):
+    """What there is to write about line `number`, with a line feed, and how many tokens were generated for it."""
+
+    number: int
+    data: bytes
+    tokens: int = 0
+
+
+class Answering:
+    """`defaults`: options for what a line does not say. A line without a seed has one made of `seed` and its text."""
+
+    def __init__(self, model: Model, defaults: Mapping[str, Any], seed: int):
+        self._defaults = {False: dict(defaults), True: {**model.chat_defaults, **defaults}}  # by whether it is a chat
+        self._seed = b"%d\n" % seed
+        self._asking = Asking(model, model.n_ctx)
+        self._token_bytes = model.tokenizer.token_bytes
+
+    def answer(self, line: Line, session: Conversation, cancel: threading.Event) -> Written | None:
+        """What is to be written; None where `cancel` came in between."""
+        named: dict[str, Any] = {"line": line.number}
+        try:
+            body = _body(line)
+            named |= _name(body)
+            _check(body)
+            return self._answer(line, body, named, session, cancel)
+        except ApiError as error:
+            return Written(line.number, _json({**named, **error.content}))
+        except PocketlmError as error:
+            return Written(line.number, _json({**named, **ApiError(500, str(error)).content}))
+
+    def _answer(
+        self, line: Line, body: dict[str, Any], named: dict[str, Any], session: Conversation, cancel: threading.Event
+    ) -> Written | None:
+        is_chat = body.get("messages") is not None
+        ask = fields.read(body, is_chat, self._defaults[is_chat])
+        if ask.options.get("seed") is None:
+            ask.options["seed"] = self._seed_of(line)
+        prompts = self._asking.encode(ask)
+        answers: dict[int, list[Piece]] = {}
+        for number, piece in pieces(ask, prompts, session, cancel):
+            answers.setdefault(number, []).append(piece)
+        if any(parts[-1].finish_reason == "cancelled" for parts in answers.values()):
+            return None
+        shape = Shape(is_chat, "", self._token_bytes)
+        whole = shape.whole([*answers.values()], ask.n, ask.logprobs, prompts.dropped_turns, prompts.parts)
+        told = {name: whole[name] for name in ("choices", "usage", "dropped_turns") if name in whole}
+        del told["usage"]["prompt_tokens_details"]  # what was in the cache depends on which lines came before
+        return Written(line.number, _json({**named, **told}), told["usage"]["completion_tokens"])
+
+    def _seed_of(self, line: Line) -> int:
+        return int.from_bytes(hashlib.blake2b(self._seed + (line.data or b""), digest_size=6).digest(), "little")
+
+
+def _body(line: Line) -> dict[str, Any]:
+    """The line's fields. Raises ApiError."""
+    if line.data is None:
+        raise ApiError(413, f"a line may have {MAX_BODY} bytes")
+    body = fields.parse(line.data)
+    if not isinstance(body, dict):
+        raise ApiError(400, "the line is no JSON object")
+    return body
+
+
+def _name(body: dict[str, Any]) -> dict[str, Any]:
+    """What the line calls itself, taken out of it, as part of the answer. Raises ApiError."""
+    name = body.pop("id", None)
+    if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
+        raise ApiError(400, "id must be a text or a whole number", param="id")
+    return {} if name is None else {"id": name}
+
+
+def _check(body: dict[str, Any]) -> None:
+    """Takes out what a request has and a line has no use for. Raises ApiError where it asks for that, or for nothing."""
+    for field in STREAMED:
+        if body.get(field):
+            raise ApiError(400, f"{field} is not supported: answers are written when they are whole", param=field)
+        body.pop(field, None)
+    if body.get("messages") is None and body.get("prompt") is None:
+        raise ApiError(400, "messages or prompt is missing")
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"

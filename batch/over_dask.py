@@ -1,0 +1,112 @@
+"""A batch on the workers of a Dask cluster, each with the model open in it.
+
+In: lines. Out: what is to be written of each, as it is made; the same bytes as from one machine. Which worker answers what, and
+that another one does it where a worker dies, is Dask's. Workers need pocketlm and the model, under the same name or path.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import distributed
+
+import pocketlm
+from pocketlm.batch.lines import Line, Written
+from pocketlm.batch.local import Machine, Settings
+from pocketlm.errors import FileError, PocketlmError, UsageError
+
+CHUNKS = 2  # for each worker: one that it answers, and one that waits there
+ROUNDS = 4  # lines of a chunk, for each slot
+SECONDS = 10.0  # for the scheduler to answer
+
+Opening = tuple[str, tuple[tuple[str, Any], ...], int, int, tuple[tuple[str, Any], ...]]
+"""What a worker opens, hashable: the model's name, keywords of `pocketlm.load`, and the fields of Settings."""
+
+_open_lock, _answer_lock = threading.Lock(), threading.Lock()  # Dask runs as many tasks in a worker as it has threads
+
+
+@lru_cache(maxsize=1)
+def _machine(opening: Opening) -> Machine:
+    name, how, slots, seed, defaults = opening
+    return Machine(pocketlm.load(name, **dict(how)), Settings(slots, seed, dict(defaults)))
+
+
+def _opened(opening: Opening) -> Machine:
+    """The model of this worker: one for all chunks."""
+    with _open_lock:
+        return _machine(opening)
+
+
+def describe(opening: Opening) -> Any:
+    """What the answers of this worker depend on, or what is wrong with it."""
+    try:
+        return _opened(opening).made_of
+    except PocketlmError as error:
+        return str(error)
+
+
+def answer(opening: Opening, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written]:
+    """A chunk, on a worker. Raises PocketlmError where the worker would answer otherwise than the others."""
+    machine = _opened(opening)
+    if machine.made_of != made_of:
+        raise PocketlmError(f"a worker has another model or processor than the others: {machine.made_of}, not {made_of}")
+    with _answer_lock:
+        return list(machine.answers(lines))
+
+
+class Cluster:
+    """The workers of the scheduler at `address`, in a `with` statement. Raises UsageError and FileError."""
+
+    def __init__(self, address: str, model: str, how: Mapping[str, Any], settings: Settings):
+        self._opening = model, tuple(how.items()), settings.slots, settings.seed, tuple(settings.defaults.items())
+        self._n_lines, self._address = ROUNDS * settings.slots, address
+        try:
+            self._client: Any = distributed.Client(address, timeout=SECONDS, set_as_default=False)
+        except (OSError, ValueError) as error:
+            problem = f"no scheduler answers there ({str(error)[:100]})"
+            raise UsageError(f"--dask {address}: {problem}; dask scheduler starts one") from None
+
+    def __enter__(self) -> Cluster:
+        try:
+            found = self._client.run(describe, self._opening, on_error="return")
+            found = {worker: facts for worker, facts in found.items() if not isinstance(facts, OSError)}  # it died just now
+            for worker, facts in found.items():
+                if not isinstance(facts, tuple):
+                    raise FileError(worker, str(facts))
+            if not found:
+                raise UsageError(f"--dask {self._address}: it has no workers; dask worker {self._address} starts one")
+            if len({*found.values()}) > 1:
+                raise UsageError(f"--dask {self._address}: the workers have other models or processors: {_differing(found)}")
+            self.made_of = next(iter(found.values()))
+            return self
+        except BaseException:
+            self._client.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def answers(self, lines: Iterable[Line]) -> Iterator[Written]:
+        """As `Machine.answers`."""
+        waiting = iter(lines)
+        under_way = distributed.as_completed(loop=self._client.loop, raise_errors=False)
+
+        def send() -> None:
+            while under_way.count() < CHUNKS * len(self._client.ncores()) and (chunk := list(islice(waiting, self._n_lines))):
+                under_way.add(self._client.submit(answer, self._opening, self.made_of, chunk, pure=False))
+
+        send()
+        for future in under_way:
+            try:
+                yield from future.result()
+            except distributed.KilledWorker as error:
+                raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
+            send()
+
+
+def _differing(found: Mapping[str, Any]) -> str:
+    return "; ".join(f"{worker}: {' '.join(map(str, facts))}" for worker, facts in sorted(found.items()))

@@ -1,0 +1,98 @@
+"""From what a request asks to ids, and from these to pieces, in the thread that calls: for a server's slots and for batches.
+
+In: an `Ask` and a session. Out: pieces, or an ApiError that says what is wrong with the request. Knows no HTTP and no JSON.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pocketlm.chat.thinking import Splitter
+from pocketlm.conversation import Turns, prompt_ids, prompt_room
+from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.serve.errors import ApiError
+from pocketlm.serve.fields import Ask
+
+if TYPE_CHECKING:
+    from pocketlm.conversation import Conversation
+    from pocketlm.model import Model
+    from pocketlm.runtime.generator import Piece
+
+
+@dataclass
+class Prompts:
+    """The ids of every prompt of a request, and how many turns of its conversation had to go."""
+
+    ids: list[list[int]]
+    stop: list[str] = field(default_factory=list)
+    dropped_turns: int = 0
+    parts: Callable[[], Splitter] | None = None  # tells thought from answer in what is said to them; None: nobody wants that
+
+
+class Asking:
+    """Turns what is asked of `model` into ids for a session of `n_ctx` positions."""
+
+    def __init__(self, model: Model, n_ctx: int):
+        self._model, self._n_ctx = model, n_ctx
+        tokenizer = model.tokenizer
+        self._longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.n_vocab))
+
+    def encode(self, ask: Ask) -> Prompts:
+        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        try:
+            has_form = self._model.guide(dict(ask.options)) is not None  # made here, outside of every slot, and remembered
+        except UsageError as error:
+            raise ApiError(400, str(error)) from None
+        # a form begins with the first token: there is nothing that the model could think before
+        tokenizer, template = self._model.tokenizer, self._model.template.with_thinking(False if has_form else ask.thinking)
+        texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
+        most = self._n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
+        if not ask.fit and sum(map(len, texts)) > most:
+            raise self._too_long(sum(map(len, texts)) // self._longest)
+        try:
+            if not ask.is_chat:
+                ids = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
+                prompts = Prompts(ids)
+            else:
+                messages = ask.messages
+                if ask.fit:
+                    messages = [{**message, "content": tokenizer.encodable(message["content"])} for message in messages]
+                turns = Turns(messages, template, tokenizer)
+                if ask.fit:
+                    turns.drop_beyond(most)
+                    ids = turns.fit(prompt_room(self._n_ctx, ask.options.get("max_tokens")))
+                else:
+                    ids = turns.encode()
+                prompts = Prompts([ids], list(template.stop), turns.dropped)
+                if ask.thoughts_apart and not has_form:
+                    last = ask.messages[-1]
+                    begun = last["content"] if last["role"] == "assistant" else ""
+                    prompts.parts = lambda: Splitter(template.tags, begun or template.thought_opening)
+        except PocketlmError as error:
+            raise ApiError(400, str(error)) from None
+        for ids in prompts.ids:
+            if len(ids) >= self._n_ctx:
+                raise self._too_long(len(ids))
+            if not all(0 <= id < tokenizer.n_vocab for id in ids):
+                raise ApiError(400, f"prompt holds an id that is no token; they go from 0 to {tokenizer.n_vocab - 1}")
+        return prompts
+
+    def _too_long(self, n: int) -> ApiError:
+        message = f"the prompt has {n} tokens or more, and the context holds {self._n_ctx}"
+        return ApiError(400, message, "exceed_context_size_error", n_prompt_tokens=n, n_ctx=self._n_ctx)
+
+
+def pieces(ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
+    """`(number of the answer, Piece)`, one answer after the other. Raises PocketlmError."""
+    options, number = dict(ask.options), 0
+    options["stop"] = [*prompts.stop, *options.get("stop", ())]
+    for ids in prompts.ids:
+        for i in range(ask.n):
+            seed = options.get("seed")
+            own = {**options, "seed": None if seed is None else seed + i}  # or all n were the same
+            for piece in session.generate(ids, cancel=cancel, **own):
+                yield number, piece
+            number += 1

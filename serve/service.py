@@ -1,0 +1,169 @@
+"""A systemd unit for `pocketlm serve`: printed, never installed.
+
+In: the command line, and the model it names, opened. Out: the text of a unit, and what a person should know. Knows no HTTP.
+
+The service gets a user of its own that exists while it runs, sees the system read-only and of the homes only what it runs from,
+and may speak on the network and nothing else. MemoryDenyWriteExecute, a usual line, is missing: the compiled kernels
+are code that the program makes itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pocketlm
+from pocketlm.serve.guard import is_loopback
+
+MB = 1 << 20
+BESIDE = 192 * MB  # Python, the tables of the tokenizer, working memory
+NAME = "pocketlm"
+SECRETS = "/etc/pocketlm.env"  # the command line of a service can be read by everybody
+HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # by ProtectHome= and PrivateTmp=
+
+UNIT = """\
+# /etc/systemd/system/{name}.service
+[Unit]
+Description=pocketlm: {model}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart={command}
+EnvironmentFile={secrets}{file}
+Environment=XDG_DATA_HOME=%S/{name} POCKETLM_CACHE=%C/{name} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+StateDirectory={name}
+CacheDirectory={name}
+WorkingDirectory=%S/{name}
+UMask=0077
+Restart=on-failure
+RestartSec=5
+TimeoutStopSec=20
+
+# no more memory than the model, {slots} and some working memory take; the processor goes to others first
+MemoryMax={memory}M
+MemorySwapMax=0
+TasksMax=1024
+Nice=5
+OOMPolicy=stop
+
+# a user that exists while the service runs, and sees little
+DynamicUser=yes
+ProtectSystem=strict
+ProtectHome=tmpfs
+{bound}PrivateTmp=yes
+PrivateDevices=yes
+DevicePolicy=closed
+PrivateIPC=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectProc=invisible
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=AF_INET AF_INET6
+{network}LockPersonality=yes
+RemoveIPC=yes
+CapabilityBoundingSet={capabilities}
+AmbientCapabilities={capabilities}
+PrivateUsers={users}
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallFilter=setpriority sched_setaffinity
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def unit(arguments: Any, words: list[str], model: Any) -> str:
+    """The unit's text. `words`: the command line behind `pocketlm`."""
+    slots, port = arguments.slots, arguments.port
+    cache = type(model.executor.cache).bytes_for(model.hyper, model.n_ctx)
+    memory = -(-(model.file_bytes + (slots + 1) * cache + BESIDE) // MB)  # one more: the model's own session
+    program, needed = _program()
+    low = 0 < port < 1024  # such a port wants a right that a user of its own has not
+    return UNIT.format(
+        name=NAME, model=_plain(model.name), command=_command([*program, *_without_key(words, arguments, model.path)]),
+        secrets="" if _has_key(arguments) else "-", file=SECRETS,
+        slots=f"{slots} conversations of {model.n_ctx} tokens", memory=memory,
+        network="" if not is_loopback(arguments.host) else "IPAddressDeny=any\nIPAddressAllow=localhost\n",
+        bound="".join(f"BindReadOnlyPaths={_path(path)}\n" for path in _hidden([*needed, model.path])),
+        capabilities="CAP_NET_BIND_SERVICE" if low else "", users="no" if low else "yes",
+    )  # fmt: skip
+
+
+def how_to(arguments: Any) -> str:
+    """What a person does with it."""
+    lines = [f"save this as /etc/systemd/system/{NAME}.service, then: sudo systemctl enable --now {NAME}"]
+    if _has_key(arguments):
+        lines.append(f"the key goes into {SECRETS}, readable by root alone: POCKETLM_API_KEY=…")
+    lines.append(f"POCKETLM_PAGE_TOKEN=… in {SECRETS} is what stands behind the # of the page's address, with every start")
+    return "\n".join(lines)
+
+
+def _has_key(arguments: Any) -> bool:
+    return bool(arguments.api_key or os.environ.get("POCKETLM_API_KEY"))
+
+
+def _program() -> tuple[list[str], list[Path]]:
+    """How this very program is started, and the folders that this takes."""
+    if getattr(sys, "frozen", False):
+        return [os.path.realpath(sys.executable)], [Path(sys.executable).resolve()]
+    found = Path(sys.argv[0]).absolute().parent.resolve() / Path(sys.argv[0]).name
+    known = found.name.startswith(NAME) and os.access(found, os.X_OK) and found.is_file()
+    program = [str(found)] if known else [sys.executable, "-m", "pocketlm"]
+    return program, [Path(sys.prefix), Path(sys.base_prefix), Path(pocketlm.__file__).resolve().parent]
+
+
+def _without_key(words: list[str], arguments: Any, path: Path) -> list[str]:
+    """The command line without what the unit says in another way; the model by its path."""
+    kept, skip = list[str](), False
+    for word in words:
+        if skip or word in ("--install-service", "--api-key") or word.startswith("--api-key="):
+            skip = not skip and word == "--api-key"
+            continue
+        kept.append(word)
+    if arguments.model in kept:
+        kept[kept.index(arguments.model)] = str(path.resolve())
+    else:
+        kept.insert(1, str(path.resolve()))
+    return kept
+
+
+def _hidden(paths: list[Path]) -> list[Path]:
+    """Those that the service would not see, once each, without what lies in another."""
+    inside = sorted({path.resolve() for path in paths} | {path.absolute() for path in paths})
+    inside = [path for path in inside if any(path.is_relative_to(folder) for folder in HIDDEN)]
+    return [path for path in inside if not any(path != other and path.is_relative_to(other) for other in inside)]
+
+
+def _command(words: list[str]) -> str:
+    """As ExecStart= wants it: quoted, with % and $ meaning nothing."""
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    word = _plain(word).replace("$", "$$")
+    plain = shlex.quote(word) == word
+    return word if plain else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _path(path: Path) -> str:
+    text = _plain(str(path)).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"' if " " in text else text.replace(":", "\\:")
+
+
+def _plain(text: str) -> str:
+    """One line, in which systemd replaces nothing."""
+    return "".join(character if character.isprintable() else " " for character in text).replace("%", "%%")

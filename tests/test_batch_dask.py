@@ -1,0 +1,106 @@
+"""A batch over a Dask cluster writes the same bytes as one machine does, also where a worker dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from serving import hello, tiny_chat
+
+from pocketlm import cli
+
+pytest.importorskip("distributed", reason="distributed spreads a batch over machines")
+
+DASK = [sys.executable, "-m"]
+QUIET = {**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
+    """A model, prompts, and what one machine writes of them."""
+    folder = tmp_path_factory.mktemp("dask")
+    model, prompts, out = tiny_chat(folder, n_ctx=256), folder / "prompts.jsonl", folder / "whole.jsonl"
+    lines = [{"id": i, **(hello("the inn " * (i % 9), max_tokens=24, temperature=1.0) if i % 7 else {})} for i in range(600)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["generate", str(model), "--input", str(prompts), "--output", str(out), "--threads", "1"]) == 0
+    return model, prompts, out.read_bytes()
+
+
+@contextmanager
+def process(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    run = subprocess.Popen([*DASK, *command], env=QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    told = tmp_path_factory.mktemp("scheduler") / "where.json"
+    options = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(told))
+    with process("distributed.cli.dask_scheduler", *options):
+        until = time.monotonic() + 120
+        while not (told.exists() and told.read_text().strip().endswith("}")):
+            assert time.monotonic() < until, "the scheduler never came"
+            time.sleep(0.05)
+        yield json.loads(told.read_text())["address"]
+
+
+def worker(address: str):
+    return process("distributed.cli.dask_worker", address, "--nthreads", "2", "--no-nanny", "--no-dashboard")
+
+
+def wait_for(address: str, n: int) -> None:
+    import distributed
+
+    with distributed.Client(address, set_as_default=False) as client:
+        client.wait_for_workers(n, timeout=120)
+
+
+def batch(model: Path, prompts: Path, out: Path, address: str) -> list[str]:
+    files = ["--input", str(prompts), "--output", str(out)]
+    return ["generate", str(model), *files, "--threads", "1", "--slots", "4", "--dask", address]
+
+
+def test_the_bytes_are_those_of_one_machine_though_a_worker_is_killed(given, scheduler, tmp_path):
+    model, prompts, whole = given
+    out = tmp_path / "out.jsonl"
+    with worker(scheduler) as first, worker(scheduler):
+        wait_for(scheduler, 2)
+        command = [sys.executable, "-m", "pocketlm", *batch(model, prompts, out, scheduler)]
+        run = subprocess.Popen(command, stderr=subprocess.PIPE)
+        until = time.monotonic() + 120
+        while not (kept := [*tmp_path.glob("*.part")]) or kept[0].stat().st_size == 0:
+            assert time.monotonic() < until
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.002)
+        first.kill()
+        assert run.poll() is None, "it was through before"
+        _, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert out.read_bytes() == whole
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_what_is_wrong_with_the_cluster_is_one_line(given, scheduler, tmp_path, capsys):
+    model, prompts, _ = given
+    out = tmp_path / "out.jsonl"
+    assert cli.main(batch(model, prompts, out, "tcp://127.0.0.1:9")) == 2
+    assert "--dask tcp://127.0.0.1:9: no scheduler answers there" in capsys.readouterr().err
+    assert cli.main(batch(model, prompts, out, scheduler)) == 2
+    assert f"it has no workers; dask worker {scheduler} starts one" in capsys.readouterr().err
+    with worker(scheduler):
+        wait_for(scheduler, 1)
+        assert cli.main(batch(tmp_path / "none.gguf", prompts, out, scheduler)) == 1
+        assert "none.gguf: " in (said := capsys.readouterr().err)
+        assert said.count("\n") == 1
+    assert [*tmp_path.iterdir()] == []
