@@ -10,6 +10,8 @@ from test_native_one_answer import same_bits
 from tiny_models import write_model
 
 import pocketlm
+from pocketlm import cli
+from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.errors import UsageError
 from pocketlm.runtime.kv_cache import ByteCache, to_bytes
 from pocketlm.runtime.native.executor import NativeByteCache, NativeCache
@@ -124,3 +126,20 @@ def test_it_takes_half_the_memory():
 def test_another_kind_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="kv 'q4': expected one of f16, q8"):
         pocketlm.load(write_model(tmp_path / "tiny.gguf"), kv="q4")
+
+
+def test_commands_and_packed_programs_ask_for_it(tmp_path, capsys):
+    path = write_model(tmp_path / "tiny.gguf")
+    asked = {}
+
+    def load(model, **options):
+        asked.update(options)
+        return pocketlm.load(model, **options)
+
+    assert cli.main(["chat", str(path), "then", "--max-tokens=3", "--kv=q8"], load) == 0
+    assert asked["kv"] == "q8"
+    own = Persona(flags={"--kv": "q8", "--temp": 0.5})  # what pack --kv q8 writes
+    assert from_bytes(own.to_bytes(), "friend").arguments() == ["--kv=q8", "--temp=0.5"]
+    capsys.readouterr()
+    assert cli.main(["chat", str(path), "then", "--kv=q9"]) == 2
+    assert "kv 'q9': expected one of f16, q8" in capsys.readouterr().err
