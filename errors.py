@@ -6,6 +6,7 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 
 def did_you_mean(
@@ -45,6 +46,15 @@ class PocketlmError(Exception):
     """The work failed for a reason outside the program: one line for the user, exit status 1."""
 
     exit_status = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker's error is told elsewhere; subclasses take what they like
+        return _as_it_was, (type(self), self.args, self.__dict__)
+
+
+def _as_it_was(kind: type[PocketlmError], args: tuple[Any, ...], state: dict[str, Any]) -> PocketlmError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(PocketlmError):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pocketlm.cli_options import open_model, running_keywords, sampling_keywords
+from pocketlm.cli_options import form_keywords, open_model, running_keywords, sampling_keywords
 from pocketlm.errors import UsageError
 from pocketlm.terminal_text import clock, print
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("generate --input: -p, -f and --json are for a single prompt")
     if not 1 <= arguments.slots <= 256:
         raise UsageError(f"--slots {arguments.slots}: expected 1 to 256")
-    defaults = {**sampling_keywords(arguments), "max_tokens": arguments.max_tokens}
+    defaults = {**sampling_keywords(arguments), **form_keywords(arguments), "max_tokens": arguments.max_tokens}
     settings = Settings(arguments.slots, defaults.pop("seed", 0), defaults)
     prompts = Prompts(Path(arguments.input))
     with _machine(arguments, settings) as machine:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from pocketlm.conversation import Conversation
     from pocketlm.model import Model
 
-S, T, R = TypeVar("S"), TypeVar("T"), TypeVar("R")
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
 END: Any = object()
 AHEAD = 64  # answers that wait for a slow disk before the threads wait, too
 

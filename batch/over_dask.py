@@ -6,6 +6,7 @@ that another one does it where a worker dies, is Dask's. Workers need pocketlm a
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -23,25 +24,22 @@ CHUNKS = 2  # for each worker: one that it answers, and one that waits there
 ROUNDS = 4  # lines of a chunk, for each slot
 SECONDS = 10.0  # for the scheduler to answer
 
-Opening = tuple[str, tuple[tuple[str, Any], ...], int, int, tuple[tuple[str, Any], ...]]
-"""What a worker opens, hashable: the model's name, keywords of `pocketlm.load`, and the fields of Settings."""
-
 _open_lock, _answer_lock = threading.Lock(), threading.Lock()  # Dask runs as many tasks in a worker as it has threads
 
 
 @lru_cache(maxsize=1)
-def _machine(opening: Opening) -> Machine:
-    name, how, slots, seed, defaults = opening
-    return Machine(pocketlm.load(name, **dict(how)), Settings(slots, seed, dict(defaults)))
+def _machine(opening: str) -> Machine:
+    name, how, *settings = json.loads(opening)
+    return Machine(pocketlm.load(name, **how), Settings(*settings))
 
 
-def _opened(opening: Opening) -> Machine:
-    """The model of this worker: one for all chunks."""
+def _opened(opening: str) -> Machine:
+    """The model of this worker, one for all chunks. `opening`: its name, keywords of `pocketlm.load` and Settings, as JSON."""
     with _open_lock:
         return _machine(opening)
 
 
-def describe(opening: Opening) -> Any:
+def describe(opening: str) -> Any:
     """What the answers of this worker depend on, or what is wrong with it."""
     try:
         return _opened(opening).made_of
@@ -49,7 +47,7 @@ def describe(opening: Opening) -> Any:
         return str(error)
 
 
-def answer(opening: Opening, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written]:
+def answer(opening: str, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written]:
     """A chunk, on a worker. Raises PocketlmError where the worker would answer otherwise than the others."""
     machine = _opened(opening)
     if machine.made_of != made_of:
@@ -62,7 +60,7 @@ class Cluster:
     """The workers of the scheduler at `address`, in a `with` statement. Raises UsageError and FileError."""
 
     def __init__(self, address: str, model: str, how: Mapping[str, Any], settings: Settings):
-        self._opening = model, tuple(how.items()), settings.slots, settings.seed, tuple(settings.defaults.items())
+        self._opening = json.dumps([model, dict(how), settings.slots, settings.seed, dict(settings.defaults)])
         self._n_lines, self._address = ROUNDS * settings.slots, address
         try:
             self._client: Any = distributed.Client(address, timeout=SECONDS, set_as_default=False)

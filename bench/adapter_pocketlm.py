@@ -30,8 +30,10 @@ class Pocketlm:
         else:
             self.facts["build"] = f"NumPy {np.__version__}, single-threaded BLAS under {n_threads} Python threads"
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
+        """How many are left: none, where sliding windows need what is gone."""
         self._model.executor.cache.truncate(length)
+        return self._model.executor.cache.length
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         return self._model.executor.forward(ids, rows)

@@ -25,8 +25,8 @@ class Adapter(Protocol):
 
     facts: dict[str, str]  # version, build flags, settings: what a reader needs to do the same
 
-    def truncate(self, length: int) -> None:
-        """Keep the first `length` positions of the cache, which holds at least that many."""
+    def truncate(self, length: int) -> int | None:
+        """Keep the first `length` positions of the cache, which holds at least that many; how many are left (None: these)."""
         ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:

@@ -12,23 +12,29 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError
+from pocketlm.runtime.formats import FORMATS, dequantize
+from pocketlm.runtime.weights import HALF_SCALES
 
 N_VOCAB, N_CTX = 32000, 1024
-BLOCKS = {"Q4_0": (32, 16), "Q8_0": (32, 32)}  # weights in a block, bytes of them behind its float16 scale
+KINDS = tuple(HALF_SCALES)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2: learned positions, LayerNorm, GELU, biases, a tied head, vocabulary 32000."""
+    """With `n_kv_head` a Llama, without a GPT-2 (learned positions, LayerNorm, GELU, biases). A tied head, vocabulary 32000."""
 
     n_layer: int
     width: int
     n_head: int
     n_ff: int
+    n_kv_head: int = 0
 
 
-SHAPES = {"48M": Shape(10, 512, 8, 2048), "1.3B-class": Shape(28, 1536, 24, 6144)}
-NAMES = tuple(f"{shape}-{kind}" for shape in SHAPES for kind in (*BLOCKS, "F16"))
+SHAPES = {
+    "48M": Shape(10, 512, 8, 2048), "1.3B-class": Shape(28, 1536, 24, 6144),
+    "Llama-125M": Shape(16, 768, 12, 2048, 4),  # as SmolLM2, but of whole blocks of 256 columns
+}  # fmt: skip
+NAMES = tuple(f"{shape}-{kind}" for shape in SHAPES for kind in KINDS)
 
 
 def find(name: str, folder: Path) -> Path:
@@ -47,14 +53,19 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
         import gguf
     except ImportError:
         raise PocketlmError("a shape with random weights needs the package gguf; get it with: pip install gguf") from None
-    random = np.random.default_rng(0)
-    writer: Any = gguf.GGUFWriter(str(path), "gpt2")
+    random, is_llama = np.random.default_rng(0), shape.n_kv_head > 0
+    writer: Any = gguf.GGUFWriter(str(path), "llama" if is_llama else "gpt2")
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(shape.width)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
-    writer.add_layer_norm_eps(1e-5)
+    if is_llama:
+        writer.add_head_count_kv(shape.n_kv_head)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_dimension_count(shape.width // shape.n_head)
+    else:
+        writer.add_layer_norm_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     known = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]] + ["to", "ke"]
@@ -65,25 +76,32 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
 
     def matrix(name: str, rows: int, columns: int, spread: float | None = None) -> None:
         data = _weights(random, kind, rows, columns, spread or columns**-0.5)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        if not is_llama and name.startswith("blk."):
+            vector(f"{name}.bias", rows)
 
     def vector(name: str, n: int, centre: float = 0.0) -> None:
         writer.add_tensor(name, (centre + 0.1 * random.standard_normal(n)).astype(np.float32))
 
-    width, inner = shape.width, shape.n_ff
-    matrix("token_embd.weight", N_VOCAB, width, 0.1)
-    writer.add_tensor("position_embd.weight", (0.1 * random.standard_normal((N_CTX, width))).astype(np.float32))
+    def norm(name: str) -> None:
+        vector(f"{name}.weight", shape.width, 1.0)
+        if not is_llama:
+            vector(f"{name}.bias", shape.width)
+
+    width, inner, keys = shape.width, shape.n_ff, shape.n_kv_head * shape.width // shape.n_head
+    inputs = (("attn_q", width), ("attn_k", keys), ("attn_v", keys)) if is_llama else (("attn_qkv", 3 * width),)
+    up = ("ffn_gate", "ffn_up") if is_llama else ("ffn_up",)
+    matrix("token_embd", N_VOCAB, width, 0.1)
+    if not is_llama:
+        writer.add_tensor("position_embd.weight", (0.1 * random.standard_normal((N_CTX, width))).astype(np.float32))
     for i in range(shape.n_layer):
         at = f"blk.{i}."
         for name in ("attn_norm", "ffn_norm"):
-            vector(f"{at}{name}.weight", width, 1.0)
-            vector(f"{at}{name}.bias", width)
-        for name, rows, columns in (("attn_qkv", 3 * width, width), ("attn_output", width, width), ("ffn_up", inner, width),
-                                    ("ffn_down", width, inner)):  # fmt: skip
-            matrix(f"{at}{name}.weight", rows, columns)
-            vector(f"{at}{name}.bias", rows)
-    vector("output_norm.weight", width, 1.0)
-    vector("output_norm.bias", width)
+            norm(f"{at}{name}")
+        for name, rows in (*inputs, ("attn_output", width), *((name, inner) for name in up)):
+            matrix(f"{at}{name}", rows, width)
+        matrix(f"{at}ffn_down", width, inner)
+    norm("output_norm")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -91,11 +109,21 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
 
 
 def _weights(random: np.random.Generator, kind: str, rows: int, columns: int, spread: float) -> np.ndarray:
+    """Random blocks [rows, bytes of a row] whose weights have a root mean square of `spread`."""
     if kind == "F16":
         return (random.standard_normal((rows, columns), np.float32) * spread).astype(np.float16)
-    size, n_bytes = BLOCKS[kind]
-    blocks = np.empty((rows * columns // size, 2 + n_bytes), np.uint8)
-    blocks[:, 2:] = np.frombuffer(random.bytes(len(blocks) * n_bytes), np.uint8).reshape(-1, n_bytes)
-    deviation = 2.0 ** (8 * n_bytes // size) / 12**0.5  # of the whole numbers that random bits stand for
-    blocks[:, :2] = np.frombuffer(np.float16(spread / deviation).tobytes(), np.uint8)
+    form = FORMATS[kind]
+    blocks = np.frombuffer(random.bytes(rows * columns // form.block_size * form.block_bytes), np.uint8)
+    blocks = blocks.reshape(-1, form.block_bytes).copy()
+
+    def scale(value: float) -> None:
+        for at in HALF_SCALES[kind]:
+            blocks[:, at : at + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+        if not HALF_SCALES[kind]:  # a power of two in the first byte
+            blocks[:, 0] = 127 + round(np.log2(value))
+
+    scale(1.0)
+    sample = np.empty((min(len(blocks), 256), form.block_size), np.float32)
+    dequantize(form, blocks[: len(sample)], sample)
+    scale(spread / float(np.sqrt(np.mean(sample**2))))
     return blocks.reshape(rows, -1)

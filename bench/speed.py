@@ -84,6 +84,7 @@ ROWS = [
     Row("one thread: decode SmolLM2 Q4_1", "SmolLM2", "decode", 1.4, threads=1),
     Row("one thread: decode 48M Q8_0", "48M Q8_0", "decode", 1.4, threads=1),
     Row("one thread: decode 48M F16", "48M F16", "decode", 1.1, threads=1),
+    *(Row(f"format {kind}", f"Llama-125M {kind}", "decode", 1.0, 1.4, threads=1, n=32) for kind in shapes.KINDS),
     Row("POCKETLM_ISA=avx2: decode 48M Q4_0", "48M Q4_0", "decode", 1.5, environment={"POCKETLM_ISA": "avx2"}),
     Row("numpy: decode SmolLM2", "SmolLM2", "decode", 0.25, engine="numpy", n=24),
     Row("numpy: decode 48M, beside naive NumPy", "48M Q4_0", "decode", 1.3, engine="numpy", rival="naive NumPy", n=24),

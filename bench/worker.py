@@ -66,15 +66,12 @@ class Bench:
         """Seconds of each of n tokens after `depth` that are in the cache, over and over the same positions."""
         if hasattr(self.adapter, "decode_seconds"):
             return _passes(lambda: self.adapter.decode_seconds(self._ids[: depth + 1], n), at_least)
-        self._truncate(min(self._length, depth))
-        for start in range(self._length, depth, FILL):
-            self.adapter.forward(self._ids[start : min(start + FILL, depth)])
-        self._length = depth
+        self._fill(depth)
         self.adapter.forward(self._ids[depth : depth + 1])  # wakes the threads
         self._length = depth + 1
 
         def once() -> list[float]:
-            self._truncate(depth)
+            self._fill(depth)
             seconds = []
             for i in range(depth, depth + n):
                 started = time.perf_counter()
@@ -117,9 +114,16 @@ class Bench:
         KINDS[kind].write(Path(path), Path(out))
         return {}
 
+    def _fill(self, depth: int) -> None:
+        """Have `depth` tokens in the cache, not one more."""
+        self._truncate(min(self._length, depth))
+        for start in range(self._length, depth, FILL):
+            self.adapter.forward(self._ids[start : min(start + FILL, depth)])
+        self._length = depth
+
     def _truncate(self, length: int) -> None:
-        self.adapter.truncate(length)
-        self._length = length
+        kept = self.adapter.truncate(length)
+        self._length = length if kept is None else kept
 
 
 def _passes(once: Callable[[], list[float]], at_least: float) -> dict[str, Any]:

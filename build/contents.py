@@ -7,7 +7,9 @@ for something left out here fails there, not at a friend's. Sizes are those of L
 from __future__ import annotations
 
 # what of pocketlm a stub holds
-PACKAGES = ("", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "serve", "batch", "build")
+PACKAGES = (
+    "", "tokenizer", "runtime", "runtime/architectures", "runtime/native", "chat", "constrain", "serve", "batch", "build",
+)  # fmt: skip
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),

@@ -204,8 +204,8 @@ class Masks:
     def _need_rows(self, states: np.ndarray) -> None:
         missing = states[~self._has_row[states]]
         if len(missing):
-            for number in np.unique(missing):
-                self._row(int(number))
+            for number in set(missing.tolist()):  # numpy.unique wants what packed programs lack
+                self._row(number)
 
     # ---- masks
 

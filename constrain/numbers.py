@@ -1,15 +1,13 @@
 """Numbers between bounds, as JSON writes them: which digits may come.
 
-In: bounds. Out: a `Node`. A number has at most DIGITS digits before its point and as many behind it, and an exponent of at
-most two, where it may have one: all of it is read again everywhere.
+In: bounds, as whole numbers of the last place that there is: 10^-DIGITS (a packed program has no `decimal`). Out: a `Node`. A
+number has at most DIGITS digits before its point and as many behind it, and an exponent of at most two, where it may have one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import lru_cache
 
 from pocketlm.constrain.encoding import between
@@ -17,6 +15,7 @@ from pocketlm.constrain.grammar import EMPTY, Chars, Either, Node, Repeat, Seque
 from pocketlm.errors import UsageError, quoted
 
 DIGITS = 19
+ONE = 10**DIGITS
 _DIGIT = Chars(((48, 57),))
 _WHOLE = Either((literal("0"), Sequence((Chars(((49, 57),)), Repeat(_DIGIT, 0, DIGITS - 1)))))
 _SIGN = optional(literal("-"))
@@ -30,8 +29,8 @@ NUMBER = Sequence((_SIGN, _WHOLE, optional(Sequence((_POINT, Repeat(_DIGIT, 1, D
 class Bounds:
     """`least` to `most`, None where there is no bound; without the bound itself where it is marked as open."""
 
-    least: Decimal | None = None
-    most: Decimal | None = None
+    least: int | None = None
+    most: int | None = None
     open_least: bool = False
     open_most: bool = False
 
@@ -43,11 +42,22 @@ class Bounds:
     @property
     def from_zero(self) -> Bounds:
         """What is left of it at 0 and above."""
-        return self if self.least is not None and self.least >= 0 else Bounds(Decimal(0), self.most, False, self.open_most)
+        return self if self.least is not None and self.least >= 0 else Bounds(0, self.most, False, self.open_most)
+
+
+def fixed(number: float) -> int:
+    """The number in units of the last place. Raises UsageError for one that has more digits than a number may have."""
+    mantissa, _, exponent = f"{number!r}".partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    shift = DIGITS - len(fraction) + int(exponent or 0)
+    digits = int(whole + fraction)
+    units = digits * 10 ** min(shift, 1000) if shift >= 0 else digits // 10 ** min(-shift, 1000)
+    if abs(units) >= ONE * ONE or (shift < 0 and digits % 10 ** min(-shift, 1000)):
+        raise UsageError(f"{quoted(number)} has more than {DIGITS} digits")
+    return units
 
 
 def integers(bounds: Bounds) -> Node:
-    """Raises UsageError for bounds that have more digits than a number may have; so does `numbers`."""
     if bounds == Bounds():
         return INTEGER
     return _both_signs(bounds, lambda b: _digits(*_whole_between(b)))
@@ -61,13 +71,10 @@ def numbers(bounds: Bounds) -> Node:
 
 
 def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
-    for bound in (bounds.least, bounds.most):
-        if bound is not None and (abs(bound) >= 10**DIGITS or _fraction(abs(bound))[DIGITS:]):
-            raise UsageError(f"{quoted(bound)} has more than {DIGITS} digits")
     found = [] if bounds.most is not None and bounds.most < 0 else [not_negative(bounds.from_zero)]
     below = bounds.mirrored
     if below.most is None or below.most > 0:
-        above_zero = Bounds(Decimal(0), below.most, True, below.open_most)
+        above_zero = Bounds(0, below.most, True, below.open_most)
         negative = below if below.least is not None and below.least > 0 else above_zero
         found.append(Sequence((literal("-"), not_negative(negative))))
     return Either(tuple(found))
@@ -75,10 +82,10 @@ def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
 
 def _whole_between(bounds: Bounds) -> tuple[int, int]:
     assert bounds.least is not None
-    least = math.floor(bounds.least) + 1 if bounds.open_least else math.ceil(bounds.least)
+    least = bounds.least // ONE + 1 if bounds.open_least else -(-bounds.least // ONE)
     if bounds.most is None:
-        return least, 10**DIGITS - 1
-    return least, math.ceil(bounds.most) - 1 if bounds.open_most else math.floor(bounds.most)
+        return least, ONE - 1
+    return least, -(-bounds.most // ONE) - 1 if bounds.open_most else bounds.most // ONE
 
 
 def _digits(least: int, most: int) -> Node:
@@ -92,18 +99,16 @@ def _digits(least: int, most: int) -> Node:
     return Either(tuple(found))
 
 
-def _fraction(number: Decimal) -> str:
-    """The digits behind the point, without zeros at the end."""
-    return f"{number % 1:f}".partition(".")[2].rstrip("0")
+def _split(bound: int, is_open: bool) -> tuple[int, _End]:
+    return bound // ONE, _End(f"{bound % ONE:0{DIGITS}}".rstrip("0"), is_open)
 
 
 def _decimals(bounds: Bounds) -> Node:
     assert bounds.least is not None
-    low = int(bounds.least)
-    low_end = _End(_fraction(bounds.least), bounds.open_least)
+    low, low_end = _split(bounds.least, bounds.open_least)
     if bounds.most is None:
-        return Either((_with(low, low_end, None), _free(low + 1, 10**DIGITS - 1)))
-    high, high_end = int(bounds.most), _End(_fraction(bounds.most), bounds.open_most)
+        return Either((_with(low, low_end, None), _free(low + 1, ONE - 1)))
+    high, high_end = _split(bounds.most, bounds.open_most)
     if low > high:
         return Either(())
     if low == high:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from decimal import Decimal
 from typing import Any
 
 from pocketlm.constrain import json_texts, patterns
 from pocketlm.constrain.grammar import EMPTY, EVERY, NEVER, Chars, Either, Grammar, Node, Repeat, Rule, Sequence, optional
-from pocketlm.constrain.numbers import Bounds, integers, numbers
+from pocketlm.constrain.numbers import Bounds, fixed, integers, numbers
 from pocketlm.errors import UsageError, quoted
 
 Schema = Mapping[str, Any]
@@ -381,22 +380,22 @@ class _Compiler:
         return self._between(integers, schema, path)
 
     def _between(self, make: Callable[[Bounds], Node], schema: Schema, path: str) -> Node:
-        bounds: dict[str, Decimal] = {}
+        bounds: dict[str, int] = {}
         for keyword in OF_TYPE["number"]:
             value = schema.get(keyword)
             if value is not None:
                 if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
                     raise self._bad(path, f"{keyword} must be a number")
-                bounds[keyword] = Decimal(value if isinstance(value, int) else repr(value))
+                try:
+                    bounds[keyword] = fixed(value)
+                except UsageError as error:
+                    raise self._bad(path, f"{keyword}: {error}") from None
         low, low_open = bounds.get("minimum"), bounds.get("exclusiveMinimum")
         high, high_open = bounds.get("maximum"), bounds.get("exclusiveMaximum")
         is_low_open = low_open is not None and (low is None or low_open >= low)
         is_high_open = high_open is not None and (high is None or high_open <= high)
         low, high = low_open if is_low_open else low, high_open if is_high_open else high
-        try:
-            return make(Bounds(low, high, is_low_open, is_high_open))
-        except UsageError as error:
-            raise self._bad(path, str(error)) from None
+        return make(Bounds(low, high, is_low_open, is_high_open))
 
 
 _TYPES: dict[str, Callable[[_Compiler, Schema, str], Node]] = {

@@ -38,12 +38,11 @@ class Dialect:
     """`signs`: expressions that must each match a name (`N`: a number). `fixed`: settings its code never changes.
 
     `transposed`: its matrices are stored (in, out), as Conv1D's. `names`: a tensor's name, without what wraps the model and
-    without .weight, → its role, where it means something else here than elsewhere; "*." stands for a layer, "#3" behind a role
-    for one head, or expert, of several that are modules of their own; `N` in a name, with "#N" behind the role, for the number
-    of each. `computes`: entries
-    of a configuration that are refused elsewhere. `refuses`: parts of names of tensors → what pocketlm does not compute with
-    them. `guess`: what shapes tell where there is no configuration. `finish` brings tensors and keys into the architecture's
-    form. `template`: the chat template that its code has built in.
+    without .weight, → its role, where it means something else here than elsewhere; "*." before it, or ".*" behind it, is a
+    layer, "#3" behind a role for one head, or expert, of several that are modules of their own; `N` in a name, with "#N" behind
+    the role, for the number of each. `computes`: entries of a configuration that are refused elsewhere. `guess`: what shapes
+    tell where there is no configuration. `finish` brings tensors and keys into the architecture's form. `template`: the chat
+    template that its code has built in.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Dialect:
     architecture: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     computes: tuple[str, ...] = ()
-    refuses: Mapping[str, str] = field(default_factory=dict)
     guess: Callable[[Tensors], Mapping[str, Any]] = lambda tensors: {}
     finish: Callable[[Draft], None] = lambda draft: None
     template: str = ""
@@ -70,5 +68,8 @@ class Dialect:
                 role = self.names.get(f"*.{match[2].replace(number[0], '.N.', 1)}", "").replace("#N", f"#{int(number[1])}")
             role, mark, head = (role or "").partition("#")
             return f"blk.{int(match[1])}.{role}.{suffix}{mark}{head}" if role else None
-        role = self.names.get(stem.rpartition(".")[2])
+        parent, _, last = stem.rpartition(".")
+        if last.isdecimal() and (role := self.names.get(f"{parent.rpartition('.')[2]}.*")):  # a list of one for each layer
+            return f"blk.{int(last)}.{role}.{suffix}"
+        role = self.names.get(last)
         return f"{role}.{suffix}" if role else None

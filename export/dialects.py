@@ -197,9 +197,6 @@ def to_canonical(
     given = {**names.settings, **(overrides or {})}
     family = HUGGING_FACE.get(ModelConfig(checkpoint.config, given, path).model_type or "")
     dialect = family or recognise(checkpoint.tensors)
-    for part, purpose in dialect.refuses.items():
-        if any(part in name for name in checkpoint.tensors):
-            raise FileError(path, f"its {dialect.name} {purpose}", "pocketlm does not compute that")
     found: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     left_over: list[str] = []

@@ -6,24 +6,19 @@ base computes and pocketlm does not is refused here, by its name.
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import reorder, rows
+from pocketlm.export.assemble import in_layers, reorder, rows
 from pocketlm.export.dialect import Dialect, Draft, Tensors
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 
 # ── nanochat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-NANOCHAT_LATER = {  # part of the name of a later generation's tensor → what it is for
-    "smear_gate": "mixes every token with the one before it (smear_gate, since March 2026)",
-    "ve_gate": "adds embeddings to the values of its attention (value_embeds, since January 2026)",
-    "value_embeds": "adds embeddings to the values of its attention (value_embeds, since January 2026)",
-    "backout_lambda": "takes a middle layer's output back (backout_lambda, since March 2026)",
-}
 NANOCHAT_TEMPLATE = (  # a system message goes in front of the first question: the chat does so where a template refuses it
     "{{ '<|bos|>' }}{%- for message in messages %}{%- if message['role'] == 'user' %}"
     "{{- '<|user_start|>' + message['content'] + '<|user_end|>' }}{%- elif message['role'] == 'assistant' %}"
@@ -31,6 +26,10 @@ NANOCHAT_TEMPLATE = (  # a system message goes in front of the first question: t
     "{%- else %}{{- raise_exception('no such role') }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant_start|>' }}{%- endif %}"
 )
+NANOCHAT_NUMBERS = {
+    "resid_lambdas": "residual_scale", "x0_lambdas": "embedding_scale", "smear_lambda": "smear_scale",
+    "backout_lambda": "backout_scale",
+}  # fmt: skip
 NANOCHAT_EPS = float(np.finfo(np.float32).eps)  # PyTorch's rms_norm where none is given
 
 
@@ -45,17 +44,29 @@ def _finish_nanochat(draft: Draft) -> None:
         order = np.arange(n * head_dim).reshape(n, 2, -1)[:, ::-1].ravel()
         reorder(tensors, rf"attn_{part}\.weight", order)
     n_vocab = config.raw("vocab_size")  # the tables are filled up to a multiple of 64
-    for name in ("token_embd.weight", "output.weight"):
+    for name in ("token_embd.weight", "output.weight", *in_layers(tensors, r"attn_v_embd\.weight")):
         if isinstance(n_vocab, int) and 0 < n_vocab < tensors[name].shape[0]:
             tensors[name] = rows(tensors[name], 0, n_vocab)
-    for name, key in (("resid_lambdas", "residual_scale"), ("x0_lambdas", "embedding_scale")):
-        if lambdas := tensors.pop(f"{name}.weight", None):
-            keys[key] = [float(value) for value in lambdas.read().ravel()]
-    keys["final_logit_softcapping"] = 15.0
-    pattern = config.raw("window_pattern")
+    for name, key in NANOCHAT_NUMBERS.items():
+        if numbers := tensors.pop(f"{name}.weight", None):
+            values = [float(value) for value in numbers.read().ravel()]
+            keys[key] = values if name.endswith("s") else values[0]
+    gates = tensors.get(next(iter(in_layers(tensors, r"attn_v_gate\.weight")), ""))
+    n_columns = gates.shape[-1] if gates else 0
+    is_newest, is_new = "smear_gate.weight" in tensors, n_columns == 12
+    cap, sharper, part = (15.0, 1.2, 4) if is_newest else (15.0, 1.15, 3) if is_new else (None if gates else 15.0, 1.0, 2)
+    keys["final_logit_softcapping"] = config.need("logit_softcap", cap)  # 15 until March 2026, then 20 for a week
+    config.ask()
+    if gates:
+        keys["attention.value_gate_scale"] = 3.0 if is_new or is_newest else 2.0
+    if is_new or is_newest:
+        keys["attention.scale"] = sharper**2 / math.sqrt(head_dim)
+        keys["rope.freq_base"] = config.get("rope_theta", 100000.0)
+    n_ctx, pattern = keys["context_length"], config.raw("window_pattern")
     if isinstance(pattern, str) and "S" in pattern.upper():
         letters = [pattern.upper()[i % len(pattern)] for i in range(keys["block_count"] - 1)] + ["L"]  # the last sees all
-        keys["attention.sliding_window"] = max(keys["context_length"] // 2, 1) + 1
+        short = max(n_ctx // 2, 1) if part == 2 else -(-n_ctx // part // 128) * 128  # whole tiles of its attention kernel
+        keys["attention.sliding_window"] = short + 1
         keys["attention.sliding_window_pattern"] = [letter == "S" for letter in letters]
 
 
@@ -145,9 +156,10 @@ HOME_MADE = (
         architecture="nanochat", finish=_finish_nanochat,
         names={
             **{f"*.attn.c_{part}": f"attn_{part}" for part in "qkv"},
-            **{name: name for name in ("resid_lambdas", "x0_lambdas")},
+            **{name: name for name in (*NANOCHAT_NUMBERS, "smear_gate")}, "*.attn.ve_gate": "attn_v_gate",
+            "value_embeds.*": "attn_v_embd",
         },
-        refuses=NANOCHAT_LATER,
+        computes=("logit_softcap",),
         template=NANOCHAT_TEMPLATE,
     ),
     Dialect(

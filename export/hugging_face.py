@@ -62,6 +62,13 @@ def tanh(draft: Draft) -> None:
     draft.options["activation"] = "gelu_tanh"
 
 
+def stretched_base(draft: Draft) -> None:
+    """What Hunyuan calls dynamic is a larger base, whatever the length of the text."""
+    n_dims = draft.keys["rope.dimension_count"]
+    if alpha := draft.config.rope.get("alpha"):
+        draft.keys["rope.freq_base"] *= float(alpha) ** (n_dims / (n_dims - 2))
+
+
 def weights_add_up(always: bool) -> Step:
     """Whether the weights of a token's experts are divided by their sum is the architecture's, as llama.cpp has it."""
 
@@ -160,6 +167,10 @@ HUGGING_FACE = {
                 "attention.scale": ("attention_multiplier", 1.0),
                 "logit_scale": ("logits_scaling", 1.0),
             },
+        ),
+        _family(
+            "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
+            stretched_base,
         ),
         _family("gemma", {}, {}, one_added, tanh),
         _family(

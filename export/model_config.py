@@ -60,6 +60,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
     "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
+    "logit_softcap": Setting(float, ("logit_softcap",), "15|20"),
     "model_type": Setting(str, (), "llama"),
 }  # fmt: skip
 
@@ -104,8 +105,8 @@ NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_co
 MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
-    "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss",
-    "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo", "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm",
+    "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
+    "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
     "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
 }  # fmt: skip
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
@@ -238,7 +239,7 @@ class ModelConfig:
 
     def check_supported(self, n_ctx: int, computed: Sequence[str] = ()) -> None:
         """Raises FileError that names anything in the configuration that pocketlm does not compute, but for `computed`."""
-        for level in self._levels:
+        for level in (self.given, *self._levels):
             for name, is_harmless in HARMLESS.items():
                 try:
                     harmless = name in computed or name not in level or is_harmless(level[name])
@@ -291,7 +292,9 @@ class ModelConfig:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
             return {}, {}
-        if kind not in ("linear", "yarn", "llama3", "longrope", "su"):
+        if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
+            kind = "another base"
+        if kind not in ("linear", "yarn", "llama3", "longrope", "su", "another base"):
             raise FileError(
                 self.path,
                 f"scales its rotary positions by {quoted(kind)}",
@@ -306,6 +309,9 @@ class ModelConfig:
                 )
             return float(value)
 
+        if kind == "another base":  # its family's row
+            number("alpha")
+            return {}, {}
         if kind == "linear":
             return {"type": "linear", "factor": number("factor")}, {}
         original = number(

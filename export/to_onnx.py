@@ -50,7 +50,7 @@ class Graph:
         self._write: dict[type, Callable[[Any], None]] = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
             P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
-            P.Softcap: self._softcap, P.Logits: self._linear,
+            P.Softcap: self._softcap, P.Gate: self._gate, P.Logits: self._linear,
         }  # fmt: skip
         self._regrouped = self._to_regroup()
         self._visible: dict[int, str] = {}  # window -> which keys a query sees
@@ -185,6 +185,8 @@ class Graph:
     # ── the operations of the plan ───────────────────────────────────────────────────────────────────────────────────
 
     def _embed(self, op: P.Embed) -> None:
+        if op.before:  # a pass does not know what came before it
+            raise PocketlmError("this model looks at the token before each, which an ONNX graph is not told; export a GGUF")
         x = self._cast(self._node("Gather", self._weight(op.table, self._read(op.table)), "input_ids"), False)
         if op.positions:
             rows = self._node("Gather", self._weight(op.positions, self._read(op.positions)), self._values["positions"])
@@ -318,6 +320,19 @@ class Graph:
     def _add(self, op: P.Add) -> None:
         x = self._values[op.x] if op.factor == 1 else self._node("Mul", self._values[op.x], self._number(op.factor))
         self._values[op.out] = self._node("Add", self._values[op.out], x)
+
+    def _gate(self, op: P.Gate) -> None:
+        width = op.n_groups * op.width
+        seen, *_ = self._split(self._values[op.x], op.n_columns, self._plan.buffers[op.x] - op.n_columns)
+        gates = self._node("MatMul", seen, self._store.add(f"{op.weight}.T", self._read(op.weight).T.copy()))
+        gates = self._unsqueeze(self._node("Mul", self._node("Sigmoid", gates), self._number(op.factor)), -1)
+        y = self._reshape(self._values[op.y], 0, 0, op.n_groups, op.width)
+        y = self._reshape(self._node("Mul", y, gates), 0, 0, width)
+        before, after = op.column, self._plan.buffers[op.out] - op.column - width
+        parts = self._split(self._values[op.out], before, width, after)
+        at = int(before > 0)
+        parts[at] = self._node("Add", parts[at], y)
+        self._values[op.out] = self._node("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
 
     def _scale(self, op: P.Scale) -> None:
         self._values[op.out] = self._node("Mul", self._values[op.x], self._number(op.factor))

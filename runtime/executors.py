@@ -62,8 +62,8 @@ def make_executor(
     kv: str = KINDS[0], may_use_fewer: bool = False,
 ) -> Executor:  # fmt: skip
     """An executor of `plan`. "auto" is native, or numpy with one line on stderr where there is no native code for the plan or
-    code cannot be made executable. `kv`: how caches keep keys and values, one of kv_cache.KINDS. `may_use_fewer`: single tokens
-    are computed by fewer threads, where that is faster.
+    code cannot be made executable. `kv`: how caches keep keys and values, one of kv_cache.KINDS. `may_use_fewer`: single
+    tokens are computed by fewer threads, where that is faster.
 
     Raises UsageError for an unknown backend or kind of cache, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.

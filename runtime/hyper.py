@@ -42,7 +42,7 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     keys = Keys(metadata, path)
     experts = metadata.get(f"{arch}.expert_count", 0)
     if "expert_count" not in table.ARCHITECTURES[arch].SETTINGS and (not isinstance(experts, int) or experts):
-        raise FileError(path, f"pocketlm knows no mixtures of experts of the architecture {arch}", "use a dense model")
+        raise FileError(path, f"mixture-of-experts models of the architecture {arch} are not supported", "use a dense model")
     chosen = {
         name: keys.choice(
             f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed

@@ -4,7 +4,7 @@ A layer without a window keeps every position. Layers with a sliding window keep
 text of any length takes a window of them, a pass of tokens, and a MARGIN that the text can be cut back by. A text that is cut
 back further has to be computed again from its beginning, and `truncate` says so by forgetting all of it.
 
-Knows positions, not tokens: which ids stand behind them is the session's affair.
+Which ids stand behind the positions is the session's affair; they are here for models that look at the token before.
 """
 
 from __future__ import annotations
@@ -40,15 +40,14 @@ class KVCache:
         """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`, `windows` `plan.windows`."""
         self.hyper, self.n_ctx, self.length, self.first, self._turns = hyper, n_ctx, 0, 0, turns
         self.windows, self.rows = tuple(windows), self.rows_of_layers(hyper, n_ctx, windows)
+        self.ids = np.zeros(n_ctx, np.int32)  # of every position
         self._ring = min(self.rows)
         self._reach = self._before(max(windows, default=0))
         sizes = [hyper.n_kv_head * rows * self._padded(hyper) for rows in self.rows]
         self.keys, self.values = (self._allocate(sum(sizes)) for _ in range(2))
         cuts = np.cumsum(sizes)[:-1]
-        self.layers = [
-            self._shaped(*both, rows)
-            for *both, rows in zip(np.split(self.keys, cuts), np.split(self.values, cuts), self.rows, strict=True)
-        ]
+        parts = zip(np.split(self.keys, cuts), np.split(self.values, cuts), self.rows, strict=True)
+        self.layers = [self._shaped(keys, values, rows) for keys, values, rows in parts]
 
     @classmethod
     def rows_of_layers(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int]) -> tuple[int, ...]:
@@ -127,9 +126,16 @@ class KVCache:
         """The first position that a layer holds."""
         return self.first if self.windows and self.windows[layer] else 0
 
-    def about_to_write(self, n: int) -> None:
-        """To be called before n tokens, at most a block, are written behind the last: rings lose their oldest positions."""
-        self.first = max(self.first, self.length + n - self._ring)
+    def about_to_write(self, ids: np.ndarray) -> None:
+        """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
+        stop = self.length + len(ids)
+        self.first = max(self.first, stop - self._ring)
+        self.ids[self.length : stop] = ids
+
+    @property
+    def id_before(self) -> int:
+        """The id of the last position, -1 where there is none."""
+        return self.ids[self.length - 1] if self.length else -1
 
     def goes_on_from(self, length: int) -> bool:
         """Whether all is there that the token after the first `length` positions reads."""
@@ -142,6 +148,7 @@ class KVCache:
             n = rows if self.held(layer) else min(length, rows)  # a ring that has gone round is full
             for copy, filled in zip(other._filled(layer, n), self._filled(layer, n), strict=True):
                 copy[...] = filled
+        other.ids[:length] = self.ids[:length]
         other.first, other.length = self.first, length
         other.truncate(length)
         return other
@@ -189,6 +196,7 @@ class KVCache:
                 angles = -distance * turn.frequencies
                 rotate(keys, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), turn.pairs)
             self.write_keys(layer, oldest - distance, keys)
+        self.ids[start : self.length - distance] = self.ids[stop : self.length].copy()
         self.first = first
         self.length -= distance
         return True

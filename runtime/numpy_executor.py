@@ -45,7 +45,8 @@ class NumpyExecutor:
         self._run = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
             P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
-            P.Softcap: self._softcap, P.Route: self._route, P.Experts: self._experts, P.Mix: self._mix, P.Logits: self._linear,
+            P.Softcap: self._softcap, P.Gate: self._gate, P.Route: self._route, P.Experts: self._experts, P.Mix: self._mix,
+            P.Logits: self._linear,
         }  # fmt: skip
         matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
@@ -125,7 +126,7 @@ class NumpyExecutor:
 
     def _block(self, ids: np.ndarray, rows: int) -> np.ndarray:  # [n] -> [rows, n_vocab], of the last
         state = {"ids": ids}
-        self._cache.about_to_write(len(ids))
+        self._cache.about_to_write(ids)
         for op in self.plan.ops:
             self._check_open()
             if isinstance(op, P.Logits):
@@ -138,10 +139,13 @@ class NumpyExecutor:
         return state["logits"]
 
     def _embed(self, op: P.Embed, state: dict[str, np.ndarray]) -> None:  # [n] -> [n, n_embd]
-        table = self._rows(op.table)
+        table, start = self._rows(op.table), self._cache.length
+        if op.before:
+            before = table[self._cache.ids[max(start - 1, 0) : start + len(state["ids"]) - 1]]
+            state[op.out] = before if start else np.concatenate([np.zeros((1, table.shape[1]), np.float32), before])
+            return
         state[op.out] = table[state["ids"]]
         if op.positions:
-            start = self._cache.length
             state[op.out] += self._rows(op.positions)[start : start + len(state["ids"])]
 
     def _norm(self, op: P.Norm, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width], or columns of it in place
@@ -230,6 +234,11 @@ class NumpyExecutor:
 
     def _add(self, op: P.Add, state: dict[str, np.ndarray]) -> None:  # [n, width] += [n, width]
         state[op.out] += state[op.x] if op.factor == 1 else np.float32(op.factor) * state[op.x]
+
+    def _gate(self, op: P.Gate, state: dict[str, np.ndarray]) -> None:  # columns of [n, width] += [n, n_groups * width]
+        x, y, columns = state[op.x], state[op.y], slice(op.column, op.column + op.n_groups * op.width)
+        gates = np.float32(op.factor) / (1 + np.exp(-(x[:, : op.n_columns] @ self._rows(op.weight).T)))  # [n, n_groups]
+        state[op.out][:, columns] += np.repeat(gates, op.width, 1) * y
 
     def _scale(self, op: P.Scale, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
         state[op.out] = np.float32(op.factor) * state[op.x]

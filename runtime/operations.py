@@ -23,11 +23,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Embed:
-    """out = table[ids] (+ positions[position])."""
+    """out = table[ids] (+ positions[position]). With `before` the id of the token before, and zeros where there is none."""
 
     out: str
     table: str
     positions: str | None = None
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,24 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """out += factor · sigmoid(W x') · y, group by group; x' is the first columns of x, as many as W has.
+
+    `weight` is (n_groups, columns). Each group has `width` columns of y and of out, of which they begin at `column`.
+    """
+
+    x: str
+    y: str
+    out: str
+    weight: str
+    n_columns: int
+    width: int
+    n_groups: int = 1
+    column: int = 0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
 class Scale:
     """out = factor · x. With a factor of 1, a copy."""
 
@@ -188,4 +207,4 @@ class Logits:
     matrix: Matrix
 
 
-Op = Embed | Norm | Linear | Rotate | Attend | Activate | Add | Scale | Softcap | Route | Experts | Mix | Logits
+Op = Embed | Norm | Linear | Rotate | Attend | Activate | Add | Gate | Scale | Softcap | Route | Experts | Mix | Logits

@@ -30,6 +30,7 @@ from pocketlm.runtime.operations import (
     Attend,
     Embed,
     Experts,
+    Gate,
     Linear,
     Logits,
     Matrix,
@@ -43,8 +44,8 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Experts", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan", "Rotate",
-    "Route", "Scale", "Softcap", "make_plan",
+    "Activate", "Add", "Attend", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan",
+    "Rotate", "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
 
@@ -58,16 +59,16 @@ class Plan:
     weights: dict[str, tuple[int, ...]]
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of every layer of the cache; 0 for none."""
+        found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
+        return tuple(found.get(layer, 0) for layer in range(self.hyper.n_layer))
+
+    @property
     def experts(self) -> dict[str, float]:
         """The tensors of experts, and which part of them a token needs."""
         ops = [op for op in self.ops if isinstance(op, Experts)]
         return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The sliding window of every layer of the cache; 0 for none."""
-        found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
-        return tuple(found[layer] for layer in sorted(found))
 
 
 def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object) -> Plan:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve.asking import Asking, Prompts, pieces
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pocketlm.constrain.guides import FORMS
 from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.errors import ApiError
@@ -31,6 +32,7 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "modalities": (["text"],), "store": (False,),
     "service_tier": ("auto", "default"), "echo": (False,), "suffix": ("",), "best_of": (1,), "grammar": ("",), "n_probs": (0,),
 }  # fmt: skip
+OF_FORM = ("response_format", "json_schema")
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for who keeps books; they change no answer
 
 
@@ -69,6 +71,8 @@ def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
         raise ApiError(400, "the body is no JSON object")
     fields = _CHAT if is_chat else _COMPLETION
     ask = Ask(is_chat, options={**defaults})
+    if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it
+        ask.options = {name: value for name, value in ask.options.items() if name not in FORMS}
     if not is_chat:
         ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():

@@ -1,11 +1,13 @@
-"""Compares twelve vocabularies with their reference libraries on random texts, as many as there is time for.
+"""Compares vocabularies with their reference libraries on random texts, as many as there is time for.
 
-    python tests/compare_tokenizers.py FOLDER [--count 1000000] [--only NAME …]
+    python tests/compare_tokenizers.py FOLDER [--count 1000000] [--only NAME …]   # the twelve
+    python tests/compare_tokenizers.py FOLDER --names --count 20000               # every `tokenizer.ggml.pre`
 
 Three vocabularies of sentencepiece, three of Hugging Face's tokenizers and one of tiktoken are trained into FOLDER; the four
-of llama.cpp's own tests and SmolLM2's are used where they are. The vocabularies take turns, a batch each, and FOLDER keeps
-how far each came and its differences, cut down to the shortest text that shows them: a run that was stopped goes on.
-Exit status 1 if there are differences.
+of llama.cpp's own tests and SmolLM2's are used where they are. `--names` takes every name of a pre-tokenizer: a vocabulary
+trained by tokenizers with the name's expressions, read as a GGUF's keys, and a small one that llama.cpp cuts by that name.
+The vocabularies take turns, a batch each, and FOLDER keeps how far each came and its differences, cut down to the shortest
+text that shows them: a run that was stopped goes on. Exit status 1 if there are differences.
 """
 
 import argparse
@@ -16,7 +18,9 @@ import os
 import random
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +28,9 @@ from tokenizer_texts import PROSE, WORDS, settled, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.errors import PocketlmError
+from pocketlm.export.gguf_writer import copy_gguf
 from pocketlm.runtime.gguf_reader import open_gguf
-from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 
 BATCH = 2000
 MINIMISED = 30  # differences of one vocabulary that are cut down and kept; the others are only counted
@@ -186,6 +191,52 @@ def of_smollm2() -> Pair:
     return Pair(tokenizer.load(path), *_asked_of(theirs))
 
 
+def of_expressions(folder: Path, name: str) -> Pair:
+    """Trained by tokenizers with the expressions of the name; ours reads the same vocabulary as a GGUF's keys."""
+    import tokenizers
+
+    pre, path = tokenizers.pre_tokenizers, folder / "tokenizer.json"
+    if not path.exists():
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name in WHOLE_WORDS_FIRST))
+        splits = [pre.Split(tokenizers.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name]]
+        made.pre_tokenizer = pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        made.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=3000, special_tokens=["<|im_start|>", "<|endoftext|>"], show_progress=False,
+            initial_alphabet=pre.ByteLevel.alphabet(),
+        )  # fmt: skip
+        made.train_from_iterator(LINES, trainer)
+        made.save(str(path))
+    model = json.loads(path.read_text("utf-8"))["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    keys = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 2 + [1] * (len(tokens) - 2), "tokenizer.ggml.merges": merges,
+    }  # fmt: skip
+    return Pair(tokenizer.from_metadata(keys, path), *_asked_of(tokenizers.Tokenizer.from_file(str(path))))
+
+
+def of_llama_cpp_name(folder: Path, name: str) -> Pair:
+    """A small vocabulary whose words llama.cpp cuts by this name."""
+    import llama_cpp
+
+    path = folder / "vocabulary.gguf"
+    with open_gguf(Path(__file__).parent / "vectors" / "gguf-gpt-2.gguf") as file:
+        keys = {key: value for key, value in file.metadata.items() if not key.startswith("pocketlm.")}
+        with open(path, "wb") as out:
+            copy_gguf(out, {**keys, "tokenizer.ggml.pre": name}, {})
+    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+
+    def encode(some: list[str], special: bool) -> list[Ids]:
+        return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
+
+    def leave_out(text: str) -> bool:  # where words end before capitals, llama.cpp knows letters of ASCII only, and no marks
+        return name in CASED and any(unicodedata.category(c)[0] in "LM" and not c.isascii() for c in text)
+
+    return Pair(tokenizer.load(path), encode, None, (False,), leave_out)
+
+
 TWELVE: dict[str, Callable[[Path], Pair]] = {
     "sentencepiece, defaults, bytes": lambda folder: of_sentencepiece(folder, byte_fallback=True),
     "sentencepiece, unknown characters, folded case, symbols": lambda folder: of_sentencepiece(
@@ -205,6 +256,16 @@ TWELVE: dict[str, Callable[[Path], Pair]] = {
     "llama.cpp, llama-spm": lambda folder: of_llama_cpp("llama-spm"),
     "llama.cpp, phi-3": lambda folder: of_llama_cpp("phi-3"),
     "tokenizers, SmolLM2": lambda folder: of_smollm2(),
+}  # fmt: skip
+
+CASED = ("tekken", "gpt-4o", "llama4", "kanana2", "minimax-m2")
+DISTINCT = {patterns: name for name, patterns in reversed(PRE_TOKENIZERS.items())}  # the first name of each row
+NAMES: dict[str, Callable[[Path], Pair]] = {
+    **{f"expressions of {name}": partial(of_expressions, name=name) for name in reversed(DISTINCT.values())},
+    **{
+        f"llama.cpp's {name}": partial(of_llama_cpp_name, name=name)
+        for name in PRE_TOKENIZERS if name != "nanochat"  # which llama.cpp does not know
+    },
 }  # fmt: skip
 
 # ── comparing ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,7 +310,7 @@ def compare(pair: Pair, some: list[str]) -> list[tuple[str, bool]]:
     """The texts that differ, and whether their markers were read."""
     found = []
     for special in pair.specials:
-        asked = [text for text in some if not (special and pair.leave_out(text))]
+        asked = [text for text in some if not ((special or len(pair.specials) == 1) and pair.leave_out(text))]
         for text, theirs in zip(asked, pair.encode(asked, special), strict=True):
             same = pair.ours.encode(text, special=special) == theirs
             if not same or (pair.decode is not None and pair.ours.decode(theirs) != pair.decode(theirs)):
@@ -267,15 +328,17 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("folder", type=Path)
     options.add_argument("--count", type=int, default=1_000_000)
-    options.add_argument("--only", nargs="+", default=list(TWELVE), choices=list(TWELVE), metavar="NAME")
+    options.add_argument("--names", action="store_true", help="every pre-tokenizer's name instead of the twelve")
+    options.add_argument("--only", nargs="+", choices=[*TWELVE, *NAMES], metavar="NAME")
     args = options.parse_args()
+    chosen = args.only or list(NAMES if args.names else TWELVE)
     state_file = args.folder / "progress.json"
     args.folder.mkdir(parents=True, exist_ok=True)
     state = json.loads(state_file.read_text("utf-8")) if state_file.exists() else {}
     pairs = {}
-    for name in args.only:
+    for name in chosen:
         (place := args.folder / name.replace(", ", "-").replace(" ", "-")).mkdir(exist_ok=True)
-        pairs[name] = TWELVE[name](place)
+        pairs[name] = {**TWELVE, **NAMES}[name](place)
         state.setdefault(name, {"compared": 0, "different": 0, "seconds": 0.0, "shortest": []})
     while ahead := [name for name in pairs if state[name]["compared"] < args.count]:
         name = min(ahead, key=lambda name: state[name]["compared"])
@@ -291,12 +354,12 @@ def main() -> int:
         part = state_file.with_suffix(".part")
         part.write_text(json.dumps(state, ensure_ascii=False, indent=1), "utf-8")
         part.replace(state_file)
-    for name in args.only:
+    for name in chosen:
         so_far = state[name]
         print(f"{name:58} {so_far['compared']:9,} texts, {so_far['different']} different")
         for found in so_far["shortest"]:
             print("    " + json.dumps(found, ensure_ascii=True))
-    return int(any(state[name]["different"] for name in args.only))
+    return int(any(state[name]["different"] for name in chosen))
 
 
 if __name__ == "__main__":

@@ -70,42 +70,69 @@ class Model(nn.Module):
 
 
 class NanoChat(Model):
-    """October 2025; with `lambdas` January 2026: numbers for the residual stream and the embedding, windows by a pattern."""
+    """The generations since October 2025, each with what the ones before it had and its own (`since`):
 
-    def __init__(self, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab=61, padded=0, lambdas=False, pattern="L", seq=48):
+    "lambdas" (January 2026): numbers for the residual stream and the embedding, windows by a pattern. "values" (16 January):
+    embeddings of tokens for the values, gated. "capped" (3 March): logits up to 20. "tuned" (9 March): other numbers
+    everywhere. "smear" (14 March): some of the token before, and a middle layer taken back.
+    """
+
+    GENERATIONS = ("", "lambdas", "values", "capped", "tuned", "smear")
+
+    def __init__(self, since="", n_layer=3, n_head=4, n_kv_head=2, n_embd=32, vocab=61, padded=0, pattern="L", seq=48):
+        self.age = self.GENERATIONS.index(since)
         parts: dict[str, nn.Module] = {"transformer.wte": nn.Embedding(padded or vocab, n_embd)}
-        d = n_embd // n_head
+        d, n_gate = n_embd // n_head, 12 if self.age >= 4 else 32
         for i in range(n_layer):
             at = f"transformer.h.{i}."
             sizes = {"attn.c_q": n_head * d, "attn.c_k": n_kv_head * d, "attn.c_v": n_kv_head * d, "attn.c_proj": n_embd}
             parts |= {at + name: nn.Linear(n_embd, rows, bias=False) for name, rows in sizes.items()}
             parts |= {at + "mlp.c_fc": nn.Linear(n_embd, 4 * n_embd, bias=False)}
             parts |= {at + "mlp.c_proj": nn.Linear(4 * n_embd, n_embd, bias=False)}
+            if self.age >= 2 and i % 2 == (n_layer - 1) % 2:
+                parts[at + "attn.ve_gate"] = nn.Linear(n_gate, n_kv_head, bias=False)
+                parts[f"value_embeds.{i}"] = nn.Embedding(padded or vocab, n_kv_head * d)
+        if self.age >= 5:
+            parts["smear_gate"] = nn.Linear(24, 1, bias=False)
         super().__init__({**parts, "lm_head": nn.Linear(n_embd, padded or vocab, bias=False)})
         self.args = {"sequence_len": seq, "vocab_size": vocab, "n_layer": n_layer, "n_head": n_head, "n_kv_head": n_kv_head,
                      "n_embd": n_embd}  # fmt: skip
         self.windows = [0] * n_layer
-        if lambdas:
+        if self.age >= 1:
             self.resid_lambdas, self.x0_lambdas = nn.Parameter(torch.ones(n_layer)), nn.Parameter(torch.zeros(n_layer))
             self.args["window_pattern"] = pattern
             short = [pattern[i % len(pattern)] == "S" for i in range(n_layer - 1)]
-            self.windows = [seq // 2 + 1 if is_short else 0 for is_short in short] + [0]
-        self.lambdas = lambdas
+            part = {4: 3, 5: 4}.get(self.age, 0)
+            seen = math.ceil(seq // part / 128) * 128 if part else seq // 2
+            self.windows = [seen + 1 if is_short else 0 for is_short in short] + [0]
+        if self.age >= 5:
+            self.smear_lambda, self.backout_lambda = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, ids: Tensor) -> Tensor:
+        theta, sharper = (1e5, {4: 1.15, 5: 1.2}[self.age]) if self.age >= 4 else (1e4, 1.0)
         x = rms(self["transformer.wte"](ids))
-        x0 = x
+        if self.age >= 5:
+            gate = self.smear_lambda * torch.sigmoid(self["smear_gate"](x[1:, :24]))
+            x = torch.cat([x[:1], x[1:] + gate * x[:-1]])
+        x0, middle = x, x
         for i in range(self.args["n_layer"]):
-            if self.lambdas:
+            if self.age >= 1:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             attn, mlp, h = self[f"transformer.h.{i}.attn"], self[f"transformer.h.{i}.mlp"], rms(x)
-            q = rms(halves(split(attn.c_q(h), self.args["n_head"]), 10000.0, backwards=True))
-            k = rms(halves(split(attn.c_k(h), self.args["n_kv_head"]), 10000.0, backwards=True))
+            q = rms(halves(split(attn.c_q(h), self.args["n_head"]), theta, backwards=True))
+            k = rms(halves(split(attn.c_k(h), self.args["n_kv_head"]), theta, backwards=True))
             v = split(attn.c_v(h), self.args["n_kv_head"])
-            x = x + attn.c_proj(attention(q, k, v, q.shape[-1] ** -0.5, self.windows[i]))
+            if hasattr(attn, "ve_gate"):
+                gate = (3 if self.age >= 4 else 2) * torch.sigmoid(attn.ve_gate(h[:, : attn.ve_gate.in_features]))
+                v = v + gate.T[:, :, None] * split(self[f"value_embeds.{i}"](ids), self.args["n_kv_head"])
+            scale = sharper**2 * q.shape[-1] ** -0.5  # of queries and of keys there, which here are rounded to half precision
+            x = x + attn.c_proj(attention(q, k, v, scale, self.windows[i]))
             x = x + mlp.c_proj(F.relu(mlp.c_fc(rms(x))).square())
+            middle = x if i == self.args["n_layer"] // 2 else middle
+        x = x - self.backout_lambda * middle if self.age >= 5 else x
         logits = self["lm_head"](rms(x))[:, : self.args["vocab_size"]]
-        return 15 * torch.tanh(logits / 15)
+        cap = 20 if self.age == 3 else 15
+        return cap * torch.tanh(logits / cap)
 
 
 class GPTNeo(Model):

@@ -171,6 +171,31 @@ def nanochat(m: Builder) -> None:
     m.softcap("logits", 15.0)
 
 
+def gated(m: Builder) -> None:
+    """nanochat since March 2026: embeddings of the token before and of values, gated."""
+    m.embed()
+    m.embed_before("before")
+    m.norm(None, "before", "before")
+    m.gate("smear_gate", "x", "before", "x", 0.7)
+    for b in m.layers():
+        b.norm(None)
+        b.qkv()
+        b.embed_values(3.0)
+        b.rotate()
+        b.attend()
+        b.attention_output()
+        b.add()
+        b.norm(None)
+        b.feed_forward()
+        b.add()
+    m.norm(None)
+    m.logits()
+
+
+def _gates() -> dict[str, tuple[int, ...]]:
+    return {"smear_gate.weight": (1, 24), "blk.1.attn_v_gate.weight": (2, 12), "blk.1.attn_v_embd.weight": (64, 32)}
+
+
 def _fused(n_layer: int = 2) -> dict[str, tuple[int, ...]]:
     """Tensors of phi3: q, k and v in one, gate and up in one, factors of frequencies for short and long contexts."""
     shapes: dict[str, tuple[int, ...]] = {"rope_factors_short.weight": (4,), "rope_factors_long.weight": (4,)}
@@ -229,6 +254,7 @@ LISTS: dict[str, Callable[[], P.Plan]] = {
     "experts, sigmoid, normalised": lambda: make(routed(kind="sigmoid"), settings=EXPERTS | {"expert_used_count": 7}),
     "one expert": lambda: make(routed(normalised=False), settings={"expert_count": 1, "expert_used_count": 1}),
     "nanochat": lambda: make(nanochat, gated=False, activation="relu_squared", **HALF),
+    "gated": lambda: make(gated, _gates(), gated=False, activation="relu_squared", **HALF),
     "phi3": lambda: make(phi3.operations, _fused(), **LONG),
     "odd widths": lambda: make(gemma3, n_embd=60, head_dim=6, n_ff=52, rope=Rope(1000.0, 6, "interleaved")),
 }  # fmt: skip
@@ -261,7 +287,9 @@ def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: 
     n, s = len(ids), {}
     for op in plan.ops:
         if isinstance(op, P.Embed):
-            s[op.out] = w[op.table][ids] + (w[op.positions][:n] if op.positions else 0)
+            rows = w[op.table][ids]
+            rows = np.concatenate([0 * rows[:1], rows[:-1]]) if op.before else rows
+            s[op.out] = rows + (w[op.positions][:n] if op.positions else 0)
         elif isinstance(op, P.Norm):
             rows = s[op.x].copy()
             for g in range(op.n_groups):
@@ -301,6 +329,12 @@ def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: 
             s[op.out] = ACTIVATIONS[op.kind](x[:, : op.n]) * (x[:, op.n : 2 * op.n] if op.gated else 1)
         elif isinstance(op, P.Add):
             s[op.out] = s[op.out] + op.factor * s[op.x]
+        elif isinstance(op, P.Gate):
+            s[op.out] = s[op.out].copy()
+            for g in range(op.n_groups):
+                share = op.factor / (1 + np.exp(-s[op.x][:, : op.n_columns] @ w[op.weight][g]))
+                at = op.column + g * op.width
+                s[op.out][:, at : at + op.width] += share[:, None] * s[op.y][:, g * op.width : (g + 1) * op.width]
         elif isinstance(op, P.Scale):
             s[op.out] = op.factor * s[op.x]
         elif isinstance(op, P.Softcap):

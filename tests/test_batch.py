@@ -277,3 +277,13 @@ def test_progress_says_how_much_is_left(model, tmp_path, monkeypatch, capsys):
 def test_what_makes_no_sense_is_told_before_the_model_is_opened(options, message, capsys):
     assert cli.main(["generate", "no-such-model.gguf", *options]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_a_line_may_ask_for_a_form(model, tmp_path):
+    number = {"type": "integer", "minimum": 0, "maximum": 99}
+    schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    lines = [hello(f"the inn {i}", max_tokens=120, temperature=1.0, response_format=wanted) for i in range(6)]
+    for answer in answered(model, tmp_path, *lines):
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert set(json.loads(text(answer))) == {"n"}

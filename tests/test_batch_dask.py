@@ -18,6 +18,7 @@ from pocketlm import cli
 
 pytest.importorskip("distributed", reason="distributed spreads a batch over machines")
 
+FORM = ["--regex", "[a-z ]{8,40}"]  # options reach the workers, whatever they are
 DASK = [sys.executable, "-m"]
 QUIET = {**os.environ, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"}
 
@@ -29,7 +30,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
     model, prompts, out = tiny_chat(folder, n_ctx=256), folder / "prompts.jsonl", folder / "whole.jsonl"
     lines = [{"id": i, **(hello("the inn " * (i % 9), max_tokens=24, temperature=1.0) if i % 7 else {})} for i in range(600)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert cli.main(["generate", str(model), "--input", str(prompts), "--output", str(out), "--threads", "1"]) == 0
+    assert cli.main(["generate", str(model), "--input", str(prompts), "--output", str(out), "--threads", "1", *FORM]) == 0
     return model, prompts, out.read_bytes()
 
 
@@ -67,7 +68,7 @@ def wait_for(address: str, n: int) -> None:
 
 
 def batch(model: Path, prompts: Path, out: Path, address: str) -> list[str]:
-    files = ["--input", str(prompts), "--output", str(out)]
+    files = ["--input", str(prompts), "--output", str(out), *FORM]
     return ["generate", str(model), *files, "--threads", "1", "--slots", "4", "--dask", address]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import write_random
 from tiny_models import write_model
 
 from pocketlm.bench import convert
@@ -118,3 +119,16 @@ def test_a_conversion_that_fails_leaves_nothing_and_says_why(tmp_path: Path) -> 
         with pytest.raises(PocketlmError, match="failed"):
             convert.KINDS["genai-int4"].write(path, tmp_path / "out-genai")
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_cache_of_a_window_is_filled_again_where_it_cannot_be_cut_back(tmp_path: Path) -> None:
+    sizes = {"n_layer": 6, "n_ctx": 4096, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "n_ff": 32}
+    file = write_random(tmp_path / "windows.gguf", "gemma3", sizes, {"attention.sliding_window": 20}, {})
+    bench, (module, name) = Bench(), BACKENDS["native"].adapter.split(":")
+    bench.load(f"{module}:{name}", str(file), 1, 2560, 256, {"backend": "native"})
+    cache = bench.adapter._model.executor.cache
+    for depth in (2048, 100, 2048):
+        assert len(bench.decode(n=4, depth=depth, at_least=0.0)["seconds"]) == 4
+        assert cache.length == bench._length == depth + 4
+        assert cache.ids[: depth + 4].tolist() == bench._ids[: depth + 4].tolist()
+    bench.adapter.close()

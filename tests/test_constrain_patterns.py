@@ -10,7 +10,7 @@ from constraining import TOKENS, check_exactly, masks_of, reads, walk, write
 
 from pocketlm.constrain import patterns
 from pocketlm.constrain.grammar import Choice, Grammar
-from pocketlm.constrain.numbers import DIGITS, Bounds, integers, numbers
+from pocketlm.constrain.numbers import DIGITS, Bounds, fixed, integers, numbers
 from pocketlm.errors import UsageError
 
 LETTERS = "ab1é日🙂 .\n"
@@ -206,7 +206,8 @@ def test_numbers_between_bounds(seed):
     for _ in range(40):
         bounds = Bounds(bound(), bound(), rng.random() < 0.5, rng.random() < 0.5)
         for make in (integers, numbers):
-            masks = masks_or_none(make(bounds))
+            least, most = (None if b is None else int(b.scaleb(DIGITS)) for b in (bounds.least, bounds.most))
+            masks = masks_or_none(make(Bounds(least, most, bounds.open_least, bounds.open_most)))
             tried = [Decimal(rng.randrange(-2500, 2500)).scaleb(-rng.randrange(5)) for _ in range(20)]
             tried += [
                 b + d for b in (bounds.least, bounds.most) if b is not None for d in (0, Decimal("0.01"), Decimal("-0.01"))
@@ -244,3 +245,14 @@ def test_every_token_is_a_leaf_or_a_branch_of_the_tree():
         assert spelled == data
     assert not tree.node_of[len(TOKENS) :].any()
     assert sys.getsizeof(tree.byte) < 10_000
+
+
+@pytest.mark.parametrize("number", [0, -7, 0.1, -2.5, 1e-7, 3e-19, 123456789.125, 1e18, 10**18 + 1, -0.0])
+def test_a_bound_is_exact(number):
+    assert Decimal(fixed(number)).scaleb(-DIGITS) == Decimal(repr(number))
+
+
+@pytest.mark.parametrize("number", [1.5e-19, 10**19, 1e20, -1e300, 5e-324])
+def test_a_bound_of_too_many_digits_is_refused(number):
+    with pytest.raises(UsageError, match="digits"):
+        fixed(number)

@@ -1,10 +1,14 @@
 """What every error promises of the names it quotes: one printable line, whatever a stranger's file calls its parts."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 from gguf_bytes import file_fields, join, key
 
-from pocketlm.errors import FileError, quoted
+from pocketlm.errors import FileError, UsageError, quoted
 from pocketlm.runtime.gguf_reader import parse
+from pocketlm.tokenizer import NoTokenizer
 
 
 @pytest.mark.parametrize(
@@ -34,3 +38,9 @@ def test_an_error_about_a_key_with_an_unprintable_name_stays_short(character):
     with pytest.raises(FileError) as error:
         parse(data, "model.gguf")
     assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("error", [UsageError("a"), FileError("a.gguf", "is torn", "mend it"), NoTokenizer(Path("b.gguf"))])
+def test_an_error_says_the_same_in_another_process(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.__dict__) == (type(error), str(error), error.__dict__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from native_guard import _forbid
 from operation_lists import make, tensors_of
 
 import pocketlm
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
 from pocketlm.export.gguf_writer import copy_gguf
@@ -260,3 +261,20 @@ def test_the_system_is_told_which_experts_of_the_file_are_wanted(monkeypatch: py
     logits(executor, IDS[:1], 1)
     assert not told  # in memory
     executor.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what a process has mapped")
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_a_closed_model_has_let_go_of_the_file_that_its_experts_are_in(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96, "n_layer": 1, "n_ctx": 32}
+    path = write_random(tmp_path / "m.gguf", "olmoe", sizes, {"expert_count": 4, "expert_used_count": 2}, {})
+    monkeypatch.setattr(native_executor, "available_bytes", lambda: 0)
+    model = pocketlm.load(path, backend=backend, threads=2)
+    executor = model.executor
+    model.logits([5, 6, 7])
+    model.close()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    with pytest.raises(PocketlmError, match="closed"):
+        executor.forward(np.array([5]))

@@ -102,6 +102,8 @@ MODELS = {
     ),
     "gemma2, no caps said": Row("gemma2", {"attention.sliding_window": 8}),
     "gemma2, as deep as 27B": Row("gemma2", {"attention.sliding_window": 8}, {}, {"n_layer": 46}, 12),
+    "hunyuan-dense": Row("hunyuan-dense", {"rope.freq_base": 1e6}),
+    "hunyuan-dense, own head": Row("hunyuan-dense", {}, OWN_HEAD),
     "gemma3, as deep as 27B": Row("gemma3", {"attention.sliding_window": 8}, {}, {"n_layer": 62}, 12),
     "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),
     "olmo2, yarn": Row("olmo2", YARN, OWN_HEAD, narrow=True),

@@ -14,7 +14,7 @@ import pytest
 from checkpoint_checks import onnx_logits_of, save
 
 import pocketlm
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
@@ -74,27 +74,70 @@ ONLY_HERE = "stock llama.cpp does not know this architecture: the file runs in p
 # ── nanochat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"padded": 64}, {"padded": 64, "lambdas": True}, {"padded": 64, "lambdas": True, "pattern": "SSL", "n_layer": 5}],
-    ids=["October 2025", "December 2025: padded", "January 2026: lambdas", "January 2026: windows"],
-)
-def test_nanochat(tmp_path: Path, options: dict[str, Any]) -> None:
-    module = made.randomise(made.NanoChat(**options))
+def save_nanochat(folder: Path, module: Any) -> Path:
     state = {f"_orig_mod.{name}": tensor for name, tensor in module.state_dict().items()}
-    path = save(tmp_path, state, "model_000650.pt")
-    (tmp_path / "meta_000650.json").write_text(json.dumps({"step": 650, "model_config": module.args}))
-    model, notes = check(module, path)
-    in_onnx(module, model, tmp_path / "out.onnx")
+    (folder / "meta_000650.json").write_text(json.dumps({"step": 650, "model_config": module.args}))
+    return save(folder, state, "model_000650.pt")
+
+
+NANOCHATS: dict[str, dict[str, Any]] = {
+    "October 2025": {},
+    "December 2025: padded": {"padded": 64},
+    "January 2026: lambdas": {"padded": 64, "since": "lambdas"},
+    "January 2026: windows": {"padded": 64, "since": "lambdas", "pattern": "SSL", "n_layer": 5},
+    "16 January: values": {"padded": 64, "since": "values", "pattern": "SL", "n_layer": 4},
+    "3 March: capped": {"padded": 64, "since": "capped", "pattern": "SSL", "n_layer": 5},
+    "9 March: tuned": {"padded": 64, "since": "tuned", "pattern": "SL", "seq": 256},
+    "14 March: smear": {"padded": 64, "since": "smear", "pattern": "SSL", "n_layer": 4, "seq": 256, "n_kv_head": 4},
+    "14 March: smear, windows of all": {"padded": 64, "since": "smear", "pattern": "SSSL", "n_layer": 5},
+}
+
+
+@pytest.mark.parametrize("generation", NANOCHATS)
+def test_nanochat(tmp_path: Path, generation: str) -> None:
+    options = NANOCHATS[generation]
+    module = made.randomise(made.NanoChat(**options))
+    path = save_nanochat(tmp_path, module)
+    undecided = {"logit_softcap": "20" if module.age == 3 else "15"} if module.age in (2, 3) else {}
+    if undecided:
+        with pytest.raises(FileError, match=r"logit_softcap.*add --set logit_softcap=15\|20"):
+            read_canonical(path, tokenizer="none")
+    n = 3 * module.args["sequence_len"] // 4
+    model, notes = check(module, path, n=n, overrides=undecided)
+    if module.age < 5:
+        in_onnx(module, model, tmp_path / "out.onnx")
+    else:
+        with pytest.raises(PocketlmError, match=r"looks at the token before each, .* export a GGUF"):
+            in_onnx(module, model, tmp_path / "out.onnx")
     assert (model.dialect, model.hyper.architecture, model.hyper.n_vocab) == ("nanochat", "nanochat", 61)
     assert ONLY_HERE in notes
 
 
-@pytest.mark.parametrize("name", ["smear_gate.weight", "transformer.h.0.attn.ve_gate.weight", "value_embeds.1.weight"])
-def test_what_later_nanochats_add_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    state = {**made.NanoChat(lambdas=True).state_dict(), name: torch.ones(1, 24)}
-    with pytest.raises(FileError, match=r"its nanochat .*(smear_gate|value_embeds), since .* 2026.*does not compute that"):
-        read_canonical(save(tmp_path, state, "model_000650.pt"), tokenizer="none")
+def test_a_softcap_for_a_model_without_one_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, made.MiniMind3(n_layer=1).state_dict(), "full_sft_64.pth")
+    with pytest.raises(FileError, match=r"logit_softcap = 15.*does not compute that"):
+        read_canonical(path, tokenizer="none", overrides={"logit_softcap": "15"})
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_a_token_knows_the_one_before_it_wherever_a_text_comes_from(tmp_path: Path, backend: str) -> None:
+    """Cut back, in a fork, from a file, and after a part of it was dropped."""
+    module = made.randomise(made.NanoChat(since="smear", n_embd=64, n_head=2, seq=512))
+    path = save_nanochat(tmp_path, module)
+    export(read_canonical(path, tokenizer="none"), path, tmp_path / "m.gguf", quant="f32", n_threads=1)
+    ids = np.random.default_rng(0).integers(0, 61, 300).tolist()
+    with pocketlm.load(tmp_path / "m.gguf", backend=backend, threads=1) as model:
+        session = model.session()
+        session.state.advance(ids)
+        session.save(tmp_path / "a.state")
+        for other in (session, session.fork(), model.session(load=tmp_path / "a.state")):
+            for text in ([*ids, 5], [*ids[:200], 5], [*ids[:200], 7, 5], [8], [9]):
+                found = other.state.advance(text)[0]
+                np.testing.assert_allclose(found, model.logits(text)[-1], atol=0 if backend == "native" else 1e-4)
+        session.state.advance(ids)
+        shorter = ids[:20] + ids[120:]
+        session.state.advance([*shorter, 1], shift=True)
+        assert session.state.cache.ids[:201].tolist() == [*shorter, 1]
 
 
 def test_a_nanochat_chats_in_its_own_words(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ ALLOWED = {
     "serve": (
         "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.thinking"
         " chat.transcript"
-        " cli_options terminal_text"
+        " constrain.guides cli_options terminal_text"
     ),
     # … and with a third
     "batch": (

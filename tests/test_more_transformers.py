@@ -18,6 +18,7 @@ from pocketlm.export.export import export
 
 torch = pytest.importorskip("torch", reason="transformers runs in PyTorch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+attention = pytest.importorskip("rounded_attention")
 
 LIMIT = 1e-3
 N_VOCAB, N = 61, 40
@@ -54,17 +55,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
 }  # fmt: skip
 
 
-def half(x: Any) -> Any:
-    return x.half().float()
-
-
-def rounded_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-    """transformers' attention with keys and values as the native executor's cache keeps them."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    return sdpa_attention_forward(module, query, half(key), half(value), mask, **options)
-
-
 def make(name: str) -> Any:
     kind, options, _, _ = MODELS[name]
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**options)).eval()
@@ -81,11 +71,6 @@ def logits_of(model: Any, ids: np.ndarray, rounded: bool) -> np.ndarray:
     """`rounded`: with keys and values as float16."""
     handles = []
     if rounded:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        ALL_ATTENTION_FUNCTIONS.register("rounded", rounded_attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register("rounded", sdpa_mask)
         if model.config.model_type in ("bloom", "mpt"):  # without rotary positions keys are what the product gives
             for module_name, module in model.named_modules():
                 if module_name.endswith(("query_key_value", "Wqkv")):
@@ -95,11 +80,11 @@ def logits_of(model: Any, ids: np.ndarray, rounded: bool) -> np.ndarray:
                         parts = out.unflatten(-1, (4, 3, 16) if by_head else (3, 64))
                         axis = -2
                         q, k, v = parts.unbind(axis)
-                        return torch.stack([q, half(k), half(v)], axis).flatten(-3 if by_head else -2)
+                        return torch.stack([q, attention.half(k), attention.half(v)], axis).flatten(-3 if by_head else -2)
 
                     handles.append(module.register_forward_hook(hook))
         else:
-            model.set_attn_implementation("rounded")
+            attention.round_keys_and_values(model)
     with torch.no_grad():
         logits = model(torch.from_numpy(ids)[None], use_cache=False).logits[0].float().numpy()
     for handle in handles:

@@ -196,7 +196,8 @@ class Program:
         self.guest, self.native, self.buffer = guest, native, storage.buffers["logits"]
         program = encode(native.plan, storage, n_threads)
         arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values()]
-        arrays += [native.cache.keys, native.cache.values, native._workers._workers, *native._tables.values()]
+        cache = native.cache
+        arrays += [cache.keys, cache.values, cache.table, native._workers._workers, *native._tables.values()]
         arrays += [array for key, array in native._arrays.items() if key != "program"]
         self.places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays)
         relocate(program, self.places)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from serving import hello, serving, tiny_chat
+from tiny_models import write_model
 
 from pocketlm.constrain import masks
 
@@ -107,6 +108,19 @@ def test_a_form_that_leads_too_far_ends_its_own_answer_alone(client, server, mon
         parts.extend(
             part.choices[0].delta.content or "" for part in client.chat.completions.create(**ask, extra_body=bad, stream=True)
         )
-    assert "".join(parts).startswith('"' + "a" * 50)
+    assert "".join(parts).startswith('"' + "a" * 40)
     assert server.idle()
     check(client.chat.completions.create(**ASK, response_format=FORMAT).choices[0].message.content)
+
+
+def test_a_model_that_thinks_first_does_not_where_the_answer_has_a_form(tmp_path):
+    """Its template opens a thought, which a form has no place for: all that is written is the answer."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:<think>\n"
+    path = write_model(tmp_path / "thinks.gguf", n_ctx=512, metadata={"tokenizer.chat_template": template})
+    with serving(path) as server:
+        fields = {"max_tokens": 200, "temperature": 1.0, "logit_bias": NO_SPACES}
+        message = server.post("/v1/chat/completions", hello(**fields)).json["choices"][0]["message"]
+        assert message["reasoning_content"]
+        message = server.post("/v1/chat/completions", hello(**fields, response_format=FORMAT)).json["choices"][0]["message"]
+        check(message["content"])
+        assert not message.get("reasoning_content")

@@ -12,6 +12,7 @@ from llama_reference import LlamaReference
 from tokenizer_texts import PROSE, WORDS, texts, train_sentencepiece
 
 from pocketlm import tokenizer
+from pocketlm.errors import FileError
 from pocketlm.export.gguf_writer import copy_gguf
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.tokenizer.pretokenize import OTHER_WRITINGS, PRE_TOKENIZERS
@@ -238,6 +239,28 @@ def test_unigram_ids_are_those_of_the_tokenizers_library(split, bytes_, tmp_path
             totals = [sum(file["model"]["vocab"][i][1] for i in some) for some in (ids, expected)]
             assert totals[0] == pytest.approx(totals[1], rel=1e-12), text
     assert ties < 10
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "falcon", "viking", "default"])
+def test_expressions_that_follow_each_other_are_known_by_all_of_them(name, tmp_path):
+    """Line breaks in them may be written out."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    pre, written = tokenizers.pre_tokenizers, [p.replace(r"\r\n", "\r\n") for p in PRE_TOKENIZERS[name]]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    splits = [pre.Split(tokenizers.Regex(pattern), "isolated") for pattern in written]
+    made.pre_tokenizer = pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet())
+    made.train_from_iterator(LINES, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path / "tokenizer.json")
+    for text in texts(3000, 75):
+        assert ours.encode(text) == made.encode(text).ids, text
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    with pytest.raises(FileError, match="behaviour 'Removed'"):
+        tokenizer.load(tmp_path / "tokenizer.json")
 
 
 # ── tiktoken ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalizer import NORMAL_FORMS, Normalizer, make_normalizer
-from pocketlm.tokenizer.pretokenize import name_of_pattern
+from pocketlm.tokenizer.pretokenize import name_of_patterns
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.unigram import Unigram
 
@@ -163,18 +163,19 @@ class _Reader:
         use_regex, space_prefix = last.get("use_regex", True), last.get("add_prefix_space", True)
         if not before and use_regex:
             return "gpt-2", space_prefix
-        if len(before) != 1 or space_prefix:
+        if not before or space_prefix:
             raise unknown
-        if before[0] == INDIVIDUAL_DIGITS and use_regex:
+        if before == [INDIVIDUAL_DIGITS] and use_regex:
             return "smollm", False
-        if before[0]["type"] != "Split" or use_regex:
+        if any(part["type"] != "Split" for part in before) or use_regex:
             raise unknown
-        split = before[0]
-        name = name_of_pattern(split["pattern"].get("Regex", ""))
+        name = name_of_patterns(*(split["pattern"].get("Regex", "") for split in before))
         if name is None:
-            raise self.refuse(f"pre-tokenizer pattern {str(split['pattern'])[:80]!r}")
-        if (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
-            raise self.refuse(f"pre-tokenizer with the behaviour {str(split['behavior'])[:40]!r}")
+            raise self.refuse(f"pre-tokenizer pattern {', '.join(str(split['pattern'])[:80] for split in before[:4])!r}")
+        same = (("Isolated", False), ("Removed", True))[: 1 + (len(before) == 1)]  # what lies between the matches is lost
+        for split in before:
+            if (split["behavior"], split["invert"]) not in same:
+                raise self.refuse(f"pre-tokenizer with the behaviour {str(split['behavior'])[:40]!r}")
         return name, False
 
     # ── the vocabulary ────────────────────────────────────────────────────────────────────────────────────────────

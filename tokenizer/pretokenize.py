@@ -40,6 +40,11 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "ufakzeka": (_QWEN2.removeprefix(_CONTRACTIONS + "|"),),  # Turkish: 'da and 'nin stay at their word
     "tekken": (_CASED % ("", "") + r"\p{N}" + _AND_LINES,),
     "gpt-4o llama4 kanana2 minimax-m2": (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"\p{N}{1,3}" + _AND_LINES,),
+    "deepseek-v3 hunyuan-dense": (
+        r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    ),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"),
     "bloom poro-chat gpt3-finnish": (_NOT_PUNCTUATION,),
     "viking": (_NOT_PUNCTUATION, r"\p{N}"),
@@ -60,10 +65,11 @@ OTHER_WRITINGS = {
 }
 
 
-def name_of_pattern(pattern: str) -> str | None:
-    """The name of the pre-tokenizer that is exactly this one expression, None where none is."""
-    own = (name for name, patterns in PRE_TOKENIZERS.items() if patterns == (pattern,))
-    return next(own, OTHER_WRITINGS.get(pattern))
+def name_of_patterns(*patterns: str) -> str | None:
+    """The name of the pre-tokenizer that is exactly these expressions, one after the other; None where none is."""
+    written = tuple(pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in patterns)
+    own = (name for name, own in PRE_TOKENIZERS.items() if own == written)
+    return next(own, OTHER_WRITINGS.get(patterns[0]) if len(patterns) == 1 else None)
 
 
 def check_name(name: str, path: object) -> None:

@@ -17,7 +17,7 @@ from pocketlm.tokenizer import byte_bpe, characters, huggingface, llama2c, sente
 from pocketlm.tokenizer.base import CONTROL, NORMAL, UNUSED, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.gguf_vocabulary_reader import from_metadata
 from pocketlm.tokenizer.merge import concatenation_table
-from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_pattern
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_patterns
 
 _MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
@@ -157,7 +157,7 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
         ids[text] = i
     if pattern is None:
         pattern = next((name for start, name in _TIKTOKEN_FILES.items() if path.name.startswith(start)), "gpt-2")
-    name = pattern if pattern in PRE_TOKENIZERS else name_of_pattern(pattern)
+    name = pattern if pattern in PRE_TOKENIZERS else name_of_patterns(pattern)
     if name is None:
         raise UsageError(f"the pattern {pattern[:80]!r} is not known; known are " + ", ".join(PRE_TOKENIZERS))
     return _from_ranks(path, ids, name, special_tokens)
@@ -176,7 +176,7 @@ def _from_pickle(path: Path, data: bytes) -> Tokenizer:
         raise FileError(path, problem, "see `pocketlm tokenize --help`")
     if set(map(type, ranks)) - {bytes} or set(map(type, [*ranks.values(), *markers.values()])) - {int} or b"" in ranks:
         raise FileError(path, "its ranks are not a table from bytes to numbers")
-    name = name_of_pattern(pattern)
+    name = name_of_patterns(pattern)
     if name is None:
         raise FileError(path, f"its pattern {pattern[:80]!r} is not known", "known are " + ", ".join(PRE_TOKENIZERS))
     ids = {token.decode("latin-1").translate(byte_bpe.TO_LETTERS): i for token, i in ranks.items()}

@@ -30,6 +30,7 @@ from pocketlm.runtime.operations import (
     Attend,
     Embed,
     Experts,
+    Gate,
     Linear,
     Logits,
     Matrix,
@@ -105,6 +106,11 @@ class Builder:
         learned = self.tensor("position_embd.weight", h.n_ctx, h.n_embd) if h.position == "learned" else None
         self._emit(Embed("x", self.tensor("token_embd.weight", h.n_vocab, h.n_embd), learned), h.n_embd)
 
+    def embed_before(self, out: str) -> None:
+        """out = table[the id of the token before], zeros for the first token."""
+        h = self.hyper
+        self._emit(Embed(out, self.tensor("token_embd.weight", h.n_vocab, h.n_embd), before=True), h.n_embd)
+
     def layers(self) -> Iterator[Builder]:
         """A builder for each layer, in order; `layer` says which it is."""
         for i in range(self.hyper.n_layer):
@@ -148,6 +154,14 @@ class Builder:
         """out += factor · x."""
         self._emit(Add(x, out, factor), self.buffers[x])
 
+    def gate(
+        self, name: str, x: str, y: str, out: str, factor: float = 1.0, n_groups: int = 1, column: int = 0
+    ) -> None:  # fmt: skip
+        """out += factor · sigmoid(W x') · y in n_groups from a column of out on; x' is as many columns of x as W has."""
+        n_columns = min(self._shapes.get(f"{self._prefix}{name}.weight", (0,))[-1], self.buffers[x])
+        weight = self.tensor(f"{name}.weight", n_groups, n_columns)
+        self.ops.append(Gate(x, y, out, weight, n_columns, self.buffers[y] // n_groups, n_groups, column, factor))
+
     def scale(self, x: str, factor: float, out: str | None = None) -> None:
         """out, or x itself, = factor · x."""
         self._emit(Scale(x, out or x, factor), self.buffers[x])
@@ -170,6 +184,13 @@ class Builder:
         q, kv = self.hyper.q_width, self.hyper.kv_width
         fused = [("attn_qkv", q + 2 * kv)]
         self.linear(x, "qkv", *(fused if self.has("attn_qkv.weight") else [("attn_q", q), ("attn_k", kv), ("attn_v", kv)]))
+
+    def embed_values(self, factor: float) -> None:
+        """v += factor · sigmoid(attn_v_gate h) · attn_v_embd[ids], a gate a head; nothing in layers without the table."""
+        h = self.hyper
+        if self.has("attn_v_embd.weight"):
+            self._emit(Embed("values", self.tensor("attn_v_embd.weight", h.n_vocab, h.kv_width)), h.kv_width)
+            self.gate("attn_v_gate", "h", "values", "qkv", factor, h.n_kv_head, h.q_width + h.kv_width)
 
     def norm_heads(
         self, q: str | None = "attn_q_norm", k: str | None = "attn_k_norm", kind: str | None = None, own: bool = False

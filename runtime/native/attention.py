@@ -200,8 +200,8 @@ def _define_span(module: Module, level: str, numbers: Halves, queries: int, n_ve
                     f.store(numbers.scaled(f, f.load(ROW, at, 4), values + p * numbers.row_bytes(padded), padded), at, 4)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
-            weights, out = scores + i * (SPAN * 4), mixed + result_bytes * i
-            _mix(f, level, numbers, values, weights, out, result_bytes, padded, count, step)
+            here = scores + i * (SPAN * 4), mixed + result_bytes * i
+            _mix(f, level, numbers, values, *here, result_bytes, padded, count, step)
         with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):

@@ -42,9 +42,7 @@ def dots(
 def _each_token(one: Callable[..., Value]) -> Callable[..., list[Value]]:
     """A level whose registers hold one token's sums at a time: words are unpacked once, tokens follow one another."""
 
-    def run(
-        f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
-    ) -> list[Value]:
+    def run(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
         unpacked = [(word(), column) for word, column in words]
         return [
             one(f, unpacked, x, biggest) if start is None else one(f, unpacked, x, biggest) + f.splat(start, 16)
@@ -82,21 +80,67 @@ def _together(
     return [sum(l[1:], l[0]) + (sum(h[1:], h[0]) << 8) for l, h in zip(low, high, strict=True)]
 
 
-def _dot_accumulate(width: int, intrinsic: str) -> Callable[..., Value]:
-    """For processors that multiply four bytes and add them to an i32 in one instruction, on vectors of `width` bytes."""
+def _vnni_256(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
+    """AVX-VNNI multiplies four bytes and adds them to an i32 in one instruction, as AVX-512 does, but half as many."""
 
-    def run(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
-        def chain(bytes_: Value) -> Value:
-            sums = [f.const(I32.vec(width // 4), 0)] * (64 // width)
-            for word, column in words:
-                four = _broadcast(f, bytes_ + column, width)
-                parts = zip(sums, f.split(word, width), strict=True)
-                sums = [f.call(s.type, intrinsic, s, part, four) for s, part in parts]
-            return f.join(sums)
+    def chain(bytes_: Value) -> Value:
+        sums = [f.const(I32.vec(8), 0)] * 2
+        for word, column in words:
+            four = _broadcast(f, bytes_ + column, 32)
+            parts = zip(sums, f.split(word, 32), strict=True)
+            sums = [f.call(s.type, "llvm.x86.avx512.vpdpbusd.256", s, part, four) for s, part in parts]
+        return f.join(sums)
 
-        return _two_halves(f, chain, x)
+    return _two_halves(f, chain, x)
 
-    return run
+
+def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
+    """Column → the four activations there, four times over, out of sixteen that are loaded at once: an instruction of aarch64
+    can name the lane that it multiplies by, where loading four into every lane is one more.
+    """
+    loaded: dict[int, Value] = {}
+
+    def four(column: int) -> Value:
+        first, lane = column - column % 16, column % 16 // 4
+        if first not in loaded:
+            loaded[first] = f.load(I32.vec(4), bytes_ + first)
+        return f.bitcast(f.shuffle(loaded[first], [lane] * 4), I8.vec(16))
+
+    return four
+
+
+def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
+    """aarch64 with dotprod. For one token a word meets its low and high bytes as soon as it is unpacked, and four registers
+    hold it. For several the words are unpacked once, and the sums of a token's high bytes are what those of its low bytes
+    begin with: eight sums at a time would leave no registers for the words.
+    """
+    zeros = [f.const(I32.vec(4), 0)] * 4
+
+    def meet(sums: list[Value], parts: list[Value], four: Value) -> list[Value]:
+        sdot = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        return [f.call(s.type, sdot, s, part, four) for s, part in zip(sums, parts, strict=True)]
+
+    if len(xs) == 1:
+        low, high = zeros if starts[0] is None else [f.splat(starts[0], 4)] * 4, zeros
+        low_bytes, high_bytes = _sixteen(f, xs[0].low), _sixteen(f, xs[0].high)
+        for unpack, column in words:
+            parts = f.split(unpack(), 16)
+            low, high = meet(low, parts, low_bytes(column)), meet(high, parts, high_bytes(column))
+        return [f.join([l + (h << 8) for l, h in zip(low, high, strict=True)])]
+
+    unpacked = [(f.split(unpack(), 16), column) for unpack, column in words]
+
+    def chain(sums: list[Value], bytes_: Value) -> list[Value]:
+        four = _sixteen(f, bytes_)
+        for parts, column in unpacked:
+            sums = meet(sums, parts, four(column))
+        return sums
+
+    found = []
+    for x, start in zip(xs, starts, strict=True):
+        high = [s << 8 for s in chain(zeros, x.high)]
+        found.append(f.join(chain(high if start is None else [s + f.splat(start, 4) for s in high], x.low)))
+    return found
 
 
 def _add_pairs(f: Function, parts: list[Value]) -> Value:
@@ -138,15 +182,20 @@ def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Cal
 
 
 def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
+    """aarch64 without dotprod: bytes to i16 products, the upper halves of two registers by an instruction of their own."""
     safe = 32767 // (biggest * 128)
 
+    def products_of(word: Value, four: Value) -> list[Value]:
+        halves = [zip(f.split(part, 8), f.split(four, 8), strict=True) for part in f.split(word, 16)]
+        return [f.call(I16.vec(8), "llvm.aarch64.neon.smull.v8i16", a, b) for pairs in halves for a, b in pairs]
+
     def chain(bytes_: Value) -> Value:
+        four = _sixteen(f, bytes_)
         totals = [f.const(I32.vec(4), 0)] * 8
         for start in range(0, len(words), safe):
             sums: list[Value] = []
             for word, column in words[start : start + safe]:
-                four = _broadcast(f, bytes_ + column, 8)
-                products = [f.call(I16.vec(8), "llvm.aarch64.neon.smull.v8i16", part, four) for part in f.split(word, 8)]
+                products = products_of(word, four(column))
                 sums = [s + p for s, p in zip(sums, products, strict=True)] if sums else products
             pairs = [f.call(I32.vec(4), "llvm.aarch64.neon.saddlp.v4i32.v8i16", s) for s in sums]
             totals = [t + p for t, p in zip(totals, pairs, strict=True)]
@@ -157,9 +206,9 @@ def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: 
 
 _DOTS: dict[str, Callable[..., list[Value]]] = {
     "avx512-vnni": _together,
-    "avx-vnni": _each_token(_dot_accumulate(32, "llvm.x86.avx512.vpdpbusd.256")),
+    "avx-vnni": _each_token(_vnni_256),
     "avx2": _each_token(_multiply_add(32, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")),
     "sse4": _each_token(_multiply_add(16, "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd")),
-    "dotprod": _each_token(_dot_accumulate(16, "llvm.aarch64.neon.sdot.v4i32.v16i8")),
+    "dotprod": _by_lane,
     "neon": _each_token(_neon),
 }

@@ -10,7 +10,7 @@ from pocketlm.runtime.native.ir import F32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.sizes import LANES, LAYER_NORM
-from pocketlm.runtime.native.vector_math import ACTIVATIONS, clamped_beside, tanh
+from pocketlm.runtime.native.vector_math import ACTIVATIONS, clamped_beside, exp, tanh
 
 
 def define(module: Module) -> None:
@@ -74,6 +74,28 @@ def normalise(
         piece(i, lambda at: f.load(ROW, at, 4), lambda value: f.splat(value, LANES))
     with f.range(whole, width) as i:
         piece(i, lambda at: f.load(F32, at), lambda value: value)
+
+
+def gate(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+    """The groups of a row: out + factor · sigmoid(weight · x) · y. All gates are made first: x may be out."""
+    x, y, to = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "y", "out"))
+    width, stride, whole = r.op("n"), r.op("weight_stride"), r.op("n") & -LANES
+    with f.range(0, r.op("n_groups")) as i:
+        weight, total = r.op("weight", PTR) + i * stride, f.var(F32, 0.0)
+        with f.range(0, stride, 4) as at:
+            total.set(f.fma(f.load(F32, weight + at), f.load(F32, x + at), total.get()))
+        power = f.extract(exp(f, f.splat(0.0 - total.get(), LANES)), 0)
+        f.store(r.op("factor", F32) / (power + 1.0), own + i * 4)
+    with f.range(0, r.op("n_groups")) as i:
+        share, start = f.load(F32, own + i * 4), i * width
+
+        def piece(at: Value, load, splat, share: Value = share) -> None:
+            f.store(f.fma(load(y + at * 4), splat(share), load(to + at * 4)), to + at * 4, 4)
+
+        with f.range(0, whole, LANES) as k:
+            piece(start + k, lambda at: f.load(ROW, at, 4), lambda value: f.splat(value, LANES))
+        with f.range(whole, width) as k:
+            piece(start + k, lambda at: f.load(F32, at), lambda value: value)
 
 
 def each(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:

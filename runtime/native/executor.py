@@ -264,7 +264,7 @@ class NativeExecutor:
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
         for cache, ids, _ in work:
-            cache.about_to_write(len(ids))
+            cache.about_to_write(ids)
         self._run(len(work) == 1 and len(work[0][1]) == 1)
         logits, start = [], 0
         for cache, ids, rows in work:
@@ -289,7 +289,7 @@ class NativeExecutor:
         before, n_spans = self._alone
         if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
             return False
-        self._id[0], self._position[0] = ids[0], cache.length
+        self._id[0], self._position[0], self._before[0] = ids[0], cache.length, cache.id_before
         return True
 
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
@@ -303,6 +303,8 @@ class NativeExecutor:
             here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
             here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
             here["layers"] = cache.table.ctypes.data
+            here["before"][1:] = ids[:-1]
+            here["before"][0] = cache.id_before
             n += len(ids)
             wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
             n_rows += rows
@@ -416,7 +418,7 @@ class NativeExecutor:
             "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
-        self._id, self._position = arrays["tokens"]["id"], arrays["tokens"]["position"]
+        self._id, self._position, self._before = (arrays["tokens"][name] for name in ("id", "position", "before"))
         record = aligned(1, RUN)
         values = {
             **{name: array.ctypes.data for name, array in arrays.items() if name in (RUN.names or ())}, **scratch.places,

@@ -162,6 +162,8 @@ def _reads(op: P.Op) -> tuple[str, ...]:
         return ()
     if isinstance(op, P.Rotate | P.Attend):
         return (op.qkv,)
+    if isinstance(op, P.Gate):
+        return (op.x, op.y, op.out)
     if isinstance(op, P.Experts | P.Mix):
         return op.x, op.chosen
     return (op.x, op.out) if isinstance(op, P.Add) else (op.x,)

@@ -97,13 +97,13 @@ class _Encoder:
         return self.storage.vectors(name, n, empty).ctypes.data
 
     def embed(self, op: P.Embed) -> None:
-        for name, position in ((op.table, 0), (op.positions, 1)):
+        for name, row_is in ((op.table, 2 * op.before), (op.positions, 1)):
             if name is not None:
                 table = self.storage.matrices[name]
                 self.emit(
                     sizes.EMBED, **self.out(op.out), n=table.n_columns, weight=table.data.ctypes.data,
                     n_groups=groups(table.n_rows), n_blocks=table.n_columns // LAYOUTS[table.format].block_size,
-                    row=self.storage.address(table.format, "row"), by_position=position, add=position, barrier=1,
+                    row=self.storage.address(table.format, "row"), row_is=row_is, add=row_is == 1, barrier=1,
                 )  # fmt: skip
 
     def norm(self, op: P.Norm, out: str | None = None) -> None:
@@ -261,6 +261,14 @@ class _Encoder:
     def add(self, op: P.Add) -> None:
         self.each(sizes.ADD, op, self.plan.buffers[op.x], factor=op.factor)
 
+    def gate(self, op: P.Gate) -> None:
+        y = self.storage.buffers[op.y]
+        self.emit(
+            sizes.GATE, **self.x(op.x), **self.out(op.out, op.column), y=y.ctypes.data, y_stride=y.strides[0], n=op.width,
+            n_groups=op.n_groups, weight=self.vector(op.weight, op.n_groups * op.n_columns), weight_stride=4 * op.n_columns,
+            factor=op.factor, barrier=1,
+        )  # fmt: skip
+
     def scale(self, op: P.Scale) -> None:
         self.each(sizes.SCALE, op, self.plan.buffers[op.x], factor=op.factor)
 
@@ -270,7 +278,7 @@ class _Encoder:
 
 _STEPS: dict[type, Callable[..., None]] = {
     P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Activate: _Encoder.activate,
-    P.Add: _Encoder.add, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap, fusion.Product: _Encoder.product,
-    P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix, fusion.Attention: _Encoder.attention,
-    fusion.AddNorm: _Encoder.add_norm,
+    P.Add: _Encoder.add, P.Gate: _Encoder.gate, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap,
+    P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix, fusion.Product: _Encoder.product,
+    fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
 }  # fmt: skip

@@ -26,6 +26,11 @@ class Records:
         at = self.run("tokens", PTR) + number * TOKEN.itemsize
         return lambda name, type=I64: self._f.field(at, offset(TOKEN, name), type)
 
+    def layer(self, token: Callable[..., Value]) -> Callable[[str], Value]:
+        """The operation's layer in a token's cache."""
+        at = token("layers", PTR) + self.op("layer") * LAYER.itemsize
+        return lambda name: self._f.field(at, offset(LAYER, name))
+
     def set_run(self, name: str, value: Value) -> None:
         self._f.store(value, self._run + offset(RUN, name), 8)
 
@@ -36,11 +41,6 @@ class Records:
     def group(self, number: Value) -> Callable[[str], Value]:
         at = self.run("groups", PTR) + number * GROUP.itemsize
         return lambda name: self._f.field(at, offset(GROUP, name))
-
-    def layer(self, token: Callable[..., Value]) -> Callable[[str], Value]:
-        """The operation's layer in a token's cache."""
-        at = token("layers", PTR) + self.op("layer") * LAYER.itemsize
-        return lambda name: self._f.field(at, offset(LAYER, name))
 
     def entry(self, number: Value) -> Callable[[str], Value]:
         at = self.run("entries", PTR) + number * ENTRY.itemsize

@@ -19,17 +19,18 @@ OPERATION = np.dtype([
     ("tail", "i8"),          # 1: only the tokens whose logits are wanted
     ("x", "i8"), ("x_stride", "i8"),
     ("out", "i8"), ("out_stride", "i8"),
-    ("n", "i8"),             # PREPARE, EMBED, EACH: columns; NORM: of a group; ROTATE: of a head; MATRIX: rows
+    ("y", "i8"), ("y_stride", "i8"),   # GATE: what is multiplied
+    ("n", "i8"),             # PREPARE, EMBED, EACH: columns; NORM, GATE: of a group; ROTATE: of a head; MATRIX: rows
     ("weight", "i8"),        # PREPARE, NORM, STORE: the norm's weight, of the queries; EMBED, MATRIX: the tiled matrix
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
-    ("weight_stride", "i8"),  # NORM, STORE: from a group's weight and bias to the next one's; 0 where they share it
+    ("weight_stride", "i8"),  # NORM, STORE, GATE: from a group's weight and bias to the next one's; 0 where they share it
     ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 parts of attention; NORM, STORE: 1, 2; EACH
-    ("epsilon", "f4"), ("factor", "f4"),     # factor: of what MATRIX adds, of EACH
-    ("n_groups", "i8"),      # MATRIX, EMBED: of 16 rows in the matrix; NORM, ROTATE: vectors in a row
+    ("epsilon", "f4"), ("factor", "f4"),     # factor: of what MATRIX adds, of EACH, GATE
+    ("n_groups", "i8"),      # MATRIX, EMBED: of 16 rows in the matrix; NORM, ROTATE, GATE: vectors in a row
     ("n_blocks", "i8"),
     ("row", "i8"),           # EMBED: address of FMT_row
     ("add", "i8"),           # EMBED, MATRIX, NORM: 1: out += …
-    ("by_position", "i8"),   # EMBED: 1: the row is the position, not the token's id
+    ("row_is", "i8"),        # EMBED: 0: the token's id, 1: its position, 2: the id of the token before
     # MATRIX: addresses of the kernels for tiles of sizes.TILES tokens
     ("product1", "i8"), ("product2", "i8"), ("product4", "i8"), ("product8", "i8"),
     ("chunk", "i8"),         # MATRIX: groups a task
@@ -84,17 +85,16 @@ TOKEN = np.dtype([
     ("keys", "i8"), ("values", "i8"),         # addresses of the first layer's
     ("layers", "i8"),                         # LAYER records
     ("slot", "i8"), ("n_partials", "i8"),     # its results of attention: n_partials slots from `slot` on
-    ("pad", "i8"),
+    ("before", "i8"),                         # the id of the token before; -1: none
 ])  # fmt: skip
 
+# a layer of a cache: bytes from the first layer's keys to its own, and from values to values, and how many positions it keeps;
+# position p is in row p % rows
+LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
 # a token and one of the experts it goes to, by place among these; the pairs of that expert, [first, last), and how many pairs'
 # activations lie before theirs
 PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 GROUP = np.dtype([("expert", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
-
-# a layer of a cache: where its keys begin behind those of the first layer, its values likewise, in bytes, and how many positions
-# it keeps; position p is in row p % rows
-LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
 
 # neighbouring tokens of one text, and spans of positions that they attend to in one task
 ENTRY = np.dtype([

@@ -6,10 +6,10 @@ Knows nothing of what stands behind them. Programs with code made beforehand nee
 from __future__ import annotations
 
 STAGES = (  # kinds of operations, by number
-    "embed", "prepare", "norm", "rotate", "route", "mix", "join", "matrix", "store", "attend", "each", "group", "gather",
-    "experts",
+    "embed", "prepare", "norm", "rotate", "gate", "route", "mix", "join", "matrix", "store", "attend", "each", "group",
+    "gather", "experts",
 )  # fmt: skip
-EMBED, PREPARE, NORM, ROTATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS = range(len(STAGES))
+EMBED, PREPARE, NORM, ROTATE, GATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS = range(len(STAGES))
 # up to JOIN: a task a token
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
 SOFTMAX, SIGMOID = range(2)  # how ROUTE makes weights of scores

@@ -37,10 +37,11 @@ def define(module: Module, level: str, numbers: Halves) -> None:
     _define_round(module)
     attention.define(module, level, numbers)
     stages = {
-        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "join": attention.join,
-        "matrix": _matrix, "store": partial(_store, numbers=numbers), "attend": partial(attention.attend, numbers=numbers),
-        "each": elements.each, "route": experts.route,
-        "group": experts.group, "gather": experts.gather, "experts": experts.experts, "mix": experts.mix,
+        "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "gate": elements.gate,
+        "join": attention.join, "matrix": _matrix, "store": partial(_store, numbers=numbers),
+        "attend": partial(attention.attend, numbers=numbers), "each": elements.each,
+        "route": experts.route, "group": experts.group, "gather": experts.gather, "experts": experts.experts,
+        "mix": experts.mix,
     }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
@@ -53,10 +54,12 @@ def define(module: Module, level: str, numbers: Halves) -> None:
 
 def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     out, token = r.op("out", PTR) + task * r.op("out_stride"), r.token(task)
-    row = f.select(r.op("by_position").equals(1), token("position"), token("id"))
-    f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), row, own)
+    which = r.op("row_is")
+    row = f.select(which.equals(0), token("id"), f.select(which.equals(1), token("position"), token("before")))
+    known = f.maximum(row, f.const(I64, 0))
+    f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), known, own)
     with f.range(0, r.op("n")) as i:
-        value = f.load(F32, own + i * 4)
+        value = f.select(row < 0, 0.0, f.load(F32, own + i * 4))
         before = f.select(r.op("add").equals(1), f.load(F32, out + i * 4), 0.0)
         f.store(value + before, out + i * 4)
 
