@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_sliding_windows as sliding
 from native_calls import each_level, executors, host_level, kl_divergence
 from session_walk import Walk
 from test_native_one_answer import same_bits
@@ -99,6 +100,23 @@ def test_rounding_is_done_once(x):
     assert (again == rounded).all()
     assert (same == scales).all() or x < 1e-29
     assert np.abs(rounded * scales[:, None] - numbers).max() <= max(scales.max() * 0.51, 1e-27)
+
+
+def test_layers_with_a_window_keep_rings_of_them(tmp_path):
+    """Cut, forked, and saved after the rings have gone round: the same bits."""
+    path, text = sliding.write(tmp_path, "gemma3"), sliding.TEXT[:1400].tolist()
+    with pocketlm.load(path, "native", 2, kv="q8") as model, pocketlm.load(path, "numpy", 1, kv="q8") as reference:
+        expected = model.logits([*text, 5])
+        assert min(model.executor.cache.rows) < len(text)
+        assert kl_divergence(reference.logits([*text, 5]), expected).max() < 1e-4
+        session = model.session()
+        for n in (1, 8, 700, 1400):
+            session.state.advance(text[:n])
+        session.save(tmp_path / "a.state")
+        for one in (session.fork(), model.session(load=tmp_path / "a.state"), session):
+            logits, n_cached = one.state.advance([*text, 5])
+            assert n_cached == len(text)
+            assert same_bits(logits, expected[-1])
 
 
 def test_turns_that_go_are_moved_as_in_a_cache_of_floats(tmp_path):
