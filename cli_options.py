@@ -40,21 +40,21 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
     )
-    cache_argument(parser)
     parser.add_argument("--nice", action="store_true", help="let other programs go first")
     parser.add_argument(
         "--low-memory", action="store_true", help="take little memory, at the price of some speed; --ctx is 1024 unless given"
     )
+    cache_argument(parser)
+
+
+def cache_argument(parser: Any) -> None:
+    text = "what the model looks back on is kept as f16 (default) or q8, in half the memory"
+    parser.add_argument("--kv", metavar="KIND", help=text)
 
 
 def running_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same as keywords of `pocketlm.load`."""
     return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "f16"}
-
-
-def cache_argument(parser: Any) -> None:
-    told = "what the model looks back on is kept as f16 (default) or q8: half the memory"
-    parser.add_argument("--kv", metavar="KIND", help=told)
 
 
 def open_model(arguments: argparse.Namespace) -> Any:
@@ -70,12 +70,11 @@ def open_model(arguments: argparse.Namespace) -> Any:
         from pocketlm.runtime.memory import be_sparing
 
         be_sparing()
-    options = arguments.model or DEFAULT_MODEL, arguments.backend, arguments.threads, arguments.ctx, arguments.kv or "f16"
     if arguments.load is not None:
-        return arguments.load(*options)
+        return arguments.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
     import pocketlm
 
-    model = pocketlm.load(*options)
+    model = pocketlm.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
     try:
         _ = model.tokenizer  # raises FileError where the file has none
         if not model.hyper.reaches(model.n_ctx):

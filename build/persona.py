@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 16  # a system prompt longer than this fills any small model's 
 
 @dataclass(frozen=True)
 class Persona:
-    """Empty texts stand for the model's own. `flags`: options of the chat by flag ("--temp": 0.7), as the user gave them."""
+    """Empty texts stand for the model's own. `flags`: options of the chat, as given ("--temp": 0.7, "--kv": "q8")."""
 
     title: str = ""
     system: str = ""

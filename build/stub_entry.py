@@ -143,12 +143,12 @@ def _run(arguments: list[str]) -> int:
     return cli.main(words + arguments, load, executable.name)
 
 
-def _open_later(title: str, *arguments: Any) -> Opening:
+def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
     """The model, opened while the user reads the first lines."""
     import pocketlm
     from pocketlm.chat.opening import Opening
 
-    return Opening(partial(pocketlm.load, *arguments), title)
+    return Opening(partial(pocketlm.load, *arguments, **options), title)
 
 
 def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:

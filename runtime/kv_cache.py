@@ -10,7 +10,6 @@ Which ids stand behind the positions is the session's affair; they are here for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -224,23 +223,40 @@ def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class ByteCache(KVCache):
     """int8: a row is head_dim numbers and the bytes of their scale, a float32."""
 
-    dtype = np.int8
+    dtype, saved = np.int8, np.float32
 
     @classmethod
     def _padded(cls, hyper: Hyper) -> int:
         return hyper.head_dim + SCALE_BYTES
 
+    def _parts(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Views of keys (0) or values (1): numbers [n_kv_head, rows, head_dim], scales [n_kv_head, rows]."""
+        rows = self.layers[layer][which]
+        return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].view(np.float32)[..., 0]
+
+    def _index(self, layer: int, start: int, stop: int) -> tuple[Any, ...]:
+        """Where positions are in the views."""
+        return slice(None), self.at(layer, start, stop)
+
     def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
-        rows = self.layers[layer][which][:, self.at(layer, start, stop)]
-        return rows[..., :-SCALE_BYTES] * rows[..., -SCALE_BYTES:].view(np.float32)
+        (numbers, scales), index = self._parts(which, layer), self._index(layer, start, stop)
+        return numbers[index] * scales[index][..., None]
 
     def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
-        rows, numbers = self.at(layer, start, start + x.shape[1]), self.layers[layer][which]
-        numbers[:, rows, :-SCALE_BYTES], scales = to_bytes(x)
-        numbers[:, rows, -SCALE_BYTES:] = scales[..., None].view(np.int8)
+        (numbers, scales), index = self._parts(which, layer), self._index(layer, start, start + x.shape[1])
+        numbers[index], scales[index] = to_bytes(x)
 
-    read_keys, read_values = partialmethod(_read, 0), partialmethod(_read, 1)
-    write_keys, write_values = partialmethod(_write, 0), partialmethod(_write, 1)
+    def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
+        return self._read(0, layer, start, stop)
+
+    def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
+        self._write(0, layer, start, keys)
+
+    def read_values(self, layer: int, start: int, stop: int) -> np.ndarray:
+        return self._read(1, layer, start, stop)
+
+    def write_values(self, layer: int, start: int, values: np.ndarray) -> None:
+        self._write(1, layer, start, values)
 
     def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return self.read_keys(layer, start, stop), self.read_values(layer, start, stop)

@@ -1,6 +1,7 @@
 """Sessions that come and go at random on one model, beside the same texts made alone by another: no difference is allowed.
 
-    python tests/session_walk.py [MODEL] [--tokens 1000000] [--threads 2] [--sessions 8] [--seed 0] [--folder FOLDER]
+    python tests/session_walk.py [MODEL] [--tokens 1000000] [--threads 2] [--sessions 8] [--seed 0] [--kv q8]
+        [--folder FOLDER]
 
 Each of several threads has a place with a few conversations, which it extends, cuts back, leaves in the middle of a stream,
 cancels, forks, saves and loads, drops and begins anew, with drafts and without. Their passes are merged as they come. Every
@@ -34,6 +35,7 @@ import pocketlm
 from pocketlm.conversation import Conversation
 from pocketlm.model import Model
 from pocketlm.runtime.drafts import Odds
+from pocketlm.runtime.kv_cache import KINDS
 
 ACTIONS = ("extended", "extended", "extended", "read", "cut", "left", "cancelled", "forked", "saved", "begun", "closed")
 ROUND = 10_000  # tokens between two looks at memory
@@ -201,6 +203,7 @@ def main() -> int:
     for name, value in {"tokens": 1_000_000, "threads": 2, "sessions": 8, "seed": 0, "ctx": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--kv", default="f16", choices=KINDS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -208,7 +211,7 @@ def main() -> int:
         path = Path(options.model) if options.model else write_model(folder / "tiny.gguf", **TINY)
         return walk(
             path, folder, options.tokens, threads=options.threads, n_sessions=options.sessions, seed=options.seed,
-            ctx=options.ctx,
+            ctx=options.ctx, kv=options.kv,
         )  # fmt: skip
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_sliding_windows as sliding
 from native_calls import each_level, executors, host_level, kl_divergence
 from session_walk import Walk
 from test_native_one_answer import same_bits
 from tiny_models import write_model
 
 import pocketlm
+from pocketlm import cli
+from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.errors import UsageError
 from pocketlm.runtime.kv_cache import ByteCache, to_bytes
 from pocketlm.runtime.native.executor import NativeByteCache, NativeCache
@@ -99,6 +102,23 @@ def test_rounding_is_done_once(x):
     assert np.abs(rounded * scales[:, None] - numbers).max() <= max(scales.max() * 0.51, 1e-27)
 
 
+def test_layers_with_a_window_keep_rings_of_them(tmp_path):
+    """Cut, forked, and saved after the rings have gone round: the same bits."""
+    path, text = sliding.write(tmp_path, "gemma3"), sliding.TEXT[:1400].tolist()
+    with pocketlm.load(path, "native", 2, kv="q8") as model, pocketlm.load(path, "numpy", 1, kv="q8") as reference:
+        expected = model.logits([*text, 5])
+        assert min(model.executor.cache.rows) < len(text)
+        assert kl_divergence(reference.logits([*text, 5]), expected).max() < 1e-4
+        session = model.session()
+        for n in (1, 8, 700, 1400):
+            session.state.advance(text[:n])
+        session.save(tmp_path / "a.state")
+        for one in (session.fork(), model.session(load=tmp_path / "a.state"), session):
+            logits, n_cached = one.state.advance([*text, 5])
+            assert n_cached == len(text)
+            assert same_bits(logits, expected[-1])
+
+
 def test_turns_that_go_are_moved_as_in_a_cache_of_floats(tmp_path):
     path, ids = write_model(tmp_path / "tiny.gguf", n_ctx=256), np.random.default_rng(7).integers(3, 250, 200).tolist()
     left, logits = ids[:20] + ids[60:], {}
@@ -124,3 +144,20 @@ def test_it_takes_half_the_memory():
 def test_another_kind_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match="kv 'q4': expected one of f16, q8"):
         pocketlm.load(write_model(tmp_path / "tiny.gguf"), kv="q4")
+
+
+def test_commands_and_packed_programs_ask_for_it(tmp_path, capsys):
+    path = write_model(tmp_path / "tiny.gguf")
+    asked = {}
+
+    def load(model, **options):
+        asked.update(options)
+        return pocketlm.load(model, **options)
+
+    assert cli.main(["chat", str(path), "then", "--max-tokens=3", "--kv=q8"], load) == 0
+    assert asked["kv"] == "q8"
+    own = Persona(flags={"--kv": "q8", "--temp": 0.5})  # what pack --kv q8 writes
+    assert from_bytes(own.to_bytes(), "friend").arguments() == ["--kv=q8", "--temp=0.5"]
+    capsys.readouterr()
+    assert cli.main(["chat", str(path), "then", "--kv=q9"]) == 2
+    assert "kv 'q9': expected one of f16, q8" in capsys.readouterr().err

@@ -305,7 +305,7 @@ def test_sessions_that_come_and_go_at_random_say_what_they_say_alone(path, tmp_p
 
 
 WRONG = {  # what the walk must notice
-    "a fork lacks its last position": ("_filled", lambda filled: lambda cache, n: filled(cache, max(n - 1, 0))),
+    "a fork lacks its last position": ("_filled", lambda filled: lambda cache, layer, n: filled(cache, layer, max(n - 1, 0))),
     "a state is saved in another order": ("read_keys", lambda read: lambda *where: read(*where)[:, ::-1].copy()),
     "a text is cut one too late": ("truncate", lambda cut: lambda cache, n: cut(cache, n + (n < cache.length))),
 }

@@ -190,12 +190,14 @@ def _define_span(module: Module, level: str, numbers: Halves, queries: int, n_ve
         with f.when(count <= 0):
             f.ret()
         scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
-        _scores(f, level, numbers, keys, own + r.run("queries_at") + row * 4, scores, padded, count, queries, n_vectors)
+        asked = own + r.run("queries_at") + row * 4
+        _scores(f, level, numbers, keys, asked, scores, padded, count, queries, n_vectors)
         f.call(VOID, "softmax", run, own, row, f.const(I64, queries), first, count)
-        with f.range(0, count if numbers.has_scales else f.const(I64, 0), LANES) as p:
-            for i in range(queries):
-                at = scores + (p * 4 + i * (SPAN * 4))
-                f.store(numbers.scaled(f, f.load(ROW, at, 4), values + p * numbers.row_bytes(padded), padded), at, 4)
+        if numbers.has_scales:
+            with f.range(0, count, LANES) as p:
+                for i in range(queries):
+                    at = scores + (p * 4 + i * (SPAN * 4))
+                    f.store(numbers.scaled(f, f.load(ROW, at, 4), values + p * numbers.row_bytes(padded), padded), at, 4)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
             here = scores + i * (SPAN * 4), mixed + result_bytes * i

@@ -12,16 +12,17 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
-from pocketlm.runtime.kv_cache import SCALE_BYTES, KVCache, to_bytes
+from pocketlm.runtime.kv_cache import SCALE_BYTES, ByteCache, KVCache
 from pocketlm.runtime.memory import (
     aligned,
     available_bytes,
@@ -93,11 +94,10 @@ class NativeCache(KVCache):
         self.layers[layer][0][:, group, : self.hyper.head_dim, lane] = keys.swapaxes(0, 1)
 
 
-class NativeByteCache(NativeCache):
-    """int8. A group of 16 positions, keys [padded_dim, 16] or values [16, padded_dim], ends with its scales, float32 [16]."""
-
-    dtype = np.int8
-    saved = np.float32
+class NativeByteCache(ByteCache, NativeCache):
+    """int8 in groups of 16 positions, [padded_dim, 16] of keys and [16, padded_dim] of values, each with its scales behind it,
+    float32 [16].
+    """
 
     @classmethod
     def _padded(cls, hyper: Hyper) -> int:
@@ -108,29 +108,19 @@ class NativeByteCache(NativeCache):
         return keys.reshape(shape), values.reshape(shape)
 
     def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        keys, values = self.layers[layer]
-        n_groups = round_up(n, ROWS) // ROWS
+        (keys, values), n_groups = self.layers[layer], round_up(n, ROWS) // ROWS
         return keys[:, :n_groups], values[:, :n_groups]
 
-    def _groups(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers [n_kv_head, groups, 16, padded_dim] and scales [n_kv_head, groups, 16] of keys (0) or values (1)."""
-        groups, scales = self.layers[layer][which], SCALE_BYTES * ROWS
-        shape, numbers = (*groups.shape[:2], -1, ROWS) if which == 0 else (*groups.shape[:2], ROWS, -1), groups[..., :-scales]
-        shaped = numbers.reshape(shape)
-        return shaped.swapaxes(2, 3) if which == 0 else shaped, groups[..., -scales:].view(np.float32)
+    def _parts(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        groups, n_bytes = self.layers[layer][which], SCALE_BYTES * ROWS
+        dim = self._padded(self.hyper) - SCALE_BYTES
+        shape = (dim, ROWS) if which == 0 else (ROWS, dim)
+        numbers = groups[..., :-n_bytes].reshape(*groups.shape[:2], *shape)
+        numbers = numbers.swapaxes(2, 3) if which == 0 else numbers
+        return numbers[..., : self.hyper.head_dim], groups[..., -n_bytes:].view(np.float32)
 
-    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
-        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
-        numbers, scales = self._groups(which, layer)
-        return numbers[:, group, lane, : self.hyper.head_dim] * scales[:, group, lane, None]
-
-    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
-        group, lane = divmod(np.arange(start, start + x.shape[1]) % self.rows[layer], ROWS)
-        numbers, scales = self._groups(which, layer)
-        numbers[:, group, lane, : self.hyper.head_dim], scales[:, group, lane] = to_bytes(x)
-
-    read_keys, read_values = partialmethod(_read, 0), partialmethod(_read, 1)
-    write_keys, write_values = partialmethod(_write, 0), partialmethod(_write, 1)
+    def _index(self, layer: int, start: int, stop: int) -> tuple[Any, ...]:
+        return (slice(None), *divmod(np.arange(start, stop) % self.rows[layer], ROWS))
 
 
 CACHES = {"f16": NativeCache, "q8": NativeByteCache}
