@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pocketlm
 from pocketlm.serve.guard import is_loopback
 
 MB = 1 << 20
@@ -123,7 +122,7 @@ def _program() -> tuple[list[str], list[Path]]:
     found = Path(sys.argv[0]).absolute().parent.resolve() / Path(sys.argv[0]).name
     known = found.name.startswith(NAME) and os.access(found, os.X_OK) and found.is_file()
     program = [str(found)] if known else [sys.executable, "-m", "pocketlm"]
-    return program, [Path(sys.prefix), Path(sys.base_prefix), Path(pocketlm.__file__).resolve().parent]
+    return program, [Path(sys.prefix), Path(sys.base_prefix), Path(__file__).resolve().parents[1]]
 
 
 def _without_key(words: list[str], arguments: Any, path: Path) -> list[str]:
