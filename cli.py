@@ -196,11 +196,11 @@ def _chat(arguments: Arguments) -> int:
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with open_model(arguments) as model:
-        watch = {} if arguments.load is not None else {"watch": _throttling()}  # a packed program has no doctor
+        watch = str if arguments.load is not None else _throttling()  # a packed program has no doctor: "" always
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
-            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program, **watch,
+            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program, watch=watch,
         )  # fmt: skip
 
 

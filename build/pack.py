@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -215,7 +215,7 @@ def _reporting(path: Path, stub: Path) -> Iterator[None]:
         raise FileError(stub, str(error), "use a stub made by pocketlm stub") from None
 
 
-def with_texts(persona: Persona, texts: dict[str, str | None], flags: dict[str, float]) -> Persona:
+def with_texts(persona: Persona, texts: dict[str, str | None], flags: Mapping[str, float | str]) -> Persona:
     """The persona with what was given put in place; None keeps a text."""
     given = {name: text for name, text in texts.items() if text is not None}
     return replace(persona, **given, flags={**persona.flags, **flags})

@@ -124,9 +124,7 @@ class Session:
                 self._forward(block.tolist(), len(block), lambda rows, at=at: np.copyto(logits[at : at + len(rows)], rows))
             return logits
 
-    def append(
-        self, id: int, draft: Sequence[int] = (), use: Callable[[np.ndarray], Sequence[Any]] = np.copy
-    ) -> Sequence[Any]:
+    def append(self, id: int, draft: Sequence[int] = (), use: Callable[[np.ndarray], Any] = np.copy) -> Sequence[Any]:
         """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
 
         `use` gets float32 (rows, n_vocab), valid only there, one row or more and at most 1 + len(draft), and returns a

@@ -18,7 +18,8 @@ from starlette.routing import Route
 
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
-from pocketlm.serve.answering import Answer, Answerer, Prompts
+from pocketlm.serve.answering import Answer, Answerer
+from pocketlm.serve.asking import Prompts
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy

@@ -10,7 +10,7 @@ import argparse
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
@@ -21,6 +21,7 @@ from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
 from pocketlm.train import batches, data, documents, log, vocabularies
 from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
 
+T = TypeVar("T", Cadence, Settings)
 TEMPLATE = "chat_template.jinja"  # where export looks for it
 RECIPES = ("small-talk",)
 OPTIONS = {Cadence: "what is seen and kept of a run", Settings: "how to train (defaults: the preset's)"}
@@ -91,10 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     least = {"val_every": 2, "samples": 1, "sample_tokens": 1, "sample_temp": 0, "sample_top_k": 0, "threads": 0}
     for name in (name for name, number in least.items() if not number <= getattr(arguments, name) < 1 << 31):
         raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
-    cadence, settings = (
-        replace(at, **{f.name: value for f in fields(at) if (value := getattr(arguments, f.name, None)) is not None})
-        for at in (Cadence(), preset.settings)
-    )
+    cadence, settings = _given(Cadence(), arguments), _given(preset.settings, arguments)
     shape = preset.shape if arguments.start else changed(preset.shape, said)
     try:
         import torch
@@ -104,6 +102,12 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     _train(arguments, shape, arguments.tokenizer or preset.tokenizer, settings, cadence, stages)
     return 0
+
+
+def _given(at: T, arguments: argparse.Namespace) -> T:
+    """`at` with the fields that options of their names were given for."""
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(at)}
+    return replace(at, **{name: value for name, value in given.items() if value is not None})
 
 
 def _train(

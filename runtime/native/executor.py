@@ -132,7 +132,8 @@ class _Scratch:
     def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
         self.dim = round_up(hyper.head_dim, ROWS)
-        products, experts = ([op for op in plan.ops if isinstance(op, kind)] for kind in (P.Linear | P.Logits, P.Experts))
+        products = [op for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
+        experts = [op for op in plan.ops if isinstance(op, P.Experts)]
         self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in products))
         self.n_pairs = BLOCK * max((op.n_used for op in experts), default=0)  # of a token and an expert, in a pass
         self.n_experts = max((op.n_experts for op in experts), default=0)
@@ -396,7 +397,8 @@ class NativeExecutor:
         for name in experts.keys() - fit:  # NaN among them is not looked for, which would read them all: logits tell
             tensor = experts[name]
             read_as_told(tensor.data)
-            mapped[name] = TiledMatrix(tensor.format.name, *tensor.shape[1:], tensor.data, mapped=True)
+            n_rows, n_columns = tensor.shape[1:]
+            mapped[name] = TiledMatrix(tensor.format.name, n_rows, n_columns, tensor.data, mapped=True)
         return fit, mapped
 
     def _make_record(self) -> np.ndarray:
