@@ -200,7 +200,8 @@ def _chat(arguments: Arguments) -> int:
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
-            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program, watch=watch,
+            title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
+            watch=watch,
         )  # fmt: skip
 
 
