@@ -72,5 +72,6 @@ class Terminal:
         while self.child.isalive() and time.monotonic() < end:
             self.read()
         self.read()
+        assert not self.child.isalive(), f"not ended:\n{self.text()}"
         self.child.close()
         return self.child.exitstatus

@@ -136,7 +136,7 @@ def main(n: int, seed: int) -> None:
         _run(Path(folder), n, seed)
 
 
-def _many(server: Serving, n: int, seed: int) -> Counter[int]:
+def many_clients(server: Serving, n: int, seed: int) -> Counter[int]:
     """`fuzz` by several clients: most of the time goes by in waiting for what never comes."""
     with ThreadPoolExecutor(CLIENTS) as clients:
         parts = clients.map(lambda i: fuzz(server, n // CLIENTS, seed * CLIENTS + i), range(CLIENTS))
@@ -147,9 +147,9 @@ def _run(folder: Path, n: int, seed: int) -> None:
     import resource
 
     with serving(tiny_chat(folder, n_ctx=64), slots=2) as server:
-        _many(server, 2000, seed)
+        many_clients(server, 2000, seed)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seen = _many(server, n, seed + 1)
+        seen = many_clients(server, n, seed + 1)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
         assert server.idle()
         print(f"{sum(seen.values())} requests: {dict(sorted(seen.items()))}; peak memory grew by {grown} kB; no 5xx")

@@ -75,6 +75,7 @@ def test_resume_goes_on_with_the_last_conversation_that_a_person_held_with_this_
     resumed.wait("resumed: 1 turn with Ada, ")
     resumed.wait("You said: I am with Ada")
     assert "another model" not in resumed.text()
+    resumed.prompt(2)
     resumed.type("\x04")
     resumed.ended()
     new = terminal("--model=Eve", "--resume")
@@ -128,8 +129,9 @@ def test_two_conversations_of_one_second_have_two_files(monkeypatch):
 def test_two_windows_on_one_conversation_lose_nothing(terminal):
     talk(terminal, "the beginning")
     windows = [terminal("--resume") for _ in range(2)]
-    for number, window in enumerate(windows):
+    for window in windows:  # both are open before one of them says anything
         window.wait("You said: the beginning")
+    for number, window in enumerate(windows):
         window.type(f"window {number}\r")
         window.wait(f"You said: window {number}")
         window.wait("tokens/s")

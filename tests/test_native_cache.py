@@ -230,7 +230,8 @@ for k in range(200):
 
 
 def test_processes_at_once_see_whole_files_only(folder):
-    processes = [subprocess.Popen([sys.executable, "-c", PROCESS], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    pipes = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", PROCESS], **pipes) for _ in range(3)]
     assert [(process.communicate(timeout=300)[1], process.returncode) for process in processes] == 3 * [("", 0)]
     assert list(folder.glob("*.tmp")) == []
 
