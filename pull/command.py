@@ -12,7 +12,7 @@ from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.pull.catalogue import CATALOGUE, QUANT, fetched, place
 from pocketlm.pull.download import download
 from pocketlm.pull.hub import BROKEN, Remote, endpoint, look_up, reason
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import clock, print
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +76,7 @@ class _Line:
         self._shown, text = now, f"{self._name}: {have / 1e6:.1f} of {self._n_bytes / 1e6:.1f} MB  {have / self._n_bytes:.0%}"
         speed = (have - self._began[1]) / max(now - self._began[0], 1e-3)
         if speed > 0 and now - self._began[0] > 1:
-            minutes, seconds = divmod(round((self._n_bytes - have) / speed), 60)
-            text += f"  {speed / 1e6:.1f} MB/s  {minutes}:{seconds:02d} left"
+            text += f"  {speed / 1e6:.1f} MB/s  {clock((self._n_bytes - have) / speed)} left"
         print(end=f"\r{text:{self._width}}", file=sys.stderr, flush=True)
         self._width = len(text)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.pull.hub import BROKEN, Remote, reason, request
+from pocketlm.runtime.atomic import lock_file
 
 PAUSES = (1, 2, 4, 8)  # seconds before the next try, as long as no byte comes
 CHUNK = 1 << 18
@@ -32,7 +33,8 @@ def download(remote: Remote, target: Path, sha256: str, progress: Progress = lam
     part, ours = target.with_name(f"{target.name}.{sha256[:12]}.part"), False
     try:
         with open(part, "a+b") as file:
-            _lock(file, target)
+            if not lock_file(file.fileno(), 0.0):
+                raise PocketlmError(f"{target.name} is being fetched by another program")
             ours = True
             have = file.seek(0, os.SEEK_END)
             if have > remote.n_bytes:
@@ -122,19 +124,3 @@ def _restart(file: Any) -> int:
     file.truncate(0)
     file.seek(0)
     return 0
-
-
-def _lock(file: Any, target: Path) -> None:
-    """Nobody else writes to the part. Raises PocketlmError where somebody does."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(file.fileno(), 1 << 50, os.SEEK_SET)  # no byte of the file: there locks keep readers off
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise PocketlmError(f"{target.name} is being fetched by another program") from None

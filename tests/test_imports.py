@@ -28,8 +28,7 @@ ALLOWED = {
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
         "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.thinking"
-        " chat.transcript"
-        " constrain.guides cli_options terminal_text"
+        " chat.transcript constrain cli_options terminal_text"
     ),
     # … and with a third
     "batch": (
@@ -37,7 +36,8 @@ ALLOWED = {
         " serve.shapes cli_options terminal_text"
     ),
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
-    "pull": "errors runtime.native.code_cache terminal_text",  # of the cache where it is: a fetched model lies beside it
+    # of the cache where it is: a fetched model lies beside it
+    "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
@@ -49,7 +49,7 @@ ALLOWED = {
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
-    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain.guides",
+    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
     "conversation": "asynchronous errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
