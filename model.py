@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import Conversation
 from pocketlm.errors import FileError, UsageError, did_you_mean
 from pocketlm.runtime import memory
@@ -220,6 +221,8 @@ class Model:
         """What leads an answer to the form that the options ask for, which are taken out of them; None where they ask for none.
         Raises UsageError, as `constrain.guides.take_form` and `Guides.guide`.
         """
+        if OPTIONS.isdisjoint(options):
+            return None
         from pocketlm.constrain.guides import Guides, take_form
 
         form = take_form(options)
@@ -299,9 +302,12 @@ class Model:
         """FileError where there is no memory for one more session."""
         with self.changing:  # no other thread makes a session meanwhile
             promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
+        memory.require_session(self.path, self.session_bytes(n_ctx), promised, n_ctx)
+
+    def session_bytes(self, n_ctx: int) -> int:
+        """What the cache of a session of so many positions takes once it is full."""
         cache = self.executor.cache
-        n_bytes = cache.bytes_for(self.hyper, n_ctx, cache.windows)
-        memory.require_session(self.path, n_bytes, promised, n_ctx)
+        return cache.bytes_for(self.hyper, n_ctx, cache.windows)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""

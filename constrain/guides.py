@@ -54,9 +54,6 @@ def _regex(value: str) -> Grammar:
     return Grammar(patterns.whole(value), NO_RULES, "regex")
 
 
-FORMS: dict[str, Callable[[str], Grammar]] = {
-    "json_object": _any_object, "json_schema": _schema, "choices": _choices, "regex": _regex,
-}  # fmt: skip
 Form = tuple[str, str]  # the option's name, and its value as a text
 
 
@@ -70,7 +67,7 @@ def take_form(options: dict[str, Any]) -> Form | None:
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: an answer has one form; give one of them")
     for name, value in given.items():
-        return name, _TEXT_OF[name](value)
+        return name, FORMS[name][0](value)
     return None
 
 
@@ -102,9 +99,13 @@ def _regex_text(pattern: Any) -> str:
     return pattern
 
 
-_TEXT_OF: Mapping[str, Callable[[Any], str]] = {
-    "json_object": _flag_text, "json_schema": _schema_text, "choices": _choices_text, "regex": _regex_text,
-}  # fmt: skip
+# option -> its value as a text, and the grammar of that. Raise UsageError
+FORMS: dict[str, tuple[Callable[[Any], str], Callable[[str], Grammar]]] = {
+    "json_object": (_flag_text, _any_object),
+    "json_schema": (_schema_text, _schema),
+    "choices": (_choices_text, _choices),
+    "regex": (_regex_text, _regex),
+}
 
 
 def check_form(options: Mapping[str, Any]) -> None:
@@ -116,7 +117,7 @@ def check_form(options: Mapping[str, Any]) -> None:
 def _automaton(form: Form) -> tuple[Automaton, str]:
     """And what it is called."""
     name, value = form
-    grammar = FORMS[name](value)
+    grammar = FORMS[name][1](value)
     return build(grammar), grammar.of
 
 

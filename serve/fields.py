@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pocketlm.constrain.guides import FORMS
+from pocketlm.constrain import OPTIONS
 from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.errors import ApiError
@@ -72,7 +72,7 @@ def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
     fields = _CHAT if is_chat else _COMPLETION
     ask = Ask(is_chat, options={**defaults})
     if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it
-        ask.options = {name: value for name, value in ask.options.items() if name not in FORMS}
+        ask.options = {name: value for name, value in ask.options.items() if name not in OPTIONS}
     if not is_chat:
         ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():

@@ -217,9 +217,11 @@ def test_tokenizing_needs_no_compiler_and_no_templates(tiny):
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_completing_and_answering_once_need_no_event_loop(tiny):
+@pytest.mark.parametrize("needless", ["asyncio", "pocketlm.constrain.guides"])
+def test_completing_and_answering_once_need_neither_an_event_loop_nor_forms(tiny, needless):
     for words in (["generate", tiny, "-p", "hi", "-n", "1"], ["chat", tiny, "hi", "--max-tokens", "1", "--no-save"]):
-        program = f"import sys\nfrom pocketlm.cli import main\nassert main({words!r}) == 0\nsys.exit('asyncio' in sys.modules)"
+        talk = f"import sys\nfrom pocketlm.cli import main\nassert main({words!r}) == 0"
+        program = f"{talk}\nsys.exit({needless!r} in sys.modules)"
         done = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
