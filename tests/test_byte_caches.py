@@ -15,7 +15,7 @@ from pocketlm import cli
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.errors import UsageError
 from pocketlm.runtime.kv_cache import ByteCache, to_bytes
-from pocketlm.runtime.native.executor import NativeByteCache, NativeCache
+from pocketlm.runtime.native.caches import NativeByteCache, NativeCache
 from pocketlm.runtime.native.sizes import SPAN
 
 SHAPES = {

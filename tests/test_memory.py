@@ -16,7 +16,7 @@ import pocketlm
 from pocketlm.errors import FileError
 from pocketlm.runtime import memory
 from pocketlm.runtime.kv_cache import KVCache
-from pocketlm.runtime.native.executor import NativeCache
+from pocketlm.runtime.native.caches import NativeCache
 
 MB = 1 << 20
 

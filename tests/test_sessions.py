@@ -16,7 +16,7 @@ import pocketlm
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.model import Model
 from pocketlm.runtime import memory
-from pocketlm.runtime.native.executor import NativeCache
+from pocketlm.runtime.native.caches import NativeCache
 from pocketlm.runtime.state_file import HEADER
 
 PROMPTS = ["then", "in the thing", "the the the", "nothing in this", "a", "thin " * 30, "hen", "the inn"]

@@ -15,7 +15,7 @@ from pocketlm.model import Model
 from pocketlm.runtime import kv_cache
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.kv_cache import MARGIN, KVCache
-from pocketlm.runtime.native.executor import NativeCache
+from pocketlm.runtime.native.caches import NativeCache
 from pocketlm.runtime.state_file import HEADER
 
 SIZES = {"n_layer": 7, "n_ctx": 4096, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "n_ff": 32}

@@ -15,115 +15,30 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import check_ids
-from pocketlm.runtime.kv_cache import SCALE_BYTES, ByteCache, KVCache
-from pocketlm.runtime.memory import (
-    aligned,
-    available_bytes,
-    in_one_piece,
-    read_as_told,
-    release_pages,
-    round_up,
-)
+from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
+from pocketlm.runtime.native.caches import CACHES, NativeCache
 from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, PAIR, QUERY, RUN, TOKEN, offset
+from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN, offset
 from pocketlm.runtime.native.selection import Selection
+from pocketlm.runtime.native.sizes import BLOCK
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
-from pocketlm.runtime.positions import Turn, alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
+from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
 PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the second-level cache
-BLOCK = 128  # tokens a pass: their activations stay in the second-level cache
-
-
-class NativeCache(KVCache):
-    """float16. Keys [n_kv_head, rows / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache, padded.
-
-    A span of SPAN positions lies in one piece in every layer, a ring or not.
-    """
-
-    dtype = saved = np.float16
-    block = BLOCK
-    unit = sizes.SPAN
-
-    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = ()):
-        super().__init__(hyper, n_ctx, turns, windows)
-        self.table = aligned(hyper.n_layer, LAYER)  # what compiled code knows of the layers
-        self.table["rows"] = self.rows
-        at = hyper.n_kv_head * self._padded(hyper) * self.table["rows"] * self.keys.itemsize
-        self.table["offset"] = np.cumsum(at) - at
-
-    @classmethod
-    def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
-        """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, sizes.SPAN) * 10
-
-    @classmethod
-    def _padded(cls, hyper: Hyper) -> int:
-        return round_up(hyper.head_dim, ROWS)
-
-    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        n_kv, dim = self.hyper.n_kv_head, self._padded(self.hyper)
-        return keys.reshape(n_kv, rows // ROWS, dim, ROWS), values.reshape(n_kv, rows, dim)
-
-    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        keys, values = self.layers[layer]
-        return keys[:, : round_up(n, ROWS) // ROWS], values[:, :n]
-
-    def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
-        keys = self.layers[layer][0][:, group, : self.hyper.head_dim, lane]  # [n, n_kv_head, head_dim]
-        return np.ascontiguousarray(keys.swapaxes(0, 1), np.float32)
-
-    def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        group, lane = divmod(np.arange(start, start + keys.shape[1]) % self.rows[layer], ROWS)
-        self.layers[layer][0][:, group, : self.hyper.head_dim, lane] = keys.swapaxes(0, 1)
-
-
-class NativeByteCache(ByteCache, NativeCache):
-    """int8 in groups of 16 positions, [padded_dim, 16] of keys and [16, padded_dim] of values, each with its scales behind it,
-    float32 [16].
-    """
-
-    @classmethod
-    def _padded(cls, hyper: Hyper) -> int:
-        return round_up(hyper.head_dim, ROWS) + SCALE_BYTES
-
-    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = self.hyper.n_kv_head, rows // ROWS, self._padded(self.hyper) * ROWS
-        return keys.reshape(shape), values.reshape(shape)
-
-    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        (keys, values), n_groups = self.layers[layer], round_up(n, ROWS) // ROWS
-        return keys[:, :n_groups], values[:, :n_groups]
-
-    def _parts(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        groups, n_bytes = self.layers[layer][which], SCALE_BYTES * ROWS
-        dim = self._padded(self.hyper) - SCALE_BYTES
-        shape = (dim, ROWS) if which == 0 else (ROWS, dim)
-        numbers = groups[..., :-n_bytes].reshape(*groups.shape[:2], *shape)
-        numbers = numbers.swapaxes(2, 3) if which == 0 else numbers
-        return numbers[..., : self.hyper.head_dim], groups[..., -n_bytes:].view(np.float32)
-
-    def _index(self, layer: int, start: int, stop: int) -> tuple[Any, ...]:
-        return (slice(None), *divmod(np.arange(start, stop) % self.rows[layer], ROWS))
-
-
-CACHES = {"f16": NativeCache, "q8": NativeByteCache}
 
 
 class _Scratch:
@@ -176,7 +91,7 @@ class NativeExecutor:
         self._code = kernels(formats, self.level, kv)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
-        fit, mapped = self._place_experts()
+        fit, mapped = self._place_experts(kv)
         matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
         matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
@@ -386,10 +301,12 @@ class NativeExecutor:
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
-    def _place_experts(self) -> tuple[list[str], dict[str, TiledMatrix]]:
+    def _place_experts(self, kv: str) -> tuple[list[str], dict[str, TiledMatrix]]:
         """Those of the plan to be tiled, where all fit into the memory, and those that stay in the file."""
         experts = {name: self._tensors[name] for name in self.plan.experts}
-        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads))
+        if not experts:
+            return [], {}
+        needed = sum(self.memory(self.plan, self._tensors, self.n_ctx, self.n_threads, kv))
         needed += sum(tensor.data.nbytes for tensor in experts.values())
         fits = (free := available_bytes()) is None or needed <= free
         fit = [name for name, tensor in experts.items() if fits and tensor.shape[1] % ROWS == 0]

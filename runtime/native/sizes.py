@@ -21,6 +21,7 @@ TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights;
 TILE = TILES[-1]
 RECORD = 80  # bytes of 32 columns' rounded activations
 LANES = 16
+BLOCK = 128  # tokens of a pass at most: their activations stay in the second-level cache
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
 QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many
 MAX_CHUNK = 16  # groups of rows in a task
