@@ -119,7 +119,7 @@ def _announced(text: str) -> Iterator[None]:
         yield
     finally:
         if terminal:
-            print("\r" + " " * len(text) + "\r", end="", file=sys.stderr, flush=True)
+            print(end="\r" + " " * len(text) + "\r", file=sys.stderr, flush=True)  # of what is printed controls are taken out
 
 
 def _fetch(file: Pinned, folder: Path) -> None:
