@@ -93,8 +93,9 @@ class Answers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        empty = not os.fstat(self._handle).st_size  # not `_size`: Ctrl-C may have come between a write and its note
         os.close(self._handle)
-        if not self._size:
+        if empty:
             with suppress(OSError):
                 self._part.unlink()
 
@@ -116,7 +117,7 @@ class Answers:
                 if start >= 0:
                     kept.seek(start)
                     out.write(kept.readline())
-        self._size = 0  # `__exit__` takes the part away
+        os.ftruncate(self._handle, 0)  # `__exit__` takes the part away
 
     def _take_stock(self) -> int:
         """Note every answer that is there; how many bytes those are. What follows them is what a kill has left."""

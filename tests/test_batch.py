@@ -205,6 +205,18 @@ def test_ctrl_c_keeps_what_is_answered(model, tmp_path):
     assert parts(out)[0].read_bytes().endswith(b"\n")
 
 
+def test_ctrl_c_between_the_first_write_and_its_note_keeps_what_is_written(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), Answers(out, "key", 3) as answers:
+        patch.setattr(Answers, "_note", interrupted)
+        answers.add(Written(2, b'{"line": 2, "choices": []}\n'))
+    with Answers(out, "key", 3) as answers:
+        assert 2 in answers
+
+
 def test_an_output_that_is_there_and_one_that_another_run_writes_are_left_alone(model, tmp_path, capsys):
     given, out = prompts(tmp_path / "given.jsonl", 3), tmp_path / "out.jsonl"
     with Answers(out, "key", 3), pytest.raises(FileError, match="another run"):
