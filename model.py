@@ -307,7 +307,7 @@ class Model:
     def session_bytes(self, n_ctx: int) -> int:
         """What the cache of a session of so many positions takes once it is full."""
         cache = self.executor.cache
-        return cache.bytes_for(self.hyper, n_ctx, cache.windows)
+        return cache.bytes_for(self.hyper, n_ctx, cache.windows, cache.columns)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""

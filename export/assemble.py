@@ -236,7 +236,8 @@ def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig,
 
 def _heads(tensors: Tensors, config: ModelConfig, n_embd: int, n_heads_found: int | None, path: Path) -> tuple[int, int, int]:
     """Heads, width of a head, key-value heads."""
-    fused, q, k = (tensors.get(f"blk.0.attn_{part}.weight") for part in ("qkv", "q", "k"))
+    layer = next((role.partition(".attn_")[0] for role in in_layers(tensors, r"attn_(qkv|q)\.weight")), "")  # with attention
+    fused, q, k = (tensors.get(f"{layer}.attn_{part}.weight") for part in ("qkv", "q", "k"))
     n_rows = fused.shape[0] if fused else q.shape[0] if q else n_embd
     head_dim = config.get("head_dim")
     n_head = n_heads_found or config.get("n_head")

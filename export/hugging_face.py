@@ -111,6 +111,25 @@ def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
     return CanonicalTensor((n, rows // 2, *columns), lambda: tensor.read()[:, first::2])
 
 
+def short_convolutions(draft: Draft) -> None:
+    """Layers that have the tensors of a convolution have no keys; a configuration that says which they are has to agree."""
+    heads, kinds = [draft.heads[1]] * draft.keys["block_count"], draft.config.raw("layer_types")
+    for role in in_layers(draft.tensors, r"shortconv\.conv\.weight"):
+        heads[int(role.split(".")[1])] = 0
+        weight = draft.tensors[role]
+        if len(weight.shape) == 3 and weight.shape[1] == 1:
+            draft.tensors[role] = CanonicalTensor((weight.shape[0], weight.shape[2]), _without_middle(weight))
+        draft.keys["shortconv.l_cache"] = weight.shape[-1]
+    if kinds is not None and [kind == "conv" for kind in kinds] != [n == 0 for n in heads]:
+        problem = "its configuration has convolutions in other layers than its weights"
+        raise FileError(draft.config.path, problem, "correct layer_types in config.json")
+    draft.keys["attention.head_count_kv"] = np.array(heads)
+
+
+def _without_middle(tensor: CanonicalTensor) -> Callable[[], np.ndarray]:
+    return lambda: tensor.read()[:, 0]
+
+
 def windows_at_their_depth(draft: Draft) -> None:
     """EXAONE 4 leaves positions out of layers without a window where others have one; llama.cpp knows these by their depth."""
     if ("attention.sliding_window" in draft.keys) != (draft.keys["block_count"] == HYBRID):
@@ -198,6 +217,16 @@ HUGGING_FACE = {
             },
             {**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
             gpt_oss, computes=("truncate",),
+        ),
+        _family(
+            "lfm2",
+            {
+                "embedding_norm": "token_embd_norm", "*.operator_norm": "attn_norm",
+                "*.self_attn.q_layernorm": "attn_q_norm", "*.self_attn.k_layernorm": "attn_k_norm",
+                "*.feed_forward.w1": "ffn_gate", "*.feed_forward.w2": "ffn_down", "*.feed_forward.w3": "ffn_up",
+                **{f"*.conv.{part}": f"shortconv.{part}" for part in ("conv", "in_proj", "out_proj")},
+            },
+            {}, short_convolutions, activation="silu", rope_theta=1e6,
         ),
         _family(
             "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},

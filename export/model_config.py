@@ -59,7 +59,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
     "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
-    "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "weight_tying"), "true|false"),
+    "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "tie_embedding", "weight_tying"), "true|false"),
     "logit_softcap": Setting(float, ("logit_softcap",), "15|20"),
     "model_type": Setting(str, (), "llama"),
 }  # fmt: skip
@@ -107,7 +107,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
     "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
     "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
-    "starcoder2": "starcoder2", "exaone4": "exaone4", "bloom": "bloom", "mpt": "mpt",
+    "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
 }  # fmt: skip
 # a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
 HARMLESS = {
@@ -127,7 +127,7 @@ HARMLESS = {
     "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v,
     "is_encoder_decoder": lambda v: not v, "use_bidirectional_attention": lambda v: not v,
     "rope_local_type": lambda v: v == "default",
-    "use_scaled_rope": lambda v: not v,
+    "use_scaled_rope": lambda v: not v, "conv_bias": lambda v: not v,
     "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
     "apply_residual_connection_post_layernorm": lambda v: not v, "softmax_scale": lambda v: v is None,
     **{name: lambda v: not v for name in ( # litGPT's
@@ -264,7 +264,7 @@ class ModelConfig:
         return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
-        """The sliding window of every layer, 0 where it sees all of n_ctx; None where nothing says which layers have one."""
+        """The sliding window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which layers have one."""
         size, kinds = self.raw("sliding_window"), self.raw("layer_types")
         if self.raw("use_sliding_window") is False or not isinstance(size, int) or size >= n_ctx:
             size = 0
@@ -272,7 +272,7 @@ class ModelConfig:
             kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]
         if not isinstance(kinds, list):
             return None if size else [0] * n_layer
-        sizes = {"full_attention": 0, "sliding_attention": size}
+        sizes, kinds = {"full_attention": 0, "sliding_attention": size}, [kind for kind in kinds if kind != "conv"]
         return [sizes.get(kind, -1) if isinstance(kind, str) else -1 for kind in kinds]
 
     def rotary_layers(self, n_layer: int) -> list[bool] | None:

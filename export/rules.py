@@ -66,7 +66,8 @@ QUANTS = {
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16",
             "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16"}  # fmt: skip
 KEPT = ("position_embd.weight",)  # added to every token: as sensitive as a norm, and small
-# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts
+F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", ".bias")
+# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; a convolution has a few weights for each column
 LARGEST = {"F32": float("inf"), "BF16": 3.3895e38, "F16": 65504.0}  # above it a weight becomes infinite; 65504 for the rest
 SMALLEST = 2.0**-10  # a matrix whose largest weight is below it would get half-precision scales with few bits left
 
@@ -81,7 +82,7 @@ def by_shape(name: str, shape: tuple[int, ...], quant: Quant, head: str, pure: b
 
     `pure`: every matrix, the head too, gets `quant.matrices`.
     """
-    if len(shape) < 2 or name in KEPT or name.endswith(("_norm.weight", "ffn_gate_inp.weight", ".bias")):
+    if len(shape) < 2 or name in KEPT or name.endswith(F32_ENDS):
         return FORMATS["F32"], ""
     wanted = quant.matrices
     if not pure:

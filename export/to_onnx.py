@@ -50,7 +50,7 @@ class Graph:
         self._write: dict[type, Callable[[Any], None]] = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
             P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
-            P.Softcap: self._softcap, P.Gate: self._gate, P.Logits: self._linear,
+            P.Softcap: self._softcap, P.Gate: self._gate, P.Convolve: self._convolve, P.Logits: self._linear,
         }  # fmt: skip
         self._regrouped = self._to_regroup()
         self._visible: dict[int, str] = {}  # window -> which keys a query sees
@@ -303,6 +303,9 @@ class Graph:
             shares = self._cast(self._node("Softmax", scores, axis=-1), True)  # [batch, n_kv_head, group, n, total]
         mix = self._node("Transpose", self._cast(self._node("MatMul", shares, values), False), perm=[0, 3, 1, 2, 4])
         self._values[op.out] = self._reshape(mix, 0, 0, op.n_head * d)
+
+    def _convolve(self, op: P.Convolve) -> None:  # there is no name for its state that others would look for
+        raise PocketlmError("this model has short convolutions, whose state pocketlm's ONNX graphs do not keep; export a GGUF")
 
     def _activate(self, op: P.Activate) -> None:
         x, up = self._values[op.x], ""

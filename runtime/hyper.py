@@ -50,7 +50,8 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
         for name, allowed in OPTIONS.items()
     }
     n_embd, n_head = keys.count(f"{arch}.embedding_length"), keys.count(f"{arch}.attention.head_count")
-    n_kv_head = keys.count(f"{arch}.attention.head_count_kv", n_head)
+    some = "attention.head_count_kv" in table.ARCHITECTURES[arch].SETTINGS  # layers have attention, the others 0 heads
+    n_kv_head = keys.count(f"{arch}.attention.head_count_kv", n_head, besides_zero=some)
     head_dim = keys.count(f"{arch}.attention.key_length", max(n_embd // n_head, 1))
     if f"{arch}.attention.key_length" not in metadata and n_embd % n_head:
         raise keys.fail(f"{arch}.attention.head_count", f"is {n_head}, which does not divide the width {n_embd}")

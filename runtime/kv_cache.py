@@ -2,13 +2,15 @@
 
 A layer without a window keeps every position. Layers with a sliding window keep a ring: position p in row p % rows, so that a
 text of any length takes a window of them, a pass of tokens, and a MARGIN that the text can be cut back by. A text that is cut
-back further has to be computed again from its beginning, and `truncate` says so by forgetting all of it.
+back further has to be computed again from its beginning, and `truncate` says so by forgetting all of it. Layers with a
+short convolution keep a ring of its columns in place of keys and values: a window as wide as the convolution.
 
 Which ids stand behind the positions is the session's affair; they are here for models that look at the token before.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,7 @@ MARGIN = 512  # positions before a window that are kept: an answer of so many to
 class KVCache:
     """`layers`: keys and values of each, float32 [n_kv_head, rows, head_dim]; the first `length` positions are filled, of which
     layers with a window hold those from `first` on. `keys` and `values`: the memory of all layers, one after the other.
+    `convolved`: a convolution's layers, float32 [1, rows, columns], of which no keys are there; one piece of memory, too.
     """
 
     dtype: Any = np.float32
@@ -36,36 +39,59 @@ class KVCache:
 
     def __init__(
         self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
+        columns: Sequence[int] = (),
     ):  # fmt: skip
-        """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`, `windows` `plan.windows`."""
+        """Memory is reserved here and used as positions fill. `turns` are `positions.key_turns`, `windows` and `columns`
+        `plan.windows` and `plan.columns`.
+        """
         self.hyper, self.n_ctx, self.length, self.first, self._turns = hyper, n_ctx, 0, 0, turns
-        self.windows, self.rows = tuple(windows), self.rows_of_layers(hyper, n_ctx, windows)
+        self.windows, self.columns = tuple(windows), tuple(columns)
+        self.rows = self.rows_of_layers(hyper, n_ctx, windows, columns)
         self.ids = np.zeros(n_ctx, np.int32)  # of every position
         self._ring = min(self.rows)
-        self._reach = self._before(max(windows, default=0))
-        sizes = [hyper.n_kv_head * rows * self._padded(hyper) for rows in self.rows]
+        self._reach = self._before(windows, columns)
+        kept = [0 if columns and columns[layer] else rows for layer, rows in enumerate(self.rows)]
+        sizes = [hyper.n_kv_head * rows * self._padded(hyper) for rows in kept]
         self.keys, self.values = (self._allocate(sum(sizes)) for _ in range(2))
         cuts = np.cumsum(sizes)[:-1]
-        parts = zip(np.split(self.keys, cuts), np.split(self.values, cuts), self.rows, strict=True)
+        parts = zip(np.split(self.keys, cuts), np.split(self.values, cuts), kept, strict=True)
         self.layers = [self._shaped(keys, values, rows) for keys, values, rows in parts]
+        self.convolved = self._shaped_columns()
+
+    def _shaped_columns(self) -> dict[int, np.ndarray]:
+        shapes = {layer: (1, self.rows[layer], n) for layer, n in enumerate(self.columns) if n}
+        memory = reserved((sum(math.prod(shape) for shape in shapes.values()),), np.float32) if shapes else np.empty(0)
+        cuts = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+        parts = zip(shapes.items(), np.split(memory, cuts), strict=False)
+        return {layer: part.reshape(shape) for (layer, shape), part in parts}
 
     @classmethod
-    def rows_of_layers(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int]) -> tuple[int, ...]:
+    def rows_of_layers(
+        cls, hyper: Hyper, n_ctx: int, windows: Sequence[int], columns: Sequence[int] = ()
+    ) -> tuple[int, ...]:  # fmt: skip
         """How many positions each layer keeps. All windows get what the largest of them needs."""
-        whole = round_up(n_ctx, cls.unit)
-        ring = min(whole, round_up(cls._before(max(windows, default=0)) + cls.block + MARGIN, cls.unit))
-        return tuple(ring if window else whole for window in windows) or (whole,) * hyper.n_layer
+        whole, ring = round_up(n_ctx, cls.unit), cls._before(windows, columns) + cls.block + MARGIN
+        kept = {False: min(whole, round_up(ring, cls.unit)), True: min(n_ctx, ring)}  # of a window, of a convolution
+        layers = zip(windows, columns or [0] * len(windows), strict=True)
+        return tuple(kept[n > 0] if window else whole for window, n in layers) or (whole,) * hyper.n_layer
 
     @classmethod
-    def _before(cls, window: int) -> int:
-        """How many positions before its own a query reads, with what precedes its window in the same unit of rows."""
-        return window - 1 + cls.unit - 1
+    def _before(cls, windows: Sequence[int], columns: Sequence[int]) -> int:
+        """How many positions before its own a query reads at most, with what precedes its window in the same unit of rows."""
+        layers = zip(windows, columns or [0] * len(windows), strict=True)
+        return max((window - 1 if n else window - 1 + cls.unit - 1 for window, n in layers if window), default=0)
 
     @classmethod
-    def bytes_for(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int] = ()) -> int:
-        """Of keys and values of a full context."""
-        rows = sum(cls.rows_of_layers(hyper, n_ctx, windows))
-        return 2 * hyper.n_kv_head * cls._padded(hyper) * rows * np.dtype(cls.dtype).itemsize
+    def bytes_for(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int] = (), columns: Sequence[int] = ()) -> int:
+        """Of keys and values, and a convolution's columns, of a full context."""
+        rows = cls.rows_of_layers(hyper, n_ctx, windows, columns)
+        return sum(n * size for n, size in zip(rows, cls._row_bytes(hyper, columns), strict=True))
+
+    @classmethod
+    def _row_bytes(cls, hyper: Hyper, columns: Sequence[int]) -> list[int]:
+        """Of a position in every layer."""
+        both = 2 * hyper.n_kv_head * cls._padded(hyper) * np.dtype(cls.dtype).itemsize
+        return [4 * n or both for n in columns or [0] * hyper.n_layer]
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
@@ -110,6 +136,14 @@ class KVCache:
         """Put values [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
         self.layers[layer][1][:, self.at(layer, start, start + values.shape[1]), : self.hyper.head_dim] = values
 
+    def read_columns(self, layer: int, start: int, stop: int) -> np.ndarray:
+        """A copy of a convolution's columns [1, stop - start, columns]."""
+        return self.convolved[layer][:, self.at(layer, start, stop)].copy()
+
+    def write_columns(self, layer: int, start: int, columns: np.ndarray) -> None:
+        """Put columns [1, n, columns] at `start`, n no more than the layer's rows."""
+        self.convolved[layer][:, self.at(layer, start, start + columns.shape[1])] = columns
+
     def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of positions to compute with [n_kv_head, stop - start, head_dim]."""
         rows = self.at(layer, start, stop)
@@ -125,6 +159,11 @@ class KVCache:
     def held(self, layer: int) -> int:
         """The first position that a layer holds."""
         return self.first if self.windows and self.windows[layer] else 0
+
+    @property
+    def columns_address(self) -> int:
+        """Of the first convolution's columns; 0 where there are none."""
+        return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
     def about_to_write(self, ids: np.ndarray) -> None:
         """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
@@ -143,11 +182,13 @@ class KVCache:
 
     def fork(self, length: int) -> KVCache:
         """A cache of its own with the first `length` positions of this one; the rest takes no memory before it is filled."""
-        other = type(self)(self.hyper, self.n_ctx, self._turns, self.windows)
+        other = type(self)(self.hyper, self.n_ctx, self._turns, self.windows, self.columns)
         for layer, rows in enumerate(self.rows):
             n = rows if self.held(layer) else min(length, rows)  # a ring that has gone round is full
             for copy, filled in zip(other._filled(layer, n), self._filled(layer, n), strict=True):
                 copy[...] = filled
+            if layer in self.convolved:
+                other.convolved[layer][:, :n] = self.convolved[layer][:, :n]
         other.ids[:length] = self.ids[:length]
         other.first, other.length = self.first, length
         other.truncate(length)
@@ -155,13 +196,15 @@ class KVCache:
 
     def release(self) -> None:
         """Give the memory back. Nobody may compute with this cache any more."""
-        self.length, self.first, self.layers = 0, 0, []
+        self.length, self.first, self.layers, self.convolved = 0, 0, [], {}
         self.keys, self.values = self.keys[:0].copy(), self.values[:0].copy()
 
     def nbytes_at(self, length: int) -> int:
         """Bytes that a text of so many positions uses, about."""
-        used = sum(min(length, rows) for rows in self.rows)
-        return (self.keys.nbytes + self.values.nbytes) * used // sum(self.rows)
+        if not self.layers:  # given back
+            return 0
+        sizes = self._row_bytes(self.hyper, self.columns)
+        return sum(min(length, rows) * size for rows, size in zip(self.rows, sizes, strict=True))
 
     @property
     def nbytes_to_come(self) -> int:
@@ -188,6 +231,9 @@ class KVCache:
             return False
         for layer in range(len(self.layers)):
             oldest = max(stop, self.held(layer))
+            if layer in self.convolved:
+                self.write_columns(layer, oldest - distance, self.read_columns(layer, oldest, self.length))
+                continue
             values = self.read_values(layer, oldest, self.length)
             self.write_values(layer, oldest - distance, values)
             del values

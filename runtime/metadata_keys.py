@@ -33,13 +33,14 @@ class Keys:
             raise self.fail(key, f"is {value}, expected {low:g} to {high:g}")
         return float(value)
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, besides_zero: bool = False) -> int:
         value = self.metadata.get(key, default)
-        if hasattr(value, "tolist"):  # an array with one value a layer: accepted where all layers agree
-            values = set(value.tolist())  # type: ignore[union-attr]
-            if len(values) != 1:
+        value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
+        if isinstance(value, list):  # one value a layer: accepted where all layers agree, or those that are not 0
+            values = [number for number in value if number or not besides_zero]
+            if not values or values.count(values[0]) < len(values):
                 raise FileError(self.path, f"{key} differs from layer to layer", "pocketlm runs models whose layers are alike")
-            value = values.pop()
+            value = values[0]
         if value is None:
             raise self.fail(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int):

@@ -44,9 +44,9 @@ class NumpyExecutor:
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         self._run = {
             P.Embed: self._embed, P.Norm: self._norm, P.Linear: self._linear, P.Rotate: self._rotate,
-            P.Attend: self._attend, P.Activate: self._activate, P.Add: self._add, P.Scale: self._scale,
-            P.Softcap: self._softcap, P.Gate: self._gate, P.Route: self._route, P.Experts: self._experts, P.Mix: self._mix,
-            P.Logits: self._linear,
+            P.Attend: self._attend, P.Convolve: self._convolve, P.Activate: self._activate, P.Add: self._add,
+            P.Scale: self._scale, P.Softcap: self._softcap, P.Gate: self._gate, P.Route: self._route,
+            P.Experts: self._experts, P.Mix: self._mix, P.Logits: self._linear,
         }  # fmt: skip
         matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
@@ -74,7 +74,7 @@ class NumpyExecutor:
         scores = 4 * hyper.n_head * n * n_ctx * (1 + alibi) + n * n_ctx * (8 + 1 + 4 * alibi)  # and distances, masks
         activations = 4 * n * (sum(inner) + 3 * max(inner)) + 4 * hyper.n_vocab
         scratch = rope_tables_bytes(plan.ops, n_ctx) + max(scores + activations, KVCache.bytes_to_move(hyper, n_ctx))
-        return weights, CACHES[kv].bytes_for(hyper, n_ctx, plan.windows), scratch
+        return weights, CACHES[kv].bytes_for(hyper, n_ctx, plan.windows, plan.columns), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -89,7 +89,8 @@ class NumpyExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> KVCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return self._kind(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
+        n_ctx = min(n_ctx or self.n_ctx, self.n_ctx)
+        return self._kind(self.hyper, n_ctx, self._turns, self.plan.windows, self.plan.columns)
 
     def new_selection(self) -> None:
         """NumPy's own is all there is."""
@@ -227,6 +228,16 @@ class NumpyExecutor:
         scores /= total
         mix = scores.reshape(n_kv, group * n, t) @ values  # [n_kv_head, group * n, head_dim]
         state[op.out] = mix.reshape(op.n_head, n, d).swapaxes(0, 1).reshape(n, op.n_head * d)
+
+    def _convolve(self, op: P.Convolve, state: dict[str, np.ndarray]) -> None:  # [n, 3 width] -> [n, width]
+        (b, c, z), start = np.split(state[op.x], 3, 1), self._cache.length
+        self._cache.write_columns(op.layer, start, (b * z)[None])
+        first = max(start - op.taps + 1, 0)  # what the first token sees
+        seen = self._cache.read_columns(op.layer, first, start + len(b))[0]
+        before_the_text = np.zeros((op.taps - 1 - (start - first), op.n), np.float32)
+        seen = np.concatenate([before_the_text, seen])  # [taps - 1 + n, width]
+        weight = self._rows(op.weight)
+        state[op.out] = c * np.add.reduce([weight[:, j] * seen[j : j + len(b)] for j in range(op.taps)])
 
     def _activate(self, op: P.Activate, state: dict[str, np.ndarray]) -> None:  # [n, ff] -> [n, n_ff]
         x, f = state[op.x], ACTIVATIONS[op.kind]

@@ -99,6 +99,22 @@ class Attend:
 
 
 @dataclass(frozen=True)
+class Convolve:
+    """A gated short convolution: out = C · conv(B · z), where x holds n columns of B, n of C and n of z.
+
+    Every column by itself, causal: conv(v)[t] = Σ_j weight[:, j] · v[t - taps + 1 + j], zeros before the text. The last columns
+    of B · z are the layer's state, which the cache keeps as it does keys and values. `weight` is (n, taps).
+    """
+
+    x: str
+    out: str
+    layer: int  # of the cache
+    weight: str
+    n: int
+    taps: int
+
+
+@dataclass(frozen=True)
 class Activate:
     """out = f(x), or f(gate) * up where x holds n columns of gate before n of up (activations.beside: what becomes of up)."""
 
@@ -207,4 +223,6 @@ class Logits:
     matrix: Matrix
 
 
-Op = Embed | Norm | Linear | Rotate | Attend | Activate | Add | Gate | Scale | Softcap | Route | Experts | Mix | Logits
+Op = (
+    Embed | Norm | Linear | Rotate | Attend | Convolve | Activate | Add | Gate | Scale | Softcap | Route | Experts | Mix | Logits
+)

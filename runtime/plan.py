@@ -6,6 +6,8 @@ Every executor runs this list, and the ONNX exporter writes it down. Buffers tha
     h       normalised x                    [n, n_embd]
     qkv     queries, keys, values           [n, q_width + 2 kv_width]
     att     attention's mix of the values   [n, q_width]
+    bcz     a short convolution's inputs    [n, 3 n_embd]
+    conv    what it makes of them           [n, n_embd]
     ff      feed-forward, gate before up    [n, n_ff] or [n, 2 n_ff]
     act     after the activation            [n, n_ff]
     router  scores of the experts           [n, n_experts]
@@ -28,6 +30,7 @@ from pocketlm.runtime.operations import (
     Activate,
     Add,
     Attend,
+    Convolve,
     Embed,
     Experts,
     Gate,
@@ -44,7 +47,7 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan",
+    "Activate", "Add", "Attend", "Convolve", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan",
     "Rotate", "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
@@ -60,9 +63,16 @@ class Plan:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The sliding window of every layer of the cache; 0 for none."""
+        """How many positions every layer of the cache looks at, its own and those before; 0: all."""
         found = {op.layer: op.window for op in self.ops if isinstance(op, Attend)}
+        found |= {op.layer: op.taps for op in self.ops if isinstance(op, Convolve)}
         return tuple(found.get(layer, 0) for layer in range(self.hyper.n_layer))
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """How many numbers of a position every layer of the cache keeps for a convolution; 0: it keeps a key and a value."""
+        found = {op.layer: op.n for op in self.ops if isinstance(op, Convolve)}
+        return tuple(found.get(layer, 0) for layer in range(self.hyper.n_layer)) if found else ()
 
     @property
     def experts(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ In: ids and a cache. Out: a file, and the cache filled again by the same model, 
 sizes, ids, the model's fingerprint and the checksum are looked at before a byte of it is used.
 
 Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float16 or float32 [n_kv_head, n, head_dim],
-then the SHA-256 of all that. Layers with a sliding window have positions [first, n) only. Keys are rotated. The numbers are
+or a convolution's columns, float32 [1, n, columns], then the SHA-256 of all that. Layers with a sliding window have positions [first, n) only. Keys are rotated. The numbers are
 those that were computed: where another executor or another instruction-set level goes on from them, it does so within
 rounding, not bit for bit.
 """
@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -68,8 +68,8 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
         write(header)
         write(np.asarray(ids, "<i4").tobytes())
         for layer, start in enumerate(_starts(cache, first)):
-            write(cache.read_keys(layer, start, n).astype(dtype).tobytes())
-            write(cache.read_values(layer, start, n).astype(dtype).tobytes())
+            for part in _parts(cache, layer, dtype):
+                write(part.read(layer, start, n).astype(part.dtype).tobytes())
         file.write(digest.digest())
 
 
@@ -114,19 +114,38 @@ def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
         file.seek(state.offset)
         for layer, start in enumerate(_starts(cache, state.first)):
             kept = max(start, cache.held(layer))  # the other executor may hold more
-            for write in (cache.write_keys, cache.write_values):
-                found = _read(path, file, (hyper.n_kv_head, n - start, hyper.head_dim), state.dtype, cache)
-                write(layer, kept, found[:, kept - start :])
+            for part in _parts(cache, layer, state.dtype):
+                found = _read(path, file, (part.heads, n - start, part.width), part.dtype, part.kept_as)
+                part.write(layer, kept, found[:, kept - start :])
     cache.length = n
     return state.ids
 
 
-def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype[Any], cache: KVCache) -> np.ndarray:
+class _Part(NamedTuple):
+    """What a layer keeps of its positions, [heads, n, width], and as which numbers: in the file, in the cache."""
+
+    read: Callable[[int, int, int], np.ndarray]
+    write: Callable[[int, int, np.ndarray], None]
+    heads: int
+    width: int
+    dtype: np.dtype[Any]
+    kept_as: Any
+
+
+def _parts(cache: KVCache, layer: int, dtype: np.dtype[Any]) -> list[_Part]:
+    if layer in cache.convolved:
+        width = cache.columns[layer]
+        return [_Part(cache.read_columns, cache.write_columns, 1, width, np.dtype("<f4"), np.float32)]
+    of_each = cache.hyper.n_kv_head, cache.hyper.head_dim, dtype, cache.saved
+    return [_Part(cache.read_keys, cache.write_keys, *of_each), _Part(cache.read_values, cache.write_values, *of_each)]
+
+
+def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype[Any], kept_as: Any) -> np.ndarray:
     content = file.read(math.prod(shape) * dtype.itemsize)
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise FileError(path, "has become shorter", DAMAGED)
     with np.errstate(over="ignore"):
-        array = np.frombuffer(content, dtype).reshape(shape).astype(cache.saved)
+        array = np.frombuffer(content, dtype).reshape(shape).astype(kept_as)
     if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
         raise FileError(path, "holds numbers that are not finite", DAMAGED)
     return array
@@ -138,8 +157,9 @@ def _starts(cache: KVCache, first: int) -> list[int]:
 
 
 def _size(cache: KVCache, n: int, first: int, itemsize: int) -> int:
-    numbers = sum(n - start for start in _starts(cache, first)) * cache.hyper.n_kv_head * cache.hyper.head_dim
-    return HEADER.size + 4 * n + 2 * numbers * itemsize + 32
+    layers, dtype = enumerate(_starts(cache, first)), np.dtype(f"f{itemsize}")
+    parts = [(n - start, part) for layer, start in layers for part in _parts(cache, layer, dtype)]
+    return HEADER.size + 4 * n + sum(rows * p.heads * p.width * p.dtype.itemsize for rows, p in parts) + 32
 
 
 def _opened(path: str | Path) -> BinaryIO:

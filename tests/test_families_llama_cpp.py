@@ -30,6 +30,7 @@ class Row:
     n: int = 48  # tokens of the text
     narrow: bool = False  # llama.cpp wants heads that are together as wide as the model
     equal: bool = False  # and as many of keys as of queries
+    convolved: tuple[int, ...] = ()  # layers with a short convolution in place of attention
     seed: int = 0  # of the weights; routers whose scores lie near each other choose by the last bits, which is another choice
 
 
@@ -105,6 +106,9 @@ MODELS = {
     "hunyuan-dense": Row("hunyuan-dense", {"rope.freq_base": 1e6}),
     "hunyuan-dense, own head": Row("hunyuan-dense", {}, OWN_HEAD),
     "gemma3, as deep as 27B": Row("gemma3", {"attention.sliding_window": 8}, {}, {"n_layer": 62}, 12),
+    "lfm2": Row("lfm2", {"shortconv.l_cache": 3, "rope.freq_base": 1e6}, sizes={"n_layer": 5}, narrow=True, convolved=(0, 1, 3)),
+    "lfm2, longer convolutions, own head": Row("lfm2", {"shortconv.l_cache": 7}, OWN_HEAD, narrow=True, convolved=(1, 2)),
+    "lfm2, one position": Row("lfm2", {"shortconv.l_cache": 2}, {}, {"n_layer": 2}, narrow=True, convolved=(0,)),
     "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),
     "olmo2, yarn": Row("olmo2", YARN, OWN_HEAD, narrow=True),
     "olmo3": Row("olmo2", {**YARN, "attention.sliding_window": 8}, OWN_HEAD, {"n_layer": 5}, narrow=True),
@@ -136,7 +140,11 @@ def test_logits_are_llama_cpps(tmp_path, name, shape):
         sizes["n_kv_head"] = sizes["n_head"]
     if row.narrow:
         sizes["n_embd"] = sizes["n_head"] * sizes["head_dim"]
-    path = write_random(tmp_path / "model.gguf", row.arch, sizes, row.keys, tensors(row, sizes), row.seed)
+    keys = dict(row.keys)
+    if row.convolved:
+        heads = [0 if layer in row.convolved else sizes["n_kv_head"] for layer in range(sizes["n_layer"])]
+        keys["attention.head_count_kv"] = heads
+    path = write_random(tmp_path / "model.gguf", row.arch, sizes, keys, tensors(row, sizes), row.seed)
     ids = np.random.default_rng(1).integers(0, 256, row.n)
     with LlamaReference(path, n_ctx=sizes["n_ctx"]) as llama:
         expected = llama.logits(ids)

@@ -19,7 +19,7 @@ from llama_reference import LlamaReference
 from tiny_models import vocabulary
 
 import pocketlm
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
@@ -53,6 +53,7 @@ LONGROPE = {
         "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
     },
 }  # fmt: skip
+FULL, LOCAL = "full_attention", "sliding_attention"
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 0.5}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "tie_word_embeddings": False}
@@ -109,6 +110,12 @@ MODELS = {
         llama_cpp=False,
     ),
     "phi3, wide heads": Row("Phi3", {"head_dim": 24}, llama_cpp=False),
+    "lfm2": Row("Lfm2", {"layer_types": ["conv", "conv", FULL, "conv", FULL], "num_hidden_layers": 5}),
+    "lfm2, own head, longer convolutions": Row(
+        "Lfm2",
+        {"layer_types": ["conv", FULL, "conv"], "conv_L_cache": 5, "tie_word_embeddings": False,
+         "block_auto_adjust_ff_dim": False},
+    ),
     "olmo2": Row("Olmo2"),
     "olmo2, yarn": Row("Olmo2", {"rope_parameters": YARN}),
     "olmo3": Row(
@@ -234,9 +241,6 @@ def test_onnx_and_fp16_bin_say_the_same(name: str, tmp_path: Path) -> None:
         assert compare(expected, loaded.logits(ids)).worst_cosine >= 0.999
 
 
-FULL, LOCAL = "full_attention", "sliding_attention"
-
-
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
@@ -261,6 +265,8 @@ FULL, LOCAL = "full_attention", "sliding_attention"
         ("qwen3moe", {"num_experts_per_tok": 9}, "more than the 6 experts"),
         ("gpt-oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0"),
         ("granite", {"logits_scaling": 0}, "granite.logit_scale"),
+        ("lfm2", {"conv_bias": True}, "conv_bias"),
+        ("lfm2", {"layer_types": ["conv", FULL, "conv", "conv", FULL]}, "convolutions in other layers"),
         ("phi3, longrope, long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "no short_factor of 8"),
     ],
 )  # fmt: skip
@@ -304,7 +310,15 @@ def test_experts_are_refused_by_containers_that_would_compute_them_all(container
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [*EACH, "qwen3moe", "olmoe"])
+def test_short_convolutions_are_refused_by_an_onnx_graph(tmp_path: Path) -> None:
+    saved(MODELS["lfm2"], tmp_path / "folder")
+    with pytest.raises(PocketlmError, match="has short convolutions") as error:
+        export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "model.onnx", container="onnx", quant="f32")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("name", [*EACH, "qwen3moe", "olmoe", "lfm2"])
 def test_a_file_exported_again_is_the_same_model(name: str, tmp_path: Path) -> None:
     saved(MODELS[name], tmp_path / "folder")
     model = read_canonical(tmp_path / "folder")

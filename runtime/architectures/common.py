@@ -28,6 +28,7 @@ from pocketlm.runtime.operations import (
     Activate,
     Add,
     Attend,
+    Convolve,
     Embed,
     Experts,
     Gate,
@@ -244,6 +245,13 @@ class Builder:
     def attention_output(self, out: str = "y") -> None:
         """out = W_o att."""
         self.linear("att", out, ("attn_output", self.hyper.n_embd))
+
+    def short_convolution(self, taps: int, x: str = "h", out: str = "y") -> None:
+        """out = W_out (C · conv(B · z)), where W_in x is B, C and z below each other."""
+        n = self.hyper.n_embd
+        self.linear(x, "bcz", ("shortconv.in_proj", 3 * n))
+        self._emit(Convolve("bcz", "conv", self._layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
+        self.linear("conv", out, ("shortconv.out_proj", n))
 
     def feed_forward(self, x: str = "h", out: str = "y") -> None:
         """out = W_down f(W_up x), or W_down (f(W_gate x) · W_up x); gate and up may be one tensor, `ffn_up`."""

@@ -30,12 +30,17 @@ class NativeCache(KVCache):
     block = sizes.BLOCK
     unit = sizes.SPAN
 
-    def __init__(self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = ()):
-        super().__init__(hyper, n_ctx, turns, windows)
+    def __init__(
+        self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
+        columns: Sequence[int] = (),
+    ):  # fmt: skip
+        super().__init__(hyper, n_ctx, turns, windows, columns)
         self.table = aligned(hyper.n_layer, LAYER)  # what compiled code knows of the layers
         self.table["rows"] = self.rows
-        at = hyper.n_kv_head * self._padded(hyper) * self.table["rows"] * self.keys.itemsize
+        at = np.array([keys.nbytes for keys, _ in self.layers])
         self.table["offset"] = np.cumsum(at) - at
+        for layer, columns_of_layer in self.convolved.items():
+            self.table["offset"][layer] = columns_of_layer.ctypes.data - self.columns_address
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:

@@ -98,7 +98,7 @@ class NativeExecutor:
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = self.new_cache()
         self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
-        storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes)
+        storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes, self._taps)
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}
@@ -107,7 +107,7 @@ class NativeExecutor:
         memory = [
             *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
             *self._arrays.values(), *self._tables.values(), self.cache.keys, self.cache.values,
-            self.cache.table,
+            self.cache.table, *self.cache.convolved.values(),
         ]  # fmt: skip
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
@@ -123,7 +123,7 @@ class NativeExecutor:
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
         scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
-        return weights, CACHES[kv].bytes_for(plan.hyper, n_ctx, plan.windows), scratch
+        return weights, CACHES[kv].bytes_for(plan.hyper, n_ctx, plan.windows, plan.columns), scratch
 
     def close(self) -> None:
         """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
@@ -144,7 +144,8 @@ class NativeExecutor:
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
         """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
-        return self._kind(self.hyper, min(n_ctx or self.n_ctx, self.n_ctx), self._turns, self.plan.windows)
+        n_ctx = min(n_ctx or self.n_ctx, self.n_ctx)
+        return self._kind(self.hyper, n_ctx, self._turns, self.plan.windows, self.plan.columns)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
@@ -218,7 +219,7 @@ class NativeExecutor:
             here = tokens[n : n + len(ids)]
             here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
             here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
-            here["layers"] = cache.table.ctypes.data
+            here["layers"], here["columns"] = cache.table.ctypes.data, cache.columns_address
             here["before"][1:] = ids[:-1]
             here["before"][0] = cache.id_before
             n += len(ids)
@@ -281,6 +282,11 @@ class NativeExecutor:
             self._vectors[key] = aligned(op.n_head, np.float32)
             self._vectors[key][:] = slopes
         return self._vectors[key]
+
+    def _taps(self, op: P.Convolve) -> np.ndarray:
+        taps = self._vectors[op.weight, op.taps] = aligned((op.taps, op.n), np.float32)
+        taps[:] = self._read(op.weight).T
+        return taps
 
     def _tile(self, tensors: list[Tensor]) -> dict[str, TiledMatrix]:
         """The matrices in our order, permuted by all threads. Of the file only the pieces being read are in memory, PIECE bytes

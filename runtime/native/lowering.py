@@ -44,6 +44,7 @@ class Storage:
     address: Callable[[str, str], int]  # of a format's kernel
     table: Callable[[P.Rotate], np.ndarray]  # cos and sin of its positions
     slopes: Callable[[P.Attend], np.ndarray]  # of ALiBi
+    taps: Callable[[P.Convolve], np.ndarray]  # a convolution's weights, float32 [taps, n]
 
 
 def check(plan: P.Plan, formats: Iterable[str]) -> None:
@@ -148,6 +149,12 @@ class _Encoder:
         )  # fmt: skip
         if step.joined:
             self.emit(sizes.JOIN, **self.out(op.out), barrier=1, **self.parts(op))
+
+    def convolve(self, op: P.Convolve) -> None:
+        self.emit(
+            sizes.CONVOLVE, **self.x(op.x), **self.out(op.out), n=op.n, layer=op.layer, taps=op.taps, barrier=1,
+            weight=self.storage.taps(op).ctypes.data, chunk=self.chunk(groups(op.n)),
+        )  # fmt: skip
 
     def parts(self, op: P.Attend) -> dict[str, int]:
         """What joining attention's results needs to know."""
@@ -279,6 +286,6 @@ class _Encoder:
 _STEPS: dict[type, Callable[..., None]] = {
     P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Activate: _Encoder.activate,
     P.Add: _Encoder.add, P.Gate: _Encoder.gate, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap,
-    P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix, fusion.Product: _Encoder.product,
+    P.Convolve: _Encoder.convolve, P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix, fusion.Product: _Encoder.product,
     fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
 }  # fmt: skip

@@ -20,8 +20,10 @@ OPERATION = np.dtype([
     ("x", "i8"), ("x_stride", "i8"),
     ("out", "i8"), ("out_stride", "i8"),
     ("y", "i8"), ("y_stride", "i8"),   # GATE: what is multiplied
-    ("n", "i8"),             # PREPARE, EMBED, EACH: columns; NORM, GATE: of a group; ROTATE: of a head; MATRIX: rows
-    ("weight", "i8"),        # PREPARE, NORM, STORE: the norm's weight, of the queries; EMBED, MATRIX: the tiled matrix
+    ("n", "i8"),             # PREPARE, EMBED, EACH: columns; NORM, GATE: of a group; ROTATE: of a head; MATRIX: rows;
+                             # CONVOLVE: of B, of C, of z, of the result
+    ("weight", "i8"),        # PREPARE, NORM, STORE: the norm's weight, of the queries; EMBED, MATRIX: the tiled matrix;
+                             # CONVOLVE: float32 [taps, n]
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
     ("weight_stride", "i8"),  # NORM, STORE, GATE: from a group's weight and bias to the next one's; 0 where they share it
     ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 parts of attention; NORM, STORE: 1, 2; EACH
@@ -33,12 +35,13 @@ OPERATION = np.dtype([
     ("row_is", "i8"),        # EMBED: 0: the token's id, 1: its position, 2: the id of the token before
     # MATRIX: addresses of the kernels for tiles of sizes.TILES tokens
     ("product1", "i8"), ("product2", "i8"), ("product4", "i8"), ("product8", "i8"),
-    ("chunk", "i8"),         # MATRIX: groups a task
+    ("chunk", "i8"),         # MATRIX: groups a task; CONVOLVE: of 16 columns
+    ("taps", "i8"),          # CONVOLVE
     ("activation", "i8"),    # MATRIX, EACH: 0 none, or 1 + its place in sizes.ACTIVATIONS
     ("up", "i8"), ("up_groups", "i8"), ("up_first", "i8"),   # gated: up != 0, and its first group
     ("up_blocks", "i8"), ("up_bias", "i8"),
     ("up_product1", "i8"), ("up_product2", "i8"), ("up_product4", "i8"), ("up_product8", "i8"),
-    ("layer", "i8"),         # STORE, ATTEND: which part of a token's cache
+    ("layer", "i8"),         # STORE, ATTEND, CONVOLVE: which part of a token's cache
     ("key_weight", "i8"),    # STORE: the weight of the keys' norm
     ("rope", "i8"), ("rope_half", "i8"), ("rope_interleaved", "i8"),   # ROTATE, STORE: cos and sin; half 0: none
     # ATTEND, and what joins its results
@@ -86,10 +89,11 @@ TOKEN = np.dtype([
     ("layers", "i8"),                         # LAYER records
     ("slot", "i8"), ("n_partials", "i8"),     # its results of attention: n_partials slots from `slot` on
     ("before", "i8"),                         # the id of the token before; -1: none
+    ("columns", "i8"),                        # address of the first convolution's
 ])  # fmt: skip
 
-# a layer of a cache: bytes from the first layer's keys to its own, and from values to values, and how many positions it keeps;
-# position p is in row p % rows
+# a layer of a cache: bytes from the first layer's keys to its own, and from values to values, or from the first convolution's
+# columns to its own, and how many positions it keeps; position p is in row p % rows
 LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
 # a token and one of the experts it goes to, by place among these; the pairs of that expert, [first, last), and how many pairs'
 # activations lie before theirs

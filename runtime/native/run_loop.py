@@ -87,7 +87,7 @@ def _define_tasks(module: Module) -> None:
             f.ret(0)
         with f.when(kind <= sizes.JOIN):
             f.ret(n)
-        with f.when(kind.equals(sizes.MATRIX)):
+        with f.when(kind.equals(sizes.MATRIX) | kind.equals(sizes.CONVOLVE)):
             f.ret((((r.op("n") + (sizes.LANES - 1)) // sizes.LANES) + r.op("chunk") - 1) // r.op("chunk"))
         with f.when(kind.equals(sizes.EACH)):
             f.ret(n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 STAGES = (  # kinds of operations, by number
     "embed", "prepare", "norm", "rotate", "gate", "route", "mix", "join", "matrix", "store", "attend", "each", "group",
-    "gather", "experts",
+    "gather", "experts", "convolve",
 )  # fmt: skip
-EMBED, PREPARE, NORM, ROTATE, GATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS = range(len(STAGES))
+(
+    EMBED, PREPARE, NORM, ROTATE, GATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS, CONVOLVE,
+) = range(len(STAGES))  # fmt: skip
 # up to JOIN: a task a token
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
 SOFTMAX, SIGMOID = range(2)  # how ROUTE makes weights of scores

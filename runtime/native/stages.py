@@ -13,7 +13,7 @@ from functools import partial
 
 from pocketlm.runtime.native import attention, elements, experts
 from pocketlm.runtime.native.cache_numbers import Halves
-from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.sizes import (
@@ -41,7 +41,7 @@ def define(module: Module, level: str, numbers: Halves) -> None:
         "join": attention.join, "matrix": _matrix, "store": partial(_store, numbers=numbers),
         "attend": partial(attention.attend, numbers=numbers), "each": elements.each,
         "route": experts.route, "group": experts.group, "gather": experts.gather, "experts": experts.experts,
-        "mix": experts.mix,
+        "mix": experts.mix, "convolve": _convolve,
     }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
@@ -265,3 +265,32 @@ def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         with f.range(whole, dim) as d:
             f.store(numbers.kept(f, level, f.load(F32, vector + d * 4), of_key), keys + d * (size * LANES))
             f.store(numbers.kept(f, level, f.load(F32, value + d * 4), of_value), values + d * size)
+
+
+# short convolutions
+
+
+def _convolve(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
+    """A chunk of columns of all tokens, in order: a text's columns are kept before its next token reads them."""
+    columns, taps, first = r.op("n"), r.op("taps"), task * r.op("chunk") * LANES
+    last = f.minimum(first + r.op("chunk") * LANES, columns)
+    whole = first + ((last - first) & -LANES)
+    with f.range(0, n) as number:
+        token = r.token(number)
+        x, out = r.op("x", PTR) + number * r.op("x_stride"), r.op("out", PTR) + number * r.op("out_stride")
+        rows, position = r.layer(token)("rows"), token("position")
+        kept = token("columns", PTR) + r.layer(token)("offset")
+
+        def convolve(type: Type, at: Value, x=x, out=out, rows=rows, position=position, kept=kept) -> None:
+            b, c, z = (f.load(type, x + (columns * part + at) * 4, 4) for part in range(3))
+            f.store(b * z, kept + ((position % rows) * columns + at) * 4, 4)
+            total, oldest = f.var(type, 0.0), position - taps + 1
+            with f.range(f.maximum(f.const(I64, 0) - oldest, 0), taps) as tap:
+                column = f.load(type, kept + (((oldest + tap) % rows) * columns + at) * 4, 4)
+                total.set(f.fma(f.load(type, r.op("weight", PTR) + (tap * columns + at) * 4, 4), column, total.get()))
+            f.store(c * total.get(), out + at * 4, 4)
+
+        with f.range(first, whole, LANES) as at:
+            convolve(ROW, at)
+        with f.range(whole, last) as at:
+            convolve(F32, at)

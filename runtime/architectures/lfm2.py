@@ -1,0 +1,37 @@
+"""LFM2 (arXiv:2511.23404): gated short convolutions in most layers, attention in the others.
+
+A convolution sees the last few positions only; `attention.head_count_kv` is 0 in its layer. Elsewhere Qwen3's attention: every
+head of queries and keys normalised before it is rotated. The last norm is called `token_embd_norm`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pocketlm.runtime.architectures.common import Builder
+
+USUAL: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
+}  # fmt: skip
+SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "shortconv.l_cache")
+
+
+def operations(m: Builder) -> None:
+    n_kv_heads, taps = m.numbers("attention.head_count_kv", m.hyper.n_kv_head), m.count("shortconv.l_cache")
+    m.embed()
+    for b in m.layers():
+        b.norm("attn_norm")
+        if n_kv_heads[b.layer]:
+            b.qkv()
+            b.norm_heads()
+            b.rotate()
+            b.attend()
+            b.attention_output()
+        else:
+            b.short_convolution(taps)
+        b.add()
+        b.norm("ffn_norm")
+        b.feed_forward()
+        b.add()
+    m.norm("token_embd_norm")
+    m.logits()
