@@ -26,6 +26,10 @@ def _in_half(format: str) -> Rule:
     return rule
 
 
+def _of_experts(format: str) -> Rule:
+    return lambda layer, hyper: format if hyper.settings.get("expert_count") else None
+
+
 class Quant(NamedTuple):
     """A row of the table: the format of the matrices, that of the output head, and ggml's number for such a file.
 
@@ -56,6 +60,7 @@ QUANTS = {
         "attn_v": lambda layer, hyper: "Q5_K" if hyper.n_head >= 4 * hyper.n_kv_head else None,
         "ffn_down": lambda layer, hyper: "Q5_K" if layer < hyper.n_layer // 8 else None,
     }),
+    "mxfp4": Quant("Q8_0", "Q8_0", 38, dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), _of_experts("MXFP4"))),
     "q3_k_m": Quant("Q3_K", "Q6_K", 12, {
         "attn_v": lambda layer, hyper: "Q5_K" if layer < 2 else "Q4_K",
         "ffn_down": lambda layer, hyper: "Q5_K" if layer < hyper.n_layer // 16 else "Q4_K",
@@ -64,10 +69,11 @@ QUANTS = {
 }  # fmt: skip
 # a format whose block does not divide the width -> the next to try: as many bits or more, smaller blocks
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16",
-            "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16"}  # fmt: skip
+            "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16", "MXFP4": "F16"}  # fmt: skip
 KEPT = ("position_embd.weight",)  # added to every token: as sensitive as a norm, and small
 F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", ".bias")
-# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; a convolution has a few weights for each column
+# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; of a
+# convolution, which has a few weights for each column
 LARGEST = {"F32": float("inf"), "BF16": 3.3895e38, "F16": 65504.0}  # above it a weight becomes infinite; 65504 for the rest
 SMALLEST = 2.0**-10  # a matrix whose largest weight is below it would get half-precision scales with few bits left
 

@@ -19,7 +19,7 @@ WEIGHTS = {
     "zeros among others": np.where(RANDOM.random((96, 1024)) < 0.02, RANDOM.normal(size=(96, 1024)), 0.0),
 }
 WEIGHTS = {name: weights.astype(np.float32) for name, weights in WEIGHTS.items()}
-SIMPLE = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+SIMPLE = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"]
 K = ["Q4_K", "Q5_K", "Q6_K", "Q3_K", "IQ4_NL"]  # and others whose scales are searched for
 
 
