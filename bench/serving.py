@@ -1,6 +1,6 @@
 """A server under many clients: `pocketlm serve` beside `python -m llama_cpp.server`, over HTTP, on the same file.
 
-    python bench/serving.py [MODEL] [--clients 1,8,64] [--slots 8] [--tokens 64] [--rounds 5] [--threads 2]
+    python bench/serving.py [MODEL] [--clients 1,8,64] [--slots 8] [--tokens 128] [--rounds 3] [--threads 2]
 
 A client asks one question of its own and reads the answer as a stream; all of a round begin together. The servers take turns;
 a figure is the median of the rounds. Prints a Markdown table: tokens per second of all clients together, that beside one
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--clients", default="1,8,64")
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", choices=SERVERS)
     arguments = parser.parse_args()
