@@ -61,6 +61,7 @@ class Engine:
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
         self._arrived = closed_lock()
         self._seconds = 0.0  # of the last pass
+        self._spare: list[np.ndarray] = []  # memory for copies of logits: from the system it would come page by page
 
     def run(self, cache: Any, ids: np.ndarray, rows: int, use: Use) -> tuple[int, Any]:
         """Append as many of `ids` [n] to the cache as this pass has room for: how many, and what `use` returned for the logits.
@@ -95,7 +96,22 @@ class Engine:
                     open_lock(waiting.gate)
         if request.error is not None:
             raise request.error
-        return request.taken, request.result if request.logits is None else use(request.logits)
+        if request.logits is None:
+            return request.taken, request.result
+        result = use(request.logits)
+        self._spare.append(request.logits)
+        return request.taken, result
+
+    def _copy(self, logits: np.ndarray) -> np.ndarray:
+        """A copy that outlives the pass."""
+        try:
+            copy = self._spare.pop()
+        except IndexError:
+            return logits.copy()
+        if copy.shape != logits.shape:
+            return logits.copy()
+        np.copyto(copy, logits)
+        return copy
 
     def forget(self, cache: Any) -> None:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
@@ -170,7 +186,7 @@ class Engine:
                 if len(work) == 1 and request is own:
                     request.result = request.use(found)
                 else:
-                    request.logits = found.copy()
+                    request.logits = self._copy(found)
             request.done = True
             self._queue.remove(request)
             if request is not own:
