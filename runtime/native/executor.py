@@ -171,7 +171,8 @@ class NativeExecutor:
         """
         with self._one_at_a_time.here:
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
-            if sum(len(ids) for _, ids, _ in checked) > BLOCK or len({id(c) for c, _, _ in checked}) < len(checked):
+            n = len(checked[0][1]) if len(checked) == 1 else sum(len(ids) for _, ids, _ in checked)
+            if n > BLOCK or (len(checked) > 1 and len({id(c) for c, _, _ in checked}) < len(checked)):
                 raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
             return self._pass(checked)
 
