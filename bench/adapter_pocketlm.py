@@ -72,8 +72,8 @@ class Pocketlm:
         return time.perf_counter() - started
 
     def ninth(self, prompt: list[int], n_tokens: int, conversations: int) -> tuple[float, float, int]:
-        """Seconds to the first token of one conversation more, begun when each of the others has made n_tokens; how long a token
-        of the others took until then; and how many passes ended meanwhile, the one under way at the beginning among them.
+        """Seconds to the first token of one conversation more, begun when each of the others has made n_tokens; how long one of
+        theirs took until then; and how many passes ended meanwhile, the one under way at the beginning among them.
         """
         executor, ended = self._model.executor, list[float]()
         step = executor.step

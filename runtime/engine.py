@@ -61,7 +61,7 @@ class Engine:
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
         self._arrived = closed_lock()
         self._seconds = 0.0  # of the last pass
-        self._spare: list[np.ndarray] = []  # memory for copies of logits: from the system it would come page by page
+        self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
 
     def run(self, cache: Any, ids: np.ndarray, rows: int, use: Use) -> tuple[int, Any]:
         """Append as many of `ids` [n] to the cache as this pass has room for: how many, and what `use` returned for the logits.
@@ -99,17 +99,15 @@ class Engine:
         if request.logits is None:
             return request.taken, request.result
         result = use(request.logits)
-        self._spare.append(request.logits)
+        if len(request.logits) == 1:
+            self._spare.append(request.logits)
         return request.taken, result
 
     def _copy(self, logits: np.ndarray) -> np.ndarray:
         """A copy that outlives the pass."""
-        try:
-            copy = self._spare.pop()
-        except IndexError:
+        if len(logits) > 1 or not self._spare:
             return logits.copy()
-        if copy.shape != logits.shape:
-            return logits.copy()
+        copy = self._spare.pop()  # nobody else takes one: there is one leader
         np.copyto(copy, logits)
         return copy
 
@@ -117,7 +115,8 @@ class Engine:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
         if os.getpid() != self._pid:  # after a fork only the thread that forked is here
             self._begin()
-        if self._queue and any(request.cache is cache for request in list(self._queue)):  # a copy: a leader takes others out meanwhile
+        queue = list(self._queue)  # a copy: a leader takes others out meanwhile
+        if queue and any(request.cache is cache for request in queue):
             with self._turn:
                 for request in [request for request in self._queue if request.cache is cache]:
                     self._queue.remove(request)

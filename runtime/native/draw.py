@@ -248,7 +248,7 @@ def _define_greedy(module: Module) -> None:
 
 
 def _define_candidates(module: Module) -> None:
-    """candidates(s, logits, k): the k likeliest of surveyed logits, sorted, in the record's `top_x` and `top_ids`; equals by their ids."""
+    """candidates(s, logits, k): what `top_k` says, of logits that are surveyed."""
     with module.function("candidates", {"s": PTR, "logits": PTR, "k": I64}) as f:
         s, logits, k = f.args()
         n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
