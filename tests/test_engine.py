@@ -319,3 +319,18 @@ def test_a_prompt_is_computed_though_there_are_more_single_tokens_than_a_pass_ta
 
     *_, n_passes = together(*[lambda s=s: goes_on(s) for s in crowd.sessions[:8]], asks)
     assert n_passes < 60
+
+
+def test_copies_of_logits_are_used_again_and_only_those_of_one_row_stay():
+    crowd = Crowd(4)
+
+    def drafts(session: Session) -> list[int]:
+        said = [session.advance([1, 2, 3], use=lambda logits: int(logits.argmax()))[0]]
+        while len(said) < 60:  # a draft that is refused: a pass of four rows of which one token stays
+            draft = [] if len(said) % 2 else [0, 0, 0]
+            said += session.append(said[-1], draft, use=lambda rows: rows.argmax(-1).tolist()[:1])
+        return said
+
+    assert together(*[lambda s=s: drafts(s) for s in crowd.sessions]) == [expected([1, 2, 3], 60)] * 4
+    assert 1 <= len(crowd.engine._spare) <= 4
+    assert all(len(copy) == 1 for copy in crowd.engine._spare)
