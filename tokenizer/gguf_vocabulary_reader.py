@@ -13,7 +13,17 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
-from pocketlm.tokenizer.base import BYTE, CONTROL, END_OF_TURN, NORMAL, UNKNOWN, NoTokenizer, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.base import (
+    BYTE,
+    CONTROL,
+    END_OF_TURN,
+    NORMAL,
+    UNKNOWN,
+    NoTokenizer,
+    Tokenizer,
+    Vocabulary,
+    make_vocabulary,
+)
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
