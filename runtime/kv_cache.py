@@ -228,7 +228,7 @@ def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def spread(x: np.ndarray) -> np.ndarray:
     """[..., dim] times an orthonormal Hadamard matrix for each largest power of two in `dim`; its own inverse.
 
-    Some columns of keys are ten times as large as all others, and take the steps of int8 from them. After this all are alike,
+    A few columns of keys are several times the others' size and take the steps of int8 from them. After this all are alike,
     and queries that go the same way meet them with the same products (after QuaRot: Ashkboos et al., arXiv:2404.00456).
     """
     dim, h = x.shape[-1], 1

@@ -101,7 +101,7 @@ def test_keys_are_spread_over_all_columns_and_come_back(dim):
 
 @pytest.mark.parametrize("backend", ["numpy", "native"])
 def test_a_column_that_is_larger_than_all_others_costs_them_nothing(tmp_path, backend):
-    """As one of SmolLM2's is, of 64: in the model's own columns they kept three bits of eight."""
+    """Without `spread` its size would say how large everybody's steps are."""
     path = write_model(tmp_path / "tiny.gguf", arch="llama", n_embd=128, n_head=2)
     random = np.random.default_rng(9)
     keys, query = (random.standard_normal((2, 100, 64)).astype(np.float32) for _ in range(2))
