@@ -14,7 +14,7 @@ from pocketlm.runtime.native.tiling import LAYOUTS
 # Windows on x86-64 is the one platform with a convention of its own
 TARGETS = [(level, abi) for level in LEVELS.values() for abi in ("sysv", "win64") if abi == "sysv" or level.machine == "x86_64"]
 each_target = pytest.mark.parametrize(("level", "abi"), TARGETS, ids=[f"{level.name}-{abi}" for level, abi in TARGETS])
-OF_PYTHON = {"step", "work", "wait", "largest_of", "at_least", "sum_exp", "draw", *(f"{fmt}_tile" for fmt in LAYOUTS)}
+OF_PYTHON = {"step", "work", "wait", "top_k", "sum_exp", "draw", *(f"{fmt}_tile" for fmt in LAYOUTS)}
 
 
 @functools.cache
