@@ -85,7 +85,9 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
         with f.loop_while(lambda record=record: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
             planes, block = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get())
 
-            def add(run: Run, block: Value = block, whole: Value = whole.get()) -> None:
+            words_here = whole.get()
+
+            def add(run: Run, block: Value = block, whole: Value = words_here) -> None:
                 zero, words = _unsigned(f, level, run)
                 half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
                 number = run.column >> 5
