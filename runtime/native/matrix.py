@@ -20,12 +20,15 @@ from __future__ import annotations
 
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
-from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.sizes import RECORD, TILE, TILES
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
 AHEAD_OF_TILE = 1280  # the same for a product of several tokens, which reads more slowly
+# These cores fetch one stream ahead by themselves: others read at a Pi's full bandwidth without asking
+UNASKED = ("dotprod", "neon")
+SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
 PRODUCT = {
     "w": PTR,
@@ -60,28 +63,39 @@ def tile_size(f: Function, left: Value) -> Value:
     return size
 
 
-def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
+def _planes(fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
     """Where the planes of block number `index` (group · n_blocks + block) begin."""
     layout, rows = LAYOUTS[fmt], n_groups * n_blocks * ROWS
-    return {p.name: f.opaque(w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes)) for p in layout.planes}
+    return {p.name: w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes) for p in layout.planes}
 
 
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
     size, n = LAYOUTS[fmt].block_size, n_blocks * LAYOUTS[fmt].block_size
     wholes, records = x + n * (4 * tokens), x + n * (6 * tokens)
+    end = records + ((n >> 5) * (RECORD * tokens) + SCALE)
     ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
     with f.range(first, last) as g:
         totals = [f.var(ROW, 0.0) for _ in range(tokens)]
-        with f.range(0, n_blocks) as b:
+        # What was opaque moves on: the addresses stay in their registers, and no instruction copies or computes them. That of
+        # the activations is the scale's, which is read last: on aarch64 the instruction that reads it moves it on as well. With
+        # several tokens the copies are worth it: LLVM then writes fewer registers to the stack.
+        moving = {name: f.var(PTR, start) for name, start in _planes(fmt, w, n_groups, n_blocks, g * n_blocks).items()}
+        record, whole = f.var(PTR, records + SCALE), f.var(PTR, wholes)
+        with f.loop_while(lambda record=record: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
+            planes, block = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get())
 
-            def add(run: Run, b: Value = b) -> None:
-                column = b * size + run.column
+            words_here = whole.get()
+
+            def add(run: Run, block: Value = block, whole: Value = words_here) -> None:
                 zero, words = _unsigned(f, level, run)
-                half = 0 if run.count == 32 else column & 31  # of the record's columns, where the run begins
-                tile, whole = f.opaque(records + (column >> 5) * (RECORD * tokens)), wholes + (column >> 5) * (64 * tokens)
+                half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
+                number = run.column >> 5
+                tile, first_whole = block + (number * (RECORD * tokens) - SCALE), whole + number * (64 * tokens)
+                if isinstance(run.column, Value):  # of a loop, which would compute an address for each use
+                    tile = f.opaque(tile)
                 here = [tile + RECORD * t for t in range(tokens)]
-                xs = [Activations(at + half, at + half + 32, whole + half * 2 + 64 * t) for t, at in enumerate(here)]
+                xs = [Activations(at + half, at + half + 32, first_whole + half * 2 + 64 * t) for t, at in enumerate(here)]
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
                 for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):
@@ -91,10 +105,13 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                         value = f.fma(run.offset, f.splat(_scaled_sum(f, run, at, half), ROWS), value)
                     total.set(value)
 
-            planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
-            for line in range(0, ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
+            for line in range(0, 0 if level in UNASKED else ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
                 f.prefetch(planes["q"] + (ahead + line))
             RUNS[fmt](f, level, planes, add)
+            steps = [(moving[p.name], planes[p.name], ROWS * p.bytes) for p in LAYOUTS[fmt].planes]
+            for at, known, step in (*steps, (record, block, size // 32 * RECORD * tokens)):
+                at.set((known if tokens == 1 else at.get()) + step)
+            whole.set(whole.get() + size // 32 * 64 * tokens)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
 
@@ -142,7 +159,7 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                 sums[chain].set(f.fma(weights, f.splat(f.load(F32, token + c * 4, 4), ROWS), sums[chain].get()))
 
         with f.range(0, whole, 4) as c:
-            if tokens == 1:
+            if tokens == 1 and level not in UNASKED:
                 for line in range(0, 4 * type_.bytes, 64):
                     f.prefetch(start + (c * type_.bytes + AHEAD + line))
             for i in range(4):
@@ -167,7 +184,7 @@ def _integer_row(f: Function, level: str, fmt: str) -> None:
                 value = f.fma(f.cast("sitofp", whole, F32), scale, offset)
                 f.store(value, out + (b * size + run.column + column) * 4)
 
-        RUNS[fmt](f, level, _planes(f, fmt, w, n_groups, n_blocks, group * n_blocks + b), write)
+        RUNS[fmt](f, level, _planes(fmt, w, n_groups, n_blocks, group * n_blocks + b), write)
 
 
 def _float_row(f: Function, level: str, fmt: str) -> None:
