@@ -18,6 +18,10 @@ exact, and the order of floating-point sums is the same in all kernels of a form
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Value
@@ -63,43 +67,76 @@ def tile_size(f: Function, left: Value) -> Value:
     return size
 
 
-def _planes(fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
+def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
     """Where the planes of block number `index` (group · n_blocks + block) begin."""
     layout, rows = LAYOUTS[fmt], n_groups * n_blocks * ROWS
-    return {p.name: w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes) for p in layout.planes}
+    return {p.name: f.opaque(w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes)) for p in layout.planes}
+
+
+class Where(NamedTuple):
+    """Of a product: where the planes of a block begin, and the activations' numbers and records."""
+
+    planes: Callable[[Value | int], dict[str, Value]]
+    wholes: Value
+    records: Value
+
+
+Of = Callable[[Value | int], tuple[Value, Value]]  # a column of the block → its record and numbers, of the first token
+
+
+@contextmanager
+def _counted(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -> Iterator[tuple[dict[str, Value], Of]]:
+    """A loop over the blocks of a group, which computes all addresses from the block's number."""
+    with f.range(0, n_blocks) as b:
+
+        def of(column: Value | int) -> tuple[Value, Value]:
+            number = b * LAYOUTS[fmt].block_size + column >> 5
+            return f.opaque(where.records + number * (RECORD * tokens)), where.wholes + number * (64 * tokens)
+
+        yield where.planes(b), of
+
+
+@contextmanager
+def _moving(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -> Iterator[tuple[dict[str, Value], Of]]:
+    """The same for blocks of 32 columns, with addresses that stay in their registers and move on.
+
+    The activations' address is that of the scale, which is read last: the instruction of aarch64 that reads it moves it on.
+    """
+    steps = {plane.name: ROWS * plane.bytes for plane in LAYOUTS[fmt].planes}
+    moving = {name: f.var(PTR, start) for name, start in where.planes(0).items()}
+    record, whole = f.var(PTR, where.records + SCALE), f.var(PTR, where.wholes)
+    end = where.records + (n_blocks * (RECORD * tokens) + SCALE)
+    with f.loop_while(lambda: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
+        planes, scale, words = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get()), whole.get()
+        yield planes, lambda column: (scale + -SCALE, words)
+        for name, at in moving.items():
+            at.set(planes[name] + steps[name])
+        record.set(scale + RECORD * tokens)
+        whole.set(words + 64 * tokens)
 
 
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
     size, n = LAYOUTS[fmt].block_size, n_blocks * LAYOUTS[fmt].block_size
     wholes, records = x + n * (4 * tokens), x + n * (6 * tokens)
-    end = records + ((n >> 5) * (RECORD * tokens) + SCALE)
     ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
+    turns = _moving if level in UNASKED and tokens == 1 and size == 32 else _counted
     with f.range(first, last) as g:
         totals = [f.var(ROW, 0.0) for _ in range(tokens)]
-        # What was opaque moves on: the addresses stay in their registers, and no instruction copies or computes them. That of
-        # the activations is the scale's, which is read last: on aarch64 the instruction that reads it moves it on as well. With
-        # several tokens the copies are worth it: LLVM then writes fewer registers to the stack.
-        moving = {name: f.var(PTR, start) for name, start in _planes(fmt, w, n_groups, n_blocks, g * n_blocks).items()}
-        record, whole = f.var(PTR, records + SCALE), f.var(PTR, wholes)
-        with f.loop_while(lambda record=record: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
-            planes, block = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get())
+        base = g * n_blocks
+        where = Where(lambda b, base=base: _planes(f, fmt, w, n_groups, n_blocks, base + b), wholes, records)
+        with turns(f, fmt, tokens, n_blocks, where) as (planes, of):
 
-            words_here = whole.get()
-
-            def add(run: Run, block: Value = block, whole: Value = words_here) -> None:
+            def add(run: Run, of: Of = of) -> None:
                 zero, words = _unsigned(f, level, run)
                 half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
-                number = run.column >> 5
-                tile, first_whole = block + (number * (RECORD * tokens) - SCALE), whole + number * (64 * tokens)
-                if isinstance(run.column, Value):  # of a loop, which would compute an address for each use
-                    tile = f.opaque(tile)
+                tile, whole = of(run.column)
                 here = [tile + RECORD * t for t in range(tokens)]
-                xs = [Activations(at + half, at + half + 32, first_whole + half * 2 + 64 * t) for t, at in enumerate(here)]
+                xs = [Activations(at + half, at + half + 32, whole + half * 2 + 64 * t) for t, at in enumerate(here)]
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
                 for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):
-                    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + 64, 4), ROWS)
+                    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + SCALE, 4), ROWS)
                     value = f.fma(run.scale, scaled, total.get())
                     if run.offset is not None:
                         value = f.fma(run.offset, f.splat(_scaled_sum(f, run, at, half), ROWS), value)
@@ -108,10 +145,6 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
             for line in range(0, 0 if level in UNASKED else ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
                 f.prefetch(planes["q"] + (ahead + line))
             RUNS[fmt](f, level, planes, add)
-            steps = [(moving[p.name], planes[p.name], ROWS * p.bytes) for p in LAYOUTS[fmt].planes]
-            for at, known, step in (*steps, (record, block, size // 32 * RECORD * tokens)):
-                at.set((known if tokens == 1 else at.get()) + step)
-            whole.set(whole.get() + size // 32 * 64 * tokens)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
 
@@ -184,7 +217,7 @@ def _integer_row(f: Function, level: str, fmt: str) -> None:
                 value = f.fma(f.cast("sitofp", whole, F32), scale, offset)
                 f.store(value, out + (b * size + run.column + column) * 4)
 
-        RUNS[fmt](f, level, _planes(fmt, w, n_groups, n_blocks, group * n_blocks + b), write)
+        RUNS[fmt](f, level, _planes(f, fmt, w, n_groups, n_blocks, group * n_blocks + b), write)
 
 
 def _float_row(f: Function, level: str, fmt: str) -> None:
