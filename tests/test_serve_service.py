@@ -89,7 +89,8 @@ def test_other_systems_get_no_unit_with_their_own_paths(path, capsys, monkeypatc
     monkeypatch.setattr(sys, "platform", "win32")
     assert main(["serve", str(path), "--install-service"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1) and "Linux" in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert "Linux" in err
 
 
 @of_systemd

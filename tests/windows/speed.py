@@ -105,7 +105,7 @@ def main() -> None:
         for name in programs:
             print(f"{measure}: {name} {start[name]:.2f} s to start and one token, {1e3 * token[name]:.2f} ms for a token")
         ratio = median(a[i] / b[i] for a, b in zip(tokens["Linux"], tokens["wine"], strict=True))
-        print(f"{measure}: wine / Linux: start {start['wine'] / start['Linux']:.2f}, tokens/s {ratio:.2f} (median of the rounds)")
+        print(f"{measure}: wine / Linux: start {start['wine'] / start['Linux']:.2f}, tokens/s {ratio:.2f} (median of rounds)")
 
 
 if __name__ == "__main__":
