@@ -109,7 +109,7 @@ def arrange(
     n_heads_found = _join_heads(tensors, path)
     _name_feed_forward(tensors, n_embd)
     _tie(tensors, found, config, notes)
-    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps", "_up_exps"))
+    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps", "_up_exps", "_up_exps_blocks"))
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
     position = _position(tensors, buffers, config, fixed)
     options: dict[str, Any] = {
@@ -288,6 +288,8 @@ def _context(tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelC
 def _n_ff(tensors: Tensors, path: Path) -> int:
     if both := tensors.get("blk.0.ffn_gate_up_exps.weight"):  # (experts, n_embd, 2 n_ff)
         return both.shape[-1] // 2
+    if both := tensors.get("blk.0.ffn_gate_up_exps_blocks.weight"):  # (experts, 2 n_ff, n_embd / 32, 16)
+        return both.shape[1] // 2
     up = tensors.get("blk.0.ffn_up.weight") or tensors.get("blk.0.ffn_up_exps.weight")
     if up is None:
         raise FileError(path, "no tensor has the role of blk.0.ffn_up.weight", "name the tensors in a file for --map")

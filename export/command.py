@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a checkpoint; `pocketlm pack` takes them, too
     "--quant": {
         "metavar": "FORMAT",
-"help": "GGUF: f32 f16 (default) bf16 q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl q3_k_m; "
+"help": "GGUF: f32 f16 (default) bf16 q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k_m; "
         "ONNX: f32 (default) f16 int8; Hugging Face: f16 (default) f32 bf16",
     },
     "--pure": {"action": "store_true", "help": "every matrix in the same format, the output too, none in a better one"},

@@ -22,10 +22,12 @@ from pocketlm.export.model_config import ModelConfig
 from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE
 from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper_parameters import Rope
 from pocketlm.runtime.plan import Attend, Plan, Rotate, make_plan
 
 Step = Callable[[Draft], None]
+MXFP4 = FORMATS["MXFP4"]
 HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
 NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
 NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
@@ -90,6 +92,7 @@ def gpt_oss(draft: Draft) -> None:
         if (said := draft.config.said(name, value)) != value:
             problem = f"its configuration has {name} = {quoted(said)}"
             raise FileError(draft.config.path, problem, f"pocketlm computes with {value}")
+    _unpack_mxfp4(draft)
     for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps(_bias)?\.weight"):
         both, kind = draft.tensors.pop(role), "bias" if "_bias" in role else "weight"
         if kind == "weight":
@@ -98,6 +101,36 @@ def gpt_oss(draft: Draft) -> None:
         if "gate_up" in role:
             parts = {"gate": _every_second(both, 0), "up": _every_second(both, 1)}
         draft.tensors |= {f"{layer}.ffn_{part}_exps.{kind}": tensor for part, tensor in parts.items()}
+
+
+def _unpack_mxfp4(draft: Draft) -> None:
+    """As it was published: blocks of 32 weights of 4 bits, a scale for each; made to what a folder of bfloat16 holds."""
+    method = (draft.config.raw("quantization_config") or {"quant_method": "mxfp4"}).get("quant_method")
+    if method != "mxfp4":
+        raise FileError(draft.config.path, f"its weights are quantised by {quoted(method)}", "pocketlm reads mxfp4 of gpt-oss")
+    for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps_blocks\.weight"):
+        blocks, scales = draft.tensors.pop(role), draft.tensors.pop(role.replace("blocks", "scales"), None)
+        if scales is None or blocks.shape != (*scales.shape, MXFP4.block_bytes - 1) or len(scales.shape) != 3:
+            problem = f"the blocks and scales of {role.replace('_blocks', '')} do not fit together"
+            raise FileError(draft.config.path, problem, "the checkpoint is not complete")
+        n, n_rows, n_blocks = scales.shape
+        shape = n, n_blocks * MXFP4.block_size, n_rows  # transposed, as such folders have it
+        draft.tensors[role.replace("_blocks", "")] = CanonicalTensor(shape, _reader_of_mxfp4(blocks, scales))
+
+
+def _reader_of_mxfp4(blocks: CanonicalTensor, scales: CanonicalTensor) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        packed, (n, n_rows, n_blocks) = np.empty((*scales.shape, MXFP4.block_bytes), np.uint8), scales.shape
+        packed[..., 0] = scales.read()
+        pairs = blocks.read().astype(np.uint8)  # neighbours share a byte there; in a GGUF weights 16 apart do
+        low, high = (pairs >> np.uint8(shift) & np.uint8(15) for shift in (0, 4))
+        packed[..., 1::2] = low[..., :8] | low[..., 8:] << np.uint8(4)
+        packed[..., 2::2] = high[..., :8] | high[..., 8:] << np.uint8(4)
+        assert MXFP4.dequantize is not None
+        weights = MXFP4.dequantize(packed.reshape(-1, MXFP4.block_bytes))
+        return weights.reshape(n, n_rows, n_blocks * MXFP4.block_size).swapaxes(1, 2)
+
+    return read
 
 
 def _experts_transposed(tensor: CanonicalTensor) -> CanonicalTensor:
@@ -213,10 +246,10 @@ HUGGING_FACE = {
                 "*.self_attn.sinks": "attn_sinks", "*.post_attention_layernorm": "post_attention_norm",
                 "*.mlp.router": "ffn_gate_inp",
                 **{f"*.mlp.experts.{part}_proj{end}": f"ffn_{part}_exps{end}" for part in ("gate_up", "down")
-                   for end in ("", "_bias")},
+                   for end in ("", "_bias", "_blocks", "_scales")},
             },
             {**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
-            gpt_oss, computes=("truncate",),
+            gpt_oss, computes=("truncate", "quantization_config"),
         ),
         _family(
             "lfm2",

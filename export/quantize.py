@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pocketlm.runtime.formats import FORMATS, IQ4_STEPS
+from pocketlm.runtime.formats import FORMATS, IQ4_STEPS, MXFP4_STEPS
 
 PIECE = 1 << 17  # weights quantised at a time: the search's arrays stay in a core's own cache
 # Added to the number of codes that a block's range is divided into; none first, so that it wins where all are equal.
@@ -256,6 +256,17 @@ def _iq4_nl(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 # ── K formats: 256 weights, scales of scales ─────────────────────────────────────────────────────────────────────────
 
 
+def _mxfp4(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
+    """The power of two that leaves the largest of a block between 4 and 8: weights that were MXFP4 before stay the same."""
+    largest = np.abs(x).max(-1, keepdims=True)
+    exponents = np.where(largest > 0, np.clip(np.frexp(largest)[1] + 124, 0, 254), 0)
+    steps = np.array(MXFP4_STEPS[:8], np.float32)
+    wanted = np.abs(np.ldexp(x, 128 - exponents))  # in halves, as the steps are
+    codes = np.searchsorted((steps[1:] + steps[:-1]) / 2, wanted).astype(np.uint8)
+    codes |= (np.signbit(x) & (codes > 0)).astype(np.uint8) << np.uint8(3)
+    return np.concatenate([exponents.astype(np.uint8), _pack(codes, 4, 16)], 1)
+
+
 def _affine_k(x: np.ndarray, w: np.ndarray | None, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Q4_K and Q5_K: the sixteen bytes of scales [n, 16] and the codes [n, 256].
 
@@ -339,5 +350,5 @@ def _q3_k(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 QUANTIZERS: dict[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
     "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
-    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl,
+    "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "MXFP4": _mxfp4,
 }  # fmt: skip

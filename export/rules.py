@@ -56,6 +56,7 @@ QUANTS = {
         "attn_v": lambda layer, hyper: "Q5_K" if hyper.n_head >= 4 * hyper.n_kv_head else None,
         "ffn_down": lambda layer, hyper: "Q5_K" if layer < hyper.n_layer // 8 else None,
     }),
+    "mxfp4": Quant("Q8_0", "Q8_0", 38, {f"ffn_{part}": lambda layer, hyper: "MXFP4" for part in ("gate", "up", "down")}),
     "q3_k_m": Quant("Q3_K", "Q6_K", 12, {
         "attn_v": lambda layer, hyper: "Q5_K" if layer < 2 else "Q4_K",
         "ffn_down": lambda layer, hyper: "Q5_K" if layer < hyper.n_layer // 16 else "Q4_K",
@@ -64,7 +65,7 @@ QUANTS = {
 }  # fmt: skip
 # a format whose block does not divide the width -> the next to try: as many bits or more, smaller blocks
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16",
-            "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16"}  # fmt: skip
+            "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16", "MXFP4": "F16"}  # fmt: skip
 KEPT = ("position_embd.weight",)  # added to every token: as sensitive as a norm, and small
 F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", ".bias")
 # weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; a convolution has a few weights for each column

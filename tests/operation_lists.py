@@ -11,7 +11,7 @@ import numpy as np
 from canonical_models import make_hyper
 
 from pocketlm.runtime import plan as P
-from pocketlm.runtime.architectures import bloom, gptneox, granite, olmo2, olmoe, phi2, phi3, qwen3moe, stablelm
+from pocketlm.runtime.architectures import bloom, gptneox, granite, lfm2, olmo2, olmoe, phi2, phi3, qwen3moe, stablelm
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Rope
@@ -234,6 +234,7 @@ HALF = {"rope": Rope(1000.0, 16, "half")}
 PART = {"rope": Rope(1000.0, 4, "half"), "norm": "layer"}
 LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.19, original_ctx=32)}
 FACTORS = {"attention.scale": 0.11, "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 8.0}
+CONVOLUTIONS = {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]}
 EXPERTS = {"expert_count": 7, "expert_used_count": 3}
 LISTS: dict[str, Callable[[], P.Plan]] = {
     "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
@@ -256,6 +257,10 @@ LISTS: dict[str, Callable[[], P.Plan]] = {
     "nanochat": lambda: make(nanochat, gated=False, activation="relu_squared", **HALF),
     "gated": lambda: make(gated, _gates(), gated=False, activation="relu_squared", **HALF),
     "phi3": lambda: make(phi3.operations, _fused(), **LONG),
+    "lfm2": lambda: make(lfm2.operations, settings=CONVOLUTIONS, **HALF),
+    "lfm2, odd widths, longer": lambda: make(
+        lfm2.operations, settings=CONVOLUTIONS | {"shortconv.l_cache": 7}, n_embd=60, n_ff=52, **HALF
+    ),
     "odd widths": lambda: make(gemma3, n_embd=60, head_dim=6, n_ff=52, rope=Rope(1000.0, 6, "interleaved")),
 }  # fmt: skip
 
@@ -318,6 +323,10 @@ def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: 
                     s[op.qkv][:, a], s[op.qkv][:, b] = z.real, z.imag
         elif isinstance(op, P.Attend):
             s[op.out] = attention(op, s[op.qkv], w, cached)
+        elif isinstance(op, P.Convolve):
+            b, c, z = np.split(s[op.x], 3, 1)
+            columns = zip(w[op.weight], (b * z).T, strict=True)
+            s[op.out] = c * np.array([np.convolve(weight[::-1], column)[:n] for weight, column in columns]).T
         elif isinstance(op, P.Route):
             s[op.out] = np.array([routed_to(op, scores) for scores in s[op.x]])
         elif isinstance(op, P.Experts):

@@ -195,7 +195,7 @@ def test_files_whose_experts_make_no_sense_are_refused_in_a_line(tmp_path: Path,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("quant", ["q3_k_m", "q4_k_m"])
+@pytest.mark.parametrize("quant", ["q3_k_m", "q4_k_m", "mxfp4"])
 def test_every_tensor_gets_the_format_that_llama_cpp_gives_it(tmp_path: Path, quant: str) -> None:
     sizes = {"n_embd": 256, "n_head": 4, "n_kv_head": 1, "head_dim": 64, "n_ff": 256, "n_layer": 9, "n_ctx": 8}
     keys = {"expert_count": 2, "expert_used_count": 2, "expert_feed_forward_length": 256}

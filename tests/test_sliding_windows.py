@@ -1,4 +1,6 @@
-"""Layers with a sliding window keep the window only, and whatever is done with a text it is answered as if they kept all."""
+"""Layers with a sliding window keep the window only, those with a short convolution the last columns; and whatever is done with
+a text it is answered as if they kept all.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ from pocketlm.runtime.state_file import HEADER
 SIZES = {"n_layer": 7, "n_ctx": 4096, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "n_ff": 32}
 WINDOW, N = 20, 2600  # the rings go round twice and more
 TEXT = np.random.default_rng(0).integers(0, 256, N)
-KEYS = {"gemma3": {}, "gptneo": {"attention.sliding_window_pattern": [i % 2 == 1 for i in range(7)]}}
+KEYS = {
+    "gemma3": {}, "gptneo": {"attention.sliding_window_pattern": [i % 2 == 1 for i in range(7)]},
+    "lfm2": {"shortconv.l_cache": 4, "attention.head_count_kv": [0, 1, 0, 0, 1, 0, 0]},
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("windows"), "gemma3")
+@pytest.fixture(scope="module", params=["gemma3", "lfm2"])
+def path(request, tmp_path_factory):
+    return write(tmp_path_factory.mktemp("windows"), request.param)
 
 
 def write(folder, arch):
@@ -83,7 +88,11 @@ def test_what_a_window_has_left_behind_does_not_matter(model):
         while cache.length < n:
             executor.step([(cache, TEXT[cache.length : n][: executor.block], 0)])
         for layer, window in enumerate(cache.windows):
-            if window:
+            if layer in cache.convolved:
+                kept = cache.read_columns(layer, n - window + 1, n)
+                cache.convolved[layer][:] = np.nan
+                cache.write_columns(layer, n - window + 1, kept)
+            elif window:
                 kept = cache.read_keys(layer, n - WINDOW, n), cache.read_values(layer, n - WINDOW, n)
                 for memory in cache.layers[layer]:
                     memory[:] = np.nan
@@ -245,8 +254,9 @@ def test_gemma_3_270m_takes_a_fifth_of_the_memory_at_32k(tmp_path):
 
 def test_what_is_said_of_the_memory_is_what_is_taken(model):
     cache = model.executor.cache
-    assert cache.keys.nbytes + cache.values.nbytes == cache.bytes_for(model.hyper, model.n_ctx, cache.windows)
-    assert cache.nbytes_at(model.n_ctx) == cache.keys.nbytes + cache.values.nbytes
+    taken = sum(array.nbytes for array in (cache.keys, cache.values, *cache.convolved.values()))
+    assert taken == cache.bytes_for(model.hyper, model.n_ctx, cache.windows, cache.columns) == model.session_bytes(model.n_ctx)
+    assert cache.nbytes_at(model.n_ctx) == taken
     assert cache.nbytes_to_come == cache.nbytes_at(model.n_ctx)
     model.logits(TEXT)
     assert 0 < cache.nbytes_to_come < cache.nbytes_at(model.n_ctx) // 3
