@@ -59,7 +59,11 @@ SETTINGS: dict[str, Setting] = {
     "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
     "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
     "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
-    "tied": Setting(bool, ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "tie_embedding", "weight_tying"), "true|false"),
+    "tied": Setting(
+        bool,
+        ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "tie_embedding", "weight_tying"),
+        "true|false",
+    ),
     "logit_softcap": Setting(float, ("logit_softcap",), "15|20"),
     "model_type": Setting(str, (), "llama"),
 }  # fmt: skip
@@ -264,7 +268,7 @@ class ModelConfig:
         return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
-        """The sliding window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which layers have one."""
+        """The window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which have one."""
         size, kinds = self.raw("sliding_window"), self.raw("layer_types")
         if self.raw("use_sliding_window") is False or not isinstance(size, int) or size >= n_ctx:
             size = 0

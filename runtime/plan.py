@@ -47,8 +47,8 @@ from pocketlm.runtime.operations import (
 )
 
 __all__ = [
-    "Activate", "Add", "Attend", "Convolve", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op", "Plan",
-    "Rotate", "Route", "Scale", "Softcap", "make_plan",
+    "Activate", "Add", "Attend", "Convolve", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op",
+    "Plan", "Rotate", "Route", "Scale", "Softcap", "make_plan",
 ]  # fmt: skip
 
 

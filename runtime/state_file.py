@@ -4,9 +4,9 @@ In: ids and a cache. Out: a file, and the cache filled again by the same model, 
 sizes, ids, the model's fingerprint and the checksum are looked at before a byte of it is used.
 
 Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float16 or float32 [n_kv_head, n, head_dim],
-or a convolution's columns, float32 [1, n, columns], then the SHA-256 of all that. Layers with a sliding window have positions [first, n) only. Keys are rotated. The numbers are
-those that were computed: where another executor or another instruction-set level goes on from them, it does so within
-rounding, not bit for bit.
+or a convolution's columns, float32 [1, n, columns], then the SHA-256 of all that. Layers with a sliding window have positions
+[first, n) only. Keys are rotated. The numbers are those that were computed: where another executor or another instruction-set
+level goes on from them, it does so within rounding, not bit for bit.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def check_state(path: str | Path, cache: KVCache, model: str) -> State:
 
 def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
     """Fill an empty cache with what `check_state` has looked at; the ids. Raises FileError, the cache holds nothing then."""
-    n, hyper = len(state.ids), cache.hyper
+    n = len(state.ids)
     cache.length, cache.first = 0, state.first
     cache.about_to_write(np.array(state.ids, np.int32))
     with _opened(path) as file:

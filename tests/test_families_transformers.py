@@ -232,7 +232,7 @@ def test_experts_stay_what_they_are_in_a_file_of_mxfp4(packed: Any, tmp_path: Pa
         ("down_proj_scales", "blk.0.ffn_down_exps.weight do not fit together"),
     ],
 )
-def test_a_published_gpt_oss_that_is_not_whole_is_refused_in_a_line(packed: Any, tmp_path: Path, change: Any, said: str) -> None:
+def test_a_published_gpt_oss_that_is_not_whole_is_refused(packed: Any, tmp_path: Path, change: Any, said: str) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     config, file = tmp_path / "folder" / "config.json", tmp_path / "folder" / "model.safetensors"
     if isinstance(change, dict):
