@@ -71,10 +71,18 @@ class Pocketlm:
             raise errors[0]
         return time.perf_counter() - started
 
-    def ninth(self, prompt: list[int], n_tokens: int, conversations: int) -> tuple[float, float]:
-        """Seconds to the first token of one conversation more, begun when each of the others has made n_tokens, and how long
-        a token of the others took until then.
+    def ninth(self, prompt: list[int], n_tokens: int, conversations: int) -> tuple[float, float, int]:
+        """Seconds to the first token of one conversation more, begun when each of the others has made n_tokens; how long one of
+        theirs took until then; and how many passes ended meanwhile, the one under way at the beginning among them.
         """
+        executor, ended = self._model.executor, list[float]()
+        step = executor.step
+
+        def counted(work: Any) -> Any:
+            logits = step(work)
+            ended.append(time.perf_counter())
+            return logits
+
         moments = [list[float]() for _ in range(conversations)]
         done = threading.Event()
         ctx = min(self._model.n_ctx, len(prompt) + 16 * n_tokens)
@@ -89,6 +97,7 @@ class Pocketlm:
 
         threads = [threading.Thread(target=speak, args=(number,)) for number in range(conversations)]
         with self._model.session(ctx=ctx) as session:
+            executor.step = counted
             for thread in threads:
                 thread.start()
             try:
@@ -103,8 +112,9 @@ class Pocketlm:
                 done.set()
                 for thread in threads:
                     thread.join()
+                executor.step = step
         before = [moment for moment in moments[0] if moment <= started]
-        return first, float(np.median(np.diff(before)))
+        return first, float(np.median(np.diff(before))), sum(started < moment <= started + first for moment in ended)
 
     def close(self) -> None:
         self._model.close()

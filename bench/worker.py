@@ -97,9 +97,9 @@ class Bench:
         return {"seconds": self.adapter.together(self._ids[:16].tolist(), n, conversations)}
 
     def ninth(self, n: int, conversations: int) -> dict[str, Any]:
-        """Seconds to the first token of one conversation more while so many go on, and of one token of those."""
-        first, others = self.adapter.ninth(self._ids[:16].tolist(), n, conversations)
-        return {"first": first, "others": others}
+        """Seconds to the first token of one conversation more while so many go on, and of one token of those; the passes."""
+        first, others, passes = self.adapter.ninth(self._ids[:16].tolist(), n, conversations)
+        return {"first": first, "others": others, "passes": passes}
 
     def complete(self, text: str, n_tokens: int) -> dict[str, Any]:
         """What a user sees: tokens and seconds of the library's own call."""

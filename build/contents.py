@@ -15,7 +15,7 @@ PACKAGES = (
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),
     *(f"runtime/native/{name}.py" for name in ("cache_numbers", "experts")),
-    *(f"runtime/native/{name}.py" for name in ("ir", "matrix", "record_reader", "run_loop", "stages", "topk", "vector_math")),
+    *(f"runtime/native/{name}.py" for name in ("ir", "matrix", "record_reader", "run_loop", "stages", "vector_math")),
     *(f"build/{name}.py" for name in (
         "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
         "wheels",

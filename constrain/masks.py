@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Hashable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +32,7 @@ BOTTOM = 0  # the stack where nothing was entered
 NONE = -1
 FEW_BYTES = 8
 FEW_NODES = 12
+FEW_CHILDREN = 24
 MOST_COUNTED = 8
 FAR = np.iinfo(np.int16).max  # tokens are shorter
 
@@ -38,6 +40,19 @@ Place = tuple[int, int]  # node, stack
 State = frozenset[Place]
 WHOLE: Place = END, BOTTOM
 NOWHERE: State = frozenset()
+
+
+@dataclass
+class Leaving:
+    """Nodes of the tree by which a repeated part is left, the state there, and how many repetitions are through before it.
+
+    `behind`: what is reached by all of them, bool (n_nodes,), as soon as that was asked for.
+    """
+
+    nodes: np.ndarray
+    states: np.ndarray
+    inner: np.ndarray
+    behind: np.ndarray | None = None
 
 
 class Masks:
@@ -63,6 +78,8 @@ class Masks:
         self._table = np.full((64, 256), NONE, np.int32)
         self._has_row = np.zeros(64, bool)
         self._is_whole = np.zeros(64, bool)
+        self._leaving: dict[Hashable, Leaving] = {}
+        self._reached_beside: dict[State, np.ndarray] = {}
         self._steps = 0
 
     def _begin(self) -> None:
@@ -79,15 +96,8 @@ class Masks:
         """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
         with self._lock:
             self._begin()
-            edges = self._automaton.edges
             for byte in data:  # few states of a text are met again: a row for each would take longer
-                reached = [
-                    self._reach((target, stack))
-                    for node, stack in state
-                    for low, high, target in edges[node]
-                    if low <= byte <= high
-                ]
-                state = NOWHERE.union(*reached) if len(reached) != 1 else reached[0]
+                state = self._step(state, byte)
             return state
 
     def mask(self, state: State) -> np.ndarray:
@@ -181,6 +191,19 @@ class Masks:
             self._is_whole[found] = WHOLE in state
         return found
 
+    def _step(self, state: State, byte: int) -> State:
+        """The state after one more byte."""
+        edges = self._automaton.edges
+        reached = [
+            self._reach((target, stack)) for node, stack in state for low, high, target in edges[node] if low <= byte <= high
+        ]
+        return NOWHERE.union(*reached) if len(reached) != 1 else reached[0]
+
+    def _after(self, number: int, byte: int) -> int:
+        """The number of the state after one more byte, or NONE: for few bytes faster than a row."""
+        state = self._step(self._states[number], byte)
+        return self._number(state) if state else NONE
+
     def _row(self, number: int) -> np.ndarray:
         """The numbers of the states after each byte."""
         if not self._has_row[number]:
@@ -221,17 +244,27 @@ class Masks:
             elif place != WHOLE:
                 others.append(place)
         if others:
-            self._walk(np.zeros(1, np.int64), np.array([self._number(frozenset(others))]), alive)
+            alive |= self._beside(frozenset(others))
         for stack, places in counted.items():
             self._repeated(stack, frozenset(places), alive)
         alive[0] = False
         allowed = alive[vocabulary.node_of]
         if WHOLE in state:
             allowed[vocabulary.end_ids] = True
-        ids = allowed.nonzero()[0]
-        if not len(ids) and WHOLE not in state:
+        n = np.count_nonzero(allowed)
+        if not n and WHOLE not in state:
             raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
-        return ids if len(ids) * 8 <= len(allowed) else ~allowed
+        return allowed.nonzero()[0] if n * 8 <= len(allowed) else ~allowed
+
+    def _beside(self, state: State) -> np.ndarray:
+        """What is reached from the root; the last ones are kept, for beside a counted part it is the same at every count."""
+        if (found := self._reached_beside.get(state)) is None:
+            found = np.zeros(self.vocabulary.n_nodes, bool)
+            self._walk(np.zeros(1, np.int64), np.array([self._number(state)]), found)
+            if len(self._reached_beside) >= MOST_COUNTED:
+                self._reached_beside.clear()
+            self._reached_beside[state] = found
+        return found
 
     def _walk(self, nodes: np.ndarray, states: np.ndarray, alive: np.ndarray) -> None:
         """Mark what can be reached in the tree of the vocabulary from these nodes, where the text is in these states."""
@@ -253,9 +286,11 @@ class Masks:
         while 0 < len(nodes) <= FEW_NODES:
             children, reached = list[int](), list[int]()
             for node, state in zip(nodes, states, strict=True):
-                row = self._row(state)
-                for child in range(first[node], last[node]):
-                    if (to := int(row[byte[child]])) != NONE:
+                below = range(first[node], last[node])
+                row = self._row(state) if self._has_row[state] or len(below) > FEW_CHILDREN else None
+                for child in below:
+                    to = self._after(state, byte[child]) if row is None else int(row[byte[child]])
+                    if to != NONE:
                         children.append(child)
                         reached.append(to)
             alive[children] = True
@@ -269,20 +304,32 @@ class Masks:
         part = self._automaton.parts[i]
         needed, through = self._counts(i, places)
         alive |= needed <= (FAR - 1 if part.most is None else min(part.most - times, FAR - 1))
-        # where the part may be left at an inner node of the tree, it goes on behind it
-        row = self._row(self._number(self._reach((part.after, below))))
-        first = (row != NONE).nonzero()[0]
-        if len(first) <= FEW_BYTES:
-            nodes = vocabulary.with_bytes(first.tolist())
-        else:
-            nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
-        inner = through[vocabulary.parent[nodes]]
-        left = (inner > 0) & (inner >= part.least - times)
+        # where the part may be left at an inner node of the tree, it goes on behind it: mostly whatever the count is
+        kept = self._leaving.get(key := (i, places, below))
+        if kept is None:
+            row = self._row(self._number(self._reach((part.after, below))))
+            first = (row != NONE).nonzero()[0]
+            if len(first) <= FEW_BYTES:
+                nodes = vocabulary.with_bytes(first.tolist())
+            else:
+                nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
+            inner = through[vocabulary.parent[nodes]]
+            nodes, inner = nodes[inner > 0], inner[inner > 0]
+            if len(self._leaving) >= MOST_COUNTED:
+                self._leaving.clear()
+            kept = self._leaving[key] = Leaving(nodes, row[vocabulary.byte[nodes]], inner)
+        fits = kept.inner >= part.least - times
         if part.most is not None:
-            left &= inner <= part.most - times
-        nodes = nodes[left]
-        alive[nodes] = True
-        self._walk(nodes, row[vocabulary.byte[nodes]], alive)
+            fits &= kept.inner <= part.most - times
+        if not fits.all():
+            alive[kept.nodes[fits]] = True
+            self._walk(kept.nodes[fits], kept.states[fits], alive)
+            return
+        if kept.behind is None:
+            kept.behind = np.zeros_like(alive)
+            kept.behind[kept.nodes] = True
+            self._walk(kept.nodes, kept.states, kept.behind)
+        alive |= kept.behind
 
     def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
         """For each node of the tree, from the root inside a part and never out of it: how many repetitions are needed, FAR

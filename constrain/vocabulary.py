@@ -30,7 +30,7 @@ class Vocabulary:
         data = np.frombuffer(b"".join([tokens[id] for id in order]), np.uint8)
         starts = np.cumsum(sizes) - sizes
         ids = np.array(order, np.intp)
-        self.node_of = np.zeros(n_vocab, np.int32)
+        self.node_of = np.zeros(n_vocab, np.intp)
         node = np.zeros(len(order), np.int64)  # of each token, as far as we have come
         alive = np.arange(len(order))
         bytes_, parents, n_nodes = [np.zeros(1, np.uint8)], [np.zeros(1, np.int64)], 1

@@ -268,9 +268,7 @@ class ModelConfig:
         return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
-        """The sliding window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which layers
-        have one.
-        """
+        """The window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which have one."""
         size, kinds = self.raw("sliding_window"), self.raw("layer_types")
         if self.raw("use_sliding_window") is False or not isinstance(size, int) or size >= n_ctx:
             size = 0

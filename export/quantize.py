@@ -253,9 +253,6 @@ def _iq4_nl(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
     return np.concatenate([_half(scale), _pack(np.ascontiguousarray(code.T).astype(np.uint8), 4, 16)], axis=1)
 
 
-# ── K formats: 256 weights, scales of scales ─────────────────────────────────────────────────────────────────────────
-
-
 def _mxfp4(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
     """The power of two that leaves the largest of a block between 4 and 8: weights that were MXFP4 before stay the same."""
     largest = np.abs(x).max(-1, keepdims=True)
@@ -265,6 +262,9 @@ def _mxfp4(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
     codes = np.searchsorted((steps[1:] + steps[:-1]) / 2, wanted).astype(np.uint8)
     codes |= (np.signbit(x) & (codes > 0)).astype(np.uint8) << np.uint8(3)
     return np.concatenate([exponents.astype(np.uint8), _pack(codes, 4, 16)], 1)
+
+
+# ── K formats: 256 weights, scales of scales ─────────────────────────────────────────────────────────────────────────
 
 
 def _affine_k(x: np.ndarray, w: np.ndarray | None, top: int) -> tuple[np.ndarray, np.ndarray]:

@@ -71,9 +71,9 @@ QUANTS = {
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16",
             "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16", "MXFP4": "F16"}  # fmt: skip
 KEPT = ("position_embd.weight",)  # added to every token: as sensitive as a norm, and small
+# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; a convolution
+# has a few weights for each column
 F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", ".bias")
-# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; of a
-# convolution, which has a few weights for each column
 LARGEST = {"F32": float("inf"), "BF16": 3.3895e38, "F16": 65504.0}  # above it a weight becomes infinite; 65504 for the rest
 SMALLEST = 2.0**-10  # a matrix whose largest weight is below it would get half-precision scales with few bits left
 

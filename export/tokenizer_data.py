@@ -21,6 +21,7 @@ from pocketlm.tokenizer.readers import find_in
 
 NONE = "none"  # what --tokenizer says for a model without one
 CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
+ROUNDED, MOST_SPARE = 128, 1.1  # token tables are rounded up for speed, or have a few rows for later
 GPT2_ROWS = (50257, 50304)  # nanoGPT rounds GPT-2's vocabulary up
 GPT2_END = {"<|endoftext|>": 50256}  # OpenAI's rank files leave it out
 MAX_TEMPLATE = 1 << 20
@@ -64,6 +65,9 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
         problem = f"it has {tokenizer.n_vocab} tokens, but the model's token table {n_vocab} rows"
         raise FileError(path, problem, "give the model's own tokenizer with --tokenizer FILE")
     keys, notes = with_tests(to_metadata(tokenizer, n_vocab) | _end_ids(checkpoint, tokenizer, n_vocab), tokenizer, path)
+    if n_vocab > max(-(-tokenizer.n_vocab // ROUNDED) * ROUNDED, MOST_SPARE * tokenizer.n_vocab):
+        rows = f"{tokenizer.n_vocab} tokens for {n_vocab} rows of the token table"
+        notes.append(f"{path.name} has {rows}: is it this model's tokenizer?")
     if template := chat_template(path if path.is_dir() else path.parent):
         keys["tokenizer.chat_template"] = template
     return keys, notes

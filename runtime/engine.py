@@ -61,6 +61,7 @@ class Engine:
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
         self._arrived = closed_lock()
         self._seconds = 0.0  # of the last pass
+        self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
 
     def run(self, cache: Any, ids: np.ndarray, rows: int, use: Use) -> tuple[int, Any]:
         """Append as many of `ids` [n] to the cache as this pass has room for: how many, and what `use` returned for the logits.
@@ -95,13 +96,27 @@ class Engine:
                     open_lock(waiting.gate)
         if request.error is not None:
             raise request.error
-        return request.taken, request.result if request.logits is None else use(request.logits)
+        if request.logits is None:
+            return request.taken, request.result
+        result = use(request.logits)
+        if len(request.logits) == 1:
+            self._spare.append(request.logits)
+        return request.taken, result
+
+    def _copy(self, logits: np.ndarray) -> np.ndarray:
+        """A copy that outlives the pass."""
+        if len(logits) > 1 or not self._spare:
+            return logits.copy()
+        copy = self._spare.pop()  # nobody else takes one: there is one leader
+        np.copyto(copy, logits)
+        return copy
 
     def forget(self, cache: Any) -> None:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
         if os.getpid() != self._pid:  # after a fork only the thread that forked is here
             self._begin()
-        if any(request.cache is cache for request in list(self._queue)):  # a copy: a leader takes others out meanwhile
+        queue = list(self._queue)  # a copy: a leader takes others out meanwhile
+        if queue and any(request.cache is cache for request in queue):
             with self._turn:
                 for request in [request for request in self._queue if request.cache is cache]:
                     self._queue.remove(request)
@@ -134,8 +149,9 @@ class Engine:
 
     def _choose(self) -> list[tuple[_Request, int]]:
         """What is computed now: requests, and how many ids of each."""
-        for request in [request for request in self._queue if request.done]:
-            self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
+        for request in list(self._queue):
+            if request.done:
+                self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
         queue, room, work = list(self._queue), self.executor.block, list[tuple[_Request, int]]()
         if len(queue) == 1:
             return [(queue[0], min(len(queue[0].ids), room))]
@@ -151,10 +167,11 @@ class Engine:
 
     def _compute(self, work: Sequence[tuple[_Request, int]], own: _Request) -> None:
         """The pass. The logits are the executor's memory: a single caller uses them there, several get copies."""
-        for request, _ in work:
-            request.cache.truncate(request.start)  # a pass that was interrupted may have come this far
-        wanted = [max(0, request.rows - (len(request.ids) - n)) for request, n in work]
-        step = [(request.cache, request.ids[:n], rows) for (request, n), rows in zip(work, wanted, strict=True)]
+        step = []
+        for request, n in work:
+            if request.cache.length != request.start:  # a pass that was interrupted came this far
+                request.cache.truncate(request.start)
+            step.append((request.cache, request.ids[:n], max(0, request.rows - (len(request.ids) - n))))
         try:
             logits = self.executor.step(step)
         except Exception as error:
@@ -164,13 +181,13 @@ class Engine:
                 return
             work[0][0].error = error
             logits = [None]
-        for (request, n), rows, found in zip(work, wanted, logits, strict=True):
+        for (request, n), found in zip(work, logits, strict=True):
             request.taken = n
-            if rows and found is not None:
+            if found is not None and len(found):
                 if len(work) == 1 and request is own:
                     request.result = request.use(found)
                 else:
-                    request.logits = found.copy()
+                    request.logits = self._copy(found)
             request.done = True
             self._queue.remove(request)
             if request is not own:

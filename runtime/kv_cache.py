@@ -23,6 +23,7 @@ from pocketlm.runtime.positions import Turn, rotate
 
 KINDS = ("f16", "q8")  # of numbers: each executor's usual ones, float16 or float32, or int8 with a scale
 SCALE_BYTES = 4
+SPREAD = 16  # columns of keys that are spread: multiples of it
 MARGIN = 512  # positions before a window that are kept: an answer of so many tokens can be taken back
 
 
@@ -150,6 +151,10 @@ class KVCache:
         keys, values = self.layers[layer]
         return keys[:, rows], values[:, rows]
 
+    def queries(self, q: np.ndarray) -> np.ndarray:
+        """Queries [..., head_dim] as the keys of `seen` want them."""
+        return q
+
     def at(self, layer: int, start: int, stop: int) -> slice | np.ndarray:
         """The rows of positions [start, stop), no more than the layer has."""
         rows = self.rows[layer]
@@ -266,8 +271,23 @@ def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.rint(x * inverse[..., None]).astype(np.int8), scales
 
 
+def spread(x: np.ndarray) -> np.ndarray:
+    """[..., dim] times an orthonormal Hadamard matrix for each largest power of two in `dim`; its own inverse.
+
+    A few columns of keys are several times the others' size and take the steps of int8 from them. After this all are alike,
+    and queries that go the same way meet them with the same products (after QuaRot: Ashkboos et al., arXiv:2404.00456).
+    """
+    dim, h = x.shape[-1], 1
+    n = dim & -dim if dim % SPREAD == 0 else 1
+    while h < n:
+        pairs = x.reshape(*x.shape[:-1], dim // (2 * h), 2, h)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x, h = np.stack([a + b, a - b], -2).reshape(x.shape), 2 * h
+    return x * np.float32(n**-0.5)
+
+
 class ByteCache(KVCache):
-    """int8: a row is head_dim numbers and the bytes of their scale, a float32."""
+    """int8: a row is head_dim numbers and the bytes of their scale, a float32. Keys are spread."""
 
     dtype, saved = np.int8, np.float32
 
@@ -293,10 +313,10 @@ class ByteCache(KVCache):
         numbers[index], scales[index] = to_bytes(x)
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return self._read(0, layer, start, stop)
+        return spread(self._read(0, layer, start, stop))
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        self._write(0, layer, start, keys)
+        self._write(0, layer, start, spread(keys))
 
     def read_values(self, layer: int, start: int, stop: int) -> np.ndarray:
         return self._read(1, layer, start, stop)
@@ -305,4 +325,7 @@ class ByteCache(KVCache):
         self._write(1, layer, start, values)
 
     def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.read_keys(layer, start, stop), self.read_values(layer, start, stop)
+        return self._read(0, layer, start, stop), self.read_values(layer, start, stop)
+
+    def queries(self, q: np.ndarray) -> np.ndarray:
+        return spread(q)

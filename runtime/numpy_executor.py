@@ -201,7 +201,7 @@ class NumpyExecutor:
         first = max(start - op.window + 1, 0) if op.window else 0  # what the first query sees; t positions from here on
         keys, values = self._cache.seen(op.layer, first, start + n)
         t = keys.shape[1]
-        q = q.transpose(1, 2, 0, 3).reshape(n_kv, group * n, d)  # heads of a group share keys
+        q = self._cache.queries(q.transpose(1, 2, 0, 3).reshape(n_kv, group * n, d))  # heads of a group share keys
         scores = q @ keys.swapaxes(1, 2)  # [n_kv_head, group * n, t]
         scores *= np.float32(op.scale)
         if op.softcap:

@@ -224,6 +224,6 @@ class Logits:
 
 
 Op = (
-    Embed | Norm | Linear | Rotate | Attend | Convolve | Activate | Add | Gate | Scale | Softcap | Route | Experts | Mix
-    | Logits
-)
+    Embed | Norm | Linear | Rotate | Attend | Convolve | Activate | Add | Gate | Scale | Softcap  # the dense ones
+    | Route | Experts | Mix | Logits
+)  # fmt: skip

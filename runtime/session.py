@@ -219,8 +219,9 @@ class Session:
     def _settle(self) -> None:
         """Bring `ids` and the cache to what they have in common, should an interrupt have come between the two."""
         self.engine.forget(self.cache)
-        self.cache.truncate(len(self.ids))
-        del self.ids[self.cache.length :]
+        if self.cache.length != len(self.ids):
+            self.cache.truncate(len(self.ids))
+            del self.ids[self.cache.length :]
         if self._moved is not None and len(self.ids) <= self._moved:
             self._moved = None
 

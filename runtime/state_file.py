@@ -4,9 +4,9 @@ In: ids and a cache. Out: a file, and the cache filled again by the same model, 
 sizes, ids, the model's fingerprint and the checksum are looked at before a byte of it is used.
 
 Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float16 or float32 [n_kv_head, n, head_dim],
-or a convolution's columns, float32 [1, n, columns], then the SHA-256 of all that. Layers with a sliding window or a convolution
-have positions [first, n) only. Keys are rotated. The numbers are those that were computed: where another executor or another
-instruction-set level goes on from them, it does so within rounding, not bit for bit.
+or a convolution's columns, float32 [1, n, columns], then the SHA-256 of all that. Layers with a sliding window have positions
+[first, n) only. Keys are rotated. The numbers are those that were computed: where another executor or another instruction-set
+level goes on from them, it does so within rounding, not bit for bit.
 """
 
 from __future__ import annotations

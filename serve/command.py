@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _service(arguments: argparse.Namespace) -> int:
     if arguments.load is not None:
         raise UsageError("--install-service is for pocketlm serve, not for a packed program")
+    if sys.platform != "linux":
+        raise UsageError("--install-service prints a unit for systemd, which is Linux's: ask on the computer that will serve")
     from pocketlm.serve import service
 
     with open_model(arguments) as model:

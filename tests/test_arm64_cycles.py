@@ -48,6 +48,12 @@ def test_an_activation_is_multiplied_by_its_lane(monkeypatch, core, tokens, most
     assert arm64_cycles.loop_of(fmt, arm64_cycles.CORES[core], tokens, 1).instructions <= most
 
 
+@pytest.mark.parametrize(("fmt", "most"), [("Q4_0", 9.0), ("Q8_0", 7.3), ("Q4_1", 9.5), ("IQ4_NL", 11.6), ("F16", 11.3)])
+def test_a_single_token_spends_no_instruction_on_addresses(monkeypatch, fmt, most):
+    monkeypatch.setattr(arm64_cycles, "analyse", lambda lines, cpu, rounds: 1.0)
+    assert arm64_cycles.loop_of(fmt, arm64_cycles.CORES[0], 1, 1).instructions <= most
+
+
 @pytest.mark.skipif(shutil.which("llvm-mca") is None, reason="needs llvm-mca (Debian package llvm)")
 def test_the_analyser_counts_cycles():
     lines = arm64_cycles.inner_loop(CODE, "Q_product1")

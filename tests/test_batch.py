@@ -210,9 +210,11 @@ def test_ctrl_c_between_the_first_write_and_its_note_keeps_what_is_written(tmp_p
         raise KeyboardInterrupt
 
     out = tmp_path / "out.jsonl"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), Answers(out, "key", 3) as answers:
+    written = Written(2, b'{"line": 2, "choices": []}\n')
+    with monkeypatch.context() as patch:
         patch.setattr(Answers, "_note", interrupted)
-        answers.add(Written(2, b'{"line": 2, "choices": []}\n'))
+        with pytest.raises(KeyboardInterrupt), Answers(out, "key", 3) as answers:
+            answers.add(written)
     with Answers(out, "key", 3) as answers:
         assert 2 in answers
 

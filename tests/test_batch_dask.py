@@ -64,7 +64,10 @@ def wait_for(address: str, n: int) -> None:
     import distributed
 
     with distributed.Client(address, set_as_default=False) as client:
-        client.wait_for_workers(n, timeout=120)
+        until = time.monotonic() + 120
+        while len(client.scheduler_info()["workers"]) != n:  # also until those of the test before are gone
+            assert time.monotonic() < until, "the workers never came, or never went"
+            time.sleep(0.05)
 
 
 def batch(model: Path, prompts: Path, out: Path, address: str) -> list[str]:
@@ -95,6 +98,7 @@ def test_the_bytes_are_those_of_one_machine_though_a_worker_is_killed(given, sch
 def test_what_is_wrong_with_the_cluster_is_one_line(given, scheduler, tmp_path, capsys):
     model, prompts, _ = given
     out = tmp_path / "out.jsonl"
+    wait_for(scheduler, 0)
     assert cli.main(batch(model, prompts, out, "tcp://127.0.0.1:9")) == 2
     assert "--dask tcp://127.0.0.1:9: no scheduler answers there" in capsys.readouterr().err
     assert cli.main(batch(model, prompts, out, scheduler)) == 2

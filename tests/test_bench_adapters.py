@@ -105,9 +105,12 @@ def test_a_library_that_makes_its_own_steps_is_timed_by_them() -> None:
 
 def test_the_ninth_conversation_is_timed_while_eight_go_on(tmp_path: Path) -> None:
     one = adapter(BACKENDS["numpy"], write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX))
-    first, others = one.ninth([1, 2, 3], 2, conversations=3)
+    step = one._model.executor.step
+    first, others, passes = one.ninth([1, 2, 3], 2, conversations=3)
     assert first > 0
     assert others > 0
+    assert passes >= 1  # its own
+    assert one._model.executor.step == step  # nothing is counted any more
     one.close()
 
 

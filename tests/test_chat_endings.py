@@ -20,12 +20,13 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither these si
 ENTER, CTRL_D = "\r", "\x04"
 OPENING = f"""
 import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from functools import partial
+from pathlib import Path
 from chat_fake import FakeModel
 from pocketlm.chat.opening import Opening
 from pocketlm.chat.repl import run
 def load():
-    time.sleep(3)
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.05)
     model = FakeModel()
     model.close = lambda: None
     return model
@@ -107,12 +108,14 @@ def test_a_signal_at_the_prompt_ends_at_once_and_leaves_the_terminal_in_order(nu
 def test_a_signal_while_the_model_opens_keeps_the_question(terminal, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(OPENING, encoding="utf-8")
-    shown = terminal(command=(sys.executable, str(driver)))
+    shown = terminal(command=(sys.executable, str(driver), str(tmp_path / "may open")))
     shown.prompt(1)
     shown.type("Are you awake?" + ENTER)
-    shown.wait("> Are you awake?")
-    time.sleep(0.5)
+    while not shown.conversations():
+        shown.read()
     shown.child.kill(signal.SIGTERM)
+    time.sleep(0.5)  # it has long ended its question when the model comes
+    (tmp_path / "may open").touch()
     assert shown.ended() == 128 + signal.SIGTERM
     assert_cut(shown.conversations(), "Are you awake?", "")
 

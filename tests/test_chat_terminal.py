@@ -94,6 +94,7 @@ def test_the_next_chat_resumes_and_remembers_what_was_typed(terminal):
     second = terminal("--resume")
     second.wait("resumed: 1 turn with Fake 1M")
     second.wait("You said: Remember me")
+    second.prompt(2)
     second.type(UP)
     second.wait("> Remember me", 2)
     second.type(CTRL_C + CTRL_D)

@@ -19,7 +19,7 @@ IQ2_S = 22  # a format of GGUF that pocketlm does not run
 
 def failure(capsys, status: int, *words: str) -> str:
     """The one line on stderr with which these words end; nothing is on stdout."""
-    started = time.perf_counter()
+    started = time.process_time()
     found: Any = None
     try:
         found = main(list(words))
@@ -31,7 +31,7 @@ def failure(capsys, status: int, *words: str) -> str:
     assert "Traceback" not in err
     assert lines[-1].startswith("pocketlm")
     assert len(lines) == 1 or lines[0].startswith("usage:")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     return lines[-1]
 
 

@@ -232,6 +232,14 @@ def test_what_is_missing_or_does_not_fit_is_one_line(tmp_path: Path) -> None:
         find_tokenizer(checkpoint(tmp_path), 20, None)
 
 
+def test_a_tokenizer_far_smaller_than_the_token_table_is_pointed_out(tmp_path: Path) -> None:
+    """It is most likely another model's; a table that was rounded up for speed is usual."""
+    file, rounded = meta_pkl(tmp_path), -(-len(CHARACTERS) // 128) * 128
+    _, notes = find_tokenizer(checkpoint(tmp_path), 512, file)
+    assert notes == [f"meta.pkl has {len(CHARACTERS)} tokens for 512 rows of the token table: is it this model's tokenizer?"]
+    assert find_tokenizer(checkpoint(tmp_path), rounded, file)[1] == []
+
+
 def test_chat_templates_of_every_kind(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer_config.json"
     assert chat_template(tmp_path) is None

@@ -106,9 +106,7 @@ MODELS = {
     "hunyuan-dense": Row("hunyuan-dense", {"rope.freq_base": 1e6}),
     "hunyuan-dense, own head": Row("hunyuan-dense", {}, OWN_HEAD),
     "gemma3, as deep as 27B": Row("gemma3", {"attention.sliding_window": 8}, {}, {"n_layer": 62}, 12),
-    "lfm2": Row(
-        "lfm2", {"shortconv.l_cache": 3, "rope.freq_base": 1e6}, {}, {"n_layer": 5}, narrow=True, convolved=(0, 1, 3),
-    ),
+    "lfm2": Row("lfm2", {"shortconv.l_cache": 3, "rope.freq_base": 1e6}, {}, {"n_layer": 5}, narrow=True, convolved=(0, 1, 3)),
     "lfm2, longer convolutions, own head": Row("lfm2", {"shortconv.l_cache": 7}, OWN_HEAD, narrow=True, convolved=(1, 2)),
     "lfm2, one position": Row("lfm2", {"shortconv.l_cache": 2}, {}, {"n_layer": 2}, narrow=True, convolved=(0,)),
     "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),

@@ -3,9 +3,11 @@
 import codecs
 import itertools
 import math
+import pickle
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 from fake_executor import FakeExecutor, mixed
@@ -131,6 +133,16 @@ def test_every_token_has_a_record_and_the_last_one_has_the_counts():
     assert (last.finish_reason, last.prompt_tokens, last.cached_tokens, last.note) == ("stop", 3, 0, "")
     assert last.prompt_seconds > 0
     assert last.generation_seconds > 0
+
+
+def test_a_record_is_as_one_made_by_its_class():
+    _, (record, *_) = answer(saying("abcdef"), max_tokens=2)
+    same = Piece(record.text, record.id, record.logprob)
+    assert (repr(record), hash(record), asdict(record)) == (repr(same), hash(same), asdict(same))
+    assert record == same == pickle.loads(pickle.dumps(record))
+    assert replace(record, note="!") == replace(same, note="!")
+    with pytest.raises(FrozenInstanceError):
+        record.id = 3  # type: ignore[misc]
 
 
 def test_the_next_turn_costs_only_its_new_tokens():

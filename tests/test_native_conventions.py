@@ -6,7 +6,7 @@ import pytest
 from native_conventions import calls, conventions, printed, wrong_calls
 
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
-from pocketlm.runtime.native.kernels import CORE, module_text
+from pocketlm.runtime.native.kernels import CORES, module_text
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.sizes import TILE
 from pocketlm.runtime.native.tiling import LAYOUTS
@@ -14,12 +14,12 @@ from pocketlm.runtime.native.tiling import LAYOUTS
 # Windows on x86-64 is the one platform with a convention of its own
 TARGETS = [(level, abi) for level in LEVELS.values() for abi in ("sysv", "win64") if abi == "sysv" or level.machine == "x86_64"]
 each_target = pytest.mark.parametrize(("level", "abi"), TARGETS, ids=[f"{level.name}-{abi}" for level, abi in TARGETS])
-OF_PYTHON = {"step", "work", "wait", "largest_of", "at_least", "sum_exp", "draw", *(f"{fmt}_tile" for fmt in LAYOUTS)}
+OF_PYTHON = {"step", "work", "wait", "top_k", "sum_exp", "draw", *(f"{fmt}_tile" for fmt in LAYOUTS)}
 
 
 @functools.cache
 def texts(level, abi):
-    return {name: printed(module_text(name, level, abi)) for name in (CORE, *LAYOUTS)}
+    return {name: printed(module_text(name, level, abi)) for name in (*CORES.values(), *LAYOUTS)}
 
 
 @each_target
@@ -43,7 +43,7 @@ def test_through_a_pointer_kernels_are_called_as_kernels_and_the_system_as_the_s
         system = "win64cc" if abi == "win64" else ""
         # they give their time slice away; experts are tiled by what Python calls, too, and the system is told of them
         others = {("barrier", system), ("wait", system), ("experts", system)}
-        if name != CORE:
+        if name not in CORES.values():
             assert used == set(), name
             continue
         assert others <= used
@@ -60,7 +60,7 @@ def test_what_is_called_through_a_pointer_is_a_kernel():
 
 def test_the_finder_finds_a_call_with_the_wrong_convention():
     """What a Windows build once did: `wait` and `step` called `work`, a function for Python, as if it were one of theirs."""
-    good = texts(LEVELS["avx2"], "win64")[CORE]
+    good = texts(LEVELS["avx2"], "win64")[CORES["f16"]]
     assert sum(callee == "work" for _, callee, _ in calls(good)) == 2
     bad = good.replace("call win64cc void @work", "call void @work")
     assert wrong_calls(bad) == [f"{caller} calls work as C, which is win64cc" for caller in ("step", "wait")]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from native_calls import each_format, each_level, executors, host_level
 
+from pocketlm.runtime.kv_cache import KINDS
 from pocketlm.runtime.native.sizes import SPAN
 
 CUTS = (1, 2, 3, 5, 8, 13, 128)
@@ -33,16 +34,17 @@ def test_however_a_text_is_cut_and_on_however_many_threads(level, fmt):
         native.close()
 
 
+@pytest.mark.parametrize("kv", KINDS)
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 @pytest.mark.parametrize("group", [1, 3, 25], ids="{} queries a key".format)
-def test_across_spans_of_positions(position, group):
+def test_across_spans_of_positions(position, group, kv):
     """Long texts: spans are shared out among threads, or walked through by one; more queries than a task takes at a time."""
     if position == "alibi" and group != 1:
         pytest.skip("the slopes of such numbers of heads are another test's")
     ids, first = np.random.default_rng(2).integers(0, 64, 3 * SPAN + 7), None
     for threads in (1, 2, 8):
-        options = {"n_head": 2 * group, "n_kv_head": 2, "head_dim": 8, "n_embd": 64, "n_layer": 1, "position": position}
-        native, reference = executors(host_level(), "F16", threads, n_vocab=64, n_ctx=4 * SPAN, **options)
+        options = {"n_head": 2 * group, "n_kv_head": 2, "head_dim": 16, "n_embd": 64, "n_layer": 1, "position": position}
+        native, reference = executors(host_level(), "F16", threads, n_vocab=64, n_ctx=4 * SPAN, kv=kv, **options)
         reference.close()
         for cut in (*CUTS, 100) if threads <= 2 else (13, 100):
             found = logits(native, ids, cut)
@@ -52,8 +54,9 @@ def test_across_spans_of_positions(position, group):
 
 
 @each_level
-def test_a_prefix_that_was_there_already(level):
-    native, reference = executors(level, "Q4_0", 2, n_vocab=64, n_ctx=64)
+@pytest.mark.parametrize("kv", KINDS)
+def test_a_prefix_that_was_there_already(level, kv):
+    native, reference = executors(level, "Q4_0", 2, n_vocab=64, n_ctx=64, kv=kv)
     reference.close()
     ids, other = np.random.default_rng(3).integers(0, 64, (2, 50))
     whole = logits(native, ids, 50)
@@ -62,15 +65,19 @@ def test_a_prefix_that_was_there_already(level):
     assert same_bits(native.forward(ids[20:], rows="all"), whole[20:])
     native.cache.truncate(33)
     assert same_bits(native.forward(ids[33:])[0], whole[-1])
+    fork = native.cache.fork(17)
+    for n in (1, 2, 30):
+        rows = native.step([(fork, ids[fork.length :][:n], n)])[0]
+        assert same_bits(rows, whole[fork.length - len(rows) : fork.length])
     native.close()
 
 
 @each_level
-@pytest.mark.parametrize("fmt", ["F16", "Q4_0", "Q6_K"])
-def test_whatever_other_texts_share_the_passes(level, fmt):
+@pytest.mark.parametrize(("fmt", "kv"), [("F16", "f16"), ("F16", "q8"), ("Q4_0", "f16"), ("Q6_K", "f16")])
+def test_whatever_other_texts_share_the_passes(level, fmt, kv):
     """Eight texts of different lengths, some in chunks of a prompt, some token by token, beside fewer and fewer others."""
     random = np.random.default_rng(4)
-    native, reference = executors(level, fmt, 2, n_vocab=64, n_ctx=300)
+    native, reference = executors(level, fmt, 2, n_vocab=64, n_ctx=300, kv=kv)
     reference.close()
     texts = [random.integers(0, 64, n) for n in (1, 2, 9, 40, 41, 130, 260, 290)]
     alone = [logits(native, ids, 128) for ids in texts]
@@ -87,13 +94,14 @@ def test_whatever_other_texts_share_the_passes(level, fmt):
 
 
 @each_level
-def test_what_lies_behind_the_last_position_does_not_matter(level):
-    """A text that was given up may have left anything there, even what is no number."""
-    native, reference = executors(level, "F16", 1, n_vocab=64, n_ctx=64)
+@pytest.mark.parametrize(("kv", "junk"), [("f16", np.nan), ("q8", -1)])
+def test_what_lies_behind_the_last_position_does_not_matter(level, kv, junk):
+    """A text that was given up may have left anything there, even what is no number, as scales of bytes -1 are."""
+    native, reference = executors(level, "F16", 1, n_vocab=64, n_ctx=64, kv=kv)
     reference.close()
     ids = np.random.default_rng(5).integers(0, 64, 9)
     expected = logits(native, ids, 9)
-    native.cache.keys[:], native.cache.values[:] = np.nan, np.nan
+    native.cache.keys[:], native.cache.values[:] = junk, junk
     for cut in (1, 2, 9):
         assert same_bits(logits(native, ids, cut), expected)
     native.close()

@@ -324,14 +324,16 @@ def test_an_interrupt_between_a_pass_and_its_records_mixes_up_no_texts(monkeypat
     mine, other = executor.new_cache(), executor.new_cache()
     expected = [executor.step([(executor.cache, IDS[at : at + 1], 1)])[0].tobytes() for at in range(8)]
     seen = [executor.step([(mine, IDS[at : at + 1], 1)])[0].tobytes() for at in range(7)]
-    entries = executor._entries
+    record = executor._record
 
-    def interrupted(work):
-        entries(work)
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __setitem__(self, name, number):
+            record[name] = number
+            if name == "n_entries":
+                raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "_entries", interrupted)
+        patch.setattr(executor, "_record", Interrupted())
         with pytest.raises(KeyboardInterrupt):
             executor.step([(other, IDS[20:30], 1)])
     seen.append(executor.step([(mine, IDS[7:8], 1)])[0].tobytes())

@@ -293,13 +293,14 @@ def test_a_slow_server_is_waited_for_and_a_silent_one_is_not(served, capsys, mon
     def slow(handler: Any, body: bytes, start: int) -> None:
         handler.send_response(200)
         handler.end_headers()
-        for at in range(0, len(body), len(body) // 8 + 1):
-            handler.wfile.write(body[at : at + len(body) // 8 + 1])
+        for at in range(0, len(body), len(body) // 25 + 1):  # 2.5 seconds in all, and never 2 without a byte
+            handler.wfile.write(body[at : at + len(body) // 25 + 1])
             time.sleep(0.1)
 
     served.serve = lambda handler, body, start: time.sleep(2)
     assert "nothing came for 0.5 seconds" in failure(capsys)
     served.serve = slow
+    monkeypatch.setattr(hub, "SECONDS", 2)
     pull(capsys)
 
 

@@ -13,6 +13,8 @@ from pocketlm.cli import main
 from pocketlm.serve import service
 from pocketlm.serve.command import _policy
 
+of_systemd = pytest.mark.skipif(sys.platform != "linux", reason="systemd is Linux's")
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
@@ -33,6 +35,7 @@ def printed(capsys, monkeypatch, *words):
     return lines, out, err
 
 
+@of_systemd
 def test_the_unit_says_what_was_asked_for(path, capsys, monkeypatch):
     words = (str(path), "--port", "80", "--title", 'My "$HOME" 50%\n[Service]', "--api-key", "secret", "--install-service")
     lines, text, said = printed(capsys, monkeypatch, *words)
@@ -59,6 +62,7 @@ def test_the_address_of_the_page_can_stay(path, monkeypatch, capsys):
         assert "POCKETLM_PAGE_TOKEN: expected" in capsys.readouterr().err
 
 
+@of_systemd
 def test_the_memory_is_that_of_the_slots(path, capsys, monkeypatch):
     few, many = (int(printed(capsys, monkeypatch, str(path), "--slots", n, "--install-service")[0]["MemoryMax"][0][:-1])
                  for n in ("1", "200"))  # fmt: skip
@@ -66,6 +70,7 @@ def test_the_memory_is_that_of_the_slots(path, capsys, monkeypatch):
     assert many > few
 
 
+@of_systemd
 def test_what_lies_in_a_home_is_shown_to_the_service():
     hidden = service._hidden(
         [Path("/home/pi/.venv"), Path("/home/pi/.venv/lib/x"), Path("/usr"), Path("/home/pi/.venv2"), Path("/tmp/m.gguf")]
@@ -74,11 +79,21 @@ def test_what_lies_in_a_home_is_shown_to_the_service():
     assert service._path(Path('/home/a b/"%')) == '"/home/a b/\\"%%"'
 
 
+@of_systemd
 def test_others_may_ask_only_with_a_key(path, capsys):
     assert main(["serve", str(path), "--host", "0.0.0.0", "--install-service"]) == 2
     assert "give a key" in capsys.readouterr().err
 
 
+def test_other_systems_get_no_unit_with_their_own_paths(path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["serve", str(path), "--install-service"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "Linux" in err
+
+
+@of_systemd
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize(
     "words",

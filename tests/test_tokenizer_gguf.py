@@ -68,6 +68,13 @@ def test_whether_bos_goes_in_front_follows_the_file_and_else_llama_cpp():
     assert make(BPE).encode("a", bos=True) == make(BPE).encode("a"), "there is no bos"
 
 
+def test_a_llama_file_that_says_no_ids_has_those_of_llama_cpp():
+    silent = make(SPM, tokenizer__ggml__bos_token_id=None)
+    assert (silent.bos_id, silent.eos_id, silent.encode("a", bos=True)) == (1, 2, [1, 6])
+    texts = make(SPM, tokenizer__ggml__bos_token_id=None, tokenizer__ggml__token_type=[2, 1, 1, 1, 1, 1, 1, 4])
+    assert (texts.bos_id, texts.eos_id) == (None, None), "ids of ordinary pieces are no markers"
+
+
 def test_every_token_that_ends_a_turn_is_known():
     assert make(BPE, tokenizer__ggml__eot_token_id=3, tokenizer__ggml__eom_token_id=4).end_ids == {3, 4, 260}
     assert make(BPE, tokenizer__ggml__eos_token_id=None).end_ids == {260}, "by its name"

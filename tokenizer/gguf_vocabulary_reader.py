@@ -13,7 +13,17 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
-from pocketlm.tokenizer.base import BYTE, END_OF_TURN, NORMAL, UNKNOWN, NoTokenizer, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.base import (
+    BYTE,
+    CONTROL,
+    END_OF_TURN,
+    NORMAL,
+    UNKNOWN,
+    NoTokenizer,
+    Tokenizer,
+    Vocabulary,
+    make_vocabulary,
+)
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS, read_options
@@ -28,6 +38,7 @@ _NO_MODEL = ("", "no_vocab")  # tokenizer.ggml.model of a file without one; llam
 _KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece", "t5": "unigram"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
 _STRIPPING_MODELS = ("phi-3", "phi3")
+_USUAL_IDS = {"bos": 1, "eos": 2}  # Llama's, where its kind of tokenizer says none: llama.cpp takes them, too
 _NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -117,6 +128,9 @@ def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool,
     if len(sides) % 2:
         raise FileError(keys.path, f"{OURS}replacements are no pairs")
     wanted = {name: keys.number(f"{_GGML}{name}_token_id") for name in ("bos", "eos", "eot", "eom", "unknown")}
+    if keys.text(_GGML + "model") == "llama" and not keys.text(OURS + "kind"):
+        usual = {name: i for name, i in _USUAL_IDS.items() if types[i : i + 1] == bytes([CONTROL])}
+        wanted |= {name: i for name, i in usual.items() if wanted[name] is None}
     return make_vocabulary(
         keys.path,
         tokens,

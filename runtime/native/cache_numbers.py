@@ -6,7 +6,8 @@ has a column's 16 numbers after the other's, a group of values a row after the o
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F16, F32, I8, I32, Function, Type, Value
+from pocketlm.runtime.kv_cache import SPREAD
+from pocketlm.runtime.native.ir import F16, F32, I8, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.sizes import LANES
 from pocketlm.runtime.native.vector_math import from_half, to_half
@@ -45,13 +46,18 @@ class Halves:
         """Keep the scale of a vector of `dim` numbers; what they are to be multiplied with before `kept`."""
         return f.const(F32, 1.0)
 
+    def spread(self, f: Function, vector: Value, dim: Value) -> None:
+        """Make a query or a key of `dim` numbers, in place, what keys are kept as."""
+
     def kept(self, f: Function, level: str, x: Value, inverse: Value) -> Value:
         """float32, one or 16, as they are kept."""
         return to_half(f, level, limited(f, x))
 
 
 class Bytes(Halves):
-    """int8, and a scale of 16 bits in a float32, so that numbers that are read and kept again stay the same."""
+    """int8, and a scale of 16 bits in a float32, so that numbers that are read and kept again stay the same. Keys are spread
+    as `kv_cache.spread` says.
+    """
 
     n_bytes = 1
     has_scales = True
@@ -67,6 +73,27 @@ class Bytes(Halves):
 
     def scaled(self, f: Function, x: Value, group: Value, padded: Value) -> Value:
         return x * f.load(ROW, group + padded * LANES, 4)
+
+    def spread(self, f: Function, vector: Value, dim: Value) -> None:
+        n = dim & (0 - dim)
+        with f.when((dim & (SPREAD - 1)).equals(0)):
+            factor = f.splat(1.0 / f.intrinsic("sqrt", f.cast("sitofp", n, F32)), LANES)
+            with f.range(0, dim, LANES) as d:
+                x = limited(f, f.load(ROW, vector + d * 4, 4)) * factor
+                for h in (1, 2, 4, 8):
+                    signs = f.vector(I32.vec(LANES), [-(1 << 31) if lane & h else 0 for lane in range(LANES)])
+                    own = f.bitcast(f.bitcast(x, I32.vec(LANES)) ^ signs, ROW)
+                    x = f.shuffle(x, [lane ^ h for lane in range(LANES)]) + own
+                f.store(x, vector + d * 4, 4)
+            h = f.var(I64, LANES)
+            with f.loop_while(lambda: h.get() < n):
+                with f.range(0, dim >> 1, LANES) as pair:  # of columns h apart
+                    low = vector + ((pair & (h.get() - 1)) + ((pair & (0 - h.get())) << 1)) * 4
+                    high = low + h.get() * 4
+                    a, b = f.load(ROW, low, 4), f.load(ROW, high, 4)
+                    f.store(a + b, low, 4)
+                    f.store(a - b, high, 4)
+                h.set(h.get() << 1)
 
     def scale(self, f: Function, vector: Value, dim: Value, group: Value, lane: Value, padded: Value) -> Value:
         largest, whole = f.var(I32, 0), dim & -LANES  # compared as integers, where NaN is larger than every number

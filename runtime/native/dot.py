@@ -126,7 +126,9 @@ def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int,
         for unpack, column in words:
             parts = f.split(unpack(), 16)
             low, high = meet(low, parts, low_bytes(column)), meet(high, parts, high_bytes(column))
-        return [f.join([l + (h << 8) for l, h in zip(low, high, strict=True)])]
+        # LLVM would make a multiplication by 256 that it knows two instructions, a shift and an addition
+        place = f.unknown(high[0].type, 256)
+        return [f.join([l + h * place for l, h in zip(low, high, strict=True)])]
 
     unpacked = [(f.split(unpack(), 16), column) for unpack, column in words]
 

@@ -1,6 +1,7 @@
 """Drawing a token in compiled code, as IR: what sampling.py says with NumPy, for chains that begin with top-k.
 
-In: a module. Out: the function `draw` in it. Knows logits and the SAMPLER record, not where random numbers come from.
+In: a module. Out: the function `draw` in it, and for other chains `top_k` and `sum_exp`. Knows logits and the SAMPLER record,
+not where random numbers come from.
 
 The k likeliest are found without sorting the vocabulary: the k-th largest of the largest logits of its chunks is a bound on
 the k-th largest of all, and few others are above it. Weights and sums are float64 in the same order as NumPy's.
@@ -17,6 +18,7 @@ from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import BROKEN, CHUNK, NO_CHOICE, UNKNOWN_ID
 from pocketlm.runtime.native.tiling import ROWS
+from pocketlm.runtime.native.vector_math import exp_of_negative
 
 FLT_MAX = (2 - 2**-23) * 2.0**127
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10  # of float64: the high part has trailing zeros
@@ -29,7 +31,11 @@ def define(module: Module) -> None:
 
     `ids`: int32, the text so far; `u`: uniform in [0, 1). The logits are edited for the while of the call. With the record's
     `logprobs`, its `logit` is the drawn token's minus the largest, `sum` is that of all exp(logit - largest).
+
+    top_k(sampler, logits, k): the k <= n_vocab likeliest, sorted, in the record's `top_x` and `top_ids`; equals by their ids.
+    sum_exp(x, n, top) -> float, where no x is above `top`.
     """
+    _define_sum_exp(module)
     _define_chunk(module)
     _define_count(module)
     _define_kth(module)
@@ -37,6 +43,10 @@ def define(module: Module) -> None:
     _define_penalise(module)
     _define_greedy(module)
     _define_candidates(module)
+    with module.function("top_k", {"s": PTR, "logits": PTR, "k": I64}, linkage="entry") as f:
+        s, logits, k = f.args()
+        _survey(f, s, logits)
+        f.call(VOID, "candidates", s, logits, k)
     _define_choose(module)
     with module.function(
         "draw", {"s": PTR, "logits": PTR, "ids": PTR, "n_ids": I64, "u": F64}, returns=I64, linkage="entry"
@@ -60,6 +70,26 @@ def _not(f: Function, condition: Value) -> Value:
 
 def _lanes(f: Function, condition: Value) -> Value:
     return f.bitcast(condition, I16)
+
+
+def _define_sum_exp(module: Module) -> None:
+    with module.function("sum_exp", {"x": PTR, "n": I64, "top": F32}, returns=F32, linkage="entry") as f:
+        x, n, top = f.args()
+        total, high = f.var(ROW, 0.0), f.splat(top, ROWS)
+        whole = n - n % ROWS
+        with f.range(0, whole, ROWS) as i:
+            total.set(total.get() + exp_of_negative(f, f.load(ROW, x + i * 4, 4) - high))
+        rest = f.var(F32, f.reduce(total.get(), "add"))
+        with f.range(whole, n) as i:
+            rest.set(rest.get() + exp_of_negative(f, f.load(F32, x + i * 4, 4) - top))
+        f.ret(rest.get(), F32)
+
+
+def _survey(f: Function, s: Value, logits: Value) -> None:
+    """The largest of every chunk, into the record's `chunks`."""
+    n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
+    with _chunks(f, n_vocab) as i:
+        f.store(f.call(F32, "chunk", logits, n_vocab, i), chunks + i * 4, 4)
 
 
 def _define_chunk(module: Module) -> None:
@@ -218,7 +248,7 @@ def _define_greedy(module: Module) -> None:
 
 
 def _define_candidates(module: Module) -> None:
-    """candidates(s, logits, k, best): the k likeliest, sorted, in the record's `top_x` and `top_ids`; equals by their ids."""
+    """candidates(s, logits, k): what `top_k` says, of logits that are surveyed."""
     with module.function("candidates", {"s": PTR, "logits": PTR, "k": I64}) as f:
         s, logits, k = f.args()
         n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
@@ -327,8 +357,7 @@ def _draw(f: Function) -> None:
             value.set(f.select(value.get() >= x, value.get(), x))
         return value.get()
 
-    with _chunks(f, n_vocab) as i:
-        f.store(f.call(F32, "chunk", logits, n_vocab, i), chunks + i * 4, 4)
+    _survey(f, s, logits)
     plain = largest()
     with f.when(plain.equals(math.inf)):
         f.ret(BROKEN)

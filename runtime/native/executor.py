@@ -172,7 +172,8 @@ class NativeExecutor:
         """
         with self._one_at_a_time.here:
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
-            if sum(len(ids) for _, ids, _ in checked) > BLOCK or len({id(c) for c, _, _ in checked}) < len(checked):
+            n = len(checked[0][1]) if len(checked) == 1 else sum(len(ids) for _, ids, _ in checked)
+            if n > BLOCK or (len(checked) > 1 and len({id(c) for c, _, _ in checked}) < len(checked)):
                 raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
             return self._pass(checked)
 
@@ -210,52 +211,46 @@ class NativeExecutor:
         return True
 
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
-        """Write the records of a pass. Raises PocketlmError once the model is closed."""
+        """Write the records of a pass. Raises PocketlmError once the model is closed.
+
+        Attention: few tokens with much behind them share out their spans; others have one task for each block of tokens. The
+        results are the same. Plain numbers where there are few: NumPy takes a microsecond for every field.
+        """
         self._workers.check_open()
         self._alone = lambda: None, 0  # until all is written: an interrupt may come before that
-        record, tokens, wanted = self._record, self._arrays["tokens"], self._arrays["rows"]
-        n = n_rows = 0
+        tokens, n, slot, wanted, entries = self._arrays["tokens"], 0, 0, list[int](), list[tuple[int, ...]]()
+        together = max(1, sizes.QUERIES * self.hyper.n_kv_head // self.hyper.n_head)
+        n_tasks = self.hyper.n_kv_head * sum(-(-len(ids) // together) for _, ids, _ in work)
         for cache, ids, rows in work:
-            here = tokens[n : n + len(ids)]
-            here["id"], here["position"] = ids, np.arange(cache.length, cache.length + len(ids))
-            here["keys"], here["values"] = cache.keys.ctypes.data, cache.values.ctypes.data
-            here["layers"], here["columns"] = cache.table.ctypes.data, cache.columns_address
-            here["before"][1:] = ids[:-1]
-            here["before"][0] = cache.id_before
-            n += len(ids)
-            wanted[n_rows : n_rows + rows] = np.arange(n - rows, n)
-            n_rows += rows
-        record["n_tokens"], record["n_logits"], record["n_entries"] = n, n_rows, self._entries(work)
-        cache = work[0][0]
-        if n == n_rows == 1:
-            self._alone = weakref.ref(cache), cache.length // sizes.SPAN + 1
-
-    def _entries(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> int:
-        """Tasks of attention, and where the tokens' results go; the number of entries.
-
-        Few tokens with much behind them share out their spans; others have one task for each block of tokens. The results are
-        the same.
-        """
-        n_kv, at, n, slot = self.hyper.n_kv_head, 0, 0, 0
-        together = max(1, sizes.QUERIES * n_kv // self.hyper.n_head)
-        n_blocks = sum(-(-len(ids) // together) for _, ids, _ in work)
-        for cache, ids, _ in work:
-            tokens = self._arrays["tokens"][n : n + len(ids)]
-            n_spans = (cache.length + len(ids) - 1) // sizes.SPAN + 1
-            first, left = np.arange(n, n + len(ids), together), self._n_slots - slot - (BLOCK - n)
-            parts = max(1, min(n_spans, 4 * self.n_threads // (n_blocks * n_kv))) if len(ids) * n_spans <= left else 1
+            start, stop = cache.length, cache.length + len(ids)
+            n_spans, left = (stop - 1) // sizes.SPAN + 1, self._n_slots - slot - (BLOCK - n)
+            parts = max(1, min(n_spans, 4 * self.n_threads // n_tasks)) if len(ids) * n_spans <= left else 1
             slots = n_spans if parts > 1 else 1  # of a token
-            tokens["slot"] = slot + slots * np.arange(len(ids))
-            tokens["n_partials"] = tokens["position"] // sizes.SPAN + 1 if parts > 1 else 1
+            memory = cache.keys.ctypes.data, cache.values.ctypes.data, cache.table.ctypes.data
+            if len(ids) == 1:
+                tokens[n] = ids[0], start, *memory, slot, slots, cache.id_before, cache.columns_address
+            else:
+                here = tokens[n : n + len(ids)]
+                here["id"], here["position"] = ids, np.arange(start, stop)
+                here["keys"], here["values"], here["layers"] = memory
+                here["columns"] = cache.columns_address
+                here["slot"] = slot + slots * np.arange(len(ids))
+                here["n_partials"] = here["position"] // sizes.SPAN + 1 if parts > 1 else 1
+                here["before"][1:], here["before"][0] = ids[:-1], cache.id_before
             slot += len(ids) * slots
-            cuts = np.arange(parts + 1) * n_spans // parts
-            entries = self._arrays["entries"][at : at + len(first) * parts]
-            entries["token"] = np.repeat(first, parts)
-            entries["n_tokens"] = np.minimum(n + len(ids) - entries["token"], together)
-            entries["first"], entries["last"] = np.tile(cuts[:-1], len(first)), np.tile(cuts[1:], len(first))
-            entries["apart"] = parts > 1
-            at, n = at + len(entries), n + len(ids)
-        return at
+            cuts = [part * n_spans // parts for part in range(parts + 1)]
+            for first in range(n, n + len(ids), together):
+                n_here = min(n + len(ids) - first, together)
+                entries += [(first, n_here, cuts[i], cuts[i + 1], parts > 1) for i in range(parts)]
+            n += len(ids)
+            wanted += range(n - rows, n)
+        self._arrays["rows"][: len(wanted)] = wanted
+        self._arrays["entries"][: len(entries)] = entries
+        for name, number in (("n_tokens", n), ("n_logits", len(wanted)), ("n_entries", len(entries))):
+            self._record[name] = number
+        if n == len(wanted) == 1:
+            cache = work[0][0]
+            self._alone = weakref.ref(cache), cache.length // sizes.SPAN + 1
 
     def _address(self, fmt: str, kernel: str) -> int:
         return self._code[fmt].address(f"{fmt}_{kernel}")

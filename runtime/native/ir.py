@@ -186,6 +186,14 @@ class Function:
         self._lines.append(f"  {name} = {text}")
         return Value(self, type, name)
 
+    def unknown(self, type: Type, number: float) -> Value:
+        """A constant in a vector register of aarch64 that the optimiser does not know, made where the function begins."""
+        value = self.const(type, number)
+        self._count += 1
+        name = f"%u{self._count}"
+        self._entry.append(f'  {name} = call {type} asm "", "=w,0"({type} {value})')
+        return Value(self, type, name)
+
     def label(self, name: str) -> str:
         self._count += 1
         return f"{name}.{self._count}"

@@ -25,14 +25,13 @@ _aot: dict[str, str] = {}  # {"path": …, "version": …} of a file of images t
 
 def module_text(name: str, level: Level, abi: str) -> str:
     """The IR of a core or of a weight format, for a level and a calling convention ("sysv" or "win64")."""
-    from pocketlm.runtime.native import cache_numbers, draw, matrix, run_loop, stages, topk
+    from pocketlm.runtime.native import cache_numbers, draw, matrix, run_loop, stages
     from pocketlm.runtime.native.ir import Module
 
     module = Module(abi)
     if kept := next((kv for kv, core in CORES.items() if core == name), None):
         stages.define(module, level.name, cache_numbers.KINDS[kept])
         run_loop.define(module, level.machine)
-        topk.define(module)
         draw.define(module)
     else:
         matrix.define(module, level.name, name)

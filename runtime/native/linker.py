@@ -299,9 +299,12 @@ class Loaded:
         """Where a function is. KeyError if the image has no such function."""
         return self._pages.address + self._symbols[symbol]
 
-    def function(self, symbol: str, restype: Any, *argtypes: Any) -> Any:
-        """A function to call, with ctypes types. Other Python threads run meanwhile: a call releases the interpreter's lock."""
-        return ctypes.CFUNCTYPE(restype, *argtypes)(self.address(symbol))
+    def function(self, symbol: str, restype: Any, *argtypes: Any, alone: bool = False) -> Any:
+        """A function to call, with ctypes types. Other Python threads run meanwhile, unless `alone`: the interpreter's lock is
+        kept then. That is for what takes microseconds: to get the lock back from another thread takes longer.
+        """
+        make = ctypes.PYFUNCTYPE if alone else ctypes.CFUNCTYPE
+        return make(restype, *argtypes)(self.address(symbol))
 
     def close(self) -> None:
         """Give the memory back."""

@@ -286,7 +286,6 @@ class _Encoder:
 _STEPS: dict[type, Callable[..., None]] = {
     P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Activate: _Encoder.activate,
     P.Add: _Encoder.add, P.Gate: _Encoder.gate, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap,
-    P.Convolve: _Encoder.convolve,
-    P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix, fusion.Product: _Encoder.product,
-    fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
+    P.Convolve: _Encoder.convolve, P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix,
+    fusion.Product: _Encoder.product, fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
 }  # fmt: skip

@@ -18,14 +18,21 @@ exact, and the order of floating-point sums is the same in all kernels of a form
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
-from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.sizes import RECORD, TILE, TILES
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
 AHEAD_OF_TILE = 1280  # the same for a product of several tokens, which reads more slowly
+# These cores fetch one stream ahead by themselves: others read at a Pi's full bandwidth without asking
+UNASKED = ("dotprod", "neon")
+SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
 PRODUCT = {
     "w": PTR,
@@ -66,33 +73,76 @@ def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, i
     return {p.name: f.opaque(w + rows * layout.plane_offset(p.name) + index * (ROWS * p.bytes)) for p in layout.planes}
 
 
+class Where(NamedTuple):
+    """Of a product: where the planes of a block begin, and the activations' numbers and records."""
+
+    planes: Callable[[Value | int], dict[str, Value]]
+    wholes: Value
+    records: Value
+
+
+Of = Callable[[Value | int], tuple[Value, Value]]  # a column of the block → its record and numbers, of the first token
+
+
+@contextmanager
+def _counted(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -> Iterator[tuple[dict[str, Value], Of]]:
+    """A loop over the blocks of a group, which computes all addresses from the block's number."""
+    with f.range(0, n_blocks) as b:
+
+        def of(column: Value | int) -> tuple[Value, Value]:
+            number = b * LAYOUTS[fmt].block_size + column >> 5
+            return f.opaque(where.records + number * (RECORD * tokens)), where.wholes + number * (64 * tokens)
+
+        yield where.planes(b), of
+
+
+@contextmanager
+def _moving(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -> Iterator[tuple[dict[str, Value], Of]]:
+    """The same for blocks of 32 columns, with addresses that stay in their registers and move on.
+
+    The activations' address is that of the scale, which is read last: the instruction of aarch64 that reads it moves it on.
+    """
+    steps = {plane.name: ROWS * plane.bytes for plane in LAYOUTS[fmt].planes}
+    moving = {name: f.var(PTR, start) for name, start in where.planes(0).items()}
+    record, whole = f.var(PTR, where.records + SCALE), f.var(PTR, where.wholes)
+    end = where.records + (n_blocks * (RECORD * tokens) + SCALE)
+    with f.loop_while(lambda: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
+        planes, scale, words = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get()), whole.get()
+        yield planes, lambda column: (scale + -SCALE, words)
+        for name, at in moving.items():
+            at.set(planes[name] + steps[name])
+        record.set(scale + RECORD * tokens)
+        whole.set(words + 64 * tokens)
+
+
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
     size, n = LAYOUTS[fmt].block_size, n_blocks * LAYOUTS[fmt].block_size
     wholes, records = x + n * (4 * tokens), x + n * (6 * tokens)
     ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
+    turns = _moving if level in UNASKED and tokens == 1 and size == 32 else _counted
     with f.range(first, last) as g:
         totals = [f.var(ROW, 0.0) for _ in range(tokens)]
-        with f.range(0, n_blocks) as b:
+        base = g * n_blocks
+        where = Where(lambda b, base=base: _planes(f, fmt, w, n_groups, n_blocks, base + b), wholes, records)
+        with turns(f, fmt, tokens, n_blocks, where) as (planes, of):
 
-            def add(run: Run, b: Value = b) -> None:
-                column = b * size + run.column
+            def add(run: Run, of: Of = of) -> None:
                 zero, words = _unsigned(f, level, run)
-                half = 0 if run.count == 32 else column & 31  # of the record's columns, where the run begins
-                tile, whole = f.opaque(records + (column >> 5) * (RECORD * tokens)), wholes + (column >> 5) * (64 * tokens)
+                half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
+                tile, whole = of(run.column)
                 here = [tile + RECORD * t for t in range(tokens)]
                 xs = [Activations(at + half, at + half + 32, whole + half * 2 + 64 * t) for t, at in enumerate(here)]
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
                 for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):
-                    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + 64, 4), ROWS)
+                    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + SCALE, 4), ROWS)
                     value = f.fma(run.scale, scaled, total.get())
                     if run.offset is not None:
                         value = f.fma(run.offset, f.splat(_scaled_sum(f, run, at, half), ROWS), value)
                     total.set(value)
 
-            planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
-            for line in range(0, ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
+            for line in range(0, 0 if level in UNASKED else ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
                 f.prefetch(planes["q"] + (ahead + line))
             RUNS[fmt](f, level, planes, add)
         for t, total in enumerate(totals):
@@ -142,7 +192,7 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                 sums[chain].set(f.fma(weights, f.splat(f.load(F32, token + c * 4, 4), ROWS), sums[chain].get()))
 
         with f.range(0, whole, 4) as c:
-            if tokens == 1:
+            if tokens == 1 and level not in UNASKED:
                 for line in range(0, 4 * type_.bytes, 64):
                     f.prefetch(start + (c * type_.bytes + AHEAD + line))
             for i in range(4):

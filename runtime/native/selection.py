@@ -9,6 +9,7 @@ import ctypes
 import math
 from array import array
 from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
-from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, NO_CHOICE, SamplingOptions
+from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, NO_CHOICE, SamplingOptions, top_k
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -28,15 +29,26 @@ class Selection:
     """`draw` for the usual chains of filters; `top_k` and `sum_exp` for others. Logits are float32 [n_vocab], contiguous."""
 
     def __init__(self, core: Loaded, n_vocab: int):
-        p, i = ctypes.c_void_p, ctypes.c_int64
-        self._core, self._n_vocab, self._whole = core, n_vocab, n_vocab // ROWS * ROWS  # what is left over is NumPy's
-        self._shape = (n_vocab,)
-        self._largest_of = core.function("largest_of", None, p, i, p)
-        self._at_least = core.function("at_least", i, p, i, ctypes.c_float, p)
-        self._sum_exp = core.function("sum_exp", ctypes.c_float, p, i, ctypes.c_float)
-        self._chunks = np.empty(-(-self._whole // CHUNK), np.float32)
-        self._ids = np.empty(n_vocab + ROWS, np.int64)
-        self._rest = np.arange(self._whole, n_vocab)
+        p, i, d = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+        self._n_vocab, self._shape = n_vocab, (n_vocab,)
+        self._draw = core.function("draw", i, p, p, p, i, d, alone=True)
+        self._top_k = core.function("top_k", None, p, p, i, alone=True)
+        self._sum_exp = core.function("sum_exp", ctypes.c_float, p, i, ctypes.c_float, alone=True)
+        self._arrays = {
+            "chunks": np.full(-(-n_vocab // CHUNK) + ROWS, -np.inf, np.float32),
+            "values": np.empty(n_vocab + ROWS + 1, np.float32),
+            "ids": np.empty(n_vocab + ROWS + 1, np.int32),
+            "top_x": np.empty(sizes.MAX_K + 1, np.float32),
+            "top_ids": np.empty(sizes.MAX_K + 1, np.int32),
+            "weights": np.empty(sizes.MAX_K, np.float64),
+        }
+        self._record = aligned(1, SAMPLER)
+        self._set(n_vocab=n_vocab)
+
+    def _set(self, **numbers: Any) -> None:
+        """Fields of the record."""
+        for name, number in {**numbers, **{name: memory.ctypes.data for name, memory in self._arrays.items()}}.items():
+            self._record[name] = number
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray:
         """Ids of the k largest, the largest first, lower ids before higher ones of the same value: int64 [min(k, n_vocab)].
@@ -46,14 +58,11 @@ class Selection:
         address = self._checked(logits)
         if k < 1:
             raise UsageError(f"the {k} largest logits: expected at least 1")
-        if k >= len(self._chunks):
-            ids = np.arange(len(logits))
-        else:
-            self._largest_of(address, self._whole, self._chunks.ctypes.data)
-            bound = np.partition(self._chunks, len(self._chunks) - k)[len(self._chunks) - k]
-            count = self._at_least(address, self._whole, bound, self._ids.ctypes.data)
-            ids = np.concatenate([self._ids[:count], self._rest])
-        return ids[(-logits[ids]).argsort(kind="stable")[:k]]
+        k = min(k, self._n_vocab)
+        if k > sizes.MAX_K:
+            return top_k(logits, k)
+        self._top_k(self._record.ctypes.data, address, k)
+        return self._arrays["top_ids"][:k].astype(np.int64)
 
     def sum_exp(self, logits: np.ndarray, largest: float) -> float:
         """Sum of exp(logit - largest). UsageError for logits of another shape or type."""
@@ -70,32 +79,22 @@ class Selection:
         k = 1 if o.temperature < GREEDY_BELOW else o.top_k
         if not 1 <= k <= sizes.MAX_K:
             return None
-        n, penalties = self._n_vocab, (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
+        penalties = (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
         bias = o.logit_bias or {}
-        arrays = {
+        arrays, record = self._arrays, self._record
+        arrays |= {
             "exempt": np.array(sorted(exempt), np.int64),
             "bias_ids": np.array(list(bias), np.int64),
             "biases": np.array(list(bias.values()), np.float32),
             "saved": np.empty(len(bias) + min(o.repeat_last_n, 64), np.float32),
-            "chunks": np.full(-(-n // CHUNK) + ROWS, -np.inf, np.float32),
-            "values": np.empty(n + ROWS + 1, np.float32),
-            "ids": np.empty(n + ROWS + 1, np.int32),
-            "top_x": np.empty(k + 1, np.float32),
-            "top_ids": np.empty(k + 1, np.int32),
-            "weights": np.empty(k, np.float64),
         }
-        numbers = {
-            "n_vocab": n, "k": k, "edits": bool(bias) or penalties, "logprobs": logprobs,
-            "last_n": min(o.repeat_last_n, 1 << 40) if penalties else 0,
-            "repeat": o.repeat_penalty, "presence": o.presence_penalty, "frequency": o.frequency_penalty,
-            "n_exempt": len(exempt), "n_bias": len(bias),
-            "top_p": o.top_p, "min_p": -math.log(o.min_p) if o.min_p else math.inf, "temperature": o.temperature,
-        }  # fmt: skip
-        record = aligned(1, SAMPLER)
-        for name, number in {**numbers, **{name: memory.ctypes.data for name, memory in arrays.items()}}.items():
-            record[name] = number
-        p, i = ctypes.c_void_p, ctypes.c_int64
-        call, address = self._core.function("draw", i, p, p, p, i, ctypes.c_double), record.ctypes.data
+        self._set(
+            k=k, edits=bool(bias) or penalties, logprobs=logprobs, last_n=min(o.repeat_last_n, 1 << 40) if penalties else 0,
+            repeat=o.repeat_penalty, presence=o.presence_penalty, frequency=o.frequency_penalty,
+            n_exempt=len(exempt), n_bias=len(bias),
+            top_p=o.top_p, min_p=-math.log(o.min_p) if o.min_p else math.inf, temperature=o.temperature,
+        )  # fmt: skip
+        call, address = self._draw, record.ctypes.data
         results, at = record.view(np.uint8), ctypes.c_char.from_buffer
         logit, total = (ctypes.c_double.from_buffer(results, offset(SAMPLER, name)) for name in ("logit", "sum"))
         last_n, room, greedy = int(record["last_n"][0]), len(arrays["saved"]) - len(bias), k == 1

@@ -250,6 +250,7 @@ def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         weight = f.select(is_key, r.op("key_weight", PTR), r.op("weight", PTR)) + group * r.op("weight_stride")
         elements.normalise(f, r, vector, vector, weight, None, dim)
     _turn(f, r, vector, position)
+    numbers.spread(f, vector, dim)
     with f.when(head >= n_head):
         padded, (place, rows) = r.run("padded_dim"), attention.cache_of(r, numbers, token, head - n_head)
         row, value, size = position % rows, vector + n_kv * dim * 4, numbers.n_bytes

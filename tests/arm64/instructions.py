@@ -125,6 +125,7 @@ def count(work: Path, core: str, who: str, model: Path, n_tokens: int) -> tuple[
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
         "PYTHONPATH": work / "site", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # the threads that NumPy brings wait in a loop, which would be counted
         "POCKETLM_CACHE": work / "cache", "LLAMA_CPP_LIB_PATH": work / f"b-{CORES[core]}/bin",
     }  # fmt: skip
     words = [*command, "-c", TOKENS, ADAPTERS[who], model, n_tokens, logits]
