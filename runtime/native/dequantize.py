@@ -88,6 +88,26 @@ def _six_bit_scales(f: Function, s: Value) -> tuple[list[Value], list[Value]]:
     return scales, minima
 
 
+def _for_each(f: Function, level: str, n: int, body: Callable[[Value | int], None]) -> None:
+    """`body` of 0 … n - 1: one after the other where registers hold what a loop would keep in memory, else a loop."""
+    if level == "avx512-vnni":
+        for i in range(n):
+            body(i)
+    else:
+        with f.range(0, n) as i:
+            body(i)
+
+
+def _shift(f: Function, bits: Value | int) -> Value | int:
+    """So many bits, for 64 bytes."""
+    return bits if isinstance(bits, int) else f.splat(f.cast("trunc", bits, I8), 64)
+
+
+def _parts(f: Function, level: str, body: Callable[[Value | int, Value | int], None]) -> None:
+    """`body` of the halves of 256 columns, and of the even and odd runs of 16 in them."""
+    _for_each(f, level, 2, lambda part: _for_each(f, level, 2, lambda odd: body(part, odd)))
+
+
 def _k_quant(fifth: bool) -> Runs:
     """Q4_K, Q5_K: 256 columns in eight runs of 32, each with a 6-bit scale and minimum."""
 
@@ -97,17 +117,20 @@ def _k_quant(fifth: bool) -> Runs:
         for j, (scale, minimum) in enumerate(zip(*_six_bit_scales(f, p["s"]), strict=True)):
             f.store(d * f.cast("uitofp", scale, F32), table + 128 * j, 64)
             f.store(0.0 - m * f.cast("uitofp", minimum, F32), table + (128 * j + 64), 64)
-        with f.range(0, 4) as i:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
-            for odd in (0, 1):
-                shift = f.splat(f.cast("trunc", i * 2 + odd, I8), 64) if fifth else None
 
-                def unpack(k: int, i: Value = i, odd: int = odd, shift: Value | None = shift) -> Value:
+        def pair(i: Value | int) -> None:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
+            for odd in (0, 1):
+                shift = _shift(f, i * 2 + odd)
+
+                def unpack(k: int, odd: int = odd, shift: Value | int = shift) -> Value:
                     packed = f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32)
                     v = packed >> 4 if odd else packed & 15
-                    return v if shift is None else v | (((f.load(BYTES, p["h"] + 64 * k, 32) >> shift) & 1) << 4)
+                    return v | (((f.load(BYTES, p["h"] + 64 * k, 32) >> shift) & 1) << 4) if fifth else v
 
                 scale, offset = (f.load(F32.vec(16), table + (i * 256 + 128 * odd + at), 64) for at in (0, 64))
                 each(Run(i * 64 + 32 * odd, 32, _fours(unpack, 8), scale, offset, 0, 31 if fifth else 15))
+
+        _for_each(f, level, 4, pair)
 
     return runs
 
@@ -115,10 +138,11 @@ def _k_quant(fifth: bool) -> Runs:
 def _q6_k(f: Function, level: str, p: Planes, each: Each) -> None:
     d = _halves(f, level, p["d"])
     # 16 columns a scale; 128 columns (a part) share 64 bytes of low and 32 bytes of high bits, in quarters of 32
-    with f.range(0, 2) as part, f.range(0, 2) as odd:
+
+    def runs(part: Value | int, odd: Value | int) -> None:
         for quarter in range(4):
 
-            def unpack(k: int, part: Value = part, odd: Value = odd, quarter: int = quarter) -> Value:
+            def unpack(k: int, quarter: int = quarter) -> Value:
                 low = f.load(BYTES, p["q"] + (part * 1024 + odd * 256 + 512 * (quarter % 2) + 64 * k), 32)
                 high = f.load(BYTES, p["h"] + (part * 512 + odd * 256 + 64 * k), 32)
                 return (low >> 4 if quarter >= 2 else low & 15) | (((high >> (2 * quarter)) & 3) << 4)
@@ -127,20 +151,25 @@ def _q6_k(f: Function, level: str, p: Planes, each: Each) -> None:
             column = part * 128 + odd * 16 + 32 * quarter
             each(Run(column, 16, _fours(unpack, 4), d * f.cast("sitofp", scale, F32), None, 32, 63))
 
+    _parts(f, level, runs)
+
 
 def _q2_k(f: Function, level: str, p: Planes, each: Each) -> None:
     d, m = _halves(f, level, p["d"]), _halves(f, level, p["m"])
     # 16 columns a scale; 128 columns (a part) share 32 bytes, in quarters of 32
-    with f.range(0, 2) as part, f.range(0, 2) as odd:
+
+    def runs(part: Value | int, odd: Value | int) -> None:
         for quarter in range(4):
 
-            def unpack(k: int, part: Value = part, odd: Value = odd, quarter: int = quarter) -> Value:
+            def unpack(k: int, quarter: int = quarter) -> Value:
                 return (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
 
             packed = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
             scale, minimum = (f.cast("uitofp", bits, F32) for bits in (packed & 15, packed >> 4))
             column = part * 128 + odd * 16 + 32 * quarter
             each(Run(column, 16, _fours(unpack, 4), d * scale, 0.0 - m * minimum, 0, 3))
+
+    _parts(f, level, runs)
 
 
 def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
@@ -150,16 +179,19 @@ def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
         low = b[i] & 15 if i < 8 else b[i - 8] >> 4
         six = low | (((b[8 + i % 4] >> (i // 4 * 2)) & 3) << 4)
         f.store(d * f.cast("sitofp", six - 32, F32), table + 64 * i, 64)
-    with f.range(0, 2) as part, f.range(0, 2) as odd:
-        for quarter in range(4):
-            shift = f.splat(f.cast("trunc", part * 4 + quarter, I8), 64)
 
-            def unpack(k: int, part: Value = part, odd: Value = odd, quarter: int = quarter, shift: Value = shift) -> Value:
+    def runs(part: Value | int, odd: Value | int) -> None:
+        for quarter in range(4):
+            shift = _shift(f, part * 4 + quarter)
+
+            def unpack(k: int, quarter: int = quarter, shift: Value | int = shift) -> Value:
                 low = (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
                 return low | (((f.load(BYTES, p["h"] + (odd * 256 + 64 * k), 32) >> shift) & 1) << 2)
 
             scale = f.load(F32.vec(16), table + (part * 512 + odd * 64 + 128 * quarter), 64)
             each(Run(part * 128 + odd * 16 + 32 * quarter, 16, _fours(unpack, 4), scale, None, 4, 7))
+
+    _parts(f, level, runs)
 
 
 def _steps(f: Function, level: str, steps: Sequence[int], q: Value) -> tuple[Words, int, int]:

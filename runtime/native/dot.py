@@ -66,9 +66,9 @@ def _together(
 ) -> list[Value]:
     """AVX-512: every word meets all tokens as soon as it is unpacked, so that two sums a token hide an instruction's latency.
 
-    Few tokens have two sums more: the words take turns.
+    Few tokens have two sums more where there are many words: these take turns.
     """
-    zero, turns = f.const(I32.vec(16), 0), 2 if len(xs) <= 2 else 1
+    zero, turns = f.const(I32.vec(16), 0), 2 if len(xs) <= 2 and len(words) > 4 else 1
     low = [[zero if start is None else f.splat(start, 16), *[zero] * (turns - 1)] for start in starts]
     high = [[zero] * turns for _ in xs]
     for i, (unpack, column) in enumerate(words):
