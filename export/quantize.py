@@ -254,7 +254,10 @@ def _iq4_nl(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 
 def _mxfp4(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    """The power of two that leaves the largest of a block between 4 and 8: weights that were MXFP4 before stay the same."""
+    """The power of two that leaves the largest of a block between 4 and 8: weights that were MXFP4 before stay the same.
+
+    As ggml does it, without a search, so that nothing is made of what the weights count.
+    """
     largest = np.abs(x).max(-1, keepdims=True)
     exponents = np.where(largest > 0, np.clip(np.frexp(largest)[1] + 124, 0, 254), 0)
     steps = np.array(MXFP4_STEPS[:8], np.float32)
