@@ -4,8 +4,8 @@
 
 A client asks one question of its own and reads the answer as a stream; all of a round begin together. The servers take turns;
 a figure is the median of the rounds. Prints a Markdown table: tokens per second of all clients together, that beside one
-client, and the time to the first token, half of the clients' and 95 %. A client without an answer ends the run. Pieces of text are counted as
-tokens: a character that takes several is one piece.
+client, and the time to the first token, half of the clients' and 95 %. A client without an answer ends the run. Pieces of
+text are counted as tokens: a character that takes several is one piece.
 """
 
 from __future__ import annotations
