@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -101,26 +102,22 @@ def ask(port: int, number: int, tokens: int) -> Answer:
 
 def together(port: int, clients: int, tokens: int) -> tuple[float, list[float]]:
     """Tokens per second of all clients together, and each one's time to its first token."""
-    answers: list[Answer | None] = [None] * clients
-    failed: list[str] = []
 
-    def client(number: int) -> None:
+    def client(number: int) -> Answer | str:
+        """The answer, or why there is none."""
         try:
-            answers[number] = ask(port, number, tokens)
+            answer = ask(port, number, tokens)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            failed.append(f"client {number}: {error}")
+            return f"client {number}: {error}"
+        return answer if answer.tokens else f"client {number}: no answer"
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:
+        ended = [*pool.map(client, range(clients))]
     seconds = time.perf_counter() - started
-    lost = failed or [f"client {n}: no answer" for n, answer in enumerate(answers) if not answer or not answer.tokens]
-    if lost:
+    if lost := [why for why in ended if isinstance(why, str)]:
         raise SystemExit(f"{len(lost)} of {clients} clients have no answer; {lost[0]}")
-    got = [answer for answer in answers if answer]
+    got = [answer for answer in ended if isinstance(answer, Answer)]
     return sum(answer.tokens for answer in got) / seconds, [answer.first for answer in got]
 
 
