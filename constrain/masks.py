@@ -17,6 +17,7 @@ import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Masks:
         self._has_row = np.zeros(64, bool)
         self._is_whole = np.zeros(64, bool)
         self._leaving: dict[Hashable, Leaving] = {}
-        self._reached_beside: dict[State, np.ndarray] = {}
+        self._beside: dict[State, np.ndarray] = {}
         self._steps = 0
 
     def _begin(self) -> None:
@@ -244,7 +245,15 @@ class Masks:
             elif place != WHOLE:
                 others.append(place)
         if others:
-            alive |= self._beside(frozenset(others))
+            root, at = np.zeros(1, np.int64), frozenset(others)
+            if not counted:
+                self._walk(root, np.array([self._number(at)]), alive)
+            else:  # beside a counted part it is the same at every count
+                if (found := self._beside.get(at)) is None:
+                    found = np.zeros_like(alive)
+                    self._walk(root, np.array([self._number(at)]), found)
+                    _keep(self._beside, at, found)
+                alive |= found
         for stack, places in counted.items():
             self._repeated(stack, frozenset(places), alive)
         alive[0] = False
@@ -255,16 +264,6 @@ class Masks:
         if not n and WHOLE not in state:
             raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
         return allowed.nonzero()[0] if n * 8 <= len(allowed) else ~allowed
-
-    def _beside(self, state: State) -> np.ndarray:
-        """What is reached from the root; the last ones are kept, for beside a counted part it is the same at every count."""
-        if (found := self._reached_beside.get(state)) is None:
-            found = np.zeros(self.vocabulary.n_nodes, bool)
-            self._walk(np.zeros(1, np.int64), np.array([self._number(state)]), found)
-            if len(self._reached_beside) >= MOST_COUNTED:
-                self._reached_beside.clear()
-            self._reached_beside[state] = found
-        return found
 
     def _walk(self, nodes: np.ndarray, states: np.ndarray, alive: np.ndarray) -> None:
         """Mark what can be reached in the tree of the vocabulary from these nodes, where the text is in these states."""
@@ -315,9 +314,8 @@ class Masks:
                 nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
             inner = through[vocabulary.parent[nodes]]
             nodes, inner = nodes[inner > 0], inner[inner > 0]
-            if len(self._leaving) >= MOST_COUNTED:
-                self._leaving.clear()
-            kept = self._leaving[key] = Leaving(nodes, row[vocabulary.byte[nodes]], inner)
+            kept = Leaving(nodes, row[vocabulary.byte[nodes]], inner)
+            _keep(self._leaving, key, kept)
         fits = kept.inner >= part.least - times
         if part.most is not None:
             fits &= kept.inner <= part.most - times
@@ -326,9 +324,10 @@ class Masks:
             self._walk(kept.nodes[fits], kept.states[fits], alive)
             return
         if kept.behind is None:
-            kept.behind = np.zeros_like(alive)
-            kept.behind[kept.nodes] = True
-            self._walk(kept.nodes, kept.states, kept.behind)
+            behind = np.zeros_like(alive)
+            behind[kept.nodes] = True
+            self._walk(kept.nodes, kept.states, behind)
+            kept.behind = behind  # now that it is whole: a walk may end with an error
         alive |= kept.behind
 
     def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
@@ -354,7 +353,12 @@ class Masks:
             needed[nodes] = counts + ~ends
             through[nodes] = counts * ends
             states = np.where(ends, self._number(first), states)
-        if len(kept_in) >= MOST_COUNTED:
-            kept_in.clear()
-        kept_in[key] = needed, through
+        _keep(kept_in, key, (needed, through))
         return needed, through
+
+
+def _keep(cache: dict[Any, Any], key: Hashable, value: Any) -> None:
+    """Remember it; what was before, when that is much, no longer."""
+    if len(cache) >= MOST_COUNTED:
+        cache.clear()
+    cache[key] = value

@@ -6,11 +6,14 @@ import sys
 from decimal import Decimal
 
 import pytest
-from constraining import TOKENS, check_exactly, masks_of, reads, walk, write
+from constraining import END_ID, TOKENS, check_exactly, masks_of, reads, walk, write
 
 from pocketlm.constrain import patterns
+from pocketlm.constrain.automaton import build
 from pocketlm.constrain.grammar import Choice, Grammar
+from pocketlm.constrain.masks import Masks
 from pocketlm.constrain.numbers import DIGITS, Bounds, fixed, integers, numbers
+from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
 LETTERS = "ab1é日🙂 .\n"
@@ -175,6 +178,33 @@ def test_what_would_take_too_long_is_refused():
 
     with pytest.raises(UsageError, match="too many ways"):
         write_many()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_mask_that_ended_with_an_error_leaves_nothing_half_made(monkeypatch, at):
+    """The walk behind a counted part is kept for every count: of one that was broken off nothing may be."""
+    tokens = [*TOKENS, b'a", "', b'b", "ab', b'ab","']
+    grammar = Grammar(patterns.whole('"[a-z1é ]{0,40}", "[a-z ]{0,9}"'), {}, "regex")
+    expected, masks = (Masks(build(grammar), Vocabulary(tokens, [END_ID], len(tokens)), "regex") for _ in range(2))
+    texts = [b'"', b'"a', b'"ab', b'"ab", "', b'"ab", "a']
+    walked, walks = Masks._walk, iter(range(1, 1000))
+
+    def breaks_off(self, nodes, states, alive):
+        if next(walks) == at:
+            raise UsageError("too many ways")
+        walked(self, nodes, states, alive)
+
+    def all_masks():
+        for text in texts:
+            masks.mask(masks.advance(masks.start, text))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Masks, "_walk", breaks_off)
+        with pytest.raises(UsageError):
+            all_masks()
+    for text in texts:
+        found, wanted = (each.mask(each.advance(each.start, text)) for each in (masks, expected))
+        assert found.tolist() == wanted.tolist(), text
 
 
 def test_choices():
