@@ -28,7 +28,9 @@ class Handover:
         self._ended = False
 
     def start(self, make: Callable[[threading.Event], Iterable[Any]], ended: Callable[[], object] = lambda: None) -> None:
-        """Iterate in a thread, which ends with the process. `ended` is called in the loop when the thread is through."""
+        """Iterate in a thread, which ends with the process. `ended` is called in the loop when the thread is through, before
+        the reader learns that nothing more comes.
+        """
         threading.Thread(target=self._work, args=(make, ended), daemon=True, name="pocketlm-stream").start()
 
     def _work(self, make: Callable[[threading.Event], Iterable[Any]], ended: Callable[[], object]) -> None:
@@ -42,9 +44,7 @@ class Handover:
                 self._tell()
         except BaseException as error:
             self._error = error
-        self._ended = True
-        self._tell()
-        self._call(ended)
+        self._call(lambda: self._end(ended))
 
     def _tell(self) -> None:
         if not self._told:
@@ -53,6 +53,11 @@ class Handover:
 
     def _wake(self) -> None:
         self._told = False  # first: what comes from here on tells again
+        self._arrived.set()
+
+    def _end(self, ended: Callable[[], object]) -> None:
+        ended()  # first: who has read the whole answer asks the next question at once, and finds the slot free
+        self._ended = True
         self._arrived.set()
 
     def _call(self, function: Callable[[], object]) -> None:
@@ -67,7 +72,7 @@ class Handover:
     async def __anext__(self) -> Any:
         """The next part. Raises what the thread raised."""
         while not self._parts:
-            if self._ended and not self._parts:
+            if self._ended:
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration

@@ -8,7 +8,7 @@ import pytest
 from serving import tiny_chat, wait_until
 
 import pocketlm
-from pocketlm.asynchronous import in_thread
+from pocketlm.asynchronous import Handover, in_thread
 from pocketlm.errors import PocketlmError
 
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -109,3 +109,16 @@ def test_the_package_says_that_it_is_typed():
     from pathlib import Path
 
     assert (Path(pocketlm.__file__).parent / "py.typed").exists()
+
+
+def test_who_has_read_everything_finds_the_work_ended(monkeypatch):
+    call = Handover._call
+    monkeypatch.setattr(Handover, "_call", lambda handover, function: (call(handover, function), time.sleep(0.05)))
+
+    async def read():
+        through = []
+        handover = Handover()
+        handover.start(lambda cancel: iter("ab"), lambda: through.append(True))
+        return [part async for part in handover], through
+
+    assert asyncio.run(read()) == (["a", "b"], [True])
