@@ -17,6 +17,7 @@ from pocketlm.chat.endings import Endings
 from pocketlm.chat.opening import Opening
 from pocketlm.chat.thinking import Splitter, split
 from pocketlm.chat.transcript import Conversation, Record, shown
+from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError
 
 ANSWER_TOKENS = 1024  # the longest answer unless asked for another: a small model may never find its end
@@ -93,7 +94,7 @@ class Chat:
         try:
             given = self._encodable(Conversation(self.conversation.system, messages).for_model())
             with self.console.interruptible() as cancel:
-                begun = answer["content"] or self._prepared().thought_opening
+                begun = answer["content"] or self._opening()
                 parts = Splitter(self.model.template.tags, begun)
                 for last in self.model.chat(given, cancel=cancel, **self.sampling):
                     if not last.finish_reason:
@@ -121,14 +122,17 @@ class Chat:
         self.save()
         self._report()
 
-    def _prepared(self) -> Any:
-        """The model's template, which knows what is wished of it."""
-        template = self.model.template
-        if template.thinking != self._wish:
-            template.thinking = self._wish
+    def _opening(self) -> str:
+        """What the answer is begun with, by a template that is told whether to think. A form begins with the first token: there
+        is nothing that the model could think before.
+        """
+        template, has_form = self.model.template, any(self.sampling.get(name) for name in OPTIONS)
+        wish = False if has_form else self._wish
+        if template.thinking != wish:
+            template.thinking = wish
             if self._wish is not None and not template.has_switch:
                 self.console.note("this model's template has no switch for thinking; /think hide hides what it thinks")
-        return template
+        return "" if has_form else template.thought_opening
 
     def _show(self, parts: Iterable[tuple[bool, str]]) -> None:
         """Parts of an answer; what the model thinks is dimmed, or a short note."""

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import ClassVar
 
+from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.sampling import SamplingOptions, chat_defaults
 
@@ -48,7 +49,8 @@ class FakeModel:
         self.backend = name
 
     def chat(self, messages, *, cancel=None, **sampling):
-        SamplingOptions(**{name: value for name, value in sampling.items() if name not in ("max_tokens", "stop", "draft")})
+        others = ("max_tokens", "stop", "draft", *OPTIONS)
+        SamplingOptions(**{name: value for name, value in sampling.items() if name not in others})
         self.asked.append([dict(message) for message in messages])
         self.sampling = sampling
         *_, question = (message["content"] for message in messages if message["role"] == "user")

@@ -131,6 +131,19 @@ def test_a_thought_that_the_template_begins_has_its_tag_in_the_record():
     assert model.asked[1][1]["content"] == THOUGHT
 
 
+FORMS = [{"json_object": True}, {"json_schema": {"type": "string"}}, {"choices": ["a"]}, {"regex": "a"}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_with_a_form_is_shown_and_kept_without_a_thought(form):
+    """The template opens a thought, which a form has no place for: all that comes is the answer."""
+    model = FakeModel()
+    model.template.thought_opening = "<think>\n"
+    assert chat("Hello", "Bye", model=model, sampling=form, think="on")[0] == "You said: Hello\nYou said: Bye\n"
+    assert model.asked[1][1]["content"] == "You said: Hello"
+    assert model.template.thinking is False
+
+
 def test_a_thought_that_was_cut_is_gone_on_with():
     model = FakeModel()
     answers, _ = chat("/max_tokens 3", "think", "/max_tokens 9", "/more", "Bye", model=model)

@@ -55,7 +55,8 @@ ALLOWED = {
     "asynchronous": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
     "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
-    "chat": "errors tokenizer runtime.sampling runtime.atomic terminal_text",  # of sampling the names and bounds of its options
+    # of sampling the names and bounds of its options, of constrain the options' names
+    "chat": "errors tokenizer runtime.sampling runtime.atomic constrain terminal_text",
     "runtime": "errors runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",
