@@ -163,13 +163,9 @@ def busy(names: list[str], rounds: int) -> Iterator[str]:
     workers: dict[str, Worker] = {}
     try:
         for label, (backend, threads) in subjects.items():
-            engine = BACKENDS[backend]
             worker = Worker(threads, {})
             with suppress(PocketlmError):
-                worker.ask(
-                    "load", 100, adapter=engine.adapter, path=str(path), threads=threads, n_ctx=512, n_vocab=n_vocab,
-                    options=dict(engine.options),
-                )  # fmt: skip
+                worker.load(BACKENDS[backend], path, 100, threads, 512, n_vocab)
                 workers[label] = worker
 
         def speed(label: str) -> float:

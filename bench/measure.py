@@ -146,13 +146,9 @@ class Row:
             say(f"{subject.name}: loading {self.backend.name}")
             self.result["file_bytes"] = size_of(path)
             self._worker = Worker(settings.threads, self.backend.environment)
-            answer = self.ask(
-                "load", adapter=self.backend.adapter, path=str(path), threads=settings.threads, n_ctx=n_ctx,
-                n_vocab=subject.hyper.n_vocab, options=dict(self.backend.options),
-            )  # fmt: skip
-            if answer is not None:
-                self.result |= {key: answer[key] for key in ("load_seconds", "first_token_seconds", "peak_bytes", "facts")}
-                self.completes = answer["completes"]
+            answer = self._worker.load(self.backend, path, self._limit, settings.threads, n_ctx, subject.hyper.n_vocab)
+            self.result |= {key: answer[key] for key in ("load_seconds", "first_token_seconds", "peak_bytes", "facts")}
+            self.completes = answer["completes"]
 
     def ask(self, job: str, **arguments: Any) -> dict[str, Any] | None:
         """The backend's answer; None, and the reason in its row, where it fails."""

@@ -15,8 +15,10 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from pocketlm.bench.protocol import Backend
 from pocketlm.errors import PocketlmError
 
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -62,6 +64,13 @@ class Worker:
             self.close()
             raise Failure(**reply["error"])
         return reply["answer"]
+
+    def load(self, backend: Backend, path: Path, limit: float, threads: int, n_ctx: int, n_vocab: int) -> dict[str, Any]:
+        """Have the child load a model with a backend; what its `load` answers. Raises Failure as `ask` does."""
+        return self.ask(
+            "load", limit, adapter=backend.adapter, path=str(path), threads=threads, n_ctx=n_ctx, n_vocab=n_vocab,
+            options=dict(backend.options),
+        )  # fmt: skip
 
     def close(self, patience: float = ENDING) -> None:
         """End the child: by itself, if it can within `patience` seconds, else by force. A second call does nothing."""

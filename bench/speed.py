@@ -118,10 +118,7 @@ def measure(
             file, _ = converted(engine, path, row.threads, LIMIT, say)
             workers.append(Worker(row.threads, row.environment if name == row.engine else {}))
             stack.callback(workers[-1].close)
-            workers[-1].ask(
-                "load", LIMIT, adapter=engine.adapter, path=str(file), threads=row.threads, n_ctx=n_ctx, n_vocab=n_vocab,
-                options=dict(engine.options),
-            )  # fmt: skip
+            workers[-1].load(engine, file, LIMIT, row.threads, n_ctx, n_vocab)
         both = list(zip(workers, (row.conversations, row.rival_conversations), strict=True))
         for worker, conversations in both:  # caches warm, clocks up
             seconds(worker, conversations)
@@ -191,12 +188,9 @@ def warm_compile(smollm2: Path) -> float:
 
 def ninth(smollm2: Path) -> dict[str, float]:
     """The first token of a ninth conversation beside eight, see Worker.ninth."""
-    worker, engine = Worker(2), ENGINES["native"]
+    worker = Worker(2)
     try:
-        worker.ask(
-            "load", LIMIT, adapter=engine.adapter, path=str(smollm2), threads=2, n_ctx=1024,
-            n_vocab=open_subject(smollm2).hyper.n_vocab, options=dict(engine.options),
-        )  # fmt: skip
+        worker.load(ENGINES["native"], smollm2, LIMIT, 2, 1024, open_subject(smollm2).hyper.n_vocab)
         return worker.ask("ninth", LIMIT, n=24, conversations=8)
     finally:
         worker.close()
