@@ -220,7 +220,7 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
     form_arguments(parser)
-    _batch().arguments(parser)
+    _module("batch").arguments(parser)
 
 
 def _prompt(arguments: Arguments) -> str:
@@ -242,7 +242,7 @@ def _prompt(arguments: Arguments) -> str:
 
 def _generate(arguments: Arguments) -> int:
     if arguments.input or arguments.output or arguments.dask:
-        return _batch().run(arguments)
+        return _module("batch").run(arguments)
     prompt = _prompt(arguments)
     options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
@@ -271,12 +271,6 @@ def _generate(arguments: Arguments) -> int:
             note = f"; {last.note}" if last.note else ""
             print(f"[{last.generated_tokens} tokens, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
     return 0
-
-
-def _batch() -> Any:
-    from pocketlm.batch import command
-
-    return command
 
 
 def _tokenize_arguments(parser: Parser) -> None:
@@ -331,89 +325,59 @@ def _inspect(arguments: Arguments) -> int:
     return 0
 
 
-# What a folder does has its arguments and its work in the folder's own `command`, imported when it is asked for. The import
-# statements are written out: PyInstaller finds the modules of a packed program by them.
+def _module(name: str) -> Any:
+    """What a folder does has its arguments and its work in a module of the folder's own, imported when it is asked for. The
+    import statements are written out: a packed program's modules are found by them (build/modules.py).
+    """
+    match name:
+        case "batch":
+            from pocketlm.batch import command
+        case "bench":
+            from pocketlm.bench import command
+        case "build":
+            from pocketlm.build import command
+        case "chat":
+            from pocketlm.chat import command
+        case "doctor":
+            from pocketlm.doctor import command
+        case "evaluate":
+            from pocketlm.bench import evaluate as command
+        case "export":
+            from pocketlm.export import command
+        case "pull":
+            from pocketlm.pull import command
+        case "serve":
+            from pocketlm.serve import command
+        case _:
+            from pocketlm.train import command
+    return command
 
 
-def _folder(text: str, command: Callable[[], Any]) -> Command:
+def _folder(text: str, name: str, row: str = "") -> Command:
+    """A command of the module of that name, or one of the several in its own table."""
+
+    def command() -> Any:
+        return _module(name).COMMANDS[row] if row else _module(name)
+
     return Command(text, lambda parser: command().arguments(parser), lambda arguments: command().run(arguments))
-
-
-def _export() -> Any:
-    from pocketlm.export import command
-
-    return command
-
-
-def _build(name: str) -> Callable[[], Any]:
-    """One of the commands of pocketlm.build."""
-
-    def row() -> Any:
-        from pocketlm.build import command
-
-        return command.COMMANDS[name]
-
-    return row
-
-
-def _chats() -> Any:
-    from pocketlm.chat import command
-
-    return command
-
-
-def _train() -> Any:
-    from pocketlm.train import command
-
-    return command
-
-
-def _serve() -> Any:
-    from pocketlm.serve import command
-
-    return command
-
-
-def _bench() -> Any:
-    from pocketlm.bench import command
-
-    return command
-
-
-def _eval() -> Any:
-    from pocketlm.bench import evaluate
-
-    return evaluate
-
-
-def _pull() -> Any:
-    from pocketlm.pull import command
-
-    return command
-
-
-def _doctor() -> Any:
-    from pocketlm.doctor import command
-
-    return command
 
 
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
-    "chats": _folder("List, delete or export saved conversations.", _chats),
-    "serve": _folder("Answer programs and a page in the browser.", _serve),
+    "chats": _folder("List, delete or export saved conversations.", "chat"),
+    "serve": _folder("Answer programs and a page in the browser.", "serve"),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
-    "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", _export),
-    "pack": _folder("Make one executable out of a model.", _build("pack")),
-    "unpack": _folder("Take the GGUF out of a packed executable.", _build("unpack")),
-    "persona": _folder("Change what a packed executable says about itself.", _build("persona")),
-    "check": _folder("Say whether a packed executable or a model file is whole, and which part is not.", _build("check")),
-    "stub": _folder("Build the executable that models are packed into.", _build("stub")),
+    "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", "export"),
+    "pack": _folder("Make one executable out of a model.", "build", "pack"),
+    "unpack": _folder("Take the GGUF out of a packed executable.", "build", "unpack"),
+    "persona": _folder("Change what a packed executable says about itself.", "build", "persona"),
+    "check": _folder("Say whether a packed executable or a model file is whole, and which part is not.", "build", "check"),
+    "stub": _folder("Build the executable that models are packed into.", "build", "stub"),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
-    "bench": _folder("Run a model through every backend of this machine, side by side.", _bench),
-    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", _doctor),
-    "pull": _folder("Fetch a good small model by its name.", _pull),
-    "eval": _folder("Measure how well models predict texts.", _eval),
-    "train": _folder("Train a small model from texts.", _train),
+    "bench": _folder("Run a model through every backend of this machine, side by side.", "bench"),
+    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", "doctor"),
+    "pull": _folder("Fetch a good small model by its name.", "pull"),
+    "eval": _folder("Measure how well models predict texts.", "evaluate"),
+    "train": _folder("Train a small model from texts.", "train"),
 }
