@@ -6,6 +6,7 @@ In: prompts, ids, messages. Out: streams of pieces, logits. Knows tokenizer, tem
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ class Conversation:
         from pocketlm.runtime.generator import NoText
 
         model = self._model
-        ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else list(prompt)
+        ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else given_ids(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
         return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft)
 
@@ -201,6 +202,16 @@ class Conversation:
             keep=keep, draft=draft, is_over=guide.is_over if guide else None,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
+
+
+def given_ids(ids: Sequence[int]) -> list[int]:
+    """The whole numbers of a sequence. Raises UsageError for anything else: a number is not rounded, nor bytes taken for ids."""
+    try:
+        if isinstance(ids, (bytes, bytearray)):
+            raise TypeError
+        return list(map(operator.index, ids))
+    except TypeError:
+        raise UsageError(f"the prompt is {ids!r:.60}; it must be a text or a list of token ids") from None
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
