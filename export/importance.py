@@ -98,7 +98,6 @@ def _of_text(data: bytes, path: Path, model: CanonicalModel) -> Importance:
 
 def _mean_squares(model: CanonicalModel, ids: np.ndarray, path: Path) -> Importance:
     from pocketlm.runtime.numpy_executor import NumpyExecutor
-    from pocketlm.runtime.plan import make_plan
     from pocketlm.runtime.threads import default_threads
 
     sums: Importance = {}
@@ -112,7 +111,7 @@ def _mean_squares(model: CanonicalModel, ids: np.ndarray, path: Path) -> Importa
                 sums[name] = sums.get(name, 0) + squares
             super()._linear(op, state)
 
-    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, path)
+    plan = model.plan(path)
     window = min(WINDOW, model.hyper.n_ctx)
     with closing(Listening(plan, Float32Tensors(model, path), window, default_threads())) as executor:
         for start in range(0, len(ids) - window + 1, window):

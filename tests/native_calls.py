@@ -167,9 +167,14 @@ def executors(
         native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads, kv)
     reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1, kv)
     if kv == "f16":
-        own = reference.cache
-        reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows)
+        round_as_native(reference)
     return native, reference
+
+
+def round_as_native(reference: NumpyExecutor) -> None:
+    """Keys and values in an empty cache of float16."""
+    own = reference.cache
+    reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows, own.columns)
 
 
 class _HalfCache(KVCache):

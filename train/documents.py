@@ -45,7 +45,8 @@ def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[D
                 return
             yield from _texts(iter(lambda: file.readline(LONGEST_LINE), ""), reading)
     except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+        hint = f"name the files in it, as in {path / '*.txt'}" if path.is_dir() else "check the path"
+        raise FileError(path, f"cannot be read ({error.strerror or error})", hint) from None
     except UnicodeDecodeError:
         raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
 
