@@ -287,7 +287,8 @@ class Turns:
         last = self._messages[-1] if self._messages else {}
         opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
         opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        self._opening = continued(template.begun(opening), tokenizer)
+        self._begun = template.begun(opening)
+        self._opening = continued(self._begun, tokenizer)
         if opening:
             self._messages.pop()
         if not self._messages:
@@ -302,6 +303,10 @@ class Turns:
     def encode(self) -> list[int]:
         """The ids of what is left."""
         return self._template.encode(self._left(self.dropped), self._tokenizer) + self._opening
+
+    def text(self) -> str:
+        """What `encode` gives the ids of."""
+        return self._template.render(self._left(self.dropped)) + self._begun
 
     def _left(self, dropped: int) -> list[dict[str, str]]:
         if not dropped:
