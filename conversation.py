@@ -205,7 +205,7 @@ class Conversation:
 
 
 def given_ids(ids: Sequence[int]) -> list[int]:
-    """The whole numbers of a sequence. Raises UsageError for anything else: a number is not rounded, nor bytes taken for ids."""
+    """The whole numbers of a sequence. Raises UsageError for anything else: nothing is rounded, and bytes are no ids."""
     try:
         if isinstance(ids, (bytes, bytearray)):
             raise TypeError

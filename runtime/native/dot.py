@@ -174,7 +174,8 @@ def _pairs(width: int, intrinsic: str) -> Callable[..., list[Value]]:
             for odd in (0, 1):  # the columns 0 and 2 of four, then 1 and 3
                 two, at = _bytes_as_words(f, word, odd, is_signed), 2 * column + 4 * odd
                 pairs = (f.splat(f.load(I32, x + (WHOLES * t + at)), lanes // 2) for t in range(len(sums)))
-                sums = [s + f.call(s.type, intrinsic, two, f.bitcast(pair, two.type)) for s, pair in zip(sums, pairs, strict=True)]
+                fours = (f.bitcast(pair, two.type) for pair in pairs)
+                sums = [s + f.call(s.type, intrinsic, two, four) for s, four in zip(sums, fours, strict=True)]
         return sums
 
     return run
