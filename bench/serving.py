@@ -4,10 +4,10 @@
 
 A client asks one question of its own and reads the answer as a stream; all of a round ask one right after the other, before
 any answer is read. The servers take turns; a figure is the median of the rounds. Prints a Markdown table: tokens per second of
-all clients together (as the server's usage counts them; with ~, pieces of text, where it tells no usage), that beside one
-client, the time to the first token, half of the clients' and the last one's, and the queue's order: by how many places a
-client's first token came earlier or later than its question, at most (slots begin together, so that fewer places than there
-are slots mean nothing). A client without an answer ends the run; a server that is not installed, or does not start, is a line.
+all clients together, that beside one client, the time to the first token, half of the clients' and the last one's, and the
+queue's order: by how many places a client's first token came earlier or later than its question, at most (slots begin together:
+fewer places than slots mean nothing). Tokens are those of the server's usage, or pieces of text where it tells none, as
+llama_cpp.server. A client without an answer ends the run; a server that is not installed, or does not start, is a line.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ LONGEST = 600.0  # seconds for one answer
 
 
 class Answer(NamedTuple):
-    """Seconds from the request to its first piece of text and to its end, how many tokens it has, whether the server told."""
+    """When it was asked for, seconds from there to its first piece of text and to its end, and how many tokens it has."""
 
+    asked: float
     first: float
     whole: float
     tokens: int
-    is_told: bool
 
 
 class Round(NamedTuple):
@@ -51,7 +51,6 @@ class Round(NamedTuple):
     speed: float
     firsts: list[float]
     places: int
-    is_told: bool
 
 
 class NoServer(Exception):
@@ -73,12 +72,6 @@ SERVERS: dict[str, tuple[str, Callable[[str, int, int, int], list[str]]]] = {  #
     "pocketlm": ("uvicorn starlette", ours),
     "llama_cpp.server": ("llama_cpp fastapi starlette_context sse_starlette pydantic_settings uvicorn", llama),
 }
-
-
-def missing(name: str) -> str:
-    """What has to be installed before this server can be asked; "" where it can."""
-    packages = [package for package in SERVERS[name][0].split() if importlib.util.find_spec(package) is None]
-    return f"{name} is left out: {', '.join(packages)} not installed" if packages else ""
 
 
 @contextmanager
@@ -126,7 +119,7 @@ def ask(port: int, number: int, tokens: int) -> Callable[[], Answer]:
                 first = first or time.perf_counter() - started
                 pieces += 1
         connection.close()
-        return Answer(first, time.perf_counter() - started, pieces if told is None else told * bool(pieces), told is not None)
+        return Answer(started, first, time.perf_counter() - started, told if told and pieces else pieces)
 
     return read
 
@@ -134,32 +127,28 @@ def ask(port: int, number: int, tokens: int) -> Callable[[], Answer]:
 def together(port: int, clients: int, tokens: int) -> Round:
     """All clients ask, then all read. Raises SystemExit where one has no answer."""
 
-    def client(number: int, read: Callable[[], Answer]) -> Answer | str:
+    def client(read: Callable[[], Answer]) -> Answer | str:
         """The answer, or why there is none."""
         try:
             answer = read()
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            return f"client {number}: {error}"
-        return answer if answer.tokens else f"client {number}: no answer"
+            return str(error)
+        return answer if answer.tokens else "no answer"
 
-    started, asked = time.perf_counter(), []
+    started = time.perf_counter()
+    try:
+        asked = [ask(port, number, tokens) for number in range(clients)]
+    except OSError as error:
+        raise SystemExit(f"{clients} of {clients} clients have no answer: {error}") from None
     with ThreadPoolExecutor(clients) as pool:
-        for number in range(clients):
-            began = time.perf_counter()
-            try:
-                reading = ask(port, number, tokens)
-            except OSError as error:
-                raise SystemExit(f"{clients} of {clients} clients have no answer; client {number}: {error}") from None
-            asked.append((began, pool.submit(client, number, reading)))
-        ended = [(began, answer.result()) for began, answer in asked]
+        ended = [*pool.map(client, asked)]
     seconds = time.perf_counter() - started
-    if lost := [why for _, why in ended if isinstance(why, str)]:
-        raise SystemExit(f"{len(lost)} of {clients} clients have no answer; {lost[0]}")
-    got = [(began, answer) for began, answer in ended if isinstance(answer, Answer)]
-    order = sorted(range(clients), key=lambda i: got[i][0] + got[i][1].first)  # of first tokens; that of questions is 0, 1, …
+    if lost := [why for why in ended if isinstance(why, str)]:
+        raise SystemExit(f"{len(lost)} of {clients} clients have no answer: {lost[0]}")
+    got = [answer for answer in ended if isinstance(answer, Answer)]
+    order = sorted(range(clients), key=lambda i: got[i].asked + got[i].first)  # of first tokens; that of questions is 0, 1, …
     places = max(abs(place - number) for place, number in enumerate(order))
-    speed, firsts = sum(answer.tokens for _, answer in got) / seconds, [answer.first for _, answer in got]
-    return Round(speed, firsts, places, all(answer.is_told for _, answer in got))
+    return Round(sum(answer.tokens for answer in got) / seconds, [answer.first for answer in got], places)
 
 
 def free_port() -> int:
@@ -184,24 +173,23 @@ def main() -> None:
     found: dict[tuple[str, int], list[Round]] = {}
     for _ in range(arguments.rounds):
         for name in [*names]:
-            port, why = free_port(), missing(name)
+            port, (packages, command) = free_port(), SERVERS[name]
             try:
-                if why:
-                    raise NoServer(why)
-                with running(SERVERS[name][1](model, port, arguments.slots, arguments.threads), port):
+                if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
+                    raise NoServer(f"{', '.join(absent)} not installed")
+                with running(command(model, port, arguments.slots, arguments.threads), port):
                     together(port, 1, 4)  # pages are read, kernels are there
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens))
             except NoServer as error:
                 names.remove(name)
-                print(why or f"{name} is left out: it does not start: {error}", file=sys.stderr)
+                print(f"{name} is left out: {error}", file=sys.stderr)
     rows = [HEAD, ("---", *["--:"] * (len(HEAD) - 1))]
     for (name, number), rounds in found.items():
         speed = median(each.speed for each in rounds)
         alone = median(each.speed / one.speed for each, one in zip(rounds, found[name, clients[0]], strict=True))
         waits = (median(median(each.firsts) for each in rounds), median(max(each.firsts) for each in rounds))
-        told = "" if all(each.is_told for each in rounds) else "~"
-        figures = (f"{told}{speed:.0f}", f"{alone:.2f}", *(f"{1e3 * wait:.0f}" for wait in waits))
+        figures = (f"{speed:.0f}", f"{alone:.2f}", *(f"{1e3 * wait:.0f}" for wait in waits))
         rows.append((name, str(number), *figures, str(max(each.places for each in rounds))))
     for row in rows:
         print(f"| {' | '.join(row)} |")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 READ_SECONDS = 30.0  # that a body may take to come
 PING_SECONDS = 15.0  # after which a stream says that it is still there
 MOST_IDS = 1 << 20
+CHAT = ("/chat/completions", "/v1/chat/completions")
+OWN = ("/completion", "/completions")  # llama.cpp's, who has OpenAI's under /v1 alone
 
 
 def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], page: list[Route]) -> Guard:
@@ -44,13 +47,13 @@ def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], pa
         *(Route(path, api.models) for path in ("/models", "/v1/models")),
         Route("/v1/models/{name:path}", api.model),
         Route("/metrics", api.metrics),
-        *(Route(path, api.chat, methods=["POST"]) for path in ("/chat/completions", "/v1/chat/completions")),
-        Route("/v1/completions", api.completion, methods=["POST"]),
-        *(Route(path, api.own_completion, methods=["POST"]) for path in ("/completion", "/completions")),
+        *(Route(path, partial(api.answer, is_chat=True), methods=["POST"]) for path in CHAT),
+        Route("/v1/completions", partial(api.answer, is_chat=False), methods=["POST"]),
+        *(Route(path, partial(api.answer, is_chat=False, llama_cpp=True), methods=["POST"]) for path in OWN),
         Route("/props", api.props),
         Route("/slots", api.slots),
         Route("/apply-template", api.apply_template, methods=["POST"]),
-        *(Route(f"{path}/chat/completions/input_tokens", api.count, methods=["POST"]) for path in ("", "/v1")),
+        *(Route(f"{path}/input_tokens", api.count, methods=["POST"]) for path in CHAT),
         *(Route(path, api.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, api.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         *page,
@@ -149,21 +152,12 @@ class Api:
         text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True))
         return JSONResponse({"content": text})
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=True)
-
-    async def completion(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=False)
-
-    async def own_completion(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=False, llama_cpp=True)
-
-    async def _answer(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Response:
+    async def answer(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Response:
         ask = await self._read(request, is_chat, llama_cpp)
         prompts = await self._answerer.encode(ask)
-        if llama_cpp:
-            return Answering(self._answerer, ask, prompts, OwnShape(ask, prompts, self._answerer))
-        return Answering(self._answerer, ask, prompts, Shape(ask, self._model.name, self._model.tokenizer.token_bytes))
+        own = OwnShape(ask, prompts, self._answerer) if llama_cpp else None
+        shape = own or Shape(ask, self._model.name, self._model.tokenizer.token_bytes)
+        return Answering(self._answerer, ask, prompts, shape)
 
     async def _read(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Ask:
         defaults = {**self._model.chat_defaults, **self._defaults} if is_chat else self._defaults
@@ -173,13 +167,11 @@ class Api:
         return JSONResponse(properties(self._answerer, self._defaults))
 
     async def slots(self, request: Request) -> Response:
-        told = slots(self._answerer)
-        if request.query_params.get("fail_on_no_slot") and all(slot["is_processing"] for slot in told):
-            raise ApiError(503, "no slot is free", retry_after=1)
-        return JSONResponse(told)
+        return JSONResponse(slots(self._answerer))
 
     async def apply_template(self, request: Request) -> Response:
-        return JSONResponse({"prompt": await self._answerer.text(await self._read(request, is_chat=True))})
+        ask = await self._read(request, is_chat=True)
+        return JSONResponse({"prompt": await self._answerer.aside(lambda: self._answerer.asking.text(ask))})
 
     async def count(self, request: Request) -> Response:
         prompts = await self._answerer.encode(await self._read(request, is_chat=True))

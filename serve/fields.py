@@ -36,12 +36,14 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("t_max_predict_ms", "n_cache_reuse"), (0,)), "typical_p": (1, 1.0), "top_n_sigma": (-1, -1.0),
     "lora": ([],),
     **dict.fromkeys(("post_sampling_probs", "timings_per_token", "return_progress", "verbose"), (False,)),
+    "response_fields": ([],),
 }  # fmt: skip
 OF_FORM = ("response_format", "json_schema")
-LABELS = {"user", "metadata", "safety_identifier", "prompt_cache_key"}  # for who keeps books; they change no answer
-IDLE = {  # what llama.cpp's clients say of samplers that are off, and of a context that is never shifted
+UNHEEDED = {  # they change no answer: labels for who keeps books, …
+    "user", "metadata", "safety_identifier", "prompt_cache_key",
+    # … and llama.cpp's: of samplers that are off, of a context that is never shifted, which slot; each gives the same answer
     "dynatemp_exponent", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold",
-    "mirostat_tau", "mirostat_eta", "n_keep", "n_discard",
+    "mirostat_tau", "mirostat_eta", "n_keep", "n_discard", "id_slot",
 }  # fmt: skip
 
 
@@ -61,7 +63,6 @@ class Ask:
     thinking: bool | None = None  # None: as the template does
     thoughts_apart: bool = True
     return_tokens: bool = False
-    response_fields: list[str] = field(default_factory=list)  # none: all
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +89,7 @@ def read(body: Any, is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool 
     if not (is_chat or llama_cpp):
         ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():
-        if value is None or name in LABELS or name in IDLE:
+        if value is None or name in UNHEEDED:
             continue
         if name in fields:
             fields[name](ask, name, value)
@@ -273,22 +274,6 @@ def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
         ask.options["top_logprobs"] = 1 if value is True else _whole(name, value, 0, MOST_LIKELIEST)
 
 
-def _n_probs(ask: Ask, name: str, value: Any) -> None:
-    if _whole(name, value, 0, MOST_LIKELIEST):
-        ask.logprobs = True
-        ask.options["top_logprobs"] = value
-
-
-def _response_fields(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list) or len(value) > MOST_STOPS or not all(isinstance(each, str) for each in value):
-        raise _bad(name, f"must be a list of at most {MOST_STOPS} texts")
-    return value
-
-
-def _id_slot(ask: Ask, name: str, value: Any) -> None:
-    _whole(name, value, -1, 1 << 31)  # whichever it is, the answer is the same
-
-
 def _max_tokens(name: str, value: Any) -> int | None:
     return None if value == -1 else _whole(name, value, 0, 1 << 31)  # -1: as many as there is room for
 
@@ -298,7 +283,6 @@ _COMMON: dict[str, Reader] = {
     "model": _model,
     **dict.fromkeys(("max_tokens", "n_predict"), _option("max_tokens", _max_tokens)),  # the second is llama.cpp's word
     "seed": _option("seed", _seed),
-    "id_slot": _id_slot,
     "stop": _option("stop", _stop),
     "logit_bias": _option("logit_bias", _logit_bias),
     "ignore_eos": _option("ignore_eos", _flag),
@@ -324,8 +308,7 @@ _COMPLETION: dict[str, Reader] = {**_COMMON, "prompt": _prompt, "logprobs": _log
 _LLAMA_CPP: dict[str, Reader] = {
     **{name: reader for name, reader in _COMMON.items() if name != "stream_options"},
     "prompt": _prompt,
-    "n_probs": _n_probs,
+    "n_probs": lambda ask, name, value: None if value == 0 else _logprobs_of_completion(ask, name, value),
     "logit_bias": _option("logit_bias", lambda name, value: _logit_bias(name, value, with_texts=True)),
     "return_tokens": _set("return_tokens", _flag),
-    "response_fields": _set("response_fields", _response_fields),
 }

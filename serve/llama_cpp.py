@@ -27,58 +27,39 @@ class OwnShape(Shape):
     each_token, done = True, b""
 
     def __init__(self, ask: Ask, prompts: Prompts, answerer: Answerer):
-        tokenizer = answerer.model.tokenizer
-        super().__init__(ask, answerer.model.name, tokenizer.token_bytes)
-        self._prompts, self._n_ctx, self._tokenizer = prompts, answerer.n_ctx, tokenizer
+        self._tokenizer = answerer.model.tokenizer
+        super().__init__(ask, answerer.model.name, self._tokenizer.token_bytes)
+        self._prompts, self._n_ctx = prompts, answerer.n_ctx
         self._of_lines = set[int]()  # which answers have a line's end in them
 
     def delta(self, number: int, text: str, pieces: Sequence[Piece], is_thought: bool = False) -> dict[str, Any]:
-        if "\n" in text:
-            self._of_lines.add(number)
-        told = {"index": number, "content": text, "tokens": _ids(pieces), "stop": False}
-        return {**told, "completion_probabilities": self._probabilities(pieces)} if self._ask.logprobs else told
+        self._of_lines |= {number} if "\n" in text else set()
+        return {"index": number, "content": text, "tokens": _ids(pieces), "stop": False, **self._listed(pieces)}
 
     def end(self, number: int, piece: Piece, dropped_turns: int) -> dict[str, Any]:
-        return self._picked(self._end(number, piece.text, piece, "\n" in piece.text or number in self._of_lines))
+        return self._end(number, [piece])
 
     def whole(self, answers: Sequence[Sequence[Piece]], dropped_turns: int, parts: Any = None) -> Any:
-        told = []
-        for number, pieces in enumerate(answers):
-            text = "".join(piece.text for piece in pieces)
-            answer = self._end(number, text, pieces[-1], "\n" in text)
-            if self._ask.return_tokens:
-                answer["tokens"] = _ids(pieces)
-            if self._ask.logprobs:
-                answer["completion_probabilities"] = self._probabilities(pieces)
-            told.append(self._picked(answer))
+        told = [self._end(number, pieces) for number, pieces in enumerate(answers)]
         return told[0] if len(told) == 1 else told
 
-    def _end(self, number: int, text: str, last: Piece, has_new_line: bool) -> dict[str, Any]:
-        options, n = self._ask.options, last.prompt_tokens + last.generated_tokens
+    def _end(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """What is said with the last piece; before it stand those that were not told yet."""
+        text, last, ask = "".join(piece.text for piece in pieces), pieces[-1], self._ask
         ended = "limit" if last.finish_reason != "stop" else "word" if last.stop_string else "eos"
-        prompt = self._tokenizer.decode(self._prompts.ids[number // self._ask.n], special=True)
+        is_full = last.prompt_tokens + last.generated_tokens > self._n_ctx
         return {
-            "index": number, "content": text, "tokens": [], "stop": True, "model": self._head["model"], "prompt": prompt,
-            "tokens_predicted": last.generated_tokens, "tokens_evaluated": last.prompt_tokens,
-            "tokens_cached": last.cached_tokens, "has_new_line": has_new_line, "stop_type": ended,
-            "stopping_word": last.stop_string,
-            "truncated": ended == "limit" and n > self._n_ctx and last.generated_tokens != options.get("max_tokens"),
-            "generation_settings": settings(self._ask, self._tokenizer.end_ids), "timings": timings(last),
+            "index": number, "content": text, "tokens": _ids(pieces) if ask.return_tokens else [], "stop": True,
+            "model": self._head["model"], "tokens_predicted": last.generated_tokens, "tokens_evaluated": last.prompt_tokens,
+            "prompt": self._tokenizer.decode(self._prompts.ids[number // ask.n], special=True),
+            "tokens_cached": last.cached_tokens, "has_new_line": "\n" in text or number in self._of_lines,
+            "stop_type": ended, "stopping_word": last.stop_string, "timings": timings(last),
+            "truncated": ended == "limit" and is_full and last.generated_tokens != ask.options.get("max_tokens"),
+            "generation_settings": settings(ask, self._tokenizer.end_ids), **self._listed(pieces),
         }  # fmt: skip
 
-    def _picked(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """The fields that were asked for; `a/b` is field b of a."""
-        found: dict[str, Any] = {}
-        for name in self._ask.response_fields:
-            value: Any = answer
-            for key in name.split("/"):
-                value = value.get(key, _MISSING) if isinstance(value, dict) else _MISSING
-            if value is not _MISSING:
-                found[name] = value
-        return found if self._ask.response_fields else answer
-
-
-_MISSING = object()
+    def _listed(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        return {"completion_probabilities": self._probabilities(pieces)} if self._ask.logprobs else {}
 
 
 def _ids(pieces: Sequence[Piece]) -> list[int]:
@@ -101,18 +82,16 @@ def settings(ask: Ask, end_ids: Iterable[int]) -> dict[str, Any]:
 
 def properties(answerer: Answerer, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`/props`. The file is named without its folder, which is nobody's business."""
-    model, tokenizer = answerer.model, answerer.model.tokenizer
-    markers = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    params = settings(Ask(False, options={**defaults}), tokenizer.end_ids)
+    model = answerer.model
+    params = settings(Ask(False, options={**defaults}), model.tokenizer.end_ids)
     return {
         "default_generation_settings": {"n_ctx": answerer.n_ctx, "params": params}, "total_slots": len(answerer.slots.all),
         "model_alias": model.name, "model_path": model.path.name, "chat_template": model.template.source or "",
-        **{name: "" if id is None else tokenizer.decode([id], special=True) for name, id in markers.items()},
         "modalities": {"vision": False, "audio": False}, "build_info": FINGERPRINT, "is_sleeping": False,
     }  # fmt: skip
 
 
 def slots(answerer: Answerer) -> list[dict[str, Any]]:
     """`/slots`: which of them answer, and how many positions each has filled; nothing of what is said in them."""
-    return [{"id": number, "n_ctx": answerer.n_ctx, "is_processing": answerer.slots.is_held(slot),
+    return [{"id": number, "n_ctx": answerer.n_ctx, "is_processing": slot.taken > 0,
              "n_past": slot.session.context_used} for number, slot in enumerate(answerer.slots.all)]  # fmt: skip

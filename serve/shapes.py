@@ -135,8 +135,7 @@ def timings(last: Piece) -> dict[str, Any]:
     computed, generated = last.prompt_tokens - last.cached_tokens, last.generated_tokens
     for name, n, passes, seconds in (("prompt", computed, computed, last.prompt_seconds),
                                      ("predicted", generated, generated - 1, last.generation_seconds)):  # fmt: skip
-        has_speed = passes > 0 and seconds > 0
-        told |= {f"{name}_n": n, f"{name}_ms": 1e3 * seconds}
-        told[f"{name}_per_second"] = passes / seconds if has_speed else 0.0
-        told[f"{name}_per_token_ms"] = 1e3 * seconds / passes if has_speed else 0.0
+        speed = passes / seconds if passes > 0 and seconds > 0 else 0.0
+        told |= {f"{name}_n": n, f"{name}_ms": 1e3 * seconds, f"{name}_per_second": speed,
+                 f"{name}_per_token_ms": 1e3 / speed if speed else 0.0}  # fmt: skip
     return told

@@ -28,7 +28,7 @@ class QueueFull(Exception):
 
 @dataclass
 class Slot:
-    """One session; `used` is when it was given back last."""
+    """One session; `used` is when it was given back last, `taken` when it was taken, 0 while nobody has it."""
 
     session: Conversation
     used: float = 0.0
@@ -49,10 +49,6 @@ class Slots:
     def busy(self) -> int:
         """How many are held."""
         return len(self.all) - len(self._free)
-
-    def is_held(self, slot: Slot) -> bool:
-        """Whether somebody has it."""
-        return all(slot is not other for other in self._free)
 
     @property
     def waiting(self) -> int:

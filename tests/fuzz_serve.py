@@ -33,7 +33,7 @@ BODIES: dict[str, Any] = {
     "/v1/completions": {"prompt": ["the", "in"], "max_tokens": 2, "logprobs": 1, "echo": False, "temperature": 0.5,
                         "json_schema": SCHEMA},
     "/completion": {"prompt": [[1, "the", 2], {"prompt_string": "in"}], "n_predict": 2, "n_probs": 2, "stream": True,
-                    "response_fields": ["content", "timings/prompt_n"], "logit_bias": [["the", -1], [5, False]], "stop": ["a"],
+                    "response_fields": [], "logit_bias": [["the", -1], [5, False]], "stop": ["a"],
                     "return_tokens": True, "id_slot": 0, "samplers": None, "n_keep": 1, "mirostat": 0, "ignore_eos": False},
     "/apply-template": hello(),
     "/chat/completions/input_tokens": hello(),

@@ -66,7 +66,7 @@ def test_properties_say_what_there_is(server):
     assert told["default_generation_settings"]["n_ctx"] == 128
     params = told["default_generation_settings"]["params"]
     assert (params["seed"], params["n_predict"], params["temperature"]) == (42, -1, 0.7)
-    assert (told["chat_template"], told["bos_token"], told["eos_token"]) == (MARKERS, SPECIALS[0], SPECIALS[2])
+    assert told["chat_template"] == MARKERS
     assert str(server.model.path.parent) not in json.dumps(told), "where the file lies is nobody's business"
 
 
@@ -88,7 +88,6 @@ def test_slots_say_who_answers_and_nothing_of_what_is_said(server):
             client.request("POST", OWN, json.dumps(asked(n_predict=100)), {"Content-Type": "application/json"})
             wait_until(lambda busy=busy: sum(slot["is_processing"] for slot in server.get("/slots").json) == busy)
         assert at_work.wait(60)
-        assert server.get("/slots?fail_on_no_slot=1").status == 503
         assert b"inn" not in server.get("/slots").body
     finally:
         server.before = lambda: None
@@ -96,7 +95,6 @@ def test_slots_say_who_answers_and_nothing_of_what_is_said(server):
             client.close()
         go_on.set()
     wait_until(lambda: not any(slot["is_processing"] for slot in server.get("/slots").json))
-    assert server.get("/slots?fail_on_no_slot=1").status == 200
 
 
 def test_the_key_guards_them_all(path):
@@ -179,14 +177,6 @@ def test_a_text_in_front_gets_the_token_that_begins_one_but_once(server):
     alike = [said(server, prompt, return_tokens=True) for prompt in ("the inn", SPECIALS[0] + "the inn")]
     assert alike[0]["tokens_evaluated"] == alike[1]["tokens_evaluated"]
     assert alike[0]["tokens"] == alike[1]["tokens"]
-
-
-def test_fields_can_be_chosen(server):
-    """completion_response_fields"""
-    fields = ["content", "generation_settings/n_predict", "prompt", "nothing", "content/x"]
-    told = said(server, response_fields=fields)
-    assert told == {"content": said(server)["content"], "generation_settings/n_predict": 8, "prompt": SPECIALS[0] + "the inn"}
-    assert events(server, response_fields=["stop_type"])[-1] == {"stop_type": "limit"}
 
 
 def test_probabilities_are_those_of_the_other_protocol(server):
@@ -290,7 +280,7 @@ def test_a_form_can_be_asked_for(tmp_path):
 REFUSED = {
     "grammar": 'root ::= "a"', "post_sampling_probs": True, "timings_per_token": True, "return_progress": True, "verbose": True,
     "samplers": ["top_k"], "mirostat": 1, "dry_multiplier": 0.5, "xtc_probability": 0.1, "typical_p": 0.5, "min_keep": 2,
-    "t_max_predict_ms": 5, "lora": [{"id": 0, "scale": 1}], "id_slot": "a", "n_probs": 21, "response_fields": "content",
+    "t_max_predict_ms": 5, "lora": [{"id": 0, "scale": 1}], "n_probs": 21, "response_fields": ["content"], "n_cmpl": 2,
     "return_tokens": 1, "stream_options": {"include_usage": True}, "logit_bias": [["", 1], 5], "n_predicts": 3,
     "prompt": {"prompt_string": "a", "multimodal_data": ["x"]},
 }  # fmt: skip
