@@ -111,9 +111,9 @@ def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
 
 
 def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 with dotprod. For one token a word meets its low and high bytes as soon as it is unpacked, and four registers
-    hold it. For several the words are unpacked once, and the sums of a token's high bytes are what those of its low bytes
-    begin with: eight sums at a time would leave no registers for the words.
+    """aarch64 with dotprod. For one token and many words a word meets its low and high bytes as soon as it is unpacked, and four
+    registers hold it. Otherwise the words are unpacked once, and the sums of a token's high bytes are what those of its low
+    bytes begin with: eight sums at a time would leave no registers for the words, and four words are too few to pay for them.
     """
     zeros = [f.const(I32.vec(4), 0)] * 4
 
@@ -121,7 +121,7 @@ def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int,
         sdot = "llvm.aarch64.neon.sdot.v4i32.v16i8"
         return [f.call(s.type, sdot, s, part, four) for s, part in zip(sums, parts, strict=True)]
 
-    if len(xs) == 1:
+    if len(xs) == 1 and len(words) > 4:
         low, high = zeros if starts[0] is None else [f.splat(starts[0], 4)] * 4, zeros
         low_bytes, high_bytes = _sixteen(f, xs[0].low), _sixteen(f, xs[0].high)
         for unpack, column in words:
