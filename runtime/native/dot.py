@@ -18,6 +18,7 @@ from pocketlm.runtime.native.ir import I8, I16, I32, I64, Function, Value
 
 Words = list[tuple[Callable[[], Value], int]]
 SIGNED_ZERO = {"avx512-vnni": 128, "avx-vnni": 128}
+READS_WHOLES = ("avx2", "sse4")  # the others take activations byte by byte
 
 
 @dataclass(frozen=True)
