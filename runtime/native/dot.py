@@ -19,6 +19,7 @@ from pocketlm.runtime.native.sizes import WHOLES
 
 Words = list[tuple[Callable[[], Value], int]]
 SIGNED_ZERO = {"avx512-vnni": 128, "avx-vnni": 128}
+READS_WHOLES = ("avx2", "sse4")  # the others take activations byte by byte
 
 
 @dataclass(frozen=True)
