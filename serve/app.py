@@ -37,6 +37,7 @@ PING_SECONDS = 15.0  # after which a stream says that it is still there
 MOST_IDS = 1 << 20
 CHAT = ("/chat/completions", "/v1/chat/completions")
 OWN = ("/completion", "/completions")  # llama.cpp's, who has OpenAI's under /v1 alone
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], page: list[Route]) -> Guard:
@@ -238,11 +239,29 @@ class Answering(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
                    (b"x-accel-buffering", b"no")]  # fmt: skip
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        loop, said = asyncio.get_running_loop(), 0.0
+
+        async def say(event: bytes) -> None:
+            nonlocal said
+            said = loop.time()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
+        async def ping() -> None:
+            """A comment where nothing is said for a while: a long prompt is not taken for a dead connection."""
+            while True:
+                await asyncio.sleep(said + PING_SECONDS - loop.time())
+                if loop.time() >= said + PING_SECONDS:
+                    await say(b":\n\n")
+
+        said = loop.time()
+        pinging = asyncio.ensure_future(ping())  # beside the pieces: a task and a clock for each cost more than to send it
         try:
-            async for event in _pinging(self._events(answer)):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for event in self._events(answer):
+                await say(event)
         except ApiError as error:  # the head is sent: an event must say it
-            await send({"type": "http.response.body", "body": _event(error.content), "more_body": True})
+            await say(_event(error.content))
+        finally:
+            pinging.cancel()
         await send({"type": "http.response.body", "body": self._shape.done, "more_body": False})
 
     async def _events(self, answer: Answer) -> AsyncIterator[bytes]:
@@ -276,25 +295,7 @@ class Answering(Response):
 
 
 def _event(content: Any) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _pinging(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and a comment where none comes for a while: a long prompt is not taken for a dead connection."""
-    coming = asyncio.ensure_future(anext(events))
-    try:
-        while True:
-            await asyncio.wait((coming,), timeout=PING_SECONDS)
-            if not coming.done():
-                yield b":\n\n"
-                continue
-            try:
-                yield coming.result()
-            except StopAsyncIteration:
-                return
-            coming = asyncio.ensure_future(anext(events))
-    finally:
-        coming.cancel()
+    return b"data: " + _JSON.encode(content).encode() + b"\n\n"
 
 
 async def _hung_up(receive: Any) -> None:

@@ -119,7 +119,8 @@ def activation_records(x: np.ndarray) -> np.ndarray:
     record += [scale * whole.sum(-1)[..., None].astype(np.float32)]
     record += [half.sum(-1)[..., None].astype(np.int32) for half in (whole[..., :16], whole[..., 16:])]
     records = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in record], axis=-1)
-    parts = (x, whole.astype(np.int16).swapaxes(0, 1), records.swapaxes(0, 1))
+    fours = whole.astype(np.int16).reshape(*whole.shape[:2], 8, 4)[..., [0, 2, 1, 3]].reshape(whole.shape)
+    parts = (x, fours.swapaxes(0, 1), records.swapaxes(0, 1))
     return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 

@@ -140,31 +140,28 @@ class Function:
     def line(self, text: str) -> None:
         self._lines.append("  " + text)
 
-    def emit(self, type: Type, text: str) -> Value:
+    def label(self, name: str) -> str:
+        """A name that nothing else in the function has."""
         self._count += 1
-        name = f"%v{self._count}"
+        return f"{name}.{self._count}"
+
+    def emit(self, type: Type, text: str) -> Value:
+        name = self.label("%v")
         self._lines.append(f"  {name} = {text}")
         return Value(self, type, name)
 
     def unknown(self, type: Type, number: float) -> Value:
         """A constant in a vector register of aarch64 that the optimiser does not know, made where the function begins."""
-        value = self.const(type, number)
-        self._count += 1
-        name = f"%u{self._count}"
+        value, name = self.const(type, number), self.label("%u")
         self._entry.append(f'  {name} = call {type} asm "", "=w,0"({type} {value})')
         return Value(self, type, name)
 
-    def label(self, name: str) -> str:
-        self._count += 1
-        return f"{name}.{self._count}"
-
     def const(self, type: Type, number: float) -> Value:
-        if type.is_float:  # the exact bits: decimal text that is not a float32 is an error to LLVM
+        if type.scalar == "half":
+            text = "0xH" + struct.pack(">e", number).hex().upper()
+        elif type.is_float:  # the exact bits: decimal text that is not a float32 is an error to LLVM
             value = struct.unpack("<f", struct.pack("<f", number))[0] if type.scalar == "float" else float(number)
-            if type.scalar == "half":
-                text = "0xH" + struct.pack(">e", number).hex().upper()
-            else:
-                text = "0x" + struct.pack(">d", value).hex().upper()
+            text = "0x" + struct.pack(">d", value).hex().upper()
         elif type.scalar == "ptr":
             text = "null"
         else:
@@ -180,8 +177,7 @@ class Function:
 
     def stack(self, type: Type, count: int = 1, align: int = 64) -> Value:
         """Memory that lives as long as the call: `count` elements of `type`."""
-        self._count += 1
-        name = f"%s{self._count}"
+        name = self.label("%s")
         align = min(align, max(type.bytes, 1)) if count == 1 else align
         self._entry.append(f"  {name} = alloca {type}, i64 {count}, align {align}")
         return Value(self, PTR, name)

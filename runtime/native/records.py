@@ -26,6 +26,7 @@ OPERATION = np.dtype([
                              # CONVOLVE: float32 [taps, n]
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
     ("weight_stride", "i8"),  # NORM, STORE, GATE: from a group's weight and bias to the next one's; 0 where they share it
+    ("floats", "i8"),        # PREPARE: 1: a product reads the values that are not rounded
     ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 parts of attention; NORM, STORE: 1, 2; EACH
     ("epsilon", "f4"), ("factor", "f4"),     # factor: of what MATRIX adds, of EACH, GATE
     ("n_groups", "i8"),      # MATRIX, EMBED: of 16 rows in the matrix; NORM, ROTATE, GATE: vectors in a row

@@ -14,6 +14,7 @@ from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
+from pocketlm.runtime.native.stages import heads_apart
 
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
@@ -98,7 +99,7 @@ def _define_tasks(module: Module) -> None:
         with f.when(kind.equals(sizes.EXPERTS)):
             f.ret(r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")))
         with f.when(kind.equals(sizes.STORE)):
-            f.ret(n * (r.run("n_head") + r.run("n_kv_head")))
+            f.ret(f.select(heads_apart(r, n), n * (r.run("n_head") + r.run("n_kv_head")), n))
         f.ret(r.run("n_entries") * r.run("n_kv_head"))
 
 
