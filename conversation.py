@@ -6,6 +6,7 @@ In: prompts, ids, messages. Out: streams of pieces, logits. Knows tokenizer, tem
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ class Conversation:
         from pocketlm.runtime.generator import NoText
 
         model = self._model
-        ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else list(prompt)
+        ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else given_ids(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
         return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft)
 
@@ -203,6 +204,16 @@ class Conversation:
         return listed.told(stream) if top_logprobs else stream
 
 
+def given_ids(ids: Sequence[int]) -> list[int]:
+    """The whole numbers of a sequence. Raises UsageError for anything else: nothing is rounded, and bytes are no ids."""
+    try:
+        if isinstance(ids, (bytes, bytearray)):
+            raise TypeError
+        return list(map(operator.index, ids))
+    except TypeError:
+        raise UsageError(f"the prompt is {ids!r:.60}; it must be a text or a list of token ids") from None
+
+
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a text to go on with; the model's begin-of-text token in front where it asks for one, or where there is
     nothing else.
@@ -276,7 +287,8 @@ class Turns:
         last = self._messages[-1] if self._messages else {}
         opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
         opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        self._opening = continued(template.begun(opening), tokenizer)
+        self._begun = template.begun(opening)
+        self._opening = continued(self._begun, tokenizer)
         if opening:
             self._messages.pop()
         if not self._messages:
@@ -291,6 +303,10 @@ class Turns:
     def encode(self) -> list[int]:
         """The ids of what is left."""
         return self._template.encode(self._left(self.dropped), self._tokenizer) + self._opening
+
+    def text(self) -> str:
+        """What `encode` gives the ids of."""
+        return self._template.render(self._left(self.dropped)) + self._begun
 
     def _left(self, dropped: int) -> list[dict[str, str]]:
         if not dropped:

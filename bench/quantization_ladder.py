@@ -21,10 +21,10 @@ from pocketlm.export.quantize import quantize
 from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.runtime.evaluation import perplexity
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.hyper import Hyper, read_hyper
+from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.numpy_executor import NumpyExecutor
-from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 from pocketlm.tokenizer import from_metadata
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     arguments = parser.parse_args()
     file = open_model(arguments.model)
-    hyper = read_hyper(file.metadata, file.tensors["token_embd.weight"].shape[0], arguments.model)
-    plan = make_plan(hyper, {name: tensor.shape for name, tensor in file.tensors.items()}, arguments.model)
+    plan = read_plan(file.metadata, file.tensors, arguments.model)
+    hyper = plan.hyper
     tokenizer = from_metadata(file.metadata, arguments.model)
     ids = tokenizer.encode(arguments.text.read_text(encoding="utf-8"))[: arguments.tokens]
     quantizers: dict[str, Quantizer] = {"pocketlm": quantize}

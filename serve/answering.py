@@ -60,6 +60,10 @@ class Answerer:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
         return await self.aside(lambda: self._asking.encode(ask))
 
+    async def text(self, ask: Ask) -> str:
+        """A conversation as the template writes it. Raises ApiError 400."""
+        return await self.aside(lambda: self._asking.text(ask))
+
     async def aside(self, work: Callable[[], T]) -> T:
         """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""
         async with self._encoding:

@@ -50,6 +50,10 @@ class Slots:
         """How many are held."""
         return len(self.all) - len(self._free)
 
+    def is_held(self, slot: Slot) -> bool:
+        """Whether somebody has it."""
+        return all(slot is not other for other in self._free)
+
     @property
     def waiting(self) -> int:
         """How many wait for one."""
