@@ -9,14 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pocketlm.errors import FileError
 from pocketlm.export import published
-from pocketlm.export.arrays import map_file
 from pocketlm.export.checkpoint import Checkpoint, read_json
+from pocketlm.runtime.file_mapping import map_file
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE
 from pocketlm.tokenizer.characters import from_json
+from pocketlm.tokenizer.gguf_vocabulary_writer import OURS
 from pocketlm.tokenizer.readers import find_in
 
 NONE = "none"  # what --tokenizer says for a model without one
@@ -95,8 +98,8 @@ def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
     return None
 
 
-def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict[str, int]:
-    """Begin and end tokens that only the model's configuration names; of several ends the second ends a turn."""
+def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
+    """Begin and end tokens that only the model's configuration names; of several ends the others end a turn."""
     beside = checkpoint.folder / "generation_config.json"
     said = [
         config
@@ -108,13 +111,14 @@ def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict
         values = next((config[name] for config in said if config.get(name) is not None), [])
         return [i for i in (values if isinstance(values, list) else [values]) if type(i) is int and 0 <= i < n_vocab]
 
-    keys: dict[str, int] = {}
+    keys: dict[str, Any] = {}
     ends = ids("eos_token_id")
     if tokenizer.eos_id is None and ends:
         keys["tokenizer.ggml.eos_token_id"] = ends[0]
     others = [i for i in ends if i != keys.get("tokenizer.ggml.eos_token_id", tokenizer.eos_id)]
-    if others:
-        keys["tokenizer.ggml.eot_token_id"] = others[0]
+    keys |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(("eot", "eom"), others, strict=False)}
+    if others[2:]:
+        keys[OURS + "end_ids"] = np.array(others[2:], np.int32)
     if tokenizer.bos_id is None and ids("bos_token_id"):
         keys["tokenizer.ggml.bos_token_id"] = ids("bos_token_id")[0]
     return keys

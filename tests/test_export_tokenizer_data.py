@@ -106,6 +106,21 @@ def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
     assert all(written.encode(text) == peer.encode(text).ids for text in samples)
 
 
+def test_all_ends_of_a_turn_that_the_configuration_names_are_kept(tmp_path: Path) -> None:
+    """gpt-oss has three, and the last of them is what a call of a tool ends with."""
+    tokenizers = pytest.importorskip("tokenizers", reason="trains the tokenizer")
+    names = [f"<|e{i}|>" for i in range(6)]
+    peer = tokenizers.ByteLevelBPETokenizer()
+    peer.train_from_iterator([PROSE], vocab_size=300, special_tokens=names, show_progress=False)
+    peer.add_special_tokens(names)
+    peer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|e2|>"}))
+    for ends in ([2, 0], [2, 0, 1], [1, 0, 2, 5, 4]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        keys, _ = find_tokenizer(checkpoint(tmp_path), 310, None)
+        assert tokenizer.from_metadata(keys, "x").end_ids == set(ends)
+
+
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
 def test_sentencepiece(rule: str, tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="trains the tokenizer")

@@ -84,6 +84,15 @@ def test_ids_that_are_none_are_an_error(model, prompt):
         model.logits(prompt)
 
 
+@pytest.mark.parametrize("prompt", [[1.5], b"then", ["1"], None, 5, [[1, 2]]], ids=str)
+def test_what_is_neither_a_text_nor_ids_is_no_prompt(model, prompt):
+    """1.5 is not rounded to an id, nor are bytes taken for a list of ids."""
+    with pytest.raises(UsageError, match="must be a text or a list of token ids"):
+        model.generate(prompt, max_tokens=1)
+    ids = model.tokenizer.encode("then")
+    assert texts(model.generate(np.array(ids), max_tokens=3, seed=1)) == texts(model.generate(ids, max_tokens=3, seed=1))
+
+
 def test_the_end_token_ends_and_ignore_eos_goes_on(model):
     end = TOKENS.index(SPECIALS[2])
     options = {"max_tokens": 4, "temperature": 0, "logit_bias": {end: 1000.0}}

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -213,6 +214,64 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
     ours = tokenizer.load(tmp_path)
     assert (ours.bos_id, ours.eos_id, ours.end_ids, ours.adds_bos) == (0, 1, {1}, True)
     assert ours.encode("a", bos=True) == theirs.encode("a").ids
+
+
+def spaces_replaced(normalizer, pre_tokenizer, *, keep_bytes_special=False):
+    """A BPE whose normalizer writes spaces as ▁, with tokens for bytes, trained as the library's documents show it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizer(tokenizers.normalizers)
+    names = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(LINES, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=names, show_progress=False))
+    file = json.loads(made.to_str())
+    file["pre_tokenizer"] = pre_tokenizer
+    if not keep_bytes_special:
+        file["added_tokens"] = [token for token in file["added_tokens"] if not token["content"].startswith("<0x")]
+    return tokenizers.Tokenizer.from_str(json.dumps(file))
+
+
+def gemmas(normalizers):
+    return normalizers.Replace(" ", "▁")
+
+
+def test_ids_of_gemmas_tokenizer_are_those_of_tokenizers(tmp_path):
+    """Its file cuts a text at spaces after it has replaced them all; and ▁▁ is a token that was added."""
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    theirs = spaces_replaced(gemmas, split)
+    import tokenizers
+
+    theirs.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("▁▁", "two words", "\n\n")])
+    theirs.add_special_tokens(["<start_of_turn>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path)
+    for text in texts(5000, 83, ["<start_of_turn>", "<s>"]):
+        assert ours.encode(text, special=True) == theirs.encode(text).ids, text
+
+
+def test_tokens_for_bytes_may_have_been_given_as_special_tokens(tmp_path):
+    theirs = spaces_replaced(gemmas, None, keep_bytes_special=True)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path)
+    for text in texts(3000, 84, ["<s>"]):
+        ids = ours.encode(text, special=True)
+        assert ids == theirs.encode(text).ids, text
+    assert ours.decode(ours.encode("ę 😀")) == "ę 😀"  # the library leaves special tokens out of texts, these too
+
+
+@pytest.mark.parametrize("order", ["Replace + NFKC", "Prepend + Replace + NFKC"])
+def test_a_normalizer_in_another_order_than_ours_is_refused(order, tmp_path):
+    """NFKC makes spaces of other white space: after ▁ has been written that is another text than before."""
+
+    def parts(normalizers):
+        return normalizers.Sequence(
+            [{"Replace": normalizers.Replace(" ", "▁"), "Prepend": normalizers.Prepend("▁")}.get(name) or normalizers.NFKC()
+             for name in order.split(" + ")]
+        )  # fmt: skip
+
+    theirs = spaces_replaced(parts, None)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(FileError, match=f"its normalizer {re.escape(order)} in this order is not supported"):
+        tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("split", [True, False])

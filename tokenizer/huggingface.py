@@ -24,6 +24,7 @@ from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.unigram import Unigram
 
 _MAX_CONFIG = 1 << 24
+AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 def from_tokenizer_json(path: Path, file: dict[str, Any]) -> Tokenizer:
@@ -101,8 +102,11 @@ class _Reader:
         known = (PREPEND, REPLACE_SPACES, *(COLLAPSE_SPACES if collapses else ()))
         tables = [part["precompiled_charsmap"] for part in normalizers if part["type"] == "Precompiled"]
         rest = [part for part in normalizers if part not in known and part["type"] != "Precompiled"]
+        self.check_order(normalizers, known)
         if PREPEND in normalizers:
             prefix = "always"
+        if pre_tokenizers == [AT_SPACES] and REPLACE_SPACES in normalizers:
+            pre_tokenizers = []  # Gemma's: no space is left for it
         if pre_tokenizers:
             part = pre_tokenizers[0]
             if len(pre_tokenizers) > 1 or part["type"] != "Metaspace" or part["replacement"] != SPACE:
@@ -130,6 +134,13 @@ class _Reader:
             return Unigram(self.path, vocabulary, scores + [0.0] * (len(vocabulary.tokens) - len(scores)), options)
         table = sentencepiece_bpe.merges_table(self.path, vocabulary, self.merges())
         return sentencepiece_bpe.SentencePieceBPE(self.path, vocabulary, table, options)
+
+    def check_order(self, parts: list[dict[str, Any]], known: tuple[dict[str, Any], ...]) -> None:
+        """Refuse a normalizer whose steps come in another order than theirs here."""
+        spaces = (PREPEND, REPLACE_SPACES)
+        stages = [3 if part in spaces else 2 if part in known else 1 if part["type"] == "Precompiled" else 0 for part in parts]
+        if stages != sorted(stages):
+            raise self.refuse(f"normalizer {_types(parts)} in this order")
 
     def normalizer(self, parts: list[dict[str, Any]]) -> Normalizer:
         """One normal form, then replacements of texts, where they may as well be made all at once."""
@@ -198,12 +209,12 @@ class _Reader:
                 raise self.refuse(f"token {token['content'][:40]!r} that stands as a single word only")
         tokens = place_tokens(self.path, ids)
         types = bytearray(NORMAL if token else UNUSED for token in tokens)
-        if byte_tokens:
+        for token in added:
+            types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        if byte_tokens:  # who trains with `tokenizers` gives them as special tokens
             for byte in range(256):
                 if (i := ids.get(f"<0x{byte:02X}>")) is not None:
                     types[i] = BYTE
-        for token in added:
-            types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
         unk_id = self.model["unk_id"] if isinstance(vocab, list) else ids.get(self.model.get("unk_token"))
         if unk_id is not None:
             types[unk_id] = UNKNOWN

@@ -27,8 +27,10 @@ from pocketlm.runtime.native.sizes import (
     RMS_NORM,
     TILE,
     TILES,
+    WHOLES,
 )  # fmt: skip
 
+ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whole activations, as matrix.py has it
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
 
 
@@ -96,7 +98,7 @@ def _define_round(module: Module, has_wholes: bool = True) -> None:
                 f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
                 f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
                 if has_wholes:
-                    f.store(f.cast("trunc", whole, I16), words + 32 * h)
+                    f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), words + 32 * h)
                 sums.append(f.reduce(whole, "add"))
                 f.store(sums[h], record + (72 + 4 * h), 4)
             f.store(scale * f.cast("sitofp", sums[0] + sums[1], F32), record + 68, 4)
@@ -141,8 +143,8 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
         _scaled(f, r, x, to, mean, squares.get(), width)
     with f.when(source.equals(PARTIALS)):
         attention.join_partials(f, r, own, to, r.token(token.get()))
-    wholes, records = tile + columns * 4 * size + place * 64, tile + columns * 6 * size + place * RECORD
-    f.call(VOID, "round", to, columns, wholes, size * 64, records, size * RECORD)
+    wholes, records = tile + columns * 4 * size + place * WHOLES, tile + columns * 6 * size + place * RECORD
+    f.call(VOID, "round", to, columns, wholes, size * WHOLES, records, size * RECORD)
 
 
 def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: Value, width: Value) -> None:
