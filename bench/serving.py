@@ -133,7 +133,8 @@ def together(port: int, clients: int, tokens: int) -> Round:
 
     started = time.perf_counter()
     try:
-        asked = [ask(port, number, tokens) for number in range(clients)]
+        # asked by nobody before: no prompt is in a cache
+        asked = [ask(port, 1000 * clients + number, tokens) for number in range(clients)]
     except OSError as error:
         raise SystemExit(f"{clients} of {clients} clients have no answer: {error}") from None
     with ThreadPoolExecutor(clients) as pool:
@@ -174,7 +175,7 @@ def main() -> None:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
                     raise RuntimeError(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    together(port, 1, 4)  # pages are read, kernels are there
+                    ask(port, 0, 4)()  # pages are read, kernels are there
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens))
             except RuntimeError as error:
