@@ -10,9 +10,39 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 AHEAD = 1000  # pieces that wait for a slow reader before the thread waits, too
+
+
+class _Post:
+    """What threads tell an event loop. It is woken once for all that is told until it looks: with each wake-up a thread lets
+    the others go first, and eight that make a piece each at the same time would take turns eight times.
+    """
+
+    def __init__(self) -> None:
+        self._told: deque[Callable[[], object]] = deque()
+        self._woken = False
+
+    def tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+        """Have it called in the loop, from any thread. Raises RuntimeError where the loop is closed."""
+        self._told.append(function)
+        if not self._woken:
+            self._woken = True
+            try:
+                loop.call_soon_threadsafe(self._deliver, loop)
+            except RuntimeError:
+                self._woken = False
+                raise
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._woken = False  # first: what comes from here on wakes again
+        while self._told:
+            loop.call_soon(self._told.popleft())
+
+
+_posts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary()
 
 
 class Handover:
@@ -21,6 +51,7 @@ class Handover:
     def __init__(self, ahead: int | None = AHEAD):
         self.cancel = threading.Event()
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
+        self._post = _posts.setdefault(self._loop, _Post())
         self._parts: deque[Any] = deque()
         self._room = threading.Semaphore(ahead) if ahead else None
         self._told = False  # the loop knows that something has come
@@ -62,7 +93,7 @@ class Handover:
 
     def _call(self, function: Callable[[], object]) -> None:
         try:
-            self._loop.call_soon_threadsafe(function)
+            self._post.tell(self._loop, function)
         except RuntimeError:  # the loop is closed: nobody is there to be told
             self.cancel.set()
 

@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, UsageError, refused
 from pocketlm.terminal_text import print
 
 DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
@@ -91,10 +91,8 @@ def read_text(path: str) -> str:
     try:
         if path == "-":
             return sys.stdin.buffer.read().decode("utf-8")
-        with open(path, encoding="utf-8", newline="") as file:
+        with refused(path, "check the path"), open(path, encoding="utf-8", newline="") as file:
             return file.read()
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
     except UnicodeDecodeError as error:
         raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
 

@@ -9,7 +9,7 @@ import math
 import operator
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,8 @@ class Conversation:
         model = self._model
         ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else given_ids(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
-        return self._stream(ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft)
+        how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
+        return self._stream(ids, decoder, sampling, ignore_eos, **how)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -153,10 +154,9 @@ class Conversation:
             ids = turns.fit(limit)
         stop = [*model.template.stop, *([stop] if isinstance(stop, str) else stop)]
         decoder = model.tokenizer.stream_decoder(continues=True)
-        stream = self._stream(
-            ids, decoder, sampling, max_tokens, stop, ignore_eos, reuse_cache, cancel, draft,
-            turns.drop_oldest if keep is None else None, bool(lost or turns.dropped), keep,
-        )  # fmt: skip
+        how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
+        how |= {"make_room": turns.drop_oldest if keep is None else None, "shift": bool(lost or turns.dropped), "keep": keep}
+        stream = self._stream(ids, decoder, sampling, ignore_eos, **how)
         return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
@@ -174,10 +174,9 @@ class Conversation:
         return in_thread(lambda cancel: self.chat(messages, cancel=cancel, **options))
 
     def _stream(
-        self, ids: list[int], decoder: Any, sampling: dict[str, Any], max_tokens: int | None, stop: str | Sequence[str],
-        ignore_eos: bool, reuse_cache: bool, cancel: threading.Event | None, draft: bool,
-        make_room: Callable[[], list[int] | None] | None = None, shift: bool = False, keep: int | None = None,
-    ) -> Iterator[Piece]:  # fmt: skip
+        self, ids: list[int], decoder: Any, sampling: dict[str, Any], ignore_eos: bool, **how: Any
+    ) -> Iterator[Piece]:
+        """`how`: further keywords of `runtime.generator.generate`."""
         from pocketlm.runtime.generator import generate
         from pocketlm.runtime.sampling import make_sampler
 
@@ -197,15 +196,14 @@ class Conversation:
         listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)
         chosen = listed.sample if top_logprobs else sampler
         stream = generate(
-            self.state, ids, guide.along(chosen) if guide else chosen, decoder, max_tokens=max_tokens, stop=stop,
-            end_ids=end_ids, ignore_eos=ignore_eos, cancel=cancel, make_room=make_room, reuse_cache=reuse_cache, shift=shift,
-            keep=keep, draft=draft, is_over=guide.is_over if guide else None,
+            self.state, ids, guide.along(chosen) if guide else chosen, decoder, end_ids=end_ids, ignore_eos=ignore_eos,
+            is_over=guide.is_over if guide else None, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
 
 
 def given_ids(ids: Sequence[int]) -> list[int]:
-    """The whole numbers of a sequence. Raises UsageError for anything else: no number is rounded, bytes are no ids."""
+    """The whole numbers of a sequence. Raises UsageError for anything else: nothing is rounded, and bytes are no ids."""
     try:
         if isinstance(ids, (bytes, bytearray)):
             raise TypeError
@@ -287,7 +285,8 @@ class Turns:
         last = self._messages[-1] if self._messages else {}
         opening = last.get("content") if isinstance(last, Mapping) and last.get("role") == "assistant" else ""
         opening = opening if isinstance(opening, str) else ""  # whatever else it is, the template refuses it
-        self._opening = continued(template.begun(opening), tokenizer)
+        self._begun = template.begun(opening)
+        self._opening = continued(self._begun, tokenizer)
         if opening:
             self._messages.pop()
         if not self._messages:
@@ -302,6 +301,10 @@ class Turns:
     def encode(self) -> list[int]:
         """The ids of what is left."""
         return self._template.encode(self._left(self.dropped), self._tokenizer) + self._opening
+
+    def text(self) -> str:
+        """What `encode` gives the ids of."""
+        return self._template.render(self._left(self.dropped)) + self._begun
 
     def _left(self, dropped: int) -> list[dict[str, str]]:
         if not dropped:

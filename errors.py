@@ -5,7 +5,8 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -70,3 +71,14 @@ class FileError(PocketlmError):
         """`path` names the file, `problem` says what is wrong with it, `advice` what to do (one clause, may be empty)."""
         self.path, self.problem, self.advice = path, problem, advice
         super().__init__(f"{path}: {problem}" + (f"; {advice}" if advice else ""))
+
+
+@contextmanager
+def refused(
+    path: object, advice: str = "", problem: str = "cannot be read", kinds: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice"."""
+    try:
+        yield
+    except kinds as error:
+        raise FileError(path, f"{problem} ({getattr(error, 'strerror', None) or error})", advice) from None

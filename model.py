@@ -21,11 +21,10 @@ from pocketlm.errors import FileError, UsageError, did_you_mean
 from pocketlm.runtime import memory
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.executors import BACKENDS, make_executor
-from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.identity import fingerprint, readable_name
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.model_summary import count_parameters
-from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.session import Session
 from pocketlm.runtime.threads import check_threads
 from pocketlm.tokenizer import NoTokenizer, Tokenizer, from_metadata
@@ -109,9 +108,8 @@ class Model:
         self.tensors = self._file.tensors
         if not self.tensors:
             raise FileError(path, "it holds a vocabulary but no model", "only `pocketlm tokenize` and `inspect` can use it")
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        self.hyper: Hyper = read_hyper(self.metadata, shapes.get("token_embd.weight", (0,))[0], path)
-        self._plan = make_plan(self.hyper, shapes, path)
+        self._plan = read_plan(self.metadata, self.tensors, path)
+        self.hyper = self._plan.hyper
         self._tokenizer = self._read_tokenizer()
         self.n_ctx = self._check_ctx(ctx)
         self.n_parameters = count_parameters(self.tensors)

@@ -12,13 +12,13 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pocketlm.batch.lines import Line, Written
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.runtime.atomic import lock_file, replacing_file
 from pocketlm.serve.guard import MAX_BODY
 
@@ -34,14 +34,11 @@ class Prompts:
 
     def __init__(self, path: Path):
         self._path, self._digest, self.n_lines, last = path, hashlib.blake2b(digest_size=16), 0, b"\n"
-        try:
-            with path.open("rb") as file:
-                while block := file.read(BLOCK):
-                    self._digest.update(block)
-                    self.n_lines += block.count(b"\n")
-                    last = block[-1:]
-        except OSError as error:
-            raise _unreadable(path, error) from None
+        with refused(path, "check the path"), path.open("rb") as file:
+            while block := file.read(BLOCK):
+                self._digest.update(block)
+                self.n_lines += block.count(b"\n")
+                last = block[-1:]
         self.n_lines += last != b"\n"
 
     def key(self, *made_of: Any) -> str:
@@ -50,18 +47,15 @@ class Prompts:
 
     def __iter__(self) -> Iterator[Line]:
         """All lines that are not blank."""
-        try:
-            with self._path.open("rb") as file:
-                for number in range(1, self.n_lines + 1):
-                    data = file.readline(MAX_BODY)
-                    if data and not data.endswith(b"\n") and (rest := file.readline(BLOCK)):
-                        while rest and not rest.endswith(b"\n"):
-                            rest = file.readline(BLOCK)
-                        yield Line(number, None)
-                    elif data := data.removeprefix(BOM if number == 1 else b"").strip():
-                        yield Line(number, data)
-        except OSError as error:
-            raise _unreadable(self._path, error) from None
+        with refused(self._path, "check the path"), self._path.open("rb") as file:
+            for number in range(1, self.n_lines + 1):
+                data = file.readline(MAX_BODY)
+                if data and not data.endswith(b"\n") and (rest := file.readline(BLOCK)):
+                    while rest and not rest.endswith(b"\n"):
+                        rest = file.readline(BLOCK)
+                    yield Line(number, None)
+                elif data := data.removeprefix(BOM if number == 1 else b"").strip():
+                    yield Line(number, data)
 
 
 class Answers:
@@ -77,10 +71,10 @@ class Answers:
         self._target, self._part = target, target.with_name(f"{target.name}.{key}.part")
         self._starts = array("q", [-1]) * (n_lines + 1)  # where in the part the answer to a line starts
         self.n_done = self.n_errors = 0
-        with _told(self._part):
+        with self._kept():
             self._handle = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
         try:
-            with _told(self._part):
+            with self._kept():
                 if not lock_file(self._handle, 0.0):
                     raise FileError(self._part, "another run is writing these answers", "wait until it ends")
                 self._size = self._take_stock()
@@ -105,7 +99,7 @@ class Answers:
     def add(self, written: Written) -> None:
         """Keep what is to be written of a line."""
         left = memoryview(written.data)
-        with _told(self._part):
+        with self._kept():
             while left:
                 left = left[os.write(self._handle, left) :]
         self._note(written.number, written.data)
@@ -118,6 +112,11 @@ class Answers:
                     kept.seek(start)
                     out.write(kept.readline())
         os.ftruncate(self._handle, 0)  # `__exit__` takes the part away
+
+    def _kept(self) -> AbstractContextManager[None]:
+        """What the system refuses, as a FileError."""
+        advice = "mend that and give the same command again: the answers so far are kept"
+        return refused(self._part, advice, "cannot be written")
 
     def _take_stock(self) -> int:
         """Note every answer that is there; how many bytes those are. What follows them is what a kill has left."""
@@ -135,17 +134,3 @@ class Answers:
         self.n_errors += self._starts[number] < 0 and _ERROR in data
         self._starts[number] = self._size
         self._size += len(data)
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What the system refuses, as a FileError."""
-    try:
-        yield
-    except OSError as error:
-        advice = "mend that and give the same command again: the answers so far are kept"
-        raise FileError(path, f"cannot be written ({error.strerror or error})", advice) from None
-
-
-def _unreadable(path: Path, error: OSError) -> FileError:
-    return FileError(path, f"cannot be read ({error.strerror or error})", "check the path")

@@ -77,8 +77,7 @@ class Answering:
             answers.setdefault(number, []).append(piece)
         if any(parts[-1].finish_reason == "cancelled" for parts in answers.values()):
             return None
-        shape = Shape(is_chat, "", self._token_bytes)
-        whole = shape.whole([*answers.values()], ask.n, ask.logprobs, prompts.dropped_turns, prompts.parts)
+        whole = Shape(ask, "", self._token_bytes).whole([*answers.values()], prompts.dropped_turns, prompts.parts)
         told = {name: whole[name] for name in ("choices", "usage", "dropped_turns") if name in whole}
         del told["usage"]["prompt_tokens_details"]  # what was in the cache depends on which lines came before
         return Written(line.number, _json({**named, **told}), told["usage"]["completion_tokens"])

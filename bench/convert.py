@@ -119,14 +119,13 @@ def _torch(path: Path, out: Path) -> None:
     """Every tensor in float32 as PyTorch saves them, the matrices of one product stacked under joined names."""
     import torch
 
-    from pocketlm.runtime.hyper import read_hyper
     from pocketlm.runtime.model_file import open_model
-    from pocketlm.runtime.plan import Linear, Logits, make_plan
+    from pocketlm.runtime.plan import Linear, Logits, read_plan
 
     part = out.with_name(f"part-{out.name}")
     with open_model(path) as opened:
         shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-        plan = make_plan(read_hyper(opened.metadata, shapes["token_embd.weight"][0], path), shapes, path)
+        plan = read_plan(opened.metadata, opened.tensors, path)
         weights = {name: torch.from_numpy(tensor.to_float32().copy()) for name, tensor in opened.tensors.items()}
         for matrix in (op.matrix for op in plan.ops if isinstance(op, Linear | Logits)):
             stacked, pairs = "+".join(matrix.weights), list(zip(matrix.weights, matrix.biases, strict=True))

@@ -25,9 +25,9 @@ from pocketlm.bench.tasks import TASKS, Task
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime import memory
 from pocketlm.runtime.evaluation import TEXT
-from pocketlm.runtime.hyper import Hyper, read_hyper
+from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.model_file import open_model, size_of
-from pocketlm.runtime.plan import Linear, Logits, make_plan
+from pocketlm.runtime.plan import Linear, Logits, read_plan
 from pocketlm.tokenizer import from_metadata
 
 Say = Callable[[str], None]
@@ -93,9 +93,8 @@ def open_subject(path: Path) -> Subject:
     with open_model(path) as opened:
         if "token_embd.weight" not in opened.tensors:
             raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
-        shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}
-        hyper = read_hyper(opened.metadata, shapes["token_embd.weight"][0], path)
-        plan = make_plan(hyper, shapes, path)
+        plan = read_plan(opened.metadata, opened.tensors, path)
+        hyper = plan.hyper
         names = [name for op in plan.ops if isinstance(op, Linear | Logits) for name in op.matrix.weights]
         shares = dict.fromkeys(names, 1.0) | plan.experts
         read = int(sum(opened.tensors[name].data.nbytes * share for name, share in shares.items()))
@@ -104,7 +103,7 @@ def open_subject(path: Path) -> Subject:
             ids, takes_text = tokenizer.encode(TEXT, bos=tokenizer.adds_bos), bool(tokenizer.encode(USER_TEXT))
         except PocketlmError:  # a vocabulary of single characters may lack some of these
             ids, takes_text = np.random.default_rng(2).integers(0, hyper.n_vocab, 192).tolist(), False
-        count = sum(int(np.prod(shape)) for shape in shapes.values())
+        count = sum(int(np.prod(tensor.shape)) for tensor in opened.tensors.values())
         size = sum(tensor.data.nbytes for tensor in opened.tensors.values())
         return Subject(path, path.stem, hyper, count, size, read, ids[: hyper.n_ctx], takes_text)
 

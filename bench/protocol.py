@@ -21,7 +21,13 @@ class Skipped(PocketlmError):
 
 
 class Adapter(Protocol):
-    """Made as `Adapter(path, n_threads, n_ctx, **options)`, which loads the model. PocketlmError: it cannot run it."""
+    """Made as `Adapter(path, n_threads, n_ctx, **options)`, which loads the model. PocketlmError: it cannot run it.
+
+    What some have beside this: `decode_seconds(ids, n)`, the seconds of each of the n tokens that a library makes by itself
+    after ids [n_ids], where it takes none from outside; `complete(text, n_tokens)`, the tokens that a library's own call
+    generated greedily, and its seconds: what a user sees; `together(prompt, n_tokens, conversations)`, the seconds from
+    everybody's first logits to the last, while each makes n_tokens after prompt and an id of its own.
+    """
 
     facts: dict[str, str]  # version, build flags, settings: what a reader needs to do the same
 
@@ -37,30 +43,6 @@ class Adapter(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class OwnSteps(Protocol):
-    """What an adapter also has whose library takes no token from outside while it generates."""
-
-    def decode_seconds(self, ids: np.ndarray, n: int) -> list[float]:
-        """Seconds of each of the n tokens that the library makes by itself after ids [n_ids], without the prompt's."""
-        ...
-
-
-class Completing(Protocol):
-    """What an adapter also has whose library completes texts: the figure that a user sees."""
-
-    def complete(self, text: str, n_tokens: int) -> tuple[int, float]:
-        """Tokens generated greedily after `text`, at most `n_tokens`, and the seconds of the whole call."""
-        ...
-
-
-class Together(Protocol):
-    """What an adapter also has that goes on with several conversations at the same time."""
-
-    def together(self, prompt: list[int], n_tokens: int, conversations: int) -> float:
-        """Seconds from everybody's first logits to the last, while each makes n_tokens after prompt and an id of its own."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 
 NAME, VERSION = "pocketlm-bench", 1
 NUMBER = (int, float)
@@ -97,9 +97,8 @@ def read(path: Path) -> dict[str, Any]:
     """A result that was saved. Raises FileError."""
     advice = "name a file that `pocketlm bench --json` or `--save` has made"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})") from None
+        with refused(path):
+            result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:  # JSON and UTF-8
         raise FileError(path, "is not JSON", advice) from None
     if not isinstance(result, dict) or result.get("schema") != NAME:

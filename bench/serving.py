@@ -2,10 +2,12 @@
 
     python bench/serving.py [MODEL] [--clients 1,8,64] [--slots 8] [--tokens 128] [--rounds 3] [--threads 2]
 
-A client asks one question of its own and reads the answer as a stream; all of a round begin together. The servers take turns;
-a figure is the median of the rounds. Prints a Markdown table: tokens per second of all clients together, that beside one
-client, and the time to the first token, half of the clients' and 95 %. A client without an answer ends the run. Pieces of
-text are counted as tokens: a character that takes several is one piece.
+A client asks one question of its own and reads the answer as a stream; all of a round ask one right after the other, before
+any answer is read. The servers take turns; a figure is the median of the rounds. Prints a Markdown table: tokens per second of
+all clients together, that beside one client, the time to the first token, half of the clients' and the last one's, and the
+queue's order: by how many places a client's first token came earlier or later than its question, at most (slots begin together:
+fewer places than slots mean nothing). Tokens are those of the server's usage, or pieces of text where it tells none, as
+llama_cpp.server. A client without an answer ends the run; a server that is not installed, or does not start, is a line.
 """
 
 from __future__ import annotations
@@ -23,23 +25,32 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from statistics import median, quantiles
+from statistics import median
 from typing import NamedTuple
 
 from pocketlm.model import find_model
 
-HEAD = ("server", "clients", "tokens/s", "beside one client", "first token, ms: half", "95 %")
+HEAD = ("server", "clients", "tokens/s", "beside one client", "first token, ms: half", "the last", "places out of order")
 SUBJECTS = ("a lighthouse", "the tide", "a dragon", "an old clock", "bread", "the moon", "a train", "winter", "a pond", "snow")
 STARTING = 120.0  # seconds until a server must answer
 LONGEST = 600.0  # seconds for one answer
 
 
 class Answer(NamedTuple):
-    """Seconds from the request to its first piece of text and to its end, and how many tokens it has."""
+    """When it was asked for, seconds from there to its first piece of text and to its end, and how many tokens it has."""
 
+    asked: float
     first: float
     whole: float
     tokens: int
+
+
+class Round(NamedTuple):
+    """Tokens per second of all clients together, each one's time to its first token, and places out of order, at most."""
+
+    speed: float
+    firsts: list[float]
+    places: int
 
 
 def ours(model: str, port: int, slots: int, threads: int) -> list[str]:
@@ -53,15 +64,15 @@ def llama(model: str, port: int, slots: int, threads: int) -> list[str]:
     return ["-m", "llama_cpp.server", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 
-SERVERS: dict[str, tuple[str, Callable[[str, int, int, int], list[str]]]] = {  # package that it needs, its command
-    "pocketlm": ("uvicorn", ours),
-    "llama_cpp.server": ("starlette_context", llama),
+SERVERS: dict[str, tuple[str, Callable[[str, int, int, int], list[str]]]] = {  # packages that it needs, its command
+    "pocketlm": ("uvicorn starlette", ours),
+    "llama_cpp.server": ("llama_cpp fastapi starlette_context sse_starlette pydantic_settings uvicorn", llama),
 }
 
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A server that answers, for the length of a `with` statement. Raises SystemExit with its last line where it does not."""
+    """A server that answers, for the length of a `with` statement. Raises RuntimeError with its last line where it does not."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     tail: list[str] = []
     reader = threading.Thread(target=lambda: tail.extend(process.stderr or ()), daemon=True)
@@ -74,7 +85,8 @@ def running(command: list[str], port: int) -> Iterator[None]:
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > until:
-                    raise SystemExit(f"{' '.join(command[1:3])}: {(tail or ['no answer'])[-1].strip()}") from None
+                    reader.join(60 if process.poll() is not None else 0)
+                    raise RuntimeError((tail or ["no answer"])[-1].strip()) from None
                 time.sleep(0.05)
         yield
     finally:
@@ -82,43 +94,58 @@ def running(command: list[str], port: int) -> Iterator[None]:
         process.wait(30)
 
 
-def ask(port: int, number: int, tokens: int) -> Answer:
-    """One question, answered in at most `tokens` tokens."""
+def ask(port: int, number: int, tokens: int) -> Callable[[], Answer]:
+    """One question, to be answered in at most `tokens` tokens: it is sent. What reads the answer."""
     question = f"Tell me about {SUBJECTS[number % len(SUBJECTS)]}, number {number}, at length."
-    body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "stream": True, "temperature": 0}
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "stream": True, "temperature": 0,
+            "stream_options": {"include_usage": True}}  # fmt: skip
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONGEST)
-    started, first, n = time.perf_counter(), 0.0, 0
+    started = time.perf_counter()
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    reply = connection.getresponse()
-    if reply.status != 200:
-        raise RuntimeError(f"{reply.status}: {reply.read(300).decode(errors='replace')}")
-    for line in reply:
-        if line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-            first = first or time.perf_counter() - started
-            n += 1
-    connection.close()
-    return Answer(first, time.perf_counter() - started, n)
+
+    def read() -> Answer:
+        first, pieces, told = 0.0, 0, None
+        reply = connection.getresponse()
+        if reply.status != 200:
+            raise RuntimeError(f"{reply.status}: {reply.read(300).decode(errors='replace')}")
+        for line in reply:
+            event = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+            told = (event.get("usage") or {}).get("completion_tokens", told)
+            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                first = first or time.perf_counter() - started
+                pieces += 1
+        connection.close()
+        return Answer(started, first, time.perf_counter() - started, told if told and pieces else pieces)
+
+    return read
 
 
-def together(port: int, clients: int, tokens: int) -> tuple[float, list[float]]:
-    """Tokens per second of all clients together, and each one's time to its first token."""
+def together(port: int, clients: int, tokens: int) -> Round:
+    """All clients ask, then all read. Raises SystemExit where one has no answer."""
 
-    def client(number: int) -> Answer | str:
+    def client(read: Callable[[], Answer]) -> Answer | str:
         """The answer, or why there is none."""
         try:
-            answer = ask(port, number, tokens)
+            answer = read()
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            return f"client {number}: {error}"
-        return answer if answer.tokens else f"client {number}: no answer"
+            return str(error)
+        return answer if answer.tokens else "no answer"
 
     started = time.perf_counter()
+    try:
+        # asked by nobody before: no prompt is in a cache
+        asked = [ask(port, 1000 * clients + number, tokens) for number in range(clients)]
+    except OSError as error:
+        raise SystemExit(f"{clients} of {clients} clients have no answer: {error}") from None
     with ThreadPoolExecutor(clients) as pool:
-        ended = [*pool.map(client, range(clients))]
+        ended = [*pool.map(client, asked)]
     seconds = time.perf_counter() - started
     if lost := [why for why in ended if isinstance(why, str)]:
-        raise SystemExit(f"{len(lost)} of {clients} clients have no answer; {lost[0]}")
+        raise SystemExit(f"{len(lost)} of {clients} clients have no answer: {lost[0]}")
     got = [answer for answer in ended if isinstance(answer, Answer)]
-    return sum(answer.tokens for answer in got) / seconds, [answer.first for answer in got]
+    order = sorted(range(clients), key=lambda i: got[i].asked + got[i].first)  # of first tokens; that of questions is 0, 1, …
+    places = max(abs(place - number) for place, number in enumerate(order))
+    return Round(sum(answer.tokens for answer in got) / seconds, [answer.first for answer in got], places)
 
 
 def free_port() -> int:
@@ -139,26 +166,28 @@ def main() -> None:
     arguments = parser.parse_args()
     clients = [int(number) for number in arguments.clients.split(",")]
     model = str(find_model(arguments.model))
-    names = [n for n in SERVERS if arguments.only in (None, n) and importlib.util.find_spec(SERVERS[n][0])]
-    found: dict[tuple[str, int], list[tuple[float, list[float]]]] = {}
+    names = [name for name in SERVERS if arguments.only in (None, name)]
+    found: dict[tuple[str, int], list[Round]] = {}
     for _ in range(arguments.rounds):
-        for name in names:
-            port = free_port()
-            with running(SERVERS[name][1](model, port, arguments.slots, arguments.threads), port):
-                together(port, 1, 4)  # pages are read, kernels are there
-                for number in clients:
-                    found.setdefault((name, number), []).append(together(port, number, arguments.tokens))
-    rows = [HEAD, ("---", *["--:"] * 5)]
+        for name in [*names]:
+            port, (packages, command) = free_port(), SERVERS[name]
+            try:
+                if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
+                    raise RuntimeError(f"{', '.join(absent)} not installed")
+                with running(command(model, port, arguments.slots, arguments.threads), port):
+                    ask(port, 0, 4)()  # pages are read, kernels are there
+                    for number in clients:
+                        found.setdefault((name, number), []).append(together(port, number, arguments.tokens))
+            except RuntimeError as error:
+                names.remove(name)
+                print(f"{name} is left out: {error}", file=sys.stderr)
+    rows = [HEAD, ("---", *["--:"] * (len(HEAD) - 1))]
     for (name, number), rounds in found.items():
-        speed = median(each for each, _ in rounds)
-        alone = median(each / one for (each, _), (one, _) in zip(rounds, found[name, clients[0]], strict=True))
-        half, most = [], []
-        for _, firsts in rounds:
-            cuts = quantiles([*firsts, *firsts], n=20)  # twice, for one client has but one
-            half.append(cuts[9])
-            most.append(cuts[18])
-        figures = (f"{speed:.0f}", f"{alone:.2f}", *(f"{1e3 * median(column):.0f}" for column in (half, most)))
-        rows.append((name, str(number), *figures))
+        speed = median(each.speed for each in rounds)
+        alone = median(each.speed / one.speed for each, one in zip(rounds, found[name, clients[0]], strict=True))
+        waits = (median(median(each.firsts) for each in rounds), median(max(each.firsts) for each in rounds))
+        figures = (f"{speed:.0f}", f"{alone:.2f}", *(f"{1e3 * wait:.0f}" for wait in waits))
+        rows.append((name, str(number), *figures, str(max(each.places for each in rounds))))
     for row in rows:
         print(f"| {' | '.join(row)} |")
 

@@ -15,7 +15,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.runtime.formats import FORMATS, dequantize
 from pocketlm.runtime.weights import HALF_SCALES
 
-N_VOCAB, N_CTX = 32000, 1024
+N_VOCAB = 32000
 KINDS = tuple(HALF_SCALES)
 
 
@@ -28,11 +28,13 @@ class Shape:
     n_head: int
     n_ff: int
     n_kv_head: int = 0
+    n_ctx: int = 1024
 
 
 SHAPES = {
     "48M": Shape(10, 512, 8, 2048), "1.3B-class": Shape(28, 1536, 24, 6144),
     "Llama-125M": Shape(16, 768, 12, 2048, 4),  # as SmolLM2, but of whole blocks of 256 columns
+    "Llama-1.3B": Shape(24, 2048, 32, 5504, 32, 2048),
 }  # fmt: skip
 NAMES = tuple(f"{shape}-{kind}" for shape in SHAPES for kind in KINDS)
 
@@ -55,7 +57,7 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
         raise PocketlmError("a shape with random weights needs the package gguf; get it with: pip install gguf") from None
     random, is_llama = np.random.default_rng(0), shape.n_kv_head > 0
     writer: Any = gguf.GGUFWriter(str(path), "llama" if is_llama else "gpt2")
-    writer.add_context_length(N_CTX)
+    writer.add_context_length(shape.n_ctx)
     writer.add_embedding_length(shape.width)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
@@ -93,7 +95,7 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
     up = ("ffn_gate", "ffn_up") if is_llama else ("ffn_up",)
     matrix("token_embd", N_VOCAB, width, 0.1)
     if not is_llama:
-        writer.add_tensor("position_embd.weight", (0.1 * random.standard_normal((N_CTX, width))).astype(np.float32))
+        writer.add_tensor("position_embd.weight", (0.1 * random.standard_normal((shape.n_ctx, width))).astype(np.float32))
     for i in range(shape.n_layer):
         at = f"blk.{i}."
         for name in ("attn_norm", "ffn_norm"):

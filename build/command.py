@@ -143,12 +143,10 @@ def _reference(file: GGUF) -> bytes:
     """The results for --selftest, of a model that can be talked to. Raises FileError for another one."""
     from pocketlm.build.selftest import reference
     from pocketlm.export.tokenizer_data import test_texts
-    from pocketlm.runtime.hyper import read_hyper
-    from pocketlm.runtime.plan import make_plan
+    from pocketlm.runtime.plan import read_plan
     from pocketlm.tokenizer import from_metadata
 
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    make_plan(read_hyper(file.metadata, shapes.get("token_embd.weight", (0,))[0], file.path), shapes, file.path)
+    read_plan(file.metadata, file.tensors, file.path)
     return reference(file, test_texts(from_metadata(file.metadata, file.path)))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 
 Image = tuple[int, int, bytes]  # side in pixels, bits a pixel, the bytes
 SIDES = (16, 32, 48, 256)
@@ -26,10 +26,8 @@ def images(path: Path | None) -> list[Image]:
     """The images of an icon file; of the icon of pocketlm where there is none. Raises FileError for another file."""
     if path is None:
         return [(side, 32, _png(side, _drawn(side))) for side in SIDES]
-    try:
+    with refused(path):
         data = path.read_bytes() if path.stat().st_size <= _MOST else b""
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror})") from None
     try:
         found = _of_png(data) if data.startswith(_PNG) else _of_ico(data)
     except struct.error:

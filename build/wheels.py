@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, PocketlmError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.code_cache import kept_folder
 from pocketlm.terminal_text import print
@@ -161,12 +161,9 @@ def _from_debian(file: Pinned, to: Path) -> None:
 
 
 def _check(path: Path, file: Pinned) -> None:
-    try:
-        with open(path, "rb") as data:
-            digest = hashlib.sha256()
-            while chunk := data.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror})", "it is needed to compose an executable") from None
+    with refused(path, "it is needed to compose an executable"), open(path, "rb") as data:
+        digest = hashlib.sha256()
+        while chunk := data.read(1 << 20):
+            digest.update(chunk)
     if digest.hexdigest() != file.sha256:
         raise FileError(path, "is not the file that pocketlm knows by this name (its SHA-256 differs)", "remove it")

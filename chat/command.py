@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pocketlm.chat import saved, transcript
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.terminal_text import print
 
 Arguments = argparse.Namespace
@@ -45,10 +45,8 @@ def _one_of_ours(name: str) -> Path:
 
 def _delete(path: Path) -> str:
     (line,) = saved.listed([path])
-    try:
+    with refused(path, problem="cannot be deleted"):
         saved.delete(path)
-    except OSError as error:
-        raise FileError(path, f"cannot be deleted ({error.strerror or error})") from None
     return "deleted: " + line.split(maxsplit=1)[1]
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketlm.chat.markers import Markers, encode_between, without_markers
 from pocketlm.chat.thinking import Tags, tags_of
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED
 
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ class Template:
         self._thought_opening: str | None = None
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._compiled: Any = None
-        self._markers: _Markers | None = None
+        self._markers: Markers | None = None
 
     @property
     def name(self) -> str:
@@ -214,7 +214,7 @@ class Template:
         bos = tokenizer.adds_bos and not self._writes_bos(text, parts)
         ids = tokenizer.encode(text, special=True, bos=bos)
         if parts is None:
-            safe = _without_markers(checked, tokenizer)
+            safe = without_markers(checked, tokenizer)
             if safe == checked:
                 return ids
             return tokenizer.encode(self._render(safe, add_generation_prompt), special=True, bos=bos)
@@ -226,12 +226,12 @@ class Template:
             position += len(part)
         if list(markers.places(text, ids[bos and tokenizer.bos_id is not None :])) == own:
             return ids
-        return _encode_between(text, own, tokenizer, markers, bos)
+        return encode_between(text, own, tokenizer, markers, bos)
 
-    def _markers_in(self, tokenizer: Tokenizer, template_parts: frozenset[str]) -> _Markers:
+    def _markers_in(self, tokenizer: Tokenizer, template_parts: frozenset[str]) -> Markers:
         """The markers of a conversation, whose template writes these parts; the last one's are remembered."""
         if self._markers is None or self._markers.made_of != (tokenizer, template_parts):
-            self._markers = _Markers(tokenizer, template_parts)
+            self._markers = Markers(tokenizer, template_parts)
         return self._markers
 
     def _writes_bos(self, text: str, parts: list[tuple[str, bool]] | None) -> bool:
@@ -267,107 +267,6 @@ class Template:
             return None
         parts = [(stand_ins.get(piece, piece), piece in stand_ins) for piece in pieces if piece]
         return parts if "".join(part for part, _ in parts) == text else None
-
-
-class _Markers:
-    """The tokens that steer a model: control tokens, ends of a turn, and the user-defined `<…>` or `[…]` its template writes.
-
-    Other user-defined symbols, such as runs of spaces, are letters like any other.
-    """
-
-    _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-
-    def __init__(self, tokenizer: Tokenizer, template_parts: Set[str]):
-        self.made_of = tokenizer, template_parts
-        self._tokenizer = tokenizer
-        vocabulary = tokenizer.vocabulary
-        ids = {i for part in template_parts for i in tokenizer.encode(part, special=True)}
-        written = {i for i in ids if vocabulary.types[i] == USER_DEFINED and self._BRACKETED.fullmatch(self.text(i))}
-        self._ids = {*vocabulary.ids_of(CONTROL, UNKNOWN), *tokenizer.end_ids, *written}
-        self._in_template: dict[str, list[tuple[int, int, int]]] = {}
-
-    def __contains__(self, token_id: int) -> bool:
-        return token_id in self._ids
-
-    def text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
-
-    def end_of_turn(self) -> str:
-        """The text of some marker, "" where the vocabulary has none."""
-        texts = ((i, self.text(i)) for i in sorted(self._tokenizer.end_ids))
-        return next((text for i, text in texts if self._tokenizer.encode(text, special=True) == [i]), "")
-
-    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, id) of the markers that the tokenizer reads in `text`."""
-        return self.places(text, self._tokenizer.encode(text, special=True))
-
-    def places(self, text: str, ids: list[int]) -> Iterator[tuple[int, int, int]]:
-        """The same where the text's ids are known."""
-        position, markers = 0, self._ids
-        for token_id in ids:
-            if token_id in markers:
-                marker = self.text(token_id)
-                start = text.find(marker, position)
-                if start >= 0:
-                    position = start + len(marker)
-                    yield start, position, token_id
-
-    def in_template(self, part: str) -> list[tuple[int, int, int]]:
-        """The same of a text between two contents: there are few of them, each many times."""
-        if part not in self._in_template:
-            self._in_template[part] = list(self.find(part))
-        return self._in_template[part]
-
-
-def _encode_between(
-    text: str, own: list[tuple[int, int, int]], tokenizer: Tokenizer, markers: _Markers, bos: bool
-) -> list[int]:
-    """Ids of `text` in which only the markers at the places `own` are tokens."""
-    ids = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-    before, position = "", 0
-    for start, stop, token_id in own:
-        ids += [*_spelled(text[position:start], before, tokenizer, markers), token_id]
-        before, position = markers.text(token_id), stop
-    return ids + _spelled(text[position:], before, tokenizer, markers)
-
-
-def _spelled(text: str, before: str, tokenizer: Tokenizer, markers: _Markers) -> list[int]:
-    """Ids of `text`, which comes after the marker `before`, with every marker in it spelled.
-
-    That is plain encoding. Where it would not do, the text is cut behind the first letter of each marker instead:
-    user-defined symbols are tokens in plain text too, and SentencePiece may put a space in front of a plain text but
-    not of one that goes on.
-    """
-    if not text:
-        return []
-    n_before = len(tokenizer.encode(before, special=True))
-    cuts = [start + 1 for start, stop, _ in markers.find(text) if stop - start > 1]
-    if not cuts:
-        return tokenizer.encode(before + text, special=True)[n_before:]
-    plain = tokenizer.encode(text)
-    starts_alike = tokenizer.encode(before + "a", special=True)[n_before:] == tokenizer.encode("a")
-    if starts_alike and not any(i in markers for i in plain):
-        return plain
-    pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    inner = before or markers.end_of_turn()
-    ids = _spelled(pieces[0], before, tokenizer, markers)
-    return ids + [i for piece in pieces[1:] for i in _spelled(piece, inner, tokenizer, markers)]
-
-
-def _without_markers(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """The messages with a zero-width space inside every marker that a content spells.
-
-    For templates that change the contents, where it cannot be told afterwards which letters were whose.
-    """
-    markers = _Markers(tokenizer, frozenset())
-
-    def broken(content: str) -> str:
-        found = list(markers.find(content))
-        for start, _, _ in reversed(found):
-            content = content[: start + 1] + "\u200b" + content[start + 1 :]
-        return content
-
-    return [{**message, "content": broken(message["content"])} for message in messages]
 
 
 def _checked(messages: Messages) -> list[dict[str, str]]:

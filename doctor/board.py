@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocketlm.runtime.control_groups import text
+
 # Arm's part numbers (MIDR_EL1) of implementer 0x41, as far as they are in boards and phones: the Linux kernel's cputype.h
 _ARM_CORES = {
     0xB76: "ARM1176", 0xC07: "Cortex-A7", 0xC08: "Cortex-A8", 0xC09: "Cortex-A9", 0xC0F: "Cortex-A15", 0xD03: "Cortex-A53",
@@ -79,19 +81,3 @@ def _core(processor: dict[str, str]) -> str:
 def _dmi(root: Path, name: str) -> str:
     found = text(root / "sys/class/dmi/id" / name)
     return "" if found.lower() in ("default string", "to be filled by o.e.m.", "system manufacturer") else found
-
-
-def text(path: Path) -> str:
-    """What is in a small file, without the NUL that ends texts of a device tree; "" where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
-    except (OSError, ValueError):
-        return ""
-
-
-def number(path: Path, base: int = 10) -> int | None:
-    """The number in a small file; None where there is none."""
-    try:
-        return int(text(path), base)
-    except ValueError:
-        return None

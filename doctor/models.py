@@ -16,9 +16,8 @@ from pocketlm.errors import FileError, PocketlmError
 from pocketlm.model import DEFAULT_CTX, INSTALLED, find_model
 from pocketlm.pull.catalogue import CATALOGUE
 from pocketlm.runtime.executors import memory_needed
-from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
-from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.plan import read_plan
 
 _SHORTEST = 256  # tokens of context that are worth talking with
 
@@ -51,13 +50,11 @@ def fit(path: Path, free: int | None, bytes_per_second: float | None, n_threads:
     """Whether the model runs in `free` bytes, without opening more than its header."""
     try:
         with open_model(path) as file:
-            shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-            if not shapes:
+            if not file.tensors:
                 raise FileError(path, "it holds a vocabulary but no model")
-            hyper = read_hyper(file.metadata, shapes.get("token_embd.weight", (0,))[0], path)
-            plan = make_plan(hyper, shapes, path)
+            plan = read_plan(file.metadata, file.tensors, path)
             sizes = {name: file.tensors[name].data.nbytes for name in plan.weights}
-            wanted = min(hyper.n_ctx, DEFAULT_CTX)
+            wanted = min(plan.hyper.n_ctx, DEFAULT_CTX)
 
             def needs(n_ctx: int) -> int:
                 return sum(memory_needed(plan, file.tensors, n_ctx, n_threads))

@@ -13,10 +13,9 @@ from pathlib import Path
 from pocketlm.doctor.models import fit
 from pocketlm.doctor.resources import memory_speed
 from pocketlm.runtime.executors import memory_needed
-from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.memory import available_bytes
 from pocketlm.runtime.model_file import open_model
-from pocketlm.runtime.plan import make_plan
+from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.threads import check_threads
 
 MB = 1 << 20
@@ -40,9 +39,8 @@ def portrait_with(path: Path, n_threads: int, bytes_per_second: float) -> list[s
     if here.problem:
         return [f"pocketlm does not run it: {here.problem}"]
     with open_model(path) as file:
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        hyper = read_hyper(file.metadata, shapes["token_embd.weight"][0], path)
-        plan = make_plan(hyper, shapes, path)
+        plan = read_plan(file.metadata, file.tensors, path)
+        hyper = plan.hyper
 
         def needs(n_ctx: int, threads: int = n_threads) -> int:
             return sum(memory_needed(plan, file.tensors, n_ctx, threads))

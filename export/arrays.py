@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,20 +88,6 @@ class Storage:
     start: int
     n_bytes: int
     check: Callable[[], None] = lambda: None
-
-
-def map_file(path: Path) -> Buffer:
-    """The file as a read-only mapping (b"" for an empty one). Raises FileError where it cannot be read."""
-    try:
-        if not stat.S_ISREG(mode := path.stat().st_mode):
-            raise FileError(path, f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file")
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
-    except FileNotFoundError:
-        raise FileError(path, "there is no such file", "check the path") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
 
 
 def view(

@@ -16,6 +16,7 @@ import numpy as np
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.plan import Plan, make_plan
 from pocketlm.runtime.tensor import Tensor
 
 
@@ -37,6 +38,10 @@ class CanonicalModel:
     dialect: str  # which row of the dialect table it was, for the receipt
     notes: list[str] = field(default_factory=list)  # things the user should know, one line each
     added: frozenset[str] = frozenset()  # tensors that are no parameters: zeros that an architecture wants, rotary factors
+
+    def plan(self, path: object) -> Plan:
+        """Its operations. Raises FileError, about `path`, where the tensors do not fit the hyper-parameters."""
+        return make_plan(self.hyper, {name: tensor.shape for name, tensor in self.tensors.items()}, path)
 
 
 class Float32Tensors(Mapping[str, Tensor]):

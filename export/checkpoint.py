@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import Buffer, LazyTensor, map_file
+from pocketlm.export.arrays import Buffer, LazyTensor
 from pocketlm.export.llama2c_reader import looks_like_llama2c, read_llama2c
 from pocketlm.export.npz_reader import read_npz
 from pocketlm.export.safetensors_reader import looks_like_safetensors, parse_json, read_safetensors
 from pocketlm.export.torch_reader import read_torch_legacy, read_torch_zip
 from pocketlm.export.zip_reader import read_zip
 from pocketlm.pickle_reader import Global, Record
-from pocketlm.runtime.file_mapping import unmap
+from pocketlm.runtime.file_mapping import map_file, unmap
 
 # entries that may hold the weights, best first; anything else is tried after them
 WEIGHTS = (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, UsageError, refused
 from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
@@ -133,9 +133,8 @@ def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
 def read_text(path: str) -> str:
     """The UTF-8 text of a file."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})") from None
+        with refused(path):
+            return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
 

@@ -32,7 +32,6 @@ from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS, Fp16Bin
 from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
-from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
 
@@ -215,7 +214,7 @@ def export(
         raise UsageError(f"--quant {quant}: {container} knows {', '.join(row.quants)}{hint}")
     if importance and (container not in ("gguf", "ollama") or quant in ("f32", "f16", "bf16", "q8_0")):
         raise UsageError("--imatrix is for quantised GGUFs; name one of their formats, as --quant q4_k_m")
-    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, source)
+    plan = model.plan(source)
     if plan.experts and container not in EXPERT_CONTAINERS:
         raise FileError(source, f"is a mixture of experts, which {container} does not hold", "export it to a .gguf")
     with Encoder(source, n_threads or default_threads(), progress) as encoder:

@@ -24,7 +24,7 @@ from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper_parameters import Rope
-from pocketlm.runtime.plan import Attend, Plan, Rotate, make_plan
+from pocketlm.runtime.plan import Attend, Plan, Rotate
 
 Step = Callable[[Draft], None]
 MXFP4 = FORMATS["MXFP4"]
@@ -277,7 +277,7 @@ def checked(model: CanonicalModel, config: ModelConfig) -> CanonicalModel:
 
     Raises FileError where layers have other windows, or other positions, than the configuration says.
     """
-    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, config.path)
+    plan = model.plan(config.path)
     layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
     for what, found, said in (
         ("sliding windows", [window if window < n_ctx else 0 for window, _ in layers], config.windows(len(layers), n_ctx)),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.export.canonical import CanonicalModel, Float32Tensors
 
 if TYPE_CHECKING:
@@ -32,11 +32,8 @@ def importance(path: Path, model: CanonicalModel) -> Importance:
     """What `path`, a text in UTF-8 or an importance matrix of llama.cpp, says of the model's matrices: name -> float32
     [columns] above zero, with a mean of 1. FileError: neither, or of another model.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+    with refused(path, "check the path"), open(path, "rb") as file:
+        start = file.read(4)
     data = path.read_bytes() if start != b"GGUF" else b""
     found = _of_gguf(path) if start == b"GGUF" else _of_list(data) or _of_text(data, path, model)
     matrices = {name: t.shape[1] for name, t in model.tensors.items() if len(t.shape) == 2 and name in found}
@@ -98,7 +95,6 @@ def _of_text(data: bytes, path: Path, model: CanonicalModel) -> Importance:
 
 def _mean_squares(model: CanonicalModel, ids: np.ndarray, path: Path) -> Importance:
     from pocketlm.runtime.numpy_executor import NumpyExecutor
-    from pocketlm.runtime.plan import make_plan
     from pocketlm.runtime.threads import default_threads
 
     sums: Importance = {}
@@ -112,7 +108,7 @@ def _mean_squares(model: CanonicalModel, ids: np.ndarray, path: Path) -> Importa
                 sums[name] = sums.get(name, 0) + squares
             super()._linear(op, state)
 
-    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, path)
+    plan = model.plan(path)
     window = min(WINDOW, model.hyper.n_ctx)
     with closing(Listening(plan, Float32Tensors(model, path), window, default_threads())) as executor:
         for start in range(0, len(ids) - window + 1, window):

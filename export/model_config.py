@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,31 +113,24 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
     "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
 }  # fmt: skip
-# a setting → whether its value changes nothing here; any other value means a computation that the plan does not have
-HARMLESS = {
-    "attn_logit_softcapping": lambda v: not v, "final_logit_softcapping": lambda v: not v, "logit_softcap": lambda v: not v,
-    "soft_cap": lambda v: not v, "num_local_experts": lambda v: not v or v == 1, "num_experts": lambda v: not v or v == 1,
-    "n_routed_experts": lambda v: not v, "n_experts": lambda v: not v or v == 1, "use_moe": lambda v: not v,
-    "clip_qkv": lambda v: not v, "mlp_only_layers": lambda v: not v, "decoder_sparse_step": lambda v: v in (None, 1),
-    "logit_scale": lambda v: v in (None, 1), "logits_scaling": lambda v: v in (None, 1),
-    "embedding_multiplier": lambda v: v in (None, 1),
-    "residual_multiplier": lambda v: v in (None, 1), "attention_multiplier": lambda v: v is None,
-    "scale_emb": lambda v: v in (None, 1),
-    "scale_embeddings": lambda v: not v, "query_pre_attn_scalar": lambda v: v is None, "use_parallel_residual": lambda v: not v,
-    "parallel_residual": lambda v: not v, "parallel_attn": lambda v: not v, "qk_norm": lambda v: not v,
-    "use_qk_norm": lambda v: not v,
-    "qk_layernorm": lambda v: not v, "norm_first": lambda v: v in (None, True), "pre_norm": lambda v: v in (None, True),
-    "post_norm": lambda v: not v, "scale_attn_weights": lambda v: v in (None, True),
-    "scale_attn_by_inverse_layer_idx": lambda v: not v, "add_cross_attention": lambda v: not v,
-    "is_encoder_decoder": lambda v: not v, "use_bidirectional_attention": lambda v: not v,
-    "rope_local_type": lambda v: v == "default",
-    "use_scaled_rope": lambda v: not v, "conv_bias": lambda v: not v,
-    "no_rope_layers": lambda v: not v, "quantization_config": lambda v: not v, "zero_centered_norm": lambda v: not v,
-    "apply_residual_connection_post_layernorm": lambda v: not v, "softmax_scale": lambda v: v is None,
-    **{name: lambda v: not v for name in ( # litGPT's
+# settings by what changes nothing here; any other value means a computation that the plan does not have
+HARMLESS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys((
+        "attn_logit_softcapping", "final_logit_softcapping", "logit_softcap", "soft_cap", "n_routed_experts", "use_moe",
+        "clip_qkv", "mlp_only_layers", "scale_embeddings", "use_parallel_residual", "parallel_residual", "parallel_attn",
+        "qk_norm", "use_qk_norm", "qk_layernorm", "post_norm", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
+        "is_encoder_decoder", "use_bidirectional_attention", "use_scaled_rope", "conv_bias", "no_rope_layers",
+        "quantization_config", "zero_centered_norm", "apply_residual_connection_post_layernorm",
         "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
-        "attention_scores_scalar", "sliding_window_size",
-    )},
+        "attention_scores_scalar", "sliding_window_size",  # litGPT's
+    ), lambda v: not v),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
+    **dict.fromkeys((
+        "decoder_sparse_step", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb",
+        "norm_first", "pre_norm", "scale_attn_weights",
+    ), lambda v: v in (None, 1)),  # True is 1
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale"), lambda v: v is None),
+    "rope_local_type": lambda v: v == "default",
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import map_file
+from pocketlm.runtime.file_mapping import map_file
 
 MAX_BYTES = 1 << 24
 PARTS = (

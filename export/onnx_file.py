@@ -24,7 +24,6 @@ from pocketlm.export.onnx_store import Store
 from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.export.to_onnx import Graph
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.plan import make_plan
 
 INLINE_BYTES = 1 << 30
 SHARES = {"f32": 1.0, "f16": 0.5, "int8": 1.0}  # the share of float32's size; int8 starts from float32
@@ -37,9 +36,8 @@ def write_onnx(
 
     Raises PocketlmError where int8 is asked for and onnxruntime is missing.
     """
-    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
-    plan = make_plan(model.hyper, shapes, path)
-    is_large = 4 * sum(map(math.prod, shapes.values())) * SHARES[quant] > INLINE_BYTES
+    plan = model.plan(path)
+    is_large = 4 * sum(math.prod(tensor.shape) for tensor in model.tensors.values()) * SHARES[quant] > INLINE_BYTES
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".part") as folder:
         store = Store(Path(folder) / "data" if is_large else None)
         graph = Graph(plan, model, encoder, store, half=quant == "f16", int8=quant == "int8")

@@ -18,6 +18,7 @@ import numpy as np
 
 from pocketlm.runtime.formats import FORMATS, IQ4_STEPS, MXFP4_STEPS
 
+Quantizer = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # blocks, how much each weight's error counts -> bytes
 PIECE = 1 << 17  # weights quantised at a time: the search's arrays stay in a core's own cache
 # Added to the number of codes that a block's range is divided into; none first, so that it wins where all are equal.
 STRETCHES = np.array(sorted(np.linspace(-1, 1, 21), key=abs), np.float32)
@@ -208,24 +209,15 @@ def _q8_0(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
     return np.concatenate([_half(scale), np.copysign(whole, exact).astype(np.int8).view(np.uint8)], axis=1)
 
 
-def _q4_0(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    scale, codes = _signed_codes(x, w, 16)
-    return np.concatenate([_half(scale), _pack(codes, 4, 16)], axis=1)
+def _blocks_of_32(coded: Callable[..., tuple[np.ndarray, ...]], levels: int) -> Quantizer:
+    """Scales (and minima), the fifth bits where codes have them, and the other four."""
 
+    def quantizer(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
+        *scales, codes = coded(x, w, levels)
+        fifth = [_fifth_bits(codes)] if levels > 16 else []
+        return np.concatenate([*map(_half, scales), *fifth, _pack(codes & 15, 4, 16)], axis=1)
 
-def _q4_1(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    scale, low, codes = _codes_from_minimum(x, w, 16)
-    return np.concatenate([_half(scale), _half(low), _pack(codes, 4, 16)], axis=1)
-
-
-def _q5_0(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    scale, codes = _signed_codes(x, w, 32)
-    return np.concatenate([_half(scale), _fifth_bits(codes), _pack(codes & 15, 4, 16)], axis=1)
-
-
-def _q5_1(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    scale, low, codes = _codes_from_minimum(x, w, 32)
-    return np.concatenate([_half(scale), _half(low), _fifth_bits(codes), _pack(codes & 15, 4, 16)], axis=1)
+    return quantizer
 
 
 def _iq4_nl(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
@@ -351,7 +343,9 @@ def _q3_k(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
     return np.concatenate(parts, axis=1)
 
 
-QUANTIZERS: dict[str, Callable[[np.ndarray, np.ndarray | None], np.ndarray]] = {
-    "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
+QUANTIZERS: dict[str, Quantizer] = {
+    "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0,
+    "Q4_0": _blocks_of_32(_signed_codes, 16), "Q5_0": _blocks_of_32(_signed_codes, 32),
+    "Q4_1": _blocks_of_32(_codes_from_minimum, 16), "Q5_1": _blocks_of_32(_codes_from_minimum, 32),
     "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "MXFP4": _mxfp4,
 }  # fmt: skip

@@ -13,8 +13,8 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.export import published
-from pocketlm.export.arrays import map_file
 from pocketlm.export.checkpoint import Checkpoint, read_json
+from pocketlm.runtime.file_mapping import map_file
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import NORMAL, USER_DEFINED
 from pocketlm.tokenizer.byte_bpe import ByteBPE

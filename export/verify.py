@@ -131,8 +131,7 @@ def _own_ids(tokenizer: Tokenizer, template: str | None) -> tuple[list[int], str
 
 @contextmanager
 def _exact_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
-    plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in model.tensors.items()}, out)
-    with _runner("numpy", plan, Float32Tensors(model, out), out) as run:
+    with _runner("numpy", model.plan(out), Float32Tensors(model, out), out) as run:
         yield run
 
 

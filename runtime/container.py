@@ -16,12 +16,13 @@ import hashlib
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 
 # boot: the boot loader · header: the model up to its weights · original: what makes the packed model the GGUF again
 # gguf: length and checksum of that GGUF (it is not in the file as such)
@@ -129,16 +130,13 @@ def is_program(path: Path) -> bool:
 
 def program_place(path: Path) -> tuple[int, int]:
     """Offset and length of PyInstaller's archive in an executable. Raises FileError where there is none."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cookie = data.rfind(COOKIE_MAGIC)
-            if 0 <= cookie <= len(data) - COOKIE.size:
-                length = COOKIE.unpack_from(data, cookie)[1]
-                start = cookie + COOKIE.size - length
-                if length > COOKIE.size and start >= 0:
-                    return start, length
-    except (OSError, ValueError) as error:
-        raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    with _mapped(path) as data:
+        cookie = data.rfind(COOKIE_MAGIC)
+        if 0 <= cookie <= len(data) - COOKIE.size:
+            length = COOKIE.unpack_from(data, cookie)[1]
+            start = cookie + COOKIE.size - length
+            if length > COOKIE.size and start >= 0:
+                return start, length
     raise FileError(path, *_BROKEN)
 
 
@@ -179,16 +177,23 @@ def _sections(body: bytes) -> dict[str, Section]:
 
 def search(path: Path) -> Packed | None:
     """The sections of an executable whose end is gone or was changed, by a locator that is whole; None if there is none."""
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            at = len(data)
-            while (at := data.rfind(_MAGIC, 0, at)) >= 0:
-                body, own = data[at : at + SIZE - _DIGEST], data[at + SIZE - _DIGEST : at + SIZE]
-                if len(own) == _DIGEST and hashlib.sha256(body).digest() == own and _PREFIX.unpack_from(body)[1] == _VERSION:
-                    return Packed(path, _sections(body))
-    except (OSError, ValueError) as error:
-        raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    with _mapped(path) as data:
+        at = len(data)
+        while (at := data.rfind(_MAGIC, 0, at)) >= 0:
+            body, own = data[at : at + SIZE - _DIGEST], data[at + SIZE - _DIGEST : at + SIZE]
+            if len(own) == _DIGEST and hashlib.sha256(body).digest() == own and _PREFIX.unpack_from(body)[1] == _VERSION:
+                return Packed(path, _sections(body))
     return None
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The file's bytes. Raises FileError for one that cannot be read, an empty one among them."""
+    with (
+        refused(path, kinds=(OSError, ValueError)), open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):  # fmt: skip
+        yield data
 
 
 def locator(sections: Mapping[str, Section]) -> bytes:

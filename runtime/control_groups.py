@@ -21,8 +21,8 @@ def memory_left(root: Path = Path("/")) -> int | None:
         *((folder, "memory.max", "memory.current", "") for folder in _groups(root, "")),
         *((folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_") for folder in _groups(root, "memory")),
     ):
-        if (most := _number(folder / limit)) is not None and (now := _number(folder / used)) is not None:
-            rows = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines() if " " in line)
+        if (most := number(folder / limit)) is not None and (now := number(folder / used)) is not None:
+            rows = dict(line.split(" ", 1) for line in text(folder / "memory.stat").splitlines() if " " in line)
             kept = sum(_whole(rows.get(f"{files}{kind}_file", "")) or 0 for kind in ("active", "inactive"))
             left.append(most - max(now - kept, 0))
     return min(left, default=None)
@@ -32,17 +32,17 @@ def processors(root: Path = Path("/")) -> float | None:
     """Processors' worth of time that may be used: `docker run --cpus=1.5` gives 1.5; None where there is no limit."""
     shares = []
     for folder in _groups(root, ""):
-        quota, _, period = _text(folder / "cpu.max").partition(" ")  # "200000 100000", or "max 100000"
+        quota, _, period = text(folder / "cpu.max").partition(" ")  # "200000 100000", or "max 100000"
         shares.append((_whole(quota), _whole(period)))
     for folder in _groups(root, "cpu"):
-        shares.append((_number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")))  # -1: no limit
+        shares.append((number(folder / "cpu.cfs_quota_us"), number(folder / "cpu.cfs_period_us")))  # -1: no limit
     return min((quota / period for quota, period in shares if quota and period and min(quota, period) > 0), default=None)
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
     """Folders of the group that the process is in and of all above it: of `controller` in version 1, of version 2 if ""."""
     found = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]  # "4:cpu,cpuacct:/docker/abc", version 2: "0::/docker/abc"
         if controller not in names.split(","):
             continue
@@ -57,7 +57,7 @@ def _groups(root: Path, controller: str) -> list[Path]:
 def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixPath]]:
     """(the group that is shown, where it is mounted) of every hierarchy with `controller`, or of version 2 if ""."""
     found = []
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in text(root / "proc/self/mountinfo").splitlines():
         # 36 31 0:33 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
         own, _, system = line.partition(" - ")
         kind, _, options = [*system.split(" ", 2), "", ""][:3]
@@ -67,21 +67,22 @@ def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixP
     return found
 
 
-def _text(path: Path) -> str:
-    """What is in the file; nothing where it cannot be read."""
+def text(path: Path) -> str:
+    """What is in a small file, without the NUL that ends texts of a device tree; "" where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
+    except (OSError, ValueError):
         return ""
 
 
-def _number(path: Path) -> int | None:
-    return _whole(_text(path))
+def number(path: Path, base: int = 10) -> int | None:
+    """The number in a small file; None where there is none."""
+    return _whole(text(path), base)
 
 
-def _whole(text: str) -> int | None:
+def _whole(written: str, base: int = 10) -> int | None:
     """The number that is written there; None for "max" and for whatever else is not one."""
     try:
-        return int(text)
+        return int(written, base)
     except ValueError:
         return None

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import gc
 import mmap
+import os
+import stat
 import traceback
 from pathlib import Path
 
+from pocketlm.errors import FileError, refused
 from pocketlm.runtime.gguf_strings import Buffer
 
 
-class FileMapping:
-    """The bytes of a file, `buffer`, from which arrays are made. Raises OSError or ValueError (an empty file)."""
+def map_file(path: Path, instead: str = "") -> mmap.mmap | bytes:
+    """The file as a read-only mapping, b"" for an empty one. Raises FileError; `instead`: what to name in place of a folder."""
+    with refused(path, "check the path and the permissions", kinds=(OSError, ValueError, OverflowError)):
+        try:
+            if not stat.S_ISREG(mode := path.stat().st_mode):
+                raise FileError(path, f"is {'a folder' if stat.S_ISDIR(mode) else 'a pipe or a device'}, not a file", instead)
+            with open(path, "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
+        except FileNotFoundError:
+            raise FileError(path, "there is no such file", "check the path") from None
 
-    def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self.buffer: Buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+class FileMapping:
+    """The bytes of a file, `buffer`, from which arrays are made."""
+
+    def __init__(self, buffer: Buffer):
+        self.buffer = buffer
 
     def close(self, error: BaseException | None = None) -> None:
         """Unmap the file, at once or with the last array that looks at it. A second call does nothing.

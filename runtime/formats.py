@@ -90,38 +90,23 @@ def _bf16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    weights = blocks[:, 2:].view(np.int8).astype(np.float32)
-    weights *= _half(blocks, 0)
-    return weights
+def _scaled(codes: Callable[[np.ndarray], np.ndarray], zero: float = 0, scale: int = 0, low: int | None = None) -> Dequantizer:
+    """(code - zero) · scale, plus a minimum where there is one: `scale` and `low` are where in the block they stand."""
+
+    def dequantize(blocks: np.ndarray) -> np.ndarray:
+        weights = codes(blocks).astype(np.float32)
+        if zero:
+            weights -= np.float32(zero)
+        weights *= _half(blocks, scale)
+        if low is not None:
+            weights += _half(blocks, low)
+        return weights
+
+    return dequantize
 
 
-def _q4_0(blocks: np.ndarray) -> np.ndarray:
-    weights = _nibbles(blocks[:, 2:], 16).astype(np.float32)
-    weights -= np.float32(8)
-    weights *= _half(blocks, 0)
-    return weights
-
-
-def _q4_1(blocks: np.ndarray) -> np.ndarray:
-    weights = _nibbles(blocks[:, 4:], 16).astype(np.float32)
-    weights *= _half(blocks, 0)
-    weights += _half(blocks, 2)
-    return weights
-
-
-def _q5_0(blocks: np.ndarray) -> np.ndarray:
-    weights = (_nibbles(blocks[:, 6:], 16) | _fifth_bits(blocks, 2)).astype(np.float32)
-    weights -= np.float32(16)
-    weights *= _half(blocks, 0)
-    return weights
-
-
-def _q5_1(blocks: np.ndarray) -> np.ndarray:
-    weights = (_nibbles(blocks[:, 8:], 16) | _fifth_bits(blocks, 4)).astype(np.float32)
-    weights *= _half(blocks, 0)
-    weights += _half(blocks, 2)
-    return weights
+def _five_bits(blocks: np.ndarray, at: int) -> np.ndarray:
+    return _nibbles(blocks[:, at + 4 :], 16) | _fifth_bits(blocks, at)
 
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
@@ -169,12 +154,6 @@ def _q3_k(blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(-1, 256)
 
 
-def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
-    weights = np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 2:], 16)]
-    weights *= _half(blocks, 0)
-    return weights
-
-
 def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
     """Eight scales of 6 bits: two bytes hold their top bits, four bytes the low halves."""
     weights = np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 8:], 16)].reshape(-1, 8, 32)
@@ -193,11 +172,11 @@ def _mxfp4(blocks: np.ndarray) -> np.ndarray:
 _ROWS = (
     Format("F32", 0, 1, 4, _f32),
     Format("F16", 1, 1, 2, _f16),
-    Format("Q4_0", 2, 32, 18, _q4_0),
-    Format("Q4_1", 3, 32, 20, _q4_1),
-    Format("Q5_0", 6, 32, 22, _q5_0),
-    Format("Q5_1", 7, 32, 24, _q5_1),
-    Format("Q8_0", 8, 32, 34, _q8_0),
+    Format("Q4_0", 2, 32, 18, _scaled(lambda blocks: _nibbles(blocks[:, 2:], 16), 8)),
+    Format("Q4_1", 3, 32, 20, _scaled(lambda blocks: _nibbles(blocks[:, 4:], 16), low=2)),
+    Format("Q5_0", 6, 32, 22, _scaled(lambda blocks: _five_bits(blocks, 2), 16)),
+    Format("Q5_1", 7, 32, 24, _scaled(lambda blocks: _five_bits(blocks, 4), low=2)),
+    Format("Q8_0", 8, 32, 34, _scaled(lambda blocks: blocks[:, 2:].view(np.int8))),
     Format("Q8_1", 9, 32, 40),
     Format("Q2_K", 10, 256, 84, _q2_k),
     Format("Q3_K", 11, 256, 110, _q3_k),
@@ -209,7 +188,7 @@ _ROWS = (
     Format("IQ2_XS", 17, 256, 74),
     Format("IQ3_XXS", 18, 256, 98),
     Format("IQ1_S", 19, 256, 50),
-    Format("IQ4_NL", 20, 32, 18, _iq4_nl),
+    Format("IQ4_NL", 20, 32, 18, _scaled(lambda blocks: np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 2:], 16)])),
     Format("IQ3_S", 21, 256, 110),
     Format("IQ2_S", 22, 256, 82),
     Format("IQ4_XS", 23, 256, 136, _iq4_xs),

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
-from pocketlm.runtime.file_mapping import FileMapping
+from pocketlm.errors import FileError, refused
+from pocketlm.runtime.file_mapping import FileMapping, map_file
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.tensor import Tensor
 
@@ -71,10 +71,7 @@ def open_fp16_bin(path: str | Path) -> Fp16Bin:
     vocabulary = _read_json(path / VOCAB)
     values = {**metadata, **{key: vocabulary[name] for key, name in VOCAB_KEYS.items() if name in vocabulary}}
     decoded = {key: _value(path, key, value) for key, value in values.items()}
-    try:
-        mapping = FileMapping(path / WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise FileError(path / WEIGHTS, f"cannot be read ({error})", "an fp16 bin is the whole folder") from None
+    mapping = FileMapping(map_file(path / WEIGHTS))
     try:
         return Fp16Bin(path, decoded, _read_tensors(path, entries, mapping), mapping)
     except BaseException as error:
@@ -84,11 +81,10 @@ def open_fp16_bin(path: str | Path) -> Fp16Bin:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise FileError(path, "is too large", _BROKEN)
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "an fp16 bin is the whole folder") from None
+        with refused(path, "an fp16 bin is the whole folder"):
+            if path.stat().st_size > _MAX_JSON_BYTES:
+                raise FileError(path, "is too large", _BROKEN)
+            content = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError):
         raise FileError(path, "is not JSON", _BROKEN) from None
     if not isinstance(content, dict):

@@ -46,6 +46,7 @@ class Piece:
     accepted_tokens: int = 0  # how many of them were the ones that were drawn
     dropped_turns: int = 0  # of a conversation (`Model.chat`): how many of its oldest turns the model did not see
     top_logprobs: tuple[tuple[int, float], ...] = ()  # ids and logprobs of the likeliest tokens here, where that was asked for
+    stop_string: str = ""  # the one that ended the answer
 
 
 def _one_more(text: str, id: int, logprob: float) -> Piece:
@@ -214,7 +215,8 @@ def generate(
         reason = "stop" if stopped else reason
     seconds = prompted - started, perf_counter() - prompted
     tries = (drafts.drafted, drafts.accepted) if drafts else (0, 0)
-    yield Piece(rest, -1, nan, reason, n_prompt, n_cached, n_generated, *seconds, note, *tries)
+    found = matcher.found if matcher is not None else ""
+    yield Piece(rest, -1, nan, reason, n_prompt, n_cached, n_generated, *seconds, note, *tries, stop_string=found)
 
 
 def _shorter_prompt(make_room: Callable[[], Sequence[int] | None] | None, length: int, room: int) -> list[int] | None:
@@ -235,6 +237,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]):
         self.held = ""  # text not given out yet: a beginning of a stop string
+        self.found = ""  # the stop string that was completed
         self._node = 0
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]  # characters from the root, node 0
@@ -263,8 +266,9 @@ class StopStrings:
         for end, char in enumerate(text, len(self.held) + 1):
             node = self._step(node, char)
             if self._found[node]:
-                self.held = ""
-                return window[: end - self._found[node]], True
+                begin = end - self._found[node]
+                self.held, self.found = "", window[begin:end]
+                return window[:begin], True
         shown = len(window) - self._depth[node]
         self._node, self.held = node, window[shown:]
         return window[:shown], False

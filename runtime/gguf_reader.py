@@ -13,7 +13,6 @@ Format: the GGUF document in the ggml repository (docs/gguf.md).
 """
 import math
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError, quoted
-from pocketlm.runtime.file_mapping import FileMapping
+from pocketlm.runtime.file_mapping import FileMapping, map_file
 from pocketlm.runtime.formats import Format, by_gguf_type
 from pocketlm.runtime.gguf_strings import Buffer, decode, find_bounds
 from pocketlm.runtime.tensor import Tensor
@@ -103,18 +102,9 @@ def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | No
     Offsets in the result count from there. Raises FileError for anything that is not a whole, sound GGUF file.
     """
     path = Path(path)
-    try:
-        if not stat.S_ISREG(mode := path.stat().st_mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-            raise FileError(path, f"is {kind}, not a file", "name the GGUF file")
-        if not path.stat().st_size:
-            raise FileError(path, "is empty", "download it again")
-        mapping = FileMapping(path)
-    except FileNotFoundError:
-        raise FileError(path, "there is no such file", "check the path") from None
-    except (OSError, ValueError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
+    mapping = FileMapping(map_file(path, "name the GGUF file"))
+    if not len(mapping.buffer):
+        raise FileError(path, "is empty", "download it again")
     try:
         whole = not offset and length is None
         gguf = parse(mapping.buffer if whole else memoryview(mapping.buffer)[offset:][:length], path)

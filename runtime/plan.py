@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.architectures.table import ARCHITECTURES
-from pocketlm.runtime.hyper_parameters import Hyper
+from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.operations import (
     Activate,
     Add,
@@ -48,7 +49,7 @@ from pocketlm.runtime.operations import (
 
 __all__ = [
     "Activate", "Add", "Attend", "Convolve", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op",
-    "Plan", "Rotate", "Route", "Scale", "Softcap", "make_plan",
+    "Plan", "Rotate", "Route", "Scale", "Softcap", "make_plan", "read_plan",
 ]  # fmt: skip
 
 
@@ -96,3 +97,9 @@ def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object)
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise FileError(path, "; ".join(problems[:3]) + more, "the tensors do not fit the hyper-parameters")
     return Plan(hyper, builder.buffers, tuple(builder.ops), builder.used)
+
+
+def read_plan(metadata: Mapping[str, Any], tensors: Mapping[str, Any], path: object) -> Plan:
+    """The plan of a model file with these keys and tensors, its hyper-parameters in it. Raises FileError."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return make_plan(read_hyper(metadata, shapes.get("token_embd.weight", (0,))[0], path), shapes, path)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KVCache
@@ -163,7 +163,5 @@ def _size(cache: KVCache, n: int, first: int, itemsize: int) -> int:
 
 
 def _opened(path: str | Path) -> BinaryIO:
-    try:
+    with refused(path, kinds=(OSError, ValueError)):  # ValueError: a name with a zero byte
         return open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        raise FileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None

@@ -36,15 +36,13 @@ class Tensor:
 
         Raises FileError where pocketlm does not run the format.
         """
-        return self._dequantized(self._rows(), self.shape, out)
-
-    def rows_float32(self, rows: np.ndarray) -> np.ndarray:
-        """Only some rows: float32 (len(rows), columns) for int row numbers, each from 0 to the number of rows - 1.
-
-        Rows run along the last dimension; a tensor of more than two is seen as one matrix.
-        """
-        table = self._rows().reshape(-1, self.shape[-1] // self.format.block_size * self.format.block_bytes)
-        return self._dequantized(table[rows], (len(rows), self.shape[-1]), None)
+        if self.format.dequantize is None:
+            runs = ", ".join(row.name for row in FORMATS.values() if row.dequantize)
+            problem = f"tensor '{quoted(self.name)}' is {self.format.name}, which pocketlm does not run"
+            raise FileError(self.path, problem, f"requantise the model to one of {runs}")
+        out = np.empty(self.shape, np.float32) if out is None else out
+        dequantize(self.format, self._rows(), out)
+        return out
 
     def part(self, number: int) -> Tensor:
         """One of the matrices of a tensor of three dimensions."""
@@ -80,15 +78,3 @@ class Tensor:
         from pocketlm.runtime.native.tiling import restore
 
         return restore(self.format.name, self.data, *self.shape)
-
-    def _dequantized(self, data: np.ndarray, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
-        if self.format.dequantize is None:
-            runs = ", ".join(row.name for row in FORMATS.values() if row.dequantize)
-            raise FileError(
-                self.path,
-                f"tensor '{quoted(self.name)}' is {self.format.name}, which pocketlm does not run",
-                f"requantise the model to one of {runs}",
-            )
-        out = np.empty(shape, np.float32) if out is None else out
-        dequantize(self.format, data, out)
-        return out

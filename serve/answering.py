@@ -52,13 +52,13 @@ class Answerer:
         self.stopping = False
         self.running: set[Answer] = set()
         self._encoding = asyncio.Semaphore(ENCODING)
-        self._asking = Asking(model, self.n_ctx)
+        self.asking = Asking(model, self.n_ctx)
 
     # ---- prompts
 
     async def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
-        return await self.aside(lambda: self._asking.encode(ask))
+        return await self.aside(lambda: self.asking.encode(ask))
 
     async def aside(self, work: Callable[[], T]) -> T:
         """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""

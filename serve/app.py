@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -23,6 +24,7 @@ from pocketlm.serve.asking import Prompts
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
+from pocketlm.serve.llama_cpp import OwnShape, properties, slots
 from pocketlm.serve.metrics import text as metrics_text
 from pocketlm.serve.shapes import Shape, finish_reason
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 READ_SECONDS = 30.0  # that a body may take to come
 PING_SECONDS = 15.0  # after which a stream says that it is still there
 MOST_IDS = 1 << 20
+CHAT = ("/chat/completions", "/v1/chat/completions")
+OWN = ("/completion", "/completions")  # llama.cpp's, who has OpenAI's under /v1 alone
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], page: list[Route]) -> Guard:
@@ -43,8 +48,13 @@ def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], pa
         *(Route(path, api.models) for path in ("/models", "/v1/models")),
         Route("/v1/models/{name:path}", api.model),
         Route("/metrics", api.metrics),
-        *(Route(path, api.chat, methods=["POST"]) for path in ("/chat/completions", "/v1/chat/completions")),
-        *(Route(path, api.completion, methods=["POST"]) for path in ("/completions", "/v1/completions")),
+        *(Route(path, partial(api.answer, is_chat=True), methods=["POST"]) for path in CHAT),
+        Route("/v1/completions", partial(api.answer, is_chat=False), methods=["POST"]),
+        *(Route(path, partial(api.answer, is_chat=False, llama_cpp=True), methods=["POST"]) for path in OWN),
+        Route("/props", api.props),
+        Route("/slots", api.slots),
+        Route("/apply-template", api.apply_template, methods=["POST"]),
+        *(Route(f"{path}/input_tokens", api.count, methods=["POST"]) for path in CHAT),
         *(Route(path, api.tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, api.detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         *page,
@@ -143,18 +153,30 @@ class Api:
         text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True))
         return JSONResponse({"content": text})
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=True)
-
-    async def completion(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=False)
-
-    async def _answer(self, request: Request, is_chat: bool) -> Response:
-        defaults = {**self._model.chat_defaults, **self._defaults} if is_chat else self._defaults
-        ask = fields.read(await read_json(request), is_chat, defaults)
+    async def answer(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Response:
+        ask = await self._read(request, is_chat, llama_cpp)
         prompts = await self._answerer.encode(ask)
-        shape = Shape(is_chat, self._model.name, self._model.tokenizer.token_bytes)
+        own = OwnShape(ask, prompts, self._answerer) if llama_cpp else None
+        shape = own or Shape(ask, self._model.name, self._model.tokenizer.token_bytes)
         return Answering(self._answerer, ask, prompts, shape)
+
+    async def _read(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Ask:
+        defaults = {**self._model.chat_defaults, **self._defaults} if is_chat else self._defaults
+        return fields.read(await read_json(request), is_chat, defaults, llama_cpp)
+
+    async def props(self, request: Request) -> Response:
+        return JSONResponse(properties(self._answerer, self._defaults))
+
+    async def slots(self, request: Request) -> Response:
+        return JSONResponse(slots(self._answerer))
+
+    async def apply_template(self, request: Request) -> Response:
+        ask = await self._read(request, is_chat=True)
+        return JSONResponse({"prompt": await self._answerer.aside(lambda: self._answerer.asking.text(ask))})
+
+    async def count(self, request: Request) -> Response:
+        prompts = await self._answerer.encode(await self._read(request, is_chat=True))
+        return JSONResponse({"input_tokens": len(prompts.ids[0])})
 
 
 def _field(body: Any, name: str, fits: Callable[[Any], bool], kind: str) -> Any:
@@ -206,23 +228,41 @@ class Answering(Response):
         if response is not None:
             await response(scope, receive, send)
 
-    async def _whole(self, answer: Answer) -> dict[str, Any]:
+    async def _whole(self, answer: Answer) -> Any:
         answers: dict[int, list[Piece]] = {}  # by their numbers, in the order in which they are made
         async for number, piece in answer:
             answers.setdefault(number, []).append(piece)
         prompts = self._prompts
-        return self._shape.whole([*answers.values()], self._ask.n, self._ask.logprobs, prompts.dropped_turns, prompts.parts)
+        return self._shape.whole([*answers.values()], prompts.dropped_turns, prompts.parts)
 
     async def _stream(self, answer: Answer, send: Any) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
                    (b"x-accel-buffering", b"no")]  # fmt: skip
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        loop, said = asyncio.get_running_loop(), 0.0
+
+        async def say(event: bytes) -> None:
+            nonlocal said
+            said = loop.time()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
+        async def ping() -> None:
+            """A comment where nothing is said for a while: a long prompt is not taken for a dead connection."""
+            while True:
+                await asyncio.sleep(said + PING_SECONDS - loop.time())
+                if loop.time() >= said + PING_SECONDS:
+                    await say(b":\n\n")
+
+        said = loop.time()
+        pinging = asyncio.ensure_future(ping())  # beside the pieces: a task and a clock for each cost more than to send it
         try:
-            async for event in _pinging(self._events(answer)):
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for event in self._events(answer):
+                await say(event)
         except ApiError as error:  # the head is sent: an event must say it
-            await send({"type": "http.response.body", "body": _event(error.content), "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await say(_event(error.content))
+        finally:
+            pinging.cancel()
+        await send({"type": "http.response.body", "body": self._shape.done, "more_body": False})
 
     async def _events(self, answer: Answer) -> AsyncIterator[bytes]:
         ask, shape = self._ask, self._shape
@@ -240,38 +280,22 @@ class Answering(Response):
             parts = [(False, piece.text)] * bool(piece.text) if splitter is None else [*splitter.push(piece.text)]
             if piece.finish_reason and splitter is not None:
                 parts += splitter.flush()
-            if not parts and piece.finish_reason and ask.logprobs and len(held) > 1:
+            if shape.each_token:
+                parts = [(False, piece.text)] * (piece.id >= 0)
+            elif not parts and piece.finish_reason and ask.logprobs and len(held) > 1:
                 parts = [(False, "")]
             for is_thought, text in parts:
-                yield _event(shape.delta(number, text, held if ask.logprobs else None, is_thought))
+                yield _event(shape.delta(number, text, held, is_thought))
                 held = []
             if finish_reason(piece):
                 lasts.append(piece)
                 yield _event(shape.end(number, piece, self._prompts.dropped_turns))
         if ask.include_usage:
-            yield _event(shape.usage(lasts, ask.n))
+            yield _event(shape.usage(lasts))
 
 
 def _event(content: Any) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _pinging(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The events, and a comment where none comes for a while: a long prompt is not taken for a dead connection."""
-    coming = asyncio.ensure_future(anext(events))
-    try:
-        while True:
-            await asyncio.wait((coming,), timeout=PING_SECONDS)
-            if not coming.done():
-                yield b":\n\n"
-                continue
-            try:
-                yield coming.result()
-            except StopAsyncIteration:
-                return
-            coming = asyncio.ensure_future(anext(events))
-    finally:
-        coming.cancel()
+    return b"data: " + _JSON.encode(content).encode() + b"\n\n"
 
 
 async def _hung_up(receive: Any) -> None:

@@ -48,14 +48,18 @@ class Asking:
             raise ApiError(400, str(error)) from None
         # a form begins with the first token: there is nothing that the model could think before
         tokenizer, template = self._model.tokenizer, self._model.template.with_thinking(False if has_form else ask.thinking)
-        texts = [message["content"] for message in ask.messages] + [text for text in ask.prompts if isinstance(text, str)]
+        texts = [message["content"] for message in ask.messages]
+        texts += [part for prompt in ask.prompts for part in _parts(prompt) if isinstance(part, str)]
         most = self._n_ctx * self._longest  # bytes that the context can hold at all: longer texts need not be encoded
         if not ask.fit and sum(map(len, texts)) > most:
             raise self._too_long(sum(map(len, texts)) // self._longest)
         try:
             if not ask.is_chat:
-                ids = [prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
+                ids = [self._ids(prompt, ask.llama_cpp) for prompt in ask.prompts]
                 prompts = Prompts(ids)
+                bias = ask.options.get("logit_bias") or {}
+                for text in [text for text in bias if isinstance(text, str)]:
+                    bias |= dict.fromkeys(tokenizer.encode(text), bias.pop(text))
             else:
                 messages = ask.messages
                 if ask.fit:
@@ -80,9 +84,30 @@ class Asking:
                 raise ApiError(400, f"prompt holds an id that is no token; they go from 0 to {tokenizer.n_vocab - 1}")
         return prompts
 
+    def _ids(self, prompt: str | list[int | str], with_markers: bool) -> list[int]:
+        """`with_markers`: the texts may spell control tokens, also the one that begins a text."""
+        tokenizer, ids = self._model.tokenizer, list[int]()
+        for part in _parts(prompt):
+            ids += [part] if isinstance(part, int) else tokenizer.encode(part, special=with_markers)
+        bos = tokenizer.bos_id
+        if isinstance(_parts(prompt)[0], str) and tokenizer.adds_bos and bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        return ids or prompt_ids("", tokenizer)
+
+    def text(self, ask: Ask) -> str:
+        """The conversation as the template writes it. Raises ApiError 400."""
+        try:
+            return Turns(ask.messages, self._model.template.with_thinking(ask.thinking), self._model.tokenizer).text()
+        except PocketlmError as error:
+            raise ApiError(400, str(error)) from None
+
     def _too_long(self, n: int) -> ApiError:
-        message = f"the prompt has {n} tokens or more, and the context holds {self._n_ctx}"
+        message = f"the prompt of {n} tokens or more exceeds the available context size of {self._n_ctx}"  # clients look for it
         return ApiError(400, message, "exceed_context_size_error", n_prompt_tokens=n, n_ctx=self._n_ctx)
+
+
+def _parts(prompt: str | list[int | str]) -> list[int | str]:
+    return [prompt] if isinstance(prompt, str) else prompt
 
 
 def pieces(ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:

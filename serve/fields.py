@@ -1,7 +1,7 @@
 """The fields of a request: which there are, what they may hold, and what they ask of the model.
 
-In: the JSON of `/v1/chat/completions` or `/v1/completions`. Out: an `Ask`, or an ApiError 400 that names the field. A field
-that is not supported is refused, never ignored; one that is null counts as not given. Knows no model.
+In: the JSON of `/v1/chat/completions`, `/v1/completions` or llama.cpp's `/completion`. Out: an `Ask`, or an ApiError 400 that
+names the field. A field that is not supported is refused, never ignored; one that is null counts as not given. Knows no model.
 """
 
 from __future__ import annotations
@@ -31,9 +31,19 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "store": (False,),
     "service_tier": ("auto", "default"), "echo": (False,), "suffix": ("",), "best_of": (1,), "grammar": ("",), "n_probs": (0,),
+    # … and llama.cpp's
+    **dict.fromkeys(("dynatemp_range", "dry_multiplier", "xtc_probability", "mirostat", "min_keep", "n_indent"), (0, 0.0)),
+    **dict.fromkeys(("t_max_predict_ms", "n_cache_reuse"), (0,)), "typical_p": (1, 1.0), "top_n_sigma": (-1, -1.0),
+    "lora": ([],), "response_fields": ([],), "add_generation_prompt": (True,),
+    **dict.fromkeys(("post_sampling_probs", "timings_per_token", "return_progress", "verbose"), (False,)),
 }  # fmt: skip
 OF_FORM = ("response_format", "json_schema")
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # for who keeps books; they change no answer
+UNHEEDED = {  # they change no answer: labels for who keeps books, …
+    "user", "metadata", "safety_identifier", "prompt_cache_key",
+    # … and llama.cpp's: of samplers that are off, of a context that is never shifted, which slot; each gives the same answer
+    "dynatemp_exponent", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold",
+    "mirostat_tau", "mirostat_eta", "n_keep", "n_discard", "id_slot",
+}  # fmt: skip
 
 
 @dataclass
@@ -41,8 +51,9 @@ class Ask:
     """What one request wants. `options` are those of `Conversation.generate`."""
 
     is_chat: bool
+    llama_cpp: bool = False  # in llama.cpp's words: its prompts may hold control tokens, as the text of a conversation does
     messages: list[dict[str, str]] = field(default_factory=list)
-    prompts: list[str | list[int]] = field(default_factory=list)
+    prompts: list[str | list[int | str]] = field(default_factory=list)
     n: int = 1
     stream: bool = False
     include_usage: bool = False
@@ -50,6 +61,7 @@ class Ask:
     fit: bool = False
     thinking: bool | None = None  # None: as the template does
     thoughts_apart: bool = True
+    return_tokens: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,18 +77,18 @@ def parse(data: bytes) -> Any:
         raise ApiError(400, "this is no JSON in UTF-8") from None
 
 
-def read(body: Any, is_chat: bool, defaults: Mapping[str, Any]) -> Ask:
+def read(body: Any, is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool = False) -> Ask:
     """The request; `defaults` are options for what it does not say. Raises ApiError."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
-    fields = _CHAT if is_chat else _COMPLETION
-    ask = Ask(is_chat, options={**defaults})
+    fields = _CHAT if is_chat else _LLAMA_CPP if llama_cpp else _COMPLETION
+    ask = Ask(is_chat, llama_cpp, options={**defaults})
     if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it
         ask.options = {name: value for name, value in ask.options.items() if name not in OPTIONS}
-    if not is_chat:
+    if not (is_chat or llama_cpp):
         ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():
-        if value is None or name in LABELS:
+        if value is None or name in UNHEEDED:
             continue
         if name in fields:
             fields[name](ask, name, value)
@@ -149,8 +161,10 @@ def _stop(name: str, value: Any) -> list[str]:
     return stops
 
 
-def _logit_bias(name: str, value: Any) -> dict[int, float]:
-    """OpenAI's object of ids and numbers, or llama.cpp's list of pairs, in which false stands for never."""
+def _logit_bias(name: str, value: Any, with_texts: bool = False) -> dict[Any, float]:
+    """OpenAI's object of ids and numbers, or llama.cpp's list of pairs, in which false stands for never; `with_texts`: a text
+    that is no number stands for all of its tokens.
+    """
     pairs = list(value.items()) if isinstance(value, dict) else value
     bias = {}
     try:
@@ -158,7 +172,8 @@ def _logit_bias(name: str, value: Any) -> dict[int, float]:
             number = -math.inf if number is False else number
             if isinstance(number, bool) or not isinstance(number, int | float) or isinstance(id, float):
                 raise ValueError
-            bias[int(id)] = float(number)
+            is_text = with_texts and isinstance(id, str) and not id.lstrip("-").isdecimal()
+            bias[id if is_text else int(id)] = float(number)
     except (TypeError, ValueError, OverflowError):
         raise _bad(name, "must map ids of tokens to numbers") from None
     return bias
@@ -235,10 +250,11 @@ def _reasoning_format(ask: Ask, name: str, value: Any) -> None:
 
 
 def _prompt(ask: Ask, name: str, value: Any) -> None:
-    """A text, several, ids, or several lists of ids."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(type(id) is int for id in value)):
+    """A text, ids, ids with texts among them, or several of these."""
+    if not isinstance(value, list) or any(type(part) is int for part in value):
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(each, str) or _is_ids(each) for each in value):
+    value = [each["prompt_string"] if isinstance(each, dict) and [*each] == ["prompt_string"] else each for each in value]
+    if not all(isinstance(each, str) or _is_ids(each) for each in value):
         raise _bad(name, "must be a text, a list of texts, ids of tokens, or a list of such")
     if not 1 <= len(value) <= MOST_CHOICES:
         raise _bad(name, f"must hold 1 to {MOST_CHOICES} prompts")
@@ -246,7 +262,9 @@ def _prompt(ask: Ask, name: str, value: Any) -> None:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(id) is int and 0 <= id < 1 << 31 for id in value)
+    if not isinstance(value, list) or not any(type(part) is int for part in value):
+        return False
+    return all(isinstance(part, str) or (type(part) is int and 0 <= part < 1 << 31) for part in value)
 
 
 def _logprobs_of_completion(ask: Ask, name: str, value: Any) -> None:
@@ -286,3 +304,10 @@ _CHAT: dict[str, Reader] = {
     "fit": _set("fit", _flag),
 }
 _COMPLETION: dict[str, Reader] = {**_COMMON, "prompt": _prompt, "logprobs": _logprobs_of_completion}
+_LLAMA_CPP: dict[str, Reader] = {
+    **{name: reader for name, reader in _COMMON.items() if name != "stream_options"},
+    "prompt": _prompt,
+    "n_probs": lambda ask, name, value: None if value == 0 else _logprobs_of_completion(ask, name, value),
+    "logit_bias": _option("logit_bias", lambda name, value: _logit_bias(name, value, with_texts=True)),
+    "return_tokens": _set("return_tokens", _flag),
+}

@@ -48,6 +48,8 @@ class Protocol(H11Protocol):
         self._head = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():  # asyncio's loop for Windows still hands over what had come by then
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._end(self._head)

@@ -16,6 +16,7 @@ from pocketlm import __version__
 if TYPE_CHECKING:
     from pocketlm.chat.thinking import Splitter
     from pocketlm.runtime.generator import Piece
+    from pocketlm.serve.fields import Ask
 
 NEVER = -9999.0  # what the protocol calls the logarithm of no probability
 FINGERPRINT = f"b-pocketlm-{__version__}"
@@ -29,9 +30,12 @@ def finish_reason(piece: Piece) -> str | None:
 class Shape:
     """The objects about one request. `token_bytes` gives the bytes that an id stands for."""
 
-    def __init__(self, is_chat: bool, model: str, token_bytes: Callable[[int], bytes]):
-        self._is_chat, self._token_bytes = is_chat, token_bytes
-        self._head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(16)}", "created": int(time.time()),
+    each_token = False  # whether a token without text is something to say
+    done = b"data: [DONE]\n\n"  # the end of a stream
+
+    def __init__(self, ask: Ask, model: str, token_bytes: Callable[[int], bytes]):
+        self._ask, self._is_chat, self._token_bytes = ask, ask.is_chat, token_bytes
+        self._head = {"id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(16)}", "created": int(time.time()),
                       "model": model, "system_fingerprint": FINGERPRINT}  # fmt: skip
         self._offsets: dict[int, int] = {}  # characters of each completion so far, for its logprobs
 
@@ -39,11 +43,9 @@ class Shape:
         """What a stream says before the first text of an answer; None: nothing."""
         return self._chunk(number, {"role": "assistant", "content": None}, None) if self._is_chat else None
 
-    def delta(
-        self, number: int, text: str, pieces: Sequence[Piece] | None, is_thought: bool = False
-    ) -> dict[str, Any]:  # fmt: skip
-        """More text. `pieces`: those that it comes from, None where nobody wants their logprobs."""
-        logprobs = None if pieces is None else self._logprobs(number, pieces)
+    def delta(self, number: int, text: str, pieces: Sequence[Piece], is_thought: bool = False) -> dict[str, Any]:
+        """More text, and the pieces that it comes from."""
+        logprobs = self._logprobs(number, pieces) if self._ask.logprobs else None
         return self._chunk(number, {"reasoning_content" if is_thought else "content": text}, None, logprobs)
 
     def end(self, number: int, piece: Piece, dropped_turns: int) -> dict[str, Any]:
@@ -52,16 +54,16 @@ class Shape:
         told |= {"dropped_turns": dropped_turns} if dropped_turns else {}
         return {**self._chunk(number, {}, finish_reason(piece)), "timings": timings(piece), **told}
 
-    def usage(self, lasts: Sequence[Piece], n: int) -> dict[str, Any]:
+    def usage(self, lasts: Sequence[Piece]) -> dict[str, Any]:
         """The last object of a stream, where it is asked for."""
-        return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, n)}
+        return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, self._ask.n),
+                "timings": timings(lasts[-1])}  # fmt: skip
 
     def whole(
-        self, answers: Sequence[Sequence[Piece]], n: int, wanted: bool, dropped_turns: int,
-        parts: Callable[[], Splitter] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """All answers at once. `answers`: the pieces of each; `n`: answers to a prompt; `wanted`: their logprobs are; `parts`
-        tells thought from answer, as llama.cpp's server shows them.
+        self, answers: Sequence[Sequence[Piece]], dropped_turns: int, parts: Callable[[], Splitter] | None = None
+    ) -> Any:  # fmt: skip
+        """All answers at once. `answers`: the pieces of each; `parts` tells thought from answer, as llama.cpp's server shows
+        them.
         """
         choices = []
         for number, pieces in enumerate(answers):
@@ -73,11 +75,11 @@ class Shape:
                 told = {"reasoning_content": thought} if thought else {}
             message = {"role": "assistant", "content": text, **told}
             content: dict[str, Any] = {"message": message} if self._is_chat else {"text": text}
-            logprobs = self._logprobs(number, pieces) if wanted else None
+            logprobs = self._logprobs(number, pieces) if self._ask.logprobs else None
             choices.append({"index": number, **content, "logprobs": logprobs, "finish_reason": finish_reason(pieces[-1])})
         lasts = [pieces[-1] for pieces in answers]
         told = {"dropped_turns": dropped_turns} if dropped_turns else {}
-        return {**self._head, "object": self._name(""), "choices": choices, "usage": usage(lasts, n),
+        return {**self._head, "object": self._name(""), "choices": choices, "usage": usage(lasts, self._ask.n),
                 "timings": timings(lasts[-1]), **told}  # fmt: skip
 
     def _name(self, ending: str) -> str:
@@ -89,11 +91,9 @@ class Shape:
         return {**self._head, "object": self._name(".chunk"), "choices": [choice]}
 
     def _logprobs(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = [piece for piece in pieces if piece.id >= 0]
         if self._is_chat:
-            listed = [{**self._token(piece.id, piece.logprob), "top_logprobs": [self._token(*pair) for pair in
-                       piece.top_logprobs]} for piece in tokens]  # fmt: skip
-            return {"content": listed, "refusal": None}
+            return {"content": self._probabilities(pieces), "refusal": None}
+        tokens = [piece for piece in pieces if piece.id >= 0]
         texts = [self._text(piece.id) for piece in tokens]
         offsets, at = [], self._offsets.get(number, 0)
         for text in texts:
@@ -103,6 +103,10 @@ class Shape:
         tops = [{self._text(id): _finite(logprob) for id, logprob in piece.top_logprobs} for piece in tokens]
         return {"tokens": texts, "token_logprobs": [_finite(piece.logprob) for piece in tokens], "top_logprobs": tops,
                 "text_offset": offsets}  # fmt: skip
+
+    def _probabilities(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        return [{**self._token(piece.id, piece.logprob), "top_logprobs": [self._token(*pair) for pair in piece.top_logprobs]}
+                for piece in pieces if piece.id >= 0]  # fmt: skip
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
         return {"id": id, "token": self._text(id), "bytes": [*self._token_bytes(id)], "logprob": _finite(logprob)}
@@ -124,11 +128,14 @@ def usage(lasts: Sequence[Piece], n: int) -> dict[str, Any]:
 
 
 def timings(last: Piece) -> dict[str, Any]:
-    """As llama.cpp's server tells them, in milliseconds."""
-    computed = last.prompt_tokens - last.cached_tokens
-    seconds = last.prompt_seconds, last.generation_seconds
-    per_second = [n / s if s else 0.0 for n, s in zip((computed, last.generated_tokens), seconds, strict=True)]
-    return {
-        "cache_n": last.cached_tokens, "prompt_n": computed, "prompt_ms": 1e3 * seconds[0], "prompt_per_second": per_second[0],
-        "predicted_n": last.generated_tokens, "predicted_ms": 1e3 * seconds[1], "predicted_per_second": per_second[1],
-    }  # fmt: skip
+    """As llama.cpp's server tells them, in milliseconds. The first token belongs to the prompt, whose logits it is drawn from:
+    it is no part of the speed of those that follow.
+    """
+    told: dict[str, Any] = {"cache_n": last.cached_tokens}
+    computed, generated = last.prompt_tokens - last.cached_tokens, last.generated_tokens
+    for name, n, passes, seconds in (("prompt", computed, computed, last.prompt_seconds),
+                                     ("predicted", generated, generated - 1, last.generation_seconds)):  # fmt: skip
+        speed = passes / seconds if passes > 0 and seconds > 0 else 0.0
+        told |= {f"{name}_n": n, f"{name}_ms": 1e3 * seconds, f"{name}_per_second": speed,
+                 f"{name}_per_token_ms": 1e3 / speed if speed else 0.0}  # fmt: skip
+    return told

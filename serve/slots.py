@@ -28,7 +28,7 @@ class QueueFull(Exception):
 
 @dataclass
 class Slot:
-    """One session; `used` is when it was given back last."""
+    """One session; `used` is when it was given back last, `taken` when it was taken, 0 while nobody has it."""
 
     session: Conversation
     used: float = 0.0

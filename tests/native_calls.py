@@ -119,7 +119,8 @@ def activation_records(x: np.ndarray) -> np.ndarray:
     record += [scale * whole.sum(-1)[..., None].astype(np.float32)]
     record += [half.sum(-1)[..., None].astype(np.int32) for half in (whole[..., :16], whole[..., 16:])]
     records = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in record], axis=-1)
-    parts = (x, whole.astype(np.int16).swapaxes(0, 1), records.swapaxes(0, 1))
+    fours = whole.astype(np.int16).reshape(*whole.shape[:2], 8, 4)[..., [0, 2, 1, 3]].reshape(whole.shape)
+    parts = (x, fours.swapaxes(0, 1), records.swapaxes(0, 1))
     return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 
@@ -167,9 +168,14 @@ def executors(
         native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads, kv)
     reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1, kv)
     if kv == "f16":
-        own = reference.cache
-        reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows)
+        round_as_native(reference)
     return native, reference
+
+
+def round_as_native(reference: NumpyExecutor) -> None:
+    """Keys and values in an empty cache of float16."""
+    own = reference.cache
+    reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows, own.columns)
 
 
 class _HalfCache(KVCache):

@@ -85,14 +85,14 @@ class Serving:
         head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in given.items() if v is not None)
         return Reply(self.raw(head.encode("latin-1") + b"\r\n" + body))
 
-    def raw(self, data: bytes, patience: float = 30.0) -> bytes:
+    def raw(self, data: bytes, patience: float = 300.0) -> bytes:
         """What comes until the server closes the connection."""
         with self.connect(patience) as client:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has said all that it wants to
                 client.sendall(data)
             return everything(client)
 
-    def connect(self, patience: float = 30.0) -> socket.socket:
+    def connect(self, patience: float = 300.0) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), patience)
 
 
@@ -144,7 +144,7 @@ def _chunks(body: bytes) -> Iterator[bytes]:
         body = rest[n + 2 :]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"

@@ -54,6 +54,12 @@ def test_a_single_token_spends_no_instruction_on_addresses(monkeypatch, fmt, mos
     assert arm64_cycles.loop_of(fmt, arm64_cycles.CORES[0], 1, 1).instructions <= most
 
 
+@pytest.mark.parametrize(("fmt", "most"), [("Q2_K", 19.5), ("Q6_K", 22.2)])
+def test_runs_of_16_columns_pay_for_four_sums_and_not_for_eight(monkeypatch, fmt, most):
+    monkeypatch.setattr(arm64_cycles, "analyse", lambda lines, cpu, rounds: 1.0)
+    assert arm64_cycles.loop_of(fmt, arm64_cycles.CORES[0], 1, 1).instructions <= most
+
+
 @pytest.mark.skipif(shutil.which("llvm-mca") is None, reason="needs llvm-mca (Debian package llvm)")
 def test_the_analyser_counts_cycles():
     lines = arm64_cycles.inner_loop(CODE, "Q_product1")

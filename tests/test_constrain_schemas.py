@@ -7,9 +7,10 @@ import string
 import pytest
 from constraining import TOKENS, check_exactly, dumped, masks_of, reads, walk, write
 
+from pocketlm.constrain.combining import KNOWN
 from pocketlm.constrain.grammar import Grammar
 from pocketlm.constrain.json_texts import ANY_OBJECT, RULES
-from pocketlm.constrain.schema import FORMATS, KNOWN, grammar_of
+from pocketlm.constrain.schema import FORMATS, grammar_of
 from pocketlm.errors import UsageError
 
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema says what is valid")

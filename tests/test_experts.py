@@ -237,6 +237,7 @@ def test_a_gpt_oss_with_quantised_experts_computes_as_llama_cpp(tmp_path: Path, 
             assert compare(expected, model.logits(ids)).worst_cosine > 0.999, backend  # llama.cpp rounds activations to 8 bits
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="there is no madvise here")
 def test_the_system_is_told_which_experts_of_the_file_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it reads these at once, and nothing around them."""
     told = []

@@ -8,6 +8,7 @@ scaled, longer than the context that the model was first trained for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,11 +132,9 @@ def tensors(row: Row, sizes: dict[str, int]) -> Shapes:
     }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_are_llama_cpps(tmp_path, name, shape):
-    row = MODELS[name]
-    sizes = {"n_layer": 3, "n_ctx": 64, **SHAPES[shape], **row.sizes}
+def write(path: Path, row: Row, shape: dict[str, int]) -> dict[str, int]:
+    """A GGUF of a row in this shape; its sizes."""
+    sizes = {"n_layer": 3, "n_ctx": 64, **shape, **row.sizes}
     if row.equal:
         sizes["n_kv_head"] = sizes["n_head"]
     if row.narrow:
@@ -144,7 +143,15 @@ def test_logits_are_llama_cpps(tmp_path, name, shape):
     if row.convolved:
         heads = [0 if layer in row.convolved else sizes["n_kv_head"] for layer in range(sizes["n_layer"])]
         keys["attention.head_count_kv"] = heads
-    path = write_random(tmp_path / "model.gguf", row.arch, sizes, keys, tensors(row, sizes), row.seed)
+    write_random(path, row.arch, sizes, keys, tensors(row, sizes), row.seed)
+    return sizes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_llama_cpps(tmp_path, name, shape):
+    row, path = MODELS[name], tmp_path / "model.gguf"
+    sizes = write(path, row, SHAPES[shape])
     ids = np.random.default_rng(1).integers(0, 256, row.n)
     with LlamaReference(path, n_ctx=sizes["n_ctx"]) as llama:
         expected = llama.logits(ids)

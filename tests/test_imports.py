@@ -68,7 +68,7 @@ ALLOWED = {
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
     "runtime.executors": "doctor.models doctor.portrait model export.verify build.selftest runtime.session runtime.engine",
-    "runtime.numpy_executor": "runtime.executors export.importance bench.quantization_ladder",
+    "runtime.numpy_executor": "runtime.executors export.importance",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",
 }

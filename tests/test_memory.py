@@ -130,6 +130,8 @@ LIMITED = """
 import resource, sys
 from pocketlm.cli import main
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]) << 20, resource.RLIM_INFINITY))
+if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+    sys.exit(77)
 sys.exit(main(["generate", sys.argv[1], "-p", "then", "-n", "2", "--threads", "2", "--ctx", "64"]))
 """
 
@@ -143,6 +145,8 @@ def test_under_a_limit_of_addresses_a_model_runs_or_says_in_a_line_what_is_missi
     run = subprocess.run(
         [sys.executable, "-c", LIMITED, str(path), str(megabytes)], capture_output=True, text=True, check=False, timeout=100
     )
+    if run.returncode == 77:
+        pytest.skip("qemu's user mode leaves limits of addresses unset")
     assert run.returncode in (0, 1), run.stderr
     if run.returncode:
         assert run.stderr.count("\n") == 1, run.stderr

@@ -100,6 +100,15 @@ def tensors(row: Row, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
     return {name: shapes[width] for name, width in pairs}
 
 
+def write(path: Path, row: Row, shape: dict[str, int]) -> dict[str, int]:
+    """A GGUF of a row in this shape; its sizes."""
+    sizes = {"n_layer": 3, "n_ctx": 64, **shape, **row.sizes}
+    if row.arch in ("gptneox", "bloom", "mpt"):  # their code has no grouped heads
+        sizes["n_kv_head"] = sizes["n_head"]
+    write_random(path, row.arch, sizes, row.keys, tensors(row, sizes))
+    return sizes
+
+
 def logits_of(path: Path, backend: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """In one block, and token by token."""
     with pocketlm.load(path, backend=backend, threads=2) as model:
@@ -112,11 +121,8 @@ def logits_of(path: Path, backend: str, ids: np.ndarray) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_llama_cpps(tmp_path: Path, name: str, shape: str) -> None:
-    row = MODELS[name]
-    sizes = {"n_layer": 3, "n_ctx": 64, **SHAPES[shape], **row.sizes}
-    if row.arch in ("gptneox", "bloom", "mpt"):  # their code has no grouped heads
-        sizes["n_kv_head"] = sizes["n_head"]
-    path = write_random(tmp_path / "model.gguf", row.arch, sizes, row.keys, tensors(row, sizes))
+    path = tmp_path / "model.gguf"
+    sizes = write(path, MODELS[name], SHAPES[shape])
     ids = np.random.default_rng(1).integers(0, 256, 40)
     with LlamaReference(path, n_ctx=sizes["n_ctx"]) as llama:
         expected = llama.logits(ids)

@@ -111,7 +111,7 @@ def test_nobody_waits_for_a_long_text_of_another(server, monkeypatch, name, body
         reply = pool.submit(server.post, "/tokenize" if name == "encode" else "/detokenize", body)
         assert at_work.wait(30)
         try:
-            assert b"ok" in server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", patience=5)
+            assert b"ok" in server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", patience=60)
         finally:
             go_on.set()
         assert said in reply.result().json

@@ -1,5 +1,6 @@
 """What attacks a server on somebody's computer is refused: other sites, other names, no key, paths, sizes, slowness."""
 
+import asyncio
 import json
 import socket
 import sys
@@ -8,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 from serving import Reply, everything, hello, serving, tiny_chat, wait_until
+from uvicorn.server import ServerState
 
 from pocketlm.cli import main
 from pocketlm.serve import guard
@@ -266,3 +268,33 @@ def test_a_body_that_turns_out_malformed_is_no_defect_of_the_server(server, capl
     assert server.post("/v1/completions", {"prompt": "the", "max_tokens": 1}).status == 200
     wait_until(server.idle)
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+class Wire(asyncio.Transport):
+    """A connection to nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent, self.closed = b"", False
+
+    def write(self, data):
+        self.sent += data
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+
+def test_what_arrives_after_a_connection_was_ended_is_not_read(server):
+    """asyncio's loop for Windows still hands it over."""
+    loop, wire = asyncio.new_event_loop(), Wire()
+    connection = http_server.Protocol(server.server.config, ServerState(), {}, loop)
+    connection.connection_made(wire)
+    for _ in range(2):
+        connection.data_received(b"no HTTP\r\n\r\n")
+    assert wire.closed
+    assert wire.sent.count(b"HTTP/1.1 400") == 1
+    connection.connection_lost(None)
+    loop.close()

@@ -238,6 +238,11 @@ def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str
         list(documents.read_documents(tmp_path / "a.jsonl"))
 
 
+def test_of_a_folder_the_error_says_how_to_name_its_files(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"cannot be read .*name the files in it, as in .*\*\.txt"):
+        list(documents.read_documents(tmp_path))
+
+
 def test_unknown_chats_are_usage_errors() -> None:
     with pytest.raises(UsageError, match="--chat alpaca: expected chatml, markers"):
         data.markers_of("alpaca")

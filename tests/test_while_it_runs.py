@@ -14,6 +14,10 @@ from pocketlm.doctor.health import Throttling
 from pocketlm.runtime.native import decode_threads
 from pocketlm.runtime.native.decode_threads import ROUNDS, WARM, DecodeThreads
 
+others_told = pytest.mark.skipif(
+    sys.platform not in ("linux", "win32"), reason="only Linux and Windows say what other programs take"
+)
+
 
 def tried(seconds, n_threads=4, known=None):
     """(the object after many passes, what was found, the numbers it tried); `seconds(n, pass)`: how long a pass takes."""
@@ -43,7 +47,7 @@ def test_what_was_found_while_others_ran_is_not_believed():
     assert (single.n_threads, found, single.is_trying) == (2, [], False)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what other programs take")
+@others_told
 def test_the_time_of_other_programs_is_told():
     before, own = decode_threads.others(), time.process_time()
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"], check=True)
@@ -80,6 +84,7 @@ def answer(model):
     return [piece.id for piece in model.generate("abc", max_tokens=60, temperature=0, ignore_eos=True, draft=False)]
 
 
+@others_told
 def test_it_is_found_while_a_model_answers_and_the_answer_is_the_same(path, monkeypatch):
     with pocketlm.load(path, threads=3) as model:
         assert model.executor.single is None, "who asks for three threads gets three"

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, UsageError, refused
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 NORMAL_FORMS: dict[str, NormalForm] = {"NFC": "NFC", "NFD": "NFD", "NFKC": "NFKC", "NFKD": "NFKD"}
@@ -78,9 +78,8 @@ def read_normalizer(names: Sequence[str]) -> Normalizer:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, line) of the lines of a text that are not empty. Raises FileError."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+        with refused(path, "check the path"):
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, UsageError, refused
 from pocketlm.tokenizer import byte_bpe, characters, huggingface, llama2c, sentencepiece_model
 from pocketlm.tokenizer.base import CONTROL, NORMAL, UNUSED, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.gguf_vocabulary_reader import from_metadata
@@ -70,16 +70,13 @@ def load(
 
 def _read(path: Path, n_bytes: int = -1) -> bytes:
     """The first bytes of a file, or all of it."""
-    try:
+    with refused(path, "check the path and the permissions", kinds=(OSError, ValueError)):
         if path.exists() and not path.is_file():
             raise FileError(path, "is not a file")
         if n_bytes < 0 and path.stat().st_size > _MAX_BYTES:
             raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES >> 20} MB)")
         with open(path, "rb") as file:
             data = file.read(n_bytes)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FileError(path, f"cannot be read ({reason})", "check the path and the permissions") from None
     if not data:
         raise FileError(path, "is empty")
     return data

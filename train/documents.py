@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.train.vocabularies import ROLES
 
 PIECE = 1 << 12  # characters of a long text, or ids, that are read, and dealt to a split, at a time
@@ -35,8 +35,9 @@ class Reading:
 
 def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[Document, bool]]:
     """(document or a piece of one that ends with a line, whether it ends here). Raises FileError naming the line."""
+    hint = f"name the files in it, as in {path / '*.txt'}" if path.is_dir() else "check the path"
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with refused(path, hint), open(path, encoding="utf-8", newline="") as file:
             if path.suffix in ROWS:
                 for n, row in enumerate(_list(file.read(), path) if path.suffix == ".json" else file, 1):
                     document = _document(row, path, n) if not isinstance(row, str) or row.strip() else ""
@@ -44,8 +45,6 @@ def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[D
                         yield document, True
                 return
             yield from _texts(iter(lambda: file.readline(LONGEST_LINE), ""), reading)
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
     except UnicodeDecodeError:
         raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
 
@@ -114,12 +113,11 @@ def dtype_of_ids(n_vocab: int) -> type:
 def read_ids(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
     """The ids of a file, PIECE at a time. Raises FileError for what are none, or not of a vocabulary of `n_vocab`."""
     try:
-        if path.suffix == ".npy":
-            ids = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
-        else:
-            ids = np.memmap(path, dtype_of_ids(n_vocab), "r")
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
+        with refused(path, "check the path"):
+            if path.suffix == ".npy":
+                ids = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+            else:
+                ids = np.memmap(path, dtype_of_ids(n_vocab), "r")
     except (ValueError, EOFError):
         raise FileError(path, "holds no array of ids", "save it with numpy.save, or with tofile() of uint16 ids") from None
     if ids.dtype.kind not in "iu":

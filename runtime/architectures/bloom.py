@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {"norm": "layer", "position": "alibi", "activation": "gelu_tanh", "gated": False}
+USUAL = {**GPT2, "position": "alibi"}
 SETTINGS: tuple[str, ...] = ()
 
 
 def operations(m: Builder) -> None:
-    m.embed()
-    m.norm("token_embd_norm", "x", "x")
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    def embed(m: Builder) -> None:
+        m.embed()
+        m.norm("token_embd_norm", "x", "x")
+
+    pre_norm(m, embed=embed)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from pocketlm.runtime.hyper_parameters import Hyper, Rope
 from pocketlm.runtime.metadata_keys import Keys
@@ -43,6 +44,12 @@ from pocketlm.runtime.operations import (
     Scale,
     Softcap,
 )
+
+# what decoders mean by themselves, as in hyper.OPTIONS
+GPT2: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False}
+LLAMA: dict[str, Any] = {
+    "norm": "rms", "position": "rope", "rope_pairs": "interleaved", "activation": "silu", "gated": True,
+}  # fmt: skip
 
 
 class Builder:
@@ -173,10 +180,19 @@ class Builder:
 
     # ── a layer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def attention(self, x: str = "h", out: str = "y", rope: Rope | None = None, **attend: object) -> None:
-        """out = W_o attention(x): `qkv`, `rotate`, `attend` and `attention_output` after each other."""
+    def attention(
+        self, x: str = "h", out: str = "y", rope: Rope | None = None, heads: Callable[[], None] | None = None,
+        rotated: bool = True, **attend: object,
+    ) -> None:  # fmt: skip
+        """out = W_o attention(x): `qkv`, `rotate` (where `rotated`), `attend` and `attention_output` after each other.
+
+        `heads`: what happens to queries and keys before they are rotated, as `norm_heads`.
+        """
         self.qkv(x)
-        self.rotate(rope)
+        if heads:
+            heads()
+        if rotated:
+            self.rotate(rope)
         self.attend(**attend)  # type: ignore[arg-type]
         self.attention_output(out)
 
@@ -296,15 +312,23 @@ class Builder:
         self.buffers[op.qkv if isinstance(op, Rotate) else op.out] = width
 
 
-def pre_norm(m: Builder) -> None:
-    """The decoder that GPT-2 made usual: a norm before attention and before the feed-forward layer, each added to x."""
-    m.embed()
+Step = Callable[[Builder], None]
+
+
+def pre_norm(
+    m: Builder, attention: Step = Builder.attention, feed_forward: Step = Builder.feed_forward, embed: Step = Builder.embed
+) -> None:
+    """The decoder that GPT-2 made usual: a norm before attention and before the feed-forward layer, each added to x.
+
+    `attention`, `feed_forward` (of a layer's builder), `embed`: what an architecture does in their place.
+    """
+    embed(m)
     for b in m.layers():
         b.norm("attn_norm")
-        b.attention()
+        attention(b)
         b.add()
         b.norm("ffn_norm")
-        b.feed_forward()
+        feed_forward(b)
         b.add()
     m.norm("output_norm")
     m.logits()

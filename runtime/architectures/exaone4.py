@@ -5,11 +5,9 @@ The 32B (64 layers) sees a sliding window in three layers of four, and rotates p
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {"norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True}
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
 HYBRID = 64  # layers of the models that have windows, whatever a file of another size states
 
@@ -19,12 +17,7 @@ def operations(m: Builder) -> None:
     m.embed()
     for b in m.layers():
         window = b.window(4, 4096) if is_hybrid else 0
-        b.qkv("x")
-        b.norm_heads()
-        if window or not is_hybrid:
-            b.rotate()
-        b.attend(window=window)
-        b.attention_output()
+        b.attention("x", heads=b.norm_heads, rotated=bool(window) or not is_hybrid, window=window)
         b.norm("post_attention_norm", "y", "y")
         b.add()
         b.feed_forward("x")

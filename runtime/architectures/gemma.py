@@ -6,25 +6,16 @@ A file's norm weights hold the 1 that is added to Gemma's own.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "gelu_tanh", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
 SETTINGS: tuple[str, ...] = ()
 
 
 def operations(m: Builder) -> None:
-    m.embed()
-    m.scale("x", math.sqrt(m.hyper.n_embd))
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    def embed(m: Builder) -> None:
+        m.embed()
+        m.scale("x", math.sqrt(m.hyper.n_embd))
+
+    pre_norm(m, embed=embed)

@@ -6,13 +6,10 @@ Every other layer sees a window.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "gelu_tanh", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
 SETTINGS: tuple[str, ...] = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
 
 

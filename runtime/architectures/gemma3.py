@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "gelu_tanh", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
 SETTINGS: tuple[str, ...] = ("attention.sliding_window", "rope.freq_base_swa", "final_logit_softcapping")
 
 
@@ -27,11 +24,7 @@ def operations(m: Builder) -> None:
     for b in m.layers():
         window = b.window(6)
         b.norm("attn_norm")
-        b.qkv()
-        b.norm_heads()
-        b.rotate(local if window else None)
-        b.attend(scale=scale, window=window)
-        b.attention_output()
+        b.attention(rope=local if window else None, heads=b.norm_heads, scale=scale, window=window)
         b.norm("post_attention_norm", "y", "y")
         b.add()
         b.norm("ffn_norm")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import GPT2, pre_norm
 
-from pocketlm.runtime.architectures.common import pre_norm
-
-USUAL: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False}
+USUAL = GPT2
 SETTINGS: tuple[str, ...] = ()
 operations = pre_norm

@@ -7,13 +7,10 @@ llama.cpp's does, and so does that of a file which does not say otherwise.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "swiglu_clamped", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half", "activation": "swiglu_clamped"}
 SETTINGS: tuple[str, ...] = (
     "attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length", "rope.scaling.truncate",
 )  # fmt: skip

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "interleaved", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = LLAMA
 SETTINGS: tuple[str, ...] = ("attention.scale", "residual_scale", "embedding_scale", "logit_scale", "rope.scaling.finetuned")
 
 
 def operations(m: Builder) -> None:
     scale = m.number("attention.scale", 0.0) or None  # of scores; 1/√head_dim where the file has none
     residual = m.number("residual_scale", 1.0)
+    rotated = bool(m.choice("rope.scaling.finetuned", True, (True, False)))  # Granite 4 has models without positions
     m.embed()
     m.scale("x", m.number("embedding_scale", 1.0))
     for b in m.layers():
         b.norm("attn_norm")
-        b.qkv()
-        if m.choice("rope.scaling.finetuned", True, (True, False)):  # Granite 4 has models without positions
-            b.rotate()
-        b.attend(scale=scale)
-        b.attention_output()
+        b.attention(rotated=rotated, scale=scale)
         b.add(factor=residual)
         b.norm("ffn_norm")
         b.feed_forward()

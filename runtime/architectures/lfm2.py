@@ -6,13 +6,9 @@ head of queries and keys normalised before it is rotated. The last norm is calle
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "shortconv.l_cache")
 
 
@@ -22,11 +18,7 @@ def operations(m: Builder) -> None:
     for b in m.layers():
         b.norm("attn_norm")
         if n_kv_heads[b.layer]:
-            b.qkv()
-            b.norm_heads()
-            b.rotate()
-            b.attend()
-            b.attention_output()
+            b.attention(heads=b.norm_heads)
         else:
             b.short_convolution(taps)
         b.add()

@@ -5,12 +5,8 @@ RMSNorm before each block, rotary positions on adjacent pairs, a feed-forward la
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, pre_norm
 
-from pocketlm.runtime.architectures.common import pre_norm
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "interleaved", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = LLAMA
 SETTINGS: tuple[str, ...] = ()
 operations = pre_norm

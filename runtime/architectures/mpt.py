@@ -6,12 +6,10 @@ refused, and so is a scale of the activations (`ffn.act`).
 
 from __future__ import annotations
 
-from typing import Any
-
 from pocketlm.errors import FileError
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
-USUAL: dict[str, Any] = {"norm": "layer", "position": "alibi", "activation": "gelu_tanh", "gated": False}
+USUAL = {**GPT2, "position": "alibi"}
 SETTINGS: tuple[str, ...] = ("attention.clamp_kqv",)
 
 
@@ -19,17 +17,4 @@ def operations(m: Builder) -> None:
     if bound := m.number("attention.clamp_kqv", 0.0):
         problem = f"bounds queries, keys and values (mpt.attention.clamp_kqv = {bound:g})"
         raise FileError(m.settings.path, problem, "pocketlm does not compute that")
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.qkv()
-        if b.has("attn_q_norm.weight"):
-            b.norm_queries_and_keys()
-        b.attend()
-        b.attention_output()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    pre_norm(m, lambda b: b.attention(heads=b.norm_queries_and_keys if b.has("attn_q_norm.weight") else None))

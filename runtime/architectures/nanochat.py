@@ -7,13 +7,9 @@ the one before (smear), and what a middle layer has made is taken back at the en
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "relu_squared", "gated": False,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half", "activation": "relu_squared", "gated": False}
 SETTINGS: tuple[str, ...] = (
     "residual_scale", "embedding_scale", "attention.sliding_window", "attention.sliding_window_pattern",
     "final_logit_softcapping", "attention.scale", "attention.value_gate_scale", "smear_scale", "backout_scale",

@@ -7,13 +7,10 @@ rotary positions are not scaled.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
 
 
@@ -22,11 +19,7 @@ def operations(m: Builder) -> None:
     m.embed()
     for b in m.layers():
         window = b.window(4)
-        b.qkv("x")
-        b.norm_queries_and_keys()
-        b.rotate(local if window else None)
-        b.attend(window=window)
-        b.attention_output()
+        b.attention("x", rope=local if window else None, heads=b.norm_queries_and_keys, window=window)
         b.norm("post_attention_norm", "y", "y")
         b.add()
         b.feed_forward("x")

@@ -5,28 +5,11 @@ The weights of the chosen experts are their shares among all, and do not add up 
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("expert_count", "expert_used_count")
 
 
 def operations(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.qkv()
-        b.norm_queries_and_keys()
-        b.rotate()
-        b.attend()
-        b.attention_output()
-        b.add()
-        b.norm("ffn_norm")
-        b.experts(normalised=False)
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    pre_norm(m, lambda b: b.attention(heads=b.norm_queries_and_keys), lambda b: b.experts(normalised=False))

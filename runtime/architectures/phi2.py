@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import GPT2, Builder
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {"norm": "layer", "position": "rope", "rope_pairs": "half", "activation": "gelu_tanh", "gated": False}
+USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ()
 
 

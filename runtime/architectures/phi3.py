@@ -6,25 +6,12 @@ factors stretch the rotary positions (LongRoPE, arXiv:2402.13753).
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
 
 
 def operations(m: Builder) -> None:
     window = int(m.number("attention.sliding_window", 0))
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention(window=window)
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    pre_norm(m, lambda b: b.attention(window=window))

@@ -5,12 +5,8 @@ A Llama whose rotary positions turn the halves of a head, and with biases on que
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, pre_norm
 
-from pocketlm.runtime.architectures.common import pre_norm
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ()
 operations = pre_norm

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {
-    "norm": "rms", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True,
-}  # fmt: skip
+USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 
 
 def operations(m: Builder) -> None:
     n_ff = m.count("expert_feed_forward_length", max(m.hyper.n_ff // m.count("expert_used_count"), 1))
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.qkv()
-        b.norm_heads()
-        b.rotate()
-        b.attend()
-        b.attention_output()
-        b.add()
-        b.norm("ffn_norm")
-        b.experts(n_ff=n_ff)
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    pre_norm(m, lambda b: b.attention(heads=b.norm_heads), lambda b: b.experts(n_ff=n_ff))

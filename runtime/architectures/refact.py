@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import LLAMA, pre_norm
 
-from pocketlm.runtime.architectures.common import pre_norm
-
-USUAL: dict[str, Any] = {"norm": "rms", "position": "alibi", "activation": "silu", "gated": True}
+USUAL = {**LLAMA, "position": "alibi"}
 SETTINGS: tuple[str, ...] = ()
 operations = pre_norm

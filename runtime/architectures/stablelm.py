@@ -5,11 +5,11 @@ A layer without `ffn_norm` is parallel: the feed-forward takes what attention ta
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder
 
-USUAL: dict[str, Any] = {"norm": "layer", "position": "rope", "rope_pairs": "half", "activation": "silu", "gated": True}
+USUAL = {**LLAMA, "norm": "layer", "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("use_parallel_residual",)  # what llama.cpp wants to see there; the tensors say it, too
 
 
@@ -17,12 +17,7 @@ def operations(m: Builder) -> None:
     m.embed()
     for b in m.layers():
         b.norm("attn_norm")
-        b.qkv()
-        if b.has("attn_q_norm.weight"):
-            b.norm_heads(own=True)
-        b.rotate()
-        b.attend()
-        b.attention_output()
+        b.attention(heads=partial(b.norm_heads, own=True) if b.has("attn_q_norm.weight") else None)
         b.add()
         if b.has("ffn_norm.weight"):
             b.norm("ffn_norm")

@@ -5,23 +5,12 @@ A file that states the sliding window of the 3B and 7B gets it; llama.cpp attend
 
 from __future__ import annotations
 
-from typing import Any
+from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
-from pocketlm.runtime.architectures.common import Builder
-
-USUAL: dict[str, Any] = {"norm": "layer", "position": "rope", "rope_pairs": "half", "activation": "gelu_tanh", "gated": False}
+USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
 
 
 def operations(m: Builder) -> None:
     window = m.count("attention.sliding_window", m.hyper.n_ctx)
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention(window=window if window < m.hyper.n_ctx else 0)
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    pre_norm(m, lambda b: b.attention(window=window if window < m.hyper.n_ctx else 0))

@@ -218,8 +218,12 @@ def _scores(
     f: Function, level: str, numbers: Halves, keys: Value, q: Value, scores: Value, padded: Value, count: Value, queries: int,
     n_vectors: int,
 ) -> None:  # fmt: skip
-    """q · k of every query and position, one after the other along the head's columns."""
-    with f.range(0, count, LANES * n_vectors) as p:
+    """q · k of every query and position, one after the other along the head's columns.
+
+    So many vectors of positions at a time; of the last ones half as many, where these hold all that is left.
+    """
+
+    def some(p: Value, n_vectors: int) -> None:
         sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
         start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
         with f.range(0, padded) as d:
@@ -235,6 +239,15 @@ def _scores(
             for k, total in enumerate(own_sums):
                 score = numbers.scaled(f, total.get(), start + group_bytes * k, padded)
                 f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
+
+    fewer = [n_vectors >> i for i in range(1, n_vectors.bit_length())] if n_vectors > 2 else []
+    with f.range(0, count, LANES * n_vectors) as p:
+        n = f.var(I64, n_vectors)
+        for smaller in fewer:
+            n.set(f.select(count - p <= LANES * smaller, smaller, n.get()))
+        for each in (n_vectors, *fewer):
+            with f.when(n.get().equals(each)):
+                some(p, each)
 
 
 def _mix(

@@ -7,6 +7,7 @@ the cache folder, unless other programs ran meanwhile. Results do not depend on 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -76,7 +77,11 @@ class DecodeThreads:
 
 
 def others() -> float:
-    """Seconds of processor time that other programs have taken since the machine was switched on (Linux)."""
+    """Seconds of processor time that other programs have taken since the machine was switched on (Linux, Windows)."""
+    if sys.platform == "win32":
+        idle, kernel, user = (ctypes.c_uint64() for _ in range(3))  # in tenths of a microsecond
+        ctypes.windll.kernel32.GetSystemTimes(*map(ctypes.byref, (idle, kernel, user)))
+        return (kernel.value - idle.value + user.value) / 1e7 - time.process_time()
     try:
         with open("/proc/stat", encoding="ascii") as file:
             user, nice, system, _, _, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
@@ -87,7 +92,7 @@ def others() -> float:
 
 def for_model(path: Path, n_bytes: int, level: str, n_threads: int) -> DecodeThreads | None:
     """What is remembered of a model on this machine, or will be; None where the system does not tell what others do."""
-    if sys.platform != "linux" or n_threads == 1:
+    if sys.platform not in ("linux", "win32") or n_threads == 1:
         return None
     key = f"decode threads 1: {platform.node()} {level} {n_threads} {path.name} {n_bytes}"
     known = kept(key)

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pocketlm.runtime.native.ir import I8, I16, I32, I64, Function, Value
+from pocketlm.runtime.native.ir import I8, I16, I32, Function, Value
+from pocketlm.runtime.native.sizes import WHOLES
 
 Words = list[tuple[Callable[[], Value], int]]
 SIGNED_ZERO = {"avx512-vnni": 128, "avx-vnni": 128}
+READS_WHOLES = ("avx2", "sse4")  # the others take activations byte by byte
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
 
 
 def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 with dotprod. For one token a word meets its low and high bytes as soon as it is unpacked, and four registers
-    hold it. For several the words are unpacked once, and the sums of a token's high bytes are what those of its low bytes
-    begin with: eight sums at a time would leave no registers for the words.
+    """aarch64 with dotprod. For one token and many words a word meets its low and high bytes as soon as it is unpacked, and
+    four registers hold it. Otherwise the words are unpacked once, and the sums of a token's high bytes are what those of
+    its low bytes begin with: eight sums at a time would leave no registers for the words, and four words are too few to pay
+    for them.
     """
     zeros = [f.const(I32.vec(4), 0)] * 4
 
@@ -120,7 +123,7 @@ def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int,
         sdot = "llvm.aarch64.neon.sdot.v4i32.v16i8"
         return [f.call(s.type, sdot, s, part, four) for s, part in zip(sums, parts, strict=True)]
 
-    if len(xs) == 1:
+    if len(xs) == 1 and len(words) > 4:
         low, high = zeros if starts[0] is None else [f.splat(starts[0], 4)] * 4, zeros
         low_bytes, high_bytes = _sixteen(f, xs[0].low), _sixteen(f, xs[0].high)
         for unpack, column in words:
@@ -152,35 +155,40 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
     return f.shuffle(both, lanes) + f.shuffle(both, [i + 1 for i in lanes])
 
 
-def _multiply_add(width: int, bytes_intrinsic: str, words_intrinsic: str) -> Callable[..., Value]:
-    """For x86 without VNNI: bytes to i16 pairs, i16 pairs to i32, on vectors of `width` bytes."""
+def _pairs(width: int, intrinsic: str) -> Callable[..., list[Value]]:
+    """For x86 without VNNI, registers of `width` bytes: two columns of a row at a time as i16, by the whole activations.
 
-    def run(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
-        return signed(f, words, x) if biggest > 63 else _two_halves(f, lambda b: unsigned(f, words, b, biggest), x)
+    As many rows at a time as one register has: the sums of eight tokens, a word and what it meets fit into sixteen registers,
+    where activations that wait for other rows would not.
+    """
+    lanes = width // 2
 
-    def unsigned(f: Function, words: list[tuple[Value, int]], bytes_: Value, biggest: int) -> Value:
-        safe = 32767 // (biggest * 128 * 2)  # products that fit into an i16 sum
-        totals = [f.const(I32.vec(width // 4), 0)] * (64 // width)
-        ones = f.const(I16.vec(width // 2), 1)
-        for start in range(0, len(words), safe):
-            sums: list[Value] = []
-            for word, column in words[start : start + safe]:
-                four = _broadcast(f, bytes_ + column, width)
-                products = [f.call(I16.vec(width // 2), bytes_intrinsic, part, four) for part in f.split(word, width)]
-                sums = [s + p for s, p in zip(sums, products, strict=True)] if sums else products
-            totals = [t + f.call(t.type, words_intrinsic, s, ones) for t, s in zip(totals, sums, strict=True)]
-        return f.join(totals)
+    def run(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
+        zero = f.const(I32.vec(lanes // 2), 0)
+        first = [zero if start is None else f.splat(start, lanes // 2) for start in starts]
+        parts = [those(f, words, part, xs[0].whole, biggest > 63, first) for part in range(64 // width)]
+        return [f.join(own) for own in zip(*parts, strict=True)]
 
-    def signed(f: Function, words: list[tuple[Value, int]], x: Activations) -> Value:
-        lanes = width // 2
-        sums = [f.const(I32.vec(lanes // 2), 0)] * (64 // lanes)
-        for word, column in words:
-            four = f.bitcast(f.splat(f.load(I64, x.whole + 2 * column), lanes // 4), I16.vec(lanes))
-            wide = [f.cast("sext", part, I16) for part in f.split(word, lanes)]
-            sums = [s + f.call(s.type, words_intrinsic, part, four) for s, part in zip(sums, wide, strict=True)]
-        return _add_pairs(f, sums)
+    def those(f: Function, words: Words, part: int, whole: Value, is_signed: bool, sums: list[Value]) -> list[Value]:
+        x = f.opaque(whole) if len(sums) > 1 else whole  # or LLVM would keep what it has loaded for other rows
+        for unpack, column in words:
+            word = f.bitcast(f.split(unpack(), width)[part], I16.vec(lanes))
+            for odd in (0, 1):  # the columns 0 and 2 of four, then 1 and 3
+                two, at = _bytes_as_words(f, word, odd, is_signed), 2 * column + 4 * odd
+                pairs = (f.splat(f.load(I32, x + (WHOLES * t + at)), lanes // 2) for t in range(len(sums)))
+                fours = (f.bitcast(pair, two.type) for pair in pairs)
+                sums = [s + f.call(s.type, intrinsic, two, four) for s, four in zip(sums, fours, strict=True)]
+        return sums
 
     return run
+
+
+def _bytes_as_words(f: Function, x: Value, odd: int, is_signed: bool) -> Value:
+    """The even or the odd bytes of a vector of i16."""
+    if not is_signed:
+        return x >> 8 if odd else x & 255
+    moved = x if odd else x << 8
+    return f.emit(x.type, f"ashr {x.type} {moved}, {f.const(x.type, 8)}")
 
 
 def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
@@ -209,8 +217,8 @@ def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: 
 _DOTS: dict[str, Callable[..., list[Value]]] = {
     "avx512-vnni": _together,
     "avx-vnni": _each_token(_vnni_256),
-    "avx2": _each_token(_multiply_add(32, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")),
-    "sse4": _each_token(_multiply_add(16, "llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd")),
+    "avx2": _pairs(32, "llvm.x86.avx2.pmadd.wd"),
+    "sse4": _pairs(16, "llvm.x86.sse2.pmadd.wd"),
     "dotprod": _by_lane,
     "neon": _each_token(_neon),
 }

@@ -64,6 +64,24 @@ F16, F32, F64, PTR, VOID = Type("half"), Type("float"), Type("double"), Type("pt
 _CONVENTION_OF = "<convention of {}>"  # stands in a call until all functions of the module are defined
 _CONVENTION = re.compile(r"<convention of (\S+)>")
 
+
+def _operator(integer: str, real: str | None = None, swap: bool = False, result: Type | None = None):
+    """A method of `Value`: the instruction for integers, and the one for floats where there is one; `result` of each lane."""
+
+    def operate(self: Value, other: Operand) -> Value:
+        right = self.f.coerce(other, self.type)
+        op = real if self.type.is_float else integer
+        if op is None or right.type != self.type:
+            raise TypeError(f"{integer} of {self.type} and {right.type}")
+        a, b = (right, self) if swap else (self, right)
+        return self.f.emit(result.vec(self.type.lanes) if result else self.type, f"{op} {self.type} {a}, {b}")
+
+    return operate
+
+
+_add = _operator("add", "fadd contract")
+
+
 class Value:
     """An SSA value of a function. Arithmetic and comparisons make instructions; `ptr + bytes` moves a pointer."""
 
@@ -75,80 +93,22 @@ class Value:
     def __str__(self) -> str:
         return self.name
 
-    def _binary(self, other: Operand, integer: str, real: str | None, swap: bool = False) -> Value:
-        right = self.f.coerce(other, self.type)
-        op = real if self.type.is_float else integer
-        if op is None or right.type != self.type:
-            raise TypeError(f"{integer} of {self.type} and {right.type}")
-        a, b = (right, self) if swap else (self, right)
-        return self.f.emit(self.type, f"{op} {self.type} {a}, {b}")
-
     def __add__(self, other: Operand) -> Value:
         if self.type == PTR:
             return self.f.emit(PTR, f"getelementptr i8, ptr {self}, i64 {self.f.coerce(other, I64)}")
-        return self._binary(other, "add", "fadd contract")
+        return _add(self, other)
 
-    def __radd__(self, other: Operand) -> Value:
-        return self + other
+    __radd__ = __add__
 
-    def __sub__(self, other: Operand) -> Value:
-        return self._binary(other, "sub", "fsub contract")
-
-    def __rsub__(self, other: Operand) -> Value:
-        return self._binary(other, "sub", "fsub contract", swap=True)
-
-    def __mul__(self, other: Operand) -> Value:
-        return self._binary(other, "mul", "fmul contract")
-
-    def __rmul__(self, other: Operand) -> Value:
-        return self * other
-
-    def __truediv__(self, other: Operand) -> Value:
-        return self._binary(other, "", "fdiv")
-
-    def __rtruediv__(self, other: Operand) -> Value:
-        return self._binary(other, "", "fdiv", swap=True)
-
-    def __floordiv__(self, other: Operand) -> Value:
-        return self._binary(other, "udiv", None)
-
-    def __mod__(self, other: Operand) -> Value:
-        return self._binary(other, "urem", None)
-
-    def __and__(self, other: Operand) -> Value:
-        return self._binary(other, "and", None)
-
-    def __or__(self, other: Operand) -> Value:
-        return self._binary(other, "or", None)
-
-    def __xor__(self, other: Operand) -> Value:
-        return self._binary(other, "xor", None)
-
-    def __lshift__(self, other: Operand) -> Value:
-        return self._binary(other, "shl", None)
-
-    def __rshift__(self, other: Operand) -> Value:
-        """Logical: zeros come in from the left."""
-        return self._binary(other, "lshr", None)
-
-    def _compare(self, other: Operand, signed: str, real: str) -> Value:
-        op = f"fcmp {real}" if self.type.is_float else f"icmp {signed}"
-        return self.f.emit(I1.vec(self.type.lanes), f"{op} {self.type} {self}, {self.f.coerce(other, self.type)}")
-
-    def __lt__(self, other: Operand) -> Value:
-        return self._compare(other, "slt", "olt")
-
-    def __le__(self, other: Operand) -> Value:
-        return self._compare(other, "sle", "ole")
-
-    def __gt__(self, other: Operand) -> Value:
-        return self._compare(other, "sgt", "ogt")
-
-    def __ge__(self, other: Operand) -> Value:
-        return self._compare(other, "sge", "oge")
-
-    def equals(self, other: Operand) -> Value:
-        return self._compare(other, "eq", "oeq")
+    __sub__, __rsub__ = _operator("sub", "fsub contract"), _operator("sub", "fsub contract", swap=True)
+    __mul__ = __rmul__ = _operator("mul", "fmul contract")
+    __truediv__, __rtruediv__ = _operator("", "fdiv"), _operator("", "fdiv", swap=True)
+    __floordiv__, __mod__ = _operator("udiv"), _operator("urem")
+    __and__, __or__, __xor__ = _operator("and"), _operator("or"), _operator("xor")
+    __lshift__, __rshift__ = _operator("shl"), _operator("lshr")  # logical: zeros come in from the left
+    __lt__, __le__ = _operator("icmp slt", "fcmp olt", result=I1), _operator("icmp sle", "fcmp ole", result=I1)
+    __gt__, __ge__ = _operator("icmp sgt", "fcmp ogt", result=I1), _operator("icmp sge", "fcmp oge", result=I1)
+    equals = _operator("icmp eq", "fcmp oeq", result=I1)
 
 
 class Var:
@@ -180,31 +140,28 @@ class Function:
     def line(self, text: str) -> None:
         self._lines.append("  " + text)
 
-    def emit(self, type: Type, text: str) -> Value:
+    def label(self, name: str) -> str:
+        """A name that nothing else in the function has."""
         self._count += 1
-        name = f"%v{self._count}"
+        return f"{name}.{self._count}"
+
+    def emit(self, type: Type, text: str) -> Value:
+        name = self.label("%v")
         self._lines.append(f"  {name} = {text}")
         return Value(self, type, name)
 
     def unknown(self, type: Type, number: float) -> Value:
         """A constant in a vector register of aarch64 that the optimiser does not know, made where the function begins."""
-        value = self.const(type, number)
-        self._count += 1
-        name = f"%u{self._count}"
+        value, name = self.const(type, number), self.label("%u")
         self._entry.append(f'  {name} = call {type} asm "", "=w,0"({type} {value})')
         return Value(self, type, name)
 
-    def label(self, name: str) -> str:
-        self._count += 1
-        return f"{name}.{self._count}"
-
     def const(self, type: Type, number: float) -> Value:
-        if type.is_float:  # the exact bits: decimal text that is not a float32 is an error to LLVM
+        if type.scalar == "half":
+            text = "0xH" + struct.pack(">e", number).hex().upper()
+        elif type.is_float:  # the exact bits: decimal text that is not a float32 is an error to LLVM
             value = struct.unpack("<f", struct.pack("<f", number))[0] if type.scalar == "float" else float(number)
-            if type.scalar == "half":
-                text = "0xH" + struct.pack(">e", number).hex().upper()
-            else:
-                text = "0x" + struct.pack(">d", value).hex().upper()
+            text = "0x" + struct.pack(">d", value).hex().upper()
         elif type.scalar == "ptr":
             text = "null"
         else:
@@ -220,11 +177,9 @@ class Function:
 
     def stack(self, type: Type, count: int = 1, align: int = 64) -> Value:
         """Memory that lives as long as the call: `count` elements of `type`."""
-        self._count += 1
-        name = f"%s{self._count}"
-        self._entry.append(
-            f"  {name} = alloca {type}, i64 {count}, align {min(align, max(type.bytes, 1)) if count == 1 else align}"
-        )
+        name = self.label("%s")
+        align = min(align, max(type.bytes, 1)) if count == 1 else align
+        self._entry.append(f"  {name} = alloca {type}, i64 {count}, align {align}")
         return Value(self, PTR, name)
 
     def var(self, type: Type, start: Operand | None = None) -> Var:

@@ -37,7 +37,6 @@ class Level:
     cpu: str  # LLVM's name: chooses the scheduling model, and brings features along
     features: str  # LLVM's feature string, on top of the cpu's own
     needs: frozenset[str]  # flags as /proc/cpuinfo spells them
-    vector_bytes: int  # width of the widest registers to use
 
     @property
     def triple(self) -> str:
@@ -49,13 +48,13 @@ class Level:
 # takes for granted in a Cortex are missing in the Raspberry Pi's, or need not come with dot products.
 _X18 = "+reserve-x18,-aes,-sha2,-crc"
 _LEVELS = (
-    Level("avx512-vnni", "x86_64", "x86-64-v4", "+avx512vnni,-prefer-256-bit", _V4 | {"avx512_vnni"}, 64),
-    Level("avx-vnni", "x86_64", "x86-64-v3", "+avxvnni", _V3 | {"avx_vnni"}, 32),
-    Level("avx2", "x86_64", "x86-64-v3", "", _V3, 32),
-    Level("sse4", "x86_64", "x86-64-v2", "", _V2, 16),
+    Level("avx512-vnni", "x86_64", "x86-64-v4", "+avx512vnni,-prefer-256-bit", _V4 | {"avx512_vnni"}),
+    Level("avx-vnni", "x86_64", "x86-64-v3", "+avxvnni", _V3 | {"avx_vnni"}),
+    Level("avx2", "x86_64", "x86-64-v3", "", _V3),
+    Level("sse4", "x86_64", "x86-64-v2", "", _V2),
     Level("dotprod", "aarch64", "cortex-a76", f"+dotprod,+lse,-fullfp16,-rcpc,-ssbs,{_X18}",
-          frozenset({"asimd", "asimddp", "atomics"}), 16),
-    Level("neon", "aarch64", "cortex-a72", _X18, frozenset({"asimd"}), 16),
+          frozenset({"asimd", "asimddp", "atomics"})),
+    Level("neon", "aarch64", "cortex-a72", _X18, frozenset({"asimd"})),
 )  # fmt: skip
 LEVELS = {level.name: level for level in _LEVELS}
 

@@ -171,6 +171,8 @@ class _Encoder:
             fields = {"source": NORMS[before.kind], "weight": own["weight"], "bias": own["bias"], "epsilon": before.eps}
         elif before:
             fields = {"source": sizes.PARTIALS, **self.parts(before)}
+        formats = {self.storage.matrices[name].format for name in linear.matrix.weights}
+        fields["floats"] = any(LAYOUTS[name].block_size == 1 for name in formats)
         self.emit(sizes.PREPARE, **self.x(step.x), n=n, barrier=1, tail=self.tail, **fields)
         activation = 1 + sizes.ACTIVATIONS.index(step.activate.kind) if step.activate else 0
         if step.activate and step.activate.gated:

@@ -5,7 +5,7 @@ layouts, not operations.
 
 Activations of a tile of T tokens (sizes.TILES) with n columns, n a multiple of 32; offsets in bytes:
     0       [T, n] float32      the values
-    4nT     [n / 32, T, 32] int16   the values rounded to 16 bits, with one scale for 32 of them
+    4nT     [n / 32, T, 32] int16   the values rounded to 16 bits, with one scale for 32 of them; four in the order 0, 2, 1, 3
     6nT     [n / 32, T] times   low bytes of the rounded values, int8 [32]; their high bytes, int8 [32]; then float32: the
                                 scale, scale times the sum of the 32; int32: the sum of the first 16, of the last 16
 The sums serve the formats' offsets and zero points. What a product needs of 32 columns is together for all tokens, so that
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.sizes import RECORD, TILE, TILES
+from pocketlm.runtime.native.sizes import RECORD, TILE, TILES, WHOLES
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 AHEAD = 4096  # bytes of weights fetched ahead of a single token's product: 10 to 15 % on a 2.5 GHz Xeon, best from 3 to 6 KB
@@ -91,7 +91,7 @@ def _counted(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) 
 
         def of(column: Value | int) -> tuple[Value, Value]:
             number = b * LAYOUTS[fmt].block_size + column >> 5
-            return f.opaque(where.records + number * (RECORD * tokens)), where.wholes + number * (64 * tokens)
+            return f.opaque(where.records + number * (RECORD * tokens)), where.wholes + number * (WHOLES * tokens)
 
         yield where.planes(b), of
 
@@ -112,7 +112,7 @@ def _moving(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -
         for name, at in moving.items():
             at.set(planes[name] + steps[name])
         record.set(scale + RECORD * tokens)
-        whole.set(words + 64 * tokens)
+        whole.set(words + WHOLES * tokens)
 
 
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
@@ -132,7 +132,7 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                 half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
                 tile, whole = of(run.column)
                 here = [tile + RECORD * t for t in range(tokens)]
-                xs = [Activations(at + half, at + half + 32, whole + half * 2 + 64 * t) for t, at in enumerate(here)]
+                xs = [Activations(at + half, at + half + 32, whole + half * 2 + WHOLES * t) for t, at in enumerate(here)]
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
                 for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):

@@ -26,6 +26,7 @@ OPERATION = np.dtype([
                              # CONVOLVE: float32 [taps, n]
     ("bias", "i8"),          # float32, filled up with zeros to whole groups; always there
     ("weight_stride", "i8"),  # NORM, STORE, GATE: from a group's weight and bias to the next one's; 0 where they share it
+    ("floats", "i8"),        # PREPARE: 1: a product reads the values that are not rounded
     ("source", "i8"),        # PREPARE: 0 as it is, 1 RMSNorm, 2 LayerNorm, 3 parts of attention; NORM, STORE: 1, 2; EACH
     ("epsilon", "f4"), ("factor", "f4"),     # factor: of what MATRIX adds, of EACH, GATE
     ("n_groups", "i8"),      # MATRIX, EMBED: of 16 rows in the matrix; NORM, ROTATE, GATE: vectors in a row
@@ -62,7 +63,8 @@ OPERATION = np.dtype([
 RUN = np.dtype([
     ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
     ("arrived", "i8"), ("pad1", "i8", 7),     # how often a thread has reached a barrier of this run
-    ("late", "i8"), ("pad2", "i8", 7),        # 1: a thread was waited for longer than work can explain
+    ("lost", "i8"), ("pad2", "i8", 7),        # for how long threads have waited for others longer than work can explain
+    ("took", "i8"),                           # how long the last run took, by the same clock
     ("n_threads", "i8"),                      # that take part in a run; the others have nothing to do with it
     ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield

@@ -22,6 +22,7 @@ COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
 TILE = TILES[-1]
 RECORD = 80  # bytes of 32 columns' rounded activations
+WHOLES = 64  # the same of them as int16
 LANES = 16
 BLOCK = 128  # tokens of a pass at most: their activations stay in the second-level cache
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes

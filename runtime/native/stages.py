@@ -13,6 +13,7 @@ from functools import partial
 
 from pocketlm.runtime.native import attention, elements, experts
 from pocketlm.runtime.native.cache_numbers import Halves
+from pocketlm.runtime.native.dot import READS_WHOLES
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
@@ -26,15 +27,17 @@ from pocketlm.runtime.native.sizes import (
     RMS_NORM,
     TILE,
     TILES,
+    WHOLES,
 )  # fmt: skip
 
+ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whole activations, as matrix.py has it
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
 
 
 def define(module: Module, level: str, numbers: Halves) -> None:
     """Define the stages of sizes.STAGES, each `(run, op, own, task, n)`."""
     elements.define(module)
-    _define_round(module)
+    _define_round(module, level in READS_WHOLES)
     attention.define(module, level, numbers)
     stages = {
         "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "gate": elements.gate,
@@ -67,10 +70,11 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 # normalising and rounding
 
 
-def _define_round(module: Module) -> None:
+def _define_round(module: Module, has_wholes: bool = True) -> None:
     """The rounded forms of the n float32 activations at x, n a multiple of 32; matrix.py has the layout.
 
-    `wholes` and `records` are where the token's first ones go, the strides lead to those of the next 32 columns.
+    `wholes` and `records` are where the token's first ones go, the strides lead to those of the next 32 columns. Every cache
+    line that other threads have read costs 20 ns when it is written: `wholes` stay as they are where nobody reads them.
     """
     arguments = {"x": PTR, "n": I64, "wholes": PTR, "whole_stride": I64, "records": PTR, "record_stride": I64}
     with module.function("round", arguments) as f:
@@ -93,7 +97,8 @@ def _define_round(module: Module) -> None:
                 high = f.emit(whole.type, f"ashr {whole.type} {whole + 128}, {f.const(whole.type, 8)}")
                 f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
                 f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
-                f.store(f.cast("trunc", whole, I16), words + 32 * h)
+                if has_wholes:
+                    f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), words + 32 * h)
                 sums.append(f.reduce(whole, "add"))
                 f.store(sums[h], record + (72 + 4 * h), 4)
             f.store(scale * f.cast("sitofp", sums[0] + sums[1], F32), record + 68, 4)
@@ -105,8 +110,14 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
     # a single token is prepared by every thread for itself; others lie in tiles
     first, alone = task & -TILE, n.equals(1)
     size, place = tile_size(f, n - first), task - first
+    # neighbours in a tile have cache lines in common, which should not go to and fro between threads: those of tasks that are
+    # given out one after the other lie apart
+    order = (place & 1) << 2 | place & 2 | place >> 2
+    place = f.select(n - first >= TILE, order, place)
+    task = first + place
     tile = f.select(alone, own, r.run("activations", PTR) + first * r.run("activation_stride"))
-    to = tile + place * columns * 4
+    # the values themselves stay with the thread unless a product reads them
+    to = f.select(r.op("floats").equals(1), tile + place * columns * 4, own)
     token = f.var(I64, task)
     with f.when(r.op("tail").equals(1)):
         token.set(f.load(I64, r.run("rows", PTR) + task * 8, 8))
@@ -132,8 +143,8 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
         _scaled(f, r, x, to, mean, squares.get(), width)
     with f.when(source.equals(PARTIALS)):
         attention.join_partials(f, r, own, to, r.token(token.get()))
-    wholes, records = tile + columns * 4 * size + place * 64, tile + columns * 6 * size + place * RECORD
-    f.call(VOID, "round", to, columns, wholes, size * 64, records, size * RECORD)
+    wholes, records = tile + columns * 4 * size + place * WHOLES, tile + columns * 6 * size + place * RECORD
+    f.call(VOID, "round", to, columns, wholes, size * WHOLES, records, size * RECORD)
 
 
 def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: Value, width: Value) -> None:
@@ -238,9 +249,20 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
 
 
 def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Halves) -> None:
-    """One head of one token: query or key normalised and rotated where the operation says so, key and value to the cache."""
+    """Heads of a token: query or key normalised and rotated where the operation says so, key and value to the cache."""
+    n_heads, apart = r.run("n_head") + r.run("n_kv_head"), heads_apart(r, n)
+    first = f.select(apart, task % n_heads, 0)
+    with f.range(first, f.select(apart, first + 1, n_heads)) as head:
+        _store_head(f, level, r, f.select(apart, task // n_heads, task), head, numbers)
+
+
+def heads_apart(r: Records, n: Value) -> Value:
+    """Whether STORE has a task for each head of a token; where there are tokens enough, one for all of them."""
+    return n < r.run("n_threads") * 2
+
+
+def _store_head(f: Function, level: str, r: Records, number: Value, head: Value, numbers: Halves) -> None:
     n_head, n_kv, dim = r.run("n_head"), r.run("n_kv_head"), r.run("head_dim")
-    number, head = task // (n_head + n_kv), task % (n_head + n_kv)
     token = r.token(number)
     position = token("position")
     vector = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4

@@ -1,9 +1,10 @@
 """A fresh Debian for arm64, as a Raspberry Pi has it: install, talk, pack, talk to what was packed, and parts of the tests.
 
-    python tests/arm64/run.py [--short] [--root FOLDER] [--cpu cortex-a72]
+    python tests/arm64/run.py [--short] [--root FOLDER] [--cpu cortex-a72] [--jobs 2]
 
 Linux with debootstrap and qemu-user-static. Wheels only: what has no wheel for arm64 ends it. Nothing needs root rights but
 debootstrap itself; programs of the other processor start by an entry of the kernel's that only they see (Linux 6.7 or newer).
+The tests and the walk over all models (models.py, walk.py) at both levels run side by side, as many as there are cores here.
 The transcript goes to stdout; exit status 0 means that every step did what it should.
 """
 
@@ -17,16 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2]
 PYTHON = "3.11"  # bookworm's; trixie has 3.13
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_26_aarch64", "manylinux_2_28_aarch64")
 PAGE = 0x4000  # a Raspberry Pi 5's
-SUITE = (
-    "test_memory.py test_tokenizer_memory.py test_doctor.py test_greedy.py test_sessions.py test_native_selection.py"
-    " test_native_executor.py test_native_kernels.py test_byte_caches.py test_sliding_windows.py test_experts.py"
-)
+CPUS = {"dotprod": "cortex-a76", "neon": "cortex-a72"}  # what qemu is for a level: the plainest core that has it
+SUITE = (  # a process each, the longest first
+    "native_kernels", "native_executor", "sessions", "sliding_windows", "byte_caches experts",
+    "memory tokenizer_memory doctor greedy native_selection",
+)  # fmt: skip
+LEFT_OUT = "guard_pages"  # ten minutes; test_native_aarch64.py has these kernels in front of such pages, under qemu too
 PEERS = ["pytest", "gguf", "psutil"]  # that the tests want; there are others that have no wheel for arm64
 ANSWER = ["generate", "small-talk", "-p", "Hi! How are", "-n", "12", "--temp", "0"]
 
@@ -45,7 +49,7 @@ class Machine:
 
     def __init__(self, root: Path, shared: Path, cpu: str):
         self.root, self.shared, self.cpu = root, shared, cpu
-        (shared / "tmp").mkdir()
+        (shared / "tmp").mkdir(exist_ok=True)
 
     def run(self, *command: str, stdin: str = "") -> str:
         """Run a command there, and print it with what it says. Exits where it fails. Returns its standard output."""
@@ -54,13 +58,13 @@ class Machine:
             sys.exit("needs qemu-aarch64-static: apt install qemu-user-static")
         entry = f":pocketlm:M::{_ELF}:{_MASK}:{qemu}:F"
         words = ["unshare", "-U", "-r", "-m", "-n", "sh", "-c", _ENTER, "sh", entry, str(self.root), str(self.shared), *command]
-        print("$", *command, flush=True)
         started = time.monotonic()
         found = subprocess.run(
             words, input=stdin, capture_output=True, text=True, check=False, env={**os.environ, "QEMU_CPU": self.cpu}
         )
-        print(found.stdout + found.stderr, end="")
-        print(f"[{time.monotonic() - started:.0f} s]", flush=True)
+        # in one piece: others may run beside it
+        said = f"$ {' '.join(command)}\n{found.stdout}{found.stderr}[{self.cpu}, {time.monotonic() - started:.0f} s]\n"
+        print(said, end="", flush=True)
         if found.returncode == 77:
             sys.exit("this system lets nobody register programs of another processor")
         if found.returncode:
@@ -116,6 +120,23 @@ def misaligned(folder: Path) -> list[str]:
     return found
 
 
+def check(machine: Machine, jobs: int) -> None:
+    """The walk over all models at both levels, and the tests: side by side, the longest first."""
+    folder, python = machine.shared, "/mnt/env/bin/python"
+    shutil.copytree(SOURCE / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "models").mkdir()
+    subprocess.run([sys.executable, str(SOURCE / "tests/arm64/models.py"), str(folder / "models")], check=True)
+    pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", f"not {LEFT_OUT}"]
+    with ThreadPoolExecutor(jobs) as pool:
+        parts = [
+            pool.submit(Machine(machine.root, folder, cpu).run, python, "/mnt/tests/arm64/walk.py", "/mnt/models", level)
+            for level, cpu in CPUS.items()
+        ]
+        parts += [pool.submit(machine.run, *pytest, *(f"/mnt/tests/test_{name}.py" for name in part.split())) for part in SUITE]
+    if failed := [str(error) for part in parts if (error := part.exception())]:
+        sys.exit("\n".join(failed))
+
+
 def talk(machine: Machine, program: str, *options: str) -> None:
     if "Hi" not in (said := machine.run(program, *options, stdin="Hello\n/quit\n")) and len(said.split()) < 2:
         sys.exit(f"{program} does not answer")
@@ -125,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="install, talk, pack and talk; no tests")
     parser.add_argument("--root", type=Path, default=SOURCE / ".cache/arm64", help="where the Debian is kept")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many of the tests run side by side")
     parser.add_argument("--cpu", default="cortex-a76", help="what qemu is: cortex-a76 a Pi 5, cortex-a72 a Pi 4")
     arguments = parser.parse_args()
     make_root(arguments.root.resolve())
@@ -154,9 +176,7 @@ def main() -> None:
         machine.run(pocketlm, "pack", "small-talk", "--stub", "/mnt/stub", "-o", "/mnt/friend")
         talk(machine, "/mnt/friend")
         if not arguments.short:
-            shutil.copytree(SOURCE / "tests", shared / "tests")
-            tests = [f"/mnt/tests/{name}" for name in SUITE.split()]
-            machine.run("/mnt/env/bin/python", "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests)
+            check(machine, arguments.jobs)
     print("all steps done")
 
 

@@ -1,10 +1,12 @@
 """A packed program for Windows under wine beside the same model's for Linux: how long a start and a token take.
 
-    python tests/windows/speed.py smollm2 [--rounds 5] [--threads 1] [-n 256] [--folder FOLDER]
+    python tests/windows/speed.py smollm2 [--rounds 5] [--threads 1] [-n 1000] [--folder FOLDER]
 
 The two take turns, in every round; an empty program says how much of a start is wine's. Prints medians and their ratios, by
 the clock and by processor time (the boot loader's and that of what it starts, not wine's server's): on a busy machine only the
-second says something. `--folder` keeps the packed programs, so that a second run only measures.
+second says something. The end is what comes after the last token; there the boot loader for Windows looks five times, for 50 ms
+each, whether the session ends, too. wine's server is started first: else it would end between two programs, and begin each with
+starting all its services. `--folder` keeps the packed programs and wine's folder, so that a second run only measures.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -23,7 +26,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import images  # noqa: E402
-from suite import CACHE  # noqa: E402
 from wine_runner import WINE, environment_for, prefix  # noqa: E402
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -32,6 +34,14 @@ TICK = os.sysconf("SC_CLK_TCK")
 class Seconds(NamedTuple):
     clock: float
     processor: float
+
+
+class Run(NamedTuple):
+    """Seconds since its start: when its first and its last output came; of all of it."""
+
+    first: float
+    last: float
+    whole: Seconds
 
 
 def times(name: str) -> dict[int, float]:
@@ -47,21 +57,32 @@ def times(name: str) -> dict[int, float]:
     return found
 
 
-def run(program: Path, arguments: list[str], environment: dict[str, str]) -> Seconds:
+def run(program: Path, arguments: list[str], environment: dict[str, str]) -> Run:
     """Of a run to its end; wine's processes are nobody's children, so they are looked at until they end."""
     command = [WINE or "wine", str(program)] if program.suffix == ".exe" else [str(program)]
     seen: dict[int, float] = {}
+    outputs: list[float] = []
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # Python under wine takes no files
     start = time.perf_counter()
     with subprocess.Popen([*command, *arguments], env=environment, **pipes) as process:
         assert process.stdin
+        assert process.stdout
         process.stdin.close()
+        reader = threading.Thread(target=_note_outputs, args=(os.dup(process.stdout.fileno()), start, outputs), daemon=True)
+        reader.start()
         while process.poll() is None:
             seen |= times(program.name)
             time.sleep(0.01)
         clock = time.perf_counter() - start
+        reader.join(1)  # wine's services may keep the pipe open
     assert process.returncode == 0, command
-    return Seconds(clock, sum(seen.values()))
+    return Run(outputs[0] if outputs else clock, outputs[-1] if outputs else clock, Seconds(clock, sum(seen.values())))
+
+
+def _note_outputs(file: int, start: float, outputs: list[float]) -> None:
+    with open(file, "rb", buffering=0) as pipe:
+        while pipe.read(65536):
+            outputs.append(time.perf_counter() - start)
 
 
 def pack(model: str, platform: str, program: Path) -> None:
@@ -75,8 +96,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", default="1")
-    parser.add_argument("-n", type=int, default=256)
-    parser.add_argument("--folder", type=Path, help="keep the packed programs here")
+    parser.add_argument("-n", type=int, default=1000)
+    parser.add_argument("--folder", type=Path, help="keep the packed programs and wine here")
     arguments = parser.parse_args()
     if WINE is None:
         parser.error("this needs wine (Debian packages wine and wine64)")
@@ -89,23 +110,36 @@ def main() -> None:
         pack(arguments.model, "windows-x86_64", programs["wine"])
         empty = folder / "empty.exe"
         empty.write_bytes(images.empty_exe())
-        environments = {"Linux": dict(os.environ), "wine": environment_for(prefix(CACHE))}
-        nothing = []
-        starts: dict[str, list[Seconds]] = {name: [] for name in programs}
+        home = environment_for(prefix(folder.resolve()))
+        environments = {"Linux": dict(os.environ), "wine": home}
+        nothing: list[Run] = []
+        ones: dict[str, list[Run]] = {name: [] for name in programs}
         tokens: dict[str, list[Seconds]] = {name: [] for name in programs}
-        for _ in range(arguments.rounds):
-            nothing.append(run(empty, [], environments["wine"]))
-            for name, program in programs.items():
-                one, many = (run(program, [*generate, str(n)], environments[name]) for n in (1, 1 + arguments.n))
-                starts[name].append(one)
-                tokens[name].append(Seconds(*((b - a) / arguments.n for a, b in zip(one, many, strict=True))))
+        try:
+            for command in (["wineserver", "-p"], [WINE, str(empty)]):
+                subprocess.run(command, env=home, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            for i in range(arguments.rounds):
+                nothing.append(run(empty, [], home))
+                for name, program in programs.items():
+                    one, many = (run(program, [*generate, str(n)], environments[name]) for n in (1, 1 + arguments.n))
+                    ones[name].append(one)
+                    pairs = zip(one.whole, many.whole, strict=True)
+                    tokens[name].append(Seconds(*((b - a) / arguments.n for a, b in pairs)))
+                clock, processor = (a / b for a, b in zip(tokens["Linux"][-1], tokens["wine"][-1], strict=True))
+                print(f"round {i + 1}: wine / Linux tokens/s {clock:.2f}, by processor time {processor:.2f}", flush=True)
+        finally:
+            subprocess.run(["wineserver", "-k"], env=home)
+    print(f"an empty program under wine {median(each.whole.clock for each in nothing):.2f} s")
+    for name in programs:
+        start, end = median(one.first for one in ones[name]), median(one.whole.clock - one.last for one in ones[name])
+        print(f"{name}: {start:.2f} s to the first token, {end:.2f} s for the end")
     for i, measure in enumerate(Seconds._fields):
-        start, token = ({name: median(row[i] for row in rows) for name, rows in runs.items()} for runs in (starts, tokens))
-        print(f"{measure}: an empty program under wine {median(row[i] for row in nothing):.2f} s")
+        whole, token = ({name: median(row[i] for row in rows) for name, rows in runs.items()}
+                        for runs in ({name: [one.whole for one in rows] for name, rows in ones.items()}, tokens))  # fmt: skip
         for name in programs:
-            print(f"{measure}: {name} {start[name]:.2f} s to start and one token, {1e3 * token[name]:.2f} ms for a token")
+            print(f"{measure}: {name} {whole[name]:.2f} s for start, one token and end, {1e3 * token[name]:.2f} ms for a token")
         ratio = median(a[i] / b[i] for a, b in zip(tokens["Linux"], tokens["wine"], strict=True))
-        print(f"{measure}: wine / Linux: start {start['wine'] / start['Linux']:.2f}, tokens/s {ratio:.2f} (median of rounds)")
+        print(f"{measure}: wine / Linux: {whole['wine'] / whole['Linux']:.2f}, tokens/s {ratio:.2f} (median of rounds)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""Several schemas as one: references, `allOf`, and what stands beside `anyOf`; and whether two of them exclude each other.
+
+In: JSON schemas of one document. Out: a schema without `$ref` and `allOf` at its top. Raises UsageError, naming the place, for
+what is not supported. Knows no grammar.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from pocketlm.errors import UsageError, quoted
+
+Schema = Mapping[str, Any]
+NAME = "json_schema"
+MOST_SCHEMAS = 20_000
+NOTES = {
+    "$schema", "$id", "$anchor", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "example",
+    "deprecated", "readOnly", "writeOnly", "contentMediaType", "contentEncoding", "discriminator",
+}  # fmt: skip
+OF_TYPE = {
+    "object": ("properties", "required", "additionalProperties", "minProperties", "maxProperties"),
+    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
+    "string": ("minLength", "maxLength", "pattern", "format"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    "integer": (), "boolean": (), "null": (),
+}  # fmt: skip
+COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "type", "nullable")
+KNOWN = {*COMBINING, *(keyword for keywords in OF_TYPE.values() for keyword in keywords)}
+
+
+def bad(path: str, problem: str) -> UsageError:
+    return UsageError(f"{NAME}{quoted(path)}: {problem}")
+
+
+def check(schema: Any, path: str) -> None:
+    if not isinstance(schema, Mapping):
+        raise bad(path, f"a schema is {quoted(json.dumps(schema, default=str))}; it must be an object, true or false")
+    for keyword in schema:
+        if keyword not in KNOWN and keyword not in NOTES:
+            raise bad(path, f"{quoted(keyword)} is not supported")
+
+
+def types_of(schema: Schema, path: str) -> list[str]:
+    given = schema.get("type")
+    if given is None:
+        found = [kind for kind, keywords in OF_TYPE.items() if any(keyword in schema for keyword in keywords)]
+        return found or list(OF_TYPE)
+    kinds = [given] if isinstance(given, str) else given
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in OF_TYPE for kind in kinds):
+        raise bad(path, f"type is {quoted(given)}; it must be of {', '.join(OF_TYPE)}, or a list of these")
+    return kinds
+
+
+class Schemas:
+    """The schemas of one document. `n`: how many were looked at so far, whatever for; an absurd number is an error."""
+
+    def __init__(self, root: Any):
+        self._root = root
+        self.n = 0
+
+    def target(self, ref: Any, path: str) -> Any:
+        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+            raise bad(path, f"$ref {quoted(ref)} is not supported: it must be # or begin with #/")
+        here = self._root
+        for step in ref.split("/")[1:]:
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(here, Mapping) and step in here:
+                here = here[step]
+            elif isinstance(here, list) and step.isdecimal() and len(step) < 9 and int(step) < len(here):
+                here = here[int(step)]
+            else:
+                raise bad(path, f"$ref {quoted(ref)} leads nowhere")
+        return here
+
+    def merged(self, schema: Schema, path: str) -> Any:
+        """One schema in place of `allOf` and of a `$ref` with other keywords beside it."""
+        own = {keyword: value for keyword, value in schema.items() if keyword not in ("$ref", "allOf")}
+        parts: list[Any] = [own] if own else []
+        if "$ref" in schema:
+            parts.append(self.target(schema["$ref"], path))
+        branches = schema.get("allOf", [])
+        if not isinstance(branches, list) or ("allOf" in schema and not branches):
+            raise bad(path, "allOf must be a list of schemas")
+        parts += branches
+        merged: Any = True
+        for i, part in enumerate(parts):
+            merged = self.both(merged, part, f"{path}/allOf/{i}" if i else path)
+        return merged
+
+    def _flat(self, schema: Any, path: str) -> Any:
+        """The same without `$ref` and `allOf` at its top."""
+        while not isinstance(schema, bool) and ("$ref" in schema or "allOf" in schema):
+            self.n += 1
+            if self.n > MOST_SCHEMAS:
+                raise bad(path, "the schema is too large, or refers to itself without end")
+            schema = self.merged(schema, path)
+            if not isinstance(schema, bool):
+                check(schema, path)
+        return schema
+
+    def both(self, a: Any, b: Any, path: str) -> Any:
+        """A schema for what both ask for."""
+        self.n += 1
+        if self.n > MOST_SCHEMAS:
+            raise bad(path, "the schema is too large, or refers to itself without end")
+        if a is True or b is True or a == b:
+            return b if a is True else a
+        if a is False or b is False:
+            return False
+        for one in (a, b):
+            check(one, path)
+        a, b = self._flat(a, path), self._flat(b, path)
+        if isinstance(a, bool) or isinstance(b, bool):
+            return self.both(a, b, path)
+        a, b = ({keyword: value for keyword, value in one.items() if keyword not in NOTES} for one in (a, b))
+        merged = dict(a)
+        for closed, other in ((a, b), (b, a)):
+            if closed.get("additionalProperties", True) is not True and {*_names(other)} - {*_names(closed)}:
+                raise bad(path, "additionalProperties in one of several schemas that are combined is not supported")
+        for keyword, value in b.items():
+            if keyword in merged and merged[keyword] != value:
+                if keyword not in _MERGE:
+                    raise bad(path, f"{keyword} in several schemas that are combined is not supported")
+                try:
+                    value = _MERGE[keyword](merged[keyword], value)
+                except (TypeError, AttributeError, ValueError):
+                    raise bad(path, f"{keyword} holds what it cannot hold") from None
+            merged[keyword] = value
+        return merged
+
+    def apart(self, a: Any, b: Any, path: str, depth: int) -> bool:
+        """Whether it is plain that no value is valid under both."""
+        self.n += 1
+        if depth > 4 or self.n > MOST_SCHEMAS:
+            return False
+        if a is False or b is False:
+            return True
+        if isinstance(a, bool) or isinstance(b, bool):
+            return False
+        check(a, path)
+        check(b, path)
+        flat = self._flat(a, path), self._flat(b, path)
+        if flat[0] is not a or flat[1] is not b:
+            return self.apart(*flat, path, depth + 1)
+        values = [_listed(one) for one in (a, b)]
+        if None not in values:
+            return not {key_of(value) for value in values[0] or ()} & {key_of(value) for value in values[1] or ()}
+        kinds = [self._kinds(one, path) for one in (a, b)]
+        if not kinds[0] & kinds[1]:
+            return True
+        if kinds[0] & kinds[1] != {"object"}:
+            return False
+        required = {*_names({"required": a.get("required")})} & {*_names({"required": b.get("required")})}
+        members = [one.get("properties") if isinstance(one.get("properties"), Mapping) else {} for one in (a, b)]
+        named = required & members[0].keys() & members[1].keys()
+        return any(self.apart(members[0][name], members[1][name], path, depth + 1) for name in sorted(named))
+
+    def _kinds(self, schema: Schema, path: str) -> set[str]:
+        if (values := _listed(schema)) is not None:
+            kinds = {kind_of(value) for value in values}
+        elif "type" not in schema:
+            return set(OF_TYPE) - {"integer"}  # whatever its keywords are for, other types are valid, too
+        else:
+            kinds = set(types_of(schema, path))
+        return {"number" if kind == "integer" else kind for kind in kinds} | ({"null"} if schema.get("nullable") else set())
+
+
+def key_of(value: Any) -> str:
+    """The same for values that JSON schemas call equal."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def _listed(schema: Schema) -> list[Any] | None:
+    """The only values that may be valid, where the schema lists them."""
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    return values if isinstance(values, list) and not schema.get("nullable") else None
+
+
+def _names(schema: Schema) -> list[str]:
+    given = [schema.get(keyword) for keyword in ("properties", "required")]
+    return [name for names in given if isinstance(names, list | dict) for name in names if isinstance(name, str)]
+
+
+def kind_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    kinds = ((str, "string"), (int, "integer"), (float, "number"), (list, "array"), (dict, "object"))
+    return next((kind for of, kind in kinds if isinstance(value, of)), "null")
+
+
+def _common_types(a: Any, b: Any) -> list[str]:
+    a, b = ([one] if isinstance(one, str) else list(one) for one in (a, b))
+    both = [kind for kind in a if kind in b]
+    return both + [
+        "integer" for one, other in ((a, b), (b, a)) if "integer" in one and "number" in other and "integer" not in both
+    ]
+
+
+def _all_properties(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {"allOf": [a[name], b[name]]} if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
+
+
+# Keywords that may stand in several schemas that all have to hold
+_MERGE: dict[str, Callable[[Any, Any], Any]] = {
+    **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"), max),
+    **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"), min),
+    "type": _common_types,
+    "properties": _all_properties,
+    "required": lambda a, b: list(dict.fromkeys([*a, *b])),
+    "enum": lambda a, b: [value for value in a if key_of(value) in {key_of(other) for other in b}],
+    "items": lambda a, b: {"allOf": [a, b]},
+    "additionalProperties": lambda a, b: {"allOf": [a, b]},
+    "nullable": lambda a, b: bool(a and b),
+    "uniqueItems": lambda a, b: a or b,
+}

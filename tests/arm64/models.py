@@ -1,0 +1,114 @@
+"""Small models of every architecture and in every format, with the logits that the NumPy executor of this machine gives.
+
+    python tests/arm64/models.py FOLDER
+
+For `walk.py`, which runs them on another processor. Weights are random; those of a format are random bits in every field of a
+block, so that all codes occur.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the tests
+import test_families_llama_cpp as published
+import test_more_architectures as more
+from families import write_random
+from native_calls import FORMAT_NAMES, random_blocks, round_as_native
+from tiny_models import ARCHITECTURES as PLAIN
+from tiny_models import write_model
+
+import pocketlm
+from pocketlm.export.gguf_writer import copy_gguf
+from pocketlm.export.rules import F32_ENDS
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.formats import FORMATS
+from pocketlm.runtime.gguf_reader import open_gguf
+from pocketlm.runtime.kv_cache import KINDS
+
+N = 24  # tokens of a text
+SHAPE = {"n_embd": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64, "n_ff": 256, "n_layer": 2}  # rows of every format's blocks
+OURS = {  # that llama.cpp has not, and keys that change what they compute
+    "gptneo": {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]},
+    "nanochat": {
+        "attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True], "residual_scale": [1.0, 0.9],
+        "embedding_scale": [0.2, 0.1], "smear_scale": 0.3, "backout_scale": 0.2, "final_logit_softcapping": 15.0,
+    },
+}  # fmt: skip
+SMEAR = {"smear_gate.weight": (1, 24), "blk.1.attn_v_gate.weight": (2, 12), "blk.1.attn_v_embd.weight": (263, 128)}
+
+DEEP = 8  # a row with more layers is there for what its number of layers means, not for what a layer computes
+
+
+def make(folder: Path) -> int:
+    """Write NUMBER.gguf and NUMBER.npz (name, ids, logits, kv) for every model of the table; how many."""
+    seen, n = set(), 0
+    for name, path, kv in _written(folder):
+        with pocketlm.load(path, backend="numpy", threads=1, kv=kv) as model:
+            if kv == "f16":
+                round_as_native(model.executor)
+            ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, N)
+            np.savez(path.with_suffix(".npz"), name=name, ids=ids, logits=model.executor.forward(ids, rows="all"), kv=kv)
+            seen.add(model.hyper.architecture)
+        n += 1
+    assert seen == set(ARCHITECTURES), set(ARCHITECTURES) ^ seen
+    return n
+
+
+def _written(folder: Path) -> Iterator[tuple[str, Path, str]]:
+    """Every architecture in float32 and in a format, one after the other; every format in a Llama and in a mixture of experts;
+    every kind of cache.
+    """
+    numbers, formats = itertools.count(), itertools.cycle(name for name in FORMAT_NAMES if name != "F32")
+    for name in _architectures(plain := folder / "plain"):
+        for fmt in ("F32", next(formats)):
+            yield f"{name}, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+    for fmt in FORMAT_NAMES:
+        write_model(plain, **SHAPE)
+        yield f"Llama, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+        published.write(plain, published.Row("qwen3moe", published.EXPERTS | {"expert_feed_forward_length": 256}), SHAPE)
+        yield f"experts, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+    for kv, fmt in itertools.product(KINDS, ("F16", "Q4_0")):
+        write_model(plain, **SHAPE)
+        yield f"Llama, {fmt}, cache of {kv}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), kv
+    plain.unlink()
+
+
+def _architectures(path: Path) -> Iterator[str]:
+    """Write one after the other to `path`."""
+    for arch in PLAIN:
+        write_model(path, arch=arch, **{**SHAPE, "n_kv_head": 4})
+        yield arch
+    for arch, keys in OURS.items():
+        write_random(path, arch, {**SHAPE, "n_ctx": 64}, keys, SMEAR if arch == "nanochat" else {})
+        yield arch
+    for table in (published, more):
+        for name, row in table.MODELS.items():
+            if row.sizes.get("n_layer", 0) <= DEEP:
+                table.write(path, row, SHAPE)
+                yield name
+
+
+def _recoded(path: Path, out: Path, fmt: str) -> Path:
+    """The same model with random blocks of a format in every matrix whose rows are whole blocks."""
+    random = np.random.default_rng(0)
+    with open_gguf(path) as file, open(out, "wb") as copy:
+        tensors = dict(file.tensors)
+        for name, tensor in tensors.items():
+            columns, rows = tensor.shape[-1], int(np.prod(tensor.shape[:-1]))
+            exact = fmt == "F32" or len(tensor.shape) < 2 or name.endswith(F32_ENDS)
+            if not exact and columns % FORMATS[fmt].block_size == 0:
+                data = random_blocks(fmt, rows, columns, random)
+                tensors[name] = dataclasses.replace(tensor, format=FORMATS[fmt], data=data)
+        copy_gguf(copy, file.metadata, tensors)
+    return out
+
+
+if __name__ == "__main__":
+    print(make(Path(sys.argv[1])), "models")
