@@ -111,11 +111,13 @@ def test_what_is_wrong_with_a_line_is_written_in_its_place(model, tmp_path):
     good = {"prompt": "the inn", "max_tokens": 3, "seed": 1}
     bad = [
         (b'{"prompt": "x"', "no JSON"), (b"[1]", "no JSON obj"), (b'{"prompt": "\xff"}', "no JSON"), (b"[" * 9999, "no JSON"),
-        ({"id": "b"}, "messages or prompt is missing"), ({"id": "c", **good, "tools": [{}]}, "tools is not supported"),
+        ({"id": "b"}, "messages or prompt is missing"),
+        ({"id": "c", **good, "tools": [{}]}, "tools is not supported"),
         ({**good, "temprature": 1}, "temperature"), ({**good, "temperature": -1}, "temperature is -1"),
         ({**good, "stream": True}, "stream is not supported"), ({**good, "id": {}}, "id must be"),
         ({"prompt": "the inn " * 300}, "context size of 256"), ({"prompt": [10**6]}, "no token"),
         ({**hello(), "prompt": "x"}, "prompt is not supported"), (b'{"prompt": "' + b"x" * (5 << 20) + b'"}', "4194304 bytes"),
+        ({"custom_id": "b", "method": "POST", "body": good}, "what OpenAI's batches have as body is a line here"),
     ]  # fmt: skip
     lines = [line for each, _ in bad for line in (each, good)]
     found = answered(model, tmp_path, *lines)

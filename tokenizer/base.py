@@ -101,7 +101,7 @@ def make_vocabulary(
             if token and index[token] != i:
                 raise FileError(path, f"tokens {i} and {index[token]} are both {token[:40]!r}")
     ends = set(end_ids) | {eos_id}
-    markers = [("marker", i) for i in (*strip_left, *strip_right, *normalized)]
+    markers = [*(("stripping", i) for i in (*strip_left, *strip_right)), *(("normalised", i) for i in normalized)]
     for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends), *markers):
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise FileError(path, f"{what} token id {token_id} is not in the vocabulary of {len(tokens)}")
