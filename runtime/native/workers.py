@@ -104,8 +104,9 @@ class WorkerThreads:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._workers = aligned(self.n_threads, WORKER)
-        for name, value in (("epoch", 0), ("arrived", 0), ("lost", 0), ("took", 0), ("begun", 0), ("n_threads", self.n_threads)):
-            self._record[name] = value
+        for name in ("epoch", "arrived", "lost", "took", "begun"):
+            self._record[name] = 0
+        self._record["n_threads"] = self.n_threads
         self._active, self._last_late, self._until, self._rest = self.n_threads, 0.0, 0.0, REST[0] / 2
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
