@@ -178,7 +178,7 @@ def main() -> None:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
                     raise NoServer(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    ask(port, 0, 4)()  # pages are read, kernels are there; nobody asks this again, which would be in a cache
+                    together(port, 1, 4)  # pages are read, kernels are there; nobody asks this again, which would be in a cache
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens, 1000 * number))
             except NoServer as error:
