@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", choices=SERVERS)
     arguments = parser.parse_args()
-    clients = [int(number) for number in arguments.clients.split(",")]
+    clients = [*dict.fromkeys(map(int, arguments.clients.split(",")))]
     model = str(find_model(arguments.model))
     names = [name for name in SERVERS if arguments.only in (None, name)]
     found: dict[tuple[str, int], list[Round]] = {}
@@ -174,7 +174,8 @@ def main() -> None:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
                     raise RuntimeError(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    ask(port, 0, 4)()  # pages are read, kernels are there; nobody asks this again, which would be in a cache
+                    # pages are read, kernels are there, every slot has its memory; nobody asks this again, it would be in a cache
+                    together(port, arguments.slots, 4)
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens, 1000 * number))
             except RuntimeError as error:
