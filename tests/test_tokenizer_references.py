@@ -16,6 +16,7 @@ from pocketlm import tokenizer
 from pocketlm.errors import FileError
 from pocketlm.export.gguf_writer import copy_gguf
 from pocketlm.runtime.gguf_reader import open_gguf
+from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json
 from pocketlm.tokenizer.pretokenize import OTHER_WRITINGS, PRE_TOKENIZERS
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -246,6 +247,36 @@ def test_ids_of_gemmas_tokenizer_are_those_of_tokenizers(tmp_path):
     ours = tokenizer.load(tmp_path)
     for text in texts(5000, 83, ["<start_of_turn>", "<s>"]):
         assert ours.encode(text, special=True) == theirs.encode(text).ids, text
+
+
+@pytest.mark.parametrize("kind", ["nfc", "replaced", "spaces"])
+def test_added_tokens_are_looked_for_in_the_normalised_text_where_their_file_says_so(kind, tmp_path):
+    """That is how tokenizers adds what is no special token; on the way to a GGUF and to a folder again it stays so."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    if kind == "spaces":
+        theirs = spaces_replaced(gemmas, None)
+    else:
+        theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+        theirs.normalizer = tokenizers.normalizers.NFC() if kind == "nfc" else tokenizers.normalizers.Replace("ё", "е")
+        theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+        theirs.train_from_iterator(LINES, trainer)
+    added = tokenizers.AddedToken
+    theirs.add_tokens(["żółw", "▁▁", "two words", "ещё", added("été", normalized=False), added("ёж", rstrip=True)])
+    theirs.add_special_tokens([added("<X>", normalized=False, lstrip=True), added("<ёY>", normalized=True)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path)
+    file = json.dumps(to_tokenizer_json(ours, ours.n_vocab, "m")[0])
+    (tmp_path / "again.json").write_text(file)
+    again = tokenizer.from_metadata(tokenizer.to_metadata(ours, ours.n_vocab), "m"), tokenizer.load(tmp_path / "again.json")
+    peer = tokenizers.Tokenizer.from_str(file)
+    written = [unicodedata.normalize("NFD", "żółw été"), "żółw", "été", "ещё", "еще", "ёж ", "еж", "two words", "two▁words"]
+    for text in texts(2000, 85, [*written, "<X>", " <X>", "<ёY>", "<еY>"]):
+        ids = theirs.encode(text).ids
+        for one in (ours, *again):
+            assert one.encode(text, special=True) == ids, text
+        assert peer.encode(text).ids == ids, text
 
 
 def test_tokens_for_bytes_may_have_been_given_as_special_tokens(tmp_path):
