@@ -53,10 +53,6 @@ class Round(NamedTuple):
     places: int
 
 
-class NoServer(Exception):
-    """It did not start; why."""
-
-
 def ours(model: str, port: int, slots: int, threads: int) -> list[str]:
     return ["-m", "pocketlm", "serve", model, f"--port={port}", f"--slots={slots}", f"--threads={threads}", "--ctx=512"]
 
@@ -76,7 +72,7 @@ SERVERS: dict[str, tuple[str, Callable[[str, int, int, int], list[str]]]] = {  #
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A server that answers, for the length of a `with` statement. Raises NoServer with its last line where it does not."""
+    """A server that answers, for the length of a `with` statement. Raises RuntimeError with its last line where it does not."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     tail: list[str] = []
     reader = threading.Thread(target=lambda: tail.extend(process.stderr or ()), daemon=True)
@@ -90,7 +86,7 @@ def running(command: list[str], port: int) -> Iterator[None]:
             except OSError:
                 if process.poll() is not None or time.monotonic() > until:
                     reader.join(60 if process.poll() is not None else 0)
-                    raise NoServer((tail or ["no answer"])[-1].strip()) from None
+                    raise RuntimeError((tail or ["no answer"])[-1].strip()) from None
                 time.sleep(0.05)
         yield
     finally:
@@ -137,7 +133,8 @@ def together(port: int, clients: int, tokens: int) -> Round:
 
     started = time.perf_counter()
     try:
-        asked = [ask(port, number, tokens) for number in range(clients)]
+        # asked by nobody before: no prompt is in a cache
+        asked = [ask(port, 1000 * clients + number, tokens) for number in range(clients)]
     except OSError as error:
         raise SystemExit(f"{clients} of {clients} clients have no answer: {error}") from None
     with ThreadPoolExecutor(clients) as pool:
@@ -176,12 +173,12 @@ def main() -> None:
             port, (packages, command) = free_port(), SERVERS[name]
             try:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
-                    raise NoServer(f"{', '.join(absent)} not installed")
+                    raise RuntimeError(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    together(port, 1, 4)  # pages are read, kernels are there
+                    ask(port, 0, 4)()  # pages are read, kernels are there
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens))
-            except NoServer as error:
+            except RuntimeError as error:
                 names.remove(name)
                 print(f"{name} is left out: {error}", file=sys.stderr)
     rows = [HEAD, ("---", *["--:"] * (len(HEAD) - 1))]

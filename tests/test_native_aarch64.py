@@ -252,7 +252,7 @@ def generate(level, fmt, options, n_threads):
     reference.close()
     guest = Guest(level, kernels.CORE, fmt)
     program = Program(guest, native, n_threads)
-    fields = {"epoch": 0, "arrived": 0, "late": 0, "begun": 0, "n_threads": n_threads, "give_way": GIVE_WAY_AT}
+    fields = {"epoch": 0, "arrived": 0, "lost": 0, "took": 0, "begun": 0, "n_threads": n_threads, "give_way": GIVE_WAY_AT}
     run = guest.put(program.record(**fields))
     workers = next(to for address, _, to in program.places if address == native._workers._workers.ctypes.data)
     guest.patch(workers, np.zeros(n_threads, WORKER))

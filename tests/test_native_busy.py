@@ -59,23 +59,29 @@ def test_a_thread_that_comes_late_is_left_out_and_taken_in_again(monkeypatch, cl
     executor.close()
 
 
-def late(executor, clock, after):
-    """One run, and the one before it was late; how many threads it has."""
+def after_a_run(executor, clock, after, lost):
+    """One run, and of the one before it this part of the time was lost by every thread but one; how many threads it has."""
     clock[0] += after
-    executor._workers._late.value = 1
+    workers = executor._workers
+    workers._took.value, workers._lost.value = 1000, int(1000 * lost * (workers._active - 1))
     executor.cache.truncate(0)
     executor.forward(IDS[:1])
-    executor._workers._late.value = 0
+    workers._lost.value = 0
     return int(executor._record["n_threads"][0])
+
+
+def late(executor, clock, after):
+    return after_a_run(executor, clock, after, 0.5)
 
 
 def undisturbed(executor, clock, after):
-    clock[0] += after
-    executor._workers._late.value = 0
-    executor.cache.truncate(0)
-    executor.forward(IDS[:1])
-    executor._workers._late.value = 0
-    return int(executor._record["n_threads"][0])
+    return after_a_run(executor, clock, after, 0)
+
+
+def test_who_waits_a_little_in_every_run_keeps_all_threads(clock):
+    executor = native(3)
+    assert [after_a_run(executor, clock, 0.01, 0.2) for _ in range(50)] == [3] * 50
+    executor.close()
 
 
 def test_being_late_once_in_a_while_changes_nothing(clock):

@@ -315,7 +315,7 @@ def test_expressions_that_follow_each_other_are_known_by_all_of_them(name, tmp_p
     ours = tokenizer.load(tmp_path / "tokenizer.json")
     for text in texts(3000, 75):
         assert ours.encode(text) == made.encode(text).ids, text
-    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     file["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(FileError, match="behaviour 'Removed'"):

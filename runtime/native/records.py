@@ -63,7 +63,8 @@ OPERATION = np.dtype([
 RUN = np.dtype([
     ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
     ("arrived", "i8"), ("pad1", "i8", 7),     # how often a thread has reached a barrier of this run
-    ("late", "i8"), ("pad2", "i8", 7),        # 1: a thread was waited for longer than work can explain
+    ("lost", "i8"), ("pad2", "i8", 7),        # for how long threads have waited for others longer than work can explain
+    ("took", "i8"),                           # how long the last run took, by the same clock
     ("n_threads", "i8"),                      # that take part in a run; the others have nothing to do with it
     ("begun", "i8"),                          # 1 while a run has begun and thread 0 has not ended it
     ("give_way", "i8"),                       # address of sched_yield

@@ -51,7 +51,7 @@ def _define_barrier(module: Module, machine: str) -> None:
     """barrier(run, number, times): wait until all threads have come to the number-th barrier of the run.
 
     A thread that does not come for `LATE` times as long as this one has ever worked between two barriers of the run, and
-    some more, has lost its processor to somebody else: then the run is marked as late. `times`: of this thread, when it left
+    some more, has lost its processor to somebody else: the time is counted as lost. `times`: of this thread, when it left
     the last barrier, and the longest it has worked.
     """
     with module.function("barrier", {"run": PTR, "number": I64, "times": PTR}) as f:
@@ -72,10 +72,11 @@ def _define_barrier(module: Module, machine: str) -> None:
             with f.when(spins.get() <= SPINS[machine]):
                 f.call(VOID, "pause")
             with f.when(spins.get() > SPINS[machine]):
-                with f.when(f.clock(machine) - now > f.load(I64, longest, 8) * LATE):
-                    f.atomic_store(1, run + offset(RUN, "late"))
                 _give_way(f, run)
-        f.store(f.clock(machine), times, 8)
+        after = f.clock(machine)
+        with f.when(spins.get() > SPINS[machine]), f.when(after - now > f.load(I64, longest, 8) * LATE):
+            f.atomic_add(run + offset(RUN, "lost"), after - now)
+        f.store(after, times, 8)
 
 
 def _define_tasks(module: Module) -> None:
@@ -105,8 +106,8 @@ def _define_tasks(module: Module) -> None:
 
 def _work(f: Function, machine: str) -> None:
     run, tid = f.args()
-    barriers, times = f.var(I64, 0), f.stack(I64, 2)
-    f.store(f.clock(machine), times, 8)
+    barriers, times, began = f.var(I64, 0), f.stack(I64, 2), f.clock(machine)
+    f.store(began, times, 8)
     f.store(f.const(I64, 0), times + 8, 8)
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
         with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
@@ -142,6 +143,7 @@ def _work(f: Function, machine: str) -> None:
         f.atomic_add(run + offset(RUN, "arrived"), 1)
     with f.when(tid.equals(0)):
         f.call(VOID, "barrier", run, barriers.get() + 1, times)
+        f.store(f.clock(machine) - began, run + offset(RUN, "took"), 8)
         f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
 
 
@@ -151,6 +153,7 @@ def _step(f: Function) -> None:
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as i:
         f.atomic_store(0, counters + i * 8)
     f.atomic_store(0, run + offset(RUN, "arrived"))
+    f.atomic_store(0, run + offset(RUN, "lost"))
     epoch = f.atomic_add(run + offset(RUN, "epoch"), 1) + 1
     workers, sleepers = f.field(run, offset(RUN, "workers"), PTR), f.var(I64, 0)
     with f.range(1, f.field(run, offset(RUN, "n_threads"))) as tid:

@@ -23,6 +23,8 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
+LOST = 4  # a run is late that has lost more than this part of its time, a quarter, in which threads waited for one that did not
+# come; a server's own threads take a tenth of a pass for eight clients, far less than a second thread gains
 OFTEN = 0.25  # seconds: a thread that is late twice in this time, or once after it was taken in again, shares its processor
 REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
@@ -42,8 +44,8 @@ class WorkerThreads:
         self._work = core.function("work", None, ctypes.c_void_p, ctypes.c_int64)
         self._address = record.ctypes.data
         # NumPy takes several times as long to look at a number
-        self._epoch, self._begun, self._late = (
-            ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, name)) for name in ("epoch", "begun", "late")
+        self._epoch, self._begun, self._lost, self._took = (
+            ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, name)) for name in ("epoch", "begun", "lost", "took")
         )
         self._begin()
 
@@ -54,7 +56,7 @@ class WorkerThreads:
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
         self._finish()
-        if self._late.value or self._active < self.n_threads:
+        if self._lost.value or self._active < self.n_threads:
             self._adapt()
         try:
             self._step(self._address)
@@ -72,15 +74,16 @@ class WorkerThreads:
     def _adapt(self) -> None:
         """Leave a thread out, or take one in again, before the next run."""
         now = monotonic()
-        if self._late.value:
-            self._late.value = 0
+        is_late = self._lost.value * LOST > self._took.value * (self._active - 1)  # so many threads waited for one
+        self._lost.value = 0
+        if is_late:
             calm, self._last_late = now - max(self._last_late, self._until), now
             if calm < OFTEN and self._active > 1:
                 self._rest = min(2 * self._rest, REST[1])
                 self._active, self._until = self._active - 1, now + self._rest
             elif calm > 4 * REST[1]:
                 self._rest = REST[0] / 2
-        elif now >= self._until:
+        elif self._active < self.n_threads and now >= self._until:
             self._active += 1
         self._record["n_threads"] = self._active
 
@@ -101,8 +104,9 @@ class WorkerThreads:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._workers = aligned(self.n_threads, WORKER)
-        for name, value in (("epoch", 0), ("arrived", 0), ("late", 0), ("begun", 0), ("n_threads", self.n_threads)):
-            self._record[name] = value
+        for name in ("epoch", "arrived", "lost", "took", "begun"):
+            self._record[name] = 0
+        self._record["n_threads"] = self.n_threads
         self._active, self._last_late, self._until, self._rest = self.n_threads, 0.0, 0.0, REST[0] / 2
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
