@@ -174,7 +174,7 @@ def main() -> None:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
                     raise RuntimeError(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    # pages are read, kernels are there, every slot has its memory; nobody asks this again, it would be in a cache
+                    # pages are read, kernels are there, every slot has its memory; asked once: a cache would have it
                     together(port, arguments.slots, 4)
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens, 1000 * number))
