@@ -111,7 +111,8 @@ def _check(body: dict[str, Any]) -> None:
             raise ApiError(400, f"{field} is not supported: answers are written when they are whole", param=field)
         body.pop(field, None)
     if body.get("messages") is None and body.get("prompt") is None:
-        raise ApiError(400, "messages or prompt is missing")
+        advice = "; what OpenAI's batches have as body is a line here" if isinstance(body.get("body"), dict) else ""
+        raise ApiError(400, f"messages or prompt is missing{advice}")
 
 
 def _json(content: Any) -> bytes:

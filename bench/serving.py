@@ -53,10 +53,6 @@ class Round(NamedTuple):
     places: int
 
 
-class NoServer(Exception):
-    """It did not start; why."""
-
-
 def ours(model: str, port: int, slots: int, threads: int) -> list[str]:
     return ["-m", "pocketlm", "serve", model, f"--port={port}", f"--slots={slots}", f"--threads={threads}", "--ctx=512"]
 
@@ -76,7 +72,7 @@ SERVERS: dict[str, tuple[str, Callable[[str, int, int, int], list[str]]]] = {  #
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A server that answers, for the length of a `with` statement. Raises NoServer with its last line where it does not."""
+    """A server that answers, for the length of a `with` statement. Raises RuntimeError with its last line where it does not."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     tail: list[str] = []
     reader = threading.Thread(target=lambda: tail.extend(process.stderr or ()), daemon=True)
@@ -90,7 +86,7 @@ def running(command: list[str], port: int) -> Iterator[None]:
             except OSError:
                 if process.poll() is not None or time.monotonic() > until:
                     reader.join(60 if process.poll() is not None else 0)
-                    raise NoServer((tail or ["no answer"])[-1].strip()) from None
+                    raise RuntimeError((tail or ["no answer"])[-1].strip()) from None
                 time.sleep(0.05)
         yield
     finally:
@@ -167,7 +163,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", choices=SERVERS)
     arguments = parser.parse_args()
-    clients = [int(number) for number in arguments.clients.split(",")]
+    clients = [*dict.fromkeys(map(int, arguments.clients.split(",")))]
     model = str(find_model(arguments.model))
     names = [name for name in SERVERS if arguments.only in (None, name)]
     found: dict[tuple[str, int], list[Round]] = {}
@@ -176,12 +172,13 @@ def main() -> None:
             port, (packages, command) = free_port(), SERVERS[name]
             try:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
-                    raise NoServer(f"{', '.join(absent)} not installed")
+                    raise RuntimeError(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    together(port, 1, 4)  # pages are read, kernels are there; nobody asks this again, which would be in a cache
+                    # pages are read, kernels are there, every slot has its memory; asked once: a cache would have it
+                    together(port, arguments.slots, 4)
                     for number in clients:
                         found.setdefault((name, number), []).append(together(port, number, arguments.tokens, 1000 * number))
-            except NoServer as error:
+            except RuntimeError as error:
                 names.remove(name)
                 print(f"{name} is left out: {error}", file=sys.stderr)
     rows = [HEAD, ("---", *["--:"] * (len(HEAD) - 1))]

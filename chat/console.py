@@ -267,6 +267,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=keys,
         multiline=True,
+        enable_suspend=True,
     )
 
 

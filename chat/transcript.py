@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -162,7 +163,9 @@ def new_path() -> Path:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if stat.S_ISFIFO((status := path.stat()).st_mode) or stat.S_ISCHR(status.st_mode):  # they may never end
+            raise FileError(path, "is not a file")
+        if status.st_size > MAX_BYTES:
             raise FileError(path, "is too large to be a conversation")
         return path.read_bytes()
     except (OSError, ValueError) as error:

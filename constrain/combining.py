@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from pocketlm.errors import UsageError, quoted
 
@@ -65,7 +66,7 @@ class Schemas:
             raise bad(path, f"$ref {quoted(ref)} is not supported: it must be # or begin with #/")
         here = self._root
         for step in ref.split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(here, Mapping) and step in here:
                 here = here[step]
             elif isinstance(here, list) and step.isdecimal() and len(step) < 9 and int(step) < len(here):

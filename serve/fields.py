@@ -34,9 +34,8 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     # … and llama.cpp's
     **dict.fromkeys(("dynatemp_range", "dry_multiplier", "xtc_probability", "mirostat", "min_keep", "n_indent"), (0, 0.0)),
     **dict.fromkeys(("t_max_predict_ms", "n_cache_reuse"), (0,)), "typical_p": (1, 1.0), "top_n_sigma": (-1, -1.0),
-    "lora": ([],),
+    "lora": ([],), "response_fields": ([],), "add_generation_prompt": (True,),
     **dict.fromkeys(("post_sampling_probs", "timings_per_token", "return_progress", "verbose"), (False,)),
-    "response_fields": ([],),
 }  # fmt: skip
 OF_FORM = ("response_format", "json_schema")
 UNHEEDED = {  # they change no answer: labels for who keeps books, …

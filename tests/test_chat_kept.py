@@ -276,6 +276,15 @@ def test_damaged_and_hostile_files_are_listed_in_one_line_each():
     assert any("(is not a saved conversation)" in line for line in lines)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="named pipes are POSIX")
+def test_what_has_no_end_is_not_read_as_a_conversation(tmp_path):
+    """A device gives bytes for ever, and a pipe that nobody writes to gives none."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path("/dev/zero"), tmp_path / "pipe"):
+        with pytest.raises(FileError, match="is not a file"):
+            transcript.load(path)
+
+
 def test_chats_lists_deletes_and_exports(tmp_path, capsys):
     assert main(["chats"]) == 0
     assert capsys.readouterr().out == "there are no saved conversations yet\n"

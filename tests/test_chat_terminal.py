@@ -4,7 +4,7 @@ import sys
 import time
 
 import pytest
-from chat_terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, TAB, UP
+from chat_terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, DRIVER, ENTER, TAB, UP
 
 
 def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
@@ -57,6 +57,40 @@ def test_ctrl_c_clears_the_line_and_twice_says_how_to_leave(terminal):
     shown.type("Hello" + ENTER)
     shown.wait("You said: Hello\n")
     shown.type("/quit" + ENTER)
+    assert shown.ended() == 0
+
+
+# A shell's part of Ctrl-Z. What SIGSTOP stops is whoever's who sent that.
+SHELL = """
+import os, signal, sys
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+if not (job := os.fork()):
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpgrp())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while os.WIFSTOPPED(status := os.waitpid(job, os.WUNTRACED)[1]):
+    if os.WSTOPSIG(status) == signal.SIGTSTP:
+        os.tcsetpgrp(0, os.getpgrp())
+        print("the shell heard:", input("suspended\\n"))
+        os.tcsetpgrp(0, job)
+        os.killpg(job, signal.SIGCONT)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_ctrl_z_suspends_it_and_it_comes_back(terminal):
+    shown = terminal(command=(sys.executable, "-c", SHELL, DRIVER))
+    shown.prompt(1)
+    shown.type("half a line")
+    shown.wait("> half a line")
+    shown.type(CTRL_Z)
+    shown.wait("suspended")
+    shown.type("fg" + ENTER)
+    shown.wait("the shell heard: fg\n> half a line")
+    shown.type(" and the rest" + ENTER)
+    shown.wait("You said: half a line and the rest\n")
+    shown.type(CTRL_D)
     assert shown.ended() == 0
 
 

@@ -226,6 +226,7 @@ CASES = [
         [3, 6, 4.5, "x"],
     ),
     ({"$ref": "#/$defs/n", "maximum": 2, "$defs": {"n": {"type": "integer", "minimum": 1}}}, [1, 2], [0, 3]),
+    ({"$ref": "#/$defs/Ki%C5%9Fi~1a%25", "$defs": {"Kişi/a%": {"type": "boolean"}}}, [True], [1, "a"]),
     (
         {
             "allOf": [

@@ -303,4 +303,4 @@ def test_samplers_that_are_off_and_a_slot_that_is_wished_for_change_nothing(serv
            "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_sequence_breakers": ["\n"], "n_keep": 5,
            "min_keep": 0, "dynatemp_range": 0, "dynatemp_exponent": 1, "id_slot": 1, "grammar": "", "lora": []}  # fmt: skip
     assert said(server, **off)["content"] == said(server)["content"]
-    assert server.post("/v1/chat/completions", hello(id_slot=0, n=2)).status == 200
+    assert server.post("/v1/chat/completions", hello(id_slot=0, n=2, add_generation_prompt=True)).status == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_export_and_pack_put_it_into_one_file(parts, tmp_path: Path):
 
 
 def test_missing_and_foreign_parts_are_one_line(parts, tmp_path: Path):
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0  # under wine there is a folder, too
     third = parts[2].read_bytes()
     parts[2].unlink()
     with pytest.raises(FileError, match=r"is one of \d parts, and m-00003-of-\d{5}.gguf is not beside it"):
@@ -94,4 +95,4 @@ def test_missing_and_foreign_parts_are_one_line(parts, tmp_path: Path):
     parts[2].write_bytes(third)
     open_model(parts[0]).close()
     if before:
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before  # fewer where another test's rubbish goes meanwhile

@@ -57,6 +57,7 @@ class Vocabulary:
     strip_left: frozenset[int]  # markers that swallow white space before them
     strip_right: frozenset[int]  # and after them
     normalizer: Normalizer = AS_IT_IS  # what plain text goes through first
+    normalized: frozenset[int] = frozenset()  # markers that are looked for after that, and normalised themselves
 
     def ids_of(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, in order."""
@@ -78,6 +79,7 @@ def make_vocabulary(
     strip_right: Collection[int] = (),
     ends_are_control: bool = False,
     normalizer: Normalizer = AS_IT_IS,
+    normalized: Collection[int] = (),
 ) -> Vocabulary:
     """Check the parts of a vocabulary against each other; FileError names what does not fit.
 
@@ -99,8 +101,8 @@ def make_vocabulary(
             if token and index[token] != i:
                 raise FileError(path, f"tokens {i} and {index[token]} are both {token[:40]!r}")
     ends = set(end_ids) | {eos_id}
-    stripping = [("stripping", i) for i in (*strip_left, *strip_right)]
-    for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends), *stripping):
+    markers = [("marker", i) for i in (*strip_left, *strip_right, *normalized)]
+    for what, token_id in (("bos", bos_id), ("unknown", unk_id), *(("end", i) for i in ends), *markers):
         if token_id is not None and not 0 <= token_id < len(tokens):
             raise FileError(path, f"{what} token id {token_id} is not in the vocabulary of {len(tokens)}")
     named = [index[text] for text in END_OF_TURN if text in index]
@@ -113,7 +115,7 @@ def make_vocabulary(
     return Vocabulary(
         texts, bytes(types), numbers, bos_id, eos_id, unk_id,
         frozenset(i for i in ends if i is not None), adds_bos, frozenset(strip_left), frozenset(strip_right),
-        normalizer,
+        normalizer, frozenset(normalized if normalizer else ()),
     )  # fmt: skip
 
 
@@ -261,17 +263,28 @@ class Tokenizer:
 
     def _pieces(self, text: str, special: bool) -> Iterator[tuple[str, bool, int | None]]:
         """(normalised text, whether nothing stands before it, the marker behind it or None at the end), in order."""
-        vocabulary, end, normalised = self.vocabulary, 0, self.vocabulary.normalizer
-        for start, stop, token_id in (self._all_markers if special else self._always_markers).find(text):
+        normalised = self.vocabulary.normalizer
+        markers, afterwards = self._all_markers if special else self._always_markers
+        for piece, start, token_id in self._cut_out(markers, text):
+            if not afterwards:
+                yield normalised(piece), start, token_id
+                continue
+            for inner, first, found in self._cut_out(afterwards, normalised(piece)):
+                yield inner, start and first, token_id if found is None else found
+
+    def _cut_out(self, markers: Markers, text: str) -> Iterator[tuple[str, bool, int | None]]:
+        """The same of a text as it is and of some markers."""
+        vocabulary, end = self.vocabulary, 0
+        for start, stop, token_id in markers.find(text):
             if start < end:  # swallowed together with the white space after the marker before
                 continue
             piece = text[end:start]
             piece = piece.rstrip(_WHITE_SPACE) if token_id in vocabulary.strip_left else piece
-            yield normalised(piece), end == 0, token_id
+            yield piece, end == 0, token_id
             end = stop
             if token_id in vocabulary.strip_right:
                 end = len(text) - len(text[stop:].lstrip(_WHITE_SPACE))
-        yield normalised(text[end:] if end else text), end == 0, None
+        yield text[end:] if end else text, end == 0, None
 
     def unknown(self, text: str, *, special: bool = False) -> str:
         """The characters of `text`, once normalised, for which the vocabulary has no ids, each once."""
@@ -327,16 +340,19 @@ class Tokenizer:
         if not known:
             raise UsageError(f"token id {token_id} is not in the vocabulary: ids go from 0 to {self.n_vocab - 1}")
 
-    def _markers_of(self, types: tuple[int, ...]) -> Markers:
-        tokens = self.vocabulary.tokens
-        return Markers({tokens[i]: i for i in self.vocabulary.ids_of(*types) if tokens[i]})
+    def _markers_of(self, types: tuple[int, ...]) -> tuple[Markers, Markers | None]:
+        """Those that are looked for in the text as it is written, and in the normalised one."""
+        tokens, afterwards = self.vocabulary.tokens, self.vocabulary.normalized
+        ids = [i for i in self.vocabulary.ids_of(*types) if tokens[i]]
+        found = {self.vocabulary.normalizer(tokens[i]): i for i in ids if i in afterwards}
+        return Markers({tokens[i]: i for i in ids if i not in afterwards}), Markers(found) if found else None
 
     @cached_property
-    def _always_markers(self) -> Markers:
+    def _always_markers(self) -> tuple[Markers, Markers | None]:
         return self._markers_of(self._plain_markers)
 
     @cached_property
-    def _all_markers(self) -> Markers:
+    def _all_markers(self) -> tuple[Markers, Markers | None]:
         return self._markers_of(self._special_markers)
 
 

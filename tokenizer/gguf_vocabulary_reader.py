@@ -145,6 +145,7 @@ def _vocabulary(keys: Keys, tokens: list[str], types: bytearray, adds_bos: bool,
         normalizer=make_normalizer(
             keys.path, keys.text(OURS + "normal_form") or None, [*zip(sides[::2], sides[1::2], strict=True)]
         ),
+        normalized=_ids(keys, "normalized"),
         ends_are_control=not keys.text(OURS + "kind"),  # they are often exported as text; llama.cpp, too, corrects that
     )
 

@@ -70,7 +70,7 @@ def to_metadata(tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
         if token_id is not None:
             keys[f"tokenizer.ggml.{name}_token_id"] = token_id
     keys["tokenizer.ggml.add_bos_token"] = tokenizer.adds_bos
-    for name in ("strip_left", "strip_right"):
+    for name in ("strip_left", "strip_right", "normalized"):
         if ids := getattr(vocabulary, name):
             keys[OURS + name] = np.array(sorted(ids), np.int32)
     keys |= normalizer_keys(vocabulary.normalizer)

@@ -116,6 +116,8 @@ class _Reader:
             split = part.get("split", True)
         elif REPLACE_SPACES not in normalizers:
             raise self.refuse("pre-tokenizer null without a normalizer that writes spaces as ▁")
+        if REPLACE_SPACES in normalizers and not (tables or collapses or prefix == "always") and self.normalized():
+            rest.append(REPLACE_SPACES)  # they are looked for afterwards
         if len(tables) > 1:
             raise self.refuse(f"normalizer {_types(normalizers)}")
         byte_fallback = bool(self.model.get("byte_fallback"))
@@ -232,7 +234,12 @@ class _Reader:
             strip_left=[token["id"] for token in added if token.get("lstrip")],
             strip_right=[token["id"] for token in added if token.get("rstrip")],
             normalizer=normalizer,
+            normalized=self.normalized(),
         )
+
+    def normalized(self) -> list[int]:
+        """The added tokens that are looked for in the normalised text."""
+        return [token["id"] for token in self.file.get("added_tokens") or [] if token.get("normalized")]
 
     def config(self) -> dict[str, Any]:
         """`tokenizer_config.json` beside the file, each token as its text; empty where there is none."""

@@ -59,7 +59,8 @@ def to_tokenizer_json(tokenizer: Tokenizer, n_vocab: int, path: object) -> tuple
     added = [
         {
             "id": i, "content": vocabulary.tokens[i], "single_word": False, "lstrip": i in vocabulary.strip_left,
-            "rstrip": i in vocabulary.strip_right, "normalized": False, "special": vocabulary.types[i] != USER_DEFINED,
+            "rstrip": i in vocabulary.strip_right, "normalized": i in vocabulary.normalized,
+            "special": vocabulary.types[i] != USER_DEFINED,
         }
         for i in vocabulary.ids_of(CONTROL, UNKNOWN, USER_DEFINED)
         if vocabulary.tokens[i]

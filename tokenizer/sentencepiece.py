@@ -99,7 +99,7 @@ class SentencePiece(Tokenizer):
     @cached_property
     def _symbols_in_text(self) -> Markers:
         """The user-defined symbols that are found in the text itself."""
-        return self._markers_of((USER_DEFINED,) if self.options.symbols_in_text else ())
+        return self._markers_of((USER_DEFINED,) if self.options.symbols_in_text else ())[0]
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -112,9 +112,10 @@ def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
 
 
 def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 with dotprod. For one token and many words a word meets its low and high bytes as soon as it is unpacked, and four
-    registers hold it. Otherwise the words are unpacked once, and the sums of a token's high bytes are what those of its low
-    bytes begin with: eight sums at a time would leave no registers for the words, and four words are too few to pay for them.
+    """aarch64 with dotprod. For one token and many words a word meets its low and high bytes as soon as it is unpacked, and
+    four registers hold it. Otherwise the words are unpacked once, and the sums of a token's high bytes are what those of
+    its low bytes begin with: eight sums at a time would leave no registers for the words, and four words are too few to pay
+    for them.
     """
     zeros = [f.const(I32.vec(4), 0)] * 4
 

@@ -117,14 +117,16 @@ def main() -> None:
         tokens: dict[str, list[Seconds]] = {name: [] for name in programs}
         try:
             for command in (["wineserver", "-p"], [WINE, str(empty)]):
-                subprocess.run(command, env=home, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            for _ in range(arguments.rounds):
+                subprocess.run(command, env=home, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            for i in range(arguments.rounds):
                 nothing.append(run(empty, [], home))
                 for name, program in programs.items():
                     one, many = (run(program, [*generate, str(n)], environments[name]) for n in (1, 1 + arguments.n))
                     ones[name].append(one)
                     pairs = zip(one.whole, many.whole, strict=True)
                     tokens[name].append(Seconds(*((b - a) / arguments.n for a, b in pairs)))
+                clock, processor = (a / b for a, b in zip(tokens["Linux"][-1], tokens["wine"][-1], strict=True))
+                print(f"round {i + 1}: wine / Linux tokens/s {clock:.2f}, by processor time {processor:.2f}", flush=True)
         finally:
             subprocess.run(["wineserver", "-k"], env=home)
     print(f"an empty program under wine {median(each.whole.clock for each in nothing):.2f} s")

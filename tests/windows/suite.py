@@ -77,7 +77,9 @@ def main(arguments: list[str]) -> int:
         return 2
     program, home, cache = python_exe(), prefix(CACHE), fetch_what_stubs_are_made_of()
     environment = environment_for(home, PYTHONPYCACHEPREFIX=windows_path(CACHE / "bytecode"), PYTHONUNBUFFERED="1")
-    options = ["--known-skips-only", "-o", "faulthandler_timeout=600", "-o", f"cache_dir={windows_path(cache)}"]
+    # who started this waits for it: a test that hangs ends it, with the line at which it does
+    hang = ["-o", "faulthandler_timeout=1800", "-o", "faulthandler_exit_on_timeout=true"]
+    options = ["--known-skips-only", *hang, "-o", f"cache_dir={windows_path(cache)}"]
     command = [WINE, str(program), "-m", "pytest", *options]
     # A pipe on either side: Python under wine takes no file for its input, and wine's server keeps its outputs open
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as copy:
