@@ -20,7 +20,7 @@ from pocketlm.conversation import Conversation
 from pocketlm.errors import FileError, UsageError, did_you_mean
 from pocketlm.runtime import memory
 from pocketlm.runtime.engine import Engine
-from pocketlm.runtime.executors import BACKENDS, make_executor
+from pocketlm.runtime.executors import check_backend, make_executor
 from pocketlm.runtime.identity import fingerprint, readable_name
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.model_summary import count_parameters
@@ -237,8 +237,7 @@ class Model:
 
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
-        if backend not in BACKENDS:
-            raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+        check_backend(backend)
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:

@@ -119,7 +119,7 @@ def main() -> None:
     windows = [ids[at : at + options.window] for at in range(0, len(ids), options.window)]
     print(f"{options.model.name}, {len(ids)} positions in windows of {options.window}\n", file=sys.stderr)
     if options.quantizer == "ggml":
-        tensor_encoder.quantize = by_ggml
+        tensor_encoder.quantize = by_ggml  # pyright: ignore[reportPrivateImportUsage]
     model = read_model_file(options.model)
     both = " | ".join(f"{name}: KL | same first choice | perplexity" for name in ("native", "llama.cpp"))
     print(f"| weights | bits per weight | error | exact perplexity | {both} |")

@@ -120,8 +120,8 @@ def ask(port: int, number: int, tokens: int) -> Callable[[], Answer]:
     return read
 
 
-def together(port: int, clients: int, tokens: int) -> Round:
-    """All clients ask, then all read. Raises SystemExit where one has no answer."""
+def together(port: int, clients: int, tokens: int, first: int = 0) -> Round:
+    """All clients ask, the first one question number `first`, then all read. Raises SystemExit where one has no answer."""
 
     def client(read: Callable[[], Answer]) -> Answer | str:
         """The answer, or why there is none."""
@@ -133,8 +133,7 @@ def together(port: int, clients: int, tokens: int) -> Round:
 
     started = time.perf_counter()
     try:
-        # asked by nobody before: no prompt is in a cache
-        asked = [ask(port, 1000 * clients + number, tokens) for number in range(clients)]
+        asked = [ask(port, first + number, tokens) for number in range(clients)]
     except OSError as error:
         raise SystemExit(f"{clients} of {clients} clients have no answer: {error}") from None
     with ThreadPoolExecutor(clients) as pool:
@@ -164,7 +163,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--only", choices=SERVERS)
     arguments = parser.parse_args()
-    clients = [int(number) for number in arguments.clients.split(",")]
+    clients = [*dict.fromkeys(map(int, arguments.clients.split(",")))]
     model = str(find_model(arguments.model))
     names = [name for name in SERVERS if arguments.only in (None, name)]
     found: dict[tuple[str, int], list[Round]] = {}
@@ -175,9 +174,10 @@ def main() -> None:
                 if absent := [package for package in packages.split() if importlib.util.find_spec(package) is None]:
                     raise RuntimeError(f"{', '.join(absent)} not installed")
                 with running(command(model, port, arguments.slots, arguments.threads), port):
-                    ask(port, 0, 4)()  # pages are read, kernels are there
+                    # pages are read, kernels are there, every slot has its memory; asked once: a cache would have it
+                    together(port, arguments.slots, 4)
                     for number in clients:
-                        found.setdefault((name, number), []).append(together(port, number, arguments.tokens))
+                        found.setdefault((name, number), []).append(together(port, number, arguments.tokens, 1000 * number))
             except RuntimeError as error:
                 names.remove(name)
                 print(f"{name} is left out: {error}", file=sys.stderr)

@@ -126,36 +126,16 @@ def arrange(
         "feed_forward_length": _n_ff(tensors, path),
         f"attention.layer_norm_{'rms_' if options['norm'] == 'rms' else ''}epsilon": eps,
     }  # fmt: skip
+    draft = Draft(dialect.architecture, tensors, keys, options, config)
     if position == "rope":
-        n_dims = int(head_dim * config.get("rope_part", 1.0))
-        options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
-        theta = config.need(
-            "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
-        )
-        scaling, factors = config.rope_scaling(theta, n_dims, n_ctx, dialect.computes)
-        keys |= {
-            "rope.dimension_count": n_dims,
-            "rope.freq_base": theta,
-            **{f"rope.scaling.{k}": v for k, v in scaling.items()},
-        }
-        tensors |= {name: constant(values) for name, values in factors.items()}
+        _rotate(draft, buffers, dialect)
     if position == "alibi":
         keys["attention.max_alibi_bias"] = _max_bias(buffers, config, n_head, path)
     config.ask()
     config.check_supported(n_ctx, dialect.computes)
-    draft = Draft(dialect.architecture, tensors, keys, options, config)
     dialect.finish(draft)
     architecture = draft.architecture or _architecture(options, keys, tensors)
-    added = frozenset(ROPE_FACTORS & tensors.keys())
-    if architecture == "gpt2":
-        fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
-    elif not draft.architecture:
-        split_qkv(tensors, n_head * head_dim, n_kv_head * head_dim)
-    if architecture in NEED_BIASES:
-        added |= _fill_biases(tensors, n_layer)
-    if ARCHITECTURES[architecture].get("rope_pairs") == "interleaved" and options.get("rope_pairs") == "half":
-        interleave(tensors, (n_head, n_kv_head, head_dim), keys["rope.dimension_count"])
-        options["rope_pairs"] = "interleaved"
+    added = frozenset(ROPE_FACTORS & tensors.keys()) | _lay_out(draft, architecture, (n_head, n_kv_head, head_dim))
     metadata = {f"pocketlm.{name}": value for name, value in options.items()} | {
         f"{architecture}.{k}": v for k, v in keys.items()
     }
@@ -163,6 +143,35 @@ def arrange(
     hyper = read_hyper({"general.architecture": architecture, **metadata}, n_vocab, path)
     make_plan(hyper, {name: tensor.shape for name, tensor in tensors.items()}, path)
     return CanonicalModel(hyper, _in_order(tensors), {}, dialect.name, notes, added=added)
+
+
+def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -> None:
+    """Add what rotary positions are."""
+    config, keys, fixed = draft.config, draft.keys, dialect.fixed
+    n_dims = int(keys["attention.key_length"] * config.get("rope_part", 1.0))
+    draft.options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
+    theta = config.need(
+        "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
+    )
+    scaling, factors = config.rope_scaling(theta, n_dims, keys["context_length"], dialect.computes)
+    keys |= {"rope.dimension_count": n_dims, "rope.freq_base": theta, **{f"rope.scaling.{k}": v for k, v in scaling.items()}}
+    draft.tensors |= {name: constant(values) for name, values in factors.items()}
+
+
+def _lay_out(draft: Draft, architecture: str, heads: tuple[int, int, int]) -> frozenset[str]:
+    """Give the tensors the shapes and the order of rows that the architecture has; the roles of those added for it.
+
+    `heads`: n_head, n_kv_head, head_dim, as they are before layers differ.
+    """
+    (n_head, n_kv_head, head_dim), tensors, n_layer = heads, draft.tensors, draft.keys["block_count"]
+    if architecture == "gpt2":
+        fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
+    elif not draft.architecture:
+        split_qkv(tensors, n_head * head_dim, n_kv_head * head_dim)
+    if ARCHITECTURES[architecture].get("rope_pairs") == "interleaved" and draft.options.get("rope_pairs") == "half":
+        interleave(tensors, heads, draft.keys["rope.dimension_count"])
+        draft.options["rope_pairs"] = "interleaved"
+    return _fill_biases(tensors, n_layer) if architecture in NEED_BIASES else frozenset()
 
 
 def _drop_leading_ones(tensors: Tensors) -> None:

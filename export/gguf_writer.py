@@ -9,7 +9,7 @@ Format: the GGUF document in the ggml repository (docs/gguf.md).
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,12 +38,8 @@ def write_gguf(
     The header's size is known beforehand but not every format: a tensor may turn out not to fit into the one it should
     get. So the header is written when the tensors are.
     """
-    row, head = QUANTS[quant], head_name(model.tensors)
-    keys = b"".join(_string(key) + _value(key, value) for key, value in metadata.items())
-    start = b"GGUF" + struct.pack("<IQQ", 3, len(model.tensors), len(metadata)) + keys
-    table_bytes = sum(8 + len(name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8 for name, tensor in model.tensors.items())
-    file.seek(_padded(len(start) + table_bytes))
-    done, table, offset = [], [], 0
+    row, head, done = QUANTS[quant], head_name(model.tensors), []
+    file.seek(len(_header(metadata, [(name, tensor.shape, 0, 0) for name, tensor in model.tensors.items()])))
     for name, tensor in model.tensors.items():
         format, reason = by_shape(name, tensor.shape, row, head, pure, model.hyper)
         weights, largest = encoder.read(name, tensor)
@@ -52,33 +48,33 @@ def write_gguf(
         for piece in encoder.pieces(encoded, weights, (importance or {}).get(name)):
             file.write(piece)
         file.write(bytes(-encoded.n_bytes % ALIGNMENT))
-        dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        table.append(_string(name) + dims + struct.pack("<IQ", format.gguf_type, offset))
-        offset += _padded(encoded.n_bytes)
         done.append(encoded)
     file.seek(0)
-    header = start + b"".join(table)
-    file.write(header + bytes(-len(header) % ALIGNMENT))
+    file.write(_header(metadata, [(made.name, made.shape, made.format.gguf_type, made.n_bytes) for made in done]))
     return done
 
 
 def copy_gguf(file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as they are, with other keys: nothing is quantised again."""
     metadata = {key: value for key, value in metadata.items() if key != "general.alignment"}  # from here on it is ALIGNMENT
-    keys = b"".join(_string(key) + _value(key, value) for key, value in metadata.items())
-    header, offset = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + keys, 0
-    for name, tensor in tensors.items():
-        dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        header += _string(name) + dims + struct.pack("<IQ", tensor.format.gguf_type, offset)
-        offset += _padded(tensor.data.nbytes)
-    file.write(header + bytes(-len(header) % ALIGNMENT))
+    rows = [(name, tensor.shape, tensor.format.gguf_type, tensor.data.nbytes) for name, tensor in tensors.items()]
+    file.write(_header(metadata, rows))
     for tensor in tensors.values():
         file.write(tensor.data)
         file.write(bytes(-tensor.data.nbytes % ALIGNMENT))
 
 
-def _padded(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+def _header(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, Sequence[int], int, int]]) -> bytes:
+    """Everything before the data, padded; of every tensor its name, shape, format's number and bytes. The numbers do not
+    change its size.
+    """
+    keys = (_string(key) + _value(key, value) for key, value in metadata.items())
+    parts, offset = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata)), *keys], 0
+    for name, shape, gguf_type, n_bytes in tensors:
+        parts.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), gguf_type, offset))
+        offset += n_bytes + -n_bytes % ALIGNMENT
+    header = b"".join(parts)
+    return header + bytes(-len(header) % ALIGNMENT)
 
 
 def _string(text: str) -> bytes:

@@ -50,6 +50,12 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
+def check_backend(backend: str) -> None:
+    """Raises UsageError where there is no such executor."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+
+
 def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
     """Bytes of weights, cache and scratch that the native executor takes for a context of `n_ctx`."""
     from pocketlm.runtime.native.executor import NativeExecutor
@@ -68,8 +74,7 @@ def make_executor(
     Raises UsageError for an unknown backend or kind of cache, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+    check_backend(backend)
     check_kind(kv)
     for name in plan.weights:
         if tensors[name].format.dequantize is None:

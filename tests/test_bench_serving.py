@@ -105,7 +105,7 @@ def test_what_is_not_installed_or_does_not_start_is_a_line_and_the_others_go_on(
         "broken": ("json", lambda *_: ["-c", "raise SystemExit('it broke')"]),
         "good": ("json", lambda model, port, slots, threads: ["-c", LISTEN.format(port=port)]),
     })  # fmt: skip
-    monkeypatch.setattr(bench, "together", lambda port, clients, tokens: bench.Round(10.0 * clients, [0.5] * clients, 0))
+    monkeypatch.setattr(bench, "together", lambda port, clients, *_: bench.Round(10.0 * clients, [0.5] * clients, 0))
     monkeypatch.setattr(sys, "argv", ["serving.py", str(tiny_chat(tmp_path)), "--clients", "1,2", "--rounds", "2"])
     bench.main()
     said, errors = capsys.readouterr()

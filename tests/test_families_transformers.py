@@ -23,7 +23,6 @@ from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
-from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.tokenizer import from_metadata
 from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json
 
@@ -175,75 +174,6 @@ def test_logits_are_transformers(name: str, tmp_path: Path) -> None:
     if row.llama_cpp:
         with LlamaReference(path, n_ctx=row.options.get("max_position_embeddings", SIZES["max_position_embeddings"])) as llama:
             assert compare(expected, llama.logits(ids)).worst_cosine >= 0.9999
-
-
-@pytest.fixture
-def packed(tmp_path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """A folder of gpt-oss as it is published, in `folder`: a text, its logits, and the experts' weights as transformers unpacks
-    them, by the end of their names.
-    """
-    safetensors = pytest.importorskip("safetensors.torch")
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    folder, generator, unpacked = tmp_path / "folder", torch.Generator().manual_seed(0), {}
-    ids, _ = saved(MODELS["gpt-oss"], folder)
-    file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    weights = safetensors.load_file(file)
-    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        n, columns, rows = weights.pop(name).shape
-        blocks = torch.randint(0, 256, (n, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(120, 125, (n, rows, columns // 32), generator=generator, dtype=torch.uint8)
-        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        unpacked[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
-        model.get_parameter(name).data.copy_(unpacked[name])
-    safetensors.save_file(weights, file)
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return ids, logits_of(model, ids), {name: tensor.numpy() for name, tensor in unpacked.items()}
-
-
-def test_gpt_oss_as_it_is_published_computes_what_transformers_makes_of_it(packed: Any, tmp_path: Path) -> None:
-    ids, expected, _ = packed
-    export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "model.gguf", quant="f32")
-    for backend, limit in (("numpy", 1e-5), ("native", 1e-3)):
-        with pocketlm.load(tmp_path / "model.gguf", backend=backend, threads=2) as model:
-            np.testing.assert_allclose(model.logits(ids), expected, atol=limit * np.abs(expected).max(), rtol=0)
-
-
-def test_experts_stay_what_they_are_in_a_file_of_mxfp4(packed: Any, tmp_path: Path) -> None:
-    unpacked = packed[2]
-    export(read_canonical(tmp_path / "folder"), "folder", tmp_path / "model.gguf", quant="mxfp4")
-    with open_gguf(tmp_path / "model.gguf") as file:
-        assert sum(tensor.format.name == "MXFP4" for tensor in file.tensors.values()) == 3 * 3
-        for layer in range(3):
-            both = unpacked[f"model.layers.{layer}.mlp.experts.gate_up_proj"].swapaxes(1, 2)
-            down = unpacked[f"model.layers.{layer}.mlp.experts.down_proj"].swapaxes(1, 2)
-            for part, weights in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
-                found = file.tensors[f"blk.{layer}.ffn_{part}_exps.weight"].to_float32()
-                np.testing.assert_array_equal(found, weights)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised by bitsandbytes"),
-        ("gate_up_proj_scales", "blk.0.ffn_gate_up_exps.weight do not fit together"),
-        ("down_proj_scales", "blk.0.ffn_down_exps.weight do not fit together"),
-    ],
-)
-def test_a_published_gpt_oss_that_is_not_whole_is_refused(packed: Any, tmp_path: Path, change: Any, said: str) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    config, file = tmp_path / "folder" / "config.json", tmp_path / "folder" / "model.safetensors"
-    if isinstance(change, dict):
-        config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    else:
-        weights = safetensors.load_file(file)
-        del weights[f"model.layers.0.mlp.experts.{change}"]
-        safetensors.save_file(weights, file)
-    with pytest.raises(FileError, match=said) as error:
-        read_canonical(tmp_path / "folder")
-    assert "\n" not in str(error.value)
 
 
 def older(config: dict[str, Any]) -> dict[str, Any]:

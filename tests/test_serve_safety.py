@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from serving import Reply, everything, hello, serving, tiny_chat, wait_until
@@ -13,6 +14,7 @@ from uvicorn.server import ServerState
 
 from pocketlm.cli import main
 from pocketlm.serve import guard
+from pocketlm.serve import page as page_module
 from pocketlm.serve import server as http_server
 from pocketlm.serve.guard import Policy
 
@@ -117,6 +119,15 @@ def test_the_page_may_do_nothing_but_its_own(server):
     assert "frame-ancestors 'none'" in policy
     assert reply.headers["x-content-type-options"] == "nosniff"
     assert server.policy.token.encode() not in reply.body
+
+
+def test_the_page_is_small_and_asks_nobody_else():
+    html = Path(page_module.__file__).with_name("page.html").read_text(encoding="utf-8")
+    assert len(html.encode()) < 60_000
+    assert "innerHTML" not in html
+    assert "insertAdjacentHTML" not in html
+    words = html.replace("http://www.w3.org/2000/svg", "").split('"')
+    assert not [word for word in words if word.startswith(("http:", "https:", "//"))]
 
 
 def test_conversations_want_the_pages_token(server):

@@ -87,8 +87,13 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
     """A query scaled, what is known of it, and a result of no positions yet."""
     dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
     x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
-    with f.range(0, dim) as d:
-        f.store(f.load(F32, x + d * 4) * r.op("query_scale", F32), to + d * (4 * QUERIES))
+    scale, whole = r.op("query_scale", F32), dim & -LANES
+    with f.range(0, whole, LANES) as d:
+        scaled = f.load(ROW, x + d * 4, 4) * f.splat(scale, LANES)
+        for lane in range(LANES):
+            f.store(f.extract(scaled, lane), to + (d + lane) * (4 * QUERIES))
+    with f.range(whole, dim) as d:
+        f.store(f.load(F32, x + d * 4) * scale, to + d * (4 * QUERIES))
     with f.range(dim, padded) as d:
         f.store(f.const(F32, 0.0), to + d * (4 * QUERIES))
     known, slope, result = own + r.run("rows_at") + row * QUERY.itemsize, f.var(F32, 0.0), _slot(r, token("slot"), head)
@@ -159,7 +164,11 @@ def _define_softmax(module: Module) -> None:
                 f.store(f.call(ROW, "softcap", f.load(ROW, scores + at, 4), cap), scores + at, 4)
             with f.range(0, f.minimum(f.load(I64, known + OLDEST, 8) - first, count)) as before:
                 f.store(f.const(F32, -math.inf), scores + before * 4)
-            with vectors(f, count) as at:
+            # a span that lies behind the query as a whole, without ALiBi: nothing to change
+            is_behind = f.load(F32, known + SLOPE, 4).equals(0.0) & (first + (SPAN - 1) <= f.load(I64, known + POSITION, 8))
+            with f.when(is_behind), vectors(f, count) as at:
+                largest.set(f.maximum(largest.get(), f.load(ROW, scores + at, 4)))
+            with f.when(is_behind ^ 1), vectors(f, count) as at:
                 distance = f.splat(ahead + f.cast("trunc", at >> 2, I32), LANES) + lanes
                 score = f.fma(slope, f.cast("sitofp", distance, F32), f.load(ROW, scores + at, 4))
                 score = f.select(distance > 0, -math.inf, score)

@@ -2,8 +2,8 @@
 
 In: words, each a way to unpack a vector <64 x i8> that holds four columns of 16 rows, with the first of the columns; the
 activations of some tokens. Out: <16 x i32> for each token. Sums are exact, so their order does not matter.
-An activation is x = 256 hi + lo; its two signed bytes are multiplied apart and joined at the end, exactly. Knows
-instructions, not formats.
+An activation is x = 256 hi + lo; its two signed bytes are multiplied apart and joined at the end, exactly, except on x86
+without VNNI, which multiplies by x itself. Knows instructions, not formats.
 
 Bytes of weights up to 6 bits are unsigned and below 64. Those of Q8_0 are signed; `SIGNED_ZERO` says how a level takes
 them: avx512-vnni and avx-vnni only multiply unsigned by signed bytes, so there the weights are moved up by 128.
