@@ -71,13 +71,14 @@ def seconds(tok, text, times):
 
 @pytest.mark.parametrize("name", [f"ggml-vocab-{name}" for name in LARGE[:2]])
 @pytest.mark.parametrize("character", ["a", " "])
-def test_ten_million_equal_characters_take_at_most_12_times_as_long_as_a_million(name, character, vocabulary_file):
+def test_ten_million_equal_characters_take_no_more_than_their_share_of_time(name, character, vocabulary_file):
+    """About 11 times as long as a million; squares would take 100 times, and a busy machine's caches have made 14 of 11."""
     tok = tokenizer.load(vocabulary_file(name))
     tok.encode(character * 5000)
     ratios = []
     for _ in range(3):  # both are measured over the same time: other programs slow them alike
         ratios.append(seconds(tok, character * 10_000_000, 1) / (seconds(tok, character * 1_000_000, 10) / 10))
-        if ratios[-1] <= 12:
+        if ratios[-1] <= 25:
             return
     pytest.fail(f"{ratios} times as long")
 
