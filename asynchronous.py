@@ -54,7 +54,6 @@ class Handover:
         self._post = _posts.setdefault(self._loop, _Post())
         self._parts: deque[Any] = deque()
         self._room = threading.Semaphore(ahead) if ahead else None
-        self._told = False  # the loop knows that something has come
         self._error: BaseException | None = None
         self._ended = False
 
@@ -72,19 +71,10 @@ class Handover:
                 if self.cancel.is_set() and self._room is not None:
                     break  # nobody reads any more
                 self._parts.append(part)
-                self._tell()
+                self._call(self._arrived.set)
         except BaseException as error:
             self._error = error
         self._call(lambda: self._end(ended))
-
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
-            self._call(self._wake)
-
-    def _wake(self) -> None:
-        self._told = False  # first: what comes from here on tells again
-        self._arrived.set()
 
     def _end(self, ended: Callable[[], object]) -> None:
         ended()  # first: who has read the whole answer asks the next question at once, and finds the slot free

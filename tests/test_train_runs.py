@@ -15,9 +15,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the trainer is PyTorch")
 
+from small_runs import Killed, killed_at  # noqa: E402
+
 from pocketlm import cli, load  # noqa: E402
 from pocketlm.errors import PocketlmError  # noqa: E402
-from pocketlm.train import checkpoints, log, loop  # noqa: E402
+from pocketlm.train import checkpoints, log  # noqa: E402
 from pocketlm.train.presets import Settings, Shape  # noqa: E402
 from pocketlm.train.starting_weights import read_start  # noqa: E402
 
@@ -62,20 +64,10 @@ def test_a_run_killed_between_any_two_writes_ends_with_the_same_weights(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pocketlm(text, "-o", tmp_path / "whole") == 0
-    right, killed_at = loop.take_step, [3, 11, 12, 29]
-
-    class Killed(BaseException):
-        pass
-
-    def take_step(*arguments: Any) -> float:
-        if arguments[6] in killed_at:
-            killed_at.remove(arguments[6])
-            raise Killed
-        return right(*arguments)
-
-    monkeypatch.setattr(loop, "take_step", take_step)
+    moments = (3, 11, 12, 29)
+    killed_at(monkeypatch, *moments)
     options = f"{RUN} --save-seconds 0.01"
-    for _ in range(len(killed_at)):
+    for _ in moments:
         with pytest.raises(Killed):
             pocketlm(text, "-o", tmp_path / "killed", options=options)
     assert pocketlm(text, "-o", tmp_path / "killed", options=options) == 0
