@@ -56,6 +56,7 @@ class Console:
         self._wrap = Wrapper(lambda: self._columns(self.stdout)).push if escapes else str
         self._at_line_start = True
         self._session: Any = None
+        self._editing = False
         self._history: Path | None = None
         self._complete: Completer = lambda line: ()
         self._started = False
@@ -78,11 +79,13 @@ class Console:
             self._session.app.loop.call_soon_threadsafe(self._leave)
 
     def leave_editor(self, error: BaseException) -> bool:
-        """From a signal: end an editor's `read` with an error; False where no editor is waiting."""
-        running = self._session is not None and self._session.app.is_running
-        if running:
+        """From a signal: end an editor's `read` with an error; False where no editor is at work.
+
+        While one starts or ends, its event loop must not be interrupted: a line that it still gives is handled.
+        """
+        if self._editing:
             self.end(error)
-        return running
+        return self._editing
 
     def _leave(self) -> None:
         if self._end is not None and not self._session.app.is_done:
@@ -194,10 +197,13 @@ class Console:
         if self._session is None:
             self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
+        self._editing = True
         try:
             text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
-        except OSError:  # a terminal that is gone
+        except (EOFError, OSError):  # OSError: a terminal that is gone
             raise self._end or EOFError from None
+        finally:
+            self._editing = False
         return text.encode("utf-8", "replace").decode()  # a terminal can deliver lone surrogates
 
     @contextmanager

@@ -92,6 +92,7 @@ class Chat:
         """Stream the answer to `messages` into the conversation's last message; `new` are taken back if none comes."""
         answer, last = self.conversation.messages[-1], None
         try:
+            self.endings.check()
             given = self._encodable(Conversation(self.conversation.system, messages).for_model())
             with self.console.interruptible() as cancel:
                 begun = answer["content"] or self._opening()

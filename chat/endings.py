@@ -65,6 +65,11 @@ class Endings:
         if not self._held and self._waiting is not None:
             raise self._waiting
 
+    def check(self) -> None:
+        """Raise `ended`, where there is that: a line editor may give a line although it was told to end."""
+        if self.ended is not None:
+            raise self.ended
+
     def _received(self, number: int, frame: object) -> None:
         if self.ended is not None:  # a closed window sends more than one
             return

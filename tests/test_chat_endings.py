@@ -34,6 +34,19 @@ with Opening(load, "Ada") as model:
     sys.exit(run(model, sampling={{}}, title="Ada", model_id="ada"))
 """
 
+LEAVING = f"""
+import asyncio, os, signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from chat_fake import FakeModel
+from pocketlm.chat.repl import run
+close = asyncio.BaseEventLoop.shutdown_asyncgens
+def interrupted(loop):
+    closing = close(loop)
+    os.kill(os.getpid(), signal.SIGTERM)  # between the making of what the loop is to do, and its doing
+    return closing
+asyncio.BaseEventLoop.shutdown_asyncgens = interrupted
+sys.exit(run(FakeModel(), sampling={{}}))
+"""
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -118,6 +131,19 @@ def test_a_signal_while_the_model_opens_keeps_the_question(terminal, tmp_path):
     (tmp_path / "may open").touch()
     assert shown.ended() == 128 + signal.SIGTERM
     assert_cut(shown.conversations(), "Are you awake?", "")
+
+
+@posix
+@pytest.mark.parametrize("typed", ["Hello" + ENTER, CTRL_D])
+def test_a_signal_while_the_line_editor_ends_loses_no_line(typed, terminal, tmp_path):
+    (tmp_path / "driver.py").write_text(LEAVING, encoding="utf-8")
+    shown = terminal(command=("sh", "-c", f"{sys.executable} {tmp_path}/driver.py 2>{tmp_path}/errors"))
+    shown.prompt(1)
+    shown.type(typed)
+    assert shown.ended() == 128 + signal.SIGTERM
+    assert (tmp_path / "errors").read_text() == ""
+    if typed != CTRL_D:
+        assert_cut(shown.conversations(), "Hello", "")
 
 
 @posix

@@ -98,8 +98,8 @@ def test_a_conversation_and_the_file_that_the_terminal_goes_on_with(server, visi
     assert answers(page) == [message["content"] for message in messages if message["role"] == "assistant"]
     assert "tokens/s" in page.inner_text("#log")
     assert "context" in page.inner_text("#log")
+    wait_until(lambda: files()[0].messages == messages)
     [conversation] = files()
-    assert conversation.messages == messages
     assert saved.latest(alone.fingerprint) == saved.paths()[0], "what `pocketlm chat --resume` takes"
     assert (conversation.model, conversation.interactive) == (alone.name, True)
 
@@ -115,9 +115,9 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     assert answers(page) == ["Hi! How"]
     page.click("text=Go on")
     answered(page)
-    [conversation] = files()
-    assert conversation.messages[-1]["content"] == "Hi! How" + text_of(alone.chat(begun.messages, temperature=0))
-    assert "cut" not in conversation.messages[-1]
+    whole = "Hi! How" + text_of(alone.chat(begun.messages, temperature=0))
+    wait_until(lambda: files()[0].messages[-1] == {"role": "assistant", "content": whole})
+    assert len(files()) == 1
     state = states.path_of(saved.paths()[0])
     assert state is not None
     state.parent.mkdir()
@@ -173,7 +173,7 @@ def test_two_tabs(server, visit):
     ask(second, "What is your name?", wait=False)
     answered(first)
     answered(second)
-    assert sorted(conversation.messages[0]["content"] for conversation in files()) == ["Hello", "What is your name?"]
+    wait_until(lambda: sorted(c.messages[0]["content"] for c in files()) == ["Hello", "What is your name?"])
     server.before = lambda: None
     second.click("nav .open:has-text('Hello')")  # now both have the same one
     second.wait_for_selector("li.user:has-text('Hello')")
@@ -309,6 +309,7 @@ def test_settings_reach_the_model(server, visit, alone):
     ask(page, "Hello")
     messages = [{"role": "system", "content": "You are a pirate."}, {"role": "user", "content": "Hello"}]
     assert answers(page) == [text_of(alone.chat(messages, temperature=0, max_tokens=3)).strip()]
+    wait_until(lambda: files()[0].messages[-1]["content"])
     assert files()[0].system == "You are a pirate."
     assert files()[0].messages[-1]["cut"] is True, "three tokens are no whole answer"
 
