@@ -180,7 +180,7 @@ def test_two_tabs(server, visit):
     ask(first, "And you?")
     ask(second, "I like music.")
     wait_until(lambda: len(files()) == 3)
-    assert "changed elsewhere" in second.inner_text("#line")
+    second.wait_for_selector("#line:has-text('changed elsewhere')")
     questions = {tuple(m["content"] for m in c.messages if m["role"] == "user") for c in files()}
     assert questions == {("Hello", "And you?"), ("Hello", "I like music."), ("What is your name?",)}, "nobody's words are lost"
 
