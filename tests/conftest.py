@@ -3,8 +3,9 @@
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background these are ignored, and what is started
     if hasattr(signal, "SIGHUP"):  # inherits that
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails since a program ended with an error shows what that program wrote to standard error."""
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, subprocess.CalledProcessError) and error.stderr is not None:
+        text = error.stderr if isinstance(error.stderr, str) else error.stderr.decode(errors="replace")
+        report.sections.append(("standard error of the program", text or "(nothing)"))
+    return report
 
 
 @pytest.fixture
