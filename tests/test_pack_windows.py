@@ -4,14 +4,14 @@ import json
 import os
 import random
 import shutil
-import subprocess
+import socket
 import urllib.request
 from pathlib import Path
 
 import pytest
 from packing import composed_stub, pack_friend, tiny_chat_model
 from tiny_models import write_model
-from wine_runner import WINE, environment_for, needs_wine, prefix, run_windows
+from wine_runner import environment_for, needs_wine, prefix, run_windows
 
 import pocketlm
 from pocketlm.runtime import container
@@ -146,16 +146,17 @@ def test_it_brings_the_licences_of_all_that_is_inside(friend, home):
         assert word in text
 
 
-def test_it_talks_in_the_browser(friend, home):
+def test_it_talks_in_the_browser_and_ctrl_c_leaves_nothing(friend, home):
     """wine's sockets are this system's: page, programs and conversations are asked for from outside."""
-    process = subprocess.Popen(
-        [str(WINE), str(friend), "--web", "--no-browser"], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, env=environment_for(home),
-    )  # fmt: skip
+    pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
+    env = environment_for(home, TERM="xterm")
+    # the program that is started runs another one, which a kill would leave; the end of a terminal reaches both
+    child = pexpect.spawn(
+        "wine", [str(friend), "--web", "--no-browser"], env=env, encoding="utf-8", dimensions=(30, 100), timeout=120
+    )
     try:
-        lines = (line.decode("utf-8", "replace") for line in process.stderr)  # wine says something, too
-        said = next(line for line in lines if line.startswith("page "))
-        url, token = said.split()[1].split("/#")
+        child.expect(r"page +(http://[\d.]+:(\d+))/#([\w-]+)[^\w-]")
+        url, port, token = child.match.groups()
 
         def ask(path, body=None):
             headers = {"Content-Type": "application/json", "X-Pocketlm-Token": token}
@@ -171,5 +172,13 @@ def test_it_talks_in_the_browser(friend, home):
         assert json.loads(ask(f"/page/chats/{name}"))["messages"][1]["content"] == answer
         ask(f"/page/chats/{name}/delete", {})  # wine's user has one folder for all tests
         assert name not in str(ask("/page/chats"))
+        child.expect("Ctrl-C stops it")
+        child.send("\x03")
+        child.expect(pexpect.EOF)
+        assert "stopped" in child.before
+        child.close()
+        assert child.exitstatus == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)), 120)
     finally:
-        process.kill()
+        child.close(force=True)
