@@ -73,12 +73,13 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
             _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
         known = own + r.run("rows_at")
         last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
-        stop = f.minimum(entry("last"), last // SPAN + 1)
-        with f.range(f.maximum(entry("first"), f.load(I64, known + OLDEST, 8) // SPAN), stop) as span:
+        first, step, oldest = entry("first"), f.maximum(entry("apart"), f.const(I64, 1)), f.load(I64, known + OLDEST, 8) // SPAN
+        skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
+        with f.range(first + skipped * step, last // SPAN + 1, step) as span:
             row, at = f.var(I64, 0), span % (in_cache // SPAN) * (numbers.row_bytes(padded) * SPAN)
             for queries, _ in TILES[level].scores:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
-                    arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, entry("apart"))
+                    arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, f.minimum(entry("apart"), 1))
                     f.call(VOID, f"span{queries}", *arguments)
                     row.set(row.get() + queries)
 
