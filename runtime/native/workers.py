@@ -23,8 +23,9 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
-LOST = 3  # a thread is left out where more than this part of the time lately, a third, was spent in waiting for it. With two
-# threads, one alone is as fast where a fifth (a single token, which memory limits) to two fifths (eight tokens) is lost so
+LOST = 3  # a thread is left out where more than this part of the time lately, a third, was lost in waiting for it. With two
+# threads one alone is as fast where a fifth (a single token, which memory limits) to two fifths (eight tokens) is lost; two
+# quiet processors lose 1 to 6 % for eight clients, most of it where the system wakes two threads on one of them
 LATELY = 0.25  # seconds of runs: a single late one among many, as every system has them, is no reason
 REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
