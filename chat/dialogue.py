@@ -196,10 +196,9 @@ class Chat:
 
     def _figures(self) -> str:
         last, used, n_ctx = self._last, self.model.context_used, self.model.n_ctx
-        speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
         cut = f" · cut off, {MORE}" if last.finish_reason == "length" else ""
         tokens = count(last.generated_tokens, "token")
-        return f"{speed:.1f} tokens/s · {tokens} · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
+        return f"{last.tokens_per_second:.1f} tokens/s · {tokens} · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
 
     def statistics(self) -> list[str]:
         """Lines about the model and the last answer."""
