@@ -56,6 +56,8 @@ class WorkerThreads:
         self.check_open()
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
+        if self._lost.value:
+            self._keep_apart(range(1, self._active))
         self._finish()
         if self._lost.value or self._active < self.n_threads:
             self._adapt()
@@ -63,8 +65,6 @@ class WorkerThreads:
             self._step(self._address)
         finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
             self._finish()
-        if self._kept_apart:
-            self._let_go()
         if self._epoch.value < 0:
             join_threads(self._threads)  # they may still be looking at what the caller owns
         self.check_open()
@@ -80,7 +80,6 @@ class WorkerThreads:
         is_late = self._lost.value * LOST > self._took.value * (self._active - 1)  # so many threads waited for one
         self._lost.value = 0
         if is_late:
-            self._keep_apart(range(1, self._active))
             calm, self._last_late = now - max(self._last_late, self._until), now
             if calm < OFTEN and self._active > 1:
                 self._rest = min(2 * self._rest, REST[1])
@@ -101,16 +100,19 @@ class WorkerThreads:
                 open_lock(self._locks[tid])
                 self._workers["wake"][tid] = 0
             self._work(self._address, 0)
+        if self._kept_apart:
+            self._let_go()
 
     def _keep_apart(self, tids: Iterable[int]) -> None:
-        """Threads that are woken now, or late, are to run elsewhere than this one until the run ends (Linux). The system wakes
-        a thread on the waking one's processor when the others have slept, and takes ten milliseconds to move it.
+        """Threads that are woken now, or were late, go to other processors than this one's (Linux). The system wakes a thread
+        on the waking one's processor where the others have slept, and takes ten milliseconds to move it.
         """
         if self._processor is None:
             return
         here = self._processor()
-        for tid in tids:
-            thread = self._threads[tid - 1].native_id or 0
+        for thread in (self._threads[tid - 1].native_id for tid in tids):
+            if thread is None:
+                continue
             with suppress(OSError):  # it has ended, or this program may not say where its threads run
                 allowed = os.sched_getaffinity(thread)
                 if len(allowed) > 1 and here in allowed:
