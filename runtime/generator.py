@@ -189,7 +189,8 @@ def generate(
             reason = "stop"
             break
         at = 0
-        with session.held(claim):
+        with session.lock.here:  # as `held`, for every token
+            session.check(claim)
             if (room := n_ctx - len(session.ids)) > 0:
                 if drafts is None:
                     drawn = session.append(id, use=draw)

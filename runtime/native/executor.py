@@ -171,11 +171,19 @@ class NativeExecutor:
         the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
         """
         with self._one_at_a_time.here:
+            if len(work) == 1 and self._is_one(*work[0]):
+                return self._pass(work)
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
             n = len(checked[0][1]) if len(checked) == 1 else sum(len(ids) for _, ids, _ in checked)
             if n > BLOCK or (len(checked) > 1 and len({id(c) for c, _, _ in checked}) < len(checked)):
                 raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
             return self._pass(checked)
+
+    def _is_one(self, cache: NativeCache, ids: np.ndarray | Sequence[int], rows: int) -> bool:
+        """Whether this is a single token, which is as it must be: then nothing else has to be checked or converted."""
+        if len(ids) != 1 or rows > 1 or type(id := ids[0]) is not int:
+            return False
+        return 0 <= id < self.hyper.n_vocab and cache.length < cache.n_ctx
 
     def _pass(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
         """`step` for ids that were checked, and no more rows than ids."""
@@ -207,7 +215,7 @@ class NativeExecutor:
         before, n_spans = self._alone
         if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
             return False
-        self._id[0], self._position[0], self._before[0] = ids[0], cache.length, cache.id_before
+        self._id.value, self._position.value, self._before.value = int(ids[0]), cache.length, int(cache.id_before)
         return True
 
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
@@ -338,7 +346,10 @@ class NativeExecutor:
             "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
-        self._id, self._position, self._before = (arrays["tokens"][name] for name in ("id", "position", "before"))
+        first = arrays["tokens"].view(np.uint8)
+        self._id, self._position, self._before = (
+            ctypes.c_int64.from_buffer(first, offset(TOKEN, name)) for name in ("id", "position", "before")
+        )  # NumPy takes several times as long for a number
         record = aligned(1, RUN)
         values = {
             **{name: array.ctypes.data for name, array in arrays.items() if name in (RUN.names or ())}, **scratch.places,
