@@ -9,14 +9,15 @@ import math
 import operator
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.constrain import OPTIONS
+from pocketlm.errors import PocketlmError, UsageError, did_you_mean
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
 
@@ -181,6 +182,7 @@ class Conversation:
         from pocketlm.runtime.sampling import make_sampler
 
         model = self._model
+        _check_names(sampling, how)
         n_vocab, end_ids = model.hyper.n_vocab, model._end_ids
         if model._tokenizer is not None:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
@@ -200,6 +202,17 @@ class Conversation:
             is_over=guide.is_over if guide else None, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
+
+
+def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
+    """UsageError for an option that there is not, with the nearest that there is; `others`: those that are none of sampling's."""
+    from pocketlm.runtime.sampling import SamplingOptions
+
+    known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "top_logprobs", "process"}
+    for name in sampling:
+        if name not in known:
+            near = did_you_mean(name, sorted(known.union(others, ["ignore_eos"])))
+            raise UsageError(f"{name}: there is no such option{near}")
 
 
 def given_ids(ids: Sequence[int]) -> list[int]:
