@@ -37,8 +37,7 @@ class Asking:
 
     def __init__(self, model: Model, n_ctx: int):
         self._model, self._n_ctx = model, n_ctx
-        tokenizer = model.tokenizer
-        self._longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.n_vocab))
+        self._longest = max(map(len, model.tokenizer.all_bytes()))
 
     def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
