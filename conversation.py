@@ -18,6 +18,7 @@ import numpy as np
 
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError, UsageError, did_you_mean
+from pocketlm.runtime.ids import in_common
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
     from pocketlm.runtime.sampling import Sampler
 
+FEWEST_BORROWED = 8  # tokens: fewer are computed as fast as the locks are had
 ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 
 
@@ -61,6 +63,19 @@ class Conversation:
             other = model.adopt(Conversation(model, self.state.fork()))
         other._turns = self._turns
         return other
+
+    def remembered(self, ids: list[int]) -> int:
+        """How many of the first ids are in the cache."""
+        return in_common(self.state.ids, ids)
+
+    def borrow(self, others: Sequence[Conversation], ids: list[int]) -> None:
+        """Copy what one of the others, of the same model and context, has computed of the beginning of a prompt, where that is
+        more than what is here. The answer is the same, bit for bit.
+        """
+        best = max((other for other in others if other is not self), key=lambda other: other.remembered(ids), default=self)
+        if best.remembered(ids) >= self.remembered(ids) + FEWEST_BORROWED:
+            self._turns = None
+            self.state.borrow(best.state, ids)
 
     def save(self, path: str | Path, *, exactly: bool = False) -> None:
         """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +54,7 @@ class Answerer:
         self.running: set[Answer] = set()
         self._encoding = asyncio.Semaphore(ENCODING)
         self.asking = Asking(model, self.n_ctx)
+        self._preparing: asyncio.Future[None] | None = None  # kept: a loop does not hold its tasks
 
     # ---- prompts
 
@@ -81,7 +83,24 @@ class Answerer:
         except TimeoutError:
             late = f"no slot became free in {self.seconds:g} s"
             raise ApiError(503, STOPPING if self.stopping else late, retry_after=10) from None
+        self.counters.requests += 1
         return Answer(self, ask, prompts, slot)  # from here on the slot is given back by its thread: nothing may come between
+
+    def prepare(self, system: str, forms: bool) -> None:
+        """Have done, beside what is asked, what the first answers would wait for: what every conversation begins with, which
+        slots copy from each other; and with `forms` what an answer that has a form needs of the vocabulary.
+        """
+        first = [{"role": "system", "content": system}] * bool(system)
+        ask = Ask(True, messages=[*first, {"role": "user", "content": "."}], options={"max_tokens": 0})
+        self._preparing = asyncio.ensure_future(self._prepare(ask, forms))
+
+    async def _prepare(self, ask: Ask, forms: bool) -> None:
+        with suppress(ApiError, PocketlmError, QueueFull, TimeoutError):  # who asks is told
+            prompts = await self.encode(ask)
+            async for _ in Answer(self, ask, prompts, await self.slots.take(prompts.ids[0], self.seconds)):
+                pass
+            if forms:
+                await self.aside(lambda: self.model.guide({"json_object": True}))
 
     def count(self, piece: Piece) -> None:
         """The last piece of an answer."""
@@ -114,9 +133,9 @@ class Answer:
         self._complete = False
         self._clock = asyncio.get_running_loop().call_later(answerer.seconds, self._handover.cancel.set)
         answerer.running.add(self)
-        answerer.counters.requests += 1
         try:
-            self._handover.start(lambda cancel: pieces(ask, prompts, slot.session, cancel), self._ended)
+            others = [other.session for other in answerer.slots.all]
+            self._handover.start(lambda cancel: pieces(ask, prompts, slot.session, cancel, others), self._ended)
         except RuntimeError as error:  # no more threads can be had
             self._ended()
             raise ApiError(503, f"the server is overloaded ({error})", retry_after=10) from None

@@ -6,7 +6,7 @@ In: an `Ask` and a session. Out: pieces, or an ApiError that says what is wrong 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -109,11 +109,17 @@ def _parts(prompt: str | list[int | str]) -> list[int | str]:
     return [prompt] if isinstance(prompt, str) else prompt
 
 
-def pieces(ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
-    """`(number of the answer, Piece)`, one answer after the other. Raises PocketlmError."""
+def pieces(
+    ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event, others: Sequence[Conversation] = ()
+) -> Iterator[tuple[int, Piece]]:  # fmt: skip
+    """`(number of the answer, Piece)`, one answer after the other. `others`: sessions whose work may be copied. Raises
+    PocketlmError.
+    """
     options, number = dict(ask.options), 0
     options["stop"] = [*prompts.stop, *options.get("stop", ())]
     for ids in prompts.ids:
+        if options.get("reuse_cache", True):
+            session.borrow(others, ids)
         for i in range(ask.n):
             seed = options.get("seed")
             own = {**options, "seed": None if seed is None else seed + i}  # or all n were the same
