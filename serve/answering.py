@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ENCODING = 4  # texts that are made into ids at the same time
+SELDOM = 0.25  # seconds between two looks at an answer of which nobody sees the parts
 STOPPING = "the server is stopping"
 
 
@@ -97,7 +98,8 @@ class Answerer:
     async def _prepare(self, ask: Ask, forms: bool) -> None:
         with suppress(ApiError, PocketlmError, QueueFull, TimeoutError):  # who asks is told
             prompts = await self.encode(ask)
-            async for _ in Answer(self, ask, prompts, await self.slots.take(prompts.ids[0], self.seconds)):
+            answer = Answer(self, ask, prompts, await self.slots.take(prompts.ids[0], self.seconds))
+            while await answer.several(SELDOM):
                 pass
             if forms:
                 await self.aside(lambda: self.model.guide({"json_object": True}))
@@ -120,7 +122,7 @@ class Answerer:
 
 
 class Answer:
-    """The answers to one request, as they are made: an asynchronous iterator of `(number, Piece)`.
+    """The answers to one request, as they are made: `(number, Piece)`, several at a time.
 
     The slot is given back as soon as the thread that computes them is through, whatever becomes of the reader, who says with
     `close` that he has left. Where the time is over, the answer ends with what there is. Raises ApiError 503 where the server
@@ -130,7 +132,7 @@ class Answer:
     def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, slot: Slot):
         self._answerer, self._slot = answerer, slot
         self._handover = Handover(ahead=None)  # an answer is no longer than the context: a slow reader holds no slot
-        self._complete = False
+        self._complete = self._stopped = False
         self._clock = asyncio.get_running_loop().call_later(answerer.seconds, self._handover.cancel.set)
         answerer.running.add(self)
         try:
@@ -154,21 +156,20 @@ class Answer:
         self._handover.close()
         self._answerer.counters.left += not self._complete
 
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> tuple[int, Piece]:
+    async def several(self, pause: float) -> list[tuple[int, Piece]]:
+        """What has come since the last call, as `Handover.several`; none where all has."""
         try:
-            number, piece = await anext(self._handover)
-        except StopAsyncIteration:
-            self._complete = True
-            raise
+            found = await self._handover.several(pause)
         except PocketlmError as error:  # a UsageError: what the client asked for leads no further
             self._complete = True
             raise ApiError(400 if isinstance(error, UsageError) else 500, str(error)) from None
-        if piece.finish_reason:
-            self._answerer.count(piece)
-            if piece.finish_reason == "cancelled" and self._answerer.stopping:
-                self._complete = True
-                raise ApiError(503, STOPPING, retry_after=5)
-        return number, piece
+        for at, (_, piece) in enumerate(found):
+            if piece.finish_reason:
+                self._answerer.count(piece)
+                if piece.finish_reason == "cancelled" and self._answerer.stopping:
+                    self._stopped, found = True, found[:at]  # what had come is told first
+                    break
+        self._complete |= self._stopped or not found
+        if self._stopped and not found:
+            raise ApiError(503, STOPPING, retry_after=5)
+        return found
