@@ -14,7 +14,7 @@ import numpy as np
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
-from pocketlm.runtime.ids import check_ids
+from pocketlm.runtime.ids import check_ids, in_common
 from pocketlm.runtime.threads import ForkedLock
 
 if TYPE_CHECKING:
@@ -96,6 +96,22 @@ class Session:
             other._moved = self._moved
             return other
 
+    def borrow(self, other: Session, ids: list[int]) -> None:
+        """Copy what another session of the executor, of the same size, has computed of the beginning of `ids`, where that is more
+        than what is here of it: with the bits that it would have if it were computed again. PocketlmError after `end`.
+        """
+        claim = self.claim()
+        one, two = sorted((self, other), key=id)  # two that borrow from each other wait in the same order
+        with one._lock.here, two._lock.here:
+            self.check(claim)
+            other.check_open()
+            other._settle()
+            n = in_common(other.ids[: other.n_exact], ids)
+            if n > in_common(self.ids, ids) and other.cache.goes_on_from(n):
+                self.clear()
+                self.cache.take(other.cache, n)
+                self.ids = ids[:n]
+
     @contextmanager
     def settled(self) -> Iterator[tuple[list[int], Any]]:
         """The ids and the cache, which nobody changes inside. Raises PocketlmError after `end`."""
@@ -164,7 +180,7 @@ class Session:
         self._settle()
         if not reuse_cache:
             self.clear()
-        same, why = _common(self.ids, ids), ""
+        same, why = in_common(self.ids, ids), ""
         if shift and same < len(self.ids):
             start, n = _longest_match(ids[same:], self.ids[same:])
             if n >= MIN_SHIFT:
@@ -238,11 +254,6 @@ class Session:
             self.ids += moved
             return True
         return False
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids `a` and `b` have in common at the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _longest_match(pattern: list[int], text: list[int]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ ALLOWED = {
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
-    "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "conversation": "asynchronous constrain errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
