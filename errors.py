@@ -77,8 +77,13 @@ class FileError(PocketlmError):
 def refused(
     path: object, advice: str = "", problem: str = "cannot be read", kinds: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice"."""
+    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice".
+
+    A text that is not UTF-8 too, with the place of its first wrong byte.
+    """
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
     except kinds as error:
         raise FileError(path, f"{problem} ({getattr(error, 'strerror', None) or error})", advice) from None

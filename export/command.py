@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.errors import FileError, UsageError, refused
+from pocketlm.cli_options import read_text
+from pocketlm.errors import UsageError
 from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
@@ -128,15 +129,6 @@ def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
     if arguments.chat_template:
         keys["tokenizer.chat_template"] = read_text(arguments.chat_template)
     return keys
-
-
-def read_text(path: str) -> str:
-    """The UTF-8 text of a file."""
-    try:
-        with refused(path):
-            return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
 
 
 class Progress:

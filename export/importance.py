@@ -82,10 +82,8 @@ def _of_text(data: bytes, path: Path, model: CanonicalModel) -> Importance:
 
     if "tokenizer.ggml.tokens" not in model.metadata:
         raise FileError(path, "is a text, and the model has no tokenizer", "name one with --tokenizer")
-    try:
+    with refused(path):
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8", "give a text, or an importance matrix") from None
     tokenizer = from_metadata(model.metadata, path)
     ids = np.array(tokenizer.encode(tokenizer.encodable(text))[:LONGEST], np.int64)
     if len(ids) < WINDOW:
