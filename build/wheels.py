@@ -7,7 +7,6 @@ writes it: `wheels.sha256` (fetched by pip, as pip is configured) and `debian.sh
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketlm.errors import FileError, PocketlmError, refused
+from pocketlm.runtime import container
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.code_cache import kept_folder
 from pocketlm.terminal_text import print
@@ -162,8 +162,6 @@ def _from_debian(file: Pinned, to: Path) -> None:
 
 def _check(path: Path, file: Pinned) -> None:
     with refused(path, "it is needed to compose an executable"), open(path, "rb") as data:
-        digest = hashlib.sha256()
-        while chunk := data.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != file.sha256:
+        found = container.digest(data, 0, path.stat().st_size)
+    if found.hex() != file.sha256:
         raise FileError(path, "is not the file that pocketlm knows by this name (its SHA-256 differs)", "remove it")
