@@ -111,7 +111,8 @@ def _torch(path: Path, out: Path) -> None:
     import torch
 
     from pocketlm.runtime.model_file import open_model
-    from pocketlm.runtime.plan import Linear, Logits, read_plan
+    from pocketlm.runtime.operations import Linear, Logits
+    from pocketlm.runtime.plan import read_plan
 
     part = out.with_name(f"part-{out.name}")
     with open_model(path) as opened:

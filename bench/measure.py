@@ -27,7 +27,8 @@ from pocketlm.runtime import memory
 from pocketlm.runtime.evaluation import TEXT
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.model_file import open_model, size_of
-from pocketlm.runtime.plan import Linear, Logits, read_plan
+from pocketlm.runtime.operations import Linear, Logits
+from pocketlm.runtime.plan import read_plan
 from pocketlm.tokenizer import from_metadata
 
 Say = Callable[[str], None]

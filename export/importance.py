@@ -20,7 +20,7 @@ from pocketlm.errors import FileError, refused
 from pocketlm.export.canonical import CanonicalModel, Float32Tensors
 
 if TYPE_CHECKING:
-    from pocketlm.runtime.plan import Linear, Logits
+    from pocketlm.runtime.operations import Linear, Logits
 
 LONGEST = 1 << 16  # tokens of a text that are run: enough for means, and minutes for a small model
 WINDOW = 512

@@ -27,30 +27,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.hyper import Hyper, read_hyper
-from pocketlm.runtime.operations import (
-    Activate,
-    Add,
-    Attend,
-    Convolve,
-    Embed,
-    Experts,
-    Gate,
-    Linear,
-    Logits,
-    Matrix,
-    Mix,
-    Norm,
-    Op,
-    Rotate,
-    Route,
-    Scale,
-    Softcap,
-)
-
-__all__ = [
-    "Activate", "Add", "Attend", "Convolve", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op",
-    "Plan", "Rotate", "Route", "Scale", "Softcap", "make_plan", "read_plan",
-]  # fmt: skip
+from pocketlm.runtime.operations import Attend, Convolve, Experts, Op
 
 
 @dataclass(frozen=True)
