@@ -26,9 +26,9 @@ def did_you_mean(
 
 
 def one_of(flag: str, value: str, words: Collection[str]) -> str:
-    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected gguf, onnx, did you mean gguf?"."""
+    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
     if value not in words:
-        raise UsageError(f"{flag} {value}: expected {', '.join(words)}{did_you_mean(value, words)}")
+        raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(value, words)}")
     return value
 
 
@@ -71,6 +71,15 @@ class FileError(PocketlmError):
         """`path` names the file, `problem` says what is wrong with it, `advice` what to do (one clause, may be empty)."""
         self.path, self.problem, self.advice = path, problem, advice
         super().__init__(f"{path}: {problem}" + (f"; {advice}" if advice else ""))
+
+
+@contextmanager
+def needed(what: str, package: str, install: str = "") -> Iterator[None]:
+    """A package whose import fails in the block, as a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
+    try:
+        yield
+    except ImportError:
+        raise PocketlmError(f"{what} needs {package}; get it with: pip install {install or package}") from None
 
 
 @contextmanager

@@ -34,6 +34,11 @@ def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None 
     builtins.print(*texts, sep=sep, end=end, file=out, flush=flush)
 
 
+def count(n: int, thing: str) -> str:
+    """ "1 turn", "2 turns"."""
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
 def clock(seconds: float) -> str:
     """A time as minutes and seconds, with hours where there are some."""
     minutes, seconds = divmod(round(seconds), 60)

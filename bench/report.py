@@ -11,6 +11,7 @@ from typing import Any
 
 from pocketlm.bench import machine, summary
 from pocketlm.bench.tasks import TASKS, Task, keys
+from pocketlm.terminal_text import count
 
 MB = 1e6
 Result = dict[str, Any]
@@ -86,12 +87,8 @@ def _speed(model: Result, settings: Result) -> list[Table]:
     header = ["tokens/s", *(task.column.format(key) for task, key in columns), *(["user sees"] if user else []), "status"]
     rounds, tokens = settings["rounds"], settings["tokens"]
     spread = "± what another run's median may be off by" if rounds >= summary.FEWEST else "too few for a ±"
-    note = f"after N: {tokens} tokens with N in the cache; medians of {_rounds(settings)}, {spread}"
+    note = f"after N: {tokens} tokens with N in the cache; medians of {count(rounds, 'round')}, {spread}"
     return [Table(_title(model), header, rows, [note])]
-
-
-def _rounds(settings: Result) -> str:
-    return f"{settings['rounds']} round{'s' if settings['rounds'] > 1 else ''}"
 
 
 def _like_llama_bench(model: Result, result: Result) -> list[Table]:
@@ -113,9 +110,9 @@ def _like_llama_bench(model: Result, result: Result) -> list[Table]:
                 rows.append([*of_model, row["name"], threads, task.column.format(key), figure])
     if not rows:
         return []
-    settings = result["settings"]
-    spread = "means ± standard deviations" if settings["rounds"] >= summary.FEWEST else "means"
-    note = f"N random tokens as one prompt (pp) or one by one (tg) from an empty cache; {spread} of {_rounds(settings)}"
+    rounds = result["settings"]["rounds"]
+    spread = "means ± standard deviations" if rounds >= summary.FEWEST else "means"
+    note = f"N random tokens as one prompt (pp) or one by one (tg) from an empty cache; {spread} of {count(rounds, 'round')}"
     header = ["model", "size", "params", "backend", "threads", "test", "t/s"]
     return [Table(f"{_title(model)}, as llama-bench counts", header, rows, [note])]
 

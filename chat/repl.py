@@ -10,10 +10,11 @@ from typing import Any, TextIO
 
 from pocketlm.chat import saved, slash_commands, transcript
 from pocketlm.chat.console import BOLD, Console, OutputClosed
-from pocketlm.chat.dialogue import Chat, count
+from pocketlm.chat.dialogue import Chat
 from pocketlm.chat.endings import Terminated
 from pocketlm.chat.opening import Opening, OpeningFailed
 from pocketlm.errors import PocketlmError
+from pocketlm.terminal_text import count
 
 
 def run(

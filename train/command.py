@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-from pocketlm.errors import FileError, PocketlmError, UsageError, one_of
+from pocketlm.errors import FileError, UsageError, needed, one_of
 from pocketlm.export.model_config import read_pairs
 from pocketlm.runtime.atomic import write_file
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
@@ -94,10 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
     cadence, settings = _given(Cadence(), arguments), _given(preset.settings, arguments)
     shape = preset.shape if arguments.start else changed(preset.shape, said)
-    try:
+    with needed("training", "PyTorch", "'pocketlm[train]'"):
         import torch
-    except ImportError:
-        raise PocketlmError("training needs PyTorch; get it with: pip install 'pocketlm[train]'") from None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     _train(arguments, shape, arguments.tokenizer or preset.tokenizer, settings, cadence, stages)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, needed
 from pocketlm.runtime.sampling import Sampler, make_sampler
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train import log
@@ -53,10 +53,8 @@ def optimiser(model: Decoder, settings: Settings) -> Any:
         fused = model.tok_emb.weight.device.type != "mps"  # PyTorch 2.4 has none there
         return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=fused)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed here
-    try:
+    with needed("--optimizer adamw8bit", "bitsandbytes"):
         from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError:
-        raise PocketlmError("--optimizer adamw8bit needs bitsandbytes; get it with: pip install bitsandbytes") from None
     on_gpu = model.tok_emb.weight.device.type == "cuda"  # where its state may be moved out of the GPU's memory
     return AdamW8bit(groups, settings.lr, (0.9, settings.beta2), is_paged=on_gpu)
 
