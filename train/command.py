@@ -75,7 +75,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status. Raises PocketlmError for everything a user can cause."""
     if arguments.plot is not None:
-        log.check_can_plot()
+        with needed("drawing", "matplotlib"):
+            import matplotlib  # noqa: F401
         if not arguments.data and not arguments.mix:
             print(log.plot(Path(arguments.plot or arguments.output or ".")))
             return 0
