@@ -14,7 +14,6 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from pocketlm.errors import FileError, PocketlmError, refused
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.code_cache import kept_folder
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import StatusLine
 
 Python = tuple[int, int]  # 3, 11
 PYTHONS: tuple[Python, ...] = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
@@ -94,7 +93,8 @@ def fetch(files: Sequence[Pinned], folder: Path | None = None) -> dict[str, Path
     own = folder or kept_folder("wheels")
     missing = [] if folder else [file for file in files if not (own / file.file).exists()]
     for number, file in enumerate(missing, 1):
-        with _announced(f"fetching {number} of {len(missing)}: {file.file}"):
+        with StatusLine() as line:
+            line.show(f"fetching {number} of {len(missing)}: {file.file}", instead=True)
             _fetch(file, own)
     for file in files:
         _check(own / file.file, file)
@@ -108,18 +108,6 @@ def _table() -> Iterator[Pinned]:
             source, _, file = path.rpartition("/")
             name, version, *_ = file.split("_" if source else "-")
             yield Pinned(name, version, file, sha256, source)
-
-
-@contextmanager
-def _announced(text: str) -> Iterator[None]:
-    """A line on standard error while something lasts; on a terminal it goes away afterwards."""
-    terminal = sys.stderr.isatty()
-    print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if terminal:
-            print(end="\r" + " " * len(text) + "\r", file=sys.stderr, flush=True)  # of what is printed controls are taken out
 
 
 def _fetch(file: Pinned, folder: Path) -> None:
