@@ -237,11 +237,8 @@ class ModelConfig:
                 except TypeError:
                     harmless = False
                 if not harmless:
-                    raise FileError(
-                        self.path,
-                        f"its configuration asks for {name} = {quoted(level[name])}",
-                        "pocketlm does not compute that",
-                    )
+                    problem = f"its configuration asks for {name} = {quoted(level[name])}"
+                    raise FileError(self.path, problem, "pocketlm does not compute that")
         window = self.raw("sliding_window", "attention_window")
         if "sliding_window" in computed:
             return
@@ -286,11 +283,8 @@ class ModelConfig:
         if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
             kind = "another base"
         if kind not in ("linear", "yarn", "llama3", "longrope", "su", "another base"):
-            raise FileError(
-                self.path,
-                f"scales its rotary positions by {quoted(kind)}",
-                "pocketlm does not; it knows linear, yarn, llama3 and longrope",
-            )
+            problem = f"scales its rotary positions by {quoted(kind)}"
+            raise FileError(self.path, problem, "pocketlm does not; it knows linear, yarn, llama3 and longrope")
 
         def number(name: str, default: float | None = None) -> float:
             value = scaling[name] if scaling.get(name) is not None else default
