@@ -19,14 +19,10 @@ from pocketlm.chat.thinking import Splitter, split
 from pocketlm.chat.transcript import Conversation, Record, shown
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError
+from pocketlm.terminal_text import count
 
 ANSWER_TOKENS = 1024  # the longest answer unless asked for another: a small model may never find its end
 MORE = "/more continues"
-
-
-def count(n: int, thing: str) -> str:
-    """ "1 turn", "2 turns"."""
-    return f"{n} {thing}{'s' * (n != 1)}"
 
 
 class Chat:

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import numpy as np
 
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
@@ -32,6 +32,7 @@ from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.sizes import BLOCK
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
+from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
@@ -44,7 +45,7 @@ PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the sec
 class _Scratch:
     """How large the working arrays of a run are: known before anything is allocated."""
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
         self.dim = round_up(hyper.head_dim, ROWS)
         products = [op for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
@@ -77,7 +78,7 @@ class NativeExecutor:
     same_bits = True
     single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
         weights that are NaN.
         """
@@ -113,7 +114,7 @@ class NativeExecutor:
 
     @staticmethod
     def memory(
-        plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
     ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
         do not fit they are read from the file as they are needed.
@@ -381,7 +382,7 @@ def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], p
         release_pages(source[piece])
 
 
-def _matrix_names(plan: P.Plan) -> list[str]:
+def _matrix_names(plan: Plan) -> list[str]:
     """Every tensor that is a matrix of a product or a table of an embedding, once."""
     names: dict[str, None] = {}
     for op in plan.ops:
