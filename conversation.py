@@ -11,13 +11,15 @@ import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.constrain import OPTIONS
+from pocketlm.errors import PocketlmError, UsageError, did_you_mean
+from pocketlm.runtime.ids import in_common
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
     from pocketlm.runtime.sampling import Sampler
 
+FEWEST_BORROWED = 8  # tokens: fewer are computed as fast as the locks are had
 ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 
 
@@ -61,6 +64,19 @@ class Conversation:
             other = model.adopt(Conversation(model, self.state.fork()))
         other._turns = self._turns
         return other
+
+    def remembered(self, ids: list[int]) -> int:
+        """How many of the first ids are in the cache."""
+        return in_common(self.state.ids, ids)
+
+    def borrow(self, others: Sequence[Conversation], ids: list[int]) -> None:
+        """Copy what one of the others, of the same model and context, has computed of the beginning of a prompt, where that is
+        more than what is here. The answer is the same, bit for bit.
+        """
+        best = max((other for other in others if other is not self), key=lambda other: other.remembered(ids), default=self)
+        if best.remembered(ids) >= self.remembered(ids) + FEWEST_BORROWED:
+            self._turns = None
+            self.state.borrow(best.state, ids)
 
     def save(self, path: str | Path, *, exactly: bool = False) -> None:
         """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is.
@@ -187,6 +203,7 @@ class Conversation:
         from pocketlm.runtime.sampling import make_sampler
 
         model = self._model
+        _check_names(sampling, how)
         if (cancel := how["cancel"]) is not None and not callable(getattr(cancel, "is_set", None)):
             raise UsageError(f"cancel is {cancel!r:.60}; it must be a threading.Event")
         n_vocab, end_ids = model.hyper.n_vocab, model._end_ids
@@ -225,6 +242,17 @@ def stop_strings(stop: Any) -> list[Any]:
     if stop is None:
         return []
     return list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
+
+
+def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
+    """UsageError for an option that there is none of, with the nearest one; `others`: those that are not of sampling."""
+    from pocketlm.runtime.sampling import SamplingOptions
+
+    known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "top_logprobs", "process"}
+    for name in sampling:
+        if name not in known:
+            near = did_you_mean(name, sorted(known.union(others, ["ignore_eos"])))
+            raise UsageError(f"{name}: there is no such option{near}")
 
 
 def given_ids(ids: Sequence[int]) -> list[int]:

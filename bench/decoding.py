@@ -33,7 +33,8 @@ from pocketlm.errors import PocketlmError
 from pocketlm.model import find_model
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.model_file import open_model
-from pocketlm.runtime.plan import Attend, read_plan
+from pocketlm.runtime.operations import Attend
+from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.threads import default_threads
 
 SEEN = 2000  # positions, in `caches`

@@ -82,19 +82,25 @@ def read(body: Any, is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool 
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
     fields = _CHAT if is_chat else _LLAMA_CPP if llama_cpp else _COMPLETION
-    ask = Ask(is_chat, llama_cpp, options={**defaults})
+    ask, defaults, given = Ask(is_chat, llama_cpp), {**defaults}, dict[str, tuple[str, Any]]()
     if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it
-        ask.options = {name: value for name, value in ask.options.items() if name not in OPTIONS}
+        defaults = {name: value for name, value in defaults.items() if name not in OPTIONS}
     if not (is_chat or llama_cpp):
-        ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
+        defaults.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():
         if value is None or name in UNHEEDED:
             continue
         if name in fields:
+            ask.options = {}
             fields[name](ask, name, value)
+            for option, wanted in ask.options.items():
+                first, before = given.setdefault(option, (name, wanted))
+                if before != wanted:
+                    raise _bad(name, f"and {first} ask for different things; give one of them")
         elif name not in NOTHING or not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[name]):
             hint = "" if name in NOTHING else did_you_mean(name[:40], fields, cutoff=0.7)
             raise _bad(name[:100], f"is not supported{hint}")
+    ask.options = {**defaults, **{option: wanted for option, (_, wanted) in given.items()}}
     if not (ask.messages if is_chat else ask.prompts):
         raise _bad("messages" if is_chat else "prompt", "is missing")
     if len(ask.prompts or [0]) * ask.n > MOST_CHOICES:

@@ -130,6 +130,17 @@ def test_forks_and_files_go_on_alike(model, tmp_path, n):
             same(model, logits, model.logits(ids + ending)[-1])
 
 
+@pytest.mark.parametrize("n", [40, 300, N - MARGIN, N - 7])
+def test_a_session_lends_only_what_its_windows_still_have(model, n):
+    donor, other, ids = model.session(), model.session(), TEXT.tolist()
+    donor.state.advance(ids)
+    again = [*ids[:n], 7, 8, 9]
+    other.state.borrow(donor.state, again)
+    assert len(other.state.ids) == (n if donor.state.cache.goes_on_from(n) else 0)
+    same(model, other.state.advance(again)[0], model.logits(again)[-1])
+    assert donor.state.ids == ids
+
+
 def test_a_file_of_one_executor_goes_on_in_the_other(path, tmp_path):
     for saves, loads in (("numpy", "native"), ("native", "numpy")):
         with pocketlm.load(path, backend=saves, threads=1) as model:
