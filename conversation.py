@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
@@ -85,7 +84,6 @@ class Conversation:
         """
         from pocketlm.runtime.state_file import write_state
 
-        path = as_path(path)
         with self.state.settled() as (ids, cache):
             write_state(path, ids[: self.state.n_exact] if exactly else ids, cache, self._computed_by(exactly))
 
@@ -99,7 +97,6 @@ class Conversation:
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        path = as_path(path)
         header = check_state(path, self.state.cache, self._computed_by(exactly))
         self._turns = None
         self.state.fill(lambda cache: read_state(path, header, cache))
@@ -225,16 +222,6 @@ class Conversation:
             is_over=guide.is_over if guide else None, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
-
-
-def as_path(name: Any) -> Path:
-    """The path that a text, bytes or a path object names. Raises UsageError for anything else: `open` would take a number for
-    a file that is open already, and close it.
-    """
-    try:
-        return Path(os.fsdecode(name))
-    except TypeError:
-        raise UsageError(f"{name!r:.60} is not the name of a file") from None
 
 
 def stop_strings(stop: Any) -> list[Any]:
