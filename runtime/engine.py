@@ -106,8 +106,7 @@ class Engine:
 
     def company(self, cache: Any) -> Company:
         """Who shares the next pass of a cache, as far as the last pass tells."""
-        others = [n for other, n in self._last.items() if other != id(cache)]
-        return Company(self.times, len(others), sum(others))
+        return Company(self.times, sum(n for other, n in self._last.items() if other != id(cache)))
 
     def _copy(self, logits: np.ndarray) -> np.ndarray:
         """A copy that outlives the pass."""

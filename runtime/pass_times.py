@@ -60,21 +60,20 @@ class Company(NamedTuple):
     """Who shares a text's next pass, as far as the last one tells."""
 
     times: PassTimes
-    others: int = 0  # texts beside this one
-    tokens: int = 0  # theirs in a pass
+    tokens: int = 0  # of other texts in a pass
 
     def best_length(self, chances: Sequence[float]) -> int:
         """How many tokens to draft, at most len(chances); 0 where that would not pay. `chances`: of each, that all up to it are
         right.
 
-        A longer pass costs everybody in it: where it takes r times as long, n texts have a token each in the time in which they
-        had r. So the draft brings what is expected of it, and costs n (r - 1) tokens.
+        A longer pass costs everybody in it: where it takes r times as long, there were r times as many tokens in the same
+        time, of all n in it. So the draft brings what is expected of it, and costs n (r - 1) tokens.
         """
-        texts, alone = 1 + self.others, 1 + self.tokens
-        best, gain, brings = 0, 1 + WORTH / texts, 0.0
+        alone = 1 + self.tokens
+        best, gain, brings = 0, 1 + WORTH / alone, 0.0
         for n, chance in enumerate(chances, 1):
             brings += chance
-            speed = (texts + brings) / (texts * self.times.ratio(alone, alone + n))  # of all together, beside that without
+            speed = (alone + brings) / (alone * self.times.ratio(alone, alone + n))  # of all together, beside that without
             if speed > gain:
                 best, gain = n, speed
         return best
