@@ -97,8 +97,8 @@ class Session:
             return other
 
     def borrow(self, other: Session, ids: list[int]) -> None:
-        """Copy what another session of the executor, of the same size, has computed of the beginning of `ids`, where that is more
-        than what is here of it: with the bits that it would have if it were computed again. PocketlmError after `end`.
+        """Copy what another session of the executor, of the same size, has computed of the beginning of `ids`, where that is
+        more than what is here of it: with the bits that it would have if it were computed again. PocketlmError after `end`.
         """
         claim = self.claim()
         one, two = sorted((self, other), key=id)  # two that borrow from each other wait in the same order
