@@ -265,7 +265,7 @@ def _generate(arguments: Arguments) -> int:
             if not arguments.json:
                 print(last.text, end="", flush=True)
         assert last is not None
-        speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
+        speed = last.tokens_per_second
         if arguments.json:
             result = {
                 "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,

@@ -220,7 +220,7 @@ class Conversation:
 
 
 def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
-    """UsageError for an option that there is not, with the nearest that there is; `others`: those that are not sampling's."""
+    """UsageError for an option that there is none of, with the nearest one; `others`: those that are not of sampling."""
     from pocketlm.runtime.sampling import SamplingOptions
 
     known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "top_logprobs", "process"}

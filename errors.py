@@ -26,9 +26,9 @@ def did_you_mean(
 
 
 def one_of(flag: str, value: str, words: Collection[str]) -> str:
-    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected gguf, onnx, did you mean gguf?"."""
+    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
     if value not in words:
-        raise UsageError(f"{flag} {value}: expected {', '.join(words)}{did_you_mean(value, words)}")
+        raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(value, words)}")
     return value
 
 
@@ -74,11 +74,25 @@ class FileError(PocketlmError):
 
 
 @contextmanager
+def needed(what: str, package: str, install: str = "") -> Iterator[None]:
+    """A package whose import fails in the block, as a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
+    try:
+        yield
+    except ImportError:
+        raise PocketlmError(f"{what} needs {package}; get it with: pip install {install or package}") from None
+
+
+@contextmanager
 def refused(
     path: object, advice: str = "", problem: str = "cannot be read", kinds: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice"."""
+    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice".
+
+    A text that is not UTF-8 too, with the place of its first wrong byte.
+    """
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
     except kinds as error:
         raise FileError(path, f"{problem} ({getattr(error, 'strerror', None) or error})", advice) from None

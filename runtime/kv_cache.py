@@ -170,11 +170,14 @@ class KVCache:
         """Of the first convolution's columns; 0 where there are none."""
         return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
-    def about_to_write(self, ids: np.ndarray) -> None:
+    def about_to_write(self, ids: np.ndarray | Sequence[int]) -> None:
         """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
         stop = self.length + len(ids)
         self.first = max(self.first, stop - self._ring)
-        self.ids[self.length : stop] = ids
+        if len(ids) == 1:
+            self.ids[self.length] = ids[0]
+        else:
+            self.ids[self.length : stop] = ids
 
     @property
     def id_before(self) -> int:

@@ -44,7 +44,7 @@ class Session:
         self._moved: int | None = None  # from which position on keys were moved here from elsewhere
         self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
-        self._lock = ForkedLock()
+        self.lock = ForkedLock()  # who computes holds it
         self._claim: object | None = None  # the present user's; None before the first and after `end`
         self._ended = ""  # why nobody can use this session any more
         self._settle()
@@ -67,7 +67,7 @@ class Session:
     @contextmanager
     def held(self, claim: object) -> Iterator[None]:
         """Nobody else computes inside. Raises PocketlmError where the claim has ended."""
-        with self._lock.here:
+        with self.lock.here:
             self.check(claim)
             yield
 
@@ -79,13 +79,13 @@ class Session:
     def end(self, reason: str) -> None:
         """Nobody can use this session any more, `reason` says why; returns when who is computing has stopped."""
         self._ended = reason
-        with self._lock.here:
+        with self.lock.here:
             self._claim = None
 
     def close(self, reason: str) -> None:
         """`end`, and give the cache's memory back."""
         self.end(reason)
-        with self._lock.here:
+        with self.lock.here:
             self._truncate(0)
             self.cache.release()
 
@@ -102,7 +102,7 @@ class Session:
         """
         claim = self.claim()
         one, two = sorted((self, other), key=id)  # two that borrow from each other wait in the same order
-        with one._lock.here, two._lock.here:
+        with one.lock.here, two.lock.here:
             self.check(claim)
             other.check_open()
             other._settle()
@@ -115,7 +115,7 @@ class Session:
     @contextmanager
     def settled(self) -> Iterator[tuple[list[int], Any]]:
         """The ids and the cache, which nobody changes inside. Raises PocketlmError after `end`."""
-        with self._lock.here:
+        with self.lock.here:
             self.check_open()
             self._settle()
             yield self.ids, self.cache
@@ -225,7 +225,7 @@ class Session:
 
     def _forward(self, ids: list[int], rows: int, use: Use) -> tuple[int, Any]:
         try:
-            taken, result = self.engine.run(self.cache, np.array(ids, np.int32), rows, use)
+            taken, result = self.engine.run(self.cache, ids if len(ids) == 1 else np.array(ids, np.int32), rows, use)
             self.ids += ids[:taken]
         except BaseException:
             self._settle()

@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -55,6 +56,8 @@ class WorkerThreads:
         self.check_open()
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
+        if self._lost.value:
+            self._keep_apart(range(1, self._active))
         self._finish()
         if self._lost.value or self._active < self.n_threads:
             self._adapt()
@@ -90,10 +93,38 @@ class WorkerThreads:
     def _finish(self) -> None:
         """Wake the threads that a begun run needs and do this thread's share; nothing if no run has begun."""
         if self._begun.value:
-            for tid in np.flatnonzero(self._workers["wake"]):
+            woken = np.flatnonzero(self._workers["wake"]).tolist()
+            if woken:
+                self._keep_apart(woken)
+            for tid in woken:
                 open_lock(self._locks[tid])
                 self._workers["wake"][tid] = 0
             self._work(self._address, 0)
+        if self._kept_apart:
+            self._let_go()
+
+    def _keep_apart(self, tids: Iterable[int]) -> None:
+        """Threads that are woken now, or were late, go to other processors than this one's (Linux). The system wakes a thread
+        on the waking one's processor where the others have slept, and takes ten milliseconds to move it.
+        """
+        if self._processor is None:
+            return
+        here = self._processor()
+        for thread in (self._threads[tid - 1].native_id for tid in tids):
+            if thread is None:
+                continue
+            with suppress(OSError):  # it has ended, or this program may not say where its threads run
+                allowed = os.sched_getaffinity(thread)
+                if len(allowed) > 1 and here in allowed:
+                    self._kept_apart.setdefault(thread, allowed)  # what an interrupted run has left there is the right one
+                    os.sched_setaffinity(thread, allowed - {here})
+
+    def _let_go(self) -> None:
+        """The threads stay where they are, and may run everywhere again."""
+        for thread, allowed in list(self._kept_apart.items()):
+            with suppress(OSError):
+                os.sched_setaffinity(thread, allowed)
+            del self._kept_apart[thread]
 
     def close(self) -> None:
         """End the threads, in the middle of a run too: that run raises PocketlmError. A second call does nothing."""
@@ -111,6 +142,8 @@ class WorkerThreads:
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
         self._record["advise"] = _advise()
+        self._processor = getattr(self._library, "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+        self._kept_apart: dict[int, set[int]] = {}  # system's number of a thread -> the processors that it may run on
         self._locks = [closed_lock() for _ in range(self.n_threads)]
         # the threads own the memory they compute in, but not this object: it can be collected, and then they end
         wait = self._core.function("wait", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
