@@ -216,6 +216,30 @@ def test_two_names_that_say_the_same_are_no_contradiction(server):
     assert server.post(CHAT, {**body, "max_completion_tokens": 4, "max_tokens": None}).json["choices"] == both["choices"]
 
 
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ('{"messages": [{"role": "user", "content": "x"}], "temperature": 0, "temperature": 1}', "temperature stands twice"),
+        ('{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "content stands twice"),
+        ('{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature is nan"),
+        ('{"prompt": "x"}', "it is a field of /v1/completions"),
+    ],
+)
+def test_what_a_body_says_twice_or_at_the_wrong_address(server, body, named):
+    reply = server.post(CHAT, body.encode())
+    assert reply.status == 400
+    assert named in reply.error["message"]
+
+
+def test_a_top_p_of_0_is_the_likeliest_token(server):
+    greedy = server.post(CHAT, hello()).json["choices"]
+    drawn = {name: value for name, value in hello().items() if name != "temperature"}
+    for top_p in (0, 0.0):
+        reply = server.post(CHAT, {**drawn, "temperature": 2, "top_k": 0, "min_p": 0, "top_p": top_p, "seed": 5}).json
+        assert reply["choices"] == greedy
+    assert server.post(CHAT, hello(top_p=False)).status == 400
+
+
 def test_null_and_what_asks_for_nothing_is_no_field(server):
     nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "stop": None, "logprobs": None, "n": 1,
                "user": "me", "metadata": {"a": "b"}, "store": False}  # fmt: skip
