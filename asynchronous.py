@@ -6,6 +6,7 @@ In: something to iterate over in a thread of its own. Out: an asynchronous itera
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -53,6 +54,8 @@ class Handover:
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         self._post = _posts.setdefault(self._loop, _Post())
         self._parts: deque[Any] = deque()
+        self._wanted = False  # whether the reader waits for a part, and wants to be woken for it
+        self._looked = -math.inf  # when the reader was given parts last, by the loop's clock
         self._room = threading.Semaphore(ahead) if ahead else None
         self._error: BaseException | None = None
         self._ended = False
@@ -71,7 +74,9 @@ class Handover:
                 if self.cancel.is_set() and self._room is not None:
                     break  # nobody reads any more
                 self._parts.append(part)
-                self._call(self._arrived.set)
+                if self._wanted:
+                    self._wanted = False
+                    self._call(self._arrived.set)
         except BaseException as error:
             self._error = error
         self._call(lambda: self._end(ended))
@@ -92,16 +97,42 @@ class Handover:
 
     async def __anext__(self) -> Any:
         """The next part. Raises what the thread raised."""
-        while not self._parts:
-            if self._ended:
-                if self._error is not None:
-                    raise self._error
-                raise StopAsyncIteration
-            await self._arrived.wait()
-            self._arrived.clear()
+        if not self._parts and not await self._some():
+            raise StopAsyncIteration
         if self._room is not None:
             self._room.release()
         return self._parts.popleft()
+
+    async def several(self, pause: float) -> list[Any]:
+        """All parts that are there, one at least; none at the end. Those that come within so many seconds after the last call
+        are given together: for each time that the loop looks, threads lose the interpreter. Raises what the thread raised.
+        """
+        if not self._ended and (left := self._looked + pause - self._loop.time()) > 0:
+            clock = self._loop.call_later(left, self._arrived.set)
+            try:
+                await self._arrived.wait()  # or the end
+            finally:
+                clock.cancel()
+            self._arrived.clear()
+        parts = list[Any]()
+        if self._parts or await self._some():
+            while self._parts:
+                parts.append(await anext(self))
+        self._looked = self._loop.time()
+        return parts
+
+    async def _some(self) -> bool:
+        """Wait for a part; whether one has come, and not the end."""
+        while True:
+            self._wanted = True  # first: what comes from here on wakes
+            if self._parts or self._ended:
+                self._wanted = False
+                break
+            await self._arrived.wait()
+            self._arrived.clear()
+        if not self._parts and self._error is not None:
+            raise self._error
+        return bool(self._parts)
 
     def close(self) -> None:
         """The thread stops at its next part."""

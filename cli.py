@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from itertools import takewhile
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
     """
     argv = sys.argv[1:] if argv is None else argv
     _settle_encoding(sys.stdout)  # before the first help text, too
+    _mind_signals()
     try:
         arguments = _parse(argv, program)
         arguments.load, arguments.program = load, program
@@ -95,6 +97,12 @@ def _parse(argv: list[str], program: str) -> Arguments:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments
+
+
+def _mind_signals() -> None:
+    """The first process of a container is told to end, too: for that one, Linux drops SIGTERM as long as nothing handles it."""
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _settle_encoding(stream: Any, system: str = os.name) -> None:
@@ -257,7 +265,7 @@ def _generate(arguments: Arguments) -> int:
             if not arguments.json:
                 print(last.text, end="", flush=True)
         assert last is not None
-        speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
+        speed = last.tokens_per_second
         if arguments.json:
             result = {
                 "text": text, "ids": ids, "finish_reason": last.finish_reason, "model": model.name, "backend": model.backend,

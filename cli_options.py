@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, UsageError, refused
@@ -88,13 +89,8 @@ def open_model(arguments: argparse.Namespace) -> Any:
 
 def read_text(path: str) -> str:
     """The UTF-8 text of a file, or of standard input for `-`. Raises FileError."""
-    try:
-        if path == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        with refused(path, "check the path"), open(path, encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
+    with refused(path, "check the path"):
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:

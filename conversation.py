@@ -9,14 +9,16 @@ import math
 import operator
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.constrain import OPTIONS
+from pocketlm.errors import PocketlmError, UsageError, did_you_mean
+from pocketlm.runtime.ids import in_common
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
     from pocketlm.runtime.sampling import Sampler
 
+FEWEST_BORROWED = 8  # tokens: fewer are computed as fast as the locks are had
 ANSWER_ROOM = 256  # tokens kept free for an answer when old turns have to go
 
 
@@ -61,6 +64,19 @@ class Conversation:
         other._turns = self._turns
         return other
 
+    def remembered(self, ids: list[int]) -> int:
+        """How many of the first ids are in the cache."""
+        return in_common(self.state.ids, ids)
+
+    def borrow(self, others: Sequence[Conversation], ids: list[int]) -> None:
+        """Copy what one of the others, of the same model and context, has computed of the beginning of a prompt, where that is
+        more than what is here. The answer is the same, bit for bit.
+        """
+        best = max((other for other in others if other is not self), key=lambda other: other.remembered(ids), default=self)
+        if best.remembered(ids) >= self.remembered(ids) + FEWEST_BORROWED:
+            self._turns = None
+            self.state.borrow(best.state, ids)
+
     def save(self, path: str | Path, *, exactly: bool = False) -> None:
         """Write what the cache holds to a file, which `load` goes on from. Raises FileError; an older file stays as it is.
 
@@ -88,6 +104,9 @@ class Conversation:
     def close(self) -> None:
         """Give the cache's memory back. A second call does nothing."""
         self.state.close("this session is closed; ask the model for another one")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a session is neither copied nor pickled: fork it, or save it to a file and load that elsewhere")
 
     def __enter__(self) -> Conversation:
         return self
@@ -122,8 +141,8 @@ class Conversation:
         model = self._model
         ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else given_ids(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
-        how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
-        return self._stream(ids, decoder, sampling, ignore_eos, **how)
+        how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft}
+        return self._stream(ids, decoder, sampling, ignore_eos, stop=stop_strings(stop), **how)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -152,7 +171,7 @@ class Conversation:
             ids = ids[:n_bos] + ids[n_bos + lost :]
         else:
             ids = turns.fit(limit)
-        stop = [*model.template.stop, *([stop] if isinstance(stop, str) else stop)]
+        stop = [*model.template.stop, *stop_strings(stop)]
         decoder = model.tokenizer.stream_decoder(continues=True)
         how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
         how |= {"make_room": turns.drop_oldest if keep is None else None, "shift": bool(lost or turns.dropped), "keep": keep}
@@ -181,6 +200,9 @@ class Conversation:
         from pocketlm.runtime.sampling import make_sampler
 
         model = self._model
+        _check_names(sampling, how)
+        if (cancel := how["cancel"]) is not None and not callable(getattr(cancel, "is_set", None)):
+            raise UsageError(f"cancel is {cancel!r:.60}; it must be a threading.Event")
         n_vocab, end_ids = model.hyper.n_vocab, model._end_ids
         if model._tokenizer is not None:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
@@ -200,6 +222,24 @@ class Conversation:
             is_over=guide.is_over if guide else None, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
+
+
+def stop_strings(stop: Any) -> list[Any]:
+    """One string or several, or None, as a list; `generator.generate` looks at what is in it."""
+    if stop is None:
+        return []
+    return list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
+
+
+def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
+    """UsageError for an option that there is none of, with the nearest one; `others`: those that are not of sampling."""
+    from pocketlm.runtime.sampling import SamplingOptions
+
+    known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "top_logprobs", "process"}
+    for name in sampling:
+        if name not in known:
+            near = did_you_mean(name, sorted(known.union(others, ["ignore_eos"])))
+            raise UsageError(f"{name}: there is no such option{near}")
 
 
 def given_ids(ids: Sequence[int]) -> list[int]:
@@ -280,6 +320,8 @@ class Turns:
     ):
         from pocketlm.chat.templates import continued
 
+        if not isinstance(messages, Iterable):
+            raise UsageError(f"the messages are {messages!r:.60}; they must be a list of dicts")
         self._template, self._tokenizer = template, tokenizer
         self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
         last = self._messages[-1] if self._messages else {}

@@ -5,6 +5,7 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 """
 
 import itertools
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,9 +27,9 @@ def did_you_mean(
 
 
 def one_of(flag: str, value: str, words: Collection[str]) -> str:
-    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected gguf, onnx, did you mean gguf?"."""
+    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
     if value not in words:
-        raise UsageError(f"{flag} {value}: expected {', '.join(words)}{did_you_mean(value, words)}")
+        raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(value, words)}")
     return value
 
 
@@ -64,6 +65,17 @@ class UsageError(PocketlmError):
     exit_status = 2
 
 
+def whole_number(name: str, value: Any, low: int, high: int, why: str = "") -> int:
+    """`value` as a Python int. Raises UsageError for what is no whole number from `low` to `high`: text and True are none."""
+    try:
+        number = operator.index(value) if not isinstance(value, bool) else low - 1
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        raise UsageError(f"{name} {value!s:.40}: expected {low} to {high}{why}")
+    return number
+
+
 class FileError(PocketlmError):
     """Something is wrong with one file."""
 
@@ -74,11 +86,25 @@ class FileError(PocketlmError):
 
 
 @contextmanager
+def needed(what: str, package: str, install: str = "") -> Iterator[None]:
+    """A package whose import fails in the block, as a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
+    try:
+        yield
+    except ImportError:
+        raise PocketlmError(f"{what} needs {package}; get it with: pip install {install or package}") from None
+
+
+@contextmanager
 def refused(
     path: object, advice: str = "", problem: str = "cannot be read", kinds: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice"."""
+    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice".
+
+    A text that is not UTF-8 too, with the place of its first wrong byte.
+    """
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
     except kinds as error:
         raise FileError(path, f"{problem} ({getattr(error, 'strerror', None) or error})", advice) from None

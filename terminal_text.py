@@ -10,7 +10,9 @@ from __future__ import annotations
 import builtins
 import re
 import sys
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+Line = TypeVar("Line", bound="StatusLine")
 
 # All of C0 and C1 but tab and newline
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -32,6 +34,40 @@ def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None 
     if out is not None and (out is sys.stderr or out.isatty()):
         texts = map(without_controls, texts)
     builtins.print(*texts, sep=sep, end=end, file=out, flush=flush)
+
+
+class StatusLine:
+    """A line of standard error that is written over, where that is a terminal. `with` clears it at the end."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = ""
+
+    def show(self, text: str, instead: bool = False) -> None:
+        """`instead`: where there is no terminal, as a line that stays."""
+        if self.is_terminal and text != self._shown:
+            print("", text.ljust(len(self._shown)), sep="\r", end="", file=sys.stderr, flush=True)
+            self._shown = text
+        elif instead and not self.is_terminal:
+            print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """What is shown stays."""
+        if self._shown:
+            print(file=sys.stderr)
+            self._shown = ""
+
+    def __enter__(self: Line) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            print("", " " * len(self._shown), "", sep="\r", end="", file=sys.stderr, flush=True)
+
+
+def count(n: int, thing: str) -> str:
+    """ "1 turn", "2 turns"."""
+    return f"{n} {thing}{'s' * (n != 1)}"
 
 
 def clock(seconds: float) -> str:

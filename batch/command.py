@@ -12,7 +12,7 @@ from typing import Any
 
 from pocketlm.cli_options import form_keywords, open_model, running_keywords, sampling_keywords
 from pocketlm.errors import UsageError
-from pocketlm.terminal_text import clock, print
+from pocketlm.terminal_text import StatusLine, clock, print
 
 SLOTS = 8
 EVERY = 0.5, 30.0  # seconds between two words on how far it is: to a terminal, and to what is not
@@ -45,12 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     with _machine(arguments, settings) as machine:
         key = prompts.key(machine.made_of, settings.seed, sorted(defaults.items()), __version__)
         with Answers(Path(arguments.output), key, prompts.n_lines) as answers:
-            progress = Progress(prompts.n_lines, answers.n_done, arguments.program)
-            for written in machine.answers(line for line in prompts if line.number not in answers):
-                answers.add(written)
-                progress.show(answers.n_done, written.tokens)
-            answers.finish()
-            progress.end(arguments.output, answers.n_done, answers.n_errors)
+            with Progress(prompts.n_lines, answers.n_done, arguments.program) as progress:
+                for written in machine.answers(line for line in prompts if line.number not in answers):
+                    answers.add(written)
+                    progress.step(answers.n_done, written.tokens)
+                answers.finish()
+            print(progress.result(arguments.output, answers.n_done, answers.n_errors), file=sys.stderr)
     return 0
 
 
@@ -71,31 +71,31 @@ def _machine(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
             yield Machine(model, settings)
 
 
-class Progress:
+class Progress(StatusLine):
     """How far a run is, on stderr: on one line of a terminal, or on a line now and then. `done`: before it."""
 
     def __init__(self, n_lines: int, done: int, program: str):
         self._n_lines, self._before, self._program = n_lines, done, program
         self._began, self._tokens = time.monotonic(), 0
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._next = self._began + EVERY[not self._terminal]
+        super().__init__()
+        self._next = self._began + EVERY[not self.is_terminal]
         if done:
             print(f"{program}: {done:,} of {n_lines:,} lines are answered already", file=sys.stderr)
 
-    def show(self, done: int, tokens: int) -> None:
+    def step(self, done: int, tokens: int) -> None:
         """One more line is answered, with so many tokens."""
         self._tokens += tokens
         if (now := time.monotonic()) >= self._next:
-            self._next = now + EVERY[not self._terminal]
+            self._next = now + EVERY[not self.is_terminal]
             seconds = now - self._began
             left = clock((self._n_lines - done) * seconds / (done - self._before))
             share, speed = done / self._n_lines, self._tokens / max(seconds, 1e-9)
             text = f"{done:,}/{self._n_lines:,} lines {share:4.0%}  {speed:,.0f} tokens/s  {left} left"
-            print(text.ljust(70) if self._terminal else text, end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+            self.show(text, instead=True)
 
-    def end(self, output: str, done: int, errors: int) -> None:
-        """All is written."""
+    def result(self, output: str, done: int, errors: int) -> str:
+        """What there is to say when all is written."""
         seconds = time.monotonic() - self._began
         failed = f", {errors:,} of them errors" if errors else ""
         speed = f"{self._tokens:,} tokens in {clock(seconds)}, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
-        print(f"{output}: {done:,} answers{failed}; {speed}".ljust(70 if self._terminal else 0), file=sys.stderr)
+        return f"{output}: {done:,} answers{failed}; {speed}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterable
 from typing import Any, cast
 
 import llama_cpp as package
@@ -57,21 +58,23 @@ class Llama:
         parts = []
         for start in range(0, len(ids), BATCH):
             block = ids[start : start + BATCH].tolist()
-            last = start + BATCH >= len(ids)
-            self._decode(block, rows == "all", last)
+            last = start + len(block) - 1 if start + BATCH >= len(ids) else -1
+            entries = [(token, self._length + i, 0, rows == "all" or start + i == last) for i, token in enumerate(block)]
+            self._decode(self._context, entries)
+            self._length += len(block)
             if rows == "all":
                 parts.append(self._rows(lib.llama_get_logits(self._context), len(block)).copy())
         return np.concatenate(parts) if parts else self._rows(lib.llama_get_logits_ith(self._context, -1), 1)
 
-    def _decode(self, block: list[int], every: bool, last: bool) -> None:
+    def _decode(self, context: Any, entries: list[tuple[int, int, int, bool]]) -> None:
+        """One pass over (token, position, sequence, whether its logits are wanted)."""
         batch = self._batch
-        batch.n_tokens = len(block)
-        for i, token in enumerate(block):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self._length + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, every or (last and i == len(block) - 1)
-        if lib.llama_decode(self._context, batch):
-            raise PocketlmError(f"llama_decode failed at position {self._length}")
-        self._length += len(block)
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
+        if lib.llama_decode(context, batch):
+            raise PocketlmError(f"llama_decode failed at position {entries[0][1]}")
 
     def _rows(self, logits: Any, n: int) -> np.ndarray:
         """llama.cpp's own memory as an array [n, n_vocab]."""
@@ -85,25 +88,21 @@ class Llama:
         context: Any = lib.llama_init_from_model(self._model, options)
         if not context:
             raise PocketlmError("llama.cpp has no context for so many sequences")
+
+        def each(tokens: Iterable[int], position: int) -> None:
+            self._decode(context, [(token, position, sequence, True) for sequence, token in enumerate(tokens)])
+            lib.llama_get_logits(context)  # waits until they are there
+
         try:
             for at, id in enumerate(prompt):
-                self._decode_each(context, [id] * conversations, at)
-            self._decode_each(context, list(range(conversations)), len(prompt))
+                each([id] * conversations, at)
+            each(range(conversations), len(prompt))
             started = time.perf_counter()
             for at in range(len(prompt) + 1, len(prompt) + 1 + n_tokens):
-                self._decode_each(context, [(7 * at + i) % self._n_vocab for i in range(conversations)], at)
+                each([(7 * at + i) % self._n_vocab for i in range(conversations)], at)
             return time.perf_counter() - started
         finally:
             lib.llama_free(context)
-
-    def _decode_each(self, context: Any, tokens: list[int], position: int) -> None:
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, position, 1, i, True
-        if lib.llama_decode(context, batch):
-            raise PocketlmError(f"llama_decode failed at position {position} of {len(tokens)} sequences")
-        lib.llama_get_logits(context)  # waits until they are there
 
     def complete(self, text: str, n_tokens: int) -> tuple[int, float]:
         if self._user is None:

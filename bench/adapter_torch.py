@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pocketlm.bench.protocol import Skipped
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes, rope_tables
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,7 +37,7 @@ class Torch:
         saved = torch.load(path, mmap=True, weights_only=True)
         weights: dict[str, Tensor] = saved["weights"]
         hyper = read_hyper(saved["metadata"], weights["token_embd.weight"].shape[0], path)
-        plan = P.make_plan(hyper, saved["shapes"], path)
+        plan = make_plan(hyper, saved["shapes"], path)
         self._embed, *blocks, norm, head = plan.ops
         layers = _layers(blocks)
         if any(_without_names(layer) != _without_names(layers[0]) for layer in layers):

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pocketlm.bench.protocol import Skipped
 from pocketlm.errors import PocketlmError
+from pocketlm.runtime import container
 from pocketlm.runtime.native.code_cache import kept_folder
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ def target(path: Path, kind: str) -> Path:
     root = Path(__file__).resolve().parents[1]
     for source in sorted(path.iterdir()) if path.is_dir() else [path]:
         with open(source, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
+            digest.update(container.digest(file, 0, source.stat().st_size))
     for name in SOURCES:
         digest.update((root / name).read_bytes())
     return folder() / f"{path.stem}-{digest.hexdigest()[:24]}{KINDS[kind].suffix}"
@@ -68,11 +68,7 @@ def _onnx(quant: str) -> Callable[[Path, Path], None]:
     def write(path: Path, out: Path) -> None:
         import onnx
 
-        from pocketlm.export.export import export
-        from pocketlm.export.from_model_file import read_model_file
-
-        part = out.with_name(f"part-{out.name}")
-        export(read_model_file(path), path, part, container="onnx", quant=quant)
+        part = _exported(path, out.with_name(f"part-{out.name}"), "onnx", quant)
         model = onnx.load(part, load_external_data=False)
         _logits_from(model)
         onnx.save(model, part)
@@ -86,6 +82,7 @@ def _logits_from(model: ModelProto) -> None:
 
     The file as exported computes them for the whole prompt, which nobody who generates needs: a fifth of SmolLM2's work.
     """
+    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
@@ -97,7 +94,7 @@ def _logits_from(model: ModelProto) -> None:
         node = makers[node.input[0]]  # the rounding of its input
     x, rows = node.input[0], "wanted_rows"
     for name, value in (("rows_end", 1 << 62), ("rows_axis", 1)):
-        graph.initializer.append(numpy_helper.from_array(_ints(value), name))
+        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
     graph.input.append(helper.make_tensor_value_info(FIRST_ROW, TensorProto.INT64, [1]))
     cut = helper.make_node("Slice", [x, FIRST_ROW, "rows_end", "rows_axis"], [rows], name=rows)
     for user in graph.node:
@@ -109,18 +106,13 @@ def _logits_from(model: ModelProto) -> None:
     graph.output[0].type.tensor_type.shape.dim[1].dim_param = "rows"
 
 
-def _ints(value: int) -> Any:
-    import numpy as np
-
-    return np.array([value], np.int64)
-
-
 def _torch(path: Path, out: Path) -> None:
     """Every tensor in float32 as PyTorch saves them, the matrices of one product stacked under joined names."""
     import torch
 
     from pocketlm.runtime.model_file import open_model
-    from pocketlm.runtime.plan import Linear, Logits, read_plan
+    from pocketlm.runtime.operations import Linear, Logits
+    from pocketlm.runtime.plan import read_plan
 
     part = out.with_name(f"part-{out.name}")
     with open_model(path) as opened:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import pocketlm
 from pocketlm.batch.local import sessions, spread
+from pocketlm.runtime.evaluation import cross_entropy
 from pocketlm.runtime.sampling import SamplingOptions
 
 SLOTS = 8
@@ -160,9 +161,7 @@ def scored(state: Any, context: Sequence[int], continuation: Sequence[int]) -> t
 
 
 def _judged(logits: np.ndarray, id: int) -> tuple[float, bool]:
-    row = logits.astype(np.float64)
-    top = row.max()
-    return float(row[id] - top - math.log(np.exp(row - top).sum())), bool(row.argmax() == id)
+    return -cross_entropy(logits.astype(np.float64)[None], np.array([id])), bool(logits.argmax() == id)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from pocketlm import __version__
 from pocketlm.bench.settling import settle
+from pocketlm.doctor.board import board
 from pocketlm.runtime import blas_threads
 from pocketlm.runtime.memory import available_bytes
 from pocketlm.runtime.threads import ThreadPool, default_threads, share
@@ -61,12 +62,8 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = board()
+    return found.model if found.is_raspberry_pi else ", ".join(found.cores)
 
 
 def bandwidth(n_threads: int) -> float:

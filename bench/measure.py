@@ -27,7 +27,7 @@ from pocketlm.runtime import memory
 from pocketlm.runtime.evaluation import TEXT
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.model_file import open_model, size_of
-from pocketlm.runtime.plan import Linear, Logits, read_plan
+from pocketlm.runtime.plan import read_plan
 from pocketlm.tokenizer import from_metadata
 
 Say = Callable[[str], None]
@@ -95,9 +95,7 @@ def open_subject(path: Path) -> Subject:
             raise FileError(path, "it holds a vocabulary but no model", "name a file with weights")
         plan = read_plan(opened.metadata, opened.tensors, path)
         hyper = plan.hyper
-        names = [name for op in plan.ops if isinstance(op, Linear | Logits) for name in op.matrix.weights]
-        shares = dict.fromkeys(names, 1.0) | plan.experts
-        read = int(sum(opened.tensors[name].data.nbytes * share for name, share in shares.items()))
+        read = plan.bytes_per_token(opened.tensors)
         tokenizer = from_metadata(opened.metadata, path)
         try:
             ids, takes_text = tokenizer.encode(TEXT, bos=tokenizer.adds_bos), bool(tokenizer.encode(USER_TEXT))

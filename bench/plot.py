@@ -10,8 +10,9 @@ from typing import Any
 
 from pocketlm.bench import summary
 from pocketlm.bench.tasks import TASKS, keys
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, needed
 from pocketlm.runtime.atomic import replacing_file
+from pocketlm.terminal_text import count
 
 # Okabe and Ito's palette (jfly.uni-koeln.de/color), from dark to light with hatches that differ in black and white too
 LOOKS = [("#0072B2", ""), ("#E69F00", "///"), ("#009E73", "..."), ("#CC79A7", "xxx"), ("#56B4E9", "\\\\\\")]
@@ -26,10 +27,8 @@ def require(path: Path) -> None:
     """PocketlmError where matplotlib is missing or `path` cannot be a picture: asked before minutes of measuring."""
     if path.suffix.lower() not in ENDINGS or not path.absolute().parent.is_dir():
         raise FileError(path, "is no picture in a folder that exists", f"name a file that ends in {', '.join(ENDINGS)}")
-    try:
+    with needed("--plot", "matplotlib"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise PocketlmError("--plot needs the package matplotlib; get it with: pip install matplotlib") from None
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -87,7 +86,7 @@ def _caption(result: dict[str, Any]) -> str:
     others = any(keys(model, task) for model in result["models"] for task in TASKS if not task.like_llama_bench)
     bars = " and ".join(["medians"] * others + ["means (pp, tg)"] * tests)
     if rounds < summary.FEWEST:
-        return f"Bars: {bars} of {rounds} round{'s' * (rounds > 1)}"
+        return f"Bars: {bars} of {count(rounds, 'round')}"
     lines = " and ".join(["what another run's may be off by"] * others + ["standard deviations"] * tests)
     return f"Bars: {bars} of {rounds} rounds; lines: ± {lines}"
 

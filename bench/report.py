@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from pocketlm.bench import machine, summary
 from pocketlm.bench.tasks import TASKS, Task, keys
+from pocketlm.terminal_text import count
 
 MB = 1e6
 Result = dict[str, Any]
@@ -86,12 +87,8 @@ def _speed(model: Result, settings: Result) -> list[Table]:
     header = ["tokens/s", *(task.column.format(key) for task, key in columns), *(["user sees"] if user else []), "status"]
     rounds, tokens = settings["rounds"], settings["tokens"]
     spread = "± what another run's median may be off by" if rounds >= summary.FEWEST else "too few for a ±"
-    note = f"after N: {tokens} tokens with N in the cache; medians of {_rounds(settings)}, {spread}"
+    note = f"after N: {tokens} tokens with N in the cache; medians of {count(rounds, 'round')}, {spread}"
     return [Table(_title(model), header, rows, [note])]
-
-
-def _rounds(settings: Result) -> str:
-    return f"{settings['rounds']} round{'s' if settings['rounds'] > 1 else ''}"
 
 
 def _like_llama_bench(model: Result, result: Result) -> list[Table]:
@@ -113,9 +110,9 @@ def _like_llama_bench(model: Result, result: Result) -> list[Table]:
                 rows.append([*of_model, row["name"], threads, task.column.format(key), figure])
     if not rows:
         return []
-    settings = result["settings"]
-    spread = "means ± standard deviations" if settings["rounds"] >= summary.FEWEST else "means"
-    note = f"N random tokens as one prompt (pp) or one by one (tg) from an empty cache; {spread} of {_rounds(settings)}"
+    rounds = result["settings"]["rounds"]
+    spread = "means ± standard deviations" if rounds >= summary.FEWEST else "means"
+    note = f"N random tokens as one prompt (pp) or one by one (tg) from an empty cache; {spread} of {count(rounds, 'round')}"
     header = ["model", "size", "params", "backend", "threads", "test", "t/s"]
     return [Table(f"{_title(model)}, as llama-bench counts", header, rows, [note])]
 
@@ -236,41 +233,17 @@ def terminal(result: Result, extra: Iterable[Table] = ()) -> str:
     return captured.get().rstrip("\n")
 
 
-def _facts(name: str) -> Callable[[Result, Result, Result], Any]:
-    return lambda result, model, row: row.get("facts", {}).get(name)
-
-
-def _agreement(name: str) -> Callable[[Result, Result, Result], Any]:
-    return lambda result, model, row: row.get("agreement", {}).get(name)
-
-
-# What of (the run, a model, a backend) stands in a line. Every line says which run it is of: lines of many files can be joined.
-CSV_COLUMNS: dict[str, Callable[[Result, Result, Result], Any]] = {
-    "time": lambda result, model, row: result["time"],
-    "cpu": lambda result, model, row: result["machine"]["cpu"],
-    "system": lambda result, model, row: result["machine"]["system"],
-    "cores": lambda result, model, row: result["machine"]["cores"],
-    "threads": lambda result, model, row: result["machine"]["threads"],
-    "rounds": lambda result, model, row: result["settings"]["rounds"],
-    "drift": lambda result, model, row: result["reference_loop"]["drift"],
-    "python": lambda result, model, row: result["machine"]["python"],
-    "packages": lambda result, model, row: "; ".join(f"{name} {n}" for name, n in result["machine"]["packages"].items()),
-    "model": lambda result, model, row: model["name"],
-    "backend": lambda result, model, row: row["name"],
-    "version": _facts("version"),
-    "build": _facts("build"),
-    "settings": _facts("settings"),
-    "status": lambda result, model, row: row["status"],
-    "reason": lambda result, model, row: row["reason"],
-    "load_seconds": lambda result, model, row: row.get("load_seconds"),
-    "first_token_seconds": lambda result, model, row: row.get("first_token_seconds"),
-    "user_tokens_per_second": lambda result, model, row: row.get("user", {}).get("median"),
-    "peak_bytes": lambda result, model, row: row.get("peak_bytes"),
-    "file_bytes": lambda result, model, row: row.get("file_bytes"),
-    "cosine": _agreement("cosine"),
-    "same_first": _agreement("same_first"),
-    "perplexity": _agreement("perplexity"),
-}
+# Where a column stands: in the run, in a model, in a backend's row. Every line says which run it is of: lines of many files can
+# be joined.
+CSV_COLUMNS = {
+    "time": "run.time", "cpu": "run.machine.cpu", "system": "run.machine.system", "cores": "run.machine.cores",
+    "threads": "run.machine.threads", "rounds": "run.settings.rounds", "drift": "run.reference_loop.drift",
+    "python": "run.machine.python", "packages": "run.machine.packages", "model": "model.name", "backend": "row.name",
+    "version": "row.facts.version", "build": "row.facts.build", "settings": "row.facts.settings", "status": "row.status",
+    "reason": "row.reason", "load_seconds": "row.load_seconds", "first_token_seconds": "row.first_token_seconds",
+    "user_tokens_per_second": "row.user.median", "peak_bytes": "row.peak_bytes", "file_bytes": "row.file_bytes",
+    "cosine": "row.agreement.cosine", "same_first": "row.agreement.same_first", "perplexity": "row.agreement.perplexity",
+}  # fmt: skip
 CSV_FIGURES = ("median", "low", "high", "uncertainty", "joules_per_token")
 CSV_TEST_FIGURES = ("mean", "deviation", *CSV_FIGURES)
 CSV_LATENCIES = ("p50", "p95", "p99")
@@ -278,22 +251,25 @@ CSV_LATENCIES = ("p50", "p95", "p99")
 
 def comma_separated(result: Result) -> str:
     """A line for every backend of every model; the columns of tasks are those of the settings."""
-    jobs = [(task, str(n)) for task in TASKS for n in result["settings"].get(task.setting, [])]
-    figures = [
-        (f"{task.name}_{n}_{figure}", task.name, n, figure)
-        for task, n in jobs for figure in (CSV_TEST_FIGURES if task.like_llama_bench else CSV_FIGURES)
-    ]  # fmt: skip
-    latencies = [
-        (f"{task.name}_{n}_{key}_ms", task.name, n, key) for task, n in jobs if task.generates for key in CSV_LATENCIES
-    ]
+    columns, latencies = dict(CSV_COLUMNS), {}
+    jobs = [(task, n) for task in TASKS for n in result["settings"].get(task.setting, [])]
+    for task, n in jobs:
+        names = CSV_TEST_FIGURES if task.like_llama_bench else CSV_FIGURES
+        columns |= {f"{task.name}_{n}_{name}": f"row.{task.name}.{n}.{name}" for name in names}
+        times = CSV_LATENCIES if task.generates else ()
+        latencies |= {f"{task.name}_{n}_{name}_ms": f"row.{task.name}.{n}.latency_ms.{name}" for name in times}
+    columns |= latencies
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, *(column for column, *_ in figures + latencies)])
+    writer.writerow(columns)
     for model in result["models"]:
         for row in model["backends"]:
-            writer.writerow([
-                *(column(result, model, row) for column in CSV_COLUMNS.values()),
-                *(row.get(task, {}).get(n, {}).get(figure) for _, task, n, figure in figures),
-                *(row.get(task, {}).get(n, {}).get("latency_ms", {}).get(key) for _, task, n, key in latencies),
-            ])  # fmt: skip
+            writer.writerow(_value({"run": result, "model": model, "row": row}, place) for place in columns.values())
     return out.getvalue().rstrip("\n")
+
+
+def _value(value: Any, place: str) -> Any:
+    """What stands at a place; None where there is nothing."""
+    for name in place.split("."):
+        value = None if value is None else value.get(name)
+    return "; ".join(f"{name} {text}" for name, text in value.items()) if isinstance(value, dict) else value

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import NamedTuple
 
+from pocketlm.bench.report import markdown_rows
 from pocketlm.model import find_model
 
 HEAD = ("server", "clients", "tokens/s", "beside one client", "first token, ms: half", "the last", "places out of order")
@@ -181,15 +182,14 @@ def main() -> None:
             except RuntimeError as error:
                 names.remove(name)
                 print(f"{name} is left out: {error}", file=sys.stderr)
-    rows = [HEAD, ("---", *["--:"] * (len(HEAD) - 1))]
+    rows = [[*HEAD]]
     for (name, number), rounds in found.items():
         speed = median(each.speed for each in rounds)
         alone = median(each.speed / one.speed for each, one in zip(rounds, found[name, clients[0]], strict=True))
         waits = (median(median(each.firsts) for each in rounds), median(max(each.firsts) for each in rounds))
         figures = (f"{speed:.0f}", f"{alone:.2f}", *(f"{1e3 * wait:.0f}" for wait in waits))
-        rows.append((name, str(number), *figures, str(max(each.places for each in rounds))))
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+        rows.append([name, str(number), *figures, str(max(each.places for each in rounds))])
+    print(*markdown_rows(rows), sep="\n")
 
 
 if __name__ == "__main__":

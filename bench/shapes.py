@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import needed
+from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.formats import FORMATS, dequantize
 from pocketlm.runtime.weights import HALF_SCALES
 
@@ -44,17 +45,14 @@ def find(name: str, folder: Path) -> Path:
     path = folder / f"{name}.gguf"
     if not path.exists():
         shape, _, kind = name.rpartition("-")
-        part = path.with_suffix(".part")
-        _write(part, SHAPES[shape], kind)
-        part.replace(path)
+        with replacing_file(path) as part:
+            _write(part, SHAPES[shape], kind)
     return path
 
 
 def _write(path: Path, shape: Shape, kind: str) -> None:
-    try:
+    with needed("a shape with random weights", "gguf"):
         import gguf
-    except ImportError:
-        raise PocketlmError("a shape with random weights needs the package gguf; get it with: pip install gguf") from None
     random, is_llama = np.random.default_rng(0), shape.n_kv_head > 0
     writer: Any = gguf.GGUFWriter(str(path), "llama" if is_llama else "gpt2")
     writer.add_context_length(shape.n_ctx)

@@ -9,7 +9,6 @@ Linux, for Linux, CPython is this one too: it runs wherever the C library is as 
 
 from __future__ import annotations
 
-import functools
 import io
 import re
 import sys
@@ -281,12 +280,7 @@ def _is_module(name: str) -> bool:
 
 def _library(name: str, folders: Iterable[Path]) -> Path | None:
     """Windows' libraries are looked for as Windows does, whatever the case of the letters."""
-    return next((folder / file for folder in folders for file in _names(folder) if file.lower() == name.lower()), None)
-
-
-@functools.cache
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return next((folder / file for folder in folders for file in modules.names(folder) if file.lower() == name.lower()), None)
 
 
 def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:

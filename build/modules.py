@@ -74,8 +74,8 @@ def _file(name: str, folders: Sequence[Path]) -> Path | None:
     *parts, last = name.split(".")
     for root in folders:
         folder = root.joinpath(*parts)
-        files = _names(folder)
-        if "__init__.py" in _names(folder / last if last in files else folder / "?"):
+        files = names(folder)
+        if "__init__.py" in names(folder / last if last in files else folder / "?"):
             return folder / last / "__init__.py"
         for file in files:
             if file.startswith(f"{last}.") and file.endswith(COMPILED) and not _FREE_THREADED.search(file):
@@ -86,7 +86,8 @@ def _file(name: str, folders: Sequence[Path]) -> Path | None:
 
 
 @functools.cache
-def _names(folder: Path) -> list[str]:
+def names(folder: Path) -> list[str]:
+    """What is in a folder, in order; nothing where there is none."""
     return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 

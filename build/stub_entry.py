@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pocketlm.chat.opening import Opening
     from pocketlm.runtime.container import Packed
 
+_openings: list[Opening] = []  # models that are opened while the user does something else
 HOW_TO = "Write something and press Enter. To leave: /quit"
 _HELP = """\
 A conversation with a language model. Everything happens on this computer: no network is used.
@@ -81,6 +83,8 @@ def main() -> None:
             traceback.print_exc()
     if 0 < status < 128 and terminal.is_own():  # from 128 on somebody has ended it
         terminal.wait_for_key()
+    if any(opening.is_busy for opening in _openings):  # Python's own end would take away what that thread is using
+        os._exit(status)
     sys.exit(status)
 
 
@@ -148,7 +152,8 @@ def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
     import pocketlm
     from pocketlm.chat.opening import Opening
 
-    return Opening(partial(pocketlm.load, *arguments, **options), title)
+    _openings.append(Opening(partial(pocketlm.load, *arguments, **options), title))
+    return _openings[-1]
 
 
 def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:

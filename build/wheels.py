@@ -7,7 +7,6 @@ writes it: `wheels.sha256` (fetched by pip, as pip is configured) and `debian.sh
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -15,14 +14,14 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pocketlm.errors import FileError, PocketlmError, refused
+from pocketlm.runtime import container
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.code_cache import kept_folder
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import StatusLine
 
 Python = tuple[int, int]  # 3, 11
 PYTHONS: tuple[Python, ...] = ((3, 10), (3, 11), (3, 12), (3, 13), (3, 14))
@@ -94,7 +93,8 @@ def fetch(files: Sequence[Pinned], folder: Path | None = None) -> dict[str, Path
     own = folder or kept_folder("wheels")
     missing = [] if folder else [file for file in files if not (own / file.file).exists()]
     for number, file in enumerate(missing, 1):
-        with _announced(f"fetching {number} of {len(missing)}: {file.file}"):
+        with StatusLine() as line:
+            line.show(f"fetching {number} of {len(missing)}: {file.file}", instead=True)
             _fetch(file, own)
     for file in files:
         _check(own / file.file, file)
@@ -108,18 +108,6 @@ def _table() -> Iterator[Pinned]:
             source, _, file = path.rpartition("/")
             name, version, *_ = file.split("_" if source else "-")
             yield Pinned(name, version, file, sha256, source)
-
-
-@contextmanager
-def _announced(text: str) -> Iterator[None]:
-    """A line on standard error while something lasts; on a terminal it goes away afterwards."""
-    terminal = sys.stderr.isatty()
-    print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if terminal:
-            print(end="\r" + " " * len(text) + "\r", file=sys.stderr, flush=True)  # of what is printed controls are taken out
 
 
 def _fetch(file: Pinned, folder: Path) -> None:
@@ -162,8 +150,6 @@ def _from_debian(file: Pinned, to: Path) -> None:
 
 def _check(path: Path, file: Pinned) -> None:
     with refused(path, "it is needed to compose an executable"), open(path, "rb") as data:
-        digest = hashlib.sha256()
-        while chunk := data.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != file.sha256:
+        found = container.digest(data, 0, path.stat().st_size)
+    if found.hex() != file.sha256:
         raise FileError(path, "is not the file that pocketlm knows by this name (its SHA-256 differs)", "remove it")

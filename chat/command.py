@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pocketlm.chat import saved, transcript
 from pocketlm.errors import FileError, refused
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import count, print
 
 Arguments = argparse.Namespace
 
@@ -58,4 +58,4 @@ def _export(target: Path, source: Path) -> str:
         raise FileError(target, "is there already", "choose another name for the page") from None
     except OSError as error:
         raise FileError(target, f"cannot be written ({error.strerror or error})") from None
-    return f"{target}: {conversation.n_turns} turn{'s' * (conversation.n_turns != 1)}"
+    return f"{target}: {count(conversation.n_turns, 'turn')}"

@@ -19,14 +19,10 @@ from pocketlm.chat.thinking import Splitter, split
 from pocketlm.chat.transcript import Conversation, Record, shown
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError
+from pocketlm.terminal_text import count
 
 ANSWER_TOKENS = 1024  # the longest answer unless asked for another: a small model may never find its end
 MORE = "/more continues"
-
-
-def count(n: int, thing: str) -> str:
-    """ "1 turn", "2 turns"."""
-    return f"{n} {thing}{'s' * (n != 1)}"
 
 
 class Chat:
@@ -196,10 +192,9 @@ class Chat:
 
     def _figures(self) -> str:
         last, used, n_ctx = self._last, self.model.context_used, self.model.n_ctx
-        speed = last.generated_tokens / last.generation_seconds if last.generation_seconds else 0.0
         cut = f" · cut off, {MORE}" if last.finish_reason == "length" else ""
         tokens = count(last.generated_tokens, "token")
-        return f"{speed:.1f} tokens/s · {tokens} · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
+        return f"{last.tokens_per_second:.1f} tokens/s · {tokens} · context {used}/{n_ctx} ({used / n_ctx:.0%}){cut}"
 
     def statistics(self) -> list[str]:
         """Lines about the model and the last answer."""

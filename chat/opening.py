@@ -30,6 +30,7 @@ class Opening:
         self._model: Any = None
         self._error: BaseException | None = None
         self._cancel, self._done = threading.Event(), threading.Event()
+        self._closing = False
 
     def start(
         self, messages: list[dict[str, str]], failed: Callable[[OpeningFailed], object],
@@ -57,6 +58,13 @@ class Opening:
             failed(OpeningFailed(error))
         finally:
             self._done.set()
+            if self._closing and self._model is not None:
+                self._model.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is still being opened, or computing what the first answer would wait for."""
+        return self._thread is not None and not self._done.is_set()
 
     @property
     def is_open(self) -> bool:
@@ -73,11 +81,12 @@ class Opening:
         return self._model
 
     def close(self) -> None:
-        """Stop what goes on, and close the model."""
+        """Stop what goes on, and close the model. Nobody who leaves waits for one that is still being opened: that is closed
+        when it is open, should the process live so long.
+        """
+        self._closing = True
         self._cancel.set()
-        if self._thread is not None:
-            self._done.wait()
-        if self._model is not None:
+        if self._model is not None and not self.is_busy:
             self._model.close()
 
     def __enter__(self) -> "Opening":

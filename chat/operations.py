@@ -7,6 +7,7 @@ Filters and tests compute with Jinja's own functions, so their results are Jinja
 
 import json
 import operator
+import os
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -190,7 +191,7 @@ def _raise_exception(message: str = "") -> None:
 def _strftime_now(form: str) -> str:
     if not isinstance(form, str) or len(form) > SHORT or "%" in re.sub(r"%-?[A-Za-z%]", "", form):
         raise TemplateError("it asks for the date in a form that is not for templates")
-    return datetime.now().strftime(form)
+    return datetime.now().strftime(form.replace("%-", "%#") if os.name == "nt" else form)  # a day without its zero
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -10,10 +10,11 @@ from typing import Any, TextIO
 
 from pocketlm.chat import saved, slash_commands, transcript
 from pocketlm.chat.console import BOLD, Console, OutputClosed
-from pocketlm.chat.dialogue import Chat, count
+from pocketlm.chat.dialogue import Chat
 from pocketlm.chat.endings import Terminated
 from pocketlm.chat.opening import Opening, OpeningFailed
 from pocketlm.errors import PocketlmError
+from pocketlm.terminal_text import count
 
 
 def run(
@@ -44,10 +45,9 @@ def run(
     `sampling`: keywords of `model.chat`. `resume`: go on with the last conversation that a person held with this model, or
     with the one of that name. `save`: None keeps the conversations of people, and not those of programs; False keeps no
     input history either. `template`: a built-in name or a Jinja file in place of the model's own. `think`: "on", "off" or
-    "hide", as /think. `title`: what the banner
-    shows in place of name and figures; `greeting`: what it says. `model_id`: what the model's conversations are recognised
-    by, in place of its fingerprint; `program`: what errors begin with. `watch` is asked after every answer of a conversation at
-    a terminal: what it says of the machine is noted.
+    "hide", as /think. `title`: what the banner shows in place of name and figures; `greeting`: what it says. `model_id`: what
+    the model's conversations are recognised by, in place of its fingerprint; `program`: what errors begin with. `watch` is
+    asked after every answer of a conversation at a terminal: what it says of the machine is noted.
     Raises PocketlmError for what is wrong before the first message.
     """
     console = Console(stdin, stdout, stderr, one_shot=question is not None)

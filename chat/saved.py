@@ -15,7 +15,7 @@ from pocketlm.chat import states
 from pocketlm.chat.thinking import split
 from pocketlm.chat.transcript import Conversation, chats_folder, load
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.terminal_text import without_controls
+from pocketlm.terminal_text import count, without_controls
 
 MOST_DIGITS = 4  # a longer number is the beginning of a name, which starts with a year
 
@@ -93,7 +93,7 @@ def _facts(path: Path) -> tuple[str, ...]:
         return (f"({error.problem})",)
     except OSError:
         return ("(deleted)",)
-    turns = f"{conversation.n_turns} turn{'s' * (conversation.n_turns != 1)}"
+    turns = count(conversation.n_turns, "turn")
     words = " ".join(conversation.messages[0]["content"].split()) if conversation.messages else ""
     return (conversation.model or "(no model)", changed, turns, words if len(words) <= 40 else words[:39] + "…")
 

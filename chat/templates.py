@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketlm.chat.markers import Markers, encode_between, without_markers
 from pocketlm.chat.thinking import Tags, tags_of
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, refused
 
 if TYPE_CHECKING:
     from pocketlm.tokenizer import Tokenizer
@@ -320,10 +320,8 @@ def named(name: str, tokenizer: Tokenizer) -> Template:
     path = Path(name)
     if not path.is_file():
         raise FileError(name, "no such template file", f"or use a built-in one: {', '.join(BUILT_IN)}")
-    try:
+    with refused(name):
         return choose(path.read_text(encoding="utf-8"), tokenizer)
-    except (OSError, UnicodeError) as error:
-        raise FileError(name, f"cannot be read as a template ({error})") from None
 
 
 def continued(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -31,9 +31,8 @@ NO_RULES: dict[str, Any] = {}
 class Tokens(Protocol):
     """Of a tokenizer, what is asked of it here."""
 
-    n_vocab: int
-
-    def token_bytes(self, token_id: int) -> bytes: ...
+    def all_bytes(self) -> list[bytes]: ...
+    def special_ids(self) -> list[int]: ...
     def is_control(self, token_id: int) -> bool: ...
     def starts_anew_after(self, token_id: int) -> bool: ...
 
@@ -149,9 +148,13 @@ class Guides:
         with self._reading:
             if self._vocabulary is None:
                 tokenizer, ends = self._tokenizer, self._end_ids
-                # after some markers of SentencePiece's a token loses its space: what it would be depends on them
-                silent = {id for id in range(tokenizer.n_vocab) if tokenizer.is_control(id) or tokenizer.starts_anew_after(id)}
-                tokens = [b"" if id in silent or id in ends else tokenizer.token_bytes(id) for id in range(tokenizer.n_vocab)]
+                tokens = tokenizer.all_bytes()
+                for id in tokenizer.special_ids():
+                    # after some markers of SentencePiece's a token loses its space: what it would be depends on them
+                    if tokenizer.is_control(id) or tokenizer.starts_anew_after(id):
+                        tokens[id] = b""
+                for id in ends:
+                    tokens[id] = b""
                 self._vocabulary = Vocabulary(tokens, sorted(ends), self._n_vocab)
             return self._vocabulary
 

@@ -25,16 +25,15 @@ class Vocabulary:
         self.end_ids = np.array(sorted(end_ids), np.intp)
         self.tokens = tokens
         self.counted: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}  # see `Masks`
-        order = sorted((id for id, data in enumerate(tokens) if data), key=tokens.__getitem__)
-        sizes = np.array([len(tokens[id]) for id in order], np.int64)
-        data = np.frombuffer(b"".join([tokens[id] for id in order]), np.uint8)
-        starts = np.cumsum(sizes) - sizes
-        ids = np.array(order, np.intp)
+        ids = np.array(sorted([id for id, data in enumerate(tokens) if data], key=tokens.__getitem__), np.intp)
+        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        starts = (np.cumsum(sizes) - sizes)[ids]
+        sizes, data = sizes[ids], np.frombuffer(b"".join(tokens), np.uint8)
         self.node_of = np.zeros(n_vocab, np.intp)
-        node = np.zeros(len(order), np.int64)  # of each token, as far as we have come
-        alive = np.arange(len(order))
+        node = np.zeros(len(ids), np.int64)  # of each token, as far as we have come
+        alive = np.arange(len(ids))
         bytes_, parents, n_nodes = [np.zeros(1, np.uint8)], [np.zeros(1, np.int64)], 1
-        for depth in range(int(sizes.max()) if len(order) else 0):
+        for depth in range(int(sizes.max(initial=0))):
             alive = alive[sizes[alive] > depth]
             byte, parent = data[starts[alive] + depth], node[alive]
             # in sorted tokens, those of one node are neighbours
@@ -67,7 +66,7 @@ class Vocabulary:
     def plain(self) -> tuple[bytes, array[int], array[int]]:
         """`byte`, `first_child` and the end of the children, to be looked up one by one."""
         ends = self.first_child + self.n_children
-        return self.byte.tobytes(), array("q", self.first_child.tolist()), array("q", ends.tolist())
+        return self.byte.tobytes(), array("q", self.first_child.tobytes()), array("q", ends.tobytes())
 
     @cached_property
     def _by_byte(self) -> tuple[np.ndarray, np.ndarray]:

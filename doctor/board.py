@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketlm.runtime.control_groups import text
+from pocketlm.runtime.small_files import text
 
 # Arm's part numbers (MIDR_EL1) of implementer 0x41, as far as they are in boards and phones: the Linux kernel's cputype.h
 _ARM_CORES = {

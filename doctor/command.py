@@ -19,7 +19,7 @@ from pocketlm.model import find_model
 from pocketlm.runtime.native import levels
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.threads import check_threads
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import count, print
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def describe(facts: Facts) -> str:
     code = f"code for {facts.level}" if facts.level else "no compiled code"
     rows = [
         ("machine", f"{what.model or 'unknown'}; {what.machine}, {what.bits} bits; {sys.platform}"),
-        ("processor", f"{cores}; {facts.threads} thread{'s' * (facts.threads > 1)}, {code}"),
+        ("processor", f"{cores}; {count(facts.threads, 'thread')}, {code}"),
         ("speed", _speed(facts)),
         ("memory", _memory(facts)),
         ("heat, power", _health(facts)),

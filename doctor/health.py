@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketlm.runtime.control_groups import number, text
+from pocketlm.runtime.small_files import number, text
 
 # bits of get_throttled: Raspberry Pi's documentation of vcgencmd. The same, 16 bits higher, for "has been so since the start"
 _BITS = ("power is too weak", "the frequency is capped", "it is throttled", "the soft limit of temperature is reached")

@@ -2,7 +2,7 @@
 
 In: paths of model files, the free memory and the speed of memory. Out: a `Fit` for each. Knows files and plans, no boards.
 
-A token reads every weight once (of a table of tokens only a row), so memory's speed divided by these bytes is the prediction.
+A token reads every matrix once (of a table of tokens only a row), so memory's speed divided by these bytes is the prediction.
 Models that the processor's caches hold, whole or in part, are faster; processors that compute more slowly than they read are
 slower.
 """
@@ -53,7 +53,6 @@ def fit(path: Path, free: int | None, bytes_per_second: float | None, n_threads:
             if not file.tensors:
                 raise FileError(path, "it holds a vocabulary but no model")
             plan = read_plan(file.metadata, file.tensors, path)
-            sizes = {name: file.tensors[name].data.nbytes for name in plan.weights}
             wanted = min(plan.hyper.n_ctx, DEFAULT_CTX)
 
             def needs(n_ctx: int) -> int:
@@ -61,8 +60,7 @@ def fit(path: Path, free: int | None, bytes_per_second: float | None, n_threads:
 
             choices = [wanted, *(n for n in (2048, 1024, 512, _SHORTEST) if n < wanted)]
             n_ctx = next((n for n in choices if free is None or needs(n) <= free), 0)
-            tables = {"token_embd.weight", "position_embd.weight"} if "output.weight" in sizes else {"position_embd.weight"}
-            read = int(sum(size * plan.experts.get(name, 1) for name, size in sizes.items() if name not in tables))
+            read = plan.bytes_per_token(file.tensors)
             return Fit(path, needs(n_ctx or choices[-1]), n_ctx, wanted, read, bytes_per_second and bytes_per_second / read)
     except PocketlmError as error:
         return Fit(path, 0, 0, 0, 0, None, str(error).removeprefix(f"{path}: "))

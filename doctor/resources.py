@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketlm.runtime import control_groups, memory
-from pocketlm.runtime.control_groups import number, text
+from pocketlm.runtime.small_files import number, text
 from pocketlm.runtime.threads import ThreadPool
 
 _READ = 32 << 20  # bytes of a file that are read to time its storage

@@ -114,11 +114,8 @@ def view(
     size = math.prod(shape)
     span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else 0
     if (offset + span) * numpy_type.itemsize > storage.n_bytes:
-        raise FileError(
-            path,
-            f"a tensor of shape {'x'.join(map(str, shape))} reaches beyond its storage",
-            "the file is damaged or cut short",
-        )
+        problem = f"a tensor of shape {'x'.join(map(str, shape))} reaches beyond its storage"
+        raise FileError(path, problem, "the file is damaged or cut short")
 
     def read() -> np.ndarray:
         if size > max(span, 1 << 16):

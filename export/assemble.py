@@ -226,11 +226,8 @@ def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig,
     """Leave the output matrix out where it is the token table."""
     if "output.weight" not in found:
         if config.get("tied") is False:
-            raise FileError(
-                config.path,
-                "its configuration says that the output matrix is not tied, but there is none",
-                "add --set tied=true if it is",
-            )
+            problem = "its configuration says that the output matrix is not tied, but there is none"
+            raise FileError(config.path, problem, "add --set tied=true if it is")
         return
     head, table = found["output.weight"], found["token_embd.weight"]
     same = is_tied(head, table)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError, quoted
+from pocketlm.errors import FileError, quoted, refused
 from pocketlm.export.arrays import Buffer, LazyTensor
 from pocketlm.export.llama2c_reader import looks_like_llama2c, read_llama2c
 from pocketlm.export.npz_reader import read_npz
@@ -132,10 +132,8 @@ def read_json(path: Path) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file of plain ones, one a line; those below another are a dictionary of that. Raises FileError."""
-    try:
+    with refused(path):
         text = bytes(map_file(path)[:MAX_JSON]).decode()
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8", "save it as UTF-8") from None
     result: dict[str, Any] = {}
     inner: dict[str, Any] = {}
     for line in text.splitlines():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.errors import FileError, UsageError, refused
-from pocketlm.terminal_text import print
+from pocketlm.cli_options import read_text
+from pocketlm.errors import UsageError
+from pocketlm.terminal_text import StatusLine, print
 
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
@@ -130,33 +130,15 @@ def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
     return keys
 
 
-def read_text(path: str) -> str:
-    """The UTF-8 text of a file."""
-    try:
-        with refused(path):
-            return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8", "convert the text to UTF-8") from None
-
-
-class Progress:
-    """A bar on a terminal's stderr; nothing where stderr is not one."""
+class Progress(StatusLine):
+    """A bar that grows until `n_weights` are done."""
 
     def __init__(self, n_weights: int):
-        self._total, self._done, self._shown, self._terminal = max(n_weights, 1), 0, "", sys.stderr.isatty()
+        super().__init__()
+        self._total, self._done = max(n_weights, 1), 0
 
     def step(self, name: str, n_weights: int) -> None:
         """`n_weights` more are done, of the tensor `name`."""
         self._done += n_weights
         share = min(self._done / self._total, 1.0)
-        line = f"{'#' * int(BAR * share):<{BAR}} {share:4.0%} {name[:40]:<40}"
-        if self._terminal and line != self._shown:
-            print("", line, sep="\r", end="", file=sys.stderr, flush=True)
-            self._shown = line
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print("", " " * len(self._shown), "", sep="\r", end="", file=sys.stderr, flush=True)
+        self.show(f"{'#' * int(BAR * share):<{BAR}} {share:4.0%} {name[:40]}")

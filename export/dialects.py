@@ -64,15 +64,7 @@ LAYER_ROLES = {
     "ffn_3": rf"(?:{FEED_FORWARD}\.)?(?:w3|fc3|W3|linear3|linear_3|fc_3|l3)",
 }
 HEADS = rf"{ATTENTION}\.(?:heads\.)?(?P<head>\d+)\.(?P<part>query|key|value|q|k|v)"  # a module for each head
-SUFFIXES = {
-    "weight": "weight",
-    "bias": "bias",
-    "scale": "weight",
-    "shift": "bias",
-    "gamma": "weight",
-    "beta": "bias",
-    "g": "weight",
-}
+SUFFIXES = {**dict.fromkeys(("weight", "scale", "gamma", "g"), "weight"), **dict.fromkeys(("bias", "shift", "beta"), "bias")}
 NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
     r"(?:.*\.)?(?:attn|attention|self_attn)\.(?:bias|masked_bias)",  # only where they are no vector, see _is_buffer
     r"(?:.*\.)?(?:mask|causal_mask|attn_mask|attention_mask|tril|causal|_mask|bias_mask|masked_bias|position_ids|pos_ids|n_averaged)",

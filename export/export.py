@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
+from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean, needed, one_of
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.fp16_bin_writer import write_fp16_bin
 from pocketlm.export.gguf_writer import write_gguf
@@ -130,10 +130,8 @@ def _fp16(job: _Job) -> tuple[list[Encoded], list[str]]:
 
 
 def _onnx(job: _Job) -> tuple[list[Encoded], list[str]]:
-    try:
+    with needed("writing ONNX", "onnx", "'pocketlm[export]'"):
         from pocketlm.export.onnx_file import SHARES, write_onnx
-    except ImportError:
-        raise PocketlmError("writing ONNX needs the package onnx; get it with: pip install 'pocketlm[export]'") from None
     stem = f"{job.out.name}_data_"
     with replacing_file(job.out, int(job.n_bytes("f32") * SHARES[job.quant])) as part:
         done, data = write_onnx(part, stem, job.metadata(None), job.model, job.quant, job.encoder)
@@ -187,9 +185,9 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these,
 def container_for(out: Path, asked: str | None) -> str:
     """The container that `--to` names, or the one that the output's name asks for. Raises UsageError."""
     by_name = ENDINGS.get(out.suffix.lower())
-    if asked is not None and asked not in CONTAINERS:
-        raise UsageError(f"--to {asked}: expected one of {', '.join(CONTAINERS)}{did_you_mean(asked, CONTAINERS)}")
-    if asked is None and (suffix := out.suffix.lower()) in CHECKPOINTS:
+    if asked is not None:
+        one_of("--to", asked, CONTAINERS)
+    elif (suffix := out.suffix.lower()) in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
     if asked in FOLDERS and by_name:
         raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")

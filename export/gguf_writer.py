@@ -18,15 +18,11 @@ from pocketlm.errors import PocketlmError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.rules import QUANTS, by_shape, by_values, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder
+from pocketlm.runtime.gguf_reader import ARRAY, NUMBERS, STRING
 from pocketlm.runtime.tensor import Tensor
 
 ALIGNMENT = 32
-# NumPy's name for a number's type -> its number in the file
-NUMBER_TYPES = {
-    "uint8": 0, "int8": 1, "uint16": 2, "int16": 3, "uint32": 4, "int32": 5, "float32": 6, "bool": 7, "uint64": 10,
-    "int64": 11, "float64": 12,
-}  # fmt: skip
-_STRING, _ARRAY = 8, 9
+NUMBER_TYPES = {np.dtype(code).name: number for number, code in NUMBERS.items()}  # NumPy's name → the number in the file
 
 
 def write_gguf(
@@ -88,15 +84,15 @@ def _string(text: str) -> bytes:
 def _value(key: str, value: Any) -> bytes:
     """A value with its type in front. Python's numbers get the types that ggml's loader expects: uint32, int32, float32."""
     if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _string(value)
+        return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
     array = _as_array(value)
     type_number = NUMBER_TYPES.get(array.dtype.name)
     if type_number is None or array.ndim > 1:
         raise PocketlmError(f"the value of {key} cannot be written to a GGUF file: {type(value).__name__}")
     data = array.astype(array.dtype.newbyteorder("<")).tobytes()
-    kind = struct.pack("<IIQ", _ARRAY, type_number, array.size) if array.ndim else struct.pack("<I", type_number)
+    kind = struct.pack("<IIQ", ARRAY, type_number, array.size) if array.ndim else struct.pack("<I", type_number)
     return kind + data
 
 

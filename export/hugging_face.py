@@ -24,7 +24,8 @@ from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper_parameters import Rope
-from pocketlm.runtime.plan import Attend, Plan, Rotate
+from pocketlm.runtime.operations import Attend, Rotate
+from pocketlm.runtime.plan import Plan
 
 Step = Callable[[Draft], None]
 MXFP4 = FORMATS["MXFP4"]

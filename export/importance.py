@@ -20,7 +20,7 @@ from pocketlm.errors import FileError, refused
 from pocketlm.export.canonical import CanonicalModel, Float32Tensors
 
 if TYPE_CHECKING:
-    from pocketlm.runtime.plan import Linear, Logits
+    from pocketlm.runtime.operations import Linear, Logits
 
 LONGEST = 1 << 16  # tokens of a text that are run: enough for means, and minutes for a small model
 WINDOW = 512
@@ -82,10 +82,8 @@ def _of_text(data: bytes, path: Path, model: CanonicalModel) -> Importance:
 
     if "tokenizer.ggml.tokens" not in model.metadata:
         raise FileError(path, "is a text, and the model has no tokenizer", "name one with --tokenizer")
-    try:
+    with refused(path):
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8", "give a text, or an importance matrix") from None
     tokenizer = from_metadata(model.metadata, path)
     ids = np.array(tokenizer.encode(tokenizer.encodable(text))[:LONGEST], np.int64)
     if len(ids) < WINDOW:

@@ -134,11 +134,8 @@ def _pairs(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, Pair]:
         parts = name.replace(".default.", ".").split(".")  # PEFT's name for an adapter without one
         kind = {"lora_A": "a", "lora_B": "b"}.get(parts[-2] if len(parts) > 1 else "")
         if kind is None or parts[-1] != "weight":
-            raise FileError(
-                folder,
-                f"its tensor {quoted(name)} is no part of a LoRA pocketlm merges",
-                "merge it with PEFT and export the result",
-            )
+            problem = f"its tensor {quoted(name)} is no part of a LoRA pocketlm merges"
+            raise FileError(folder, problem, "merge it with PEFT and export the result")
         halves.setdefault(".".join(parts[:-2]).removeprefix("base_model.model."), {})[kind] = tensor
     lonely = [name for name, pair in halves.items() if len(pair) != 2]
     if lonely:

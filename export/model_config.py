@@ -21,82 +21,76 @@ class Setting(NamedTuple):
     """A question about a model: the type of its answer, the names configurations use, an example for the error message."""
 
     type: type
-    names: tuple[str, ...]
+    written: str  # the names, with spaces between them
     example: str
+
+    @property
+    def names(self) -> list[str]:
+        return self.written.split()
 
 
 SETTINGS: dict[str, Setting] = {
-    "n_head": Setting(int, ("n_head", "n_heads", "num_heads", "num_attention_heads", "nhead", "nheads", "heads"), "8"),
-    "head_dim": Setting(int, ("head_dim", "d_head", "head_size"), "64"),
+    "n_head": Setting(int, "n_head n_heads num_heads num_attention_heads nhead nheads heads", "8"),
+    "head_dim": Setting(int, "head_dim d_head head_size", "64"),
     "n_ctx": Setting(
         int,
-        ("n_ctx", "block_size", "context_length", "max_seq_len", "max_seq_length", "max_position_embeddings", "n_positions",
-         "ctx_len", "context_size", "max_context", "max_len", "max_length", "sequence_length", "sequence_len", "seq_len",
-         "seq_length"),
+        "n_ctx block_size context_length max_seq_len max_seq_length max_position_embeddings n_positions ctx_len context_size"
+        " max_context max_len max_length sequence_length sequence_len seq_len seq_length",
         "1024",
     ),
     "norm_eps": Setting(
         float,
-        ("norm_eps", "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rms_eps", "layernorm_eps", "ln_eps",
-        "norm_epsilon",
-         "layernorm_epsilon", "rms_norm_epsilon"),
+        "norm_eps rms_norm_eps layer_norm_epsilon layer_norm_eps rms_eps layernorm_eps ln_eps norm_epsilon layernorm_epsilon"
+        " rms_norm_epsilon",
         "1e-5",
     ),
-    "norm": Setting(str, ("norm", "norm_type", "normalization", "norm_layer"), "layer|rms"),
+    "norm": Setting(str, "norm norm_type normalization norm_layer", "layer|rms"),
     "activation": Setting(
-        str,
-        ("activation", "activation_function", "hidden_act", "hidden_activation", "act_fn", "act", "mlp_type", "ffn_type"),
+        str, "activation activation_function hidden_act hidden_activation act_fn act mlp_type ffn_type",
         "gelu_erf|gelu_tanh|silu|relu",
     ),
     "position": Setting(
         str,
-        ("position", "positions", "pos_encoding", "position_encoding", "positional_encoding", "position_embedding_type",
-         "pos_emb_type", "pos_type", "pos_embedding", "positional_embedding"),
+        "position positions pos_encoding position_encoding positional_encoding position_embedding_type pos_emb_type pos_type"
+        " pos_embedding positional_embedding",
         "alibi|rope|none",
     ),
-    "rope_theta": Setting(float, ("rope_theta", "rope_base", "rotary_base", "rotary_emb_base", "rope_freq_base", "theta"),
-    "10000"),
-    "rope_pairs": Setting(str, ("rope_pairs",), "half|interleaved"),
-    "rope_part": Setting(float, ("partial_rotary_factor", "rotary_pct", "rope_pct", "rotary_percentage"), "1.0"),
-    "alibi_max_bias": Setting(float, ("alibi_max_bias", "alibi_bias_max"), "8"),
+    "rope_theta": Setting(float, "rope_theta rope_base rotary_base rotary_emb_base rope_freq_base theta", "10000"),
+    "rope_pairs": Setting(str, "rope_pairs", "half|interleaved"),
+    "rope_part": Setting(float, "partial_rotary_factor rotary_pct rope_pct rotary_percentage", "1.0"),
+    "alibi_max_bias": Setting(float, "alibi_max_bias alibi_bias_max", "8"),
     "tied": Setting(
-        bool,
-        ("tie_word_embeddings", "tie_weights", "tied", "tie_embeddings", "tie_embedding", "weight_tying"),
-        "true|false",
+        bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
     ),
-    "logit_softcap": Setting(float, ("logit_softcap",), "15|20"),
-    "model_type": Setting(str, (), "llama"),
+    "logit_softcap": Setting(float, "logit_softcap", "15|20"),
+    "model_type": Setting(str, "", "llama"),
 }  # fmt: skip
 
-# words of configurations → the options of hyper.py
-WORDS: dict[str, dict[str, str]] = {
-    "norm": {
-        "rmsnorm": "rms", "rms_norm": "rms", "rms": "rms", "layernorm": "layer", "layer_norm": "layer",
-        "low_precision_layernorm": "layer", "ln": "layer",
-        "layer": "layer",
-    },
-    "activation": {
-        "gelu": "gelu_erf", "gelu_erf": "gelu_erf", "gelu_python": "gelu_erf", "gelu_new": "gelu_tanh",
-        "gelu_tanh": "gelu_tanh",
-        "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_approximate": "gelu_tanh", "silu": "silu",
-        "swish": "silu",
-        "swiglu": "silu", "relu": "relu", "geglu": "gelu_erf", "reglu": "relu",
-    },
-    "position": {
-        "learned": "learned", "absolute": "learned", "learnable": "learned", "embedding": "learned", "rope": "rope",
-        "rotary": "rope",
-        "alibi": "alibi", "none": "none", "nope": "none",
-    },
-    "rope_pairs": {"half": "half", "interleaved": "interleaved"},
+
+def _words(meanings: Mapping[str, str]) -> dict[str, str]:
+    """Each of the words → what it means."""
+    return {word: meaning for meaning, words in meanings.items() for word in words.split()}
+
+
+# the options of hyper.py ← words of configurations
+WORDS = {
+    "norm": _words({"rms": "rmsnorm rms_norm rms", "layer": "layernorm layer_norm low_precision_layernorm ln layer"}),
+    "activation": _words({
+        "gelu_erf": "gelu gelu_erf gelu_python geglu", "silu": "silu swish swiglu", "relu": "relu reglu",
+        "gelu_tanh": "gelu_new gelu_tanh gelu_fast gelu_pytorch_tanh gelu_approximate",
+    }),
+    "position": _words({
+        "learned": "learned absolute learnable embedding", "rope": "rope rotary", "alibi": "alibi", "none": "none nope",
+    }),
+    "rope_pairs": _words({"half": "half", "interleaved": "interleaved"}),
 }  # fmt: skip
 
 FLAGS = {  # a configuration may say yes or no instead of a word
-    "use_alibi": ("position", "alibi"), "alibi": ("position", "alibi"), "use_rope": ("position", "rope"), "rope": ("position",
-    "rope"),
-    "use_rotary": ("position", "rope"), "use_rope_embeddings": ("position", "rope"), "rope_interleaved": ("rope_pairs",
-    "interleaved"),
-    "use_rmsnorm": ("norm", "rms"), "use_rms_norm": ("norm", "rms"), "rmsnorm": ("norm", "rms"),
-}  # fmt: skip
+    **dict.fromkeys(("use_alibi", "alibi"), ("position", "alibi")),
+    **dict.fromkeys(("use_rope", "rope", "use_rotary", "use_rope_embeddings"), ("position", "rope")),
+    **dict.fromkeys(("use_rmsnorm", "use_rms_norm", "rmsnorm"), ("norm", "rms")),
+    "rope_interleaved": ("rope_pairs", "interleaved"),
+}
 
 # entries that describe the model, to be looked into first; a training script's own settings come after them
 MODEL_ENTRIES = (
@@ -243,11 +237,8 @@ class ModelConfig:
                 except TypeError:
                     harmless = False
                 if not harmless:
-                    raise FileError(
-                        self.path,
-                        f"its configuration asks for {name} = {quoted(level[name])}",
-                        "pocketlm does not compute that",
-                    )
+                    problem = f"its configuration asks for {name} = {quoted(level[name])}"
+                    raise FileError(self.path, problem, "pocketlm does not compute that")
         window = self.raw("sliding_window", "attention_window")
         if "sliding_window" in computed:
             return
@@ -292,11 +283,8 @@ class ModelConfig:
         if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
             kind = "another base"
         if kind not in ("linear", "yarn", "llama3", "longrope", "su", "another base"):
-            raise FileError(
-                self.path,
-                f"scales its rotary positions by {quoted(kind)}",
-                "pocketlm does not; it knows linear, yarn, llama3 and longrope",
-            )
+            problem = f"scales its rotary positions by {quoted(kind)}"
+            raise FileError(self.path, problem, "pocketlm does not; it knows linear, yarn, llama3 and longrope")
 
         def number(name: str, default: float | None = None) -> float:
             value = scaling[name] if scaling.get(name) is not None else default

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError, quoted
+from pocketlm.errors import FileError, quoted, refused
 from pocketlm.runtime.file_mapping import map_file
 
 MAX_BYTES = 1 << 24
@@ -53,10 +53,8 @@ class NameMap:
 
 def read_name_map(path: Path) -> NameMap:
     """Raises FileError, naming the line, for anything that is not understood."""
-    try:
+    with refused(path):
         text = map_file(path)[:MAX_BYTES].decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8 text", "save it as UTF-8") from None
     result, section = NameMap(), ""
     for number, line in enumerate(text.splitlines(), 1):
         match = _LINE.fullmatch(line)

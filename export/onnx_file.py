@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, needed
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.onnx_store import Store
 from pocketlm.export.tensor_encoder import Encoded, Encoder
@@ -65,10 +65,8 @@ def write_onnx(
 
 def _quantize(float_path: Path, is_large: bool) -> ModelProto:
     """The model with its products in 8 bits, as onnxruntime's dynamic quantisation makes it."""
-    try:
+    with needed("ONNX in int8", "onnxruntime"):
         from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError:
-        raise PocketlmError("ONNX in int8 needs the package onnxruntime; get it with: pip install onnxruntime") from None
     int8_path = float_path.with_name("int8.onnx")
     logging.disable(logging.WARNING)  # it recommends steps that make no difference here
     try:

@@ -45,11 +45,8 @@ def read_safetensors(buffer: Buffer, path: Path) -> tuple[dict[str, LazyTensor],
         dtype, shape, start, end = _entry(row, name, path)
         n_bytes = math.prod(shape) * int(DTYPES[dtype][0][-1])
         if not 0 <= start <= end <= len(buffer) - 8 - length or end - start != n_bytes:
-            raise FileError(
-                path,
-                f"tensor {quoted(name)} has offsets {start} to {end} that do not fit it or the file",
-                "copy the file again",
-            )
+            problem = f"tensor {quoted(name)} has offsets {start} to {end} that do not fit it or the file"
+            raise FileError(path, problem, "copy the file again")
         spans.append((start, end))
         tensors[name] = view(path, Storage(buffer, 8 + length + start, n_bytes), dtype, shape)
     spans.sort()

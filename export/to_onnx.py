@@ -26,9 +26,10 @@ from pocketlm.errors import PocketlmError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.onnx_store import Store
 from pocketlm.export.tensor_encoder import Encoded, Encoder
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE, GELU_TANH_CUBE, GELU_TANH_SCALE
 from pocketlm.runtime.formats import FORMATS
+from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import Rotary, alibi_slopes, rope_tables, rotary
 
 OPSET, IR_VERSION = 17, 8
@@ -38,7 +39,7 @@ MASKED = -1e30  # a score that softmax turns into 0; -inf would make NaN of a ro
 class Graph:
     """The nodes of one model. `done` tells what became of every tensor; `build` makes the ONNX model."""
 
-    def __init__(self, plan: P.Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, int8: bool):
+    def __init__(self, plan: Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, int8: bool):
         """`int8`: onnxruntime's dynamic quantisation comes after. It wants a matrix of its own for a tied head, and the
         matrices behind the activation are taken out of its hands: their inputs have outliers a hundred times the rest.
         """

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.export import published
 from pocketlm.export.checkpoint import Checkpoint, read_json
 from pocketlm.runtime.file_mapping import map_file
@@ -127,10 +127,8 @@ def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict
 def chat_template(folder: Path) -> str | None:
     """The chat template among a folder's tokenizer files. Raises FileError for a file that is damaged."""
     if (file := folder / "chat_template.jinja").is_file():
-        try:
+        with refused(file):
             return bytes(map_file(file)[:MAX_TEMPLATE]).decode()
-        except UnicodeDecodeError:
-            raise FileError(file, "is not UTF-8", "save it as UTF-8") from None
     if not (file := folder / "tokenizer_config.json").is_file():
         return None
     config = read_json(file)

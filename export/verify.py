@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, PocketlmError, needed
 from pocketlm.export.canonical import CanonicalModel, Float32Tensors
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.to_huggingface import WEIGHTS
@@ -129,10 +129,8 @@ def _own_ids(tokenizer: Tokenizer, template: str | None) -> tuple[list[int], str
     return chat.encode(messages, tokenizer, add_generation_prompt=False), f" of {name}{without}"
 
 
-@contextmanager
-def _exact_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
-    with _runner("numpy", model.plan(out), Float32Tensors(model, out), out) as run:
-        yield run
+def _exact_runner(model: CanonicalModel, out: Path) -> AbstractContextManager[Runner]:
+    return _runner("numpy", model.plan(out), Float32Tensors(model, out), out)
 
 
 @contextmanager
@@ -163,10 +161,8 @@ def _runner(backend: str, plan: Plan, tensors: Mapping[str, Tensor], out: Path) 
 
 
 def _onnx_runner(model: CanonicalModel, path: Path) -> Runner:
-    try:
+    with needed("verifying ONNX", "onnxruntime"):
         import onnxruntime
-    except ImportError:
-        raise PocketlmError("verifying ONNX needs the package onnxruntime; get it with: pip install onnxruntime") from None
     session, hyper = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), model.hyper
     empty = np.zeros((1, hyper.n_kv_head, 0, hyper.head_dim), np.float32)
     past = {

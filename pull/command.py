@@ -12,7 +12,7 @@ from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.pull.catalogue import CATALOGUE, QUANT, fetched, place
 from pocketlm.pull.download import download
 from pocketlm.pull.hub import BROKEN, Remote, endpoint, look_up, reason
-from pocketlm.terminal_text import clock, print
+from pocketlm.terminal_text import StatusLine, clock, print
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     ours = dict(known.sha256).get(arguments.quant.upper())
     licence = f"licence {remote.licence}" if remote.licence else "its page states no licence"
     print(f"{remote.file}, {remote.n_bytes / 1e6:.1f} MB, of {known.repository}; {licence}", file=sys.stderr)
-    with _Line(name, remote) as line:
-        download(remote, target, ours or remote.sha256, line.show)
+    progress = _Progress(name, remote)
+    try:
+        download(remote, target, ours or remote.sha256, progress.step)
+    finally:
+        progress.end()
     who = "that pocketlm knows it by" if ours else "that the server states (pocketlm knows none of its own)"
     print(f"whole: its SHA-256 is the one {who}", file=sys.stderr)
     print(target)
@@ -61,28 +64,21 @@ def _listed() -> list[str]:
     return [*rows, "", "pocketlm pull NAME fetches one from huggingface.co, and says before under which licence"]
 
 
-class _Line:
-    """How far it is, on a terminal: one line that is written over."""
-
+class _Progress(StatusLine):
     def __init__(self, name: str, remote: Remote):
-        self._name, self._n_bytes, self._shown, self._width = name, remote.n_bytes, 0.0, 0
+        super().__init__()
+        self._name, self._n_bytes, self._shown_at = name, remote.n_bytes, 0.0
         self._began: tuple[float, int] | None = None
 
-    def show(self, have: int) -> None:
+    def step(self, have: int) -> None:
+        """So many bytes are there."""
         now = time.monotonic()
         self._began = self._began or (now, have)
-        if not sys.stderr.isatty() or (now - self._shown < 0.2 and have < self._n_bytes):
+        if now - self._shown_at < 0.2 and have < self._n_bytes:
             return
-        self._shown, text = now, f"{self._name}: {have / 1e6:.1f} of {self._n_bytes / 1e6:.1f} MB  {have / self._n_bytes:.0%}"
+        text = f"{self._name}: {have / 1e6:.1f} of {self._n_bytes / 1e6:.1f} MB  {have / self._n_bytes:.0%}"
         speed = (have - self._began[1]) / max(now - self._began[0], 1e-3)
         if speed > 0 and now - self._began[0] > 1:
             text += f"  {speed / 1e6:.1f} MB/s  {clock((self._n_bytes - have) / speed)} left"
-        print(end=f"\r{text:{self._width}}", file=sys.stderr, flush=True)
-        self._width = len(text)
-
-    def __enter__(self) -> _Line:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._width:
-            print(file=sys.stderr)
+        self.show(text)
+        self._shown_at = now

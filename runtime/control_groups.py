@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from pocketlm.runtime.small_files import number, text, whole
+
 
 def memory_left(root: Path = Path("/")) -> int | None:
     """Bytes that may still be taken before the tightest limit is reached; None where there is no limit.
@@ -23,7 +25,7 @@ def memory_left(root: Path = Path("/")) -> int | None:
     ):
         if (most := number(folder / limit)) is not None and (now := number(folder / used)) is not None:
             rows = dict(line.split(" ", 1) for line in text(folder / "memory.stat").splitlines() if " " in line)
-            kept = sum(_whole(rows.get(f"{files}{kind}_file", "")) or 0 for kind in ("active", "inactive"))
+            kept = sum(whole(rows.get(f"{files}{kind}_file", "")) or 0 for kind in ("active", "inactive"))
             left.append(most - max(now - kept, 0))
     return min(left, default=None)
 
@@ -33,7 +35,7 @@ def processors(root: Path = Path("/")) -> float | None:
     shares = []
     for folder in _groups(root, ""):
         quota, _, period = text(folder / "cpu.max").partition(" ")  # "200000 100000", or "max 100000"
-        shares.append((_whole(quota), _whole(period)))
+        shares.append((whole(quota), whole(period)))
     for folder in _groups(root, "cpu"):
         shares.append((number(folder / "cpu.cfs_quota_us"), number(folder / "cpu.cfs_period_us")))  # -1: no limit
     return min((quota / period for quota, period in shares if quota and period and min(quota, period) > 0), default=None)
@@ -65,24 +67,3 @@ def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixP
         if wanted and len(fields := own.split(" ")) >= 5:
             found.append((PurePosixPath(fields[3]), PurePosixPath(fields[4])))
     return found
-
-
-def text(path: Path) -> str:
-    """What is in a small file, without the NUL that ends texts of a device tree; "" where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
-    except (OSError, ValueError):
-        return ""
-
-
-def number(path: Path, base: int = 10) -> int | None:
-    """The number in a small file; None where there is none."""
-    return _whole(text(path), base)
-
-
-def _whole(written: str, base: int = 10) -> int | None:
-    """The number that is written there; None for "max" and for whatever else is not one."""
-    try:
-        return int(written, base)
-    except ValueError:
-        return None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pocketlm.errors import UsageError, did_you_mean
+from pocketlm.errors import one_of
 from pocketlm.runtime import memory
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KINDS, KVCache, check_kind
@@ -52,8 +52,7 @@ class Executor(Protocol):
 
 def check_backend(backend: str) -> None:
     """Raises UsageError where there is no such executor."""
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}{did_you_mean(backend, BACKENDS)}")
+    one_of("backend", backend, BACKENDS)
 
 
 def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:

@@ -48,6 +48,12 @@ class Piece:
     top_logprobs: tuple[tuple[int, float], ...] = ()  # ids and logprobs of the likeliest tokens here, where that was asked for
     stop_string: str = ""  # the one that ended the answer
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first, which belongs to the prompt, from whose logits it is drawn; 0 where there are none."""
+        n = self.generated_tokens - 1
+        return n / self.generation_seconds if n > 0 and self.generation_seconds > 0 else 0.0
+
 
 def _one_more(text: str, id: int, logprob: float) -> Piece:
     """Piece(text, id, logprob), in a quarter of the time: the other fields are what the class says."""
@@ -183,15 +189,15 @@ def generate(
             reason = "stop"
             break
         at = 0
-        with session.held(claim):
+        with session.lock.here:  # as `held`, for every token
+            session.check(claim)
             if (room := n_ctx - len(session.ids)) > 0:
                 if drafts is None:
                     drawn = session.append(id, use=draw)
                     continue
-                tried = drafts.after(tokens, room - 1)
-                begun = perf_counter()
+                tried = drafts.after(tokens, room - 1, session.company)
                 drawn = session.append(id, tried, draw)
-                drafts.passed(tried, len(drawn), perf_counter() - begun)
+                drafts.passed(tried, len(drawn))
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is not None:

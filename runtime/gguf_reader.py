@@ -41,9 +41,9 @@ TILED = "pocketlm.tiled"  # a key: the matrices lie in native/tiling.py's order,
 TILED_ALIGNMENT = 64
 
 # value type → the code of struct and of NumPy's dtype (both with "<" in front)
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_STRUCTS = {code: struct.Struct("<" + code) for code in _NUMBERS.values()}
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_BOOL, STRING, ARRAY = 7, 8, 9
+_STRUCTS = {code: struct.Struct("<" + code) for code in NUMBERS.values()}
 
 # The first bytes of files that people take for GGUF files → what it is, what to do
 _OTHER_FILES = (
@@ -206,21 +206,21 @@ def _read_keys(header: _Header, n_keys: int) -> "_Metadata":
 
 
 def _skip_value(header: _Header, value_type: int, what: str) -> "_Place":
-    is_array = value_type == _ARRAY
+    is_array = value_type == ARRAY
     item_type = header.number("I", what) if is_array else value_type
-    count = header.number("Q", what) if is_array or item_type == _STRING else 1
+    count = header.number("Q", what) if is_array or item_type == STRING else 1
     bounds = None
-    if item_type == _STRING and is_array:
+    if item_type == STRING and is_array:
         start = header.at
         bounds = header.skip_strings(count, what)
-    elif item_type == _STRING:
+    elif item_type == STRING:
         start = header.skip(count, what)
-    elif code := _NUMBERS.get(item_type):
+    elif code := NUMBERS.get(item_type):
         start = header.skip(count * _STRUCTS[code].size, what)
         if item_type == _BOOL and count and np.frombuffer(header.buffer, np.uint8, count, start).max() > 1:
             header.fail(f"{what} is a truth value other than 0 and 1")
     else:
-        kind = "an array of arrays" if item_type == _ARRAY else f"of the unknown type {item_type}"
+        kind = "an array of arrays" if item_type == ARRAY else f"of the unknown type {item_type}"
         header.fail(f"{what} is {kind}, which pocketlm does not read", "update pocketlm or download another file")
     return _Place(item_type, is_array, start, count, bounds)
 
@@ -362,8 +362,8 @@ class _Metadata(Mapping[str, Any]):
         return len(self.places)
 
     def _decode(self, buffer: Buffer, place: _Place, key: str) -> Any:
-        if place.item_type != _STRING:
-            code = _NUMBERS[place.item_type]
+        if place.item_type != STRING:
+            code = NUMBERS[place.item_type]
             if place.is_array:
                 return np.frombuffer(buffer, np.dtype("<" + code), place.count, place.start).copy()
             return _STRUCTS[code].unpack_from(buffer, place.start)[0]

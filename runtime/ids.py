@@ -1,6 +1,10 @@
-"""The check every executor makes before it computes: are these token ids, and is there room for them?"""
+"""The check every executor makes before it computes: are these token ids, and is there room for them? And what two texts have
+in common at the start.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,3 +25,15 @@ def _are_below(n_vocab: int, ids: np.ndarray) -> bool:
     if len(ids) == 1:  # every token of an answer comes by: NumPy's reductions cost more than all the rest here
         return 0 <= ids[0] < n_vocab
     return bool(ids.min() >= 0 and ids.max() < n_vocab)
+
+
+def in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two lists have in common at the start."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # pieces are compared, not ids: a text of thousands is looked at for every slot of a server
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

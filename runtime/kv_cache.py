@@ -170,11 +170,14 @@ class KVCache:
         """Of the first convolution's columns; 0 where there are none."""
         return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
-    def about_to_write(self, ids: np.ndarray) -> None:
+    def about_to_write(self, ids: np.ndarray | Sequence[int]) -> None:
         """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
         stop = self.length + len(ids)
         self.first = max(self.first, stop - self._ring)
-        self.ids[self.length : stop] = ids
+        if len(ids) == 1:
+            self.ids[self.length] = ids[0]
+        else:
+            self.ids[self.length : stop] = ids
 
     @property
     def id_before(self) -> int:
@@ -188,16 +191,20 @@ class KVCache:
     def fork(self, length: int) -> KVCache:
         """A cache of its own with the first `length` positions of this one; the rest takes no memory before it is filled."""
         other = type(self)(self.hyper, self.n_ctx, self._turns, self.windows, self.columns)
+        other.take(self, length)
+        return other
+
+    def take(self, other: KVCache, length: int) -> None:
+        """Hold a copy of the first `length` positions of another cache of this kind and size, and nothing else."""
         for layer, rows in enumerate(self.rows):
-            n = rows if self.held(layer) else min(length, rows)  # a ring that has gone round is full
-            for copy, filled in zip(other._filled(layer, n), self._filled(layer, n), strict=True):
+            n = rows if other.held(layer) else min(length, rows)  # a ring that has gone round is full
+            for copy, filled in zip(self._filled(layer, n), other._filled(layer, n), strict=True):
                 copy[...] = filled
             if layer in self.convolved:
-                other.convolved[layer][:, :n] = self.convolved[layer][:, :n]
-        other.ids[:length] = self.ids[:length]
-        other.first, other.length = self.first, length
-        other.truncate(length)
-        return other
+                self.convolved[layer][:, :n] = other.convolved[layer][:, :n]
+        self.ids[:length] = other.ids[:length]
+        self.first, self.length = other.first, length
+        self.truncate(length)
 
     def release(self) -> None:
         """Give the memory back. Nobody may compute with this cache any more."""

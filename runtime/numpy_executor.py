@@ -16,11 +16,12 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime import blas_threads
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import ACTIVATIONS, beside
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import ByteCache, KVCache
 from pocketlm.runtime.memory import aligned, release_pages
+from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary, rotate
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
@@ -39,7 +40,7 @@ class NumpyExecutor:
     block = BLOCK
     same_bits = False  # products of few rows are summed in another order than those of many
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
         self._kind, self.arithmetic = CACHES[kv], "numpy" + " q8" * (kv == "q8")
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         self._run = {
@@ -63,7 +64,7 @@ class NumpyExecutor:
 
     @staticmethod
     def memory(
-        plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
     ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
         hyper, n = plan.hyper, min(BLOCK, n_ctx)

@@ -27,30 +27,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.hyper import Hyper, read_hyper
-from pocketlm.runtime.operations import (
-    Activate,
-    Add,
-    Attend,
-    Convolve,
-    Embed,
-    Experts,
-    Gate,
-    Linear,
-    Logits,
-    Matrix,
-    Mix,
-    Norm,
-    Op,
-    Rotate,
-    Route,
-    Scale,
-    Softcap,
-)
-
-__all__ = [
-    "Activate", "Add", "Attend", "Convolve", "Embed", "Experts", "Gate", "Linear", "Logits", "Matrix", "Mix", "Norm", "Op",
-    "Plan", "Rotate", "Route", "Scale", "Softcap", "make_plan", "read_plan",
-]  # fmt: skip
+from pocketlm.runtime.operations import Attend, Convolve, Experts, Linear, Logits, Op
 
 
 @dataclass(frozen=True)
@@ -80,6 +57,12 @@ class Plan:
         """The tensors of experts, and which part of them a token needs."""
         ops = [op for op in self.ops if isinstance(op, Experts)]
         return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
+
+    def bytes_per_token(self, tensors: Mapping[str, Any]) -> int:
+        """Bytes of the matrices that every token reads; of experts, of as many as one needs."""
+        matrices = [op.matrix for op in self.ops if isinstance(op, Linear | Logits)]
+        shares = {name: 1.0 for matrix in matrices for name in matrix.weights} | self.experts
+        return int(sum(tensors[name].data.nbytes * share for name, share in shares.items()))
 
 
 def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object) -> Plan:

@@ -14,7 +14,8 @@ import numpy as np
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
-from pocketlm.runtime.ids import check_ids
+from pocketlm.runtime.ids import check_ids, in_common
+from pocketlm.runtime.pass_times import Company
 from pocketlm.runtime.threads import ForkedLock
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Session:
         self._moved: int | None = None  # from which position on keys were moved here from elsewhere
         self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
-        self._lock = ForkedLock()
+        self.lock = ForkedLock()  # who computes holds it
         self._claim: object | None = None  # the present user's; None before the first and after `end`
         self._ended = ""  # why nobody can use this session any more
         self._settle()
@@ -67,7 +68,7 @@ class Session:
     @contextmanager
     def held(self, claim: object) -> Iterator[None]:
         """Nobody else computes inside. Raises PocketlmError where the claim has ended."""
-        with self._lock.here:
+        with self.lock.here:
             self.check(claim)
             yield
 
@@ -79,13 +80,13 @@ class Session:
     def end(self, reason: str) -> None:
         """Nobody can use this session any more, `reason` says why; returns when who is computing has stopped."""
         self._ended = reason
-        with self._lock.here:
+        with self.lock.here:
             self._claim = None
 
     def close(self, reason: str) -> None:
         """`end`, and give the cache's memory back."""
         self.end(reason)
-        with self._lock.here:
+        with self.lock.here:
             self._truncate(0)
             self.cache.release()
 
@@ -96,10 +97,26 @@ class Session:
             other._moved = self._moved
             return other
 
+    def borrow(self, other: Session, ids: list[int]) -> None:
+        """Copy what another session of the executor, of the same size, has computed of the beginning of `ids`, where that is
+        more than what is here of it: with the bits that it would have if it were computed again. PocketlmError after `end`.
+        """
+        claim = self.claim()
+        one, two = sorted((self, other), key=id)  # two that borrow from each other wait in the same order
+        with one.lock.here, two.lock.here:
+            self.check(claim)
+            other.check_open()
+            other._settle()
+            n = in_common(other.ids[: other.n_exact], ids)
+            if n > in_common(self.ids, ids) and other.cache.goes_on_from(n):
+                self.clear()
+                self.cache.take(other.cache, n)
+                self.ids = ids[:n]
+
     @contextmanager
     def settled(self) -> Iterator[tuple[list[int], Any]]:
         """The ids and the cache, which nobody changes inside. Raises PocketlmError after `end`."""
-        with self._lock.here:
+        with self.lock.here:
             self.check_open()
             self._settle()
             yield self.ids, self.cache
@@ -164,7 +181,7 @@ class Session:
         self._settle()
         if not reuse_cache:
             self.clear()
-        same, why = _common(self.ids, ids), ""
+        same, why = in_common(self.ids, ids), ""
         if shift and same < len(self.ids):
             start, n = _longest_match(ids[same:], self.ids[same:])
             if n >= MIN_SHIFT:
@@ -184,6 +201,10 @@ class Session:
             block = ids[at : at + self.executor.block]
             result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
         return result, same
+
+    def company(self) -> Company:
+        """Who shares this session's next pass, as far as the last one tells."""
+        return self.engine.company(self.cache)
 
     @property
     def n_exact(self) -> int:
@@ -209,7 +230,7 @@ class Session:
 
     def _forward(self, ids: list[int], rows: int, use: Use) -> tuple[int, Any]:
         try:
-            taken, result = self.engine.run(self.cache, np.array(ids, np.int32), rows, use)
+            taken, result = self.engine.run(self.cache, ids if len(ids) == 1 else np.array(ids, np.int32), rows, use)
             self.ids += ids[:taken]
         except BaseException:
             self._settle()
@@ -238,11 +259,6 @@ class Session:
             self.ids += moved
             return True
         return False
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids `a` and `b` have in common at the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _longest_match(pattern: list[int], text: list[int]) -> tuple[int, int]:

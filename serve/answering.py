@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ENCODING = 4  # texts that are made into ids at the same time
+SELDOM = 0.25  # seconds between two looks at an answer of which nobody sees the parts
 STOPPING = "the server is stopping"
 
 
@@ -53,6 +55,7 @@ class Answerer:
         self.running: set[Answer] = set()
         self._encoding = asyncio.Semaphore(ENCODING)
         self.asking = Asking(model, self.n_ctx)
+        self._preparing: asyncio.Future[None] | None = None  # kept: a loop does not hold its tasks
 
     # ---- prompts
 
@@ -81,7 +84,25 @@ class Answerer:
         except TimeoutError:
             late = f"no slot became free in {self.seconds:g} s"
             raise ApiError(503, STOPPING if self.stopping else late, retry_after=10) from None
+        self.counters.requests += 1
         return Answer(self, ask, prompts, slot)  # from here on the slot is given back by its thread: nothing may come between
+
+    def prepare(self, system: str, forms: bool) -> None:
+        """Have done, beside what is asked, what the first answers would wait for: what every conversation begins with, which
+        slots copy from each other; and with `forms` what an answer that has a form needs of the vocabulary.
+        """
+        first = [{"role": "system", "content": system}] * bool(system)
+        ask = Ask(True, messages=[*first, {"role": "user", "content": "."}], options={"max_tokens": 0})
+        self._preparing = asyncio.ensure_future(self._prepare(ask, forms))
+
+    async def _prepare(self, ask: Ask, forms: bool) -> None:
+        with suppress(ApiError, PocketlmError, QueueFull, TimeoutError):  # who asks is told
+            prompts = await self.encode(ask)
+            answer = Answer(self, ask, prompts, await self.slots.take(prompts.ids[0], self.seconds))
+            while await answer.several(SELDOM):
+                pass
+            if forms:
+                await self.aside(lambda: self.model.guide({"json_object": True}))
 
     def count(self, piece: Piece) -> None:
         """The last piece of an answer."""
@@ -101,7 +122,7 @@ class Answerer:
 
 
 class Answer:
-    """The answers to one request, as they are made: an asynchronous iterator of `(number, Piece)`.
+    """The answers to one request, as they are made: `(number, Piece)`, several at a time.
 
     The slot is given back as soon as the thread that computes them is through, whatever becomes of the reader, who says with
     `close` that he has left. Where the time is over, the answer ends with what there is. Raises ApiError 503 where the server
@@ -111,12 +132,12 @@ class Answer:
     def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, slot: Slot):
         self._answerer, self._slot = answerer, slot
         self._handover = Handover(ahead=None)  # an answer is no longer than the context: a slow reader holds no slot
-        self._complete = False
+        self._complete = self._stopped = False
         self._clock = asyncio.get_running_loop().call_later(answerer.seconds, self._handover.cancel.set)
         answerer.running.add(self)
-        answerer.counters.requests += 1
         try:
-            self._handover.start(lambda cancel: pieces(ask, prompts, slot.session, cancel), self._ended)
+            others = [other.session for other in answerer.slots.all]
+            self._handover.start(lambda cancel: pieces(ask, prompts, slot.session, cancel, others), self._ended)
         except RuntimeError as error:  # no more threads can be had
             self._ended()
             raise ApiError(503, f"the server is overloaded ({error})", retry_after=10) from None
@@ -135,21 +156,20 @@ class Answer:
         self._handover.close()
         self._answerer.counters.left += not self._complete
 
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> tuple[int, Piece]:
+    async def several(self, pause: float) -> list[tuple[int, Piece]]:
+        """What has come since the last call, as `Handover.several`; none where all has."""
         try:
-            number, piece = await anext(self._handover)
-        except StopAsyncIteration:
-            self._complete = True
-            raise
+            found = await self._handover.several(pause)
         except PocketlmError as error:  # a UsageError: what the client asked for leads no further
             self._complete = True
             raise ApiError(400 if isinstance(error, UsageError) else 500, str(error)) from None
-        if piece.finish_reason:
-            self._answerer.count(piece)
-            if piece.finish_reason == "cancelled" and self._answerer.stopping:
-                self._complete = True
-                raise ApiError(503, STOPPING, retry_after=5)
-        return number, piece
+        for at, (_, piece) in enumerate(found):
+            if piece.finish_reason:
+                self._answerer.count(piece)
+                if piece.finish_reason == "cancelled" and self._answerer.stopping:
+                    self._stopped, found = True, found[:at]  # what had come is told first
+                    break
+        self._complete |= self._stopped or not found
+        if self._stopped and not found:
+            raise ApiError(503, STOPPING, retry_after=5)
+        return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
-from pocketlm.serve.answering import Answer, Answerer
+from pocketlm.serve.answering import SELDOM, Answer, Answerer
 from pocketlm.serve.asking import Prompts
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
 
 READ_SECONDS = 30.0  # that a body may take to come
+PAUSE = 0.002  # seconds between two looks at an answer that is streamed, for each answer that is being made
 PING_SECONDS = 15.0  # after which a stream says that it is still there
 MOST_IDS = 1 << 20
 CHAT = ("/chat/completions", "/v1/chat/completions")
@@ -230,8 +231,9 @@ class Answering(Response):
 
     async def _whole(self, answer: Answer) -> Any:
         answers: dict[int, list[Piece]] = {}  # by their numbers, in the order in which they are made
-        async for number, piece in answer:
-            answers.setdefault(number, []).append(piece)
+        while parts := await answer.several(SELDOM):
+            for number, piece in parts:
+                answers.setdefault(number, []).append(piece)
         prompts = self._prompts
         return self._shape.whole([*answers.values()], prompts.dropped_turns, prompts.parts)
 
@@ -255,43 +257,59 @@ class Answering(Response):
 
         said = loop.time()
         pinging = asyncio.ensure_future(ping())  # beside the pieces: a task and a clock for each cost more than to send it
+        events = _Events(self._ask, self._prompts, self._shape)
         try:
-            async for event in self._events(answer):
-                await say(event)
+            # a model of a thousand tokens per second makes more events than a loop can send one by one
+            while parts := await answer.several(PAUSE * len(self._answerer.running)):
+                if said_now := b"".join(event for number, piece in parts for event in events.of(number, piece)):
+                    await say(said_now)
+            if self._ask.include_usage:
+                await say(events.usage())
         except ApiError as error:  # the head is sent: an event must say it
             await say(_event(error.content))
         finally:
             pinging.cancel()
         await send({"type": "http.response.body", "body": self._shape.done, "more_body": False})
 
-    async def _events(self, answer: Answer) -> AsyncIterator[bytes]:
+
+class _Events:
+    """What a stream says, piece by piece."""
+
+    def __init__(self, ask: Ask, prompts: Prompts, shape: Shape):
+        self._ask, self._prompts, self._shape = ask, prompts, shape
+        self._opened = set[int]()
+        self._lasts: list[Piece] = []
+        self._held: list[Piece] = []  # pieces without text, until the next that has some
+        self._splitter: Splitter | None = None
+
+    def of(self, number: int, piece: Piece) -> Iterator[bytes]:
+        """The events of one piece."""
         ask, shape = self._ask, self._shape
-        opened, lasts = set[int](), []
-        held: list[Any] = []  # pieces without text, until the next that has some
-        splitter: Splitter | None = None
-        async for number, piece in answer:
-            if number not in opened:
-                opened.add(number)
-                held = []
-                splitter = self._prompts.parts and self._prompts.parts()
-                if (opening := shape.opening(number)) is not None:
-                    yield _event(opening)
-            held.append(piece)
-            parts = [(False, piece.text)] * bool(piece.text) if splitter is None else [*splitter.push(piece.text)]
-            if piece.finish_reason and splitter is not None:
-                parts += splitter.flush()
-            if shape.each_token:
-                parts = [(False, piece.text)] * (piece.id >= 0)
-            elif not parts and piece.finish_reason and ask.logprobs and len(held) > 1:
-                parts = [(False, "")]
-            for is_thought, text in parts:
-                yield _event(shape.delta(number, text, held, is_thought))
-                held = []
-            if finish_reason(piece):
-                lasts.append(piece)
-                yield _event(shape.end(number, piece, self._prompts.dropped_turns))
-        if ask.include_usage:
-            yield _event(shape.usage(lasts))
+        if number not in self._opened:
+            self._opened.add(number)
+            self._held = []
+            self._splitter = self._prompts.parts and self._prompts.parts()
+            if (opening := shape.opening(number)) is not None:
+                yield _event(opening)
+        self._held.append(piece)
+        splitter = self._splitter
+        parts = [(False, piece.text)] * bool(piece.text) if splitter is None else [*splitter.push(piece.text)]
+        if piece.finish_reason and splitter is not None:
+            parts += splitter.flush()
+        if shape.each_token:
+            parts = [(False, piece.text)] * (piece.id >= 0)
+        elif not parts and piece.finish_reason and ask.logprobs and len(self._held) > 1:
+            parts = [(False, "")]
+        for is_thought, text in parts:
+            yield _event(shape.delta(number, text, self._held, is_thought))
+            self._held = []
+        if finish_reason(piece):
+            self._lasts.append(piece)
+            yield _event(shape.end(number, piece, self._prompts.dropped_turns))
+
+    def usage(self) -> bytes:
+        """The event about all of them."""
+        return _event(self._shape.usage(self._lasts))
 
 
 def _event(content: Any) -> bytes:

@@ -6,7 +6,7 @@ In: an `Ask` and a session. Out: pieces, or an ApiError that says what is wrong 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,8 +37,7 @@ class Asking:
 
     def __init__(self, model: Model, n_ctx: int):
         self._model, self._n_ctx = model, n_ctx
-        tokenizer = model.tokenizer
-        self._longest = max(len(tokenizer.token_bytes(id)) for id in range(tokenizer.n_vocab))
+        self._longest = max(map(len, model.tokenizer.all_bytes()))
 
     def encode(self, ask: Ask) -> Prompts:
         """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
@@ -110,11 +109,17 @@ def _parts(prompt: str | list[int | str]) -> list[int | str]:
     return [prompt] if isinstance(prompt, str) else prompt
 
 
-def pieces(ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
-    """`(number of the answer, Piece)`, one answer after the other. Raises PocketlmError."""
+def pieces(
+    ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event, others: Sequence[Conversation] = ()
+) -> Iterator[tuple[int, Piece]]:  # fmt: skip
+    """`(number of the answer, Piece)`, one answer after the other. `others`: sessions whose work may be copied. Raises
+    PocketlmError.
+    """
     options, number = dict(ask.options), 0
     options["stop"] = [*prompts.stop, *options.get("stop", ())]
     for ids in prompts.ids:
+        if options.get("reuse_cache", True):
+            session.borrow(others, ids)
         for i in range(ask.n):
             seed = options.get("seed")
             own = {**options, "seed": None if seed is None else seed + i}  # or all n were the same

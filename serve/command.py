@@ -66,7 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
         page = Page(answerer, policy, _persona(arguments), arguments.model_id, defaults)
         server = Server(application(answerer, policy, defaults, page.routes()), socket, answerer.stop)
         port = socket.getsockname()[1]
-        server.serve_until_stopped(lambda: _begun(arguments, policy, page, port))
+
+        def begun() -> None:
+            _begun(arguments, policy, page, port)
+            answerer.prepare(arguments.system, forms=not arguments.low_memory)
+
+        server.serve_until_stopped(begun)
     print(f"{arguments.program}: stopped", file=sys.stderr)
     return 0
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketlm.constrain import OPTIONS
-from pocketlm.errors import UsageError, did_you_mean
+from pocketlm.errors import UsageError, did_you_mean, quoted
 from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.errors import ApiError
 
@@ -21,6 +21,7 @@ MOST_CHOICES = 16  # answers to one request: prompts times n
 MOST_STOPS, MOST_STOP_CHARACTERS = 64, 4096
 MOST_LIKELIEST = 20  # OpenAI's bound of top_logprobs
 COMPLETION_TOKENS = 16  # what OpenAI's protocol says of max_tokens in /v1/completions where it is not given
+ALMOST_NONE = 1e-6  # top_p 0, which OpenAI's protocol allows, is the likeliest token alone
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty", "frequency_penalty",
@@ -69,7 +70,7 @@ def parse(data: bytes) -> Any:
     """The JSON of a request. Raises ApiError."""
     try:
         text = data.decode()  # json.loads would let half characters in
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
         if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
             json.dumps(content, ensure_ascii=False).encode()
         return content
@@ -77,24 +78,42 @@ def parse(data: bytes) -> Any:
         raise ApiError(400, "this is no JSON in UTF-8") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ApiError where a name stands twice: one of the two values would be lost in silence."""
+    found = dict[str, Any]()
+    for name, value in pairs:
+        if name in found:
+            raise _bad(quoted(name), "stands twice in the same object")
+        found[name] = value
+    return found
+
+
 def read(body: Any, is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool = False) -> Ask:
     """The request; `defaults` are options for what it does not say. Raises ApiError."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
     fields = _CHAT if is_chat else _LLAMA_CPP if llama_cpp else _COMPLETION
-    ask = Ask(is_chat, llama_cpp, options={**defaults})
+    ask, defaults, given = Ask(is_chat, llama_cpp), {**defaults}, dict[str, tuple[str, Any]]()
     if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it
-        ask.options = {name: value for name, value in ask.options.items() if name not in OPTIONS}
+        defaults = {name: value for name, value in defaults.items() if name not in OPTIONS}
     if not (is_chat or llama_cpp):
-        ask.options.setdefault("max_tokens", COMPLETION_TOKENS)
+        defaults.setdefault("max_tokens", COMPLETION_TOKENS)
     for name, value in body.items():
         if value is None or name in UNHEEDED:
             continue
         if name in fields:
+            ask.options = {}
             fields[name](ask, name, value)
+            for option, wanted in ask.options.items():
+                first, before = given.setdefault(option, (name, wanted))
+                if first != name and before != wanted:
+                    raise _bad(name, f"and {first} ask for different things; give one of them")
         elif name not in NOTHING or not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[name]):
             hint = "" if name in NOTHING else did_you_mean(name[:40], fields, cutoff=0.7)
+            if name in _AT:
+                hint = f" here; it is a field of {_AT[name]}"
             raise _bad(name[:100], f"is not supported{hint}")
+    ask.options = {**defaults, **{option: wanted for option, (_, wanted) in given.items()}}
     if not (ask.messages if is_chat else ask.prompts):
         raise _bad("messages" if is_chat else "prompt", "is missing")
     if len(ask.prompts or [0]) * ask.n > MOST_CHOICES:
@@ -279,6 +298,7 @@ def _max_tokens(name: str, value: Any) -> int | None:
 
 _COMMON: dict[str, Reader] = {
     **dict.fromkeys(SAMPLING, _number),
+    "top_p": lambda ask, name, value: _number(ask, name, ALMOST_NONE if value == 0 and value is not False else value),
     "model": _model,
     **dict.fromkeys(("max_tokens", "n_predict"), _option("max_tokens", _max_tokens)),  # the second is llama.cpp's word
     "seed": _option("seed", _seed),
@@ -303,6 +323,7 @@ _CHAT: dict[str, Reader] = {
     # ours: whole turns go where the context is full, oldest first, and characters that the model does not know are left out
     "fit": _set("fit", _flag),
 }
+_AT = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}  # where those belong that are at the wrong address
 _COMPLETION: dict[str, Reader] = {**_COMMON, "prompt": _prompt, "logprobs": _logprobs_of_completion}
 _LLAMA_CPP: dict[str, Reader] = {
     **{name: reader for name, reader in _COMMON.items() if name != "stream_options"},

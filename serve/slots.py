@@ -55,7 +55,7 @@ class Slots:
         """How many wait for one."""
         return sum(not future.done() for future in self._waiting)
 
-    async def take(self, ids: Sequence[int], seconds: float) -> Slot:
+    async def take(self, ids: list[int], seconds: float) -> Slot:
         """A slot, best one that remembers the beginning of `ids`. Raises QueueFull at once where too many wait already,
         TimeoutError where none becomes free in time.
         """
@@ -103,8 +103,7 @@ def _give_up(future: asyncio.Future[Slot]) -> None:
         future.set_exception(TimeoutError())
 
 
-def _remembered(slot: Slot, ids: Sequence[int]) -> int:
+def _remembered(slot: Slot, ids: list[int]) -> int:
     """How many of the first ids the slot's session has computed, 0 where it would forget more than that for them."""
-    known = slot.session.state.ids
-    same = next((i for i, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), min(len(known), len(ids)))
-    return same if 2 * same >= len(known) else 0
+    same = slot.session.remembered(ids)
+    return same if 2 * same >= len(slot.session.state.ids) else 0

@@ -2,6 +2,7 @@
 [--no-save | --save] [--lines] [--hot] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
 
 import argparse
+import math
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import ClassVar
 
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime.generator import Piece
 from pocketlm.runtime.sampling import SamplingOptions, chat_defaults
 
 
@@ -91,7 +93,7 @@ class FakeModel:
 
 
 def piece(text, id=1, finish_reason=None, note="", dropped_turns=0, **counts):
-    return SimpleNamespace(text=text, id=id, finish_reason=finish_reason, note=note, dropped_turns=dropped_turns, **counts)
+    return Piece(text, id, math.nan, finish_reason, note=note, dropped_turns=dropped_turns, **counts)
 
 
 if __name__ == "__main__":

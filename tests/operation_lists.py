@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 from canonical_models import make_hyper
 
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.architectures import bloom, gptneox, granite, lfm2, olmo2, olmoe, phi2, phi3, qwen3moe, stablelm
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Rope
+from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.tensor import Tensor
 
 N_VOCAB = 96
 Operations = Callable[[Builder], None]
 
 
-def make(operations: Operations, extra: dict[str, tuple[int, ...]] | None = None, **options: Any) -> P.Plan:
+def make(operations: Operations, extra: dict[str, tuple[int, ...]] | None = None, **options: Any) -> Plan:
     """The plan of a small model; `extra` are tensors that `operations` uses only where they are there."""
     sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96, "n_vocab": N_VOCAB, "n_ctx": 64}
     hyper = make_hyper(**{**sizes, **options})
@@ -31,10 +32,10 @@ def make(operations: Operations, extra: dict[str, tuple[int, ...]] | None = None
     builder = Builder(hyper, shapes, "model")
     operations(builder)
     assert builder.problems == []
-    return P.Plan(hyper, builder.buffers, tuple(builder.ops), builder.used)
+    return Plan(hyper, builder.buffers, tuple(builder.ops), builder.used)
 
 
-def tensors_of(plan: P.Plan, seed: int = 0) -> dict[str, Tensor]:
+def tensors_of(plan: Plan, seed: int = 0) -> dict[str, Tensor]:
     """Random float32 weights; norms' around 1, factors of frequencies from 1 to 4."""
     random, tensors = np.random.default_rng(seed), {}
     for name, shape in plan.weights.items():
@@ -236,7 +237,7 @@ LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.1
 FACTORS = {"attention.scale": 0.11, "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 8.0}
 CONVOLUTIONS = {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]}
 EXPERTS = {"expert_count": 7, "expert_used_count": 3}
-LISTS: dict[str, Callable[[], P.Plan]] = {
+LISTS: dict[str, Callable[[], Plan]] = {
     "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
     "gemma2": lambda: make(gemma2, activation="gelu_tanh", **HALF),
     "granite": lambda: make(granite.operations, settings=FACTORS),
@@ -287,7 +288,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def reference(plan: P.Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: int, cached=half) -> np.ndarray:
+def reference(plan: Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: int, cached=half) -> np.ndarray:
     """Logits of the whole text at once, float64, token by token where attention is; `cached`: what a key or value becomes."""
     w = {name: tensor.to_float32().astype(np.float64) for name, tensor in tensors.items()}
     n, s = len(ids), {}

@@ -30,7 +30,7 @@ class Serving:
     """A running server. `passes`: how many ids each pass of the model had; `before` is called in front of every pass."""
 
     def __init__(self, path: Path, *, slots: int = 2, waiting: int = 32, seconds: float = 60.0, policy: Policy | None = None,
-                 persona: dict[str, str] | None = None, **defaults: Any):  # fmt: skip
+                 persona: dict[str, str] | None = None, prepared: str | None = None, **defaults: Any):  # fmt: skip
         self.model = pocketlm.load(path, threads=1)
         self.policy = policy or Policy()
         self.answerer = Answerer(self.model, [self.model.session() for _ in range(slots)], waiting, seconds)
@@ -51,7 +51,13 @@ class Serving:
 
         self.model.executor.step = counted
         ready = threading.Event()
-        self._thread = threading.Thread(target=self.server.serve_until_stopped, args=(ready.set,))
+
+        def begun() -> None:
+            if prepared is not None:
+                self.answerer.prepare(prepared, forms=True)
+            ready.set()
+
+        self._thread = threading.Thread(target=self.server.serve_until_stopped, args=(begun,))
         self._thread.start()
         assert ready.wait(30)
 

@@ -122,3 +122,63 @@ def test_who_has_read_everything_finds_the_work_ended(monkeypatch):
         return [part async for part in handover], through
 
     assert asyncio.run(read()) == (["a", "b"], [True])
+
+
+def test_what_comes_within_a_pause_is_given_together_and_the_end_at_once():
+    go_on, more = threading.Event(), threading.Event()
+
+    def make(cancel):
+        yield "first"
+        assert go_on.wait(60)
+        yield from "abc"
+        more.set()
+        assert cancel.wait(60)
+        yield "last"
+
+    async def read():
+        handover = Handover(ahead=None)
+        handover.start(make)
+        looks = [await handover.several(0.0)]
+        go_on.set()
+        await asyncio.get_running_loop().run_in_executor(None, more.wait, 60)  # all three are there
+        looks.append(await handover.several(0.01))
+        handover.cancel.set()
+        while found := await handover.several(1e6):  # nobody waits so long for what is the end
+            looks.append(found)
+        return looks
+
+    assert asyncio.run(read()) == [["first"], ["a", "b", "c"], ["last"]]
+
+
+def test_what_came_before_an_error_is_given_before_it():
+    def make(cancel):
+        yield from "ab"
+        raise PocketlmError("that was all")
+
+    async def read():
+        handover, found = Handover(ahead=None), []
+        handover.start(make)
+        try:
+            while True:
+                found += await handover.several(0.001)
+        except PocketlmError as error:
+            return found, str(error)
+
+    assert asyncio.run(read()) == (["a", "b"], "that was all")
+
+
+def test_a_reader_that_does_not_wait_is_not_woken(monkeypatch):
+    """A loop that is woken for every piece takes the interpreter from those who make them."""
+    woken, call = [], Handover._call
+    monkeypatch.setattr(Handover, "_call", lambda handover, function: (woken.append(function), call(handover, function)))
+
+    async def read():
+        handover = Handover(ahead=None)
+        handover.start(lambda cancel: iter(range(5000)))
+        parts = []
+        while found := await handover.several(1e6):
+            parts += found
+        return parts
+
+    assert asyncio.run(read()) == [*range(5000)]
+    assert len(woken) < 100, "and not 5000 times"

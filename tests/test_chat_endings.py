@@ -118,19 +118,67 @@ def test_a_signal_at_the_prompt_ends_at_once_and_leaves_the_terminal_in_order(nu
 
 
 @posix
-def test_a_signal_while_the_model_opens_keeps_the_question(terminal, tmp_path):
+def test_a_signal_while_the_model_opens_keeps_the_question_and_waits_for_no_model(terminal, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(OPENING, encoding="utf-8")
-    shown = terminal(command=(sys.executable, str(driver), str(tmp_path / "may open")))
+    shown = terminal(command=(sys.executable, str(driver), str(tmp_path / "never there")))
     shown.prompt(1)
     shown.type("Are you awake?" + ENTER)
     while not shown.conversations():
         shown.read()
     shown.child.kill(signal.SIGTERM)
-    time.sleep(0.5)  # it has long ended its question when the model comes
-    (tmp_path / "may open").touch()
     assert shown.ended() == 128 + signal.SIGTERM
     assert_cut(shown.conversations(), "Are you awake?", "")
+
+
+@posix
+def test_who_leaves_waits_for_no_model(terminal, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(OPENING, encoding="utf-8")
+    shown = terminal(command=(sys.executable, str(driver), str(tmp_path / "never there")))
+    shown.prompt(1)
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
+
+
+def test_a_model_that_opens_too_late_is_closed():
+    may_open, closed = threading.Event(), threading.Event()
+    model = FakeModel()
+    model.close = closed.set
+    opening = Opening(lambda: may_open.wait(30) and model, "Ada")
+    opening.start([], lambda error: None)
+    opening.close()
+    assert opening.is_busy
+    assert not closed.is_set()
+    may_open.set()
+    assert closed.wait(30)
+    assert not opening.is_busy
+
+
+def test_a_packed_program_that_is_left_while_its_model_opens_ends_there():
+    """Python's own end would free what the thread that opens it is still using."""
+    script = """
+import atexit, threading, pocketlm
+from pocketlm.build import stub_entry
+def run(arguments):
+    with stub_entry._open_later("Ada", "no model") as opening:
+        opening.start([], print)
+    return 143
+pocketlm.load = lambda *_: threading.Event().wait()
+stub_entry._run = run
+atexit.register(print, "Python's own end")
+stub_entry.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script, "--lines"], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "")
+
+
+@posix
+def test_the_first_process_of_a_container_ends_at_a_signal():
+    script = "import os, signal; from pocketlm import cli; own = os.getpid(); os.getpid = lambda: 1\n"
+    script += "cli.main(['chat'], lambda *_, **__: os.kill(own, signal.SIGTERM))"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, "")
 
 
 @posix

@@ -111,6 +111,7 @@ def test_ctrl_c_while_waiting_leaves_the_model_opening():
     finally:
         signal.signal(signal.SIGINT, before)
     may_open.set()
+    assert opening.wait() is model
     opening.close()
     assert model.closed
 

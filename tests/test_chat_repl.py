@@ -210,10 +210,10 @@ def test_reset_forgets_all_but_the_system_prompt():
 
 def test_stats_shows_speed_and_context():
     notes = chat("Hello", "/stats")[1]
-    assert "6.0 tokens/s · 3 tokens · context 10/100 (10%)" in notes
+    assert "4.0 tokens/s · 3 tokens · context 10/100 (10%)" in notes
     assert "prompt: 4 new tokens, 8 from the cache, 40 tokens/s" in notes
     notes = chat("/stats on", "/max_tokens 1", "Hello")[1]
-    assert notes.endswith("2.0 tokens/s · 1 token · context 10/100 (10%) · cut off, /more continues\n")
+    assert notes.endswith("0.0 tokens/s · 1 token · context 10/100 (10%) · cut off, /more continues\n")
 
 
 @pytest.mark.parametrize(

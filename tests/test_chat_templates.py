@@ -1,6 +1,8 @@
 """A conversation becomes the text and the ids its model was trained on, and no content can steer the model."""
 
 import json
+import os
+from datetime import datetime
 from functools import cache
 
 import jinja2
@@ -41,6 +43,30 @@ def compiled_plainly(source: str) -> jinja2.Template:
 
 
 sandboxed = cache(SandboxedTemplate)
+
+
+DATED = """
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "Today Date: " + date_string }}"""
+
+
+@pytest.mark.parametrize("source", [DATED, "{{ strftime_now('%Y-%m-%d') }}", "{{ strftime_now('%B %-d, %Y') }}"])
+def test_a_template_that_asks_for_the_date_gets_the_one_of_today_as_transformers_gives_it(source):
+    def expected(moment):
+        form = "%#d" if os.name == "nt" else "%-d"  # transformers gives a template what this system's strftime makes of it
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["strftime_now"] = lambda wanted: moment.strftime(wanted.replace("%-d", form))
+        return environment.from_string(source).render()
+
+    before = expected(datetime.now())
+    told = sandboxed(source).render({}, 0)
+    assert told in (before, expected(datetime.now())), "midnight may come in between"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

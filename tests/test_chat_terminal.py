@@ -14,7 +14,7 @@ def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
     assert "1 M parameters · 2 MB · numpy · 2 threads · context 100" in shown.text()
     shown.type("Hello" + ENTER)
     shown.wait("You said: Hello\n")
-    shown.wait("6.0 tokens/s · 3 tokens · context 10/100 (10%)")
+    shown.wait("4.0 tokens/s · 3 tokens · context 10/100 (10%)")
     shown.prompt(2)
 
     shown.type("slow" + ENTER)

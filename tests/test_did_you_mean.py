@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import pocketlm
 from pocketlm.cli import COMMANDS, main
-from pocketlm.errors import did_you_mean
+from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.export.export import CALLED_ELSEWHERE, CONTAINERS
 
 
@@ -101,3 +102,18 @@ def test_what_is_called_otherwise_elsewhere_is_a_name_somewhere():
 def test_the_nearest_is_as_it_is_written():
     assert did_you_mean("HELP", ["help", "quit"], "/") == ", did you mean /help?"
     assert did_you_mean("zzz", ["help", "quit"], "/") == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "end"),
+    [
+        ("temprature", "did you mean temperature?"), ("max_token", "did you mean max_tokens?"), ("topk", "did you mean top_k?"),
+        ("logprobs", "did you mean top_logprobs?"), ("json_scheme", "did you mean json_schema?"), ("xyzzy", "such option"),
+        ("exempt", "such option"), ("n_vocab", "such option"),
+    ],
+)  # fmt: skip
+def test_options_in_python(option: str, end: str, tiny: str):
+    with pocketlm.load(tiny, threads=1) as model, pytest.raises(UsageError) as told:
+        list(model.generate("the", **{option: 1}))
+    assert str(told.value).startswith(f"{option}: there is no such option")
+    assert str(told.value).endswith(end)

@@ -11,13 +11,14 @@ from tiny_models import write_model
 
 import pocketlm
 from pocketlm.runtime import model_file
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.tiling import LAYOUTS
 from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.plan import Plan, make_plan
 
 IDS = np.array([5, 6, 7])
 
@@ -28,12 +29,12 @@ def opened(tmp_path):
         yield file
 
 
-def plan_of(file) -> P.Plan:
+def plan_of(file) -> Plan:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    return P.make_plan(read_hyper(file.metadata, shapes["token_embd.weight"][0], file.path), shapes, file.path)
+    return make_plan(read_hyper(file.metadata, shapes["token_embd.weight"][0], file.path), shapes, file.path)
 
 
-def check(file, plan: P.Plan, words: str, capsys) -> None:
+def check(file, plan: Plan, words: str, capsys) -> None:
     """`auto` is NumPy and says so in one line; native by name is an error that says the same."""
     with pytest.raises(NativeUnavailable, match=words) as error:
         make_executor("native", plan, file.tensors, 32, 1, file.path)

@@ -13,7 +13,7 @@ from tiny_models import ARCHITECTURES as TINY
 from tiny_models import TOKENS, write_model
 
 from pocketlm.errors import FileError
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.architectures import common, table
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper

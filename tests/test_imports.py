@@ -38,7 +38,7 @@ ALLOWED = {
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
     # of the cache where it is: a fetched model lies beside it
     "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
-    "bench": "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options terminal_text",
+    "bench": "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options doctor.board terminal_text",
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
         " terminal_text"
@@ -50,11 +50,11 @@ ALLOWED = {
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
     "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
-    "conversation": "asynchronous errors tokenizer runtime chat.templates",
+    "conversation": "asynchronous constrain errors tokenizer runtime chat.templates",
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
-    "export": "errors pickle_reader tokenizer runtime chat.templates terminal_text",
+    "export": "errors pickle_reader tokenizer runtime chat.templates cli_options terminal_text",
     # of sampling the names and bounds of its options, of constrain the options' names
     "chat": "errors tokenizer runtime.sampling runtime.atomic constrain terminal_text",
     "runtime": "errors runtime.native.executor terminal_text",
@@ -67,7 +67,8 @@ ALLOWED = {
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
-    "runtime.executors": "doctor.models doctor.portrait model export.verify build.selftest runtime.session runtime.engine",
+    "runtime.executors": "doctor.models doctor.portrait model export.verify build.selftest runtime.session runtime.engine "
+    "bench.decoding",
     "runtime.numpy_executor": "runtime.executors export.importance",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",

@@ -9,18 +9,19 @@ import pytest
 from native_calls import each_level, host_level
 from operation_lists import LISTS, N_VOCAB, make, reference, tensors_of
 
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.native import fusion
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.native.sizes import ACTIVATIONS, SPAN
 from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.plan import Plan
 
 IDS = np.random.default_rng(3).integers(0, N_VOCAB, 40)
 NEAR = 3e-3  # a key or value in the middle may be rounded to the other float16
 
 
-def native(level, plan: P.Plan, tensors, threads: int = 2, n_ctx: int = 64) -> NativeExecutor:
+def native(level, plan: Plan, tensors, threads: int = 2, n_ctx: int = 64) -> NativeExecutor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POCKETLM_ISA", level.name)
         return NativeExecutor(plan, tensors, n_ctx, threads)
@@ -120,7 +121,7 @@ SINGLE = {
 }  # fmt: skip
 
 
-def single_plan(name: str) -> P.Plan:
+def single_plan(name: str) -> Plan:
     operations, options = SINGLE[name]
     return make(operations, **{"n_layer": 1, "position": "none", **options})
 

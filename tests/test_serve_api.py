@@ -189,6 +189,57 @@ def test_what_is_not_supported_is_a_400_that_names_it(server, field):
     assert len(server.passes) == before, "nothing was computed for it"
 
 
+TWICE = {
+    "two limits": (CHAT, "max_tokens", 3, "max_completion_tokens", 4),
+    "two limits, the other way round": (CHAT, "max_completion_tokens", 4, "max_tokens", 3),
+    "a limit in llama.cpp's word": (COMPLETION, "n_predict", 3, "max_tokens", 4),
+    "two schemas": (CHAT, "json_schema", {"type": "null"}, "response_format",
+                    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "boolean"}}}),
+    "a limit in llama.cpp's address": ("/completion", "n_predict", 3, "max_tokens", 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("address", "first", "one", "second", "other"), TWICE.values(), ids=TWICE)
+def test_two_names_of_one_thing_do_not_contradict_each_other(server, address, first, one, second, other):
+    body = hello() if address == CHAT else {"prompt": "the inn"}
+    body = {name: value for name, value in body.items() if name != "max_tokens"}
+    reply = server.post(address, {**body, first: one, second: other})
+    assert reply.status == 400
+    assert first in reply.error["message"]
+    assert second in reply.error["message"]
+
+
+def test_two_names_that_say_the_same_are_no_contradiction(server):
+    body = {name: value for name, value in hello().items() if name != "max_tokens"}
+    both = server.post(CHAT, {**body, "max_completion_tokens": 4, "max_tokens": 4}).json
+    assert both["usage"]["completion_tokens"] == 4
+    assert server.post(CHAT, {**body, "max_completion_tokens": 4, "max_tokens": None}).json["choices"] == both["choices"]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ('{"messages": [{"role": "user", "content": "x"}], "temperature": 0, "temperature": 1}', "temperature stands twice"),
+        ('{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "content stands twice"),
+        ('{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature is nan"),
+        ('{"prompt": "x"}', "it is a field of /v1/completions"),
+    ],
+)
+def test_what_a_body_says_twice_or_at_the_wrong_address(server, body, named):
+    reply = server.post(CHAT, body.encode())
+    assert reply.status == 400
+    assert named in reply.error["message"]
+
+
+def test_a_top_p_of_0_is_the_likeliest_token(server):
+    greedy = server.post(CHAT, hello()).json["choices"]
+    drawn = {name: value for name, value in hello().items() if name != "temperature"}
+    for top_p in (0, 0.0):
+        reply = server.post(CHAT, {**drawn, "temperature": 2, "top_k": 0, "min_p": 0, "top_p": top_p, "seed": 5}).json
+        assert reply["choices"] == greedy
+    assert server.post(CHAT, hello(top_p=False)).status == 400
+
+
 def test_null_and_what_asks_for_nothing_is_no_field(server):
     nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "stop": None, "logprobs": None, "n": 1,
                "user": "me", "metadata": {"a": "b"}, "store": False}  # fmt: skip

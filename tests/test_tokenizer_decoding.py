@@ -117,3 +117,21 @@ def test_the_list_of_ids_is_the_callers_own(gpt2, spm):
         expected = list(first)
         first.append(7)
         assert tok.encode("a") == expected
+
+
+@pytest.mark.parametrize("name", [*OWN, "ggml-vocab-gpt-2", "ggml-vocab-starcoder", "ggml-vocab-llama-spm", "ggml-vocab-phi-3"])
+def test_the_bytes_of_all_tokens_are_those_of_each(name, vocabulary_file):
+    tok = tokenizer.load(vocabulary_file(name))
+    assert tok.all_bytes() == [tok.token_bytes(i) for i in range(tok.n_vocab)]
+    assert tok.special_ids() == [i for i in range(tok.n_vocab) if tok.vocabulary.types[i] != 1]
+
+
+@pytest.mark.parametrize("odd", ["a b", "日本", "", "a\0b", "\0", "é"])
+def test_the_bytes_of_a_token_that_was_added_in_plain_text(odd):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["Ġ a"],
+        "tokenizer.ggml.tokens": ["a", "Ġ", odd, "Ġa", "Ā", "<|end|>"], "tokenizer.ggml.token_type": [1, 1, 1, 1, 1, 3],
+    }  # fmt: skip
+    for tok in (tokenizer.from_metadata(metadata, "bpe.gguf"), tokenizer.from_metadata({**SPM, "tokenizer.ggml.tokens": [
+        *SPM["tokenizer.ggml.tokens"][:-1], odd]}, "spm.gguf")):  # fmt: skip
+        assert tok.all_bytes() == [tok.token_bytes(i) for i in range(tok.n_vocab)]

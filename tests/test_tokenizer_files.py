@@ -280,3 +280,11 @@ def test_damaged_files_raise_nothing_else_and_take_no_memory(name, tmp_path):
             load(tmp_path, bytes(data)).encode("Once upon a time, e\u0301 ①")
     assert tracemalloc.get_traced_memory()[1] < 64 * len(whole) + (32 << 20)
     tracemalloc.stop()
+
+
+def test_mistrals_own_file_says_which_one_to_give(tmp_path):
+    path = tmp_path / "tekken.json"
+    content = {"config": {"pattern": "[^x]+"}, "vocab": [{"rank": 0, "token_bytes": "AA==", "token_str": "a"}]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(FileError, match=r"tekken\.json.*tokenizer\.json that lies beside it"):
+        tokenizer.load(path)

@@ -244,5 +244,5 @@ def test_of_a_folder_the_error_says_how_to_name_its_files(tmp_path: Path) -> Non
 
 
 def test_unknown_chats_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match="--chat alpaca: expected chatml, markers"):
+    with pytest.raises(UsageError, match="--chat alpaca: expected one of chatml, markers"):
         data.markers_of("alpaca")

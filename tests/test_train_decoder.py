@@ -197,7 +197,7 @@ def test_the_learning_rate_warms_up_and_falls_by_half_a_cosine() -> None:
     [
         ({"n_heads": "3"}, "--set n_heads: expected one of n_layer, n_head"),
         ({"n_layer": "many"}, "--set n_layer=many: expected int"),
-        ({"position": "absolute"}, "position absolute: expected rope, alibi, learned, none"),
+        ({"position": "absolute"}, "position absolute: expected one of rope, alibi, learned, none"),
         ({"n_head": "3"}, "width 128, 3 heads"),
         ({"n_head": "128"}, "a head has 1 values"),
         ({"n_embd": "-1"}, "1 or more"),

@@ -197,11 +197,11 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     ("options", "status", "said"),
     [
         ("", 2, "give the texts to learn and the run's folder"),
-        ("{text} -o {run} --preset huge", 2, "--preset huge: expected tiny, small-talk"),
+        ("{text} -o {run} --preset huge", 2, "--preset huge: expected one of tiny, small-talk"),
         ("{text} -o {run} --set n_layer", 2, "expected a name and a value"),
         ("{text} -o {run} --batch 3", 2, "a batch of 3 is no whole number of micro batches"),
         ("{text} -o {run} --lr -1", 2, "expected 0 < lr"),
-        ("{text} -o {run} --dtype int4", 2, "dtype int4: expected fp32, bf16, fp16"),
+        ("{text} -o {run} --dtype int4", 2, "dtype int4: expected one of fp32, bf16, fp16"),
         ("{text} -o {run} --chat alpaca", 2, "--chat alpaca"),
         ("{text} -o {run} --tokenizer sentencepeice", 2, "or a tokenizer's file or folder, did you mean sentencepiece?"),
         ("{text} -o {run} --device tpu9", 2, "--device tpu9"),
@@ -211,7 +211,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("{text} -o {run} --from {run}.pt", 1, "run.pt: there is no such file"),
         ("{text} -o {run} --context 100000", 1, "too few for a sequence of 100000"),
         ("--plot {run}", 1, "holds no steps"),
-        ("--recipe soup", 2, "--recipe soup: expected small-talk"),
+        ("--recipe soup", 2, "--recipe soup: expected one of small-talk"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from pocketlm.errors import FileError, UsageError
 from pocketlm.tokenizer.normalizer import AS_IT_IS, Normalizer
 from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
@@ -179,6 +181,10 @@ class Tokenizer:
         """The bytes of a token that is neither control nor unknown."""
         raise NotImplementedError
 
+    def _split(self, data: bytes) -> list[bytes] | None:
+        """The bytes of all plain tokens, whose texts these are, with a NUL between each two. None: not to be had so."""
+        return data.split(b"\0")
+
     def _at_start(self, token_id: int, data: bytes) -> tuple[bytes, bool]:
         """The bytes of the first token of a text, and whether the token after it still counts as the first."""
         return data, False
@@ -322,6 +328,20 @@ class Tokenizer:
             found = self.vocabulary.tokens[token_id].encode() if hidden else self._token_bytes(token_id)
             self._bytes[token_id] = found
         return found
+
+    def all_bytes(self) -> list[bytes]:
+        """`token_bytes` of every id, in a tenth of the time that it takes to ask for each; they are not remembered."""
+        data = self.vocabulary.tokens.data
+        found = None if data is None else self._split(data)
+        if found is None:
+            return [self.token_bytes(i) for i in range(self.n_vocab)]
+        for i in self.special_ids():
+            found[i] = self.token_bytes(i)
+        return found
+
+    def special_ids(self) -> list[int]:
+        """The ids of all tokens that are not plain text: control, unknown, byte and user-defined ones, and holes."""
+        return np.flatnonzero(np.frombuffer(self.vocabulary.types, np.uint8) != NORMAL).tolist()
 
     def token_id(self, text: str) -> int | None:
         """The id of the token that is written so in the vocabulary, None where there is none."""

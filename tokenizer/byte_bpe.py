@@ -23,6 +23,7 @@ def _letters() -> str:
 
 LETTERS = _letters()
 BYTE_OF = {letter: byte for byte, letter in enumerate(LETTERS)}
+_VALUES = np.array([BYTE_OF.get(chr(code), -1) for code in range(0x201)], np.int16)  # by the letter's code point
 TO_LETTERS = dict(enumerate(LETTERS))  # for `str.translate` of bytes read as Latin-1
 
 
@@ -102,3 +103,16 @@ class ByteBPE(Tokenizer):
             return from_letters(token)
         except KeyError:  # a token that was added in plain text
             return token.encode()
+
+    def _split(self, data: bytes) -> list[bytes] | None:
+        codes = np.frombuffer(data.decode().encode("utf-32-le"), np.uint32)
+        values = _VALUES[np.minimum(codes, len(_VALUES) - 1)]
+        ends = [*np.flatnonzero(codes == 0).tolist(), len(codes)]
+        blob, start, found = values.astype(np.uint8).tobytes(), 0, list[bytes]()
+        for end in ends:
+            found.append(blob[start:end])
+            start = end + 1
+        odd = np.flatnonzero((values < 0) & (codes != 0))  # letters of tokens that were added in plain text
+        for i in set(np.searchsorted(ends, odd).tolist()):
+            found[i] = self._token_bytes(i)
+        return found

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, Vocabulary, make_vocabulary
 from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
@@ -42,10 +42,8 @@ def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: byt
 
     FileError as above.
     """
-    try:
+    with refused(merges_path):
         lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
-    except UnicodeDecodeError:
-        raise FileError(merges_path, "is not UTF-8") from None
     file: dict[str, Any] = {"model": {"vocab": vocab, "merges": lines}}
     file["pre_tokenizer"] = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
     if not isinstance(vocab, dict) or not isinstance(added, dict):

@@ -77,9 +77,6 @@ def read_normalizer(names: Sequence[str]) -> Normalizer:
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, line) of the lines of a text that are not empty. Raises FileError."""
-    try:
-        with refused(path, "check the path"):
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
+    with refused(path, "check the path"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -93,6 +93,8 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
         return huggingface.from_tokenizer_json(path, value)
     if isinstance(value, dict) and "pieces" in value:
         return _fp16_bin(path, value)
+    if isinstance(value, dict) and isinstance(value.get("vocab"), list) and "config" in value:
+        raise FileError(path, "is Mistral's own tekken.json, which is not read", "give the tokenizer.json that lies beside it")
     for end, other in _MERGES.items():
         merges, added = path.with_name(path.name.removesuffix(end) + other), path.with_name("added_tokens.json")
         if path.name.endswith(end) and merges.is_file():

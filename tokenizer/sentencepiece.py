@@ -111,6 +111,9 @@ class SentencePiece(Tokenizer):
         literal = self.vocabulary.types[token_id] == USER_DEFINED and not self.options.symbols_in_text
         return (token if literal else token.replace(SPACE, " ")).encode()
 
+    def _split(self, data: bytes) -> list[bytes]:
+        return data.replace(SPACE.encode(), b" ").split(b"\0")
+
     def _at_start(self, token_id: int, data: bytes) -> tuple[bytes, bool]:
         options = self.options
         if not data:

@@ -6,6 +6,7 @@ numbers: sentencepiece_model.proto of the SentencePiece library; wire format: th
 
 import struct
 from collections.abc import Iterator
+from typing import TypeVar
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, make_vocabulary
@@ -15,7 +16,7 @@ from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE, score_table
 from pocketlm.tokenizer.unigram import Unigram
 
 _MODEL_KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-_UNSET = -1
+T = TypeVar("T", int, bytes)
 
 
 class _Damaged(Exception):
@@ -82,23 +83,17 @@ def read(path: object, data: bytes) -> Tokenizer:
         raise FileError(path, "is a damaged SentencePiece model, or none at all") from None
     trainer, normaliser, denormaliser = messages.values()
 
-    def whole(message: dict[int, int | bytes], field: int, default: int) -> int:
+    def said(message: dict[int, int | bytes], field: int, default: T) -> T:
         value = message.get(field, default)
-        if not isinstance(value, int):
+        if not isinstance(value, type(default)):
             raise FileError(path, "is a damaged SentencePiece model")
         return value
 
-    def content(message: dict[int, int | bytes], field: int, default: bytes) -> bytes:
-        value = message.get(field, default)
-        if not isinstance(value, bytes):
-            raise FileError(path, "is a damaged SentencePiece model")
-        return value
-
-    kind = whole(trainer, 3, 1)
+    kind = said(trainer, 3, 1)
     if kind not in (1, 2):
         supported = "BPE and unigram are supported"
         raise FileError(path, f"is a SentencePiece model of the kind {_MODEL_KINDS.get(kind, kind)}", supported)
-    if whole(trainer, 24, 0) or not whole(normaliser, 5, 1) or content(denormaliser, 2, b""):
+    if said(trainer, 24, 0) or not said(normaliser, 5, 1) or said(denormaliser, 2, b""):
         raise FileError(path, "is a SentencePiece model that writes spaces as suffixes or changes text when decoding")
     types = [kind for *_, kind in pieces]
     if set(types) - set(range(NORMAL, BYTE + 1)) or types.count(UNKNOWN) != 1:
@@ -109,21 +104,21 @@ def read(path: object, data: bytes) -> Tokenizer:
 
     def role(field: int, usual: str) -> int | None:
         """The id of the bos or eos piece: a control piece of the name the trainer says."""
-        text = content(trainer, field, usual.encode()).decode(errors="replace")
-        at = tokens.index(text) if text in tokens else _UNSET
-        return at if at >= 0 and types[at] == CONTROL else None
+        text = said(trainer, field, usual.encode()).decode(errors="replace")
+        at = tokens.index(text) if text in tokens else None
+        return at if at is not None and types[at] == CONTROL else None
 
     vocabulary = make_vocabulary(
         path, tokens, bytes(types), bos_id=role(46, "<s>"), eos_id=role(47, "</s>"), unk_id=types.index(UNKNOWN)
     )
-    charsmap = content(normaliser, 2, b"")
+    charsmap = said(normaliser, 2, b"")
     options = Options(
-        prefix="always" if whole(normaliser, 3, 1) else "never",
+        prefix="always" if said(normaliser, 3, 1) else "never",
         rules=Rules(path, charsmap) if charsmap else None,
-        collapse_spaces=bool(whole(normaliser, 4, 1)),
+        collapse_spaces=bool(said(normaliser, 4, 1)),
         symbols_in_text=True,
-        byte_fallback=bool(whole(trainer, 35, 0)),
-        unknown_text=content(trainer, 44, UNKNOWN_TEXT.encode()).decode(errors="replace"),
+        byte_fallback=bool(said(trainer, 35, 0)),
+        unknown_text=said(trainer, 44, UNKNOWN_TEXT.encode()).decode(errors="replace"),
     )
     scores = [score for _, score, _ in pieces]
     if kind == 1:

@@ -52,6 +52,11 @@ class Texts(Sequence[str]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    @property
+    def data(self) -> bytes | None:
+        """All of them as UTF-8, a NUL between each two; None where a text holds a NUL itself."""
+        return self._data if self._can_split else None
+
     def __iter__(self) -> Iterator[str]:
         if self._can_split:
             return iter(self._data.decode().split("\0"))

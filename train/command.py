@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-from pocketlm.errors import FileError, PocketlmError, UsageError, one_of
+from pocketlm.errors import FileError, UsageError, needed, one_of
 from pocketlm.export.model_config import read_pairs
 from pocketlm.runtime.atomic import write_file
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
@@ -75,7 +75,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the command line asks; the exit status. Raises PocketlmError for everything a user can cause."""
     if arguments.plot is not None:
-        log.check_can_plot()
+        with needed("drawing", "matplotlib"):
+            import matplotlib  # noqa: F401
         if not arguments.data and not arguments.mix:
             print(log.plot(Path(arguments.plot or arguments.output or ".")))
             return 0
@@ -94,10 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
     cadence, settings = _given(Cadence(), arguments), _given(preset.settings, arguments)
     shape = preset.shape if arguments.start else changed(preset.shape, said)
-    try:
+    with needed("training", "PyTorch", "'pocketlm[train]'"):
         import torch
-    except ImportError:
-        raise PocketlmError("training needs PyTorch; get it with: pip install 'pocketlm[train]'") from None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     _train(arguments, shape, arguments.tokenizer or preset.tokenizer, settings, cadence, stages)

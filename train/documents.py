@@ -36,17 +36,14 @@ class Reading:
 def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[Document, bool]]:
     """(document or a piece of one that ends with a line, whether it ends here). Raises FileError naming the line."""
     hint = f"name the files in it, as in {path / '*.txt'}" if path.is_dir() else "check the path"
-    try:
-        with refused(path, hint), open(path, encoding="utf-8", newline="") as file:
-            if path.suffix in ROWS:
-                for n, row in enumerate(_list(file.read(), path) if path.suffix == ".json" else file, 1):
-                    document = _document(row, path, n) if not isinstance(row, str) or row.strip() else ""
-                    if not isinstance(document, str) or len(document) >= max(reading.shortest, 1):
-                        yield document, True
-                return
+    with refused(path, hint), open(path, encoding="utf-8", newline="") as file:
+        if path.suffix in ROWS:
+            for n, row in enumerate(_list(file.read(), path) if path.suffix == ".json" else file, 1):
+                document = _document(row, path, n) if not isinstance(row, str) or row.strip() else ""
+                if not isinstance(document, str) or len(document) >= max(reading.shortest, 1):
+                    yield document, True
+        else:
             yield from _texts(iter(lambda: file.readline(LONGEST_LINE), ""), reading)
-    except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8 text", "convert it to UTF-8") from None
 
 
 def _texts(lines: Iterator[str], reading: Reading) -> Iterator[tuple[str, bool]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError
 from pocketlm.runtime.atomic import replacing_file, write_file
 from pocketlm.terminal_text import clock
 
@@ -88,12 +87,6 @@ def smoothed(values: list[float]) -> list[float]:
         mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING
         result.append(mean / weight)
     return result
-
-
-def check_can_plot() -> None:
-    """Raises PocketlmError without matplotlib."""
-    if find_spec("matplotlib") is None:
-        raise PocketlmError("drawing needs matplotlib; get it with: pip install matplotlib")
 
 
 def plot(run: Path) -> Path:

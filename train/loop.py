@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, needed
 from pocketlm.runtime.sampling import Sampler, make_sampler
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train import log
@@ -53,10 +53,8 @@ def optimiser(model: Decoder, settings: Settings) -> Any:
         fused = model.tok_emb.weight.device.type != "mps"  # PyTorch 2.4 has none there
         return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=fused)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that are not needed here
-    try:
+    with needed("--optimizer adamw8bit", "bitsandbytes"):
         from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError:
-        raise PocketlmError("--optimizer adamw8bit needs bitsandbytes; get it with: pip install bitsandbytes") from None
     on_gpu = model.tok_emb.weight.device.type == "cuda"  # where its state may be moved out of the GPU's memory
     return AdamW8bit(groups, settings.lr, (0.9, settings.beta2), is_paged=on_gpu)
 
@@ -171,13 +169,7 @@ def train(
                 at.since_best = 0 if at.val_loss < at.best else at.since_best + 1
                 at.best = min(at.best, at.val_loss)
                 if ranks.leads:
-                    if not at.since_best:
-                        save(run / BEST, model, step=at.step, val_loss=at.val_loss)
-                    row = {"step": at.step, "val_loss": at.val_loss, "perplexity": math.exp(min(at.val_loss, 700.0))}
-                    row |= {"epoch": round(feed.epochs, 4), "samples": sample(model)}
-                    log.write(run / log.LOG, row)
-                    for line in log.validation(row, at.best):
-                        ranks.say(line)
+                    _note_validation(run, model, at, feed.epochs, sample, ranks)
                     if plot:
                         log.plot(run)
                 shown_at += time.monotonic() - now
@@ -191,6 +183,19 @@ def train(
                 ranks.say(f"stopped at step {at.step}, which is saved: the same command goes on")
                 raise KeyboardInterrupt
     return at
+
+
+def _note_validation(
+    run: Path, model: Decoder, at: Progress, epochs: float, sample: Callable[[Decoder], list[dict[str, Any]]], ranks: Ranks
+) -> None:
+    """Keep the model, where it is the best so far, and what it says."""
+    if not at.since_best:
+        save(run / BEST, model, step=at.step, val_loss=at.val_loss)
+    row = {"step": at.step, "val_loss": at.val_loss, "perplexity": math.exp(min(at.val_loss, 700.0))}
+    row |= {"epoch": round(epochs, 4), "samples": sample(model)}
+    log.write(run / log.LOG, row)
+    for line in log.validation(row, at.best):
+        ranks.say(line)
 
 
 def _resume(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from pocketlm.errors import UsageError, did_you_mean, one_of
+from pocketlm.errors import UsageError, one_of
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -143,12 +143,11 @@ def changed(shape: Shape, pairs: dict[str, str]) -> Shape:
     kinds = {f.name: type(getattr(shape, f.name)) for f in fields(shape)}
     given: dict[str, Any] = {}
     for name, text in pairs.items():
-        if name not in kinds:
-            raise UsageError(f"--set {name}: expected one of {', '.join(kinds)}{did_you_mean(name, kinds)}")
+        kind = kinds[one_of("--set", name, kinds)]
         try:
-            given[name] = {"true": True, "false": False}[text.lower()] if kinds[name] is bool else kinds[name](text)
+            given[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise UsageError(f"--set {name}={text}: expected {kinds[name].__name__}") from None
+            raise UsageError(f"--set {name}={text}: expected {kind.__name__}") from None
     if "n_head" in given and "n_kv_head" not in given and shape.n_kv_head == shape.n_head:
         given["n_kv_head"] = 0
     if "n_embd" in given and "n_ff" not in given and shape.n_ff == 4 * shape.n_embd:

@@ -18,7 +18,7 @@ from time import perf_counter
 
 import numpy as np
 
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
@@ -32,6 +32,7 @@ from pocketlm.runtime.native.selection import Selection
 from pocketlm.runtime.native.sizes import BLOCK
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
+from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
@@ -44,7 +45,7 @@ PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the sec
 class _Scratch:
     """How large the working arrays of a run are: known before anything is allocated."""
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
         hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
         self.dim = round_up(hyper.head_dim, ROWS)
         products = [op for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
@@ -77,7 +78,7 @@ class NativeExecutor:
     same_bits = True
     single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
-    def __init__(self, plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
         weights that are NaN.
         """
@@ -113,7 +114,7 @@ class NativeExecutor:
 
     @staticmethod
     def memory(
-        plan: P.Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
     ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
         do not fit they are read from the file as they are needed.
@@ -171,11 +172,19 @@ class NativeExecutor:
         the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
         """
         with self._one_at_a_time.here:
+            if len(work) == 1 and self._is_one(*work[0]):
+                return self._pass(work)
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
             n = len(checked[0][1]) if len(checked) == 1 else sum(len(ids) for _, ids, _ in checked)
             if n > BLOCK or (len(checked) > 1 and len({id(c) for c, _, _ in checked}) < len(checked)):
                 raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
             return self._pass(checked)
+
+    def _is_one(self, cache: NativeCache, ids: np.ndarray | Sequence[int], rows: int) -> bool:
+        """Whether this is a single token, which is as it must be: then nothing else has to be checked or converted."""
+        if len(ids) != 1 or rows > 1 or type(id := ids[0]) is not int:
+            return False
+        return 0 <= id < self.hyper.n_vocab and cache.length < cache.n_ctx
 
     def _pass(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
         """`step` for ids that were checked, and no more rows than ids."""
@@ -207,7 +216,7 @@ class NativeExecutor:
         before, n_spans = self._alone
         if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
             return False
-        self._id[0], self._position[0], self._before[0] = ids[0], cache.length, cache.id_before
+        self._id.value, self._position.value, self._before.value = int(ids[0]), cache.length, int(cache.id_before)
         return True
 
     def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
@@ -238,10 +247,10 @@ class NativeExecutor:
                 here["n_partials"] = here["position"] // sizes.SPAN + 1 if parts > 1 else 1
                 here["before"][1:], here["before"][0] = ids[:-1], cache.id_before
             slot += len(ids) * slots
-            cuts = [part * n_spans // parts for part in range(parts + 1)]
+            apart = parts if parts > 1 else 0
             for first in range(n, n + len(ids), together):
                 n_here = min(n + len(ids) - first, together)
-                entries += [(first, n_here, cuts[i], cuts[i + 1], parts > 1) for i in range(parts)]
+                entries += [(first, n_here, part, apart) for part in range(parts)]
             n += len(ids)
             wanted += range(n - rows, n)
         self._arrays["rows"][: len(wanted)] = wanted
@@ -338,7 +347,10 @@ class NativeExecutor:
             "scratch": aligned(self.n_threads * scratch.stride, np.uint8, 4096),
             "partials": aligned((scratch.n_slots * hyper.n_head, scratch.dim + sizes.LANES), np.float32),
         }
-        self._id, self._position, self._before = (arrays["tokens"][name] for name in ("id", "position", "before"))
+        first = arrays["tokens"].view(np.uint8)
+        self._id, self._position, self._before = (
+            ctypes.c_int64.from_buffer(first, offset(TOKEN, name)) for name in ("id", "position", "before")
+        )  # NumPy takes several times as long for a number
         record = aligned(1, RUN)
         values = {
             **{name: array.ctypes.data for name, array in arrays.items() if name in (RUN.names or ())}, **scratch.places,
@@ -370,7 +382,7 @@ def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], p
         release_pages(source[piece])
 
 
-def _matrix_names(plan: P.Plan) -> list[str]:
+def _matrix_names(plan: Plan) -> list[str]:
     """Every tensor that is a matrix of a product or a table of an embedding, once."""
     names: dict[str, None] = {}
     for op in plan.ops:

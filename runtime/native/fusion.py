@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 
 
 @dataclass(frozen=True)

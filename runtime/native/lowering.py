@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pocketlm.runtime import plan as P
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.native import fusion, sizes
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.records import OPERATION
 from pocketlm.runtime.native.tiling import LAYOUTS, groups
+from pocketlm.runtime.plan import Plan
 
 ROUTES = {"softmax": sizes.SOFTMAX, "sigmoid": sizes.SIGMOID}
 NORMS = {"rms": sizes.RMS_NORM, "layer": sizes.LAYER_NORM}
@@ -47,7 +48,7 @@ class Storage:
     taps: Callable[[P.Convolve], np.ndarray]  # a convolution's weights, float32 [taps, n]
 
 
-def check(plan: P.Plan, formats: Iterable[str]) -> None:
+def check(plan: Plan, formats: Iterable[str]) -> None:
     """Raises NativeUnavailable where there is no code for an operation of the plan or for one of its matrices' formats."""
     if lacking := sorted(set(formats) - LAYOUTS.keys()):
         raise NativeUnavailable(f"there is no native code for {', '.join(lacking)} weights")
@@ -64,7 +65,7 @@ def check(plan: P.Plan, formats: Iterable[str]) -> None:
         raise NativeUnavailable("there is no native code for layers whose heads differ")
 
 
-def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
+def encode(plan: Plan, storage: Storage, n_threads: int) -> np.ndarray:
     """The program, an array of OPERATION."""
     encoder = _Encoder(plan, storage, n_threads)
     for step in fusion.fuse(plan.ops):
@@ -73,7 +74,7 @@ def encode(plan: P.Plan, storage: Storage, n_threads: int) -> np.ndarray:
 
 
 class _Encoder:
-    def __init__(self, plan: P.Plan, storage: Storage, n_threads: int):
+    def __init__(self, plan: Plan, storage: Storage, n_threads: int):
         self.plan, self.storage, self.n_threads = plan, storage, n_threads
         self.records: list[np.ndarray] = []
         self.grouped = ""  # the choice of experts that tokens are sorted by

@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -23,9 +24,10 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
-LOST = 4  # a run is late that has lost more than this part of its time, a quarter, in which threads waited for one that did not
-# come; a server's own threads take a tenth of a pass for eight clients, far less than a second thread gains
-OFTEN = 0.25  # seconds: a thread that is late twice in this time, or once after it was taken in again, shares its processor
+LOST = 3  # a thread is left out where more than this part of the time lately, a third, was lost in waiting for it. With two
+# threads one alone is as fast where a fifth (a single token, which memory limits) to two fifths (eight tokens) is lost; two
+# quiet processors lose 1 to 6 % for eight clients, most of it where the system wakes two threads on one of them
+LATELY = 0.25  # seconds of runs: a single late one among many, as every system has them, is no reason
 REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
@@ -55,13 +57,17 @@ class WorkerThreads:
         self.check_open()
         if os.getpid() != self._pid:  # after a fork the threads are gone: only the one that forked is here
             self._begin()
+        if self._lost.value:
+            self._keep_apart(range(1, self._active))
         self._finish()
-        if self._lost.value or self._active < self.n_threads:
+        if self._share or self._lost.value or self._active < self.n_threads:
             self._adapt()
+        began = monotonic()
         try:
             self._step(self._address)
         finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
             self._finish()
+        self._seconds = monotonic() - began
         if self._epoch.value < 0:
             join_threads(self._threads)  # they may still be looking at what the caller owns
         self.check_open()
@@ -73,27 +79,55 @@ class WorkerThreads:
 
     def _adapt(self) -> None:
         """Leave a thread out, or take one in again, before the next run."""
-        now = monotonic()
-        is_late = self._lost.value * LOST > self._took.value * (self._active - 1)  # so many threads waited for one
-        self._lost.value = 0
-        if is_late:
-            calm, self._last_late = now - max(self._last_late, self._until), now
-            if calm < OFTEN and self._active > 1:
-                self._rest = min(2 * self._rest, REST[1])
-                self._active, self._until = self._active - 1, now + self._rest
-            elif calm > 4 * REST[1]:
-                self._rest = REST[0] / 2
-        elif self._active < self.n_threads and now >= self._until:
-            self._active += 1
+        now, before = monotonic(), self._share
+        waiting = self._took.value * (self._active - 1)  # so many threads may have waited for one
+        lost, self._lost.value = self._lost.value / waiting if waiting else 0.0, 0
+        share = before + (lost - before) * self._seconds / (self._seconds + LATELY)
+        self._share = share if share > 0.01 else 0.0
+        if share * LOST > 1 and lost and self._active > 1:
+            lasted = now - self._until  # since it was taken in again
+            self._rest = min(2 * self._rest, REST[1]) if lasted < max(self._rest, LATELY) else REST[0]
+            self._active, self._until, self._share = self._active - 1, now + self._rest, 0.0
+        elif self._active < self.n_threads and now >= self._until and lost * LOST <= 1:
+            self._active, self._until = self._active + 1, now
+            self._share = 1 / LOST  # if it is late at once it goes again
         self._record["n_threads"] = self._active
 
     def _finish(self) -> None:
         """Wake the threads that a begun run needs and do this thread's share; nothing if no run has begun."""
         if self._begun.value:
-            for tid in np.flatnonzero(self._workers["wake"]):
+            woken = np.flatnonzero(self._workers["wake"]).tolist()
+            if woken:
+                self._keep_apart(woken)
+            for tid in woken:
                 open_lock(self._locks[tid])
                 self._workers["wake"][tid] = 0
             self._work(self._address, 0)
+        if self._kept_apart:
+            self._let_go()
+
+    def _keep_apart(self, tids: Iterable[int]) -> None:
+        """Threads that are woken now, or were late, go to other processors than this one's (Linux). The system wakes a thread
+        on the waking one's processor where the others have slept, and takes ten milliseconds to move it.
+        """
+        if self._processor is None:
+            return
+        here = self._processor()
+        for thread in (self._threads[tid - 1].native_id for tid in tids):
+            if thread is None:
+                continue
+            with suppress(OSError):  # it has ended, or this program may not say where its threads run
+                allowed = os.sched_getaffinity(thread)
+                if len(allowed) > 1 and here in allowed:
+                    self._kept_apart.setdefault(thread, allowed)  # what an interrupted run has left there is the right one
+                    os.sched_setaffinity(thread, allowed - {here})
+
+    def _let_go(self) -> None:
+        """The threads stay where they are, and may run everywhere again."""
+        for thread, allowed in list(self._kept_apart.items()):
+            with suppress(OSError):
+                os.sched_setaffinity(thread, allowed)
+            del self._kept_apart[thread]
 
     def close(self) -> None:
         """End the threads, in the middle of a run too: that run raises PocketlmError. A second call does nothing."""
@@ -107,10 +141,13 @@ class WorkerThreads:
         for name in ("epoch", "arrived", "lost", "took", "begun"):
             self._record[name] = 0
         self._record["n_threads"] = self.n_threads
-        self._active, self._last_late, self._until, self._rest = self.n_threads, 0.0, 0.0, REST[0] / 2
+        self._active, self._until, self._rest = self.n_threads, monotonic(), REST[0] / 2
+        self._share = self._seconds = 0.0  # of the time lately that was lost; of the last run
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
         self._record["advise"] = _advise()
+        self._processor = getattr(self._library, "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+        self._kept_apart: dict[int, set[int]] = {}  # system's number of a thread -> the processors that it may run on
         self._locks = [closed_lock() for _ in range(self.n_threads)]
         # the threads own the memory they compute in, but not this object: it can be collected, and then they end
         wait = self._core.function("wait", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
