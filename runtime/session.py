@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TAKEN = "this answer ends here: its session has begun another one; finish one before the next, or use a session() for each"
 MIN_SHIFT = 32  # fewer tokens than this are computed again rather than moved, which is exact
+BETWEEN = 0.1  # seconds in which a session that answers is free for a moment, between two tokens
 
 
 class Session:
@@ -99,12 +100,13 @@ class Session:
 
     def borrow(self, other: Session, ids: list[int]) -> None:
         """Copy what another session of the executor, of the same size, has computed of the beginning of `ids`, where that is
-        more than what is here of it: with the bits that it would have if it were computed again. PocketlmError after `end`.
+        more than what is here of it: with the bits that it would have if it were computed again. Nothing where the other one
+        computes a prompt: who would copy waits for nobody. PocketlmError after `end`.
         """
         claim = self.claim()
-        one, two = sorted((self, other), key=id)  # two that borrow from each other wait in the same order
-        with one.lock.here, two.lock.here:
-            self.check(claim)
+        with self.held(claim), other.lock.within(BETWEEN) as got:  # of two that want to copy from each other one may get nothing
+            if not got:
+                return
             other.check_open()
             other._settle()
             n = in_common(other.ids[: other.n_exact], ids)

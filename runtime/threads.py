@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from pocketlm.errors import PocketlmError, whole_number
 from pocketlm.runtime import processors
@@ -84,6 +85,17 @@ class ForkedLock:
         if os.getpid() != self._pid:
             self._pid, self._lock = os.getpid(), threading.RLock()
         return self._lock
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[bool]:
+        """Whether it could be had in that time; what was had is given back at the end."""
+        lock: Any = self.here
+        got = lock.acquire(timeout=seconds)
+        try:
+            yield got
+        finally:
+            if got:
+                lock.release()
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------

@@ -84,6 +84,30 @@ def test_two_may_borrow_from_each_other_at_the_same_time(model):
         assert found == [expected] * 40
 
 
+def test_nobody_waits_for_the_prompt_of_another(model):
+    ids = model.tokenizer.encode("the inn stood at the end of the long road, and nobody knew who had built it")
+    with model.session() as donor, model.session() as fresh:
+        donor.state.advance(ids)
+        held, done = threading.Event(), threading.Event()
+
+        def compute():
+            with donor.state.lock.here:
+                held.set()
+                done.wait(120)
+
+        thread = threading.Thread(target=compute)
+        thread.start()
+        held.wait()
+        fresh.borrow([donor], ids)
+        assert not done.is_set()
+        assert thread.is_alive(), "it came back while the other one was still computing"
+        assert fresh.state.ids == []
+        done.set()
+        thread.join()
+        fresh.borrow([donor], ids)
+        assert fresh.state.ids == ids
+
+
 def test_slots_share_what_conversations_begin_with(tmp_path):
     with serving(tiny_chat(tmp_path), slots=3) as server:
         system = {"role": "system", "content": "Answer like the keeper of an inn at the end of a long road."}
