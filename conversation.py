@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -105,6 +105,9 @@ class Conversation:
         """Give the cache's memory back. A second call does nothing."""
         self.state.close("this session is closed; ask the model for another one")
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError("a session is neither copied nor pickled: fork it, or save it to a file and load that elsewhere")
+
     def __enter__(self) -> Conversation:
         return self
 
@@ -138,8 +141,8 @@ class Conversation:
         model = self._model
         ids = prompt_ids(prompt, model.tokenizer) if isinstance(prompt, str) else given_ids(prompt)
         decoder = model._tokenizer.stream_decoder(continues=bool(ids)) if model._tokenizer else NoText()
-        how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
-        return self._stream(ids, decoder, sampling, ignore_eos, **how)
+        how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft}
+        return self._stream(ids, decoder, sampling, ignore_eos, stop=stop_strings(stop), **how)
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -168,7 +171,7 @@ class Conversation:
             ids = ids[:n_bos] + ids[n_bos + lost :]
         else:
             ids = turns.fit(limit)
-        stop = [*model.template.stop, *([stop] if isinstance(stop, str) else stop)]
+        stop = [*model.template.stop, *stop_strings(stop)]
         decoder = model.tokenizer.stream_decoder(continues=True)
         how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
         how |= {"make_room": turns.drop_oldest if keep is None else None, "shift": bool(lost or turns.dropped), "keep": keep}
@@ -198,6 +201,8 @@ class Conversation:
 
         model = self._model
         _check_names(sampling, how)
+        if (cancel := how["cancel"]) is not None and not callable(getattr(cancel, "is_set", None)):
+            raise UsageError(f"cancel is {cancel!r:.60}; it must be a threading.Event")
         n_vocab, end_ids = model.hyper.n_vocab, model._end_ids
         if model._tokenizer is not None:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
@@ -217,6 +222,13 @@ class Conversation:
             is_over=guide.is_over if guide else None, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
+
+
+def stop_strings(stop: Any) -> list[Any]:
+    """One string or several, or None, as a list; `generator.generate` looks at what is in it."""
+    if stop is None:
+        return []
+    return list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
 
 
 def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
@@ -308,6 +320,8 @@ class Turns:
     ):
         from pocketlm.chat.templates import continued
 
+        if not isinstance(messages, Iterable):
+            raise UsageError(f"the messages are {messages!r:.60}; they must be a list of dicts")
         self._template, self._tokenizer = template, tokenizer
         self._messages = [dict(message) if isinstance(message, Mapping) else message for message in messages]
         last = self._messages[-1] if self._messages else {}

@@ -5,6 +5,7 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 """
 
 import itertools
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,17 @@ class UsageError(PocketlmError):
     """The request makes no sense: an unknown flag value, a text the tokenizer cannot take; exit status 2."""
 
     exit_status = 2
+
+
+def whole_number(name: str, value: Any, low: int, high: int, why: str = "") -> int:
+    """`value` as a Python int. Raises UsageError for what is no whole number from `low` to `high`: text and True are none."""
+    try:
+        number = operator.index(value) if not isinstance(value, bool) else low - 1
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        raise UsageError(f"{name} {value!s:.40}: expected {low} to {high}{why}")
+    return number
 
 
 class FileError(PocketlmError):

@@ -11,13 +11,13 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import Conversation
-from pocketlm.errors import FileError, UsageError, did_you_mean
+from pocketlm.errors import FileError, UsageError, did_you_mean, whole_number
 from pocketlm.runtime import memory
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.executors import check_backend, make_executor
@@ -146,8 +146,7 @@ class Model:
     def _check_ctx(self, ctx: int | None) -> int:
         if ctx is None:
             return min(self.hyper.n_ctx, SPARING_CTX if memory.is_sparing() else DEFAULT_CTX)
-        if not 1 <= ctx <= 1 << 24:
-            raise UsageError(f"--ctx {ctx}: expected 1 to {1 << 24}")
+        ctx = whole_number("--ctx", ctx, 1, 1 << 24)
         if self.hyper.position == "learned" and ctx > self.hyper.n_ctx:
             raise UsageError(
                 f"--ctx {ctx}: {self.path} has learned positions for {self.hyper.n_ctx} tokens; ask for at most that"
@@ -273,13 +272,16 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(f"a model is neither copied nor pickled: share it between threads, or load {self.path} again there")
+
     def session(self, *, ctx: int | None = None, load: str | Path | None = None) -> Conversation:
         """A conversation beside others: it shares the weights and has a cache of its own, of `ctx` positions, at most and by
         default the model's. `load`: a file that `save` has written, to go on from. Raises FileError where the memory is not
         there or the file does not fit, UsageError for another `ctx`.
         """
-        if ctx is not None and not 1 <= ctx <= self.n_ctx:
-            raise UsageError(f"session(ctx={ctx}): expected 1 to {self.n_ctx}, which is what the model was loaded with")
+        if ctx is not None:
+            ctx = whole_number("the ctx of a session,", ctx, 1, self.n_ctx, ", which is what the model was loaded with")
         with self.changing:
             self._session.state.check_open()
             session = self.adopt(Conversation(self, self._new_state(ctx or self.n_ctx)))

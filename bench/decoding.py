@@ -3,6 +3,7 @@
     python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass: median, and the quietest tenth
     python bench/decoding.py drafts [MODEL]      with drafts beside without: a program and a text written again, and prose
     python bench/decoding.py constrained [MODEL] time a token of answers that have a form, the first of one and later ones
+    python bench/decoding.py caches [MODEL]      every kind of cache beside that of float16 with every position
     python bench/decoding.py busy [MODEL]        two threads beside a busy loop, in shares of one undisturbed thread
 
 Rounds alternate, a figure is the median of their ratios. Processor time stands beside wall time: on a machine that others use
@@ -18,8 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 import pocketlm
 from pocketlm.bench.measure import open_subject
@@ -27,6 +31,13 @@ from pocketlm.bench.processes import Worker
 from pocketlm.bench.protocol import BACKENDS
 from pocketlm.errors import PocketlmError
 from pocketlm.model import find_model
+from pocketlm.runtime.executors import make_executor
+from pocketlm.runtime.model_file import open_model
+from pocketlm.runtime.operations import Attend
+from pocketlm.runtime.plan import read_plan
+from pocketlm.runtime.threads import default_threads
+
+SEEN = 2000  # positions, in `caches`
 
 PROGRAM = """def read_table(path, separator=","):
     rows = []
@@ -143,6 +154,39 @@ def constrained(names: list[str], rounds: int) -> Iterator[str]:
             yield f"{form:28} {first if 'json_schema' in options else float('nan'):6.3f} {later:6.3f}"
 
 
+def caches(names: list[str], rounds: int) -> Iterator[str]:
+    """A token that sees 2,000 positions: in every kind of cache, beside the plain one. The rings have gone round once."""
+    path = find_model((names or ["smollm2"])[0])
+    with open_model(path) as file, ExitStack() as stack:
+        plain = read_plan(file.metadata, file.tensors, path)
+        ring = replace(plain, ops=[replace(op, window=SEEN) if isinstance(op, Attend) else op for op in plain.ops])
+        kinds = {"float16": (plain, "f16"), "int8": (plain, "q8"), "float16, ring": (ring, "f16"), "int8, ring": (ring, "q8")}
+        executors = dict[str, Any]()
+        for kind, (plan, kv) in kinds.items():
+            before = SEEN if plan is plain else 2 * SEEN + 1000  # a ring has a pass and a margin more than the window
+            executor = executors[kind] = make_executor("native", plan, file.tensors, before + 64, default_threads(), path, kv)
+            stack.callback(executor.close)
+            for at in range(0, before - 16, executor.block):
+                executor.forward(np.arange(at, min(at + executor.block, before - 16)) % plain.hyper.n_vocab)
+
+        def once(executor: Any) -> float:
+            length, started = executor.cache.length, time.perf_counter()
+            for id in range(32):
+                executor.forward(np.array([id]))
+            seconds = time.perf_counter() - started
+            executor.cache.truncate(length)
+            return seconds / 32
+
+        ratios, order = dict[str, list[float]](), list(kinds)
+        for number in range(2 * rounds):
+            took = {kind: once(executors[kind]) for kind in order[number % 4 :] + order[: number % 4]}
+            for kind, seconds in took.items():
+                ratios.setdefault(kind, []).append(seconds / took["float16"])
+        for kind, found in ratios.items():
+            low, middle, high = statistics.quantiles(found, n=4)
+            yield f"{kind:16} {middle:6.3f} of the time with float16 (quartiles {low:.3f} to {high:.3f})"
+
+
 @contextmanager
 def busy_loop(processor: int | None) -> Iterator[None]:
     """Another program that wants a processor: this one, or whichever the system gives it."""
@@ -188,7 +232,7 @@ def busy(names: list[str], rounds: int) -> Iterator[str]:
             worker.close()
 
 
-TABLES = {"share": share, "drafts": drafts, "constrained": constrained, "busy": busy}
+TABLES = {"share": share, "drafts": drafts, "constrained": constrained, "caches": caches, "busy": busy}
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Drafts without a model: what a text may go on with, looked up in the text itself (prompt lookup), and whether it pays to try.
 
-In: the ids so far, and what passes cost. Out: ids that may come next, to be verified in one pass. Knows no model. A draft
-changes no answer: a token of it stays only where it is the one that would have been drawn.
+In: the ids so far, and who shares the next pass (pass_times.py). Out: ids that may come next, to be verified in one pass. Knows
+no model. A draft changes no answer: a token of it stays only where it is the one that would have been drawn.
 
 Every token is compared with what the text so far foretold, whether or not that was made a draft of. So it is known how often
 drafts would have been right before the first is tried, and a text that is not foretold costs nothing but the comparison.
@@ -10,54 +10,34 @@ drafts would have been right before the first is tried, and a text that is not f
 from __future__ import annotations
 
 from array import array
-from itertools import count
+from collections.abc import Callable
+from itertools import accumulate, count
+from operator import mul
+
+from pocketlm.runtime.pass_times import Company
 
 SHORTEST = 2  # tokens that must have been there before in the same order, for what followed them to be a draft
-LENGTHS = 1, 3, 7  # of a draft: with the token before it, it fills a kernel of 2, 4 or 8 rows
-MOST_ROWS = 1 + LENGTHS[-1]
-WORTH = 1.1  # times as many tokens in the same time must be expected
+LONGEST = 7  # of a draft: with the token before it, it fills a tile of 8
+MOST_ROWS = 1 + LONGEST
 CLASSES = 1, 3, 4, 6, 9, 17  # of matches, by how many tokens were the same: below these numbers, and those from the last on
 PRIOR = 0.3, 0.4, 0.35, 0.5, 0.6, 0.75, 0.85  # how often a match of each class is right, until that is known
-COSTS = {1: 1.0, 2: 1.25, 4: 1.6, 8: 2.7}  # a pass of so many rows takes the time of how many of one, until that is measured
-OF_NEW = 0.1  # weight of a new figure beside those before
-OF_PRIOR = 0.02  # what was not measured again is forgotten by this much each time
+OF_NEW = 0.1  # weight of what was seen last
 
 
 class Odds:
-    """How often drafts were right lately, and what their passes take: of one session, whatever it writes."""
+    """How often drafts were right lately: of one session, whatever it writes."""
 
     def __init__(self) -> None:
         self._right = list(PRIOR)
-        self._seconds: dict[int, float] = {}  # of a pass, by its number of rows
 
     def note(self, match: int, was_right: bool) -> None:
         """The token that followed a match of this length was the foretold one, or not."""
         at = _class(match)
         self._right[at] += OF_NEW * (was_right - self._right[at])
 
-    def measured(self, rows: int, seconds: float) -> None:
-        """A pass took so long. One that took very long tells of the machine."""
-        if rows in COSTS:
-            before = self._seconds.get(rows, seconds)
-            self._seconds[rows] = before + OF_NEW * (min(seconds, 2 * before) - before)
-
-    def best_length(self, match: int) -> int:
+    def best_length(self, match: int, company: Company) -> int:
         """How many tokens to draft after a match of this length; 0 where that would not pay."""
-        best, gain = 0, WORTH
-        expected = chance = 1.0  # tokens that the pass brings, and that the draft is right up to here
-        one, done = self._seconds.get(1, 0.0), 0
-        for n in LENGTHS:
-            for i in range(done, n):
-                chance *= self._right[_class(match + i)]
-                expected += chance
-            done, rows, cost = n, n + 1, COSTS[n + 1]
-            if one and rows in self._seconds:
-                measured = self._seconds[rows] / one
-                self._seconds[rows] += OF_PRIOR * (cost - measured) * one
-                cost = measured
-            if expected > gain * cost:
-                best, gain = n, expected / cost
-        return best
+        return company.best_length(list(accumulate((self._right[_class(match + i)] for i in range(LONGEST)), mul)))
 
 
 def _class(match: int) -> int:
@@ -77,27 +57,26 @@ class Drafts:
         self._seen = self._at = self._match = 0
         self._text = array("i")
 
-    def after(self, text: array[int], room: int) -> list[int]:
-        """The draft that is worth a try after `text`, at most `room` ids; often none. The text may have grown or be another."""
+    def after(self, text: array[int], room: int, company: Callable[[], Company]) -> list[int]:
+        """The draft that is worth a try after `text`, at most `room` ids; often none. The text may have grown or be another.
+        `company` tells who shares the pass.
+        """
         if text is not self._text or self._seen > len(text):
             self._begin(text)
         while self._seen < len(text):
             self._take(text)
         if not self._at or room < 1:
             return []
-        n = self.odds.best_length(self._match)
-        while n > room:
-            n //= 2
+        n = min(room, self.odds.best_length(self._match, company()))
         draft = text[self._at : self._at + n].tolist()
         while len(draft) < n:  # it has come to its own end: the text repeats itself
             draft += draft[: n - len(draft)]
         return draft
 
-    def passed(self, draft: list[int], n_drawn: int, seconds: float) -> None:
-        """A pass of a token and this draft took so long, and so many tokens were drawn from it."""
+    def passed(self, draft: list[int], n_drawn: int) -> None:
+        """So many tokens were drawn from a pass of a token and this draft."""
         self.drafted += len(draft)
         self.accepted += n_drawn - 1
-        self.odds.measured(1 + len(draft), seconds)
 
     def _begin(self, text: array[int]) -> None:
         self._text, self._seen, self._at, self._match = text, len(text), 0, 0

@@ -23,6 +23,7 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.drafts import MOST_ROWS
+from pocketlm.runtime.pass_times import Company, PassTimes
 from pocketlm.runtime.threads import closed_lock, open_lock
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ class Engine:
 
     def __init__(self, executor: Executor):
         self.executor = executor
-        self._ended = ""
+        self._ended, self.times = "", PassTimes()
         self._begin()
 
     def _begin(self) -> None:
         self._pid, self._turn = os.getpid(), threading.Lock()  # whoever holds it leads
         self._queue: list[_Request] = []
-        self._expected: set[int] = set()  # the caches of the last pass
+        self._last: dict[int, int] = {}  # of the last pass: caches, and how many tokens of each; replaced, never changed
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
         self._arrived = closed_lock()
         self._seconds = 0.0  # of the last pass
@@ -103,6 +104,10 @@ class Engine:
             self._spare.append(request.logits)
         return request.taken, result
 
+    def company(self, cache: Any) -> Company:
+        """Who shares the next pass of a cache, as far as the last pass tells."""
+        return Company(self.times, sum(n for other, n in self._last.items() if other != id(cache)))
+
     def _copy(self, logits: np.ndarray) -> np.ndarray:
         """A copy that outlives the pass."""
         if len(logits) > 1 or not self._spare:
@@ -134,13 +139,15 @@ class Engine:
         work = self._choose()
         self._compute(work, own)
         self._seconds = perf_counter() - started
-        self._expected = {id(request.cache) for request, _ in work}
+        self._last = {id(request.cache): n for request, n in work}
+        if all(request.rows == n for request, n in work):  # a prompt's tokens have no logits, which are a part of the time
+            self.times.measured(sum(self._last.values()), self._seconds)
 
     def _gather(self, own: _Request) -> None:
         """Wait for those who were in the last pass; not for long."""
-        if not (expected := self._expected - {id(own.cache)}):
+        if not (missing := self._last.keys() - {id(own.cache)}):
             return
-        self._missing = missing = expected
+        self._missing = missing
         missing.difference_update([id(request.cache) for request in list(self._queue)])
         until = perf_counter() + min(GATHER * self._seconds, LONGEST)
         while missing and (left := until - perf_counter()) > 0:

@@ -195,10 +195,9 @@ def generate(
                 if drafts is None:
                     drawn = session.append(id, use=draw)
                     continue
-                tried = drafts.after(tokens, room - 1)
-                begun = perf_counter()
+                tried = drafts.after(tokens, room - 1, session.company)
                 drawn = session.append(id, tried, draw)
-                drafts.passed(tried, len(drawn), perf_counter() - begun)
+                drafts.passed(tried, len(drawn))
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is not None:

@@ -15,6 +15,7 @@ from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
 from pocketlm.runtime.ids import check_ids, in_common
+from pocketlm.runtime.pass_times import Company
 from pocketlm.runtime.threads import ForkedLock
 
 if TYPE_CHECKING:
@@ -200,6 +201,10 @@ class Session:
             block = ids[at : at + self.executor.block]
             result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
         return result, same
+
+    def company(self) -> Company:
+        """Who shares this session's next pass, as far as the last one tells."""
+        return self.engine.company(self.cache)
 
     @property
     def n_exact(self) -> int:

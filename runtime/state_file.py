@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pocketlm.errors import FileError, refused
+from pocketlm.errors import FileError, UsageError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.kv_cache import KVCache
@@ -51,7 +52,7 @@ def _identity(model: str, hyper: Hyper) -> bytes:
 def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str) -> None:
     """Save the first len(ids) positions of a cache, none where it could not go on from there; `model`: its fingerprint.
 
-    The file appears whole or not at all; raises FileError.
+    The file appears whole or not at all; raises FileError, UsageError as `as_path`.
     """
     ids = ids if cache.goes_on_from(len(ids)) else []
     hyper, dtype, n, first = cache.hyper, np.dtype(cache.saved).newbyteorder("<"), len(ids), cache.first if ids else 0
@@ -59,7 +60,7 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
     counts = n, hyper.n_layer, hyper.n_kv_head, hyper.head_dim, dtype.itemsize, first
     header = HEADER.pack(MAGIC, VERSION, *counts, _identity(model, hyper))
     digest = hashlib.sha256()
-    with replacing_file(Path(path), size) as part, open(part, "wb") as file:
+    with replacing_file(as_path(path), size) as part, open(part, "wb") as file:
 
         def write(content: bytes) -> None:
             digest.update(content)
@@ -91,7 +92,7 @@ def check_state(path: str | Path, cache: KVCache, model: str) -> State:
         if first > n:
             raise FileError(path, f"begins behind its end, at {first} of {n} tokens", f"it is damaged; {DAMAGED}")
         expected = _size(cache, n, first, itemsize)
-        if (size := Path(path).stat().st_size) != expected:
+        if (size := as_path(path).stat().st_size) != expected:
             raise FileError(path, f"has {size} bytes instead of {expected}", f"it is damaged; {DAMAGED}")
         content = file.read(4 * n)
         ids, digest, left = np.frombuffer(content, "<i4"), hashlib.sha256(head + content), expected - 32 - file.tell()
@@ -162,6 +163,16 @@ def _size(cache: KVCache, n: int, first: int, itemsize: int) -> int:
     return HEADER.size + 4 * n + sum(rows * p.heads * p.width * p.dtype.itemsize for rows, p in parts) + 32
 
 
+def as_path(name: Any) -> Path:
+    """The path that a text, bytes or a path object names. Raises UsageError for anything else: `open` would take a number for
+    a file that is open already, and close it.
+    """
+    try:
+        return Path(os.fsdecode(name))
+    except TypeError:
+        raise UsageError(f"{name!r:.60} is not the name of a file") from None
+
+
 def _opened(path: str | Path) -> BinaryIO:
     with refused(path, kinds=(OSError, ValueError)):  # ValueError: a name with a zero byte
-        return open(path, "rb")
+        return open(as_path(path), "rb")

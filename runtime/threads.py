@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import PocketlmError, whole_number
 from pocketlm.runtime import processors
 
 MAX_THREADS = 256
@@ -27,9 +27,7 @@ def check_threads(n_threads: int | None) -> int:
     """`n_threads`, or the default where it is None. Raises UsageError outside 1..MAX_THREADS."""
     if n_threads is None:
         return default_threads()
-    if not 1 <= n_threads <= MAX_THREADS:
-        raise UsageError(f"--threads {n_threads}: expected 1 to {MAX_THREADS}")
-    return n_threads
+    return whole_number("--threads", n_threads, 1, MAX_THREADS)
 
 
 def share(total: int, part: int, parts: int, lead: int = 0) -> slice:

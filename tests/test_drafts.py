@@ -10,9 +10,10 @@ import pytest
 from fake_executor import FakeExecutor
 from native_calls import executors, host_level
 
-from pocketlm.runtime.drafts import COSTS, LENGTHS, SHORTEST, Drafts, Odds
+from pocketlm.runtime.drafts import LONGEST, SHORTEST, Drafts, Odds
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.generator import NoText, generate
+from pocketlm.runtime.pass_times import Company, PassTimes
 from pocketlm.runtime.sampling import make_sampler
 from pocketlm.runtime.session import Session
 
@@ -20,19 +21,23 @@ from pocketlm.runtime.session import Session
 class Eager(Odds):
     """Always the longest draft, or one of any length: what is verified does not depend on what passes cost."""
 
-    def __init__(self, lengths=(LENGTHS[-1],)):
+    def __init__(self, lengths=(LONGEST,)):
         super().__init__()
         self.lengths, self.random = lengths, random.Random(1)
 
-    def best_length(self, match):
+    def best_length(self, match, company):
         return self.random.choice(self.lengths)
 
 
-class Priced(Odds):
-    """Passes cost what is supposed until it is measured: those of a fake tell nothing."""
+def alone():
+    return Company(PassTimes())
 
-    def measured(self, rows, seconds):
-        pass
+
+class Priced(Odds):
+    """Passes cost what is usual: those of a fake tell nothing."""
+
+    def best_length(self, match, company):
+        return super().best_length(match, alone())
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +144,7 @@ def test_what_was_refused_leaves_the_cache():
             text.append(piece.id)
         assert session.ids[: len(text)] == text[: len(session.ids)]
         assert session.ids == session.executor.cache.ids
-        assert len(session.ids) < len(text) + 1 + LENGTHS[-1]
+        assert len(session.ids) < len(text) + 1 + LONGEST
 
 
 @pytest.mark.parametrize("room", range(1, 12))
@@ -179,27 +184,15 @@ def test_a_text_that_deceives_is_soon_no_longer_believed():
 def test_the_draft_is_what_followed_the_last_time():
     drafts = Drafts(Eager())
     text = array("i", [1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8, 9, 0, 1, 2, 3])
-    assert drafts.after(text, 100) == [7, 8, 9, 0, 1, 2, 3]
-    assert drafts.after(text, 4) == [7, 8, 9]
+    assert drafts.after(text, 100, alone) == [7, 8, 9, 0, 1, 2, 3]
+    assert drafts.after(text, 4, alone) == [7, 8, 9, 0]
     text.append(7)
-    assert drafts.after(text, 100) == [8, 9, 0, 1, 2, 3, 7], "what would be foretold of the draft itself comes behind it"
+    assert drafts.after(text, 100, alone) == [8, 9, 0, 1, 2, 3, 7], "what would be foretold of the draft itself comes behind it"
     text.extend([50, 51, 52])
-    assert drafts.after(text, 100) == []
-    assert drafts.after(array("i", [4, 4, 4, 4]), 100) == [4] * 7
-    assert drafts.after(array("i", [1, 2]), 100) == []
-    assert drafts.after(array("i", range(SHORTEST)), 100) == []
-
-
-def test_what_passes_cost_decides():
-    cheap, dear = Odds(), Odds()
-    for _ in range(50):
-        for rows in COSTS:
-            cheap.measured(rows, 1.0)
-            dear.measured(rows, float(rows))
-        for odds in (cheap, dear):
-            odds.note(SHORTEST, True)
-    assert cheap.best_length(SHORTEST) == LENGTHS[-1]
-    assert dear.best_length(SHORTEST) == 0
+    assert drafts.after(text, 100, alone) == []
+    assert drafts.after(array("i", [4, 4, 4, 4]), 100, alone) == [4] * 7
+    assert drafts.after(array("i", [1, 2]), 100, alone) == []
+    assert drafts.after(array("i", range(SHORTEST)), 100, alone) == []
 
 
 def test_an_executor_whose_bits_depend_on_the_pass_gets_no_drafts():

@@ -67,7 +67,8 @@ ALLOWED = {
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {
-    "runtime.executors": "doctor.models doctor.portrait model export.verify build.selftest runtime.session runtime.engine",
+    "runtime.executors": "doctor.models doctor.portrait model export.verify build.selftest runtime.session runtime.engine "
+    "bench.decoding",
     "runtime.numpy_executor": "runtime.executors export.importance",
     "runtime.native.executor": "runtime.executors",
     "runtime.session": "model conversation runtime.generator",

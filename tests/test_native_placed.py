@@ -16,8 +16,8 @@ def fall_asleep(executor):
 @pytest.fixture
 def placed(monkeypatch):
     """Where threads may run, as the system is told: (thread, processors) in order; it says that every caller runs on 1."""
-    told, allowed = [], {0, 1, 2}
-    monkeypatch.setattr(team.os, "sched_getaffinity", lambda thread: set(allowed), raising=False)
+    told = []
+    monkeypatch.setattr(team.os, "sched_getaffinity", lambda thread: dict(told).get(thread, {0, 1, 2}), raising=False)
     monkeypatch.setattr(team.os, "sched_setaffinity", lambda thread, mask: told.append((thread, set(mask))), raising=False)
     begin = team.WorkerThreads._begin
 
@@ -57,12 +57,11 @@ def test_threads_that_come_late_are_moved_from_the_processor_they_share_with_the
     executor.close()
 
 
-def test_an_interrupted_run_does_not_make_a_thread_forget_where_it_may_run(placed, monkeypatch):
+def test_an_interrupted_run_does_not_make_a_thread_forget_where_it_may_run(placed):
     executor = native(2)
     workers = executor._workers
     (thread,) = (thread.native_id for thread in workers._threads)
     workers._keep_apart([1])  # and here the run was interrupted
-    monkeypatch.setattr(team.os, "sched_getaffinity", lambda thread: {0, 2})
     workers._processor = lambda: 0
     workers._keep_apart([1])
     once_more(executor)

@@ -18,6 +18,7 @@ from pocketlm.runtime import kv_cache
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.kv_cache import MARGIN, KVCache
 from pocketlm.runtime.native.caches import NativeCache
+from pocketlm.runtime.native.sizes import SPAN
 from pocketlm.runtime.state_file import HEADER
 
 SIZES = {"n_layer": 7, "n_ctx": 4096, "n_embd": 32, "n_head": 2, "n_kv_head": 1, "head_dim": 16, "n_ff": 32}
@@ -247,6 +248,22 @@ def test_sessions_that_come_and_go_answer_like_fresh_ones(model):
         logits, _ = sessions[i].state.advance(texts[i])
         if step % 4 == 0:
             same(model, logits, model.logits(texts[i])[-1])
+
+
+@pytest.mark.parametrize("window", [None, 900, 1500])
+def test_the_spans_that_a_lone_token_sees_are_shared_out_evenly(tmp_path, window):
+    """Every task of a head has as many of them as any other, or one more: those before the window are nobody's work."""
+    file = write_random(tmp_path / "a.gguf", "gemma3", SIZES, {"attention.sliding_window": window or SIZES["n_ctx"]}, {})
+    with pocketlm.load(file, backend="native", threads=2) as model:
+        executor = model.executor
+        executor.forward(TEXT)
+        executor.forward(TEXT[:1])
+        entries = executor._arrays["entries"][: executor._record["n_entries"][0]]
+        seen = range(max(0, N + 1 - (window or N + 1)) // SPAN, N // SPAN + 1)
+        shares = [[span for span in seen if span >= e["first"] and (span - e["first"]) % e["apart"] == 0] for e in entries]
+        assert sorted(span for share in shares for span in share) == list(seen)
+        assert len(entries) > 1
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_gemma_3_270m_takes_a_fifth_of_the_memory_at_32k(tmp_path):

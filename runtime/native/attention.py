@@ -73,12 +73,13 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
             _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
         known = own + r.run("rows_at")
         last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
-        stop = f.minimum(entry("last"), last // SPAN + 1)
-        with f.range(f.maximum(entry("first"), f.load(I64, known + OLDEST, 8) // SPAN), stop) as span:
+        first, step, oldest = entry("first"), f.maximum(entry("apart"), f.const(I64, 1)), f.load(I64, known + OLDEST, 8) // SPAN
+        skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
+        with f.range(first + skipped * step, last // SPAN + 1, step) as span:
             row, at = f.var(I64, 0), span % (in_cache // SPAN) * (numbers.row_bytes(padded) * SPAN)
             for queries, _ in TILES[level].scores:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
-                    arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, entry("apart"))
+                    arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, f.minimum(entry("apart"), 1))
                     f.call(VOID, f"span{queries}", *arguments)
                     row.set(row.get() + queries)
 
@@ -198,19 +199,21 @@ def _define_span(module: Module, level: str, numbers: Halves, queries: int, n_ve
         count = f.minimum(last + 1 - first, f.const(I64, SPAN))  # positions that the last query sees
         with f.when(count <= 0):
             f.ret()
+        # positions before the window of the first query, who sees the oldest ones: their weights are 0
+        skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -LANES
         scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
         asked = own + r.run("queries_at") + row * 4
-        _scores(f, level, numbers, keys, asked, scores, padded, count, queries, n_vectors)
+        _scores(f, level, numbers, keys, asked, scores, padded, (skipped, count), queries, n_vectors)
         f.call(VOID, "softmax", run, own, row, f.const(I64, queries), first, count)
         if numbers.has_scales:
-            with f.range(0, count, LANES) as p:
+            with f.range(skipped, count, LANES) as p:
                 for i in range(queries):
                     at = scores + (p * 4 + i * (SPAN * 4))
                     f.store(numbers.scaled(f, f.load(ROW, at, 4), values + p * numbers.row_bytes(padded), padded), at, 4)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
             here = scores + i * (SPAN * 4), mixed + result_bytes * i
-            _mix(f, level, numbers, values, *here, result_bytes, padded, count, step)
+            _mix(f, level, numbers, values, *here, result_bytes, padded, (skipped, count), step)
         with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):
@@ -224,10 +227,10 @@ def _sees(f: Function, known: Value, first: Value) -> Value:
 
 
 def _scores(
-    f: Function, level: str, numbers: Halves, keys: Value, q: Value, scores: Value, padded: Value, count: Value, queries: int,
-    n_vectors: int,
+    f: Function, level: str, numbers: Halves, keys: Value, q: Value, scores: Value, padded: Value, part: tuple[Value, Value],
+    queries: int, n_vectors: int,
 ) -> None:  # fmt: skip
-    """q · k of every query and position, one after the other along the head's columns.
+    """q · k of every query and position of a part of the span, one after the other along the head's columns.
 
     So many vectors of positions at a time; of the last ones half as many, where these hold all that is left.
     """
@@ -249,8 +252,9 @@ def _scores(
                 score = numbers.scaled(f, total.get(), start + group_bytes * k, padded)
                 f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
 
+    start, count = part
     fewer = [n_vectors >> i for i in range(1, n_vectors.bit_length())] if n_vectors > 2 else []
-    with f.range(0, count, LANES * n_vectors) as p:
+    with f.range(start, count, LANES * n_vectors) as p:
         n = f.var(I64, n_vectors)
         for smaller in fewer:
             n.set(f.select(count - p <= LANES * smaller, smaller, n.get()))
@@ -261,9 +265,10 @@ def _scores(
 
 def _mix(
     f: Function, level: str, numbers: Halves, values: Value, scores: Value, out: Value, out_stride: Value, padded: Value,
-    count: Value, queries: int,
+    part: tuple[Value, Value], queries: int,
 ) -> None:  # fmt: skip
-    """Sums of weight times value: of the even positions and of the odd ones, then both."""
+    """Sums of weight times value in a part of the span: of the even positions and of the odd ones, then both."""
+    first, count = part
 
     def columns(start: Value, n_vectors: int) -> None:
         sums = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in range(n_vectors)] for _ in range(queries)]
@@ -276,7 +281,7 @@ def _mix(
                 for value, pair in zip(here, own_sums, strict=True):
                     pair[odd].set(f.fma(value, weight, pair[odd].get()))
 
-        with f.range(0, count & -2, 2) as p:
+        with f.range(first, count & -2, 2) as p:
             add(p, 0)
             add(p, 1)
         with f.when((count & 1).equals(1)):  # what lies behind the last position may be no number, which weight 0 does not mend

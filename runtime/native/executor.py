@@ -247,10 +247,10 @@ class NativeExecutor:
                 here["n_partials"] = here["position"] // sizes.SPAN + 1 if parts > 1 else 1
                 here["before"][1:], here["before"][0] = ids[:-1], cache.id_before
             slot += len(ids) * slots
-            cuts = [part * n_spans // parts for part in range(parts + 1)]
+            apart = parts if parts > 1 else 0
             for first in range(n, n + len(ids), together):
                 n_here = min(n + len(ids) - first, together)
-                entries += [(first, n_here, cuts[i], cuts[i + 1], parts > 1) for i in range(parts)]
+                entries += [(first, n_here, part, apart) for part in range(parts)]
             n += len(ids)
             wanted += range(n - rows, n)
         self._arrays["rows"][: len(wanted)] = wanted

@@ -319,7 +319,7 @@ class Function:
         self._lines.append(f"{label}:")
 
     @contextmanager
-    def range(self, start: Operand, stop: Operand, step: int = 1) -> Iterator[Value]:
+    def range(self, start: Operand, stop: Operand, step: Operand = 1) -> Iterator[Value]:
         """for (i64 i = start; i < stop; i += step)"""
         index, stop = self.var(I64, start), self.coerce(stop, I64)
         with self.loop_while(lambda: index.get() < stop):

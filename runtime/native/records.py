@@ -102,11 +102,10 @@ LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
 PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 GROUP = np.dtype([("expert", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 
-# neighbouring tokens of one text, and spans of positions that they attend to in one task
+# neighbouring tokens of one text, and which spans of positions they attend to in one task: every `apart`-th from `first` on, so
+# that a window's spans are shared out as evenly as all of them; each has a slot then. 0: all spans, joined in the token's slot
 ENTRY = np.dtype([
-    ("token", "i8"), ("n_tokens", "i8"),
-    ("first", "i8"), ("last", "i8"),          # spans [first, last)
-    ("apart", "i8"),                          # 1: a slot for every span; 0: all spans are joined in the token's slot
+    ("token", "i8"), ("n_tokens", "i8"), ("first", "i8"), ("apart", "i8"),
 ])  # fmt: skip
 
 # what a thread knows of a query that it takes through spans of positions

@@ -24,9 +24,10 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
-LOST = 4  # a run is late that has lost more than this part of its time, a quarter, in which threads waited for one that did not
-# come; a server's own threads take a tenth of a pass for eight clients, far less than a second thread gains
-OFTEN = 0.25  # seconds: a thread that is late twice in this time, or once after it was taken in again, shares its processor
+LOST = 3  # a thread is left out where more than this part of the time lately, a third, was lost in waiting for it. With two
+# threads one alone is as fast where a fifth (a single token, which memory limits) to two fifths (eight tokens) is lost; two
+# quiet processors lose 1 to 6 % for eight clients, most of it where the system wakes two threads on one of them
+LATELY = 0.25  # seconds of runs: a single late one among many, as every system has them, is no reason
 REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
@@ -59,12 +60,14 @@ class WorkerThreads:
         if self._lost.value:
             self._keep_apart(range(1, self._active))
         self._finish()
-        if self._lost.value or self._active < self.n_threads:
+        if self._share or self._lost.value or self._active < self.n_threads:
             self._adapt()
+        began = monotonic()
         try:
             self._step(self._address)
         finally:  # Ctrl-C may come between any two lines; a run that has begun must end, others wait for it
             self._finish()
+        self._seconds = monotonic() - began
         if self._epoch.value < 0:
             join_threads(self._threads)  # they may still be looking at what the caller owns
         self.check_open()
@@ -76,18 +79,18 @@ class WorkerThreads:
 
     def _adapt(self) -> None:
         """Leave a thread out, or take one in again, before the next run."""
-        now = monotonic()
-        is_late = self._lost.value * LOST > self._took.value * (self._active - 1)  # so many threads waited for one
-        self._lost.value = 0
-        if is_late:
-            calm, self._last_late = now - max(self._last_late, self._until), now
-            if calm < OFTEN and self._active > 1:
-                self._rest = min(2 * self._rest, REST[1])
-                self._active, self._until = self._active - 1, now + self._rest
-            elif calm > 4 * REST[1]:
-                self._rest = REST[0] / 2
-        elif self._active < self.n_threads and now >= self._until:
-            self._active += 1
+        now, before = monotonic(), self._share
+        waiting = self._took.value * (self._active - 1)  # so many threads may have waited for one
+        lost, self._lost.value = self._lost.value / waiting if waiting else 0.0, 0
+        share = before + (lost - before) * self._seconds / (self._seconds + LATELY)
+        self._share = share if share > 0.01 else 0.0
+        if share * LOST > 1 and lost and self._active > 1:
+            lasted = now - self._until  # since it was taken in again
+            self._rest = min(2 * self._rest, REST[1]) if lasted < max(self._rest, LATELY) else REST[0]
+            self._active, self._until, self._share = self._active - 1, now + self._rest, 0.0
+        elif self._active < self.n_threads and now >= self._until and lost * LOST <= 1:
+            self._active, self._until = self._active + 1, now
+            self._share = 1 / LOST  # if it is late at once it goes again
         self._record["n_threads"] = self._active
 
     def _finish(self) -> None:
@@ -138,7 +141,8 @@ class WorkerThreads:
         for name in ("epoch", "arrived", "lost", "took", "begun"):
             self._record[name] = 0
         self._record["n_threads"] = self.n_threads
-        self._active, self._last_late, self._until, self._rest = self.n_threads, 0.0, 0.0, REST[0] / 2
+        self._active, self._until, self._rest = self.n_threads, monotonic(), REST[0] / 2
+        self._share = self._seconds = 0.0  # of the time lately that was lost; of the last run
         self._record["workers"] = self._workers.ctypes.data
         self._record["give_way"], self._library = _give_way()
         self._record["advise"] = _advise()
