@@ -6,7 +6,6 @@ Knows no file format (`readers`) and no model.
 
 import codecs
 import operator
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.tokenizer.markers import Markers
 from pocketlm.tokenizer.normalizer import AS_IT_IS, Normalizer
 from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
 
@@ -119,34 +119,6 @@ def make_vocabulary(
         frozenset(i for i in ends if i is not None), adds_bos, frozenset(strip_left), frozenset(strip_right),
         normalizer, frozenset(normalized if normalizer else ()),
     )  # fmt: skip
-
-
-class Markers:
-    """Finds fixed strings in a text: the leftmost, of several at one place the longest."""
-
-    def __init__(self, ids: dict[str, int]):
-        self._ids = ids
-        lengths: dict[str, set[int]] = {}
-        for text in ids:
-            lengths.setdefault(text[0], set()).add(len(text))
-        self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
-        self._first = re.compile("[" + re.escape("".join(self._lengths)) + "]") if lengths else None
-
-    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, end, id) of every marker, in order, never overlapping."""
-        if self._first is None:
-            return
-        position = 0
-        for candidate in self._first.finditer(text):
-            start = candidate.start()
-            if start < position:
-                continue
-            for length in self._lengths[text[start]]:
-                token_id = self._ids.get(text[start : start + length])
-                if token_id is not None:
-                    position = start + length
-                    yield start, position, token_id
-                    break
 
 
 class Tokenizer:

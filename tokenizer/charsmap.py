@@ -14,7 +14,7 @@ import numpy as np
 from pocketlm.errors import FileError
 
 if TYPE_CHECKING:
-    from pocketlm.tokenizer.base import Markers
+    from pocketlm.tokenizer.markers import Markers
 
 _MAX_BRANCHES = 1 << 22  # the usual tables have 200,000
 _MAX_KEY = 32  # characters

@@ -12,8 +12,9 @@ from itertools import chain
 from typing import Literal
 
 from pocketlm.errors import FileError
-from pocketlm.tokenizer.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Markers, Tokenizer, Vocabulary
+from pocketlm.tokenizer.base import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
 from pocketlm.tokenizer.charsmap import Rules
+from pocketlm.tokenizer.markers import Markers
 from pocketlm.tokenizer.texts import TextIndex
 
 SPACE = "▁"
