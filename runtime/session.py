@@ -104,7 +104,7 @@ class Session:
         computes a prompt: who would copy waits for nobody. PocketlmError after `end`.
         """
         claim = self.claim()
-        with self.held(claim), other.lock.within(BETWEEN) as got:  # of two that want to copy from each other one may get nothing
+        with self.held(claim), other.lock.within(BETWEEN) as got:  # of two that copy from each other one may get nothing
             if not got:
                 return
             other.check_open()

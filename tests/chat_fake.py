@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from pocketlm.constrain import OPTIONS
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.conversation import _check_names
+from pocketlm.errors import PocketlmError, UsageError, one_of
 from pocketlm.runtime.generator import Piece
 from pocketlm.runtime.sampling import SamplingOptions, chat_defaults
 
@@ -46,13 +47,13 @@ class FakeModel:
         self.n_threads = n
 
     def set_backend(self, name):
-        if name not in ("auto", "numpy"):
-            raise UsageError(f"backend {name!r}: expected one of auto, numpy")
-        self.backend = name
+        self.backend = one_of("backend", name, ("auto", "numpy"))
 
     def chat(self, messages, *, cancel=None, **sampling):
         others = ("max_tokens", "stop", "draft", *OPTIONS)
-        SamplingOptions(**{name: value for name, value in sampling.items() if name not in others})
+        options = {name: value for name, value in sampling.items() if name not in others}
+        _check_names(options, others)
+        SamplingOptions(**options)
         self.asked.append([dict(message) for message in messages])
         self.sampling = sampling
         *_, question = (message["content"] for message in messages if message["role"] == "user")

@@ -321,10 +321,8 @@ def test_a_prompt_that_does_not_fit_is_the_same_error(model):
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 1.5}, {"no_such_option": 1}], ids=str)
 def test_sampling_options_that_make_no_sense_are_refused_alike(model, options):
-    with pytest.raises((UsageError, TypeError)) as raised:
+    with pytest.raises(UsageError, match=next(iter(options))):
         list(model.chat(HELLO, max_tokens=1, **options))
-    assert next(iter(options)) in str(raised.value)
-    assert isinstance(raised.value, TypeError) == ("no_such_option" in options)
 
 
 @pytest.mark.parametrize("n_threads", [0, -1, 100_000])
@@ -338,7 +336,7 @@ def test_a_number_of_threads_out_of_range_is_refused_alike(model, n_threads):
 
 
 def test_an_unknown_backend_is_refused_alike(model):
-    with pytest.raises(UsageError, match=r"^backend 'abacus': expected one of auto, "):
+    with pytest.raises(UsageError, match=r"^backend abacus: expected one of auto, "):
         model.set_backend("abacus")
     model.set_backend("numpy")
     assert model.backend == "numpy"
