@@ -132,10 +132,13 @@ def timings(last: Piece) -> dict[str, Any]:
     it is no part of the speed of those that follow.
     """
     told: dict[str, Any] = {"cache_n": last.cached_tokens}
-    computed, generated = last.prompt_tokens - last.cached_tokens, last.generated_tokens
-    for name, n, passes, seconds in (("prompt", computed, computed, last.prompt_seconds),
-                                     ("predicted", generated, generated - 1, last.generation_seconds)):  # fmt: skip
-        speed = passes / seconds if passes > 0 and seconds > 0 else 0.0
+    n_read = last.prompt_tokens - last.cached_tokens
+    reading = n_read / last.prompt_seconds if n_read > 0 and last.prompt_seconds > 0 else 0.0
+    parts = {
+        "prompt": (n_read, last.prompt_seconds, reading),
+        "predicted": (last.generated_tokens, last.generation_seconds, last.tokens_per_second),
+    }
+    for name, (n, seconds, speed) in parts.items():
         told |= {f"{name}_n": n, f"{name}_ms": 1e3 * seconds, f"{name}_per_second": speed,
                  f"{name}_per_token_ms": 1e3 / speed if speed else 0.0}  # fmt: skip
     return told

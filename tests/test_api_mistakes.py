@@ -5,7 +5,7 @@ import os
 import pickle
 import random
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -128,10 +128,7 @@ def test_threads_that_use_one_session_at_the_same_time_get_an_answer_or_one_line
             except BaseException as error:
                 wrong.append(error)
 
-    threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
     assert not wrong
     assert say(session) == expected

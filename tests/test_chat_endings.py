@@ -117,28 +117,30 @@ def test_a_signal_at_the_prompt_ends_at_once_and_leaves_the_terminal_in_order(nu
     assert "cut" not in conversation["messages"][-1]
 
 
-@posix
-def test_a_signal_while_the_model_opens_keeps_the_question_and_waits_for_no_model(terminal, tmp_path):
+@pytest.fixture
+def opening(terminal, tmp_path):
+    """A chat at its first prompt, whose model will never have been opened."""
     driver = tmp_path / "driver.py"
     driver.write_text(OPENING, encoding="utf-8")
     shown = terminal(command=(sys.executable, str(driver), str(tmp_path / "never there")))
     shown.prompt(1)
-    shown.type("Are you awake?" + ENTER)
-    while not shown.conversations():
-        shown.read()
-    shown.child.kill(signal.SIGTERM)
-    assert shown.ended() == 128 + signal.SIGTERM
-    assert_cut(shown.conversations(), "Are you awake?", "")
+    return shown
 
 
 @posix
-def test_who_leaves_waits_for_no_model(terminal, tmp_path):
-    driver = tmp_path / "driver.py"
-    driver.write_text(OPENING, encoding="utf-8")
-    shown = terminal(command=(sys.executable, str(driver), str(tmp_path / "never there")))
-    shown.prompt(1)
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+def test_a_signal_while_the_model_opens_keeps_the_question_and_waits_for_no_model(opening):
+    opening.type("Are you awake?" + ENTER)
+    while not opening.conversations():
+        opening.read()
+    opening.child.kill(signal.SIGTERM)
+    assert opening.ended() == 128 + signal.SIGTERM
+    assert_cut(opening.conversations(), "Are you awake?", "")
+
+
+@posix
+def test_who_leaves_waits_for_no_model(opening):
+    opening.type(CTRL_D)
+    assert opening.ended() == 0
 
 
 def test_a_model_that_opens_too_late_is_closed():

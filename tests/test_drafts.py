@@ -1,8 +1,8 @@
 """Drafts looked up in the text change no token, no log-probability and no ending; they are tried where they pay."""
 
 import random
-import threading
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,11 +117,8 @@ def test_sessions_at_the_same_time_change_none_either(native):
             if got != expected[at]:
                 wrong.append(at)
 
-    threads = [threading.Thread(target=some, args=(part,)) for part in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(some, range(4)))
     assert not wrong
     assert accepted[0] > 10
 
