@@ -35,6 +35,12 @@ def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
     return CanonicalTensor((stop - start, *tensor.shape[1:]), lambda: np.ascontiguousarray(tensor.read()[start:stop]))
 
 
+def rows_of_experts(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
+    """The same rows of each."""
+    n, _, *columns = tensor.shape
+    return CanonicalTensor((n, stop - start, *columns), lambda: np.ascontiguousarray(tensor.read()[:, start:stop]))
+
+
 def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
@@ -109,7 +115,7 @@ def arrange(
     n_heads_found = _join_heads(tensors, path)
     _name_feed_forward(tensors, n_embd)
     _tie(tensors, found, config, notes)
-    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps", "_up_exps", "_up_exps_blocks"))
+    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps")) or _both_of_experts(tensors) is not None
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
     position = _position(tensors, buffers, config, fixed)
     options: dict[str, Any] = {
@@ -196,11 +202,12 @@ def _join_heads(tensors: Tensors, path: Path) -> int | None:
 
 def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
     """What numbered matrices are: of two, up and down; of three, the one of n_embd rows is down and the first is the gate."""
-    for role in in_layers(tensors, "ffn_gate_up.(weight|bias)"):
-        both, half = tensors.pop(role), 0
-        half = both.shape[0] // 2
-        tensors[role.replace("gate_up", "gate")] = rows(both, 0, half)
-        tensors[role.replace("gate_up", "up")] = rows(both, half, both.shape[0])
+    for role in in_layers(tensors, "ffn_gate_up(_exps|_shexp)?.(weight|bias)"):
+        part, axis = (rows_of_experts, 1) if "_exps" in role else (rows, 0)
+        both = tensors.pop(role)
+        n = both.shape[axis]
+        tensors[role.replace("gate_up", "gate")] = part(both, 0, n // 2)
+        tensors[role.replace("gate_up", "up")] = part(both, n // 2, n)
     if not (numbered := in_layers(tensors, r"ffn_[123]\.(weight|bias)")):
         return
     second = tensors.get("blk.0.ffn_2.weight")
@@ -291,11 +298,17 @@ def _context(tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelC
     return config.need("n_ctx", masks[0] if masks else None)
 
 
+def _both_of_experts(tensors: Tensors) -> int | None:
+    """Columns of gate and up that take turns, as gpt-oss has them; None where they do not."""
+    if both := tensors.get("blk.0.ffn_both_exps.weight"):  # (experts, n_embd, 2 n_ff)
+        return both.shape[-1]
+    packed = tensors.get("blk.0.ffn_both_exps_blocks.weight")  # (experts, 2 n_ff, n_embd / 32, 16)
+    return packed.shape[1] if packed else None
+
+
 def _n_ff(tensors: Tensors, path: Path) -> int:
-    if both := tensors.get("blk.0.ffn_gate_up_exps.weight"):  # (experts, n_embd, 2 n_ff)
-        return both.shape[-1] // 2
-    if both := tensors.get("blk.0.ffn_gate_up_exps_blocks.weight"):  # (experts, 2 n_ff, n_embd / 32, 16)
-        return both.shape[1] // 2
+    if both := _both_of_experts(tensors):
+        return both // 2
     up = tensors.get("blk.0.ffn_up.weight") or tensors.get("blk.0.ffn_up_exps.weight")
     if up is None:
         raise FileError(path, "no tensor has the role of blk.0.ffn_up.weight", "name the tensors in a file for --map")

@@ -103,6 +103,7 @@ NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_co
 MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
+    "mixtral": "mixtral", "qwen2_moe": "qwen2moe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe",
     "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
     "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
     "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",

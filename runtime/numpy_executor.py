@@ -249,7 +249,8 @@ class NumpyExecutor:
 
     def _gate(self, op: P.Gate, state: dict[str, np.ndarray]) -> None:  # columns of [n, width] += [n, n_groups * width]
         x, y, columns = state[op.x], state[op.y], slice(op.column, op.column + op.n_groups * op.width)
-        gates = np.float32(op.factor) / (1 + np.exp(-(x[:, : op.n_columns] @ self._rows(op.weight).T)))  # [n, n_groups]
+        weight = self._rows(op.weight).reshape(op.n_groups, -1)
+        gates = np.float32(op.factor) / (1 + np.exp(-(x[:, : op.n_columns] @ weight.T)))  # [n, n_groups]
         state[op.out][:, columns] += np.repeat(gates, op.width, 1) * y
 
     def _scale(self, op: P.Scale, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]
