@@ -27,6 +27,7 @@ from pocketlm.runtime.positions import alibi_slopes
 
 Tensors = dict[str, CanonicalTensor]
 NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
+PARTLY_ROTATED = ("phi2", "phi3", "stablelm", "gptneox")  # families of transformers that heed it; the others turn whole heads
 
 # ── tensors made of tensors ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -124,7 +125,7 @@ def arrange(
         "activation": config.need("activation", fixed.get("activation", "silu" if gated else None)),
         "gated": gated,
     }
-    n_ctx = _context(tensors, buffers, config, position)
+    n_ctx = _context(tensors, buffers, config, position, fixed)
     eps = config.need("norm_eps", fixed.get("norm_eps"))
     keys: dict[str, Any] = {
         "context_length": n_ctx, "embedding_length": n_embd, "block_count": n_layer, "attention.head_count": n_head,
@@ -154,7 +155,8 @@ def arrange(
 def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -> None:
     """Add what rotary positions are."""
     config, keys, fixed = draft.config, draft.keys, dialect.fixed
-    n_dims = int(keys["attention.key_length"] * config.get("rope_part", 1.0))
+    is_partly = config.model_type in (None, "", *PARTLY_ROTATED) or "rope_part" in config.given
+    n_dims = int(keys["attention.key_length"] * (config.get("rope_part", 1.0) if is_partly else 1.0))
     draft.options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
     theta = config.need(
         "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
@@ -196,7 +198,7 @@ def _join_heads(tensors: Tensors, path: Path) -> int | None:
     for name, parts in groups.items():
         if sorted(parts) != list(range(len(parts))) or len({part.shape for part in parts.values()}) != 1 or name in tensors:
             raise FileError(path, f"the parts of {name} do not fit together", "the checkpoint is not complete")
-        tensors[name] = (layered if "_exps" in name else stacked)([parts[i] for i in range(len(parts))])
+        tensors[name] = (layered if "exps." in name else stacked)([parts[i] for i in range(len(parts))])
     return len(groups["blk.0.attn_q.weight"]) if "blk.0.attn_q.weight" in groups else None
 
 
@@ -288,14 +290,16 @@ def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig,
     return config.need("position", fixed.get("position", found))
 
 
-def _context(tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelConfig, position: str) -> int:
+def _context(
+    tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelConfig, position: str, fixed: Mapping[str, Any]
+) -> int:  # fmt: skip
     """Positions the model was trained for; a causal mask is as large."""
     if position == "learned" and "position_embd.weight" in tensors:
         return tensors["position_embd.weight"].shape[0]
     masks = [
         t.shape[-1] for name, t in buffers.items() if len(t.shape) >= 2 and t.shape[-1] == t.shape[-2] and "alibi" not in name
     ]
-    return config.need("n_ctx", masks[0] if masks else None)
+    return config.need("n_ctx", masks[0] if masks else fixed.get("n_ctx"))
 
 
 def _both_of_experts(tensors: Tensors) -> int | None:

@@ -246,7 +246,7 @@ HUGGING_FACE = {
         ),
         _family(
             "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
-            stretched_base,
+            stretched_base, computes=("use_qk_norm",),
         ),
         _family("gemma", {}, {}, one_added, tanh),
         _family(

@@ -78,7 +78,7 @@ LAYER_NORM = (
     Dialect(
         "Hugging Face BLOOM",
         (r"(.*\.)?h\.N\.self_attention\.query_key_value\.weight", r"(.*\.)?word_embeddings_layernorm\.weight"),
-        {**_FIXED, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
+        {**_FIXED, "position": "alibi", "activation": "gelu_tanh", "n_ctx": 2048}, architecture="bloom", finish=_apart,
         names={"word_embeddings_layernorm": "token_embd_norm", "*.self_attention.query_key_value": "attn_qkv"},
     ),
     Dialect(

@@ -62,6 +62,7 @@ SETTINGS: dict[str, Setting] = {
     "tied": Setting(
         bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
     ),
+    "n_experts_used": Setting(int, "num_experts_per_tok", "2"),
     "logit_softcap": Setting(float, "logit_softcap", "15|20"),
     "model_type": Setting(str, "", "llama"),
 }  # fmt: skip
@@ -107,6 +108,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
     "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
     "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
+    "minimind": "",  # told by its tensors
 }  # fmt: skip
 # settings by what changes nothing here; any other value means a computation that the plan does not have
 HARMLESS: dict[str, Callable[[Any], bool]] = {
