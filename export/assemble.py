@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,76 +20,25 @@ from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
+from pocketlm.export.tensor_parts import (
+    Tensors,
+    constant,
+    fuse_qkv,
+    in_layers,
+    interleave,
+    layered,
+    rows,
+    rows_of_experts,
+    split_qkv,
+    stacked,
+    transposed,
+)
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
 
-Tensors = dict[str, CanonicalTensor]
 NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
-PARTLY_ROTATED = ("phi2", "phi3", "stablelm", "gptneox")  # families of transformers that heed it; the others turn whole heads
-
-# ── tensors made of tensors ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
-    return CanonicalTensor((stop - start, *tensor.shape[1:]), lambda: np.ascontiguousarray(tensor.read()[start:stop]))
-
-
-def rows_of_experts(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
-    """The same rows of each."""
-    n, _, *columns = tensor.shape
-    return CanonicalTensor((n, stop - start, *columns), lambda: np.ascontiguousarray(tensor.read()[:, start:stop]))
-
-
-def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
-
-
-def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    """The parts behind each other, in a dimension of their own."""
-    return CanonicalTensor((len(parts), *parts[0].shape), lambda: np.stack([part.read() for part in parts]))
-
-
-def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
-
-
-def constant(values: np.ndarray) -> CanonicalTensor:
-    return CanonicalTensor(values.shape, values.copy)
-
-
-def in_layers(tensors: Tensors, expression: str) -> list[str]:
-    """The roles in layers that match."""
-    return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
-
-
-def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
-    """Bring the rows of tensors in layers that match into this order, here; the plan complains of one with more or fewer."""
-    for role in in_layers(tensors, expression):
-        if tensors[role].shape[0] == len(order):
-            tensors[role] = _reordered(tensors[role], order)
-
-
-def _reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
-
-
-def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:
-    """Bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side, in queries and keys, here.
-
-    `heads`: query heads, key-value heads, their width. `back`: from there into two halves.
-    """
-    n_head, n_kv_head, head_dim = heads
-    pairs = np.arange(n_dims).reshape(2, -1).T.ravel()
-    head = np.concatenate([pairs, np.arange(n_dims, head_dim)])
-    for part, n in (("q", n_head), ("k", n_kv_head)):
-        order = (np.arange(n)[:, None] * head_dim + head).ravel()
-        reorder(tensors, rf"attn_{part}\.(weight|bias)", np.argsort(order) if back else order)
-
-
-# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def arrange(
@@ -111,11 +60,14 @@ def arrange(
     if len(tensors["token_embd.weight"].shape) != 2:
         raise FileError(path, "the token table is no matrix", "name the right one in a file for --map")
     n_layer = 1 + max((int(role.split(".")[1]) for role in tensors if role.startswith("blk.")), default=0)
+    said = config.raw("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.model_type else None
+    if isinstance(said, int) and said != n_layer:
+        raise FileError(path, f"has {n_layer} layers where its configuration says {said}", "the checkpoint is not complete")
     n_vocab, n_embd = tensors["token_embd.weight"].shape
     _drop_leading_ones(tensors)
     n_heads_found = _join_heads(tensors, path)
     _name_feed_forward(tensors, n_embd)
-    _tie(tensors, found, config, notes)
+    _tie(tensors, found, config, fixed, notes)
     gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps")) or _both_of_experts(tensors) is not None
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
     position = _position(tensors, buffers, config, fixed)
@@ -155,8 +107,8 @@ def arrange(
 def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -> None:
     """Add what rotary positions are."""
     config, keys, fixed = draft.config, draft.keys, dialect.fixed
-    is_partly = config.model_type in (None, "", *PARTLY_ROTATED) or "rope_part" in config.given
-    n_dims = int(keys["attention.key_length"] * (config.get("rope_part", 1.0) if is_partly else 1.0))
+    heeded = not config.model_type or "rope_part" in fixed or "rope_part" in config.given  # other families turn whole heads
+    n_dims = int(keys["attention.key_length"] * (config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0))
     draft.options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
     theta = config.need(
         "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
@@ -231,7 +183,9 @@ def is_tied(head: LazyTensor, table: LazyTensor) -> bool:
     return head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
 
 
-def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, notes: list[str]) -> None:
+def _tie(
+    tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str, Any], notes: list[str]
+) -> None:  # fmt: skip
     """Leave the output matrix out where it is the token table."""
     if "output.weight" not in found:
         if config.get("tied") is False:
@@ -240,7 +194,7 @@ def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig,
         return
     head, table = found["output.weight"], found["token_embd.weight"]
     same = is_tied(head, table)
-    if not same and config.get("tied") and config.model_type:
+    if not same and config.model_type and config.get("tied", fixed.get("tied")):
         notes.append("the output matrix was left out: the configuration ties it to the token table")
         same = True
     if same:
@@ -361,30 +315,6 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
         if same and same_activation and possible():
             return name
     return "pocketlm"
-
-
-def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
-    """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
-    for role in in_layers(tensors, "attn_qkv.(weight|bias)"):
-        if tensors[role].shape[0] != q + 2 * kv:
-            continue  # the plan says what is wrong
-        both = tensors.pop(role)
-        for part, start, stop in (("q", 0, q), ("k", q, q + kv), ("v", q + kv, q + 2 * kv)):
-            tensors[role.replace("qkv", part)] = rows(both, start, stop)
-
-
-def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
-    """One tensor in place of three, here, with zeros for a bias that only some of them have."""
-    for i in range(n_layer):
-        at = f"blk.{i}.attn_"
-        weights = [f"{at}{part}.weight" for part in "qkv"]
-        if not all(name in tensors for name in weights):
-            continue
-        tensors[f"{at}qkv.weight"] = stacked([tensors.pop(name) for name in weights])
-        biases = [f"{at}{part}.bias" for part in "qkv"]
-        if any(name in tensors for name in biases):
-            zeros = [constant(np.zeros(n, np.float32)) for n in (q, kv, kv)]
-            tensors[f"{at}qkv.bias"] = stacked([tensors.pop(name, zero) for name, zero in zip(biases, zeros, strict=True)])
 
 
 def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:

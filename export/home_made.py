@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import in_layers, reorder, rows
 from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft, Tensors
+from pocketlm.export.tensor_parts import in_layers, reorder, rows
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 
 # ── nanochat ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.assemble import in_layers, stacked
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
+from pocketlm.export.tensor_parts import in_layers, stacked
 from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE
 from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
@@ -52,6 +52,7 @@ GRANITE_KEYS = {
     "embedding_scale": ("embedding_multiplier", 1.0), "residual_scale": ("residual_multiplier", 1.0),
     "attention.scale": ("attention_multiplier", 1.0), "logit_scale": ("logits_scaling", 1.0),
 }  # fmt: skip
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 256.0, "tied": True}  # where the configuration is silent
 COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar")  # `checked` looks at these
 
 
@@ -78,6 +79,12 @@ def llama_if_wide(draft: Draft) -> None:
 def tanh(draft: Draft) -> None:
     """Whatever the first Gemma's configuration calls its GELU, its code computes the tanh formula."""
     draft.options["activation"] = "gelu_tanh"
+
+
+def own_activation(draft: Draft) -> None:
+    """Later Gemmas look at `hidden_activation` alone, whatever the older name says."""
+    if draft.config.raw("hidden_activation") is None:
+        tanh(draft)
 
 
 def stretched_base(draft: Draft) -> None:
@@ -110,6 +117,8 @@ def gpt_oss(draft: Draft) -> None:
     """Experts' matrices are transposed there, and the columns of gate and up take turns."""
     draft.options["activation"] = "swiglu_clamped"
     draft.keys["expert_feed_forward_length"] = draft.keys["feed_forward_length"]
+    if not draft.config.rope:
+        raise FileError(draft.config.path, "its configuration says nothing of rotary positions", "correct config.json")
     if draft.config.rope.get("truncate") is False:
         draft.keys["rope.scaling.truncate"] = False
     for name, value in (("swiglu_limit", CLAMP), ("swiglu_alpha", CLAMPED_SCALE)):
@@ -235,10 +244,10 @@ HUGGING_FACE = {
                 "rope.freq_base_swa": ("rope_local_base_freq", 10000.0),
                 "final_logit_softcapping": ("final_logit_softcapping", None),
             },
-            one_added, rope_theta=1e6,
+            one_added, own_activation, rope_theta=1e6, **GEMMA,
         ),
-        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up),
-        _family("smollm3", rope_theta=2e6),
+        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up, rope_part=1.0),
+        _family("smollm3", rope_theta=2e6, tied=True),
         _family("granite", {}, GRANITE_KEYS),
         _family(
             "granitemoe", GRANITE_EXPERTS,
@@ -248,7 +257,7 @@ HUGGING_FACE = {
             "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
             stretched_base, computes=("use_qk_norm",),
         ),
-        _family("gemma", {}, {}, one_added, tanh),
+        _family("gemma", {}, {}, one_added, tanh, tied=True),
         _family(
             "gemma2", NORMS_AROUND,
             {
@@ -256,7 +265,7 @@ HUGGING_FACE = {
                 "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
                 "final_logit_softcapping": ("final_logit_softcapping", 30.0),
             },
-            one_added,
+            one_added, own_activation, **GEMMA,
         ),
         _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
         _family(
@@ -285,7 +294,7 @@ HUGGING_FACE = {
                    for name, part in (("gate_up", "both"), ("down", "down")) for end in ("", "_bias", "_blocks", "_scales")},
             },
             {**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
-            gpt_oss, computes=("truncate", "quantization_config"),
+            gpt_oss, computes=("truncate", "quantization_config"), rope_theta=150000.0,
         ),
         _family(
             "lfm2",
@@ -295,7 +304,7 @@ HUGGING_FACE = {
                 "*.feed_forward.w1": "ffn_gate", "*.feed_forward.w2": "ffn_down", "*.feed_forward.w3": "ffn_up",
                 **{f"*.conv.{part}": f"shortconv.{part}" for part in ("conv", "in_proj", "out_proj")},
             },
-            {}, short_convolutions, activation="silu", rope_theta=1e6,
+            {}, short_convolutions, activation="silu", rope_theta=1e6, tied=True,
         ),
         _family(
             "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},
@@ -303,22 +312,24 @@ HUGGING_FACE = {
         ),
     )
 }  # fmt: skip
-HUGGING_FACE["mixtral"] = _family("llama", MIXTRAL_EXPERTS, EXPERT_KEYS)
+HUGGING_FACE["mixtral"] = _family("llama", MIXTRAL_EXPERTS, EXPERT_KEYS, rope_theta=1e6)
 
 
 # ── what a configuration says of single layers ───────────────────────────────────────────────────────────────────────
 
 
-def checked(model: CanonicalModel, config: ModelConfig) -> CanonicalModel:
+def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]) -> CanonicalModel:
     """The model, its queries multiplied where the configuration divides scores by something else than its architecture does.
+
+    `fixed`: what its family's code does where the configuration is silent.
 
     Raises FileError where layers have other windows, or other positions, than the configuration says.
     """
     plan = model.plan(config.path)
     layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
     windows, said_windows = [window if window < n_ctx else 0 for window, _ in layers], config.windows(len(layers), n_ctx)
-    if said_windows is None and not any(windows):  # there are some, and the architecture has none
-        said_windows = [-1] * len(layers)
+    if said_windows is None and not any(windows):  # the architecture has none
+        config.check_window(n_ctx)
     for what, found, said in (
         ("sliding windows", windows, said_windows),
         ("rotary positions", [rope is not None for _, rope in layers], config.rotary_layers(len(layers))),
@@ -327,7 +338,7 @@ def checked(model: CanonicalModel, config: ModelConfig) -> CanonicalModel:
         if said is not None and found and found != said:
             problem = f"its configuration has {what} in other layers, or others, than {model.hyper.architecture} has"
             raise FileError(config.path, problem, "pocketlm does not compute that")
-    divisor = config.raw("query_pre_attn_scalar")
+    divisor = config.raw("query_pre_attn_scalar") or fixed.get("query_pre_attn_scalar")
     scale = next(op.scale for op in plan.ops if isinstance(op, Attend))
     if not isinstance(divisor, (int, float)) or divisor <= 0 or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
         return model

@@ -110,6 +110,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
     "minimind": "",  # told by its tensors
 }  # fmt: skip
+WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
 # settings by what changes nothing here; any other value means a computation that the plan does not have
 HARMLESS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys((
@@ -242,9 +243,12 @@ class ModelConfig:
                 if not harmless:
                     problem = f"its configuration asks for {name} = {quoted(level[name])}"
                     raise FileError(self.path, problem, "pocketlm does not compute that")
+        if "sliding_window" not in computed:
+            self.check_window(n_ctx)
+
+    def check_window(self, n_ctx: int) -> None:
+        """Raises FileError where layers look at less than n_ctx positions."""
         window = self.raw("sliding_window", "attention_window")
-        if "sliding_window" in computed:
-            return
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
@@ -257,7 +261,9 @@ class ModelConfig:
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
         """The window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which have one."""
         size, kinds = self.raw("sliding_window"), self.raw("layer_types")
-        if self.raw("use_sliding_window") is False or not isinstance(size, int) or size >= n_ctx:
+        used = self.raw("use_sliding_window")
+        is_off = used is False or (used is None and self.model_type in WINDOW_ON_DEMAND)
+        if is_off or not isinstance(size, int) or size >= n_ctx:
             size = 0
         if kinds is None and isinstance(period := self.raw("sliding_window_pattern"), int) and period > 0:
             kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]

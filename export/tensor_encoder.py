@@ -96,7 +96,7 @@ class Encoder:
             self._progress(encoded.name, data.nbytes // format.block_bytes * format.block_size)
         encoded.error = math.sqrt(squared_error / squares) if squares else 0.0
 
-    def _in_order(self, work: Callable[[int], Any], arguments: Iterable[int]) -> Iterator[Any]:
+    def _in_order(self, work: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
         """The results of `work`; only a few pieces are ahead of the one that is asked for, which bounds the memory."""
         ahead: deque[Future[Any]] = deque()
         for argument in arguments:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, transposed
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refused
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
+from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, transposed
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS

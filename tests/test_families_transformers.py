@@ -212,6 +212,61 @@ def test_experts_in_one_tensor_as_transformers_has_them_in_memory_are_the_same(n
         np.testing.assert_array_equal(fused.tensors[role].read(), tensor.read())
 
 
+@pytest.mark.parametrize(
+    ("name", "left_out", "said"),
+    [
+        ("gemma2", ("query_pre_attn_scalar",), {}),
+        ("gemma3", ("query_pre_attn_scalar",), {}),
+        ("gemma2", ("hidden_activation",), {"hidden_act": "gelu"}),
+        ("gemma", ("tie_word_embeddings",), {}),
+        ("mixtral", ("rope_parameters",), {}),
+        ("smollm3", ("rope_parameters",), {}),
+        ("qwen3", ("use_sliding_window", "layer_types"), {"sliding_window": 8}),
+        ("qwen2", ("use_sliding_window", "layer_types"), {"sliding_window": 8}),
+        ("granite", ("rope_parameters",), {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        ("hunyuan-dense", (), {"use_qk_norm": True}),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_leaves_out_is_what_transformers_does_then(
+    name: str, left_out: tuple[str, ...], said: dict[str, Any], tmp_path: Path
+) -> None:
+    ids, _ = saved(MODELS[name], tmp_path)
+    config = {**json.loads((tmp_path / "config.json").read_text()), **said}
+    assert set(left_out) <= config.keys() | {"use_sliding_window"}
+    (tmp_path / "config.json").write_text(json.dumps({key: v for key, v in config.items() if key not in left_out}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    export(read_canonical(tmp_path), tmp_path, tmp_path / "model.gguf", quant="f32")
+    with pocketlm.load(tmp_path / "model.gguf", backend="numpy", threads=2) as model:
+        np.testing.assert_allclose(model.logits(ids), logits_of(theirs.eval(), ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("said", [{}, {"rope_theta": 500.0}])
+def test_a_llama_turns_whole_heads_whatever_its_configuration_says(said: dict[str, Any], tmp_path: Path) -> None:
+    ids, _ = saved(Row("Llama"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **said, "partial_rotary_factor": 0.5}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    model = read_canonical(tmp_path)
+    assert model.hyper.rope.n_dims == model.hyper.head_dim
+    export(model, tmp_path, tmp_path / "model.gguf", quant="f32")
+    with pocketlm.load(tmp_path / "model.gguf", backend="numpy", threads=2) as opened:
+        np.testing.assert_allclose(opened.logits(ids), logits_of(theirs.eval(), ids), atol=1e-5, rtol=0)
+    assert read_canonical(tmp_path, overrides={"rope_part": "0.5"}).hyper.rope.n_dims == model.hyper.head_dim // 2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3moe", "mixtral"])
+def test_a_window_that_nothing_places_is_no_model_without_one(name: str, tmp_path: Path) -> None:
+    """Older configurations say its size, and their code knew the layers."""
+    saved(MODELS[name], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("layer_types", None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "use_sliding_window": True, "sliding_window": 8}))
+    with pytest.raises(FileError, match=r"sliding window of 8 positions.*add --set n_ctx=8"):
+        read_canonical(tmp_path)
+    assert read_canonical(tmp_path, overrides={"n_ctx": "8"}).hyper.n_ctx == 8
+
+
 def older(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration as transformers wrote it before version 5: rotary positions in keys of the model's own."""
     config = dict(config)
@@ -304,15 +359,18 @@ def test_onnx_and_fp16_bin_say_the_same(name: str, tmp_path: Path) -> None:
         ("qwen2moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
         ("qwen2moe", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
         ("qwen2moe", {"shared_expert_intermediate_size": 40}, "expected 40x64"),
-        ("mixtral", {"sliding_window": 8}, "sliding windows in other layers"),
+        ("mixtral", {"sliding_window": 8}, "sliding window of 8 positions"),
         ("mixtral", {"num_local_experts": 5}, "expected 5x64"),
         ("mixtral", {"num_experts_per_tok": None}, "llama.expert_used_count is missing"),
         ("mixtral", {"hidden_act": "gelu_quick"}, "hidden_act = gelu_quick"),
         ("granitemoeshared", {"shared_intermediate_size": 0}, "ffn_down_shexp.weight is not part"),
         ("granitemoe", {"logits_scaling": 0}, "granitemoe.logit_scale"),
+        ("gpt-oss", {"rope_parameters": None}, "nothing of rotary positions"),
         ("gpt-oss", {"swiglu_limit": 9.0}, "swiglu_limit = 9.0"),
         ("granite", {"logits_scaling": 0}, "granite.logit_scale"),
         ("lfm2", {"conv_bias": True}, "conv_bias"),
+        ("qwen3", {"num_hidden_layers": 4, "layer_types": None}, "has 3 layers where its configuration says 4"),
+        ("qwen2moe", {"num_hidden_layers": 2, "layer_types": None}, "has 3 layers where its configuration says 2"),
         ("lfm2", {"layer_types": ["conv", FULL, "conv", "conv", FULL]}, "convolutions in other layers"),
         ("phi3, longrope, long", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "no short_factor of 8"),
     ],
