@@ -23,7 +23,7 @@ from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
 from pocketlm.export.gguf_writer import copy_gguf
-from pocketlm.export.rules import QUANTS
+from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.runtime.architectures import qwen3moe
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf_reader import open_gguf
@@ -226,6 +226,20 @@ def test_every_tensor_gets_the_format_that_llama_cpp_gives_it(tmp_path: Path, qu
         with open_gguf(tmp_path / f"{name}.gguf") as file:
             formats.append({tensor.name: tensor.format.name for tensor in file.tensors.values()})
     assert formats[0] == formats[1]
+
+
+@pytest.mark.parametrize("quant", ["q3_k_m", "q4_k_m", "q5_k_m", "iq4_nl", "mxfp4"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe"])
+def test_attention_beside_eight_experts_gets_the_bits_that_llama_cpp_gives_it(tmp_path: Path, arch: str, quant: str) -> None:
+    """As Mixtral's; and the shared expert's, which every token goes to."""
+    sizes = {"n_embd": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64, "n_ff": 256, "n_layer": 8, "n_ctx": 8}
+    path = write_random(tmp_path / "f32.gguf", arch, sizes, {"expert_count": 8, "expert_used_count": 1}, {})
+    llama_reference.quantize_file(path, tmp_path / "theirs.gguf", QUANTS[quant].file_type)
+    model = read_canonical(path)
+    head = head_name(model.tensors)
+    ours = {name: by_shape(name, t.shape, QUANTS[quant], head, False, model.hyper)[0] for name, t in model.tensors.items()}
+    with open_gguf(tmp_path / "theirs.gguf") as file:
+        assert {name: format.name for name, format in ours.items()} == {t.name: t.format.name for t in file.tensors.values()}
 
 
 @pytest.mark.parametrize("fmt", ["MXFP4", "Q4_0", "Q6_K", "F16"])
