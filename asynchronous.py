@@ -104,16 +104,20 @@ class Handover:
         """The next part. Raises what the thread raised."""
         if not self._parts and not await self._some():
             raise StopAsyncIteration
+        return self._next()
+
+    def _next(self) -> Any:
         if self._room is not None:
             self._room.release()
         return self._parts.popleft()
 
     async def several(self, pause: float) -> list[Any]:
-        """All parts that are there, one at least; none at the end. Where they come faster than every `pause` seconds, those that
-        come in that time are given together, and all readers who wait as long are given theirs at the same times: each time that
-        the loop looks, threads lose the interpreter. Raises what the thread raised.
+        """All parts that are there, one at least; none at the end. Raises what the thread raised.
+
+        Those that come within `pause` seconds are given together, and all readers who wait as long are given theirs at the same
+        times: each time that the loop looks, threads lose the interpreter. Parts that come much more seldom are not waited for.
         """
-        if not self._ended and self._pace < pause and self._loop.time() < self._looked + pause:
+        if not self._ended and self._pace < 2 * pause and self._loop.time() < self._looked + pause:
             clock = self._loop.call_at((self._looked // pause + 1) * pause, self._arrived.set)
             try:
                 await self._arrived.wait()  # or the end
@@ -123,7 +127,7 @@ class Handover:
         parts = list[Any]()
         if self._parts or await self._some():
             while self._parts:
-                parts.append(await anext(self))
+                parts.append(self._next())
         now = self._loop.time()
         self._looked, self._pace = now, (now - self._looked) / max(1, len(parts))
         return parts
