@@ -1,15 +1,23 @@
-"""Events of a stream: written once and filled in, they are what the encoder of JSON makes of the whole object."""
+"""What a server of a small model saves: events that are filled in are those that the encoder of JSON makes of a whole object,
+and no thread keeps the interpreter for long.
+"""
 
 import json
+import sys
 import threading
 
 import pytest
+from serving import tiny_chat
+
+from pocketlm.cli import main
 
 pytest.importorskip("uvicorn", reason="uvicorn serves")
 from pocketlm.runtime.generator import Piece
 from pocketlm.serve.app import _Events
 from pocketlm.serve.asking import Prompts, pieces
+from pocketlm.serve.command import TURN
 from pocketlm.serve.fields import Ask
+from pocketlm.serve.server import Server
 from pocketlm.serve.shapes import Shape
 
 TEXTS = ("a", '"', "\\", "\n\r\t\0", "\0", "ж😀", "\u2028</script>", '"content":"\0"')
@@ -49,3 +57,11 @@ def test_log_probabilities_are_computed_for_who_asks_for_them(logprobs):
             yield options["logprobs"]
 
     assert [*pieces(Ask(True, logprobs=logprobs), Prompts([[1]]), Session(), threading.Event())] == [(0, logprobs)]
+
+
+def test_threads_take_short_turns_while_it_serves_and_as_before_afterwards(tmp_path, monkeypatch):
+    turns, before = [], sys.getswitchinterval()
+    monkeypatch.setattr(Server, "serve_until_stopped", lambda server, ready: turns.append(sys.getswitchinterval()))
+    assert main(["serve", str(tiny_chat(tmp_path)), "--port", "0"]) == 0
+    assert turns == [pytest.approx(TURN, abs=1e-6)]
+    assert sys.getswitchinterval() == before
