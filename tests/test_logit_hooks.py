@@ -59,6 +59,8 @@ def test_without_log_probabilities_the_tokens_are_the_same(model, options):
     assert not any(math.isnan(piece.logprob) for piece in pieces[:-1])
     listed = [*model.generate("the", logprobs=False, top_logprobs=2, **options)]
     assert [piece.logprob for piece in listed[:-1]] == [piece.logprob for piece in pieces[:-1]], "who lists them needs them"
+    with pytest.raises(UsageError, match=r"^logprobs is 5; it must be True or False: top_logprobs says"):
+        next(model.generate("the", logprobs=5))
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.5, "seed": 4}])
