@@ -242,6 +242,23 @@ def test_the_vocabulary_of_an_fp16_bin_is_read(tmp_path):
     assert tok.encode("he") == [256]
 
 
+def test_a_vocabulary_may_have_the_names_of_other_files_keys_as_words(tmp_path):
+    """GPT-2's own has "pieces", "model", "types", …; and so it was taken for the vocabulary of an fp16 bin."""
+    words = ["pieces", "model", "vocab", "types"]
+    made, merges = dict.fromkeys(LETTERS), []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in made:
+                merges.append(f"{word[: end - 1]} {word[end - 1]}")
+                made[word[:end]] = None
+    ids = {token: i for i, token in enumerate(made)}
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    tok = load(tmp_path, ids, "vocab.json")
+    assert [tok.encode(word) for word in words] == [[ids[word]] for word in words]
+    (tmp_path / "merges.txt").rename(tmp_path / "vocab.bpe")
+    assert load(tmp_path, ids, "encoder.json").encode("pieces") == [ids["pieces"]]
+
+
 # ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
