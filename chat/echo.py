@@ -6,22 +6,24 @@ no such terminals (Windows, pipes) nothing happens.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-try:
+if sys.platform != "win32":
     import termios
-except ImportError:  # Windows
-    termios = None
 
 _LOCAL = 3  # the place of a terminal's local modes
 
 
 @contextmanager
 def without_echo(stdin: TextIO) -> Iterator[None]:
-    """The terminal shows nothing of what is typed in the block. Ctrl-Z gives it back to the shell as it was. Main thread only."""
-    if termios is None or not _echo(stdin, False):
+    """The terminal shows nothing of what is typed in the block. Ctrl-Z gives it back to the shell as it was.
+
+    For the main thread only, which alone may handle signals.
+    """
+    if sys.platform == "win32" or not _echo(stdin, False):
         yield
         return
 
@@ -45,6 +47,8 @@ def without_echo(stdin: TextIO) -> Iterator[None]:
 
 def _echo(stdin: TextIO, wanted: bool) -> bool:
     """Whether the echo had to be switched. Only a program in the foreground may: others would be stopped for it."""
+    if sys.platform == "win32":
+        return False
     with suppress(OSError, ValueError, termios.error):
         terminal = stdin.fileno()
         modes = termios.tcgetattr(terminal)

@@ -152,5 +152,6 @@ def test_what_a_notebook_shows_of_a_model_and_a_session(path):
 
 def test_tab_offers_what_is_imported_on_first_use():
     """In a process of its own: here all of it has long been used."""
-    shown = subprocess.run([sys.executable, "-c", "import pocketlm; print(dir(pocketlm))"], capture_output=True, text=True, check=True)
+    asks = [sys.executable, "-c", "import pocketlm; print(dir(pocketlm))"]
+    shown = subprocess.run(asks, capture_output=True, text=True, check=True)
     assert {"load", "Model", "tokenizer", "__version__"} <= set(ast.literal_eval(shown.stdout))

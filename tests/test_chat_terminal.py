@@ -136,7 +136,10 @@ def test_ctrl_z_in_an_answer_gives_the_shell_its_echo_back(terminal):
 
 def test_a_terminal_that_does_not_say_where_its_cursor_is_gets_no_warning():
     """prompt_toolkit has one ready, two seconds after the first prompt."""
-    asks = "from pocketlm.chat.console import _editor; print(_editor(lambda line: (), None).app.renderer.cpr_not_supported_callback)"
+    asks = """
+from pocketlm.chat.console import _editor
+print(_editor(lambda line: (), None).app.renderer.cpr_not_supported_callback)
+"""
     made = subprocess.run([sys.executable, "-c", asks], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     assert made.stdout == "None\n"
 
