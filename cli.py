@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
         return 0
     except OSError as error:  # files are opened where their errors become FileErrors: this is a full disk, a lost terminal
         give_up_output()
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
