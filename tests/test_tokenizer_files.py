@@ -192,7 +192,7 @@ def test_ranks_may_come_without_pattern_and_markers(tmp_path):
         (b'{"a": 1e999}', ["'a' the id inf"]),
         (b'{"a": ' + b"9" * 5000 + b"}", []),
         (b'["a", "a"]', ["different characters"]),
-        (b'{"pieces": 3}', ["pieces"]),
+        (b'{"pieces": "abc"}', ["pieces"]),
         (b'{"pieces": ["a"], "scores": [0], "types": [7]}', ["not 1 to 6"]),
         (b'{"itos": {"x": "a"}}', ["the id x"]),
         (b'{"\\ud800": 0}', ["token 0 is not valid Unicode"]),
