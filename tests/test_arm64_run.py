@@ -1,0 +1,47 @@
+"""tests/arm64/run.py leaves nothing behind that runs or lies about, however it is ended."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("only Linux has namespaces", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parent / "arm64"))
+import emulated
+
+# Programs like those that it starts in a root of its own, one from each of two threads: each starts another in a session of its
+# own. Whoever is left writes to the pipe after a minute
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(Path(emulated.__file__).parent)!r})
+import emulated
+started = "exec >{{0}}; setsid sh -c 'sleep 60; echo left' & echo started; wait; echo left"
+
+def use(folder):
+    (folder / "file").write_text("")
+    program = [*emulated.ALONE, started.format(sys.argv[1])]
+    emulated.side_by_side(2, [lambda: emulated.PROCESSES.run(*program)] * 2)
+
+emulated.with_folder(use)
+"""
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda ended_by: ended_by.name)
+def test_nothing_is_left_of_a_run_that_is_ended(ended_by, tmp_path):
+    if subprocess.run([*emulated.ALONE, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this system does not allow namespaces")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (folders := tmp_path / "folders").mkdir()
+    command = [sys.executable, "-c", PROGRAM, str(pipe)]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folders)}, stderr=subprocess.DEVNULL) as process:
+        with open(pipe) as said:
+            assert [said.readline(), said.readline()] == ["started\n"] * 2
+            process.send_signal(ended_by)
+            assert said.read() == ""  # to its end: there is nobody any more who could write
+        assert process.wait() not in (0, 1)
+    if ended_by != signal.SIGKILL:
+        assert list(folders.iterdir()) == []
