@@ -39,11 +39,9 @@ TABLE = (
     (2048, LARGE, 2048, ""), (2048, "smollm2", 8192, ""),
 )  # fmt: skip
 SERVED = (
-    (128, "smollm2", 256, "--slots 2"), (192, "smollm2", 1024, "--slots 2 --low-memory"), (256, "smollm2", 2048, "--slots 4"),
-    (512, "smollm2", 2048, "--slots 8"), (512, "smollm2", 8192, "--slots 2"), (512, LARGE, 256, "--slots 2"),
-    (1024, LARGE, 512, "--slots 2 --low-memory"), (1024, LARGE, 1024, "--slots 2"),
-    (1024, LARGE, 2048, "--slots 4 --kv q8"), (UNIT, "smollm2", 1024, "--slots 2 --low-memory"),
-    (UNIT, LARGE, 1024, "--slots 2 --low-memory"),
+    (128, "smollm2", 256, "--slots 2"), (192, "smollm2", 512, "--slots 2"), (256, "smollm2", 1024, "--slots 2"),
+    (512, "smollm2", 2048, "--slots 8"), (512, LARGE, 256, "--slots 2"), (1024, LARGE, 256, "--slots 2"),
+    (1024, LARGE, 1024, "--slots 2"), (UNIT, "smollm2", 1024, "--slots 2 --low-memory"),
 )  # fmt: skip
 CLIENTS = 2
 GROUPS = Path("/sys/fs/cgroup")
