@@ -80,10 +80,19 @@ class Start:
     def __init__(self, limit: int, words: str, cache: str | None):
         self.group, self.highest = Group(limit << 20), 0
         self.kills = -self.group.kills()
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
+        self.errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 - `__exit__` closes it
         environment = os.environ | ({"POCKETLM_CACHE": cache} if cache else {})
         command = ["sh", "-c", ENTER, str(self.group.folder), sys.executable, "-m", "pocketlm", *words.split()]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors, env=environment)
+
+    def __enter__(self) -> Start:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
+        self.group.folder.rmdir()
 
     def runs(self) -> bool:
         """Whether it still does; looks at its memory."""
@@ -100,8 +109,6 @@ class Start:
         while self.runs():
             pass
         status, said, kills = self.process.returncode, self.said(), self.group.kills() + self.kills
-        self.errors.close()
-        self.group.folder.rmdir()
         if kills or status not in (0, 1):
             return False, f"KILLED with {status}: {said}"
         if status:
@@ -110,7 +117,8 @@ class Start:
 
 
 def answered(limit: int, model: str, ctx: int, options: str, prompt: Path, cache: str | None) -> tuple[bool, str]:
-    return Start(limit, f"generate {model} -f {prompt} --ctx {ctx} -n 8 --temp 0 --ignore-eos {options}", cache).end("")
+    with Start(limit, f"generate {model} -f {prompt} --ctx {ctx} -n 8 --temp 0 --ignore-eos {options}", cache) as start:
+        return start.end("")
 
 
 def served(limit: int, model: str, ctx: int, options: str, prompt: Path, cache: str | None) -> tuple[bool, str]:
@@ -120,21 +128,21 @@ def served(limit: int, model: str, ctx: int, options: str, prompt: Path, cache: 
         command = [sys.executable, "-m", "pocketlm", *words.split(), "--install-service"]
         unit = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         limit = int(re.findall(r"^MemoryMax=(\d+)M$", unit, re.MULTILINE)[0])
-    start = Start(limit, words, cache)
-    while start.runs() and not (place := re.search(r"http://\S+(?=/v1)", start.said())):
-        pass
-    if not start.runs():
-        return start.end("")
-    before, texts = start.said(), [f"{i} {prompt.read_text()}" for i in range(CLIENTS)]
-    with ThreadPoolExecutor(CLIENTS + 1) as pool:
-        asked = [pool.submit(ask, f"{place[0]}/v1/completions", text) for text in texts] + [pool.submit(ask, f"{place[0]}/")]
-        while start.runs() and not all(map(Future.done, asked)):
+    with Start(limit, words, cache) as start:
+        while start.runs() and not (place := re.search(r"http://\S+(?=/v1)", start.said())):
             pass
-    start.process.send_signal(signal.SIGTERM)
-    refused = [said for future in asked if (said := future.result())]
-    notes = "".join(f"; {line}" for line in before.splitlines() if "slots" in line)
-    kept, what = start.end(f" under {limit} MB{notes}" + "".join(f"; refused: {said}" for said in refused))
-    return kept, what
+        if not start.runs():
+            return start.end("")
+        notes = "".join(f"; {line}" for line in start.said().splitlines() if "slot" in line)
+        address, texts = f"{place[0]}/v1/completions", [f"{i} {prompt.read_text()}" for i in range(CLIENTS)]
+        with ThreadPoolExecutor(CLIENTS + 1) as pool:
+            asked = [pool.submit(ask, f"{place[0]}/"), *(pool.submit(ask, address, text) for text in texts)]
+            while start.runs() and not all(map(Future.done, asked)):
+                pass
+        start.process.send_signal(signal.SIGTERM)
+        refused = [said for future in asked if (said := future.result())]
+        kept, what = start.end(f" under {limit} MB{notes}" + "".join(f"; refused: {said}" for said in refused))
+        return kept and all(said.startswith("4") for said in refused), what
 
 
 def ask(address: str, prompt: str | None = None) -> str:
@@ -160,6 +168,7 @@ def tokens_of_a_word(path: str) -> float:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--first", action="store_true", help="with an empty cache of compiled code")
