@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "arm64"))
 import emulated
 
 # Programs like those that it starts in a root of its own, one from each of two threads: each starts another in a session of its
-# own. Whoever is left writes to the pipe after a minute
+# own. Whoever is left writes to the pipe after five minutes
 PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(Path(emulated.__file__).parent)!r})
 import emulated
-started = "exec >{{0}}; setsid sh -c 'sleep 60; echo left' & echo started; wait; echo left"
+started = "exec >{{0}}; setsid sh -c 'sleep 300; echo left' & echo started; wait; echo left"
 
 def use(folder):
     (folder / "file").write_text("")
@@ -36,12 +37,19 @@ def test_nothing_is_left_of_a_run_that_is_ended(ended_by, tmp_path):
         pytest.skip("this system does not allow namespaces")
     os.mkfifo(pipe := tmp_path / "pipe")
     (folders := tmp_path / "folders").mkdir()
-    command = [sys.executable, "-c", PROGRAM, str(pipe)]
-    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folders)}, stderr=subprocess.DEVNULL) as process:
-        with open(pipe) as said:
-            assert [said.readline(), said.readline()] == ["started\n"] * 2
-            process.send_signal(ended_by)
-            assert said.read() == ""  # to its end: there is nobody any more who could write
+    command, text = [sys.executable, "-c", PROGRAM, str(pipe)], b""
+    with (
+        subprocess.Popen(command, env={**os.environ, "TMPDIR": str(folders)}, stderr=subprocess.DEVNULL) as process,
+        open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as said,
+    ):
+        while text.count(b"\n") < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+            text += said.read() or b""
+        process.send_signal(ended_by)
+        os.set_blocking(said.fileno(), True)
+        text += said.read()  # to its end: there is nobody any more who could write
+        assert text == b"started\n" * 2
         assert process.wait() not in (0, 1)
     if ended_by != signal.SIGKILL:
         assert list(folders.iterdir()) == []
