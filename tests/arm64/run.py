@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import struct
 import sys
@@ -168,7 +169,8 @@ def main() -> None:
         check(machine, arguments.jobs, arguments.short)
 
     with_folder(work)
-    print("all steps done")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"all steps done, {(used.ru_utime + used.ru_stime) / 60:.0f} minutes of processor time")
 
 
 if __name__ == "__main__":
