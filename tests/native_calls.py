@@ -12,7 +12,7 @@ import pytest
 from canonical_models import make_hyper, make_model
 
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.kv_cache import ScaledCache
 from pocketlm.runtime.native import levels, linker
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.executor import NativeExecutor
@@ -173,13 +173,9 @@ def executors(
 
 
 def round_as_native(reference: NumpyExecutor) -> None:
-    """Keys and values in an empty cache of float16."""
+    """Keys and values in an empty cache of int16, as the native executor has them."""
     own = reference.cache
-    reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows, own.columns)
-
-
-class _HalfCache(KVCache):
-    dtype = np.float16
+    reference.cache = reference._cache = ScaledCache(own.hyper, own.n_ctx, own._turns, own.windows, own.columns)
 
 
 @functools.cache
