@@ -21,7 +21,7 @@ from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.memory import reserved, round_up
 from pocketlm.runtime.positions import Turn, rotate
 
-KINDS = ("f16", "q8")  # of numbers: each executor's usual ones, float16 or float32, or int8 with a scale
+KINDS = ("q16", "q8")  # of numbers: each executor's usual ones, int16 with a scale or float32, or int8 with a scale
 SCALE_BYTES = 4
 MAX_KEY, MAX_VALUE = 32767, 4095  # of int16: the length of a key at most, and the magnitude of a value's numbers
 SPREAD = 16  # columns of keys that are spread: multiples of it

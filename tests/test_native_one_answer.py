@@ -73,7 +73,7 @@ def test_a_prefix_that_was_there_already(level, kv):
 
 
 @each_level
-@pytest.mark.parametrize(("fmt", "kv"), [("F16", "f16"), ("F16", "q8"), ("Q4_0", "f16"), ("Q6_K", "f16")])
+@pytest.mark.parametrize(("fmt", "kv"), [("F16", "q16"), ("F16", "q8"), ("Q4_0", "q16"), ("Q6_K", "q16")])
 def test_whatever_other_texts_share_the_passes(level, fmt, kv):
     """Eight texts of different lengths, some in chunks of a prompt, some token by token, beside fewer and fewer others."""
     random = np.random.default_rng(4)

@@ -105,7 +105,7 @@ def test_a_saved_text_goes_on_with_the_same_bits_and_a_damaged_one_is_refused(pa
         logits, n_there = model.session(load=file).state.advance([*TEXT, 7])
         assert n_there == len(TEXT)
         np.testing.assert_array_equal(logits, model.logits([*TEXT, 7])[-1])
-        n, row = len(TEXT), {"f16": 2 * model.hyper.head_dim + 4, "q8": 4 * model.hyper.head_dim}[kv]
+        n, row = len(TEXT), {"q16": 2 * model.hyper.head_dim + 4, "q8": 4 * model.hyper.head_dim}[kv]
         columns = HEADER.size + 4 * n  # layer 0 is a convolution
         assert file.stat().st_size == columns + 3 * n * 72 * 4 + 2 * 2 * n * row + 32
         content = bytearray(file.read_bytes())

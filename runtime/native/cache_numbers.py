@@ -143,4 +143,4 @@ class Bytes(Words):
     value_scale = key_scale
 
 
-KINDS = {"f16": Words(), "q8": Bytes()}
+KINDS = {"q16": Words(), "q8": Bytes()}

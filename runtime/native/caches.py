@@ -92,4 +92,4 @@ class NativeByteCache(ByteCache, NativeCache):
     """The same of int8."""
 
 
-CACHES = {"f16": NativeCache, "q8": NativeByteCache}
+CACHES = {"q16": NativeCache, "q8": NativeByteCache}

@@ -51,7 +51,7 @@ def make(folder: Path) -> int:
     seen, n = set(), 0
     for name, path, kv in _written(folder):
         with pocketlm.load(path, backend="numpy", threads=1, kv=kv) as model:
-            if kv == "f16":
+            if kv == "q16":
                 round_as_native(model.executor)
             ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, N)
             np.savez(path.with_suffix(".npz"), name=name, ids=ids, logits=model.executor.forward(ids, rows="all"), kv=kv)
@@ -68,12 +68,12 @@ def _written(folder: Path) -> Iterator[tuple[str, Path, str]]:
     numbers, formats = itertools.count(), itertools.cycle(name for name in FORMAT_NAMES if name != "F32")
     for name in _architectures(plain := folder / "plain"):
         for fmt in ("F32", next(formats)):
-            yield f"{name}, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+            yield f"{name}, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "q16"
     for fmt in FORMAT_NAMES:
         write_model(plain, **SHAPE)
-        yield f"Llama, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+        yield f"Llama, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "q16"
         published.write(plain, published.Row("qwen3moe", published.EXPERTS | {"expert_feed_forward_length": 256}), SHAPE)
-        yield f"experts, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+        yield f"experts, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "q16"
     for kv, fmt in itertools.product(KINDS, ("F16", "Q4_0")):
         write_model(plain, **SHAPE)
         yield f"Llama, {fmt}, cache of {kv}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), kv
