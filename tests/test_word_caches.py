@@ -1,15 +1,19 @@
 """Caches of int16: what is kept is near, stays what it is, and no sum of products is larger than 31 bits."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
-from native_calls import each_level, executors
+from native_calls import each_level, executors, make_hyper, tensors_of, wide
 
 from pocketlm.runtime import kv_cache
 from pocketlm.runtime.kv_cache import MAX_KEY, MAX_VALUE, ScaledCache, keys_to_words, values_to_words
 from pocketlm.runtime.native import cache_numbers
+from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.native.sizes import POSITIONS
+from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.plan import make_plan
 
 RANDOM = np.random.default_rng(0)
 WIDEST = 512  # columns of a head
@@ -80,3 +84,20 @@ def test_compiled_code_keeps_what_numpy_keeps(level, kv, head_dim):
         assert np.abs(got - expected).mean() <= np.abs(expected).mean() * {"q16": 1e-4, "q8": 2e-2}[kv]
     native.close()
     reference.close()
+
+
+@each_level
+def test_queries_beyond_the_numbers_of_float16_find_what_they_ask_for(level, monkeypatch):
+    """Attention looks at one position then, the same in both executors."""
+    shape = make_hyper(**wide("F32"))
+    tensors = tensors_of(shape, "F32")
+    for name in [name for name in tensors if "attn_q" in name]:
+        large = tensors[name].to_float32() * np.float32(1e7)
+        tensors[name] = dataclasses.replace(tensors[name], data=large.reshape(-1).view(np.uint8))
+    plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
+    monkeypatch.setenv("POCKETLM_ISA", level.name)
+    ids, found = RANDOM.integers(0, 300, 40), []
+    for executor in (NativeExecutor(plan, tensors, 64, 1), NumpyExecutor(plan, tensors, 64, 1)):
+        found.append(executor.forward(ids, rows="all"))
+        executor.close()
+    assert np.abs(found[0] - found[1]).max() < 0.02

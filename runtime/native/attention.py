@@ -93,7 +93,7 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
     """A query's integers, what is known of it, and a result of no positions yet."""
     dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
     x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
-    length, largest = size_of(f, x, dim)
+    length, largest = size_of(f, x, dim, limit=lambda f, x: x)
     scale = f.maximum(length / f.const(F32, MAX_QUERY), largest / f.const(F32, 32767.0)) + (length - length)
     inverse, whole = f.select(scale > 1e-30, 1.0 / scale, 0.0), dim & -LANES
     with f.range(0, whole, LANES) as d:

@@ -10,6 +10,8 @@ at most MAX_VALUE where BLOCK of them meet weights of at most MAX_WEIGHT.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pocketlm.runtime.kv_cache import MAX_VALUE, SPREAD
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
@@ -33,13 +35,13 @@ def rounded(f: Function, x: Value, inverse: Value, element: Type) -> Value:
     return f.cast("trunc", f.emit(whole.type, f"freeze {whole.type} {whole}"), element)  # NaN has no integer
 
 
-def size_of(f: Function, vector: Value, dim: Value) -> tuple[Value, Value]:
-    """The length and the largest magnitude of `dim` numbers; a NaN among them is NaN in both."""
+def size_of(f: Function, vector: Value, dim: Value, limit: Callable[..., Value] = limited) -> tuple[Value, Value]:
+    """The length and the largest magnitude of `dim` numbers, limited; a NaN among them is NaN in both."""
     largest, squares, whole = f.var(I32, 0), f.var(ROW, 0.0), dim & -LANES
     rest = f.var(F32, 0.0)
 
     def look(type: Type, at: Value) -> Value:
-        x = limited(f, f.load(type, at, 4))
+        x = limit(f, f.load(type, at, 4))
         bits = f.bitcast(f.intrinsic("fabs", x), I32.vec(type.lanes))  # compared as integers, where NaN is the largest
         largest.set(f.maximum(largest.get(), f.reduce(bits, "max") if type.lanes > 1 else bits))
         return x
