@@ -87,12 +87,12 @@ class Words:
     def spread(self, f: Function, vector: Value, dim: Value) -> None:
         """Make a query or a key of `dim` numbers, in place, what keys are kept as."""
 
-    def key_scale(self, f: Function, key: Value, dim: Value) -> Value:
-        length, _ = size_of(f, key, dim)
+    def key_scale(self, f: Function, vector: Value, dim: Value) -> Value:
+        length, _ = size_of(f, vector, dim)
         return _power_of_two(f, length / f.const(F32, MAX_KEY))
 
-    def value_scale(self, f: Function, value: Value, dim: Value) -> Value:
-        _, largest = size_of(f, value, dim)
+    def value_scale(self, f: Function, vector: Value, dim: Value) -> Value:
+        _, largest = size_of(f, vector, dim)
         return _power_of_two(f, largest / f.const(F32, MAX_VALUE))
 
     def kept(self, f: Function, x: Value, inverse: Value) -> Value:
@@ -137,8 +137,8 @@ class Bytes(Words):
                     f.store(a - b, high, 4)
                 h.set(h.get() << 1)
 
-    def key_scale(self, f: Function, key: Value, dim: Value) -> Value:
-        _, largest = size_of(f, key, dim)
+    def key_scale(self, f: Function, vector: Value, dim: Value) -> Value:
+        _, largest = size_of(f, vector, dim)
         bits = f.bitcast(largest * (1 / 127), I32)
         return f.bitcast((bits + 0x80) & -0x100, F32)
 
