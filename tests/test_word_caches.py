@@ -57,7 +57,7 @@ def test_no_sum_of_products_needs_more_than_31_bits():
     rounding = math.sqrt(WIDEST) / 2
     assert cache_numbers.MAX_KEY + rounding <= MAX_KEY < 2**15
     assert MAX_KEY * (cache_numbers.MAX_QUERY + rounding) < 2**31
-    assert MAX_VALUE * 2**14 * POSITIONS < 2**31
+    assert MAX_VALUE * cache_numbers.MAX_WEIGHT * POSITIONS < 2**31
 
 
 def test_a_key_that_is_no_number_stays_none():

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pocketlm.runtime.native.cache_numbers import MAX_QUERY, Words, rounded, size_of
+from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
@@ -213,15 +213,11 @@ def _round_weights(
         # nor is the scale of a position that nobody sees a number
         found.append(f.select(weight.equals(0.0), 0.0, weight * numbers.scales(f, group, padded)))
     bits = [f.bitcast(weight, I32.vec(LANES)) & 0x7FFFFFFF for weight in found]
-    largest = f.reduce(f.maximum(*bits), "max")  # as an integer, where NaN is larger than every number
-    exponent = f.maximum(largest & 0x7F800000, 64 << 23)
-    inverse = f.splat(f.bitcast((267 << 23) - exponent, F32), LANES)  # the largest becomes 2^13 to 2^14
+    largest = f.bitcast(f.reduce(f.maximum(*bits), "max"), F32)  # compared as integers, where NaN is the largest
+    inverse = f.select(largest > 1e-30, MAX_WEIGHT / largest, 0.0)
     for i, weight in enumerate(found):
-        whole = f.cast("fptosi", f.intrinsic("rint", weight * inverse), I32)
-        whole = f.emit(whole.type, f"freeze {whole.type} {whole}")
-        f.store(f.cast("trunc", whole, I16), scores + (p * 2 + i * (2 * LANES)), 4)
-    number = f.bitcast(largest, F32)
-    f.store(f.bitcast(exponent - (13 << 23), F32) + (number - number), known + (p // (POSITIONS // 4) + FACTORS), 4)
+        f.store(rounded(f, weight, inverse, I16), scores + (p * 2 + i * (2 * LANES)), 4)
+    f.store(largest * (1 / MAX_WEIGHT), known + (p // (POSITIONS // 4) + FACTORS), 4)
 
 
 def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:

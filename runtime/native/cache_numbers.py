@@ -5,7 +5,7 @@ of keys has two columns of 16 rows after the next two, a group of values two row
 multiplies both of a pair and adds them. A group ends with its 16 scales.
 
 Sums of products must fit into 31 bits: a key's length is at most MAX_KEY and a query's MAX_QUERY (int8: 127 · √dim); values are
-at most MAX_VALUE where BLOCK of them meet weights of at most MAX_WEIGHT.
+at most MAX_VALUE where sizes.POSITIONS of them meet weights of at most MAX_WEIGHT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pocketlm.runtime.native.sizes import LANES
 
 LIMIT = 65504.0  # of a key or value: the largest number of float16
 MAX_KEY = 32700.0  # the rounded one is at most √dim / 2 longer, and below kv_cache.MAX_KEY: it stays what it is there
-MAX_QUERY = 65000.0
+MAX_QUERY, MAX_WEIGHT = 65000.0, 16383.0
 PAIRS = I16.vec(2 * LANES)
 
 
