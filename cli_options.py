@@ -49,13 +49,13 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_argument(parser: Any) -> None:
-    text = "what the model looks back on is kept as f16 (default) or q8, in half the memory"
+    text = "what the model looks back on is kept as q16 (default) or q8, in half the memory"
     parser.add_argument("--kv", metavar="KIND", help=text)
 
 
 def running_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same as keywords of `pocketlm.load`."""
-    return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "f16"}
+    return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "q16"}
 
 
 def open_model(arguments: argparse.Namespace) -> Any:

@@ -72,12 +72,12 @@ def find_model(name: str) -> Path:
     return found[0]
 
 
-def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "f16") -> Model:
+def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "q16") -> Model:
     """Open a model file and make it ready to run.
 
     `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores, of which single tokens take as
     many as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
-    kept, "f16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
+    kept, "q16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
     return Model(find_model(str(path)), backend, threads, ctx, kv)
@@ -91,7 +91,7 @@ class Model:
     PocketlmError at its next piece. So does every stream of every session after `set_threads`, `set_backend` or `close`.
     """
 
-    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "f16"):
+    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "q16"):
         self.path, self.kv = path, kv
         self.n_threads, self._threads_are_given = check_threads(threads), threads is not None
         self._file = open_model(path)

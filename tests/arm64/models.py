@@ -57,7 +57,7 @@ def make(folder: Path, names: Sequence[str] = ()) -> int:
         path = _recoded(plain, folder / f"{n}.gguf", fmt)
         plain.unlink()
         with pocketlm.load(path, backend="numpy", threads=1, kv=kv) as model:
-            if kv == "f16":
+            if kv == "q16":
                 round_as_native(model.executor)
             ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, N)
             np.savez(path.with_suffix(".npz"), name=name, ids=ids, logits=model.executor.forward(ids, rows="all"), kv=kv)
@@ -73,12 +73,12 @@ def _rows() -> Iterator[tuple[str, str, str, Callable[[Path], object]]]:
     formats = itertools.cycle(name for name in FORMAT_NAMES if name != "F32")
     for name, write in _architectures():
         for fmt in ("F32", next(formats)):
-            yield f"{name}, {fmt}", fmt, "f16", write
+            yield f"{name}, {fmt}", fmt, "q16", write
     llama = partial(write_model, **SHAPE)
     experts = published.Row("qwen3moe", published.EXPERTS | {"expert_feed_forward_length": 256})
     for fmt in FORMAT_NAMES:
-        yield f"Llama, {fmt}", fmt, "f16", llama
-        yield f"experts, {fmt}", fmt, "f16", partial(published.write, row=experts, shape=SHAPE)
+        yield f"Llama, {fmt}", fmt, "q16", llama
+        yield f"experts, {fmt}", fmt, "q16", partial(published.write, row=experts, shape=SHAPE)
     for kv, fmt in itertools.product(KINDS, ("F16", "Q4_0")):
         yield f"Llama, {fmt}, cache of {kv}", fmt, kv, llama
 
