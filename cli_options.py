@@ -71,11 +71,12 @@ def open_model(arguments: argparse.Namespace) -> Any:
         from pocketlm.runtime.memory import be_sparing
 
         be_sparing()
+    name = DEFAULT_MODEL if arguments.model is None else arguments.model
     if arguments.load is not None:
-        return arguments.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
+        return arguments.load(name, **running_keywords(arguments))
     import pocketlm
 
-    model = pocketlm.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
+    model = pocketlm.load(name, **running_keywords(arguments))
     try:
         _ = model.tokenizer  # raises FileError where the file has none
         if not model.hyper.reaches(model.n_ctx):

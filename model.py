@@ -43,7 +43,11 @@ DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the 
 
 
 def find_model(name: str) -> Path:
-    """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one."""
+    """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one, UsageError for
+    an empty name.
+    """
+    if not name:  # as a shell's variable that is not set gives it
+        raise UsageError("the name of the model is empty; give a path or a short name")
     path = Path(name)
     if path.exists() or path.name != name:
         return path
@@ -271,6 +275,9 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r}: {self.backend}, threads {self.n_threads}, context {self.n_ctx}>"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError(f"a model is neither copied nor pickled: share it between threads, or load {self.path} again there")

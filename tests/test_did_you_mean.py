@@ -52,6 +52,8 @@ def test_onnx_has_names_of_its_own(tiny: str, tmp_path: Path, capsys: pytest.Cap
         (["tokenise", "MODEL"], "did you mean tokenize?"),
         (["xyzzy"], "xyzzy: there is no such command; pocketlm --help lists them"),
         (["generate", "MODEL", "-p", "a", "--temperature", "1"], "--temperature: there is no such flag, did you mean --temp?"),
+        (["chat", "MODEL", "--temperature", "1"], "--temperature: there is no such flag, did you mean --temp?"),
+        (["chat", "MODEL", "--n-predict", "1"], "did you mean --max-tokens?"),
         (["generate", "MODEL", "-p", "a", "--max_tokens=1"], "did you mean --max-tokens?"),
         (["generate", "MODEL", "-p", "a", "--xyzzy"], "--xyzzy: there is no such flag; --help lists them"),
         (["export", "MODEL", "--ouput", "m.gguf"], "did you mean --output?"),
@@ -108,7 +110,7 @@ def test_the_nearest_is_as_it_is_written():
     ("option", "end"),
     [
         ("temprature", "did you mean temperature?"), ("max_token", "did you mean max_tokens?"), ("topk", "did you mean top_k?"),
-        ("logprobs", "did you mean top_logprobs?"), ("json_scheme", "did you mean json_schema?"), ("xyzzy", "such option"),
+        ("logprob", "did you mean logprobs?"), ("json_scheme", "did you mean json_schema?"), ("xyzzy", "such option"),
         ("exempt", "such option"), ("n_vocab", "such option"),
     ],
 )  # fmt: skip
