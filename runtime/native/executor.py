@@ -336,7 +336,7 @@ class NativeExecutor:
         self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
         arrays = self._arrays = {
             "program": self._program,
-            "counters": aligned(len(self._program), np.int64),
+            "counters": aligned((self.n_threads, round_up(len(self._program), 8)), np.int64),
             "tokens": aligned(BLOCK, TOKEN),
             "rows": aligned(BLOCK, np.int64),
             "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),

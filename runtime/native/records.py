@@ -70,7 +70,7 @@ RUN = np.dtype([
     ("give_way", "i8"),                       # address of sched_yield
     ("advise", "i8"),                         # address of madvise, or 0
     ("workers", "i8"),                        # WORKER records, one a thread
-    ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: the next task of every operation
+    ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: run_loop.py
     ("tokens", "i8"), ("n_tokens", "i8"),     # TOKEN records
     ("rows", "i8"), ("n_logits", "i8"),       # int64: the tokens whose logits are wanted
     ("entries", "i8"), ("n_entries", "i8"),   # ENTRY records, each with n_kv_head tasks

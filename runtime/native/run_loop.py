@@ -104,6 +104,11 @@ def _define_tasks(module: Module) -> None:
         f.ret(r.run("n_entries") * r.run("n_kv_head"))
 
 
+def _counters(r: Records, tid: Value) -> Value:
+    """Where a thread's counters are, one an operation: how many tasks of its share are taken. On cache lines of its own."""
+    return r.run("counters", PTR) + tid * ((r.run("n_operations") + 7) & -8) * 8
+
+
 def _work(f: Function, machine: str) -> None:
     run, tid = f.args()
     barriers, times, began = f.var(I64, 0), f.stack(I64, 2), f.clock(machine)
@@ -128,13 +133,21 @@ def _work(f: Function, machine: str) -> None:
         with f.when(alone):
             stage(f.const(I64, 0))
         with f.when(alone ^ f.const(I1, 1)):
-            n_tasks = f.call(I64, "tasks", run, op, n)
-            counter = r.run("counters", PTR) + number * 8
-            task = f.var(I64)
-            task.set(f.atomic_add(counter, 1))
-            with f.loop_while(lambda: task.get() < n_tasks):
-                stage(task.get())
-                task.set(f.atomic_add(counter, 1))
+            # neighbouring tasks are one thread's, the same in every pass: weights are one stream for it, and what it has
+            # written is in its own cache. Then it does what others have not come to
+            n_tasks, n_threads = f.call(I64, "tasks", run, op, n), r.run("n_threads")
+            with f.range(0, n_threads) as behind:
+                whose = tid + behind
+                whose = f.select(whose >= n_threads, whose - n_threads, whose)
+                first = whose * n_tasks // n_threads
+                count = (whose + 1) * n_tasks // n_threads - first
+                counter = _counters(r, whose) + number * 8
+                task = f.var(I64, count)
+                with f.when(f.atomic_load(counter) < count):
+                    task.set(f.atomic_add(counter, 1))
+                with f.loop_while(lambda task=task, count=count: task.get() < count):
+                    stage(first + task.get())
+                    task.set(f.atomic_add(counter, 1))
             with f.when(r.op("barrier").equals(1)):
                 barriers.set(barriers.get() + 1)
                 f.call(VOID, "barrier", run, barriers.get(), times)
@@ -149,9 +162,9 @@ def _work(f: Function, machine: str) -> None:
 
 def _step(f: Function) -> None:
     (run,) = f.args()
-    counters = f.field(run, offset(RUN, "counters"), PTR)
-    with f.range(0, f.field(run, offset(RUN, "n_operations"))) as i:
-        f.atomic_store(0, counters + i * 8)
+    r = Records(f, run, run)
+    with f.range(0, r.run("n_threads")) as tid, f.range(0, r.run("n_operations")) as i:
+        f.atomic_store(0, _counters(r, tid) + i * 8)
     f.atomic_store(0, run + offset(RUN, "arrived"))
     f.atomic_store(0, run + offset(RUN, "lost"))
     epoch = f.atomic_add(run + offset(RUN, "epoch"), 1) + 1

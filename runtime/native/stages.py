@@ -111,11 +111,6 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
     # a single token is prepared by every thread for itself; others lie in tiles
     first, alone = task & -TILE, n.equals(1)
     size, place = tile_size(f, n - first), task - first
-    # neighbours in a tile have cache lines in common, which should not go to and fro between threads: those of tasks that are
-    # given out one after the other lie apart
-    order = (place & 1) << 2 | place & 2 | place >> 2
-    place = f.select(n - first >= TILE, order, place)
-    task = first + place
     tile = f.select(alone, own, r.run("activations", PTR) + first * r.run("activation_stride"))
     # the values themselves stay with the thread unless a product reads them
     to = f.select(r.op("floats").equals(1), tile + place * columns * 4, own)
