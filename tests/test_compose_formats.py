@@ -278,6 +278,17 @@ def test_bytecode_is_the_same_whoever_compiles_it(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_bytecode_does_not_tell_what_the_compiler_had_loaded(tmp_path):
+    """A Python whose own modules lie there compiled begins with other texts interned than one that compiles them first."""
+    (tmp_path / "m.py").write_text("x = ['*', '+', 'é', '']")
+    compiled = set()
+    for before in ("", "import sys; [sys.intern(text) for text in ('*', '+', 'é', '')]\n"):
+        command = [sys.executable, "-S", "-c", before + bytecode._COMPILER]
+        done = subprocess.run(command, input=f"{tmp_path / 'm.py'}\0m".encode(), check=True, capture_output=True)
+        compiled.add(done.stdout)
+    assert len(compiled) == 1
+
+
 def test_pyinstaller_reads_the_archive(tmp_path):
     readers = pytest.importorskip("PyInstaller.archive.readers", reason="PyInstaller reads its archives")
     code = marshal.dumps(compile("x = 1", "m.py", "exec"))
