@@ -20,7 +20,7 @@ from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import ACTIVATIONS, beside
 from pocketlm.runtime.ids import check_ids
 from pocketlm.runtime.kv_cache import ByteCache, KVCache
-from pocketlm.runtime.memory import aligned, release_pages
+from pocketlm.runtime.memory import in_one_piece, release_pages
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary, rotate
 from pocketlm.runtime.tensor import Tensor
@@ -52,7 +52,9 @@ class NumpyExecutor:
         matrices = [op.matrix for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
         stacked = {name for matrix in matrices if len(matrix.weights) > 1 for name in matrix.weights}
         alone = [(name,) for name in plan.weights if name not in stacked and name not in plan.experts]
-        self._weights = {names: self._stack([tensors[n] for n in names]) for names in {*alone, *(m.weights for m in matrices)}}
+        stacks = {names: [tensors[n] for n in names] for names in (*alone, *(m.weights for m in matrices))}
+        places = in_one_piece([4 * sum(math.prod(t.shape) for t in stack) for stack in stacks.values()])
+        self._weights = {n: self._stack(stack, place) for (n, stack), place in zip(stacks.items(), places, strict=True)}
         self._tensors = {name: tensors[name] for name in plan.experts}  # the file's own: few of many experts are needed
         self._biases = {m: self._stack_biases(m) for m in matrices}
         self._rope = rope_tables(plan.ops, self._rows, n_ctx)
@@ -293,9 +295,9 @@ class NumpyExecutor:
     def _rows(self, name: str) -> np.ndarray:
         return self._weights[name,]
 
-    def _stack(self, tensors: list[Tensor]) -> np.ndarray:
-        """The tensors below each other, dequantised: float32 (sum of rows, columns) or (n,)."""
-        out = aligned((sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]), np.float32)
+    def _stack(self, tensors: list[Tensor], place: np.ndarray) -> np.ndarray:
+        """The tensors below each other in `place`, dequantised: float32 (sum of rows, columns) or (n,)."""
+        out = place.view(np.float32).reshape(-1, *tensors[0].shape[1:])
         start = 0
         for tensor in tensors:
             check_finite(tensor)
