@@ -39,8 +39,12 @@ class _Post:
 
     def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
         self._woken = False  # first: what comes from here on wakes again
-        while self._told:
-            loop.call_soon(self._told.popleft())
+        try:
+            while self._told:
+                self._told.popleft()()
+        finally:
+            if self._told:  # one has failed: the others are not to blame
+                loop.call_soon(self._deliver, loop)
 
 
 _posts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary()
@@ -56,6 +60,7 @@ class Handover:
         self._parts: deque[Any] = deque()
         self._wanted = False  # whether the reader waits for a part, and wants to be woken for it
         self._looked = -math.inf  # when the reader was given parts last, by the loop's clock
+        self._pace = math.inf  # seconds that each of them took to come
         self._room = threading.Semaphore(ahead) if ahead else None
         self._error: BaseException | None = None
         self._ended = False
@@ -99,16 +104,21 @@ class Handover:
         """The next part. Raises what the thread raised."""
         if not self._parts and not await self._some():
             raise StopAsyncIteration
+        return self._next()
+
+    def _next(self) -> Any:
         if self._room is not None:
             self._room.release()
         return self._parts.popleft()
 
     async def several(self, pause: float) -> list[Any]:
-        """All parts that are there, one at least; none at the end. Those that come within so many seconds after the last call
-        are given together: for each time that the loop looks, threads lose the interpreter. Raises what the thread raised.
+        """All parts that are there, one at least; none at the end. Raises what the thread raised.
+
+        Those that come within `pause` seconds are given together, and all readers who wait as long are given theirs at the same
+        times: each time that the loop looks, threads lose the interpreter. Parts that come much more seldom are not waited for.
         """
-        if not self._ended and (left := self._looked + pause - self._loop.time()) > 0:
-            clock = self._loop.call_later(left, self._arrived.set)
+        if not self._ended and self._pace < 2 * pause and self._loop.time() < self._looked + pause:
+            clock = self._loop.call_at((self._looked // pause + 1) * pause, self._arrived.set)
             try:
                 await self._arrived.wait()  # or the end
             finally:
@@ -117,8 +127,9 @@ class Handover:
         parts = list[Any]()
         if self._parts or await self._some():
             while self._parts:
-                parts.append(await anext(self))
-        self._looked = self._loop.time()
+                parts.append(self._next())
+        now = self._loop.time()
+        self._looked, self._pace = now, (now - self._looked) / max(1, len(parts))
         return parts
 
     async def _some(self) -> bool:

@@ -126,12 +126,11 @@ class Conversation:
         """Continue a text or a list of ids; yields a `Piece` a token and a last one with the finish reason.
 
         A model without a tokenizer takes ids only, and its pieces have ids and empty texts.
-
         `sampling` are the fields of `runtime.sampling.SamplingOptions`. A text gets the model's begin-of-text token
         where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
         `draft`: what the text so far foretells is verified in one pass where that pays; the answer is the same without.
-        Two more options: `top_logprobs` (how many of the likeliest tokens each piece lists) and `process`, a function that
-        changes the logits in place before the choice, as `runtime.sampling.make_sampler` describes it.
+        Three more options: `top_logprobs` (how many of the likeliest each piece lists), `logprobs` (False: NaN in pieces, which
+        saves time), and `process`, which changes the logits before the choice, as `runtime.sampling.make_sampler` says.
         And four of which one may be given, for the form that the answer must have: `json_object`, `json_schema`, `choices`,
         `regex`, as `constrain.guides.take_form` describes them. An answer that `max_tokens` or the context cuts off is the
         beginning of such a text.
@@ -208,12 +207,15 @@ class Conversation:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
             beyond = dict.fromkeys(range(model._tokenizer.n_vocab, n_vocab), -math.inf)
             sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
-        top_logprobs = sampling.pop("top_logprobs", 0)
+        top_logprobs, logprobs = sampling.pop("top_logprobs", 0), sampling.pop("logprobs", True)
+        if not isinstance(logprobs, bool):
+            raise UsageError(f"logprobs is {logprobs!r:.60}; it must be True or False: top_logprobs says how many are listed")
         guide = model.guide(sampling)
         if guide is not None:
             if ignore_eos:
                 raise UsageError("an answer that has a form ends with it: ignore_eos cannot be had")
             sampling["process"] = guide.after(sampling.get("process"))
+        sampling["logprobs"] = logprobs or bool(top_logprobs)
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
         listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)
         chosen = listed.sample if top_logprobs else sampler
@@ -235,11 +237,11 @@ def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
     """UsageError for an option that there is none of, with the nearest one; `others`: those that are not of sampling."""
     from pocketlm.runtime.sampling import SamplingOptions
 
-    known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "top_logprobs", "process"}
+    known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "logprobs", "top_logprobs", "process"}
     for name in sampling:
         if name not in known:
-            near = did_you_mean(name, sorted(known.union(others, ["ignore_eos"])))
-            raise UsageError(f"{name}: there is no such option{near}")
+            known.update(others, ["ignore_eos"])
+            raise UsageError(f"{name}: there is no such option{did_you_mean(name, sorted(known))}")
 
 
 def given_ids(ids: Sequence[int]) -> list[int]:

@@ -15,18 +15,20 @@ from __future__ import annotations
 import argparse
 import http.client
 import importlib.util
+import io
 import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pocketlm.bench.report import markdown_rows
 from pocketlm.model import find_model
@@ -34,7 +36,8 @@ from pocketlm.model import find_model
 HEAD = ("server", "clients", "tokens/s", "beside one client", "first token, ms: half", "the last", "places out of order")
 SUBJECTS = ("a lighthouse", "the tide", "a dragon", "an old clock", "bread", "the moon", "a train", "winter", "a pond", "snow")
 STARTING = 120.0  # seconds until a server must answer
-LONGEST = 600.0  # seconds for one answer
+LONGEST = 600.0  # seconds until something of an answer comes
+DONE = b"\ndata: [DONE]"  # the end of an answer; in the JSON of an event no line ends
 
 
 class Answer(NamedTuple):
@@ -95,51 +98,90 @@ def running(command: list[str], port: int) -> Iterator[None]:
         process.wait(30)
 
 
-def ask(port: int, number: int, tokens: int) -> Callable[[], Answer]:
-    """One question, to be answered in at most `tokens` tokens: it is sent. What reads the answer."""
-    question = f"Tell me about {SUBJECTS[number % len(SUBJECTS)]}, number {number}, at length."
-    body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "stream": True, "temperature": 0,
-            "stream_options": {"include_usage": True}}  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONGEST)
-    started = time.perf_counter()
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+class Client(io.RawIOBase):
+    """One question, to be answered in at most `tokens` tokens: it is sent. What comes is kept with its times, and understood
+    when all have ended: clients that understand it at once, on the server's processors, take a part of what is measured.
 
-    def read() -> Answer:
+    A raw stream of what has come, and a socket as http.client knows one.
+    """
+
+    def __init__(self, port: int, number: int, tokens: int):
+        question = f"Tell me about {SUBJECTS[number % len(SUBJECTS)]}, number {number}, at length."
+        body = json.dumps({"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "stream": True,
+                           "temperature": 0, "stream_options": {"include_usage": True}})  # fmt: skip
+        head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")  # fmt: skip
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self._came: deque[tuple[float, bytes]] = deque()
+        self._end, self._why = b"", "no answer"
+        self.asked = self._now = time.perf_counter()
+        self.socket.sendall((head + body).encode())
+
+    def receive(self) -> bool:
+        """Keep what has come; whether more is to come."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except OSError as error:
+            data, self._why = b"", str(error)
+        self._came.append((time.perf_counter(), data))
+        self._end = self._end[-len(DONE) :] + data
+        return bool(data) and DONE not in self._end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._now, data = self._came.popleft() if self._came else (self._now, b"")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, 1 << 16)  # a line has the time of that in which it ends
+
+    def answer(self) -> Answer | str:
+        """What has come, or why it is no answer."""
         first, pieces, told = 0.0, 0, None
-        reply = connection.getresponse()
-        if reply.status != 200:
-            raise RuntimeError(f"{reply.status}: {reply.read(300).decode(errors='replace')}")
-        for line in reply:
-            event = json.loads(line[6:]) if line.startswith(b"data: {") else {}
-            told = (event.get("usage") or {}).get("completion_tokens", told)
-            if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-                first = first or time.perf_counter() - started
-                pieces += 1
-        connection.close()
-        return Answer(started, first, time.perf_counter() - started, told if told and pieces else pieces)
+        reply = http.client.HTTPResponse(self)  # type: ignore[arg-type]  it asks a socket for nothing but a file
+        try:
+            reply.begin()
+            if reply.status != 200:
+                return f"{reply.status}: {reply.read(300).decode(errors='replace')}"
+            for line in reply:
+                if line.startswith(DONE[1:]):
+                    whole = self._now - self.asked
+                    return Answer(self.asked, first, whole, told if told and pieces else pieces) if pieces else "no answer"
+                event = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+                told = (event.get("usage") or {}).get("completion_tokens", told)
+                if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                    first = first or self._now - self.asked
+                    pieces += 1
+        except (http.client.HTTPException, ValueError):
+            pass  # it is cut off
+        return self._why
 
-    return read
+
+def receive(clients: Sequence[Client]) -> None:
+    """Until all have what they are to have, or nothing comes any more."""
+    with selectors.DefaultSelector() as waiting:
+        for client in clients:
+            waiting.register(client.socket, selectors.EVENT_READ, client)
+        while waiting.get_map() and (ready := waiting.select(LONGEST)):
+            for key, _ in ready:
+                if not key.data.receive():
+                    waiting.unregister(key.fileobj)
+                    key.data.socket.close()
 
 
 def together(port: int, clients: int, tokens: int, first: int = 0) -> Round:
     """All clients ask, the first one question number `first`, then all read. Raises SystemExit where one has no answer."""
-
-    def client(read: Callable[[], Answer]) -> Answer | str:
-        """The answer, or why there is none."""
-        try:
-            answer = read()
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            return str(error)
-        return answer if answer.tokens else "no answer"
-
     started = time.perf_counter()
     try:
-        asked = [ask(port, first + number, tokens) for number in range(clients)]
+        asked = [Client(port, first + number, tokens) for number in range(clients)]
     except OSError as error:
         raise SystemExit(f"{clients} of {clients} clients have no answer: {error}") from None
-    with ThreadPoolExecutor(clients) as pool:
-        ended = [*pool.map(client, asked)]
+    receive(asked)
     seconds = time.perf_counter() - started
+    ended = [client.answer() for client in asked]
     if lost := [why for why in ended if isinstance(why, str)]:
         raise SystemExit(f"{len(lost)} of {clients} clients have no answer: {lost[0]}")
     got = [answer for answer in ended if isinstance(answer, Answer)]

@@ -38,6 +38,7 @@ PING_SECONDS = 15.0  # after which a stream says that it is still there
 MOST_IDS = 1 << 20
 CHAT = ("/chat/completions", "/v1/chat/completions")
 OWN = ("/completion", "/completions")  # llama.cpp's, who has OpenAI's under /v1 alone
+MARK = "\0"  # where a text will stand; nothing that comes after it in an event is a text
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -281,6 +282,7 @@ class _Events:
         self._lasts: list[Piece] = []
         self._held: list[Piece] = []  # pieces without text, until the next that has some
         self._splitter: Splitter | None = None
+        self._frames: dict[tuple[int, bool], list[bytes]] = {}
 
     def of(self, number: int, piece: Piece) -> Iterator[bytes]:
         """The events of one piece."""
@@ -301,11 +303,22 @@ class _Events:
         elif not parts and piece.finish_reason and ask.logprobs and len(self._held) > 1:
             parts = [(False, "")]
         for is_thought, text in parts:
-            yield _event(shape.delta(number, text, self._held, is_thought))
+            if ask.logprobs or shape.each_token:
+                yield _event(shape.delta(number, text, self._held, is_thought))
+            else:
+                before, after = self._frame(number, is_thought)
+                yield before + _JSON.encode(text).encode() + after
             self._held = []
         if finish_reason(piece):
             self._lasts.append(piece)
             yield _event(shape.end(number, piece, self._prompts.dropped_turns))
+
+    def _frame(self, number: int, is_thought: bool) -> list[bytes]:
+        """What stands before and after a text, where an event has nothing else of its own."""
+        if (frame := self._frames.get((number, is_thought))) is None:
+            event = _event(self._shape.delta(number, MARK, (), is_thought))
+            frame = self._frames[number, is_thought] = event.rsplit(_JSON.encode(MARK).encode(), 1)
+        return frame
 
     def usage(self) -> bytes:
         """The event about all of them."""

@@ -115,7 +115,7 @@ def pieces(
     """`(number of the answer, Piece)`, one answer after the other. `others`: sessions whose work may be copied. Raises
     PocketlmError.
     """
-    options, number = dict(ask.options), 0
+    options, number = {**ask.options, "logprobs": ask.logprobs}, 0
     options["stop"] = [*prompts.stop, *options.get("stop", ())]
     for ids in prompts.ids:
         if options.get("reuse_cache", True):

@@ -8,7 +8,7 @@ import pytest
 from serving import tiny_chat, wait_until
 
 import pocketlm
-from pocketlm.asynchronous import Handover, in_thread
+from pocketlm.asynchronous import Handover, _Post, in_thread
 from pocketlm.errors import PocketlmError
 
 QUESTION = [{"role": "user", "content": "hello"}]
@@ -182,3 +182,72 @@ def test_a_reader_that_does_not_wait_is_not_woken(monkeypatch):
 
     assert asyncio.run(read()) == [*range(5000)]
     assert len(woken) < 100, "and not 5000 times"
+
+
+@pytest.fixture
+def loop():
+    """An event loop whose clock stands still until a test moves it, and the times for which its timers were set."""
+    loop = asyncio.new_event_loop()
+    now, call_at, loop.timers = loop.time(), loop.call_at, []
+    loop.clock = now
+    loop.time = lambda: loop.clock
+    loop.call_at = lambda when, *arguments: (loop.timers.append(when), call_at(when, *arguments))[1]
+    yield loop
+    loop.close()
+
+
+async def timer(pause, seconds=1.0):
+    """Of a reader who looks again right after two looks, each of which found one part after so many seconds: when it is to be
+    woken at the latest.
+    """
+    loop, gates = asyncio.get_running_loop(), [threading.Event() for _ in range(3)]
+    handover = Handover(ahead=None)
+
+    def make(cancel):
+        for gate in gates:
+            assert gate.wait(600)
+            yield "part"
+
+    handover.start(make)
+    for gate in gates[:2]:
+        loop.clock += seconds
+        gate.set()
+        assert await handover.several(0.0) == ["part"]
+    before, third = len(loop.timers), asyncio.ensure_future(handover.several(pause))
+    await asyncio.sleep(0)  # it waits now
+    set_then = loop.timers[before:]
+    gates[2].set()
+    assert await third == ["part"]  # of a clock that stands still: it is the end that wakes it
+    handover.close()
+    return set_then
+
+
+def test_all_who_wait_as_long_look_at_the_same_times(loop):
+    loop.clock = 8000.0
+
+    async def two():
+        return await timer(16.0), await timer(16.0)
+
+    assert loop.run_until_complete(two()) == ([8016.0], [8016.0]), "at 8002 and at 8004 they looked, one after the other"
+
+
+def test_what_comes_slowly_is_not_waited_for_by_the_clock(loop):
+    """Each time that the loop wakes, a thread may have to wait for it."""
+    loop.clock = 8000.0
+    assert loop.run_until_complete(timer(16.0, seconds=32.0)) == []
+    assert len(loop.run_until_complete(timer(16.0, seconds=31.0))) == 1
+
+
+def test_who_fails_does_not_take_what_the_others_are_told():
+    told = []
+
+    async def tell():
+        loop, post = asyncio.get_running_loop(), _Post()
+        loop.set_exception_handler(lambda loop, context: told.append(type(context["exception"])))
+        arrived = asyncio.Event()
+        for function in (lambda: 1 // 0, lambda: told.append("the next"), arrived.set):
+            post.tell(loop, function)
+        await asyncio.wait_for(arrived.wait(), 60)
+
+    asyncio.run(tell())
+    assert told == [ZeroDivisionError, "the next"]

@@ -18,8 +18,14 @@ def server(tmp_path_factory):
         yield running
 
 
+def asked(port, number=0, tokens=8):
+    client = bench.Client(port, number, tokens)
+    bench.receive([client])
+    return client.answer()
+
+
 def test_every_client_gets_all_its_tokens(server):
-    answer = bench.ask(server.port, 3, 12)()
+    answer = asked(server.port, 3, 12)
     assert answer.tokens == 12
     assert 0 < answer.first <= answer.whole
     found = bench.together(server.port, 5, 12)
@@ -74,11 +80,11 @@ def piece(text):
 def test_tokens_are_those_of_the_usage_and_else_pieces_of_text(told):
     """A character of several tokens is one piece."""
     told.body = lambda number: [piece("ж"), piece("😀"), {"choices": [], "usage": {"completion_tokens": 7}}]
-    assert bench.ask(told.server_port, 0, 8)().tokens == 7
+    assert asked(told.server_port).tokens == 7
     told.body = lambda number: [piece("ж"), piece("😀")]
-    assert bench.ask(told.server_port, 0, 8)().tokens == 2
+    assert asked(told.server_port).tokens == 2
     told.body = lambda number: [{"choices": [], "usage": {"completion_tokens": 7}}]
-    assert bench.ask(told.server_port, 0, 8)().tokens == 0, "nobody has read any of them"
+    assert asked(told.server_port) == "no answer", "nobody has read any of them"
 
 
 @pytest.mark.parametrize(("order", "places"), [([0, 1, 2, 3], 0), ([3, 2, 1, 0], 3), ([1, 0, 3, 2], 1), ([3, 0, 1, 2], 3)])

@@ -108,7 +108,7 @@ def test_the_nearest_is_as_it_is_written():
     ("option", "end"),
     [
         ("temprature", "did you mean temperature?"), ("max_token", "did you mean max_tokens?"), ("topk", "did you mean top_k?"),
-        ("logprobs", "did you mean top_logprobs?"), ("json_scheme", "did you mean json_schema?"), ("xyzzy", "such option"),
+        ("logprob", "did you mean logprobs?"), ("json_scheme", "did you mean json_schema?"), ("xyzzy", "such option"),
         ("exempt", "such option"), ("n_vocab", "such option"),
     ],
 )  # fmt: skip

@@ -51,6 +51,19 @@ def test_the_likeliest_are_listed_with_every_piece(model):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.5, "seed": 4}])
+def test_without_log_probabilities_the_tokens_are_the_same(model, options):
+    options = {"max_tokens": 10, **options}
+    pieces, without = ([*model.generate("the", logprobs=logprobs, **options)] for logprobs in (True, False))
+    assert [piece.id for piece in without] == [piece.id for piece in pieces]
+    assert all(math.isnan(piece.logprob) for piece in without)
+    assert not any(math.isnan(piece.logprob) for piece in pieces[:-1])
+    listed = [*model.generate("the", logprobs=False, top_logprobs=2, **options)]
+    assert [piece.logprob for piece in listed[:-1]] == [piece.logprob for piece in pieces[:-1]], "who lists them needs them"
+    with pytest.raises(UsageError, match=r"^logprobs is 5; it must be True or False: top_logprobs says"):
+        next(model.generate("the", logprobs=5))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.5, "seed": 4}])
 def test_both_are_the_same_where_drafts_are_tried(model, options):
     """The hooks see every token of an answer once, in order, also where several are verified in one pass."""
 
