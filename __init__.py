@@ -19,6 +19,11 @@ __version__ = "0.1.0"
 __all__ = ["Model", "__version__", "load", "tokenizer"]
 
 
+def __dir__() -> list[str]:
+    """What Tab offers, though it is imported on first use."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use: `pocketlm --help` must not wait for NumPy."""
     if name in ("load", "Model"):

@@ -32,6 +32,10 @@ from pocketlm.terminal_text import print
 Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
 NAME = "pocketlm"
+FLAGS_ELSEWHERE = {  # how other programs call a flag → what it is called here
+    "--temperature": "--temp", "--max-new-tokens": "--max-tokens", "--n-predict": "--max-tokens", "--ctx-size": "--ctx",
+    "--num-ctx": "--ctx", "--context": "--ctx", "--system-prompt": "--system", "--quantize": "--quant", "--outfile": "--output",
+}  # fmt: skip
 
 
 class _OneLineParser(Parser):
@@ -72,7 +76,7 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
         return 0
     except OSError as error:  # files are opened where their errors become FileErrors: this is a full disk, a lost terminal
         give_up_output()
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -124,7 +128,7 @@ def _check_words(argv: list[str]) -> None:
         for word in takewhile("--".__ne__, words):
             flag = word.partition("=")[0]
             if flag.startswith("--") and " " not in flag and flag not in flags:
-                hint = did_you_mean(flag, flags, cutoff=0.6) or "; --help lists them"
+                hint = did_you_mean(flag, flags, cutoff=0.6, others=FLAGS_ELSEWHERE) or "; --help lists them"
                 raise UsageError(f"{name} {flag}: there is no such flag{hint}")
 
 

@@ -49,13 +49,13 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_argument(parser: Any) -> None:
-    text = "what the model looks back on is kept as f16 (default) or q8, in half the memory"
+    text = "what the model looks back on is kept as q16 (default) or q8, in half the memory"
     parser.add_argument("--kv", metavar="KIND", help=text)
 
 
 def running_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same as keywords of `pocketlm.load`."""
-    return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "f16"}
+    return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "q16"}
 
 
 def open_model(arguments: argparse.Namespace) -> Any:
@@ -71,11 +71,12 @@ def open_model(arguments: argparse.Namespace) -> Any:
         from pocketlm.runtime.memory import be_sparing
 
         be_sparing()
+    name = DEFAULT_MODEL if arguments.model is None else arguments.model
     if arguments.load is not None:
-        return arguments.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
+        return arguments.load(name, **running_keywords(arguments))
     import pocketlm
 
-    model = pocketlm.load(arguments.model or DEFAULT_MODEL, **running_keywords(arguments))
+    model = pocketlm.load(name, **running_keywords(arguments))
     try:
         _ = model.tokenizer  # raises FileError where the file has none
         if not model.hyper.reaches(model.n_ctx):

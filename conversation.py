@@ -43,6 +43,9 @@ class Conversation:
         self._model, self.state = model, state
         self._turns: Turns | None = None  # of the last question
 
+    def __repr__(self) -> str:
+        return f"<Conversation with {self._model.name!r}: {self.context_used} of {self.n_ctx} tokens>"
+
     @property
     def n_ctx(self) -> int:
         """Positions that the cache has."""

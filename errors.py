@@ -82,7 +82,8 @@ class FileError(PocketlmError):
     def __init__(self, path: object, problem: str, advice: str = ""):
         """`path` names the file, `problem` says what is wrong with it, `advice` what to do (one clause, may be empty)."""
         self.path, self.problem, self.advice = path, problem, advice
-        super().__init__(f"{path}: {problem}" + (f"; {advice}" if advice else ""))
+        name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))  # names of files may hold line breaks
+        super().__init__(f"{name}: {problem}" + (f"; {advice}" if advice else ""))
 
 
 @contextmanager

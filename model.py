@@ -43,7 +43,11 @@ DEFAULT_CTX = 4096  # a model trained for more gets this much unless asked: the 
 
 
 def find_model(name: str) -> Path:
-    """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one."""
+    """The path of a model file given as a path or a short name. Raises FileError with how to get a missing one, UsageError for
+    an empty name.
+    """
+    if not name:  # as a shell's variable that is not set gives it
+        raise UsageError("the name of the model is empty; give a path or a short name")
     path = Path(name)
     if path.exists() or path.name != name:
         return path
@@ -68,14 +72,12 @@ def find_model(name: str) -> Path:
     return found[0]
 
 
-def load(
-    path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "f16"
-) -> Model:
+def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "q16") -> Model:
     """Open a model file and make it ready to run.
 
     `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores, of which single tokens take as
     many as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
-    kept, "f16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
+    kept, "q16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
     return Model(find_model(str(path)), backend, threads, ctx, kv)
@@ -89,7 +91,7 @@ class Model:
     PocketlmError at its next piece. So does every stream of every session after `set_threads`, `set_backend` or `close`.
     """
 
-    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "f16"):
+    def __init__(self, path: Path, backend: str, threads: int | None, ctx: int | None, kv: str = "q16"):
         self.path, self.kv = path, kv
         self.n_threads, self._threads_are_given = check_threads(threads), threads is not None
         self._file = open_model(path)
@@ -176,7 +178,7 @@ class Model:
     def fingerprint(self) -> str:
         """The same for every file with these weights, whatever it is called. PocketlmError for the first time after `close`."""
         if not self._fingerprint:
-            self._session.state.check_open()
+            self.own_session.state.check_open()
             self._fingerprint = fingerprint(self.tensors)
         return self._fingerprint
 
@@ -194,10 +196,11 @@ class Model:
     @property
     def context_used(self) -> int:
         """Positions of the KV cache of the model's own session that are filled."""
-        return self._session.context_used
+        return self.own_session.context_used
 
     @property
-    def _session(self) -> Conversation:
+    def own_session(self) -> Conversation:
+        """The one that `generate` and `chat` of the model itself go on with; its cache is promised while the model is open."""
         assert self._own is not None
         return self._own
 
@@ -242,7 +245,7 @@ class Model:
     def _restart(self, backend: str, n_threads: int) -> None:
         with self.changing:
             before = self.backend, self.n_threads
-            self._session.state.claim()  # raises where the model is closed
+            self.own_session.state.claim()  # raises where the model is closed
             self._end("this answer ends here: the model was changed to other threads or another backend; ask again")
             self.n_threads = n_threads
             try:
@@ -272,6 +275,9 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r}: {self.backend}, threads {self.n_threads}, context {self.n_ctx}>"
+
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UsageError(f"a model is neither copied nor pickled: share it between threads, or load {self.path} again there")
 
@@ -283,7 +289,7 @@ class Model:
         if ctx is not None:
             ctx = whole_number("the ctx of a session,", ctx, 1, self.n_ctx, ", which is what the model was loaded with")
         with self.changing:
-            self._session.state.check_open()
+            self.own_session.state.check_open()
             session = self.adopt(Conversation(self, self._new_state(ctx or self.n_ctx)))
         if load is not None:
             session.load(load)
@@ -310,7 +316,7 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
-        return self._session.logits(ids)
+        return self.own_session.logits(ids)
 
     @property
     def state_bytes(self) -> int:
@@ -323,27 +329,27 @@ class Model:
         Unlike `Conversation.save`, of exactly what would be computed again: without tokens whose keys were moved, and for the
         backend and the instruction set that runs now.
         """
-        self._session.save(path, exactly=True)
+        self.own_session.save(path, exactly=True)
 
     def load_state(self, path: str | Path) -> None:
         """Have computed what `save_state` wrote: a text that begins like it goes on from there, with the same answer.
 
         Raises FileError where the file is damaged or does not fit; the session is empty then.
         """
-        self._session.load(path, exactly=True)
+        self.own_session.load(path, exactly=True)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:
         """Continue a text or a list of ids, as `Conversation.generate` does, in a session of the model's own."""
-        return self._session.generate(prompt, **options)
+        return self.own_session.generate(prompt, **options)
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[Piece]:
         """Answer the last of the messages, as `Conversation.chat` does, in a session of the model's own."""
-        return self._session.chat(messages, **options)
+        return self.own_session.chat(messages, **options)
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
         """`generate` for an `async for`, as `Conversation.agenerate`."""
-        return self._session.agenerate(prompt, **options)
+        return self.own_session.agenerate(prompt, **options)
 
     def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
         """`chat` for an `async for`, as `Conversation.achat`."""
-        return self._session.achat(messages, **options)
+        return self.own_session.achat(messages, **options)

@@ -14,12 +14,12 @@ from pocketlm import __version__
 from pocketlm.errors import PocketlmError
 
 # Drafts would make random weights that repeat themselves look fast: other engines are compared without theirs, too
-CACHES = {"f16": "float16", "q8": "int8"}
+CACHES = {"q16": "int16", "q8": "int8"}
 WHOLE: dict[str, Any] = {"ignore_eos": True, "draft": False}
 
 
 class Pocketlm:
-    def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str, kv: str = "f16"):
+    def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str, kv: str = "q16"):
         self._model = pocketlm.load(path, backend, n_threads, n_ctx, kv)
         settings = f"{n_threads} threads, {CACHES[kv]} KV cache, no drafts"
         self.facts = {"version": f"pocketlm {__version__}", "settings": settings}

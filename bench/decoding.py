@@ -3,7 +3,7 @@
     python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass: median, and the quietest tenth
     python bench/decoding.py drafts [MODEL]      with drafts beside without: a program and a text written again, and prose
     python bench/decoding.py constrained [MODEL] time a token of answers that have a form, the first of one and later ones
-    python bench/decoding.py caches [MODEL]      every kind of cache beside that of float16 with every position
+    python bench/decoding.py caches [MODEL]      every kind of cache beside that of int16 with every position
     python bench/decoding.py busy [MODEL]        two threads beside a busy loop, in shares of one undisturbed thread
 
 Rounds alternate, a figure is the median of their ratios. Processor time stands beside wall time: on a machine that others use
@@ -160,7 +160,7 @@ def caches(names: list[str], rounds: int) -> Iterator[str]:
     with open_model(path) as file, ExitStack() as stack:
         plain = read_plan(file.metadata, file.tensors, path)
         ring = replace(plain, ops=[replace(op, window=SEEN) if isinstance(op, Attend) else op for op in plain.ops])
-        kinds = {"float16": (plain, "f16"), "int8": (plain, "q8"), "float16, ring": (ring, "f16"), "int8, ring": (ring, "q8")}
+        kinds = {"int16": (plain, "q16"), "int8": (plain, "q8"), "int16, ring": (ring, "q16"), "int8, ring": (ring, "q8")}
         executors = dict[str, Any]()
         for kind, (plan, kv) in kinds.items():
             before = SEEN if plan is plain else 2 * SEEN + 1000  # a ring has a pass and a margin more than the window
@@ -181,10 +181,10 @@ def caches(names: list[str], rounds: int) -> Iterator[str]:
         for number in range(2 * rounds):
             took = {kind: once(executors[kind]) for kind in order[number % 4 :] + order[: number % 4]}
             for kind, seconds in took.items():
-                ratios.setdefault(kind, []).append(seconds / took["float16"])
+                ratios.setdefault(kind, []).append(seconds / took["int16"])
         for kind, found in ratios.items():
             low, middle, high = statistics.quantiles(found, n=4)
-            yield f"{kind:16} {middle:6.3f} of the time with float16 (quartiles {low:.3f} to {high:.3f})"
+            yield f"{kind:16} {middle:6.3f} of the time with int16 (quartiles {low:.3f} to {high:.3f})"
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from pocketlm.bench.measure import DRIFT, converted, open_subject
 from pocketlm.bench.processes import Failure, Worker
 from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.model import find_model
+from pocketlm.runtime.native.caches import NativeCache
+from pocketlm.runtime.native.sizes import SPAN
 
 LARGE = "decode 1.3B-class Q4_0"  # the row whose use of the memory bandwidth is shown
 ENGINES = {**BACKENDS, "naive NumPy": Backend("naive NumPy", "pocketlm.bench.adapter_naive:Naive")}
@@ -209,7 +211,7 @@ def ninth_tokens(smollm2: Path) -> float:
 def peak(smollm2: Path) -> float:
     """Megabytes at the default context, after three tokens."""
     hyper = open_subject(smollm2).hyper
-    position = 2 * 2 * hyper.n_layer * hyper.kv_width  # bytes of keys and values in float16
+    position = NativeCache.bytes_for(hyper, SPAN) // SPAN
     return printed(PEAK.format(path=str(smollm2), size=smollm2.stat().st_size, position=position))
 
 

@@ -10,10 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from pocketlm.chat.echo import without_echo
 from pocketlm.chat.wrapping import Wrapper, wrapped
 from pocketlm.errors import PocketlmError
 from pocketlm.terminal_text import without_controls
@@ -221,7 +222,8 @@ class Console:
             return
         previous = signal.signal(signal.SIGINT, pressed)
         try:
-            yield stop
+            with nullcontext() if self._dumb else without_echo(self.stdin):
+                yield stop
         finally:
             signal.signal(signal.SIGINT, previous)
 
@@ -266,7 +268,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 
-    return PromptSession(
+    session = PromptSession(
         history=FileHistory(str(history)) if history and _writable(history) else InMemoryHistory(),
         completer=Words(),
         complete_while_typing=False,
@@ -275,6 +277,8 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         multiline=True,
         enable_suspend=True,
     )
+    session.app.renderer.cpr_not_supported_callback = None  # else it warns where a terminal does not say where the cursor is
+    return session
 
 
 def _writable(path: Path) -> bool:

@@ -222,8 +222,8 @@ class Chat:
         self._forgotten = 0
         self.console.note("a new conversation")
 
-    def undo(self) -> str | None:
-        """Take back the last question and its answer; returns the question."""
+    def undo(self, said: str = "taken back") -> str | None:
+        """Take back the last question and its answer; returns the question. `said`: what the note says of it."""
         messages = self.conversation.messages
         start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if start is None:
@@ -231,13 +231,13 @@ class Chat:
             return None
         question = messages[start]["content"]
         del messages[start:]
-        self.console.note(f"taken back: {question}")
+        self.console.note(f"{said}: {question}")
         self.save()
         return question
 
     def retry(self) -> None:
         """Ask the last question again."""
-        question = self.undo()
+        question = self.undo("asked again")
         if question is not None:
             self.ask(question)
 

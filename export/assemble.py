@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,69 +20,25 @@ from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
+from pocketlm.export.tensor_parts import (
+    Tensors,
+    constant,
+    fuse_qkv,
+    in_layers,
+    interleave,
+    layered,
+    rows,
+    rows_of_experts,
+    split_qkv,
+    stacked,
+    transposed,
+)
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
 from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
 
-Tensors = dict[str, CanonicalTensor]
 NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
-
-# ── tensors made of tensors ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
-    return CanonicalTensor((stop - start, *tensor.shape[1:]), lambda: np.ascontiguousarray(tensor.read()[start:stop]))
-
-
-def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
-
-
-def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    """The parts behind each other, in a dimension of their own."""
-    return CanonicalTensor((len(parts), *parts[0].shape), lambda: np.stack([part.read() for part in parts]))
-
-
-def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
-
-
-def constant(values: np.ndarray) -> CanonicalTensor:
-    return CanonicalTensor(values.shape, values.copy)
-
-
-def in_layers(tensors: Tensors, expression: str) -> list[str]:
-    """The roles in layers that match."""
-    return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
-
-
-def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
-    """Bring the rows of tensors in layers that match into this order, here; the plan complains of one with more or fewer."""
-    for role in in_layers(tensors, expression):
-        if tensors[role].shape[0] == len(order):
-            tensors[role] = _reordered(tensors[role], order)
-
-
-def _reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
-
-
-def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:
-    """Bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side, in queries and keys, here.
-
-    `heads`: query heads, key-value heads, their width. `back`: from there into two halves.
-    """
-    n_head, n_kv_head, head_dim = heads
-    pairs = np.arange(n_dims).reshape(2, -1).T.ravel()
-    head = np.concatenate([pairs, np.arange(n_dims, head_dim)])
-    for part, n in (("q", n_head), ("k", n_kv_head)):
-        order = (np.arange(n)[:, None] * head_dim + head).ravel()
-        reorder(tensors, rf"attn_{part}\.(weight|bias)", np.argsort(order) if back else order)
-
-
-# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def arrange(
@@ -104,12 +60,15 @@ def arrange(
     if len(tensors["token_embd.weight"].shape) != 2:
         raise FileError(path, "the token table is no matrix", "name the right one in a file for --map")
     n_layer = 1 + max((int(role.split(".")[1]) for role in tensors if role.startswith("blk.")), default=0)
+    said = config.raw("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.model_type else None
+    if isinstance(said, int) and said != n_layer:
+        raise FileError(path, f"has {n_layer} layers where its configuration says {said}", "the checkpoint is not complete")
     n_vocab, n_embd = tensors["token_embd.weight"].shape
     _drop_leading_ones(tensors)
     n_heads_found = _join_heads(tensors, path)
     _name_feed_forward(tensors, n_embd)
-    _tie(tensors, found, config, notes)
-    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps", "_up_exps", "_up_exps_blocks"))
+    _tie(tensors, found, config, fixed, notes)
+    gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps")) or _both_of_experts(tensors) is not None
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
     position = _position(tensors, buffers, config, fixed)
     options: dict[str, Any] = {
@@ -118,7 +77,7 @@ def arrange(
         "activation": config.need("activation", fixed.get("activation", "silu" if gated else None)),
         "gated": gated,
     }
-    n_ctx = _context(tensors, buffers, config, position)
+    n_ctx = _context(tensors, buffers, config, position, fixed)
     eps = config.need("norm_eps", fixed.get("norm_eps"))
     keys: dict[str, Any] = {
         "context_length": n_ctx, "embedding_length": n_embd, "block_count": n_layer, "attention.head_count": n_head,
@@ -148,7 +107,8 @@ def arrange(
 def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -> None:
     """Add what rotary positions are."""
     config, keys, fixed = draft.config, draft.keys, dialect.fixed
-    n_dims = int(keys["attention.key_length"] * config.get("rope_part", 1.0))
+    heeded = not config.model_type or "rope_part" in fixed or "rope_part" in config.given  # other families turn whole heads
+    n_dims = int(keys["attention.key_length"] * (config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0))
     draft.options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
     theta = config.need(
         "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
@@ -190,17 +150,18 @@ def _join_heads(tensors: Tensors, path: Path) -> int | None:
     for name, parts in groups.items():
         if sorted(parts) != list(range(len(parts))) or len({part.shape for part in parts.values()}) != 1 or name in tensors:
             raise FileError(path, f"the parts of {name} do not fit together", "the checkpoint is not complete")
-        tensors[name] = (layered if "_exps" in name else stacked)([parts[i] for i in range(len(parts))])
+        tensors[name] = (layered if "exps." in name else stacked)([parts[i] for i in range(len(parts))])
     return len(groups["blk.0.attn_q.weight"]) if "blk.0.attn_q.weight" in groups else None
 
 
 def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
     """What numbered matrices are: of two, up and down; of three, the one of n_embd rows is down and the first is the gate."""
-    for role in in_layers(tensors, "ffn_gate_up.(weight|bias)"):
-        both, half = tensors.pop(role), 0
-        half = both.shape[0] // 2
-        tensors[role.replace("gate_up", "gate")] = rows(both, 0, half)
-        tensors[role.replace("gate_up", "up")] = rows(both, half, both.shape[0])
+    for role in in_layers(tensors, "ffn_gate_up(_exps|_shexp)?.(weight|bias)"):
+        part, axis = (rows_of_experts, 1) if "_exps" in role else (rows, 0)
+        both = tensors.pop(role)
+        n = both.shape[axis]
+        tensors[role.replace("gate_up", "gate")] = part(both, 0, n // 2)
+        tensors[role.replace("gate_up", "up")] = part(both, n // 2, n)
     if not (numbered := in_layers(tensors, r"ffn_[123]\.(weight|bias)")):
         return
     second = tensors.get("blk.0.ffn_2.weight")
@@ -222,7 +183,9 @@ def is_tied(head: LazyTensor, table: LazyTensor) -> bool:
     return head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
 
 
-def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, notes: list[str]) -> None:
+def _tie(
+    tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str, Any], notes: list[str]
+) -> None:  # fmt: skip
     """Leave the output matrix out where it is the token table."""
     if "output.weight" not in found:
         if config.get("tied") is False:
@@ -231,7 +194,7 @@ def _tie(tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig,
         return
     head, table = found["output.weight"], found["token_embd.weight"]
     same = is_tied(head, table)
-    if not same and config.get("tied") and config.model_type:
+    if not same and config.model_type and config.get("tied", fixed.get("tied")):
         notes.append("the output matrix was left out: the configuration ties it to the token table")
         same = True
     if same:
@@ -281,21 +244,29 @@ def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig,
     return config.need("position", fixed.get("position", found))
 
 
-def _context(tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelConfig, position: str) -> int:
+def _context(
+    tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelConfig, position: str, fixed: Mapping[str, Any]
+) -> int:  # fmt: skip
     """Positions the model was trained for; a causal mask is as large."""
     if position == "learned" and "position_embd.weight" in tensors:
         return tensors["position_embd.weight"].shape[0]
     masks = [
         t.shape[-1] for name, t in buffers.items() if len(t.shape) >= 2 and t.shape[-1] == t.shape[-2] and "alibi" not in name
     ]
-    return config.need("n_ctx", masks[0] if masks else None)
+    return config.need("n_ctx", masks[0] if masks else fixed.get("n_ctx"))
+
+
+def _both_of_experts(tensors: Tensors) -> int | None:
+    """Columns of gate and up that take turns, as gpt-oss has them; None where they do not."""
+    if both := tensors.get("blk.0.ffn_both_exps.weight"):  # (experts, n_embd, 2 n_ff)
+        return both.shape[-1]
+    packed = tensors.get("blk.0.ffn_both_exps_blocks.weight")  # (experts, 2 n_ff, n_embd / 32, 16)
+    return packed.shape[1] if packed else None
 
 
 def _n_ff(tensors: Tensors, path: Path) -> int:
-    if both := tensors.get("blk.0.ffn_gate_up_exps.weight"):  # (experts, n_embd, 2 n_ff)
-        return both.shape[-1] // 2
-    if both := tensors.get("blk.0.ffn_gate_up_exps_blocks.weight"):  # (experts, 2 n_ff, n_embd / 32, 16)
-        return both.shape[1] // 2
+    if both := _both_of_experts(tensors):
+        return both // 2
     up = tensors.get("blk.0.ffn_up.weight") or tensors.get("blk.0.ffn_up_exps.weight")
     if up is None:
         raise FileError(path, "no tensor has the role of blk.0.ffn_up.weight", "name the tensors in a file for --map")
@@ -344,30 +315,6 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
         if same and same_activation and possible():
             return name
     return "pocketlm"
-
-
-def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
-    """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
-    for role in in_layers(tensors, "attn_qkv.(weight|bias)"):
-        if tensors[role].shape[0] != q + 2 * kv:
-            continue  # the plan says what is wrong
-        both = tensors.pop(role)
-        for part, start, stop in (("q", 0, q), ("k", q, q + kv), ("v", q + kv, q + 2 * kv)):
-            tensors[role.replace("qkv", part)] = rows(both, start, stop)
-
-
-def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
-    """One tensor in place of three, here, with zeros for a bias that only some of them have."""
-    for i in range(n_layer):
-        at = f"blk.{i}.attn_"
-        weights = [f"{at}{part}.weight" for part in "qkv"]
-        if not all(name in tensors for name in weights):
-            continue
-        tensors[f"{at}qkv.weight"] = stacked([tensors.pop(name) for name in weights])
-        biases = [f"{at}{part}.bias" for part in "qkv"]
-        if any(name in tensors for name in biases):
-            zeros = [constant(np.zeros(n, np.float32)) for n in (q, kv, kv)]
-            tensors[f"{at}qkv.bias"] = stacked([tensors.pop(name, zero) for name, zero in zip(biases, zeros, strict=True)])
 
 
 def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:

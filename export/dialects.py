@@ -213,7 +213,7 @@ def to_canonical(
     config = ModelConfig(said, given, path)
     model = arrange(path, found, buffers, config, dialect)
     if family:
-        model = checked(model, config)
+        model = checked(model, config, family.fixed)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     name = path.name if path.is_dir() else path.stem
     if dialect.template and metadata:

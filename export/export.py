@@ -175,7 +175,7 @@ CONTAINERS = {
     "ollama": Container(_ollama, _GGUF_QUANTS),
     "huggingface": Container(_huggingface, ("f16", "f32", "bf16")),
 }
-EXPERT_CONTAINERS = ("gguf", "ollama")  # ONNX would compute all experts for every token
+EXPERT_CONTAINERS = ("gguf", "ollama", "huggingface")  # ONNX would compute all experts for every token
 FOLDERS = ("fp16", "ollama", "huggingface")
 CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16

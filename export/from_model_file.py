@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pocketlm.errors import FileError
 from pocketlm.export.arrays import LazyTensor
-from pocketlm.export.assemble import interleave
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.checkpoint import Checkpoint
+from pocketlm.export.tensor_parts import interleave
 from pocketlm.export.tokenizer_data import find_tokenizer
 from pocketlm.runtime.fp16_bin_reader import is_fp16_bin
 from pocketlm.runtime.gguf_reader import GGUF, TILED

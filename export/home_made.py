@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import in_layers, reorder, rows
+from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft, Tensors
+from pocketlm.export.tensor_parts import in_layers, reorder, rows
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 
 # ── nanochat ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -106,6 +107,7 @@ def _from_groups(draft: Draft) -> None:
 # ── minimind ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MINIMIND_TOKENS = 6400
+MINIMIND_EXPERTS = ("num_experts", "n_routed_experts", "use_moe")  # entries of its configuration that its rows compute
 
 
 def _is_minimind(tensors: Tensors) -> bool:
@@ -113,13 +115,48 @@ def _is_minimind(tensors: Tensors) -> bool:
 
 
 def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
-    """It saves no configuration. minimind-3 normalises queries and keys, minimind2 has two key-value heads."""
+    """It saves no configuration. minimind-3 normalises queries and keys, minimind2 has two key-value heads.
+
+    Of the experts minimind-3 asks one for a token, minimind2 two.
+    """
     shapes = {name.partition("layers.0.self_attn.")[2]: t.shape for name, t in tensors.items()}
     norm, keys = shapes.get("q_norm.weight"), shapes.get("k_proj.weight", (0,))
     return {
         "head_dim": norm[0] if norm else keys[0] // 2, "rms_norm_eps": 1e-6 if norm else 1e-5, "rope_theta": 1e6,
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": 32768, "num_experts_per_tok": 1 if norm else 2,
     }  # fmt: skip
+
+
+def _finish_minimind(draft: Draft) -> None:
+    """Experts, where there are some: minimind-3's are Qwen3's; those of minimind2 stand beside layers that all tokens share,
+    which together are one wide layer, as Granite has it.
+    """
+    tensors, config, keys = draft.tensors, draft.config, draft.keys
+    if "blk.0.ffn_gate_inp.weight" not in tensors:
+        return
+    if config.said("scoring_func", "softmax") != "softmax" or config.said("norm_topk_prob", True) is not True:
+        problem = "its configuration weighs experts by something else than the softmax of the chosen ones"
+        raise FileError(config.path, problem, "pocketlm does not compute that")
+    keys["expert_count"] = tensors["blk.0.ffn_gate_inp.weight"].shape[0]
+    keys["expert_used_count"] = config.get("n_experts_used")
+    if draft.architecture == "qwen3":
+        draft.architecture = "qwen3moe"
+        keys["expert_feed_forward_length"] = keys["feed_forward_length"]
+        return
+    draft.architecture = "granitemoe"
+    keys |= {"logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": draft.heads[2] ** -0.5}
+    for role in in_layers(tensors, r"ffn_(gate|up|down)_shexps\.weight"):
+        every = tensors.pop(role)
+        tensors[role.replace("shexps", "shexp")] = _one_layer(every, is_down="down" in role)
+    shared = tensors.get("blk.0.ffn_up_shexp.weight")
+    keys["expert_shared_feed_forward_length"] = shared.shape[0] if shared else 0
+
+
+def _one_layer(tensor: CanonicalTensor, is_down: bool) -> CanonicalTensor:
+    """Matrices (n, rows, columns) below each other, or side by side."""
+    n, n_rows, n_columns = tensor.shape
+    shape = (n_rows, n * n_columns) if is_down else (n * n_rows, n_columns)
+    return CanonicalTensor(shape, lambda: (tensor.read().swapaxes(0, 1) if is_down else tensor.read()).reshape(shape))
 
 
 # ── GPT-Neo ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,6 +184,11 @@ def _finish_gptneo(draft: Draft) -> None:
 _LITGPT = {"*.attn.qkv": "attn_qkv", "*.attn.attn": "attn_qkv", "*.mlp.fc": "ffn_up", "*.mlp.fc_1": "ffn_gate",
            "*.mlp.fc_2": "ffn_up"}  # fmt: skip
 _LITGPT_FIXED = {"position": "rope", "rope_pairs": "half", "activation": "gelu_erf"}
+_MINIMIND = {
+    "*.mlp.gate": "ffn_gate_inp",
+    **{f"*.mlp.{name}.{part}_proj": f"ffn_{part}_{end}" for part in ("gate", "up", "down")
+       for name, end in (("experts.N", "exps#N"), ("shared_experts.N", "shexps#N"), ("shared_experts", "shexp"))},
+}  # fmt: skip
 _ROPE: dict[str, Any] = {"norm": "rms", "position": "rope", "rope_pairs": "half"}
 HOME_MADE = (
     Dialect(
@@ -172,12 +214,12 @@ HOME_MADE = (
     ),
     Dialect(
         "minimind 3", (r"(.*\.)?layers\.N\.self_attn\.q_norm\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
-        _ROPE, test=_is_minimind, guess=_guess_minimind, architecture="qwen3",
-        names={f"*.self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
+        _ROPE, test=_is_minimind, guess=_guess_minimind, architecture="qwen3", computes=MINIMIND_EXPERTS,
+        names={**{f"*.self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"}, **_MINIMIND}, finish=_finish_minimind,
     ),
     Dialect(
         "minimind", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.post_attention_layernorm\.weight"),
-        _ROPE, test=_is_minimind, guess=_guess_minimind,
+        _ROPE, test=_is_minimind, guess=_guess_minimind, computes=MINIMIND_EXPERTS, names=_MINIMIND, finish=_finish_minimind,
     ),
     Dialect(
         "GPT-Neo", (r"(.*\.)?wpe\.weight", r"(.*\.)?h\.N\.attn\.attention\.q_proj\.weight"),

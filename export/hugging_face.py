@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.assemble import in_layers, stacked
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
+from pocketlm.export.tensor_parts import in_layers, stacked
 from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE
 from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
@@ -32,11 +32,27 @@ MXFP4 = FORMATS["MXFP4"]
 HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
 NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
 NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
+PARTS = ("gate", "up", "down")
+FUSED_EXPERTS = {f"*.mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")}  # as they are in memory
 EXPERTS = {
-    "*.mlp.gate": "ffn_gate_inp",
-    **{f"*.mlp.experts.N.{part}_proj": f"ffn_{part}_exps#N" for part in ("gate", "up", "down")},
+    "*.mlp.gate": "ffn_gate_inp", **{f"*.mlp.experts.N.{part}_proj": f"ffn_{part}_exps#N" for part in PARTS}, **FUSED_EXPERTS,
+}
+MIXTRAL_EXPERTS = {
+    "*.block_sparse_moe.gate": "ffn_gate_inp", "*.mlp.gate": "ffn_gate_inp", **FUSED_EXPERTS,
+    **{f"*.block_sparse_moe.experts.N.w{i}": f"ffn_{part}_exps#N" for i, part in ((1, "gate"), (2, "down"), (3, "up"))},
+}
+GRANITE_EXPERTS = {
+    **{f"*.block_sparse_moe.{name}": "ffn_gate_inp" for name in ("router", "router.layer")},
+    **{f"*.block_sparse_moe.{name}": "ffn_gate_up_exps" for name in ("input_linear", "experts.gate_up_proj")},
+    **{f"*.block_sparse_moe.{name}": "ffn_down_exps" for name in ("output_linear", "experts.down_proj")},
+    "*.shared_mlp.input_linear": "ffn_gate_up_shexp", "*.shared_mlp.output_linear": "ffn_down_shexp",
 }
 EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
+GRANITE_KEYS = {
+    "embedding_scale": ("embedding_multiplier", 1.0), "residual_scale": ("residual_multiplier", 1.0),
+    "attention.scale": ("attention_multiplier", 1.0), "logit_scale": ("logits_scaling", 1.0),
+}  # fmt: skip
+GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 256.0, "tied": True}  # where the configuration is silent
 COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar")  # `checked` looks at these
 
 
@@ -65,6 +81,12 @@ def tanh(draft: Draft) -> None:
     draft.options["activation"] = "gelu_tanh"
 
 
+def own_activation(draft: Draft) -> None:
+    """Later Gemmas look at `hidden_activation` alone, whatever the older name says."""
+    if draft.config.raw("hidden_activation") is None:
+        tanh(draft)
+
+
 def stretched_base(draft: Draft) -> None:
     """What Hunyuan calls dynamic is a larger base, whatever the length of the text."""
     n_dims = draft.keys["rope.dimension_count"]
@@ -83,10 +105,20 @@ def weights_add_up(always: bool) -> Step:
     return check
 
 
+def gate_as_vector(draft: Draft) -> None:
+    """llama.cpp keeps the one row of the shared expert's gate as a vector."""
+    for role in in_layers(draft.tensors, r"ffn_gate_inp_shexp\.weight"):
+        gate = draft.tensors[role]
+        if len(gate.shape) == 2 and gate.shape[0] == 1:
+            draft.tensors[role] = CanonicalTensor(gate.shape[1:], _first_of(gate))
+
+
 def gpt_oss(draft: Draft) -> None:
     """Experts' matrices are transposed there, and the columns of gate and up take turns."""
     draft.options["activation"] = "swiglu_clamped"
     draft.keys["expert_feed_forward_length"] = draft.keys["feed_forward_length"]
+    if not draft.config.rope:
+        raise FileError(draft.config.path, "its configuration says nothing of rotary positions", "correct config.json")
     if draft.config.rope.get("truncate") is False:
         draft.keys["rope.scaling.truncate"] = False
     for name, value in (("swiglu_limit", CLAMP), ("swiglu_alpha", CLAMPED_SCALE)):
@@ -94,12 +126,12 @@ def gpt_oss(draft: Draft) -> None:
             problem = f"its configuration has {name} = {quoted(said)}"
             raise FileError(draft.config.path, problem, f"pocketlm computes with {value}")
     _unpack_mxfp4(draft)
-    for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps(_bias)?\.weight"):
+    for role in in_layers(draft.tensors, r"ffn_(both|down)_exps(_bias)?\.weight"):
         both, kind = draft.tensors.pop(role), "bias" if "_bias" in role else "weight"
         if kind == "weight":
             both = _experts_transposed(both)
         layer, parts = role.rpartition(".ffn_")[0], {"down": both}
-        if "gate_up" in role:
+        if "both" in role:
             parts = {"gate": _every_second(both, 0), "up": _every_second(both, 1)}
         draft.tensors |= {f"{layer}.ffn_{part}_exps.{kind}": tensor for part, tensor in parts.items()}
 
@@ -109,7 +141,7 @@ def _unpack_mxfp4(draft: Draft) -> None:
     method = (draft.config.raw("quantization_config") or {"quant_method": "mxfp4"}).get("quant_method")
     if method != "mxfp4":
         raise FileError(draft.config.path, f"its weights are quantised by {quoted(method)}", "pocketlm reads mxfp4 of gpt-oss")
-    for role in in_layers(draft.tensors, r"ffn_(gate_up|down)_exps_blocks\.weight"):
+    for role in in_layers(draft.tensors, r"ffn_(both|down)_exps_blocks\.weight"):
         blocks, scales = draft.tensors.pop(role), draft.tensors.pop(role.replace("blocks", "scales"), None)
         if scales is None or blocks.shape != (*scales.shape, MXFP4.block_bytes - 1) or len(scales.shape) != 3:
             problem = f"the blocks and scales of {role.replace('_blocks', '')} do not fit together"
@@ -160,6 +192,10 @@ def short_convolutions(draft: Draft) -> None:
     draft.keys["attention.head_count_kv"] = np.array(heads)
 
 
+def _first_of(tensor: CanonicalTensor) -> Callable[[], np.ndarray]:
+    return lambda: tensor.read()[0]
+
+
 def _without_middle(tensor: CanonicalTensor) -> Callable[[], np.ndarray]:
     return lambda: tensor.read()[:, 0]
 
@@ -208,24 +244,20 @@ HUGGING_FACE = {
                 "rope.freq_base_swa": ("rope_local_base_freq", 10000.0),
                 "final_logit_softcapping": ("final_logit_softcapping", None),
             },
-            one_added, rope_theta=1e6,
+            one_added, own_activation, rope_theta=1e6, **GEMMA,
         ),
-        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up),
-        _family("smollm3", rope_theta=2e6),
+        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up, rope_part=1.0),
+        _family("smollm3", rope_theta=2e6, tied=True),
+        _family("granite", {}, GRANITE_KEYS),
         _family(
-            "granite", {},
-            {
-                "embedding_scale": ("embedding_multiplier", 1.0),
-                "residual_scale": ("residual_multiplier", 1.0),
-                "attention.scale": ("attention_multiplier", 1.0),
-                "logit_scale": ("logits_scaling", 1.0),
-            },
+            "granitemoe", GRANITE_EXPERTS,
+            {**GRANITE_KEYS, **EXPERT_KEYS, "expert_shared_feed_forward_length": ("shared_intermediate_size", None)},
         ),
         _family(
             "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
-            stretched_base,
+            stretched_base, computes=("use_qk_norm",),
         ),
-        _family("gemma", {}, {}, one_added, tanh),
+        _family("gemma", {}, {}, one_added, tanh, tied=True),
         _family(
             "gemma2", NORMS_AROUND,
             {
@@ -233,12 +265,24 @@ HUGGING_FACE = {
                 "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
                 "final_logit_softcapping": ("final_logit_softcapping", 30.0),
             },
-            one_added,
+            one_added, own_activation, **GEMMA,
         ),
         _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
         _family(
             "qwen3moe", {**HEAD_NORMS, **EXPERTS},
             {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
+        ),
+        _family(
+            "qwen2moe",
+            {
+                **EXPERTS, "*.mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+                **{f"*.mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in PARTS},
+            },
+            {
+                **EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None),
+                "expert_shared_feed_forward_length": ("shared_expert_intermediate_size", None),
+            },
+            weights_add_up(False), gate_as_vector,
         ),
         _family("olmoe", {**HEAD_NORMS, **EXPERTS}, EXPERT_KEYS, weights_add_up(False)),
         _family(
@@ -246,11 +290,11 @@ HUGGING_FACE = {
             {
                 "*.self_attn.sinks": "attn_sinks", "*.post_attention_layernorm": "post_attention_norm",
                 "*.mlp.router": "ffn_gate_inp",
-                **{f"*.mlp.experts.{part}_proj{end}": f"ffn_{part}_exps{end}" for part in ("gate_up", "down")
-                   for end in ("", "_bias", "_blocks", "_scales")},
+                **{f"*.mlp.experts.{name}_proj{end}": f"ffn_{part}_exps{end}"
+                   for name, part in (("gate_up", "both"), ("down", "down")) for end in ("", "_bias", "_blocks", "_scales")},
             },
             {**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
-            gpt_oss, computes=("truncate", "quantization_config"),
+            gpt_oss, computes=("truncate", "quantization_config"), rope_theta=150000.0,
         ),
         _family(
             "lfm2",
@@ -260,7 +304,7 @@ HUGGING_FACE = {
                 "*.feed_forward.w1": "ffn_gate", "*.feed_forward.w2": "ffn_down", "*.feed_forward.w3": "ffn_up",
                 **{f"*.conv.{part}": f"shortconv.{part}" for part in ("conv", "in_proj", "out_proj")},
             },
-            {}, short_convolutions, activation="silu", rope_theta=1e6,
+            {}, short_convolutions, activation="silu", rope_theta=1e6, tied=True,
         ),
         _family(
             "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},
@@ -268,27 +312,33 @@ HUGGING_FACE = {
         ),
     )
 }  # fmt: skip
+HUGGING_FACE["mixtral"] = _family("llama", MIXTRAL_EXPERTS, EXPERT_KEYS, rope_theta=1e6)
 
 
 # ── what a configuration says of single layers ───────────────────────────────────────────────────────────────────────
 
 
-def checked(model: CanonicalModel, config: ModelConfig) -> CanonicalModel:
+def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]) -> CanonicalModel:
     """The model, its queries multiplied where the configuration divides scores by something else than its architecture does.
+
+    `fixed`: what its family's code does where the configuration is silent.
 
     Raises FileError where layers have other windows, or other positions, than the configuration says.
     """
     plan = model.plan(config.path)
     layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
+    windows, said_windows = [window if window < n_ctx else 0 for window, _ in layers], config.windows(len(layers), n_ctx)
+    if said_windows is None and not any(windows):  # the architecture has none
+        config.check_window(n_ctx)
     for what, found, said in (
-        ("sliding windows", [window if window < n_ctx else 0 for window, _ in layers], config.windows(len(layers), n_ctx)),
+        ("sliding windows", windows, said_windows),
         ("rotary positions", [rope is not None for _, rope in layers], config.rotary_layers(len(layers))),
         ("rotary bases", {rope.theta for window, rope in layers if window and rope}, {base} if base is not None else None),
     ):
         if said is not None and found and found != said:
             problem = f"its configuration has {what} in other layers, or others, than {model.hyper.architecture} has"
             raise FileError(config.path, problem, "pocketlm does not compute that")
-    divisor = config.raw("query_pre_attn_scalar")
+    divisor = config.raw("query_pre_attn_scalar") or fixed.get("query_pre_attn_scalar")
     scale = next(op.scale for op in plan.ops if isinstance(op, Attend))
     if not isinstance(divisor, (int, float)) or divisor <= 0 or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
         return model

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import in_layers, reorder
 from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
+from pocketlm.export.tensor_parts import in_layers, reorder
 
 
 def _apart(draft: Draft) -> None:
@@ -58,32 +58,34 @@ _ROPE = {**_FIXED, "position": "rope", "rope_pairs": "half"}
 LAYER_NORM = (
     Dialect(
         "Hugging Face GPT-NeoX", (r"(.*\.)?layers\.N\.attention\.query_key_value\.weight",),
-        {**_ROPE, "activation": "gelu_erf"}, architecture="gptneox", finish=_gptneox,
+        {**_ROPE, "activation": "gelu_erf", "rope_part": 0.25}, architecture="gptneox", finish=_gptneox,
         names={"*.attention.query_key_value": "attn_qkv"}, computes=("use_parallel_residual",),
     ),
     Dialect(
         "Hugging Face Phi", (r"(.*\.)?layers\.N\.self_attn\.dense\.weight", r"(.*\.)?layers\.N\.mlp\.fc1\.weight"),
-        {**_ROPE, "activation": "gelu_tanh"}, architecture="phi2",
+        {**_ROPE, "activation": "gelu_tanh", "rope_part": 0.5}, architecture="phi2",
     ),
     Dialect(
         "Hugging Face StableLM", (r"(.*\.)?layers\.N\.input_layernorm\.bias", r"(.*\.)?layers\.N\.mlp\.gate_proj\.weight"),
-        _ROPE, architecture="stablelm", computes=("use_parallel_residual", "qk_layernorm"), finish=_stablelm,
+        {**_ROPE, "rope_part": 0.25}, architecture="stablelm", computes=("use_parallel_residual", "qk_layernorm"),
+        finish=_stablelm,
         names={f"*.self_attn.{part}_layernorm.norms.{i}": f"attn_{part}_norm#{i}" for part in "qk" for i in range(256)},
     ),
     Dialect(
         "Hugging Face StarCoder 2", (r"(.*\.)?layers\.N\.self_attn\.q_proj\.weight", r"(.*\.)?layers\.N\.mlp\.c_fc\.weight"),
-        {**_ROPE, "activation": "gelu_tanh"}, architecture="starcoder2", computes=("sliding_window", "layer_types"),
-        finish=_starcoder2,
+        {**_ROPE, "activation": "gelu_tanh", "tied": True}, architecture="starcoder2", finish=_starcoder2,
+        computes=("sliding_window", "layer_types"),
     ),
     Dialect(
         "Hugging Face BLOOM",
         (r"(.*\.)?h\.N\.self_attention\.query_key_value\.weight", r"(.*\.)?word_embeddings_layernorm\.weight"),
-        {**_FIXED, "position": "alibi", "activation": "gelu_tanh"}, architecture="bloom", finish=_apart,
+        {**_FIXED, "position": "alibi", "activation": "gelu_tanh", "n_ctx": 2048, "tied": True}, architecture="bloom",
+        finish=_apart,
         names={"word_embeddings_layernorm": "token_embd_norm", "*.self_attention.query_key_value": "attn_qkv"},
     ),
     Dialect(
         "Hugging Face MPT", (r"(.*\.)?blocks\.N\.attn\.Wqkv\.weight", r"(.*\.)?blocks\.N\.ffn\.up_proj\.weight"),
-        {**_FIXED, "position": "alibi", "activation": "gelu_erf"}, architecture="mpt", finish=_mpt,
+        {**_FIXED, "position": "alibi", "activation": "gelu_erf", "tied": True}, architecture="mpt", finish=_mpt,
         names={"*.attn.q_ln": "attn_q_norm", "*.attn.k_ln": "attn_k_norm"},
     ),
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """How much each weight's error counts: the mean square of what it is multiplied with (an importance matrix, "imatrix").
 
 In: a text, which the float32 weights are run over; or a file that llama.cpp's llama-imatrix made of one. Out: for every
-matrix a float32 [columns]. Knows no formats; with verify.py the only module here that runs a model.
+matrix a float32 [columns], for those of experts [experts, columns]. Knows no formats; with verify.py the only module here
+that runs a model.
 
 An error e of a weight changes a product by e·x, so its square counts as much as the mean of x².
 Formats: llama.cpp, tools/imatrix (a GGUF; until 2025 a list of its own).
@@ -9,6 +10,7 @@ Formats: llama.cpp, tools/imatrix (a GGUF; until 2025 a list of its own).
 
 from __future__ import annotations
 
+import math
 import struct
 from contextlib import closing
 from pathlib import Path
@@ -20,7 +22,7 @@ from pocketlm.errors import FileError, refused
 from pocketlm.export.canonical import CanonicalModel, Float32Tensors
 
 if TYPE_CHECKING:
-    from pocketlm.runtime.operations import Linear, Logits
+    from pocketlm.runtime.operations import Experts, Linear, Logits
 
 LONGEST = 1 << 16  # tokens of a text that are run: enough for means, and minutes for a small model
 WINDOW = 512
@@ -30,23 +32,27 @@ Importance = dict[str, np.ndarray]
 
 def importance(path: Path, model: CanonicalModel) -> Importance:
     """What `path`, a text in UTF-8 or an importance matrix of llama.cpp, says of the model's matrices: name -> float32
-    [columns] above zero, with a mean of 1. FileError: neither, or of another model.
+    [columns] above zero, with a mean of 1; [experts, columns] of those of experts. A row of zeros: nothing is known, as of an
+    expert that no token went to. FileError: neither, or of another model.
     """
     with refused(path, "check the path"), open(path, "rb") as file:
         start = file.read(4)
     data = path.read_bytes() if start != b"GGUF" else b""
     found = _of_gguf(path) if start == b"GGUF" else _of_list(data) or _of_text(data, path, model)
-    matrices = {name: t.shape[1] for name, t in model.tensors.items() if len(t.shape) == 2 and name in found}
-    wrong = [name for name, columns in matrices.items() if found[name].shape != (columns,)]
+    shapes = {name: t.shape for name, t in model.tensors.items() if len(t.shape) in (2, 3) and name in found}
+    matrices = {name: (*shape[:-2], shape[-1]) for name, shape in shapes.items()}
+    wrong = [name for name, shape in matrices.items() if found[name].size != math.prod(shape)]
     if wrong or not matrices:
         what = f"{wrong[0]} has {found[wrong[0]].size} columns there" if wrong else "names none of its matrices"
         raise FileError(path, f"is the importance matrix of another model: {what}", "make one of a text: --imatrix TEXT")
-    return {name: _relative(found[name]) for name in matrices}
+    return {name: _relative(found[name].reshape(shape)) for name, shape in matrices.items()}
 
 
-def _relative(squares: np.ndarray) -> np.ndarray:
+def _relative(squares: np.ndarray) -> np.ndarray:  # [..., columns] -> the same
     squares = np.where(np.isfinite(squares) & (squares > 0), squares, 0).astype(np.float64)
-    return np.maximum(squares / max(squares.mean(), 1e-300), LEAST).astype(np.float32)
+    says_something = squares.max(-1, keepdims=True) > squares.min(-1, keepdims=True)  # llama.cpp writes 1 for what it knows not
+    mean = np.maximum(squares.mean(-1, keepdims=True), 1e-300)
+    return np.where(says_something, np.maximum(squares / mean, LEAST), 0).astype(np.float32)
 
 
 def _of_gguf(path: Path) -> Importance:
@@ -56,8 +62,13 @@ def _of_gguf(path: Path) -> Importance:
     with open_gguf(path) as file:
         tensors = {name: tensor.to_float32() for name, tensor in file.tensors.items() if name.endswith((sums, counts))}
     names = [name.removesuffix(sums) for name in tensors if name.endswith(sums) and name.removesuffix(sums) + counts in tensors]
-    with np.errstate(all="ignore"):  # a count of zero: nothing is known of the matrix
-        return {name: (tensors[name + sums] / tensors[name + counts].reshape(-1, 1)).mean(0) for name in names}
+    found: Importance = {}
+    for name in names:
+        total, n = tensors[name + sums].ravel(), tensors[name + counts].ravel()  # a count for each expert
+        if n.size and total.size % n.size == 0:
+            with np.errstate(all="ignore"):  # a count of zero: nothing is known of the matrix
+                found[name] = total.reshape(n.size, -1) / n[:, None]
+    return found
 
 
 def _of_list(data: bytes) -> Importance | None:
@@ -105,6 +116,17 @@ def _mean_squares(model: CanonicalModel, ids: np.ndarray, path: Path) -> Importa
             for name in op.matrix.weights:
                 sums[name] = sums.get(name, 0) + squares
             super()._linear(op, state)
+
+        def _experts(self, op: Experts, state: dict[str, np.ndarray]) -> None:
+            chosen, n_in = state[op.chosen][:, : op.n_used].astype(np.int64), op.matrix.n_in
+            x = np.broadcast_to(state[op.x].reshape(len(chosen), -1, n_in), (*chosen.shape, n_in))
+            squares = np.zeros((op.n_experts, n_in))
+            for number in np.unique(chosen):
+                mine = x[chosen == number]
+                squares[number] = np.einsum("ij,ij->j", mine, mine, dtype=np.float64)
+            for name in op.matrix.weights:
+                sums[name] = sums.get(name, 0) + squares
+            super()._experts(op, state)
 
     plan = model.plan(path)
     window = min(WINDOW, model.hyper.n_ctx)

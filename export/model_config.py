@@ -62,6 +62,7 @@ SETTINGS: dict[str, Setting] = {
     "tied": Setting(
         bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
     ),
+    "n_experts_used": Setting(int, "num_experts_per_tok", "2"),
     "logit_softcap": Setting(float, "logit_softcap", "15|20"),
     "model_type": Setting(str, "", "llama"),
 }  # fmt: skip
@@ -103,10 +104,13 @@ NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_co
 MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
+    "mixtral": "mixtral", "qwen2_moe": "qwen2moe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe",
     "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
     "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
     "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
+    "minimind": "",  # told by its tensors
 }  # fmt: skip
+WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
 # settings by what changes nothing here; any other value means a computation that the plan does not have
 HARMLESS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys((
@@ -239,9 +243,12 @@ class ModelConfig:
                 if not harmless:
                     problem = f"its configuration asks for {name} = {quoted(level[name])}"
                     raise FileError(self.path, problem, "pocketlm does not compute that")
+        if "sliding_window" not in computed:
+            self.check_window(n_ctx)
+
+    def check_window(self, n_ctx: int) -> None:
+        """Raises FileError where layers look at less than n_ctx positions."""
         window = self.raw("sliding_window", "attention_window")
-        if "sliding_window" in computed:
-            return
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
@@ -254,7 +261,9 @@ class ModelConfig:
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
         """The window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which have one."""
         size, kinds = self.raw("sliding_window"), self.raw("layer_types")
-        if self.raw("use_sliding_window") is False or not isinstance(size, int) or size >= n_ctx:
+        used = self.raw("use_sliding_window")
+        is_off = used is False or (used is None and self.model_type in WINDOW_ON_DEMAND)
+        if is_off or not isinstance(size, int) or size >= n_ctx:
             size = 0
         if kinds is None and isinstance(period := self.raw("sliding_window_pattern"), int) and period > 0:
             kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]

@@ -70,6 +70,8 @@ QUANTS = {
 # a format whose block does not divide the width -> the next to try: as many bits or more, smaller blocks
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16",
             "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16", "MXFP4": "F16"}  # fmt: skip
+# what mixes give to attention beside eight experts, as Mixtral has them: there it is a small part of the model
+BESIDE_EIGHT = {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K"}
 KEPT = ("position_embd.weight",)  # added to every token: as sensitive as a norm, and small
 # weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; a convolution
 # has a few weights for each column
@@ -103,8 +105,13 @@ def by_shape(name: str, shape: tuple[int, ...], quant: Quant, head: str, pure: b
 
 def _more(name: str, quant: Quant, hyper: Hyper) -> str | None:
     parts = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    rule = quant.more.get(parts[2].replace("attn_qkv", "attn_v").removesuffix("_exps")) if parts else None
-    return rule(int(parts[1]), hyper) if parts and rule else None
+    if not parts or not quant.more:
+        return None
+    part = parts[2].replace("attn_qkv", "attn_v").removesuffix("_exps").removesuffix("_shexp")
+    if part in BESIDE_EIGHT and hyper.settings.get("expert_count") == 8 and quant.matrices != "Q8_0":
+        return BESIDE_EIGHT[part]
+    rule = quant.more.get(part)
+    return rule(int(parts[1]), hyper) if rule else None
 
 
 def by_values(format: Format, largest: float) -> tuple[Format, str]:

@@ -68,13 +68,17 @@ class Encoder:
     ) -> Iterator[np.ndarray]:
         """The bytes of `weights` in `encoded.format`, uint8, in order; fills in the rest of `encoded` on the way.
 
-        `importance`: float32, how much the squared error of each column's weights counts; None: all the same.
+        `importance`: float32, how much the squared error of each column's weights counts, in a row for each expert where
+        there are some; None, or zeros: all the same.
         """
-        flat, format = weights.reshape(-1), encoded.format
+        format, columns = encoded.format, weights.shape[-1] if weights.ndim else 1
+        rows = np.zeros((1, columns), np.float32) if importance is None else importance.reshape(-1, columns)
+        matrices = weights.reshape(len(rows), -1)
 
-        def work(start: int) -> tuple[np.ndarray, float, float]:
-            mine = flat[start : start + PIECE]
-            counts = None if importance is None else importance[np.arange(start, start + mine.size) % importance.size]
+        def work(place: tuple[int, int]) -> tuple[np.ndarray, float, float]:
+            number, start = place
+            mine, row = matrices[number, start : start + PIECE], rows[number]
+            counts = row[np.arange(start, start + mine.size) % columns] if row.any() else None
             data = quantize(format.name, mine, counts)
             if format is FORMATS["F32"]:
                 return data, 0.0, 0.0
@@ -84,14 +88,15 @@ class Encoder:
             return data, float(np.dot(back, back)), float(np.dot(mine, mine))
 
         squared_error = squares = 0.0
-        for data, error, square in self._in_order(work, range(0, flat.size, PIECE)):
+        places = ((i, start) for i in range(len(matrices)) for start in range(0, matrices.shape[1], PIECE))
+        for data, error, square in self._in_order(work, places):
             squared_error, squares = squared_error + error, squares + square
             encoded.n_bytes, encoded.crc = encoded.n_bytes + data.nbytes, zlib.crc32(data, encoded.crc)
             yield data
             self._progress(encoded.name, data.nbytes // format.block_bytes * format.block_size)
         encoded.error = math.sqrt(squared_error / squares) if squares else 0.0
 
-    def _in_order(self, work: Callable[[int], Any], arguments: Iterable[int]) -> Iterator[Any]:
+    def _in_order(self, work: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
         """The results of `work`; only a few pieces are ahead of the one that is asked for, which bounds the memory."""
         ahead: deque[Future[Any]] = deque()
         for argument in arguments:

@@ -1,8 +1,8 @@
 """Writes a folder that Hugging Face's transformers loads, and whatever reads such folders: vLLM, MLX, OpenVINO, CTranslate2.
 
 In: a `CanonicalModel` and its keys. Out: `config.json`, `model.safetensors`, `generation_config.json` and, where there is a
-tokenizer, `tokenizer.json` and `tokenizer_config.json`. `LAYOUTS` has the classes of transformers that compute what pocketlm
-does; a model that none of them computes is refused with the reason. Format of the weights: the README of safetensors.
+tokenizer, `tokenizer.json` and `tokenizer_config.json`. huggingface_layouts.py knows which class of transformers computes what
+pocketlm does; a model that none computes is refused with the reason. Format of the weights: the README of safetensors.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.assemble import Tensors, constant, fuse_qkv, interleave, split_qkv, transposed
-from pocketlm.export.canonical import CanonicalModel
+from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refused
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
-from pocketlm.runtime.architectures.common import pre_norm
-from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, transposed
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
@@ -33,138 +32,8 @@ from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+ROWS = ("ffn_gate_inp_shexp",)  # vectors that are a matrix of one row there
 LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768)  # original contexts that rotary factors may have been made for
-
-_QKV = ("attn_q", "attn_k", "attn_v")
-_NORMS = ("attn_norm", "ffn_norm", "output_norm")
-_LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    **{
-        f"blk.{{i}}.{role}": f"model.layers.{{i}}.{name}"
-        for role, name in {
-            "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-            "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-        }.items()
-    },
-}  # fmt: skip
-_GPT2_NAMES = {
-    "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head",
-    **{
-        f"blk.{{i}}.{role}": f"transformer.h.{{i}}.{name}"
-        for role, name in {
-            "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
-            "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
-        }.items()
-    },
-}  # fmt: skip
-_STARCODER2_NAMES = {
-    **_LLAMA_NAMES, "blk.{i}.ffn_up": "model.layers.{i}.mlp.c_fc", "blk.{i}.ffn_down": "model.layers.{i}.mlp.c_proj",
-}  # fmt: skip
-_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu_erf": "gelu", "silu": "silu", "relu": "relu"}
-
-
-def _llama(hyper: Hyper) -> dict[str, Any]:
-    return {
-        "hidden_size": hyper.n_embd, "intermediate_size": hyper.n_ff, "num_hidden_layers": hyper.n_layer,
-        "num_attention_heads": hyper.n_head, "num_key_value_heads": hyper.n_kv_head, "head_dim": hyper.head_dim,
-        "hidden_act": _ACTIVATIONS[hyper.activation], "max_position_embeddings": hyper.n_ctx, "rms_norm_eps": hyper.norm_eps,
-    }  # fmt: skip
-
-
-def _starcoder2(hyper: Hyper) -> dict[str, Any]:
-    config = _llama(hyper)
-    del config["head_dim"]
-    return {**config, "norm_epsilon": config.pop("rms_norm_eps"), "sliding_window": None}
-
-
-def _gpt2(hyper: Hyper) -> dict[str, Any]:
-    activation = {**_ACTIVATIONS, "gelu_tanh": "gelu_new"}[hyper.activation]
-    return {
-        "n_embd": hyper.n_embd, "n_inner": hyper.n_ff, "n_layer": hyper.n_layer, "n_head": hyper.n_head,
-        "n_positions": hyper.n_ctx, "activation_function": activation, "layer_norm_epsilon": hyper.norm_eps,
-    }  # fmt: skip
-
-
-class Layout(NamedTuple):
-    """How a class of transformers names the parts of a decoder, and what its configuration says.
-
-    `biases`: the setting that turns biases on → the parts that have them then; the setting "" is on always.
-    """
-
-    model_type: str
-    model_class: str
-    names: Mapping[str, str]
-    config: Callable[[Hyper], dict[str, Any]]
-    biases: Mapping[str, tuple[str, ...]]
-    narrow: bool = True  # heads are together as wide as the model
-    grouped: bool = True  # fewer heads for keys than for queries are possible
-    conv1d: bool = False  # matrices of layers are stored (in, out)
-
-
-# (norm, positions, gated) → the class that computes it
-LAYOUTS = {
-    ("rms", "rope", True): Layout(
-        "llama", "LlamaForCausalLM", _LLAMA_NAMES, _llama,
-        {"attention_bias": (*_QKV, "attn_output"), "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")}, narrow=False,
-    ),
-    ("layer", "rope", False): Layout(
-        "starcoder2", "Starcoder2ForCausalLM", _STARCODER2_NAMES, _starcoder2,
-        {"": _NORMS, "use_bias": (*_QKV, "attn_output", "ffn_up", "ffn_down")},
-    ),
-    ("layer", "learned", False): Layout(
-        "gpt2", "GPT2LMHeadModel", _GPT2_NAMES, _gpt2, {"": (*_NORMS, "attn_qkv", "attn_output", "ffn_up", "ffn_down")},
-        grouped=False, conv1d=True,
-    ),
-}  # fmt: skip
-
-
-# architectures whose layers are not the plain ones → the class that computes them as they usually are
-OWN_LAYOUTS = {
-    "qwen3": Layout(
-        "qwen3", "Qwen3ForCausalLM",
-        {**_LLAMA_NAMES, **{f"blk.{{i}}.attn_{p}_norm": f"model.layers.{{i}}.self_attn.{p}_norm" for p in "qk"}},
-        _llama, {"attention_bias": (*_QKV, "attn_output")}, narrow=False,
-    ),
-}  # fmt: skip
-
-
-def layout_of(model: CanonicalModel, source: object) -> Layout:
-    """The class of transformers that computes this model. Raises FileError, with the reason, where none does."""
-    hyper, rope = model.hyper, model.hyper.rope
-    layout = LAYOUTS.get((hyper.norm, hyper.position, hyper.gated))
-    what = f"{hyper.norm} norm, {hyper.position} positions and a feed-forward {'with' if hyper.gated else 'without'} a gate"
-    usual = ARCHITECTURES[hyper.architecture].USUAL
-    if all(getattr(hyper, name) == usual.get(name) for name in ("norm", "position", "gated")):
-        layout = OWN_LAYOUTS.get(hyper.architecture, layout)
-    if ARCHITECTURES[hyper.architecture].operations is not pre_norm and layout is not OWN_LAYOUTS.get(hyper.architecture):
-        raise _refused(source, f"the layers of {hyper.architecture}")
-    if layout is None:
-        raise _refused(source, what)
-    able = {part for parts in layout.biases.values() for part in parts}
-    with_bias = [name for name in model.tensors if name.endswith(".bias") and _part(name) not in {*able, *_fused(able)}]
-    if stray := next((name for name in with_bias if model.tensors[name].read().any()), None):
-        raise _refused(source, f"a {stray}")
-    if layout.narrow and hyper.q_width != hyper.n_embd:
-        raise _refused(source, f"{what}, {hyper.n_head} heads of {hyper.head_dim} in a width of {hyper.n_embd}")
-    if not layout.grouped and hyper.n_kv_head != hyper.n_head:
-        raise _refused(source, f"{what}, {hyper.n_kv_head} heads for keys beside {hyper.n_head} for queries")
-    if rope and rope.n_dims != hyper.head_dim:
-        raise _refused(source, f"rotary positions in {rope.n_dims} of a head's {hyper.head_dim} dimensions")
-    return layout
-
-
-def _refused(source: object, what: str) -> FileError:
-    return FileError(source, f"no architecture of transformers that pocketlm writes has {what}", "export a GGUF")
-
-
-def _part(name: str) -> str:
-    """"attn_q" of "blk.3.attn_q.weight"."""
-    return name.split(".")[-2]
-
-
-def _fused(parts: set[str]) -> set[str]:
-    return {"attn_qkv"} if "attn_q" in parts else {*_QKV} if "attn_qkv" in parts else set()
 
 
 def write_huggingface(
@@ -206,20 +75,36 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
         fuse_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
     else:
         split_qkv(tensors, hyper.q_width, hyper.kv_width)
+    for end, axis in (("exps", 1), ("shexp", 0)):
+        if f"blk.{{i}}.ffn_gate_up_{end}" in layout.names:
+            _gate_before_up(tensors, end, axis)
     if hyper.rope and hyper.rope.pairs == "interleaved":
         interleave(tensors, (hyper.n_head, hyper.n_kv_head, hyper.head_dim), hyper.rope.n_dims, back=True)
     settings: dict[str, bool] = {}
     able: set[str] = set()
     for setting, parts in layout.biases.items():
-        on = setting == "" or any(name.endswith(".bias") and _part(name) in parts for name in tensors)
+        on = setting == "" or any(name.endswith(".bias") and part_of(name) in parts for name in tensors)
         settings |= {setting: on} if setting else {}
         able |= {*parts} if on else set()
-    for name in [name for name in tensors if name.endswith(".bias") and _part(name) not in able]:
+    for name in [name for name in tensors if name.endswith(".bias") and part_of(name) not in able]:
         del tensors[name]  # zeros, as layout_of has made sure
-    weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight") and _part(name) in able}
+    weights = {name: tensor for name, tensor in tensors.items() if name.endswith(".weight") and part_of(name) in able}
     rows = {name.removesuffix("weight") + "bias": tensor.shape[0] for name, tensor in weights.items()}
     zeros = {bias: constant(np.zeros(n, np.float32)) for bias, n in rows.items() if bias not in tensors}
     return {**tensors, **zeros}, settings, frozenset(zeros)
+
+
+def _gate_before_up(tensors: Tensors, end: str, axis: int) -> None:
+    """One tensor in place of two, here."""
+    for role in in_layers(tensors, rf"ffn_gate_{end}\.weight"):
+        gate, up = tensors.pop(role), tensors.pop(role.replace("gate", "up"))
+        shape = [*gate.shape]
+        shape[axis] += up.shape[axis]
+        tensors[role.replace("gate", "gate_up")] = CanonicalTensor(tuple(shape), _joined(gate, up, axis))
+
+
+def _joined(first: CanonicalTensor, second: CanonicalTensor, axis: int) -> Callable[[], np.ndarray]:
+    return lambda: np.concatenate([first.read(), second.read()], axis)
 
 
 def _write_weights(
@@ -232,11 +117,11 @@ def _write_weights(
     for role, tensor in tensors.items():
         turned = layout.conv1d and role.startswith("blk.") and len(tensor.shape) == 2
         stored[role] = transposed(tensor) if turned else tensor
-        size = math.prod(tensor.shape) * format.block_bytes // format.block_size
-        entries[_name(role, layout)] = {
-            "dtype": format.name, "shape": list(stored[role].shape), "data_offsets": [at, at + size],
-        }  # fmt: skip
-        at += size
+        names, shape = _names(role, layout, stored[role].shape)
+        size = math.prod(shape) * format.block_bytes // format.block_size
+        for name in names:
+            entries[name] = {"dtype": format.name, "shape": shape, "data_offsets": [at, at + size]}
+            at += size
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     done = []
@@ -259,13 +144,16 @@ def _write_weights(
     return done
 
 
-def _name(role: str, layout: Layout) -> str:
-    """What transformers calls the tensor."""
+def _names(role: str, layout: Layout, shape: tuple[int, ...]) -> tuple[list[str], list[int]]:
+    """What transformers calls the tensor, or the parts of it that lie behind each other, and the shape of each."""
     if not role.startswith("blk."):
         part, end = role.rsplit(".", 1)
-        return f"{layout.names[part]}.{end}"
+        return [f"{layout.names[part]}.{end}"], [*shape]
     _, layer, part, end = role.split(".")
-    return f"{layout.names[f'blk.{{i}}.{part}'].replace('{i}', layer)}.{end}"
+    name = f"{layout.names[f'blk.{{i}}.{part}'].replace('{i}', layer)}.{end}"
+    if "{n}" in name:
+        return [name.replace("{n}", str(n)) for n in range(shape[0])], [*shape[1:]]
+    return [name], [1, *shape] if part in ROWS and len(shape) == 1 else [*shape]
 
 
 # ── what stands beside them ──────────────────────────────────────────────────────────────────────────────────────────
@@ -277,10 +165,10 @@ def _rope(model: CanonicalModel, source: object) -> dict[str, Any]:
     if rope is None:
         return {}
     if "rope_factors_long.weight" in model.tensors:
-        raise _refused(source, "rotary factors that depend on the context's length")
+        raise refused(source, "rotary factors that depend on the context's length")
     plain = rope.scaling != "yarn" and rope.attention_factor != 1.0
     if plain or rope.extrapolation != 1.0 or (factors is not None and rope.scaling != "none"):
-        raise _refused(source, "rotary positions scaled in this way")
+        raise refused(source, "rotary positions scaled in this way")
     scaling: dict[str, Any] | None = None
     if factors is not None:
         scaling = _llama3(rope, factors.read())

@@ -21,8 +21,9 @@ from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.memory import reserved, round_up
 from pocketlm.runtime.positions import Turn, rotate
 
-KINDS = ("f16", "q8")  # of numbers: each executor's usual ones, float16 or float32, or int8 with a scale
+KINDS = ("q16", "q8")  # of numbers: each executor's usual ones, int16 with a scale or float32, or int8 with a scale
 SCALE_BYTES = 4
+MAX_KEY, MAX_VALUE = 32767, 4095  # of int16: the length of a key at most, and the magnitude of a value's numbers
 SPREAD = 16  # columns of keys that are spread: multiples of it
 MARGIN = 512  # positions before a window that are kept: an answer of so many tokens can be taken back
 
@@ -36,7 +37,7 @@ class KVCache:
     dtype: Any = np.float32
     block = 512  # tokens that an executor writes at most before it reads
     unit = 1  # rows are a multiple of it, and what a query reads begins at one
-    saved: Any = np.float32  # the numbers in a file, which are exactly those that are kept
+    saved: Any = np.float32  # the numbers in a file, float32 or int16: exactly those that are kept
 
     def __init__(
         self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
@@ -273,9 +274,39 @@ def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     largest = np.abs(x).max(-1).astype(np.float32) * np.float32(1 / 127)
     scales = ((largest.view(np.int32) + 0x80) & -0x100).view(np.float32)
+    return _rounded(x, scales, np.int8), scales
+
+
+def values_to_words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers [..., n] as int16 [..., n] and a scale for each n, a power of two, float32 [...].
+
+    What is read from int16 and rounded again stays the same number, bit for bit; so it is with keys.
+    """
+    scales = _power_of_two(np.abs(x).max(-1) / np.float32(MAX_VALUE))
+    return _rounded(x, scales, np.int16), scales
+
+
+def keys_to_words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same for keys, of which the length, not the largest number, decides: sums of products with a query stay small."""
+    scales = _power_of_two(np.sqrt(np.square(x, dtype=np.float64).sum(-1)) / MAX_KEY)
+    words = _rounded(x, scales, np.int16)
+    is_long = np.square(words, dtype=np.float64).sum(-1) > MAX_KEY**2
+    scales[is_long] *= 2
+    words[is_long] = _rounded(x[is_long], scales[is_long], np.int16)
+    return words, scales
+
+
+def _power_of_two(x: np.ndarray) -> np.ndarray:
+    """The smallest that is at least x, float32; NaN where x is no number."""
+    fraction, exponent = np.frexp(x)
+    with np.errstate(invalid="ignore"):
+        return np.ldexp(np.sign(x), exponent - (fraction == 0.5)).astype(np.float32) + (x - x).astype(np.float32)
+
+
+def _rounded(x: np.ndarray, scales: np.ndarray, dtype: Any) -> np.ndarray:
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 1e-30)
     with np.errstate(invalid="ignore"):  # NaN has no integer; the scale carries it on
-        return np.rint(x * inverse[..., None]).astype(np.int8), scales
+        return np.rint(x * inverse[..., None]).astype(dtype)
 
 
 def spread(x: np.ndarray) -> np.ndarray:
@@ -293,37 +324,31 @@ def spread(x: np.ndarray) -> np.ndarray:
     return x * np.float32(n**-0.5)
 
 
-class ByteCache(KVCache):
-    """int8: a row is head_dim numbers and the bytes of their scale, a float32. Keys are spread."""
+class ScaledCache(KVCache):
+    """Integers: a row is head_dim numbers and the bytes of their scale, a float32."""
 
-    dtype, saved = np.int8, np.float32
+    dtype = saved = np.int16
+    keep: Any = keys_to_words, values_to_words  # makes integers and scales of keys, of values
 
     @classmethod
     def _padded(cls, hyper: Hyper) -> int:
-        return hyper.head_dim + SCALE_BYTES
-
-    def _parts(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Views of keys (0) or values (1): numbers [n_kv_head, rows, head_dim], scales [n_kv_head, rows]."""
-        rows = self.layers[layer][which]
-        return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].view(np.float32)[..., 0]
-
-    def _index(self, layer: int, start: int, stop: int) -> tuple[Any, ...]:
-        """Where positions are in the views."""
-        return slice(None), self.at(layer, start, stop)
+        return hyper.head_dim + SCALE_BYTES // np.dtype(cls.dtype).itemsize
 
     def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
-        (numbers, scales), index = self._parts(which, layer), self._index(layer, start, stop)
-        return numbers[index] * scales[index][..., None]
+        """Keys (0) or values (1) as they are kept."""
+        rows, n = self.layers[layer][which][:, self.at(layer, start, stop)], self.hyper.head_dim
+        return rows[..., :n] * rows[..., n:].view(np.float32)
 
     def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
-        (numbers, scales), index = self._parts(which, layer), self._index(layer, start, start + x.shape[1])
-        numbers[index], scales[index] = to_bytes(x)
+        numbers, scales = self.keep[which](x)
+        rows = np.concatenate([numbers, scales[..., None].view(self.dtype)], -1)
+        self.layers[layer][which][:, self.at(layer, start, start + x.shape[1])] = rows
 
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return spread(self._read(0, layer, start, stop))
+        return self._read(0, layer, start, stop)
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        self._write(0, layer, start, spread(keys))
+        self._write(0, layer, start, keys)
 
     def read_values(self, layer: int, start: int, stop: int) -> np.ndarray:
         return self._read(1, layer, start, stop)
@@ -332,7 +357,20 @@ class ByteCache(KVCache):
         self._write(1, layer, start, values)
 
     def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._read(0, layer, start, stop), self.read_values(layer, start, stop)
+        return self._read(0, layer, start, stop), self._read(1, layer, start, stop)
+
+
+class ByteCache(ScaledCache):
+    """int8. Keys are spread."""
+
+    dtype, saved = np.int8, np.float32
+    keep = to_bytes, to_bytes
+
+    def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
+        return spread(self._read(0, layer, start, stop))
+
+    def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
+        self._write(0, layer, start, spread(keys))
 
     def queries(self, q: np.ndarray) -> np.ndarray:
         return spread(q)

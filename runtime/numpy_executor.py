@@ -28,7 +28,7 @@ from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
-CACHES = {"f16": KVCache, "q8": ByteCache}
+CACHES = {"q16": KVCache, "q8": ByteCache}
 SMALL = 1 << 16  # multiplications below which waking the other threads costs more than it saves
 HEAD_START = 48 << 10  # multiplications that the caller has done when the others are awake: 4 % of a token of a 48M model
 
@@ -40,7 +40,7 @@ class NumpyExecutor:
     block = BLOCK
     same_bits = False  # products of few rows are summed in another order than those of many
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"):
         self._kind, self.arithmetic = CACHES[kv], "numpy" + " q8" * (kv == "q8")
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
         self._run = {
@@ -66,7 +66,7 @@ class NumpyExecutor:
 
     @staticmethod
     def memory(
-        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"
     ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
         hyper, n = plan.hyper, min(BLOCK, n_ctx)
@@ -251,7 +251,8 @@ class NumpyExecutor:
 
     def _gate(self, op: P.Gate, state: dict[str, np.ndarray]) -> None:  # columns of [n, width] += [n, n_groups * width]
         x, y, columns = state[op.x], state[op.y], slice(op.column, op.column + op.n_groups * op.width)
-        gates = np.float32(op.factor) / (1 + np.exp(-(x[:, : op.n_columns] @ self._rows(op.weight).T)))  # [n, n_groups]
+        weight = self._rows(op.weight).reshape(op.n_groups, -1)
+        gates = np.float32(op.factor) / (1 + np.exp(-(x[:, : op.n_columns] @ weight.T)))  # [n, n_groups]
         state[op.out][:, columns] += np.repeat(gates, op.width, 1) * y
 
     def _scale(self, op: P.Scale, state: dict[str, np.ndarray]) -> None:  # [n, width] -> [n, width]

@@ -19,6 +19,7 @@ Every executor runs this list, and the ONNX exporter writes it down. Buffers tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.operations import Attend, Convolve, Experts, Linear, Logits, Op
 
+OLD_EXPERTS = r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight"
 
 @dataclass(frozen=True)
 class Plan:
@@ -74,6 +76,8 @@ def make_plan(hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object)
     """
     builder = Builder(hyper, shapes, path)
     ARCHITECTURES[hyper.architecture].operations(builder)
+    if any(re.fullmatch(OLD_EXPERTS, name) for name in shapes):
+        raise FileError(path, "has a tensor for every expert, as files from before April 2024", "get a newer file of the model")
     left_over = [name if name.isprintable() else ascii(name) for name in shapes if name not in builder.used]
     problems = builder.problems + [f"{name} is not part of the architecture {hyper.architecture}" for name in left_over]
     if problems:

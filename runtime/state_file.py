@@ -3,8 +3,9 @@
 In: ids and a cache. Out: a file, and the cache filled again by the same model, by either executor. A file is never trusted:
 sizes, ids, the model's fingerprint and the checksum are looked at before a byte of it is used.
 
-Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float16 or float32 [n_kv_head, n, head_dim],
-or a convolution's columns, float32 [1, n, columns], then the SHA-256 of all that. Layers with a sliding window have positions
+Layout, little-endian: HEADER, ids int32 [n], then for each layer keys and values, float32 [n_kv_head, n, head_dim], or int16 of
+that shape and their scales, float32 [n_kv_head, n, 1], or a convolution's columns, float32 [1, n, columns], then the SHA-256 of
+all that. Layers with a sliding window have positions
 [first, n) only. Keys are rotated. The numbers are those that were computed: where another executor or another instruction-set
 level goes on from them, it does so within rounding, not bit for bit.
 """
@@ -25,9 +26,9 @@ import numpy as np
 from pocketlm.errors import FileError, UsageError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.hyper import Hyper
-from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.kv_cache import KVCache, keys_to_words, values_to_words
 
-MAGIC, VERSION = b"pocketlm state\n\0", 2
+MAGIC, VERSION = b"pocketlm state\n\0", 3
 # magic, version, n, n_layer, n_kv_head, head_dim, bytes of a number, first; the fingerprint
 HEADER = struct.Struct("<16s7I32s")
 PART = 1 << 20  # bytes read at once
@@ -39,7 +40,7 @@ class State:
     """What `check_state` found."""
 
     ids: list[int]
-    dtype: np.dtype[Any]
+    itemsize: int  # bytes of a number
     offset: int  # of the first layer's keys
     first: int  # position of layers that have a sliding window
 
@@ -55,9 +56,9 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
     The file appears whole or not at all; raises FileError, UsageError as `as_path`.
     """
     ids = ids if cache.goes_on_from(len(ids)) else []
-    hyper, dtype, n, first = cache.hyper, np.dtype(cache.saved).newbyteorder("<"), len(ids), cache.first if ids else 0
-    size = _size(cache, n, first, dtype.itemsize)
-    counts = n, hyper.n_layer, hyper.n_kv_head, hyper.head_dim, dtype.itemsize, first
+    hyper, itemsize, n, first = cache.hyper, np.dtype(cache.saved).itemsize, len(ids), cache.first if ids else 0
+    size = _size(cache, n, first, itemsize)
+    counts = n, hyper.n_layer, hyper.n_kv_head, hyper.head_dim, itemsize, first
     header = HEADER.pack(MAGIC, VERSION, *counts, _identity(model, hyper))
     digest = hashlib.sha256()
     with replacing_file(as_path(path), size) as part, open(part, "wb") as file:
@@ -69,8 +70,12 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
         write(header)
         write(np.asarray(ids, "<i4").tobytes())
         for layer, start in enumerate(_starts(cache, first)):
-            for part in _parts(cache, layer, dtype):
-                write(part.read(layer, start, n).astype(part.dtype).tobytes())
+            for part in _parts(cache, layer, itemsize):
+                x = part.read(layer, start, n)
+                numbers, scales = part.keep(x) if part.keep else (x, None)
+                write(numbers.astype(part.dtype, copy=False).tobytes())
+                if scales is not None:
+                    write(scales.astype("<f4", copy=False).tobytes())
         file.write(digest.digest())
 
 
@@ -103,7 +108,7 @@ def check_state(path: str | Path, cache: KVCache, model: str) -> State:
             raise FileError(path, "its checksum does not fit its content", f"it is damaged; {DAMAGED}")
     if n and not 0 <= ids.min() <= ids.max() < hyper.n_vocab:
         raise FileError(path, "holds ids that are not in the vocabulary", f"it is damaged; {DAMAGED}")
-    return State(ids.tolist(), np.dtype(f"<f{itemsize}"), HEADER.size + 4 * n, first)
+    return State(ids.tolist(), itemsize, HEADER.size + 4 * n, first)
 
 
 def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
@@ -115,38 +120,48 @@ def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
         file.seek(state.offset)
         for layer, start in enumerate(_starts(cache, state.first)):
             kept = max(start, cache.held(layer))  # the other executor may hold more
-            for part in _parts(cache, layer, state.dtype):
-                found = _read(path, file, (part.heads, n - start, part.width), part.dtype, part.kept_as)
+            for part in _parts(cache, layer, state.itemsize):
+                found = _read(path, file, (part.heads, n - start, part.width), part.dtype)
+                if part.keep:
+                    found = found * _read(path, file, (part.heads, n - start, 1), np.dtype("<f4"))
                 part.write(layer, kept, found[:, kept - start :])
     cache.length = n
     return state.ids
 
 
 class _Part(NamedTuple):
-    """What a layer keeps of its positions, [heads, n, width], and as which numbers: in the file, in the cache."""
+    """What a layer keeps of its positions, float32 [heads, n, width], and as which numbers a file has them; `keep` makes these
+    where they have scales, and loses nothing of what it has made before.
+    """
 
     read: Callable[[int, int, int], np.ndarray]
     write: Callable[[int, int, np.ndarray], None]
     heads: int
     width: int
     dtype: np.dtype[Any]
-    kept_as: Any
+    keep: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.heads * (self.width * self.dtype.itemsize + (4 if self.keep else 0))
 
 
-def _parts(cache: KVCache, layer: int, dtype: np.dtype[Any]) -> list[_Part]:
+def _parts(cache: KVCache, layer: int, itemsize: int) -> list[_Part]:
     if layer in cache.convolved:
-        width = cache.columns[layer]
-        return [_Part(cache.read_columns, cache.write_columns, 1, width, np.dtype("<f4"), np.float32)]
-    of_each = cache.hyper.n_kv_head, cache.hyper.head_dim, dtype, cache.saved
-    return [_Part(cache.read_keys, cache.write_keys, *of_each), _Part(cache.read_values, cache.write_values, *of_each)]
+        return [_Part(cache.read_columns, cache.write_columns, 1, cache.columns[layer], np.dtype("<f4"))]
+    of_each = cache.hyper.n_kv_head, cache.hyper.head_dim, np.dtype("<i2" if itemsize == 2 else "<f4")
+    keep = (keys_to_words, values_to_words) if itemsize == 2 else (None, None)
+    return [
+        _Part(cache.read_keys, cache.write_keys, *of_each, keep[0]),
+        _Part(cache.read_values, cache.write_values, *of_each, keep[1]),
+    ]
 
 
-def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype[Any], kept_as: Any) -> np.ndarray:
+def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> np.ndarray:
     content = file.read(math.prod(shape) * dtype.itemsize)
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise FileError(path, "has become shorter", DAMAGED)
-    with np.errstate(over="ignore"):
-        array = np.frombuffer(content, dtype).reshape(shape).astype(kept_as)
+    array = np.frombuffer(content, dtype).reshape(shape)
     if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
         raise FileError(path, "holds numbers that are not finite", DAMAGED)
     return array
@@ -158,9 +173,9 @@ def _starts(cache: KVCache, first: int) -> list[int]:
 
 
 def _size(cache: KVCache, n: int, first: int, itemsize: int) -> int:
-    layers, dtype = enumerate(_starts(cache, first)), np.dtype(f"f{itemsize}")
-    parts = [(n - start, part) for layer, start in layers for part in _parts(cache, layer, dtype)]
-    return HEADER.size + 4 * n + sum(rows * p.heads * p.width * p.dtype.itemsize for rows, p in parts) + 32
+    layers = enumerate(_starts(cache, first))
+    parts = [(n - start, part) for layer, start in layers for part in _parts(cache, layer, itemsize)]
+    return HEADER.size + 4 * n + sum(rows * part.row_bytes for rows, part in parts) + 32
 
 
 def as_path(name: Any) -> Path:

@@ -118,13 +118,14 @@ def _persona(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _sessions(model: Any, arguments: argparse.Namespace) -> list[Any]:
-    """As many as asked for, or as there is memory for, but for one at least."""
-    sessions = [model.session()]
+    """As many as asked for, or as there is memory for; the first is the model's own, whose cache is promised anyway."""
+    sessions = [model.own_session]
     try:
         while len(sessions) < arguments.slots:
             sessions.append(model.session())
     except FileError:
-        print(f"{arguments.program}: there is memory for {len(sessions)} slots; --ctx makes them smaller", file=sys.stderr)
+        told = f"there is memory for {len(sessions)} of {arguments.slots} slots; --ctx makes them smaller"
+        print(f"{arguments.program}: {told}", file=sys.stderr)
     return sessions
 
 

@@ -88,8 +88,8 @@ WantedBy=multi-user.target
 def unit(arguments: Any, words: list[str], model: Any) -> str:
     """The unit's text. `words`: the command line behind `pocketlm`."""
     slots, port = arguments.slots, arguments.port
-    caches = (slots + 1) * model.session_bytes(model.n_ctx)
-    memory = -(-(model.file_bytes + caches + BESIDE) // MB)  # one more: the model's own session
+    caches = slots * model.session_bytes(model.n_ctx)
+    memory = -(-(model.file_bytes + caches + BESIDE) // MB)
     program, needed = _program()
     low = 0 < port < 1024  # such a port wants a right that a user of its own has not
     return UNIT.format(

@@ -239,35 +239,59 @@ class LitGPT(Model):
 
 
 class MiniMind3(Model):
-    """A Qwen3 with 6400 tokens: heads normalised before they are rotated; no configuration is saved."""
+    """A Qwen3 with 6400 tokens: heads normalised before they are rotated; no configuration is saved.
 
-    def __init__(self, n_layer=2, n_head=4, n_kv_head=2, d=16, vocab=6400):
-        n_embd, n_ff = n_head * d, 96
+    `n_experts`: in place of a feed-forward layer, `n_used` of them for a token. `n_shared`, and without `norms` of heads:
+    minimind2.
+    """
+
+    def __init__(self, n_layer=2, n_head=4, n_kv_head=2, d=16, vocab=6400, n_experts=0, n_used=1, n_shared=0, norms=True):
+        n_embd, n_ff, eps = n_head * d, 96, 1e-6 if norms else 1e-5
         parts: dict[str, nn.Module] = {"model.embed_tokens": nn.Embedding(vocab, n_embd)}
         for i in range(n_layer):
             at = f"model.layers.{i}."
             for name in ("input_layernorm", "post_attention_layernorm"):
-                parts[at + name] = nn.RMSNorm(n_embd, eps=1e-6)
-            for name in ("q_norm", "k_norm"):
-                parts[at + f"self_attn.{name}"] = nn.RMSNorm(d, eps=1e-6)
+                parts[at + name] = nn.RMSNorm(n_embd, eps=eps)
+            for name in ("q_norm", "k_norm") if norms else ():
+                parts[at + f"self_attn.{name}"] = nn.RMSNorm(d, eps=eps)
             sizes = {"q": n_head * d, "k": n_kv_head * d, "v": n_kv_head * d, "o": n_embd}
             parts |= {at + f"self_attn.{name}_proj": nn.Linear(n_embd, rows, bias=False) for name, rows in sizes.items()}
-            parts |= {at + f"mlp.{name}_proj": nn.Linear(n_embd, n_ff, bias=False) for name in ("gate", "up")}
-            parts[at + "mlp.down_proj"] = nn.Linear(n_ff, n_embd, bias=False)
-        super().__init__({**parts, "model.norm": nn.RMSNorm(n_embd, eps=1e-6)})
+            if n_experts:
+                parts[at + "mlp.gate"] = nn.Linear(n_embd, n_experts, bias=False)
+            layers = [f"experts.{e}." for e in range(n_experts)] + [f"shared_experts.{e}." for e in range(n_shared)]
+            for layer in layers or [""]:
+                parts |= {at + f"mlp.{layer}{name}_proj": nn.Linear(n_embd, n_ff, bias=False) for name in ("gate", "up")}
+                parts[at + f"mlp.{layer}down_proj"] = nn.Linear(n_ff, n_embd, bias=False)
+        super().__init__({**parts, "model.norm": nn.RMSNorm(n_embd, eps=eps)})
         self.n_layer, self.n_head, self.n_kv_head = n_layer, n_head, n_kv_head
+        self.n_experts, self.n_used, self.n_shared = n_experts, n_used, n_shared
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self["model.embed_tokens"](ids)
         for i in range(self.n_layer):
             block = self[f"model.layers.{i}"]
             a, h = block.self_attn, block.input_layernorm(x)
-            q = halves(a.q_norm(split(a.q_proj(h), self.n_head)), 1e6)
-            k = halves(a.k_norm(split(a.k_proj(h), self.n_kv_head)), 1e6)
+            q, k = (split(p(h), n) for p, n in ((a.q_proj, self.n_head), (a.k_proj, self.n_kv_head)))
+            if hasattr(a, "q_norm"):
+                q, k = a.q_norm(q), a.k_norm(k)
+            q, k = halves(q, 1e6), halves(k, 1e6)
             x = x + a.o_proj(attention(q, k, split(a.v_proj(h), self.n_kv_head), q.shape[-1] ** -0.5))
-            h = block.post_attention_layernorm(x)
-            x = x + block.mlp.down_proj(F.silu(block.mlp.gate_proj(h)) * block.mlp.up_proj(h))
+            x = x + self.mixture(block.mlp, block.post_attention_layernorm(x))
         return self["model.norm"](x) @ self["model.embed_tokens"].weight.T
+
+    def mixture(self, mlp: Any, h: Tensor) -> Tensor:
+        def layer(part: Any, h: Tensor) -> Tensor:
+            return part.down_proj(F.silu(part.gate_proj(h)) * part.up_proj(h))
+
+        if not self.n_experts:
+            return layer(mlp, h)
+        shares, chosen = mlp.gate(h).softmax(-1).topk(self.n_used)
+        shares = shares / shares.sum(-1, keepdim=True)
+        out = torch.zeros_like(h)
+        for t, row in enumerate(h):
+            for share, number in zip(shares[t], chosen[t].tolist(), strict=True):
+                out[t] += share * layer(getattr(mlp.experts, str(number)), row)
+        return out + sum(layer(getattr(mlp.shared_experts, str(e)), h) for e in range(self.n_shared))
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:

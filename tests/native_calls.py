@@ -12,7 +12,7 @@ import pytest
 from canonical_models import make_hyper, make_model
 
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.kv_cache import KVCache
+from pocketlm.runtime.kv_cache import ScaledCache
 from pocketlm.runtime.native import levels, linker
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.executor import NativeExecutor
@@ -155,7 +155,7 @@ def tensors_of(hyper: Any, fmt: str, formats: Mapping[str, str] | None = None, *
 
 def executors(
     level: Level, fmt: str = "F32", threads: int = 2, formats: Mapping[str, str] | None = None, n_ctx: int | None = None,
-    tied: bool = True, bias: bool = False, fused: bool = False, kv: str = "f16", **hyper: Any,
+    tied: bool = True, bias: bool = False, fused: bool = False, kv: str = "q16", **hyper: Any,
 ) -> tuple[NativeExecutor, NumpyExecutor]:  # fmt: skip
     """The same random model in both executors; the reference rounds keys and values as it does."""
     if hyper.get("position") == "learned" and n_ctx:  # the table has a row for each position
@@ -167,19 +167,15 @@ def executors(
         patch.setenv("POCKETLM_ISA", level.name)
         native = NativeExecutor(plan, tensors, n_ctx or shape.n_ctx, threads, kv)
     reference = NumpyExecutor(plan, tensors, n_ctx or shape.n_ctx, 1, kv)
-    if kv == "f16":
+    if kv == "q16":
         round_as_native(reference)
     return native, reference
 
 
 def round_as_native(reference: NumpyExecutor) -> None:
-    """Keys and values in an empty cache of float16."""
+    """Keys and values in an empty cache of int16, as the native executor has them."""
     own = reference.cache
-    reference.cache = reference._cache = _HalfCache(own.hyper, own.n_ctx, own._turns, own.windows, own.columns)
-
-
-class _HalfCache(KVCache):
-    dtype = np.float16
+    reference.cache = reference._cache = ScaledCache(own.hyper, own.n_ctx, own._turns, own.windows, own.columns)
 
 
 @functools.cache

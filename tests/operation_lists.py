@@ -13,6 +13,7 @@ from canonical_models import make_hyper
 from pocketlm.runtime import operations as P
 from pocketlm.runtime.architectures import bloom, gptneox, granite, lfm2, olmo2, olmoe, phi2, phi3, qwen3moe, stablelm
 from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.plan import Plan
@@ -237,6 +238,7 @@ LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.1
 FACTORS = {"attention.scale": 0.11, "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 8.0}
 CONVOLUTIONS = {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]}
 EXPERTS = {"expert_count": 7, "expert_used_count": 3}
+mixtral, qwen2moe, granitemoe = (ARCHITECTURES[name].operations for name in ("llama", "qwen2moe", "granitemoe"))
 LISTS: dict[str, Callable[[], Plan]] = {
     "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
     "gemma2": lambda: make(gemma2, activation="gelu_tanh", **HALF),
@@ -251,6 +253,12 @@ LISTS: dict[str, Callable[[], Plan]] = {
     "gpt-oss": lambda: make(gpt_oss, **HALF),
     "qwen3moe": lambda: make(qwen3moe.operations, settings=EXPERTS | {"expert_feed_forward_length": 48}, **HALF),
     "olmoe": lambda: make(olmoe.operations, settings=EXPERTS, **HALF),
+    "mixtral": lambda: make(mixtral, settings=EXPERTS),
+    "qwen2moe": lambda: make(qwen2moe, settings=EXPERTS | {"expert_shared_feed_forward_length": 36}, **HALF),
+    "qwen2moe, a gate of one row": lambda: make(
+        qwen2moe, {f"blk.{i}.ffn_gate_inp_shexp.weight": (1, 64) for i in range(2)}, settings=EXPERTS, **HALF
+    ),
+    "granitemoe": lambda: make(granitemoe, settings=FACTORS | EXPERTS | {"expert_shared_feed_forward_length": 60}),
     "experts with biases": lambda: make(routed(n_ff=36), _expert_biases(36), settings=EXPERTS, **HALF),
     "experts, sigmoid": lambda: make(routed(kind="sigmoid", normalised=False), settings=EXPERTS, activation="relu"),
     "experts, sigmoid, normalised": lambda: make(routed(kind="sigmoid"), settings=EXPERTS | {"expert_used_count": 7}),
@@ -345,7 +353,8 @@ def reference(plan: Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: in
         elif isinstance(op, P.Gate):
             s[op.out] = s[op.out].copy()
             for g in range(op.n_groups):
-                share = op.factor / (1 + np.exp(-s[op.x][:, : op.n_columns] @ w[op.weight][g]))
+                gates = w[op.weight].reshape(op.n_groups, -1)
+                share = op.factor / (1 + np.exp(-s[op.x][:, : op.n_columns] @ gates[g]))
                 at = op.column + g * op.width
                 s[op.out][:, at : at + op.width] += share[:, None] * s[op.y][:, g * op.width : (g + 1) * op.width]
         elif isinstance(op, P.Scale):

@@ -203,7 +203,7 @@ def main() -> int:
     for name, value in {"tokens": 1_000_000, "threads": 2, "sessions": 8, "seed": 0, "ctx": 512}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--kv", default="f16", choices=KINDS)
+    parser.add_argument("--kv", default=KINDS[0], choices=KINDS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -1,9 +1,11 @@
 """Whatever somebody who writes Python with a model gets wrong ends in one line that says so, and the model goes on."""
 
+import ast
 import copy
 import os
 import pickle
 import random
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,3 +134,24 @@ def test_threads_that_use_one_session_at_the_same_time_get_an_answer_or_one_line
         list(pool.map(use, range(4)))
     assert not wrong
     assert say(session) == expected
+
+
+def test_an_id_alone_is_no_list_of_ids(model):
+    with pytest.raises(UsageError, match="takes a list of ids, not int"):
+        model.tokenizer.decode(5)
+
+
+def test_what_a_notebook_shows_of_a_model_and_a_session(path):
+    with pocketlm.load(path, backend="numpy", threads=1) as model:
+        session = model.session()
+        assert repr(model) == f"<Model {model.name!r}: numpy, threads 1, context {model.n_ctx}>"
+        assert repr(session) == f"<Conversation with {model.name!r}: 0 of {model.n_ctx} tokens>"
+    assert model.name in repr(model)
+    assert model.name in repr(session)
+
+
+def test_tab_offers_what_is_imported_on_first_use():
+    """In a process of its own: here all of it has long been used."""
+    asks = [sys.executable, "-c", "import pocketlm; print(dir(pocketlm))"]
+    shown = subprocess.run(asks, capture_output=True, text=True, check=True)
+    assert {"load", "Model", "tokenizer", "__version__"} <= set(ast.literal_eval(shown.stdout))

@@ -14,7 +14,7 @@ import pocketlm
 from pocketlm import cli
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.errors import UsageError
-from pocketlm.runtime.kv_cache import ByteCache, spread, to_bytes
+from pocketlm.runtime.kv_cache import KINDS, ByteCache, spread, to_bytes
 from pocketlm.runtime.native.caches import NativeByteCache, NativeCache
 from pocketlm.runtime.native.sizes import SPAN
 
@@ -136,27 +136,27 @@ def test_layers_with_a_window_keep_rings_of_them(tmp_path):
 def test_turns_that_go_are_moved_as_in_a_cache_of_floats(tmp_path):
     path, ids = write_model(tmp_path / "tiny.gguf", n_ctx=256), np.random.default_rng(7).integers(3, 250, 200).tolist()
     left, logits = ids[:20] + ids[60:], {}
-    for kv in ("f16", "q8"):
+    for kv in KINDS:
         with pocketlm.load(path, "native", 1, kv=kv) as model:
             state = model.session().state
             state.advance(ids)
             logits[kv], n_cached = state.advance([*left, 7], shift=True)
             assert n_cached == len(left)
-    assert kl_divergence(logits["f16"][None], logits["q8"][None]).max() < 1e-3
+    assert kl_divergence(logits["q16"][None], logits["q8"][None]).max() < 1e-3
 
 
 def test_it_takes_half_the_memory():
     native, _ = executors(host_level(), "F16", 1, head_dim=64, n_embd=128, n_head=2, n_kv_head=2, n_ctx=512, kv="q8")
     hyper = native.hyper
     whole, half = NativeCache.bytes_for(hyper, 512), NativeByteCache.bytes_for(hyper, 512)
-    assert half == native.cache.keys.nbytes + native.cache.values.nbytes == whole * 68 // 128
-    assert ByteCache.bytes_for(hyper, 512) == whole * 68 // 128
+    assert half == native.cache.keys.nbytes + native.cache.values.nbytes == whole * 68 // 132
+    assert ByteCache.bytes_for(hyper, 512) == half
     assert native.memory(native.plan, {}, 512, 1, "q8")[1] == half
     native.close()
 
 
 def test_another_kind_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="kv 'q4': expected one of f16, q8"):
+    with pytest.raises(UsageError, match="kv 'q4': expected one of q16, q8"):
         pocketlm.load(write_model(tmp_path / "tiny.gguf"), kv="q4")
 
 
@@ -174,4 +174,4 @@ def test_commands_and_packed_programs_ask_for_it(tmp_path, capsys):
     assert from_bytes(own.to_bytes(), "friend").arguments() == ["--kv=q8", "--temp=0.5"]
     capsys.readouterr()
     assert cli.main(["chat", str(path), "then", "--kv=q9"]) == 2
-    assert "kv 'q9': expected one of f16, q8" in capsys.readouterr().err
+    assert "kv 'q9': expected one of q16, q8" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def test_a_text_that_is_too_long_for_a_base_model_loses_its_beginning(tmp_path):
         model.template = named("plain", model.tokenizer)
         first, *_ = model.chat([{"role": "user", "content": text}], max_tokens=3, temperature=0)
         whole = model.tokenizer.encode(text, bos=True)
-        kept = model._session.state.ids[: 64 - 3]
+        kept = model.own_session.state.ids[: 64 - 3]
         assert kept == [model.tokenizer.bos_id, *whole[-(64 - 3 - 1) :]]
         assert first.note == f"the oldest {len(whole) - len(kept)} tokens were forgotten"
 

@@ -193,6 +193,12 @@ def test_what_commands_set_reaches_the_model():
     assert chat("/stop END", "/stop off", "Hello")[3].sampling["stop"] == ()
 
 
+def test_retry_says_what_is_asked_again():
+    notes = chat("one", "/retry")[1]
+    assert "asked again: one\n" in notes
+    assert "taken back" not in notes
+
+
 def test_undo_takes_the_last_turn_back():
     model = chat("one", "two", "/undo", "three")[3]
     assert [message["content"] for message in model.asked[-1]] == ["one", "You said: one", "three"]

@@ -131,7 +131,7 @@ def test_old_ones_go(monkeypatch):
 
 def test_what_was_moved_is_not_kept_as_if_it_were_exact():
     with load(ctx=200) as model:
-        session = model._session
+        session = model.own_session
         messages = []
         for question in (*ASKED, *ASKED):
             messages.append({"role": "user", "content": question})

@@ -1,5 +1,6 @@
 """The chat in a real pseudo-terminal: what a person sees and which keys do what."""
 
+import subprocess
 import sys
 import time
 
@@ -37,7 +38,7 @@ def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
     shown.wait("> Hello", 2)
     shown.type(ENTER)
     shown.wait("You said: Hello\n", 2)
-    shown.prompt(5)
+    shown.prompt(4)
 
     shown.type(CTRL_D)
     assert shown.ended() == 0
@@ -92,6 +93,55 @@ def test_ctrl_z_suspends_it_and_it_comes_back(terminal):
     shown.wait("You said: half a line and the rest\n")
     shown.type(CTRL_D)
     assert shown.ended() == 0
+
+
+def test_what_is_typed_while_an_answer_comes_waits_for_the_next_prompt(terminal):
+    shown = terminal()
+    shown.prompt(1)
+    shown.type("/max_tokens 60" + ENTER)
+    shown.prompt(2)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    shown.type("meanwhile" + ENTER)
+    shown.wait("You said: meanwhile\n")
+    shown.prompt(4)
+    assert shown.text().count("meanwhile") == 2, shown.text()  # at the prompt, and in the answer
+    assert "> meanwhile\n" in shown.text()
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
+
+
+def test_ctrl_z_in_an_answer_gives_the_shell_its_echo_back(terminal):
+    shown = terminal(command=(sys.executable, "-c", SHELL, DRIVER))
+    shown.prompt(1)
+    shown.type("/max_tokens 100" + ENTER)
+    shown.prompt(2)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    shown.type(CTRL_Z)
+    shown.wait("suspended")
+    shown.type("what the shell shows")
+    shown.wait("what the shell shows")
+    shown.type(ENTER)
+    shown.wait("the shell heard: what the shell shows")
+    shown.wait("word", shown.text().count("word") + 3)
+    shown.type("unseen")
+    shown.wait("> unseen")
+    assert shown.text().count("unseen") == 1, shown.text()
+    shown.type(CTRL_C)
+    shown.prompt(4)
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
+
+
+def test_a_terminal_that_does_not_say_where_its_cursor_is_gets_no_warning():
+    """prompt_toolkit has one ready, two seconds after the first prompt."""
+    asks = """
+from pocketlm.chat.console import _editor
+print(_editor(lambda line: (), None).app.renderer.cpr_not_supported_callback)
+"""
+    made = subprocess.run([sys.executable, "-c", asks], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert made.stdout == "None\n"
 
 
 def test_one_message_may_have_several_lines(terminal):

@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line(tiny):
         done = subprocess.run([*COMMAND, "inspect", tiny], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("pocketlm: ")
+    assert done.stderr == "pocketlm: the output: No space left on device\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

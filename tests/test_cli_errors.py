@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,27 @@ def test_a_file_that_cannot_run_is_one_line_that_names_it(broken, capsys, name, 
     line = failure(capsys, 1, "generate", str(path), "-p", "a", "--backend", backend)
     assert said in line
     assert str(path) in line
+
+
+@pytest.mark.parametrize("words", [["generate", "-p", "a"], ["chat"], ["serve", "--port", "0"]], ids=lambda words: words[0])
+def test_an_empty_name_is_not_the_model_that_comes_with_the_package(capsys, words):
+    """`pocketlm serve "$MODEL"`, where the variable is not set."""
+    assert "the name of the model is empty" in failure(capsys, 2, words[0], "", *words[1:])
+
+
+def test_a_name_with_a_line_break_is_still_one_line(capsys, tmp_path):
+    line = failure(capsys, 1, "inspect", str(tmp_path / "two\nlines\x1b[31m"))
+    assert r"two\nlines\x1b[31m: there is no such file" in line
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode on this system")
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_a_model_whose_name_is_not_utf8_runs(tmp_path, backend):
+    """In a process of its own: what other tests have left in this one decides about threads."""
+    path = write_model(tmp_path / "model.gguf").rename(tmp_path / os.fsdecode(b"caf\xe9.gguf"))
+    words = ["generate", str(path), "-p", "a", "-n", "2", "--backend", backend]
+    done = subprocess.run([sys.executable, "-m", "pocketlm", *words], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
 @pytest.mark.parametrize("command", [["chat"], ["eval", "--text", "x"], ["tokenize"], ["inspect"]], ids=lambda c: c[0])

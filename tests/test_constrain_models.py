@@ -83,7 +83,7 @@ def test_drafts_change_nothing(model, options):
     form = {"regex": "(abc|abd){20,60}e", **options}
     prompt = "abc" * 30
     plain = [piece.id for piece in model.generate(prompt, max_tokens=60, draft=False, **form)]
-    model._session.state.odds = Eager()
+    model.own_session.state.odds = Eager()
     *drafted, last = model.generate(prompt, max_tokens=60, **form)
     assert last.accepted_tokens > 4
     assert [piece.id for piece in drafted] == plain[:-1]

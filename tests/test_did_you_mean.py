@@ -52,6 +52,8 @@ def test_onnx_has_names_of_its_own(tiny: str, tmp_path: Path, capsys: pytest.Cap
         (["tokenise", "MODEL"], "did you mean tokenize?"),
         (["xyzzy"], "xyzzy: there is no such command; pocketlm --help lists them"),
         (["generate", "MODEL", "-p", "a", "--temperature", "1"], "--temperature: there is no such flag, did you mean --temp?"),
+        (["chat", "MODEL", "--temperature", "1"], "--temperature: there is no such flag, did you mean --temp?"),
+        (["chat", "MODEL", "--n-predict", "1"], "did you mean --max-tokens?"),
         (["generate", "MODEL", "-p", "a", "--max_tokens=1"], "did you mean --max-tokens?"),
         (["generate", "MODEL", "-p", "a", "--xyzzy"], "--xyzzy: there is no such flag; --help lists them"),
         (["export", "MODEL", "--ouput", "m.gguf"], "did you mean --output?"),

@@ -23,7 +23,7 @@ from pocketlm.errors import FileError, PocketlmError
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
 from pocketlm.export.gguf_writer import copy_gguf
-from pocketlm.export.rules import QUANTS
+from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.runtime.architectures import qwen3moe
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.gguf_reader import open_gguf
@@ -195,6 +195,25 @@ def test_files_whose_experts_make_no_sense_are_refused_in_a_line(tmp_path: Path,
     assert "\n" not in str(error.value)
 
 
+def test_a_file_with_a_tensor_for_every_expert_is_refused_in_a_line(tmp_path: Path) -> None:
+    """As llama.cpp wrote Mixtral before April 2024."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 96, "n_layer": 1, "n_ctx": 32}
+    path = write_random(tmp_path / "m.gguf", "llama", sizes, {"expert_count": 4, "expert_used_count": 2}, {})
+    with open_gguf(path) as file:
+        metadata, tensors = {key: file.metadata[key] for key in file.metadata}, {}
+        for name, tensor in file.tensors.items():
+            if "_exps" in name:
+                parts = {name.replace("_exps", f".{i}"): tensor.part(i) for i in range(4)}
+                tensors |= {part: replace(found, name=part) for part, found in parts.items()}
+            else:
+                tensors[name] = tensor
+        with open(tmp_path / "old.gguf", "wb") as out:
+            copy_gguf(out, metadata, tensors)
+    with pytest.raises(FileError, match=r"a tensor for every expert.*get a newer file") as error:
+        pocketlm.load(tmp_path / "old.gguf")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("quant", ["q3_k_m", "q4_k_m", "mxfp4"])
 def test_every_tensor_gets_the_format_that_llama_cpp_gives_it(tmp_path: Path, quant: str) -> None:
     sizes = {"n_embd": 256, "n_head": 4, "n_kv_head": 1, "head_dim": 64, "n_ff": 256, "n_layer": 9, "n_ctx": 8}
@@ -207,6 +226,20 @@ def test_every_tensor_gets_the_format_that_llama_cpp_gives_it(tmp_path: Path, qu
         with open_gguf(tmp_path / f"{name}.gguf") as file:
             formats.append({tensor.name: tensor.format.name for tensor in file.tensors.values()})
     assert formats[0] == formats[1]
+
+
+@pytest.mark.parametrize("quant", ["q3_k_m", "q4_k_m", "q5_k_m", "iq4_nl", "mxfp4"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2moe"])
+def test_attention_beside_eight_experts_gets_the_bits_that_llama_cpp_gives_it(tmp_path: Path, arch: str, quant: str) -> None:
+    """As Mixtral's; and the shared expert's, which every token goes to."""
+    sizes = {"n_embd": 256, "n_head": 4, "n_kv_head": 2, "head_dim": 64, "n_ff": 256, "n_layer": 8, "n_ctx": 8}
+    path = write_random(tmp_path / "f32.gguf", arch, sizes, {"expert_count": 8, "expert_used_count": 1}, {})
+    llama_reference.quantize_file(path, tmp_path / "theirs.gguf", QUANTS[quant].file_type)
+    model = read_canonical(path)
+    head = head_name(model.tensors)
+    ours = {name: by_shape(name, t.shape, QUANTS[quant], head, False, model.hyper)[0] for name, t in model.tensors.items()}
+    with open_gguf(tmp_path / "theirs.gguf") as file:
+        assert {name: format.name for name, format in ours.items()} == {t.name: t.format.name for t in file.tensors.values()}
 
 
 @pytest.mark.parametrize("fmt", ["MXFP4", "Q4_0", "Q6_K", "F16"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from canonical_models import logits_of, make_hyper, make_model
+from families import write_random
 
 from pocketlm import cli
 from pocketlm.errors import FileError, UsageError
@@ -119,6 +120,94 @@ def test_llama_cpps_files_say_the_same_as_the_text_they_were_made_of(uneven, tmp
     assert set(read) == set(counts)
     for name, values in counts.items():
         np.testing.assert_allclose(read[name], values, rtol=1e-3)
+
+
+# ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+NEVER = 2  # the expert that no token goes to
+
+
+@pytest.fixture
+def routed(tmp_path: Path):
+    """A model of five experts, two of them chosen for each token, whose norms make columns as uneven as those of `uneven`."""
+    sizes = {"n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_ff": 64, "n_layer": 2, "n_ctx": 128}
+    keys = {"expert_count": 5, "expert_used_count": 2}
+    biases = {f"blk.{i}.ffn_gate_inp.bias": (5,) for i in range(2)}
+    model = read_model_file(write_random(tmp_path / "routed.gguf", "llama", sizes, keys, biases))
+    away = np.where(np.arange(5) == NEVER, np.float32(-1000), np.float32(0))
+    for i in range(2):
+        scale = (np.exp(np.random.default_rng(i).normal(size=64) * 1.5) / 3).astype(np.float32)
+        for name, values in ((f"blk.{i}.ffn_norm.weight", scale), (f"blk.{i}.ffn_gate_inp.bias", away)):
+            model.tensors[name] = replace(model.tensors[name], read=values.copy)
+    (tmp_path / "text.txt").write_text("Merhaba! Dzień dobry, the quick brown fox. " * 60, encoding="utf-8")
+    return model
+
+
+def experts_of(model) -> list[str]:
+    return [name for name in model.tensors if name.endswith("_exps.weight")]
+
+
+def test_every_expert_is_counted_by_the_tokens_that_went_to_it(routed, tmp_path: Path):
+    ids = np.random.default_rng(5).integers(0, 256, 700)
+    sums = importance_module._mean_squares(routed, ids, tmp_path)
+    for i in range(2):
+        gate, up, down = (sums[f"blk.{i}.ffn_{part}_exps.weight"] for part in ("gate", "up", "down"))
+        np.testing.assert_array_equal(gate, up)
+        np.testing.assert_allclose(gate.sum(0), 2 * sums[f"blk.{i}.ffn_gate_inp.weight"], rtol=1e-5)  # two for each token
+        assert not gate[NEVER].any()
+        assert not down[NEVER].any()
+        assert (np.delete(gate, NEVER, 0) > 0).all()
+        assert down.shape == (5, 64)
+    counts = importance(tmp_path / "text.txt", routed)
+    assert set(experts_of(routed)) <= set(counts)
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q5_1", "iq4_nl"])
+def test_experts_gain_by_a_text_and_one_that_it_never_asks_is_quantised_as_without(routed, tmp_path: Path, quant: str):
+    counts = importance(tmp_path / "text.txt", routed)
+    ids = np.frombuffer(b"Dobry fox, quick the brown Merhaba.", np.uint8).astype(np.int64)
+    exact, errors, data = logits_of(routed, ids), [], []
+    for name, given in (("plain", {}), ("counted", {name: counts[name] for name in experts_of(routed)})):
+        export(routed, "m.pt", path := tmp_path / f"{name}.gguf", quant=quant, importance=given)
+        data.append({name: read_tensor(path, name).reshape(5, -1) for name in experts_of(routed)})
+        rounded = read_model_file(path).tensors
+        last = {name: rounded[name] for name in experts_of(routed) if name.startswith("blk.1.")}  # no router comes after them
+        errors.append(float(np.mean((logits_of(replace(routed, tensors={**routed.tensors, **last}), ids) - exact) ** 2)))
+    assert errors[1] < 0.8 * errors[0]
+    for name, plain in data[0].items():
+        same = (plain == data[1][name]).all(1)
+        np.testing.assert_array_equal(same, np.arange(5) == NEVER)
+
+
+@pytest.mark.parametrize("write", ["old", "new"])
+def test_llama_cpps_files_say_it_of_every_expert(routed, tmp_path: Path, write: str):
+    """The new ones have no sums of an expert that was never asked, and a count of zero; the old ones the mean 1 instead."""
+    counts = {name: values for name, values in importance(tmp_path / "text.txt", routed).items() if "_exps" in name}
+    if write == "old":
+        filled = {name: np.where(values.any(1, keepdims=True), values, 1).ravel() for name, values in counts.items()}
+        _old_file(tmp_path / "imatrix", filled, 12)
+    else:
+        gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+        writer, tokens = gguf.GGUFWriter(tmp_path / "imatrix", ""), np.array([[3], [40], [0], [7], [1]], np.float32)
+        for name, values in counts.items():
+            writer.add_tensor(f"{name}.in_sum2", values * tokens)
+            writer.add_tensor(f"{name}.counts", tokens)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    read = importance(tmp_path / "imatrix", routed)
+    assert set(read) == set(counts)
+    for name, values in counts.items():
+        assert np.isfinite(read[name]).all()
+        np.testing.assert_allclose(read[name], values, rtol=1e-3)
+
+
+def test_a_matrix_of_another_number_of_experts_is_one_line(routed, tmp_path: Path):
+    _old_file(tmp_path / "other", {"blk.0.ffn_up_exps.weight": np.ones(4 * 64)}, 1)
+    with pytest.raises(FileError, match=r"blk\.0\.ffn_up_exps\.weight has 256 columns there"):
+        importance(tmp_path / "other", routed)
 
 
 def test_what_is_no_importance_matrix_of_this_model_is_one_line(uneven, tmp_path: Path):

@@ -55,6 +55,17 @@ LONGROPE = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_fact
 GRANITE = {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.1}
 EXPERTS = {"expert_count": 8, "expert_used_count": 3}
 MODELS = {
+    "mixtral": Row("llama", EXPERTS | {"rope.freq_base": 1e6}, OWN_HEAD, seed=2),
+    "mixtral, one of many": Row("llama", {"expert_count": 64, "expert_used_count": 1}, seed=2),
+    "qwen2moe": Row(
+        "qwen2moe", {**EXPERTS, "expert_feed_forward_length": 48, "expert_shared_feed_forward_length": 112},
+        {**OWN_HEAD, **QKV_BIASES}, narrow=True, seed=2,
+    ),
+    "qwen2moe, widths from the dense one's": Row("qwen2moe", {**EXPERTS, "expert_used_count": 2}, OWN_HEAD, narrow=True),
+    "granitemoe": Row("granitemoe", {**GRANITE, **EXPERTS}),
+    "granitemoe, a shared expert": Row(
+        "granitemoe", {**GRANITE, **EXPERTS, "expert_shared_feed_forward_length": 40}, OWN_HEAD,
+    ),
     "qwen3moe": Row("qwen3moe", EXPERTS | {"expert_feed_forward_length": 48, "rope.freq_base": 1e6}),
     "qwen3moe, yarn, own head": Row("qwen3moe", {**EXPERTS, **YARN, "expert_feed_forward_length": 36}, OWN_HEAD),
     "qwen3moe, one of many": Row(

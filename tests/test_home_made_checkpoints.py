@@ -6,12 +6,16 @@ import json
 import pickle
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from agreement import compare
 from checkpoint_checks import onnx_logits_of, save
+from llama_reference import LlamaReference
+from tiny_models import TOKENS, vocabulary
 
 import pocketlm
 from pocketlm.errors import FileError, PocketlmError
@@ -291,6 +295,52 @@ def test_minimind_3(tmp_path: Path) -> None:
     state = {**module.state_dict(), "lm_head.weight": module.state_dict()["model.embed_tokens.weight"]}
     model, _ = check(module, save(tmp_path, {k: t.half() for k, t in state.items()}, "full_sft_64.pth"), n=12)
     assert (model.dialect, model.hyper.architecture, model.hyper.n_head) == ("minimind 3", "qwen3", 4)
+
+
+def test_minimind_3_with_experts_is_a_qwen3moe(tmp_path: Path) -> None:
+    module = made.randomise(made.MiniMind3(n_experts=4)).half().float()
+    path = save(tmp_path, {k: t.half() for k, t in module.state_dict().items()}, "full_sft_64_moe.pth")
+    model, notes = check(module, path, n=12)
+    assert (model.dialect, model.hyper.architecture) == ("minimind 3", "qwen3moe")
+    assert model.hyper.settings["expert_used_count"] == 1
+    assert not any("llama.cpp does not know" in note for note in notes)
+    module.n_used = 3
+    check(module, path, n=12, overrides={"n_experts_used": "3"})
+
+
+@pytest.mark.parametrize("n_shared", [0, 1, 2])
+def test_minimind2_with_experts_is_a_granitemoe(tmp_path: Path, n_shared: int) -> None:
+    """Whose factors are all 1; layers that every token shares are one wide one there."""
+    module = made.randomise(made.MiniMind3(norms=False, n_experts=4, n_used=2, n_shared=n_shared)).half().float()
+    path = save(tmp_path, {k: t.half() for k, t in module.state_dict().items()}, "full_sft_64_moe.pth")
+    model, notes = check(module, path, n=12)
+    assert (model.dialect, model.hyper.architecture) == ("minimind", "granitemoe")
+    assert (model.hyper.settings["expert_count"], model.hyper.settings["expert_used_count"]) == (4, 2)
+    assert not any("llama.cpp does not know" in note for note in notes)
+    ids = np.random.default_rng(1).integers(0, 256, 30)
+    expected = logits_of(module, ids, half=False)
+    words = vocabulary([*TOKENS, *(f"word {i}" for i in range(6400 - len(TOKENS)))])  # llama.cpp wants some
+    export(replace(model, metadata=words), path, tmp_path / "words.gguf", quant="f32", n_threads=1)
+    with LlamaReference(tmp_path / "words.gguf") as llama:
+        assert compare(expected, llama.logits(ids)).worst_cosine >= 0.9999
+
+
+def test_a_minimind_with_its_configuration_beside_it(tmp_path: Path) -> None:
+    """As its authors publish it: their own model type, and experts named there whether there are some or not."""
+    module = made.randomise(made.MiniMind3(n_experts=4, n_used=2))
+    save(tmp_path, module.state_dict(), "pytorch_model.bin")
+    said = {
+        "model_type": "minimind", "architectures": ["MiniMindForCausalLM"], "hidden_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "tie_word_embeddings": True, "use_moe": True, "num_experts": 4, "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    model, _ = check(module, tmp_path, n=12)
+    assert model.hyper.settings["expert_used_count"] == 2
+    (tmp_path / "config.json").write_text(json.dumps({**said, "norm_topk_prob": False}))
+    with pytest.raises(FileError, match="weighs experts by something else"):
+        read_canonical(tmp_path, tokenizer="none")
 
 
 def test_minimind_1(tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def test_gated_is_true_or_false(tmp_path, value):
         ("general.architecture", None, "None is not supported"),
         ("general.architecture", "\x1b[31m" + "m" * 50_000, "is not supported"),
         ("general.architecture", ["llama"], "not supported"),
-        ("llama.expert_count", 8, "mixture-of-experts"),
-        ("llama.expert_count", [8, 8], "mixture-of-experts"),
+        ("llama.expert_count", 8, "llama.expert_used_count is missing"),
+        ("llama.expert_count", [8, 8], "llama.expert_count should be a number"),
         ("llama.attention.head_count", 5, "does not divide the width"),
         ("llama.attention.head_count_kv", 3, "does not divide the 4 heads"),
         ("llama.attention.head_count", [4, 2], "differs from layer to layer"),
@@ -119,6 +119,17 @@ def test_gated_is_true_or_false(tmp_path, value):
 )  # fmt: skip
 def test_metadata_that_does_not_fit_is_explained(tmp_path, key, value, said):
     assert said in complaint(write_model(tmp_path / "model.gguf", n_layer=1, metadata={key: value}))
+
+
+def test_experts_of_an_architecture_that_has_none_are_refused(tmp_path):
+    path = write_model(tmp_path / "model.gguf", arch="refact", n_layer=1, metadata={"refact.expert_count": 8})
+    assert "mixture-of-experts" in complaint(path)
+
+
+def test_a_llama_that_says_it_has_no_experts_is_a_dense_one(tmp_path):
+    dense = plan_of(write_model(tmp_path / "dense.gguf"))
+    said = plan_of(write_model(tmp_path / "said.gguf", metadata={"llama.expert_count": 0}))
+    assert said.ops == dense.ops
 
 
 def test_options_that_an_architecture_does_not_imply_must_be_said(tmp_path):

@@ -177,13 +177,13 @@ def test_a_long_prompt_gives_way_between_two_blocks(path):
             if len(work[0][1]) == 512 and not younger:
                 younger.append(threading.Thread(target=lambda: outcome.append(ids(model.generate("then", **OPTIONS)))))
                 younger[0].start()
-                while model._session.state._claim is claim[0]:
+                while model.own_session.state._claim is claim[0]:
                     pass
             return logits
 
         claim: list[object] = []
-        real = model._session.state.claim
-        model._session.state.claim = lambda: claim.append(real()) or claim[-1]  # type: ignore[method-assign]
+        real = model.own_session.state.claim
+        model.own_session.state.claim = lambda: claim.append(real()) or claim[-1]  # type: ignore[method-assign]
         model.executor.step = slow  # type: ignore[method-assign]
         with pytest.raises(PocketlmError, match="begun another"):
             list(model.generate([5] * 2000, max_tokens=1))

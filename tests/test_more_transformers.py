@@ -98,8 +98,7 @@ def test_logits_are_transformers(tmp_path: Path, name: str) -> None:
     model.save_pretrained(tmp_path / "checkpoint")
     characters = tmp_path / "characters.json"
     characters.write_text(json.dumps([chr(33 + i) for i in range(60)] + [" "]))
-    settings = {"n_ctx": "64"} if architecture == "bloom" else None
-    canonical = read_canonical(tmp_path / "checkpoint", tokenizer=characters, overrides=settings)
+    canonical = read_canonical(tmp_path / "checkpoint", tokenizer=characters)
     assert canonical.hyper.architecture == architecture
     out = tmp_path / "model.gguf"
     receipt = export(canonical, "test", out, quant="f32", n_threads=1)
@@ -131,6 +130,22 @@ def test_logits_are_transformers(tmp_path: Path, name: str) -> None:
     export(switched, "test", out, quant="f32", n_threads=1)
     with pocketlm.load(out, backend="numpy", threads=2) as opened:
         assert np.abs(opened.logits(ids) - theirs).mean() < np.abs(expected - theirs).mean()
+
+
+@pytest.mark.parametrize("name", ["gptneox", "phi2", "stablelm", "bloom"])
+def test_what_a_configuration_leaves_out_is_what_transformers_does_then(tmp_path: Path, name: str) -> None:
+    """The part of a head that turns; and BLOOM's context, which has no end by itself: what it was trained with."""
+    make(name).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: v for key, v in config.items() if key not in ("rope_parameters", "seq_length")}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    canonical = read_canonical(tmp_path, tokenizer="none")
+    assert canonical.hyper.n_ctx == (2048 if name == "bloom" else 64)
+    export(canonical, "test", tmp_path / "model.gguf", quant="f32", n_threads=1)
+    ids = np.random.default_rng(3).integers(0, N_VOCAB, N)
+    with pocketlm.load(tmp_path / "model.gguf", backend="numpy", threads=2) as opened:
+        assert np.abs(opened.logits(ids) - logits_of(theirs, ids, rounded=False)).max() < LIMIT
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_what_is_called_through_a_pointer_is_a_kernel():
 
 def test_the_finder_finds_a_call_with_the_wrong_convention():
     """What a Windows build once did: `wait` and `step` called `work`, a function for Python, as if it were one of theirs."""
-    good = texts(LEVELS["avx2"], "win64")[CORES["f16"]]
+    good = texts(LEVELS["avx2"], "win64")[CORES["q16"]]
     assert sum(callee == "work" for _, callee, _ in calls(good)) == 2
     bad = good.replace("call win64cc void @work", "call void @work")
     assert wrong_calls(bad) == [f"{caller} calls work as C, which is win64cc" for caller in ("step", "wait")]

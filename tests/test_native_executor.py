@@ -21,7 +21,7 @@ from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.plan import make_plan
 
 IDS = np.random.default_rng(3).integers(0, 400, 60)
-EXACT = {"F32": 1e-3, "F16": 1e-3, "BF16": 1e-3}
+EXACT = dict.fromkeys(("F32", "F16", "BF16"), 4e-3)  # what rounding queries and weights of attention to integers costs at most
 ARCHITECTURES = {
     "llama": {},
     "gpt2": {**GPT2, "n_kv_head": 4, "bias": True, "fused": True},
@@ -159,7 +159,7 @@ def test_positions_are_forgotten_and_taken_out_as_in_the_numpy_executor(name):
         outputs.append(np.concatenate(result))
         executor.close()
     assert removed == [name != "gpt2"] * 2
-    assert np.abs(outputs[0] - outputs[1]).max() <= 1e-3
+    assert np.abs(outputs[0] - outputs[1]).max() <= EXACT["F32"]
 
 
 # ── resources ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -125,24 +125,5 @@ def test_every_half_becomes_its_float(level, method):
     assert same.all()
 
 
-@each_level
-@pytest.mark.parametrize("method", HALVES)
-def test_floats_are_rounded_to_halves_as_numpy_does(level, method):
-    random = np.random.default_rng(2)
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
-    middles = (halves[1:] + halves[:-1]) / 2  # ties, and their neighbours
-    positive = np.concatenate([
-        halves, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(np.inf)), np.abs(SPECIAL),
-        f32([65504, 65519.996, 65520, 65536, 1e6]),
-        random.integers(0, 1 << 31, 300_000, dtype=np.uint32).view(np.float32),
-        np.exp2(random.uniform(-27, 17, 300_000)).astype(np.float32),
-    ])  # fmt: skip
-    x = np.concatenate([positive, -positive])
-    result = run(level, lambda f, name, v: V.to_half(f, method or name, v), x, np.float16)[: len(x)]
-    with np.errstate(over="ignore"):
-        expected = x.astype(np.float16)
-    assert (np.isnan(x) & np.isnan(result) | (result.view(np.uint16) == expected.view(np.uint16))).all()
-
-
 def test_the_level_without_half_instructions_is_the_one_tested_by_hand():
     assert set(V.NO_HALF) == {name for name, level in LEVELS.items() if level.machine == "x86_64" and "f16c" not in level.needs}

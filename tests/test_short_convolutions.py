@@ -105,9 +105,9 @@ def test_a_saved_text_goes_on_with_the_same_bits_and_a_damaged_one_is_refused(pa
         logits, n_there = model.session(load=file).state.advance([*TEXT, 7])
         assert n_there == len(TEXT)
         np.testing.assert_array_equal(logits, model.logits([*TEXT, 7])[-1])
-        n, hyper, size = len(TEXT), model.hyper, {"f16": 2, "q8": 4}[kv]
+        n, row = len(TEXT), {"q16": 2 * model.hyper.head_dim + 4, "q8": 4 * model.hyper.head_dim}[kv]
         columns = HEADER.size + 4 * n  # layer 0 is a convolution
-        assert file.stat().st_size == columns + 3 * n * 72 * 4 + 2 * 2 * n * hyper.head_dim * size + 32
+        assert file.stat().st_size == columns + 3 * n * 72 * 4 + 2 * 2 * n * row + 32
         content = bytearray(file.read_bytes())
         content[columns + 3] ^= 0x40
         file.write_bytes(content)
@@ -127,10 +127,10 @@ def test_layers_with_a_convolution_take_no_memory_for_keys(tmp_path):
     hyper = read_hyper(keys, 65536, tmp_path)
     windows, columns = [0 if n else 3 for n in n_kv], [0 if n else 2048 for n in n_kv]
     rest = 10 * (2 + 128 + 512) * 2048 * 4
-    assert NativeCache.bytes_for(hyper, 4096, windows, columns) == 6 * 4096 * 8 * 64 * 2 * 2 + rest
+    assert NativeCache.bytes_for(hyper, 4096, windows, columns) == 6 * 4096 * 8 * (64 * 2 + 4) * 2 + rest
     assert KVCache.bytes_for(hyper, 4096, windows, columns) == 6 * 4096 * 8 * 64 * 2 * 4 + 10 * (2 + 512 + 512) * 2048 * 4
     assert CACHES["q8"].bytes_for(hyper, 4096, windows, columns) < NativeCache.bytes_for(hyper, 4096, windows, columns)
-    assert NativeCache.bytes_for(hyper, 100, windows, columns) == 6 * 256 * 8 * 64 * 2 * 2 + 10 * 100 * 2048 * 4
+    assert NativeCache.bytes_for(hyper, 100, windows, columns) == 6 * 256 * 8 * (64 * 2 + 4) * 2 + 10 * 100 * 2048 * 4
 
 
 @pytest.mark.parametrize(

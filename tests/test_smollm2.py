@@ -165,7 +165,7 @@ def test_a_full_context_loses_whole_turns_and_keeps_system_prompt_and_question(s
             assert last.finish_reason == "length"
             assert last.generated_tokens == 40
             assert model.context_used <= model.n_ctx == 160
-            seen = model.tokenizer.decode(model._session.state.ids, special=True)
+            seen = model.tokenizer.decode(model.own_session.state.ids, special=True)
             assert seen.startswith("<|im_start|>system\nYou are a parrot named Polly.<|im_end|>\n<|im_start|>user\n")
             assert f"Question {turn}: tell me about the number {turn}, please.<|im_end|>\n<|im_start|>assistant\n" in seen
             assert seen.count("<|im_start|>user") == seen.count("<|im_start|>assistant")

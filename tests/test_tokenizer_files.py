@@ -192,7 +192,7 @@ def test_ranks_may_come_without_pattern_and_markers(tmp_path):
         (b'{"a": 1e999}', ["'a' the id inf"]),
         (b'{"a": ' + b"9" * 5000 + b"}", []),
         (b'["a", "a"]', ["different characters"]),
-        (b'{"pieces": 3}', ["pieces"]),
+        (b'{"pieces": "abc"}', ["pieces"]),
         (b'{"pieces": ["a"], "scores": [0], "types": [7]}', ["not 1 to 6"]),
         (b'{"itos": {"x": "a"}}', ["the id x"]),
         (b'{"\\ud800": 0}', ["token 0 is not valid Unicode"]),
@@ -240,6 +240,23 @@ def test_the_vocabulary_of_an_fp16_bin_is_read(tmp_path):
     keys = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["h e"]}
     tok = load(tmp_path, {"pieces": [*LETTERS, "he"], "types": [1] * 257, "metadata": keys}, "vocab.json")
     assert tok.encode("he") == [256]
+
+
+def test_a_vocabulary_may_have_the_names_of_other_files_keys_as_words(tmp_path):
+    """GPT-2's own has "pieces", "model", "types", …; and so it was taken for the vocabulary of an fp16 bin."""
+    words = ["pieces", "model", "vocab", "types"]
+    made, merges = dict.fromkeys(LETTERS), []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in made:
+                merges.append(f"{word[: end - 1]} {word[end - 1]}")
+                made[word[:end]] = None
+    ids = {token: i for i, token in enumerate(made)}
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    tok = load(tmp_path, ids, "vocab.json")
+    assert [tok.encode(word) for word in words] == [[ids[word]] for word in words]
+    (tmp_path / "merges.txt").rename(tmp_path / "vocab.bpe")
+    assert load(tmp_path, ids, "encoder.json").encode("pieces") == [ids["pieces"]]
 
 
 # ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────

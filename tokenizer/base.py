@@ -284,6 +284,8 @@ class Tokenizer:
 
         UsageError for an id that is not in the vocabulary.
         """
+        if not isinstance(ids, Iterable):
+            raise UsageError(f"the tokenizer takes a list of ids, not {type(ids).__name__}")
         stream = self.stream_decoder(special=special)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 

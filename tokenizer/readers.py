@@ -91,7 +91,7 @@ def find_in(folder: Path, names: Sequence[str] = BESIDE) -> Path | None:
 def _from_json(path: Path, value: Any) -> Tokenizer:
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         return huggingface.from_tokenizer_json(path, value)
-    if isinstance(value, dict) and "pieces" in value:
+    if isinstance(value, dict) and not isinstance(value.get("pieces"), int | None):  # GPT-2's vocabulary has a word "pieces"
         return _fp16_bin(path, value)
     if isinstance(value, dict) and isinstance(value.get("vocab"), list) and "config" in value:
         raise FileError(path, "is Mistral's own tekken.json, which is not read", "give the tokenizer.json that lies beside it")

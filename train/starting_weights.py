@@ -15,10 +15,10 @@ import torch
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, UsageError, did_you_mean
 from pocketlm.export import published
-from pocketlm.export.assemble import interleave, split_qkv
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialects import read_canonical, role_of
 from pocketlm.export.from_model_file import is_model_file
+from pocketlm.export.tensor_parts import interleave, split_qkv
 from pocketlm.export.tokenizer_data import chat_template
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.tokenizer import Tokenizer

@@ -165,9 +165,14 @@ class Builder:
     def gate(
         self, name: str, x: str, y: str, out: str, factor: float = 1.0, n_groups: int = 1, column: int = 0
     ) -> None:  # fmt: skip
-        """out += factor · sigmoid(W x') · y in n_groups from a column of out on; x' is as many columns of x as W has."""
-        n_columns = min(self._shapes.get(f"{self._prefix}{name}.weight", (0,))[-1], self.buffers[x])
-        weight = self.tensor(f"{name}.weight", n_groups, n_columns)
+        """out += factor · sigmoid(W x') · y in n_groups from a column of out on; x' is as many columns of x as W has.
+
+        The weights of one group may be a vector.
+        """
+        found = self._shapes.get(f"{self._prefix}{name}.weight", (self.buffers[x],))
+        n_columns = min(found[-1], self.buffers[x])
+        shape = (n_columns,) if n_groups == len(found) == 1 else (n_groups, n_columns)
+        weight = self.tensor(f"{name}.weight", *shape)
         self.ops.append(Gate(x, y, out, weight, n_columns, self.buffers[y] // n_groups, n_groups, column, factor))
 
     def scale(self, x: str, factor: float, out: str | None = None) -> None:
@@ -269,14 +274,25 @@ class Builder:
         self._emit(Convolve("bcz", "conv", self._layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
         self.linear("conv", out, ("shortconv.out_proj", n))
 
-    def feed_forward(self, x: str = "h", out: str = "y") -> None:
-        """out = W_down f(W_up x), or W_down (f(W_gate x) · W_up x); gate and up may be one tensor, `ffn_up`."""
-        h = self.hyper
-        separate = h.gated and (self.has("ffn_gate.weight") or not self._is_twice("ffn_up.weight", h.n_ff))
-        parts = [("ffn_gate", h.n_ff), ("ffn_up", h.n_ff)] if separate else [("ffn_up", h.n_ff * (1 + h.gated))]
-        self.linear(x, "ff", *parts)
-        self._emit(Activate("ff", "act", h.activation, h.gated, h.n_ff), h.n_ff)
-        self.linear("act", out, ("ffn_down", h.n_embd))
+    def feed_forward(self, x: str = "h", out: str = "y", n_ff: int | None = None, end: str = "") -> None:
+        """out = W_down f(W_up x), or W_down (f(W_gate x) · W_up x); gate and up may be one tensor, `ffn_up`.
+
+        `end`: of the tensors' names, and of the buffers between.
+        """
+        h, n, ff, act = self.hyper, n_ff or self.hyper.n_ff, f"ff{end}", f"act{end}"
+        separate = h.gated and (self.has(f"ffn_gate{end}.weight") or not self._is_twice(f"ffn_up{end}.weight", n))
+        parts = [(f"ffn_gate{end}", n), (f"ffn_up{end}", n)] if separate else [(f"ffn_up{end}", n * (1 + h.gated))]
+        self.linear(x, ff, *parts)
+        self._emit(Activate(ff, act, h.activation, h.gated, n), n)
+        self.linear(act, out, (f"ffn_down{end}", h.n_embd))
+
+    def shared_expert(self, n_ff: int, gate: str | None = None, x: str = "h", out: str = "y") -> None:
+        """out += a feed-forward layer of every token's, times sigmoid(W x) where W, `gate`, is a tensor's name."""
+        self.feed_forward(x, "shared", n_ff, "_shexp")
+        if gate:
+            self.gate(gate, x, "shared", out)
+        else:
+            self.add("shared", out)
 
     def experts(
         self, x: str = "h", out: str = "y", n_ff: int | None = None, kind: str = "softmax", normalised: bool = True

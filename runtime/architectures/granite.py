@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder, Step
 
 USUAL = LLAMA
 SETTINGS: tuple[str, ...] = ("attention.scale", "residual_scale", "embedding_scale", "logit_scale", "rope.scaling.finetuned")
 
 
-def operations(m: Builder) -> None:
+def operations(m: Builder, feed_forward: Step = Builder.feed_forward) -> None:
+    """`feed_forward`: what a layer does in its place."""
     scale = m.number("attention.scale", 0.0) or None  # of scores; 1/√head_dim where the file has none
     residual = m.number("residual_scale", 1.0)
     rotated = bool(m.choice("rope.scaling.finetuned", True, (True, False)))  # Granite 4 has models without positions
@@ -19,7 +20,7 @@ def operations(m: Builder) -> None:
         b.attention(rotated=rotated, scale=scale)
         b.add(factor=residual)
         b.norm("ffn_norm")
-        b.feed_forward()
+        feed_forward(b)
         b.add(factor=residual)
     m.norm("output_norm")
     m.logits()

@@ -1,12 +1,16 @@
-"""Llama (arXiv:2302.13971, arXiv:2407.21783), and what is built like it: SmolLM, TinyLlama, Mistral.
+"""Llama (arXiv:2302.13971, arXiv:2407.21783), and what is built like it: SmolLM, TinyLlama, Mistral, Mixtral.
 
-RMSNorm before each block, rotary positions on adjacent pairs, a feed-forward layer gated by SiLU.
+RMSNorm before each block, rotary positions on adjacent pairs, a feed-forward layer gated by SiLU; in Mixtral
+(arXiv:2401.04088) a few of many such layers, chosen for each token.
 """
 
 from __future__ import annotations
 
-from pocketlm.runtime.architectures.common import LLAMA, pre_norm
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = LLAMA
-SETTINGS: tuple[str, ...] = ()
-operations = pre_norm
+SETTINGS: tuple[str, ...] = ("expert_count", "expert_used_count")
+
+
+def operations(m: Builder) -> None:
+    pre_norm(m, feed_forward=Builder.experts if m.number("expert_count", 0) else Builder.feed_forward)

@@ -3,12 +3,16 @@
 In: the run's and an operation's record, an ENTRY (records.py): neighbouring tokens of one text and the spans that they attend
 to. Out: results in the tokens' slots: sums of values, the largest score, the sum of weights. Knows the cache, no weights.
 
+All products are of integers: a query is rounded to int16 as keys are, and so are the weights of POSITIONS neighbours,
+relative to the largest. What is kept as float16 and multiplied as float32 takes twice as long and is less exact: a key of int16
+has up to 15 bits, whatever the size of its numbers.
+
 A token's result is the same, bit for bit, however many queries share a task and whoever computes a span: scores, weights and
 sums of a span of SPAN positions are made in one order, and spans are joined one after the other, in a task or by
 `join_partials`. Positions that a query may not see have weight 0, which changes no sum.
 
-A thread's own memory: at `rows_at` a QUERY each, at `queries_at` the scaled queries, a column after the other;
-at `scores_at` their scores in a span, at `mixed_at` their results of a span.
+A thread's own memory: at `rows_at` a QUERY each, at `queries_at` their integers, two columns of all after the next two;
+at `scores_at` their scores in a span, then the integers of their weights, at `mixed_at` their results of a span.
 Online softmax: Milakov and Gimelshein, arXiv:1805.02867.
 """
 
@@ -18,16 +22,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pocketlm.runtime.native.cache_numbers import Halves
-from pocketlm.runtime.native.ir import F32, I1, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
+from pocketlm.runtime.native.dot import pair_dot
+from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
-from pocketlm.runtime.native.sizes import LANES, QUERIES, SPAN
+from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
 from pocketlm.runtime.native.vector_math import exp, exp_of_negative
 
 
-def cache_of(r: Records, numbers: Halves, token: Callable[..., Value], kv: Value) -> tuple[Value, Value]:
+def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value) -> tuple[Value, Value]:
     """Bytes from a token's keys, or values, to those of a head in the operation's layer, and the rows that the layer has."""
     layer = r.layer(token)
     return layer("offset") + kv * (layer("rows") * numbers.row_bytes(r.run("padded_dim"))), layer("rows")
@@ -38,27 +43,27 @@ class Tiles:
     """How many queries and positions a level's registers hold the sums of."""
 
     scores: tuple[tuple[int, int], ...]  # queries, vectors of 16 positions; most queries first, down to one
-    mix: int  # queries whose sums of values, of the even and of the odd positions, fit; divides the numbers above, or they it
+    mix: int  # queries whose sums of values, of a few positions and of all, fit; divides the numbers above, or they it
 
 
 _NARROW = Tiles(((6, 1), (3, 2), (2, 2), (1, 4)), 3)
 TILES = {
-    "avx512-vnni": Tiles(((12, 2), (6, 4), (4, 4), (3, 8), (2, 8), (1, 8)), 12),
+    "avx512-vnni": Tiles(((12, 2), (6, 4), (4, 4), (3, 1), (2, 1), (1, 1)), 12),
     "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
     "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
 }  # fmt: skip
-POSITION, OLDEST, RESULT, SLOPE, SOFTCAP = (offset(QUERY, name) for name in QUERY.names or ())
+POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, name) for name in QUERY.names or ())
 
 
-def define(module: Module, level: str, numbers: Halves) -> None:
+def define(module: Module, level: str, numbers: Words) -> None:
     """Define what `attend` calls: `span1`, `span2`, … for so many queries, and what these call."""
     _define_merge(module)
-    _define_softmax(module)
+    _define_softmax(module, numbers)
     for queries, n_vectors in TILES[level].scores:
         _define_span(module, level, numbers, queries, n_vectors)
 
 
-def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Halves) -> None:
+def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
     """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
     n_kv = r.run("n_kv_head")
     entry, kv, group = r.entry(task // n_kv), task % n_kv, r.run("n_head") // n_kv
@@ -85,24 +90,28 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head: Value, apart: Value) -> None:
-    """A query scaled, what is known of it, and a result of no positions yet."""
+    """A query's integers, what is known of it, and a result of no positions yet."""
     dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
     x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
-    scale, whole = r.op("query_scale", F32), dim & -LANES
+    length, largest = size_of(f, x, dim, limit=lambda f, x: x)
+    scale = f.maximum(length / f.const(F32, MAX_QUERY), largest / f.const(F32, 32767.0)) + (length - length)
+    inverse, whole = f.select(scale > 1e-30, 1.0 / scale, 0.0), dim & -LANES
     with f.range(0, whole, LANES) as d:
-        scaled = f.load(ROW, x + d * 4, 4) * f.splat(scale, LANES)
-        for lane in range(LANES):
-            f.store(f.extract(scaled, lane), to + (d + lane) * (4 * QUERIES))
+        pairs = f.bitcast(rounded(f, f.load(ROW, x + d * 4, 4), inverse, I16), I32.vec(LANES // 2))
+        for pair in range(LANES // 2):
+            f.store(f.extract(pairs, pair), to + ((d >> 1) + pair) * (4 * QUERIES), 4)
+    with f.range(whole, padded) as d:
+        f.store(f.const(I16, 0), to + (d >> 1) * (4 * QUERIES) + (d & 1) * 2, 2)
     with f.range(whole, dim) as d:
-        f.store(f.load(F32, x + d * 4) * scale, to + d * (4 * QUERIES))
-    with f.range(dim, padded) as d:
-        f.store(f.const(F32, 0.0), to + d * (4 * QUERIES))
+        number_there = rounded(f, f.load(F32, x + d * 4), inverse, I16)
+        f.store(number_there, to + (d >> 1) * (4 * QUERIES) + (d & 1) * 2, 2)
     known, slope, result = own + r.run("rows_at") + row * QUERY.itemsize, f.var(F32, 0.0), _slot(r, token("slot"), head)
     with f.when(f.emit(I1, f"icmp ne ptr {r.op('slopes', PTR)}, null")):
         slope.set(f.load(F32, r.op("slopes", PTR) + head * 4))
-    position, softcap = token("position"), r.op("softcap", F32)
+    position, softcap, scale = token("position"), r.op("softcap", F32), scale * r.op("query_scale", F32)
     for value, at in (
         (position, POSITION), (_oldest(f, r, position), OLDEST), (result, RESULT), (slope.get(), SLOPE), (softcap, SOFTCAP),
+        (scale, SCALE),
     ):  # fmt: skip
         f.store(value, known + at, 4)
     with f.when(apart.equals(0)):
@@ -144,15 +153,17 @@ def _define_merge(module: Module) -> None:
             f.store(value, to + d * 4, 4)
 
 
-def _define_softmax(module: Module) -> None:
-    """softmax(run, own, row, queries, first, count): scores (capped, + ALiBi), -inf for the future and for what lies before
-    the window, to weights e^(score - largest).
+def _define_softmax(module: Module, numbers: Words) -> None:
+    """softmax(run, own, values, row, queries, first, part): scores (capped, + ALiBi), -inf for the future and for what lies
+    before the window, to weights e^(score - largest), and these times the values' scales to integers, from `skipped` on.
 
     The largest score and the sum of the weights go to each query's result of the span.
     """
-    arguments = {"run": PTR, "own": PTR, "row": I64, "queries": I64, "first": I64, "count": I64}
+    arguments = {
+        "run": PTR, "own": PTR, "values": PTR, "row": I64, "queries": I64, "first": I64, "skipped": I64, "count": I64,
+    }  # fmt: skip
     with module.function("softmax", arguments) as f:
-        run, own, row, queries, first, count = f.args()
+        run, own, values, row, queries, first, skipped, count = f.args()
         r = Records(f, run, run)
         padded, lanes = r.run("padded_dim"), f.vector(I32.vec(LANES), range(LANES))
         with f.range(0, queries) as i:
@@ -183,9 +194,33 @@ def _define_softmax(module: Module) -> None:
             result = own + r.run("mixed_at") + i * ((padded + LANES) * 4) + padded * 4
             f.store(top, result, 4)
             f.store(f.reduce(total.get(), "add"), result + 4, 4)
+            with f.range(skipped, count, POSITIONS) as p:
+                _round_weights(f, numbers, scores, values, known, padded, p, count)
 
 
-def _define_span(module: Module, level: str, numbers: Halves, queries: int, n_vectors: int) -> None:
+def _round_weights(
+    f: Function, numbers: Words, scores: Value, values: Value, known: Value, padded: Value, p: Value, count: Value
+) -> None:  # fmt: skip
+    """The weights of POSITIONS neighbours from `p` on, times the scales of their values, as int16; their common factor.
+
+    They take the place of the scores of half as many positions, which were rounded before.
+    """
+    found = []
+    for start in range(0, POSITIONS, LANES):
+        weight, group = f.load(ROW, scores + (p + start) * 4, 4), values + (p + start) * numbers.row_bytes(padded)
+        if start:  # what lies behind the last position is no weight
+            weight = f.select(p + start < count, weight, f.const(ROW, 0.0))
+        # nor is the scale of a position that nobody sees a number
+        found.append(f.select(weight.equals(0.0), 0.0, weight * numbers.scales(f, group, padded)))
+    bits = [f.bitcast(weight, I32.vec(LANES)) & 0x7FFFFFFF for weight in found]
+    largest = f.bitcast(f.reduce(f.maximum(*bits), "max"), F32)  # compared as integers, where NaN is the largest
+    inverse = f.select(largest > 1e-30, MAX_WEIGHT / largest, 0.0)
+    for i, weight in enumerate(found):
+        f.store(rounded(f, weight, inverse, I16), scores + (p * 2 + i * (2 * LANES)), 4)
+    f.store(largest * (1 / MAX_WEIGHT), known + (p // (POSITIONS // 4) + FACTORS), 4)
+
+
+def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:
     """span{queries}(run, own, keys, values, row, span, apart): queries from `row` on over one span.
 
     Its result joins those of the spans before it, or with `apart` goes to a slot of its own.
@@ -200,19 +235,14 @@ def _define_span(module: Module, level: str, numbers: Halves, queries: int, n_ve
         with f.when(count <= 0):
             f.ret()
         # positions before the window of the first query, who sees the oldest ones: their weights are 0
-        skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -LANES
+        skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
         scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
         asked = own + r.run("queries_at") + row * 4
-        _scores(f, level, numbers, keys, asked, scores, padded, (skipped, count), queries, n_vectors)
-        f.call(VOID, "softmax", run, own, row, f.const(I64, queries), first, count)
-        if numbers.has_scales:
-            with f.range(skipped, count, LANES) as p:
-                for i in range(queries):
-                    at = scores + (p * 4 + i * (SPAN * 4))
-                    f.store(numbers.scaled(f, f.load(ROW, at, 4), values + p * numbers.row_bytes(padded), padded), at, 4)
+        _scores(f, level, numbers, keys, asked, known, scores, padded, (skipped, count), queries, n_vectors)
+        f.call(VOID, "softmax", run, own, values, row, f.const(I64, queries), first, skipped, count)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
-            here = scores + i * (SPAN * 4), mixed + result_bytes * i
+            here = scores + i * (SPAN * 4), known + i * QUERY.itemsize, mixed + result_bytes * i
             _mix(f, level, numbers, values, *here, result_bytes, padded, (skipped, count), step)
         with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
@@ -227,29 +257,28 @@ def _sees(f: Function, known: Value, first: Value) -> Value:
 
 
 def _scores(
-    f: Function, level: str, numbers: Halves, keys: Value, q: Value, scores: Value, padded: Value, part: tuple[Value, Value],
-    queries: int, n_vectors: int,
+    f: Function, level: str, numbers: Words, keys: Value, q: Value, known: Value, scores: Value, padded: Value,
+    part: tuple[Value, Value], queries: int, n_vectors: int,
 ) -> None:  # fmt: skip
-    """q · k of every query and position of a part of the span, one after the other along the head's columns.
+    """q · k of every query and position of a part of the span, along the head's columns, two at a time.
 
     So many vectors of positions at a time; of the last ones half as many, where these hold all that is left.
     """
+    factors = [f.load(F32, known + (i * QUERY.itemsize + SCALE), 4) for i in range(queries)]
 
     def some(p: Value, n_vectors: int) -> None:
-        sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
+        sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
         start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
-        with f.range(0, padded) as d:
-            here = [
-                numbers.load(f, level, start + group_bytes * k + d * (numbers.n_bytes * LANES))
-                for k in range(n_vectors)
-            ]
+        with f.range(0, padded, 2) as d:
+            here = [numbers.load(f, start + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
             for i, own_sums in enumerate(sums):
-                value = f.splat(f.load(F32, q + (d * (4 * QUERIES) + 4 * i), 4), LANES)
+                pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
                 for key, total in zip(here, own_sums, strict=True):
-                    total.set(f.fma(key, value, total.get()))
-        for i, own_sums in enumerate(sums):
-            for k, total in enumerate(own_sums):
-                score = numbers.scaled(f, total.get(), start + group_bytes * k, padded)
+                    total.set(pair_dot(f, level, total.get(), key, pair))
+        for k in range(n_vectors):
+            scales = numbers.scales(f, start + group_bytes * k, padded)
+            for i, own_sums in enumerate(sums):
+                score = f.cast("sitofp", own_sums[k].get(), F32) * scales * f.splat(factors[i], LANES)
                 f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
 
     start, count = part
@@ -264,31 +293,33 @@ def _scores(
 
 
 def _mix(
-    f: Function, level: str, numbers: Halves, values: Value, scores: Value, out: Value, out_stride: Value, padded: Value,
-    part: tuple[Value, Value], queries: int,
+    f: Function, level: str, numbers: Words, values: Value, weights: Value, known: Value, out: Value, out_stride: Value,
+    padded: Value, part: tuple[Value, Value], queries: int,
 ) -> None:  # fmt: skip
-    """Sums of weight times value in a part of the span: of the even positions and of the odd ones, then both."""
+    """Sums of weight times value in a part of the span, two positions at a time; exact among POSITIONS neighbours."""
     first, count = part
 
     def columns(start: Value, n_vectors: int) -> None:
-        sums = [[[f.var(ROW, 0.0) for _ in range(2)] for _ in range(n_vectors)] for _ in range(queries)]
-
-        def add(p: Value, odd: int) -> None:
-            row, n = numbers.value_row(values, p + odd, padded) + start * numbers.n_bytes, numbers.n_bytes * LANES
-            here = [numbers.load(f, level, row + n * k) for k in range(n_vectors)]
-            for i, own_sums in enumerate(sums):
-                weight = f.splat(f.load(F32, scores + (p * 4 + (SPAN * i + odd) * 4), 4), LANES)
-                for value, pair in zip(here, own_sums, strict=True):
-                    pair[odd].set(f.fma(value, weight, pair[odd].get()))
-
-        with f.range(first, count & -2, 2) as p:
-            add(p, 0)
-            add(p, 1)
-        with f.when((count & 1).equals(1)):  # what lies behind the last position may be no number, which weight 0 does not mend
-            add(count - 1, 0)
+        sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
+        few = [[f.var(I32.vec(LANES)) for _ in range(n_vectors)] for _ in range(queries)]
+        with f.range(first, count, POSITIONS) as block:
+            for some in few:
+                for total in some:
+                    total.set(0)
+            with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
+                row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
+                here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
+                for i, some in enumerate(few):
+                    pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
+                    for value, total in zip(here, some, strict=True):
+                        total.set(pair_dot(f, level, total.get(), value, pair))
+            for i, (some, own_sums) in enumerate(zip(few, sums, strict=True)):
+                factor = f.splat(f.load(F32, known + (i * QUERY.itemsize + FACTORS) + block // (POSITIONS // 4), 4), LANES)
+                for total, own_sum in zip(some, own_sums, strict=True):
+                    own_sum.set(f.fma(f.cast("sitofp", total.get(), F32), factor, own_sum.get()))
         for i, own_sums in enumerate(sums):
-            for k, (even, odd_sum) in enumerate(own_sums):
-                f.store(even.get() + odd_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
+            for k, own_sum in enumerate(own_sums):
+                f.store(own_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
 
     wide = 4 if queries <= 3 and level == "avx512-vnni" else 1
     whole = padded & (-LANES * wide)

@@ -1,78 +1,120 @@
-"""How a cache keeps its numbers, as IR: float16, or int8 with a float32 scale for each head and position.
+"""How a cache keeps its numbers, as IR: int16 or int8, with a float32 scale for each head and position.
 
-In: addresses of a head's rows in a layer. Out: keys and values as float32, and back. Rows come in groups of 16: a group of keys
-has a column's 16 numbers after the other's, a group of values a row after the other. A group of int8 ends with its 16 scales.
+In: addresses of a head's rows in a layer. Out: keys and values as pairs of int16, and back. Rows come in groups of 16: a group
+of keys has two columns of 16 rows after the next two, a group of values two rows after the next two, so that one instruction
+multiplies both of a pair and adds them. A group ends with its 16 scales.
+
+Sums of products must fit into 31 bits: a key's length is at most MAX_KEY and a query's MAX_QUERY (int8: 127 · √dim); values are
+at most MAX_VALUE where sizes.POSITIONS of them meet weights of at most MAX_WEIGHT.
 """
 
 from __future__ import annotations
 
-from pocketlm.runtime.kv_cache import SPREAD
-from pocketlm.runtime.native.ir import F16, F32, I8, I32, I64, Function, Type, Value
+from collections.abc import Callable
+
+from pocketlm.runtime.kv_cache import MAX_VALUE, SPREAD
+from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.sizes import LANES
-from pocketlm.runtime.native.vector_math import from_half, to_half
 
-MAX_HALF = 65504.0  # the largest number of float16
+LIMIT = 65504.0  # of a key or value: the largest number of float16
+MAX_KEY = 32700.0  # the rounded one is at most √dim / 2 longer, and below kv_cache.MAX_KEY: it stays what it is there
+MAX_QUERY, MAX_WEIGHT = 65000.0, 16383.0
+PAIRS = I16.vec(2 * LANES)
 
 
 def limited(f: Function, x: Value) -> Value:
     """An infinite key would make the whole answer NaN; a NaN stays one."""
-    return f.maximum(f.const(x.type, -MAX_HALF), f.minimum(f.const(x.type, MAX_HALF), x))
+    return f.maximum(f.const(x.type, -LIMIT), f.minimum(f.const(x.type, LIMIT), x))
 
 
-class Halves:
-    """float16."""
+def rounded(f: Function, x: Value, inverse: Value, element: Type) -> Value:
+    """x · inverse as integers, x one number or many."""
+    many = inverse if x.type.lanes == 1 else f.splat(inverse, x.type.lanes)
+    whole = f.cast("fptosi", f.intrinsic("rint", x * many), I32)
+    return f.cast("trunc", f.emit(whole.type, f"freeze {whole.type} {whole}"), element)  # NaN has no integer
+
+
+def size_of(f: Function, vector: Value, dim: Value, limit: Callable[..., Value] = limited) -> tuple[Value, Value]:
+    """The length and the largest magnitude of `dim` numbers, limited; a NaN among them is NaN in both."""
+    largest, squares, whole = f.var(I32, 0), f.var(ROW, 0.0), dim & -LANES
+    rest = f.var(F32, 0.0)
+
+    def look(type: Type, at: Value) -> Value:
+        x = limit(f, f.load(type, at, 4))
+        bits = f.bitcast(f.intrinsic("fabs", x), I32.vec(type.lanes))  # compared as integers, where NaN is the largest
+        largest.set(f.maximum(largest.get(), f.reduce(bits, "max") if type.lanes > 1 else bits))
+        return x
+
+    with f.range(0, whole, LANES) as d:
+        x = look(ROW, vector + d * 4)
+        squares.set(f.fma(x, x, squares.get()))
+    with f.range(whole, dim) as d:
+        x = look(F32, vector + d * 4)
+        rest.set(f.fma(x, x, rest.get()))
+    return f.intrinsic("sqrt", f.reduce(squares.get(), "add") + rest.get()), f.bitcast(largest.get(), F32)
+
+
+class Words:
+    """int16. Scales are powers of two: numbers that are read and kept again stay the same."""
 
     n_bytes = 2  # of a number
-    has_scales = False
+    element = I16
 
     def row_bytes(self, padded: Value) -> Value:
         """Bytes of a position's key, or value, in one head."""
-        return padded * 2
+        return padded * self.n_bytes + 4
 
-    def load(self, f: Function, level: str, at: Value) -> Value:
-        """16 numbers as they are kept."""
-        return from_half(f, level, f.load(F16.vec(LANES), at, 32))
+    def load(self, f: Function, at: Value) -> Value:
+        """Two columns of 16 keys, or two rows of 16 columns of values."""
+        return f.load(PAIRS, at, 4)
+
+    def key_at(self, group: Value, lane: Value, d: Value) -> Value:
+        """Where a number of a key is kept."""
+        return group + ((d & -2) * LANES + lane * 2 + (d & 1)) * self.n_bytes
 
     def value_row(self, values: Value, row: Value, padded: Value) -> Value:
-        """Where the row's value begins."""
-        return values + row * (padded * 2)
+        """Where the first number of a row's value is kept; the next one is two further."""
+        return values + ((row & -2) * padded + (row & 1)) * self.n_bytes + (row >> 4) * (4 * LANES)
 
-    def scaled(self, f: Function, x: Value, group: Value, padded: Value) -> Value:
-        """What is one of 16 numbers each, of the positions of a group, times their scales."""
-        return x
+    def scales(self, f: Function, group: Value, padded: Value) -> Value:
+        """The scales of a group's 16 positions."""
+        return f.load(ROW, group + padded * (LANES * self.n_bytes), 4)
 
-    def scale(self, f: Function, vector: Value, dim: Value, group: Value, lane: Value, padded: Value) -> Value:
-        """Keep the scale of a vector of `dim` numbers; what they are to be multiplied with before `kept`."""
-        return f.const(F32, 1.0)
+    def keep_scale(self, f: Function, scale: Value, group: Value, lane: Value, padded: Value) -> None:
+        f.store(scale, group + padded * (LANES * self.n_bytes) + lane * 4, 4)
 
     def spread(self, f: Function, vector: Value, dim: Value) -> None:
         """Make a query or a key of `dim` numbers, in place, what keys are kept as."""
 
-    def kept(self, f: Function, level: str, x: Value, inverse: Value) -> Value:
+    def key_scale(self, f: Function, vector: Value, dim: Value) -> Value:
+        length, _ = size_of(f, vector, dim)
+        return _power_of_two(f, length / f.const(F32, MAX_KEY))
+
+    def value_scale(self, f: Function, vector: Value, dim: Value) -> Value:
+        _, largest = size_of(f, vector, dim)
+        return _power_of_two(f, largest / f.const(F32, MAX_VALUE))
+
+    def kept(self, f: Function, x: Value, inverse: Value) -> Value:
         """float32, one or 16, as they are kept."""
-        return to_half(f, level, limited(f, x))
+        return rounded(f, limited(f, x), inverse, self.element)
 
 
-class Bytes(Halves):
+def _power_of_two(f: Function, x: Value) -> Value:
+    """The smallest that is at least x; NaN for NaN."""
+    return f.bitcast((f.bitcast(x, I32) + 0x7FFFFF) & 0x7F800000, F32) + (x - x)
+
+
+class Bytes(Words):
     """int8, and a scale of 16 bits in a float32, so that numbers that are read and kept again stay the same. Keys are spread
     as `kv_cache.spread` says.
     """
 
     n_bytes = 1
-    has_scales = True
+    element = I8
 
-    def row_bytes(self, padded: Value) -> Value:
-        return padded + 4
-
-    def load(self, f: Function, level: str, at: Value) -> Value:
-        return f.cast("sitofp", f.load(I8.vec(LANES), at), F32)
-
-    def value_row(self, values: Value, row: Value, padded: Value) -> Value:
-        return values + row * padded + (row >> 4) * (4 * LANES)
-
-    def scaled(self, f: Function, x: Value, group: Value, padded: Value) -> Value:
-        return x * f.load(ROW, group + padded * LANES, 4)
+    def load(self, f: Function, at: Value) -> Value:
+        return f.cast("sext", f.load(I8.vec(2 * LANES), at), I16)
 
     def spread(self, f: Function, vector: Value, dim: Value) -> None:
         n = dim & (0 - dim)
@@ -95,26 +137,12 @@ class Bytes(Halves):
                     f.store(a - b, high, 4)
                 h.set(h.get() << 1)
 
-    def scale(self, f: Function, vector: Value, dim: Value, group: Value, lane: Value, padded: Value) -> Value:
-        largest, whole = f.var(I32, 0), dim & -LANES  # compared as integers, where NaN is larger than every number
+    def key_scale(self, f: Function, vector: Value, dim: Value) -> Value:
+        _, largest = size_of(f, vector, dim)
+        bits = f.bitcast(largest * (1 / 127), I32)
+        return f.bitcast((bits + 0x80) & -0x100, F32)
 
-        def look(type: Type, at: Value) -> None:
-            bits = f.bitcast(f.intrinsic("fabs", limited(f, f.load(type, at, 4))), I32.vec(type.lanes))
-            largest.set(f.maximum(largest.get(), f.reduce(bits, "max") if type.lanes > 1 else bits))
-
-        with f.range(0, whole, LANES) as d:
-            look(ROW, vector + d * 4)
-        with f.range(whole, dim) as d:
-            look(F32, vector + d * 4)
-        bits = f.bitcast(f.bitcast(largest.get(), F32) * (1 / 127), I32)
-        scale = f.bitcast((bits + 0x80) & -0x100, F32)
-        f.store(scale, group + padded * LANES + lane * 4, 4)
-        return f.select(scale > 1e-30, 1.0 / scale, 0.0)
-
-    def kept(self, f: Function, level: str, x: Value, inverse: Value) -> Value:
-        many = inverse if x.type.lanes == 1 else f.splat(inverse, x.type.lanes)
-        rounded = f.cast("fptosi", f.intrinsic("rint", limited(f, x) * many), I32)
-        return f.cast("trunc", f.emit(rounded.type, f"freeze {rounded.type} {rounded}"), I8)  # NaN has no integer
+    value_scale = key_scale
 
 
-KINDS = {"f16": Halves(), "q8": Bytes()}
+KINDS = {"q16": Words(), "q8": Bytes()}

@@ -1,4 +1,4 @@
-"""Keys and values in the order and the numbers that compiled code reads: float16, or int8 with scales.
+"""Keys and values in the order and the numbers that compiled code reads: integers with scales (cache_numbers.py).
 
 In: positions, their keys and values as float32. Out: the memory that kernels compute in, and a table of where its layers lie.
 Knows no kernels and no plan.
@@ -7,12 +7,11 @@ Knows no kernels and no plan.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from pocketlm.runtime.hyper_parameters import Hyper
-from pocketlm.runtime.kv_cache import SCALE_BYTES, ByteCache, KVCache
+from pocketlm.runtime.kv_cache import SCALE_BYTES, ByteCache, ScaledCache
 from pocketlm.runtime.memory import aligned, round_up
 from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.records import LAYER
@@ -20,13 +19,13 @@ from pocketlm.runtime.native.tiling import ROWS
 from pocketlm.runtime.positions import Turn
 
 
-class NativeCache(KVCache):
-    """float16. Keys [n_kv_head, rows / 16, padded_dim, 16]: 16 positions side by side; values as in KVCache, padded.
+class NativeCache(ScaledCache):
+    """int16 in groups of 16 positions, [padded_dim / 2, 16, 2] of keys and [8, padded_dim, 2] of values, each with its scales
+    behind it, float32 [16].
 
     A span of SPAN positions lies in one piece in every layer, a ring or not.
     """
 
-    dtype = saved = np.float16
     block = sizes.BLOCK
     unit = sizes.SPAN
 
@@ -44,39 +43,12 @@ class NativeCache(KVCache):
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
-        """Of the copies that `remove` makes, one layer at a time, keys a second time in float32."""
-        return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, sizes.SPAN) * 10
+        """Of the copies that `remove` makes, one layer at a time: as float32, scaled, rounded, as integers in two orders."""
+        return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, sizes.SPAN) * 16
 
     @classmethod
     def _padded(cls, hyper: Hyper) -> int:
-        return round_up(hyper.head_dim, ROWS)
-
-    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        n_kv, dim = self.hyper.n_kv_head, self._padded(self.hyper)
-        return keys.reshape(n_kv, rows // ROWS, dim, ROWS), values.reshape(n_kv, rows, dim)
-
-    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        keys, values = self.layers[layer]
-        return keys[:, : round_up(n, ROWS) // ROWS], values[:, :n]
-
-    def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
-        keys = self.layers[layer][0][:, group, : self.hyper.head_dim, lane]  # [n, n_kv_head, head_dim]
-        return np.ascontiguousarray(keys.swapaxes(0, 1), np.float32)
-
-    def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        group, lane = divmod(np.arange(start, start + keys.shape[1]) % self.rows[layer], ROWS)
-        self.layers[layer][0][:, group, : self.hyper.head_dim, lane] = keys.swapaxes(0, 1)
-
-
-class NativeByteCache(ByteCache, NativeCache):
-    """int8 in groups of 16 positions, [padded_dim, 16] of keys and [16, padded_dim] of values, each with its scales behind it,
-    float32 [16].
-    """
-
-    @classmethod
-    def _padded(cls, hyper: Hyper) -> int:
-        return round_up(hyper.head_dim, ROWS) + SCALE_BYTES
+        return round_up(hyper.head_dim, ROWS) + SCALE_BYTES // np.dtype(cls.dtype).itemsize
 
     def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
         shape = self.hyper.n_kv_head, rows // ROWS, self._padded(self.hyper) * ROWS
@@ -87,15 +59,37 @@ class NativeByteCache(ByteCache, NativeCache):
         return keys[:, :n_groups], values[:, :n_groups]
 
     def _parts(self, which: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        groups, n_bytes = self.layers[layer][which], SCALE_BYTES * ROWS
-        dim = self._padded(self.hyper) - SCALE_BYTES
-        shape = (dim, ROWS) if which == 0 else (ROWS, dim)
-        numbers = groups[..., :-n_bytes].reshape(*groups.shape[:2], *shape)
-        numbers = numbers.swapaxes(2, 3) if which == 0 else numbers
-        return numbers[..., : self.hyper.head_dim], groups[..., -n_bytes:].view(np.float32)
+        """Views: numbers [n_kv_head, groups, 16, padded_dim / 2, 2] of keys, [n_kv_head, groups, 8, 2, padded_dim] of values;
+        scales [n_kv_head, groups, 16].
+        """
+        groups, dim = self.layers[layer][which], round_up(self.hyper.head_dim, ROWS)
+        numbers, scales = groups[..., : dim * ROWS], groups[..., dim * ROWS :].view(np.float32)
+        shape = (dim // 2, ROWS, 2) if which == 0 else (ROWS // 2, dim, 2)
+        numbers = numbers.reshape(*groups.shape[:2], *shape)
+        return numbers.swapaxes(2, 3) if which == 0 else numbers.swapaxes(3, 4), scales
 
-    def _index(self, layer: int, start: int, stop: int) -> tuple[Any, ...]:
-        return (slice(None), *divmod(np.arange(start, stop) % self.rows[layer], ROWS))
+    def _places(self, which: int, layer: int, start: int, stop: int) -> tuple[tuple, tuple]:
+        """Where positions are in the views."""
+        group, lane = divmod(np.arange(start, stop) % self.rows[layer], ROWS)
+        of_scales = slice(None), group, lane
+        return of_scales if which == 0 else (slice(None), group, *divmod(lane, 2)), of_scales
+
+    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
+        (numbers, scales), (place, of_scales) = self._parts(which, layer), self._places(which, layer, start, stop)
+        found = numbers[place].reshape(self.hyper.n_kv_head, stop - start, round_up(self.hyper.head_dim, ROWS))
+        return found[..., : self.hyper.head_dim] * scales[of_scales][..., None]
+
+    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
+        (numbers, scales), (place, of_scales) = self._parts(which, layer), self._places(which, layer, start, start + x.shape[1])
+        kept, scales[of_scales] = self.keep[which](x)
+        dim = round_up(self.hyper.head_dim, ROWS)
+        whole = np.zeros((*x.shape[:2], dim), self.dtype)
+        whole[..., : self.hyper.head_dim] = kept
+        numbers[place] = whole.reshape(*x.shape[:2], dim // 2, 2) if which == 0 else whole
 
 
-CACHES = {"f16": NativeCache, "q8": NativeByteCache}
+class NativeByteCache(ByteCache, NativeCache):
+    """The same of int8."""
+
+
+CACHES = {"q16": NativeCache, "q8": NativeByteCache}

@@ -46,7 +46,7 @@ def keep(key_text: str, content: bytes) -> None:
 
 
 def _place(key_text: str) -> tuple[bytes, Path | None]:
-    key, folder = hashlib.sha256(key_text.encode()).digest(), _trusted_folder()
+    key, folder = hashlib.sha256(key_text.encode(errors="surrogateescape")).digest(), _trusted_folder()
     return key, folder / (key.hex() + _SUFFIX) if folder else None
 
 

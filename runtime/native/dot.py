@@ -222,3 +222,55 @@ _DOTS: dict[str, Callable[..., list[Value]]] = {
     "dotprod": _by_lane,
     "neon": _each_token(_neon),
 }
+
+
+# pairs of int16
+
+
+def pair_dot(f: Function, level: str, total: Value, x: Value, pair: Value) -> Value:
+    """<16 x i32> plus the products of pairs: x <32 x i16> by one pair, both of its int16 in an i32."""
+    return f.join(_PAIR_DOTS[level](f, total, x, pair))
+
+
+def _in_registers(lanes: int, step: Callable[..., Value]) -> Callable[..., list[Value]]:
+    """x86: registers of so many i32, `step` adds a register's products to its sums."""
+
+    def run(f: Function, total: Value, x: Value, pair: Value) -> list[Value]:
+        other = f.splat(pair, lanes)
+        sums, parts = f.split(total, lanes), f.split(f.bitcast(x, I32.vec(16)), lanes)
+        return [step(f, s, part, other) for s, part in zip(sums, parts, strict=True)]
+
+    return run
+
+
+def _vnni(bits: int) -> Callable[..., Value]:
+    return lambda f, total, x, pair: f.call(total.type, f"llvm.x86.avx512.vpdpwssd.{bits}", total, x, pair)
+
+
+def _madd(intrinsic: str) -> Callable[..., Value]:
+    def step(f: Function, total: Value, x: Value, pair: Value) -> Value:
+        x, pair = (f.bitcast(v, I16.vec(2 * v.type.lanes)) for v in (x, pair))
+        return total + f.call(total.type, intrinsic, x, pair)
+
+    return step
+
+
+def _long_products(f: Function, total: Value, x: Value, pair: Value) -> list[Value]:
+    """aarch64: the first of all pairs by the first, the second by the second, in registers of four."""
+    found = f.split(total, 4)
+    for odd in (0, 1):
+        those = f.split(f.shuffle(x, range(odd, 32, 2)), 4)
+        factor = f.splat(f.cast("trunc", pair >> (16 * odd) if odd else pair, I16), 4)
+        products = [f.call(I32.vec(4), "llvm.aarch64.neon.smull.v4i32", part, factor) for part in those]
+        found = [s + product for s, product in zip(found, products, strict=True)]
+    return found
+
+
+_PAIR_DOTS: dict[str, Callable[..., list[Value]]] = {
+    "avx512-vnni": _in_registers(16, _vnni(512)),
+    "avx-vnni": _in_registers(8, _vnni(256)),
+    "avx2": _in_registers(8, _madd("llvm.x86.avx2.pmadd.wd")),
+    "sse4": _in_registers(4, _madd("llvm.x86.sse2.pmadd.wd")),
+    "dotprod": _long_products,
+    "neon": _long_products,
+}

@@ -78,7 +78,7 @@ class NativeExecutor:
     same_bits = True
     single: DecodeThreads | None = None  # on how many threads single tokens are computed; None: on all
 
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"):
+    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"):
         """Raises NativeUnavailable where this computer cannot run compiled code, or there is none for this plan; FileError for
         weights that are NaN.
         """
@@ -114,7 +114,7 @@ class NativeExecutor:
 
     @staticmethod
     def memory(
-        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "f16"
+        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"
     ) -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
         do not fit they are read from the file as they are needed.

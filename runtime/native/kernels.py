@@ -19,7 +19,7 @@ from pocketlm.runtime.native.levels import Level, host_abi
 from pocketlm.runtime.native.tiling import LAYOUTS
 
 CORE = "core"
-CORES = {"f16": CORE, "q8": "core_q8"}  # by how keys and values are kept
+CORES = {"q16": CORE, "q8": "core_q8"}  # by how keys and values are kept
 _aot: dict[str, str] = {}  # {"path": …, "version": …} of a file of images to use in place of a compiler
 
 
@@ -72,7 +72,7 @@ def loaded(name: str, level: Level) -> linker.Loaded:
     return linker.load(linker.from_bytes(code_cache.cached(key, make)))
 
 
-def kernels(formats: Iterable[str], level: Level, kv: str = "f16") -> dict[str, linker.Loaded]:
+def kernels(formats: Iterable[str], level: Level, kv: str = "q16") -> dict[str, linker.Loaded]:
     """"core", for caches of that kind, and the code of every format named."""
     return {CORE: loaded(CORES[kv], level), **{name: loaded(name, level) for name in formats}}
 

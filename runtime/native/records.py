@@ -113,6 +113,8 @@ QUERY = np.dtype([
     ("position", "i8"), ("oldest", "i8"),     # it sees positions from the oldest to its own
     ("result", "i8"),                         # an address
     ("slope", "f4"), ("softcap", "f4"),
+    ("scale", "f4"), ("pad", "f4"),           # of its integers
+    ("factors", "f4", 8),                     # of its weights' integers, in each block of a span
 ])  # fmt: skip
 
 # of a thread: 1 while it sleeps in Python; the last run that it is to take part in, and that it has; 1: Python has to wake it

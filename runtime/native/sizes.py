@@ -26,6 +26,7 @@ WHOLES = 64  # the same of them as int16
 LANES = 16
 BLOCK = 128  # tokens of a pass at most: their activations stay in the second-level cache
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
+POSITIONS = 32  # neighbours whose weights are rounded to integers together
 QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many
 MAX_CHUNK = 16  # groups of rows in a task
 PAGES = 1 << 16  # a multiple of every system's page size

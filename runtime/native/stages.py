@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 from pocketlm.runtime.native import attention, elements, experts
-from pocketlm.runtime.native.cache_numbers import Halves
+from pocketlm.runtime.native.cache_numbers import Words
 from pocketlm.runtime.native.dot import READS_WHOLES
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, tile_size
@@ -34,7 +34,7 @@ ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whol
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
 
 
-def define(module: Module, level: str, numbers: Halves) -> None:
+def define(module: Module, level: str, numbers: Words) -> None:
     """Define the stages of sizes.STAGES, each `(run, op, own, task, n)`."""
     elements.define(module)
     _define_round(module, level in READS_WHOLES)
@@ -249,7 +249,7 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
         f.store(y, b)
 
 
-def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Halves) -> None:
+def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
     """Heads of a token: query or key normalised and rotated where the operation says so, key and value to the cache."""
     n_heads, apart = r.run("n_head") + r.run("n_kv_head"), heads_apart(r, n)
     first = f.select(apart, task % n_heads, 0)
@@ -262,7 +262,7 @@ def heads_apart(r: Records, n: Value) -> Value:
     return n < r.run("n_threads") * 2
 
 
-def _store_head(f: Function, level: str, r: Records, number: Value, head: Value, numbers: Halves) -> None:
+def _store_head(f: Function, level: str, r: Records, number: Value, head: Value, numbers: Words) -> None:
     n_head, n_kv, dim = r.run("n_head"), r.run("n_kv_head"), r.run("head_dim")
     token = r.token(number)
     position = token("position")
@@ -276,19 +276,23 @@ def _store_head(f: Function, level: str, r: Records, number: Value, head: Value,
     numbers.spread(f, vector, dim)
     with f.when(head >= n_head):
         padded, (place, rows) = r.run("padded_dim"), attention.cache_of(r, numbers, token, head - n_head)
-        row, value, size = position % rows, vector + n_kv * dim * 4, numbers.n_bytes
-        group, lane = (row >> 4) * (numbers.row_bytes(padded) * LANES), row & 15
+        row, value = position % rows, vector + n_kv * dim * 4
+        lane, start = row & 15, (row >> 4) * (numbers.row_bytes(padded) * LANES)
         keys, values = (token(name, PTR) + place for name in ("keys", "values"))
-        of_key, of_value = (numbers.scale(f, x, dim, to + group, lane, padded) for x, to in ((vector, keys), (value, values)))
-        keys, values, whole = keys + group + lane * size, numbers.value_row(values, row, padded), dim & -LANES
+        of_key, of_value = numbers.key_scale(f, vector, dim), numbers.value_scale(f, value, dim)
+        for group, scale in ((keys + start, of_key), (values + start, of_value)):
+            numbers.keep_scale(f, scale, group, lane, padded)
+        of_key, of_value = (f.select(scale > 1e-30, 1.0 / scale, 0.0) for scale in (of_key, of_value))
+        to, whole = numbers.value_row(values, row, padded), dim & -LANES
         with f.range(0, whole, LANES) as d:
-            kept = numbers.kept(f, level, f.load(ROW, vector + d * 4, 4), of_key)
+            key, its_value = (f.load(ROW, x + d * 4, 4) for x in (vector, value))
+            key, its_value = numbers.kept(f, key, of_key), numbers.kept(f, its_value, of_value)
             for column in range(LANES):
-                f.store(f.extract(kept, column), keys + (d + column) * (size * LANES))
-            f.store(numbers.kept(f, level, f.load(ROW, value + d * 4, 4), of_value), values + d * size)
+                f.store(f.extract(key, column), numbers.key_at(keys + start, lane, d + column), 1)
+                f.store(f.extract(its_value, column), to + (d + column) * (2 * numbers.n_bytes), 1)
         with f.range(whole, dim) as d:
-            f.store(numbers.kept(f, level, f.load(F32, vector + d * 4), of_key), keys + d * (size * LANES))
-            f.store(numbers.kept(f, level, f.load(F32, value + d * 4), of_value), values + d * size)
+            f.store(numbers.kept(f, f.load(F32, vector + d * 4), of_key), numbers.key_at(keys + start, lane, d), 1)
+            f.store(numbers.kept(f, f.load(F32, value + d * 4), of_value), to + d * (2 * numbers.n_bytes), 1)
 
 
 # short convolutions

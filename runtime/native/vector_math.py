@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from pocketlm.runtime import activations as A
-from pocketlm.runtime.native.ir import F16, F32, I8, I16, I32, Function, Value
+from pocketlm.runtime.native.ir import F32, I8, I16, I32, Function, Value
 
 NO_HALF = ("sse4",)  # levels whose processors may lack half-precision conversions
 # coefficients of the Cephes library (expf, tanhf), highest power first
@@ -136,19 +136,3 @@ def from_half(f: Function, level: str, x: Value) -> Value:
     value = f.select((bits & 0x7C00).equals(0x7C00), special, value)
     sign = (bits & 0x8000) << 16
     return f.bitcast(f.bitcast(value, bits.type) | sign, F32.vec(x.type.lanes))
-
-
-def to_half(f: Function, level: str, x: Value) -> Value:
-    """float to half, rounded to nearest even; beyond 65504 infinite."""
-    if level not in NO_HALF:
-        return f.cast("fptrunc", x, F16)
-    lanes = x.type.lanes
-    bits = f.bitcast(x, I32.vec(lanes))
-    sign = (bits >> 16) & 0x8000
-    magnitude = bits & 0x7FFFFFFF
-    # normal halves: rebias the exponent and round the 13 fraction bits away; subnormal ones: let an addition round them
-    normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112 << 23)) >> 13
-    tiny = f.bitcast(f.bitcast(magnitude, F32.vec(lanes)) + 0.5, I32.vec(lanes)) - 0x3F000000
-    result = f.select(magnitude < (113 << 23), tiny, normal)
-    result = f.select(magnitude > 0x477FEFFF, f.select(magnitude > 0x7F800000, f.const(bits.type, 0x7E00), 0x7C00), result)
-    return f.bitcast(f.cast("trunc", result | sign, I16), F16.vec(lanes))

@@ -1,6 +1,6 @@
 """Small models of every architecture and in every format, with the logits that the NumPy executor of this machine gives.
 
-    python tests/arm64/models.py FOLDER
+    python tests/arm64/models.py FOLDER [NAME...]
 
 For `walk.py`, which runs them on another processor. Weights are random; those of a format are random bits in every field of a
 block, so that all codes occur.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,53 +47,52 @@ SMEAR = {"smear_gate.weight": (1, 24), "blk.1.attn_v_gate.weight": (2, 12), "blk
 DEEP = 8  # a row with more layers is there for what its number of layers means, not for what a layer computes
 
 
-def make(folder: Path) -> int:
-    """Write NUMBER.gguf and NUMBER.npz (name, ids, logits, kv) for every model of the table; how many."""
-    seen, n = set(), 0
-    for name, path, kv in _written(folder):
+def make(folder: Path, names: Sequence[str] = ()) -> int:
+    """Write NUMBER.gguf and NUMBER.npz (name, ids, logits, kv) for every model of the table, or for those named; how many."""
+    rows = list(enumerate(_rows()))
+    assert {*names} <= {name for _, (name, *_) in rows}
+    seen, chosen = set(), [(n, row) for n, row in rows if not names or row[0] in names]
+    for n, (name, fmt, kv, write) in chosen:
+        write(plain := folder / "plain")
+        path = _recoded(plain, folder / f"{n}.gguf", fmt)
+        plain.unlink()
         with pocketlm.load(path, backend="numpy", threads=1, kv=kv) as model:
-            if kv == "f16":
+            if kv == "q16":
                 round_as_native(model.executor)
             ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, N)
             np.savez(path.with_suffix(".npz"), name=name, ids=ids, logits=model.executor.forward(ids, rows="all"), kv=kv)
             seen.add(model.hyper.architecture)
-        n += 1
-    assert seen == set(ARCHITECTURES), set(ARCHITECTURES) ^ seen
-    return n
+    assert names or seen == set(ARCHITECTURES), set(ARCHITECTURES) ^ seen
+    return len(chosen)
 
 
-def _written(folder: Path) -> Iterator[tuple[str, Path, str]]:
-    """Every architecture in float32 and in a format, one after the other; every format in a Llama and in a mixture of experts;
-    every kind of cache.
+def _rows() -> Iterator[tuple[str, str, str, Callable[[Path], object]]]:
+    """Name, format, cache, and what writes it in float32: every architecture in float32 and in a format, one after the other;
+    every format in a Llama and in a mixture of experts; every kind of cache.
     """
-    numbers, formats = itertools.count(), itertools.cycle(name for name in FORMAT_NAMES if name != "F32")
-    for name in _architectures(plain := folder / "plain"):
+    formats = itertools.cycle(name for name in FORMAT_NAMES if name != "F32")
+    for name, write in _architectures():
         for fmt in ("F32", next(formats)):
-            yield f"{name}, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+            yield f"{name}, {fmt}", fmt, "q16", write
+    llama = partial(write_model, **SHAPE)
+    experts = published.Row("qwen3moe", published.EXPERTS | {"expert_feed_forward_length": 256})
     for fmt in FORMAT_NAMES:
-        write_model(plain, **SHAPE)
-        yield f"Llama, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
-        published.write(plain, published.Row("qwen3moe", published.EXPERTS | {"expert_feed_forward_length": 256}), SHAPE)
-        yield f"experts, {fmt}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), "f16"
+        yield f"Llama, {fmt}", fmt, "q16", llama
+        yield f"experts, {fmt}", fmt, "q16", partial(published.write, row=experts, shape=SHAPE)
     for kv, fmt in itertools.product(KINDS, ("F16", "Q4_0")):
-        write_model(plain, **SHAPE)
-        yield f"Llama, {fmt}, cache of {kv}", _recoded(plain, folder / f"{next(numbers)}.gguf", fmt), kv
-    plain.unlink()
+        yield f"Llama, {fmt}, cache of {kv}", fmt, kv, llama
 
 
-def _architectures(path: Path) -> Iterator[str]:
-    """Write one after the other to `path`."""
+def _architectures() -> Iterator[tuple[str, Callable[[Path], object]]]:
     for arch in PLAIN:
-        write_model(path, arch=arch, **{**SHAPE, "n_kv_head": 4})
-        yield arch
+        yield arch, partial(write_model, arch=arch, **{**SHAPE, "n_kv_head": 4})
     for arch, keys in OURS.items():
-        write_random(path, arch, {**SHAPE, "n_ctx": 64}, keys, SMEAR if arch == "nanochat" else {})
-        yield arch
+        smear = SMEAR if arch == "nanochat" else {}
+        yield arch, partial(write_random, arch=arch, sizes={**SHAPE, "n_ctx": 64}, keys=keys, extra=smear)
     for table in (published, more):
         for name, row in table.MODELS.items():
             if row.sizes.get("n_layer", 0) <= DEEP:
-                table.write(path, row, SHAPE)
-                yield name
+                yield name, partial(table.write, row=row, shape=SHAPE)
 
 
 def _recoded(path: Path, out: Path, fmt: str) -> Path:
@@ -111,4 +111,4 @@ def _recoded(path: Path, out: Path, fmt: str) -> Path:
 
 
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1])), "models")
+    print(make(Path(sys.argv[1]), sys.argv[2:]), "models")

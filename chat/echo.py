@@ -1,0 +1,59 @@
+"""What is typed while an answer comes waits for the next prompt, and is not shown in the middle of the answer.
+
+In: the standard input of a chat. Out: its terminal without echo for a while. Knows neither answers nor prompts. Where there are
+no such terminals (Windows, pipes) nothing happens.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+if sys.platform != "win32":
+    import termios
+
+_LOCAL = 3  # the place of a terminal's local modes
+
+
+@contextmanager
+def without_echo(stdin: TextIO) -> Iterator[None]:
+    """The terminal shows nothing of what is typed in the block. Ctrl-Z gives it back to the shell as it was.
+
+    For the main thread only, which alone may handle signals.
+    """
+    if sys.platform == "win32" or not _echo(stdin, False):
+        yield
+        return
+
+    def suspended(signum: int, frame: Any) -> None:
+        _echo(stdin, True)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)  # it stops here
+        signal.signal(signal.SIGTSTP, suspended)
+        _echo(stdin, False)
+
+    stops = signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+    try:
+        if stops:
+            signal.signal(signal.SIGTSTP, suspended)
+        yield
+    finally:
+        if stops:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        _echo(stdin, True)
+
+
+def _echo(stdin: TextIO, wanted: bool) -> bool:
+    """Whether the echo had to be switched. Only a program in the foreground may: others would be stopped for it."""
+    if sys.platform == "win32":
+        return False
+    with suppress(OSError, ValueError, termios.error):
+        terminal = stdin.fileno()
+        modes = termios.tcgetattr(terminal)
+        if bool(modes[_LOCAL] & termios.ECHO) != wanted and os.tcgetpgrp(terminal) == os.getpgrp():
+            modes[_LOCAL] ^= termios.ECHO
+            termios.tcsetattr(terminal, termios.TCSANOW, modes)
+            return True
+    return False

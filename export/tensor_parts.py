@@ -1,0 +1,96 @@
+"""Tensors made of tensors: rows of one, several in one, rows in another order.
+
+In: tensors by role. Out: others, which read the first when they are read themselves. Knows no configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from pocketlm.export.canonical import CanonicalTensor
+
+Tensors = dict[str, CanonicalTensor]
+
+
+def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
+    return CanonicalTensor((stop - start, *tensor.shape[1:]), lambda: np.ascontiguousarray(tensor.read()[start:stop]))
+
+
+def rows_of_experts(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
+    """The same rows of each."""
+    n, _, *columns = tensor.shape
+    return CanonicalTensor((n, stop - start, *columns), lambda: np.ascontiguousarray(tensor.read()[:, start:stop]))
+
+
+def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
+
+
+def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
+    """The parts behind each other, in a dimension of their own."""
+    return CanonicalTensor((len(parts), *parts[0].shape), lambda: np.stack([part.read() for part in parts]))
+
+
+def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
+    return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
+
+
+def constant(values: np.ndarray) -> CanonicalTensor:
+    return CanonicalTensor(values.shape, values.copy)
+
+
+def in_layers(tensors: Tensors, expression: str) -> list[str]:
+    """The roles in layers that match."""
+    return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
+
+
+def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
+    """Bring the rows of tensors in layers that match into this order, here; the plan complains of one with more or fewer."""
+    for role in in_layers(tensors, expression):
+        if tensors[role].shape[0] == len(order):
+            tensors[role] = _reordered(tensors[role], order)
+
+
+def _reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
+    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
+
+
+def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:
+    """Bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side, in queries and keys, here.
+
+    `heads`: query heads, key-value heads, their width. `back`: from there into two halves.
+    """
+    n_head, n_kv_head, head_dim = heads
+    pairs = np.arange(n_dims).reshape(2, -1).T.ravel()
+    head = np.concatenate([pairs, np.arange(n_dims, head_dim)])
+    for part, n in (("q", n_head), ("k", n_kv_head)):
+        order = (np.arange(n)[:, None] * head_dim + head).ravel()
+        reorder(tensors, rf"attn_{part}\.(weight|bias)", np.argsort(order) if back else order)
+
+
+def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
+    """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
+    for role in in_layers(tensors, "attn_qkv.(weight|bias)"):
+        if tensors[role].shape[0] != q + 2 * kv:
+            continue  # the plan says what is wrong
+        both = tensors.pop(role)
+        for part, start, stop in (("q", 0, q), ("k", q, q + kv), ("v", q + kv, q + 2 * kv)):
+            tensors[role.replace("qkv", part)] = rows(both, start, stop)
+
+
+def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
+    """One tensor in place of three, here, with zeros for a bias that only some of them have."""
+    for i in range(n_layer):
+        at = f"blk.{i}.attn_"
+        weights = [f"{at}{part}.weight" for part in "qkv"]
+        if not all(name in tensors for name in weights):
+            continue
+        tensors[f"{at}qkv.weight"] = stacked([tensors.pop(name) for name in weights])
+        biases = [f"{at}{part}.bias" for part in "qkv"]
+        if any(name in tensors for name in biases):
+            zeros = [constant(np.zeros(n, np.float32)) for n in (q, kv, kv)]
+            tensors[f"{at}qkv.bias"] = stacked([tensors.pop(name, zero) for name, zero in zip(biases, zeros, strict=True)])
