@@ -2,8 +2,8 @@
 
 In: files. Out: marshalled code. Knows nothing about archives. The code is for this version of Python, or for another one whose
 library there is for this system: a process of this Python loads it, and lets it compile. What is marshalled depends on more
-than the source: on the order of sets, and on which constants something else in the process refers to. Hence a process of its
-own, with nothing of the user's in it.
+than the source: on the order of sets, on which constants something else in the process refers to, and on which of them are
+interned. Hence a process of its own, with nothing of the user's in it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pocketlm.errors import PocketlmError
 
 _COMPILER = """\
 import sys, marshal, _frozen_importlib_external  # no file: not from a folder of others, nor compiled for another Python
+for character in map(chr, range(256)):  # one object each for the whole process, marshalled by whether anybody interned it
+    sys.intern(character)
+sys.intern("")
 sys.stdout.buffer.write(_frozen_importlib_external.MAGIC_NUMBER)
 words = iter(sys.stdin.buffer.read().decode("utf-8", "surrogatepass").split("\\0"))
 for path, name in zip(words, words):

@@ -46,7 +46,7 @@ EXCLUDED = (
     "prompt_toolkit.contrib", "pygments", "babel",
     "urllib.request", "zipfile", "importlib.metadata", "importlib.resources", "importlib.readers", "concurrent.futures.process",
     "email.policy", "email.generator", "plistlib", "pyexpat", "xml.dom.expatbuilder", "xml.dom.pulldom", "xml.sax",
-    "tracemalloc",
+    "tracemalloc", "compression.zstd", "_zstd",
     "_multibytecodec", "_codecs_cn", "_codecs_hk", "_codecs_iso2022", "_codecs_jp", "_codecs_kr", "_codecs_tw",
     "_wmi",  # Windows is asked for the processor's name, for which there is another way; wine has none
 )  # fmt: skip

@@ -58,7 +58,8 @@ def find(
                 found.nowhere[name] = importer
         elif path.suffix in COMPILED:
             found.compiled[name] = path
-            waiting += [(other, "") for other in _named_in(path) if other.split(".")[0] == name.split(".")[0]]
+            package = name.split(".")[0].lstrip("_")  # _ctypes imports ctypes._layout
+            waiting += [(other, "") for other in _named_in(path) if other.split(".")[0].lstrip("_") == package]
         else:
             found.python[name] = path
             tree = ast.parse(path.read_bytes(), str(path))

@@ -135,6 +135,8 @@ def _run(arguments: list[str]) -> int:
         command = arguments.pop(0)
     words = [command, model or str(executable), *own.arguments()]
     load = None
+    if command != "generate":
+        terminal.name_window(own.title)
     if command == "serve":
         words += ["--port=0", "--slots=4", "--browser"]
     if command in ("chat", "serve"):

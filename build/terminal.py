@@ -1,7 +1,7 @@
 """A console for a program that was opened with a double click.
 
-In: how the process was started. Out: whether its console closes with it, or a terminal opened for it. Knows nothing about
-the conversation.
+In: how the process was started. Out: whether its console closes with it, or a terminal opened for it; its title. Knows
+nothing about the conversation.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+
+from pocketlm.terminal_text import without_controls
 
 MARK = "POCKETLM_OWN_TERMINAL"  # set in the terminal that was opened here, so that there is only one
 _TERMINALS = (  # how each is told which command to run
@@ -32,6 +34,19 @@ def wait_for_key() -> None:
     """Keep the console until Enter is pressed."""
     with suppress(EOFError, KeyboardInterrupt, OSError):
         input("Press Enter to close this window. ")
+
+
+def name_window(title: str) -> None:
+    """Give a console that is ours alone a title, in place of the path that the system shows."""
+    title = without_controls(title)
+    if not title or sys.stdout is None or not is_own():
+        return
+    if sys.platform == "win32":
+        import ctypes
+
+        ctypes.windll.kernel32.SetConsoleTitleW(title)
+    elif sys.stdout.isatty():
+        sys.stdout.write(f"\x1b]2;{title}\x07")
 
 
 def open_one(program: str, arguments: Sequence[str]) -> bool:

@@ -1,10 +1,11 @@
 """Checks the signature and the segments of a macOS program as its kernel and codesign do; written from Apple's headers anew."""
 
 import hashlib
+import mmap
 import struct
 
 
-def check_signature(data: bytes) -> list[str]:
+def check_signature(data: bytes | mmap.mmap) -> list[str]:
     """What is wrong with an ad-hoc signed Mach-O file for one processor; nothing, if it may run."""
     wrong = []
     magic, _, _, kind, n_commands, n_bytes = struct.unpack_from("<6I", data)
@@ -51,7 +52,7 @@ def check_signature(data: bytes) -> list[str]:
         wrong.append("flags and limits")
     if (exec_base, exec_limit) != segments[b"__TEXT"][2:]:
         wrong.append("the executable segment")
-    if not data[directory + name : data.index(0, directory + name)].isascii() or n != -(-limit // 4096):
+    if not data[directory + name : data.find(b"\0", directory + name)].isascii() or n != -(-limit // 4096):
         wrong.append("identifier or number of pages")
     for page in range(n):
         place = directory + hashes + 32 * page

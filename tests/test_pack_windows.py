@@ -79,11 +79,12 @@ def test_it_talks_from_any_folder_even_a_read_only_one(friend, home, tmp_path, n
 
 def test_a_conversation_goes_on_another_day_for_a_user_of_any_name(friend, home, tmp_path):
     folder = tmp_path / "Ёлка ağaç"
-    folder.mkdir()
+    (folder / "Temp").mkdir(parents=True)
 
-    def talk(words, stdin):  # wine says itself where its user's data are
-        script = f'set LOCALAPPDATA={windows_path(folder)}&& {windows_path(friend)} {words}'
-        return run_windows(home, Path("cmd"), "/c", script, stdin=stdin)
+    def talk(words, stdin):  # wine says itself where its user's folders are
+        places = {"LOCALAPPDATA": folder, "TEMP": folder / "Temp", "TMP": folder / "Temp"}
+        script = "&& ".join(f"set {name}={windows_path(place)}" for name, place in places.items())
+        return run_windows(home, Path("cmd"), "/c", f"{script}&& {windows_path(friend)} {words}", stdin=stdin)
 
     first, chats = talk("--save", "hello\n"), folder / "pocketlm" / "chats"
     (saved,) = chats.glob("*.json")
@@ -91,12 +92,14 @@ def test_a_conversation_goes_on_another_day_for_a_user_of_any_name(friend, home,
     assert (first.returncode, first.stderr, second.returncode) == (0, "", 0)
     assert "resumed: 1 " in second.stdout + second.stderr
     assert list(chats.glob("*.json")) == [saved]
+    assert list((folder / "Temp").iterdir()) == []  # where the boot loader had unpacked it
 
 
 def test_a_conversation_at_a_console(friend, home, tmp_path):
     pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
     env = environment_for(home, TERM="xterm", LC_ALL="C.UTF-8")
     child = pexpect.spawn("wine", [str(friend), "--no-save"], env=env, encoding="utf-8", dimensions=(30, 100), timeout=120)
+    child.expect(r"\x1b\]\d;Ada Ağaç Ёлка\x07")  # the window's title
     child.expect("Ada Ağaç Ёлка")
     child.expect("To leave: /quit")
     for _ in range(2):  # wine's console sends what has changed on it: the second prompt is where the first one was
