@@ -27,30 +27,32 @@ from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 torch = pytest.importorskip("torch", reason="checkpoints are made with PyTorch")
 made = pytest.importorskip("home_made_models")
 models = pytest.importorskip("torch_models")
+rounded_numbers = pytest.importorskip("rounded_numbers")
 
 LIMIT = 1e-3
 
 
 def agree(path: Path, backend: str, expected: np.ndarray, ids: np.ndarray) -> None:
     """The logits of a model file, in one block and token by token."""
+    limit = rounded_numbers.NATIVE if backend == "native" else LIMIT
     with pocketlm.load(path, backend=backend, threads=2) as model:
-        assert np.abs(model.logits(ids) - expected).max() < LIMIT
+        assert np.abs(model.logits(ids) - expected).max() < limit
         executor = model.executor
         executor.cache.truncate(0)
         steps = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
-        assert np.abs(steps - expected).max() < LIMIT
+        assert np.abs(steps - expected).max() < limit
 
 
-def logits_of(module: Any, ids: np.ndarray, half: bool) -> np.ndarray:
-    """What a PyTorch module computes; `half`: with keys and values rounded as the native executor's cache keeps them."""
+def logits_of(module: Any, ids: np.ndarray, kept: bool) -> np.ndarray:
+    """What a PyTorch module computes; `kept`: with keys and values rounded as the native executor's cache keeps them."""
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         for owner, name in ((made, "attention"), (models, "causal_attention")):
             plain = getattr(owner, name)
 
             def rounded(q: Any, k: Any, v: Any, *rest: Any, plain: Any = plain) -> Any:
-                return plain(q, k.half().float(), v.half().float(), *rest)
+                return plain(q, rounded_numbers.keys(k), rounded_numbers.values(v), *rest)
 
-            if half:
+            if kept:
                 patch.setattr(owner, name, rounded)
         return module(torch.from_numpy(ids)).numpy()
 
@@ -62,7 +64,7 @@ def check(module: Any, source: Path, n: int = 40, **options: Any) -> tuple[Canon
     receipt = export(model, source, out, quant="f32", n_threads=1)
     ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, n)
     for backend in ("numpy", "native"):
-        agree(out, backend, logits_of(module, ids, half=backend == "native"), ids)
+        agree(out, backend, logits_of(module, ids, kept=backend == "native"), ids)
     return model, receipt.notes
 
 
@@ -70,7 +72,7 @@ def in_onnx(module: Any, model: CanonicalModel, out: Path) -> None:
     """onnxruntime's logits of the model, all tokens at once."""
     export(model, "test", out, container="onnx", quant="f32", n_threads=1)
     ids = np.random.default_rng(2).integers(0, model.hyper.n_vocab, 40)
-    assert np.abs(onnx_logits_of(out, ids.tolist()) - logits_of(module, ids, half=False)).max() < LIMIT
+    assert np.abs(onnx_logits_of(out, ids.tolist()) - logits_of(module, ids, kept=False)).max() < LIMIT
 
 
 ONLY_HERE = "stock llama.cpp does not know this architecture: the file runs in pocketlm only"
@@ -318,7 +320,7 @@ def test_minimind2_with_experts_is_a_granitemoe(tmp_path: Path, n_shared: int) -
     assert (model.hyper.settings["expert_count"], model.hyper.settings["expert_used_count"]) == (4, 2)
     assert not any("llama.cpp does not know" in note for note in notes)
     ids = np.random.default_rng(1).integers(0, 256, 30)
-    expected = logits_of(module, ids, half=False)
+    expected = logits_of(module, ids, kept=False)
     words = vocabulary([*TOKENS, *(f"word {i}" for i in range(6400 - len(TOKENS)))])  # llama.cpp wants some
     export(replace(model, metadata=words), path, tmp_path / "words.gguf", quant="f32", n_threads=1)
     with LlamaReference(tmp_path / "words.gguf") as llama:

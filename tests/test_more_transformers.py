@@ -19,6 +19,7 @@ from pocketlm.export.export import export
 torch = pytest.importorskip("torch", reason="transformers runs in PyTorch")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 attention = pytest.importorskip("rounded_attention")
+numbers = pytest.importorskip("rounded_numbers")
 
 LIMIT = 1e-3
 N_VOCAB, N = 61, 40
@@ -68,7 +69,7 @@ def make(name: str) -> Any:
 
 
 def logits_of(model: Any, ids: np.ndarray, rounded: bool) -> np.ndarray:
-    """`rounded`: with keys and values as float16."""
+    """`rounded`: with keys and values as the native executor keeps them."""
     handles = []
     if rounded:
         if model.config.model_type in ("bloom", "mpt"):  # without rotary positions keys are what the product gives
@@ -80,7 +81,9 @@ def logits_of(model: Any, ids: np.ndarray, rounded: bool) -> np.ndarray:
                         parts = out.unflatten(-1, (4, 3, 16) if by_head else (3, 64))
                         axis = -2
                         q, k, v = parts.unbind(axis)
-                        return torch.stack([q, attention.half(k), attention.half(v)], axis).flatten(-3 if by_head else -2)
+                        k = numbers.keys(k.unflatten(-1, (-1, 16))).flatten(-2)
+                        v = numbers.values(v.unflatten(-1, (-1, 16))).flatten(-2)
+                        return torch.stack([q, k, v], axis).flatten(-3 if by_head else -2)
 
                     handles.append(module.register_forward_hook(hook))
         else:
@@ -106,7 +109,9 @@ def test_logits_are_transformers(tmp_path: Path, name: str) -> None:
     expected = logits_of(model, ids, rounded=False)
     for backend, wanted in (("numpy", expected), ("native", logits_of(model, ids, rounded=True))):
         with pocketlm.load(out, backend=backend, threads=2) as opened:
-            limit = LIMIT * (3 if backend == "native" and opened.hyper.n_layer > 60 else 1)  # roundings add up
+            limit = LIMIT if backend == "numpy" else numbers.NATIVE
+            if opened.hyper.n_layer > 60:  # roundings add up
+                limit *= 3
             assert np.abs(opened.logits(ids) - wanted).max() < limit, backend
             executor = opened.executor
             executor.cache.truncate(0)

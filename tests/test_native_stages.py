@@ -7,6 +7,7 @@ import pytest
 from native_calls import activation_records, compiled, each_level, executors, host_level, round_activations
 
 from pocketlm.runtime.hyper import Rope
+from pocketlm.runtime.kv_cache import keys_to_words, values_to_words
 from pocketlm.runtime.native import levels, stages
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
 from pocketlm.runtime.native.linker import load
@@ -80,7 +81,7 @@ def test_tiny_activations_stay_tiny(level):
 
 
 def forward(plan_hyper, tensors, ids):
-    """A decoder with RMSNorm or LayerNorm and SwiGLU, one token after the other, float64; keys and values in float16."""
+    """A decoder with RMSNorm or LayerNorm and SwiGLU, one token after the other, float64; keys and values as int16."""
     h, w = plan_hyper, {name: tensor.to_float32().astype(np.float64) for name, tensor in tensors.items()}
     group, caches, out = h.n_head // h.n_kv_head, [([], []) for _ in range(h.n_layer)], []
     slopes = 2.0 ** (-8 * np.arange(1, h.n_head + 1) / h.n_head)  # head counts here are powers of two
@@ -110,8 +111,9 @@ def forward(plan_hyper, tensors, ids):
             q, k, v = (linear(y, f"{at}attn_{name}").reshape(-1, h.head_dim) for name in "qkv")
             if h.rope:
                 q, k = rotate(q, position), rotate(k, position)
-            keys.append(k.astype(np.float16).astype(np.float64))
-            values.append(v.astype(np.float16).astype(np.float64))
+            for kept, keep, heads in ((keys, keys_to_words, k), (values, values_to_words, v)):
+                words, their_scales = keep(heads.astype(np.float32))
+                kept.append(words * their_scales[:, None].astype(np.float64))
             all_keys, all_values = np.array(keys), np.array(values)  # [t, n_kv_head, head_dim]
             mix = []
             for head in range(h.n_head):
@@ -129,7 +131,7 @@ def forward(plan_hyper, tensors, ids):
 
 def agrees(level, n=40, blocks=(23,), **options):
     """The native executor's logits for n tokens, in blocks of these lengths and then one by one, against `forward`."""
-    limit = 2e-3  # a key or value in the middle may be rounded to the other float16
+    limit = 5e-3  # queries and weights are rounded, too
     native, reference = executors(level, "F32", 2, n_layer=1, n_vocab=64, n_ctx=max(64, n), **options)
     reference.close()
     ids, got, start = np.random.default_rng(n).integers(0, 64, n), [], 0
@@ -192,7 +194,7 @@ def test_a_prompt_and_single_tokens_give_the_same():
     prompt = native.forward(ids, rows="all")
     native.cache.truncate(0)
     one_by_one = np.concatenate([native.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
-    assert np.abs(prompt - one_by_one).max() <= 2e-3  # as in `agrees`
+    assert np.abs(prompt - one_by_one).max() <= 5e-3  # as in `agrees`
     native.cache.truncate(0)
     assert np.abs(native.forward(ids)[0] - prompt[-1]).max() <= 1e-5  # "last" is the last of "all", up to the order of sums
     native.close()
