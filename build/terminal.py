@@ -46,7 +46,7 @@ def name_window(title: str) -> None:
 
         ctypes.windll.kernel32.SetConsoleTitleW(title)
     elif sys.stdout.isatty():
-        sys.stdout.write(f"\x1b]2;{title}\x07")
+        os.write(sys.stdout.fileno(), f"\x1b]2;{title}\x07".encode())  # past the filter of control characters
 
 
 def open_one(program: str, arguments: Sequence[str]) -> bool:

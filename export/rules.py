@@ -26,14 +26,11 @@ def _in_half(format: str) -> Rule:
     return rule
 
 
-def _of_experts(format: str) -> Rule:
-    return lambda layer, hyper: format if hyper.settings.get("expert_count") else None
-
-
 class Quant(NamedTuple):
     """A row of the table: the format of the matrices, that of the output head, and ggml's number for such a file.
 
-    `more`: a matrix's name within its layer -> what it gets instead; queries, keys and values in one count as values.
+    `more`: a matrix's name within its layer -> what it gets instead; queries, keys and values in one count as values,
+    experts that are not named themselves as the matrix that they are.
     """
 
     matrices: str
@@ -42,6 +39,7 @@ class Quant(NamedTuple):
     more: Mapping[str, Rule] = {}
 
 
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 QUANTS = {
     "f32": Quant("F32", "F32", 0),
     "f16": Quant("F16", "F16", 1),
@@ -60,7 +58,7 @@ QUANTS = {
         "attn_v": lambda layer, hyper: "Q5_K" if hyper.n_head >= 4 * hyper.n_kv_head else None,
         "ffn_down": lambda layer, hyper: "Q5_K" if layer < hyper.n_layer // 8 else None,
     }),
-    "mxfp4": Quant("Q8_0", "Q8_0", 38, dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), _of_experts("MXFP4"))),
+    "mxfp4": Quant("Q8_0", "Q8_0", 38, dict.fromkeys(EXPERTS, lambda layer, hyper: "MXFP4")),
     "q3_k_m": Quant("Q3_K", "Q6_K", 12, {
         "attn_v": lambda layer, hyper: "Q5_K" if layer < 2 else "Q4_K",
         "ffn_down": lambda layer, hyper: "Q5_K" if layer < hyper.n_layer // 16 else "Q4_K",
@@ -110,7 +108,7 @@ def _more(name: str, quant: Quant, hyper: Hyper) -> str | None:
     part = parts[2].replace("attn_qkv", "attn_v").removesuffix("_exps").removesuffix("_shexp")
     if part in BESIDE_EIGHT and hyper.settings.get("expert_count") == 8 and quant.matrices != "Q8_0":
         return BESIDE_EIGHT[part]
-    rule = quant.more.get(part)
+    rule = quant.more.get(parts[2]) or quant.more.get(part)
     return rule(int(parts[1]), hyper) if rule else None
 
 

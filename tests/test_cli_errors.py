@@ -118,7 +118,7 @@ def test_an_empty_name_is_not_the_model_that_comes_with_the_package(capsys, word
 
 def test_a_name_with_a_line_break_is_still_one_line(capsys, tmp_path):
     line = failure(capsys, 1, "inspect", str(tmp_path / "two\nlines\x1b[31m"))
-    assert r"two\nlines\x1b[31m: there is no such file" in line
+    assert r"two\nlines\x1b[31m: " in line  # Windows says that there cannot be such a name
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode on this system")

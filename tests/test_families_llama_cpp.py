@@ -62,9 +62,9 @@ MODELS = {
         {**OWN_HEAD, **QKV_BIASES}, narrow=True, seed=2,
     ),
     "qwen2moe, widths from the dense one's": Row("qwen2moe", {**EXPERTS, "expert_used_count": 2}, OWN_HEAD, narrow=True),
-    "granitemoe": Row("granitemoe", {**GRANITE, **EXPERTS}),
+    "granitemoe": Row("granitemoe", {**GRANITE, **EXPERTS}, seed=2),
     "granitemoe, a shared expert": Row(
-        "granitemoe", {**GRANITE, **EXPERTS, "expert_shared_feed_forward_length": 40}, OWN_HEAD,
+        "granitemoe", {**GRANITE, **EXPERTS, "expert_shared_feed_forward_length": 40}, OWN_HEAD, seed=2,
     ),
     "qwen3moe": Row("qwen3moe", EXPERTS | {"expert_feed_forward_length": 48, "rope.freq_base": 1e6}),
     "qwen3moe, yarn, own head": Row("qwen3moe", {**EXPERTS, **YARN, "expert_feed_forward_length": 36}, OWN_HEAD),

@@ -68,7 +68,7 @@ def test_experts_stay_what_they_are_in_a_file_of_mxfp4(packed: Any, tmp_path: Pa
     ("change", "said"),
     [
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised by bitsandbytes"),
-        ("gate_up_proj_scales", "blk.0.ffn_gate_up_exps.weight do not fit together"),
+        ("gate_up_proj_scales", "blk.0.ffn_both_exps.weight do not fit together"),
         ("down_proj_scales", "blk.0.ffn_down_exps.weight do not fit together"),
     ],
 )
