@@ -6,7 +6,6 @@ In: prompts, ids, messages. Out: streams of pieces, logits. Knows tokenizer, tem
 from __future__ import annotations
 
 import math
-import operator
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError, UsageError, did_you_mean
-from pocketlm.runtime.ids import in_common
+from pocketlm.runtime.ids import given_ids, in_common
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
 
@@ -245,16 +244,6 @@ def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
         if name not in known:
             known.update(others, ["ignore_eos"])
             raise UsageError(f"{name}: there is no such option{did_you_mean(name, sorted(known))}")
-
-
-def given_ids(ids: Sequence[int]) -> list[int]:
-    """The whole numbers of a sequence. Raises UsageError for anything else: nothing is rounded, and bytes are no ids."""
-    try:
-        if isinstance(ids, (bytes, bytearray)):
-            raise TypeError
-        return list(map(operator.index, ids))
-    except TypeError:
-        raise UsageError(f"the prompt is {ids!r:.60}; it must be a text or a list of token ids") from None
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -4,11 +4,12 @@ in common at the start.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
 
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 
 
 def check_ids(ids: np.ndarray, n_vocab: int, length: int, n_ctx: int) -> np.ndarray:
@@ -19,6 +20,16 @@ def check_ids(ids: np.ndarray, n_vocab: int, length: int, n_ctx: int) -> np.ndar
     if length + len(ids) > n_ctx:
         raise PocketlmError(f"{length + len(ids)} tokens do not fit into a context of {n_ctx}; use a larger --ctx")
     return ids.astype(np.int64)
+
+
+def given_ids(ids: Sequence[int]) -> list[int]:
+    """The whole numbers of a sequence. Raises UsageError for anything else: nothing is rounded, and bytes are no ids."""
+    try:
+        if isinstance(ids, (bytes, bytearray)):
+            raise TypeError
+        return list(map(operator.index, ids))
+    except TypeError:
+        raise UsageError(f"the prompt is {ids!r:.60}; it must be a text or a list of token ids") from None
 
 
 def _are_below(n_vocab: int, ids: np.ndarray) -> bool:

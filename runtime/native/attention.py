@@ -154,8 +154,9 @@ def _define_merge(module: Module) -> None:
 
 
 def _define_softmax(module: Module, numbers: Words) -> None:
-    """softmax(run, own, values, row, queries, first, part): scores (capped, + ALiBi), -inf for the future and for what lies
-    before the window, to weights e^(score - largest), and these times the values' scales to integers, from `skipped` on.
+    """softmax(run, own, values, row, queries, first, skipped, count): scores (capped, + ALiBi), -inf for the future and for
+    what lies before the window, to weights e^(score - largest), and these times the values' scales to integers, from `skipped`
+    on.
 
     The largest score and the sum of the weights go to each query's result of the span.
     """

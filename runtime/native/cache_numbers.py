@@ -37,22 +37,21 @@ def rounded(f: Function, x: Value, inverse: Value, element: Type) -> Value:
 
 def size_of(f: Function, vector: Value, dim: Value, limit: Callable[..., Value] = limited) -> tuple[Value, Value]:
     """The length and the largest magnitude of `dim` numbers, limited; a NaN among them is NaN in both."""
-    largest, squares, whole = f.var(I32, 0), f.var(ROW, 0.0), dim & -LANES
-    rest = f.var(F32, 0.0)
+    found, whole = {type: (f.var(type, 0.0), f.var(I32.vec(type.lanes), 0)) for type in (ROW, F32)}, dim & -LANES
 
-    def look(type: Type, at: Value) -> Value:
-        x = limit(f, f.load(type, at, 4))
-        bits = f.bitcast(f.intrinsic("fabs", x), I32.vec(type.lanes))  # compared as integers, where NaN is the largest
-        largest.set(f.maximum(largest.get(), f.reduce(bits, "max") if type.lanes > 1 else bits))
-        return x
+    def look(type: Type, at: Value) -> None:
+        x, (squares, largest) = limit(f, f.load(type, at, 4)), found[type]
+        squares.set(f.fma(x, x, squares.get()))
+        # compared as integers, where NaN is the largest
+        largest.set(f.maximum(largest.get(), f.bitcast(f.intrinsic("fabs", x), largest.type)))
 
     with f.range(0, whole, LANES) as d:
-        x = look(ROW, vector + d * 4)
-        squares.set(f.fma(x, x, squares.get()))
+        look(ROW, vector + d * 4)
     with f.range(whole, dim) as d:
-        x = look(F32, vector + d * 4)
-        rest.set(f.fma(x, x, rest.get()))
-    return f.intrinsic("sqrt", f.reduce(squares.get(), "add") + rest.get()), f.bitcast(largest.get(), F32)
+        look(F32, vector + d * 4)
+    (squares, largest), (rest, last) = found[ROW], found[F32]
+    length = f.intrinsic("sqrt", f.reduce(squares.get(), "add") + rest.get())
+    return length, f.bitcast(f.maximum(f.reduce(largest.get(), "max"), last.get()), F32)
 
 
 class Words:
