@@ -38,6 +38,7 @@ ON_WINDOWS = {
     r".*(/proc|madvise|getrusage|only Linux|needs Linux|Linux's|Linux lets|ulimit|packs for this system|does not say).*":
         "Linux says it, Windows does not",
     r".*(terminal|pexpect).*": "Windows has consoles, no pseudo-terminals: test_pack_windows.py runs one, from outside of wine",
+    r"names of files are Unicode on this system": "Windows' and macOS' are; a POSIX system's are bytes",
     r"needs wine .*": "it is wine that runs this",
     r".*(qemu|no emulator).*": "Windows has no qemu-user",
     r"this Python has no pip": "the Python under wine has none",
