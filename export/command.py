@@ -21,7 +21,9 @@ BAR = 24  # characters of the progress bar
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `pocketlm export`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or .npz file, a folder of one, or a GGUF")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a .pt, .safetensors or .npz file, a folder of one, a GGUF, or its short name"
+    )
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="a .gguf or .onnx file; any other name makes a folder (fp16 bin)"
     )
@@ -69,8 +71,9 @@ def model_options(parser: argparse._ActionsContainer) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, print the receipt; the exit status. Raises PocketlmError for everything that goes wrong."""
     from pocketlm.export.export import container_for, export
+    from pocketlm.model import find_model
 
-    source, out = Path(arguments.checkpoint), Path(arguments.output)
+    source, out = find_model(arguments.checkpoint), Path(arguments.output)
     container = container_for(out, arguments.to)
     text = read_text(arguments.verify) if arguments.verify else None
     model = read_model(arguments, source)

@@ -101,6 +101,12 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path):
         run(tmp_path / "missing.pt", "-o", tmp_path / "out.gguf")
 
 
+def test_an_installed_model_has_a_short_name_here_too(tmp_path: Path):
+    run("small-talk", "-o", tmp_path / "out.gguf", "--quant", "q4_0")
+    with open_model(tmp_path / "out.gguf") as made, open_model(find_model("small-talk")) as installed:
+        assert made.metadata["general.name"] == installed.metadata["general.name"]
+
+
 def test_set_wants_a_name_and_a_value(tmp_path: Path):
     (tmp_path / "ckpt.pt").write_bytes(b"x")
     with pytest.raises(UsageError, match="--set n_head: expected a name and a value"):
