@@ -110,6 +110,9 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
     "minimind": "",  # told by its tensors
 }  # fmt: skip
+ASSUMED = {  # what transformers takes where a configuration has no such entry
+    "mistral": {"sliding_window": 4096}, "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
+}  # fmt: skip
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
 # settings by what changes nothing here; any other value means a computation that the plan does not have
 HARMLESS: dict[str, Callable[[Any], bool]] = {
@@ -177,6 +180,8 @@ class ModelConfig:
         levels = list(_levels(config))
         self.rope, windows = _rotary(levels)
         self._levels = [self.rope, windows, *levels]
+        assumed = ASSUMED.get(str(self.raw("model_type")), {})
+        self._levels.append({name: value for name, value in assumed.items() if self.said(name, ...) is ...})
         self.asked: dict[str, None] = {}  # settings that nobody answered
 
     def raw(self, *names: str) -> Any:

@@ -224,6 +224,15 @@ def test_older_configurations_mean_the_same(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(old.tensors[role].read(), tensor.read())
 
 
+def test_what_a_configuration_leaves_out_is_what_transformers_takes(tmp_path: Path) -> None:
+    saved(replace(MODELS["olmo3"], options={"num_hidden_layers": 5}), tmp_path)
+    with_all, file = read_canonical(tmp_path), tmp_path / "config.json"
+    left_out = ("rope_parameters", "sliding_window")
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in left_out}))
+    assert read_canonical(tmp_path).hyper == with_all.hyper
+    assert with_all.hyper.rope.theta == 5e5
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
