@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
-from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.matrix import ROW, fetch_far
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
@@ -52,6 +52,7 @@ TILES = {
     "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
     "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
 }  # fmt: skip
+FEW = 3  # queries that are through with the cache sooner than it comes from memory
 POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, name) for name in QUERY.names or ())
 
 
@@ -272,6 +273,8 @@ def _scores(
         start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
         with f.range(0, padded, 2) as d:
             here = [numbers.load(f, start + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
+            for k in range(n_vectors if queries <= FEW else 0):
+                fetch_far(f, level, start + group_bytes * k + d * (numbers.n_bytes * LANES))
             for i, own_sums in enumerate(sums):
                 pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
                 for key, total in zip(here, own_sums, strict=True):
@@ -310,6 +313,8 @@ def _mix(
             with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
                 row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
                 here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
+                for k in range(n_vectors if queries <= FEW else 0):
+                    fetch_far(f, level, row + n * k)
                 for i, some in enumerate(few):
                     pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
                     for value, total in zip(here, some, strict=True):
@@ -322,7 +327,7 @@ def _mix(
             for k, own_sum in enumerate(own_sums):
                 f.store(own_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
 
-    wide = 4 if queries <= 3 and level == "avx512-vnni" else 1
+    wide = 4 if queries <= FEW and level == "avx512-vnni" else 1
     whole = padded & (-LANES * wide)
     with f.range(0, whole, LANES * wide) as start:
         columns(start, wide)

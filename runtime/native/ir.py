@@ -201,7 +201,7 @@ class Function:
         return self.load(type, base + offset, min(type.bytes, 8))
 
     def prefetch(self, address: Value, level: int = 1) -> None:
-        """Ask for the cache line at an address that will be read soon, into the first- or the second-level cache; never faults."""
+        """Ask for the cache line at an address that will be read soon, into the cache of that level; never faults."""
         self.line(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 {4 - level}, i32 1)")
         self.module.declare("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
 
