@@ -30,7 +30,7 @@ from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 # Bytes of weights fetched ahead: into the first cache, for a single token and for several, which read more slowly; and into the
 # second, for which a core keeps several dozen lines under way in place of a dozen. Against 4 KB into the first alone, two
-# threads of an Intel Xeon: single tokens 1.00 to 1.15 times as fast, behind 3,800 others 1.2, four tokens 1.22, eight 1.11
+# threads of an Intel Xeon: single tokens 1.00 to 1.15 times as fast, behind 3,800 others 1.2, four tokens 1.22, eight 1.07
 AHEAD, AHEAD_OF_TILE, FAR_AHEAD = 2048, 1280, 8192
 # These cores fetch one stream ahead by themselves: others read at a Pi's full bandwidth without asking
 UNASKED = ("dotprod", "neon")
@@ -191,6 +191,7 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
     xs = [x + ((n + 31) >> 5) * (128 * t) for t in range(tokens)]
     whole, group_bytes = n & -4, n * type_.bytes
+    ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
     with f.range(first, last) as g:
         totals = [[f.var(ROW, 0.0) for _ in range(2)] for _ in xs]
         start = w + g * group_bytes
@@ -201,9 +202,9 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                 sums[chain].set(f.fma(weights, f.splat(f.load(F32, token + c * 4, 4), ROWS), sums[chain].get()))
 
         with f.range(0, whole, 4) as c:
-            if tokens == 1 and level not in UNASKED:
+            if level not in UNASKED:
                 for line in range(0, 4 * type_.bytes, 64):
-                    f.prefetch(start + (c * type_.bytes + AHEAD + line))
+                    f.prefetch(start + (c * type_.bytes + ahead + line))
                     fetch_far(f, level, start + (c * type_.bytes + line))
             for i in range(4):
                 column(c + i, i % 2)
