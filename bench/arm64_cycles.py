@@ -25,10 +25,10 @@ from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 
 class Core(NamedTuple):
-    """LLVM's name, the boards that have it, its clock in GHz, the best level for it."""
+    """LLVM's name, a board that has it, its clock there in GHz, the best level for it."""
 
     cpu: str
-    boards: str
+    board: str
     gigahertz: float
     level: str
 
@@ -36,7 +36,7 @@ class Core(NamedTuple):
 CORES = (
     Core("cortex-a76", "Pi 5", 2.4, "dotprod"),
     Core("cortex-a72", "Pi 4", 1.8, "neon"),
-    Core("cortex-a53", "Pi 3, Zero 2 W", 1.4, "neon"),
+    Core("cortex-a53", "Pi 3B+", 1.4, "neon"),
 )
 # weights in a block, or a format → columns that a turn of the inner loop takes
 COLUMNS: dict[int | str, int] = {1: 4, 32: 32, 256: 64, "IQ4_XS": 32}
@@ -100,7 +100,7 @@ def main() -> None:
             one, eight = (loop_of(fmt, core, tokens, rounds) for tokens in (1, 8))
             layout = LAYOUTS[fmt]
             speed = 4 * core.gigahertz * 32 / one.cycles * layout.block_bytes / layout.block_size
-            name = f"{core.cpu} ({core.boards}), {core.level}"
+            name = f"{core.cpu} ({core.board}, {core.gigahertz} GHz), {core.level}"
             print(f"| {name} | {fmt} | {one.instructions:.1f} | {one.cycles:.1f} | {eight.cycles:.1f} | {speed:.1f} GB/s |")
 
 

@@ -2,11 +2,11 @@
 
     python tests/arm64/limits.py FOLDER [--first] [ROW...]
 
-A start fills its context and then answers with eight tokens; a server is asked so by two clients at once, and for its page. It
-may run, or end with one line; a kill or anything else is an error, and exit status 1. Prints the rows of the tables in PI.md:
-the anonymous memory at its highest, or what the line says. `--first`: with an empty cache of compiled code each time, as on a
-fresh system. FOLDER keeps the made model of 1.3 billion weights (722 MB). ROW: only these limits, in MB. Linux, as root, with
-control groups of version 1 or 2.
+A start fills its context and then answers with eight tokens: `generate`, `chat` through a pipe, and a server, which is asked so
+by two clients at once, and for its page. It may run, or end with one line; a kill or anything else is an error, and exit status
+1. Prints the rows of the tables in PI.md: the anonymous memory at its highest, or what the line says. `--first`: with an empty
+cache of compiled code each time, as on a fresh system. FOLDER keeps the made model of 1.3 billion weights (722 MB). ROW: only
+these limits, in MB. Linux, as root, with control groups of version 1 or 2.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ TABLE = (
     (900, LARGE, 512, ""), (1024, LARGE, 1024, "--low-memory"), (1024, LARGE, 2048, ""), (1024, LARGE, 2048, "--kv q8"),
     (2048, LARGE, 2048, ""), (2048, "smollm2", 8192, ""),
 )  # fmt: skip
+TALKED = ((512, "smollm2", 4096, ""), (1024, LARGE, 1024, "--low-memory"), (2048, LARGE, 2048, ""))
 SERVED = (
     (128, "smollm2", 256, "--slots 2"), (192, "smollm2", 512, "--slots 2"), (256, "smollm2", 1024, "--slots 2"),
     (512, "smollm2", 2048, "--slots 8"), (512, LARGE, 256, "--slots 2"), (1024, LARGE, 256, "--slots 2"),
-    (1024, LARGE, 1024, "--slots 2"), (UNIT, "smollm2", 1024, "--slots 2 --low-memory"),
+    (1024, LARGE, 1024, "--slots 2"), (2048, LARGE, 2048, "--slots 2"), (2048, "smollm2", 4096, "--slots 8"),
+    (UNIT, "smollm2", 1024, "--slots 2 --low-memory"),
 )  # fmt: skip
 CLIENTS = 2
 GROUPS = Path("/sys/fs/cgroup")
@@ -77,13 +79,14 @@ def anonymous(process: int) -> int:
 class Start:
     """A start of the program in a group of its own, and the most anonymous memory that it had so far."""
 
-    def __init__(self, limit: int, words: str, cache: str | None):
+    def __init__(self, limit: int, words: str, cache: str | None, asked: Path = Path(os.devnull)):
         self.group, self.highest = Group(limit << 20), 0
         self.kills = -self.group.kills()
         self.errors = tempfile.TemporaryFile("a+")  # noqa: SIM115 - `__exit__` closes it
         environment = os.environ | ({"POCKETLM_CACHE": cache} if cache else {})
         command = ["sh", "-c", ENTER, str(self.group.folder), sys.executable, "-m", "pocketlm", *words.split()]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.errors, env=environment)
+        with open(asked) as file:
+            self.process = subprocess.Popen(command, stdin=file, stdout=subprocess.DEVNULL, stderr=self.errors, env=environment)
 
     def __enter__(self) -> Start:
         return self
@@ -118,6 +121,12 @@ class Start:
 
 def answered(limit: int, model: str, ctx: int, options: str, prompt: Path, cache: str | None) -> tuple[bool, str]:
     with Start(limit, f"generate {model} -f {prompt} --ctx {ctx} -n 8 --temp 0 --ignore-eos {options}", cache) as start:
+        return start.end("")
+
+
+def talked(limit: int, model: str, ctx: int, options: str, prompt: Path, cache: str | None) -> tuple[bool, str]:
+    words = f"chat {model} --ctx {ctx} --max-tokens 8 --temp 0 --ignore-eos --no-save {options}"
+    with Start(limit, words, cache, prompt) as start:
         return start.end("")
 
 
@@ -177,7 +186,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     places = {"smollm2": str(find_model("smollm2")), LARGE: str(shapes.find(LARGE, arguments.folder))}
     failed = 0
-    rows = [(answered, row) for row in TABLE] + [(served, row) for row in SERVED]
+    rows = [(start, row) for start, table in ((answered, TABLE), (talked, TALKED), (served, SERVED)) for row in table]
     for start, (limit, model, ctx, options) in rows:
         if (arguments.limits and limit not in arguments.limits) or (arguments.serve and start is not served):
             continue

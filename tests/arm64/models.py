@@ -51,6 +51,7 @@ def make(folder: Path, names: Sequence[str] = ()) -> int:
     """Write NUMBER.gguf and NUMBER.npz (name, ids, logits, kv) for every model of the table, or for those named; how many."""
     rows = list(enumerate(_rows()))
     assert {*names} <= {name for _, (name, *_) in rows}
+    assert {fmt for _, (_, fmt, *_) in rows} == {name for name, row in FORMATS.items() if row.dequantize}
     seen, chosen = set(), [(n, row) for n, row in rows if not names or row[0] in names]
     for n, (name, fmt, kv, write) in chosen:
         write(plain := folder / "plain")
@@ -106,6 +107,7 @@ def _recoded(path: Path, out: Path, fmt: str) -> Path:
             if not exact and columns % FORMATS[fmt].block_size == 0:
                 data = random_blocks(fmt, rows, columns, random)
                 tensors[name] = dataclasses.replace(tensor, format=FORMATS[fmt], data=data)
+        assert fmt in {tensor.format.name for tensor in tensors.values() if len(tensor.shape) > 1}, path
         copy_gguf(copy, file.metadata, tensors)
     return out
 
