@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer all that is not answered; the exit status."""
+    """Answer all that is not answered; the exit status: 1 where there are lines and none has an answer."""
     from pocketlm import __version__
     from pocketlm.batch.files import Answers, Prompts
     from pocketlm.batch.local import Settings
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
                     progress.step(answers.n_done, written.tokens)
                 answers.finish()
             print(progress.result(arguments.output, answers.n_done, answers.n_errors), file=sys.stderr)
-    return 0
+    return int(0 < answers.n_errors == answers.n_done)
 
 
 @contextmanager
@@ -96,6 +96,8 @@ class Progress(StatusLine):
     def result(self, output: str, done: int, errors: int) -> str:
         """What there is to say when all is written."""
         seconds = time.monotonic() - self._began
+        if 0 < errors == done:
+            return f"{output}: none of {done:,} lines could be answered; what is wrong with each stands there"
         failed = f", {errors:,} of them errors" if errors else ""
         speed = f"{self._tokens:,} tokens in {clock(seconds)}, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
         return f"{output}: {done:,} answers{failed}; {speed}"

@@ -129,6 +129,21 @@ def test_what_is_wrong_with_a_line_is_written_in_its_place(model, tmp_path):
     assert [found[8]["id"], found[10]["id"]] == ["b", "c"]
 
 
+@pytest.mark.parametrize(("lines", "status"), [
+    (["{}", "x"], 1), (["{}", '{"prompt": "in", "max_tokens": 1}'], 0), ([""], 0),
+])  # fmt: skip
+def test_a_file_of_errors_alone_ends_with_1_also_when_gone_on_with(model, tmp_path, capsys, monkeypatch, lines, status):
+    given, out = tmp_path / "given.jsonl", tmp_path / "out.jsonl"
+    given.write_text("\n".join(lines))
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "finish", lambda self: self.no_such_thing)
+        with pytest.raises(AttributeError):  # it was ended in the last moment
+            batch(model, given, out)
+    assert batch(model, given, out) == status
+    assert ("could be answered" in capsys.readouterr().err) == bool(status)
+    assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == ["prompt" not in x for x in lines if x]
+
+
 def test_lines_of_any_system_and_blank_ones_are_read(model, tmp_path):
     data = b'\xef\xbb\xbf{"prompt": "the", "seed": 1}\r\n\r\n  \n{"prompt": "the", "seed": 1, "id": 4}'
     found = answered(model, tmp_path, data)
