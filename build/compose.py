@@ -4,12 +4,14 @@ In: the name of a platform. Out: an executable without a model, the same bytes f
 scripts are PyInstaller's, CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages (Linux), the packages
 from their wheels; the kernels of every instruction-set level are compiled here. Python's own library is that of this
 Python, since the bytecode must be of the version that will run it; Debian, which does not have every version, has its own. On
-Linux, for Linux, CPython is this one too: it runs wherever the C library is as new as here. Nothing of the target is run.
+Linux, for Linux, CPython is this one too, unless it is large: it runs wherever the C library is as new as here. Nothing of the
+target is run.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import sysconfig
@@ -42,6 +44,9 @@ _LOADER = ("pyimod01_archive", "pyimod02_importers", "pyimod03_ctypes")
 _MISSING_ON_WINDOWS = re.compile("vcruntime|msvcp|vcomp|concrt|python", re.IGNORECASE)
 _FORTRAN = ("libgfortran", "libquadmath")  # OpenBLAS's
 _GLIBC = re.compile(r"(ld-linux|lib(c|m|dl|pthread|rt|util|resolv|crypt|nsl)\.so)")
+# Bytes of this Python as a library: Debian's 3.11 has 7.7 million; its 3.14, with a compiler in it that is off, 8.6
+_LARGEST_OWN = 8_000_000
+_DEBIANS_GLIBC = (2, 36)
 _SYSTEM_LIBRARIES = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr/lib64", "/usr/local/lib", "/usr/lib", "/lib")
 
 
@@ -114,9 +119,16 @@ class _Tree:
 
 
 def _own_library(name: str) -> Path | None:
-    """This Python as a library, where it is one and Linux's: other systems' are taken from wheels."""
+    """This Python as a library, where it is one and Linux's: other systems' are taken from wheels.
+
+    None for a large one too, unless Debian's would not run here.
+    """
     path = Path(sysconfig.get_config_var("LIBDIR") or "/nowhere", name)
-    return path if sys.platform == "linux" and path.exists() else None
+    if sys.platform != "linux" or not path.exists():
+        return None
+    glibc = re.findall(r"\d+", os.confstr("CS_GNU_LIBC_VERSION") or "")
+    is_old = tuple(map(int, glibc)) < _DEBIANS_GLIBC
+    return path if is_old or len(elf.without_sections(path.read_bytes())) <= _LARGEST_OWN else None
 
 
 def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool, python: wheels.Python) -> _Tree:

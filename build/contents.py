@@ -36,6 +36,7 @@ EXCLUDED = (
     "ssl", "_ssl", "_hashlib", "bz2", "_bz2", "lzma", "_lzma", "_decimal", "fractions", "statistics",
     "multiprocessing", "_multiprocessing", "sqlite3", "readline", "curses", "_curses", "unittest", "doctest", "pdb", "pydoc",
     "xmlrpc", "http.server", "http.cookiejar", "ftplib", "smtplib", "ensurepip", "venv", "distutils", "lib2to3", "test",
+    "logging.config", "configparser", "http.client", "email.parser", "email.message", "_pickle", "_pydatetime",
     "optparse", "click", "uvicorn.main", "uvicorn.supervisors", "uvicorn._subprocess", "uvicorn.workers",
     "starlette.testclient", "starlette.templating", "starlette.schemas", "starlette.staticfiles", "anyio.pytest_plugin",
     "anyio._backends._trio", "idna", "sniffio", "_uuid",
@@ -62,8 +63,21 @@ REPLACED = {
     "prompt_toolkit/__init__.py": "from .application import Application\n",  # first: its modules import each other
     "prompt_toolkit/shortcuts/__init__.py": "from .prompt import PromptSession, prompt\n",
     "prompt_toolkit/widgets/__init__.py": "from .base import Frame\n",
+    "prompt_toolkit/formatted_text/html.py": "HTML = html_escape = None\n",  # what reads XML
+    "prompt_toolkit/key_binding/bindings/vi.py": "from ..key_bindings import KeyBindings as load_vi_bindings\n"
+    "load_vi_search_bindings = load_vi_bindings\n",  # none, for who never asks for vi's
+    "anyio/__init__.py": """\
+from . import abc, to_thread
+from ._core._eventloop import get_cancelled_exc_class
+from ._core._exceptions import BrokenResourceError, ConnectionFailed, EndOfStream
+from ._core._resources import aclose_forcefully
+from ._core._synchronization import CancelScope, CapacityLimiterStatistics, EventStatistics, LockStatistics
+from ._core._tasks import create_task_group
+from ._core._testing import TaskInfo
+""",  # it would read its own source to import each only when it is asked for, and without one imports all
 }  # fmt: skip
-STOOD_IN = ("ssl",)  # excluded, and imported all the same: pocketlm.serve.without_tls puts something in its place
+# excluded, and imported all the same: pocketlm.serve.without_tls puts something in their place
+STOOD_IN = ("ssl", "logging.config", "configparser", "http.client")
 
 
 def is_excluded(module: str) -> bool:

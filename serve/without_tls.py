@@ -1,12 +1,14 @@
 """uvicorn and anyio imported without what a packed program leaves out: TLS, uvicorn's command line and its processes.
 
-`import uvicorn` brings a command line and a supervisor of processes along, and both packages import `ssl` for names alone as
-long as nobody asks for TLS. Where Python has TLS, nothing of that changes for anybody else in the process.
+`import uvicorn` brings a command line and a supervisor of processes along. The packages import `ssl` and what configures
+logging for names alone, as long as nobody asks for these, and the client's side of HTTP for the titles of statuses. Where
+Python has such a module, nothing changes for anybody else in the process.
 """
 
 from __future__ import annotations
 
 import asyncio  # noqa: F401 (it must have found out for itself that there is no TLS)
+import http
 import importlib
 import importlib.util
 import sys
@@ -14,6 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+
+# What may be left out: the module that is then missing, and what is looked up in its place but for classes
+_LEFT_OUT = {
+    "ssl": ("_ssl", {}), "logging.config": ("logging.config", {}), "configparser": ("configparser", {}),
+    "http.client": ("http.client", {"responses": {status.value: status.phrase for status in http.HTTPStatus}}),
+}  # fmt: skip
 
 
 class _Names(ModuleType):
@@ -26,9 +34,14 @@ class _Names(ModuleType):
 
 
 def stand_in() -> None:
-    """Where Python has no TLS, something takes its place. To be called before anything is imported that wants it."""
-    if importlib.util.find_spec("_ssl") is None:
-        sys.modules.setdefault("ssl", _Names("ssl"))
+    """Something takes the place of what is left out. To be called before anything is imported that wants it."""
+    for name, (part, values) in _LEFT_OUT.items():
+        if name not in sys.modules and importlib.util.find_spec(part) is None:
+            module = sys.modules[name] = _Names(name)
+            vars(module).update(values)
+            package, _, last = name.rpartition(".")
+            if package:
+                setattr(importlib.import_module(package), last, module)
 
 
 @contextmanager

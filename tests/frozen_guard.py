@@ -30,6 +30,8 @@ def on_behalf_of_a_stub(frame: FrameType | None) -> str | None:
     """The module of a stub that somebody is working for, or None."""
     while frame is not None:
         name = frame.f_globals.get("__name__") or ""
+        if name in STOOD_IN:  # in a stub it is not there, and so wants nothing
+            return None
         if name.partition(".")[0] not in SERVANTS:
             return name if name.partition(".")[0] == "pocketlm" and is_held(_source(frame)) else None
         frame = frame.f_back

@@ -16,7 +16,7 @@ import pytest
 from packing import mach_o
 from signatures import check_signature
 
-from pocketlm.build import archive_writer, bytecode, elf, icon, licences, macho, modules, pe
+from pocketlm.build import archive_writer, bytecode, compose, elf, icon, licences, macho, modules, pe
 from pocketlm.build.contents import EXCLUDED
 from pocketlm.errors import FileError, PocketlmError
 
@@ -366,3 +366,16 @@ def test_what_is_compiled_for_a_python_without_the_lock_is_not_taken(tmp_path):
         (tmp_path / file).write_bytes(b"")
     found = modules.find(["select", "zlib"], [tmp_path], "windows-x86_64", ())
     assert found.compiled == {"select": tmp_path / "select.pyd"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux' programs can hold this Python")
+def test_a_large_python_of_this_system_is_left_for_debians_where_that_runs(tmp_path, monkeypatch):
+    path, glibc = tmp_path / "libpython.so", ["glibc 2.36"]
+    monkeypatch.setattr(compose.sysconfig, "get_config_var", {"LIBDIR": str(tmp_path)}.get)
+    monkeypatch.setattr(compose.os, "confstr", lambda name: glibc[0])
+    assert compose._own_library(path.name) is None
+    for megabytes, version, is_own in ((7, "2.36", True), (9, "2.36", False), (9, "2.41", False), (9, "2.35", True)):
+        library = elf.shared_object(path.name, "x86_64", bytes(megabytes * 1_000_000), {"f": 0})
+        path.write_bytes(library + bytes(2_000_000))  # what debuggers read does not count
+        glibc[0] = f"glibc {version}"
+        assert compose._own_library(path.name) == (path if is_own else None)

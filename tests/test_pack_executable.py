@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,10 @@ def test_it_talks_in_the_browser(friend, tmp_path):
         saved = {"messages": [messages[1], {"role": "assistant", "content": answer}]}
         name = json.loads(ask(url + "/page/chats", saved, token))["name"]
         assert (tmp_path / "pocketlm" / "chats" / f"{name}.json").exists()
+        streamed = ask(url + "/v1/chat/completions", {"messages": messages, "stream": True})
+        assert streamed.endswith(b"data: [DONE]\n\n")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            ask(url + "/nothing")
 
 
 def test_packed_with_a_page_it_opens_that(model, friend, tmp_path):

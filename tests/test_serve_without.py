@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
+import pytest
 from serving import tiny_chat
 
 BARE = """
@@ -47,6 +49,8 @@ def test_it_runs_without_what_a_packed_program_leaves_out(tmp_path):
             request = urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as reply:
                 assert json.load(reply)["usage"]["completion_tokens"] == 3
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"{url}/nothing", timeout=60)
         finally:
             process.terminate()
 
