@@ -73,6 +73,11 @@ class Drafts:
             draft += draft[: n - len(draft)]
         return draft
 
+    @property
+    def follows(self) -> bool:
+        """Whether the text is going on as it did before: then a draft may pay soon."""
+        return self._at > 0
+
     def passed(self, draft: list[int], n_drawn: int) -> None:
         """So many tokens were drawn from a pass of a token and this draft."""
         self.drafted += len(draft)

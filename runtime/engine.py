@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 GATHER = 0.25  # of the last pass's time: so long a leader waits for those who were in it; they may be drawing their tokens
 LONGEST = 0.005  # seconds of that at most
+# single tokens in a row, at most, for one who is alone: the first is handed out after the last, which nobody sees
+BURST, BURST_SECONDS = 16, 0.008
 LOOK = 0.05  # seconds until a caller who waits looks for himself: only an interrupt at the one wrong moment needs that
 
 Use = Callable[[np.ndarray], Any]
@@ -61,7 +63,8 @@ class Engine:
         self._last: dict[int, int] = {}  # of the last pass: caches, and how many tokens of each; replaced, never changed
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
         self._arrived = closed_lock()
-        self._seconds = 0.0  # of the last pass
+        self._seconds, self._passes = 0.0, 1  # of the last pass, or of each of several in a row
+        self._alone: Any = None  # the cache of the only one in a pass, while his `use` is called in it
         self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
 
     def run(self, cache: Any, ids: np.ndarray | Sequence[int], rows: int, use: Use) -> tuple[int, Any]:
@@ -104,6 +107,20 @@ class Engine:
             self._spare.append(request.logits)
         return request.taken, result
 
+    @property
+    def burst(self) -> int:
+        """How many single tokens may be computed before the first of them is handed out, as far as the last pass tells."""
+        return max(1, min(BURST, int(BURST_SECONDS / self._seconds))) if self._seconds else 1
+
+    def go_on(self, cache: Any, id: int) -> np.ndarray | None:
+        """For a caller's `use`: the logits after one more token, float32 [n_vocab], valid until the next one; None where
+        anybody else wants a pass. The Python around a pass of its own takes 0.1 ms, which is no longer in the caches by then.
+        """
+        if self._alone is not cache or len(self._queue) > 1 or len(self._last) > 1:
+            return None
+        self._passes += 1
+        return self.executor.step([(cache, [id], 1)])[0][0]
+
     def company(self, cache: Any) -> Company:
         """Who shares the next pass of a cache, as far as the last pass tells."""
         return Company(self.times, sum(n for other, n in self._last.items() if other != id(cache)))
@@ -136,9 +153,9 @@ class Engine:
         """One pass, whose results are handed out."""
         self._gather(own)
         started = perf_counter()
-        work = self._choose()
+        work, self._passes = self._choose(), 1
         self._compute(work, own)
-        self._seconds = perf_counter() - started
+        self._seconds = (perf_counter() - started) / self._passes
         self._last = {id(request.cache): n for request, n in work}
         if all(request.rows == n for request, n in work):  # a prompt's tokens have no logits, which are a part of the time
             self.times.measured(sum(self._last.values()), self._seconds)
@@ -192,7 +209,11 @@ class Engine:
             request.taken = n
             if found is not None and len(found):
                 if len(work) == 1 and request is own:
-                    request.result = request.use(found)
+                    self._alone = request.cache
+                    try:
+                        request.result = request.use(found)
+                    finally:
+                        self._alone = None
                 else:
                     request.logits = self._copy(found)
             request.done = True

@@ -147,7 +147,9 @@ def generate(
     tried: list[int] = []
 
     def draw(rows: np.ndarray) -> list[tuple[int, float]]:  # inside the pass: the logits are the executor's own memory
-        """Tokens as long as they are the draft's, and one more: exactly those that would have been drawn one by one."""
+        """Tokens as long as they are the draft's, and one more: exactly those that would have been drawn one by one. Without a
+        draft, as many as the engine computes in one go.
+        """
         drawn, n = list[tuple[int, float]](), len(tokens)
         for logits in rows:
             drawn.append(sampler(logits, tokens))
@@ -155,6 +157,14 @@ def generate(
             if len(drawn) > len(tried) or id != tried[len(drawn) - 1] or id in ends or n_generated + len(drawn) == max_tokens:
                 break
             tokens.append(id)  # the next row's penalties
+        most = 1 if is_over is not None or (drafts and drafts.follows) else session.engine.burst
+        if max_tokens is not None:
+            most = min(most, max_tokens - n_generated)
+        while len(drawn) < most and (id := drawn[-1][0]) not in ends and not cancelled():
+            if (logits := session.go_on(id)) is None:
+                break
+            tokens.append(id)
+            drawn.append(sampler(logits, tokens))
         del tokens[n:]
         return drawn
 
@@ -197,7 +207,8 @@ def generate(
                     continue
                 tried = drafts.after(tokens, room - 1, session.company)
                 drawn = session.append(id, tried, draw)
-                drafts.passed(tried, len(drawn))
+                if tried:
+                    drafts.passed(tried, len(drawn))
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)
         if prompt is not None:

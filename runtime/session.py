@@ -45,6 +45,7 @@ class Session:
         self.ids = list(ids)
         self._moved: int | None = None  # from which position on keys were moved here from elsewhere
         self.odds = Odds()  # of drafts
+        self._more: list[int] = []  # what `go_on` has computed since the last `append`
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self.lock = ForkedLock()  # who computes holds it
         self._claim: object | None = None  # the present user's; None before the first and after `end`
@@ -147,15 +148,25 @@ class Session:
         """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
 
         `use` gets float32 (rows, n_vocab), valid only there, one row or more and at most 1 + len(draft), and returns a
-        sequence: as many of the tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short
-        for all of them.
+        sequence: as many of the tokens stay in the cache as it has elements, those of `go_on` among them. Raises PocketlmError
+        if the context is too short for all of them.
         """
         self._settle()
-        before = len(self.ids)
+        before, self._more = len(self.ids), []
         result = self._forward([id, *draft], 1 + len(draft), use)[1]
+        self.ids += self._more
         if len(self.ids) > before + len(result):
             self._truncate(before + len(result))
         return result
+
+    def go_on(self, id: int) -> np.ndarray | None:
+        """For the `use` of `append`: the logits after one more token, float32 [n_vocab], valid until the next one; None where
+        that has to wait, or the context is full. See `Engine.go_on`.
+        """
+        if self.cache.length == self.n_ctx or (logits := self.engine.go_on(self.cache, id)) is None:
+            return None
+        self._more.append(id)
+        return logits
 
     def advance(
         self,

@@ -10,12 +10,19 @@ import pytest
 from fake_executor import FakeExecutor
 from native_calls import executors, host_level
 
+from pocketlm.runtime import engine as engine_module
 from pocketlm.runtime.drafts import LONGEST, SHORTEST, Drafts, Odds
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.generator import NoText, generate
 from pocketlm.runtime.pass_times import Company, PassTimes
 from pocketlm.runtime.sampling import make_sampler
 from pocketlm.runtime.session import Session
+
+
+@pytest.fixture(autouse=True)
+def one_token_at_a_time(monkeypatch):
+    """These look at what is there after every pass; test_bursts.py has several in a row."""
+    monkeypatch.setattr(engine_module, "BURST", 1)
 
 
 class Eager(Odds):

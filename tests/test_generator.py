@@ -13,11 +13,18 @@ import pytest
 from fake_executor import FakeExecutor, mixed
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.runtime import engine as engine_module
 from pocketlm.runtime.generator import Piece, StopStrings, generate
 from pocketlm.runtime.sampling import make_sampler
 from pocketlm.runtime.session import Session
 
 END = 256
+
+
+@pytest.fixture(autouse=True)
+def one_token_at_a_time(monkeypatch):
+    """These look at what is there after every pass; test_bursts.py has several in a row."""
+    monkeypatch.setattr(engine_module, "BURST", 1)
 
 
 class Bytes:
