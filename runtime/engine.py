@@ -23,6 +23,7 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.drafts import MOST_ROWS
+from pocketlm.runtime.ids import Ids
 from pocketlm.runtime.pass_times import Company, PassTimes
 from pocketlm.runtime.threads import closed_lock, open_lock
 
@@ -41,7 +42,7 @@ Use = Callable[[np.ndarray], Any]
 class _Request:
     """Ids to append to a cache. `done` is set last, when the results are complete."""
 
-    def __init__(self, cache: Any, ids: np.ndarray | Sequence[int], rows: int, use: Use):
+    def __init__(self, cache: Any, ids: Ids, rows: int, use: Use):
         self.cache, self.ids, self.rows, self.use, self.start = cache, ids, rows, use, cache.length
         self.taken, self.result = 0, None
         self.logits: np.ndarray | None = None  # to be used by the caller himself
@@ -67,7 +68,7 @@ class Engine:
         self._alone: Any = None  # the cache of the only one in a pass, while his `use` is called in it
         self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
 
-    def run(self, cache: Any, ids: np.ndarray | Sequence[int], rows: int, use: Use) -> tuple[int, Any]:
+    def run(self, cache: Any, ids: Ids, rows: int, use: Use) -> tuple[int, Any]:
         """Append as many of `ids` [n] to the cache as this pass has room for: how many, and what `use` returned for the logits.
 
         `use` gets the logits of those of the last `rows` ids that were computed, float32 [1 or more, n_vocab], which are valid

@@ -12,6 +12,7 @@ import numpy as np
 from pocketlm.errors import one_of
 from pocketlm.runtime import memory
 from pocketlm.runtime.hyper import Hyper
+from pocketlm.runtime.ids import Ids
 from pocketlm.runtime.kv_cache import KINDS, KVCache, check_kind
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.sampling import Selection
@@ -43,7 +44,7 @@ class Executor(Protocol):
         """A faster way to find the largest logits than NumPy's, for one sampler."""
         ...
 
-    def step(self, work: Sequence[tuple[Any, np.ndarray, int]]) -> list[np.ndarray]: ...
+    def step(self, work: Sequence[tuple[Any, Ids, int]]) -> list[np.ndarray]: ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 

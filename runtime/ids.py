@@ -11,8 +11,10 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
 
+Ids = np.ndarray | Sequence[int]
 
-def check_ids(ids: np.ndarray, n_vocab: int, length: int, n_ctx: int) -> np.ndarray:
+
+def check_ids(ids: Ids, n_vocab: int, length: int, n_ctx: int) -> np.ndarray:
     """`ids` as int64 [n]. Raises PocketlmError for none, for one outside the vocabulary, for more than the context holds."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or not _are_below(n_vocab, ids):

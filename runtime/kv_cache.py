@@ -18,6 +18,7 @@ import numpy as np
 
 from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
+from pocketlm.runtime.ids import Ids
 from pocketlm.runtime.memory import reserved, round_up
 from pocketlm.runtime.positions import Turn, rotate
 
@@ -171,7 +172,7 @@ class KVCache:
         """Of the first convolution's columns; 0 where there are none."""
         return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
-    def about_to_write(self, ids: np.ndarray | Sequence[int]) -> None:
+    def about_to_write(self, ids: Ids) -> None:
         """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
         stop = self.length + len(ids)
         self.first = max(self.first, stop - self._ring)

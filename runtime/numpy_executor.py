@@ -18,7 +18,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.runtime import blas_threads
 from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import ACTIVATIONS, beside
-from pocketlm.runtime.ids import check_ids
+from pocketlm.runtime.ids import Ids, check_ids
 from pocketlm.runtime.kv_cache import ByteCache, KVCache
 from pocketlm.runtime.memory import in_one_piece, release_pages
 from pocketlm.runtime.plan import Plan
@@ -105,7 +105,7 @@ class NumpyExecutor:
         """
         return self.step([(self.cache, ids, len(ids) if rows == "all" else 1)])[0]
 
-    def step(self, work: Sequence[tuple[KVCache, np.ndarray, int]]) -> list[np.ndarray]:
+    def step(self, work: Sequence[tuple[KVCache, Ids, int]]) -> list[np.ndarray]:
         """Tokens of several texts, one text after the other: (its cache, ids [n] to append, of how many of the last the logits
         are wanted). Logits float32 [rows, n_vocab] for each. Raises PocketlmError as `forward` does, before anything is done.
         """

@@ -19,7 +19,7 @@ from time import perf_counter
 import numpy as np
 
 from pocketlm.runtime import operations as P
-from pocketlm.runtime.ids import check_ids
+from pocketlm.runtime.ids import Ids, check_ids
 from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, release_pages, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.caches import CACHES, NativeCache
@@ -165,7 +165,7 @@ class NativeExecutor:
                 self._pass([(cache, ids[at : at + BLOCK], 0)])
             return self._pass([(cache, ids[starts[-1] :], 1)])[0]
 
-    def step(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
+    def step(self, work: Sequence[tuple[NativeCache, Ids, int]]) -> list[np.ndarray]:
         """One pass over tokens of several texts: (its cache, ids [n] to append, of how many of the last the logits are wanted).
 
         A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
@@ -180,13 +180,13 @@ class NativeExecutor:
                 raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
             return self._pass(checked)
 
-    def _is_one(self, cache: NativeCache, ids: np.ndarray | Sequence[int], rows: int) -> bool:
+    def _is_one(self, cache: NativeCache, ids: Ids, rows: int) -> bool:
         """Whether this is a single token, which is as it must be: then nothing else has to be checked or converted."""
         if len(ids) != 1 or rows > 1 or type(id := ids[0]) is not int:
             return False
         return 0 <= id < self.hyper.n_vocab and cache.length < cache.n_ctx
 
-    def _pass(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> list[np.ndarray]:
+    def _pass(self, work: Sequence[tuple[NativeCache, Ids, int]]) -> list[np.ndarray]:
         """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
@@ -211,7 +211,7 @@ class NativeExecutor:
         if is_single and single.is_trying:
             single.took(perf_counter() - started)
 
-    def _is_next(self, cache: NativeCache, ids: np.ndarray, rows: int) -> bool:
+    def _is_next(self, cache: NativeCache, ids: Ids, rows: int) -> bool:
         """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
         before, n_spans = self._alone
         if before() is not cache or rows != 1 or cache.length // sizes.SPAN + 1 != n_spans:
@@ -219,7 +219,7 @@ class NativeExecutor:
         self._id.value, self._position.value, self._before.value = int(ids[0]), cache.length, int(cache.id_before)
         return True
 
-    def _describe(self, work: Sequence[tuple[NativeCache, np.ndarray, int]]) -> None:
+    def _describe(self, work: Sequence[tuple[NativeCache, Ids, int]]) -> None:
         """Write the records of a pass. Raises PocketlmError once the model is closed.
 
         Attention: few tokens with much behind them share out their spans; others have one task for each block of tokens. The
