@@ -40,8 +40,8 @@ ALLOWED = {
     "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
     "bench": "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options doctor.board terminal_text",
     "build": (
-        "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export cli cli_options"
-        " terminal_text"
+        "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export export.command cli"
+        " cli_options terminal_text"
     ),
     "train": (
         "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
@@ -54,7 +54,8 @@ ALLOWED = {
     "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
-    "export": "errors pickle_reader tokenizer runtime chat.templates cli_options terminal_text",
+    "export.command": "errors export model cli_options terminal_text",  # a model by its short name
+    "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
     "chat": "errors tokenizer runtime.sampling runtime.atomic constrain terminal_text",
     "runtime": "errors runtime.native.executor terminal_text",
