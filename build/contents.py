@@ -76,7 +76,7 @@ from ._core._tasks import create_task_group
 from ._core._testing import TaskInfo
 """,  # it would read its own source to import each only when it is asked for, and without one imports all
 }  # fmt: skip
-# excluded, and imported all the same: pocketlm.serve.without_tls puts something in their place
+# excluded, and imported all the same: pocketlm.serve.left_out puts something in their place
 STOOD_IN = ("ssl", "logging.config", "configparser", "http.client")
 
 

@@ -42,9 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until it is stopped; the exit status."""
-    from pocketlm.serve import without_tls
+    from pocketlm.serve import left_out
 
-    without_tls.stand_in()
+    left_out.stand_in()
     from pocketlm.serve.answering import Answerer
     from pocketlm.serve.app import application
     from pocketlm.serve.page import Page

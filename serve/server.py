@@ -19,9 +19,9 @@ from types import FrameType
 from typing import Any
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.serve import without_tls
+from pocketlm.serve import left_out
 
-with without_tls.imports():
+with left_out.imports():
     # the first three are chosen by their names at run time: these lines put them into a packed program
     import anyio._backends._asyncio  # noqa: F401
     import uvicorn.lifespan.off

@@ -9,6 +9,9 @@ import urllib.request
 import pytest
 from serving import tiny_chat
 
+from pocketlm.build.contents import STOOD_IN, is_excluded
+from pocketlm.serve.left_out import LEFT_OUT
+
 BARE = """
 import sys
 from pocketlm.build.contents import FROZEN, is_excluded
@@ -53,6 +56,11 @@ def test_it_runs_without_what_a_packed_program_leaves_out(tmp_path):
                 urllib.request.urlopen(f"{url}/nothing", timeout=60)
         finally:
             process.terminate()
+
+
+def test_something_stands_in_for_all_that_is_left_out_and_imported():
+    assert set(LEFT_OUT) == set(STOOD_IN)
+    assert all(is_excluded(part) for part, _ in LEFT_OUT.values())
 
 
 def test_who_wants_all_of_uvicorn_gets_it_afterwards():

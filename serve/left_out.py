@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 # What may be left out: the module that is then missing, and what is looked up in its place but for classes
-_LEFT_OUT = {
+LEFT_OUT = {
     "ssl": ("_ssl", {}), "logging.config": ("logging.config", {}), "configparser": ("configparser", {}),
     "http.client": ("http.client", {"responses": {status.value: status.phrase for status in http.HTTPStatus}}),
 }  # fmt: skip
@@ -35,7 +35,7 @@ class _Names(ModuleType):
 
 def stand_in() -> None:
     """Something takes the place of what is left out. To be called before anything is imported that wants it."""
-    for name, (part, values) in _LEFT_OUT.items():
+    for name, (part, values) in LEFT_OUT.items():
         if name not in sys.modules and importlib.util.find_spec(part) is None:
             module = sys.modules[name] = _Names(name)
             vars(module).update(values)
