@@ -115,7 +115,7 @@ class Engine:
 
     def go_on(self, cache: Any, id: int) -> np.ndarray | None:
         """For a caller's `use`: the logits after one more token, float32 [n_vocab], valid until the next one; None where
-        anybody else wants a pass. The Python around a pass of its own takes 0.1 ms, which is no longer in the caches by then.
+        anybody else wants a pass. This way the Python around a pass stays in the processor's caches.
         """
         if self._alone is not cache or len(self._queue) > 1 or len(self._last) > 1:
             return None

@@ -157,7 +157,8 @@ def generate(
             if len(drawn) > len(tried) or id != tried[len(drawn) - 1] or id in ends or n_generated + len(drawn) == max_tokens:
                 break
             tokens.append(id)  # the next row's penalties
-        most = 1 if is_over is not None or (drafts and drafts.follows) else session.engine.burst
+        in_a_row = not tried and is_over is None and not (drafts and drafts.follows)  # after a draft the cache may hold more
+        most = session.engine.burst if in_a_row else 1
         if max_tokens is not None:
             most = min(most, max_tokens - n_generated)
         while len(drawn) < most and (id := drawn[-1][0]) not in ends and not cancelled():
