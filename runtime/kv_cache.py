@@ -31,7 +31,7 @@ MARGIN = 512  # positions before a window that are kept: an answer of so many to
 
 class KVCache:
     """`layers`: keys and values of each, float32 [n_kv_head, rows, head_dim]; the first `length` positions are filled, of which
-    layers with a window hold those from `first` on. `keys` and `values`: the memory of all layers, one after the other.
+    layers with a window hold those from `first` on. `memory`: that of all layers.
     `convolved`: a convolution's layers, float32 [1, rows, columns], of which no keys are there; one piece of memory, too.
     """
 
@@ -54,11 +54,8 @@ class KVCache:
         self._ring = min(self.rows)
         self._reach = self._before(windows, columns)
         kept = [0 if columns and columns[layer] else rows for layer, rows in enumerate(self.rows)]
-        sizes = [hyper.n_kv_head * rows * self._padded(hyper) for rows in kept]
-        self.keys, self.values = (self._allocate(sum(sizes)) for _ in range(2))
-        cuts = np.cumsum(sizes)[:-1]
-        parts = zip(np.split(self.keys, cuts), np.split(self.values, cuts), kept, strict=True)
-        self.layers = [self._shaped(keys, values, rows) for keys, values, rows in parts]
+        self.memory = reserved((2 * hyper.n_kv_head * sum(kept) * self._padded(hyper),), self.dtype)
+        self.layers = self._shaped(kept)
         self.convolved = self._shaped_columns()
 
     def _shaped_columns(self) -> dict[int, np.ndarray]:
@@ -108,16 +105,14 @@ class KVCache:
         """Numbers of a position's key, or value, in one head."""
         return hyper.head_dim
 
-    def _allocate(self, n: int) -> np.ndarray:
-        return reserved((n,), self.dtype)
+    def _shaped(self, rows: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The memory as keys and values of each layer, which has so many rows."""
+        shape = 2, self.hyper.n_kv_head, -1, self._padded(self.hyper)
+        cuts = np.cumsum([2 * self.hyper.n_kv_head * n * self._padded(self.hyper) for n in rows])[:-1]
+        return [(keys, values) for keys, values in (layer.reshape(shape) for layer in np.split(self.memory, cuts))]
 
-    def _shaped(self, keys: np.ndarray, values: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """The memory of a layer as keys and values."""
-        shape = self.hyper.n_kv_head, rows, self._padded(self.hyper)
-        return keys.reshape(shape), values.reshape(shape)
-
-    def _filled(self, layer: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first n rows of keys and values, or a few more."""
+    def _filled(self, layer: int, n: int) -> Sequence[np.ndarray]:
+        """The first n rows of keys and values, or a few more, in parts."""
         keys, values = self.layers[layer]
         return keys[:, :n], values[:, :n]
 
@@ -211,7 +206,7 @@ class KVCache:
     def release(self) -> None:
         """Give the memory back. Nobody may compute with this cache any more."""
         self.length, self.first, self.layers, self.convolved = 0, 0, [], {}
-        self.keys, self.values = self.keys[:0].copy(), self.values[:0].copy()
+        self.memory = self.memory[:0].copy()
 
     def nbytes_at(self, length: int) -> int:
         """Bytes that a text of so many positions uses, about."""

@@ -149,7 +149,7 @@ def test_it_takes_half_the_memory():
     native, _ = executors(host_level(), "F16", 1, head_dim=64, n_embd=128, n_head=2, n_kv_head=2, n_ctx=512, kv="q8")
     hyper = native.hyper
     whole, half = NativeCache.bytes_for(hyper, 512), NativeByteCache.bytes_for(hyper, 512)
-    assert half == native.cache.keys.nbytes + native.cache.values.nbytes == whole * 68 // 132
+    assert half == native.cache.memory.nbytes == whole * 68 // 132
     assert ByteCache.bytes_for(hyper, 512) == half
     assert native.memory(native.plan, {}, 512, 1, "q8")[1] == half
     native.close()

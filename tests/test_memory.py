@@ -72,7 +72,7 @@ def test_an_unknown_system_is_never_refused(monkeypatch):
 def test_the_cache_is_as_large_as_was_said(tmp_path, cache_type):
     with pocketlm.load(write_model(tmp_path / "model.gguf", head_dim=48, n_kv_head=2), backend="numpy") as model:
         cache = cache_type(model.hyper, 1024)
-        assert cache.keys.nbytes + cache.values.nbytes <= cache_type.bytes_for(model.hyper, 1024) * 1.01
+        assert cache.memory.nbytes <= cache_type.bytes_for(model.hyper, 1024) * 1.01
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="madvise and /proc are Linux'")
@@ -108,6 +108,18 @@ def test_tokens_do_not_grow_the_process(tmp_path, backend):
                     model.executor.forward(ids[id : id + 1])
             sizes.append(_resident() if rounds >= 2 else 0)
         assert max(sizes) - sizes[2] < 2 * MB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kv", ["q16", "q8"])
+def test_a_text_takes_the_memory_that_it_fills_though_pages_have_two_megabytes(tmp_path, kv):
+    path = write_model(tmp_path / "model.gguf", n_layer=6, n_head=4, n_kv_head=4, head_dim=64, n_ctx=16384)
+    with pocketlm.load(path, backend="native", kv=kv) as model:
+        model.executor.forward(np.arange(40))
+        cache, before = model.executor.new_cache(), _resident()
+        assert cache.memory.nbytes > 24 * MB  # every head of every layer with pages of its own, were it kept apart
+        model.executor.step([(cache, list(range(40)), 1)])
+        assert _resident() - before < 8 * MB
 
 
 def _mapped(path: Path) -> int:

@@ -198,7 +198,7 @@ def test_a_closed_model_gives_its_weights_and_cache_back_at_once():
     native, reference = executors(host_level(), "F16")
     reference.close()
     assert native._storage
-    arrays = [*(matrix.data for matrix in native._storage.matrices.values()), native.cache.keys, native.cache.values]
+    arrays = [*(matrix.data for matrix in native._storage.matrices.values()), native.cache.memory]
     references = [weakref.ref(array) for array in arrays]
     del arrays
     gc.collect()
@@ -218,7 +218,7 @@ model.executor.forward(np.arange(5))
 cache = model.executor.cache
 with open("/proc/self/status") as file:  # getrusage would count the parent's memory before exec
     peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-print(peak * 1024, cache.keys.nbytes + cache.values.nbytes, model.file_bytes)
+print(peak * 1024, cache.memory.nbytes, model.file_bytes)
 """
 
 

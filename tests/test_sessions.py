@@ -236,7 +236,7 @@ def test_a_second_session_takes_its_cache_and_at_most_a_megabyte(tmp_path, backe
         finally:
             tracemalloc.stop()
         cache = session.state.cache
-        assert took <= cache.keys.nbytes + cache.values.nbytes + (1 << 20)
+        assert took <= cache.memory.nbytes + (1 << 20)
 
 
 def test_a_session_that_has_no_room_is_refused_in_one_line(model, monkeypatch):
@@ -284,7 +284,7 @@ def test_sessions_live_through_other_threads_and_end_with_the_model(model):
 def test_a_closed_session_says_so_and_gives_its_memory_back(model):
     with model.session() as session:
         list(session.generate("then", **OPTIONS))
-    assert session.state.cache.keys.nbytes == 0
+    assert session.state.cache.memory.nbytes == 0
     with pytest.raises(PocketlmError, match="this session is closed"):
         session.logits([5])
     session.close()

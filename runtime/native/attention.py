@@ -32,10 +32,11 @@ from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
 from pocketlm.runtime.native.vector_math import exp, exp_of_negative
 
 
-def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value) -> tuple[Value, Value]:
-    """Bytes from a token's keys, or values, to those of a head in the operation's layer, and the rows that the layer has."""
-    layer = r.layer(token)
-    return layer("offset") + kv * (layer("rows") * numbers.row_bytes(r.run("padded_dim"))), layer("rows")
+def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value, row: Value) -> tuple[Value, Value]:
+    """A head's keys and values in the operation's layer of a token's cache: where those of a row's span begin."""
+    layer, n_bytes = r.layer(token), numbers.row_bytes(r.run("padded_dim")) * SPAN
+    keys = token("cache", PTR) + (layer("offset") + kv * (n_bytes * 2) + row % layer("rows") // SPAN * layer("stride"))
+    return keys, keys + n_bytes
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,8 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
     n_kv = r.run("n_kv_head")
     entry, kv, group = r.entry(task // n_kv), task % n_kv, r.run("n_head") // n_kv
-    all_rows, padded = entry("n_tokens") * group, r.run("padded_dim")
+    all_rows = entry("n_tokens") * group
     token = r.token(entry("token"))
-    place, in_cache = cache_of(r, numbers, token, kv)
-    keys, values = (token(name, PTR) + place for name in ("keys", "values"))
     with f.range(0, all_rows, QUERIES) as start:
         rows = f.minimum(all_rows - start, f.const(I64, QUERIES))
         with f.range(0, rows) as row:
@@ -82,10 +81,10 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         first, step, oldest = entry("first"), f.maximum(entry("apart"), f.const(I64, 1)), f.load(I64, known + OLDEST, 8) // SPAN
         skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
         with f.range(first + skipped * step, last // SPAN + 1, step) as span:
-            row, at = f.var(I64, 0), span % (in_cache // SPAN) * (numbers.row_bytes(padded) * SPAN)
+            row, (keys, values) = f.var(I64, 0), cache_of(r, numbers, token, kv, span * SPAN)
             for queries, _ in TILES[level].scores:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
-                    arguments = (f.args()[0], own, keys + at, values + at, row.get(), span, f.minimum(entry("apart"), 1))
+                    arguments = (f.args()[0], own, keys, values, row.get(), span, f.minimum(entry("apart"), 1))
                     f.call(VOID, f"span{queries}", *arguments)
                     row.set(row.get() + queries)
 

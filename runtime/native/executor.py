@@ -107,7 +107,7 @@ class NativeExecutor:
         self._one_at_a_time = ForkedLock()
         memory = [
             *(matrix.data for matrix in matrices.values()), *self._vectors.values(), *self._buffers.values(),
-            *self._arrays.values(), *self._tables.values(), self.cache.keys, self.cache.values,
+            *self._arrays.values(), *self._tables.values(), self.cache.memory,
             self.cache.table, *self.cache.convolved.values(),
         ]  # fmt: skip
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
@@ -235,13 +235,13 @@ class NativeExecutor:
             n_spans, left = (stop - 1) // sizes.SPAN + 1, self._n_slots - slot - (BLOCK - n)
             parts = max(1, min(n_spans, 4 * self.n_threads // n_tasks)) if len(ids) * n_spans <= left else 1
             slots = n_spans if parts > 1 else 1  # of a token
-            memory = cache.keys.ctypes.data, cache.values.ctypes.data, cache.table.ctypes.data
+            memory = cache.memory.ctypes.data, cache.table.ctypes.data
             if len(ids) == 1:
                 tokens[n] = ids[0], start, *memory, slot, slots, cache.id_before, cache.columns_address
             else:
                 here = tokens[n : n + len(ids)]
                 here["id"], here["position"] = ids, np.arange(start, stop)
-                here["keys"], here["values"], here["layers"] = memory
+                here["cache"], here["layers"] = memory
                 here["columns"] = cache.columns_address
                 here["slot"] = slot + slots * np.arange(len(ids))
                 here["n_partials"] = here["position"] // sizes.SPAN + 1 if parts > 1 else 1

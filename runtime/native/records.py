@@ -87,16 +87,15 @@ RUN = np.dtype([
 # a token of a pass: which it is, where it stands in its text, and the cache of that text
 TOKEN = np.dtype([
     ("id", "i8"), ("position", "i8"),
-    ("keys", "i8"), ("values", "i8"),         # addresses of the first layer's
-    ("layers", "i8"),                         # LAYER records
+    ("cache", "i8"), ("layers", "i8"),        # addresses of its cache and of the LAYER records about it
     ("slot", "i8"), ("n_partials", "i8"),     # its results of attention: n_partials slots from `slot` on
     ("before", "i8"),                         # the id of the token before; -1: none
     ("columns", "i8"),                        # address of the first convolution's
 ])  # fmt: skip
 
-# a layer of a cache: bytes from the first layer's keys to its own, and from values to values, or from the first convolution's
-# columns to its own, and how many positions it keeps; position p is in row p % rows
-LAYER = np.dtype([("offset", "i8"), ("rows", "i8")])
+# a layer of a cache: bytes from the cache's address to its keys, or from the first convolution's columns to its own; how many
+# positions it keeps, position p in row p % rows; bytes from SPAN of its rows to the next SPAN
+LAYER = np.dtype([("offset", "i8"), ("rows", "i8"), ("stride", "i8")])
 # a token and one of the experts it goes to, by place among these; the pairs of that expert, [first, last), and how many pairs'
 # activations lie before theirs
 PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])

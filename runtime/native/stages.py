@@ -25,6 +25,7 @@ from pocketlm.runtime.native.sizes import (
     PARTIALS,
     RECORD,
     RMS_NORM,
+    SPAN,
     TILE,
     TILES,
     WHOLES,
@@ -270,10 +271,9 @@ def _store_head(f: Function, level: str, r: Records, number: Value, head: Value,
     _turn(f, r, vector, position)
     numbers.spread(f, vector, dim)
     with f.when(head >= n_head):
-        padded, (place, rows) = r.run("padded_dim"), attention.cache_of(r, numbers, token, head - n_head)
-        row, value = position % rows, vector + n_kv * dim * 4
+        keys, values = attention.cache_of(r, numbers, token, head - n_head, position)
+        padded, row, value = r.run("padded_dim"), position % SPAN, vector + n_kv * dim * 4
         lane, start = row & 15, (row >> 4) * (numbers.row_bytes(padded) * LANES)
-        keys, values = (token(name, PTR) + place for name in ("keys", "values"))
         of_key, of_value = numbers.key_scale(f, vector, dim), numbers.value_scale(f, value, dim)
         for group, scale in ((keys + start, of_key), (values + start, of_value)):
             numbers.keep_scale(f, scale, group, lane, padded)
