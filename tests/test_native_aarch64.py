@@ -197,7 +197,7 @@ class Program:
         program = encode(native.plan, storage, n_threads)
         arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values()]
         cache = native.cache
-        arrays += [cache.keys, cache.values, cache.table, native._workers._workers, *native._tables.values()]
+        arrays += [cache.memory, cache.table, native._workers._workers, *native._tables.values()]
         arrays += [array for key, array in native._arrays.items() if key != "program"]
         self.places = sorted((array.ctypes.data, array.nbytes, guest.put(array)) for array in arrays if array.nbytes)
         relocate(program, self.places)

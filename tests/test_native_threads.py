@@ -180,7 +180,7 @@ def test_threads_hold_the_memory_in_which_they_compute(monkeypatch):
     monkeypatch.setattr(team, "_live", late)
     executor = native(2)
     on_its_way.wait(10)
-    arrays = [executor._record, executor._workers._workers, executor.cache.keys, *executor._arrays.values()]
+    arrays = [executor._record, executor._workers._workers, executor.cache.memory, *executor._arrays.values()]
     held = [weakref.ref(array) for array in arrays]
     del executor, arrays
     gc.collect()

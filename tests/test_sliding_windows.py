@@ -282,7 +282,7 @@ def test_gemma_3_270m_takes_a_fifth_of_the_memory_at_32k(tmp_path):
 
 def test_what_is_said_of_the_memory_is_what_is_taken(model):
     cache = model.executor.cache
-    taken = sum(array.nbytes for array in (cache.keys, cache.values, *cache.convolved.values()))
+    taken = sum(array.nbytes for array in (cache.memory, *cache.convolved.values()))
     assert taken == cache.bytes_for(model.hyper, model.n_ctx, cache.windows, cache.columns) == model.session_bytes(model.n_ctx)
     assert cache.nbytes_at(model.n_ctx) == taken
     assert cache.nbytes_to_come == cache.nbytes_at(model.n_ctx)
