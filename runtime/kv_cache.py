@@ -38,6 +38,7 @@ class KVCache:
     dtype: Any = np.float32
     block = 512  # tokens that an executor writes at most before it reads
     unit = 1  # rows are a multiple of it, and what a query reads begins at one
+    is_scattered = True  # a position's keys and values lie far from each other: a text would use a part of every large page
     saved: Any = np.float32  # the numbers in a file, float32 or int16: exactly those that are kept
 
     def __init__(
@@ -54,7 +55,7 @@ class KVCache:
         self._ring = min(self.rows)
         self._reach = self._before(windows, columns)
         kept = [0 if columns and columns[layer] else rows for layer, rows in enumerate(self.rows)]
-        self.memory = reserved((2 * hyper.n_kv_head * sum(kept) * self._padded(hyper),), self.dtype)
+        self.memory = reserved((2 * hyper.n_kv_head * sum(kept) * self._padded(hyper),), self.dtype, self.is_scattered)
         self.layers = self._shaped(kept)
         self.convolved = self._shaped_columns()
 

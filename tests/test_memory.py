@@ -111,10 +111,10 @@ def test_tokens_do_not_grow_the_process(tmp_path, backend):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kv", ["q16", "q8"])
-def test_a_text_takes_the_memory_that_it_fills_though_pages_have_two_megabytes(tmp_path, kv):
+@pytest.mark.parametrize(("backend", "kv"), [("native", "q16"), ("native", "q8"), ("numpy", "q16")])
+def test_a_text_takes_the_memory_that_it_fills_though_pages_have_two_megabytes(tmp_path, backend, kv):
     path = write_model(tmp_path / "model.gguf", n_layer=6, n_head=4, n_kv_head=4, head_dim=64, n_ctx=8192)
-    with pocketlm.load(path, backend="native", ctx=8192, kv=kv) as model:
+    with pocketlm.load(path, backend=backend, ctx=8192, kv=kv) as model:
         model.executor.forward(np.arange(40))
         cache, before = model.executor.new_cache(), _resident()
         assert cache.memory.nbytes > 24 * MB  # every head of every layer with pages of its own, were it kept apart

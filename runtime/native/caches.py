@@ -32,6 +32,7 @@ class NativeCache(ScaledCache):
 
     block = BLOCK
     unit = SPAN
+    is_scattered = False
 
     def __init__(
         self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
