@@ -43,7 +43,7 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nice", action="store_true", help="let other programs go first")
     parser.add_argument(
-        "--low-memory", action="store_true", help="take little memory, at the price of some speed; --ctx is 1024 unless given"
+        "--low-memory", action="store_true", help="take little memory: --ctx is 1024 unless given"
     )
     cache_argument(parser)
 

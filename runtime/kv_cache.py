@@ -19,7 +19,7 @@ import numpy as np
 from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import Ids
-from pocketlm.runtime.memory import reserved, round_up
+from pocketlm.runtime.memory import round_up, scattered
 from pocketlm.runtime.positions import Turn, rotate
 
 KINDS = ("q16", "q8")  # of numbers: each executor's usual ones, int16 with a scale or float32, or int8 with a scale
@@ -38,7 +38,7 @@ class KVCache:
     dtype: Any = np.float32
     block = 512  # tokens that an executor writes at most before it reads
     unit = 1  # rows are a multiple of it, and what a query reads begins at one
-    is_scattered = True  # a position's keys and values lie far from each other: a text would use a part of every large page
+    allocate = staticmethod(scattered)  # a position's keys and values lie far from each other
     saved: Any = np.float32  # the numbers in a file, float32 or int16: exactly those that are kept
 
     def __init__(
@@ -55,13 +55,13 @@ class KVCache:
         self._ring = min(self.rows)
         self._reach = self._before(windows, columns)
         kept = [0 if columns and columns[layer] else rows for layer, rows in enumerate(self.rows)]
-        self.memory = reserved((2 * hyper.n_kv_head * sum(kept) * self._padded(hyper),), self.dtype, self.is_scattered)
+        self.memory = self.allocate((2 * hyper.n_kv_head * sum(kept) * self._padded(hyper),), self.dtype)
         self.layers = self._shaped(kept)
         self.convolved = self._shaped_columns()
 
     def _shaped_columns(self) -> dict[int, np.ndarray]:
         shapes = {layer: (1, self.rows[layer], n) for layer, n in enumerate(self.columns) if n}
-        memory = reserved((sum(math.prod(shape) for shape in shapes.values()),), np.float32) if shapes else np.empty(0)
+        memory = scattered((sum(math.prod(shape) for shape in shapes.values()),), np.float32) if shapes else np.empty(0)
         cuts = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
         parts = zip(shapes.items(), np.split(memory, cuts), strict=False)
         return {layer: part.reshape(shape) for (layer, shape), part in parts}

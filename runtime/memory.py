@@ -163,7 +163,7 @@ _sparing = False
 
 
 def be_sparing() -> None:
-    """From now on this process takes as little memory as it can, at the price of some speed."""
+    """From now on this process takes as little memory as it can: models have a small context unless asked for another."""
     global _sparing
     _sparing = True
 
@@ -173,14 +173,13 @@ def is_sparing() -> bool:
     return _sparing
 
 
-def reserved(shape: tuple[int, ...], dtype: Any, is_scattered: bool = True) -> np.ndarray:
-    """`aligned` for an array of which only a part may ever be used: pieces here and there, or else its beginning.
+def scattered(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """`aligned` for an array of which only pieces here and there may ever be used.
 
-    NumPy asks the system for pages of 2 MB, so that one byte used takes 2 MB: faster, and more memory. Where pieces are
-    used, and in a sparing process, pages are small here.
+    NumPy asks Linux for pages of 2 MB, so that one byte used takes 2 MB, and the time to zero them. Pages are small here.
     """
     array = aligned(shape, dtype)
-    if (is_scattered or _sparing) and sys.platform == "linux":
+    if sys.platform == "linux":
         start, stop = round_up(array.ctypes.data, mmap.PAGESIZE), (array.ctypes.data + array.nbytes) & -mmap.PAGESIZE
         if stop > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE

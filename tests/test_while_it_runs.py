@@ -11,6 +11,7 @@ from tiny_models import write_model
 
 import pocketlm
 from pocketlm.doctor.health import Throttling
+from pocketlm.runtime import memory
 from pocketlm.runtime.native import decode_threads
 from pocketlm.runtime.native.decode_threads import ROUNDS, WARM, DecodeThreads
 
@@ -109,35 +110,11 @@ def test_it_is_found_while_a_model_answers_and_the_answer_is_the_same(path, monk
 
 took = DecodeThreads.took
 
-MEASURE = """
-import sys
-import pocketlm
-from pocketlm.runtime import memory
-if sys.argv[2] == "sparing": memory.be_sparing()
-def resident():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-model = pocketlm.load(sys.argv[1], ctx=4096 if sys.argv[3] == "4096" else None)
-list(model.generate("abc", max_tokens=4, ignore_eos=True))
-before = resident()
-session = model.session()
-list(session.generate("abc " * 8, max_tokens=40, ignore_eos=True))
-print(resident() - before, model.n_ctx)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much of a program is in memory")
-def test_a_cache_takes_what_is_used_where_memory_is_spared(tmp_path):
-    path = write_model(tmp_path / "m.gguf", n_ctx=8192, n_embd=256, n_head=4, n_kv_head=4, n_layer=4)
-
-    def measured(how, ctx="4096"):
-        command = [sys.executable, "-c", MEASURE, str(path), how, ctx]
-        return [int(n) for n in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
-
-    spared, n_ctx = measured("sparing")
-    assert n_ctx == 4096
-    assert spared < 2000, "kilobytes for 72 positions of a cache of 17 MB"
-    assert measured("sparing", "")[1] == 1024
-    assert measured("as ever", "")[1] == 4096
+@pytest.mark.parametrize(("is_sparing", "ctx", "n_ctx"), [(True, None, 1024), (True, 4096, 4096), (False, None, 4096)])
+def test_a_context_is_smaller_where_memory_is_spared(tmp_path, monkeypatch, is_sparing, ctx, n_ctx):
+    monkeypatch.setattr(memory, "is_sparing", lambda: is_sparing)
+    with pocketlm.load(write_model(tmp_path / "m.gguf", n_ctx=8192), ctx=ctx) as model:
+        assert model.n_ctx == n_ctx
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX has this number")

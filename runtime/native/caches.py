@@ -32,7 +32,7 @@ class NativeCache(ScaledCache):
 
     block = BLOCK
     unit = SPAN
-    is_scattered = False
+    allocate = staticmethod(aligned)
 
     def __init__(
         self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
