@@ -36,6 +36,9 @@ def write_onnx(
 
     Raises PocketlmError where int8 is asked for and onnxruntime is missing.
     """
+    if quant == "int8":  # which is made last, of a float model of perhaps gigabytes
+        with needed("ONNX in int8", "onnxruntime"):
+            import onnxruntime  # noqa: F401
     plan = model.plan(path)
     is_large = 4 * sum(math.prod(tensor.shape) for tensor in model.tensors.values()) * SHARES[quant] > INLINE_BYTES
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".part") as folder:
@@ -65,8 +68,8 @@ def write_onnx(
 
 def _quantize(float_path: Path, is_large: bool) -> ModelProto:
     """The model with its products in 8 bits, as onnxruntime's dynamic quantisation makes it."""
-    with needed("ONNX in int8", "onnxruntime"):
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
     int8_path = float_path.with_name("int8.onnx")
     logging.disable(logging.WARNING)  # it recommends steps that make no difference here
     try:

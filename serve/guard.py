@@ -48,6 +48,8 @@ class Policy:
         self._check_origin(path, headers)
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the Content-Type must be application/json")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "the body must not be compressed")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > MAX_BODY:
             raise ApiError(413, f"the body may have {MAX_BODY} bytes")

@@ -1,6 +1,7 @@
 """ONNX files run by onnxruntime, against the numpy executor: every option, with and without cache, padded and not."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,13 @@ def test_a_file_that_the_checker_refuses_is_not_done(tmp_path: Path, monkeypatch
     with pytest.raises(FileError, match=r"\(no such thing\)"):
         write(make_model(make_hyper("llama", **SMALL)), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_int8_without_onnxruntime_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said = list[str]()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(PocketlmError, match="ONNX in int8 needs onnxruntime; get it with: pip install onnxruntime"):
+        where = {"out": tmp_path / "m.onnx", "container": "onnx", "quant": "int8"}
+        export(make_model(make_hyper("llama")), "checkpoint.pt", **where, progress=lambda name, n: said.append(name))
+    assert said == []
+    assert not any(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """What attacks a server on somebody's computer is refused: other sites, other names, no key, paths, sizes, slowness."""
 
 import asyncio
+import gzip
 import json
 import socket
 import sys
@@ -71,6 +72,13 @@ def test_a_form_of_another_site_cannot_ask(server):
         assert reply.status == 415
     kind = "Application/JSON; charset=utf-8"
     assert server.ask("POST", CHAT, {"Content-Type": kind}, json.dumps(hello()).encode()).status == 200
+
+
+def test_a_compressed_body_is_not_unpacked(server):
+    body, headers = json.dumps(hello()).encode(), {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    reply = server.ask("POST", CHAT, headers, gzip.compress(body))
+    assert (reply.status, reply.json["error"]["message"]) == (415, "the body must not be compressed")
+    assert server.ask("POST", CHAT, {**headers, "Content-Encoding": "identity"}, body).status == 200
 
 
 def test_the_pages_of_one_site_may_be_let_in(path):
