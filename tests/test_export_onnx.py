@@ -209,10 +209,10 @@ def test_a_file_that_the_checker_refuses_is_not_done(tmp_path: Path, monkeypatch
 
 
 def test_int8_without_onnxruntime_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    said = list[str]()
+    model, said = make_model(make_hyper("llama")), list[str]()
+    where = {"out": tmp_path / "m.onnx", "container": "onnx", "quant": "int8"}
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(PocketlmError, match="ONNX in int8 needs onnxruntime; get it with: pip install onnxruntime"):
-        where = {"out": tmp_path / "m.onnx", "container": "onnx", "quant": "int8"}
-        export(make_model(make_hyper("llama")), "checkpoint.pt", **where, progress=lambda name, n: said.append(name))
+        export(model, "checkpoint.pt", **where, progress=lambda name, n: said.append(name))
     assert said == []
     assert not any(tmp_path.iterdir())
