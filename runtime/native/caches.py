@@ -7,13 +7,14 @@ Knows no kernels and no plan.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.kv_cache import SCALE_BYTES, ByteCache, ScaledCache
-from pocketlm.runtime.memory import aligned, round_up
+from pocketlm.runtime.memory import aligned, round_up, scattered
 from pocketlm.runtime.native.records import LAYER
 from pocketlm.runtime.native.sizes import BLOCK, SPAN
 from pocketlm.runtime.native.tiling import ROWS
@@ -32,7 +33,7 @@ class NativeCache(ScaledCache):
 
     block = BLOCK
     unit = SPAN
-    allocate = staticmethod(aligned)
+    allocate = staticmethod(aligned if mmap.PAGESIZE == 4096 else scattered)  # a Pi 5's large pages have 32 MB
 
     def __init__(
         self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
