@@ -42,9 +42,7 @@ def running_arguments(parser: argparse.ArgumentParser) -> None:
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
     )
     parser.add_argument("--nice", action="store_true", help="let other programs go first")
-    parser.add_argument(
-        "--low-memory", action="store_true", help="take little memory: --ctx is 1024 unless given"
-    )
+    parser.add_argument("--low-memory", action="store_true", help="take little memory: --ctx is 1024 unless given")
     cache_argument(parser)
 
 

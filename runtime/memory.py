@@ -21,6 +21,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime import control_groups
 
 MB = 1 << 20
+NUMPY_ASKS = 4 * MB  # of an array, from which on NumPy asks Linux for large pages
 _FOR_THREADS = 224 * MB  # addresses that glibc reserves for threads (64 MB each, for moments 128): `ulimit -v` counts them
 
 
@@ -176,10 +177,11 @@ def is_sparing() -> bool:
 def scattered(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """`aligned` for an array of which only pieces here and there may ever be used.
 
-    NumPy asks Linux for pages of 2 MB, so that one byte used takes 2 MB, and the time to zero them. Pages are small here.
+    Of Linux NumPy asks pages of 2 MB for these, so that one byte used takes 2 MB, and the time to zero them. Pages are small
+    here; what is small itself stays in the C library's heap, whose pages are nobody's alone.
     """
     array = aligned(shape, dtype)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and array.nbytes >= NUMPY_ASKS:
         start, stop = round_up(array.ctypes.data, mmap.PAGESIZE), (array.ctypes.data + array.nbytes) & -mmap.PAGESIZE
         if stop > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE
@@ -196,7 +198,7 @@ def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np
 def in_one_piece(sizes: Sequence[int], alignment: int = 64) -> list[np.ndarray]:
     """Zeroed arrays of bytes, one behind the other in one allocation; each begins as `aligned` lets it.
 
-    Of Linux NumPy asks large pages for allocations of 4 MB and more: the processor then looks up an address for 2 MB instead
+    Of Linux NumPy asks large pages for allocations of NUMPY_ASKS bytes and more: the processor then looks up an address for 2 MB instead
     of 4 kB, and fetches ahead over the ends of what lies there.
     """
     starts = [0, *itertools.accumulate(round_up(size, alignment) for size in sizes)]
