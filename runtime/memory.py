@@ -183,8 +183,7 @@ def scattered(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     array = aligned(shape, dtype)
     if sys.platform == "linux" and array.nbytes >= NUMPY_ASKS:
         start, stop = round_up(array.ctypes.data, mmap.PAGESIZE), (array.ctypes.data + array.nbytes) & -mmap.PAGESIZE
-        if stop > start:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 15)  # MADV_NOHUGEPAGE
     return array
 
 
