@@ -6,10 +6,10 @@ In: a tokenizer's tokens and the options of an answer. Out: a `Guide`, which cha
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pocketlm import locks
 from pocketlm.constrain import json_texts, patterns
 from pocketlm.constrain.automaton import Automaton, build
 from pocketlm.constrain.grammar import Choice, Grammar
@@ -125,7 +125,7 @@ class Guides:
 
     def __init__(self, tokenizer: Tokens, end_ids: frozenset[int], n_vocab: int):
         self._tokenizer, self._end_ids, self._n_vocab = tokenizer, end_ids, n_vocab
-        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._lock, self._reading = locks.lock(), locks.lock()
         self._vocabulary: Vocabulary | None = None
         self._kept: dict[Form, Masks] = {}
 
