@@ -2,6 +2,8 @@
 
 Python's own are such: to have one and to have to release it is one step of `with`. But Python 3.14 looks for interrupts after
 the call of `__enter__` too (python/cpython#148874, mended in 3.15), and who is interrupted there leaves a lock closed for ever.
+From 3.12 on a loop with a condition in it is a second such place (python/cpython#130279): there an interrupt leaves the `with`
+without a release. Such loops are in functions of their own; a test looks for others.
 """
 
 from __future__ import annotations

@@ -147,16 +147,20 @@ class Guides:
     def _read(self) -> Vocabulary:
         with self._reading:
             if self._vocabulary is None:
-                tokenizer, ends = self._tokenizer, self._end_ids
-                tokens = tokenizer.all_bytes()
-                for id in tokenizer.special_ids():
-                    # after some markers of SentencePiece's a token loses its space: what it would be depends on them
-                    if tokenizer.is_control(id) or tokenizer.starts_anew_after(id):
-                        tokens[id] = b""
-                for id in ends:
-                    tokens[id] = b""
-                self._vocabulary = Vocabulary(tokens, sorted(ends), self._n_vocab)
+                self._vocabulary = Vocabulary(self._tokens(), sorted(self._end_ids), self._n_vocab)
             return self._vocabulary
+
+    def _tokens(self) -> list[bytes]:
+        """The bytes of every token; none where it may not be written as text."""
+        tokenizer = self._tokenizer
+        tokens = tokenizer.all_bytes()
+        for id in tokenizer.special_ids():
+            # after some markers of SentencePiece's a token loses its space: what it would be depends on them
+            if tokenizer.is_control(id) or tokenizer.starts_anew_after(id):
+                tokens[id] = b""
+        for id in self._end_ids:
+            tokens[id] = b""
+        return tokens
 
 
 class Guide:

@@ -1,9 +1,12 @@
 """Whoever is interrupted leaves a lock that others can have."""
 
 import _thread
+import ast
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +76,31 @@ def test_who_is_in_a_with_has_the_lock_and_then_nobody(make):
         use()
     attempt()
     assert had == [False, True]
+
+
+LOCKS = re.compile(r"(lock|_turn|_reading|changing|\.here|\.held\(.*\))$")
+
+
+def loops_with_a_condition(node):
+    """Those in the same function: after a condition that is not met Python jumps back, there without its table of handlers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.Lambda | ast.GeneratorExp):
+            continue
+        if isinstance(child, ast.For | ast.While) and any(isinstance(each, ast.If) for each in ast.walk(child)):
+            yield child
+        if isinstance(child, ast.ListComp | ast.SetComp | ast.DictComp) and any(part.ifs for part in child.generators):
+            yield child
+        yield from loops_with_a_condition(child)
+
+
+def test_no_loop_with_a_condition_is_in_a_with_that_releases_a_lock():
+    root = Path(locks.__file__).parent
+    found, seen = [], 0
+    for folder in (".", "runtime", "runtime/native", "chat", "constrain", "serve"):
+        for path in (root / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.With) and any(LOCKS.search(ast.unparse(item.context_expr)) for item in node.items):
+                    seen += 1
+                    found += [f"{path.relative_to(root)}:{loop.lineno}" for loop in loops_with_a_condition(node)]
+    assert found == []
+    assert seen > 20
