@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from pocketlm import locks
@@ -91,12 +92,13 @@ class ForkedLock:
     def within(self, seconds: float) -> Iterator[bool]:
         """Whether it could be had in that time; what was had is given back at the end."""
         lock: Any = self.here
-        got = lock.acquire(timeout=seconds)
-        try:
-            yield got
-        finally:
-            if got:
-                lock.release()
+        for got in iter(partial(lock.acquire, timeout=seconds), None):  # no interrupt comes between this step and `try`
+            try:
+                yield got
+            finally:
+                if got:
+                    lock.release()
+            return
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------

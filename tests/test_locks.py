@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pocketlm import locks
+from pocketlm.runtime.threads import ForkedLock
 
 KINDS = {
     "lock": locks.lock,
@@ -29,10 +30,17 @@ def long_turns():
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
-def test_an_interrupt_that_comes_with_a_lock_leaves_it_free(make, long_turns):
-    """Python 3.14 looks for interrupts between a lock's `__enter__` and the `with` that would release it."""
-    lock, taken = make(), threading.Event()
+def is_free(lock):
+    had = []
+    another = threading.Thread(target=lambda: had.append(lock.acquire(timeout=0.5)))
+    another.start()
+    another.join()
+    return had == [True]
+
+
+def interrupted_with(lock, entered):
+    """Wait for a lock and get it at the moment of an interrupt; `entered` has it and releases it."""
+    taken = threading.Event()
 
     def hold():
         lock.acquire()
@@ -45,15 +53,24 @@ def test_an_interrupt_that_comes_with_a_lock_leaves_it_free(make, long_turns):
     holder.start()
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         taken.wait()
-        with lock:
+        with entered:
             for _ in range(1000):
                 time.sleep(0.01)
     holder.join()
-    had = []
-    another = threading.Thread(target=lambda: had.append(lock.acquire(timeout=0.5)))
-    another.start()
-    another.join()
-    assert had == [True]
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_an_interrupt_that_comes_with_a_lock_leaves_it_free(make, long_turns):
+    """Python 3.14 looks for interrupts between a lock's `__enter__` and the `with` that would release it."""
+    lock = make()
+    interrupted_with(lock, lock)
+    assert is_free(lock)
+
+
+def test_an_interrupt_that_comes_with_a_lock_that_was_not_waited_for_long_leaves_it_free(long_turns):
+    lock = ForkedLock()
+    interrupted_with(lock.here, lock.within(10))
+    assert is_free(lock.here)
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
