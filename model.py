@@ -7,7 +7,6 @@ subpackages meet; each of them knows only its own part.
 from __future__ import annotations
 
 import importlib.util
-import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from pocketlm import locks
 from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import Conversation
 from pocketlm.errors import FileError, UsageError, did_you_mean, whole_number
@@ -122,7 +122,7 @@ class Model:
         self._own: Conversation | None = None
         self._guides: Guides | None = None
         self._fingerprint = ""
-        self.changing = threading.RLock()  # one thread at a time takes the executor away, or makes a session
+        self.changing = locks.reentrant_lock()  # one thread at a time takes the executor away, or makes a session
 
     def _read_tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None where the file has none. Raises FileError for one that does not fit."""

@@ -6,11 +6,11 @@ neither the commands nor where questions come from.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pocketlm import locks
 from pocketlm.chat import saved, states
 from pocketlm.chat.console import DIM, Console
 from pocketlm.chat.endings import Endings
@@ -40,7 +40,7 @@ class Chat:
         self._wish: bool | None = None  # whether the model is to think before it answers; None: as its template does
         self.leaving = self.failed = False
         self.endings = Endings(self.keep, console.leave_editor)
-        self._saving, self._lock = save, threading.Lock()
+        self._saving, self._lock = save, locks.lock()
         self._given_id = model_id
         self._told = ""  # the last note about the template
         self._forgotten = 0  # turns, as the last note about them said

@@ -8,7 +8,6 @@ Knows no tokenizer and no roles.
 """
 
 from collections.abc import Callable, Iterator
-from threading import Lock
 from typing import Any
 
 from jinja2 import nodes
@@ -19,6 +18,7 @@ from jinja2.runtime import Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 
+from pocketlm import locks
 from pocketlm.chat.budget import Budget, TemplateError
 from pocketlm.chat.operations import FIELDS, FILTERS, FUNCTIONS, METHODS, OPERATORS, TESTS, Method
 
@@ -267,7 +267,7 @@ class SandboxedTemplate:
     def __init__(self, source: str):
         if len(source) > SOURCE_LIMIT:
             raise TemplateError(f"it is longer than {SOURCE_LIMIT} characters")
-        self._lock = Lock()
+        self._lock = locks.lock()
         self._environment = ChatEnvironment()
         self._template = _guarded(self._compile, source)
 

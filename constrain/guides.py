@@ -6,10 +6,10 @@ In: a tokenizer's tokens and the options of an answer. Out: a `Guide`, which cha
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pocketlm import locks
 from pocketlm.constrain import json_texts, patterns
 from pocketlm.constrain.automaton import Automaton, build
 from pocketlm.constrain.grammar import Choice, Grammar
@@ -125,7 +125,7 @@ class Guides:
 
     def __init__(self, tokenizer: Tokens, end_ids: frozenset[int], n_vocab: int):
         self._tokenizer, self._end_ids, self._n_vocab = tokenizer, end_ids, n_vocab
-        self._lock, self._reading = threading.Lock(), threading.Lock()
+        self._lock, self._reading = locks.lock(), locks.lock()
         self._vocabulary: Vocabulary | None = None
         self._kept: dict[Form, Masks] = {}
 
@@ -147,16 +147,20 @@ class Guides:
     def _read(self) -> Vocabulary:
         with self._reading:
             if self._vocabulary is None:
-                tokenizer, ends = self._tokenizer, self._end_ids
-                tokens = tokenizer.all_bytes()
-                for id in tokenizer.special_ids():
-                    # after some markers of SentencePiece's a token loses its space: what it would be depends on them
-                    if tokenizer.is_control(id) or tokenizer.starts_anew_after(id):
-                        tokens[id] = b""
-                for id in ends:
-                    tokens[id] = b""
-                self._vocabulary = Vocabulary(tokens, sorted(ends), self._n_vocab)
+                self._vocabulary = Vocabulary(self._tokens(), sorted(self._end_ids), self._n_vocab)
             return self._vocabulary
+
+    def _tokens(self) -> list[bytes]:
+        """The bytes of every token; none where it may not be written as text."""
+        tokenizer = self._tokenizer
+        tokens = tokenizer.all_bytes()
+        for id in tokenizer.special_ids():
+            # after some markers of SentencePiece's a token loses its space: what it would be depends on them
+            if tokenizer.is_control(id) or tokenizer.starts_anew_after(id):
+                tokens[id] = b""
+        for id in self._end_ids:
+            tokens[id] = b""
+        return tokens
 
 
 class Guide:

@@ -13,7 +13,6 @@ remains to be walked are the branches that leave the part. So a string of at mos
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from pocketlm import locks
 from pocketlm.constrain.automaton import END, Automaton
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
@@ -62,7 +62,7 @@ class Masks:
     def __init__(self, automaton: Automaton, vocabulary: Vocabulary, of: str):
         self.vocabulary, self.of = vocabulary, of
         self._automaton = automaton
-        self._lock = threading.Lock()
+        self._lock = locks.lock()
         self._frames: list[tuple[int, int, int]] = [(0, 0, 0)]  # of a stack: part, times through it, stack below
         self._stacks: dict[tuple[int, int, int], int] = {}
         self._masks: dict[State, np.ndarray] = {}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
+
+from pocketlm import locks
 
 
 class _Blas(NamedTuple):
@@ -44,7 +45,7 @@ class _Shared:
     """Who wants one thread at the moment, and the number before the first of them came; None: it is back."""
 
     def __init__(self) -> None:
-        self.lock, self.users = threading.Lock(), weakref.WeakSet[object]()
+        self.lock, self.users = locks.lock(), weakref.WeakSet[object]()
         self.before: int | None = None
 
 
@@ -52,7 +53,7 @@ _shared = _Shared()
 if hasattr(os, "register_at_fork"):  # another thread may have held the lock, and is not in the child
 
     def _in_child() -> None:
-        _shared.lock = threading.Lock()
+        _shared.lock = locks.lock()
 
     os.register_at_fork(after_in_child=_in_child)
 

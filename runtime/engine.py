@@ -14,13 +14,13 @@ An interrupt of the leader loses nothing: what is not handed out stays in the qu
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocketlm import locks
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.drafts import MOST_ROWS
 from pocketlm.runtime.ids import Ids
@@ -59,7 +59,7 @@ class Engine:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid, self._turn = os.getpid(), threading.Lock()  # whoever holds it leads
+        self._pid, self._turn = os.getpid(), locks.lock()  # whoever holds it leads
         self._queue: list[_Request] = []
         self._last: dict[int, int] = {}  # of the last pass: caches, and how many tokens of each; replaced, never changed
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
@@ -141,8 +141,11 @@ class Engine:
         queue = list(self._queue)  # a copy: a leader takes others out meanwhile
         if queue and any(request.cache is cache for request in queue):
             with self._turn:
-                for request in [request for request in self._queue if request.cache is cache]:
-                    self._queue.remove(request)
+                self._take_out(cache)
+
+    def _take_out(self, cache: Any) -> None:
+        for request in [request for request in self._queue if request.cache is cache]:
+            self._queue.remove(request)
 
     def close(self, reason: str) -> None:
         """From now on nothing is computed any more, `reason` says why; those who wait are told at once."""

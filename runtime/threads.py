@@ -11,8 +11,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
+from pocketlm import locks
 from pocketlm.errors import PocketlmError, whole_number
 from pocketlm.runtime import processors
 
@@ -74,28 +76,29 @@ def open_lock(lock: threading.Lock) -> None:
 class ForkedLock:
     """A lock for the threads of one process. A forked child, where nobody is left to open it, gets a new one.
 
-    Used as `with lock.here:`, the system's own lock, for which acquiring it and having to release it are one step.
+    Used as `with lock.here:`, for which acquiring it and having to release it are one step.
     """
 
     def __init__(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.RLock()
+        self._pid, self._lock = os.getpid(), locks.reentrant_lock()
 
     @property
     def here(self) -> AbstractContextManager[object]:
         if os.getpid() != self._pid:
-            self._pid, self._lock = os.getpid(), threading.RLock()
+            self._pid, self._lock = os.getpid(), locks.reentrant_lock()
         return self._lock
 
     @contextmanager
     def within(self, seconds: float) -> Iterator[bool]:
         """Whether it could be had in that time; what was had is given back at the end."""
         lock: Any = self.here
-        got = lock.acquire(timeout=seconds)
-        try:
-            yield got
-        finally:
-            if got:
-                lock.release()
+        for got in iter(partial(lock.acquire, timeout=seconds), None):  # no interrupt comes between this step and `try`
+            try:
+                yield got
+            finally:
+                if got:
+                    lock.release()
+            return
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------

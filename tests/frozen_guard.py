@@ -49,7 +49,8 @@ def refuse(module: str, frame: FrameType | None) -> None:
     """Raise ModuleNotFoundError for a module that no stub holds and that is wanted for a stub's code."""
     unknown = module.partition(".")[0] not in {*SERVANTS, "pocketlm"}
     missing = unknown or is_excluded(module) or is_replaced(module)
-    if module not in STOOD_IN and missing and (asker := on_behalf_of_a_stub(frame)):
+    stood_in = not {module, module.rpartition(".")[0]}.isdisjoint(STOOD_IN)  # or a name in such a module
+    if missing and not stood_in and (asker := on_behalf_of_a_stub(frame)):
         raise ModuleNotFoundError(f"No module named {module!r} in a packed program, where {asker} wants it", name=module)
 
 

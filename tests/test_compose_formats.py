@@ -280,7 +280,7 @@ def test_bytecode_is_the_same_whoever_compiles_it(tmp_path):
 
 def test_bytecode_does_not_tell_what_the_compiler_had_loaded(tmp_path):
     """A Python whose own modules lie there compiled begins with other texts interned than one that compiles them first."""
-    (tmp_path / "m.py").write_text("x = ['*', '+', 'é', '']")
+    (tmp_path / "m.py").write_text("x = ['*', '+', 'é', '']", "utf-8")
     compiled = set()
     for before in ("", "import sys; [sys.intern(text) for text in ('*', '+', 'é', '')]\n"):
         command = [sys.executable, "-S", "-c", before + bytecode._COMPILER]
@@ -315,7 +315,7 @@ def test_python_starts_from_its_own_archive(tmp_path):
     path.write_bytes(archive_writer.library({"m": code, "p": code._replace(is_package=True), "p.q": code}, MAGIC_NUMBER))
     command = [sys.executable, "-c", "import m, p.q; print(m.answer + p.answer + p.q.answer)"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True)
-    assert done.stdout.split() == [b"126"]
+    assert done.stdout.split() == [b"126"], done.stderr.decode()
 
 
 def test_a_part_without_a_licence_is_an_error(tmp_path):

@@ -184,7 +184,7 @@ def test_a_friends_program_has_all_that_forms_need():
         "from pocketlm.constrain.guides import check_form\n"
         "check_form({'json_schema': {'type': 'number', 'minimum': 0.5}}); check_form({'regex': 'a+'})"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert all(is_held(f"constrain/{file.name}") for file in (VECTORS.parents[1] / "constrain").glob("*.py"))
 
 

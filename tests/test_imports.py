@@ -49,22 +49,23 @@ ALLOWED = {
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "model tokenizer",  # the face
-    "model": "conversation errors pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
+    "model": "conversation errors locks pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
     "conversation": "asynchronous constrain errors tokenizer runtime chat.templates",
-    "constrain": "errors runtime.sampling",  # what it changes: logits; it knows no model
+    "constrain": "errors locks runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
     "export.command": "errors export model cli_options terminal_text",  # a model by its short name
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
-    "chat": "errors tokenizer runtime.sampling runtime.atomic constrain terminal_text",
-    "runtime": "errors runtime.native.executor terminal_text",
+    "chat": "errors locks tokenizer runtime.sampling runtime.atomic constrain terminal_text",
+    "runtime": "errors locks runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",
     "pickle_reader": "errors",
     "models": "",
     "terminal_text": "",
     "errors": "",
+    "locks": "",
 }
 # What runs a model is imported by these alone, wherever ALLOWED names their folder.
 ONLY_FOR = {

@@ -1,5 +1,6 @@
 """What Windows' friends get, composed here and run under wine: it talks, checks itself, and says what is wrong in one line."""
 
+import importlib
 import json
 import os
 import random
@@ -185,3 +186,14 @@ def test_it_talks_in_the_browser_and_ctrl_c_leaves_nothing(friend, home):
             socket.create_connection(("127.0.0.1", int(port)), 120)
     finally:
         child.close(force=True)
+
+
+@pytest.mark.parametrize("many", [(0.46, 0.42), (0.47, 0.41), (0.45, 0.43)])
+def test_too_few_tokens_to_measure_are_one_line(many, monkeypatch):
+    """Processor time comes in steps of 10 ms: of few tokens it is none, or less than none."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "windows")
+    speed = importlib.import_module("speed")
+    one = speed.Seconds(0.46, 0.42)
+    with pytest.raises(SystemExit, match=r"^speed\.py: 3 tokens take less time than starts differ by: ask for more with -n$"):
+        speed.of_a_token(one, speed.Seconds(*many), 3)
+    assert speed.of_a_token(one, speed.Seconds(0.66, 0.52), 10) == pytest.approx((0.02, 0.01))

@@ -14,9 +14,14 @@ _CONSOLE, _ANYTHING = 3, 0xE0000060  # subsystem; a section that is code and dat
 
 
 def python_exe(library: str) -> bytes:
-    """A console program that is nothing but Py_Main(number of arguments, arguments), as CPython's own is."""
+    """A console program that is nothing but Py_Main(number of arguments, arguments), as CPython's own is.
+
+    The C library is told that it is one: else files put in the place of the standard ones are not what is inherited.
+    """
     code = """
         4883EC38        sub rsp, 56
+        B901000000      mov ecx, _crt_console_app
+        FF15            _set_app_type
         FF15            GetCommandLineW
         488D542430      lea rdx, [rsp + 48]
         4889C1          mov rcx, rax
@@ -27,7 +32,8 @@ def python_exe(library: str) -> bytes:
         89C1            mov ecx, eax
         FF15            ExitProcess
     """
-    imports = {"kernel32.dll": ["GetCommandLineW", "ExitProcess"], "shell32.dll": ["CommandLineToArgvW"], library: ["Py_Main"]}
+    imports = {"kernel32.dll": ["GetCommandLineW", "ExitProcess"], "shell32.dll": ["CommandLineToArgvW"],
+               "ucrtbase.dll": ["_set_app_type"], library: ["Py_Main"]}  # fmt: skip
     return _image(_PROGRAM, code, imports)
 
 

@@ -85,6 +85,13 @@ def _note_outputs(file: int, start: float, outputs: list[float]) -> None:
             outputs.append(time.perf_counter() - start)
 
 
+def of_a_token(one: Seconds, many: Seconds, n: int) -> Seconds:
+    """Seconds of a token, from those of two runs of which the second made `n` more. SystemExit: it did not take longer."""
+    if n < 1 or any(b <= a for a, b in zip(one, many, strict=True)):
+        sys.exit(f"speed.py: {n} tokens take less time than starts differ by: ask for more with -n")
+    return Seconds(*((b - a) / n for a, b in zip(one, many, strict=True)))
+
+
 def pack(model: str, platform: str, program: Path) -> None:
     if not program.exists():
         command = [sys.executable, "-m", "pocketlm", "pack", model, "--for", platform, "-o", str(program)]
@@ -123,8 +130,7 @@ def main() -> None:
                 for name, program in programs.items():
                     one, many = (run(program, [*generate, str(n)], environments[name]) for n in (1, 1 + arguments.n))
                     ones[name].append(one)
-                    pairs = zip(one.whole, many.whole, strict=True)
-                    tokens[name].append(Seconds(*((b - a) / arguments.n for a, b in pairs)))
+                    tokens[name].append(of_a_token(one.whole, many.whole, arguments.n))
                 clock, processor = (a / b for a, b in zip(tokens["Linux"][-1], tokens["wine"][-1], strict=True))
                 print(f"round {i + 1}: wine / Linux tokens/s {clock:.2f}, by processor time {processor:.2f}", flush=True)
         finally:

@@ -1,0 +1,44 @@
+"""Locks for `with` that an interrupt leaves free: Ctrl-C ends an answer, and the next one wants the same locks.
+
+Python's own are such: to have one and to have to release it is one step of `with`. But Python 3.14 looks for interrupts after
+the call of `__enter__` too (python/cpython#148874, mended in 3.15), and who is interrupted there leaves a lock closed for ever.
+From 3.12 on a loop with a condition in it is a second such place (python/cpython#130279): there an interrupt leaves the `with`
+without a release. Such loops are in functions of their own; a test looks for others.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any, cast
+
+
+class _OneStep:
+    """A lock in a `with` that has it and has to release it in one step, in every Python from 3.10 on.
+
+    Interrupts come where a call of a built-in function ends and where a function of Python's begins, but neither where an
+    iterator's step ends nor where such a function returns.
+    """
+
+    def __init__(self, lock: Any):
+        self._lock, self.acquire, self.release, self.locked = lock, lock.acquire, lock.release, getattr(lock, "locked", None)
+
+    def __enter__(self) -> None:
+        for _ in iter(self._lock.acquire, None):
+            return
+
+    @property
+    def __exit__(self) -> Any:
+        return self._lock.__exit__
+
+
+def lock() -> threading.Lock:
+    return cast(threading.Lock, _for_this_python(threading.Lock()))
+
+
+def reentrant_lock() -> threading.RLock:
+    return cast(threading.RLock, _for_this_python(threading.RLock()))
+
+
+def _for_this_python(lock: Any) -> Any:
+    return _OneStep(lock) if sys.version_info[:2] == (3, 14) else lock

@@ -1,0 +1,123 @@
+"""Whoever is interrupted leaves a lock that others can have."""
+
+import _thread
+import ast
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pocketlm import locks
+from pocketlm.runtime.threads import ForkedLock
+
+KINDS = {
+    "lock": locks.lock,
+    "reentrant": locks.reentrant_lock,
+    "lock of 3.14": lambda: locks._OneStep(threading.Lock()),
+    "reentrant of 3.14": lambda: locks._OneStep(threading.RLock()),
+}
+
+
+@pytest.fixture
+def long_turns():
+    """A thread that has the interpreter's lock does several things before another one does any."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(10)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def is_free(lock):
+    had = []
+    another = threading.Thread(target=lambda: had.append(lock.acquire(timeout=0.5)))
+    another.start()
+    another.join()
+    return had == [True]
+
+
+def interrupted_with(lock, entered):
+    """Wait for a lock and get it at the moment of an interrupt; `entered` has it and releases it."""
+    taken = threading.Event()
+
+    def hold():
+        lock.acquire()
+        taken.set()
+        time.sleep(0.05)  # until the other one waits: if that takes longer, the interrupt only comes somewhere else
+        lock.release()
+        _thread.interrupt_main()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        taken.wait()
+        with entered:
+            for _ in range(1000):
+                time.sleep(0.01)
+    holder.join()
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_an_interrupt_that_comes_with_a_lock_leaves_it_free(make, long_turns):
+    """Python 3.14 looks for interrupts between a lock's `__enter__` and the `with` that would release it."""
+    lock = make()
+    interrupted_with(lock, lock)
+    assert is_free(lock)
+
+
+def test_an_interrupt_that_comes_with_a_lock_that_was_not_waited_for_long_leaves_it_free(long_turns):
+    lock = ForkedLock()
+    interrupted_with(lock.here, lock.within(10))
+    assert is_free(lock.here)
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_who_is_in_a_with_has_the_lock_and_then_nobody(make):
+    lock, had = make(), []
+
+    def attempt():
+        had.append(lock.acquire(blocking=False))
+        if had[-1]:
+            lock.release()
+
+    def use():
+        with lock:
+            another = threading.Thread(target=attempt)
+            another.start()
+            another.join()
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        use()
+    attempt()
+    assert had == [False, True]
+
+
+LOCKS = re.compile(r"(lock|_turn|_reading|changing|\.here|\.held\(.*\))$")
+
+
+def loops_with_a_condition(node):
+    """Those in the same function: after a condition that is not met Python jumps back, there without its table of handlers."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.Lambda | ast.GeneratorExp):
+            continue
+        if isinstance(child, ast.For | ast.While) and any(isinstance(each, ast.If) for each in ast.walk(child)):
+            yield child
+        if isinstance(child, ast.ListComp | ast.SetComp | ast.DictComp) and any(part.ifs for part in child.generators):
+            yield child
+        yield from loops_with_a_condition(child)
+
+
+def test_no_loop_with_a_condition_is_in_a_with_that_releases_a_lock():
+    root = Path(locks.__file__).parent
+    found, seen = [], 0
+    for folder in (".", "runtime", "runtime/native", "chat", "constrain", "serve"):
+        for path in (root / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.With) and any(LOCKS.search(ast.unparse(item.context_expr)) for item in node.items):
+                    seen += 1
+                    found += [f"{path.relative_to(root)}:{loop.lineno}" for loop in loops_with_a_condition(node)]
+    assert found == []
+    assert seen > 20
