@@ -61,10 +61,10 @@ def main(folder: Path, level: str) -> int:
         if wrong:
             failed += 1
             print(f"{name}: {'; '.join(wrong)}", flush=True)
-    kl, error = (max(figures[i] for figures in worst.values()) for i in range(2))
+    (kl, kl_of), (error, error_of) = (max((figures[i], name) for name, figures in worst.items()) for i in range(2))
     print(
         f"{level}: {len(paths)} models with {' and '.join(map(str, THREADS))} threads, {failed} wrong;"
-        f" largest KL {kl:.1e}, largest error {error:.1e}, {time.monotonic() - start:.0f} s"
+        f" largest KL {kl:.1e} ({kl_of}), largest error {error:.1e} ({error_of}), {time.monotonic() - start:.0f} s"
     )
     return int(failed > 0 or not paths)
 
