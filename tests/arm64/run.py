@@ -134,9 +134,10 @@ def install(machine: Machine, *more: str) -> str:
 
 def use(machine: Machine, pocketlm: str) -> None:
     """Talk, pack, and talk to what was packed."""
-    machine.run(pocketlm, "doctor")
-    said = machine.run(pocketlm, *ANSWER)
-    if said != (here := call(sys.executable, "-m", "pocketlm", *ANSWER)):
+    large = machine.of(page=PAGE)
+    large.run(pocketlm, "doctor")
+    here = call(sys.executable, "-m", "pocketlm", *ANSWER)
+    if any(there.run(pocketlm, *ANSWER) != here for there in (machine, large)):
         sys.exit(f"another answer than here: {here!r}")
     talk(machine, pocketlm, "chat", "--no-save")
     shutil.copy(find_model("smollm2"), machine.shared / "smollm2.gguf")
@@ -148,7 +149,8 @@ def use(machine: Machine, pocketlm: str) -> None:
     pack = ["pack", "small-talk", "--stub", f"{machine.place}/stub", "-o", friend]
     if machine.is_own:
         machine.run(pocketlm, *pack)
-        talk(machine, friend)
+        for there in (machine, large):
+            talk(there, friend)
     else:
         print("nothing packed: a packed program starts itself once more, and this system starts none of another processor")
 
