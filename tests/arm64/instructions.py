@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import PLATFORMS, PYTHON, SOURCE, make_root
 
 LLAMA = "0.3.36"  # of llama-cpp-python
-CORES = {"cortex-a76": "armv8.2-a+dotprod", "cortex-a72": "armv8-a"}  # qemu's name → how llama.cpp is compiled for it
+CORES = {"cortex-a76": "armv8.2-a+dotprod+fp16", "cortex-a72": "armv8-a"}  # qemu's name → how llama.cpp is compiled for it
 LEFT_OUT = ("CURL", "BUILD_COMMON", "BUILD_TESTS", "BUILD_TOOLS", "BUILD_EXAMPLES")  # of llama.cpp
 CROSS = {
     "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64",
