@@ -4,9 +4,10 @@
 
 Linux with debootstrap, qemu-user, gcc, cmake, ninja and g++-aarch64-linux-gnu. What it makes is kept in FOLDER: a Debian for
 arm64 to take Python from, wheels, and llama.cpp from the source distribution of llama-cpp-python, compiled once for a Pi 5
-(dotprod) and once for a Pi 4. Both libraries run the same file on one thread in the same Python; what is counted is the
-difference between a few tokens and a few more, so that loading is left out. Beside it stands how far the logits of these
-tokens are from exact ones of the same file: fewer bits for what is multiplied with the weights make fewer instructions.
+(dotprod, float16 arithmetic) and once for a Pi 4. Both libraries run the same file on one thread in the same Python; what is
+counted is the difference between a few tokens and a few more, so that loading is left out. Beside it stands how far the
+logits of these tokens are from exact ones of the same file: fewer bits for what is multiplied with the weights make fewer
+instructions.
 """
 
 from __future__ import annotations
