@@ -64,3 +64,13 @@ def test_runs_of_16_columns_pay_for_four_sums_and_not_for_eight(monkeypatch, fmt
 def test_the_analyser_counts_cycles():
     lines = arm64_cycles.inner_loop(CODE, "Q_product1")
     assert 1 <= arm64_cycles.analyse(lines, "cortex-a72", 50) < 10
+
+
+def test_another_core_may_stand_for_one_that_llvm_has_no_model_of(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(arm64_cycles, "LAYOUTS", {"Q4_0": arm64_cycles.LAYOUTS["Q4_0"]})
+    monkeypatch.setattr(arm64_cycles, "analyse", lambda lines, cpu, rounds: asked.append(cpu) or 1.0)
+    monkeypatch.setattr("sys.argv", ["arm64_cycles", "--a76", "neoverse-n1"])
+    arm64_cycles.main()
+    assert list(dict.fromkeys(asked)) == ["neoverse-n1", "cortex-a72", "cortex-a53"]
+    assert "| neoverse-n1 (Pi 5, 2.4 GHz), dotprod | Q4_0 |" in capsys.readouterr().out

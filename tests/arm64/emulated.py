@@ -83,27 +83,28 @@ def call(*command: str | Path) -> str:
 
 
 class Machine:
-    """The root and the shared folder, whose path is `place` for a program there. `cpu`: what qemu is."""
+    """The root and the shared folder, whose path is `place` for a program there. `cpu`: what qemu is; `page`: bytes a page."""
 
-    def __init__(self, root: Path, shared: Path, cpu: str, is_own: bool | None = None):
+    def __init__(self, root: Path, shared: Path, cpu: str, is_own: bool | None = None, page: int = 4096):
         self.qemu = shutil.which("qemu-aarch64-static")
         if self.qemu is None:
             sys.exit("needs qemu-aarch64-static: apt install qemu-user-static")
-        self.root, self.shared, self.cpu, self.is_own = root, shared, cpu, True
+        self.root, self.shared, self.cpu, self.page, self.is_own = root, shared, cpu, page, True
         (shared / "tmp").mkdir(exist_ok=True)
         self.is_own = PROCESSES.run(*self._words("true")).returncode == 0 if is_own is None else is_own
         self.place = "/mnt" if self.is_own else str(shared)
 
-    def of(self, cpu: str) -> Machine:
-        """The same with another processor."""
-        return Machine(self.root, self.shared, cpu, self.is_own)
+    def of(self, cpu: str = "", page: int = 0) -> Machine:
+        """The same with another processor, or other pages."""
+        return Machine(self.root, self.shared, cpu or self.cpu, self.is_own, page or self.page)
 
     def run(self, *command: str, stdin: str = "") -> str:
         """Run a command there, and print it with what it says. Exits where it fails. Returns its standard output."""
         started = time.monotonic()
         found = PROCESSES.run(*self._words(*command), stdin=stdin)
+        took = f"[{self.cpu}, pages of {self.page >> 10} KB, {time.monotonic() - started:.0f} s]"
         # in one piece: others may run beside it
-        said = f"$ {' '.join(command)}\n{found.stdout}{found.stderr}[{self.cpu}, {time.monotonic() - started:.0f} s]\n"
+        said = f"$ {' '.join(command)}\n{found.stdout}{found.stderr}{took}\n"
         print(said, end="", flush=True)
         if found.returncode:
             sys.exit(f"failed with {found.returncode}: {' '.join(command)}")
@@ -111,7 +112,8 @@ class Machine:
 
     def _words(self, *command: str) -> list[str | Path]:
         home = Path("/mnt" if self.is_own else self.shared)
-        clean = ["PATH=/usr/bin:/bin", f"HOME={home}", "LANG=C.UTF-8", f"TMPDIR={home / 'tmp'}", f"QEMU_CPU={self.cpu}"]
+        clean = ["PATH=/usr/bin:/bin", f"HOME={home}", "LANG=C.UTF-8", f"TMPDIR={home / 'tmp'}"]
+        clean += [f"QEMU_CPU={self.cpu}", f"QEMU_PAGESIZE={self.page}"]
         if self.is_own:
             entry = f":pocketlm:M::{_ELF}:{_MASK}:{self.qemu}:F"
             return [*ALONE, _ENTER, "sh", entry, self.root, self.shared, *clean, *command]

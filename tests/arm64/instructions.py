@@ -4,9 +4,10 @@
 
 Linux with debootstrap, qemu-user, gcc, cmake, ninja and g++-aarch64-linux-gnu. What it makes is kept in FOLDER: a Debian for
 arm64 to take Python from, wheels, and llama.cpp from the source distribution of llama-cpp-python, compiled once for a Pi 5
-(dotprod) and once for a Pi 4. Both libraries run the same file on one thread in the same Python; what is counted is the
-difference between a few tokens and a few more, so that loading is left out. Beside it stands how far the logits of these
-tokens are from exact ones of the same file: fewer bits for what is multiplied with the weights make fewer instructions.
+(dotprod, float16 arithmetic) and once for a Pi 4. Both libraries run the same file on one thread in the same Python; what is
+counted is the difference between a few tokens and a few more, so that loading is left out. Beside it stands how far the
+logits of these tokens are from exact ones of the same file: fewer bits for what is multiplied with the weights make fewer
+instructions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from run import PLATFORMS, PYTHON, SOURCE, make_root
 
 LLAMA = "0.3.36"  # of llama-cpp-python
-CORES = {"cortex-a76": "armv8.2-a+dotprod", "cortex-a72": "armv8-a"}  # qemu's name → how llama.cpp is compiled for it
+CORES = {"cortex-a76": "armv8.2-a+dotprod+fp16", "cortex-a72": "armv8-a"}  # qemu's name → how llama.cpp is compiled for it
 LEFT_OUT = ("CURL", "BUILD_COMMON", "BUILD_TESTS", "BUILD_TOOLS", "BUILD_EXAMPLES")  # of llama.cpp
 CROSS = {
     "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64",

@@ -33,8 +33,8 @@ LARGE = "Llama-1.3B-Q4_0"
 UNIT = 0  # the limit is what `--install-service` says
 # MB, model, context, more options
 TABLE = (
-    (128, "smollm2", 256, ""), (160, "smollm2", 256, ""), (192, "smollm2", 1024, ""), (256, "smollm2", 4096, ""),
-    (512, "smollm2", 4096, ""), (512, LARGE, 256, ""),
+    (128, "smollm2", 256, ""), (168, "smollm2", 256, ""), (192, "smollm2", 1024, ""), (256, "smollm2", 4096, ""),
+    (256, "smollm2", 3840, ""), (512, "smollm2", 4096, ""), (512, LARGE, 256, ""),
     (900, LARGE, 512, ""), (1024, LARGE, 1024, "--low-memory"), (1024, LARGE, 2048, ""), (1024, LARGE, 2048, "--kv q8"),
     (2048, LARGE, 2048, ""), (2048, "smollm2", 8192, ""),
 )  # fmt: skip
