@@ -73,10 +73,16 @@ class Drafts:
             draft += draft[: n - len(draft)]
         return draft
 
-    @property
-    def follows(self) -> bool:
-        """Whether the text is going on as it did before: then a draft may pay soon."""
-        return self._at > 0
+    def may_pay_after(self, company: Callable[[], Company], most: int) -> int:
+        """After how many more tokens, at most `most`, a draft may be worth a try, though none is now: a text that goes on as it
+        did before has to do so for as long as that, one that does not has no draft at all.
+        """
+        if self._at:
+            shared = company()
+            for limit in CLASSES:
+                if limit > self._match and self.odds.best_length(limit, shared):
+                    return min(most, limit - self._match)
+        return most
 
     def passed(self, draft: list[int], n_drawn: int) -> None:
         """So many tokens were drawn from a pass of a token and this draft."""

@@ -13,6 +13,7 @@ An interrupt of the leader loses nothing: what is not handed out stays in the qu
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 GATHER = 0.25  # of the last pass's time: so long a leader waits for those who were in it; they may be drawing their tokens
 LONGEST = 0.005  # seconds of that at most
-# single tokens in a row, at most, for one who is alone: the first is handed out after the last, which nobody sees
-BURST, BURST_SECONDS = 16, 0.008
+BURST_SECONDS = 0.03  # of passes in a row where nobody waits for one: their tokens are handed out together
 LOOK = 0.05  # seconds until a caller who waits looks for himself: only an interrupt at the one wrong moment needs that
 
 Use = Callable[[np.ndarray], Any]
@@ -42,8 +42,9 @@ Use = Callable[[np.ndarray], Any]
 class _Request:
     """Ids to append to a cache. `done` is set last, when the results are complete."""
 
-    def __init__(self, cache: Any, ids: Ids, rows: int, use: Use):
+    def __init__(self, cache: Any, ids: Ids, rows: int, use: Use, sampler: Any = None, most: int = 1):
         self.cache, self.ids, self.rows, self.use, self.start = cache, ids, rows, use, cache.length
+        self.sampler, self.most = sampler, most  # who draws inside the pass, and how many tokens at most
         self.taken, self.result = 0, None
         self.logits: np.ndarray | None = None  # to be used by the caller himself
         self.error: Exception | None = None
@@ -64,8 +65,8 @@ class Engine:
         self._last: dict[int, int] = {}  # of the last pass: caches, and how many tokens of each; replaced, never changed
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
         self._arrived = closed_lock()
-        self._seconds, self._passes = 0.0, 1  # of the last pass, or of each of several in a row
-        self._alone: Any = None  # the cache of the only one in a pass, while his `use` is called in it
+        self._seconds, self._passes = 0.0, 1  # of the last pass, or of each of several in a row, and how many these were
+        self._wanted = ctypes.c_int64()  # 1: somebody has come; passes in a row end
         self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
 
     def run(self, cache: Any, ids: Ids, rows: int, use: Use) -> tuple[int, Any]:
@@ -75,9 +76,26 @@ class Engine:
         only there; where there are none it is not called, and its result is None. Raises PocketlmError for ids outside the
         vocabulary, for more than the cache holds, and after `close`; nobody else's work suffers from it.
         """
+        request = self._wait_for(_Request(cache, ids, rows, use))
+        if request.logits is None:
+            return request.taken, request.result
+        result = use(request.logits)
+        if len(request.logits) == 1:
+            self._spare.append(request.logits)
+        return request.taken, result
+
+    def draw(self, cache: Any, id: int, sampler: Any, most: int) -> int:
+        """Append a token, and where nobody waits those that follow, as the executor's `steps` draws them: how many were drawn,
+        at most `most`. All but the last are in the cache. Raises PocketlmError as `run` does.
+        """
+        return self._wait_for(_Request(cache, [id], 1, np.copy, sampler, most)).result
+
+    def _wait_for(self, request: _Request) -> _Request:
+        """The request when it is done. Raises what was raised for it."""
+        cache = request.cache
         self.forget(cache)
-        request = _Request(cache, ids, rows, use)
         self._queue.append(request)
+        self._wanted.value = 1
         if missing := self._missing:  # a leader waits, perhaps for this one
             missing.discard(id(cache))
             if not missing:
@@ -101,26 +119,7 @@ class Engine:
                     open_lock(waiting.gate)
         if request.error is not None:
             raise request.error
-        if request.logits is None:
-            return request.taken, request.result
-        result = use(request.logits)
-        if len(request.logits) == 1:
-            self._spare.append(request.logits)
-        return request.taken, result
-
-    @property
-    def burst(self) -> int:
-        """How many single tokens may be computed before the first of them is handed out, as far as the last pass tells."""
-        return max(1, min(BURST, int(BURST_SECONDS / self._seconds))) if self._seconds else 1
-
-    def go_on(self, cache: Any, id: int) -> np.ndarray | None:
-        """For a caller's `use`: the logits after one more token, float32 [n_vocab], valid until the next one; None where
-        anybody else wants a pass. This way the Python around a pass stays in the processor's caches.
-        """
-        if self._alone is not cache or len(self._queue) > 1 or len(self._last) > 1:
-            return None
-        self._passes += 1
-        return self.executor.step([(cache, [id], 1)])[0][0]
+        return request
 
     def company(self, cache: Any) -> Company:
         """Who shares the next pass of a cache, as far as the last pass tells."""
@@ -149,7 +148,7 @@ class Engine:
 
     def close(self, reason: str) -> None:
         """From now on nothing is computed any more, `reason` says why; those who wait are told at once."""
-        self._ended = reason
+        self._ended, self._wanted.value = reason, 1
         for request in list(self._queue):
             open_lock(request.gate)
 
@@ -170,13 +169,14 @@ class Engine:
             return
         self._missing = missing
         missing.difference_update([id(request.cache) for request in list(self._queue)])
-        until = perf_counter() + min(GATHER * self._seconds, LONGEST)
+        until = perf_counter() + min(GATHER * self._seconds * self._passes, LONGEST)
         while missing and (left := until - perf_counter()) > 0:
             self._arrived.acquire(timeout=left)
         self._missing = set()
 
     def _choose(self) -> list[tuple[_Request, int]]:
         """What is computed now: requests, and how many ids of each."""
+        self._wanted.value = 0  # who comes from here on may not be among them
         for request in list(self._queue):
             if request.done:
                 self._queue.remove(request)  # the leader who handed it out was interrupted before he did that
@@ -193,6 +193,12 @@ class Engine:
                 room -= work[-1][1]
         return work
 
+    def _in_a_row(self, work: Sequence[tuple[_Request, int]]) -> int:
+        """How many passes may be made of this one: several where each text has a token that is drawn, and nobody else waits."""
+        if len(self._queue) > len(work) or not self._seconds or not all(request.sampler for request, _ in work):
+            return 1
+        return max(1, min(int(BURST_SECONDS / self._seconds), *(request.most for request, _ in work)))
+
     def _compute(self, work: Sequence[tuple[_Request, int]], own: _Request) -> None:
         """The pass. The logits are the executor's memory: a single caller uses them there, several get copies."""
         step = []
@@ -200,8 +206,12 @@ class Engine:
             if request.cache.length != request.start:  # a pass that was interrupted came this far
                 request.cache.truncate(request.start)
             step.append((request.cache, request.ids[:n], max(0, request.rows - (len(request.ids) - n))))
+        samplers = [request.sampler for request, _ in work]
         try:
-            logits = self.executor.step(step)
+            if any(samplers) and self.executor.steps:
+                logits, self._passes = self.executor.steps(step, samplers, self._in_a_row(work), self._wanted)
+            else:
+                logits = self.executor.step(step)
         except Exception as error:
             if len(work) > 1:  # one of them is to blame, the others are not
                 for one in work:
@@ -211,13 +221,11 @@ class Engine:
             logits = [None]
         for (request, n), found in zip(work, logits, strict=True):
             request.taken = n
-            if found is not None and len(found):
+            if request.sampler:
+                request.result = self._passes
+            elif found is not None and len(found):
                 if len(work) == 1 and request is own:
-                    self._alone = request.cache
-                    try:
-                        request.result = request.use(found)
-                    finally:
-                        self._alone = None
+                    request.result = request.use(found)
                 else:
                     request.logits = self._copy(found)
             request.done = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -45,6 +45,11 @@ class Executor(Protocol):
         ...
 
     def step(self, work: Sequence[tuple[Any, Ids, int]]) -> list[np.ndarray]: ...
+
+    @property
+    def steps(self) -> Callable[..., tuple[list[np.ndarray], int]] | None:
+        """Passes in which samplers of `new_selection` draw, as the native executor has them; None: there are none."""
+        ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
 

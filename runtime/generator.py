@@ -144,12 +144,11 @@ def generate(
         return [sampler(logits, tokens)] if max_tokens != 0 else []
 
     drafts = Drafts(session.odds) if draft and session.executor.same_bits else None
+    draws_inside = session.executor.steps is not None and hasattr(sampler, "prepare")
     tried: list[int] = []
 
-    def draw(rows: np.ndarray) -> list[tuple[int, float]]:  # inside the pass: the logits are the executor's own memory
-        """Tokens as long as they are the draft's, and one more: exactly those that would have been drawn one by one. Without a
-        draft, as many as the engine computes in one go.
-        """
+    def draw(rows: np.ndarray) -> list[tuple[int, float]]:
+        """Tokens as long as they are the draft's, and one more: exactly those that would have been drawn one by one."""
         drawn, n = list[tuple[int, float]](), len(tokens)
         for logits in rows:
             drawn.append(sampler(logits, tokens))
@@ -157,15 +156,6 @@ def generate(
             if len(drawn) > len(tried) or id != tried[len(drawn) - 1] or id in ends or n_generated + len(drawn) == max_tokens:
                 break
             tokens.append(id)  # the next row's penalties
-        in_a_row = not tried and is_over is None and not (drafts and drafts.follows)  # after a draft the cache may hold more
-        most = session.engine.burst if in_a_row else 1
-        if max_tokens is not None:
-            most = min(most, max_tokens - n_generated)
-        while len(drawn) < most and (id := drawn[-1][0]) not in ends and not cancelled():
-            if (logits := session.go_on(id)) is None:
-                break
-            tokens.append(id)
-            drawn.append(sampler(logits, tokens))
         del tokens[n:]
         return drawn
 
@@ -203,12 +193,14 @@ def generate(
         with session.lock.here:  # as `held`, for every token
             session.check(claim)
             if (room := n_ctx - len(session.ids)) > 0:
-                if drafts is None:
-                    drawn = session.append(id, use=draw)
-                    continue
-                tried = drafts.after(tokens, room - 1, session.company)
-                drawn = session.append(id, tried, draw)
-                if tried:
+                tried = drafts.after(tokens, room - 1, session.company) if drafts else []
+                if tried or not draws_inside:
+                    drawn = session.append(id, tried, draw)
+                else:
+                    most = room if max_tokens is None else min(room, max_tokens - n_generated)
+                    most = drafts.may_pay_after(session.company, most) if drafts else most
+                    drawn = session.draw(id, sampler, tokens, most, ends)
+                if drafts and tried:
                     drafts.passed(tried, len(drawn))
                 continue
         prompt = _shorter_prompt(make_room, len(tokens) - n_generated, n_ctx - n_generated)

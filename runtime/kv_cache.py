@@ -168,10 +168,12 @@ class KVCache:
         """Of the first convolution's columns; 0 where there are none."""
         return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
-    def about_to_write(self, ids: Ids) -> None:
-        """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions."""
+    def about_to_write(self, ids: Ids, more: int = 0) -> None:
+        """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions. `more`:
+        tokens that may follow and are not known yet.
+        """
         stop = self.length + len(ids)
-        self.first = max(self.first, stop - self._ring)
+        self.first = max(self.first, stop + more - self._ring)
         if len(ids) == 1:
             self.ids[self.length] = ids[0]
         else:

@@ -39,6 +39,7 @@ class NumpyExecutor:
     name = "numpy"
     block = BLOCK
     same_bits = False  # products of few rows are summed in another order than those of many
+    steps = None  # samplers draw from logits, outside
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"):
         self._kind, self.arithmetic = CACHES[kv], "numpy" + " q8" * (kv == "q8")

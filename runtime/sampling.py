@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -106,7 +107,21 @@ class Selection(Protocol):
 
     def draw(
         self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]
-    ) -> Sampler | None: ...
+    ) -> DrawingSampler | None: ...
+
+
+class DrawingSampler(Protocol):
+    """A sampler that also draws inside an executor's passes (`Executor.steps`): prepared for at most `MOST` tokens after a text
+    and none after one of `ends`, it gives those that were drawn as calls would have returned them.
+    """
+
+    MOST: int
+
+    def __call__(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]: ...
+
+    def prepare(self, text: array[int], most: int, ends: Set[int]) -> None: ...
+
+    def take(self, n: int) -> list[tuple[int, float]]: ...
 
 
 def make_sampler(

@@ -5,7 +5,8 @@ In: token ids. Out: what becomes of the logits after the last of them. Knows not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from pocketlm.runtime.threads import ForkedLock
 
 if TYPE_CHECKING:
     from pocketlm.runtime.executors import Executor
+    from pocketlm.runtime.sampling import DrawingSampler
 
 TAKEN = "this answer ends here: its session has begun another one; finish one before the next, or use a session() for each"
 MIN_SHIFT = 32  # fewer tokens than this are computed again rather than moved, which is exact
@@ -45,7 +47,6 @@ class Session:
         self.ids = list(ids)
         self._moved: int | None = None  # from which position on keys were moved here from elsewhere
         self.odds = Odds()  # of drafts
-        self._more: list[int] = []  # what `go_on` has computed since the last `append`
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self.lock = ForkedLock()  # who computes holds it
         self._claim: object | None = None  # the present user's; None before the first and after `end`
@@ -148,25 +149,33 @@ class Session:
         """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
 
         `use` gets float32 (rows, n_vocab), valid only there, one row or more and at most 1 + len(draft), and returns a
-        sequence: as many of the tokens stay in the cache as it has elements, those of `go_on` among them. Raises PocketlmError
-        if the context is too short for all of them.
+        sequence: as many of the tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short
+        for all of them.
         """
         self._settle()
-        before, self._more = len(self.ids), []
+        before = len(self.ids)
         result = self._forward([id, *draft], 1 + len(draft), use)[1]
-        self.ids += self._more
         if len(self.ids) > before + len(result):
             self._truncate(before + len(result))
         return result
 
-    def go_on(self, id: int) -> np.ndarray | None:
-        """For the `use` of `append`: the logits after one more token, float32 [n_vocab], valid until the next one; None where
-        that has to wait, or the context is full. See `Engine.go_on`.
+    def draw(
+        self, id: int, sampler: DrawingSampler, text: array[int], most: int, ends: Set[int] = frozenset()
+    ) -> list[tuple[int, float]]:  # fmt: skip
+        """One more token, and what is drawn after it and after `text`, which ends with it: one token, or where nobody waits for
+        the engine as many as it computes in a row, at most `most` and none after one of `ends`. All but the last of them are in
+        the cache then. Raises PocketlmError if the context is too short.
         """
-        if self.cache.length == self.n_ctx or (logits := self.engine.go_on(self.cache, id)) is None:
-            return None
-        self._more.append(id)
-        return logits
+        self._settle()
+        most = min(most, sampler.MOST)
+        sampler.prepare(text, most, ends)
+        try:
+            drawn = sampler.take(self.engine.draw(self.cache, id, sampler, most))
+            self.ids += [id, *(id for id, _ in drawn[:-1])]
+        except BaseException:
+            self._settle()
+            raise
+        return drawn
 
     def advance(
         self,

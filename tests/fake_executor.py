@@ -55,7 +55,7 @@ class FakeExecutor:
     block = 512
     same_bits = False  # no drafts unless a test is about them: the others count passes
 
-    name, arithmetic, n_threads, selection = "fake", "fake", 1, None
+    name, arithmetic, n_threads, selection, steps = "fake", "fake", 1, None, None
 
     def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Choice = mixed):
         self.n_ctx, self.choose, self._learned = n_ctx, choose, learned

@@ -22,7 +22,7 @@ from pocketlm.runtime.session import Session
 @pytest.fixture(autouse=True)
 def one_token_at_a_time(monkeypatch):
     """These look at what is there after every pass; test_bursts.py has several in a row."""
-    monkeypatch.setattr(engine_module, "BURST", 1)
+    monkeypatch.setattr(engine_module, "BURST_SECONDS", 0)
 
 
 class Eager(Odds):

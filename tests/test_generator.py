@@ -24,7 +24,7 @@ END = 256
 @pytest.fixture(autouse=True)
 def one_token_at_a_time(monkeypatch):
     """These look at what is there after every pass; test_bursts.py has several in a row."""
-    monkeypatch.setattr(engine_module, "BURST", 1)
+    monkeypatch.setattr(engine_module, "BURST_SECONDS", 0)
 
 
 class Bytes:

@@ -28,7 +28,7 @@ from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
 from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN, offset
-from pocketlm.runtime.native.selection import Selection
+from pocketlm.runtime.native.selection import DrawingSampler, Selection
 from pocketlm.runtime.native.sizes import BLOCK
 from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
@@ -171,14 +171,26 @@ class NativeExecutor:
         A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
         the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
         """
+        return self.steps(work)[0]
+
+    def steps(
+        self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None] = (), most: int = 1,
+        wanted: ctypes.c_int64 | None = None,
+    ) -> tuple[list[np.ndarray], int]:  # fmt: skip
+        """`step`, in which a text's next token is drawn by its sampler, where it has one that is prepared for `most` tokens.
+
+        Where each text has one id and a sampler, up to `most` passes are made, each of what was drawn in the one before: until
+        a text ends, or `wanted` is 1, or a pass needs other preparations. The logits of the last, and how many there were: so
+        many tokens were drawn for each text, and all but the last of them are in the cache.
+        """
         with self._one_at_a_time.here:
             if len(work) == 1 and self._is_one(*work[0]):
-                return self._pass(work)
+                return self._passes(work, samplers, most, wanted)
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), min(rows, len(ids))) for c, ids, rows in work]
             n = len(checked[0][1]) if len(checked) == 1 else sum(len(ids) for _, ids, _ in checked)
             if n > BLOCK or (len(checked) > 1 and len({id(c) for c, _, _ in checked}) < len(checked)):
                 raise ValueError(f"a pass takes at most {BLOCK} ids, and a cache once")
-            return self._pass(checked)
+            return self._passes(checked, samplers, most, wanted)
 
     def _is_one(self, cache: NativeCache, ids: Ids, rows: int) -> bool:
         """Whether this is a single token, which is as it must be: then nothing else has to be checked or converted."""
@@ -188,20 +200,45 @@ class NativeExecutor:
 
     def _pass(self, work: Sequence[tuple[NativeCache, Ids, int]]) -> list[np.ndarray]:
         """`step` for ids that were checked, and no more rows than ids."""
+        return self._passes(work)[0]
+
+    def _passes(
+        self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None] = (), most: int = 1,
+        wanted: ctypes.c_int64 | None = None,
+    ) -> tuple[list[np.ndarray], int]:  # fmt: skip
+        """`steps` in the same way."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
+        if most > 1:  # spans of positions are shared out beforehand
+            left = [min(cache.n_ctx - cache.length, sizes.SPAN - cache.length % sizes.SPAN) for cache, _, _ in work]
+            most = min(most, *left)
+        self._draw_with(work, samplers)
+        wanted = wanted or self._nobody
+        self._most.value, self._n_passes.value, self._wanted.value = most, 0, ctypes.addressof(wanted)
         for cache, ids, _ in work:
-            cache.about_to_write(ids)
+            cache.about_to_write(ids, most - 1)
         self._run(len(work) == 1 and len(work[0][1]) == 1)
+        n_passes = self._n_passes.value if most > 1 else 1
         logits, start = [], 0
-        for cache, ids, rows in work:
-            cache.length += len(ids)
+        for i, (cache, ids, rows) in enumerate(work):
+            if n_passes > 1:
+                cache.ids[cache.length + 1 : cache.length + n_passes] = samplers[i].ids(n_passes - 1)
+            cache.length += len(ids) + n_passes - 1
             logits.append(self._logits[start : start + rows])
             start += rows
-        return logits
+        return logits, n_passes
+
+    def _draw_with(self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None]) -> None:
+        """Write down who draws from which row of logits."""
+        self._samplers.value = 0
+        if samplers:
+            addresses = [sampler.begin() if sampler else 0 for sampler in samplers]
+            rows = [address for address, (_, _, n) in zip(addresses, work, strict=True) for _ in range(n)]
+            self._arrays["samplers"][: len(rows)] = rows
+            self._samplers.value = self._arrays["samplers"].ctypes.data
 
     def _run(self, is_single: bool) -> None:
-        """The pass that the records describe."""
+        """The passes that the records describe."""
         single = self.single
         if single is None:
             return self._workers.run()
@@ -209,7 +246,7 @@ class NativeExecutor:
         started = perf_counter()
         self._workers.run()
         if is_single and single.is_trying:
-            single.took(perf_counter() - started)
+            single.took((perf_counter() - started) / max(1, self._n_passes.value))
 
     def _is_next(self, cache: NativeCache, ids: Ids, rows: int) -> bool:
         """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
@@ -339,6 +376,7 @@ class NativeExecutor:
             "counters": aligned((self.n_threads, round_up(len(self._program), 8)), np.int64),
             "tokens": aligned(BLOCK, TOKEN),
             "rows": aligned(BLOCK, np.int64),
+            "samplers": aligned(BLOCK, np.int64),
             "entries": aligned(max(BLOCK, 4 * self.n_threads), ENTRY),
             "activations": aligned(scratch.activations, np.uint8),
             "counts": aligned(scratch.n_experts, np.int64),
@@ -360,7 +398,12 @@ class NativeExecutor:
         }  # fmt: skip
         for name, value in values.items():
             record[name] = value
-        self._n_running = ctypes.c_int64.from_buffer(record.view(np.uint8), offset(RUN, "n_threads"))
+        fields = record.view(np.uint8)
+        self._n_running, self._samplers, self._most, self._n_passes, self._wanted = (
+            ctypes.c_int64.from_buffer(fields, offset(RUN, name))
+            for name in ("n_threads", "samplers", "most", "n_passes", "wanted")
+        )
+        self._nobody = ctypes.c_int64()
         return record
 
 

@@ -70,6 +70,7 @@ def encode(plan: Plan, storage: Storage, n_threads: int) -> np.ndarray:
     encoder = _Encoder(plan, storage, n_threads)
     for step in fusion.fuse(plan.ops):
         _STEPS[type(step)](encoder, step)
+    encoder.emit(sizes.SAMPLE, **encoder.x("logits"), tail=1)
     return np.frombuffer(bytearray(b"".join(encoder.records)), OPERATION)  # np.concatenate takes 60 µs a record
 
 

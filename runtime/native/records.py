@@ -73,6 +73,10 @@ RUN = np.dtype([
     ("program", "i8"), ("n_operations", "i8"), ("counters", "i8"),   # counters: run_loop.py
     ("tokens", "i8"), ("n_tokens", "i8"),     # TOKEN records
     ("rows", "i8"), ("n_logits", "i8"),       # int64: the tokens whose logits are wanted
+    ("samplers", "i8"),                       # int64: of each of these the address of a SAMPLER, or 0; 0: of none
+    ("most", "i8"), ("n_passes", "i8"),       # passes of a run: how many at most, how many are done
+    ("another", "i8"),                        # 1: a pass follows
+    ("wanted", "i8"),                         # address of an int64 that is 1 when somebody else wants a pass, or 0
     ("entries", "i8"), ("n_entries", "i8"),   # ENTRY records, each with n_kv_head tasks
     ("activations", "i8"), ("activation_stride", "i8"),   # prepared activations of a block of tokens
     ("scratch", "i8"), ("scratch_stride", "i8"),          # a thread's own memory, see stages.py
@@ -133,7 +137,12 @@ SAMPLER = np.dtype([
     ("values", "i8"), ("ids", "i8"),          # float32, int32: logits that may be among the k largest
     ("top_x", "i8"), ("top_ids", "i8"), ("weights", "i8"),  # float32, int32, float64: the k largest
     ("logit", "f8"), ("sum", "f8"),           # results, see draw.py
+    # for what is drawn inside a run: int32, the text so far, with room for more; float64, a random number a token
+    ("text", "i8"), ("n_text", "i8"), ("uniforms", "i8"),
+    ("ends", "i8"), ("n_ends", "i8"),         # int64: tokens after which none is drawn
+    ("drawn", "i8"),                          # DRAWN records, one a pass
 ])  # fmt: skip
+DRAWN = np.dtype([("id", "i8"), ("logit", "f8"), ("sum", "f8")])
 
 
 def offset(dtype: np.dtype, name: str) -> int:

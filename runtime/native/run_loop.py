@@ -1,7 +1,7 @@
 """The loop that walks the program in compiled code: tasks, barriers, and threads that wait for the next token.
 
 In: addresses of the records (records.py). Out: three entry points. Knows which stage an operation runs, nothing of what
-the stages compute.
+the stages compute. A run is one pass over the program, or several where a text's next token is drawn in the pass before.
 
     step(run)         a whole run; or, where threads sleep in Python, only its beginning: the number of threads to wake
     work(run, tid)    a thread's share of a run that has begun
@@ -11,9 +11,9 @@ the stages compute.
 from __future__ import annotations
 
 from pocketlm.runtime.native import sizes
-from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
-from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
+from pocketlm.runtime.native.records import DRAWN, OPERATION, RUN, SAMPLER, TOKEN, WORKER, offset
 from pocketlm.runtime.native.stages import heads_apart
 
 ASLEEP = 1
@@ -26,6 +26,7 @@ def define(module: Module, machine: str) -> None:
     _define_pause(module, machine)
     _define_barrier(module, machine)
     _define_tasks(module)
+    _define_follow(module)
     with module.function("work", {"run": PTR, "tid": I64}, linkage="entry") as f:
         _work(f, machine)
     with module.function("step", {"run": PTR}, returns=I64, linkage="entry") as f:
@@ -99,6 +100,8 @@ def _define_tasks(module: Module) -> None:
             f.ret(n * r.op("n_used"))
         with f.when(kind.equals(sizes.EXPERTS)):
             f.ret(r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")))
+        with f.when(kind.equals(sizes.SAMPLE)):
+            f.ret(f.select(r.run("samplers").equals(0), 0, n))
         with f.when(kind.equals(sizes.STORE)):
             f.ret(f.select(heads_apart(r, n), n * (r.run("n_head") + r.run("n_kv_head")), n))
         f.ret(r.run("n_entries") * r.run("n_kv_head"))
@@ -109,11 +112,74 @@ def _counters(r: Records, tid: Value) -> Value:
     return r.run("counters", PTR) + tid * ((r.run("n_operations") + 7) & -8) * 8
 
 
+def _reset_counters(f: Function, r: Records) -> None:
+    with f.range(0, r.run("n_threads")) as tid, f.range(0, r.run("n_operations")) as i:
+        f.atomic_store(0, _counters(r, tid) + i * 8)
+
+
+def _define_follow(module: Module) -> None:
+    """follow(run) -> 1: the records are those of the next pass now, in which each text has the token that was drawn for it; 0:
+    no pass follows. A token that ends a text, or is none, ends the run for all.
+    """
+    with module.function("follow", {"run": PTR}, returns=I64) as f:
+        (run,) = f.args()
+        r = Records(f, run, run)
+        number, samplers = r.run("n_passes"), r.run("samplers", PTR)
+        r.set_run("n_passes", number + 1)
+        with f.when((number + 1 >= r.run("most")) | f.atomic_load(r.run("wanted", PTR)).equals(1)):
+            f.ret(0)
+
+        def of(text: Value) -> tuple[Value, Value]:
+            """A text's sampler, and the token that it has drawn."""
+            sampler = f.load(PTR, samplers + text * 8, 8)
+            return sampler, f.field(f.field(sampler, offset(SAMPLER, "drawn"), PTR) + number * DRAWN.itemsize, 0)
+
+        with f.range(0, r.run("n_logits")) as text:
+            sampler, id = of(text)
+            with f.when(id < 0):
+                f.ret(0)
+            ends = f.field(sampler, offset(SAMPLER, "ends"), PTR)
+            with f.range(0, f.field(sampler, offset(SAMPLER, "n_ends"))) as i, f.when(f.load(I64, ends + i * 8, 8).equals(id)):
+                f.ret(0)
+        with f.range(0, r.run("n_logits")) as text:
+            sampler, id = of(text)
+            token = r.token(text)
+            for name, value in (("before", token("id")), ("id", id), ("position", token("position") + 1)):
+                f.store(value, r.run("tokens", PTR) + (text * TOKEN.itemsize + offset(TOKEN, name)), 8)
+            end = f.field(sampler, offset(SAMPLER, "n_text"))
+            f.store(f.cast("trunc", id, I32), f.field(sampler, offset(SAMPLER, "text"), PTR) + end * 4, 4)
+            f.store(end + 1, sampler + offset(SAMPLER, "n_text"), 8)
+        _reset_counters(f, r)
+        f.ret(1)
+
+
 def _work(f: Function, machine: str) -> None:
     run, tid = f.args()
     barriers, times, began = f.var(I64, 0), f.stack(I64, 2), f.clock(machine)
     f.store(began, times, 8)
     f.store(f.const(I64, 0), times + 8, 8)
+    another = f.var(I64, 1)
+    with f.loop_while(lambda: another.get().equals(1)):
+        _pass(f, run, tid, barriers, times)
+        another.set(0)
+        with f.when(f.field(run, offset(RUN, "most")) > 1):
+            f.call(VOID, "barrier", run, barriers.get() + 1, times)  # all have drawn
+            with f.when(tid.equals(0)):
+                f.store(f.call(I64, "follow", run), run + offset(RUN, "another"), 8)
+            barriers.set(barriers.get() + 2)
+            f.call(VOID, "barrier", run, barriers.get(), times)
+            another.set(f.field(run, offset(RUN, "another")))
+    # the run ends when no other thread reads the counters any more; those have nothing to wait for
+    with f.when(tid > 0):
+        f.atomic_add(run + offset(RUN, "arrived"), 1)
+    with f.when(tid.equals(0)):
+        f.call(VOID, "barrier", run, barriers.get() + 1, times)
+        f.store(f.clock(machine) - began, run + offset(RUN, "took"), 8)
+        f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
+
+
+def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> None:
+    """A thread's share of a walk over the program, `barriers` before it."""
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
         with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
             f.ret()  # the threads end: nobody looks at the results
@@ -151,20 +217,11 @@ def _work(f: Function, machine: str) -> None:
             with f.when(r.op("barrier").equals(1)):
                 barriers.set(barriers.get() + 1)
                 f.call(VOID, "barrier", run, barriers.get(), times)
-    # the run ends when no other thread reads the counters any more; those have nothing to wait for
-    with f.when(tid > 0):
-        f.atomic_add(run + offset(RUN, "arrived"), 1)
-    with f.when(tid.equals(0)):
-        f.call(VOID, "barrier", run, barriers.get() + 1, times)
-        f.store(f.clock(machine) - began, run + offset(RUN, "took"), 8)
-        f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
 
 
 def _step(f: Function) -> None:
     (run,) = f.args()
-    r = Records(f, run, run)
-    with f.range(0, r.run("n_threads")) as tid, f.range(0, r.run("n_operations")) as i:
-        f.atomic_store(0, _counters(r, tid) + i * 8)
+    _reset_counters(f, Records(f, run, run))
     f.atomic_store(0, run + offset(RUN, "arrived"))
     f.atomic_store(0, run + offset(RUN, "lost"))
     epoch = f.atomic_add(run + offset(RUN, "epoch"), 1) + 1

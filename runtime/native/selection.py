@@ -17,12 +17,10 @@ from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.memory import aligned
 from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.linker import Loaded
-from pocketlm.runtime.native.records import SAMPLER, offset
+from pocketlm.runtime.native.records import DRAWN, SAMPLER, offset
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
 from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, NO_CHOICE, SamplingOptions, top_k
-
-FLOAT32 = np.dtype(np.float32)
 
 
 class Selection:
@@ -30,7 +28,7 @@ class Selection:
 
     def __init__(self, core: Loaded, n_vocab: int):
         p, i, d = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-        self._n_vocab, self._shape = n_vocab, (n_vocab,)
+        self._n_vocab = n_vocab
         self._draw = core.function("draw", i, p, p, p, i, d, alone=True)
         self._top_k = core.function("top_k", None, p, p, i, alone=True)
         self._sum_exp = core.function("sum_exp", ctypes.c_float, p, i, ctypes.c_float, alone=True)
@@ -55,7 +53,7 @@ class Selection:
 
         UsageError for logits of another shape or type, and for k < 1.
         """
-        address = self._checked(logits)
+        address = self.checked(logits)
         if k < 1:
             raise UsageError(f"the {k} largest logits: expected at least 1")
         k = min(k, self._n_vocab)
@@ -66,27 +64,19 @@ class Selection:
 
     def sum_exp(self, logits: np.ndarray, largest: float) -> float:
         """Sum of exp(logit - largest). UsageError for logits of another shape or type."""
-        return self._sum_exp(self._checked(logits), self._n_vocab, largest)
+        return self._sum_exp(self.checked(logits), self._n_vocab, largest)
 
-    def draw(
-        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]
-    ) -> Callable[[np.ndarray, Sequence[int]], tuple[int, float]] | None:
-        """A sampler as sampling.py makes it, which draws the same tokens; None for a chain that does not begin with top-k.
-
-        It edits the logits while it is at work. LogitsError for logits that allow no choice; UsageError for those of another
-        shape or type, and for ids outside the vocabulary.
-        """
+    def draw(self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]) -> DrawingSampler | None:
+        """A sampler as sampling.py makes it, which draws the same tokens; None for a chain that does not begin with top-k."""
         k = 1 if o.temperature < GREEDY_BELOW else o.top_k
         if not 1 <= k <= sizes.MAX_K:
             return None
         penalties = (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
         bias = o.logit_bias or {}
-        arrays, record = self._arrays, self._record
-        arrays |= {
+        self._arrays |= {
             "exempt": np.array(sorted(exempt), np.int64),
             "bias_ids": np.array(list(bias), np.int64),
             "biases": np.array(list(bias.values()), np.float32),
-            "saved": np.empty(len(bias) + min(o.repeat_last_n, 64), np.float32),
         }
         self._set(
             k=k, edits=bool(bias) or penalties, logprobs=logprobs, last_n=min(o.repeat_last_n, 1 << 40) if penalties else 0,
@@ -94,36 +84,89 @@ class Selection:
             n_exempt=len(exempt), n_bias=len(bias),
             top_p=o.top_p, min_p=-math.log(o.min_p) if o.min_p else math.inf, temperature=o.temperature,
         )  # fmt: skip
-        call, address = self._draw, record.ctypes.data
-        results, at = record.view(np.uint8), ctypes.c_char.from_buffer
-        logit, total = (ctypes.c_double.from_buffer(results, offset(SAMPLER, name)) for name in ("logit", "sum"))
-        last_n, room, greedy = int(record["last_n"][0]), len(arrays["saved"]) - len(bias), k == 1
+        return DrawingSampler(self, self._draw, self._record, (lambda: 0.0) if k == 1 else uniform)
 
-        def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
-            nonlocal room
-            if logits.shape != self._shape or logits.dtype != FLOAT32 or not logits.flags.c_contiguous:
-                self._checked(logits)
-            if not logits.flags.writeable:
-                logits = logits.copy()
-            if type(ids) is not array or ids.typecode != "i":
-                ids = array("i", ids[-last_n:] if last_n else ())
-            ids_at, n_ids = ids.buffer_info()
-            if min(n_ids, last_n) > room:
-                room = 2 * n_ids
-                arrays["saved"] = np.empty(len(bias) + room, np.float32)
-                record["saved"] = arrays["saved"].ctypes.data
-            id = call(address, ctypes.addressof(at(logits)), ids_at, n_ids, 0.0 if greedy else uniform())
-            if id < 0:
-                raise _no_token(id)
-            return id, logit.value - math.log(total.value) if logprobs else math.nan
-
-        return sample
-
-    def _checked(self, logits: np.ndarray) -> int:
+    def checked(self, logits: np.ndarray) -> int:
         """The address: compiled code reads n_vocab float32 from there, whatever is there."""
         if logits.shape != (self._n_vocab,) or logits.dtype != np.float32 or not logits.flags.c_contiguous:
             raise UsageError(f"logits {logits.dtype} {logits.shape}: expected contiguous float32 ({self._n_vocab},)")
         return logits.ctypes.data
+
+
+class DrawingSampler:
+    """Draws from logits that it is called with; or, once it is prepared, inside an executor's passes (`NativeExecutor.steps`).
+
+    Called, it edits the logits while it is at work. PocketlmError for logits that allow no choice; UsageError for those of
+    another shape or type, and for ids outside the vocabulary.
+    """
+
+    MOST = sizes.MAX_PASSES  # tokens that it can be prepared for
+
+    def __init__(self, selection: Selection, call: Any, record: np.ndarray, uniform: Callable[[], float]):
+        """`record`: a SAMPLER of the selection's, complete but for what it has for drawing inside passes."""
+        self._selection, self._call, self._record, self._uniform = selection, call, record, uniform
+        self._last_n, self._n_bias, self._logprobs = (int(record[name][0]) for name in ("last_n", "n_bias", "logprobs"))
+        self._address, fields = record.ctypes.data, record.view(np.uint8)
+        self._logit, self._sum = (ctypes.c_double.from_buffer(fields, offset(SAMPLER, name)) for name in ("logit", "sum"))
+        self._n_text = ctypes.c_int64.from_buffer(fields, offset(SAMPLER, "n_text"))  # NumPy takes several times as long
+        self._begins_with, self._room = 0, -1
+        self._ahead: list[float] = []  # random numbers that no token was drawn with so far
+        self._ends: Set[int] | None = None
+        self._uniforms, self._drawn = np.zeros(sizes.MAX_PASSES, np.float64), np.zeros(sizes.MAX_PASSES, DRAWN)
+        record["uniforms"], record["drawn"] = self._uniforms.ctypes.data, self._drawn.ctypes.data
+        self._make_room(min(self._last_n, 64))
+
+    def _make_room(self, n: int) -> None:
+        """For so many of the last tokens, and what is drawn after them."""
+        if n <= self._room:
+            return
+        self._room, n = n, n + sizes.MAX_PASSES
+        self._saved, self._text = np.empty(self._n_bias + n, np.float32), np.empty(n, np.int32)
+        self._record["saved"], self._record["text"] = self._saved.ctypes.data, self._text.ctypes.data
+
+    def __call__(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
+        address = self._selection.checked(logits)
+        if not logits.flags.writeable:
+            logits = logits.copy()
+            address = logits.ctypes.data
+        if type(ids) is not array or ids.typecode != "i":
+            ids = array("i", ids[-self._last_n :] if self._last_n else ())
+        ids_at, n_ids = ids.buffer_info()
+        self._make_room(min(n_ids, self._last_n))
+        u = self._ahead.pop(0) if self._ahead else self._uniform()
+        return self._told(self._call(self._address, address, ids_at, n_ids, u), self._logit.value, self._sum.value)
+
+    def prepare(self, text: array[int], most: int, ends: Set[int]) -> None:
+        """For at most `most` tokens after `text`, of type "i"; none is drawn after one of `ends`."""
+        n = self._begins_with = min(len(text), self._last_n)
+        self._make_room(n)
+        if n:
+            ctypes.memmove(self._text.ctypes.data, text.buffer_info()[0] + 4 * (len(text) - n), 4 * n)
+        while len(self._ahead) < most:
+            self._ahead.append(self._uniform())
+        self._uniforms[:most] = self._ahead[:most]
+        if ends is not self._ends:
+            self._ends, self._end_ids = ends, np.array(sorted(ends), np.int64)
+            self._record["ends"], self._record["n_ends"] = self._end_ids.ctypes.data, len(ends)
+
+    def begin(self) -> int:
+        """The address of the record, as `prepare` made it: what was drawn since is drawn again."""
+        self._n_text.value = self._begins_with
+        return self._address
+
+    def ids(self, n: int) -> np.ndarray:
+        """The first n that were drawn, int64."""
+        return self._drawn["id"][:n]
+
+    def take(self, n: int) -> list[tuple[int, float]]:
+        """The first n tokens that were drawn, as calls would have returned them. Raises what a call would have raised."""
+        del self._ahead[:n]
+        return [self._told(*drawn) for drawn in self._drawn[:n].tolist()]
+
+    def _told(self, id: int, logit: float, total: float) -> tuple[int, float]:
+        if id < 0:
+            raise _no_token(id)
+        return id, logit - math.log(total) if self._logprobs else math.nan
 
 
 def _no_token(reason: int) -> PocketlmError:

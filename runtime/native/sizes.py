@@ -7,10 +7,10 @@ from __future__ import annotations
 
 STAGES = (  # kinds of operations, by number
     "embed", "prepare", "norm", "rotate", "gate", "route", "mix", "join", "matrix", "store", "attend", "each", "group",
-    "gather", "experts", "convolve",
+    "gather", "experts", "convolve", "sample",
 )  # fmt: skip
 (
-    EMBED, PREPARE, NORM, ROTATE, GATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS, CONVOLVE,
+    EMBED, PREPARE, NORM, ROTATE, GATE, ROUTE, MIX, JOIN, MATRIX, STORE, ATTEND, EACH, GROUP, GATHER, EXPERTS, CONVOLVE, SAMPLE,
 ) = range(len(STAGES))  # fmt: skip
 # up to JOIN: a task a token
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
@@ -33,6 +33,7 @@ PAGES = 1 << 16  # a multiple of every system's page size
 WILL_NEED = 3  # what madvise is told, on Linux and macOS
 EXPERT_CHUNK = 4  # the same of an expert: tiled on the way, they stay in the second-level cache
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
+MAX_PASSES = 16  # of a run: tokens that are drawn in it
 MAX_K = 256  # of top-k in `draw`, which sorts by insertion
 BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or infinite logits, all -inf, no such ids
 
