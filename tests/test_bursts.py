@@ -1,20 +1,30 @@
-"""Several tokens in a row for one who is alone: the same answers, and nobody else waits for them."""
+"""Tokens drawn inside passes, several in a row: the same answers, nothing computed too much, and nobody else waits for them."""
 
+import math
+import random
 import threading
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor
-from native_calls import executors, host_level
+import test_drafts
+from native_calls import each_level, executors, host_level
+from operation_lists import LISTS, tensors_of
 from test_drafts import answer, random_options, random_prompt
 
+from pocketlm.errors import PocketlmError
 from pocketlm.runtime import engine as engine_module
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.generator import NoText, generate
+from pocketlm.runtime.native.executor import NativeExecutor
+from pocketlm.runtime.native.sizes import MAX_PASSES, SPAN
 from pocketlm.runtime.sampling import make_sampler
 from pocketlm.runtime.session import Session
 
 PROMPT = [1, 2, 3]
+SAMPLED = {"temperature": 0.8, "top_k": 40, "seed": 5, "repeat_penalty": 1.1}
 
 
 @pytest.fixture(autouse=True)
@@ -22,125 +32,244 @@ def long_bursts(monkeypatch):
     monkeypatch.setattr(engine_module, "BURST_SECONDS", 1e9)
 
 
+@pytest.fixture(scope="module")
+def native():
+    executor, reference = executors(host_level(), "Q4_0", 2, n_vocab=60)
+    reference.close()
+    yield executor
+    executor.close()
+
+
+@pytest.fixture
+def rows(native, monkeypatch):
+    """(texts, passes) of every run in which somebody draws."""
+    found, steps = [], native.steps
+
+    def noted(work, samplers=(), *rest):
+        result = steps(work, samplers, *rest)
+        if any(samplers):
+            found.append((len(work), result[1]))
+        return result
+
+    monkeypatch.setattr(native, "steps", noted)
+    return found
+
+
+def outside(executor, *prompts, **options):
+    """The answers whose tokens are drawn from logits, by calls of a sampler that can do nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_drafts, "make_sampler", lambda **options: partial(make_sampler(**options)))
+        return [answer(executor, prompt, draft=False, **options)[0] for prompt in prompts]
+
+
 def start(session, **options):
-    sampler = make_sampler(n_vocab=session.executor.hyper.n_vocab, temperature=0, repeat_penalty=1)
-    return generate(session, PROMPT, sampler, NoText(), **options)
+    executor = session.executor
+    rules = {name: options.pop(name) for name in ("max_tokens", "end_ids", "cancel", "draft") if name in options}
+    sampler = make_sampler(n_vocab=executor.hyper.n_vocab, selection=executor.new_selection(), **{**SAMPLED, **options})
+    return generate(session, PROMPT, sampler, NoText(), **{"draft": False, **rules})
+
+
+def new_session(native, n_ctx=None, engine=None):
+    return Session(native, engine, native.new_cache(n_ctx))
 
 
 def ids_of(pieces):
     return [piece.id for piece in pieces if piece.id >= 0]
 
 
-def alone(n):
-    """What the fake says, one token at a time."""
-    executor, ids = FakeExecutor(), list(PROMPT)
-    for _ in range(n):
-        ids.append(int(executor.logits(ids).argmax()))
-    return ids[len(PROMPT) :]
+def alone(native, n):
+    return outside(native, PROMPT, max_tokens=n, **SAMPLED)[0][0]
 
 
-def test_no_answer_is_changed(monkeypatch):
-    executor, reference = executors(host_level(), "Q4_0", 2, n_vocab=60)
-    reference.close()
+@pytest.mark.parametrize("seconds", [0, 1e9], ids=["one by one", "in a row"])
+def test_no_answer_is_changed(native, rows, monkeypatch, seconds):
+    monkeypatch.setattr(engine_module, "BURST_SECONDS", seconds)
     rng = np.random.default_rng(5)
+    for _ in range(60):
+        prompt, options = random_prompt(rng), random_options(rng)
+        (expected,) = outside(native, prompt, **options)
+        assert answer(native, prompt, draft=False, **options)[0] == expected, (prompt, options)
+        assert answer(native, prompt, draft=True, **options)[0] == expected, (prompt, options)
+    assert (max(passes for _, passes in rows) > 1) == (seconds > 0)
+
+
+@each_level
+def test_nor_on_any_level_where_rows_end_anywhere(level, monkeypatch):
+    monkeypatch.setattr(Engine, "_in_a_row", random_rows(3))
+    native, reference = executors(level, "Q4_0", 2, n_vocab=60)
+    reference.close()
+    options = {**SAMPLED, "max_tokens": 50, "frequency_penalty": 0.3, "repeat_last_n": 7}
+    assert answer(native, PROMPT, draft=False, **options)[0] == outside(native, PROMPT, **options)[0]
+    native.close()
+
+
+def random_rows(seed):
+    """In place of Engine._in_a_row: any number."""
+    n = random.Random(seed)
+
+    def some(self, work):
+        may = all(request.sampler for request, _ in work) and len(self._queue) == len(work)
+        return min(n.randint(1, MAX_PASSES), *(request.most for request, _ in work)) if may else 1
+
+    return some
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_any_kind_of_model_across_spans(name, monkeypatch):
+    """Windows, rings, convolutions, experts, the token before: what a pass needs to know moves on with the token."""
+    monkeypatch.setattr(Engine, "_in_a_row", random_rows(name))
+    plan = LISTS[name]()
+    native = NativeExecutor(plan, tensors_of(plan), 5 * SPAN, 2)
+    options = {**SAMPLED, "max_tokens": 5 * SPAN - 9}  # a window's ring goes round
     try:
-        for _ in range(60):
-            prompt, options = random_prompt(rng), random_options(rng)
-            monkeypatch.setattr(engine_module, "BURST", 1)
-            expected, _ = answer(executor, prompt, draft=False, **options)
-            monkeypatch.setattr(engine_module, "BURST", 16)
-            assert answer(executor, prompt, draft=False, **options)[0] == expected, (prompt, options)
-            assert answer(executor, prompt, draft=True, **options)[0] == expected, (prompt, options)
+        assert answer(native, PROMPT, draft=False, **options)[0] == outside(native, PROMPT, **options)[0]
     finally:
-        executor.close()
+        native.close()
+
+
+def test_several_at_once_get_what_they_get_alone(native, rows):
+    prompts, engine = [[i, i + 1, i + 2] for i in range(8)], Engine(native)
+    expected = [outside(native, prompt, max_tokens=60, **SAMPLED)[0] for prompt in prompts]
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda p: answer(native, p, draft=False, engine=engine, max_tokens=60, **SAMPLED)[0], prompts))
+        assert got == expected
+    assert any(texts > 1 and passes > 1 for texts, passes in rows)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 17, 18, 40])
-def test_nothing_is_computed_that_is_not_asked_for(n):
-    session = Session(FakeExecutor())
-    assert ids_of(start(session, max_tokens=n)) == alone(n)
-    assert session.executor.fed == [len(PROMPT)] + [1] * (n - 1)
-    assert session.ids == session.executor.cache.ids == PROMPT + alone(n)[:-1]
+def test_nothing_is_computed_that_is_not_asked_for(native, rows, n):
+    session, expected = new_session(native), alone(native, n)
+    assert ids_of(start(session, max_tokens=n)) == expected
+    assert session.ids == PROMPT + expected[:-1]
+    assert sum(passes for _, passes in rows) == max(0, n - 1)  # the first is drawn after the prompt
 
 
-def test_an_end_token_ends_it():
-    session, said = Session(FakeExecutor()), alone(9)
-    assert ids_of(start(session, end_ids={said[6]})) == said[:6]
-    assert session.executor.cache.ids == PROMPT + said[:6]
+def test_an_end_token_ends_it(native):
+    session, said = new_session(native), alone(native, 30)
+    at = next(i for i in range(5, 30) if said[i] not in said[:i])
+    assert ids_of(start(session, end_ids={said[at]})) == said[:at]
+    assert session.ids == PROMPT + said[:at]
+    assert session.cache.length == len(session.ids)
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 9])
-def test_a_full_context_ends_it(room):
-    session = Session(FakeExecutor(n_ctx=len(PROMPT) + room))
-    *pieces, last = start(session)
-    assert (ids_of(pieces), last.finish_reason) == (alone(room + 1), "length")
+def test_a_full_context_ends_it(native, room):
+    *pieces, last = start(new_session(native, len(PROMPT) + room))
+    assert (ids_of(pieces), last.finish_reason) == (alone(native, room + 1), "length")
 
 
-def test_cancelled_in_the_middle():
-    session, cancel = Session(FakeExecutor()), threading.Event()
-    session.executor.before = lambda ids: cancel.set() if session.executor.cache.length == 8 else None
+def test_cancelled_in_the_middle(native, monkeypatch):
+    session, cancel, steps = new_session(native), threading.Event(), native.steps
+    monkeypatch.setattr(native, "steps", lambda *work: (cancel.set(), steps(*work))[1])
     *_, last = start(session, cancel=cancel)
     assert last.finish_reason == "cancelled"
-    assert session.executor.cache.length == 8
-    session.executor.before = lambda ids: None
     cancel.clear()
-    assert ids_of(start(session, max_tokens=20, cancel=cancel)) == alone(20)
+    assert ids_of(start(session, max_tokens=20)) == alone(native, 20)
 
 
-@pytest.mark.parametrize("at", [5, 6, 11])
-def test_interrupted_in_the_middle(at):
-    session = Session(FakeExecutor())
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_interrupted_in_the_middle(native, monkeypatch, at, behind):
+    session, steps, count = new_session(native), native.steps, []
 
-    def interrupt(ids):
-        if session.executor.cache.length == at:
+    def interrupted(*work):
+        count.append(1)
+        result = steps(*work) if behind else None
+        if len(count) == at:
             raise KeyboardInterrupt
+        return result or steps(*work)
 
-    session.executor.before = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        list(start(session, max_tokens=30))
-    session.executor.before = lambda ids: None
-    assert session.ids == (PROMPT + alone(30))[: len(session.ids)]
-    assert ids_of(start(session, max_tokens=30)) == alone(30)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "steps", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(start(session, max_tokens=50))
+    assert session.ids == (PROMPT + alone(native, 50))[: len(session.ids)]
+    assert ids_of(start(session, max_tokens=50)) == alone(native, 50)
 
 
-def test_closed_in_the_middle():
-    session = Session(FakeExecutor())
+def test_an_interrupt_of_who_leads_changes_nothing_for_the_other(native, monkeypatch):
+    """What was drawn for the other is drawn again, with the same random numbers, in another pass."""
+    engine, steps, expected, once = Engine(native), native.steps, alone(native, 60), []
+
+    def interrupted(work, samplers=(), *rest):
+        result = steps(work, samplers, *rest)
+        if len(work) == 2 and len(samplers) == 2 and result[1] > 1 and not once:
+            once.append(1)
+            raise KeyboardInterrupt
+        return result
+
+    def run(session):
+        try:
+            return ids_of(start(session, max_tokens=60))
+        except KeyboardInterrupt:
+            return None
+
+    monkeypatch.setattr(native, "steps", interrupted)
+    monkeypatch.setattr(engine_module, "LONGEST", 1)
+    monkeypatch.setattr(engine_module, "GATHER", 1e9)  # both are in every pass
+    while not once:  # the two may miss each other, one having said all before the other begins
+        with ThreadPoolExecutor(2) as pool:
+            said = list(pool.map(run, [new_session(native, engine=engine) for _ in range(2)]))
+    assert None in said
+    assert expected in said
+
+
+def test_closed_in_the_middle(native):
+    session = new_session(native)
     pieces = start(session)
-    assert [next(pieces).id for _ in range(3)] == alone(3)
+    assert [next(pieces).id for _ in range(3)] == alone(native, 3)
     pieces.close()
-    assert session.ids == session.executor.cache.ids
-    assert ids_of(start(session, max_tokens=20)) == alone(20)
+    assert session.cache.length == len(session.ids)
+    assert ids_of(start(session, max_tokens=20)) == alone(native, 20)
 
 
-def test_who_comes_is_in_the_next_pass():
-    executor = FakeExecutor()
-    engine = Engine(executor)
-    first, second = (Session(executor, engine, executor.new_cache()) for _ in range(2))
+def test_who_comes_is_in_the_next_pass(native, monkeypatch):
+    engine, steps, seen = Engine(native), native.steps, []
+    first, second = new_session(native, engine=engine), new_session(native, engine=engine)
     other = threading.Thread(target=lambda: list(start(second, max_tokens=4)))
 
-    def before(ids):
-        if first.cache.length == 9 and not other.ident:
+    def noted(work, samplers=(), most=1, wanted=None):
+        if first.cache.length == 3 + MAX_PASSES and not other.ident:
             other.start()
             while len(engine._queue) < 2:  # it waits for a pass
                 pass
+        result = steps(work, samplers, most, wanted)
+        seen.append((len(work), most, result[1]))
+        return result
 
-    executor.before = before
-    assert ids_of(start(first, max_tokens=40)) == alone(40)
+    monkeypatch.setattr(native, "steps", noted)
+    monkeypatch.setattr(native, "step", lambda work: noted(work)[0])
+    assert ids_of(start(first, max_tokens=40)) == alone(native, 40)
     other.join()
-    assert executor.passes[:7] == [[len(PROMPT)]] + [[1]] * 6  # the first one's prompt, and up to where the second came
-    assert len(PROMPT) in executor.passes[7]
+    assert seen[:4] == [(1, 1, 1), (1, MAX_PASSES, MAX_PASSES), (1, MAX_PASSES, 1), (2, 1, 1)]
 
 
-def test_a_pass_takes_what_it_takes(monkeypatch):
+def test_no_token_left_is_the_same_error(native):
+    nothing = dict.fromkeys(range(60), -math.inf)
+    sampler = make_sampler(n_vocab=60, selection=native.new_selection(), logit_bias=nothing)
+    session = new_session(native)
+    session.advance(PROMPT)
+    with pytest.raises(PocketlmError, match="no token is left"):
+        session.draw(4, sampler, array("i", [*PROMPT, 4]), 5)
+    assert session.cache.length == len(session.ids)
+
+
+def test_a_pass_takes_what_it_takes(native, monkeypatch):
     """What is known of times is of one pass, not of all in a row."""
-    clock, session = [0.0], Session(FakeExecutor())
+    clock, session, steps = [0.0], new_session(native), native.steps
     monkeypatch.setattr(engine_module, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(engine_module, "BURST_SECONDS", 0.05)
+    monkeypatch.setattr(engine_module, "BURST_SECONDS", 0.055)
+    seen = []
 
-    def before(ids):
-        clock[0] += 0.01 * len(ids)
+    def slow(*work):
+        result = steps(*work)
+        clock[0] += 0.01 * result[1]
+        seen.append(result[1])
+        return result
 
-    session.executor.before = before
+    monkeypatch.setattr(native, "steps", slow)
+    monkeypatch.setattr(native, "step", lambda work: slow(work)[0])
     list(start(session, max_tokens=40))
     assert session.engine._seconds == pytest.approx(0.01)
-    assert session.engine.burst in (4, 5)
+    assert set(seen[2:-1]) == {5}
