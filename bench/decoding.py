@@ -1,6 +1,6 @@
 """What decides how fast an answer comes beside the forward pass: Python around it, drafts, and other programs.
 
-    python bench/decoding.py share [MODEL …]     µs a token beside the compiled pass: median, and the quietest tenth
+    python bench/decoding.py share [MODEL …]     µs a token beside the compiled passes: median, and the quietest tenth
     python bench/decoding.py drafts [MODEL]      with drafts beside without: a program and a text written again, and prose
     python bench/decoding.py constrained [MODEL] time a token of answers that have a form, the first of one and later ones
     python bench/decoding.py caches [MODEL]      every kind of cache beside that of int16 with every position
@@ -88,17 +88,12 @@ def share(names: list[str], rounds: int) -> Iterator[str]:
             workers.run = timed
             for logprobs in (True, False):
                 shares = []
-                for seed in range(rounds):
-                    passes.clear()
+                for seed in range(max(2, rounds)):
                     stream = model.generate("Once", max_tokens=64, ignore_eos=True, seed=seed, draft=False, logprobs=logprobs)
                     next(stream)
                     passes.clear()
-                    started = time.thread_time()
-                    for _ in stream:
-                        now = time.thread_time()
-                        shares.append(1e6 * (now - started - sum(passes)))
-                        passes.clear()
-                        started = now
+                    started, n = time.thread_time(), sum(1 for _ in stream)  # several tokens are made at once
+                    shares.append(1e6 * (time.thread_time() - started - sum(passes)) / n)
                 tenth, *_ = statistics.quantiles(shares, n=10)
                 words = f"{model.hyper.n_vocab:6} words, {'with' if logprobs else 'without':7} log-probabilities"
                 yield f"{name:12} {words} {statistics.median(shares):7.1f} {tenth:7.1f}"

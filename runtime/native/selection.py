@@ -120,7 +120,8 @@ class DrawingSampler:
         """For so many of the last tokens, and what is drawn after them."""
         if n <= self._room:
             return
-        self._room, n = n, n + sizes.MAX_PASSES
+        self._room = max(n, 2 * self._room)
+        n = self._room + sizes.MAX_PASSES
         self._saved, self._text = np.empty(self._n_bias + n, np.float32), np.empty(n, np.int32)
         self._record["saved"], self._record["text"] = self._saved.ctypes.data, self._text.ctypes.data
 
