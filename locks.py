@@ -20,16 +20,15 @@ class _OneStep:
     iterator's step ends nor where such a function returns.
     """
 
+    __slots__ = ("__exit__", "_having", "acquire", "locked", "release")
+
     def __init__(self, lock: Any):
-        self._lock, self.acquire, self.release, self.locked = lock, lock.acquire, lock.release, getattr(lock, "locked", None)
+        self.acquire, self.release, self.locked = lock.acquire, lock.release, getattr(lock, "locked", None)
+        self.__exit__, self._having = lock.__exit__, iter(lock.acquire, None)  # one for all: it never ends
 
     def __enter__(self) -> None:
-        for _ in iter(self._lock.acquire, None):
+        for _ in self._having:
             return
-
-    @property
-    def __exit__(self) -> Any:
-        return self._lock.__exit__
 
 
 def lock() -> threading.Lock:

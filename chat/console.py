@@ -138,7 +138,7 @@ class Console:
             raise OutputClosed(error) from None
 
     def give_up_output(self) -> None:
-        """After OutputClosed: keeps Python from trying once more, and complaining, when it ends."""
+        """After what could not be written: keeps Python from trying once more, and complaining, when it ends."""
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
 
@@ -201,7 +201,9 @@ class Console:
         self._editing = True
         try:
             text = self._session.prompt(PROMPT, prompt_continuation=CONTINUED, pre_run=self._leave)
-        except (EOFError, OSError):  # OSError: a terminal that is gone
+        except (EOFError, OSError) as error:
+            if isinstance(error, OSError):  # a terminal that is gone: the editor's last words are still to be written
+                self.give_up_output()
             raise self._end or EOFError from None
         finally:
             self._editing = False

@@ -63,7 +63,7 @@ def test_runs_of_16_columns_pay_for_four_sums_and_not_for_eight(monkeypatch, fmt
 @pytest.mark.skipif(shutil.which("llvm-mca") is None, reason="needs llvm-mca (Debian package llvm)")
 def test_the_analyser_counts_cycles():
     lines = arm64_cycles.inner_loop(CODE, "Q_product1")
-    assert 1 <= arm64_cycles.analyse(lines, "cortex-a72", 50) < 10
+    assert 1 <= arm64_cycles.analyse(lines, "cortex-a76", 50) < 10  # an A72 has no sdot, and newer analysers say so
 
 
 def test_another_core_may_stand_for_one_that_llvm_has_no_model_of(monkeypatch, capsys):

@@ -80,13 +80,15 @@ def test_a_signal_in_an_answer_keeps_both(number, terminal):
 
 
 @posix
-@pytest.mark.parametrize("place", ["answer", "prompt"])
+@pytest.mark.parametrize("place", ["answer", "prompt", "prompt under nohup"])
 def test_a_closed_window_keeps_both(place, terminal, tmp_path):
-    shown = terminal(command=("sh", "-c", f"{sys.executable} {Path(__file__).with_name('chat_fake.py')} 2>{tmp_path}/errors"))
+    before = "trap '' HUP; " if "nohup" in place else ""
+    program = f"PYTHONUNBUFFERED= {sys.executable} {Path(__file__).with_name('chat_fake.py')}"  # with a buffer, as users have
+    shown = terminal(command=("sh", "-c", f"{before}{program} 2>{tmp_path}/errors"))
     shown.prompt(1)
     shown.type("slow" + ENTER)
     shown.wait("word3")
-    if place == "prompt":
+    if "prompt" in place:
         shown.type("\x03")
         shown.prompt(2)
     shown.child.ptyproc.fileobj.close()  # the terminal is gone
