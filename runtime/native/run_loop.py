@@ -128,6 +128,8 @@ def _define_follow(module: Module) -> None:
         r.set_run("n_passes", number + 1)
         with f.when((number + 1 >= r.run("most")) | f.atomic_load(r.run("wanted", PTR)).equals(1)):
             f.ret(0)
+        with f.when(f.atomic_load(run + offset(RUN, "lost")) > 0):
+            f.ret(0)  # Python may want to leave the late thread out
 
         def of(text: Value) -> tuple[Value, Value]:
             """A text's sampler, and the token that it has drawn."""
