@@ -222,7 +222,8 @@ class NativeExecutor:
         logits, start = [], 0
         for i, (cache, ids, rows) in enumerate(work):
             if n_passes > 1:
-                cache.ids[cache.length + 1 : cache.length + n_passes] = samplers[i].ids(n_passes - 1)
+                for at, id in enumerate(samplers[i].ids(n_passes - 1), cache.length + 1):
+                    cache.ids[at] = id
             cache.length += len(ids) + n_passes - 1
             logits.append(self._logits[start : start + rows])
             start += rows
@@ -230,12 +231,12 @@ class NativeExecutor:
 
     def _draw_with(self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None]) -> None:
         """Write down who draws from which row of logits."""
-        self._samplers.value = 0
-        if samplers:
-            addresses = [sampler.begin() if sampler else 0 for sampler in samplers]
-            rows = [address for address, (_, _, n) in zip(addresses, work, strict=True) for _ in range(n)]
-            self._arrays["samplers"][: len(rows)] = rows
-            self._samplers.value = self._arrays["samplers"].ctypes.data
+        self._samplers.value, row = self._rows_at if samplers else 0, 0
+        for sampler, (_, _, rows) in zip(samplers, work, strict=False):
+            address = sampler.begin() if sampler else 0
+            for _ in range(rows):
+                self._row_samplers[row] = address
+                row += 1
 
     def _run(self, is_single: bool) -> None:
         """The passes that the records describe."""
@@ -403,7 +404,8 @@ class NativeExecutor:
             ctypes.c_int64.from_buffer(fields, offset(RUN, name))
             for name in ("n_threads", "samplers", "most", "n_passes", "wanted")
         )
-        self._nobody = ctypes.c_int64()
+        self._nobody, self._rows_at = ctypes.c_int64(), arrays["samplers"].ctypes.data
+        self._row_samplers = (ctypes.c_int64 * BLOCK).from_buffer(arrays["samplers"].view(np.uint8))
         return record
 
 

@@ -140,9 +140,8 @@ SAMPLER = np.dtype([
     # for what is drawn inside a run: int32, the text so far, with room for more; float64, a random number a token
     ("text", "i8"), ("n_text", "i8"), ("uniforms", "i8"),
     ("ends", "i8"), ("n_ends", "i8"),         # int64: tokens after which none is drawn
-    ("drawn", "i8"),                          # DRAWN records, one a pass
+    ("drawn", "i8"), ("logits", "i8"), ("sums", "i8"),  # of each pass, int64 and float64: the token, and the two results
 ])  # fmt: skip
-DRAWN = np.dtype([("id", "i8"), ("logit", "f8"), ("sum", "f8")])
 
 
 def offset(dtype: np.dtype, name: str) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
-from pocketlm.runtime.native.records import DRAWN, OPERATION, RUN, SAMPLER, TOKEN, WORKER, offset
+from pocketlm.runtime.native.records import OPERATION, RUN, SAMPLER, TOKEN, WORKER, offset
 from pocketlm.runtime.native.stages import heads_apart
 
 ASLEEP = 1
@@ -134,7 +134,7 @@ def _define_follow(module: Module) -> None:
         def of(text: Value) -> tuple[Value, Value]:
             """A text's sampler, and the token that it has drawn."""
             sampler = f.load(PTR, samplers + text * 8, 8)
-            return sampler, f.field(f.field(sampler, offset(SAMPLER, "drawn"), PTR) + number * DRAWN.itemsize, 0)
+            return sampler, f.field(f.field(sampler, offset(SAMPLER, "drawn"), PTR) + number * 8, 0)
 
         with f.range(0, r.run("n_logits")) as text:
             sampler, id = of(text)

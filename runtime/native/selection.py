@@ -17,7 +17,7 @@ from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.memory import aligned
 from pocketlm.runtime.native import sizes
 from pocketlm.runtime.native.linker import Loaded
-from pocketlm.runtime.native.records import DRAWN, SAMPLER, offset
+from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
 from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, NO_CHOICE, SamplingOptions, top_k
@@ -110,10 +110,12 @@ class DrawingSampler:
         self._logit, self._sum = (ctypes.c_double.from_buffer(fields, offset(SAMPLER, name)) for name in ("logit", "sum"))
         self._n_text = ctypes.c_int64.from_buffer(fields, offset(SAMPLER, "n_text"))  # NumPy takes several times as long
         self._begins_with, self._room = 0, -1
-        self._ahead: list[float] = []  # random numbers that no token was drawn with so far
         self._ends: Set[int] | None = None
-        self._uniforms, self._drawn = np.zeros(sizes.MAX_PASSES, np.float64), np.zeros(sizes.MAX_PASSES, DRAWN)
-        record["uniforms"], record["drawn"] = self._uniforms.ctypes.data, self._drawn.ctypes.data
+        # arrays of Python's: NumPy is no longer in the processor's caches after a pass, and takes several times as long then
+        self._uniforms, self._drawn, self._logits, self._sums = (array(type, bytes(8 * self.MOST)) for type in "dqdd")
+        self._n_ahead = 0  # so many of the random numbers no token was drawn with so far
+        for name in ("uniforms", "drawn", "logits", "sums"):
+            record[name] = getattr(self, f"_{name}").buffer_info()[0]
         self._make_room(min(self._last_n, 64))
 
     def _make_room(self, n: int) -> None:
@@ -123,7 +125,8 @@ class DrawingSampler:
         self._room = max(n, 2 * self._room)
         n = self._room + sizes.MAX_PASSES
         self._saved, self._text = np.empty(self._n_bias + n, np.float32), np.empty(n, np.int32)
-        self._record["saved"], self._record["text"] = self._saved.ctypes.data, self._text.ctypes.data
+        self._text_at = self._text.ctypes.data
+        self._record["saved"], self._record["text"] = self._saved.ctypes.data, self._text_at
 
     def __call__(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
         address = self._selection.checked(logits)
@@ -134,18 +137,30 @@ class DrawingSampler:
             ids = array("i", ids[-self._last_n :] if self._last_n else ())
         ids_at, n_ids = ids.buffer_info()
         self._make_room(min(n_ids, self._last_n))
-        u = self._ahead.pop(0) if self._ahead else self._uniform()
-        return self._told(self._call(self._address, address, ids_at, n_ids, u), self._logit.value, self._sum.value)
+        self._draw_ahead(1)
+        id = self._call(self._address, address, ids_at, n_ids, self._uniforms[0])
+        self._drop(1)
+        return self._told(id, self._logit.value, self._sum.value)
+
+    def _draw_ahead(self, n: int) -> None:
+        """Have n random numbers at least."""
+        for at in range(self._n_ahead, n):
+            self._uniforms[at] = self._uniform()
+        self._n_ahead = max(self._n_ahead, n)
+
+    def _drop(self, n: int) -> None:
+        """Tokens were drawn with the first n."""
+        self._n_ahead -= n
+        if self._n_ahead:
+            self._uniforms[: self._n_ahead] = self._uniforms[n : n + self._n_ahead]
 
     def prepare(self, text: array[int], most: int, ends: Set[int]) -> None:
         """For at most `most` tokens after `text`, of type "i"; none is drawn after one of `ends`."""
         n = self._begins_with = min(len(text), self._last_n)
         self._make_room(n)
         if n:
-            ctypes.memmove(self._text.ctypes.data, text.buffer_info()[0] + 4 * (len(text) - n), 4 * n)
-        while len(self._ahead) < most:
-            self._ahead.append(self._uniform())
-        self._uniforms[:most] = self._ahead[:most]
+            ctypes.memmove(self._text_at, text.buffer_info()[0] + 4 * (len(text) - n), 4 * n)
+        self._draw_ahead(most)
         if ends is not self._ends:
             self._ends, self._end_ids = ends, np.array(sorted(ends), np.int64)
             self._record["ends"], self._record["n_ends"] = self._end_ids.ctypes.data, len(ends)
@@ -155,14 +170,14 @@ class DrawingSampler:
         self._n_text.value = self._begins_with
         return self._address
 
-    def ids(self, n: int) -> np.ndarray:
-        """The first n that were drawn, int64."""
-        return self._drawn["id"][:n]
+    def ids(self, n: int) -> array[int]:
+        """The first n that were drawn."""
+        return self._drawn[:n]
 
     def take(self, n: int) -> list[tuple[int, float]]:
         """The first n tokens that were drawn, as calls would have returned them. Raises what a call would have raised."""
-        del self._ahead[:n]
-        return [self._told(*drawn) for drawn in self._drawn[:n].tolist()]
+        self._drop(n)
+        return [self._told(*drawn) for drawn in zip(self._drawn[:n], self._logits, self._sums, strict=False)]
 
     def _told(self, id: int, logit: float, total: float) -> tuple[int, float]:
         if id < 0:
