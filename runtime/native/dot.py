@@ -68,12 +68,13 @@ def _together(
 ) -> list[Value]:
     """AVX-512: every word meets all tokens as soon as it is unpacked, so that two sums a token hide an instruction's latency.
 
-    Few tokens have two sums more where there are many words: these take turns. Of eight tokens, half keep their low bytes
-    back until the sums of the high ones are what they begin with: an addition less for each, and twelve sums in registers in
-    place of sixteen, which leave none to the K formats. Were it all eight, the processor would wait for its own sums.
+    Few tokens have two sums more where there are many words: these take turns. The first `later` tokens keep their low bytes
+    back until the sums of the high ones are what they begin with: fewer additions, and fewer registers at a time, which would
+    be too few for the K formats otherwise. Of eight with many words half do, or the processor would wait for its own sums,
+    and none where a start would have to be added in turn.
     """
     zero, turns = f.const(I32.vec(16), 0), 2 if len(xs) <= 2 and len(words) > 4 else 1
-    later = 4 if len(xs) == 8 else 0
+    later = (4 if len(xs) == 8 and starts[0] is None else 0) if len(words) > 4 else len(xs) if len(xs) > 2 else 0
     low = [[zero if start is None else f.splat(start, 16), *[zero] * (turns - 1)] for start in starts]
     high = [[zero] * turns for _ in xs]
 
