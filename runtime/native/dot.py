@@ -68,18 +68,35 @@ def _together(
 ) -> list[Value]:
     """AVX-512: every word meets all tokens as soon as it is unpacked, so that two sums a token hide an instruction's latency.
 
-    Few tokens have two sums more where there are many words: these take turns.
+    Few tokens have two sums more where there are many words: these take turns. The first `later` tokens keep their low bytes
+    back until the sums of the high ones are what they begin with: fewer additions, and fewer registers at a time, which would
+    be too few for the K formats otherwise. Of eight with many words half do, or the processor would wait for its own sums,
+    and none where a start would have to be added in turn.
     """
     zero, turns = f.const(I32.vec(16), 0), 2 if len(xs) <= 2 and len(words) > 4 else 1
+    later = (4 if len(xs) == 8 and starts[0] is None else 0) if len(words) > 4 else len(xs) if len(xs) > 2 else 0
     low = [[zero if start is None else f.splat(start, 16), *[zero] * (turns - 1)] for start in starts]
     high = [[zero] * turns for _ in xs]
+
+    def meet(total: Value, word: Value, bytes_: Value) -> Value:
+        return f.call(zero.type, "llvm.x86.avx512.vpdpbusd.512", total, word, _broadcast(f, bytes_, 64))
+
+    unpacked = []
     for i, (unpack, column) in enumerate(words):
         word, own = unpack(), i % turns
+        unpacked.append((word, column))
         for t, x in enumerate(xs):
-            for sums, bytes_ in ((low[t], x.low), (high[t], x.high)):
-                four = _broadcast(f, bytes_ + column, 64)
-                sums[own] = f.call(zero.type, "llvm.x86.avx512.vpdpbusd.512", sums[own], word, four)
-    return [sum(l[1:], l[0]) + (sum(h[1:], h[0]) << 8) for l, h in zip(low, high, strict=True)]
+            high[t][own] = meet(high[t][own], word, x.high + column)
+            if t >= later:
+                low[t][own] = meet(low[t][own], word, x.low + column)
+
+    def joined(t: int) -> Value:
+        return sum(low[t][1:], low[t][0]) + (sum(high[t][1:], high[t][0]) << 8)
+
+    found = [joined(t) for t in range(later)]
+    for word, column in unpacked:
+        found = [meet(total, word, x.low + column) for total, x in zip(found, xs[:later], strict=True)]
+    return found + [joined(t) for t in range(later, len(xs))]
 
 
 def _vnni_256(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
