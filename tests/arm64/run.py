@@ -33,7 +33,8 @@ CPUS = {"dotprod": "cortex-a76", "neon": "cortex-a72"}  # what qemu is for a lev
 MOST = "not guard_pages"
 SUITE = (  # a process each, the longest first, and which of their tests
     ("sliding_windows", "not lfm2"), ("sliding_windows", "lfm2"), ("byte_caches experts", MOST), ("sessions", MOST),
-    ("memory tokenizer_memory doctor greedy native_selection", MOST), ("bursts native_executor", MOST), ("native_kernels", MOST),
+    ("memory tokenizer_memory doctor greedy native_selection", MOST), ("bursts native_executor", MOST),
+    ("native_kernels", MOST),
 )  # fmt: skip
 SHORT_SUITE = (("vectors chat_templates native_kernels", "test_vectors or templates or (overflow and (Q4_0 or Q8_0))"),)
 FEW = ("Llama, Q4_0", "Llama, Q8_0", "Llama, F16, cache of q8", "experts, Q4_K", "gemma3, F32")  # of models.py
