@@ -273,3 +273,22 @@ def test_a_pass_takes_what_it_takes(native, monkeypatch):
     list(start(session, max_tokens=40))
     assert session.engine._seconds == pytest.approx(0.01)
     assert set(seen[2:-1]) == {5}
+
+
+def test_what_was_drawn_before_a_broken_one_is_handed_out(native, rows):
+    """As if passes were made one by one: the error comes with the token that it is about."""
+    tables = [table.copy() for table in native._tables.values()]
+    for table in native._tables.values():
+        table[9] = math.nan  # positions from here on have no logits
+    session, ids = new_session(native), list[int]()
+    try:
+        with pytest.raises(PocketlmError, match="NaN"):
+            ids.extend(piece.id for piece in start(session))
+    finally:
+        for table, was in zip(native._tables.values(), tables, strict=True):
+            table[...] = was
+    said = alone(native, 20)
+    assert ids == said[:7]
+    assert max(passes for _, passes in rows) > 1
+    assert session.cache.length == len(session.ids)
+    assert ids_of(start(session, max_tokens=20)) == said

@@ -175,7 +175,10 @@ class DrawingSampler:
         return self._drawn[:n]
 
     def take(self, n: int) -> list[tuple[int, float]]:
-        """The first n tokens that were drawn, as calls would have returned them. Raises what a call would have raised."""
+        """The first n tokens that were drawn, as calls would have returned them. Raises what a call would have raised: of the
+        first; a later one that is none is left out, and is the first of the next pass.
+        """
+        n -= n > 1 and self._drawn[n - 1] < 0
         self._drop(n)
         return [self._told(*drawn) for drawn in zip(self._drawn[:n], self._logits, self._sums, strict=False)]
 
