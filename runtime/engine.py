@@ -45,7 +45,8 @@ class _Request:
     def __init__(self, cache: Any, ids: Ids, rows: int, use: Use, sampler: Any = None, most: int = 1):
         self.cache, self.ids, self.rows, self.use, self.start = cache, ids, rows, use, cache.length
         self.sampler, self.most = sampler, most  # who draws inside the pass, and how many tokens at most
-        self.taken, self.result = 0, None
+        self.taken = 0
+        self.result: Any = None
         self.logits: np.ndarray | None = None  # to be used by the caller himself
         self.error: Exception | None = None
         self.done, self.gate = False, closed_lock()
@@ -197,7 +198,8 @@ class Engine:
         """How many passes may be made of this one: several where each text has a token that is drawn, and nobody else waits."""
         if len(self._queue) > len(work) or not self._seconds or not all(request.sampler for request, _ in work):
             return 1
-        return max(1, min(int(BURST_SECONDS / self._seconds), *(request.most for request, _ in work)))
+        seconds = self._seconds * self.times.ratio(sum(self._last.values()), len(work))
+        return max(1, min(int(BURST_SECONDS / seconds), *(request.most for request, _ in work)))
 
     def _compute(self, work: Sequence[tuple[_Request, int]], own: _Request) -> None:
         """The pass. The logits are the executor's memory: a single caller uses them there, several get copies."""

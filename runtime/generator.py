@@ -14,7 +14,7 @@ from math import nan
 from numbers import Integral
 from threading import Event
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -144,7 +144,7 @@ def generate(
         return [sampler(logits, tokens)] if max_tokens != 0 else []
 
     drafts = Drafts(session.odds) if draft and session.executor.same_bits else None
-    draws_inside = session.executor.steps is not None and hasattr(sampler, "prepare")
+    inside: Any = sampler if session.executor.steps is not None and hasattr(sampler, "prepare") else None
     tried: list[int] = []
 
     def draw(rows: np.ndarray) -> list[tuple[int, float]]:
@@ -194,12 +194,12 @@ def generate(
             session.check(claim)
             if (room := n_ctx - len(session.ids)) > 0:
                 tried = drafts.after(tokens, room - 1, session.company) if drafts else []
-                if tried or not draws_inside:
+                if tried or inside is None:
                     drawn = session.append(id, tried, draw)
                 else:
                     most = room if max_tokens is None else min(room, max_tokens - n_generated)
                     most = drafts.may_pay_after(session.company, most) if drafts else most
-                    drawn = session.draw(id, sampler, tokens, most, ends)
+                    drawn = session.draw(id, inside, tokens, most, ends)
                 if drafts and tried:
                     drafts.passed(tried, len(drawn))
                 continue

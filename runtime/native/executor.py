@@ -209,9 +209,12 @@ class NativeExecutor:
         """`steps` in the same way."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
-        if most > 1:  # spans of positions are shared out beforehand
+        if most > 1:
+            if not all(samplers) or len(samplers) != len(work) or any(len(ids) != 1 or rows != 1 for _, ids, rows in work):
+                raise ValueError("several passes take a token and a sampler of each text")
+            # spans of positions are shared out beforehand
             left = [min(cache.n_ctx - cache.length, sizes.SPAN - cache.length % sizes.SPAN) for cache, _, _ in work]
-            most = min(most, *left)
+            most = min(most, sizes.MAX_PASSES, *left)
         self._draw_with(work, samplers)
         wanted = wanted or self._nobody
         self._most.value, self._n_passes.value, self._wanted.value = most, 0, ctypes.addressof(wanted)
@@ -222,7 +225,7 @@ class NativeExecutor:
         logits, start = [], 0
         for i, (cache, ids, rows) in enumerate(work):
             if n_passes > 1:
-                for at, id in enumerate(samplers[i].ids(n_passes - 1), cache.length + 1):
+                for at, id in enumerate(samplers[i].ids(n_passes - 1), cache.length + 1):  # type: ignore[union-attr]
                     cache.ids[at] = id
             cache.length += len(ids) + n_passes - 1
             logits.append(self._logits[start : start + rows])

@@ -100,7 +100,7 @@ class DrawingSampler:
     another shape or type, and for ids outside the vocabulary.
     """
 
-    MOST = sizes.MAX_PASSES  # tokens that it can be prepared for
+    MOST: int = sizes.MAX_PASSES  # tokens that it can be prepared for
 
     def __init__(self, selection: Selection, call: Any, record: np.ndarray, uniform: Callable[[], float]):
         """`record`: a SAMPLER of the selection's, complete but for what it has for drawing inside passes."""
@@ -112,7 +112,8 @@ class DrawingSampler:
         self._begins_with, self._room = 0, -1
         self._ends: Set[int] | None = None
         # arrays of Python's: NumPy is no longer in the processor's caches after a pass, and takes several times as long then
-        self._uniforms, self._drawn, self._logits, self._sums = (array(type, bytes(8 * self.MOST)) for type in "dqdd")
+        self._uniforms, self._logits, self._sums = (array("d", bytes(8 * self.MOST)) for _ in range(3))
+        self._drawn = array("q", bytes(8 * self.MOST))
         self._n_ahead = 0  # so many of the random numbers no token was drawn with so far
         for name in ("uniforms", "drawn", "logits", "sums"):
             record[name] = getattr(self, f"_{name}").buffer_info()[0]
