@@ -27,7 +27,9 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 
 class Serving:
-    """A running server. `passes`: how many ids each pass of the model had; `before` is called in front of every pass."""
+    """A running server. `passes`: how many ids each pass of the model had, or the first of several in a row; `before`, where a
+    test sets it, is called in front of every pass.
+    """
 
     def __init__(self, path: Path, *, slots: int = 2, waiting: int = 32, seconds: float = 60.0, policy: Policy | None = None,
                  persona: dict[str, str] | None = None, prepared: str | None = None, **defaults: Any):  # fmt: skip
@@ -41,15 +43,18 @@ class Serving:
         app = application(self.answerer, self.policy, defaults, self.page.routes())
         self.server = Server(app, self._socket, self.answerer.stop)
         self.passes: list[int] = []
-        self.before: Callable[[], object] = lambda: None
-        step = self.model.executor.step
+        self.before: Callable[[], object] | None = None
+        name = "steps" if self.model.executor.steps else "step"  # the native executor's `step` is one of its `steps`
+        step = getattr(self.model.executor, name)
 
-        def counted(work: Any) -> Any:
-            self.before()
+        def counted(work: Any, samplers: Any = (), most: int = 1, *wanted: Any) -> Any:
+            if self.before is not None:
+                self.before()
+                most = 1
             self.passes.append(sum(len(ids) for _, ids, _ in work))
-            return step(work)
+            return step(work, samplers, most, *wanted) if name == "steps" else step(work)
 
-        self.model.executor.step = counted
+        setattr(self.model.executor, name, counted)
         ready = threading.Event()
 
         def begun() -> None:
@@ -163,7 +168,7 @@ def serving(path: Path, **options: Any) -> Iterator[Serving]:
     try:
         yield server
     finally:
-        server.before = lambda: None
+        server.before = None
         server.stop()
 
 

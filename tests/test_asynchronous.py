@@ -62,8 +62,8 @@ def test_other_coroutines_go_on_while_a_pass_is_computed(model, monkeypatch):
 
 @pytest.mark.parametrize("how", ["break", "cancel"])
 def test_who_leaves_ends_the_answer(model, how, monkeypatch):
-    session, step = model.session(), model.executor.step
-    monkeypatch.setattr(model.executor, "step", lambda work: time.sleep(0.02) or step(work))  # else it is done before
+    session, steps = model.session(), model.executor.steps
+    monkeypatch.setattr(model.executor, "steps", lambda *work: time.sleep(0.02) or steps(*work))  # else it is done before
 
     async def leave():
         async def read():

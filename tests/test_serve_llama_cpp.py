@@ -90,7 +90,7 @@ def test_slots_say_who_answers_and_nothing_of_what_is_said(server):
         assert at_work.wait(60)
         assert b"inn" not in server.get("/slots").body
     finally:
-        server.before = lambda: None
+        server.before = None
         for client in clients:
             client.close()
         go_on.set()

@@ -158,7 +158,7 @@ def test_a_reload_in_the_middle_keeps_the_question_and_the_answer_so_far(server,
     wait_until(server.idle)
     assert page.inner_text("li.user > .text") == "Tell me a joke."
     wait_until(lambda: files()[0].messages[1].get("cut") is True)
-    server.before = lambda: None
+    server.before = None
     page.click("text=Go on")
     answered(page)
     assert len(answers(page)[0]) > 5
@@ -174,7 +174,7 @@ def test_two_tabs(server, visit):
     answered(first)
     answered(second)
     wait_until(lambda: sorted(c.messages[0]["content"] for c in files()) == ["Hello", "What is your name?"])
-    server.before = lambda: None
+    server.before = None
     second.click("nav .open:has-text('Hello')")  # now both have the same one
     second.wait_for_selector("li.user:has-text('Hello')")
     ask(first, "And you?")
@@ -252,7 +252,7 @@ def test_the_keyboard_is_enough(server, visit):
     page.keyboard.press("Escape")
     answered(page)
     assert "(cut off)" in page.inner_text("#log")
-    server.before = lambda: None
+    server.before = None
     page.focus("#options")
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open]")

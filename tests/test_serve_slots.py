@@ -61,7 +61,7 @@ def test_who_hangs_up_frees_his_slot_within_one_pass_also_in_the_middle_of_a_pro
         gate.open()
         wait_until(server.idle)
         assert len(server.passes) == 1, "the pass that was under way, and none after it"
-        server.before = lambda: None
+        server.before = None
         assert server.post(CHAT, hello()).status == 200
 
 

@@ -212,6 +212,8 @@ class NativeExecutor:
         if most > 1:
             if not all(samplers) or len(samplers) != len(work) or any(len(ids) != 1 or rows != 1 for _, ids, rows in work):
                 raise ValueError("several passes take a token and a sampler of each text")
+            if self.single is not None and self.single.is_trying:
+                most = 1  # each pass is a measurement
             # spans of positions are shared out beforehand
             left = [min(cache.n_ctx - cache.length, sizes.SPAN - cache.length % sizes.SPAN) for cache, _, _ in work]
             most = min(most, sizes.MAX_PASSES, *left)
@@ -250,7 +252,7 @@ class NativeExecutor:
         started = perf_counter()
         self._workers.run()
         if is_single and single.is_trying:
-            single.took((perf_counter() - started) / max(1, self._n_passes.value))
+            single.took(perf_counter() - started)
 
     def _is_next(self, cache: NativeCache, ids: Ids, rows: int) -> bool:
         """Whether the last pass was of the token before this one; then little changes in its records, which is done here."""
