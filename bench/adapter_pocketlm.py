@@ -74,15 +74,19 @@ class Pocketlm:
 
     def ninth(self, prompt: list[int], n_tokens: int, conversations: int) -> tuple[float, float, int]:
         """Seconds to the first token of one conversation more, begun when each of the others has made n_tokens; how long one of
-        theirs took until then; and how many passes ended meanwhile, the one under way at the beginning among them.
+        theirs took until then; and how many passes ended meanwhile, the one under way at the beginning among them. Passes in a
+        row are taken to be of the same length.
         """
         executor, ended = self._model.executor, list[float]()
-        step = executor.step
+        name = "steps" if executor.steps else "step"
+        step = getattr(executor, name)
 
-        def counted(work: Any) -> Any:
-            logits = step(work)
-            ended.append(time.perf_counter())
-            return logits
+        def counted(*work: Any) -> Any:
+            began = time.perf_counter()
+            result = step(*work)
+            n, seconds = result[1] if name == "steps" else 1, time.perf_counter() - began
+            ended.extend(began + seconds * (i + 1) / n for i in range(n))
+            return result
 
         moments = [list[float]() for _ in range(conversations)]
         done = threading.Event()
@@ -98,7 +102,7 @@ class Pocketlm:
 
         threads = [threading.Thread(target=speak, args=(number,)) for number in range(conversations)]
         with self._model.session(ctx=ctx) as session:
-            executor.step = counted
+            setattr(executor, name, counted)
             for thread in threads:
                 thread.start()
             try:
@@ -113,9 +117,9 @@ class Pocketlm:
                 done.set()
                 for thread in threads:
                     thread.join()
-                executor.step = step
+                setattr(executor, name, step)
         before = [moment for moment in moments[0] if moment <= started]
-        return first, float(np.median(np.diff(before))), sum(started < moment <= started + first for moment in ended)
+        return first, (before[-1] - before[0]) / (len(before) - 1), sum(started < moment <= started + first for moment in ended)
 
     def close(self) -> None:
         self._model.close()

@@ -103,8 +103,9 @@ def test_a_library_that_makes_its_own_steps_is_timed_by_them() -> None:
     assert bench.decode(3, depth=8, at_least=2.0)["seconds"] == [0.5] * 6  # twice, until two seconds are full
 
 
-def test_the_ninth_conversation_is_timed_while_eight_go_on(tmp_path: Path) -> None:
-    one = adapter(BACKENDS["numpy"], write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX))
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_the_ninth_conversation_is_timed_while_eight_go_on(tmp_path: Path, backend: str) -> None:
+    one = adapter(BACKENDS[backend], write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX))
     step = one._model.executor.step
     first, others, passes = one.ninth([1, 2, 3], 2, conversations=3)
     assert first > 0
