@@ -28,6 +28,17 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def native() -> Iterator[Any]:
+    """A native executor of a small random model with 60 words."""
+    from native_calls import executors, host_level
+
+    executor, reference = executors(host_level(), "Q4_0", 2, n_vocab=60)
+    reference.close()
+    yield executor
+    executor.close()
+
+
 @pytest.fixture(scope="session")
 def vocabulary_file(request) -> Callable[[str], Path]:
     """The path of a GGUF vocabulary by its name: "gguf-…" lies in `tests/vectors`, "ggml-vocab-…" in the test data."""

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import test_drafts
-from native_calls import each_level, executors, host_level
+from native_calls import each_level, executors
 from operation_lists import LISTS, tensors_of
 from test_drafts import answer, random_options, random_prompt
 
@@ -30,14 +30,6 @@ SAMPLED = {"temperature": 0.8, "top_k": 40, "seed": 5, "repeat_penalty": 1.1}
 @pytest.fixture(autouse=True)
 def long_bursts(monkeypatch):
     monkeypatch.setattr(engine_module, "BURST_SECONDS", 1e9)
-
-
-@pytest.fixture(scope="module")
-def native():
-    executor, reference = executors(host_level(), "Q4_0", 2, n_vocab=60)
-    reference.close()
-    yield executor
-    executor.close()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
-from native_calls import executors, host_level
 
 from pocketlm.runtime import engine as engine_module
 from pocketlm.runtime.drafts import LONGEST, SHORTEST, Drafts, Odds
@@ -45,14 +44,6 @@ class Priced(Odds):
 
     def best_length(self, match, company):
         return super().best_length(match, alone())
-
-
-@pytest.fixture(scope="module")
-def native():
-    executor, reference = executors(host_level(), "Q4_0", 2, n_vocab=60)
-    reference.close()
-    yield executor
-    executor.close()
 
 
 def answer(executor, prompt, *, draft, odds=None, cache=None, **options):
