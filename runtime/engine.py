@@ -1,12 +1,13 @@
 """The engine: what several threads want computed at the same time, merged into passes of one executor.
 
-In: ids that a text is to be continued with, its cache, and what to do with the logits. Out: how many of the ids were computed,
-and what became of the logits. Knows no sessions, no sampling and no text.
+In: ids that a text is to be continued with, its cache, and what to do with the logits, or who draws from them. Out: how many of
+the ids were computed, and what became of the logits. Knows no sessions, no text, and of sampling only who does it.
 
 There is no thread of the engine's own, so a single caller pays nothing for it. Callers queue up; whoever finds nobody leading
 leads: waits for a moment for those who took part in the last pass, computes a pass of what is queued then, hands out the
 results and goes (flat combining: Hendler, Incze, Shavit and Tzafrir, SPAA 2010). Single tokens, with their drafts,
 go first, then as much of the prompts as fits into a pass, so that a long prompt does not stop the others.
+Where all in a pass have a token that is drawn in it, and nobody else waits, several passes follow one another.
 
 An interrupt of the leader loses nothing: what is not handed out stays in the queue, and the next leader computes it again.
 """

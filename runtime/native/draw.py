@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from pocketlm.runtime.native.ir import F32, F64, I1, I16, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.matrix import ROW
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.record_reader import of_sampler as _get
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import BROKEN, CHUNK, NO_CHOICE, UNKNOWN_ID
 from pocketlm.runtime.native.tiling import ROWS
@@ -53,22 +53,6 @@ def define(module: Module) -> None:
         "draw", {"s": PTR, "logits": PTR, "ids": PTR, "n_ids": I64, "u": F64}, returns=I64, linkage="entry"
     ) as f:
         _draw(f)
-
-
-def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """The stage that draws a row's token where it has a sampler: with the random number of this pass."""
-    s = f.load(PTR, r.run("samplers", PTR) + task * 8, 8)
-    with f.when(_not(f, f.emit(I1, f"icmp eq ptr {s}, null"))):
-        at, logits = r.run("n_passes") * 8, r.op("x", PTR) + task * r.op("x_stride")
-        u = f.load(F64, _get(f, s, "uniforms", PTR) + at, 8)
-        id = f.call(I64, "draw", s, logits, _get(f, s, "text", PTR), _get(f, s, "n_text"), u)
-        f.store(id, _get(f, s, "drawn", PTR) + at, 8)
-        for name in ("logit", "sum"):
-            f.store(_get(f, s, name, F64), _get(f, s, name + "s", PTR) + at, 8)
-
-
-def _get(f: Function, s: Value, name: str, type=I64) -> Value:
-    return f.field(s, offset(SAMPLER, name), type)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ length is checked here, before compiled code sees a pointer.
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,54 +19,27 @@ import numpy as np
 
 from pocketlm.runtime import operations as P
 from pocketlm.runtime.ids import Ids, check_ids
-from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, release_pages, round_up
+from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, round_up
 from pocketlm.runtime.native import levels, sizes
 from pocketlm.runtime.native.caches import CACHES, NativeCache
 from pocketlm.runtime.native.decode_threads import DecodeThreads, for_model
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.kernels import CORE, kernels
 from pocketlm.runtime.native.lowering import Storage, TiledMatrix, check, encode
-from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, QUERY, RUN, TOKEN, offset
+from pocketlm.runtime.native.matrices import as_one, matrix_names, tile_rows
+from pocketlm.runtime.native.records import ENTRY, GROUP, PAIR, RUN, TOKEN, offset
+from pocketlm.runtime.native.scratch import Scratch
 from pocketlm.runtime.native.selection import DrawingSampler, Selection
 from pocketlm.runtime.native.sizes import BLOCK
-from pocketlm.runtime.native.tiling import ROWS, groups, tiled_bytes
+from pocketlm.runtime.native.tiling import ROWS, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
+from pocketlm.runtime.threads import ForkedLock, ThreadPool
 from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
-PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the second-level cache
-
-
-class _Scratch:
-    """How large the working arrays of a run are: known before anything is allocated."""
-
-    def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int):
-        hyper, n_spans = plan.hyper, -(-n_ctx // sizes.SPAN)
-        self.dim = round_up(hyper.head_dim, ROWS)
-        products = [op for op in plan.ops if isinstance(op, P.Linear | P.Logits)]
-        experts = [op for op in plan.ops if isinstance(op, P.Experts)]
-        self.activation = sizes.activation_bytes(max(op.matrix.n_in for op in products))
-        self.n_pairs = BLOCK * max((op.n_used for op in experts), default=0)  # of a token and an expert, in a pass
-        self.n_experts = max((op.n_experts for op in experts), default=0)
-        widest = sizes.activation_bytes(max((op.matrix.n_in for op in experts), default=0))
-        self.activations = max(BLOCK * self.activation, 8 * self.n_pairs // 5 * widest)  # a tile of 5 takes as much as one of 8
-        row = max((tensors[name].data.nbytes // math.prod(plan.weights[name][:2]) for name in plan.experts), default=0)
-        self.places, end = {}, self.activation  # of each thread's parts in its own memory
-        for name, n_bytes in (
-            ("products_at", 2 * sizes.TILE * sizes.MAX_CHUNK * ROWS * 4), ("rows_at", sizes.QUERIES * QUERY.itemsize),
-            ("queries_at", sizes.QUERIES * self.dim * 4), ("scores_at", sizes.QUERIES * sizes.SPAN * 4),
-            ("mixed_at", sizes.QUERIES * (self.dim + sizes.LANES) * 4), ("tiled_at", sizes.EXPERT_CHUNK * ROWS * row),
-        ):  # fmt: skip
-            self.places[name], end = end, end + round_up(n_bytes, 64)
-        self.stride = round_up(end, 4096)  # from thread to thread
-        self.n_slots = BLOCK + max(n_spans, min(8 * n_spans, 1024))  # more than one a token where spans are shared out
-        partials = 4 * self.n_slots * hyper.n_head * (self.dim + sizes.LANES)
-        self.n_bytes = self.activations + n_threads * self.stride + partials
-        self.n_bytes += self.n_pairs * (PAIR.itemsize + GROUP.itemsize) + 8 * self.n_experts
 
 
 class NativeExecutor:
@@ -83,7 +55,7 @@ class NativeExecutor:
         weights that are NaN.
         """
         self.plan, self.hyper, self.n_ctx, self.n_threads = plan, plan.hyper, n_ctx, n_threads
-        names = _matrix_names(plan)
+        names = matrix_names(plan)
         formats = sorted({tensors[name].format.name for name in [*names, *plan.experts]})
         check(plan, formats)
         self.level = levels.detect()
@@ -93,7 +65,7 @@ class NativeExecutor:
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
         self._tensors = tensors
         fit, mapped = self._place_experts(kv)
-        matrices = self._tile([*(tensors[name] for name in names), *(_as_one(tensors[name]) for name in fit)]) | mapped
+        matrices = self._tile([*(tensors[name] for name in names), *(as_one(tensors[name]) for name in fit)]) | mapped
         matrices |= {name: replace(matrices[name], n_rows=tensors[name].shape[1]) for name in fit}
         self._tables = rope_tables(plan.ops, self._read, n_ctx)
         self._turns = key_turns(plan.ops, self._read, n_ctx)
@@ -122,7 +94,7 @@ class NativeExecutor:
         held = plan.weights.keys() - plan.experts.keys()
         weights = sum(tensor.data.nbytes for name, tensor in tensors.items() if name in held)
         buffers = 4 * BLOCK * sum(round_up(width, 32) for width in plan.buffers.values())
-        scratch = _Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
+        scratch = Scratch(plan, tensors, n_ctx, n_threads).n_bytes + buffers
         scratch += rope_tables_bytes(plan.ops, n_ctx) + NativeCache.bytes_to_move(plan.hyper, n_ctx)
         return weights, CACHES[kv].bytes_for(plan.hyper, n_ctx, plan.windows, plan.columns), scratch
 
@@ -350,7 +322,7 @@ class NativeExecutor:
                     continue
                 types = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 5
                 permute = self._code[fmt].function(f"{fmt}_tile", None, *types)
-                pool.run(partial(_tile_rows, tensor, data, permute))
+                pool.run(partial(tile_rows, tensor, data, permute))
                 result[tensor.name] = TiledMatrix(fmt, n_rows, n_columns, data)
         return result
 
@@ -373,7 +345,7 @@ class NativeExecutor:
 
     def _make_record(self) -> np.ndarray:
         """The run's record, and every array it points at in self._arrays."""
-        hyper, scratch = self.hyper, _Scratch(self.plan, self._tensors, self.n_ctx, self.n_threads)
+        hyper, scratch = self.hyper, Scratch(self.plan, self._tensors, self.n_ctx, self.n_threads)
         self._n_slots = scratch.n_slots
         self._logits = self._buffers["logits"][:, : hyper.n_vocab]
         self._alone: tuple[Callable[[], NativeCache | None], int] = lambda: None, 0
@@ -412,32 +384,3 @@ class NativeExecutor:
         self._nobody, self._rows_at = ctypes.c_int64(), arrays["samplers"].ctypes.data
         self._row_samplers = (ctypes.c_int64 * BLOCK).from_buffer(arrays["samplers"].view(np.uint8))
         return record
-
-
-def _as_one(tensor: Tensor) -> Tensor:
-    """All experts' matrices below each other."""
-    return replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
-
-
-def _tile_rows(tensor: Tensor, data: np.ndarray, permute: Callable[..., None], part: int, parts: int) -> None:
-    """A thread's share of a matrix into `data`. Raises FileError for weights that are NaN."""
-    source, (n_rows, n_columns) = tensor.data, tensor.shape
-    group_bytes, n_blocks = ROWS * source.nbytes // n_rows, n_columns // tensor.format.block_size
-    mine, step = share(groups(n_rows), part, parts), max(1, PIECE // group_bytes)
-    for first in range(mine.start, mine.stop, step):
-        last = min(first + step, mine.stop)
-        piece = slice(first * group_bytes, last * group_bytes)
-        check_finite(tensor, piece)
-        permute(source.ctypes.data, data.ctypes.data, n_rows, groups(n_rows), n_blocks, first, last)
-        release_pages(source[piece])
-
-
-def _matrix_names(plan: Plan) -> list[str]:
-    """Every tensor that is a matrix of a product or a table of an embedding, once."""
-    names: dict[str, None] = {}
-    for op in plan.ops:
-        if isinstance(op, P.Embed):
-            names |= {name: None for name in (op.table, op.positions) if name}
-        elif isinstance(op, P.Linear | P.Logits):
-            names |= dict.fromkeys(op.matrix.weights)
-    return list(names)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from pocketlm.runtime.native.ir import I64, PTR, Function, Type, Value
-from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, OPERATION, PAIR, RUN, TOKEN, offset
+from pocketlm.runtime.native.records import ENTRY, GROUP, LAYER, OPERATION, PAIR, RUN, SAMPLER, TOKEN, offset
 from pocketlm.runtime.native.sizes import LANES
 
 
@@ -45,6 +45,11 @@ class Records:
     def entry(self, number: Value) -> Callable[[str], Value]:
         at = self.run("entries", PTR) + number * ENTRY.itemsize
         return lambda name: self._f.field(at, offset(ENTRY, name))
+
+
+def of_sampler(f: Function, sampler: Value, name: str, type: Type = I64) -> Value:
+    """A field of the SAMPLER at an address."""
+    return f.field(sampler, offset(SAMPLER, name), type)
 
 
 def vectors(f: Function, n: Value) -> AbstractContextManager[Value]:

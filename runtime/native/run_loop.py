@@ -10,10 +10,10 @@ the stages compute. A run is one pass over the program, or several where a text'
 
 from __future__ import annotations
 
-from pocketlm.runtime.native import sizes
+from pocketlm.runtime.native import next_token, sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
-from pocketlm.runtime.native.records import OPERATION, RUN, SAMPLER, TOKEN, WORKER, offset
+from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
 from pocketlm.runtime.native.stages import heads_apart
 
 ASLEEP = 1
@@ -26,7 +26,7 @@ def define(module: Module, machine: str) -> None:
     _define_pause(module, machine)
     _define_barrier(module, machine)
     _define_tasks(module)
-    _define_follow(module)
+    next_token.define(module)
     with module.function("work", {"run": PTR, "tid": I64}, linkage="entry") as f:
         _work(f, machine)
     with module.function("step", {"run": PTR}, returns=I64, linkage="entry") as f:
@@ -117,44 +117,6 @@ def _reset_counters(f: Function, r: Records) -> None:
         f.atomic_store(0, _counters(r, tid) + i * 8)
 
 
-def _define_follow(module: Module) -> None:
-    """follow(run) -> 1: the records are those of the next pass now, in which each text has the token that was drawn for it; 0:
-    no pass follows. A token that ends a text, or is none, ends the run for all.
-    """
-    with module.function("follow", {"run": PTR}, returns=I64) as f:
-        (run,) = f.args()
-        r = Records(f, run, run)
-        number, samplers = r.run("n_passes"), r.run("samplers", PTR)
-        r.set_run("n_passes", number + 1)
-        with f.when((number + 1 >= r.run("most")) | f.atomic_load(r.run("wanted", PTR)).equals(1)):
-            f.ret(0)
-        with f.when(f.atomic_load(run + offset(RUN, "lost")) > 0):
-            f.ret(0)  # Python may want to leave the late thread out
-
-        def of(text: Value) -> tuple[Value, Value]:
-            """A text's sampler, and the token that it has drawn."""
-            sampler = f.load(PTR, samplers + text * 8, 8)
-            return sampler, f.field(f.field(sampler, offset(SAMPLER, "drawn"), PTR) + number * 8, 0)
-
-        with f.range(0, r.run("n_logits")) as text:
-            sampler, id = of(text)
-            with f.when(id < 0):
-                f.ret(0)
-            ends = f.field(sampler, offset(SAMPLER, "ends"), PTR)
-            with f.range(0, f.field(sampler, offset(SAMPLER, "n_ends"))) as i, f.when(f.load(I64, ends + i * 8, 8).equals(id)):
-                f.ret(0)
-        with f.range(0, r.run("n_logits")) as text:
-            sampler, id = of(text)
-            token = r.token(text)
-            for name, value in (("before", token("id")), ("id", id), ("position", token("position") + 1)):
-                f.store(value, r.run("tokens", PTR) + (text * TOKEN.itemsize + offset(TOKEN, name)), 8)
-            end = f.field(sampler, offset(SAMPLER, "n_text"))
-            f.store(f.cast("trunc", id, I32), f.field(sampler, offset(SAMPLER, "text"), PTR) + end * 4, 4)
-            f.store(end + 1, sampler + offset(SAMPLER, "n_text"), 8)
-        _reset_counters(f, r)
-        f.ret(1)
-
-
 def _work(f: Function, machine: str) -> None:
     run, tid = f.args()
     barriers, times, began = f.var(I64, 0), f.stack(I64, 2), f.clock(machine)
@@ -168,6 +130,7 @@ def _work(f: Function, machine: str) -> None:
             f.call(VOID, "barrier", run, barriers.get() + 1, times)  # all have drawn
             with f.when(tid.equals(0)):
                 f.store(f.call(I64, "follow", run), run + offset(RUN, "another"), 8)
+                _reset_counters(f, Records(f, run, run))
             barriers.set(barriers.get() + 2)
             f.call(VOID, "barrier", run, barriers.get(), times)
             another.set(f.field(run, offset(RUN, "another")))

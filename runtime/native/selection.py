@@ -1,6 +1,7 @@
 """What sampling asks of a vocabulary's logits, in compiled code: the next token, or what leads to it.
 
-In: logits. Out: an id and its log-probability; the ids of the k largest, a sum. Does not know the model.
+In: logits, or a text and the passes that go on with it (`DrawingSampler`). Out: an id and its log-probability; the ids of the k
+largest, a sum. Does not know the model.
 """
 
 from __future__ import annotations

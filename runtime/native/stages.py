@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from pocketlm.runtime.native import attention, draw, elements, experts
+from pocketlm.runtime.native import attention, elements, experts, next_token
 from pocketlm.runtime.native.cache_numbers import Words
 from pocketlm.runtime.native.dot import READS_WHOLES
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
@@ -45,7 +45,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
         "join": attention.join, "matrix": _matrix, "store": partial(_store, numbers=numbers),
         "attend": partial(attention.attend, numbers=numbers), "each": elements.each,
         "route": experts.route, "group": experts.group, "gather": experts.gather, "experts": experts.experts,
-        "mix": experts.mix, "convolve": _convolve, "sample": draw.sample,
+        "mix": experts.mix, "convolve": _convolve, "sample": next_token.sample,
     }  # fmt: skip
     for name, body in stages.items():
         with module.function(name, STAGE) as f:
