@@ -40,7 +40,8 @@ def _marked(level: Level) -> Any:
     )
 
 
-each_level = pytest.mark.parametrize("level", [_marked(level) for level in LEVELS.values() if level.machine == HERE])
+LEVELS_HERE = [_marked(level) for level in LEVELS.values() if level.machine == HERE]
+each_level = pytest.mark.parametrize("level", LEVELS_HERE)
 each_format = pytest.mark.parametrize("fmt", FORMAT_NAMES)
 
 

@@ -16,13 +16,13 @@ import sys
 from collections import defaultdict
 
 import numpy as np
-from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounded, weights
+from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounded, runs_here, weights
 from plain_calls import plain_function
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
 from pocketlm.runtime.native.levels import LEVELS, Level
-from pocketlm.runtime.native.sizes import TILES
+from pocketlm.runtime.native.sizes import ALL_TILES, tiles
 from pocketlm.runtime.native.tiling import groups, restore, tile, tiled_bytes
 
 SHAPES = 200
@@ -167,10 +167,11 @@ def table(levels: list[Level], fmt: str) -> None:
 
 def main(levels: list[Level]) -> None:
     faulthandler.enable()
+    assert all(runs_here(level) for level in levels)  # which asks the system for AMX
     for fmt in FORMAT_NAMES:
         print(fmt, file=sys.stderr, flush=True)
-        for tokens in TILES:
-            products(levels, fmt, tokens)
+        for tokens in ALL_TILES:
+            products([level for level in levels if tokens in tiles(level.name)], fmt, tokens)
         table(levels, fmt)
 
 

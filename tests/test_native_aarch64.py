@@ -192,7 +192,7 @@ class Program:
     """A model's program in a guest's memory, the addresses in it replaced by those that its arrays have there."""
 
     def __init__(self, guest, native, n_threads):
-        storage = dataclasses.replace(native._storage, address=lambda f, kernel: guest.code(f"{f}_{kernel}"))
+        storage = dataclasses.replace(native._storage, address=lambda f, kernel: guest.code(f"{f}_{kernel}"), tiles=TILES)
         self.guest, self.native, self.buffer = guest, native, storage.buffers["logits"]
         program = encode(native.plan, storage, n_threads)
         arrays = [*(m.data for m in storage.matrices.values()), *native._vectors.values(), *storage.buffers.values()]

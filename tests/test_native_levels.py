@@ -61,6 +61,13 @@ def test_the_best_level_that_the_flags_allow(computer, machine, flags, expected)
     assert detect().name == expected
 
 
+@pytest.mark.parametrize(("allows", "expected"), [(True, "amx"), (False, "avx512-vnni")])
+def test_tiles_are_used_where_the_system_keeps_them(computer, monkeypatch, allows, expected):
+    computer("x86_64", CASCADE_LAKE + " avx512_bf16 amx_bf16 amx_tile amx_int8")
+    monkeypatch.setattr(levels, "_may_use_tiles", lambda: allows)
+    assert detect().name == expected
+
+
 def test_cores_that_differ_get_what_all_of_them_have(computer):
     computer("aarch64", RASPBERRY_PI_4, RASPBERRY_PI_5)
     assert detect().name == "neon"
@@ -92,7 +99,7 @@ def test_a_level_can_be_forced(computer, monkeypatch):
 def test_a_forced_level_that_is_unknown_or_cannot_run_is_an_error(computer, monkeypatch):
     computer("x86_64", HASWELL)
     monkeypatch.setenv("POCKETLM_ISA", "avx3")
-    with pytest.raises(UsageError, match="avx512-vnni, avx-vnni, avx2, sse4, dotprod, neon"):
+    with pytest.raises(UsageError, match="amx, avx512-vnni, avx-vnni, avx2, sse4, dotprod, neon"):
         detect()
     monkeypatch.setenv("POCKETLM_ISA", "avx-vnni")
     with pytest.raises(PocketlmError, match="lacks avx_vnni"):
@@ -105,13 +112,13 @@ def test_a_forced_level_that_is_unknown_or_cannot_run_is_an_error(computer, monk
 def test_every_level_of_a_machine_is_at_least_as_demanding_as_the_next_general_one():
     assert [level for level in LEVELS.values() if level.triple.split("-")[0] != level.machine] == []
     assert LEVELS["sse4"].needs < LEVELS["avx2"].needs < LEVELS["avx-vnni"].needs
-    assert LEVELS["avx2"].needs < LEVELS["avx512-vnni"].needs
+    assert LEVELS["avx2"].needs < LEVELS["avx512-vnni"].needs < LEVELS["amx"].needs
     assert LEVELS["neon"].needs < LEVELS["dotprod"].needs
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="compares with /proc/cpuinfo")
 def test_the_cpu_itself_says_what_linux_says():
-    wanted = frozenset().union(*(level.needs for level in LEVELS.values() if level.machine == "x86_64"))
+    wanted = frozenset().union(*(level.needs for level in LEVELS.values() if level.machine == "x86_64")) - levels._AMX
     assert levels._cpuid_flags() & wanted == levels._linux_flags("x86_64") & wanted
 
 

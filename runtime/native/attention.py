@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
-from pocketlm.runtime.native.dot import pair_dot
+from pocketlm.runtime.native.dot import AVX512, pair_dot
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW, fetch_far
 from pocketlm.runtime.native.record_reader import Records, vectors
@@ -47,9 +47,10 @@ class Tiles:
     mix: int  # queries whose sums of values, of a few positions and of all, fit; divides the numbers above, or they it
 
 
+_WIDE = Tiles(((12, 2), (6, 4), (4, 4), (3, 1), (2, 1), (1, 1)), 12)
 _NARROW = Tiles(((6, 1), (3, 2), (2, 2), (1, 4)), 3)
 TILES = {
-    "avx512-vnni": Tiles(((12, 2), (6, 4), (4, 4), (3, 1), (2, 1), (1, 1)), 12),
+    "avx512-vnni": _WIDE, "amx": _WIDE,
     "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
     "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
 }  # fmt: skip
@@ -326,7 +327,7 @@ def _mix(
             for k, own_sum in enumerate(own_sums):
                 f.store(own_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
 
-    wide = 4 if queries <= FEW and level == "avx512-vnni" else 1
+    wide = 4 if queries <= FEW and level in AVX512 else 1
     whole = padded & (-LANES * wide)
     with f.range(0, whole, LANES * wide) as start:
         columns(start, wide)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pocketlm.runtime.formats import IQ4_STEPS, MXFP4_STEPS
-from pocketlm.runtime.native.dot import SIGNED_ZERO, Words
+from pocketlm.runtime.native.dot import AVX512, SIGNED_ZERO, Words
 from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, Function, Value
 from pocketlm.runtime.native.vector_math import from_half, look_up
 
@@ -90,7 +90,7 @@ def _six_bit_scales(f: Function, s: Value) -> tuple[list[Value], list[Value]]:
 
 def _for_each(f: Function, level: str, n: int, body: Callable[[Value | int], None]) -> None:
     """`body` of 0 … n - 1: one after the other where registers hold what a loop would keep in memory, else a loop."""
-    if level == "avx512-vnni":
+    if level in AVX512:
         for i in range(n):
             body(i)
     else:
@@ -252,6 +252,9 @@ RUNS: dict[str, Runs] = {
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
+
+
+SHORT_RUNS = ("Q6_K", "Q2_K", "Q3_K")  # of 16 columns; the others' have 32
 
 
 def _bf16(f: Function, level: str, x: Value) -> Value:

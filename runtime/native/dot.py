@@ -6,7 +6,7 @@ An activation is x = 256 hi + lo; its two signed bytes are multiplied apart and 
 without VNNI, which multiplies by x itself. Knows instructions, not formats.
 
 Bytes of weights up to 6 bits are unsigned and below 64. Those of Q8_0 are signed; `SIGNED_ZERO` says how a level takes
-them: avx512-vnni and avx-vnni only multiply unsigned by signed bytes, so there the weights are moved up by 128.
+them: avx512-vnni, amx and avx-vnni only multiply unsigned by signed bytes, so there the weights are moved up by 128.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pocketlm.runtime.native.ir import I8, I16, I32, Function, Value
 from pocketlm.runtime.native.sizes import WHOLES
 
 Words = list[tuple[Callable[[], Value], int]]
-SIGNED_ZERO = {"avx512-vnni": 128, "avx-vnni": 128}
+AVX512 = ("avx512-vnni", "amx")
+SIGNED_ZERO = {"avx512-vnni": 128, "amx": 128, "avx-vnni": 128}
 READS_WHOLES = ("avx2", "sse4")  # the others take activations byte by byte
 
 
@@ -233,6 +234,7 @@ def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: 
 
 _DOTS: dict[str, Callable[..., list[Value]]] = {
     "avx512-vnni": _together,
+    "amx": _together,
     "avx-vnni": _each_token(_vnni_256),
     "avx2": _pairs(32, "llvm.x86.avx2.pmadd.wd"),
     "sse4": _pairs(16, "llvm.x86.sse2.pmadd.wd"),
@@ -285,6 +287,7 @@ def _long_products(f: Function, total: Value, x: Value, pair: Value) -> list[Val
 
 _PAIR_DOTS: dict[str, Callable[..., list[Value]]] = {
     "avx512-vnni": _in_registers(16, _vnni(512)),
+    "amx": _in_registers(16, _vnni(512)),
     "avx-vnni": _in_registers(8, _vnni(256)),
     "avx2": _in_registers(8, _madd("llvm.x86.avx2.pmadd.wd")),
     "sse4": _in_registers(4, _madd("llvm.x86.sse2.pmadd.wd")),

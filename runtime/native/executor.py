@@ -59,7 +59,7 @@ class NativeExecutor:
         formats = sorted({tensors[name].format.name for name in [*names, *plan.experts]})
         check(plan, formats)
         self.level = levels.detect()
-        self.arithmetic = f"native {self.level.name}" + " q8" * (kv == "q8")
+        self.arithmetic = f"native {self.level.same_bits_as or self.level.name}" + " q8" * (kv == "q8")
         self._kind = CACHES[kv]
         self._code = kernels(formats, self.level, kv)
         self._vectors: dict[tuple[str, int], np.ndarray] = {}
@@ -71,7 +71,10 @@ class NativeExecutor:
         self._turns = key_turns(plan.ops, self._read, n_ctx)
         self.cache = self.new_cache()
         self._buffers = {name: aligned((BLOCK, round_up(width, 32)), np.float32) for name, width in plan.buffers.items()}
-        storage = Storage(matrices, self._vector, self._buffers, self._address, self._table, self._slopes, self._taps)
+        storage = Storage(
+            matrices, self._vector, self._buffers, self._address, self._table, self._slopes, self._taps,
+            sizes.tiles(self.level.name),
+        )  # fmt: skip
         self._storage: Storage | None = storage  # what the program points at
         self._program = encode(plan, storage, n_threads)
         self._arrays: dict[str, np.ndarray] = {}

@@ -8,6 +8,7 @@ llvmlite, so that a packed program can choose among images that were compiled be
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import struct
@@ -37,6 +38,7 @@ class Level:
     cpu: str  # LLVM's name: chooses the scheduling model, and brings features along
     features: str  # LLVM's feature string, on top of the cpu's own
     needs: frozenset[str]  # flags as /proc/cpuinfo spells them
+    same_bits_as: str = ""  # the level whose results its own are, bit for bit
 
     @property
     def triple(self) -> str:
@@ -44,10 +46,14 @@ class Level:
         return f"{self.machine}-unknown-linux-gnu"
 
 
+_AMX = frozenset({"amx_tile", "amx_int8"})
+
 # Best first. aarch64: macOS and Windows keep x18 for themselves; the crypto and half-precision extensions that LLVM
 # takes for granted in a Cortex are missing in the Raspberry Pi's, or need not come with dot products.
 _X18 = "+reserve-x18,-aes,-sha2,-crc"
 _LEVELS = (
+    Level("amx", "x86_64", "x86-64-v4", "+avx512vnni,+amx-tile,+amx-int8,-prefer-256-bit", _V4 | {"avx512_vnni"} | _AMX,
+          "avx512-vnni"),
     Level("avx512-vnni", "x86_64", "x86-64-v4", "+avx512vnni,-prefer-256-bit", _V4 | {"avx512_vnni"}),
     Level("avx-vnni", "x86_64", "x86-64-v3", "+avxvnni", _V3 | {"avx_vnni"}),
     Level("avx2", "x86_64", "x86-64-v3", "", _V3),
@@ -106,8 +112,17 @@ def cpu_flags(machine: str) -> frozenset[str]:
     if sys.platform == "linux":
         flags = _linux_flags(machine)
         if flags:
-            return flags
+            return flags if not flags & _AMX or _may_use_tiles() else flags - _AMX
     return _cpuid_flags() if machine == "x86_64" else _arm_flags()
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux (5.16 and later) to keep the 8 kB of AMX's tiles for this process's threads. No other system is asked: on
+    Windows and in its emulations the level is not used.
+    """
+    ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 
 
 _CPUINFO = "/proc/cpuinfo"

@@ -6,7 +6,7 @@ step of fusion.py, and which records may run without a barrier between them; kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,7 @@ class Storage:
     table: Callable[[P.Rotate], np.ndarray]  # cos and sin of its positions
     slopes: Callable[[P.Attend], np.ndarray]  # of ALiBi
     taps: Callable[[P.Convolve], np.ndarray]  # a convolution's weights, float32 [taps, n]
+    tiles: Sequence[int]  # numbers of tokens that the level has kernels for
 
 
 def check(plan: Plan, formats: Iterable[str]) -> None:
@@ -199,7 +200,7 @@ class _Encoder:
         return {
             "weight": w.data.ctypes.data, "n_groups": groups(w.n_rows),
             "n_blocks": w.n_columns // LAYOUTS[w.format].block_size,
-            **{f"product{tile}": self.storage.address(w.format, f"product{tile}") for tile in sizes.TILES},
+            **{f"product{tile}": self.storage.address(w.format, f"product{tile}") for tile in self.storage.tiles},
         }  # fmt: skip
 
     def gated(self, matrix: P.Matrix, out: str, activation: int) -> None:
@@ -215,7 +216,7 @@ class _Encoder:
             barrier=1, **self.weights(gate), up=second["weight"], up_groups=second["n_groups"],
             up_first=groups(n_rows) if is_one else 0, up_blocks=second["n_blocks"],
             up_bias=up_bias + 4 * n_rows if is_one else up_bias,
-            **{f"up_product{tile}": second[f"product{tile}"] for tile in sizes.TILES},
+            **{f"up_product{tile}": second[f"product{tile}"] for tile in self.storage.tiles},
         )  # fmt: skip
 
     def chunk(self, n_groups: int, most_groups: int = sizes.MAX_CHUNK) -> int:

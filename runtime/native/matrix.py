@@ -3,7 +3,7 @@
 In: a format and a level. Out: functions of a module, each an address that the run loop calls. Knows formats and
 layouts, not operations.
 
-Activations of a tile of T tokens (sizes.TILES) with n columns, n a multiple of 32; offsets in bytes:
+Activations of a tile of T tokens (sizes.tiles) with n columns, n a multiple of 32; offsets in bytes:
     0       [T, n] float32      the values
     4nT     [n / 32, T, 32] int16   the values rounded to 16 bits, with one scale for 32 of them; four in the order 0, 2, 1, 3
     6nT     [n / 32, T] times   low bytes of the rounded values, int8 [32]; their high bytes, int8 [32]; then float32: the
@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, Run
+from pocketlm.runtime.native import amx
+from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, SHORT_RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.sizes import RECORD, TILE, TILES, WHOLES
+from pocketlm.runtime.native.sizes import RECORD, WHOLES, tiles
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 # Bytes of weights fetched ahead: into the first cache, for a single token and for several, which read more slowly; and into the
@@ -51,20 +52,22 @@ TILE_ROWS = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks
 
 
 def define(module: Module, level: str, fmt: str) -> None:
-    """Define FMT_productT for every T of TILES, FMT_row and FMT_tile."""
-    for tokens in TILES:
+    """Define FMT_productT for every T of the level's tiles, FMT_row and FMT_tile."""
+    for tokens in tiles(level):
         with module.function(f"{fmt}_product{tokens}", PRODUCT, linkage="kernel") as f:
-            (_integer_product if fmt in RUNS else _float_product)(f, level, fmt, tokens)
+            product = _float_product if fmt in FLOATS else _amx_product if tokens == amx.TOKENS else _integer_product
+            product(f, level, fmt, tokens)
     with module.function(f"{fmt}_row", LOOKUP, linkage="kernel") as f:
         (_integer_row if fmt in RUNS else _float_row)(f, level, fmt)
     with module.function(f"{fmt}_tile", TILE_ROWS, linkage="entry") as f:
         _tile(f, fmt)
 
 
-def tile_size(f: Function, left: Value) -> Value:
-    """Tokens of the tile that the next of `left` tokens belong to, as sizes.tile_size has it."""
-    size = f.const(I64, TILE)
-    for smaller in reversed(TILES[:-1]):
+def tile_size(f: Function, level: str, left: Value) -> Value:
+    """Tokens of the tile that the next of `left` tokens belong to: of the level's smallest for them, or its largest."""
+    *smaller_ones, largest = tiles(level)
+    size = f.const(I64, largest)
+    for smaller in reversed(smaller_ones):
         size = f.select(left <= smaller, f.const(I64, smaller), size)
     return size
 
@@ -147,15 +150,44 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                     scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + SCALE, 4), ROWS)
                     value = f.fma(run.scale, scaled, total.get())
                     if run.offset is not None:
-                        value = f.fma(run.offset, f.splat(_scaled_sum(f, run, at, half), ROWS), value)
+                        value = f.fma(run.offset, f.splat(_scaled_sum(f, run.count, at, half), ROWS), value)
                     total.set(value)
 
-            for line in range(0, 0 if level in UNASKED else ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
-                f.prefetch(planes["q"] + (ahead + line))
-                fetch_far(f, level, planes["q"] + line)
+            _fetch_block(f, level, fmt, planes, ahead)
             RUNS[fmt](f, level, planes, add)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
+
+
+def _fetch_block(f: Function, level: str, fmt: str, planes: dict[str, Value], ahead: int) -> None:
+    """Ask for the weights that will be read after those of a block."""
+    for line in range(0, 0 if level in UNASKED else ROWS * LAYOUTS[fmt].planes[0].bytes, 64):
+        f.prefetch(planes["q"] + (ahead + line))
+        fetch_far(f, level, planes["q"] + line)
+
+
+def _amx_product(f: Function, level: str, fmt: str, tokens: int) -> None:
+    """`_integer_product` in tiles."""
+    w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
+    size, slots = LAYOUTS[fmt].block_size, amx.Slots(f, 16 if fmt in SHORT_RUNS else 32)
+    records, together = x + n_blocks * size * (6 * tokens), max(1, amx.COLUMNS // size)
+    slots.open()
+    with f.range(first, last) as g:
+        totals = [f.var(ROW, 0.0) for _ in range(tokens)]
+        with f.range(0, n_blocks, together) as start:
+            with f.range(start, f.minimum(start + together, n_blocks)) as b:
+                planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
+
+                def put(run: Run, b: Value = b) -> None:
+                    record = records + (b * size + run.column >> 5) * (RECORD * tokens)
+                    slots.put(run, record, 0 if run.count == 32 else run.column & 31)
+
+                _fetch_block(f, level, fmt, planes, AHEAD_OF_TILE)
+                RUNS[fmt](f, level, planes, put)
+            slots.multiply(totals, _scaled_sum)
+        for t, total in enumerate(totals):
+            f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
+    slots.close()
 
 
 def _unsigned(f: Function, level: str, run: Run) -> tuple[int, Words]:
@@ -165,9 +197,9 @@ def _unsigned(f: Function, level: str, run: Run) -> tuple[int, Words]:
     return run.zero + moved, words
 
 
-def _scaled_sum(f: Function, run: Run, record: Value, half: Value | int) -> Value:
-    """The sum of the run's activations, f32."""
-    if run.count == 32:
+def _scaled_sum(f: Function, count: int, record: Value, half: Value | int) -> Value:
+    """The sum of the `count` activations of a run, f32."""
+    if count == 32:
         return f.load(F32, record + 68, 4)
     return f.cast("sitofp", f.load(I32, record + 72 + (half >> 2), 4), F32) * f.load(F32, record + 64, 4)
 
@@ -187,11 +219,19 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     One group of rows at a time: two, which would hide more of an addition's latency, are two streams from memory, and those
     were a third slower.
     """
+    if tokens > 8:  # registers have the sums of eight
+        for start in range(0, tokens, 8):
+            _float_tokens(f, level, fmt, range(start, start + 8))
+    else:
+        _float_tokens(f, level, fmt, range(tokens))
+
+
+def _float_tokens(f: Function, level: str, fmt: str, tokens: range) -> None:
     w, _, first, last, n, x, y, y_stride = f.args()
     convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
-    xs = [x + ((n + 31) >> 5) * (128 * t) for t in range(tokens)]
+    xs = [x + ((n + 31) >> 5) * (128 * t) for t in tokens]
     whole, group_bytes = n & -4, n * type_.bytes
-    ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
+    ahead = AHEAD if len(tokens) == 1 else AHEAD_OF_TILE
     with f.range(first, last) as g:
         totals = [[f.var(ROW, 0.0) for _ in range(2)] for _ in xs]
         start = w + g * group_bytes
@@ -210,7 +250,7 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                 column(c + i, i % 2)
         with f.range(whole, n) as c:
             column(c, 0)
-        for t, (even, odd) in enumerate(totals):
+        for t, (even, odd) in zip(tokens, totals, strict=True):
             f.store(even.get() + odd.get(), y + y_stride * t + (g - first) * (4 * ROWS))
 
 

@@ -20,7 +20,7 @@ SCALE, ADD, SOFTCAP, ACTIVATE = range(4)  # what EACH does
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "swiglu_clamped")
 COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
-TILE = TILES[-1]
+ALL_TILES = (*TILES, 16)  # of a level that has more, too
 RECORD = 80  # bytes of 32 columns' rounded activations
 WHOLES = 64  # the same of them as int16
 LANES = 16
@@ -38,9 +38,9 @@ MAX_K = 256  # of top-k in `draw`, which sorts by insertion
 BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or infinite logits, all -inf, no such ids
 
 
-def tile_size(n: int) -> int:
-    """The smallest kernel for n tokens, at most TILE of them."""
-    return next(tile for tile in TILES if tile >= min(n, TILE))
+def tiles(level: str) -> tuple[int, ...]:
+    """The numbers of tokens that a level has kernels for."""
+    return ALL_TILES if level == "amx" else TILES
 
 
 def activation_bytes(n: int) -> int:

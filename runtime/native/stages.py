@@ -26,9 +26,8 @@ from pocketlm.runtime.native.sizes import (
     RECORD,
     RMS_NORM,
     SPAN,
-    TILE,
-    TILES,
     WHOLES,
+    tiles,
 )  # fmt: skip
 
 ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whole activations, as matrix.py has it
@@ -110,8 +109,8 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
     width, source = r.op("n"), r.op("source")
     columns = ((width + 31) >> 5) << 5
     # a single token is prepared by every thread for itself; others lie in tiles
-    first, alone = task & -TILE, n.equals(1)
-    size, place = tile_size(f, n - first), task - first
+    first, alone = task & -tiles(level)[-1], n.equals(1)
+    size, place = tile_size(f, level, n - first), task - first
     tile = f.select(alone, own, r.run("activations", PTR) + first * r.run("activation_stride"))
     # the values themselves stay with the thread unless a product reads them
     to = f.select(r.op("floats").equals(1), tile + place * columns * 4, own)
@@ -165,22 +164,23 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     stride = r.run("activation_stride")
     x = f.select(n.equals(1), own, r.run("activations", PTR))
     y, y_stride = own + r.run("products_at"), MAX_CHUNK * LANES * 4
-    up = y + TILE * y_stride
+    smaller_tiles, tile = tiles(level)[:-1], tiles(level)[-1]
+    up = y + tile * y_stride
     gated = f.emit(I1, f"icmp ne ptr {r.op('up', PTR)}, null")
 
     def product(prefix: str, size: Value, w: Value, groups: Value, first: Value, blocks: Value, x: Value, y: Value) -> None:
-        kernel = r.op(f"{prefix}product{TILE}", PTR)
-        for smaller in TILES[:-1]:
+        kernel = r.op(f"{prefix}product{tile}", PTR)
+        for smaller in smaller_tiles:
             kernel = f.select(size.equals(smaller), r.op(f"{prefix}product{smaller}", PTR), kernel)
         f.call_pointer(kernel, w, groups, first + start, first + stop, blocks, x, y, f.const(I64, y_stride))
 
-    with f.range(0, n, TILE) as token:
+    with f.range(0, n, tile) as token:
         left, here = n - token, x + token * stride
-        size = tile_size(f, left)
+        size = tile_size(f, level, left)
         product("", size, r.op("weight", PTR), r.op("n_groups"), f.const(I64, 0), r.op("n_blocks"), here, y)
         with f.when(gated):
             product("up_", size, r.op("up", PTR), r.op("up_groups"), r.op("up_first"), r.op("up_blocks"), here, up)
-        with f.range(0, f.minimum(left, f.const(I64, TILE))) as t:
+        with f.range(0, f.minimum(left, f.const(I64, tile))) as t:
             out = r.op("out", PTR) + (token + t) * r.op("out_stride")
             _finish(f, r, y + t * y_stride, up + t * y_stride, gated, out, start * LANES, f.minimum(stop * LANES, n_rows))
 

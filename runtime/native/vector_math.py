@@ -110,6 +110,7 @@ ACTIVATIONS = {
 
 _SHUFFLES = {  # bytes at a time, and the instruction that looks sixteen bytes up
     "avx512-vnni": (64, "llvm.x86.avx512.pshuf.b.512"),
+    "amx": (64, "llvm.x86.avx512.pshuf.b.512"),
     "avx-vnni": (32, "llvm.x86.avx2.pshuf.b"),
     "avx2": (32, "llvm.x86.avx2.pshuf.b"),
     "sse4": (16, "llvm.x86.ssse3.pshuf.b.128"),
