@@ -13,8 +13,8 @@ PACKAGES = (
 )  # fmt: skip
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
-    *(f"runtime/native/{name}.py" for name in ("attention", "compiler", "dequantize", "dot", "draw", "elements")),
-    *(f"runtime/native/{name}.py" for name in ("cache_numbers", "experts", "next_token")),
+    *(f"runtime/native/{name}.py" for name in ("amx", "attention", "compiler", "dequantize", "dot", "draw")),
+    *(f"runtime/native/{name}.py" for name in ("cache_numbers", "elements", "experts", "next_token")),
     *(f"runtime/native/{name}.py" for name in ("ir", "matrix", "record_reader", "run_loop", "stages", "vector_math")),
     *(f"build/{name}.py" for name in (
         "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from native_calls import activation_records, aligned_copy, each_format, random_blocks, runs_here
+from native_calls import activation_records, aligned_copy, each_format, executors, random_blocks, runs_here
 from plain_calls import plain_function
 
 from pocketlm.runtime.formats import FORMATS
@@ -58,3 +58,17 @@ def test_the_largest_integers_have_the_same_bits(fmt):
         for tokens in (8, 16):
             own = product(AMX, fmt, w, n_rows, n_columns // size, x[:tokens])
             np.testing.assert_array_equal(own, expected[:tokens])  # NaN for NaN: scales are whatever the bytes say
+
+
+@each_format
+def test_a_model_has_the_same_bits(fmt):
+    ids, found = np.random.default_rng(7).integers(0, 64, 60), list[bytes]()
+    for level in (AMX, VNNI):
+        native, reference = executors(level, fmt, 2, n_vocab=64, n_ctx=64)
+        for n in (60, 41, 25, 16, 9):
+            native.cache.truncate(0)
+            found.append(native.forward(ids[:n], rows="all").tobytes())
+        assert native.arithmetic == "native avx512-vnni"
+        native.close()
+        reference.close()
+    assert found[:5] == found[5:]

@@ -47,7 +47,7 @@ _ADVICE = "make the file again with this version of pocketlm"
 def build_images(
     path: str | os.PathLike[str], platform: str, module_texts: Callable[[Level, Abi], Mapping[str, str]], version: str
 ) -> None:
-    """Compile all modules for every level of `platform` (a name in PLATFORMS), and write them to `path`.
+    """Compile all modules for every level that is used on `platform` (a name in PLATFORMS), and write them to `path`.
 
     `module_texts(level, abi)` gives the modules' IR by name. `version` stands for the kernels and for what calls them;
     the reader must ask for the same. UsageError: no such platform; FileError: the file cannot be written; ImageError: a
@@ -60,7 +60,7 @@ def build_images(
     target, images = PLATFORMS[platform], bytearray()
     levels: dict[str, dict[str, tuple[int, int]]] = {}
     for level in LEVELS.values():
-        if level.machine == target.machine:
+        if level.machine == target.machine and platform.startswith(level.system):
             places = levels[level.name] = {}
             for name, text in module_texts(level, target.abi).items():
                 data = to_bytes(link([compile_object(text, level)]))

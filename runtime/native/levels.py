@@ -39,6 +39,7 @@ class Level:
     features: str  # LLVM's feature string, on top of the cpu's own
     needs: frozenset[str]  # flags as /proc/cpuinfo spells them
     same_bits_as: str = ""  # the level whose results its own are, bit for bit
+    system: str = ""  # the only one that it is used on, as PLATFORMS of aot.py begins
 
     @property
     def triple(self) -> str:
@@ -53,7 +54,7 @@ _AMX = frozenset({"amx_tile", "amx_int8"})
 _X18 = "+reserve-x18,-aes,-sha2,-crc"
 _LEVELS = (
     Level("amx", "x86_64", "x86-64-v4", "+avx512vnni,+amx-tile,+amx-int8,-prefer-256-bit", _V4 | {"avx512_vnni"} | _AMX,
-          "avx512-vnni"),
+          same_bits_as="avx512-vnni", system="linux"),
     Level("avx512-vnni", "x86_64", "x86-64-v4", "+avx512vnni,-prefer-256-bit", _V4 | {"avx512_vnni"}),
     Level("avx-vnni", "x86_64", "x86-64-v3", "+avxvnni", _V3 | {"avx_vnni"}),
     Level("avx2", "x86_64", "x86-64-v3", "", _V3),
