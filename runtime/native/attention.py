@@ -23,13 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
-from pocketlm.runtime.native.dot import AVX512, pair_dot
+from pocketlm.runtime.native.dot import pair_dot
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW, fetch_far
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
-from pocketlm.runtime.native.vector_math import exp, exp_of_negative
+from pocketlm.runtime.native.vector_math import AVX512, exp, exp_of_negative
 
 
 def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value, row: Value) -> tuple[Value, Value]:
@@ -47,7 +47,7 @@ class Tiles:
     mix: int  # queries whose sums of values, of a few positions and of all, fit; divides the numbers above, or they it
 
 
-_WIDE = Tiles(((12, 2), (6, 4), (4, 4), (3, 1), (2, 1), (1, 1)), 12)
+_WIDE = Tiles(((6, 4), (4, 4), (3, 1), (2, 1), (1, 1)), 6)
 _NARROW = Tiles(((6, 1), (3, 2), (2, 2), (1, 4)), 3)
 TILES = {
     "avx512-vnni": _WIDE, "amx": _WIDE,
@@ -61,7 +61,7 @@ POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, nam
 def define(module: Module, level: str, numbers: Words) -> None:
     """Define what `attend` calls: `span1`, `span2`, … for so many queries, and what these call."""
     _define_merge(module)
-    _define_softmax(module, numbers)
+    _define_softmax(module, level, numbers)
     for queries, n_vectors in TILES[level].scores:
         _define_span(module, level, numbers, queries, n_vectors)
 
@@ -154,7 +154,7 @@ def _define_merge(module: Module) -> None:
             f.store(value, to + d * 4, 4)
 
 
-def _define_softmax(module: Module, numbers: Words) -> None:
+def _define_softmax(module: Module, level: str, numbers: Words) -> None:
     """softmax(run, own, values, row, queries, first, skipped, count): scores (capped, + ALiBi), -inf for the future and for
     what lies before the window, to weights e^(score - largest), and these times the values' scales to integers, from `skipped`
     on.
@@ -190,7 +190,7 @@ def _define_softmax(module: Module, numbers: Words) -> None:
                 largest.set(f.maximum(largest.get(), score))
             top = f.reduce(largest.get(), "max")
             with vectors(f, count) as at:
-                weight = exp_of_negative(f, f.load(ROW, scores + at, 4) - f.splat(top, LANES))
+                weight = exp_of_negative(f, f.load(ROW, scores + at, 4) - f.splat(top, LANES), level)
                 f.store(weight, scores + at, 4)
                 total.set(total.get() + weight)
             result = own + r.run("mixed_at") + i * ((padded + LANES) * 4) + padded * 4
@@ -327,7 +327,7 @@ def _mix(
             for k, own_sum in enumerate(own_sums):
                 f.store(own_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
 
-    wide = 4 if queries <= FEW and level in AVX512 else 1
+    wide = (4 if queries <= FEW else 2) if level in AVX512 else 1  # so that a weight meets more than one vector
     whole = padded & (-LANES * wide)
     with f.range(0, whole, LANES * wide) as start:
         columns(start, wide)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from pocketlm.runtime.formats import IQ4_STEPS, MXFP4_STEPS
-from pocketlm.runtime.native.dot import AVX512, SIGNED_ZERO, Words
+from pocketlm.runtime.native.dot import SIGNED_ZERO, Words
 from pocketlm.runtime.native.ir import F16, F32, I1, I8, I16, I32, I64, Function, Value
-from pocketlm.runtime.native.vector_math import from_half, look_up
+from pocketlm.runtime.native.vector_math import AVX512, from_half, look_up
 
 BYTES = I8.vec(64)
 

@@ -18,7 +18,6 @@ from pocketlm.runtime.native.ir import I8, I16, I32, Function, Value
 from pocketlm.runtime.native.sizes import WHOLES
 
 Words = list[tuple[Callable[[], Value], int]]
-AVX512 = ("avx512-vnni", "amx")
 SIGNED_ZERO = {"avx512-vnni": 128, "amx": 128, "avx-vnni": 128}
 READS_WHOLES = ("avx2", "sse4")  # the others take activations byte by byte
 

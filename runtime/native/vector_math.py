@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 from pocketlm.runtime import activations as A
-from pocketlm.runtime.native.ir import F32, I8, I16, I32, Function, Value
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, Function, Value
 
+AVX512 = ("avx512-vnni", "amx")
 NO_HALF = ("sse4",)  # levels whose processors may lack half-precision conversions
 # coefficients of the Cephes library (expf, tanhf), highest power first
 EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -47,8 +48,13 @@ def exp(f: Function, x: Value) -> Value:
     return f.select(x.equals(x), y, x)
 
 
-def exp_of_negative(f: Function, x: Value) -> Value:
-    """e^x for x up to 0; 0 below -87.33, NaN for NaN."""
+def exp_of_negative(f: Function, x: Value, level: str = "") -> Value:
+    """e^x for x up to 0; 0 below -87.33, NaN for NaN. The same bits at every level."""
+    if level in AVX512:
+        y, n = _exp_parts(f, x)  # whatever they are below: that is masked out
+        counts = f.bitcast(f.emit(I1.vec(x.type.lanes), f"fcmp uge {x.type} {x}, {f.const(x.type, EXP_MIN)}"), I16)
+        nothing, nearest = f.const(x.type, 0.0), f.const(I32, 4)
+        return f.call(x.type, "llvm.x86.avx512.mask.scalef.ps.512", y, n, nothing, counts, nearest)
     y, n = _exp_parts(f, f.select(x < EXP_MIN, EXP_MIN, x))
     k = f.emit(I32.vec(x.type.lanes), f"freeze {I32.vec(x.type.lanes)} {f.cast('fptosi', n, I32)}")
     return f.select(x < EXP_MIN, 0.0, y * f.bitcast((k + 127) << 23, x.type))
