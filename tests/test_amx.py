@@ -14,7 +14,7 @@ from pocketlm.runtime.native.sizes import tiles
 from pocketlm.runtime.native.tiling import groups, tile
 
 AMX, VNNI = LEVELS["amx"], LEVELS["avx512-vnni"]
-pytestmark = pytest.mark.skipif(not runs_here(AMX), reason="this CPU or its system has no AMX")
+pytestmark = pytest.mark.skipif(not runs_here(AMX), reason="this CPU lacks AMX, or its system does not give it")
 
 
 def product(level, fmt: str, w: np.ndarray, n_rows: int, n_blocks: int, x: np.ndarray) -> np.ndarray:
