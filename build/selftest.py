@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,8 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
     from pocketlm.runtime.native import levels
 
     machine = levels.host_machine()
-    names = [level.name for level in levels.LEVELS.values() if level.machine == machine]
+    here = [level for level in levels.LEVELS.values() if level.machine == machine and sys.platform.startswith(level.system)]
+    names = [level.name for level in here]
     for name in (*names, "numpy"):
         forced = os.environ.get("POCKETLM_ISA")
         try:

@@ -30,14 +30,16 @@ HERE = levels.host_machine()
 
 
 def runs_here(level: Level) -> bool:
-    return level.machine == HERE and level.needs <= levels.cpu_flags(HERE)
+    return not _why_not(level)
+
+
+def _why_not(level: Level) -> str:
+    return levels.why_not(level, HERE, levels.cpu_flags(HERE))
 
 
 def _marked(level: Level) -> Any:
-    missing = ", ".join(sorted(level.needs - levels.cpu_flags(HERE)))
-    return pytest.param(
-        level, id=level.name, marks=pytest.mark.skipif(not runs_here(level), reason=f"this CPU lacks {missing}")
-    )
+    reason = f"this CPU lacks what the level takes: {_why_not(level)}"
+    return pytest.param(level, id=level.name, marks=pytest.mark.skipif(not runs_here(level), reason=reason))
 
 
 LEVELS_HERE = [_marked(level) for level in LEVELS.values() if level.machine == HERE]

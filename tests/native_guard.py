@@ -20,7 +20,7 @@ from native_calls import FORMAT_NAMES, activation_records, random_blocks, rounde
 from plain_calls import plain_function
 
 from pocketlm.runtime.formats import FORMATS
-from pocketlm.runtime.native import kernels
+from pocketlm.runtime.native import amx, kernels
 from pocketlm.runtime.native.levels import LEVELS, Level
 from pocketlm.runtime.native.sizes import ALL_TILES, tiles
 from pocketlm.runtime.native.tiling import groups, restore, tile, tiled_bytes
@@ -60,10 +60,10 @@ class Guarded:
         return view
 
 
-def shape(fmt: str, random: np.random.Generator, most: int = 120) -> tuple[int, int, int]:
+def shape(fmt: str, random: np.random.Generator, most: int = 120, columns: int = 192) -> tuple[int, int, int]:
     """Rows, columns, and columns filled up to what activations need."""
     size = FORMATS[fmt].block_size
-    n_columns = int(random.integers(1, 100)) if size == 1 else size * int(random.integers(1, 7 if size == 32 else 3))
+    n_columns = int(random.integers(1, 100)) if size == 1 else size * int(random.integers(1, max(2, columns // size) + 1))
     return int(random.integers(1, most)), n_columns, -(-n_columns // 32) * 32
 
 
@@ -95,7 +95,7 @@ def products(levels: list[Level], fmt: str, tokens: int) -> None:
         defaultdict(Score),
     )
     for _ in range(SHAPES):
-        n_rows, n_columns, n = shape(fmt, random, 400 // tokens)
+        n_rows, n_columns, n = shape(fmt, random, 400 // tokens, 2 * amx.COLUMNS + 64 if tokens == amx.TOKENS else 192)
         blocks = random_blocks(fmt, n_rows, n_columns, random, wild=True)
         matrix = weights(fmt, blocks, n_rows).astype(np.float64)
         x = np.zeros((tokens, n), np.float32)

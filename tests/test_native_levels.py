@@ -20,6 +20,7 @@ HASWELL = SANDY_BRIDGE + " fma movbe f16c rdrand abm bmi1 avx2 bmi2"
 ALDER_LAKE = HASWELL + " sha_ni avx_vnni gfni vaes"
 SKYLAKE_X = HASWELL + " avx512f avx512dq avx512cd avx512bw avx512vl"
 CASCADE_LAKE = SKYLAKE_X + " avx512_vnni"
+SAPPHIRE_RAPIDS = CASCADE_LAKE + " avx_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
 RASPBERRY_PI_4 = "fp asimd evtstrm crc32 cpuid"
 RASPBERRY_PI_5 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
 
@@ -63,9 +64,40 @@ def test_the_best_level_that_the_flags_allow(computer, machine, flags, expected)
 
 @pytest.mark.parametrize(("allows", "expected"), [(True, "amx"), (False, "avx512-vnni")])
 def test_tiles_are_used_where_the_system_keeps_them(computer, monkeypatch, allows, expected):
-    computer("x86_64", CASCADE_LAKE + " avx512_bf16 amx_bf16 amx_tile amx_int8")
+    computer("x86_64", SAPPHIRE_RAPIDS)
     monkeypatch.setattr(levels, "_may_use_tiles", lambda: allows)
     assert detect().name == expected
+
+
+def test_the_system_is_asked_for_tiles_only_where_they_are_used(computer, monkeypatch):
+    """It gives them for good, and is stricter with the process's stacks for signals from then on."""
+    monkeypatch.setattr(levels, "_may_use_tiles", lambda: pytest.fail("asked"))
+    for flags in (CASCADE_LAKE, SKYLAKE_X + " amx_tile amx_int8"):
+        computer("x86_64", flags)
+        assert detect().name in ("avx512-vnni", "avx2")
+    computer("x86_64", SAPPHIRE_RAPIDS)
+    monkeypatch.setenv("POCKETLM_ISA", "avx512-vnni")
+    assert detect().name == "avx512-vnni"
+
+
+@pytest.mark.parametrize(
+    ("system", "flags", "said"),
+    [
+        ("linux", SAPPHIRE_RAPIDS, "POCKETLM_ISA=amx: the system does not give this process AMX: that takes Linux 5.16"),
+        ("linux", CASCADE_LAKE, "this CPU cannot run that level, it lacks amx_int8, amx_tile"),
+        ("win32", SAPPHIRE_RAPIDS, "POCKETLM_ISA=amx: this level is for Linux"),
+    ],
+)
+def test_amx_that_is_forced_where_it_cannot_be_had_is_an_error_that_says_why(computer, monkeypatch, system, flags, said):
+    computer("x86_64", flags)
+    monkeypatch.setattr(levels, "_may_use_tiles", lambda: False)
+    monkeypatch.setattr(levels, "cpu_flags", lambda machine: frozenset(flags.split()))
+    monkeypatch.setattr(levels, "host_machine", lambda: "x86_64")
+    monkeypatch.setattr(levels.sys, "platform", system)
+    monkeypatch.setenv("POCKETLM_ISA", "amx")
+    with pytest.raises(PocketlmError, match=said) as error:
+        detect()
+    assert "\n" not in str(error.value)
 
 
 def test_cores_that_differ_get_what_all_of_them_have(computer):

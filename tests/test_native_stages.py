@@ -11,7 +11,7 @@ from pocketlm.runtime.kv_cache import keys_to_words, values_to_words
 from pocketlm.runtime.native import levels, stages
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
 from pocketlm.runtime.native.linker import load
-from pocketlm.runtime.native.matrix import RECORD
+from pocketlm.runtime.native.matrix import RECORD, tile_of, tile_places, tile_size
 from pocketlm.runtime.native.sizes import SPAN
 
 
@@ -39,6 +39,52 @@ def rounded_records(level, x):
         apply(at + 4 * n * t, n, wholes, 64 * tokens, records, RECORD * tokens)
     code.close()
     return tile
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("avx2", {9: (8, 1), 13: (8, 8), 22: (8, 8, 8)}),
+    ("amx", {9: (8, 1), 12: (8, 4), 13: (16,), 22: (16, 8), 26: (16, 8, 2), 29: (16, 16)})])  # fmt: skip
+def test_tokens_find_the_tiles_that_products_take(name, sizes):
+    """`tile_of` for each token, and the tiles one after the other by `tile_size`, as the products' loops go."""
+    module = Module(levels.host_abi())
+    with module.function("places", {"n": I64, "token": I64, "to": PTR}, linkage="entry") as f:
+        n, token, to = f.args()
+        found = (*tile_of(f, name, n, token), tile_places(f, name, n), tile_size(f, name, n))
+        for i, value in enumerate(found):
+            f.store(value, to + 8 * i, 8)
+    code, out = load(compiled(module, host_level())), np.zeros(4, np.int64)
+    places = code.function("places", None, *[ctypes.c_int64] * 3)
+
+    def ask(n, token):
+        places(n, token, out.ctypes.data)
+        return out.tolist()
+
+    for n in range(1, 50):
+        tiles, at = [], 0
+        while at < n:
+            tiles.append((at, ask(n - at, 0)[3]))
+            at += tiles[-1][1]
+        assert {(first, size) for first, size, *_ in (ask(n, token) for token in range(n))} == set(tiles)
+        assert all(first <= token < first + size for token in range(n) for first, size, *_ in [ask(n, token)])
+        assert ask(n, 0)[2] == at <= 8 * n // 5  # what scratch.py has room for
+        if n in sizes:
+            assert [size for _, size in tiles] == [*sizes[n]]
+    code.close()
+
+
+@pytest.mark.parametrize("fmt", ["Q8_0", "F16"])
+def test_what_a_tile_has_too_many_is_zero(fmt):
+    """What is left from other tiles may be subnormal numbers, which processors are slow with."""
+    executor, reference = executors(host_level(), fmt, 1, n_vocab=64, n_layer=1, n_ff=96)
+    memory = executor._arrays["activations"].view(np.uint8).reshape(-1)
+    memory[:] = 1
+    executor.forward(np.arange(5))  # the last product that all share is the one with 96 columns
+    values = memory[: 8 * 96 * 4].reshape(8, -1)
+    scales = memory[6 * 96 * 8 :][: 3 * 8 * RECORD].reshape(3, 8, RECORD)[..., 64:72]
+    assert not scales[:, 5:].any()
+    assert scales[:, :5].any(-1).all()
+    assert values[5:].any() == (fmt != "F16")  # nobody reads them where weights are integers
+    executor.close()
+    reference.close()
 
 
 def scales(tile, tokens, n):

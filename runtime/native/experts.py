@@ -12,11 +12,11 @@ is read, and nothing is kept but what the system keeps of the file.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F32, I32, I64, PTR, VOID, Function, Value
-from pocketlm.runtime.native.matrix import ROW, tile_size
+from pocketlm.runtime.native.ir import F32, I1, I32, I64, PTR, VOID, Function, Value
+from pocketlm.runtime.native.matrix import ROW, empty_places, product_of, tile_of, tile_places, tile_size
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import GROUP, PAIR, offset
-from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, RECORD, SIGMOID, WILL_NEED, tiles
+from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, RECORD, SIGMOID, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
 
@@ -93,8 +93,7 @@ def group(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
                 for name, value in (("first", first), ("last", last), ("place", place.get())):
                     f.store(value, pairs + (p * PAIR.itemsize + pair[name]), 8)
             start.set(last)
-            rest = count & (tiles(level)[-1] - 1)  # a tile of 3 pairs takes as much as one of 4
-            place.set(place.get() + (count - rest) + f.select(rest > 0, tile_size(f, level, rest), 0))
+            place.set(place.get() + tile_places(f, level, count))
             found.set(found.get() + 1)
     with f.range(0, n) as token, f.range(0, n_used) as slot:
         at = count_of(token, slot)
@@ -110,9 +109,8 @@ def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     pair, width, x_bytes = r.pair(task), r.op("n"), r.op("x_bytes")
     columns = ((width + 31) >> 5) << 5
     number = task - pair("first")  # of its group
-    place = number & (tiles(level)[-1] - 1)
-    size = tile_size(f, level, pair("last") - (task - place))
-    tile = r.run("activations", PTR) + (pair("place") + (number - place)) * x_bytes
+    first, size = tile_of(f, level, pair("last") - pair("first"), number)
+    place, tile = number - first, r.run("activations", PTR) + (pair("place") + first) * x_bytes
     to = tile + place * columns * 4
     x = r.op("x", PTR) + pair("token") * r.op("x_stride") + pair("slot") * r.op("slot_stride")
     whole = width & -LANES
@@ -124,6 +122,8 @@ def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         f.store(f.const(F32, 0.0), to + i * 4)
     wholes, records = tile + columns * 4 * size + place * 64, tile + columns * 6 * size + place * RECORD
     f.call(VOID, "round", to, columns, wholes, size * 64, records, size * RECORD)
+    with f.when((task + 1).equals(pair("last"))):
+        empty_places(f, tile, columns, size, place + 1, f.const(I1, 1))
 
 
 def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
@@ -147,20 +147,20 @@ def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
         total.set(here)
         skipped.set(0 - start)
     y, y_stride = own + r.run("products_at"), EXPERT_CHUNK * LANES * 4
-    tile = tiles(level)[-1]
-    with f.range(chosen("first"), last, tile) as first:
+    done = f.var(I64, chosen("first"))
+    with f.loop_while(lambda: done.get() < last):
+        first = done.get()
         place = chosen("place") + (first - chosen("first"))
         size, x = tile_size(f, level, last - first), r.run("activations", PTR) + place * r.op("x_bytes")
-        kernel = r.op(f"product{tile}", PTR)
-        for smaller in tiles(level)[:-1]:
-            kernel = f.select(size.equals(smaller), r.op(f"product{smaller}", PTR), kernel)
+        kernel = product_of(f, level, r, "", size)
         begin = skipped.get() + start
         f.call_pointer(kernel, w.get(), total.get(), begin, skipped.get() + stop, n_blocks, x, y, f.const(I64, y_stride))
-        with f.range(0, f.minimum(last - first, f.const(I64, tile))) as t:
+        with f.range(0, f.minimum(last - first, size)) as t:
             pair = r.pair(first + t)
             out = r.op("out", PTR) + pair("token") * r.op("out_stride") + pair("slot") * n_rows * 4
             bias = r.op("bias", PTR) + expert * r.op("weight_stride")
             _finish(f, y + t * y_stride, bias, out, start * LANES, f.minimum(stop * LANES, n_rows))
+        done.set(first + size)
 
 
 def _announce(f: Function, r: Records, first: Value, n_bytes: Value) -> None:

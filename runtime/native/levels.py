@@ -77,17 +77,28 @@ def detect() -> Level:
     machine = host_machine()
     flags = cpu_flags(machine)
     if forced:
-        level = LEVELS[forced]
-        if level.machine != machine:
-            raise PocketlmError(f"POCKETLM_ISA={forced}: this level is for {level.machine}, this program runs on {machine}")
-        if not level.needs <= flags:
-            missing = ", ".join(sorted(level.needs - flags))
-            raise PocketlmError(f"POCKETLM_ISA={forced}: this CPU cannot run that level, it lacks {missing}")
-        return level
+        if problem := why_not(LEVELS[forced], machine, flags):
+            raise PocketlmError(f"POCKETLM_ISA={forced}: {problem}")
+        return LEVELS[forced]
     for level in LEVELS.values():
-        if level.machine == machine and level.needs <= flags:
+        if not why_not(level, machine, flags):
             return level
     raise NativeUnavailable(f"this CPU ({machine}) has none of the instruction sets that the native kernels are written for")
+
+
+def why_not(level: Level, machine: str, flags: frozenset[str]) -> str:
+    """What keeps a CPU with these flags from running a level here; "" if nothing does. Asks the system for AMX if all else is
+    there: it is given for good, and then refuses the process's threads small stacks for signals.
+    """
+    if level.machine != machine:
+        return f"this level is for {level.machine}, this program runs on {machine}"
+    if not sys.platform.startswith(level.system):
+        return f"this level is for {level.system.capitalize()}"
+    if not level.needs <= flags:
+        return f"this CPU cannot run that level, it lacks {', '.join(sorted(level.needs - flags))}"
+    if level.needs & _AMX and not _may_use_tiles():
+        return "the system does not give this process AMX: that takes Linux 5.16, and no thread with a small stack for signals"
+    return ""
 
 
 def host_machine() -> str:
@@ -113,15 +124,13 @@ def cpu_flags(machine: str) -> frozenset[str]:
     if sys.platform == "linux":
         flags = _linux_flags(machine)
         if flags:
-            return flags if not flags & _AMX or _may_use_tiles() else flags - _AMX
+            return flags
     return _cpuid_flags() if machine == "x86_64" else _arm_flags()
 
 
 @functools.cache
 def _may_use_tiles() -> bool:
-    """Ask Linux (5.16 and later) to keep the 8 kB of AMX's tiles for this process's threads. No other system is asked: on
-    Windows and in its emulations the level is not used.
-    """
+    """Ask Linux (5.16 and later) to keep the 8 kB of AMX's tiles for this process's threads."""
     ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 

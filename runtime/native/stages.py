@@ -15,7 +15,7 @@ from pocketlm.runtime.native import attention, elements, experts, next_token
 from pocketlm.runtime.native.cache_numbers import Words
 from pocketlm.runtime.native.dot import READS_WHOLES
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
-from pocketlm.runtime.native.matrix import ROW, tile_size
+from pocketlm.runtime.native.matrix import ROW, empty_places, product_of, tile_of, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.sizes import (
     AS_IT_IS,
@@ -109,8 +109,8 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
     width, source = r.op("n"), r.op("source")
     columns = ((width + 31) >> 5) << 5
     # a single token is prepared by every thread for itself; others lie in tiles
-    first, alone = task & -tiles(level)[-1], n.equals(1)
-    size, place = tile_size(f, level, n - first), task - first
+    alone, (first, size) = n.equals(1), tile_of(f, level, n, task)
+    place = task - first
     tile = f.select(alone, own, r.run("activations", PTR) + first * r.run("activation_stride"))
     # the values themselves stay with the thread unless a product reads them
     to = f.select(r.op("floats").equals(1), tile + place * columns * 4, own)
@@ -141,6 +141,8 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
         attention.join_partials(f, r, own, to, r.token(token.get()))
     wholes, records = tile + columns * 4 * size + place * WHOLES, tile + columns * 6 * size + place * RECORD
     f.call(VOID, "round", to, columns, wholes, size * WHOLES, records, size * RECORD)
+    with f.when((task + 1).equals(n)):
+        empty_places(f, tile, columns, size, place + 1, r.op("floats").equals(1))
 
 
 def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: Value, width: Value) -> None:
@@ -164,25 +166,25 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     stride = r.run("activation_stride")
     x = f.select(n.equals(1), own, r.run("activations", PTR))
     y, y_stride = own + r.run("products_at"), MAX_CHUNK * LANES * 4
-    smaller_tiles, tile = tiles(level)[:-1], tiles(level)[-1]
-    up = y + tile * y_stride
+    up = y + tiles(level)[-1] * y_stride
     gated = f.emit(I1, f"icmp ne ptr {r.op('up', PTR)}, null")
 
     def product(prefix: str, size: Value, w: Value, groups: Value, first: Value, blocks: Value, x: Value, y: Value) -> None:
-        kernel = r.op(f"{prefix}product{tile}", PTR)
-        for smaller in smaller_tiles:
-            kernel = f.select(size.equals(smaller), r.op(f"{prefix}product{smaller}", PTR), kernel)
+        kernel = product_of(f, level, r, prefix, size)
         f.call_pointer(kernel, w, groups, first + start, first + stop, blocks, x, y, f.const(I64, y_stride))
 
-    with f.range(0, n, tile) as token:
+    done = f.var(I64, 0)
+    with f.loop_while(lambda: done.get() < n):
+        token = done.get()
         left, here = n - token, x + token * stride
         size = tile_size(f, level, left)
         product("", size, r.op("weight", PTR), r.op("n_groups"), f.const(I64, 0), r.op("n_blocks"), here, y)
         with f.when(gated):
             product("up_", size, r.op("up", PTR), r.op("up_groups"), r.op("up_first"), r.op("up_blocks"), here, up)
-        with f.range(0, f.minimum(left, f.const(I64, tile))) as t:
+        with f.range(0, f.minimum(left, size)) as t:
             out = r.op("out", PTR) + (token + t) * r.op("out_stride")
             _finish(f, r, y + t * y_stride, up + t * y_stride, gated, out, start * LANES, f.minimum(stop * LANES, n_rows))
+        done.set(token + size)
 
 
 def _finish(f: Function, r: Records, y: Value, up: Value, gated: Value, out: Value, first: Value, last: Value) -> None:
