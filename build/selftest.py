@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -146,8 +147,8 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
     from pocketlm.runtime.native import levels
 
     machine = levels.host_machine()
-    names = [level.name for level in levels.LEVELS.values() if level.machine == machine]
-    for name in (*names, "numpy"):
+    here = [level for level in levels.LEVELS.values() if level.machine == machine and sys.platform.startswith(level.system)]
+    for name in (*(level.name for level in here), "numpy"):
         forced = os.environ.get("POCKETLM_ISA")
         try:
             if name != "numpy":
@@ -155,7 +156,7 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
             backend = "numpy" if name == "numpy" else "native"
             yield name, _logits(backend, _hyper(file), file.tensors, stored["ids"], file.path)
         except PocketlmError as error:
-            yield name, str(error)
+            yield name, str(error).removeprefix(f"POCKETLM_ISA={name}: ")  # which is ours, not the friend's
         finally:
             if forced is None:
                 os.environ.pop("POCKETLM_ISA", None)
