@@ -27,7 +27,7 @@ from pocketlm.build import archive_writer, blas, bytecode, elf, licences, macho,
 from pocketlm.build.archive_writer import Code, Entry
 from pocketlm.build.contents import COMPILED_IN, DATA, ENCODINGS, EXCLUDED, REPLACED
 from pocketlm.build.sources import copy_sources, host_platform
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, PocketlmError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
 from pocketlm.runtime.native.kernels import module_texts
@@ -88,8 +88,10 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     fetched = wheels.fetch(wanted, wheel_folder)
     compiler = [] if python == PYTHON else [file for file in wheels.pinned(host, python) if file.is_cpython]
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
-        tree = _unpack(fetched, Path(temporary), is_own, python)
-        another = _another(wheels.fetch(compiler, wheel_folder), Path(temporary), _layout(host, python).library, tree.library)
+        for_compiler = wheels.fetch(compiler, wheel_folder)
+        with refused(Path(temporary).parent, "make room there, or name another folder in TMPDIR", "cannot be filled"):
+            tree = _unpack(fetched, Path(temporary), is_own, python)
+            another = _another(for_compiler, Path(temporary), _layout(host, python).library, tree.library)
         entries = _entries(platform, layout, tree, fetched, another)
         program = archive_writer.program(entries, python, layout.library)
         boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)

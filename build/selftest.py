@@ -148,8 +148,7 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
 
     machine = levels.host_machine()
     here = [level for level in levels.LEVELS.values() if level.machine == machine and sys.platform.startswith(level.system)]
-    names = [level.name for level in here]
-    for name in (*names, "numpy"):
+    for name in (*(level.name for level in here), "numpy"):
         forced = os.environ.get("POCKETLM_ISA")
         try:
             if name != "numpy":
@@ -157,7 +156,7 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
             backend = "numpy" if name == "numpy" else "native"
             yield name, _logits(backend, _hyper(file), file.tensors, stored["ids"], file.path)
         except PocketlmError as error:
-            yield name, str(error)
+            yield name, str(error).removeprefix(f"POCKETLM_ISA={name}: ")  # which is ours, not the friend's
         finally:
             if forced is None:
                 os.environ.pop("POCKETLM_ISA", None)

@@ -11,6 +11,8 @@ from pocketlm.terminal_text import count, print
 
 Arguments = argparse.Namespace
 
+LISTED_BY = "pocketlm chats lists them"
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
@@ -29,7 +31,7 @@ def run(arguments: Arguments) -> int:
         print(_delete(_one_of_ours(arguments.delete)))
     elif arguments.export is not None:
         target, name = arguments.export
-        print(_export(Path(target), saved.find(name)))
+        print(_export(Path(target), saved.find(name, LISTED_BY)))
     else:
         print("\n".join(saved.listed(saved.paths())) or "there are no saved conversations yet")
     return 0
@@ -37,7 +39,7 @@ def run(arguments: Arguments) -> int:
 
 def _one_of_ours(name: str) -> Path:
     """The file of a saved conversation; never another file of the user's, whatever it is called."""
-    path = saved.find(name)
+    path = saved.find(name, LISTED_BY)
     if path.parent != transcript.chats_folder():
         transcript.load(path)
     return path

@@ -255,6 +255,11 @@ def _editor(complete: Completer, history: Path | None) -> Any:
             for word in complete(line):
                 yield Completion(word, start_position=-len(line.rpartition(" ")[2]))
 
+    class Inputs(FileHistory):
+        def store_string(self, string: str) -> None:
+            with suppress(OSError):  # a full disk, a folder that has gone: remembered until the end, and the chat goes on
+                super().store_string(string)
+
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -271,7 +276,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         event.current_buffer.insert_text("\n")
 
     session = PromptSession(
-        history=FileHistory(str(history)) if history and _writable(history) else InMemoryHistory(),
+        history=Inputs(str(history)) if history and _writable(history) else InMemoryHistory(),
         completer=Words(),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,

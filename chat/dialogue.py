@@ -256,7 +256,9 @@ class Chat:
         """Go on with the conversation in a file, or with the last one that was held with this model. Raises FileError."""
         path = path or saved.latest(self.model_id)
         if path is None:
-            self.console.note("there is no saved conversation with this model yet: a new one begins")
+            piped = saved.latest(self.model_id, interactive=False)
+            other = f", but for a program's (--resume {piped.stem})" if piped else ""
+            self.console.note(f"there is no saved conversation with this model yet{other}: a new one begins")
             return
         record = Record()
         conversation = record.load(path)

@@ -31,14 +31,17 @@ def paths() -> list[Path]:
     return [path for *_, path in sorted(dated, reverse=True)]
 
 
-def latest(model_id: str) -> Path | None:
-    """The last conversation that a person held with the model of this identity. Raises PocketlmError without a home."""
+def latest(model_id: str, interactive: bool = True) -> Path | None:
+    """The last conversation that a person, or else a program, held with the model of this identity.
+
+    Raises PocketlmError without a home.
+    """
     for path in paths():
         try:
             conversation = load(path)
         except FileError:
             continue
-        if conversation.interactive and conversation.model_id == model_id:
+        if conversation.interactive == interactive and conversation.model_id == model_id:
             return path
     return None
 
@@ -51,10 +54,10 @@ def as_path(name: str) -> Path:
         return Path(name)
 
 
-def find(name: str) -> Path:
+def find(name: str, advice: str = "/load lists them") -> Path:
     """The file that a user means: a path, a saved conversation's name or how that begins, its number in the list.
 
-    Raises FileError where there is none, PocketlmError where there are several.
+    Raises FileError with this advice where there is none, PocketlmError where there are several.
     """
     path = as_path(name)
     if path.name != name or os.path.lexists(path):
@@ -71,7 +74,7 @@ def find(name: str) -> Path:
         names = ", ".join(path.stem for path in found[:3]) + ", …" * (len(found) > 3)
         raise PocketlmError(f"{len(found)} conversations begin with {stem[:40]!r}: {names}")
     if not found:
-        raise FileError(name[:100], "there is no such conversation", "/load lists them")
+        raise FileError(name[:100], "there is no such conversation", advice)
     return found[0]
 
 

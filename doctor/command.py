@@ -111,8 +111,12 @@ def _fit(fit: models.Fit) -> str:
         return f"{fit.path.name:<40} {fit.problem}"
     speed = f"{fit.tokens_per_second:.0f} tokens/s" if fit.tokens_per_second else ""
     context = str(fit.n_ctx) if fit.n_ctx else "no room"
-    sizes = f"{f'{fit.read // MB} MB':>11} {f'{fit.needs // MB} MB':>8}"
+    sizes = f"{_size(fit.read):>11} {_size(fit.needs):>8}"
     return f"{fit.path.name:<40} {sizes} {context:>8}  {speed if fit.n_ctx else ''}".rstrip()
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / MB:.1f} MB" if n_bytes < 10 * MB else f"{n_bytes // MB} MB"
 
 
 def _plain(facts: Facts) -> dict[str, Any]:

@@ -124,7 +124,8 @@ def _cleared_on_failure(target: Path, part: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(target, f"cannot be written ({error.strerror or error})", "the old one is unchanged") from None
+        advice = "the old one is unchanged" if os.path.lexists(target) else "make room, or choose another folder"
+        raise FileError(target, f"cannot be written ({error.strerror or error})", advice) from None
     finally:
         _remove(part)  # gone already where all went well
 

@@ -21,6 +21,8 @@ def open_model(path: str | Path) -> GGUF | Fp16Bin:
     if not path.is_dir():
         return _open_packed(path) or _open_parts(path)
     if not is_fp16_bin(path):
+        if (path / "config.json").is_file():
+            raise FileError(path, "is a folder with a config.json, perhaps Hugging Face's", "convert it with pocketlm export")
         advice = "name the GGUF file, or convert a checkpoint with pocketlm export"
         raise FileError(path, "is a folder without config.json and weights.bin", advice)
     return open_fp16_bin(path)

@@ -261,6 +261,19 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(model, tmp_path):
     assert out.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="only POSIX has names for open files")
+def test_a_pipe_is_refused_since_it_can_be_read_only_once(model, tmp_path, capsys):
+    read, write = os.pipe()
+    os.write(write, b'{"prompt": "the inn"}\n')
+    os.close(write)
+    given, out = f"/dev/fd/{read}", tmp_path / "out.jsonl"
+    assert batch(model, given, out) == 1
+    advice = "is a pipe, and prompts are read more than once; write them to a file, and name that"
+    assert capsys.readouterr().err == f"pocketlm: {given}: {advice}\n"
+    assert not out.exists()
+    os.close(read)
+
+
 def test_a_file_of_a_million_lines_takes_eight_bytes_for_each(tmp_path):
     n = 50_000
     given, out = tmp_path / "given.jsonl", tmp_path / "out.jsonl"

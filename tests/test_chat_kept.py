@@ -97,6 +97,14 @@ def test_pipes_keep_nothing_unless_they_are_asked_to(home):
     assert [conversation.interactive for conversation in kept()] == [False]
 
 
+def test_resume_names_a_conversation_that_came_through_a_pipe():
+    chat("one", save=True)
+    (path,) = saved.paths()
+    note = f"there is no saved conversation with this model yet, but for a program's (--resume {path.stem}): a new one begins\n"
+    assert chat("two", save=True, resume=True) == note
+    assert chat("three", save=True, resume=path.stem).startswith("resumed: 1 turn with Fake 1M, ")
+
+
 def test_a_conversation_of_an_earlier_version_is_read_and_belongs_to_nobody():
     path = transcript.chats_folder() / "20250101-101010-1.json"
     path.parent.mkdir(parents=True)
@@ -312,6 +320,12 @@ def test_chats_deletes_nothing_but_conversations(tmp_path, capsys):
     assert main(["chats", "--delete", str(precious)]) == 1
     assert "is not a saved conversation" in capsys.readouterr().err
     assert precious.exists()
+
+
+@pytest.mark.parametrize("options", [["--delete", "nothing"], ["--export", "page.md", "nothing"]])
+def test_chats_says_which_command_lists_them(options, capsys):
+    assert main(["chats", *options]) == 1
+    assert capsys.readouterr().err == "pocketlm: nothing: there is no such conversation; pocketlm chats lists them\n"
 
 
 def test_find_raises_what_it_says():

@@ -195,6 +195,22 @@ def test_no_save_keeps_no_history(terminal, tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit stands for a full disk")
+def test_a_full_disk_is_one_line_and_the_chat_goes_on(terminal, tmp_path):
+    shown = terminal(command=("sh", "-c", 'ulimit -f 0; exec "$0" "$@"', sys.executable, DRIVER))
+    shown.prompt(1)
+    for n, text in enumerate(("one", "two"), 2):
+        shown.type(text + ENTER)
+        shown.wait(f"You said: {text}\n")
+        shown.prompt(n)
+    shown.type(UP)
+    shown.wait("> two", 2)
+    shown.type(CTRL_C + CTRL_D)
+    assert shown.ended() == 0
+    assert shown.text().count("cannot be saved") == 1
+    assert "xception" not in shown.text()
+
+
 def test_a_model_cannot_steer_the_terminal(terminal):
     shown = terminal()
     shown.prompt(1)

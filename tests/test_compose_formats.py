@@ -2,6 +2,7 @@
 
 import ast
 import ctypes
+import errno
 import marshal
 import mmap
 import os
@@ -379,3 +380,18 @@ def test_a_large_python_of_this_system_is_left_for_debians_where_that_runs(tmp_p
         path.write_bytes(library + bytes(2_000_000))  # what debuggers read does not count
         glibc[0] = f"glibc {version}"
         assert compose._own_library(path.name) == (path if is_own else None)
+
+
+def test_a_full_folder_for_temporary_files_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as what writes into an open file raises it, without a name
+
+    monkeypatch.setattr(compose.wheels, "fetch", lambda *_: {})
+    monkeypatch.setattr(compose, "_unpack", full)
+    monkeypatch.setattr(compose.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compose, "_own_library", lambda _: None)
+    with pytest.raises(FileError) as error:
+        compose.compose("windows-x86_64", tmp_path / "stub")
+    advice = "make room there, or name another folder in TMPDIR"
+    assert str(error.value) == f"{tmp_path}: cannot be filled (No space left on device); {advice}"
+    assert list(tmp_path.iterdir()) == []

@@ -314,6 +314,10 @@ def test_a_write_that_the_system_refuses_is_one_line_and_leaves_the_old_file(tmp
     done = subprocess.run(child(path, setup), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{path}: cannot be written (File too large); the old one is unchanged"]
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"the old file"]
+    path.unlink()
+    done = subprocess.run(child(path, setup), capture_output=True, text=True, check=True)
+    advice = "make room, or choose another folder"  # and no word of an old file
+    assert done.stdout.splitlines() == [f"{path}: cannot be written (File too large); {advice}"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")

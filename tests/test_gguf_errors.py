@@ -14,6 +14,7 @@ from gguf_bytes import Entry, Field, file_bytes, file_fields, header, join, key,
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.gguf_reader import open_gguf, parse
+from pocketlm.runtime.model_file import open_model
 
 F32, Q4_0, I8 = 0, 2, 24
 
@@ -236,6 +237,14 @@ def test_a_missing_file(tmp_path):
 def test_a_folder(tmp_path):
     with pytest.raises(FileError, match="is a folder, not a file"):
         open_gguf(tmp_path)
+
+
+def test_a_folder_of_hugging_face_says_that_it_is_to_be_converted(tmp_path):
+    with pytest.raises(FileError, match=r"is a folder without config.json and weights.bin; name the GGUF file, or convert"):
+        open_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(FileError, match=r"a config.json, perhaps Hugging Face's; convert it with pocketlm export"):
+        open_model(tmp_path)
 
 
 def test_an_empty_file(tmp_path):

@@ -298,6 +298,18 @@ def test_a_checkpoint_is_converted_on_the_way(tmp_path):
         assert np.corrcoef(stored.ravel(), weights["transformer.h.0.mlp.c_fc.weight"].numpy().ravel())[0, 1] > 0.99
 
 
+def test_levels_that_cannot_run_say_so_in_words_for_a_friend(model, tmp_path, monkeypatch):
+    with open_gguf(model) as file:
+        results = json.loads(selftest.reference(file))
+    monkeypatch.setattr("pocketlm.runtime.native.levels.cpu_flags", lambda machine: frozenset())
+    monkeypatch.setattr(selftest.sys, "platform", "win32")
+    monkeypatch.setattr("pocketlm.runtime.native.levels.host_machine", lambda: "x86_64")
+    found = dict(selftest.backends(results, open_packed(container.find(packed(model, tmp_path)))))
+    assert [*found] == ["avx512-vnni", "avx-vnni", "avx2", "sse4", "numpy"]  # amx is for Linux
+    for name in [*found][:-1]:
+        assert found[name].startswith("this CPU cannot run that level, it lacks ")
+
+
 def test_the_reference_is_computed_in_little_memory_and_fits_every_executor(model, tmp_path):
     with open_gguf(model) as file:
         results = json.loads(selftest.reference(file))

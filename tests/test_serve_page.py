@@ -382,6 +382,17 @@ def test_a_thought_is_folded_and_kept_as_the_terminal_keeps_it(server, visit):
     assert files()[0].messages[1]["content"] == "<think>\nIt greets\n</think>\n\nHello there"
 
 
+def test_an_answer_that_fills_the_context_is_not_more_than_all_of_it(server, visit):
+    page = visit()
+    n_ctx = page.evaluate("facts.context")
+    timings = {"cache_n": 0, "prompt_n": 6, "predicted_n": n_ctx - 5, "predicted_ms": 1, "predicted_per_second": 1}
+    chunk = {"choices": [{"delta": {"content": "Hello"}, "finish_reason": "length"}], "timings": timings}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    ask(page, "Hi")
+    assert page.locator("li.assistant").inner_text().endswith(f"context {n_ctx}/{n_ctx} (100 %)")
+
+
 def test_without_the_address_of_the_start_nothing_is_shown(server, visit):
     page = visit(enter=False)
     page.wait_for_selector("text=This page opens by the address")
