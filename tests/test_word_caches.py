@@ -96,7 +96,8 @@ def test_queries_beyond_the_numbers_of_float16_find_what_they_ask_for(level, mon
         tensors[name] = dataclasses.replace(tensors[name], data=large.reshape(-1).view(np.uint8))
     plan = make_plan(shape, {name: tensor.shape for name, tensor in tensors.items()}, "model")
     monkeypatch.setenv("POCKETLM_ISA", level.name)
-    ids, found = RANDOM.integers(0, 300, 40), []
+    # the same at every level: in one text of thirty two positions score alike, and rounding says which is looked at
+    ids, found = np.random.default_rng(1).integers(0, 300, 40), []
     for executor in (NativeExecutor(plan, tensors, 64, 1), NumpyExecutor(plan, tensors, 64, 1)):
         found.append(executor.forward(ids, rows="all"))
         executor.close()
