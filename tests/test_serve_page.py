@@ -1,89 +1,23 @@
-"""The page in a real browser: conversations and their files, keyboard, screen reader, phone, dark, languages, hostile texts."""
+"""The page in a real browser: conversations and their files, settings, hostile texts, a server that is gone."""
 
 import json
-import time
 
-import pytest
-from browsing import browser
-from serving import serving, wait_until
+from browsing import (  # noqa: F401
+    alone_fixture,
+    answered,
+    answers,
+    ask,
+    begun,
+    chromium_fixture,
+    files,
+    server_fixture,
+    slow,
+    text_of,
+    visit_fixture,
+)
+from serving import wait_until
 
-import pocketlm
 from pocketlm.chat import saved, states, transcript
-from pocketlm.model import find_model
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def alone():
-    with pocketlm.load("small-talk", threads=1) as model:
-        yield model
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "data"))
-    persona = {"title": "Ada", "greeting": "Good morning!"}
-    with serving(find_model("small-talk"), slots=2, persona=persona, temperature=0.0) as server:
-        yield server
-
-
-@pytest.fixture
-def visit(chromium, server):
-    """Opens the page; every error in it, and every request that leaves the computer, fails the test."""
-    contexts, wrong = [], []
-
-    def visit(context=None, width=1000, locale="en-GB", enter=True, **options):
-        if context is None:
-            context = chromium.new_context(viewport={"width": width, "height": 700}, locale=locale, **options)
-            contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda request: request.url.startswith((server.url, "data:")) or wrong.append(request.url))
-        page.goto(server.url + (f"/#{server.policy.token}" if enter else "/"))
-        if enter:
-            page.wait_for_selector("h1:has-text('Ada')")
-        return page
-
-    yield visit
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-def ask(page, text, wait=True):
-    page.fill("#question", text)
-    page.keyboard.press("Enter")
-    if wait:
-        answered(page)
-
-
-def answered(page):
-    page.wait_for_selector("#send:not([hidden])")
-    page.wait_for_selector("nav li[aria-current]", state="attached")
-
-
-def begun(page):
-    """Some of the answer is there. (`wait_for_function` would want the page's policy to allow eval.)"""
-    wait_until(lambda: len((answers(page) or [""])[-1]) > 5)
-
-
-def answers(page):
-    return page.locator("li.assistant > .text").all_inner_texts()
-
-
-def text_of(pieces):
-    return "".join(piece.text for piece in pieces)
-
-
-def files():
-    return [transcript.load(path) for path in saved.paths()]
 
 
 def test_a_conversation_and_the_file_that_the_terminal_goes_on_with(server, visit, alone):
@@ -127,10 +61,6 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     page.wait_for_selector("nav li", state="detached")
     assert files() == []
     assert not state.exists()
-
-
-def slow(server):
-    server.before = lambda: time.sleep(0.05)
 
 
 def test_stop(server, visit):
@@ -210,94 +140,6 @@ def test_edit_retry_and_branches_survive_a_reload_and_the_terminal(server, visit
         page.wait_for_selector(f"text={text}")
     wait_until(lambda: files()[0].messages[2]["content"] == "I like cats.")
     assert len(files()[0].branches) == 2, "the two answers that are the same word for word have become one"
-
-
-def test_a_phone(server, visit):
-    page = visit(width=320)
-    ask(page, "Hello")
-    width = "document.scrollingElement.scrollWidth"
-    assert page.evaluate(width) <= 320
-    assert page.is_hidden("nav")
-    page.click("#menu")
-    page.click("nav .open:has-text('Hello')")
-    page.wait_for_selector("nav", state="hidden")
-    page.click("#options")
-    assert page.evaluate(width) <= 320
-    assert page.locator("dialog").bounding_box()["width"] <= 320
-
-
-def test_the_keyboard_is_enough(server, visit):
-    page = visit()
-    page.keyboard.type("Hello")  # the question has the focus
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.type("friend")
-    page.keyboard.press("Enter")
-    answered(page)
-    assert page.inner_text("li.user > .text") == "Hello\nfriend"
-    page.keyboard.press("ArrowUp")
-    assert page.evaluate("document.activeElement.closest('.edit') !== null")
-    page.keyboard.press("Escape")
-    page.keyboard.press("Alt+n")
-    page.wait_for_selector("li.user", state="detached")
-    reached = set()
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert {"new", "options", "open", "delete", "scroll", "question", "send"} <= reached
-    slow(server)
-    page.focus("#question")
-    page.keyboard.type("Tell me a joke.")
-    page.keyboard.press("Enter")
-    begun(page)
-    page.keyboard.press("Escape")
-    answered(page)
-    assert "(cut off)" in page.inner_text("#log")
-    server.before = None
-    page.focus("#options")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("dialog[open]")
-    page.keyboard.press("Escape")
-    page.wait_for_selector("dialog[open]", state="detached")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1000, 320])
-def test_axe_finds_nothing_serious(server, visit, scheme, width):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python brings axe-core").Axe()
-    page = visit(width=width, color_scheme=scheme)
-    ask(page, "Hello")
-    ask(page, "I like music.")
-    page.get_by_role("button", name="Retry").last.click()
-    answered(page)
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
-    assert dark == (scheme == "dark")
-    views = [lambda: None, lambda: page.click("#options")]
-    if width == 320:
-        views.insert(1, lambda: page.click("#menu"))
-    for view in views:
-        view()
-        found = axe.run(page).response["violations"]
-        assert [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")] == []
-
-
-def test_appearance_and_language_can_be_chosen(server, visit):
-    page = visit(color_scheme="light")
-    page.click("#options")
-    page.select_option("#theme", "dark")
-    page.select_option("#language", "pl")
-    assert page.inner_text("#settings-title") == "Ustawienia"
-    page.reload()
-    page.wait_for_selector("text=Wyślij")
-    assert page.evaluate("document.documentElement.lang") == "pl"
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
-
-
-LANGUAGES = {"tr-TR": "Gönder", "pl-PL": "Wyślij", "ru-RU": "Отправить", "en-US": "Send", "de-DE": "Send"}
-
-
-@pytest.mark.parametrize(("locale", "word"), LANGUAGES.items())
-def test_the_browser_chooses_the_words(server, visit, locale, word):
-    assert visit(locale=locale).inner_text("#send") == word
 
 
 def test_settings_reach_the_model(server, visit, alone):

@@ -1,0 +1,92 @@
+"""The page in a real browser: phone, keyboard, screen reader, dark and light, languages."""
+
+import pytest
+from browsing import answered, ask, begun, chromium_fixture, server_fixture, slow, visit_fixture  # noqa: F401
+
+
+def test_a_phone(server, visit):
+    page = visit(width=320)
+    ask(page, "Hello")
+    width = "document.scrollingElement.scrollWidth"
+    assert page.evaluate(width) <= 320
+    assert page.is_hidden("nav")
+    page.click("#menu")
+    page.click("nav .open:has-text('Hello')")
+    page.wait_for_selector("nav", state="hidden")
+    page.click("#options")
+    assert page.evaluate(width) <= 320
+    assert page.locator("dialog").bounding_box()["width"] <= 320
+
+
+def test_the_keyboard_is_enough(server, visit):
+    page = visit()
+    page.keyboard.type("Hello")  # the question has the focus
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("friend")
+    page.keyboard.press("Enter")
+    answered(page)
+    assert page.inner_text("li.user > .text") == "Hello\nfriend"
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.closest('.edit') !== null")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Alt+n")
+    page.wait_for_selector("li.user", state="detached")
+    reached = set()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert {"new", "options", "open", "delete", "scroll", "question", "send"} <= reached
+    slow(server)
+    page.focus("#question")
+    page.keyboard.type("Tell me a joke.")
+    page.keyboard.press("Enter")
+    begun(page)
+    page.keyboard.press("Escape")
+    answered(page)
+    assert "(cut off)" in page.inner_text("#log")
+    server.before = None
+    page.focus("#options")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("dialog[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog[open]", state="detached")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1000, 320])
+def test_axe_finds_nothing_serious(server, visit, scheme, width):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python brings axe-core").Axe()
+    page = visit(width=width, color_scheme=scheme)
+    ask(page, "Hello")
+    ask(page, "I like music.")
+    page.get_by_role("button", name="Retry").last.click()
+    answered(page)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    views = [lambda: None, lambda: page.click("#options")]
+    if width == 320:
+        views.insert(1, lambda: page.click("#menu"))
+    for view in views:
+        view()
+        found = axe.run(page).response["violations"]
+        assert [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")] == []
+
+
+def test_appearance_and_language_can_be_chosen(server, visit):
+    page = visit(color_scheme="light")
+    page.click("#options")
+    page.select_option("#theme", "dark")
+    page.select_option("#language", "pl")
+    assert page.inner_text("#settings-title") == "Ustawienia"
+    page.reload()
+    page.wait_for_selector("text=Wyślij")
+    assert page.evaluate("document.documentElement.lang") == "pl"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+
+
+LANGUAGES = {"tr-TR": "Gönder", "pl-PL": "Wyślij", "ru-RU": "Отправить", "en-US": "Send", "de-DE": "Send"}
+
+
+@pytest.mark.parametrize(("locale", "word"), LANGUAGES.items())
+def test_the_browser_chooses_the_words(server, visit, locale, word):
+    assert visit(locale=locale).inner_text("#send") == word
