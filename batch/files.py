@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from array import array
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
@@ -34,7 +33,7 @@ class Prompts:
     """A file of prompts; `n_lines`: blank ones included. Raises FileError where it cannot be read."""
 
     def __init__(self, path: Path):
-        if path.exists() and stat.S_ISFIFO(path.stat().st_mode):
+        if path.is_fifo():
             raise FileError(path, "is a pipe, and prompts are read more than once", "write them to a file, and name that")
         self._path, self._digest, self.n_lines, last = path, hashlib.blake2b(digest_size=16), 0, b"\n"
         with refused(path, "check the path"), path.open("rb") as file:
