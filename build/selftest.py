@@ -146,8 +146,7 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
     """Every executor and level: its name, and its logits or why it does not run."""
     from pocketlm.runtime.native import levels
 
-    machine = levels.host_machine()
-    here = [level for level in levels.LEVELS.values() if level.machine == machine and sys.platform.startswith(level.system)]
+    here = [level for level in levels.LEVELS.values() if level.is_for(levels.host_machine(), sys.platform)]
     for name in (*(level.name for level in here), "numpy"):
         forced = os.environ.get("POCKETLM_ISA")
         try:

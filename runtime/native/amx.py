@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 
 from pocketlm.runtime.native.dequantize import Run
 from pocketlm.runtime.native.ir import F32, I8, I32, I64, PTR, VOID, Function, Value, Var
-from pocketlm.runtime.native.sizes import LANES, RECORD
+from pocketlm.runtime.native.sizes import ALL_TILES, LANES, RECORD
 
-TOKENS = 16
+TOKENS = ALL_TILES[-1]
 COLUMNS = 384  # that are unpacked at a time: twice as many were 5 to 8 % slower
 WEIGHTS, LOW_BYTES, HIGH_BYTES, SUMS = 0, 1, 2, ((3, 4), (5, 6))  # tiles by number; of low and high bytes, of two runs in turn
 SUM_BYTES = 1024  # of a tile of sums
@@ -69,10 +69,10 @@ class Slots:
         f.store(f.coerce(half, I64), slot + (self.record + 8), 8)
         self.used.set(self.used.get() + 1)
 
-    def multiply(self, totals: Sequence[Var], scaled_sum: Callable[..., Value]) -> None:
+    def multiply(self, totals: Sequence[Var], added: Callable[..., Value]) -> None:
         """Add every slot's products to the tokens' totals, <16 x float> each; then all slots are free.
 
-        `scaled_sum(f, columns, record, half)`: of a token's activations, as matrix.py has it.
+        `added`: matrix.py's, of sums to a token's total.
         Two runs are under way at a time: one is multiplied while the sums of the other are read.
         """
         f, n = self.f, self.used.get()
@@ -82,14 +82,14 @@ class Slots:
         with f.range(0, last, 2) as i:
             here = f.opaque(self.memory + i * self.bytes)
             self._begin(here + self.bytes, 1)
-            self._end(here, 0, totals, scaled_sum)
+            self._end(here, 0, totals, added)
             self._begin(here + 2 * self.bytes, 0)
-            self._end(here + self.bytes, 1, totals, scaled_sum)
+            self._end(here + self.bytes, 1, totals, added)
         with f.when(both):
             self._begin(slot + self.bytes, 1)
-        self._end(slot, 0, totals, scaled_sum)
+        self._end(slot, 0, totals, added)
         with f.when(both):
-            self._end(slot + self.bytes, 1, totals, scaled_sum)
+            self._end(slot + self.bytes, 1, totals, added)
         self.used.set(0)
 
     def _tile(self, what: str, *operands: Value | int) -> None:
@@ -106,16 +106,13 @@ class Slots:
             self._tile("tileloadd64", bytes_, at + start, stride)
             self._tile("tdpbssd", sums, bytes_, WEIGHTS)
 
-    def _end(self, slot: Value, turn: int, totals: Sequence[Var], scaled_sum: Callable[..., Value]) -> None:
+    def _end(self, slot: Value, turn: int, totals: Sequence[Var], added: Callable[..., Value]) -> None:
         f, sums = self.f, self.sums + turn * 2 * SUM_BYTES
         for i, tile in enumerate(SUMS[turn]):
             self._tile("tilestored64", tile, sums + i * SUM_BYTES, f.const(I64, 64))
-        scale, offset = (f.load(ROW, slot + at, 64) for at in (self.scale, self.offset))
+        scale, offset = f.load(ROW, slot + self.scale, 64), f.load(ROW, slot + self.offset, 64) if self.has_offsets else None
         record, half = f.opaque(f.load(PTR, slot + self.record, 8)), f.load(I64, slot + (self.record + 8), 8)
         for t, total in enumerate(totals):
             low, high = (f.load(I32.vec(LANES), sums + (i * SUM_BYTES + 64 * t), 64) for i in (0, 1))
-            scaled = f.cast("sitofp", low + (high << 8), F32) * f.splat(f.load(F32, record + (RECORD * t + 64), 4), LANES)
-            value = f.fma(scale, scaled, total.get())
-            if self.has_offsets:
-                value = f.fma(offset, f.splat(scaled_sum(f, self.columns, record + RECORD * t, half), LANES), value)
-            total.set(value)
+            joined, here = low + (high << 8), record + RECORD * t
+            total.set(added(f, self.columns, scale, offset, joined, here, half, total.get()))

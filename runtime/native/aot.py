@@ -60,7 +60,7 @@ def build_images(
     target, images = PLATFORMS[platform], bytearray()
     levels: dict[str, dict[str, tuple[int, int]]] = {}
     for level in LEVELS.values():
-        if level.machine == target.machine and platform.startswith(level.system):
+        if level.is_for(target.machine, platform):
             places = levels[level.name] = {}
             for name, text in module_texts(level, target.abi).items():
                 data = to_bytes(link([compile_object(text, level)]))

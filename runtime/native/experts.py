@@ -12,11 +12,11 @@ is read, and nothing is kept but what the system keeps of the file.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F32, I1, I32, I64, PTR, VOID, Function, Value
-from pocketlm.runtime.native.matrix import ROW, empty_places, product_of, tile_of, tile_places, tile_size
+from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Value
+from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_places, tile_size
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import GROUP, PAIR, offset
-from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, RECORD, SIGMOID, WILL_NEED
+from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, SIGMOID, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
 
@@ -120,10 +120,7 @@ def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         f.store(f.load(F32, x + i * 4), to + i * 4)
     with f.range(width, columns) as i:
         f.store(f.const(F32, 0.0), to + i * 4)
-    wholes, records = tile + columns * 4 * size + place * 64, tile + columns * 6 * size + place * RECORD
-    f.call(VOID, "round", to, columns, wholes, size * 64, records, size * RECORD)
-    with f.when((task + 1).equals(pair("last"))):
-        empty_places(f, tile, columns, size, place + 1, f.const(I1, 1))
+    round_into(f, tile, columns, size, place, to, (task + 1).equals(pair("last")), 1)
 
 
 def experts(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:

@@ -41,6 +41,10 @@ class Level:
     same_bits_as: str = ""  # the level whose results its own are, bit for bit
     system: str = ""  # the only one that it is used on, as PLATFORMS of aot.py begins
 
+    def is_for(self, machine: str, system: str) -> bool:
+        """Whether it is used on such a machine; `system` as sys.platform or a name in aot.PLATFORMS."""
+        return self.machine == machine and system.startswith(self.system)
+
     @property
     def triple(self) -> str:
         """Always ELF, whatever the operating system: one object format to link."""

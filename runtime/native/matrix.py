@@ -25,7 +25,7 @@ from typing import NamedTuple
 from pocketlm.runtime.native import amx
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, SHORT_RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
-from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.sizes import RECORD, WHOLES, tiles
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
@@ -91,17 +91,21 @@ def tile_places(f: Function, level: str, n: Value) -> Value:
     return first + size
 
 
-def empty_places(f: Function, tile: Value, columns: Value, size: Value, first: Value, floats: Value) -> None:
-    """What a tile of `size` tokens has too many, from number `first` on, becomes zeros: their products are not used, but what
-    is left from another tile may be subnormal numbers, which made a pass of 12 tokens in a tile of 16 take 1.15 times as long.
+def round_into(
+    f: Function, tile: Value, columns: Value, size: Value, place: Value, x: Value, is_last: Value, floats: Value | int
+) -> None:  # fmt: skip
+    """The rounded forms of a token's activations at `x`, to its place in a tile of `size` tokens (see the top).
 
-    `floats`: whether the values themselves are read.
+    After the last token, what the tile has too many becomes zeros: their products are not used, but what is left from another
+    tile may be subnormal numbers, which made a pass of 12 tokens in a tile of 16 take 1.15 times as long. `floats`: whether the
+    values themselves are read.
     """
-    records = tile + columns * 6 * size
-    with f.range(first, size) as t:
+    wholes, records = tile + columns * 4 * size, tile + columns * 6 * size
+    f.call(VOID, "round", x, columns, wholes + place * WHOLES, size * WHOLES, records + place * RECORD, size * RECORD)
+    with f.when(is_last), f.range(place + 1, size) as t:
         with f.range(0, columns >> 5) as i:
             f.store(f.const(I64, 0), records + (i * size + t) * RECORD + SCALE, 4)  # and the scaled sum
-        with f.when(floats), f.range(0, columns, ROWS) as i:
+        with f.when(f.coerce(floats, I1)), f.range(0, columns, ROWS) as i:
             f.store(f.const(ROW, 0.0), tile + (t * columns + i) * 4, 4)
 
 
@@ -189,11 +193,7 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
                 for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):
-                    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, at + SCALE, 4), ROWS)
-                    value = f.fma(run.scale, scaled, total.get())
-                    if run.offset is not None:
-                        value = f.fma(run.offset, f.splat(_scaled_sum(f, run.count, at, half), ROWS), value)
-                    total.set(value)
+                    total.set(_added(f, run.count, run.scale, run.offset, sums, at, half, total.get()))
 
             _fetch_block(f, level, fmt, planes, ahead)
             RUNS[fmt](f, level, planes, add)
@@ -226,7 +226,7 @@ def _amx_product(f: Function, level: str, fmt: str, tokens: int) -> None:
 
                 _fetch_block(f, level, fmt, planes, AHEAD_OF_TILE)
                 RUNS[fmt](f, level, planes, put)
-            slots.multiply(totals, _scaled_sum)
+            slots.multiply(totals, _added)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
     slots.close()
@@ -237,6 +237,15 @@ def _unsigned(f: Function, level: str, run: Run) -> tuple[int, Words]:
     moved = SIGNED_ZERO.get(level, 0) if run.biggest == 128 else 0
     words = [(lambda unpack=unpack: unpack() ^ 0x80, column) for unpack, column in run.words] if moved else run.words
     return run.zero + moved, words
+
+
+def _added(
+    f: Function, count: int, scale: Value, offset: Value | None, sums: Value, record: Value, half: Value | int, total: Value
+) -> Value:  # fmt: skip
+    """A token's total, <16 x float>, and its products with a run of `count` columns: `sums`, of integers, take their scales."""
+    scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, record + SCALE, 4), ROWS)
+    total = f.fma(scale, scaled, total)
+    return total if offset is None else f.fma(offset, f.splat(_scaled_sum(f, count, record, half), ROWS), total)
 
 
 def _scaled_sum(f: Function, count: int, record: Value, half: Value | int) -> Value:
@@ -261,11 +270,8 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     One group of rows at a time: two, which would hide more of an addition's latency, are two streams from memory, and those
     were a third slower.
     """
-    if tokens > 8:  # registers have the sums of eight
-        for start in range(0, tokens, 8):
-            _float_tokens(f, level, fmt, range(start, start + 8))
-    else:
-        _float_tokens(f, level, fmt, range(tokens))
+    for start in range(0, tokens, 8):  # registers have the sums of eight
+        _float_tokens(f, level, fmt, range(start, min(start + 8, tokens)))
 
 
 def _float_tokens(f: Function, level: str, fmt: str, tokens: range) -> None:

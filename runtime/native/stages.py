@@ -14,8 +14,8 @@ from functools import partial
 from pocketlm.runtime.native import attention, elements, experts, next_token
 from pocketlm.runtime.native.cache_numbers import Words
 from pocketlm.runtime.native.dot import READS_WHOLES
-from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
-from pocketlm.runtime.native.matrix import ROW, empty_places, product_of, tile_of, tile_size
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Type, Value
+from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.sizes import (
     AS_IT_IS,
@@ -23,10 +23,8 @@ from pocketlm.runtime.native.sizes import (
     LAYER_NORM,
     MAX_CHUNK,
     PARTIALS,
-    RECORD,
     RMS_NORM,
     SPAN,
-    WHOLES,
     tiles,
 )  # fmt: skip
 
@@ -139,10 +137,7 @@ def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Va
         _scaled(f, r, x, to, mean, squares.get(), width)
     with f.when(source.equals(PARTIALS)):
         attention.join_partials(f, r, own, to, r.token(token.get()))
-    wholes, records = tile + columns * 4 * size + place * WHOLES, tile + columns * 6 * size + place * RECORD
-    f.call(VOID, "round", to, columns, wholes, size * WHOLES, records, size * RECORD)
-    with f.when((task + 1).equals(n)):
-        empty_places(f, tile, columns, size, place + 1, r.op("floats").equals(1))
+    round_into(f, tile, columns, size, place, to, (task + 1).equals(n), r.op("floats").equals(1))
 
 
 def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: Value, width: Value) -> None:
