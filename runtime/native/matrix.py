@@ -1,7 +1,7 @@
 """Kernels over a matrix's tiled rows: product with one token or a block of them, one row of a table, tiling.
 
-In: a format and a level. Out: functions of a module, each an address that the run loop calls. Knows formats and
-layouts, not operations.
+In: a format and a level. Out: functions of a module, each an address that the run loop calls; for stages, in which tile and
+place a token's activations lie. Knows formats and layouts, not operations.
 
 Activations of a tile of T tokens (sizes.tiles) with n columns, n a multiple of 32; offsets in bytes:
     0       [T, n] float32      the values
