@@ -363,13 +363,15 @@ def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callabl
     Spans before the window have left nothing in their slots. A sink is a weight without a value.
     """
     n_head, dim, padded = r.run("n_head"), r.run("head_dim"), r.run("padded_dim")
-    joined = own + r.run("mixed_at")  # the slots stay: other threads may be joining them, too
+    apart = own + r.run("mixed_at")  # the slots stay: other threads may be joining them, too
     n_partials, sinks = token("n_partials"), r.op("sinks", PTR)
-    start = f.select(n_partials > 1, _oldest(f, r, token("position")) // SPAN, 0)
+    start = _oldest(f, r, token("position")) // SPAN
     with f.range(0, n_head) as head:
-        _clear(f, joined, padded)
-        with f.range(start, n_partials) as i:
-            f.call(VOID, "merge", joined, _slot(r, token("slot") + i, head), padded)
+        with f.when(n_partials > 1):
+            _clear(f, apart, padded)
+            with f.range(start, n_partials) as i:
+                f.call(VOID, "merge", apart, _slot(r, token("slot") + i, head), padded)
+        joined = f.select(n_partials > 1, apart, _slot(r, token("slot"), head))
         top, total = (f.load(F32, joined + padded * 4 + at, 4) for at in (0, 4))
         share, out, whole = f.var(F32, 1.0 / total), to + head * dim * 4, dim & -LANES
         with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):  # last, so that spans are joined in one order with and without
