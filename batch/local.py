@@ -68,7 +68,7 @@ def spread(
     """`work(session, item, cancel)` for every item, on all sessions at the same time; results in the order in which they come.
 
     None is no result, but the word that `cancel` was heard. The caller may stop at any time: what is being computed then ends
-    within a pass, or 30 ms of short ones. Raises what a thread raised.
+    within a pass, or 50 ms of short ones. Raises what a thread raised.
     """
     waiting, lock, cancel = iter(items), threading.Lock(), threading.Event()
     made: queue.Queue[tuple[R | None, BaseException | None]] = queue.Queue(AHEAD)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 GATHER = 0.25  # of the last pass's time: so long a leader waits for those who were in it; they may be drawing their tokens
 LONGEST = 0.005  # seconds of that at most
-BURST_SECONDS = 0.03  # of passes in a row where nobody waits for one: their tokens are handed out together
+BURST_SECONDS = 0.05  # of passes in a row where nobody waits for one: their tokens are handed out together
 LOOK = 0.05  # seconds until a caller who waits looks for himself: only an interrupt at the one wrong moment needs that
 
 Use = Callable[[np.ndarray], Any]

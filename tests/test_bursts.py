@@ -222,7 +222,8 @@ def test_who_comes_is_in_the_next_pass(native, monkeypatch):
     other = threading.Thread(target=lambda: list(start(second, max_tokens=4)))
 
     def noted(work, samplers=(), most=1, wanted=None):
-        if first.cache.length == 3 + MAX_PASSES and not other.ident:
+        if most > 1 and not other.ident:
+            del seen[:]
             other.start()
             while len(engine._queue) < 2:  # it waits for a pass
                 pass
@@ -230,11 +231,13 @@ def test_who_comes_is_in_the_next_pass(native, monkeypatch):
         seen.append((len(work), most, result[1]))
         return result
 
+    monkeypatch.setattr(native, "single", None)  # no measurements, which are single passes,
+    monkeypatch.setattr(native._n_running, "value", 1)  # and no late thread, which ends a row, too
     monkeypatch.setattr(native, "steps", noted)
     monkeypatch.setattr(native, "step", lambda work: noted(work)[0])
     assert ids_of(start(first, max_tokens=40)) == alone(native, 40)
     other.join()
-    assert seen[:4] == [(1, 1, 1), (1, MAX_PASSES, MAX_PASSES), (1, MAX_PASSES, 1), (2, 1, 1)]
+    assert seen[:2] == [(1, MAX_PASSES, 1), (2, 1, 1)]
 
 
 def test_no_token_left_is_the_same_error(native):

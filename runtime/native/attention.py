@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
-from pocketlm.runtime.native.matrix import ROW, fetch_far
+from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, UNASKED
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
@@ -54,6 +54,7 @@ TILES = {
     "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
     "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
 }  # fmt: skip
+Ahead = Callable[[Value], Value]
 FEW = 3  # queries that are through with the cache sooner than it comes from memory
 POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, name) for name in QUERY.names or ())
 
@@ -240,17 +241,30 @@ def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vec
         skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
         scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
         asked = own + r.run("queries_at") + row * 4
-        _scores(f, level, numbers, keys, asked, known, scores, padded, (skipped, count), queries, n_vectors)
+        ahead = _ahead(f, level, numbers, padded, count) if queries <= FEW else None
+        _scores(f, level, numbers, keys, asked, known, scores, padded, (skipped, count), queries, n_vectors, ahead)
         f.call(VOID, "softmax", run, own, values, row, f.const(I64, queries), first, skipped, count)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
         for i in range(0, queries, step):
             here = scores + i * (SPAN * 4), known + i * QUERY.itemsize, mixed + result_bytes * i
-            _mix(f, level, numbers, values, *here, result_bytes, padded, (skipped, count), step)
+            _mix(f, level, numbers, values, *here, result_bytes, padded, (skipped, count), step, ahead)
         with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):
                 _clear(f, to, padded)
             f.call(VOID, "merge", to, mixed + i * result_bytes, padded)
+
+
+def _ahead(f: Function, level: str, numbers: Words, padded: Value, count: Value) -> Ahead | None:
+    """How far from a position's numbers those are that will be read FAR_AHEAD bytes later: behind a span's last ones come its
+    values, behind these the next head's keys.
+    """
+    if level in UNASKED:
+        return None
+    n_bytes = numbers.row_bytes(padded)
+    filled = (count + (LANES - 1)) & -LANES
+    last, rest = filled * n_bytes - FAR_AHEAD, (SPAN - filled) * n_bytes + FAR_AHEAD
+    return lambda p: f.select(p * n_bytes < last, FAR_AHEAD, rest)
 
 
 def _sees(f: Function, known: Value, first: Value) -> Value:
@@ -260,7 +274,7 @@ def _sees(f: Function, known: Value, first: Value) -> Value:
 
 def _scores(
     f: Function, level: str, numbers: Words, keys: Value, q: Value, known: Value, scores: Value, padded: Value,
-    part: tuple[Value, Value], queries: int, n_vectors: int,
+    part: tuple[Value, Value], queries: int, n_vectors: int, ahead: Ahead | None,
 ) -> None:  # fmt: skip
     """q · k of every query and position of a part of the span, along the head's columns, two at a time.
 
@@ -271,10 +285,11 @@ def _scores(
     def some(p: Value, n_vectors: int) -> None:
         sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
         start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
+        distance = ahead(p) if ahead else None
         with f.range(0, padded, 2) as d:
             here = [numbers.load(f, start + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
-            for k in range(n_vectors if queries <= FEW else 0):
-                fetch_far(f, level, start + group_bytes * k + d * (numbers.n_bytes * LANES))
+            for k in range(n_vectors if distance else 0):
+                f.prefetch(start + group_bytes * k + d * (numbers.n_bytes * LANES) + distance, 2)
             for i, own_sums in enumerate(sums):
                 pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
                 for key, total in zip(here, own_sums, strict=True):
@@ -298,7 +313,7 @@ def _scores(
 
 def _mix(
     f: Function, level: str, numbers: Words, values: Value, weights: Value, known: Value, out: Value, out_stride: Value,
-    padded: Value, part: tuple[Value, Value], queries: int,
+    padded: Value, part: tuple[Value, Value], queries: int, ahead: Ahead | None,
 ) -> None:  # fmt: skip
     """Sums of weight times value in a part of the span, two positions at a time; exact among POSITIONS neighbours."""
     first, count = part
@@ -307,14 +322,15 @@ def _mix(
         sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
         few = [[f.var(I32.vec(LANES)) for _ in range(n_vectors)] for _ in range(queries)]
         with f.range(first, count, POSITIONS) as block:
+            distance = ahead(block) if ahead else None
             for some in few:
                 for total in some:
                     total.set(0)
             with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
                 row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
                 here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
-                for k in range(n_vectors if queries <= FEW else 0):
-                    fetch_far(f, level, row + n * k)
+                for k in range(n_vectors if distance else 0):
+                    f.prefetch(row + n * k + distance, 2)
                 for i, some in enumerate(few):
                     pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
                     for value, total in zip(here, some, strict=True):
@@ -347,13 +363,15 @@ def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callabl
     Spans before the window have left nothing in their slots. A sink is a weight without a value.
     """
     n_head, dim, padded = r.run("n_head"), r.run("head_dim"), r.run("padded_dim")
-    joined = own + r.run("mixed_at")  # the slots stay: other threads may be joining them, too
+    apart = own + r.run("mixed_at")  # the slots stay: other threads may be joining them, too
     n_partials, sinks = token("n_partials"), r.op("sinks", PTR)
-    start = f.select(n_partials > 1, _oldest(f, r, token("position")) // SPAN, 0)
+    start = _oldest(f, r, token("position")) // SPAN
     with f.range(0, n_head) as head:
-        _clear(f, joined, padded)
-        with f.range(start, n_partials) as i:
-            f.call(VOID, "merge", joined, _slot(r, token("slot") + i, head), padded)
+        with f.when(n_partials > 1):
+            _clear(f, apart, padded)
+            with f.range(start, n_partials) as i:
+                f.call(VOID, "merge", apart, _slot(r, token("slot") + i, head), padded)
+        joined = f.select(n_partials > 1, apart, _slot(r, token("slot"), head))
         top, total = (f.load(F32, joined + padded * 4 + at, 4) for at in (0, 4))
         share, out, whole = f.var(F32, 1.0 / total), to + head * dim * 4, dim & -LANES
         with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):  # last, so that spans are joined in one order with and without
