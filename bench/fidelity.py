@@ -5,7 +5,8 @@
 The model is exported to every format, by pocketlm's quantiser or by ggml's: bits per weight, relative RMSE of the matrices, and
 the perplexity of the file's weights, which the NumPy executor computes with exactly (float32). The native executor and
 llama.cpp are compared with that over the same windows of the same text: KL divergence, which is what rounding activations
-costs. Prints a Markdown table. The default text comes with Python: the topics of its `help()`.
+costs. `mxfp4` is of every matrix here, not only of experts. Prints a Markdown table. The default text comes with Python: the
+topics of its `help()`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.export import export
 from pocketlm.export.from_model_file import read_model_file
 from pocketlm.export.quantize import quantize
-from pocketlm.export.rules import QUANTS
+from pocketlm.export.rules import QUANTS, Quant
 from pocketlm.runtime.model_file import open_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -120,6 +121,7 @@ def main() -> None:
     print(f"{options.model.name}, {len(ids)} positions in windows of {options.window}\n", file=sys.stderr)
     if options.quantizer == "ggml":
         tensor_encoder.quantize = by_ggml  # pyright: ignore[reportPrivateImportUsage]
+    QUANTS["mxfp4"] = Quant("MXFP4", "Q8_0", 38)
     model = read_model_file(options.model)
     both = " | ".join(f"{name}: KL | same first choice | perplexity" for name in ("native", "llama.cpp"))
     print(f"| weights | bits per weight | error | exact perplexity | {both} |")
