@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from itertools import accumulate, count
+from math import prod
 from operator import mul
 
 from pocketlm.runtime.pass_times import Company
@@ -22,6 +23,7 @@ MOST_ROWS = 1 + LONGEST
 CLASSES = 1, 3, 4, 6, 9, 17  # of matches, by how many tokens were the same: below these numbers, and those from the last on
 PRIOR = 0.3, 0.4, 0.35, 0.5, 0.6, 0.75, 0.85  # how often a match of each class is right, until that is known
 OF_NEW = 0.1  # weight of what was seen last
+LIKELY = 0.25  # how likely a text must be to get to where a draft may pay, for passes in a row to end there
 
 
 class Odds:
@@ -34,6 +36,10 @@ class Odds:
         """The token that followed a match of this length was the foretold one, or not."""
         at = _class(match)
         self._right[at] += OF_NEW * (was_right - self._right[at])
+
+    def of_getting_to(self, match: int, longer: int) -> float:
+        """How likely a match of one length becomes one of another, larger one."""
+        return prod(self._right[_class(at)] for at in range(match, longer))
 
     def best_length(self, match: int, company: Company) -> int:
         """How many tokens to draft after a match of this length; 0 where that would not pay."""
@@ -75,13 +81,13 @@ class Drafts:
 
     def may_pay_after(self, company: Callable[[], Company], most: int) -> int:
         """After how many more tokens, at most `most`, a draft may be worth a try, though none is now: a text that goes on as it
-        did before has to do so for as long as that, one that does not has no draft at all.
+        did before has to do so for as long as that, one that does not has no draft at all. `most` where that is not likely.
         """
         if self._at:
             shared = company()
             for limit in CLASSES:
                 if limit > self._match and self.odds.best_length(limit, shared):
-                    return min(most, limit - self._match)
+                    return min(most, limit - self._match) if self.odds.of_getting_to(self._match, limit) > LIKELY else most
         return most
 
     def passed(self, draft: list[int], n_drawn: int) -> None:

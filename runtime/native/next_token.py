@@ -10,6 +10,8 @@ from pocketlm.runtime.native.ir import F64, I1, I32, I64, PTR, Function, Module,
 from pocketlm.runtime.native.record_reader import Records, of_sampler
 from pocketlm.runtime.native.records import RUN, SAMPLER, TOKEN, offset
 
+MUCH = 4  # a run ends where more than a fourth of it was lost in waiting for late threads; one that had to wake up is late, too
+
 
 def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The stage that draws a row's token where it has a sampler: with the random number of this pass."""
@@ -24,17 +26,18 @@ def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def define(module: Module) -> None:
-    """follow(run) -> 1: the records are those of the next pass now, in which each text has the token that was drawn for it; 0:
-    no pass follows. A token that ends a text, or is none, ends the run for all.
+    """follow(run, elapsed) -> 1: the records are those of the next pass now, in which each text has the token that was drawn
+    for it; 0: no pass follows. A token that ends a text, or is none, ends the run for all. `elapsed`: since the run began, in
+    units of its clock.
     """
-    with module.function("follow", {"run": PTR}, returns=I64) as f:
-        (run,) = f.args()
+    with module.function("follow", {"run": PTR, "elapsed": I64}, returns=I64) as f:
+        run, elapsed = f.args()
         r = Records(f, run, run)
         number, samplers = r.run("n_passes"), r.run("samplers", PTR)
         r.set_run("n_passes", number + 1)
         with f.when((number + 1 >= r.run("most")) | f.atomic_load(r.run("wanted", PTR)).equals(1)):
             f.ret(0)
-        with f.when(f.atomic_load(run + offset(RUN, "lost")) > 0):
+        with f.when(f.atomic_load(run + offset(RUN, "lost")) * MUCH > elapsed):
             f.ret(0)  # Python may want to leave the late thread out
 
         def of(text: Value) -> tuple[Value, Value]:

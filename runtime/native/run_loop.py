@@ -19,7 +19,7 @@ from pocketlm.runtime.native.stages import heads_apart
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
 LATE = 4  # times as long as it has worked itself, a thread waits for another until it thinks that something is wrong
-PATIENCE = 200  # time slices a waiting thread gives away before it sleeps
+PATIENCE = 2000  # time slices a waiting thread gives away before it sleeps
 
 
 def define(module: Module, machine: str) -> None:
@@ -129,7 +129,7 @@ def _work(f: Function, machine: str) -> None:
         with f.when(f.field(run, offset(RUN, "most")) > 1):
             f.call(VOID, "barrier", run, barriers.get() + 1, times)  # all have drawn
             with f.when(tid.equals(0)):
-                f.store(f.call(I64, "follow", run), run + offset(RUN, "another"), 8)
+                f.store(f.call(I64, "follow", run, f.clock(machine) - began), run + offset(RUN, "another"), 8)
                 _reset_counters(f, Records(f, run, run))
             barriers.set(barriers.get() + 2)
             f.call(VOID, "barrier", run, barriers.get(), times)
