@@ -111,7 +111,7 @@ class Selection(Protocol):
 
 
 class DrawingSampler(Protocol):
-    """A sampler that also draws inside an executor's passes (`Executor.steps`): prepared for at most `MOST` tokens after a text
+    """A sampler that also draws inside an executor's passes (`Executor.step`): prepared for at most `MOST` tokens after a text
     and none after one of `ends`, it gives those that were drawn as calls would have returned them.
     """
 

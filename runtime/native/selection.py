@@ -95,7 +95,7 @@ class Selection:
 
 
 class DrawingSampler:
-    """Draws from logits that it is called with; or, once it is prepared, inside an executor's passes (`NativeExecutor.steps`).
+    """Draws from logits that it is called with; or, once it is prepared, inside an executor's passes (`NativeExecutor.step`).
 
     Called, it edits the logits while it is at work. PocketlmError for logits that allow no choice; UsageError for those of
     another shape or type, and for ids outside the vocabulary.
