@@ -91,7 +91,7 @@ def test_the_tokens_are_those_of_the_numpy_sampler(level):
 
 
 CHAINS = {
-    "defaults": {}, "top-k": {"top_k": 3000, "top_p": 1.0, "min_p": 0.0}, "top-p, min-p": {"top_k": 0},
+    "defaults": {"top_k": 40}, "top-k": {"top_k": 3000, "top_p": 1.0, "min_p": 0.0}, "top-p, min-p": {"top_k": 0},
     "top-p": {"top_k": 0, "min_p": 0.0}, "min-p": {"top_k": 0, "top_p": 1.0}, "all": {"top_k": 0, "top_p": 1.0, "min_p": 0.0},
 }  # fmt: skip
 each_chain = pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
