@@ -9,6 +9,8 @@ top-k, top-p, min-p, temperature, draw; top-p and min-p therefore look at the pr
 What makes it quick for a large vocabulary: the three filters all keep the likeliest few, so once the candidates are sorted
 each of them is only a question of how many of the first stay, and the vocabulary itself is never sorted. Top-k hands over k
 candidates; without it, min-p gives a threshold for the logits, and for top-p alone the likeliest few hundred are tried first.
+Weights and their sums are float64, in an order that compiled code keeps as well (`_Weights`): with float32, two ways to sum up
+50,000 tokens would draw another one in thousands of times.
 Measured (2.5 GHz x86-64, NumPy 2.4, 49,152 tokens): greedy 6 µs, the defaults 105 µs, the log-probability 70 µs more.
 """
 
@@ -98,7 +100,7 @@ _RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
 
 class Selection(Protocol):
     """What an executor may do faster than NumPy: the ids of the k largest logits, in any order; the sum of exp(x - largest);
-    a whole sampler, which draws the same tokens, or None for a chain that it does not know.
+    a whole sampler, which draws the same tokens, or None where it has none.
     """
 
     def top_k(self, logits: np.ndarray, k: int) -> np.ndarray: ...
@@ -157,7 +159,7 @@ def make_sampler(
     is_greedy = o.temperature < GREEDY_BELOW or o.top_k == 1
     choose = _greedy if is_greedy else _draw(o, weights, selection.top_k if selection else top_k, uniform)
 
-    sum_exp = selection.sum_exp if selection else weights.fill
+    sum_exp = selection.sum_exp if selection else _sum_exp
 
     def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
         used = logits
@@ -194,6 +196,10 @@ def top_k(logits: np.ndarray, k: int) -> np.ndarray:
     bound = np.partition(coarse, coarse.size - k)[coarse.size - k]
     ids = (logits >= bound).nonzero()[0]
     return ids[(-logits[ids]).argsort(kind="stable")[:k]]
+
+
+def _sum_exp(logits: np.ndarray, largest: np.floating) -> float:
+    return float(np.exp(logits - largest).sum())
 
 
 # ---- steps on the logits of the whole vocabulary: in place --------------------------------------------------------------

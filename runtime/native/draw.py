@@ -165,7 +165,9 @@ def _define_choose(module: Module) -> None:
 
 
 def _define_among(module: Module) -> None:
-    """draw_among(s, logits, largest, u) -> id: the chain behind the penalties."""
+    """draw_among(s, logits, largest, u) -> id: the chain behind the penalties. Where it takes the sum of all weights, that is
+    the record's `sum`.
+    """
     with module.function("draw_among", {"s": PTR, "logits": PTR, "largest": F32, "u": F64}, returns=I64) as f:
         s, logits, largest, u = f.args()
         n_vocab, columns = _get(f, s, "n_vocab"), _get(f, s, "columns", PTR)
@@ -180,6 +182,7 @@ def _define_among(module: Module) -> None:
         total = f.var(F64, 0.0)
         with f.when(_get(f, s, "top_p", F64) < 1.0):
             total.set(f.call(F64, "weigh", logits, n_vocab, best, f.const(F64, 1.0), columns))
+            f.store(total.get(), s + offset(SAMPLER, "sum"), 8)
         n = f.call(I64, "nucleus", s, logits, best, total.get())
         f.ret(f.call(I64, "choose", s, n, total.get(), u))
 
@@ -202,6 +205,7 @@ def _draw(f: Function) -> None:
     result = f.var(I64, NO_CHOICE)
     with f.when(best.get().equals(math.inf)):
         result.set(BROKEN)
+    f.store(f.const(F64, 0.0), s + offset(SAMPLER, "sum"), 8)
     with f.when((best.get() > -math.inf) & (best.get() < math.inf)):
         result.set(f.call(I64, "draw_among", s, logits, best.get(), u))
     with f.when(edits):
@@ -209,6 +213,7 @@ def _draw(f: Function) -> None:
     with f.when((result.get() >= 0) & _get(f, s, "logprobs").equals(1)):
         logit = f.load(F32, logits + result.get() * 4, 4) - plain
         f.store(f.cast("fpext", logit, F64), s + offset(SAMPLER, "logit"), 8)
-        sum = f.call(F32, "sum_exp", logits, _get(f, s, "n_vocab"), plain)
-        f.store(f.cast("fpext", sum, F64), s + offset(SAMPLER, "sum"), 8)
+        with f.when(edits | _get(f, s, "sum", F64).equals(0.0)):
+            sum = f.call(F32, "sum_exp", logits, _get(f, s, "n_vocab"), plain)
+            f.store(f.cast("fpext", sum, F64), s + offset(SAMPLER, "sum"), 8)
     f.ret(result.get())
