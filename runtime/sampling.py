@@ -145,7 +145,6 @@ def make_sampler(
     -inf.
     """
     o = SamplingOptions(**options)
-    scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
     adjust: list[Process] = []
     if o.logit_bias:
         adjust.append(_bias(o.logit_bias, n_vocab))
@@ -156,6 +155,7 @@ def make_sampler(
     uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
     if selection and process is None and (sampler := selection.draw(o, exempt, logprobs, uniform)):
         return sampler
+    scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
     is_greedy = o.temperature < GREEDY_BELOW or o.top_k == 1
     choose = _greedy if is_greedy else _draw(o, weights, selection.top_k if selection else top_k, uniform)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from pocketlm.runtime.native import likeliest, softmax
 from pocketlm.runtime.native.ir import F32, F64, I1, I32, I64, PTR, VOID, Function, Module, Value, Var
+from pocketlm.runtime.native.likeliest import not_
 from pocketlm.runtime.native.record_reader import of_sampler as _get
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import BROKEN, CHUNK, NO_CHOICE, UNKNOWN_ID
@@ -39,10 +40,6 @@ def define(module: Module) -> None:
         "draw", {"s": PTR, "logits": PTR, "ids": PTR, "n_ids": I64, "u": F64}, returns=I64, linkage="entry"
     ) as f:
         _draw(f)
-
-
-def _not(f: Function, condition: Value) -> Value:
-    return condition ^ f.const(I1, 1)
 
 
 def _define_penalise(module: Module) -> None:
@@ -77,7 +74,7 @@ def _define_penalise(module: Module) -> None:
         with _penalised(f, s, ids, n) as (i, id):
             x = f.load(F32, unpenalised + i * 4, 4)
             f.store(f.select(x > 0.0, x / repeat, x * repeat) - presence, logits + id * 4, 4)
-        with f.when(_not(f, frequency.equals(0.0))), _penalised(f, s, ids, n) as (i, id):
+        with f.when(not_(f, frequency.equals(0.0))), _penalised(f, s, ids, n) as (i, id):
             f.store(f.load(F32, logits + id * 4, 4) - frequency, logits + id * 4, 4)
         f.ret(0)
     with module.function("restore", arguments) as f:
@@ -110,7 +107,7 @@ def _penalised(f: Function, s: Value, ids: Value, n: Value) -> Iterator[tuple[Va
         id, free = f.cast("zext", f.load(I32, ids + i * 4, 4), I64), f.var(I1, 0)
         with f.range(0, n_exempt) as j:
             free.set(free.get() | f.load(I64, exempt + j * 8, 8).equals(id))
-        with f.when(_not(f, free.get())):
+        with f.when(not_(f, free.get())):
             yield i, id
 
 

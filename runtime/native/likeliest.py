@@ -10,8 +10,6 @@ a bound on the k-th largest of all, and few others are above it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
@@ -40,14 +38,14 @@ def define(module: Module) -> None:
     with module.function("largest", {"s": PTR}, returns=F32) as f:
         (s,) = f.args()
         chunks, value = _get(f, s, "chunks", PTR), f.var(F32, -math.inf)
-        with _chunks(f, _get(f, s, "n_vocab")) as i:
+        with f.range(0, _n_chunks(_get(f, s, "n_vocab"))) as i:
             x = f.load(F32, chunks + i * 4, 4)
             value.set(f.select(value.get() >= x, value.get(), x))
         f.ret(value.get(), F32)
     with module.function("survey", {"s": PTR, "logits": PTR}, returns=F32) as f:
         s, logits = f.args()
         n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
-        with _chunks(f, n_vocab) as i:
+        with f.range(0, _n_chunks(n_vocab)) as i:
             f.store(f.call(F32, "chunk", logits, n_vocab, i), chunks + i * 4, 4)
         f.ret(f.call(F32, "largest", s), F32)
     _define_greedy(module)
@@ -62,7 +60,7 @@ def define(module: Module) -> None:
         f.call(VOID, "first", s, logits, k)
 
 
-def _not(f: Function, condition: Value) -> Value:
+def not_(f: Function, condition: Value) -> Value:
     return condition ^ f.const(I1, 1)
 
 
@@ -72,12 +70,6 @@ def _lanes(f: Function, condition: Value) -> Value:
 
 def _n_chunks(n: Value) -> Value:
     return (n + (CHUNK - 1)) // CHUNK
-
-
-@contextmanager
-def _chunks(f: Function, n: Value) -> Iterator[Value]:
-    with f.range(0, _n_chunks(n)) as i:
-        yield i
 
 
 def _define_chunk(module: Module) -> None:
@@ -96,7 +88,7 @@ def _define_chunk(module: Module) -> None:
         with f.range(whole, stop) as j:
             x = f.load(F32, logits + j * 4, 4)
             result.set(f.select(result.get() >= x, result.get(), x))
-            with f.when(_not(f, x <= FLT_MAX)):
+            with f.when(not_(f, x <= FLT_MAX)):
                 numbers.set(0)
         f.ret(f.select(numbers.get().equals(-1), result.get(), math.inf), F32)
 
@@ -163,14 +155,14 @@ def _define_candidates(module: Module) -> None:
             f.store(f.cast("trunc", j, I32), ids + at * 4, 4)
             count.set(at + f.cast("zext", x >= bound, I64))
 
-        with _chunks(f, n_vocab) as i, f.when(f.load(F32, chunks + i * 4, 4) >= bound):
+        with f.range(0, _n_chunks(n_vocab)) as i, f.when(f.load(F32, chunks + i * 4, 4) >= bound):
             start = i * CHUNK
             stop = f.minimum(start + CHUNK, n_vocab)
             whole = stop - (stop - start) % ROWS
             high = f.splat(bound, ROWS)
             with f.range(start, whole, ROWS) as j:
                 some = _lanes(f, f.load(ROW, logits + j * 4, 4) >= high)
-                with f.when(_not(f, some.equals(0))), f.range(j, j + ROWS) as lane:
+                with f.when(not_(f, some.equals(0))), f.range(j, j + ROWS) as lane:
                     take(lane, f.load(F32, logits + lane * 4, 4))
             with f.range(whole, stop) as j:
                 take(j, f.load(F32, logits + j * 4, 4))
