@@ -13,6 +13,7 @@ import test_drafts
 from native_calls import each_level, executors
 from operation_lists import LISTS, tensors_of
 from test_drafts import answer, random_options, random_prompt
+from test_native_draw import CHAINS
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime import engine as engine_module
@@ -83,6 +84,17 @@ def test_no_answer_is_changed(native, rows, monkeypatch, seconds):
         assert answer(native, prompt, draft=False, **options)[0] == expected, (prompt, options)
         assert answer(native, prompt, draft=True, **options)[0] == expected, (prompt, options)
     assert (max(passes for _, passes in rows) > 1) == (seconds > 0)
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_every_chain_has_rows_and_numpys_tokens(native, rows, chain):
+    options = {**SAMPLED, "logit_bias": {7: -math.inf, 9: 1.0}, "max_tokens": 60, **chain}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_drafts, "make_sampler", lambda selection, **options: make_sampler(**options))
+        expected = answer(native, PROMPT, draft=False, **options)[0]
+    assert not rows
+    assert answer(native, PROMPT, draft=False, **options)[0][0] == expected[0]
+    assert max(passes for _, passes in rows) > 1
 
 
 @each_level
