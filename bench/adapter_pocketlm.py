@@ -77,14 +77,12 @@ class Pocketlm:
         theirs took until then; and how many passes ended meanwhile, the one under way at the beginning among them. Passes in a
         row are taken to be of the same length.
         """
-        executor, ended = self._model.executor, list[float]()
-        name = "steps" if executor.steps else "step"
-        step = getattr(executor, name)
+        executor, step, ended = self._model.executor, self._model.executor.step, list[float]()
 
         def counted(*work: Any) -> Any:
             began = time.perf_counter()
             result = step(*work)
-            n, seconds = result[1] if name == "steps" else 1, time.perf_counter() - began
+            n, seconds = result[1], time.perf_counter() - began
             ended.extend(began + seconds * (i + 1) / n for i in range(n))
             return result
 
@@ -102,7 +100,7 @@ class Pocketlm:
 
         threads = [threading.Thread(target=speak, args=(number,)) for number in range(conversations)]
         with self._model.session(ctx=ctx) as session:
-            setattr(executor, name, counted)
+            executor.step = counted  # type: ignore[method-assign]
             for thread in threads:
                 thread.start()
             try:
@@ -117,7 +115,7 @@ class Pocketlm:
                 done.set()
                 for thread in threads:
                     thread.join()
-                setattr(executor, name, step)
+                executor.step = step  # type: ignore[method-assign]
         before = [moment for moment in moments[0] if moment <= started]
         return first, (before[-1] - before[0]) / (len(before) - 1), sum(started < moment <= started + first for moment in ended)
 

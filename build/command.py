@@ -17,6 +17,7 @@ from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
+from pocketlm.runtime.atomic import check_room, replacing_file
 from pocketlm.runtime.kv_cache import KINDS, check_kind
 from pocketlm.runtime.model_file import open_model, parts_of, size_of
 from pocketlm.terminal_text import print
@@ -24,6 +25,7 @@ from pocketlm.terminal_text import print
 if TYPE_CHECKING:
     from pocketlm.runtime.gguf_reader import GGUF
 
+SMALLEST = 9 << 20  # bytes that any stub has
 TEXTS = {
     "title": "what the first line calls the model",
     "system": "what the model is told before every conversation",
@@ -91,6 +93,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     persona = with_texts(Persona(), _texts(arguments), _flags(arguments))
     names = [None] if arguments.stub else _platforms(arguments)
     with _as_gguf(arguments) as model:
+        if not arguments.stub:  # before half a minute's work
+            check_room(Path(arguments.output), len(names) * (model.stat().st_size + SMALLEST))
         icon = Path(arguments.icon) if arguments.icon else None
         reference = functools.cache(_reference)  # the same for every platform
         for name in names:
@@ -174,6 +178,8 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
 
             kind = container_for(out, None)
             model = read_model(arguments, path)
+            for note in model.notes:
+                print(f"note: {note}")
             counts = read_importance(arguments, model)
             export(model, path, out, container=kind, quant=arguments.quant, pure=arguments.pure, importance=counts)
         yield out
@@ -182,7 +188,6 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
 def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
     """The weights as they are, with other keys."""
     from pocketlm.export.gguf_writer import copy_gguf
-    from pocketlm.runtime.atomic import replacing_file
 
     if container.is_program(model):
         from pocketlm.build.pack import unpack
@@ -274,8 +279,6 @@ def _stub(arguments: argparse.Namespace) -> int:
 
 
 def _copy(path: Path, out: Path) -> Path:
-    from pocketlm.runtime.atomic import replacing_file
-
     with replacing_file(out, path.stat().st_size) as part:
         shutil.copyfile(path, part)
         part.chmod(0o755)

@@ -23,7 +23,7 @@ from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.tiled_gguf import store, unstore
 from pocketlm.errors import FileError
 from pocketlm.runtime import container
-from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.atomic import check_room, replacing_file
 from pocketlm.runtime.container import PAGE, Packed, Section, copy, digest
 from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 
@@ -87,6 +87,7 @@ def pack(
         original = other_core.submit(_whole, model)
         n_bytes = model.stat().st_size + stub.boot + stub.program[1] + SLACK
         _check_size(stub, model, n_bytes - SLACK)
+        check_room(out, n_bytes)
         if not persona.title:  # so that it is known before the model is open
             name = source.metadata.get("general.name")
             persona = replace(persona, title=name if isinstance(name, str) and name.strip() else model.stem)

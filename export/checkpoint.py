@@ -39,6 +39,12 @@ FOLDER_FILES = (
 )  # fmt: skip
 LATEST = "latest"  # DeepSpeed's file that names the folder of the last step
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
+# words of names that a checkpoint, or its folder, gets from a program or everybody
+SAYS_NOTHING = (
+    "ckpt ckpts checkpoint checkpoints model models pytorch torch lit pt pth bin safetensors index npz weight weights params"
+    " state states dict last latest best final epoch step steps iter global mp rank consolidated of out output outputs run runs"
+    " save saves saved result results train trained training tmp temp data mnt home desktop downloads documents"
+)
 CONFIGS = ("config.json", "model_config.json", "params.json", "model_config.yaml")  # beside the weights
 OTHER_FILES = (  # offset, bytes → what it is, what to do
     (0, b"GGUF", "a GGUF model, not a checkpoint", "name the checkpoint it was made from"),
@@ -120,6 +126,13 @@ def home(weights: Path) -> Path:
     """The folder with what belongs to a checkpoint's file: its configuration, its tokenizer."""
     above = weights.parent.parent
     return above if weights.name == DEEPSPEED and (above / LATEST).is_file() else weights.parent
+
+
+def name_of(path: Path) -> str:
+    """What to call the model in a checkpoint: its name, or its folder's or that above, where every checkpoint is called so."""
+    places = [place for place in (path.absolute(), *path.absolute().parents[:2]) if place != Path.home()]
+    names = [place.name if place.is_dir() else place.stem for place in places]
+    return next((name for name in names if set(re.findall(r"[^\W\d_]+", name.lower())) - set(SAYS_NOTHING.split())), names[0])
 
 
 def read_json(path: Path) -> Any:

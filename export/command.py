@@ -56,7 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a
     },
     "--lora": {"metavar": "PATH", "help": "a LoRA to merge: PEFT's folder, or a checkpoint with .lora.A and .lora.B"},
     "--lora-scale": {"type": float, "metavar": "X", "help": "what the LoRA is multiplied by, where it does not say so itself"},
-    "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's own name"},
+    "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's name, or its folder's"},
     "--chat-template": {"metavar": "FILE", "help": "a Jinja file that becomes the model's chat template"},
 }  # fmt: skip
 _OF_CHECKPOINTS = ("set", "map", "tokenizer")  # a model file says all of that itself

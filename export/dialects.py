@@ -17,7 +17,7 @@ from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.assemble import arrange, is_tied
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.checkpoint import Checkpoint, open_checkpoint
+from pocketlm.export.checkpoint import Checkpoint, name_of, open_checkpoint
 from pocketlm.export.dialect import Dialect, Tensors
 from pocketlm.export.from_model_file import is_model_file, read_model_file
 from pocketlm.export.home_made import HOME_MADE
@@ -215,10 +215,9 @@ def to_canonical(
     if family:
         model = checked(model, config, family.fixed)
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
-    name = path.name if path.is_dir() else path.stem
     if dialect.template and metadata:
         metadata = {"tokenizer.chat_template": dialect.template, **metadata}
-    return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes])
+    return replace(model, metadata={"general.name": name_of(path), **metadata}, notes=[*model.notes, *notes])
 
 
 def read_canonical(

@@ -61,6 +61,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
         raise FileError(
             checkpoint.path, "no tokenizer was found beside it", f"give {kind} with --tokenizer FILE, or --tokenizer {NONE}"
         )
+    taken = [f"its tokenizer is {path}"] if given is None and path is not None else []
     path = path or checkpoint.path
     if isinstance(tokenizer, ByteBPE) and tokenizer.n_vocab == 50256 < n_vocab and path.is_file():
         tokenizer = load(path, special_tokens=GPT2_END)
@@ -73,7 +74,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
         notes.append(f"{path.name} has {rows}: is it this model's tokenizer?")
     if template := chat_template(path if path.is_dir() else path.parent):
         keys["tokenizer.chat_template"] = template
-    return keys, notes
+    return keys, taken + notes
 
 
 def _beside(checkpoint: Checkpoint) -> Path | None:

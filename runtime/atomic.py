@@ -32,7 +32,7 @@ def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
     target = _real(target)
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
         raise FileError(target, "is there already and is not a file", "choose another name for the output")
-    _check_room(target, n_bytes)
+    check_room(target, n_bytes)
     part = _part_name(target)
     with _cleared_on_failure(target, part):
         yield part
@@ -55,7 +55,7 @@ def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> It
         raise FileError(target, "is there already and is not a folder", "choose another name for the output")
     if target.exists() and (others := sorted({entry.name for entry in target.iterdir()} - set(files))):
         raise FileError(target, f"is there already and holds {others[0]}", "choose a new folder for the output")
-    _check_room(target, n_bytes)
+    check_room(target, n_bytes)
     part = _part_name(target)
     with _cleared_on_failure(target, part):
         yield part
@@ -109,7 +109,8 @@ def _part_name(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
 
 
-def _check_room(target: Path, n_bytes: int) -> None:
+def check_room(target: Path, n_bytes: int) -> None:
+    """Raises FileError where there is no folder for `target`, or its disk has less than `n_bytes`."""
     if not target.parent.is_dir():
         raise FileError(target, "its folder does not exist", "make the folder first")
     free = shutil.disk_usage(target.parent).free

@@ -87,7 +87,7 @@ class Engine:
         return request.taken, result
 
     def draw(self, cache: Any, id: int, sampler: Any, most: int) -> int:
-        """Append a token, and where nobody waits those that follow, as the executor's `steps` draws them: how many were drawn,
+        """Append a token, and where nobody waits those that follow, as the executor's `step` draws them: how many were drawn,
         at most `most`. All but the last are in the cache. Raises PocketlmError as `run` does.
         """
         return self._wait_for(_Request(cache, [id], 1, np.copy, sampler, most)).result
@@ -196,8 +196,8 @@ class Engine:
         return work
 
     def _in_a_row(self, work: Sequence[tuple[_Request, int]]) -> int:
-        """How many passes may be made of this one: several where each text has a token that is drawn, and nobody else waits."""
-        if len(self._queue) > len(work) or not self._seconds or not all(request.sampler for request, _ in work):
+        """How many passes may be made of this one, in which each text has a token that is drawn: several where nobody waits."""
+        if len(self._queue) > len(work) or not self._seconds:
             return 1
         seconds = self._seconds * self.times.ratio(sum(self._last.values()), len(work))
         return max(1, min(int(BURST_SECONDS / seconds), *(request.most for request, _ in work)))
@@ -211,10 +211,8 @@ class Engine:
             step.append((request.cache, request.ids[:n], max(0, request.rows - (len(request.ids) - n))))
         samplers = [request.sampler for request, _ in work]
         try:
-            if any(samplers) and self.executor.steps:
-                logits, self._passes = self.executor.steps(step, samplers, self._in_a_row(work), self._wanted)
-            else:
-                logits = self.executor.step(step)
+            most = self._in_a_row(work) if all(samplers) else 1
+            logits, self._passes = self.executor.step(step, samplers, most, self._wanted)
         except Exception as error:
             if len(work) > 1:  # one of them is to blame, the others are not
                 for one in work:

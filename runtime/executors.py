@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -44,11 +44,12 @@ class Executor(Protocol):
         """A faster way to find the largest logits than NumPy's, for one sampler."""
         ...
 
-    def step(self, work: Sequence[tuple[Any, Ids, int]]) -> list[np.ndarray]: ...
-
-    @property
-    def steps(self) -> Callable[..., tuple[list[np.ndarray], int]] | None:
-        """Passes in which samplers of `new_selection` draw, as the native executor has them; None: there are none."""
+    def step(
+        self, work: Sequence[tuple[Any, Ids, int]], samplers: Sequence[Any] = (), most: int = 1, wanted: Any = None, /
+    ) -> tuple[list[np.ndarray], int]:
+        """The logits of a pass over tokens of several texts, or of the last of several passes, and how many were made: up to
+        `most` where samplers of `new_selection` draw in them.
+        """
         ...
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...

@@ -144,7 +144,7 @@ def generate(
         return [sampler(logits, tokens)] if max_tokens != 0 else []
 
     drafts = Drafts(session.odds) if draft and session.executor.same_bits else None
-    inside: Any = sampler if session.executor.steps is not None and hasattr(sampler, "prepare") else None
+    inside: Any = sampler if hasattr(sampler, "prepare") else None
     tried: list[int] = []
 
     def draw(rows: np.ndarray) -> list[tuple[int, float]]:

@@ -39,7 +39,6 @@ class NumpyExecutor:
     name = "numpy"
     block = BLOCK
     same_bits = False  # products of few rows are summed in another order than those of many
-    steps = None  # samplers draw from logits, outside
 
     def __init__(self, plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"):
         self._kind, self.arithmetic = CACHES[kv], "numpy" + " q8" * (kv == "q8")
@@ -104,11 +103,12 @@ class NumpyExecutor:
 
         Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
         """
-        return self.step([(self.cache, ids, len(ids) if rows == "all" else 1)])[0]
+        return self.step([(self.cache, ids, len(ids) if rows == "all" else 1)])[0][0]
 
-    def step(self, work: Sequence[tuple[KVCache, Ids, int]]) -> list[np.ndarray]:
+    def step(self, work: Sequence[tuple[KVCache, Ids, int]], *_: object) -> tuple[list[np.ndarray], int]:
         """Tokens of several texts, one text after the other: (its cache, ids [n] to append, of how many of the last the logits
-        are wanted). Logits float32 [rows, n_vocab] for each. Raises PocketlmError as `forward` does, before anything is done.
+        are wanted). Logits float32 [rows, n_vocab] for each, and 1: samplers draw outside. Raises PocketlmError as `forward`
+        does, before anything is done.
         """
         # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
         with self._one_at_a_time.here, blas_threads.one_thread(self):
@@ -116,7 +116,7 @@ class NumpyExecutor:
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), rows) for c, ids, rows in work]
             logits = [self._append(*one) for one in checked]
             self._cache = self.cache  # no other text's memory is held on to
-            return logits
+            return logits, 1
 
     def _append(self, cache: KVCache, ids: np.ndarray, rows: int) -> np.ndarray:
         self._cache, parts, first = cache, [], len(ids) - rows  # the first whose logits are wanted

@@ -6,7 +6,6 @@ mapping for each buffer, which ends at most 63 bytes in front of a page that nob
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -14,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from find_qemu import find_qemu
 
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.linker import Image, link
 
-QEMU = shutil.which("qemu-aarch64")
+QEMU = find_qemu(anywhere=False)
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64 (Debian package qemu-user)")
 CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76"}  # what to emulate for a level: the plainest core that has it
 PAGE = 4096

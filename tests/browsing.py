@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,13 @@ def files():
 
 def slow(server):
     server.before = lambda: time.sleep(0.05)
+
+
+def halt(server):
+    """Answers get some tokens, and go on when what is returned is set: as long as a test takes to do something meanwhile."""
+    go_on, some = threading.Event(), len(server.passes) + 8
+    server.before = lambda: len(server.passes) < some or go_on.wait(60)
+    return go_on
 
 
 def screenshots(folder: str) -> None:

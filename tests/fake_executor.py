@@ -55,7 +55,7 @@ class FakeExecutor:
     block = 512
     same_bits = False  # no drafts unless a test is about them: the others count passes
 
-    name, arithmetic, n_threads, selection, steps = "fake", "fake", 1, None, None
+    name, arithmetic, n_threads = "fake", "fake", 1
 
     def __init__(self, n_vocab: int = 300, n_ctx: int = 4096, learned: bool = False, choose: Choice = mixed):
         self.n_ctx, self.choose, self._learned = n_ctx, choose, learned
@@ -79,7 +79,7 @@ class FakeExecutor:
         logits[self.choose(ids) % self.hyper.n_vocab] = 10
         return logits
 
-    def step(self, work: Sequence[tuple[Any, np.ndarray, int]]) -> list[np.ndarray]:
+    def step(self, work: Sequence[tuple[Any, np.ndarray, int]], *_: object) -> tuple[list[np.ndarray], int]:
         assert sum(len(ids) for _, ids, _ in work) <= self.block
         assert len({id(cache) for cache, _, _ in work}) == len(work)
         checked = [(cache, check_ids(ids, self.hyper.n_vocab, cache.length, cache.n_ctx), rows) for cache, ids, rows in work]
@@ -95,11 +95,11 @@ class FakeExecutor:
                 self._memory[row + n - first] = self.logits(cache.ids[:n])
             results.append(self._memory[row : row + rows])
             row += rows
-        return results
+        return results, 1
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
         checked = check_ids(ids, self.hyper.n_vocab, self.cache.length, self.n_ctx)
-        return self.step([(self.cache, checked, len(checked) if rows == "all" else 1)])[0].copy()
+        return self.step([(self.cache, checked, len(checked) if rows == "all" else 1)])[0][0].copy()
 
     def close(self) -> None:
         self.closed = True

@@ -44,17 +44,16 @@ class Serving:
         self.server = Server(app, self._socket, self.answerer.stop)
         self.passes: list[int] = []
         self.before: Callable[[], object] | None = None
-        name = "steps" if self.model.executor.steps else "step"  # the native executor's `step` is one of its `steps`
-        step = getattr(self.model.executor, name)
+        step = self.model.executor.step
 
         def counted(work: Any, samplers: Any = (), most: int = 1, *wanted: Any) -> Any:
             if self.before is not None:
                 self.before()
                 most = 1
             self.passes.append(sum(len(ids) for _, ids, _ in work))
-            return step(work, samplers, most, *wanted) if name == "steps" else step(work)
+            return step(work, samplers, most, *wanted)
 
-        setattr(self.model.executor, name, counted)
+        self.model.executor.step = counted  # type: ignore[method-assign]
         ready = threading.Event()
 
         def begun() -> None:

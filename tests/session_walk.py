@@ -65,15 +65,15 @@ class Walk:
         self.model, self.alone, self.folder, self.tokens, self.wrong = model, alone, folder, 0, list[object]()
         self.done, self.merged, self.drafts = Counter[str](), [0, 0], [0, 0]
         self._places: list[list[tuple[Conversation, list[int]]]] = [[] for _ in range(n_sessions)]
-        steps = model.executor.steps
+        step = model.executor.step
 
         def counted(work: Any, *how: Any) -> Any:
-            logits, n = steps(work, *how)
+            logits, n = step(work, *how)
             self.merged[0] += n * (len(work) > 1)
             self.merged[1] += n
             return logits, n
 
-        model.executor.steps = counted  # type: ignore[method-assign]
+        model.executor.step = counted  # type: ignore[method-assign]
 
     def run(self, n_tokens: int, seed: object) -> None:
         """As many tokens more. The threads are new ones each time, and take the conversations over."""

@@ -135,8 +135,8 @@ def test_a_likelihood_is_the_sum_over_the_logits_of_the_whole_text(folder, backe
 
 def test_choices_share_the_computation_of_their_question(folder, monkeypatch):
     model = PocketLM(str(folder / "tiny.gguf"), batch_size=2)
-    step, seen = model.model.executor.step, []
-    monkeypatch.setattr(model.model.executor, "step", lambda work: (seen.append(sum(len(w[1]) for w in work)), step(work))[1])
+    run, seen = model.model.executor.step, []
+    monkeypatch.setattr(model.model.executor, "step", lambda *w: (seen.append(sum(len(ids) for _, ids, _ in w[0])), run(*w))[1])
     question = "the inn " * 8
     n = len(model.tok_encode(question.rstrip()))
     model.loglikelihood(instances(*((question.rstrip(), f" {c}") for c in "abcdefgh")), disable_tqdm=True)

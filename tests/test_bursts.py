@@ -13,6 +13,7 @@ import test_drafts
 from native_calls import each_level, executors
 from operation_lists import LISTS, tensors_of
 from test_drafts import answer, random_options, random_prompt
+from test_native_draw import CHAINS
 
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime import engine as engine_module
@@ -35,15 +36,15 @@ def long_bursts(monkeypatch):
 @pytest.fixture
 def rows(native, monkeypatch):
     """(texts, passes) of every run in which somebody draws."""
-    found, steps = [], native.steps
+    found, step = [], native.step
 
     def noted(work, samplers=(), *rest):
-        result = steps(work, samplers, *rest)
+        result = step(work, samplers, *rest)
         if any(samplers):
             found.append((len(work), result[1]))
         return result
 
-    monkeypatch.setattr(native, "steps", noted)
+    monkeypatch.setattr(native, "step", noted)
     return found
 
 
@@ -85,6 +86,17 @@ def test_no_answer_is_changed(native, rows, monkeypatch, seconds):
     assert (max(passes for _, passes in rows) > 1) == (seconds > 0)
 
 
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
+def test_every_chain_has_rows_and_numpys_tokens(native, rows, chain):
+    options = {**SAMPLED, "logit_bias": {7: -math.inf, 9: 1.0}, "max_tokens": 60, **chain}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_drafts, "make_sampler", lambda selection, **options: make_sampler(**options))
+        expected = answer(native, PROMPT, draft=False, **options)[0]
+    assert not rows
+    assert answer(native, PROMPT, draft=False, **options)[0][0] == expected[0]
+    assert max(passes for _, passes in rows) > 1
+
+
 @each_level
 def test_nor_on_any_level_where_rows_end_anywhere(level, monkeypatch):
     monkeypatch.setattr(Engine, "_in_a_row", random_rows(3))
@@ -100,8 +112,8 @@ def random_rows(seed):
     n = random.Random(seed)
 
     def some(self, work):
-        may = all(request.sampler for request, _ in work) and len(self._queue) == len(work)
-        return min(n.randint(1, MAX_PASSES), *(request.most for request, _ in work)) if may else 1
+        most = min(n.randint(1, MAX_PASSES), *(request.most for request, _ in work))
+        return most if len(self._queue) == len(work) else 1
 
     return some
 
@@ -152,8 +164,8 @@ def test_a_full_context_ends_it(native, room):
 
 
 def test_cancelled_in_the_middle(native, monkeypatch):
-    session, cancel, steps = new_session(native), threading.Event(), native.steps
-    monkeypatch.setattr(native, "steps", lambda *work: (cancel.set(), steps(*work))[1])
+    session, cancel, step = new_session(native), threading.Event(), native.step
+    monkeypatch.setattr(native, "step", lambda *work: (any(work[1]) and cancel.set(), step(*work))[1])
     *_, last = start(session, cancel=cancel)
     assert last.finish_reason == "cancelled"
     cancel.clear()
@@ -161,19 +173,19 @@ def test_cancelled_in_the_middle(native, monkeypatch):
 
 
 @pytest.mark.parametrize("behind", [False, True])
-@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_interrupted_in_the_middle(native, monkeypatch, at, behind):
-    session, steps, count = new_session(native), native.steps, []
+    session, step, count = new_session(native), native.step, []
 
     def interrupted(*work):
         count.append(1)
-        result = steps(*work) if behind else None
+        result = step(*work) if behind else None
         if len(count) == at:
             raise KeyboardInterrupt
-        return result or steps(*work)
+        return result or step(*work)
 
     with monkeypatch.context() as patch:
-        patch.setattr(native, "steps", interrupted)
+        patch.setattr(native, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(start(session, max_tokens=50))
     assert session.ids == (PROMPT + alone(native, 50))[: len(session.ids)]
@@ -182,11 +194,11 @@ def test_interrupted_in_the_middle(native, monkeypatch, at, behind):
 
 def test_an_interrupt_of_who_leads_changes_nothing_for_the_other(native, monkeypatch):
     """What was drawn for the other is drawn again, with the same random numbers, in another pass."""
-    engine, steps, expected, once = Engine(native), native.steps, alone(native, 60), []
+    engine, step, expected, once = Engine(native), native.step, alone(native, 60), []
 
     def interrupted(work, samplers=(), *rest):
-        result = steps(work, samplers, *rest)
-        if len(work) == 2 and len(samplers) == 2 and result[1] > 1 and not once:
+        result = step(work, samplers, *rest)
+        if len(work) == 2 and result[1] > 1 and not once:
             once.append(1)
             raise KeyboardInterrupt
         return result
@@ -197,7 +209,7 @@ def test_an_interrupt_of_who_leads_changes_nothing_for_the_other(native, monkeyp
         except KeyboardInterrupt:
             return None
 
-    monkeypatch.setattr(native, "steps", interrupted)
+    monkeypatch.setattr(native, "step", interrupted)
     monkeypatch.setattr(engine_module, "LONGEST", 1)
     monkeypatch.setattr(engine_module, "GATHER", 1e9)  # both are in every pass
     while not once:  # the two may miss each other, one having said all before the other begins
@@ -217,7 +229,7 @@ def test_closed_in_the_middle(native):
 
 
 def test_who_comes_is_in_the_next_pass(native, monkeypatch):
-    engine, steps, seen = Engine(native), native.steps, []
+    engine, step, seen = Engine(native), native.step, []
     first, second = new_session(native, engine=engine), new_session(native, engine=engine)
     other = threading.Thread(target=lambda: list(start(second, max_tokens=4)))
 
@@ -227,14 +239,13 @@ def test_who_comes_is_in_the_next_pass(native, monkeypatch):
             other.start()
             while len(engine._queue) < 2:  # it waits for a pass
                 pass
-        result = steps(work, samplers, most, wanted)
+        result = step(work, samplers, most, wanted)
         seen.append((len(work), most, result[1]))
         return result
 
     monkeypatch.setattr(native, "single", None)  # no measurements, which are single passes,
     monkeypatch.setattr(native._n_running, "value", 1)  # and no late thread, which ends a row, too
-    monkeypatch.setattr(native, "steps", noted)
-    monkeypatch.setattr(native, "step", lambda work: noted(work)[0])
+    monkeypatch.setattr(native, "step", noted)
     assert ids_of(start(first, max_tokens=40)) == alone(native, 40)
     other.join()
     assert seen[:2] == [(1, MAX_PASSES, 1), (2, 1, 1)]
@@ -252,19 +263,18 @@ def test_no_token_left_is_the_same_error(native):
 
 def test_a_pass_takes_what_it_takes(native, monkeypatch):
     """What is known of times is of one pass, not of all in a row."""
-    clock, session, steps = [0.0], new_session(native), native.steps
+    clock, session, step = [0.0], new_session(native), native.step
     monkeypatch.setattr(engine_module, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(engine_module, "BURST_SECONDS", 0.055)
     seen = []
 
     def slow(*work):
-        result = steps(*work)
+        result = step(*work)
         clock[0] += 0.01 * result[1]
         seen.append(result[1])
         return result
 
-    monkeypatch.setattr(native, "steps", slow)
-    monkeypatch.setattr(native, "step", lambda work: slow(work)[0])
+    monkeypatch.setattr(native, "step", slow)
     list(start(session, max_tokens=40))
     assert session.engine._seconds == pytest.approx(0.01)
     assert set(seen[2:-1]) == {5}

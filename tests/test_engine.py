@@ -104,9 +104,9 @@ def test_one_caller_uses_the_executors_own_memory_and_several_get_copies():
     seen.clear()
     arrived, step = threading.Event(), crowd.executor.step
 
-    def slow(work):  # the first pass lasts until both others are queued
+    def slow(*work):  # the first pass lasts until both others are queued
         arrived.wait(10)
-        return step(work)
+        return step(*work)
 
     crowd.executor.step = slow
     third = crowd.session()

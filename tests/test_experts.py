@@ -111,7 +111,7 @@ def test_whatever_other_texts_share_the_passes() -> None:
     caches, found = [executor.new_cache(64) for _ in texts], [[] for _ in texts]
     while going := [i for i, cache in enumerate(caches) if cache.length < len(texts[i])]:
         work = [(caches[i], texts[i][caches[i].length :][: 1 + 5 * i], 99) for i in going]
-        for i, rows in zip(going, executor.step(work), strict=True):
+        for i, rows in zip(going, executor.step(work)[0], strict=True):
             found[i].append(rows.copy())
     assert all(same_bits(np.concatenate(rows), whole) for rows, whole in zip(found, alone, strict=True))
     executor.close()

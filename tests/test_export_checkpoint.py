@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pocketlm.errors import FileError
-from pocketlm.export.checkpoint import open_checkpoint
+from pocketlm.export.checkpoint import name_of, open_checkpoint
 
 torch = pytest.importorskip("torch", reason="writes the checkpoints")
 
@@ -259,3 +259,21 @@ def test_a_safetensors_file_is_one_whatever_its_length_looks_like(tmp_path: Path
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(length)
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length) + header + struct.pack("<2f", 1.5, -2.0))
     assert open_checkpoint(tmp_path / "model.safetensors").tensors["w"].read().tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("verse/ckpt.pt", "verse"), ("verse/out/ckpt.pt", "verse"), ("verse/out/shakespeare.pt", "shakespeare"),
+        ("out-tiny/model.safetensors.index.json", "out-tiny"), ("verse/checkpoint-500", "verse"), ("verse/last.ckpt", "verse"),
+        ("verse/checkpoints/epoch=3-step=100.ckpt", "verse"), ("verse/latest", "verse"), ("стихи/model_000650.pt", "стихи"),
+        ("tiny-verse", "tiny-verse"), ("verse/1.pth", "verse"), ("out/run/ckpt.pt", "ckpt"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_called_as_all_are_is_called_after_its_folder(tmp_path, monkeypatch, path, expected):
+    where = tmp_path / "data" / path
+    (where if not where.suffix else where.parent).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "data")
+    assert name_of(Path(path)) == name_of(where) == expected
+    monkeypatch.chdir(where if where.is_dir() else where.parent)
+    assert name_of(Path("." if where.is_dir() else where.name)) == expected

@@ -58,7 +58,7 @@ def meta_pkl(folder: Path) -> Path:
 def test_characters_beside_the_checkpoint(tmp_path: Path) -> None:
     original = tokenizer.load(meta_pkl(tmp_path))
     keys, notes = find_tokenizer(checkpoint(tmp_path), len(CHARACTERS), None)
-    assert notes == []
+    assert notes == [f"its tokenizer is {tmp_path / 'meta.pkl'}"]
     assert len(keys["pocketlm.tokenizer.test_texts"]) == len(keys["pocketlm.tokenizer.test_ids"]) == 20
     assert keys["tokenizer.ggml.tokens"][CHARACTERS.index(" ")] == "Ġ"  # as llama.cpp wants a space
     check(keys, original, texts(1, 100, "".join(CHARACTERS)))
@@ -93,7 +93,7 @@ def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     keys, notes = find_tokenizer(checkpoint(tmp_path), 610, None)
-    assert notes == []
+    assert notes == [f"its tokenizer is {tmp_path / 'tokenizer.json'}"]
     assert keys["tokenizer.chat_template"] == CHAT
     assert (keys["tokenizer.ggml.eos_token_id"], keys["tokenizer.ggml.eot_token_id"]) == (2, 0)
     assert len(keys["tokenizer.ggml.tokens"]) == len(keys["tokenizer.ggml.token_type"]) == 610
@@ -132,7 +132,7 @@ def test_sentencepiece(rule: str, tmp_path: Path) -> None:
     )  # fmt: skip
     peer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     keys, notes = find_tokenizer(checkpoint(tmp_path), 704, None)
-    assert notes == []
+    assert notes == [f"its tokenizer is {tmp_path / 'tokenizer.model'}"]
     samples = [*texts(3, 200), *TEST_TEXTS, "a <|user|> b", "  x  "]
     check(keys, tokenizer.load(tmp_path / "tokenizer.model"), samples)
     written = tokenizer.from_metadata(keys, "x")
@@ -148,7 +148,7 @@ def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test
         b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
     )
     keys, notes = find_tokenizer(checkpoint(tmp_path), 50304, None)
-    assert notes == []
+    assert notes == [f"its tokenizer is {tmp_path / 'gpt2.tiktoken'}"]
     written = tokenizer.from_metadata(keys, "x")
     assert written.token_id("<|endoftext|>") == written.eos_id == 50256
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -172,14 +172,14 @@ def test_a_long_prompt_gives_way_between_two_blocks(path):
         step, outcome = model.executor.step, []
         younger: list[threading.Thread] = []
 
-        def slow(work):
-            logits = step(work)
+        def slow(work, *how):
+            result = step(work, *how)
             if len(work[0][1]) == 512 and not younger:
                 younger.append(threading.Thread(target=lambda: outcome.append(ids(model.generate("then", **OPTIONS)))))
                 younger[0].start()
                 while model.own_session.state._claim is claim[0]:
                     pass
-            return logits
+            return result
 
         claim: list[object] = []
         real = model.own_session.state.claim

@@ -67,7 +67,7 @@ def test_a_prefix_that_was_there_already(level, kv):
     assert same_bits(native.forward(ids[33:])[0], whole[-1])
     fork = native.cache.fork(17)
     for n in (1, 2, 30):
-        rows = native.step([(fork, ids[fork.length :][:n], n)])[0]
+        rows = native.step([(fork, ids[fork.length :][:n], n)])[0][0]
         assert same_bits(rows, whole[fork.length - len(rows) : fork.length])
     native.close()
 
@@ -86,7 +86,7 @@ def test_whatever_other_texts_share_the_passes(level, fmt, kv):
         while any(cache.length < len(ids) for cache, ids in zip(caches, texts, strict=True)):
             going = [i for i, ids in enumerate(texts) if caches[i].length < len(ids)]
             work = [(caches[i], texts[i][caches[i].length :][: step + i % 3], 99) for i in going]
-            for i, rows in zip(going, native.step(work), strict=True):
+            for i, rows in zip(going, native.step(work)[0], strict=True):
                 found[i].append(rows.copy())
         for rows, expected in zip(found, alone, strict=True):
             assert same_bits(np.concatenate(rows), expected)

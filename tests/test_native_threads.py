@@ -322,8 +322,8 @@ def test_the_program_ends_without_a_word(name):
 def test_an_interrupt_between_a_pass_and_its_records_mixes_up_no_texts(monkeypatch):
     executor = native(1)
     mine, other = executor.new_cache(), executor.new_cache()
-    expected = [executor.step([(executor.cache, IDS[at : at + 1], 1)])[0].tobytes() for at in range(8)]
-    seen = [executor.step([(mine, IDS[at : at + 1], 1)])[0].tobytes() for at in range(7)]
+    expected = [executor.step([(executor.cache, IDS[at : at + 1], 1)])[0][0].tobytes() for at in range(8)]
+    seen = [executor.step([(mine, IDS[at : at + 1], 1)])[0][0].tobytes() for at in range(7)]
     record = executor._record
 
     class Interrupted:
@@ -336,6 +336,6 @@ def test_an_interrupt_between_a_pass_and_its_records_mixes_up_no_texts(monkeypat
         patch.setattr(executor, "_record", Interrupted())
         with pytest.raises(KeyboardInterrupt):
             executor.step([(other, IDS[20:30], 1)])
-    seen.append(executor.step([(mine, IDS[7:8], 1)])[0].tobytes())
+    seen.append(executor.step([(mine, IDS[7:8], 1)])[0][0].tobytes())
     executor.close()
     assert seen == expected

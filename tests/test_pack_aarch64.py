@@ -7,19 +7,19 @@ Programs for the other processor start as if they were this one's, by an entry o
 import json
 import os
 import platform
-import shutil
 import struct
 import subprocess
 import zlib
 from pathlib import Path
 
 import pytest
+from find_qemu import find_qemu
 from packing import ask, composed_stub, pack_friend, tiny_chat_model, web
 
 import pocketlm
 from pocketlm.runtime.container import program_place
 
-ROOT, QEMU = os.environ.get("POCKETLM_ARM64_ROOT"), shutil.which("qemu-aarch64-static")
+ROOT, QEMU = os.environ.get("POCKETLM_ARM64_ROOT"), find_qemu()
 _ELF = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 _MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
 _SCRIPT = """
@@ -45,7 +45,7 @@ def friend(model, request, tmp_path_factory):
 def command(program, *arguments, network="-n"):
     """What runs the program in the root; "-n": without a network."""
     if QEMU is None:
-        pytest.skip("needs qemu-aarch64-static (Debian package qemu-user-static)")
+        pytest.skip("needs a static qemu-aarch64 (Debian package qemu-user-static, from 13 on qemu-user)")
     if ROOT is None:
         pytest.skip("POCKETLM_ARM64_ROOT names no root made as this file says")
     entry = f":pocketlm:M::{_ELF}:{_MASK}:{QEMU}:F"

@@ -291,7 +291,7 @@ def test_a_checkpoint_is_converted_on_the_way(tmp_path):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(tables))
     stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
     assert main(["pack", str(tmp_path / "ckpt.pt"), "--quant", "q4_0", "--stub", str(stub), "-o", str(friend)]) == 0
-    assert from_bytes(container.find(friend).read("persona"), friend).title == "ckpt"
+    assert from_bytes(container.find(friend).read("persona"), friend).title == tmp_path.name
     with pocketlm.load(friend, "numpy") as model:
         assert model.tensors["blk.0.ffn_up.weight"].format.name == "Q4_0"
         stored = model.tensors["blk.0.ffn_up.weight"].to_float32()

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import shutil
 
 import pytest
 from checkpoint_checks import MAP
@@ -98,3 +99,30 @@ def test_what_export_advises_can_be_followed(folder, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["pack", "m.gguf", "--set", "n_head=2", *pack]) == 2
     assert "--set is for checkpoints" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_was_found_is_named_and_so_is_the_model(folder, monkeypatch, capsys):
+    """By its folder, where every checkpoint is called so; what was given needs no word."""
+    monkeypatch.chdir(folder)
+    out = folder / "verse" / "out"
+    out.mkdir(parents=True)
+    for name in ("ckpt.pt", "away/meta.pkl"):
+        shutil.copy(name, out)
+    fake_stub(folder / "stub")
+    for words in (["export", "-o", "m.gguf"], ["pack", "--stub", "stub", "-o", "friend"]):
+        for more in ([], ["--tokenizer", "away/meta.pkl"]):
+            assert main([*words, "verse/out/ckpt.pt", *more]) == 0
+            said = capsys.readouterr().out.splitlines()
+            assert ("note: its tokenizer is verse/out/meta.pkl" in said) == (not more), said
+    assert main(["persona", "friend"]) == 0
+    assert "verse" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_is_said_before_a_stub_is_composed(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(["export", "ckpt.pt", "--tokenizer", "none", "-o", "m.gguf"]) == 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 30 << 20}))
+    monkeypatch.setattr(build, "_stub_for", lambda *_: pytest.fail("half a minute for nothing"))
+    capsys.readouterr()
+    assert main(["pack", "m.gguf", "--for", "all", "-o", "friend"]) == 1
+    assert "friend: needs" in capsys.readouterr().err

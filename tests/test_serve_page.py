@@ -10,6 +10,7 @@ from browsing import (  # noqa: F401
     begun,
     chromium_fixture,
     files,
+    halt,
     server_fixture,
     slow,
     text_of,
@@ -65,10 +66,11 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
 
 def test_stop(server, visit):
     page = visit()
-    slow(server)
+    go_on = halt(server)
     ask(page, "Tell me a joke.", wait=False)
     begun(page)
     page.click("#stop")
+    go_on.set()
     answered(page)
     wait_until(server.idle)
     said = answers(page)[0]
@@ -79,11 +81,12 @@ def test_stop(server, visit):
 
 def test_a_reload_in_the_middle_keeps_the_question_and_the_answer_so_far(server, visit):
     page = visit()
-    slow(server)
+    go_on = halt(server)
     ask(page, "Tell me a joke.", wait=False)
     begun(page)
     page.wait_for_selector("nav li[aria-current]")
     page.reload()
+    go_on.set()
     page.wait_for_selector("li.user")
     wait_until(server.idle)
     assert page.inner_text("li.user > .text") == "Tell me a joke."

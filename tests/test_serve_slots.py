@@ -219,7 +219,7 @@ def test_a_model_that_fails_is_an_error_and_not_the_end(path):
         broken = server.model.executor.step
         from pocketlm.errors import PocketlmError
 
-        def fail(work):
+        def fail(*work):
             raise PocketlmError("the model computed NaN")
 
         server.model.executor.step = fail

@@ -29,7 +29,7 @@ def path(tmp_path_factory):
 
 
 def cut(executor, cache, ids, n):
-    logits = [executor.step([(cache, ids[at : at + n], n)])[0].copy() for at in range(0, len(ids), n)]
+    logits = [executor.step([(cache, ids[at : at + n], n)])[0][0].copy() for at in range(0, len(ids), n)]
     return np.concatenate(logits)
 
 
@@ -61,7 +61,7 @@ def test_whatever_other_texts_share_the_passes(path, kv):
                 if ids := texts[i][caches[i].length :][:n].tolist():
                     work.append((i, (caches[i], np.array(ids), n)))
             if work:
-                for (i, (cache, ids, _)), rows in zip(work, executor.step([one for _, one in work]), strict=True):
+                for (i, (cache, ids, _)), rows in zip(work, executor.step([one for _, one in work])[0], strict=True):
                     np.testing.assert_array_equal(rows, expected[i][cache.length - len(ids) : cache.length])
 
 

@@ -76,7 +76,7 @@ def test_a_long_text_does_not_depend_on_how_it_is_cut_nor_on_what_shares_its_pas
     caches = [executor.new_cache() for _ in (1, 7, 50)]
     while any(cache.length < N for cache in caches):
         going = [(c, TEXT[c.length :][:n]) for c, n in zip(caches, (1, 7, 50), strict=True) if c.length < N]
-        logits = executor.step([(cache, ids, len(ids)) for cache, ids in going])
+        logits, _ = executor.step([(cache, ids, len(ids)) for cache, ids in going])
         for (cache, ids), rows in zip(going, logits, strict=True):
             np.testing.assert_array_equal(rows, expected[cache.length - len(ids) : cache.length])
 
@@ -102,7 +102,7 @@ def test_what_a_window_has_left_behind_does_not_matter(model):
                 cache.write_values(layer, n - 300, stored)
                 cache.write_keys(layer, n - WINDOW, kept[0])
                 cache.write_values(layer, n - WINDOW, kept[1])
-    same(model, executor.step([(cache, TEXT[:1], 1)])[0][0].copy(), model.logits([*TEXT, TEXT[0]])[-1])
+    same(model, executor.step([(cache, TEXT[:1], 1)])[0][0][0].copy(), model.logits([*TEXT, TEXT[0]])[-1])
     assert np.isfinite(expected).all()
 
 
@@ -225,7 +225,7 @@ def test_a_pass_that_was_interrupted_can_be_made_again(model):
     while at < N:
         block = TEXT[at : at + executor.block]
         for ids in ((block + 1) % 256, block):  # the first is given up
-            logits = executor.step([(cache, ids, len(ids))])[0].copy()
+            logits = executor.step([(cache, ids, len(ids))])[0][0].copy()
             if ids is not block:
                 cache.truncate(at)
                 assert cache.length == at

@@ -135,24 +135,20 @@ class NativeExecutor:
             starts = range(0, len(ids), BLOCK)
             if rows == "all":
                 parts = [ids[at : at + BLOCK] for at in starts]
-                return np.concatenate([self._pass([(cache, part, len(part))])[0].copy() for part in parts])
+                return np.concatenate([self._passes([(cache, part, len(part))])[0][0].copy() for part in parts])
             for at in starts[:-1]:
-                self._pass([(cache, ids[at : at + BLOCK], 0)])
-            return self._pass([(cache, ids[starts[-1] :], 1)])[0]
+                self._passes([(cache, ids[at : at + BLOCK], 0)])
+            return self._passes([(cache, ids[starts[-1] :], 1)])[0][0]
 
-    def step(self, work: Sequence[tuple[NativeCache, Ids, int]]) -> list[np.ndarray]:
-        """One pass over tokens of several texts: (its cache, ids [n] to append, of how many of the last the logits are wanted).
-
-        A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
-        the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
-        """
-        return self.steps(work)[0]
-
-    def steps(
+    def step(
         self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None] = (), most: int = 1,
         wanted: ctypes.c_int64 | None = None,
     ) -> tuple[list[np.ndarray], int]:  # fmt: skip
-        """`step`, in which a text's next token is drawn by its sampler, where it has one that is prepared for `most` tokens.
+        """One pass over tokens of several texts: (its cache, ids [n] to append, of how many of the last the logits are wanted);
+        a text's next token is drawn in it by its sampler, where it has one, prepared for `most` tokens.
+
+        A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
+        the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
 
         Where each text has one id and a sampler, up to `most` passes are made, each of what was drawn in the one before: until
         a text ends, or `wanted` is 1, or a pass needs other preparations. The logits of the last, and how many there were: so
@@ -173,15 +169,11 @@ class NativeExecutor:
             return False
         return 0 <= id < self.hyper.n_vocab and cache.length < cache.n_ctx
 
-    def _pass(self, work: Sequence[tuple[NativeCache, Ids, int]]) -> list[np.ndarray]:
-        """`step` for ids that were checked, and no more rows than ids."""
-        return self._passes(work)[0]
-
     def _passes(
         self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None] = (), most: int = 1,
         wanted: ctypes.c_int64 | None = None,
     ) -> tuple[list[np.ndarray], int]:  # fmt: skip
-        """`steps` in the same way."""
+        """`step` for ids that were checked, and no more rows than ids."""
         if len(work) > 1 or len(work[0][1]) > 1 or not self._is_next(*work[0]):
             self._describe(work)
         if most > 1:
@@ -192,7 +184,7 @@ class NativeExecutor:
             # spans of positions are shared out beforehand
             left = [min(cache.n_ctx - cache.length, sizes.SPAN - cache.length % sizes.SPAN) for cache, _, _ in work]
             most = min(most, sizes.MAX_PASSES, *left)
-        self._draw_with(work, samplers)
+        self._samplers.value = self._draw_with(work, samplers) if any(samplers) else 0
         wanted = wanted or self._nobody
         self._most.value, self._n_passes.value, self._wanted.value = most, 0, ctypes.addressof(wanted)
         for cache, ids, _ in work:
@@ -209,14 +201,15 @@ class NativeExecutor:
             start += rows
         return logits, n_passes
 
-    def _draw_with(self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None]) -> None:
-        """Write down who draws from which row of logits."""
-        self._samplers.value, row = self._rows_at if samplers else 0, 0
+    def _draw_with(self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None]) -> int:
+        """Write down who draws from which row of logits; the address of that."""
+        row = 0
         for sampler, (_, _, rows) in zip(samplers, work, strict=False):
             address = sampler.begin() if sampler else 0
             for _ in range(rows):
                 self._row_samplers[row] = address
                 row += 1
+        return self._rows_at
 
     def _run(self, is_single: bool) -> None:
         """The passes that the records describe."""

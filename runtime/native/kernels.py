@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-from pocketlm.runtime import activations, memory
+from pocketlm.runtime import activations, memory, sampling
 from pocketlm.runtime.native import aot, code_cache, linker
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.levels import Level, host_abi
@@ -88,5 +88,5 @@ def _compiler() -> str:
 @functools.cache
 def _sources() -> str:
     """A hash of the Python that writes the kernels: another source, another cache entry."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__)]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(activations.__file__), Path(sampling.__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -127,17 +127,19 @@ WORKER = np.dtype([("state", "i8"), ("go", "i8"), ("seen", "i8"), ("wake", "i8")
 
 # how tokens are drawn, and the memory of it; f4 pairs fill eight bytes as well
 SAMPLER = np.dtype([
-    ("n_vocab", "i8"), ("k", "i8"),           # k: of top-k; 1: greedy
+    ("n_vocab", "i8"), ("k", "i8"),           # k: of top-k, 0: off; 1: greedy
     ("edits", "i8"), ("logprobs", "i8"),      # 1: there are biases or penalties; 1: `logit` and `sum` are wanted
     ("last_n", "i8"),                         # how many of the last tokens are penalised
     ("repeat", "f4"), ("presence", "f4"), ("frequency", "f4"), ("unused", "f4"),
     ("exempt", "i8"), ("n_exempt", "i8"),     # int64: ids that no penalty touches
     ("bias_ids", "i8"), ("biases", "i8"), ("n_bias", "i8"),  # int64, float32
-    ("top_p", "f8"), ("min_p", "f8"), ("temperature", "f8"),  # 1: off; -log of min-p, infinite: off
+    ("top_p", "f8"), ("min_p", "f8"), ("scale", "f8"),  # 1: off; -log of min-p, infinite: off; 1 / temperature
+    ("reach", "f8"),                          # how far below the largest top-p and min-p keep logits at most, infinite: all
     ("saved", "i8"),                          # float32: what edits have changed
     ("chunks", "i8"),                         # float32: the largest of every sizes.CHUNK logits, then -inf
-    ("values", "i8"), ("ids", "i8"),          # float32, int32: logits that may be among the k largest
-    ("top_x", "i8"), ("top_ids", "i8"), ("weights", "i8"),  # float32, int32, float64: the k largest
+    ("values", "i8"), ("ids", "i8"),          # float32, int32: candidates
+    ("sorted", "i8"), ("sorted_ids", "i8"),   # as much memory again, to sort them
+    ("columns", "i8"),                        # float64: sums of weights, see softmax.py
     ("logit", "f8"), ("sum", "f8"),           # results, see draw.py
     # for what is drawn inside a run: int32, the text so far, with room for more; float64, a random number a token
     ("text", "i8"), ("n_text", "i8"), ("uniforms", "i8"),

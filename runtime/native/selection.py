@@ -21,11 +21,11 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
-from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, NO_CHOICE, SamplingOptions, top_k
+from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, N_ROWS, NO_CHOICE, SamplingOptions
 
 
 class Selection:
-    """`draw` for the usual chains of filters; `top_k` and `sum_exp` for others. Logits are float32 [n_vocab], contiguous."""
+    """`draw`; `top_k` and `sum_exp` for who has a step of his own in the chain. Logits are float32 [n_vocab], contiguous."""
 
     def __init__(self, core: Loaded, n_vocab: int):
         p, i, d = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -37,9 +37,9 @@ class Selection:
             "chunks": np.full(-(-n_vocab // CHUNK) + ROWS, -np.inf, np.float32),
             "values": np.empty(n_vocab + ROWS + 1, np.float32),
             "ids": np.empty(n_vocab + ROWS + 1, np.int32),
-            "top_x": np.empty(sizes.MAX_K + 1, np.float32),
-            "top_ids": np.empty(sizes.MAX_K + 1, np.int32),
-            "weights": np.empty(sizes.MAX_K, np.float64),
+            "sorted": np.empty(n_vocab, np.float32),
+            "sorted_ids": np.empty(n_vocab, np.int32),
+            "columns": np.empty(-(-n_vocab // N_ROWS), np.float64),
         }
         self._record = aligned(1, SAMPLER)
         self._set(n_vocab=n_vocab)
@@ -58,20 +58,19 @@ class Selection:
         if k < 1:
             raise UsageError(f"the {k} largest logits: expected at least 1")
         k = min(k, self._n_vocab)
-        if k > sizes.MAX_K:
-            return top_k(logits, k)
         self._top_k(self._record.ctypes.data, address, k)
-        return self._arrays["top_ids"][:k].astype(np.int64)
+        return self._arrays["ids"][:k].astype(np.int64)
 
     def sum_exp(self, logits: np.ndarray, largest: float) -> float:
         """Sum of exp(logit - largest). UsageError for logits of another shape or type."""
         return self._sum_exp(self.checked(logits), self._n_vocab, largest)
 
-    def draw(self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]) -> DrawingSampler | None:
-        """A sampler as sampling.py makes it, which draws the same tokens; None for a chain that does not begin with top-k."""
-        k = 1 if o.temperature < GREEDY_BELOW else o.top_k
-        if not 1 <= k <= sizes.MAX_K:
-            return None
+    def draw(self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]) -> DrawingSampler:
+        """A sampler as sampling.py makes it, which draws the same tokens."""
+        k = 1 if o.temperature < GREEDY_BELOW else min(o.top_k, self._n_vocab)
+        limit = -math.log(o.min_p) if o.min_p else math.inf
+        # all tokens less likely than (1 - p) / n together have less than 1 - p: top-p keeps none of them
+        nucleus = math.log(self._n_vocab) - math.log(1 - o.top_p) if o.top_p < 1 else math.inf
         penalties = (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
         bias = o.logit_bias or {}
         self._arrays |= {
@@ -83,7 +82,7 @@ class Selection:
             k=k, edits=bool(bias) or penalties, logprobs=logprobs, last_n=min(o.repeat_last_n, 1 << 40) if penalties else 0,
             repeat=o.repeat_penalty, presence=o.presence_penalty, frequency=o.frequency_penalty,
             n_exempt=len(exempt), n_bias=len(bias),
-            top_p=o.top_p, min_p=-math.log(o.min_p) if o.min_p else math.inf, temperature=o.temperature,
+            top_p=o.top_p, min_p=limit, reach=min(limit, nucleus) + 1e-3, scale=1 / max(o.temperature, GREEDY_BELOW),
         )  # fmt: skip
         return DrawingSampler(self, self._draw, self._record, (lambda: 0.0) if k == 1 else uniform)
 
@@ -95,7 +94,7 @@ class Selection:
 
 
 class DrawingSampler:
-    """Draws from logits that it is called with; or, once it is prepared, inside an executor's passes (`NativeExecutor.steps`).
+    """Draws from logits that it is called with; or, once it is prepared, inside an executor's passes (`NativeExecutor.step`).
 
     Called, it edits the logits while it is at work. PocketlmError for logits that allow no choice; UsageError for those of
     another shape or type, and for ids outside the vocabulary.

@@ -34,7 +34,6 @@ WILL_NEED = 3  # what madvise is told, on Linux and macOS
 EXPERT_CHUNK = 4  # the same of an expert: tiled on the way, they stay in the second-level cache
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
 MAX_PASSES = 32  # of a run: tokens that are drawn in it
-MAX_K = 256  # of top-k in `draw`, which sorts by insertion
 BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or infinite logits, all -inf, no such ids
 
 

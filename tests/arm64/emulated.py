@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +18,9 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the tests
+from find_qemu import find_qemu
 
 _ELF = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 _MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
@@ -86,9 +88,9 @@ class Machine:
     """The root and the shared folder, whose path is `place` for a program there. `cpu`: what qemu is; `page`: bytes a page."""
 
     def __init__(self, root: Path, shared: Path, cpu: str, is_own: bool | None = None, page: int = 4096):
-        self.qemu = shutil.which("qemu-aarch64-static")
+        self.qemu = find_qemu()
         if self.qemu is None:
-            sys.exit("needs qemu-aarch64-static: apt install qemu-user-static")
+            sys.exit("needs a static qemu-aarch64: apt install qemu-user-static, from Debian 13 on qemu-user")
         self.root, self.shared, self.cpu, self.page, self.is_own = root, shared, cpu, page, True
         (shared / "tmp").mkdir(exist_ok=True)
         self.is_own = PROCESSES.run(*self._words("true")).returncode == 0 if is_own is None else is_own

@@ -2,9 +2,10 @@
 
     python tests/arm64/run.py [--short] [--root FOLDER] [--cpu cortex-a72] [--jobs 2]
 
-Linux with debootstrap and qemu-user-static, and SmolLM2 installed. Wheels only: what has no wheel for arm64 ends it. Nothing
-needs root rights but debootstrap itself. The tests and the walk over all models (models.py, walk.py) at both levels run side by
-side, as many as there are cores here. The transcript goes to stdout; exit status 0 means that every step did what it should.
+Linux with debootstrap and qemu-user-static (from Debian 13 on qemu-user), and SmolLM2 installed. Wheels only: what has no
+wheel for arm64 ends it. Nothing needs root rights but debootstrap itself. The tests and the walk over all models (models.py,
+walk.py) at both levels run side by side, as many as there are cores here. The transcript goes to stdout; exit status 0 means
+that every step did what it should.
 """
 
 from __future__ import annotations
