@@ -1,5 +1,6 @@
 """Tokens drawn inside passes, several in a row: the same answers, nothing computed too much, and nobody else waits for them."""
 
+import ctypes
 import math
 import random
 import threading
@@ -10,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import test_drafts
-from native_calls import each_level, executors
+from native_calls import compiled, each_level, executors, host_level
 from operation_lists import LISTS, tensors_of
 from test_drafts import answer, random_options, random_prompt
 from test_native_draw import CHAINS
@@ -19,7 +20,13 @@ from pocketlm.errors import PocketlmError
 from pocketlm.runtime import engine as engine_module
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.generator import NoText, generate
+from pocketlm.runtime.memory import aligned
+from pocketlm.runtime.native import next_token
 from pocketlm.runtime.native.executor import NativeExecutor
+from pocketlm.runtime.native.ir import I64, PTR, Module
+from pocketlm.runtime.native.levels import host_abi
+from pocketlm.runtime.native.linker import load
+from pocketlm.runtime.native.records import RUN
 from pocketlm.runtime.native.sizes import MAX_PASSES, SPAN
 from pocketlm.runtime.sampling import make_sampler
 from pocketlm.runtime.session import Session
@@ -249,6 +256,21 @@ def test_who_comes_is_in_the_next_pass(native, monkeypatch):
     assert ids_of(start(first, max_tokens=40)) == alone(native, 40)
     other.join()
     assert seen[:2] == [(1, MAX_PASSES, 1), (2, 1, 1)]
+
+
+@pytest.mark.parametrize(("lost", "goes_on"), [(0, 1), (249, 1), (251, 0)])
+def test_a_row_ends_where_much_time_is_lost(lost, goes_on):
+    """In waiting for a late thread; a little is lost wherever one had to wake up."""
+    module = Module(host_abi())
+    next_token.define(module)
+    with module.function("goes_on", {"run": PTR, "elapsed": I64}, returns=I64, linkage="entry") as f:
+        f.ret(f.call(I64, "follow", *f.args()))
+    code = load(compiled(module, host_level()))
+    run, wanted = aligned(1, RUN), ctypes.c_int64()
+    run["most"], run["lost"], run["wanted"] = 2, lost, ctypes.addressof(wanted)
+    follow = code.function("goes_on", ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+    assert follow(run.ctypes.data, 1000) == goes_on
+    code.close()
 
 
 def test_no_token_left_is_the_same_error(native):

@@ -152,3 +152,12 @@ def test_a_draft_is_as_long_as_there_is_room():
     assert drafts.after(text, 0, company) == []
     assert drafts.after(array("i", [1, 2, 3, 4]), 100, company) == []
     assert len(asked) == 2, "it is asked only where there is something to draft"
+
+
+@pytest.mark.parametrize(("right", "after"), [(0.4, 20), (0.6, 2)])
+def test_passes_in_a_row_end_only_for_a_draft_that_is_likely(right, after):
+    odds, text = Odds(), array("i", [4, 5, 6, 7, 4, 5])
+    odds._right = [right] * 3 + [0.9] * 4  # a match of two gets to four, where a draft pays, once in six times, or in three
+    drafts = Drafts(odds)
+    assert drafts.after(text, 20, lambda: Company(Fed(lambda n: 0.5 + n / 2))) == []
+    assert drafts.may_pay_after(lambda: Company(Fed(lambda n: 0.5 + n / 2)), 20) == after
