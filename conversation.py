@@ -99,7 +99,8 @@ class Conversation:
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        header = check_state(path, self.state.cache, self._computed_by(exactly))
+        by = "another model, backend or instruction set, or without `exactly`" if exactly else "another model"
+        header = check_state(path, self.state.cache, self._computed_by(exactly), by)
         self._turns = None
         self.state.fill(lambda cache: read_state(path, header, cache))
 
@@ -208,7 +209,9 @@ class Conversation:
         if model._tokenizer is not None:
             # ids beyond the vocabulary are rows that fill a token table up; they mean nothing and are never drawn
             beyond = dict.fromkeys(range(model._tokenizer.n_vocab, n_vocab), -math.inf)
-            sampling["logit_bias"] = {**(sampling.get("logit_bias") or {}), **beyond} or None
+            bias = sampling.get("logit_bias") or {}
+            if isinstance(bias, Mapping):  # make_sampler refuses the rest
+                sampling["logit_bias"] = {**bias, **beyond} or None
         top_logprobs, logprobs = sampling.pop("top_logprobs", 0), sampling.pop("logprobs", True)
         if not isinstance(logprobs, bool):
             raise UsageError(f"logprobs is {logprobs!r:.60}; it must be True or False: top_logprobs says how many are listed")

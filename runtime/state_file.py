@@ -79,8 +79,10 @@ def write_state(path: str | Path, ids: Sequence[int], cache: KVCache, model: str
         file.write(digest.digest())
 
 
-def check_state(path: str | Path, cache: KVCache, model: str) -> State:
-    """Everything about a file that can be wrong for a cache, which stays as it is. Raises FileError."""
+def check_state(path: str | Path, cache: KVCache, model: str, by: str = "another model") -> State:
+    """Everything about a file that can be wrong for a cache, which stays as it is. Raises FileError; `by` says who saved one
+    that is not of this `model`.
+    """
     hyper, n_ctx = cache.hyper, cache.n_ctx
     with _opened(path) as file:
         head = file.read(HEADER.size)
@@ -91,7 +93,7 @@ def check_state(path: str | Path, cache: KVCache, model: str) -> State:
             raise FileError(path, f"is a saved session of version {version}, not {VERSION}", DAMAGED)
         same = found == _identity(model, hyper) and shape == [hyper.n_layer, hyper.n_kv_head, hyper.head_dim]
         if not same or itemsize not in (2, 4):
-            raise FileError(path, "was saved by another model", "load it with the model that saved it")
+            raise FileError(path, f"was saved by {by}", "load it with the model that saved it")
         if n > n_ctx:
             raise FileError(path, f"holds {n} tokens but the context holds {n_ctx}", "use a larger context")
         if first > n:

@@ -100,6 +100,8 @@ def _policy(arguments: argparse.Namespace) -> Any:
     from pocketlm.serve.guard import Policy, is_loopback
 
     key = arguments.api_key or os.environ.get("POCKETLM_API_KEY", "")
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UsageError("--api-key: expected letters, digits and signs of ASCII, no spaces; a request cannot send others")
     if not is_loopback(arguments.host) and not key and not arguments.open:
         raise UsageError(
             f"--host {arguments.host}: other computers could ask; give a key with --api-key KEY, or say --open to let everybody"
@@ -130,11 +132,15 @@ def _sessions(model: Any, arguments: argparse.Namespace) -> list[Any]:
 
 
 def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> None:
+    from pocketlm.serve.server import address_for_others
+
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     shown = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     address = f"http://{shown}:{port}"
     print(f"page      {address}/#{policy.token}", file=sys.stderr)
     print(f"programs  {address}/v1" + ("  (with the key)" if policy.key else ""), file=sys.stderr)
+    if shown != host and (other := address_for_others(arguments.host)):
+        print(f"others    http://{other}:{port} in place of {address}", file=sys.stderr)
     print("Ctrl-C stops it", file=sys.stderr, flush=True)
     if arguments.browser:
         import webbrowser

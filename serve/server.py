@@ -164,3 +164,13 @@ def listen(host: str, port: int) -> socket.socket:
             taken = "is taken by another program" if error.errno == errno.EADDRINUSE else "may not be used"
             raise PocketlmError(f"port {port} {taken}; choose another one with --port, or any with --port 0") from None
         raise UsageError(f"--host {host}: {error.strerror or error}") from None
+
+
+def address_for_others(host: str) -> str:
+    """By which other computers reach this one where it listens at all addresses of a kind; "" where it is in no network."""
+    family, documentation = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
+        asked.connect((documentation, 9))  # sends nothing: the system says from where it would
+        address = asked.getsockname()[0]
+        return f"[{address}]" if ":" in address else address
+    return ""

@@ -154,4 +154,17 @@ def test_tab_offers_what_is_imported_on_first_use():
     """In a process of its own: here all of it has long been used."""
     asks = [sys.executable, "-c", "import pocketlm; print(dir(pocketlm))"]
     shown = subprocess.run(asks, capture_output=True, text=True, check=True)
-    assert {"load", "Model", "tokenizer", "__version__"} <= set(ast.literal_eval(shown.stdout))
+    assert {"load", "Model", "PocketlmError", "tokenizer", "__version__"} <= set(ast.literal_eval(shown.stdout))
+
+
+def test_who_catches_an_error_finds_it_beside_load():
+    with pytest.raises(pocketlm.FileError, match="no such file"):
+        pocketlm.load("missing.gguf")
+    with pytest.raises(pocketlm.UsageError, match="empty"):
+        pocketlm.load("")
+    assert (PocketlmError, UsageError) == (pocketlm.PocketlmError, pocketlm.UsageError)
+
+
+@pytest.mark.parametrize("bias", [[1], "5", 7, {5: "1"}])
+def test_a_bias_that_maps_nothing_is_refused(model, bias):
+    assert "logit_bias" in refused(model.generate, "the", logit_bias=bias)

@@ -48,7 +48,7 @@ ALLOWED = {
         " terminal_text models.small_talk"
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
-    "pocketlm": "model tokenizer",  # the face
+    "pocketlm": "errors model tokenizer",  # the face
     "model": "conversation errors locks pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
     "conversation": "asynchronous constrain errors tokenizer runtime chat.templates",
     "constrain": "errors locks runtime.sampling",  # what it changes: logits; it knows no model

@@ -346,7 +346,7 @@ def in_own_mounts(script, *arguments, **environment):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [("noexec,size=100m", "failed to map segment from shared object"), ("size=5m", "Failed to extract")],
+    [("noexec,size=100m", "failed to map segment from shared object"), ("size=5m", "return code -1")],
     ids=["noexec", "full"],
 )
 def test_a_folder_for_temporary_files_that_cannot_be_used(friend, tmp_path, options, message):

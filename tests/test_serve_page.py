@@ -97,6 +97,27 @@ def test_a_reload_in_the_middle_keeps_the_question_and_the_answer_so_far(server,
     assert len(answers(page)[0]) > 5
 
 
+def test_the_address_of_a_new_start_in_the_tab_of_an_old_one(server, visit):
+    page = visit(enter=False)
+    page.wait_for_selector("#status:has-text('address')")
+    page.goto(f"{server.url}/#{server.policy.token}")  # only what is behind the # differs: the browser does not load it again
+    page.wait_for_selector("h1:has-text('Ada')")
+
+
+def test_an_answer_is_copied_where_the_browser_gives_pages_no_clipboard(server, visit):
+    """As it gives none to those that come from another computer without TLS."""
+    page = visit(enter=False)
+    page.add_init_script("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.goto(f"{server.url}/#{server.policy.token}")
+    page.wait_for_selector("h1:has-text('Ada')")
+    ask(page, "Hi! How are you?")
+    page.click("li.assistant .tools button:has-text('Copy')")
+    page.wait_for_selector("text=Copied")
+    page.focus("#question")
+    page.keyboard.press("Control+V")
+    assert page.input_value("#question") == answers(page)[0] != ""
+
+
 def test_two_tabs(server, visit):
     first = visit()
     second = visit(context=first.context, enter=False)  # the token is the browser's, not the tab's

@@ -178,6 +178,15 @@ def test_another_address_wants_a_key_or_an_explicit_word(path, capsys):
     assert main(["serve", str(path), "--host", "no address"]) == 2
 
 
+@pytest.mark.parametrize("key", ["sécret", "two words", "line\n", " "])
+def test_a_key_that_no_request_can_send_is_refused(path, server, key, monkeypatch, capsys):
+    words = ["serve", str(path), "--port", str(server.port)]  # which is taken: a key that is let through ends there
+    assert main([*words, "--api-key", key]) == 2
+    monkeypatch.setenv("POCKETLM_API_KEY", key)
+    assert main(words) == 2
+    assert [line.startswith("pocketlm: --api-key: ") for line in capsys.readouterr().err.splitlines()] == [True, True]
+
+
 def test_a_taken_port_is_one_line(path, server, capsys):
     assert main(["serve", str(path), "--port", str(server.port)]) == 1
     assert capsys.readouterr().err == (

@@ -1,9 +1,11 @@
 """Requests that come and go: a client that hangs up frees its slot and nobody else's; the queue has an order and an end."""
 
+import argparse
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from serving import Reply, everything, hello, serving, tiny_chat, wait_until
+
+from pocketlm.serve.command import _begun
+from pocketlm.serve.guard import Policy, is_loopback
+from pocketlm.serve.server import address_for_others
 
 CHAT = "/v1/chat/completions"
 
@@ -242,6 +248,22 @@ def test_the_command_stops_in_order_at_a_signal(path, number):
         process.send_signal(number)
         rest = process.stderr.read()
         assert (process.wait(30), rest) == (0, "pocketlm: stopped\n")
+
+
+def test_the_command_says_where_other_computers_find_the_page(path, monkeypatch, capsys):
+    monkeypatch.setattr("pocketlm.serve.server.address_for_others", lambda host: "192.0.2.7")
+    for host, shown in {"0.0.0.0": "http://127.0.0.1:1", "::": "http://[::1]:1", "192.0.2.5": ""}.items():
+        arguments = argparse.Namespace(host=host, browser=False)
+        _begun(arguments, Policy(host, token="t"), None, 1)
+        expected = [f"others    http://192.0.2.7:1 in place of {shown}"] * bool(shown)
+        assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("others")] == expected
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_the_address_for_others_is_one_of_this_computers(host):
+    if address := address_for_others(host).strip("[]"):
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET):
+            assert not is_loopback(address)
 
 
 def test_the_command_says_where_the_context_is_longer_than_the_model_knows(path):

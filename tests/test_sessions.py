@@ -198,6 +198,8 @@ def test_another_models_session_is_refused(model, tmp_path):
     other = write_model(tmp_path / "other.gguf", n_ctx=512, n_kv_head=2, head_dim=24, seed=1)  # other weights, nothing else
     with pocketlm.load(other, backend="numpy") as another, pytest.raises(FileError, match="another model"):
         another.session(load=tmp_path / "a.state")
+    with pytest.raises(FileError, match="another model, backend or instruction set, or without `exactly`"):
+        model.session().load(tmp_path / "a.state", exactly=True)
     with pytest.raises(FileError, match="3 tokens but the context holds 2"):
         model.session(ctx=2, load=tmp_path / "a.state")
     with pytest.raises(FileError, match="cannot be read"):

@@ -34,7 +34,7 @@ def cached(key_text: str, make: Callable[[], bytes]) -> bytes:
 
 def kept(key_text: str) -> bytes | None:
     """What was kept for this key; None where that is nothing, or cannot be trusted."""
-    key, path = _place(key_text)
+    key, path = _place(key_text, make=False)
     return _read(path, key) if path else None
 
 
@@ -45,8 +45,8 @@ def keep(key_text: str, content: bytes) -> None:
         _write(path, _digest(key, content) + content)
 
 
-def _place(key_text: str) -> tuple[bytes, Path | None]:
-    key, folder = hashlib.sha256(key_text.encode(errors="surrogateescape")).digest(), _trusted_folder()
+def _place(key_text: str, make: bool = True) -> tuple[bytes, Path | None]:
+    key, folder = hashlib.sha256(key_text.encode(errors="surrogateescape")).digest(), _trusted_folder(make)
     return key, folder / (key.hex() + _SUFFIX) if folder else None
 
 
@@ -82,13 +82,14 @@ def kept_folder(name: str) -> Path:
     return folder
 
 
-def _trusted_folder() -> Path | None:
-    """The folder, made if need be; None if it cannot be used, or if others could put code into it."""
+def _trusted_folder(make: bool = True) -> Path | None:
+    """The folder, made if need be and `make` says so; None if it cannot be used, or if others could put code into it."""
     folder = cache_folder()
     try:
         if folder is None:
             return None
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder if _is_ours(folder.stat(), stat.S_ISDIR) else None
     except OSError:
         return None
