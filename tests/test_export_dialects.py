@@ -121,7 +121,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
     ],
 )
 def test_weights_that_are_not_what_they_seem_are_refused(tmp_path: Path, change: Any, said: str) -> None:
-    weights, config = models.initialise(models.Decoder(models.NAMES, "halves")).state_dict(), {**LLAMA, "tie_word_embeddings": True}
+    weights = models.initialise(models.Decoder(models.NAMES, "halves")).state_dict()
+    config: dict[str, Any] = {**LLAMA, "tie_word_embeddings": True}
     change(weights, config)
     torch.save(weights, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(config))
