@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -98,6 +99,15 @@ def test_weights_that_are_refused_half_way_are_let_go_of(gguf):
             pocketlm.load(gguf, backend=backend)
         assert not mapped(gguf)
         del error
+
+
+def test_a_file_that_the_process_may_not_map_is_not_said_to_be_out_of_reach(gguf, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(FileError, match=r"does not fit into the memory .*; allow it more \(ulimit -v\)"):
+        open_model(gguf)
 
 
 def test_a_damaged_file_is_let_go_of(gguf):
