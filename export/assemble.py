@@ -215,6 +215,9 @@ def _heads(tensors: Tensors, config: ModelConfig, n_embd: int, n_heads_found: in
     if not n_head:
         n_head = config.need("n_head")
         return n_head, max(n_embd // n_head, 1), n_head
+    if q and head_dim and config.model_type and n_head * head_dim != q.shape[0]:
+        problem = f"its configuration says {n_head} heads of {head_dim}, the queries have {q.shape[0]} rows"
+        raise FileError(path, problem, "name the configuration of these weights")
     width = q.shape[0] if q else n_head * (head_dim or max(n_embd // n_head, 1))
     if width % n_head:
         raise FileError(path, f"{n_head} heads do not divide the {width} rows of the queries", "correct it with --set n_head=N")

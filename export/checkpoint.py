@@ -73,38 +73,49 @@ class Checkpoint:
     tensors: dict[str, LazyTensor]
     config: dict[str, Any]
     files: tuple[Path, ...]
+    sets: tuple[str, ...] = ()  # entries that could be the weights, where there are several; first the one that was taken
 
     @property
     def folder(self) -> Path:
         return home(self.files[0])
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
     """Open and check a checkpoint file or folder. Raises FileError in one line; no code of the checkpoint ever runs.
 
-    A file that is refused is not mapped any more, though its error is still being handled.
+    `chosen`: the entry to take of several that could be the weights, as "ema". A file that is refused is not mapped any more,
+    though its error is still being handled.
     """
     mapped: list[Buffer] = []
     try:
-        return _open(Path(path), mapped)
+        return _open(Path(path), mapped, chosen)
     except BaseException as error:
         for buffer in mapped:
             unmap(buffer, error)
         raise
 
 
-def _open(path: Path, mapped: list[Buffer]) -> Checkpoint:
+def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
     """The checkpoint; what is mapped for it is added to `mapped`."""
     weights = _file_of_folder(path) if path.is_dir() else path
+    if (part := re.fullmatch(r".+-\d{5}-of-(\d{5})\.\w+", weights.name)) and int(part[1]) > 1:
+        raise FileError(path, f"is one of the {int(part[1])} files of a model", "name the folder they lie in")
     is_index = weights.name.endswith(".index.json")
     tree, files = _read_index(weights, mapped) if is_index else (_read_file(weights, mapped), (weights,))
     search = _Search(path)
     found = search.find_weights(tree)
     if found is None:
         raise FileError(path, "holds no weights", "name a checkpoint that has a state dict in it")
+    sets = search.sets(tree, found)
+    if chosen:
+        if chosen not in sets:
+            problem = f"has {', '.join(map(quoted, sets)) or 'one set of weights'}, nothing that is called {quoted(chosen)}"
+            raise FileError(path, problem, "choose one of these" if sets else "leave --set weights out")
+        found = search.find_weights(_fields(tree)[chosen])
+        sets.sort(key=lambda name: name != chosen)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in search.leaves(found):
-        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("base_model.model.")  # PEFT's
         if short in tensors and tensors[short].source != tensor.source:
             raise FileError(
                 path, f"two tensors are called {quoted(short)} once the wrappers' prefixes are gone", "save the bare model"
@@ -119,7 +130,7 @@ def _open(path: Path, mapped: list[Buffer]) -> Checkpoint:
     if meta not in beside and meta.is_file():
         beside.append(meta)
     said = {file.name: read_yaml(file) if file.suffix == ".yaml" else read_json(file) for file in beside}
-    return Checkpoint(path, tensors, {**plain(config), **said}, (*files, *beside))
+    return Checkpoint(path, tensors, {**plain(config), **said}, (*files, *beside), tuple(sets))
 
 
 def home(weights: Path) -> Path:
@@ -189,11 +200,12 @@ def _file_of_folder(folder: Path) -> Path:
         if Path(step).name == step not in ("", "..") and (folder / step).is_dir():
             return _file_of_folder(folder / step)
     found = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS and file.is_file())
-    if len(found) != 1:
-        problem = f"holds {len(found)} checkpoints" if found else "is a folder without a checkpoint in it"
-        raise FileError(
-            folder, problem, "name the file itself" if found else "name a folder with model.safetensors or a .pt in it"
-        )
+    if len(found) > 1:
+        raise FileError(folder, f"holds {len(found)} checkpoints", "name the file itself")
+    if not found:
+        steps = [(int(match[1]), sub) for sub in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", sub.name))]
+        advice = f"one of those in it, as {max(steps)[1]}" if steps else "a folder with model.safetensors or a .pt in it"
+        raise FileError(folder, "is a folder without a checkpoint in it", f"name {advice}")
     return found[0]
 
 
@@ -332,6 +344,18 @@ class _Search:
             tree = fields[inner[0]]
         return None
 
+    def sets(self, tree: Any, found: Any) -> list[str]:
+        """The entries of `tree` that could each be the model: the one that `found` is, and those with tensors of the same
+        shapes, as an average over the training. Empty where there is one. Where `found` is all of `tree`, none of them is it.
+        """
+        entries = {name: value for name, value in _fields(tree).items() if isinstance(value, (dict, Record))}
+        parts = {n: self.find_weights(v) for n, v in entries.items() if isinstance(n, str) and not _is_training_state(n)}
+        shapes = {n: sorted(t.shape for _, t in self.leaves(part) if t.shape) for n, part in parts.items() if part is not None}
+        first = next((name for name in shapes if found is tree or parts[name] is found), "")
+        alike = [name for name in shapes if shapes[name] == shapes[first]]
+        is_sets = len(alike) > 1 and (found is not tree or len(alike) == len(shapes))
+        return sorted(alike, key=lambda name: name != first) if is_sets else []
+
 
 def plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
     """`value` as plain data: objects become dicts, tuples and sets lists; tensors and training state are left out."""
@@ -344,8 +368,11 @@ def plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
     if isinstance(value, Global):
         return value.name
     if isinstance(value, dict):
-        pairs = [(name, item) for name, item in value.items() if isinstance(name, (str, int)) and not _is_training_state(name)]
-        return {str(name): plain(item, depth + 1, left) for name, item in pairs}
+        return {
+            str(name): plain(item, depth + 1, left)
+            for name, item in value.items()
+            if isinstance(name, (str, int)) and not _is_training_state(name) and not isinstance(item, LazyTensor)
+        }
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item, depth + 1, left) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else None

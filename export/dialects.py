@@ -68,13 +68,15 @@ SUFFIXES = {**dict.fromkeys(("weight", "scale", "gamma", "g"), "weight"), **dict
 NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
     r"(?:.*\.)?(?:attn|attention|self_attn)\.(?:bias|masked_bias)",  # only where they are no vector, see _is_buffer
     r"(?:.*\.)?(?:mask|causal_mask|attn_mask|attention_mask|tril|causal|_mask|bias_mask|masked_bias|position_ids|pos_ids|n_averaged)",
-    r"(?:.*\.)?(?:inv_freq|freqs_cis|freqs_cos|freqs_sin|cos_cached|sin_cached|rope_cos|rope_sin|cos_cache|sin_cache|rope_cache)",
+    r"(?:.*\.)?(?:inv_freq|original_inv_freq|freqs_cis|freqs_cos|freqs_sin)",
+    r"(?:.*\.)?(?:cos_cached|sin_cached|rope_cos|rope_sin|cos_cache|sin_cache|rope_cache)",
     r"(?:.*\.)?(?:rope|rotary|rotary_emb|rotary_pos_emb)\.(?:cos|sin|cache|freqs)|cos|sin|(?:.*\.)?(?:cos|sin)",
     r"(?:.*\.)?(?:alibi|slopes|alibi_slopes|alibi_bias)",
 )
 
 
-TEXTBOOK_LORA = r"(.+)\.lora\.(?:lora_)?([AB])"  # the matrix that is changed, which factor of the change
+# the matrix that is changed, which factor of the change: of textbooks, and of a model that PEFT has wrapped
+LORA = r"(.+)\.lora(?:\.|_|\.lora_)([AB])(?:(?:\.\w+)?\.weight)?"
 
 
 def _table(roles: Mapping[str, str], prefix: str) -> list[tuple[str, re.Pattern[str]]]:
@@ -202,18 +204,35 @@ def to_canonical(
             left_over.append(name)
         else:
             found[role] = tensor
-    if any(re.fullmatch(TEXTBOOK_LORA, name) for name in left_over):
+    loras = [name for name in left_over if re.fullmatch(LORA, name)]
+    if loras and len(loras) == len(checkpoint.tensors):
+        raise FileError(path, "is a LoRA alone", f"export the model it was trained on, with --lora {path}")
+    if loras:
         raise FileError(path, "holds a LoRA that is not merged", f"merge it with --lora {path} --lora-scale ALPHA")
+    if left_over and checkpoint.sets:
+        names_of_sets = ", ".join(map(quoted, checkpoint.sets))
+        raise FileError(path, f"has several sets of weights: {names_of_sets}", "choose one with --set weights=NAME")
+    quantised = ModelConfig(checkpoint.config, given, path).raw("quantization_config")
+    if left_over and isinstance(quantised, dict):
+        method = quoted(quantised.get("quant_method", "by some method"))
+        raise FileError(path, f"its weights are quantised ({method})", "export the checkpoint that it was made of")
     if left_over:
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         listed = ", ".join(map(quoted, left_over[:3])) + more
         problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {listed}"
         raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
+    for role, tensor in found.items():
+        if "int" in tensor.dtype and not role.endswith(("_blocks.weight", "_scales.weight")):  # those of MXFP4
+            problem = f"{quoted(tensor.name)} holds whole numbers ({tensor.dtype}), so the weights are quantised"
+            raise FileError(path, problem, "export the checkpoint that it was made of")
     said = {**checkpoint.config, "guessed from shapes": dialect.guess(checkpoint.tensors)}
     config = ModelConfig(said, given, path)
     model = arrange(path, found, buffers, config, dialect)
     if family:
         model = checked(model, config, family.fixed)
+    if checkpoint.sets:
+        taken, *others = map(quoted, checkpoint.sets)
+        model.notes.append(f"these are the weights called {taken}; --set weights={others[0]} takes others")
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
     if dialect.template and metadata:
         metadata = {"tokenizer.chat_template": dialect.template, **metadata}
@@ -231,5 +250,10 @@ def read_canonical(
     path = Path(path)
     if is_model_file(path):
         return read_model_file(path, change)
-    checkpoint = open_checkpoint(path)
-    return to_canonical(change(checkpoint) if change else checkpoint, overrides=overrides, mapping=mapping, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(path, (overrides or {}).get("weights", ""))
+    if change:
+        checkpoint = change(checkpoint)
+    model = to_canonical(checkpoint, overrides=overrides, mapping=mapping, tokenizer=tokenizer)
+    if not change and path.is_dir() and (path / "adapter_config.json").is_file():
+        model.notes.append(f"the LoRA that lies in {path} is not in it; --lora {path} merges it")
+    return model

@@ -26,6 +26,8 @@ def is_model_file(path: Path) -> bool:
     """Whether this is a GGUF, a packed executable or an fp16 bin, by its first bytes or the names in it."""
     from pocketlm.runtime.container import find, is_program
 
+    if not path.is_file():  # a pipe would be waited for
+        return is_fp16_bin(path)
     try:
         with open(path, "rb") as file:
             start = file.read(4)

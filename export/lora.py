@@ -1,9 +1,10 @@
 """A LoRA (arXiv:2106.09685) added to the model it was trained on: W + scale · B A, tensor by tensor as they are read.
 
 In: the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors` or `.bin`), or a checkpoint
-with the layers of textbooks: `NAME.lora.A` and `NAME.lora.B` beside `NAME.linear.weight`, or alone. Out: a `Lora`, which makes
-of a checkpoint the one with the sums. Names are the checkpoint's own; in a model file they are found by their roles, and the
-adapter's base is taken for Hugging Face's form of the model.
+with the layers of textbooks (`NAME.lora.A` and `NAME.lora.B` beside `NAME.linear.weight`, or alone) or of a model that PEFT has
+wrapped (`NAME.lora_A.default.weight`, …, `NAME.base_layer.weight`). Out: a `Lora`, which makes of a checkpoint the one with the
+sums. Names are the checkpoint's own; in a model file they are found by their roles, and the adapter's base is taken for Hugging
+Face's form of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.checkpoint import Checkpoint, open_checkpoint, read_json
-from pocketlm.export.dialects import TEXTBOOK_LORA, role_of
+from pocketlm.export.dialects import LORA, role_of
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
@@ -52,10 +53,10 @@ class Lora:
         tensors = {}
         for name, tensor in checkpoint.tensors.items():
             stem, _, end = name.rpartition(".")
-            own = stem.removesuffix(".linear")
+            own = stem.removesuffix(".linear").removesuffix(".base_layer")
             if own != stem and own in self.pairs:
                 tensors[f"{own}.{end}"] = replace(tensor, name=f"{own}.{end}")
-            elif not re.fullmatch(TEXTBOOK_LORA, name):
+            elif not re.fullmatch(LORA, name):
                 tensors[name] = tensor
         return replace(checkpoint, tensors={**tensors, **self._changed(tensors)})
 
@@ -83,11 +84,15 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
     than it says. Raises FileError.
     """
     if path.is_file() or (path.is_dir() and not (path / CONFIG).is_file()):
-        pairs = _textbook(open_checkpoint(path).tensors, path)
+        tensors = open_checkpoint(path).tensors
+        pairs = _textbook(tensors, path)
         if scale is None:
             advice = "give --lora-scale: alpha, or alpha / rank where its code divides by the rank"
             raise FileError(path, "does not say what its matrices are multiplied by", advice)
-        return Lora(path, scale, False, pairs)
+        transposed = any(
+            re.search(r"attn\.c_attn(\.base_layer)?\.weight$", name) and t.shape[-1] > t.shape[0] for name, t in tensors.items()
+        )
+        return Lora(path, scale, transposed, pairs)
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise FileError(path, f"is no LoRA: {CONFIG} says otherwise", "merge it with PEFT and export the result")
@@ -112,7 +117,7 @@ def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
     """A [in, rank] and B [rank, out], or the other way round; the rank is the smaller number."""
     halves: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
-        if found := re.fullmatch(TEXTBOOK_LORA, name):
+        if found := re.fullmatch(LORA, name):
             halves.setdefault(found[1], {})[found[2].lower()] = tensor
     if not halves:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
@@ -136,7 +141,7 @@ def _pairs(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, Pair]:
         if kind is None or parts[-1] != "weight":
             problem = f"its tensor {quoted(name)} is no part of a LoRA pocketlm merges"
             raise FileError(folder, problem, "merge it with PEFT and export the result")
-        halves.setdefault(".".join(parts[:-2]).removeprefix("base_model.model."), {})[kind] = tensor
+        halves.setdefault(".".join(parts[:-2]), {})[kind] = tensor
     lonely = [name for name, pair in halves.items() if len(pair) != 2]
     if lonely:
         raise FileError(folder, f"one of the two matrices for {quoted(lonely[0])} is missing", "export the adapter again")

@@ -65,6 +65,7 @@ SETTINGS: dict[str, Setting] = {
     "n_experts_used": Setting(int, "num_experts_per_tok", "2"),
     "logit_softcap": Setting(float, "logit_softcap", "15|20"),
     "model_type": Setting(str, "", "llama"),
+    "weights": Setting(str, "", "ema"),  # which set of several in one checkpoint
 }  # fmt: skip
 
 
@@ -99,7 +100,10 @@ MODEL_ENTRIES = (
     "config", "args",
 )  # fmt: skip
 ROTARY = ("rope_scaling", "rope_parameters")  # entries about rotary positions; the second holds all of it since transformers 5
-NOT_MODEL = ("optimizer", "generation_config", "vision_config", "quantization_config")
+NOT_MODEL = (
+    "optimizer", "generation_config", "vision_config", "quantization_config",
+    "_tp_plan", "_ep_plan", "_pp_plan", "_fsdp_plan",  # how transformers spreads a module over devices
+)  # fmt: skip
 
 MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",

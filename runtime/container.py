@@ -120,7 +120,9 @@ def _may_be_signed(file: BinaryIO) -> bool:
 
 
 def is_program(path: Path) -> bool:
-    """Whether a file begins as executables do."""
+    """Whether a file begins as executables do. A pipe, which would be waited for, is none."""
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(4).startswith(_PROGRAMS)

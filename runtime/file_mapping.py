@@ -7,6 +7,7 @@ other memory or end the process. Then the mapping ends with the last such array.
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -28,6 +29,11 @@ def map_file(path: Path, instead: str = "") -> mmap.mmap | bytes:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else b""
         except FileNotFoundError:
             raise FileError(path, "there is no such file", "check the path") from None
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            problem = "does not fit into the memory that this program may have"
+            raise FileError(path, problem, "allow it more (ulimit -v), or choose a smaller model") from None
 
 
 class FileMapping:

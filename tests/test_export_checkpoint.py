@@ -106,7 +106,7 @@ def test_configurations_of_every_kind_are_plain_data(new_format: bool, tmp_path:
         "device": "cpu",
         "dtype": "torch.bfloat16", "size": [2, 3], "set": [1], "numpy": 0.5, "step": 7, "big": 2**100, "flag": True,
         "text": "Ğ",
-        "bytes": None, "5": "number", "tensor": None,
+        "bytes": None, "5": "number",
     }  # fmt: skip
 
 
@@ -228,6 +228,47 @@ def test_folders_that_are_no_checkpoint(files: tuple[str, ...], said: str, tmp_p
         (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(FileError, match=said):
         open_checkpoint(tmp_path)
+
+
+def test_a_training_folder_names_its_last_checkpoint(tmp_path: Path) -> None:
+    for step in (900, 1000):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(FileError, match=r"without a checkpoint in it; name one of those in it, as .*checkpoint-1000"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_file_of_a_sharded_model_names_the_folder(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "pytorch_model-00001-of-00003.bin")
+    with pytest.raises(FileError, match="is one of the 3 files of a model; name the folder they lie in"):
+        open_checkpoint(tmp_path / "pytorch_model-00001-of-00003.bin")
+
+
+AVERAGE = {name: tensor * 0.5 for name, tensor in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": WEIGHTS, "ema": AVERAGE}, {"state_dict": WEIGHTS, "ema": {"decay": 0.9, "shadow": AVERAGE}, "step": 3},
+        {"model": WEIGHTS, "ema": {"n_averaged": torch.tensor(7), **{f"module.{n}": t for n, t in AVERAGE.items()}}},
+    ],
+)  # fmt: skip
+def test_of_two_sets_of_weights_one_is_chosen(content: dict[str, Any], tmp_path: Path) -> None:
+    path = saved(tmp_path, content)
+    first, second = open_checkpoint(path), open_checkpoint(path, "ema")
+    assert (set(first.sets), second.sets[0]) == (content.keys() - {"step"}, "ema")
+    assert first.sets[0] != "ema"
+    np.testing.assert_array_equal(first.tensors["a.weight"].read(), 1.0)
+    np.testing.assert_array_equal(second.tensors["a.weight"].read(), 0.5)
+    with pytest.raises(FileError, match=r"has \w+, ema, nothing that is called emo; choose one of these"):
+        open_checkpoint(path, "emo")
+
+
+@pytest.mark.parametrize(
+    "content", [WEIGHTS, {"model": WEIGHTS, "optimizer": AVERAGE}, {"net": {"a": WEIGHTS, "b": {"c": WEIGHTS}}}]
+)
+def test_one_set_of_weights_is_one(content: dict[str, Any], tmp_path: Path) -> None:
+    assert open_checkpoint(saved(tmp_path, content)).sets == ()
 
 
 def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:

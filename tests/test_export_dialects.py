@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoint_checks import IDS, SPELLINGS, check, compiled, hf_folder, read_canonical, save
 
@@ -74,6 +75,59 @@ def test_hugging_face_llama_with_biases_and_its_own_head_width(tmp_path: Path) -
     )
     assert model.hyper.head_dim == 12
     check(module, model, tmp_path)
+
+
+def test_two_sets_of_weights_are_told_apart(tmp_path: Path) -> None:
+    module = models.initialise(models.Decoder(models.NAMES, "halves"))
+    weights = module.state_dict()
+    half = {name: tensor * 0.5 for name, tensor in weights.items()}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
+    torch.save({"model": weights, "ema": half}, tmp_path / "named.pt")
+    torch.save({"raw": weights, "averaged": half}, tmp_path / "unnamed.pt")
+    model = dialects.read_canonical(tmp_path / "named.pt", tokenizer="none")
+    assert model.notes[0] == "these are the weights called model; --set weights=ema takes others"
+    with pytest.raises(FileError, match="has several sets of weights: raw, averaged; choose one with --set weights=NAME"):
+        dialects.read_canonical(tmp_path / "unnamed.pt", tokenizer="none")
+    for file, name in (("named.pt", "ema"), ("unnamed.pt", "averaged")):
+        chosen = dialects.read_canonical(tmp_path / file, tokenizer="none", overrides={"weights": name})
+        whole, halved = (found.tensors["output_norm.weight"].read() for found in (model, chosen))
+        np.testing.assert_array_equal(whole / 2, halved)
+
+
+def test_a_module_of_transformers_that_was_saved_whole(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="makes the module")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    torch.save(module, tmp_path / "m.pt")
+    found = dialects.read_canonical(tmp_path / "m.pt", tokenizer="none").tensors["token_embd.weight"].read()
+    np.testing.assert_array_equal(found, module.model.embed_tokens.weight.detach().numpy())
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights, config: config.update(head_dim=16), "its configuration says 4 heads of 16, the queries have 32 rows"),
+        (
+            lambda weights, config: weights.update({"model.norm.weight": weights["model.norm.weight"].to(torch.int8)}),
+            r"model.norm.weight holds whole numbers \(int8\), so the weights are quantised",
+        ),
+        (
+            lambda weights, config: (weights.update(q=torch.ones(2)), config.update(quantization_config=GPTQ)),
+            r"its weights are quantised \(gptq\); export the checkpoint that it was made of",
+        ),
+    ],
+)
+def test_weights_that_are_not_what_they_seem_are_refused(tmp_path: Path, change: Any, said: str) -> None:
+    weights = models.initialise(models.Decoder(models.NAMES, "halves")).state_dict()
+    config: dict[str, Any] = {**LLAMA, "tie_word_embeddings": True}
+    change(weights, config)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError, match=said):
+        dialects.read_canonical(tmp_path, tokenizer="none")
 
 
 def scaled_frequencies(kind: str, n: int, theta: float, factor: float, original: int) -> tuple[Any, float]:

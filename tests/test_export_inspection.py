@@ -54,3 +54,9 @@ def test_a_checkpoint_has_the_same_facts(tmp_path: Path, capsys: pytest.CaptureF
     assert (facts["kind"], facts["parameters"], facts["bits_per_weight"]) == ("checkpoint", 10, 25.6)
     assert facts["formats"] == {"float32": 1, "float16": 1}
     assert facts["tensors"][0] == {"name": "a", "shape": [2, 3], "format": "float32", "bytes": 24}
+
+
+def test_tensors_of_a_bare_state_dict_are_no_metadata(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch", reason="writes the checkpoint")
+    torch.save({"a.weight": torch.ones(2, 2), "note": "mine"}, tmp_path / "c.pt")
+    assert inspected(tmp_path / "c.pt", capsys)["metadata"] == {"note": "mine"}

@@ -194,6 +194,39 @@ def test_a_lora_in_a_checkpoint_is_never_left_out_in_silence(tmp_path: Path, cap
     assert "note: 13 tensors were changed by the LoRA m.pt" in said[2][1]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_state_of_a_model_that_peft_has_wrapped_is_merged(tmp_path: Path, kind: str) -> None:
+    module, config = made(kind)
+    targets = ("self_attn.q_proj", "mlp.down_proj", "attn.c_attn", "mlp.c_fc")
+    names = [name for name, _ in module.named_modules() if name.endswith(targets)]
+    state, sums = {}, {}
+    for name, weight in module.state_dict().items():
+        stem, _, end = name.rpartition(".")
+        state[f"base_model.model.{stem}{'.base_layer' * (stem in names)}.{end}"] = sums[name] = weight
+        if stem in names and end == "weight":
+            n_in, n_out = weight.shape if kind == "gpt2" else weight.shape[::-1]
+            a, b = torch.randn(RANK, n_in) * 0.1, torch.randn(n_out, RANK) * 0.1
+            state |= {f"base_model.model.{stem}.lora_{half}.default.weight": x for half, x in (("A", a), ("B", b))}
+            sums[name] = weight + 4 * ((b @ a).T if kind == "gpt2" else b @ a)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(state, tmp_path / "wrapped.pt")
+    torch.save(sums, tmp_path / "merged.pt")
+    with pytest.raises(FileError, match="holds a LoRA that is not merged; merge it with --lora"):
+        read_canonical(tmp_path / "wrapped.pt", tokenizer="none")
+    merged = read_canonical(tmp_path / "wrapped.pt", tokenizer="none", change=read_lora(tmp_path / "wrapped.pt", 4.0))
+    for name, tensor in read_canonical(tmp_path / "merged.pt", tokenizer="none").tensors.items():
+        np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
+
+
+def test_an_adapter_is_no_model_and_one_beside_a_model_is_not_forgotten(tmp_path: Path) -> None:
+    module, config = made("llama")
+    adapter(tmp_path / "lora", module, CASES[1][1])
+    with pytest.raises(FileError, match=r"is a LoRA alone; export the model it was trained on, with --lora .*lora"):
+        read_canonical(tmp_path / "lora", tokenizer="none")
+    model = read(tmp_path / "lora", module, config)
+    assert any("the LoRA that lies in" in note and "is not in it; --lora" in note for note in model.notes)
+
+
 @pytest.mark.parametrize(
     ("tensors", "problem"),
     [

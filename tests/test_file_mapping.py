@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +100,27 @@ def test_weights_that_are_refused_half_way_are_let_go_of(gguf):
             pocketlm.load(gguf, backend=backend)
         assert not mapped(gguf)
         del error
+
+
+def test_a_file_that_the_process_may_not_map_is_not_said_to_be_out_of_reach(gguf, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(FileError, match=r"does not fit into the memory .*; allow it more \(ulimit -v\)"):
+        open_model(gguf)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+@pytest.mark.parametrize("words", [["inspect"], ["export", "-o", "x.gguf"], ["eval", "--text", "x"], ["generate", "-p", "x"]])
+def test_a_pipe_that_nobody_writes_is_refused_and_not_waited_for(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("some text")
+    os.mkfifo(tmp_path / "p")
+    command = [sys.executable, "-m", "pocketlm", words[0], "p", *words[1:]]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "p: is a pipe or a device, not a file" in ended.stderr
 
 
 def test_a_damaged_file_is_let_go_of(gguf):

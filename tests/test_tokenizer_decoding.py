@@ -135,3 +135,12 @@ def test_the_bytes_of_a_token_that_was_added_in_plain_text(odd):
     for tok in (tokenizer.from_metadata(metadata, "bpe.gguf"), tokenizer.from_metadata({**SPM, "tokenizer.ggml.tokens": [
         *SPM["tokenizer.ggml.tokens"][:-1], odd]}, "spm.gguf")):  # fmt: skip
         assert tok.all_bytes() == [tok.token_bytes(i) for i in range(tok.n_vocab)]
+
+
+def test_ids_that_only_fill_a_vocabulary_up_are_no_text(spm):
+    tokens = [*SPM["tokenizer.ggml.tokens"], "[PAD264]", "[UNUSED265]", "[PAD]", "<unused>"]
+    more = {"tokens": tokens, "scores": [0.0] * len(tokens), "token_type": [*SPM["tokenizer.ggml.token_type"], 5, 5, 5, 5]}
+    tok = tokenizer.from_metadata({**SPM, **{f"tokenizer.ggml.{name}": value for name, value in more.items()}}, "filled.gguf")
+    assert tok.decode([260, 264, 265, 260]) == "aa"  # as llama.cpp and transformers have it
+    assert tok.decode([260, 266, 267]) == "a[PAD]<unused>"  # pieces that SentencePiece itself calls unused
+    assert tok.all_bytes()[264:266] == [b"", b""]

@@ -199,7 +199,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("", 2, "give the texts to learn and the run's folder"),
         ("{text} -o {run} --preset huge", 2, "--preset huge: expected one of tiny, small-talk"),
         ("{text} -o {run} --set n_layer", 2, "expected a name and a value"),
-        ("{text} -o {run} --batch 3", 2, "a batch of 3 is no whole number of micro batches"),
+        ("{text} -o {run} --batch 3 --micro-batch 2", 2, "a batch of 3 is no whole number of micro batches of 2"),
+        ("{text} -o {run} --batch 0", 2, "a batch of 0 is no whole number"),
         ("{text} -o {run} --lr -1", 2, "expected 0 < lr"),
         ("{text} -o {run} --dtype int4", 2, "dtype int4: expected one of fp32, bf16, fp16"),
         ("{text} -o {run} --chat alpaca", 2, "--chat alpaca"),
@@ -228,6 +229,12 @@ def test_a_run_of_other_settings_is_not_gone_on_with(
     assert pocketlm(text, "-o", tmp_path / "run", options=f"{RUN} --steps 2") == 0
     assert pocketlm(text, "-o", tmp_path / "run", options=f"{RUN} --steps 2 --lr 0.5") == 2
     assert "holds a run with lr = 0.003, not 0.5" in one_line(capsys)
+
+
+def test_a_batch_that_the_presets_micro_batch_does_not_divide_is_computed_in_smaller_ones(tmp_path: Path, text: Path) -> None:
+    options = RUN.replace("--batch 4 --micro-batch 2", "--batch 6")  # the preset has 8
+    assert "micro" not in options
+    assert pocketlm(text, "-o", tmp_path / "run", options=f"{options} --steps 2") == 0
 
 
 def test_learned_positions_go_no_further(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ Knows no file format (`readers`) and no model.
 
 import codecs
 import operator
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from pocketlm.tokenizer.texts import TextIndex, Texts, index_of
 
 # token types, as GGUF and SentencePiece number them
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+HOLE = re.compile(r"\[(UNUSED|PAD)[0-9]+\]")  # what GGUFs call ids that stand for nothing
 
 # texts of tokens that end a turn wherever a vocabulary marks them as control or user-defined
 END_OF_TURN = (
@@ -294,12 +296,17 @@ class Tokenizer:
         return StreamDecoder(self, special, continues)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; a marker's own text. UsageError for an id that is not in the vocabulary."""
+        """The bytes a token stands for; a marker's own text; none of an id that only fills the vocabulary up.
+
+        UsageError for an id that is not in the vocabulary.
+        """
         found = self._bytes.get(token_id)
         if found is None:
             self._check(token_id)
-            hidden = self.vocabulary.types[token_id] in (CONTROL, UNKNOWN)
-            found = self.vocabulary.tokens[token_id].encode() if hidden else self._token_bytes(token_id)
+            token, kind = self.vocabulary.tokens[token_id], self.vocabulary.types[token_id]
+            found = token.encode() if kind in (CONTROL, UNKNOWN) else self._token_bytes(token_id)
+            if kind == UNUSED and HOLE.fullmatch(token):
+                found = b""
             self._bytes[token_id] = found
         return found
 

@@ -6,14 +6,24 @@ silently left out. Patterns are compared as text and never compiled from the fil
 """
 
 import base64
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, refused
 from pocketlm.tokenizer import byte_bpe, sentencepiece, sentencepiece_bpe
-from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, Vocabulary, make_vocabulary
+from pocketlm.tokenizer.base import (
+    BYTE,
+    CONTROL,
+    HOLE,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Tokenizer,
+    Vocabulary,
+    make_vocabulary,
+)
 from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
 from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
@@ -159,7 +169,7 @@ class _Reader:
         vocabulary = self.vocabulary(self.normalizer(normalizers), byte_tokens=False)
         types = bytearray(vocabulary.types)
         for i in vocabulary.ids_of(NORMAL):
-            if re.fullmatch(r"\[(UNUSED|PAD)[0-9]+\]", vocabulary.tokens[i]):  # an id that stands for nothing
+            if HOLE.fullmatch(vocabulary.tokens[i]):
                 types[i] = UNUSED
             elif len(vocabulary.tokens[i]) > 1:
                 raise self.refuse(f"token {vocabulary.tokens[i][:40]!r} without a merge that makes it")

@@ -7,6 +7,7 @@ interrupted one left off.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -93,7 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
     least = {"val_every": 2, "samples": 1, "sample_tokens": 1, "sample_temp": 0, "sample_top_k": 0, "threads": 0}
     for name in (name for name, number in least.items() if not number <= getattr(arguments, name) < 1 << 31):
         raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected {least[name]} or more")
-    cadence, settings = _given(Cadence(), arguments), _given(preset.settings, arguments)
+    at = preset.settings
+    if arguments.batch and arguments.micro_batch is None:  # the preset's micro batch is for its own batch
+        arguments.micro_batch = math.gcd(arguments.batch, at.micro_batch)
+    cadence, settings = _given(Cadence(), arguments), _given(at, arguments)
     shape = preset.shape if arguments.start else changed(preset.shape, said)
     with needed("training", "PyTorch", "'pocketlm[train]'"):
         import torch
