@@ -288,8 +288,9 @@ def _scores(
         distance = ahead(p) if ahead else None
         with f.range(0, padded, 2) as d:
             here = [numbers.load(f, start + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
-            for k in range(n_vectors if distance else 0):
-                f.prefetch(start + group_bytes * k + d * (numbers.n_bytes * LANES) + distance, 2)
+            if distance is not None:
+                for k in range(n_vectors):
+                    f.prefetch(start + group_bytes * k + d * (numbers.n_bytes * LANES) + distance, 2)
             for i, own_sums in enumerate(sums):
                 pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
                 for key, total in zip(here, own_sums, strict=True):
@@ -329,8 +330,9 @@ def _mix(
             with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
                 row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
                 here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
-                for k in range(n_vectors if distance else 0):
-                    f.prefetch(row + n * k + distance, 2)
+                if distance is not None:
+                    for k in range(n_vectors):
+                        f.prefetch(row + n * k + distance, 2)
                 for i, some in enumerate(few):
                     pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
                     for value, total in zip(here, some, strict=True):
