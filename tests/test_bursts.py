@@ -180,7 +180,7 @@ def test_cancelled_in_the_middle(native, monkeypatch):
 
 
 @pytest.mark.parametrize("behind", [False, True])
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_interrupted_in_the_middle(native, monkeypatch, at, behind):
     session, step, count = new_session(native), native.step, []
 
@@ -194,9 +194,9 @@ def test_interrupted_in_the_middle(native, monkeypatch, at, behind):
     with monkeypatch.context() as patch:
         patch.setattr(native, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            list(start(session, max_tokens=50))
-    assert session.ids == (PROMPT + alone(native, 50))[: len(session.ids)]
-    assert ids_of(start(session, max_tokens=50)) == alone(native, 50)
+            list(start(session, max_tokens=60))
+    assert session.ids == (PROMPT + alone(native, 60))[: len(session.ids)]
+    assert ids_of(start(session, max_tokens=60)) == alone(native, 60)
 
 
 def test_an_interrupt_of_who_leads_changes_nothing_for_the_other(native, monkeypatch):
