@@ -26,7 +26,7 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.export import export
 from pocketlm.export.from_model_file import read_model_file
 from pocketlm.export.quantize import quantize
-from pocketlm.export.rules import QUANTS, Quant
+from pocketlm.export.rules import QUANTS
 from pocketlm.runtime.model_file import open_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -121,7 +121,7 @@ def main() -> None:
     print(f"{options.model.name}, {len(ids)} positions in windows of {options.window}\n", file=sys.stderr)
     if options.quantizer == "ggml":
         tensor_encoder.quantize = by_ggml  # pyright: ignore[reportPrivateImportUsage]
-    QUANTS["mxfp4"] = Quant("MXFP4", "Q8_0", 38)
+    QUANTS["mxfp4"] = QUANTS["mxfp4"]._replace(matrices="MXFP4", more={})
     model = read_model_file(options.model)
     both = " | ".join(f"{name}: KL | same first choice | perplexity" for name in ("native", "llama.cpp"))
     print(f"| weights | bits per weight | error | exact perplexity | {both} |")

@@ -24,16 +24,9 @@ from pocketlm.runtime.model_summary import not_learnt
 
 def is_model_file(path: Path) -> bool:
     """Whether this is a GGUF, a packed executable or an fp16 bin, by its first bytes or the names in it."""
-    from pocketlm.runtime.container import find, is_program
+    from pocketlm.runtime.container import beginning, find, is_program
 
-    if not path.is_file():  # a pipe would be waited for
-        return is_fp16_bin(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError:
-        return is_fp16_bin(path)
-    return start == b"GGUF" or (is_program(path) and find(path) is not None)
+    return is_fp16_bin(path) or beginning(path) == b"GGUF" or (is_program(path) and find(path) is not None)
 
 
 def read_model_file(path: Path, change: Callable[[Checkpoint], Checkpoint] | None = None) -> CanonicalModel:

@@ -17,7 +17,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -119,15 +119,18 @@ def _may_be_signed(file: BinaryIO) -> bool:
         return False
 
 
+def beginning(path: Path) -> bytes:
+    """The first four bytes of a file. None of what cannot be read, or is no file: a pipe would be waited for."""
+    with suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                return file.read(4)
+    return b""
+
+
 def is_program(path: Path) -> bool:
-    """Whether a file begins as executables do. A pipe, which would be waited for, is none."""
-    if not path.is_file():
-        return False
-    try:
-        with open(path, "rb") as file:
-            return file.read(4).startswith(_PROGRAMS)
-    except OSError:
-        return False
+    """Whether a file begins as executables do."""
+    return beginning(path).startswith(_PROGRAMS)
 
 
 def program_place(path: Path) -> tuple[int, int]:

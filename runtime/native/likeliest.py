@@ -1,7 +1,7 @@
 """The likeliest of a vocabulary's logits without sorting all of them, as IR.
 
-In: a module. Out: the function `top_k` in it, and what draw.py asks: `survey`, `chunk`, `greedy`, `candidates`, `sort`. Knows
-logits and the SAMPLER record's memory; not what the candidates are for.
+In: a module. Out: the functions that `define` lists, `top_k` for Python, the others for draw.py. Knows logits and the SAMPLER
+record's memory; not what the candidates are for.
 
 The largest of every sizes.CHUNK logits stands for them: where it is below a bound all of them are. The k-th largest of these is
 a bound on the k-th largest of all, and few others are above it.

@@ -19,7 +19,7 @@ from pocketlm.runtime.native.stages import heads_apart
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
 LATE = 4  # times as long as it has worked itself, a thread waits for another until it thinks that something is wrong
-PATIENCE = 2000  # time slices a waiting thread gives away before it sleeps
+PATIENCE = 2000  # time slices a waiting thread gives away before it sleeps: longer than Python is at work between two runs
 
 
 def define(module: Module, machine: str) -> None:

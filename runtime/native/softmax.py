@@ -66,7 +66,7 @@ def below(f: Function, x: Value, best: Value) -> Value:
     return f.cast("fpext", f.load(F32, x, 4), F64) - best
 
 
-def falls_on(f: Function, n: Value, weight: Callable[[Value], Value], aim: Value) -> tuple[Value, Value]:
+def _falls_on(f: Function, n: Value, weight: Callable[[Value], Value], aim: Value) -> tuple[Value, Value]:
     """The first of n whose cumulative weight is above `aim`, or the last that has any; and the weight before it."""
     i, at = f.var(I64, 0), f.var(I64, 0)
     total, before = f.var(F64, 0.0), f.var(F64, 0.0)
@@ -108,8 +108,8 @@ def _weigh(f: Function) -> None:
 def _pick(f: Function) -> None:
     x, n, best, scale, columns, u = f.args()
     aim, n_columns = f.call(F64, "weigh", x, n, best, scale, columns) * u, _n_columns(n)
-    column, before = falls_on(f, n_columns, lambda i: f.load(F64, columns + i * 8, 8), aim)
+    column, before = _falls_on(f, n_columns, lambda i: f.load(F64, columns + i * 8, 8), aim)
     n_rows = (n - column + n_columns - 1) // n_columns
     first = x + column * 4
-    row, _ = falls_on(f, n_rows, lambda i: exp64(f, below(f, first + i * n_columns * 4, best) * scale), aim - before)
+    row, _ = _falls_on(f, n_rows, lambda i: exp64(f, below(f, first + i * n_columns * 4, best) * scale), aim - before)
     f.ret(row * n_columns + column)
