@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
 from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
-from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, UNASKED
+from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, fetch_far
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
@@ -241,7 +241,7 @@ def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vec
         skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
         scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
         asked = own + r.run("queries_at") + row * 4
-        ahead = _ahead(f, level, numbers, padded, count) if queries <= FEW else None
+        ahead = _ahead(f, numbers, padded, count)
         _scores(f, level, numbers, keys, asked, known, scores, padded, (skipped, count), queries, n_vectors, ahead)
         f.call(VOID, "softmax", run, own, values, row, f.const(I64, queries), first, skipped, count)
         result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
@@ -255,12 +255,10 @@ def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vec
             f.call(VOID, "merge", to, mixed + i * result_bytes, padded)
 
 
-def _ahead(f: Function, level: str, numbers: Words, padded: Value, count: Value) -> Ahead | None:
+def _ahead(f: Function, numbers: Words, padded: Value, count: Value) -> Ahead:
     """How far from a position's numbers those are that will be read FAR_AHEAD bytes later: behind a span's last ones come its
     values, behind these the next head's keys.
     """
-    if level in UNASKED:
-        return None
     n_bytes = numbers.row_bytes(padded)
     filled = (count + (LANES - 1)) & -LANES
     last, rest = filled * n_bytes - FAR_AHEAD, (SPAN - filled) * n_bytes + FAR_AHEAD
@@ -274,7 +272,7 @@ def _sees(f: Function, known: Value, first: Value) -> Value:
 
 def _scores(
     f: Function, level: str, numbers: Words, keys: Value, q: Value, known: Value, scores: Value, padded: Value,
-    part: tuple[Value, Value], queries: int, n_vectors: int, ahead: Ahead | None,
+    part: tuple[Value, Value], queries: int, n_vectors: int, ahead: Ahead,
 ) -> None:  # fmt: skip
     """q · k of every query and position of a part of the span, along the head's columns, two at a time.
 
@@ -285,12 +283,11 @@ def _scores(
     def some(p: Value, n_vectors: int) -> None:
         sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
         start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
-        distance = ahead(p) if ahead else None
+        distance = ahead(p)
         with f.range(0, padded, 2) as d:
             here = [numbers.load(f, start + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
-            if distance is not None:
-                for k in range(n_vectors):
-                    f.prefetch(start + group_bytes * k + d * (numbers.n_bytes * LANES) + distance, 2)
+            for k in range(n_vectors if queries <= FEW else 0):
+                fetch_far(f, level, start + group_bytes * k + d * (numbers.n_bytes * LANES), distance)
             for i, own_sums in enumerate(sums):
                 pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
                 for key, total in zip(here, own_sums, strict=True):
@@ -314,7 +311,7 @@ def _scores(
 
 def _mix(
     f: Function, level: str, numbers: Words, values: Value, weights: Value, known: Value, out: Value, out_stride: Value,
-    padded: Value, part: tuple[Value, Value], queries: int, ahead: Ahead | None,
+    padded: Value, part: tuple[Value, Value], queries: int, ahead: Ahead,
 ) -> None:  # fmt: skip
     """Sums of weight times value in a part of the span, two positions at a time; exact among POSITIONS neighbours."""
     first, count = part
@@ -323,16 +320,15 @@ def _mix(
         sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
         few = [[f.var(I32.vec(LANES)) for _ in range(n_vectors)] for _ in range(queries)]
         with f.range(first, count, POSITIONS) as block:
-            distance = ahead(block) if ahead else None
+            distance = ahead(block)
             for some in few:
                 for total in some:
                     total.set(0)
             with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
                 row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
                 here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
-                if distance is not None:
-                    for k in range(n_vectors):
-                        f.prefetch(row + n * k + distance, 2)
+                for k in range(n_vectors if queries <= FEW else 0):
+                    fetch_far(f, level, row + n * k, distance)
                 for i, some in enumerate(few):
                     pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
                     for value, total in zip(here, some, strict=True):

@@ -118,10 +118,10 @@ def product_of(f: Function, level: str, r: Records, prefix: str, size: Value) ->
     return kernel
 
 
-def fetch_far(f: Function, level: str, address: Value) -> None:
-    """Ask for what will be read FAR_AHEAD bytes after an address."""
+def fetch_far(f: Function, level: str, address: Value, ahead: Value | int = FAR_AHEAD) -> None:
+    """Ask for what will be read later, so many bytes behind an address."""
     if level not in UNASKED:
-        f.prefetch(address + FAR_AHEAD, 2)
+        f.prefetch(address + ahead, 2)
 
 
 def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
