@@ -15,6 +15,7 @@ from pocketlm.runtime.formats import FORMATS, dequantize
 from pocketlm.runtime.kv_cache import ScaledCache
 from pocketlm.runtime.native import levels, linker
 from pocketlm.runtime.native.compiler import compile_object
+from pocketlm.runtime.native.dot import WHOLE
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.levels import LEVELS, Level
@@ -114,16 +115,17 @@ def round_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(runs * inverse).astype(np.int64), largest * np.float32(1 / 32639)
 
 
-def activation_records(x: np.ndarray) -> np.ndarray:
+def activation_records(level: str, x: np.ndarray) -> np.ndarray:
     """What PREPARE leaves for a tile of tokens, in the order that runtime/native/matrix.py lists: uint8 [bytes]."""
     whole, scale = round_activations(x)
     low = (whole + 128) % 256 - 128
-    record = [low.astype(np.int8), ((whole - low) >> 8).astype(np.int8), scale]
-    record += [scale * whole.sum(-1)[..., None].astype(np.float32)]
+    record = [low.astype(np.int8), ((whole - low) >> 8).astype(np.int8)]
+    if level in WHOLE:
+        record = [whole.astype(np.int16).reshape(*whole.shape[:2], 8, 4)[..., [0, 2, 1, 3]].reshape(whole.shape)]
+    record += [scale, scale * whole.sum(-1)[..., None].astype(np.float32)]
     record += [half.sum(-1)[..., None].astype(np.int32) for half in (whole[..., :16], whole[..., 16:])]
     records = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in record], axis=-1)
-    fours = whole.astype(np.int16).reshape(*whole.shape[:2], 8, 4)[..., [0, 2, 1, 3]].reshape(whole.shape)
-    parts = (x, fours.swapaxes(0, 1), records.swapaxes(0, 1))
+    parts = (x, records.swapaxes(0, 1))
     return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
 
 

@@ -107,17 +107,14 @@ def products(levels: list[Level], fmt: str, tokens: int) -> None:
         unit = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(matrix[rows], axis=1) / np.sqrt(n_columns)
         unit = np.maximum(unit, 1e-30)  # a scale may be too small for a half: then the row is zero
         y_stride = (last - first) * 64 + 64 * int(random.integers(0, 3))
-        prepared = activation_records(x)  # its memory ends where what the kernel may read ends
-        used, same = ((tokens - 1) * n + n_columns) * 4, exact
-        if fmt not in ("F32", "F16", "BF16"):
-            used, same = prepared.size, rounded(x) @ matrix[rows].T
+        floats = fmt in ("F32", "F16", "BF16")
+        used = ((tokens - 1) * n + n_columns) * 4 if floats else None  # memory ends where what the kernel may read ends
+        same = exact if floats else rounded(x) @ matrix[rows].T
         w, n_blocks = tile(fmt, blocks, n_rows), n_columns // FORMATS[fmt].block_size
         canary = np.full((tokens - 1) * y_stride + (last - first) * 64, 0xAA, np.uint8)
         for at_end, level in itertools.product((False, True), levels):
-            place = [
-                m.place(a, at_end, k)
-                for m, a, k in zip(memory, (w, prepared[:used], canary), (32, 4, 4), strict=True)
-            ]
+            prepared = activation_records(level.name, x)[:used]
+            place = [m.place(a, at_end, k) for m, a, k in zip(memory, (w, prepared, canary), (32, 4, 4), strict=True)]
             addresses = [view.ctypes.data for view in place]
             kernel[level.name](
                 addresses[0], groups(n_rows), first, last, n_blocks, addresses[1], addresses[2], y_stride

@@ -29,7 +29,7 @@ def product(level, fmt: str, w: np.ndarray, n_rows: int, n_blocks: int, x: np.nd
     tokens, n_groups = len(x), groups(n_rows)
     y = np.full((tokens, 16 * n_groups), np.nan, np.float32)
     function = plain_function(kernels.loaded(fmt, level).address(f"{fmt}_product{tokens}"), 8)
-    records = activation_records(x)
+    records = activation_records(level.name, x)
     function(w.ctypes.data, n_groups, 0, n_groups, n_blocks, records.ctypes.data, y.ctypes.data, y.strides[0])
     return y[:, :n_rows]
 

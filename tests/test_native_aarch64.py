@@ -162,7 +162,7 @@ def test_products_and_tables(level, fmt):
                 0,
                 n_groups,
                 n_blocks,
-                guest.put(activation_records(x)),
+                guest.put(activation_records(level.name, x)),
                 y,
                 n_groups * 64,
             )

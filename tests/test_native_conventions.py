@@ -8,7 +8,7 @@ from native_conventions import calls, conventions, printed, wrong_calls
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
 from pocketlm.runtime.native.kernels import CORES, module_text
 from pocketlm.runtime.native.levels import LEVELS
-from pocketlm.runtime.native.sizes import TILES
+from pocketlm.runtime.native.sizes import tiles
 from pocketlm.runtime.native.tiling import LAYOUTS
 
 # Windows on x86-64 is the one platform with a convention of its own
@@ -54,7 +54,7 @@ def test_what_is_called_through_a_pointer_is_a_kernel():
     """Every address that a program holds is of a function with the C convention, on Windows too."""
     for fmt in LAYOUTS:
         own = conventions(texts(LEVELS["avx2"], "win64")[fmt])
-        assert {own[f"{fmt}_{kernel}"] for kernel in ("row", "product1", f"product{TILES[-1]}")} == {""}
+        assert {own[f"{fmt}_{kernel}"] for kernel in ("row", "product1", f"product{tiles("avx2")[-1]}")} == {""}
         assert own[f"{fmt}_tile"] == "win64cc"  # as `experts` calls it
 
 

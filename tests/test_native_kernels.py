@@ -68,10 +68,11 @@ def test_a_scale_that_is_no_number_spoils_its_row_only(level, fmt, bits):
     for at in HALF_SCALES[fmt]:
         blocks[bad, at : at + 2] = np.array([bits], np.uint16).view(np.uint8)
     w = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows))
-    x, y = activation_records(random.standard_normal((1, n_columns)).astype(np.float32)), np.zeros(32, np.float32)
+    x, y = random.standard_normal((1, n_columns)).astype(np.float32), np.zeros(32, np.float32)
+    records = activation_records(level.name, x)
     product = plain_function(kernels.loaded(fmt, level).address(f"{fmt}_product1"), 8)
     n_blocks = n_columns // FORMATS[fmt].block_size
-    product(w.ctypes.data, 2, 0, 2, n_blocks, x.ctypes.data, y.ctypes.data, 0)
+    product(w.ctypes.data, 2, 0, 2, n_blocks, records.ctypes.data, y.ctypes.data, 0)
     assert not np.isfinite(y[bad])
     assert np.isfinite(np.delete(y, bad)).all()
 
@@ -92,7 +93,7 @@ def test_the_largest_products_do_not_overflow(level, fmt):
         expected = rounded(sign * x) @ weights(fmt, blocks.reshape(-1), n_rows).astype(np.float64).T
         w, y = aligned_copy(tile(fmt, blocks.reshape(-1), n_rows)), np.zeros(16, np.float32)
         product = plain_function(kernels.loaded(fmt, level).address(f"{fmt}_product1"), 8)
-        records = activation_records(sign * x)
+        records = activation_records(level.name, sign * x)
         product(w.ctypes.data, 1, 0, 1, n_columns // form.block_size, records.ctypes.data, y.ctypes.data, 0)
         np.testing.assert_allclose(y, expected[0], rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 

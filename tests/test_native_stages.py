@@ -9,6 +9,7 @@ from native_calls import activation_records, compiled, each_level, executors, ho
 from pocketlm.runtime.hyper import Rope
 from pocketlm.runtime.kv_cache import keys_to_words, values_to_words
 from pocketlm.runtime.native import levels, stages
+from pocketlm.runtime.native.dot import WHOLE
 from pocketlm.runtime.native.ir import I64, PTR, VOID, Module
 from pocketlm.runtime.native.linker import load
 from pocketlm.runtime.native.matrix import RECORD, tile_of, tile_places, tile_size
@@ -26,22 +27,22 @@ def softmax(x):
 def rounded_records(level, x):
     """A tile of tokens x [tokens, n] as the compiled code rounds it: uint8 [bytes]."""
     module = Module(levels.host_abi())
-    stages._define_round(module)
-    arguments = {"x": PTR, "n": I64, "wholes": PTR, "whole_stride": I64, "records": PTR, "record_stride": I64}
+    stages._define_round(module, level.name in WHOLE)
+    arguments = {"x": PTR, "n": I64, "records": PTR, "record_stride": I64}
     with module.function("apply", arguments, linkage="entry") as f:
         f.call(VOID, "round", *f.args())
     code, (tokens, n) = load(compiled(module, level)), x.shape
-    tile = np.zeros(x.size * 17 // 2, np.uint8)
+    tile = np.zeros(x.size * 13 // 2, np.uint8)
     tile[: 4 * x.size] = x.view(np.uint8).reshape(-1)
-    apply, at = code.function("apply", None, *[ctypes.c_int64] * 6), tile.ctypes.data
+    apply, at = code.function("apply", None, *[ctypes.c_int64] * 4), tile.ctypes.data
     for t in range(tokens):
-        wholes, records = at + 4 * x.size + 64 * t, at + 6 * x.size + RECORD * t
-        apply(at + 4 * n * t, n, wholes, 64 * tokens, records, RECORD * tokens)
+        apply(at + 4 * n * t, n, at + 4 * x.size + RECORD * t, RECORD * tokens)
     code.close()
     return tile
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("avx2", {9: (8, 1), 13: (8, 8), 22: (8, 8, 8)}),
+@pytest.mark.parametrize(("name", "sizes"), [("avx2", {3: (4,), 9: (4, 4, 1), 13: (4, 4, 4, 1)}),
+    ("avx512-vnni", {9: (8, 1), 13: (8, 8), 22: (8, 8, 8)}),
     ("amx", {9: (8, 1), 12: (8, 4), 13: (16,), 22: (16, 8), 26: (16, 8, 2), 29: (16, 16)})])  # fmt: skip
 def test_tokens_find_the_tiles_that_products_take(name, sizes):
     """`tile_of` for each token, and the tiles one after the other by `tile_size`, as the products' loops go."""
@@ -77,18 +78,18 @@ def test_what_a_tile_has_too_many_is_zero(fmt):
     executor, reference = executors(host_level(), fmt, 1, n_vocab=64, n_layer=1, n_ff=96)
     memory = executor._arrays["activations"].view(np.uint8).reshape(-1)
     memory[:] = 1
-    executor.forward(np.arange(5))  # the last product that all share is the one with 96 columns
-    values = memory[: 8 * 96 * 4].reshape(8, -1)
-    scales = memory[6 * 96 * 8 :][: 3 * 8 * RECORD].reshape(3, 8, RECORD)[..., 64:72]
-    assert not scales[:, 5:].any()
-    assert scales[:, :5].any(-1).all()
-    assert values[5:].any() == (fmt != "F16")  # nobody reads them where weights are integers
+    executor.forward(np.arange(3))  # the last product that all share is the one with 96 columns
+    values = memory[: 4 * 96 * 4].reshape(4, -1)
+    scales = memory[4 * 96 * 4 :][: 3 * 4 * RECORD].reshape(3, 4, RECORD)[..., 64:72]
+    assert not scales[:, 3:].any()
+    assert scales[:, :3].any(-1).all()
+    assert values[3:].any() == (fmt != "F16")  # nobody reads them where weights are integers
     executor.close()
     reference.close()
 
 
 def scales(tile, tokens, n):
-    records = tile[6 * n * tokens :].reshape(n // 32, tokens, RECORD)
+    records = tile[4 * n * tokens :].reshape(n // 32, tokens, RECORD)
     return records[..., 64:68].copy().view(np.float32)[..., 0].T
 
 
@@ -99,7 +100,7 @@ def test_activations_are_rounded_as_numpy_rounds_them(level):
     x[::3] *= np.exp2(random.integers(-20, 20, (67, n)))
     x[5:40:5, 32:64] = 0
     x = x.astype(np.float32)
-    assert (rounded_records(level, x) == activation_records(x)).all()
+    assert (rounded_records(level, x) == activation_records(level.name, x)).all()
     assert np.abs(round_activations(x)[0]).max() == 32639  # the high byte stays a signed byte
 
 
@@ -119,7 +120,8 @@ def test_tiny_activations_stay_tiny(level):
     x = np.full((1, 32), 1e-40, np.float32)
     x[0, 3] = 0
     records = rounded_records(level, x)
-    whole = records[4 * 32 : 6 * 32].copy().view(np.int16)
+    low, high = records[4 * 32 :][:64].view(np.int8).reshape(2, 32).astype(np.float64)
+    whole = records[4 * 32 :][:64].view(np.int16) if level.name in WHOLE else low + 256 * high
     assert (np.abs(whole * scales(records, 1, 32)[0, 0].astype(np.float64)) <= 1e-35).all()
 
 

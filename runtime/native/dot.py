@@ -15,16 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pocketlm.runtime.native.ir import I8, I16, I32, Function, Value
-from pocketlm.runtime.native.sizes import WHOLES
 
 Words = list[tuple[Callable[[], Value], int]]
 SIGNED_ZERO = {"avx512-vnni": 128, "amx": 128, "avx-vnni": 128}
-READS_WHOLES = ("avx2", "sse4")  # the others take activations byte by byte
+WHOLE = ("avx2", "sse4")  # these take activations as int16, the others byte by byte
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Pointers to one token's activations, at the first column of a run: low bytes, high bytes, whole int16."""
+    """Pointers to one token's activations, at the first column of a run: low bytes and high bytes, or whole int16."""
 
     low: Value
     high: Value
@@ -175,27 +174,27 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
 def _pairs(width: int, intrinsic: str) -> Callable[..., list[Value]]:
     """For x86 without VNNI, registers of `width` bytes: two columns of a row at a time as i16, by the whole activations.
 
-    As many rows at a time as one register has: the sums of eight tokens, a word and what it meets fit into sixteen registers,
-    where activations that wait for other rows would not.
+    As many registers of rows at a time as there are eight sums for: these, the words and what they meet fit into sixteen.
     """
     lanes = width // 2
 
     def run(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-        zero = f.const(I32.vec(lanes // 2), 0)
-        first = [zero if start is None else f.splat(start, lanes // 2) for start in starts]
-        parts = [those(f, words, part, xs[0].whole, biggest > 63, first) for part in range(64 // width)]
-        return [f.join(own) for own in zip(*parts, strict=True)]
-
-    def those(f: Function, words: Words, part: int, whole: Value, is_signed: bool, sums: list[Value]) -> list[Value]:
-        x = f.opaque(whole) if len(sums) > 1 else whole  # or LLVM would keep what it has loaded for other rows
-        for unpack, column in words:
-            word = f.bitcast(f.split(unpack(), width)[part], I16.vec(lanes))
-            for odd in (0, 1):  # the columns 0 and 2 of four, then 1 and 3
-                two, at = _bytes_as_words(f, word, odd, is_signed), 2 * column + 4 * odd
-                pairs = (f.splat(f.load(I32, x + (WHOLES * t + at)), lanes // 2) for t in range(len(sums)))
-                fours = (f.bitcast(pair, two.type) for pair in pairs)
-                sums = [s + f.call(s.type, intrinsic, two, four) for s, four in zip(sums, fours, strict=True)]
-        return sums
+        zero, step = f.const(I32.vec(lanes // 2), 0), max(1, min(8 // len(xs), 64 // width))
+        found: list[list[Value]] = [[] for _ in xs]
+        for first in range(0, 64 // width, step):
+            sums = [[zero if start is None else f.splat(start, lanes // 2)] * step for start in starts]
+            # or LLVM would keep what it has loaded for other rows
+            wholes = [f.opaque(x.whole) if step < 64 // width else x.whole for x in xs]
+            for unpack, column in words:
+                fours = [f.bitcast(part, I16.vec(lanes)) for part in f.split(unpack(), width)[first : first + step]]
+                for odd in (0, 1):  # the columns 0 and 2 of four, then 1 and 3
+                    twos, at = [_bytes_as_words(f, four, odd, biggest > 63) for four in fours], 2 * column + 4 * odd
+                    for own, whole in zip(sums, wholes, strict=True):
+                        pair = f.bitcast(f.splat(f.load(I32, whole + at), lanes // 2), I16.vec(lanes))
+                        own[:] = f.here([s + f.call(s.type, intrinsic, two, pair) for s, two in zip(own, twos, strict=True)])
+            for all_of, own in zip(found, sums, strict=True):
+                all_of += own
+        return [f.join(parts) for parts in found]
 
     return run
 

@@ -5,8 +5,8 @@ place a token's activations lie. Knows formats and layouts, not operations.
 
 Activations of a tile of T tokens (sizes.tiles) with n columns, n a multiple of 32; offsets in bytes:
     0       [T, n] float32      the values
-    4nT     [n / 32, T, 32] int16   the values rounded to 16 bits, with one scale for 32 of them; four in the order 0, 2, 1, 3
-    6nT     [n / 32, T] times   low bytes of the rounded values, int8 [32]; their high bytes, int8 [32]; then float32: the
+    4nT     [n / 32, T] times   the values rounded to 16 bits, with one scale for 32 of them: low bytes, int8 [32], and high
+                                bytes, int8 [32], or (dot.WHOLE) int16 [32], four in the order 0, 2, 1, 3; then float32: the
                                 scale, scale times the sum of the 32; int32: the sum of the first 16, of the last 16
 The sums serve the formats' offsets and zero points. What a product needs of 32 columns is together for all tokens, so that
 one pointer and constant offsets find it: every other way of addressing splits the processor's multiply-and-load
@@ -20,14 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import NamedTuple
 
 from pocketlm.runtime.native import amx
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, SHORT_RUNS, Run
 from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
-from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
-from pocketlm.runtime.native.sizes import RECORD, WHOLES, tiles
+from pocketlm.runtime.native.sizes import RECORD, tiles
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
 # Bytes of weights fetched ahead: into the first cache, for a single token and for several, which read more slowly; and into the
@@ -39,6 +40,7 @@ UNASKED = ("dotprod", "neon")
 # Tokens that a tile is taken for, where they may be more than it holds: 9 to 12 are 8 and the rest, because a tile of 16 took
 # up to 1.3 times as long for 9 on an Intel Xeon with AMX, and for 12 from 0.88 (Q4_0) to 1.06 (Q4_1)
 MOST = {8: 12}
+SUMS = {"avx2": 4}  # sums of 16 rows that a level's registers hold beside floating-point weights; others spill, or have more
 SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
 PRODUCT = {
@@ -100,8 +102,8 @@ def round_into(
     tile may be subnormal numbers, which made a pass of 12 tokens in a tile of 16 take 1.15 times as long. `floats`: whether the
     values themselves are read.
     """
-    wholes, records = tile + columns * 4 * size, tile + columns * 6 * size
-    f.call(VOID, "round", x, columns, wholes + place * WHOLES, size * WHOLES, records + place * RECORD, size * RECORD)
+    records = tile + columns * 4 * size
+    f.call(VOID, "round", x, columns, records + place * RECORD, size * RECORD)
     with f.when(is_last), f.range(place + 1, size) as t:
         with f.range(0, columns >> 5) as i:
             f.store(f.const(I64, 0), records + (i * size + t) * RECORD + SCALE, 4)  # and the scaled sum
@@ -131,14 +133,13 @@ def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, i
 
 
 class Where(NamedTuple):
-    """Of a product: where the planes of a block begin, and the activations' numbers and records."""
+    """Of a product: where the planes of a block begin, and the activations' records."""
 
     planes: Callable[[Value | int], dict[str, Value]]
-    wholes: Value
     records: Value
 
 
-Of = Callable[[Value | int], tuple[Value, Value]]  # a column of the block → its record and numbers, of the first token
+Of = Callable[[Value | int], Value]  # a column of the block → its record, of the first token
 
 
 @contextmanager
@@ -146,9 +147,9 @@ def _counted(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) 
     """A loop over the blocks of a group, which computes all addresses from the block's number."""
     with f.range(0, n_blocks) as b:
 
-        def of(column: Value | int) -> tuple[Value, Value]:
+        def of(column: Value | int) -> Value:
             number = b * LAYOUTS[fmt].block_size + column >> 5
-            return f.opaque(where.records + number * (RECORD * tokens)), where.wholes + number * (WHOLES * tokens)
+            return f.opaque(where.records + number * (RECORD * tokens))
 
         yield where.planes(b), of
 
@@ -161,35 +162,33 @@ def _moving(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -
     """
     steps = {plane.name: ROWS * plane.bytes for plane in LAYOUTS[fmt].planes}
     moving = {name: f.var(PTR, start) for name, start in where.planes(0).items()}
-    record, whole = f.var(PTR, where.records + SCALE), f.var(PTR, where.wholes)
+    record = f.var(PTR, where.records + SCALE)
     end = where.records + (n_blocks * (RECORD * tokens) + SCALE)
     with f.loop_while(lambda: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
-        planes, scale, words = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get()), whole.get()
-        yield planes, lambda column: (scale + -SCALE, words)
+        planes, scale = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get())
+        yield planes, lambda column: scale + -SCALE
         for name, at in moving.items():
             at.set(planes[name] + steps[name])
         record.set(scale + RECORD * tokens)
-        whole.set(words + WHOLES * tokens)
 
 
 def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
-    size, n = LAYOUTS[fmt].block_size, n_blocks * LAYOUTS[fmt].block_size
-    wholes, records = x + n * (4 * tokens), x + n * (6 * tokens)
+    size, records = LAYOUTS[fmt].block_size, x + n_blocks * LAYOUTS[fmt].block_size * (4 * tokens)
     ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
     turns = _moving if level in UNASKED and tokens == 1 and size == 32 else _counted
     with f.range(first, last) as g:
         totals = [f.var(ROW, 0.0) for _ in range(tokens)]
         base = g * n_blocks
-        where = Where(lambda b, base=base: _planes(f, fmt, w, n_groups, n_blocks, base + b), wholes, records)
+        where = Where(lambda b, base=base: _planes(f, fmt, w, n_groups, n_blocks, base + b), records)
         with turns(f, fmt, tokens, n_blocks, where) as (planes, of):
 
             def add(run: Run, of: Of = of) -> None:
                 zero, words = _unsigned(f, level, run)
                 half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
-                tile, whole = of(run.column)
-                here = [tile + RECORD * t for t in range(tokens)]
-                xs = [Activations(at + half, at + half + 32, whole + half * 2 + WHOLES * t) for t, at in enumerate(here)]
+                record = of(run.column)
+                here = [record + RECORD * t for t in range(tokens)]
+                xs = [Activations(at + half, at + half + 32, at + half * 2) for at in here]
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
                 for at, total, sums in zip(here, totals, dots(f, level, words, xs, biggest, starts), strict=True):
@@ -212,7 +211,7 @@ def _amx_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     """`_integer_product` in tiles."""
     w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
     size, slots = LAYOUTS[fmt].block_size, amx.Slots(f, 16 if fmt in SHORT_RUNS else 32)
-    records, together = x + n_blocks * size * (6 * tokens), max(1, amx.COLUMNS // size)
+    records, together = x + n_blocks * size * (4 * tokens), max(1, amx.COLUMNS // size)
     slots.open()
     with f.range(first, last) as g:
         totals = [f.var(ROW, 0.0) for _ in range(tokens)]
@@ -267,39 +266,44 @@ def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -
 def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     """Two sums a row and token, of the even columns and of the odd: in every kernel, so that the results are the same.
 
-    One group of rows at a time: two, which would hide more of an addition's latency, are two streams from memory, and those
-    were a third slower.
+    Where registers do not hold both of all tokens, the odd columns come after the even ones, and some tokens after others. One
+    group of rows at a time: two, which would hide more of an addition's latency, are two streams from memory, and those were a
+    third slower.
     """
-    for start in range(0, tokens, 8):  # registers have the sums of eight
-        _float_tokens(f, level, fmt, range(start, min(start + 8, tokens)))
-
-
-def _float_tokens(f: Function, level: str, fmt: str, tokens: range) -> None:
     w, _, first, last, n, x, y, y_stride = f.args()
     convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
-    xs = [x + ((n + 31) >> 5) * (128 * t) for t in tokens]
+    xs = [x + ((n + 31) >> 5) * (128 * t) for t in range(tokens)]
     whole, group_bytes = n & -4, n * type_.bytes
-    ahead = AHEAD if len(tokens) == 1 else AHEAD_OF_TILE
+    ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
+    most = SUMS.get(level, 2 * tokens)
+    chains = [(0, 1)] if 2 * tokens <= most else [(0,), (1,)]
+    step = most // len(chains[0])
     with f.range(first, last) as g:
-        totals = [[f.var(ROW, 0.0) for _ in range(2)] for _ in xs]
         start = w + g * group_bytes
+        for token, chain in product(range(0, tokens, step), chains):
+            those = range(token, min(token + step, tokens))
+            sums = {odd: [f.var(ROW, 0.0) for _ in those] for odd in chain}
 
-        def column(c: Value, chain: int) -> None:
-            weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
-            for token, sums in zip(xs, totals, strict=True):
-                sums[chain].set(f.fma(weights, f.splat(f.load(F32, token + c * 4, 4), ROWS), sums[chain].get()))
+            def column(c: Value, odd: int, those: range = those, sums: dict[int, list[Var]] = sums) -> None:
+                weights = convert(f, level, f.load(type_, start + c * type_.bytes, 16))
+                for t, own in zip(those, sums[odd], strict=True):
+                    own.set(f.fma(weights, f.splat(f.load(F32, xs[t] + c * 4, 4), ROWS), own.get()))
 
-        with f.range(0, whole, 4) as c:
-            if level not in UNASKED:
-                for line in range(0, 4 * type_.bytes, 64):
-                    f.prefetch(start + (c * type_.bytes + ahead + line))
-                    fetch_far(f, level, start + (c * type_.bytes + line))
-            for i in range(4):
-                column(c + i, i % 2)
-        with f.range(whole, n) as c:
-            column(c, 0)
-        for t, (even, odd) in zip(tokens, totals, strict=True):
-            f.store(even.get() + odd.get(), y + y_stride * t + (g - first) * (4 * ROWS))
+            with f.range(0, whole, 4) as c:
+                if level not in UNASKED and (token, chain[0]) == (0, 0):
+                    for line in range(0, 4 * type_.bytes, 64):
+                        f.prefetch(start + (c * type_.bytes + ahead + line))
+                        fetch_far(f, level, start + (c * type_.bytes + line))
+                for i in range(4):
+                    if i % 2 in chain:
+                        column(c + i, i % 2)
+            if 0 in chain:
+                with f.range(whole, n) as c:
+                    column(c, 0)
+            for i, t in enumerate(those):
+                to = y + y_stride * t + (g - first) * (4 * ROWS)
+                even = sums[0][i].get() if 0 in chain else f.load(ROW, to)
+                f.store(even + sums[1][i].get() if 1 in chain else even, to)
 
 
 def _integer_row(f: Function, level: str, fmt: str) -> None:

@@ -21,8 +21,8 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "swiglu_
 COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
 ALL_TILES = (*TILES, 16)  # of a level that has more, too
+MORE_OR_FEWER = {"amx": ALL_TILES, "avx2": TILES[:3], "sse4": TILES[:3]}  # by how many sums registers hold
 RECORD = 80  # bytes of 32 columns' rounded activations
-WHOLES = 64  # the same of them as int16
 LANES = 16
 BLOCK = 128  # tokens of a pass at most: their activations stay in the second-level cache
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
@@ -39,10 +39,10 @@ BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or in
 
 def tiles(level: str) -> tuple[int, ...]:
     """The numbers of tokens that a level has kernels for."""
-    return ALL_TILES if level == "amx" else TILES
+    return MORE_OR_FEWER.get(level, TILES)
 
 
 def activation_bytes(n: int) -> int:
     """Bytes of one token's activations, for n columns rounded up to 32: matrix.py says what they are."""
     n = -(-n // 32) * 32
-    return -(-(8 * n + n // 2) // 64) * 64
+    return -(-(4 * n + RECORD * n // 32) // 64) * 64

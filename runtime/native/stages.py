@@ -13,7 +13,7 @@ from functools import partial
 
 from pocketlm.runtime.native import attention, elements, experts, next_token
 from pocketlm.runtime.native.cache_numbers import Words
-from pocketlm.runtime.native.dot import READS_WHOLES
+from pocketlm.runtime.native.dot import WHOLE
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_size
 from pocketlm.runtime.native.record_reader import Records, vectors
@@ -35,7 +35,7 @@ STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tok
 def define(module: Module, level: str, numbers: Words) -> None:
     """Define the stages of sizes.STAGES, each `(run, op, own, task, n)`."""
     elements.define(module)
-    _define_round(module, level in READS_WHOLES)
+    _define_round(module, level in WHOLE)
     attention.define(module, level, numbers)
     stages = {
         "embed": _embed, "prepare": _prepare, "norm": elements.norm, "rotate": _rotate, "gate": elements.gate,
@@ -68,16 +68,16 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 # normalising and rounding
 
 
-def _define_round(module: Module, has_wholes: bool = True) -> None:
+def _define_round(module: Module, whole_ones: bool = False) -> None:
     """The rounded forms of the n float32 activations at x, n a multiple of 32; matrix.py has the layout.
 
-    `wholes` and `records` are where the token's first ones go, the strides lead to those of the next 32 columns. Every cache
-    line that another thread has read costs 8 to 40 ns when it is written, the more the more lines there are, in place of 0.7
-    (measured on two cores of a Zen 4, 4 to 256 KB): `wholes` stay as they are where nobody reads them.
+    The token's first record goes to `records`, those of the next 32 columns follow in strides. No byte that is not read is
+    written: a cache line that another thread has read costs 8 to 40 ns when it is written, the more the more lines there are,
+    in place of 0.7 (measured on two cores of a Zen 4, 4 to 256 KB).
     """
-    arguments = {"x": PTR, "n": I64, "wholes": PTR, "whole_stride": I64, "records": PTR, "record_stride": I64}
+    arguments = {"x": PTR, "n": I64, "records": PTR, "record_stride": I64}
     with module.function("round", arguments) as f:
-        x, n, wholes, whole_stride, records, record_stride = f.args()
+        x, n, records, record_stride = f.args()
         with f.range(0, n, 32) as i:
             parts = [f.load(ROW, x + (i + 16 * h) * 4, 4) for h in (0, 1)]
             # compared as integers, where NaN is larger than every number
@@ -86,18 +86,19 @@ def _define_round(module: Module, has_wholes: bool = True) -> None:
             # the high byte of the largest must stay an int8 after rounding: 32639 = 127 * 256 + 127
             scale = largest * (1 / 32639)
             inverse = f.select(largest > 0.0, 32639.0 / largest, 0.0)
-            record, words = records + (i >> 5) * record_stride, wholes + (i >> 5) * whole_stride
+            record = records + (i >> 5) * record_stride
             f.store(scale, record + 64, 4)
             sums = []
             for h, part in enumerate(parts):
                 rounded = f.intrinsic("rint", part * f.splat(inverse, LANES))
                 # NaN and infinity have no integer: freeze makes it an arbitrary one, and the scale carries the NaN on
                 whole = f.emit(I32.vec(LANES), f"freeze {I32.vec(LANES)} {f.cast('fptosi', rounded, I32)}")
-                high = f.emit(whole.type, f"ashr {whole.type} {whole + 128}, {f.const(whole.type, 8)}")
-                f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
-                f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
-                if has_wholes:
-                    f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), words + 32 * h)
+                if whole_ones:
+                    f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), record + 32 * h)
+                else:
+                    high = f.emit(whole.type, f"ashr {whole.type} {whole + 128}, {f.const(whole.type, 8)}")
+                    f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
+                    f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
                 sums.append(f.reduce(whole, "add"))
                 f.store(sums[h], record + (72 + 4 * h), 4)
             f.store(scale * f.cast("sitofp", sums[0] + sums[1], F32), record + 68, 4)
