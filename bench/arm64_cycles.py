@@ -24,7 +24,7 @@ from pocketlm.runtime.native.compiler import compile_assembly
 from pocketlm.runtime.native.dequantize import RUNS
 from pocketlm.runtime.native.kernels import module_text
 from pocketlm.runtime.native.levels import LEVELS
-from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
+from pocketlm.runtime.native.tiling import LAYOUTS
 
 
 class Core(NamedTuple):
@@ -41,8 +41,9 @@ CORES = (
     Core("cortex-a72", "Pi 4", 1.8, "neon"),
     Core("cortex-a53", "Pi 3B+", 1.4, "neon"),
 )
-# weights in a block, or a format → columns that a turn of the inner loop takes
-COLUMNS: dict[int | str, int] = {1: 4, 32: 32, 256: 64, "IQ4_XS": 32}
+# weights of a row that an instruction multiplies; those of integers meet two bytes of an activation
+MULTIPLIED = {"sdot": 8, "smull": 4, "smull2": 4, "smlal": 4, "smlal2": 4}
+FLOATS_MULTIPLIED = {"fmla": 4}
 
 
 class Loop(NamedTuple):
@@ -86,9 +87,8 @@ def loop_of(fmt: str, core: Core, tokens: int, rounds: int) -> Loop:
     """What a turn of a format's product with `tokens` tokens takes, per 32 weights of one row and token."""
     level = LEVELS[core.level]
     lines = inner_loop(compile_assembly(module_text(fmt, level, "sysv"), level), f"{fmt}_product{tokens}")
-    columns = COLUMNS.get(fmt, COLUMNS[LAYOUTS[fmt].block_size])
-    groups = 2 if fmt not in RUNS and tokens == 1 else 1  # a single token's product of floats takes two groups at a time
-    share = ROWS * groups * tokens * columns / 32
+    multiplied = MULTIPLIED if fmt in RUNS else FLOATS_MULTIPLIED
+    share = sum(multiplied.get(line.split()[0], 0) for line in lines) / 32
     return Loop(len(lines) / share, analyse(lines, core.cpu, rounds) / share)
 
 

@@ -98,18 +98,33 @@ def _together(
     return found + [joined(t) for t in range(later, len(xs))]
 
 
-def _vnni_256(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: int) -> Value:
-    """AVX-VNNI multiplies four bytes and adds them to an i32 in one instruction, as AVX-512 does, but half as many."""
+def _vnni_256(
+    f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
+) -> list[Value]:
+    """AVX-VNNI multiplies four bytes and adds them to an i32 in one instruction, as AVX-512 does, but half as many, and it has
+    half as many registers: the sums of one or two tokens' low and high bytes, or those of four tokens' high bytes, which
+    those of their low bytes then begin with.
+    """
+    zeros = [f.const(I32.vec(8), 0)] * 2
+    low = [zeros if start is None else [f.splat(start, 8)] * 2 for start in starts]
+    high = [zeros for _ in xs]
 
-    def chain(bytes_: Value) -> Value:
-        sums = [f.const(I32.vec(8), 0)] * 2
-        for word, column in words:
-            four = _broadcast(f, bytes_ + column, 32)
-            parts = zip(sums, f.split(word, 32), strict=True)
-            sums = [f.call(s.type, "llvm.x86.avx512.vpdpbusd.256", s, part, four) for s, part in parts]
-        return f.join(sums)
+    def meet(sums: list[Value], parts: list[Value], bytes_: Value) -> list[Value]:
+        four = _broadcast(f, bytes_, 32)
+        both = zip(sums, parts, strict=True)
+        return f.here([f.call(s.type, "llvm.x86.avx512.vpdpbusd.256", s, part, four) for s, part in both])
 
-    return _two_halves(f, chain, x)
+    later = len(xs) > 2
+    for unpack, column in words:
+        parts = f.split(unpack(), 32)
+        high = [meet(sums, parts, x.high + column) for sums, x in zip(high, xs, strict=True)]
+        if not later:
+            low = [meet(sums, parts, x.low + column) for sums, x in zip(low, xs, strict=True)]
+    found = [[a + (b << 8) for a, b in zip(*own, strict=True)] for own in zip(low, high, strict=True)]
+    for unpack, column in words if later else []:
+        parts = f.split(unpack(), 32)
+        found = [meet(sums, parts, x.low + column) for sums, x in zip(found, xs, strict=True)]
+    return [f.join(sums) for sums in found]
 
 
 def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
@@ -233,7 +248,7 @@ def _neon(f: Function, words: list[tuple[Value, int]], x: Activations, biggest: 
 _DOTS: dict[str, Callable[..., list[Value]]] = {
     "avx512-vnni": _together,
     "amx": _together,
-    "avx-vnni": _each_token(_vnni_256),
+    "avx-vnni": _vnni_256,
     "avx2": _pairs(32, "llvm.x86.avx2.pmadd.wd"),
     "sse4": _pairs(16, "llvm.x86.sse2.pmadd.wd"),
     "dotprod": _by_lane,

@@ -40,7 +40,11 @@ UNASKED = ("dotprod", "neon")
 # Tokens that a tile is taken for, where they may be more than it holds: 9 to 12 are 8 and the rest, because a tile of 16 took
 # up to 1.3 times as long for 9 on an Intel Xeon with AMX, and for 12 from 0.88 (Q4_0) to 1.06 (Q4_1)
 MOST = {8: 12}
-SUMS = {"avx2": 4}  # sums of 16 rows that a level's registers hold beside floating-point weights; others spill, or have more
+# Sums of 16 rows that a level's registers hold beside floating-point weights, where they are fewer than two for each token
+SUMS = {"avx-vnni": 4, "avx2": 4, "dotprod": 4, "neon": 4}
+# A tile's tokens come one after the other, unpacked for each: unpacked words fill the registers, and to keep them in memory
+# takes longer (by llvm-mca 1.3 times on a Cortex-A72, 2.1 times on a Cortex-A53)
+ONE_BY_ONE = ("neon",)
 SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
 PRODUCT = {
@@ -176,18 +180,19 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     w, n_groups, first, last, n_blocks, x, y, y_stride = f.args()
     size, records = LAYOUTS[fmt].block_size, x + n_blocks * LAYOUTS[fmt].block_size * (4 * tokens)
     ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
-    turns = _moving if level in UNASKED and tokens == 1 and size == 32 else _counted
-    with f.range(first, last) as g:
-        totals = [f.var(ROW, 0.0) for _ in range(tokens)]
-        base = g * n_blocks
-        where = Where(lambda b, base=base: _planes(f, fmt, w, n_groups, n_blocks, base + b), records)
+
+    def of_group(g: Value, records: Value, y: Value, n: int) -> None:
+        """The products of `n` of the tokens."""
+        totals = [f.var(ROW, 0.0) for _ in range(n)]
+        where = Where(lambda b: _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b), records)
+        turns = _moving if level in UNASKED and n == 1 and size == 32 else _counted
         with turns(f, fmt, tokens, n_blocks, where) as (planes, of):
 
-            def add(run: Run, of: Of = of) -> None:
+            def add(run: Run) -> None:
                 zero, words = _unsigned(f, level, run)
                 half = 0 if run.count == 32 else run.column & 31  # of the record's columns, where the run begins
                 record = of(run.column)
-                here = [record + RECORD * t for t in range(tokens)]
+                here = [record + RECORD * t for t in range(n)]
                 xs = [Activations(at + half, at + half + 32, at + half * 2) for at in here]
                 starts = [_start(f, run, at, half, zero) if zero else None for at in here]
                 biggest = 255 if run.biggest == 128 else run.biggest
@@ -198,6 +203,13 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
             RUNS[fmt](f, level, planes, add)
         for t, total in enumerate(totals):
             f.store(total.get(), y + y_stride * t + (g - first) * (4 * ROWS))
+
+    with f.range(first, last) as g:
+        if level in ONE_BY_ONE:
+            with f.range(0, tokens) as t:
+                of_group(g, records + t * RECORD, y + y_stride * t, 1)
+        else:
+            of_group(g, records, y, tokens)
 
 
 def _fetch_block(f: Function, level: str, fmt: str, planes: dict[str, Value], ahead: int) -> None:

@@ -21,7 +21,8 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "swiglu_
 COLUMNS = 2048  # of EACH in a task
 TILES = (1, 2, 4, 8)  # numbers of tokens that share a block's unpacked weights; a kernel of its own for each
 ALL_TILES = (*TILES, 16)  # of a level that has more, too
-MORE_OR_FEWER = {"amx": ALL_TILES, "avx2": TILES[:3], "sse4": TILES[:3]}  # by how many sums registers hold
+# by how many sums registers hold
+MORE_OR_FEWER = {"amx": ALL_TILES, "avx-vnni": TILES[:3], "avx2": TILES[:3], "sse4": TILES[:3]}
 RECORD = 80  # bytes of 32 columns' rounded activations
 LANES = 16
 BLOCK = 128  # tokens of a pass at most: their activations stay in the second-level cache
