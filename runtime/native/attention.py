@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
@@ -39,21 +38,14 @@ def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value,
     return keys, keys + n_bytes
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How many queries and positions a level's registers hold the sums of."""
-
-    scores: tuple[tuple[int, int], ...]  # queries, vectors of 16 positions; most queries first, down to one
-    mix: int  # queries whose sums of values, of a few positions and of all, fit; divides the numbers above, or they it
-
-
-_WIDE = Tiles(((6, 4), (4, 4), (3, 1), (2, 1), (1, 1)), 6)
-_NARROW = Tiles(((6, 1), (3, 2), (2, 2), (1, 4)), 3)
+# Queries, and vectors of 16 positions, whose scores a level's registers hold; most queries first, down to one. As many queries'
+# sums of values fit, too
+_NARROW = ((6, 1), (3, 2), (2, 2), (1, 4))
 TILES = {
-    "avx512-vnni": _WIDE, "amx": _WIDE,
-    "avx-vnni": _NARROW, "avx2": _NARROW, "dotprod": _NARROW, "neon": _NARROW,
-    "sse4": Tiles(((3, 1), (2, 1), (1, 2)), 1),
-}  # fmt: skip
+    **dict.fromkeys(AVX512, ((6, 4), (4, 4), (3, 1), (2, 1), (1, 1))),
+    **dict.fromkeys(("avx-vnni", "avx2", "dotprod", "neon"), _NARROW),
+    "sse4": ((3, 1), (2, 1), (1, 2)),
+}
 Ahead = Callable[[Value], Value]
 FEW = 3  # queries that are through with the cache sooner than it comes from memory
 POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, name) for name in QUERY.names or ())
@@ -63,7 +55,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
     """Define what `attend` calls: `span1`, `span2`, … for so many queries, and what these call."""
     _define_merge(module)
     _define_softmax(module, level, numbers)
-    for queries, n_vectors in TILES[level].scores:
+    for queries, n_vectors in TILES[level]:
         _define_span(module, level, numbers, queries, n_vectors)
 
 
@@ -84,7 +76,7 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
         with f.range(first + skipped * step, last // SPAN + 1, step) as span:
             row, (keys, values) = f.var(I64, 0), cache_of(r, numbers, token, kv, span * SPAN)
-            for queries, _ in TILES[level].scores:
+            for queries, _ in TILES[level]:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
                     arguments = (f.args()[0], own, keys, values, row.get(), span, f.minimum(entry("apart"), 1))
                     f.call(VOID, f"span{queries}", *arguments)
@@ -244,10 +236,8 @@ def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vec
         ahead = _ahead(f, numbers, padded, count)
         _scores(f, level, numbers, keys, asked, known, scores, padded, (skipped, count), queries, n_vectors, ahead)
         f.call(VOID, "softmax", run, own, values, row, f.const(I64, queries), first, skipped, count)
-        result_bytes, step = (padded + LANES) * 4, min(queries, TILES[level].mix)
-        for i in range(0, queries, step):
-            here = scores + i * (SPAN * 4), known + i * QUERY.itemsize, mixed + result_bytes * i
-            _mix(f, level, numbers, values, *here, result_bytes, padded, (skipped, count), step, ahead)
+        result_bytes = (padded + LANES) * 4
+        _mix(f, level, numbers, values, scores, known, mixed, result_bytes, padded, (skipped, count), queries, ahead)
         with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
             to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
             with f.when(apart.equals(1)):
@@ -313,41 +303,39 @@ def _mix(
     f: Function, level: str, numbers: Words, values: Value, weights: Value, known: Value, out: Value, out_stride: Value,
     padded: Value, part: tuple[Value, Value], queries: int, ahead: Ahead,
 ) -> None:  # fmt: skip
-    """Sums of weight times value in a part of the span, two positions at a time; exact among POSITIONS neighbours."""
+    """Sums of weight times value in a part of the span, two positions at a time; exact among POSITIONS neighbours, whose values
+    are read one after the other.
+    """
     first, count = part
 
-    def columns(start: Value, n_vectors: int) -> None:
-        sums = [[f.var(ROW, 0.0) for _ in range(n_vectors)] for _ in range(queries)]
-        few = [[f.var(I32.vec(LANES)) for _ in range(n_vectors)] for _ in range(queries)]
-        with f.range(first, count, POSITIONS) as block:
-            distance = ahead(block)
-            for some in few:
-                for total in some:
-                    total.set(0)
-            with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
-                row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
-                here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
-                for k in range(n_vectors if queries <= FEW else 0):
-                    fetch_far(f, level, row + n * k, distance)
-                for i, some in enumerate(few):
-                    pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
-                    for value, total in zip(here, some, strict=True):
-                        total.set(pair_dot(f, level, total.get(), value, pair))
-            for i, (some, own_sums) in enumerate(zip(few, sums, strict=True)):
-                factor = f.splat(f.load(F32, known + (i * QUERY.itemsize + FACTORS) + block // (POSITIONS // 4), 4), LANES)
-                for total, own_sum in zip(some, own_sums, strict=True):
-                    own_sum.set(f.fma(f.cast("sitofp", total.get(), F32), factor, own_sum.get()))
-        for i, own_sums in enumerate(sums):
-            for k, own_sum in enumerate(own_sums):
-                f.store(own_sum.get(), out + out_stride * i + (start + LANES * k) * 4, 4)
+    def columns(block: Value, distance: Value, start: Value, n_vectors: int) -> None:
+        few = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
+        with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
+            row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
+            here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
+            for k in range(n_vectors if queries <= FEW else 0):
+                fetch_far(f, level, row + n * k, distance)
+            for i, some in enumerate(few):
+                pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
+                for value, total in zip(here, some, strict=True):
+                    total.set(pair_dot(f, level, total.get(), value, pair))
+        for i, some in enumerate(few):
+            factor = f.splat(f.load(F32, known + (i * QUERY.itemsize + FACTORS) + block // (POSITIONS // 4), 4), LANES)
+            for k, total in enumerate(some):
+                to = out + out_stride * i + (start + LANES * k) * 4
+                f.store(f.fma(f.cast("sitofp", total.get(), F32), factor, f.load(ROW, to, 4)), to, 4)
 
+    with f.range(0, queries) as i, f.range(0, padded, LANES) as start:
+        f.store(f.const(ROW, 0.0), out + out_stride * i + start * 4, 4)
     wide = (4 if queries <= FEW else 2) if level in AVX512 else 1  # so that a weight meets more than one vector
     whole = padded & (-LANES * wide)
-    with f.range(0, whole, LANES * wide) as start:
-        columns(start, wide)
-    if wide > 1:
-        with f.range(whole, padded, LANES) as start:
-            columns(start, 1)
+    with f.range(first, count, POSITIONS) as block:
+        distance = ahead(block)
+        with f.range(0, whole, LANES * wide) as start:
+            columns(block, distance, start, wide)
+        if wide > 1:
+            with f.range(whole, padded, LANES) as start:
+                columns(block, distance, start, 1)
 
 
 def join(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
