@@ -40,7 +40,7 @@ def test_formats_of_32_weights_take_at_most_40_instructions_for_them(monkeypatch
     assert arm64_cycles.loop_of(fmt, core, 1, 1).instructions < 40
 
 
-@pytest.mark.parametrize(("core", "tokens", "most"), [(0, 1, 10.5), (0, 8, 10.5), (1, 1, 22.5), (1, 8, 26)])
+@pytest.mark.parametrize(("core", "tokens", "most"), [(0, 1, 10.5), (0, 8, 10.5), (1, 1, 22.5), (1, 8, 22.5)])
 @pytest.mark.parametrize("fmt", ["Q4_0", "Q8_0", "Q4_K"])
 def test_an_activation_is_multiplied_by_its_lane(monkeypatch, core, tokens, most, fmt):
     """No instruction is spent on spreading it over a register, and few on moving words in and out of memory."""
@@ -48,7 +48,7 @@ def test_an_activation_is_multiplied_by_its_lane(monkeypatch, core, tokens, most
     assert arm64_cycles.loop_of(fmt, arm64_cycles.CORES[core], tokens, 1).instructions <= most
 
 
-@pytest.mark.parametrize(("fmt", "most"), [("Q4_0", 9.0), ("Q8_0", 7.3), ("Q4_1", 9.5), ("IQ4_NL", 11.6), ("F16", 11.3)])
+@pytest.mark.parametrize(("fmt", "most"), [("Q4_0", 9.0), ("Q8_0", 7.3), ("Q4_1", 9.5), ("IQ4_NL", 11.6), ("F16", 22.5)])
 def test_a_single_token_spends_no_instruction_on_addresses(monkeypatch, fmt, most):
     monkeypatch.setattr(arm64_cycles, "analyse", lambda lines, cpu, rounds: 1.0)
     assert arm64_cycles.loop_of(fmt, arm64_cycles.CORES[0], 1, 1).instructions <= most

@@ -40,8 +40,9 @@ UNASKED = ("dotprod", "neon")
 # Tokens that a tile is taken for, where they may be more than it holds: 9 to 12 are 8 and the rest, because a tile of 16 took
 # up to 1.3 times as long for 9 on an Intel Xeon with AMX, and for 12 from 0.88 (Q4_0) to 1.06 (Q4_1)
 MOST = {8: 12}
-# Sums of 16 rows that a level's registers hold beside floating-point weights, where they are fewer than two for each token
-SUMS = {"avx-vnni": 4, "avx2": 4, "dotprod": 4, "neon": 4}
+# Sums of 16 rows that a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by hand,
+# and to do so once for four tokens is faster
+SUMS = {"amx": 16, "avx512-vnni": 16, "avx-vnni": 4, "avx2": 4, "sse4": 8, "dotprod": 4, "neon": 4}
 # A tile's tokens come one after the other, unpacked for each: unpacked words fill the registers, and to keep them in memory
 # takes longer (by llvm-mca 1.3 times on a Cortex-A72, 2.1 times on a Cortex-A53)
 ONE_BY_ONE = ("neon",)
@@ -287,7 +288,7 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
     xs = [x + ((n + 31) >> 5) * (128 * t) for t in range(tokens)]
     whole, group_bytes = n & -4, n * type_.bytes
     ahead = AHEAD if tokens == 1 else AHEAD_OF_TILE
-    most = SUMS.get(level, 2 * tokens)
+    most = SUMS[level]
     chains = [(0, 1)] if 2 * tokens <= most else [(0,), (1,)]
     step = most // len(chains[0])
     with f.range(first, last) as g:
