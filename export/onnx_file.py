@@ -73,8 +73,9 @@ def _quantize(float_path: Path, is_large: bool) -> ModelProto:
     int8_path = float_path.with_name("int8.onnx")
     logging.disable(logging.WARNING)  # it recommends steps that make no difference here
     try:
+        # unsigned: onnxruntime adds products with signed weights in 16 bits where a processor has no VNNI, and these overflow
         quantize_dynamic(
-            float_path, int8_path, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=is_large
+            float_path, int8_path, weight_type=QuantType.QUInt8, per_channel=True, use_external_data_format=is_large
         )
     finally:
         logging.disable(logging.NOTSET)

@@ -64,7 +64,7 @@ MODELS = {
     "qwen2moe, widths from the dense one's": Row("qwen2moe", {**EXPERTS, "expert_used_count": 2}, OWN_HEAD, narrow=True),
     "granitemoe": Row("granitemoe", {**GRANITE, **EXPERTS}, seed=2),
     "granitemoe, a shared expert": Row(
-        "granitemoe", {**GRANITE, **EXPERTS, "expert_shared_feed_forward_length": 40}, OWN_HEAD, seed=2,
+        "granitemoe", {**GRANITE, **EXPERTS, "expert_shared_feed_forward_length": 40}, OWN_HEAD, seed=10,
     ),
     "qwen3moe": Row("qwen3moe", EXPERTS | {"expert_feed_forward_length": 48, "rope.freq_base": 1e6}),
     "qwen3moe, yarn, own head": Row("qwen3moe", {**EXPERTS, **YARN, "expert_feed_forward_length": 36}, OWN_HEAD),
@@ -79,7 +79,7 @@ MODELS = {
         "gpt-oss", {**EXPERTS, "expert_feed_forward_length": 64, "attention.sliding_window": 8},
         {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES},
     ),
-    "olmoe": Row("olmoe", EXPERTS, OWN_HEAD, narrow=True, equal=True, seed=2),
+    "olmoe": Row("olmoe", EXPERTS, OWN_HEAD, narrow=True, equal=True, seed=27),
     "olmoe, all of two": Row(
         "olmoe", {**YARN, "expert_count": 2, "expert_used_count": 2}, OWN_HEAD, narrow=True, equal=True,
     ),
