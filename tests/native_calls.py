@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from canonical_models import make_hyper, make_model
+from plain_calls import plain_function
 
 from pocketlm.runtime.formats import FORMATS, dequantize
 from pocketlm.runtime.kv_cache import ScaledCache
@@ -19,7 +20,7 @@ from pocketlm.runtime.native.dot import WHOLE
 from pocketlm.runtime.native.executor import NativeExecutor
 from pocketlm.runtime.native.ir import Module
 from pocketlm.runtime.native.levels import LEVELS, Level
-from pocketlm.runtime.native.tiling import LAYOUTS
+from pocketlm.runtime.native.tiling import LAYOUTS, groups
 from pocketlm.runtime.native.workers import aligned
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import make_plan
@@ -127,6 +128,17 @@ def activation_records(level: str, x: np.ndarray) -> np.ndarray:
     records = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in record], axis=-1)
     parts = (x, records.swapaxes(0, 1))
     return np.concatenate([np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in parts])
+
+
+def products(
+    code: linker.Loaded, level: str, fmt: str, w: np.ndarray, n_rows: int, n_blocks: int, x: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """What a format's kernel for the tokens of x makes of tiled weights: float32 [tokens, rows]."""
+    tokens, n_groups = len(x), groups(n_rows)
+    y = np.full((tokens, 16 * n_groups), np.nan, np.float32)
+    function, records = plain_function(code.address(f"{fmt}_product{tokens}"), 8), activation_records(level, x)
+    function(w.ctypes.data, n_groups, 0, n_groups, n_blocks, records.ctypes.data, y.ctypes.data, y.strides[0])
+    return y[:, :n_rows]
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

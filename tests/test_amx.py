@@ -10,28 +10,21 @@ import threading
 
 import numpy as np
 import pytest
-from native_calls import activation_records, aligned_copy, each_format, executors, random_blocks, runs_here
-from plain_calls import plain_function
+from native_calls import aligned_copy, each_format, executors, products, random_blocks, runs_here
 from test_experts import logits, native, plan_of, quantised
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.sizes import tiles
-from pocketlm.runtime.native.tiling import groups, tile
+from pocketlm.runtime.native.tiling import tile
 
 AMX, VNNI = LEVELS["amx"], LEVELS["avx512-vnni"]
 pytestmark = pytest.mark.skipif(not runs_here(AMX), reason="this CPU lacks AMX, or its system does not give it")
 
 
 def product(level, fmt: str, w: np.ndarray, n_rows: int, n_blocks: int, x: np.ndarray) -> np.ndarray:
-    """float32 [tokens, rows]."""
-    tokens, n_groups = len(x), groups(n_rows)
-    y = np.full((tokens, 16 * n_groups), np.nan, np.float32)
-    function = plain_function(kernels.loaded(fmt, level).address(f"{fmt}_product{tokens}"), 8)
-    records = activation_records(level.name, x)
-    function(w.ctypes.data, n_groups, 0, n_groups, n_blocks, records.ctypes.data, y.ctypes.data, y.strides[0])
-    return y[:, :n_rows]
+    return products(kernels.loaded(fmt, level), level.name, fmt, w, n_rows, n_blocks, x)
 
 
 @each_format

@@ -4,24 +4,23 @@ import re
 
 import numpy as np
 import pytest
-from native_calls import FORMAT_NAMES, activation_records, aligned_copy, random_blocks, runs_here
-from plain_calls import plain_function
+from native_calls import FORMAT_NAMES, aligned_copy, products, random_blocks, runs_here
 
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.native import kernels, linker
 from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.levels import LEVELS, host_abi
-from pocketlm.runtime.native.sizes import TILES, tiles
-from pocketlm.runtime.native.tiling import groups, tile
+from pocketlm.runtime.native.sizes import tiles
+from pocketlm.runtime.native.tiling import tile
 
 AVX2 = LEVELS["avx2"]
 pytestmark = pytest.mark.skipif(not runs_here(AVX2), reason="this CPU lacks AVX2")
 
 
-def vpdpbusd(name: str, lanes: int) -> str:
-    """IR: for each i32 of `s`, four unsigned bytes of `a` times four signed ones of `b`, added to it."""
+def vpdpbusd(lanes: int) -> str:
+    """@emulated: for each i32 of `s`, four unsigned bytes of `a` times four signed ones of `b`, added to it."""
     ints, wide, n_bytes = f"<{lanes} x i32>", f"<{4 * lanes} x i32>", f"<{4 * lanes} x i8>"
-    lines = [f"define internal {ints} @{name}({ints} %s, {n_bytes} %a, {n_bytes} %b) noinline {{"]
+    lines = [f"define internal {ints} @emulated({ints} %s, {n_bytes} %a, {n_bytes} %b) noinline {{"]
     lines += [f"%x = zext {n_bytes} %a to {wide}", f"%y = sext {n_bytes} %b to {wide}", f"%m = mul {wide} %x, %y"]
     for i in range(4):
         those = ", ".join(f"i32 {4 * lane + i}" for lane in range(lanes))
@@ -34,7 +33,7 @@ def spelt_out(text: str) -> str:
     """The module with its own function in place of the instruction."""
     found = re.findall(r"^declare .*@(llvm\.x86\.avx512\.vpdpbusd\.(\d+))\(.*$", text, re.MULTILINE)
     for name, bits in found:
-        text = re.sub(rf"^declare .*@{re.escape(name)}\(.*$", vpdpbusd("emulated", int(bits) // 32), text, flags=re.MULTILINE)
+        text = re.sub(rf"^declare .*@{re.escape(name)}\(.*$", vpdpbusd(int(bits) // 32), text, flags=re.MULTILINE)
         text = text.replace(f"@{name}", "@emulated")
     return text
 
@@ -53,16 +52,10 @@ def test_products_have_the_bits_of_avx2(name, fmt):
     for n_rows, n_blocks in [(1, 1), (21, 3), (40, 7)]:
         n_columns = n_blocks * size if size > 1 else n_blocks * 32
         w = aligned_copy(tile(fmt, random_blocks(fmt, n_rows, n_columns, random), n_rows))
-        for tokens in sorted({*tiles(name)} & {*tiles(AVX2.name)} & {*TILES}):
-            x, found = random.standard_normal((tokens, n_columns)).astype(np.float32), []
-            for level, code in ((name, other), (AVX2.name, kernels.loaded(fmt, AVX2))):
-                records, y = activation_records(level, x), np.full((tokens, 16 * groups(n_rows)), np.nan, np.float32)
-                product = plain_function(code.address(f"{fmt}_product{tokens}"), 8)
-                product(
-                    w.ctypes.data, groups(n_rows), 0, groups(n_rows), n_columns // size, records.ctypes.data, y.ctypes.data,
-                    y.strides[0],
-                )  # fmt: skip
-                assert np.isfinite(y).all()
-                found.append(y.tobytes())
-            assert found[0] == found[1], f"{n_rows} rows, {n_blocks} blocks, {tokens} tokens"
+        for tokens in tiles(AVX2.name):
+            x = random.standard_normal((tokens, n_columns)).astype(np.float32)
+            found = products(other, name, fmt, w, n_rows, n_columns // size, x)
+            expected = products(kernels.loaded(fmt, AVX2), AVX2.name, fmt, w, n_rows, n_columns // size, x)
+            assert np.isfinite(expected).all()
+            assert found.tobytes() == expected.tobytes(), f"{n_rows} rows, {n_blocks} blocks, {tokens} tokens"
     other.close()

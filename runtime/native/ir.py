@@ -150,18 +150,6 @@ class Function:
         self._lines.append(f"  {name} = {text}")
         return Value(self, type, name)
 
-    def here(self, totals: Sequence[Value]) -> list[Value]:
-        """The same vectors of x86, but all of them computed here, before anything that is made of them. The optimiser would add
-        in another order, and finish one total after the other, which takes more registers than there are.
-        """
-        types, outs = ", ".join(str(v.type) for v in totals), ", ".join(f"{v.type} {v}" for v in totals)
-        places = ",".join(["=x"] * len(totals) + [str(i) for i in range(len(totals))])
-        if len(totals) == 1:
-            return [self.emit(totals[0].type, f'call {types} asm "", "{places}"({outs})')]
-        all_of = self.label("%here")
-        self.line(f'{all_of} = call {{{types}}} asm "", "{places}"({outs})')
-        return [self.emit(v.type, f"extractvalue {{{types}}} {all_of}, {i}") for i, v in enumerate(totals)]
-
     def unknown(self, type: Type, number: float) -> Value:
         """A constant in a vector register of aarch64 that the optimiser does not know, made where the function begins."""
         value, name = self.const(type, number), self.label("%u")

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from pocketlm.runtime.native import amx
 from pocketlm.runtime.native.dequantize import FLOAT_TYPES, FLOATS, RUNS, SHORT_RUNS, Run
-from pocketlm.runtime.native.dot import SIGNED_ZERO, Activations, Words, dots
+from pocketlm.runtime.native.dot import ONE_BY_ONE, SIGNED_ZERO, Activations, Words, dots
 from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.sizes import RECORD, tiles
@@ -43,9 +43,6 @@ MOST = {8: 12}
 # Sums of 16 rows that a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by hand,
 # and to do so once for four tokens is faster
 SUMS = {"amx": 16, "avx512-vnni": 16, "avx-vnni": 4, "avx2": 4, "sse4": 8, "dotprod": 4, "neon": 4}
-# A tile's tokens come one after the other, unpacked for each: unpacked words fill the registers, and to keep them in memory
-# takes longer (by llvm-mca 1.3 times on a Cortex-A72, 2.1 times on a Cortex-A53)
-ONE_BY_ONE = ("neon",)
 SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
 PRODUCT = {

@@ -68,7 +68,7 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 # normalising and rounding
 
 
-def _define_round(module: Module, whole_ones: bool = False) -> None:
+def _define_round(module: Module, whole_ones: bool) -> None:
     """The rounded forms of the n float32 activations at x, n a multiple of 32; matrix.py has the layout.
 
     The token's first record goes to `records`, those of the next 32 columns follow in strides. No byte that is not read is
