@@ -19,7 +19,7 @@ Online softmax: Milakov and Gimelshein, arXiv:1805.02867.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, MAX_WEIGHT, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
@@ -27,7 +27,7 @@ from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Functi
 from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, fetch_far
 from pocketlm.runtime.native.record_reader import Records, vectors
 from pocketlm.runtime.native.records import QUERY, offset
-from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN
+from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN, TWO_PARTS
 from pocketlm.runtime.native.vector_math import AVX512, exp, exp_of_negative
 
 
@@ -47,22 +47,25 @@ TILES = {
     "sse4": ((3, 1), (2, 1), (1, 2)),
 }
 Ahead = Callable[[Value], Value]
+BLOCKS = SPAN // POSITIONS
+PART = 64  # positions whose keys many queries meet together
 FEW = 3  # queries that are through with the cache sooner than it comes from memory
 POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, name) for name in QUERY.names or ())
 
 
 def define(module: Module, level: str, numbers: Words) -> None:
-    """Define what `attend` calls: `span1`, `span2`, … for so many queries, and what these call."""
+    """Define what `attend` calls: `span`, and what this calls: `scores6`, `mix6`, …, for so many queries."""
     _define_merge(module)
     _define_softmax(module, level, numbers)
     for queries, n_vectors in TILES[level]:
-        _define_span(module, level, numbers, queries, n_vectors)
+        _define_scores(module, level, numbers, queries, n_vectors)
+        _define_mix(module, level, numbers, queries)
+    _define_span(module, level, numbers)
 
 
 def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
     """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
-    n_kv = r.run("n_kv_head")
-    entry, kv, group = r.entry(task // n_kv), task % n_kv, r.run("n_head") // n_kv
+    (entry, kv), group = _place(f, r, task), r.run("n_head") // r.run("n_kv_head")
     all_rows = entry("n_tokens") * group
     token = r.token(entry("token"))
     with f.range(0, all_rows, QUERIES) as start:
@@ -75,12 +78,22 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
         first, step, oldest = entry("first"), f.maximum(entry("apart"), f.const(I64, 1)), f.load(I64, known + OLDEST, 8) // SPAN
         skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
         with f.range(first + skipped * step, last // SPAN + 1, step) as span:
-            row, (keys, values) = f.var(I64, 0), cache_of(r, numbers, token, kv, span * SPAN)
-            for queries, _ in TILES[level]:
-                with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
-                    arguments = (f.args()[0], own, keys, values, row.get(), span, f.minimum(entry("apart"), 1))
-                    f.call(VOID, f"span{queries}", *arguments)
-                    row.set(row.get() + queries)
+            keys, values = cache_of(r, numbers, token, kv, span * SPAN)
+            f.call(VOID, "span", f.args()[0], own, keys, values, rows, span, f.minimum(entry("apart"), 1))
+
+
+def _place(f: Function, r: Records, task: Value) -> tuple[Callable[..., Value], Value]:
+    """The entry of a task, and which key-value head.
+
+    Of few tokens one entry after the other: the heads of a span are neighbours in memory. Of many first one half of the tokens,
+    as MATRIX has them, one head after the other: what a head has behind them stays in the second-level cache.
+    """
+    n_entries, n_kv = r.run("n_entries"), r.run("n_kv_head")
+    half = (n_entries + 1) >> 1
+    is_later, is_long = task >= half * n_kv, r.run("n_tokens") >= TWO_PARTS
+    first = f.select(is_later, half, 0)
+    here, rest = f.select(is_later, f.maximum(n_entries - half, f.const(I64, 1)), half), task - first * n_kv
+    return r.entry(f.select(is_long, first + rest % here, task // n_kv)), f.select(is_long, rest // here, task % n_kv)
 
 
 def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head: Value, apart: Value) -> None:
@@ -147,25 +160,40 @@ def _define_merge(module: Module) -> None:
             f.store(value, to + d * 4, 4)
 
 
-def _define_softmax(module: Module, level: str, numbers: Words) -> None:
-    """softmax(run, own, values, row, queries, first, skipped, count): scores (capped, + ALiBi), -inf for the future and for
-    what lies before the window, to weights e^(score - largest), and these times the values' scales to integers, from `skipped`
-    on.
-
-    The largest score and the sum of the weights go to each query's result of the span.
+def _part(f: Function, known: Value, queries: Value | int, first: Value) -> tuple[Value, Value]:
+    """What some queries see of the span that begins at `first`: positions before the window of the first of them, who sees the
+    oldest ones, are skipped; how many there are for the last of them. Weights of what others see besides are 0.
     """
-    arguments = {
-        "run": PTR, "own": PTR, "values": PTR, "row": I64, "queries": I64, "first": I64, "skipped": I64, "count": I64,
-    }  # fmt: skip
-    with module.function("softmax", arguments) as f:
-        run, own, values, row, queries, first, skipped, count = f.args()
+    last = f.load(I64, known + (queries - 1) * QUERY.itemsize + POSITION, 8)
+    skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
+    return skipped, f.minimum(last + 1 - first, f.const(I64, SPAN))
+
+
+def _define_softmax(module: Module, level: str, numbers: Words) -> None:
+    """softmax(run, own, row, queries, first, values): scores (capped, + ALiBi), -inf for the future and for what lies before
+    the window, to weights e^(score - largest), and these times the values' scales to integers.
+
+    The largest score and the sum of the weights go to each query's result of the span. All largest ones are found first: the
+    processor need not wait for one before it goes on to the next query.
+    """
+    with module.function("softmax", {"run": PTR, "own": PTR, "row": I64, "queries": I64, "first": I64, "values": PTR}) as f:
+        run, own, row, queries, first, values = f.args()
         r = Records(f, run, run)
         padded, lanes = r.run("padded_dim"), f.vector(I32.vec(LANES), range(LANES))
-        with f.range(0, queries) as i:
-            known = own + r.run("rows_at") + (row + i) * QUERY.itemsize
+        skipped, count = _part(f, own + r.run("rows_at") + row * QUERY.itemsize, queries, first)
+
+        def places(i: Value) -> tuple[Value, Value, Value]:
+            """What is known of a query, its scores, its largest score and the sum of its weights."""
+            mixed = own + r.run("mixed_at") + i * ((padded + LANES) * 4)
+            return own + r.run("rows_at") + i * QUERY.itemsize, own + r.run("scores_at") + i * (SPAN * 4), mixed + padded * 4
+
+        with f.range(row, row + queries) as i:
+            known, scores, result = places(i)
             ahead = f.cast("trunc", first - f.load(I64, known + POSITION, 8), I32)
-            slope, scores = f.splat(f.load(F32, known + SLOPE, 4), LANES), own + r.run("scores_at") + i * (SPAN * 4)
-            largest, total = f.var(ROW, -math.inf), f.var(ROW, 0.0)
+            slope, largest = f.splat(f.load(F32, known + SLOPE, 4), LANES), [f.var(ROW, -math.inf) for _ in range(2)]
+            end = (count + (LANES - 1)) & -LANES
+            with f.when((end & (POSITIONS - 1)).equals(LANES)):  # what lies behind the last position has no weight
+                f.store(f.const(ROW, -math.inf), scores + end * 4, 4)
             cap = f.load(F32, known + SOFTCAP, 4)
             with f.when(cap > 0.0), vectors(f, count) as at:
                 f.store(f.call(ROW, "softcap", f.load(ROW, scores + at, 4), cap), scores + at, 4)
@@ -173,76 +201,95 @@ def _define_softmax(module: Module, level: str, numbers: Words) -> None:
                 f.store(f.const(F32, -math.inf), scores + before * 4)
             # a span that lies behind the query as a whole, without ALiBi: nothing to change
             is_behind = f.load(F32, known + SLOPE, 4).equals(0.0) & (first + (SPAN - 1) <= f.load(I64, known + POSITION, 8))
-            with f.when(is_behind), vectors(f, count) as at:
-                largest.set(f.maximum(largest.get(), f.load(ROW, scores + at, 4)))
+            with f.when(is_behind), f.range(0, 4 * SPAN, 8 * LANES) as at:
+                for n, found in enumerate(largest):
+                    found.set(f.maximum(found.get(), f.load(ROW, scores + (at + 4 * LANES * n), 4)))
             with f.when(is_behind ^ 1), vectors(f, count) as at:
                 distance = f.splat(ahead + f.cast("trunc", at >> 2, I32), LANES) + lanes
                 score = f.fma(slope, f.cast("sitofp", distance, F32), f.load(ROW, scores + at, 4))
                 score = f.select(distance > 0, -math.inf, score)
                 f.store(score, scores + at, 4)
-                largest.set(f.maximum(largest.get(), score))
-            top = f.reduce(largest.get(), "max")
-            with vectors(f, count) as at:
-                weight = exp_of_negative(f, f.load(ROW, scores + at, 4) - f.splat(top, LANES), level)
-                f.store(weight, scores + at, 4)
-                total.set(total.get() + weight)
-            result = own + r.run("mixed_at") + i * ((padded + LANES) * 4) + padded * 4
-            f.store(top, result, 4)
-            f.store(f.reduce(total.get(), "add"), result + 4, 4)
+                largest[0].set(f.maximum(largest[0].get(), score))
+            f.store(f.reduce(f.maximum(*(each.get() for each in largest)), "max"), result, 4)
+        tops, inverses = f.stack(I32, LANES * BLOCKS), f.stack(F32, BLOCKS)
+        with f.range(row, row + queries) as i:
+            known, scores, result = places(i)
+            top, total = f.splat(f.load(F32, result, 4), LANES), f.var(ROW, 0.0)
             with f.range(skipped, count, POSITIONS) as p:
-                _round_weights(f, numbers, scores, values, known, padded, p, count)
+                bits = []
+                for start in range(0, POSITIONS, LANES):
+                    at, here = scores + (p + start) * 4, values + (p + start) * numbers.row_bytes(padded)
+                    weight = exp_of_negative(f, f.load(ROW, at, 4) - top, level)
+                    total.set(total.get() + weight)
+                    # the scale of a position that nobody sees may be no number
+                    weight = f.select(weight.equals(0.0), 0.0, weight * numbers.scales(f, here, padded))
+                    f.store(weight, at, 4)
+                    bits.append(f.bitcast(weight, I32.vec(LANES)))
+                f.store(f.intrinsic("umax", *bits), tops + p * (4 * LANES // POSITIONS), 64)
+            f.store(f.reduce(total.get(), "add"), result + 4, 4)
+            # of every block, compared as integers, where NaN is the largest; of blocks that nobody sees any number
+            bits = [f.load(I32.vec(LANES), tops + 64 * n, 64) for n in range(BLOCKS)]
+            largest = f.bitcast(_largest(f, bits), F32.vec(BLOCKS))
+            f.store(largest * (1 / MAX_WEIGHT), known + FACTORS, 4)
+            f.store(f.select(largest > 1e-30, MAX_WEIGHT / largest, 0.0), inverses, 4)
+            with f.range(skipped, count, POSITIONS) as p:  # in place of the scores of half as many positions, which are rounded
+                inverse = f.load(F32, inverses + p // (POSITIONS // 4), 4)
+                found = [f.load(ROW, scores + (p + start) * 4, 4) for start in range(0, POSITIONS, LANES)]
+                for n, weight in enumerate(found):
+                    f.store(rounded(f, weight, inverse, I16), scores + (p * 2 + n * (2 * LANES)), 4)
 
 
-def _round_weights(
-    f: Function, numbers: Words, scores: Value, values: Value, known: Value, padded: Value, p: Value, count: Value
-) -> None:  # fmt: skip
-    """The weights of POSITIONS neighbours from `p` on, times the scales of their values, as int16; their common factor.
+def _largest(f: Function, vectors: Sequence[Value]) -> Value:
+    """The largest lane of each vector, without its sign: as many vectors as half a vector has lanes."""
+    lanes = LANES
+    while len(vectors) > 1:  # two by two: half as many numbers of each, side by side
+        lanes //= 2
+        low = [at + lane for at in range(0, 2 * LANES, 2 * lanes) for lane in range(lanes)]
+        both = [f.join(list(pair)) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+        vectors = [f.intrinsic("umax", f.shuffle(x, low), f.shuffle(x, [lane + lanes for lane in low])) for x in both]
+    low = list(range(0, LANES, 2))
+    return f.intrinsic("umax", *(f.shuffle(vectors[0], [lane + at for lane in low]) for at in (0, 1))) & 0x7FFFFFFF
 
-    They take the place of the scores of half as many positions, which were rounded before.
+
+def _define_span(module: Module, level: str, numbers: Words) -> None:
+    """span(run, own, keys, values, rows, span, apart): a task's queries over one span.
+
+    Its result joins those of the spans before it, or with `apart` goes to a slot of its own. The first-level cache is too small
+    for a span: where there are many queries, some positions' keys, later values, meet all of them before the next ones do.
     """
-    found = []
-    for start in range(0, POSITIONS, LANES):
-        weight, group = f.load(ROW, scores + (p + start) * 4, 4), values + (p + start) * numbers.row_bytes(padded)
-        if start:  # what lies behind the last position is no weight
-            weight = f.select(p + start < count, weight, f.const(ROW, 0.0))
-        # nor is the scale of a position that nobody sees a number
-        found.append(f.select(weight.equals(0.0), 0.0, weight * numbers.scales(f, group, padded)))
-    bits = [f.bitcast(weight, I32.vec(LANES)) & 0x7FFFFFFF for weight in found]
-    largest = f.bitcast(f.reduce(f.maximum(*bits), "max"), F32)  # compared as integers, where NaN is the largest
-    inverse = f.select(largest > 1e-30, MAX_WEIGHT / largest, 0.0)
-    for i, weight in enumerate(found):
-        f.store(rounded(f, weight, inverse, I16), scores + (p * 2 + i * (2 * LANES)), 4)
-    f.store(largest * (1 / MAX_WEIGHT), known + (p // (POSITIONS // 4) + FACTORS), 4)
-
-
-def _define_span(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:
-    """span{queries}(run, own, keys, values, row, span, apart): queries from `row` on over one span.
-
-    Its result joins those of the spans before it, or with `apart` goes to a slot of its own.
-    """
-    arguments = {"run": PTR, "own": PTR, "keys": PTR, "values": PTR, "row": I64, "span": I64, "apart": I64}
-    with module.function(f"span{queries}", arguments) as f:
-        run, own, keys, values, row, span, apart = f.args()
+    arguments = {"run": PTR, "own": PTR, "keys": PTR, "values": PTR, "rows": I64, "span": I64, "apart": I64}
+    with module.function("span", arguments) as f:
+        run, own, keys, values, rows, span, apart = f.args()
         r = Records(f, run, run)
-        padded, first, known = r.run("padded_dim"), span * SPAN, own + r.run("rows_at") + row * QUERY.itemsize
-        last = f.load(I64, known + (queries - 1) * QUERY.itemsize + POSITION, 8)
-        count = f.minimum(last + 1 - first, f.const(I64, SPAN))  # positions that the last query sees
-        with f.when(count <= 0):
-            f.ret()
-        # positions before the window of the first query, who sees the oldest ones: their weights are 0
-        skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
-        scores, mixed = own + r.run("scores_at"), own + r.run("mixed_at")
-        asked = own + r.run("queries_at") + row * 4
-        ahead = _ahead(f, numbers, padded, count)
-        _scores(f, level, numbers, keys, asked, known, scores, padded, (skipped, count), queries, n_vectors, ahead)
-        f.call(VOID, "softmax", run, own, values, row, f.const(I64, queries), first, skipped, count)
-        result_bytes = (padded + LANES) * 4
-        _mix(f, level, numbers, values, scores, known, mixed, result_bytes, padded, (skipped, count), queries, ahead)
-        with f.range(0, queries) as i, f.when(_sees(f, known + i * QUERY.itemsize, first)):
-            to = f.load(PTR, known + i * QUERY.itemsize + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
-            with f.when(apart.equals(1)):
-                _clear(f, to, padded)
-            f.call(VOID, "merge", to, mixed + i * result_bytes, padded)
+        padded, first = r.run("padded_dim"), span * SPAN
+        mixed, result_bytes, is_one = own + r.run("mixed_at"), (padded + LANES) * 4, rows <= TILES[level][0][0]
+
+        def every_query(call: Callable[[int, Value], None]) -> None:
+            row = f.var(I64, 0)
+            for queries, _ in TILES[level]:
+                with f.loop_while(lambda queries=queries: row.get() + queries <= rows):
+                    call(queries, row.get())
+                    row.set(row.get() + queries)
+
+        def in_parts(name: str, numbers_at: Value, n: int) -> None:
+            step = f.select(is_one, SPAN, f.const(I64, n))
+            with f.range(0, SPAN, step) as start:
+                every_query(lambda queries, row: f.call(
+                    VOID, f"{name}{queries}", run, own, row, first, numbers_at, start, start + step,
+                ))  # fmt: skip
+
+        with f.range(0, rows * result_bytes, 4 * LANES) as at:
+            f.store(f.const(ROW, 0.0), mixed + at, 4)
+        in_parts("scores", keys, PART)
+        every_query(lambda queries, row: f.call(VOID, "softmax", run, own, row, f.const(I64, queries), first, values))
+        in_parts("mix", values, POSITIONS)
+        with f.range(0, rows) as i:
+            known = own + r.run("rows_at") + i * QUERY.itemsize
+            with f.when(_sees(f, known, first)):
+                to = f.load(PTR, known + RESULT, 8) + apart * span * r.run("n_head") * result_bytes
+                with f.when(apart.equals(1)):
+                    _clear(f, to, padded)
+                f.call(VOID, "merge", to, mixed + i * result_bytes, padded)
 
 
 def _ahead(f: Function, numbers: Words, padded: Value, count: Value) -> Ahead:
@@ -260,82 +307,90 @@ def _sees(f: Function, known: Value, first: Value) -> Value:
     return (f.load(I64, known + POSITION, 8) >= first) & (f.load(I64, known + OLDEST, 8) < first + SPAN)
 
 
-def _scores(
-    f: Function, level: str, numbers: Words, keys: Value, q: Value, known: Value, scores: Value, padded: Value,
-    part: tuple[Value, Value], queries: int, n_vectors: int, ahead: Ahead,
-) -> None:  # fmt: skip
-    """q · k of every query and position of a part of the span, along the head's columns, two at a time.
+_PART = {"run": PTR, "own": PTR, "row": I64, "first": I64, "numbers": PTR, "start": I64, "stop": I64}
+
+
+def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:
+    """scores{queries}(run, own, row, first, keys, start, stop): q · k of queries from `row` on and of positions of a part of
+    the span, along the head's columns, two at a time.
 
     So many vectors of positions at a time; of the last ones half as many, where these hold all that is left.
     """
-    factors = [f.load(F32, known + (i * QUERY.itemsize + SCALE), 4) for i in range(queries)]
+    with module.function(f"scores{queries}", _PART) as f:
+        run, own, row, first, keys, start, stop = f.args()
+        r = Records(f, run, run)
+        padded, known = r.run("padded_dim"), own + r.run("rows_at") + row * QUERY.itemsize
+        q, scores = own + r.run("queries_at") + row * 4, own + r.run("scores_at") + row * (SPAN * 4)
+        skipped, count = _part(f, known, queries, first)
+        ahead, stop = _ahead(f, numbers, padded, count), f.minimum(count, stop)
+        factors = [f.load(F32, known + (i * QUERY.itemsize + SCALE), 4) for i in range(queries)]
 
-    def some(p: Value, n_vectors: int) -> None:
-        sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
-        start, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
-        distance = ahead(p)
-        with f.range(0, padded, 2) as d:
-            here = [numbers.load(f, start + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
-            for k in range(n_vectors if queries <= FEW else 0):
-                fetch_far(f, level, start + group_bytes * k + d * (numbers.n_bytes * LANES), distance)
-            for i, own_sums in enumerate(sums):
-                pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
-                for key, total in zip(here, own_sums, strict=True):
-                    total.set(pair_dot(f, level, total.get(), key, pair))
-        for k in range(n_vectors):
-            scales = numbers.scales(f, start + group_bytes * k, padded)
-            for i, own_sums in enumerate(sums):
-                score = f.cast("sitofp", own_sums[k].get(), F32) * scales * f.splat(factors[i], LANES)
-                f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
+        def some(p: Value, n_vectors: int) -> None:
+            sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
+            at, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
+            distance = ahead(p)
+            with f.range(0, padded, 2) as d:
+                here = [numbers.load(f, at + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
+                for k in range(n_vectors if queries <= FEW else 0):
+                    fetch_far(f, level, at + group_bytes * k + d * (numbers.n_bytes * LANES), distance)
+                for i, own_sums in enumerate(sums):
+                    pair = f.load(I32, q + (d * (2 * QUERIES) + 4 * i), 4)
+                    for key, total in zip(here, own_sums, strict=True):
+                        total.set(pair_dot(f, level, total.get(), key, pair))
+            for k in range(n_vectors):
+                scales = numbers.scales(f, at + group_bytes * k, padded)
+                for i, own_sums in enumerate(sums):
+                    score = f.cast("sitofp", own_sums[k].get(), F32) * scales * f.splat(factors[i], LANES)
+                    f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)
 
-    start, count = part
-    fewer = [n_vectors >> i for i in range(1, n_vectors.bit_length())] if n_vectors > 2 else []
-    with f.range(start, count, LANES * n_vectors) as p:
-        n = f.var(I64, n_vectors)
-        for smaller in fewer:
-            n.set(f.select(count - p <= LANES * smaller, smaller, n.get()))
-        for each in (n_vectors, *fewer):
-            with f.when(n.get().equals(each)):
-                some(p, each)
+        fewer = [n_vectors >> i for i in range(1, n_vectors.bit_length())] if n_vectors > 2 else []
+        with f.range(f.maximum(skipped, start), stop, LANES * n_vectors) as p:
+            n = f.var(I64, n_vectors)
+            for smaller in fewer:
+                n.set(f.select(stop - p <= LANES * smaller, smaller, n.get()))
+            for each in (n_vectors, *fewer):
+                with f.when(n.get().equals(each)):
+                    some(p, each)
 
 
-def _mix(
-    f: Function, level: str, numbers: Words, values: Value, weights: Value, known: Value, out: Value, out_stride: Value,
-    padded: Value, part: tuple[Value, Value], queries: int, ahead: Ahead,
-) -> None:  # fmt: skip
-    """Sums of weight times value in a part of the span, two positions at a time; exact among POSITIONS neighbours, whose values
-    are read one after the other.
+def _define_mix(module: Module, level: str, numbers: Words, queries: int) -> None:
+    """mix{queries}(run, own, row, first, values, start, stop): add sums of weight times value in a part of the span, two
+    positions at a time; exact among POSITIONS neighbours, whose values are read one after the other.
     """
-    first, count = part
+    with module.function(f"mix{queries}", _PART) as f:
+        run, own, row, first, values, begin, stop = f.args()
+        r = Records(f, run, run)
+        padded, known = r.run("padded_dim"), own + r.run("rows_at") + row * QUERY.itemsize
+        weights, out_stride = own + r.run("scores_at") + row * (SPAN * 4), (padded + LANES) * 4
+        skipped, count = _part(f, known, queries, first)
+        out, ahead = own + r.run("mixed_at") + row * out_stride, _ahead(f, numbers, padded, count)
 
-    def columns(block: Value, distance: Value, start: Value, n_vectors: int) -> None:
-        few = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
-        with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
-            row, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
-            here = [numbers.load(f, row + n * k) for k in range(n_vectors)]
-            for k in range(n_vectors if queries <= FEW else 0):
-                fetch_far(f, level, row + n * k, distance)
+        def columns(block: Value, distance: Value, start: Value, n_vectors: int) -> None:
+            few = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
+            with f.range(block, f.minimum(block + POSITIONS, count), 2) as p:
+                at, n = numbers.value_row(values, p, padded) + start * (2 * numbers.n_bytes), 2 * numbers.n_bytes * LANES
+                here = [numbers.load(f, at + n * k) for k in range(n_vectors)]
+                for k in range(n_vectors if queries <= FEW else 0):
+                    fetch_far(f, level, at + n * k, distance)
+                for i, some in enumerate(few):
+                    pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
+                    for value, total in zip(here, some, strict=True):
+                        total.set(pair_dot(f, level, total.get(), value, pair))
             for i, some in enumerate(few):
-                pair = f.load(I32, weights + (p * 2 + i * (SPAN * 4)), 4)
-                for value, total in zip(here, some, strict=True):
-                    total.set(pair_dot(f, level, total.get(), value, pair))
-        for i, some in enumerate(few):
-            factor = f.splat(f.load(F32, known + (i * QUERY.itemsize + FACTORS) + block // (POSITIONS // 4), 4), LANES)
-            for k, total in enumerate(some):
-                to = out + out_stride * i + (start + LANES * k) * 4
-                f.store(f.fma(f.cast("sitofp", total.get(), F32), factor, f.load(ROW, to, 4)), to, 4)
+                factor = f.splat(f.load(F32, known + (i * QUERY.itemsize + FACTORS) + block // (POSITIONS // 4), 4), LANES)
+                for k, total in enumerate(some):
+                    to = out + out_stride * i + (start + LANES * k) * 4
+                    f.store(f.fma(f.cast("sitofp", total.get(), F32), factor, f.load(ROW, to, 4)), to, 4)
 
-    with f.range(0, queries) as i, f.range(0, padded, LANES) as start:
-        f.store(f.const(ROW, 0.0), out + out_stride * i + start * 4, 4)
-    wide = (4 if queries <= FEW else 2) if level in AVX512 else 1  # so that a weight meets more than one vector
-    whole = padded & (-LANES * wide)
-    with f.range(first, count, POSITIONS) as block:
-        distance = ahead(block)
-        with f.range(0, whole, LANES * wide) as start:
-            columns(block, distance, start, wide)
-        if wide > 1:
-            with f.range(whole, padded, LANES) as start:
-                columns(block, distance, start, 1)
+        wide = 4 if level in AVX512 else 1  # so that a weight meets more than one vector
+        whole = padded & (-LANES * wide)
+        with f.range(f.maximum(skipped, begin), f.minimum(count, stop), POSITIONS) as block:
+            distance = ahead(block)
+            with f.range(0, whole, LANES * wide) as start:
+                columns(block, distance, start, wide)
+            if wide > 1:
+                with f.range(whole, padded, LANES) as start:
+                    columns(block, distance, start, 1)
 
 
 def join(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:

@@ -16,6 +16,7 @@ from pocketlm.runtime.kv_cache import MAX_VALUE, SPREAD
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.sizes import LANES
+from pocketlm.runtime.native.vector_math import nearest
 
 LIMIT = 65504.0  # of a key or value: the largest number of float16
 MAX_KEY = 32700.0  # the rounded one is at most √dim / 2 longer, and below kv_cache.MAX_KEY: it stays what it is there
@@ -31,8 +32,7 @@ def limited(f: Function, x: Value) -> Value:
 def rounded(f: Function, x: Value, inverse: Value, element: Type) -> Value:
     """x · inverse as integers, x one number or many."""
     many = inverse if x.type.lanes == 1 else f.splat(inverse, x.type.lanes)
-    whole = f.cast("fptosi", f.intrinsic("rint", x * many), I32)
-    return f.cast("trunc", f.emit(whole.type, f"freeze {whole.type} {whole}"), element)  # NaN has no integer
+    return f.cast("trunc", nearest(f, x * many), element)
 
 
 def size_of(f: Function, vector: Value, dim: Value, limit: Callable[..., Value] = limited) -> tuple[Value, Value]:

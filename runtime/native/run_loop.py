@@ -14,7 +14,7 @@ from pocketlm.runtime.native import next_token, sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
-from pocketlm.runtime.native.stages import heads_apart
+from pocketlm.runtime.native.stages import chunks, half_of, heads_apart
 
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
@@ -91,7 +91,7 @@ def _define_tasks(module: Module) -> None:
         with f.when(kind <= sizes.JOIN):
             f.ret(n)
         with f.when(kind.equals(sizes.MATRIX) | kind.equals(sizes.CONVOLVE)):
-            f.ret((((r.op("n") + (sizes.LANES - 1)) // sizes.LANES) + r.op("chunk") - 1) // r.op("chunk"))
+            f.ret(chunks(r) * f.select(kind.equals(sizes.MATRIX) & (half_of(f, r, n) < n), 2, f.const(I64, 1)))
         with f.when(kind.equals(sizes.EACH)):
             f.ret(n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS))
         with f.when(kind.equals(sizes.GROUP)):

@@ -26,6 +26,7 @@ MORE_OR_FEWER = {"amx": ALL_TILES, "avx-vnni": TILES[:3], "avx2": TILES[:3], "ss
 RECORD = 80  # bytes of 32 columns' rounded activations
 LANES = 16
 BLOCK = 128  # tokens of a pass at most: their activations stay in the second-level cache
+TWO_PARTS = 64  # tokens of a pass whose products are computed for one half of them and then for the other
 SPAN = 256  # positions whose scores have one largest; fixed, so that sums do not depend on how a text is cut into passes
 POSITIONS = 32  # neighbours whose weights are rounded to integers together
 QUERIES = 24  # queries of one key-value head that an attention task takes through its spans together, where there are as many

@@ -25,8 +25,10 @@ from pocketlm.runtime.native.sizes import (
     PARTIALS,
     RMS_NORM,
     SPAN,
+    TWO_PARTS,
     tiles,
 )  # fmt: skip
+from pocketlm.runtime.native.vector_math import nearest
 
 ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whole activations, as matrix.py has it
 STAGE = {"run": PTR, "op": PTR, "own": PTR, "task": I64, "n": I64}  # n: the tokens of the operation
@@ -90,9 +92,7 @@ def _define_round(module: Module, whole_ones: bool) -> None:
             f.store(scale, record + 64, 4)
             sums = []
             for h, part in enumerate(parts):
-                rounded = f.intrinsic("rint", part * f.splat(inverse, LANES))
-                # NaN and infinity have no integer: freeze makes it an arbitrary one, and the scale carries the NaN on
-                whole = f.emit(I32.vec(LANES), f"freeze {I32.vec(LANES)} {f.cast('fptosi', rounded, I32)}")
+                whole = nearest(f, part * f.splat(inverse, LANES))  # NaN and infinity: the scale carries them on
                 if whole_ones:
                     f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), record + 32 * h)
                 else:
@@ -155,9 +155,11 @@ def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: 
 
 
 def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """A chunk of groups, for all tokens: products into the thread's own memory, then bias, activation, gate, residual."""
-    chunk, n_rows = r.op("chunk"), r.op("n")
-    start = task * chunk
+    """A chunk of groups, for all tokens or half of them: products into the thread's own memory, then bias, activation, gate,
+    residual.
+    """
+    chunk, n_rows, n_chunks, half = r.op("chunk"), r.op("n"), chunks(r), half_of(f, r, n)
+    is_later, start = task >= n_chunks, task % n_chunks * chunk
     stop = f.minimum(start + chunk, (n_rows + (LANES - 1)) // LANES)
     stride = r.run("activation_stride")
     x = f.select(n.equals(1), own, r.run("activations", PTR))
@@ -169,8 +171,8 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
         kernel = product_of(f, level, r, prefix, size)
         f.call_pointer(kernel, w, groups, first + start, first + stop, blocks, x, y, f.const(I64, y_stride))
 
-    done = f.var(I64, 0)
-    with f.loop_while(lambda: done.get() < n):
+    done, until = f.var(I64, f.select(is_later, half, 0)), f.select(is_later, n, half)
+    with f.loop_while(lambda: done.get() < until):
         token = done.get()
         left, here = n - token, x + token * stride
         size = tile_size(f, level, left)
@@ -181,6 +183,18 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
             out = r.op("out", PTR) + (token + t) * r.op("out_stride")
             _finish(f, r, y + t * y_stride, up + t * y_stride, gated, out, start * LANES, f.minimum(stop * LANES, n_rows))
         done.set(token + size)
+
+
+def chunks(r: Records) -> Value:
+    """Into how many chunks an operation divides its rows."""
+    return ((r.op("n") + (LANES - 1)) // LANES + r.op("chunk") - 1) // r.op("chunk")
+
+
+def half_of(f: Function, r: Records, n: Value) -> Value:
+    """How many of its n tokens MATRIX takes first, whole tiles. Of many tokens half, and then the others: a thread computes the
+    rows of the tokens that it prepares, which stay in its own cache.
+    """
+    return f.select((n >= TWO_PARTS) & (r.run("n_threads") > 1), ((n + 31) >> 5) << 4, n)
 
 
 def _finish(f: Function, r: Records, y: Value, up: Value, gated: Value, out: Value, first: Value, last: Value) -> None:

@@ -29,6 +29,12 @@ def polynomial(f: Function, x: Value, coefficients: tuple[float, ...]) -> Value:
     return total
 
 
+def nearest(f: Function, x: Value) -> Value:
+    """The nearest integers, ties to even; some integers for NaN and for what does not fit."""
+    type = I32.vec(x.type.lanes)
+    return f.emit(type, f"freeze {type} {f.call(type, f'llvm.lrint.{type.suffix}.{x.type.suffix}', x)}")
+
+
 def _exp_parts(f: Function, x: Value) -> tuple[Value, Value]:
     """e^x as y · 2^n, for x between EXP_MIN and EXP_MAX."""
     n = f.intrinsic("rint", x * math.log2(math.e))
