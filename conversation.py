@@ -219,7 +219,7 @@ class Conversation:
         if guide is not None:
             if ignore_eos:
                 raise UsageError("an answer that has a form ends with it: ignore_eos cannot be had")
-            sampling["process"] = guide.after(sampling.get("process"))
+            sampling["allowed"] = guide.allowed
         sampling["logprobs"] = logprobs or bool(top_logprobs)
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
         listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)

@@ -1,6 +1,6 @@
 """The face: what an answer must be like, as options, and the guide that lets through what fits.
 
-In: a tokenizer's tokens and the options of an answer. Out: a `Guide`, which changes logits. Knows no model.
+In: a tokenizer's tokens and the options of an answer. Out: a `Guide`, which says what may come next. Knows no model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pocketlm.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from pocketlm.runtime.sampling import Process, Sampler
+    from pocketlm.runtime.sampling import Sampler
 
 KEPT = 6  # forms whose masks are remembered
 MOST_CHOICE_CHARACTERS = 100_000
@@ -170,27 +170,19 @@ class Guide:
         self._masks, self._state = masks, masks.start
         masks.mask(self._state)
 
-    def after(self, process: Process | None) -> Process:
-        """The step that sets the logits of what cannot come next to -inf; another step before it."""
+    def allowed(self) -> np.ndarray:
+        """What may come next, as a sampler asks for it."""
+        return self._masks.mask(self._state)
 
-        def step(logits: np.ndarray, ids: Sequence[int]) -> None:
-            if process is not None:
-                process(logits, ids)
-            self._masks.apply(self._state, logits)
-
-        return step
+    def follow(self, id: int) -> None:
+        """Go on: this token was drawn."""
+        data = self._masks.vocabulary.tokens[id]
+        if data:  # not an end
+            self._state = self._masks.advance(self._state, data)
 
     def along(self, sampler: Sampler) -> Sampler:
         """The sampler; what it draws is followed."""
-
-        def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
-            drawn = sampler(logits, ids)
-            data = self._masks.vocabulary.tokens[drawn[0]]
-            if data:  # not an end
-                self._state = self._masks.advance(self._state, data)
-            return drawn
-
-        return sample
+        return (_FollowedInside if hasattr(sampler, "prepare") else _Followed)(self, sampler)
 
     def is_over(self) -> bool:
         """Whether the answer is whole and nothing can be added to it. Otherwise what may come is computed here, so that a pass
@@ -199,3 +191,29 @@ class Guide:
         if self._state <= {WHOLE}:
             return True
         return not len(self._masks.mask(self._state))
+
+
+class _Followed:
+    """A sampler whose tokens a guide follows."""
+
+    def __init__(self, guide: Guide, sampler: Any):
+        self._guide, self._sampler = guide, sampler
+
+    def __call__(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
+        drawn = self._sampler(logits, ids)
+        self._guide.follow(drawn[0])
+        return drawn
+
+
+class _FollowedInside(_Followed):
+    """One that draws inside passes, a token in each: what may come after it is found out between two."""
+
+    def __init__(self, guide: Guide, sampler: Any):
+        super().__init__(guide, sampler)
+        self.MOST, self.prepare, self.begin, self.ids = sampler.MOST, sampler.prepare, sampler.begin, sampler.ids
+
+    def take(self, n: int) -> list[tuple[int, float]]:
+        drawn = self._sampler.take(n)
+        for id, _ in drawn:
+            self._guide.follow(id)
+        return drawn

@@ -12,7 +12,6 @@ remains to be walked are the branches that leave the part. So a string of at mos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,7 +101,7 @@ class Masks:
             return state
 
     def mask(self, state: State) -> np.ndarray:
-        """The ids of the tokens that may come where these are few, else for each token whether it may not, bool (n_vocab,).
+        """What may come, as runtime/sampling.py's `Allowed` says it: ids where these are few, else for each token whether not.
 
         Raises UsageError where a text can be read in so many ways that this would take too much time or memory.
         """
@@ -116,16 +115,6 @@ class Masks:
                     self._mask_bytes -= self._masks.pop(next(iter(self._masks))).nbytes
                 self._masks[state] = found
             return found
-
-    def apply(self, state: State, logits: np.ndarray) -> None:
-        """-inf for what may not come."""
-        mask = self.mask(state)
-        if mask.dtype == np.bool_:
-            np.copyto(logits, -math.inf, where=mask)
-        else:
-            kept = logits[mask]
-            logits.fill(-math.inf)
-            logits[mask] = kept
 
     # ---- states
 

@@ -38,6 +38,9 @@ penalty, no filter; computed in float32 (error about 1e-6), NaN from a sampler m
 Process = Callable[[np.ndarray, Sequence[int]], None]
 """(a copy of the logits float32 (n_vocab,), ids so far): changes the logits in place."""
 
+Allowed = Callable[[], np.ndarray]
+"""Which tokens may come next: their ids, int64, or for each whether it may not, bool (n_vocab,); contiguous."""
+
 GREEDY_BELOW = 1e-5  # a temperature this low is greedy: dividing by it would only overflow
 FIRST_NUCLEUS = 256  # how many tokens are looked at first where top-p is the only filter; a peaked distribution needs few
 N_ROWS = 64  # the vocabulary seen as this many rows: to reduce over rows is several times faster than along one
@@ -108,7 +111,7 @@ class Selection(Protocol):
     def sum_exp(self, logits: np.ndarray, largest: float) -> float: ...
 
     def draw(
-        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]
+        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float], allowed: Allowed | None, /
     ) -> DrawingSampler | None: ...
 
 
@@ -133,6 +136,7 @@ def make_sampler(
     exempt: Set[int] = frozenset(),
     logprobs: bool = True,
     process: Process | None = None,
+    allowed: Allowed | None = None,
     **options: Any,
 ) -> Sampler:
     """The sampler for `options`, the fields of SamplingOptions. Its draws depend on the seed and the logits alone.
@@ -140,9 +144,9 @@ def make_sampler(
     `selection` is how an executor finds the largest logits and sums them up; NumPy's way where it is None. The penalties leave
     `exempt` ids alone: the end tokens, of which a chat's prompt is full, and an answer must be able to end. `logprobs=False`
     saves a pass over the vocabulary for a caller that does not look at them. `process(logits, ids)` changes a copy of the
-    logits in place, after bias and penalties: -inf for a token that may not come, as a grammar wants it. Raises UsageError
-    for a bad option. The sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or are all
-    -inf.
+    logits in place, after bias and penalties; then all but what is `allowed`, as a grammar wants it, are -inf. Raises
+    UsageError for a bad option. The sampler raises PocketlmError where no token can be chosen: the logits hold NaN or +inf, or
+    are all -inf.
     """
     o = SamplingOptions(**options)
     adjust: list[Process] = []
@@ -152,8 +156,10 @@ def make_sampler(
         adjust.append(_penalties(o, exempt))
     if process is not None:
         adjust.append(process)
+    if allowed is not None:
+        adjust.append(_restriction(allowed))
     uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
-    if selection and process is None and (sampler := selection.draw(o, exempt, logprobs, uniform)):
+    if selection and process is None and (sampler := selection.draw(o, exempt, logprobs, uniform, allowed)):
         return sampler
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
     is_greedy = o.temperature < GREEDY_BELOW or o.top_k == 1
@@ -231,6 +237,19 @@ def _penalties(o: SamplingOptions, exempt: Set[int]) -> Callable[[np.ndarray, Se
     return step
 
 
+def _restriction(allowed: Allowed) -> Process:
+    def step(logits: np.ndarray, ids: Sequence[int]) -> None:
+        mask = allowed()
+        if mask.dtype == np.bool_:
+            np.copyto(logits, -math.inf, where=mask)
+        else:
+            kept = logits[mask]
+            logits.fill(-math.inf)
+            logits[mask] = kept
+
+    return step
+
+
 # ---- choosing one -------------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +269,8 @@ def _draw(
     def candidates(logits: np.ndarray, best: np.floating) -> tuple[np.ndarray, float]:
         """Ids, ascending, with all the filters keep among them; and the sum of every exp(x) where top-p needs it."""
         if o.top_k:
-            return np.sort(top_k_of(logits, min(o.top_k, logits.size))), 0.0
+            ids = np.sort(top_k_of(logits, min(o.top_k, logits.size)))
+            return ids[logits[ids] > -math.inf], 0.0
         total = weights.fill(logits, best) if o.top_p < 1 else 0.0
         if o.min_p:
             return (logits >= best + np.float32(math.log(o.min_p) - 1e-3)).nonzero()[0], total

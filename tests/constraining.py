@@ -82,10 +82,9 @@ def masks_of(grammar: Grammar) -> Masks:
 
 
 def allowed(masks: Masks, state: State) -> np.ndarray:
-    """For each token whether it may come, as the logits say it."""
-    logits = np.zeros(VOCABULARY.n_vocab, np.float32)
-    masks.apply(state, logits)
-    return logits == 0
+    """For each token whether it may come."""
+    mask = masks.mask(state)
+    return ~mask if mask.dtype == np.bool_ else np.isin(np.arange(masks.vocabulary.n_vocab), mask)
 
 
 def reads(masks: Masks, text: str) -> bool:

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from constraining import allowed
 from test_drafts import Eager
 from tiny_models import write_model
 
@@ -62,6 +62,28 @@ def test_forms(model, options):
         assert answer(model, json_schema=json.dumps(SCHEMA), seed=seed, **options)[0] == text
         assert answer(model, choices=["yes", "no", "maybe"], seed=seed, **options)[0] in ("yes", "no", "maybe")
         assert re.fullmatch(r"[a-c]{3}-\d{2,4}", answer(model, regex=r"[a-c]{3}-\d{2,4}", seed=seed, **options)[0])
+
+
+FORMS = {"schema": {"json_schema": SCHEMA}, "few": {"choices": ["yes", "no", "maybe"]}, "mask": {"regex": "[^x]{30}"}}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.5}, {"top_k": 0}, {"repeat_penalty": 1.3}], ids=str)
+def test_tokens_are_drawn_inside_the_passes(model, monkeypatch, form, options):
+    """All but the first, and the same that NumPy draws."""
+    drawn, step = [], model.executor.step
+
+    def noted(work, samplers=(), *rest):
+        drawn.append(samplers)
+        return step(work, samplers, *rest)
+
+    monkeypatch.setattr(model.executor, "step", noted)
+    text, ids, last = answer(model, seed=3, draft=False, **form, **options)
+    assert sum(any(samplers) for samplers in drawn) == last.generated_tokens - 1
+    drawn.clear()
+    monkeypatch.setattr(type(model.executor), "new_selection", lambda self: None)
+    assert answer(model, seed=3, draft=False, **form, **options)[:2] == (text, ids)
+    assert not any(any(samplers) for samplers in drawn)
 
 
 def test_an_answer_that_is_cut_off_is_the_beginning_of_one(model):
@@ -162,16 +184,12 @@ def test_every_kind_of_tokenizer(file):
         while at < len(data):
             fitting = [id for id in by_first.get(data[at : at + 1], ()) if data.startswith(tokens[id], at)]
             id = rng.choice(fitting)
-            logits = np.zeros(tokenizer.n_vocab, np.float32)
-            masks.apply(state, logits)
-            assert logits[id] == 0
+            assert allowed(masks, state)[id]
             state = masks.advance(state, tokens[id])
             at += len(tokens[id])
             shown += decoder.push(id)
         assert shown + decoder.flush() == text
-        logits = np.zeros(tokenizer.n_vocab, np.float32)
-        masks.apply(state, logits)
-        assert set((logits == 0).nonzero()[0].tolist()) == set(ends)
+        assert set(allowed(masks, state).nonzero()[0].tolist()) == set(ends)
 
 
 def test_a_friends_program_has_all_that_forms_need():

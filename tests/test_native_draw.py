@@ -64,17 +64,29 @@ def random_options(rng, n):
     }
 
 
+def random_restriction(rng, n):
+    """What a form lets through: one token at least, as ids or as a mask of those that may not come."""
+    may_come = rng.random(n) < rng.choice([0, 0.001, 0.1, 0.5, 1])
+    may_come[rng.integers(n)] = True
+    return may_come.nonzero()[0] if rng.random() < 0.5 else ~may_come
+
+
 @each_level
 def test_the_tokens_are_those_of_the_numpy_sampler(level):
     rng = np.random.default_rng(1)
-    core = loaded(CORE, level)
+    core, restriction = loaded(CORE, level), list[np.ndarray]()
     for case in range(600):
         n = int(rng.choice([1, 2, 3, 7, 16, 64, 65, 100, 129, 1000, 5003, 12_345, 100_000]))
         options, exempt = random_options(rng, n), set(rng.integers(n, size=3).tolist())
         ids = rng.integers(n, size=int(rng.choice([0, 3, 64, 300]))).tolist()
+        is_restricted = rng.random() < 0.5
+        if is_restricted:
+            options["allowed"] = lambda: restriction[-1]
         native = make_sampler(n_vocab=n, selection=Selection(core, n), exempt=exempt, **options)
         reference = make_sampler(n_vocab=n, selection=OnlyNumpy(), exempt=exempt, **options)
         for _ in range(4):
+            if is_restricted:
+                restriction.append(random_restriction(rng, n))
             logits = random_logits(rng, n)
             before = logits.tobytes()
             try:
@@ -82,11 +94,11 @@ def test_the_tokens_are_those_of_the_numpy_sampler(level):
             except PocketlmError as error:
                 with pytest.raises(PocketlmError, match=str(error)[:20]):
                     native(logits, ids)
-            else:
-                id, logprob = native(logits, array("i", ids) if case % 2 else ids)
-                assert id == expected[0], (case, n, options)
-                assert logprob == pytest.approx(expected[1], abs=max(2e-5, n * 1e-9))  # a sum of n equal float32
-                ids.append(id)
+                break  # an answer ends with it, random numbers may go on with different ones
+            id, logprob = native(logits, array("i", ids) if case % 2 else ids)
+            assert id == expected[0], (case, n, options)
+            assert logprob == pytest.approx(expected[1], abs=max(2e-5, n * 1e-9))  # a sum of n equal float32
+            ids.append(id)
             assert logits.tobytes() == before
 
 

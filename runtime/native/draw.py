@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pocketlm.runtime.native import likeliest, softmax
-from pocketlm.runtime.native.ir import F32, F64, I1, I32, I64, PTR, VOID, Function, Module, Value, Var
-from pocketlm.runtime.native.likeliest import not_
+from pocketlm.runtime.native.ir import F32, F64, I1, I8, I32, I64, PTR, VOID, Function, Module, Value, Var
+from pocketlm.runtime.native.likeliest import FLT_MAX, not_
+from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import of_sampler as _get
 from pocketlm.runtime.native.records import SAMPLER, offset
-from pocketlm.runtime.native.sizes import BROKEN, CHUNK, NO_CHOICE, UNKNOWN_ID
+from pocketlm.runtime.native.sizes import ALL, BROKEN, CHUNK, FORBIDDEN, NO_CHOICE, UNKNOWN_ID
 from pocketlm.runtime.native.softmax import below, exp64
+from pocketlm.runtime.native.tiling import ROWS
 
 FIRST_DEPTH, STEP = 4.0, 2.0  # top-p without top-k looks so far below the largest logit first, then so much further
 
@@ -33,6 +35,7 @@ def define(module: Module) -> None:
     softmax.define(module)
     likeliest.define(module)
     _define_penalise(module)
+    _define_restrict(module)
     _define_nucleus(module)
     _define_choose(module)
     _define_among(module)
@@ -97,6 +100,29 @@ def _define_penalise(module: Module) -> None:
             again(f.cast("zext", f.load(I32, ids + i * 4, 4), I64))
         with f.range(0, _get(f, s, "n_bias")) as i:
             again(f.load(I64, _get(f, s, "bias_ids", PTR) + i * 8, 8))
+
+
+def _define_restrict(module: Module) -> None:
+    """restrict(s, logits) -> a copy of them with -inf for every token that may not be drawn."""
+    with module.function("restrict", {"s": PTR, "logits": PTR}, returns=PTR) as f:
+        s, logits = f.args()
+        n_vocab, allowed, n_allowed = _get(f, s, "n_vocab"), _get(f, s, "allowed", PTR), _get(f, s, "n_allowed")
+        to, whole = _get(f, s, "masked", PTR), n_vocab & -ROWS
+        nothing = f.const(ROW, -math.inf)
+        with f.when(n_allowed.equals(FORBIDDEN)):
+            with f.range(0, whole, ROWS) as i:
+                is_left = f.load(I8.vec(ROWS), allowed + i, 1).equals(0)
+                f.store(f.select(is_left, f.load(ROW, logits + i * 4, 4), nothing), to + i * 4, 4)
+            with f.range(whole, n_vocab) as i:
+                x = f.select(f.load(I8, allowed + i, 1).equals(0), f.load(F32, logits + i * 4, 4), -math.inf)
+                f.store(x, to + i * 4, 4)
+        with f.when(n_allowed >= 0):
+            with f.range(0, n_vocab, ROWS) as i:
+                f.store(nothing, to + i * 4, 4)
+            with f.range(0, n_allowed) as i:
+                at = f.load(I64, allowed + i * 8, 8) * 4
+                f.store(f.load(F32, logits + at, 4), to + at, 4)
+        f.ret(to, PTR)
 
 
 @contextmanager
@@ -172,8 +198,8 @@ def _define_among(module: Module) -> None:
         with f.when(k.equals(1)):
             f.ret(f.call(I64, "greedy", logits, _get(f, s, "chunks", PTR), largest))
         with f.when(k > 1):
-            f.call(VOID, "first", s, logits, k)
-            f.ret(f.call(I64, "choose", s, k, f.const(F64, 0.0), u))
+            n = f.call(I64, "first", s, logits, k, f.const(F32, -FLT_MAX))  # a token of -inf is no candidate
+            f.ret(f.call(I64, "choose", s, n, f.const(F64, 0.0), u))
         with f.when(_get(f, s, "reach", F64).equals(math.inf)):
             f.ret(f.call(I64, "pick", logits, n_vocab, best, _get(f, s, "scale", F64), columns, u))
         total = f.var(F64, 0.0)
@@ -199,18 +225,22 @@ def _draw(f: Function) -> None:
             f.ret(UNKNOWN_ID)
         f.call(VOID, "recount", s, logits, recent, n)
         best.set(f.call(F32, "largest", s))
+    used, is_restricted = f.var(PTR, logits), not_(f, _get(f, s, "n_allowed").equals(ALL))
+    with f.when(is_restricted):
+        used.set(f.call(PTR, "restrict", s, logits))
+        best.set(f.call(F32, "survey", s, used.get()))
     result = f.var(I64, NO_CHOICE)
     with f.when(best.get().equals(math.inf)):
         result.set(BROKEN)
     f.store(f.const(F64, 0.0), s + offset(SAMPLER, "sum"), 8)
     with f.when((best.get() > -math.inf) & (best.get() < math.inf)):
-        result.set(f.call(I64, "draw_among", s, logits, best.get(), u))
+        result.set(f.call(I64, "draw_among", s, used.get(), best.get(), u))
     with f.when(edits):
         f.call(VOID, "restore", s, logits, recent, n)
     with f.when((result.get() >= 0) & _get(f, s, "logprobs").equals(1)):
         logit = f.load(F32, logits + result.get() * 4, 4) - plain
         f.store(f.cast("fpext", logit, F64), s + offset(SAMPLER, "logit"), 8)
-        with f.when(edits | _get(f, s, "sum", F64).equals(0.0)):
+        with f.when(edits | is_restricted | _get(f, s, "sum", F64).equals(0.0)):
             sum = f.call(F32, "sum_exp", logits, _get(f, s, "n_vocab"), plain)
             f.store(f.cast("fpext", sum, F64), s + offset(SAMPLER, "sum"), 8)
     f.ret(result.get())

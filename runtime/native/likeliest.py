@@ -32,7 +32,7 @@ def define(module: Module) -> None:
     Of logits that are surveyed:
     candidates(s, logits, bound) -> how many there are: those >= `bound` in `values` and `ids`, by their ids.
     sort(s, n): the first n of `values` and `ids`, the largest first, equals as they were.
-    first(s, logits, k): what `top_k` says.
+    first(s, logits, k, least) -> how many there are: the k likeliest as `top_k` has them, of those >= `least`.
     """
     _define_chunk(module)
     with module.function("largest", {"s": PTR}, returns=F32) as f:
@@ -57,7 +57,7 @@ def define(module: Module) -> None:
     with module.function("top_k", {"s": PTR, "logits": PTR, "k": I64}, linkage="entry") as f:
         s, logits, k = f.args()
         f.call(F32, "survey", s, logits)
-        f.call(VOID, "first", s, logits, k)
+        f.call(I64, "first", s, logits, k, f.const(F32, -math.inf))
 
 
 def not_(f: Function, condition: Value) -> Value:
@@ -206,14 +206,16 @@ def _define_sort(module: Module) -> None:
 
 
 def _define_first(module: Module) -> None:
-    with module.function("first", {"s": PTR, "logits": PTR, "k": I64}) as f:
-        s, logits, k = f.args()
+    with module.function("first", {"s": PTR, "logits": PTR, "k": I64, "least": F32}, returns=I64) as f:
+        s, logits, k, least = f.args()
         chunks, values = _get(f, s, "chunks", PTR), _get(f, s, "values", PTR)
-        n_chunks, bound = _n_chunks(_get(f, s, "n_vocab")), f.var(F32, -math.inf)
+        n_chunks, bound = _n_chunks(_get(f, s, "n_vocab")), f.var(F32, least)
         with f.when(n_chunks >= k):
-            bound.set(f.call(F32, "kth", chunks, n_chunks, k, k + k))
+            bound.set(f.maximum(least, f.call(F32, "kth", chunks, n_chunks, k, k + k)))
         n = f.var(I64, f.call(I64, "candidates", s, logits, bound.get()))
         with f.when(n.get() > k * 4):
             f.store(f.splat(f.const(F32, -math.inf), ROWS), values + n.get() * 4, 4)
-            n.set(f.call(I64, "candidates", s, logits, f.call(F32, "kth", values, n.get(), k, k + k)))
+            bound.set(f.maximum(least, f.call(F32, "kth", values, n.get(), k, k + k)))
+            n.set(f.call(I64, "candidates", s, logits, bound.get()))
         f.call(VOID, "sort", s, n.get())
+        f.ret(f.minimum(n.get(), k))

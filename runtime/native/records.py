@@ -135,6 +135,8 @@ SAMPLER = np.dtype([
     ("bias_ids", "i8"), ("biases", "i8"), ("n_bias", "i8"),  # int64, float32
     ("top_p", "f8"), ("min_p", "f8"), ("scale", "f8"),  # 1: off; -log of min-p, infinite: off; 1 / temperature
     ("reach", "f8"),                          # how far below the largest top-p and min-p keep logits at most, infinite: all
+    ("allowed", "i8"), ("n_allowed", "i8"),   # what may be drawn: int64 ids; with FORBIDDEN a byte for each that may not; ALL
+    ("masked", "i8"),                         # float32: the logits, -inf for the others
     ("saved", "i8"),                          # float32: what edits have changed
     ("chunks", "i8"),                         # float32: the largest of every sizes.CHUNK logits, then -inf
     ("values", "i8"), ("ids", "i8"),          # float32, int32: candidates

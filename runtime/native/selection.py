@@ -21,7 +21,7 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
-from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, N_ROWS, NO_CHOICE, SamplingOptions
+from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, N_ROWS, NO_CHOICE, Allowed, SamplingOptions
 
 
 class Selection:
@@ -42,7 +42,7 @@ class Selection:
             "columns": np.empty(-(-n_vocab // N_ROWS), np.float64),
         }
         self._record = aligned(1, SAMPLER)
-        self._set(n_vocab=n_vocab)
+        self._set(n_vocab=n_vocab, n_allowed=sizes.ALL)
 
     def _set(self, **numbers: Any) -> None:
         """Fields of the record."""
@@ -65,7 +65,9 @@ class Selection:
         """Sum of exp(logit - largest). UsageError for logits of another shape or type."""
         return self._sum_exp(self.checked(logits), self._n_vocab, largest)
 
-    def draw(self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float]) -> DrawingSampler:
+    def draw(
+        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float], allowed: Allowed | None = None
+    ) -> DrawingSampler:
         """A sampler as sampling.py makes it, which draws the same tokens."""
         k = 1 if o.temperature < GREEDY_BELOW else min(o.top_k, self._n_vocab)
         limit = -math.log(o.min_p) if o.min_p else math.inf
@@ -73,6 +75,8 @@ class Selection:
         nucleus = math.log(self._n_vocab) - math.log(1 - o.top_p) if o.top_p < 1 else math.inf
         penalties = (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0)
         bias = o.logit_bias or {}
+        if allowed:
+            self._arrays["masked"] = np.empty(self._n_vocab + ROWS, np.float32)
         self._arrays |= {
             "exempt": np.array(sorted(exempt), np.int64),
             "bias_ids": np.array(list(bias), np.int64),
@@ -84,7 +88,7 @@ class Selection:
             n_exempt=len(exempt), n_bias=len(bias),
             top_p=o.top_p, min_p=limit, reach=min(limit, nucleus) + 1e-3, scale=1 / max(o.temperature, GREEDY_BELOW),
         )  # fmt: skip
-        return DrawingSampler(self, self._draw, self._record, (lambda: 0.0) if k == 1 else uniform)
+        return DrawingSampler(self, self._draw, self._record, (lambda: 0.0) if k == 1 else uniform, allowed)
 
     def checked(self, logits: np.ndarray) -> int:
         """The address: compiled code reads n_vocab float32 from there, whatever is there."""
@@ -100,11 +104,12 @@ class DrawingSampler:
     another shape or type, and for ids outside the vocabulary.
     """
 
-    MOST: int = sizes.MAX_PASSES  # tokens that it can be prepared for
-
-    def __init__(self, selection: Selection, call: Any, record: np.ndarray, uniform: Callable[[], float]):
+    def __init__(
+        self, selection: Selection, call: Any, record: np.ndarray, uniform: Callable[[], float], allowed: Allowed | None
+    ):  # fmt: skip
         """`record`: a SAMPLER of the selection's, complete but for what it has for drawing inside passes."""
-        self._selection, self._call, self._record, self._uniform = selection, call, record, uniform
+        self._selection, self._call, self._record, self._uniform, self._allowed = selection, call, record, uniform, allowed
+        self.MOST = 1 if allowed else sizes.MAX_PASSES  # tokens that it can be prepared for
         self._last_n, self._n_bias, self._logprobs = (int(record[name][0]) for name in ("last_n", "n_bias", "logprobs"))
         self._address, fields = record.ctypes.data, record.view(np.uint8)
         self._logit, self._sum = (ctypes.c_double.from_buffer(fields, offset(SAMPLER, name)) for name in ("logit", "sum"))
@@ -112,8 +117,8 @@ class DrawingSampler:
         self._begins_with, self._room = 0, -1
         self._ends: Set[int] | None = None
         # arrays of Python's: NumPy is no longer in the processor's caches after a pass, and takes several times as long then
-        self._uniforms, self._logits, self._sums = (array("d", bytes(8 * self.MOST)) for _ in range(3))
-        self._drawn = array("q", bytes(8 * self.MOST))
+        self._uniforms, self._logits, self._sums = (array("d", bytes(8 * sizes.MAX_PASSES)) for _ in range(3))
+        self._drawn = array("q", bytes(8 * sizes.MAX_PASSES))
         self._n_ahead = 0  # so many of the random numbers no token was drawn with so far
         for name in ("uniforms", "drawn", "logits", "sums"):
             record[name] = getattr(self, f"_{name}").buffer_info()[0]
@@ -139,9 +144,17 @@ class DrawingSampler:
         ids_at, n_ids = ids.buffer_info()
         self._make_room(min(n_ids, self._last_n))
         self._draw_ahead(1)
+        self._restrict()
         id = self._call(self._address, address, ids_at, n_ids, self._uniforms[0])
         self._drop(1)
         return self._told(id, self._logit.value, self._sum.value)
+
+    def _restrict(self) -> None:
+        """To the tokens that may come next."""
+        if self._allowed:
+            self._mask = mask = self._allowed()  # as long as compiled code reads it
+            n_allowed = sizes.FORBIDDEN if mask.dtype == np.bool_ else len(mask)
+            self._record["allowed"], self._record["n_allowed"] = mask.ctypes.data, n_allowed
 
     def _draw_ahead(self, n: int) -> None:
         """Have n random numbers at least."""
@@ -162,6 +175,7 @@ class DrawingSampler:
         if n:
             ctypes.memmove(self._text_at, text.buffer_info()[0] + 4 * (len(text) - n), 4 * n)
         self._draw_ahead(most)
+        self._restrict()
         if ends is not self._ends:
             self._ends, self._end_ids = ends, np.array(sorted(ends), np.int64)
             self._record["ends"], self._record["n_ends"] = self._end_ids.ctypes.data, len(ends)

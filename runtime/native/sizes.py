@@ -35,6 +35,7 @@ PAGES = 1 << 16  # a multiple of every system's page size
 WILL_NEED = 3  # what madvise is told, on Linux and macOS
 EXPERT_CHUNK = 4  # the same of an expert: tiled on the way, they stay in the second-level cache
 CHUNK = 128  # logits whose largest stands for them: the k-th largest of these is a bound on the k-th largest of all
+ALL, FORBIDDEN = -1, -2  # in place of how many tokens may be drawn: all; all that a mask leaves
 MAX_PASSES = 32  # of a run: tokens that are drawn in it
 BROKEN, NO_CHOICE, UNKNOWN_ID = -1, -2, -3  # why `draw` has no token: NaN or infinite logits, all -inf, no such ids
 
