@@ -5,7 +5,7 @@ import pytest
 from native_calls import each_format, each_level, executors, host_level
 
 from pocketlm.runtime.kv_cache import KINDS
-from pocketlm.runtime.native.sizes import SPAN
+from pocketlm.runtime.native.sizes import QUERIES, SPAN
 
 CUTS = (1, 2, 3, 5, 8, 13, 128)
 
@@ -51,6 +51,20 @@ def test_across_spans_of_positions(position, group, kv):
             first = found if first is None else first
             assert same_bits(found, first), f"{threads} threads, passes of {cut} tokens"
         native.close()
+
+
+@each_level
+def test_a_pass_that_comes_to_a_span_with_any_of_its_tokens(level):
+    """So that all, some or none of the queries that share a tile see positions of the next span."""
+    ids = np.random.default_rng(2).integers(0, 64, SPAN + 40)
+    options = {"n_head": 2, "n_kv_head": 2, "head_dim": 16, "n_embd": 64, "n_layer": 1}
+    native, reference = executors(level, "F16", 1, n_vocab=64, n_ctx=2 * SPAN, **options)
+    reference.close()
+    expected = logits(native, ids, 1)
+    for start in reversed(range(SPAN - QUERIES - 1, SPAN + 2)):
+        native.cache.truncate(start)
+        assert same_bits(native.forward(ids[start : start + QUERIES], rows="all"), expected[start : start + QUERIES]), start
+    native.close()
 
 
 @each_level
