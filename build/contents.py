@@ -14,8 +14,8 @@ PACKAGES = (
 # what makes a stub and is not in it: the builders of its compiled code, and of itself
 BUILDERS = {
     *(f"runtime/native/{name}.py" for name in (
-        "amx", "attention", "attention_weights", "cache_numbers", "compiler", "dequantize", "dot", "draw", "elements", "experts",
-        "ir", "likeliest", "matrix", "next_token", "record_reader", "run_loop", "softmax", "stages", "vector_math",
+        "amx", "attention", "attention_weights", "cache_numbers", "compiler", "dequantize", "dot", "draw", "elements",
+        "experts", "ir", "likeliest", "matrix", "next_token", "record_reader", "run_loop", "softmax", "stages", "vector_math",
     )),
     *(f"build/{name}.py" for name in (
         "contents", "blas", "bytecode", "archive_writer", "compose", "elf", "licences", "macho", "modules", "pe", "sources",
