@@ -173,7 +173,7 @@ def _define_span(module: Module, level: str, numbers: Words) -> None:
         padded, first = r.run("padded_dim"), span * SPAN
         mixed, result_bytes, is_one = own + r.run("mixed_at"), (padded + LANES) * 4, rows <= TILES[level][0][0]
 
-        def every_query(call: Callable[[int, Value], None]) -> None:
+        def every_query(call: Callable[[int, Value], object]) -> None:
             row = f.var(I64, 0)
             for queries, _ in TILES[level]:
                 with f.loop_while(lambda queries=queries: row.get() + queries <= rows):

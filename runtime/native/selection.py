@@ -109,7 +109,7 @@ class DrawingSampler:
     ):  # fmt: skip
         """`record`: a SAMPLER of the selection's, complete but for what it has for drawing inside passes."""
         self._selection, self._call, self._record, self._uniform, self._allowed = selection, call, record, uniform, allowed
-        self.MOST = 1 if allowed else sizes.MAX_PASSES  # tokens that it can be prepared for
+        self.MOST: int = 1 if allowed else sizes.MAX_PASSES  # tokens that it can be prepared for
         self._last_n, self._n_bias, self._logprobs = (int(record[name][0]) for name in ("last_n", "n_bias", "logprobs"))
         self._address, fields = record.ctypes.data, record.view(np.uint8)
         self._logit, self._sum = (ctypes.c_double.from_buffer(fields, offset(SAMPLER, name)) for name in ("logit", "sum"))
