@@ -291,15 +291,13 @@ def _define_mix(module: Module, level: str, numbers: Words, queries: int) -> Non
                     to = out + out_stride * i + (start + LANES * k) * 4
                     f.store(f.fma(f.cast("sitofp", total.get(), F32), factor, f.load(ROW, to, 4)), to, 4)
 
-        wide = 4 if level in AVX512 else 1  # so that a weight meets more than one vector
-        whole = padded & (-LANES * wide)
         with f.range(f.maximum(skipped, begin), f.minimum(count, stop), POSITIONS) as block:
-            distance = ahead(block)
-            with f.range(0, whole, LANES * wide) as start:
-                columns(block, distance, start, wide)
-            if wide > 1:
-                with f.range(whole, padded, LANES) as start:
-                    columns(block, distance, start, 1)
+            distance, done = ahead(block), f.const(I64, 0)
+            for n_vectors in (4, 2, 1) if level in AVX512 else (1,):  # a weight meets more than one where there are as many
+                until = padded & (-LANES * n_vectors)
+                with f.range(done, until, LANES * n_vectors) as start:
+                    columns(block, distance, start, n_vectors)
+                done = until
 
 
 def join(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:

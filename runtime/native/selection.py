@@ -146,8 +146,9 @@ class DrawingSampler:
         self._draw_ahead(1)
         self._restrict()
         id = self._call(self._address, address, ids_at, n_ids, self._uniforms[0])
+        told = self._told(id, self._logit.value, self._sum.value)
         self._drop(1)
-        return self._told(id, self._logit.value, self._sum.value)
+        return told
 
     def _restrict(self) -> None:
         """To the tokens that may come next."""
@@ -194,8 +195,9 @@ class DrawingSampler:
         first; a later one that is none is left out, and is the first of the next pass.
         """
         n -= n > 1 and self._drawn[n - 1] < 0
+        told = [self._told(*drawn) for drawn in zip(self._drawn[:n], self._logits, self._sums, strict=False)]
         self._drop(n)
-        return [self._told(*drawn) for drawn in zip(self._drawn[:n], self._logits, self._sums, strict=False)]
+        return told
 
     def _told(self, id: int, logit: float, total: float) -> tuple[int, float]:
         if id < 0:
