@@ -66,7 +66,7 @@ class Selection:
         return self._sum_exp(self.checked(logits), self._n_vocab, largest)
 
     def draw(
-        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float], allowed: Allowed | None = None
+        self, o: SamplingOptions, exempt: Set[int], logprobs: bool, uniform: Callable[[], float], allowed: Allowed | None
     ) -> DrawingSampler:
         """A sampler as sampling.py makes it, which draws the same tokens."""
         k = 1 if o.temperature < GREEDY_BELOW else min(o.top_k, self._n_vocab)
