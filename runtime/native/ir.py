@@ -205,6 +205,10 @@ class Function:
         self.line(f"call void @llvm.prefetch.p0(ptr {address}, i32 0, i32 {4 - level}, i32 1)")
         self.module.declare("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
 
+    def keep_order(self) -> None:
+        """What reads memory or asks for it stays before this or behind it; not an instruction."""
+        self.line('call void asm sideeffect "", "~{memory}"()')
+
     def opaque(self, pointer: Value) -> Value:
         """The same pointer, but unknown to the optimiser, which would turn a few offsets into many induction variables."""
         return self.emit(PTR, f'call ptr asm "", "=r,0"(ptr {pointer})')
