@@ -228,13 +228,6 @@ class Function:
         pair = self.emit(VOID, f"cmpxchg ptr {address}, i64 {old}, i64 {new} seq_cst seq_cst")
         return self.emit(I1, f"extractvalue {{ i64, i1 }} {pair}, 1")
 
-    def clock(self, machine: str) -> Value:
-        """A counter of time that every program may read, of whatever unit."""
-        if machine == "x86_64":
-            return self.call(I64, "llvm.readcyclecounter")
-        self.module.note_register("cntvct_el0")
-        return self.emit(I64, "call i64 @llvm.read_volatile_register.i64(metadata !0)")
-
     # conversions and lanes
 
     def cast(self, op: str, value: Value, element: Type) -> Value:

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -45,16 +47,7 @@ MOST = {8: 12}
 SUMS = {"amx": 16, "avx512-vnni": 16, "avx-vnni": 4, "avx2": 4, "sse4": 8, "dotprod": 4, "neon": 4}
 SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
-PRODUCT = {
-    "w": PTR,
-    "n_groups": I64,
-    "first": I64,
-    "last": I64,
-    "n_blocks": I64,
-    "x": PTR,
-    "y": PTR,
-    "y_stride": I64,
-}
+PRODUCT = {"w": PTR, "n_groups": I64, "first": I64, "last": I64, "n_blocks": I64, "x": PTR, "y": PTR, "y_stride": I64}
 LOOKUP = {"w": PTR, "n_groups": I64, "n_blocks": I64, "row": I64, "out": PTR}
 TILE_ROWS = {"source": PTR, "to": PTR, "n_rows": I64, "n_groups": I64, "n_blocks": I64, "first": I64, "last": I64}
 
@@ -210,29 +203,27 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
 
 
 def _each_run(f: Function, level: str, fmt: str, planes: dict[str, Value], ahead: int, each: Callable[[Run], None]) -> None:
-    """`each` of a block's runs, and weights that will be read later are asked for.
+    """`each` of a block's runs; where a line of weights is unpacked, those that will be needed later are asked for.
 
-    Of a large block part by part: LLVM would ask for all of its 64 lines at its end, and a processor that has asked for a dozen
-    waits. Q4_K was a fifth slower, IQ4_XS a third.
+    In this order: LLVM would ask for all lines of a block at its end, and a processor that has asked for a dozen waits. Q4_K
+    was a fifth slower, IQ4_XS a third.
     """
-    size, asked_for = LAYOUTS[fmt].block_size, level not in UNASKED
-    column_bytes = ROWS * LAYOUTS[fmt].planes[0].bytes // size
-
-    def ask(column: Value | int, count: int) -> None:
-        here = planes["q"] + column * column_bytes
-        for line in range(0, count * column_bytes, 64):
-            f.prefetch(here + (ahead + line))
-            fetch_far(f, level, here + line)
+    column_bytes = ROWS * LAYOUTS[fmt].planes[0].bytes // LAYOUTS[fmt].block_size
 
     def asking(run: Run) -> None:
-        if not isinstance(run.column, int) or run.column % 64 == 0:
-            f.keep_order()
-        ask(run.column, run.count)
-        each(run)
+        here, n_lines, n_words = planes["q"] + run.column * column_bytes, run.count * column_bytes // 64, len(run.words)
+        left = {line * n_words // n_lines: 64 * line for line in range(n_lines)}  # a word -> the line that it is the first of
 
-    if asked_for and size == 32:
-        ask(0, size)
-    RUNS[fmt](f, level, planes, asking if asked_for and size > 32 else each)
+        def unpacked(number: int) -> Value:
+            if (line := left.pop(number, None)) is not None:
+                f.keep_order()
+                f.prefetch(here + (ahead + line))
+                fetch_far(f, level, here + line)
+            return run.words[number][0]()
+
+        each(replace(run, words=[(partial(unpacked, i), column) for i, (_, column) in enumerate(run.words)]))
+
+    RUNS[fmt](f, level, planes, each if level in UNASKED else asking)
 
 
 def _amx_product(f: Function, level: str, fmt: str, tokens: int) -> None:

@@ -48,6 +48,14 @@ def _give_way(f: Function, run: Value) -> None:
     f.call_pointer(f.field(run, offset(RUN, "give_way"), PTR), returns=I32, linkage="system")
 
 
+def _clock(f: Function, machine: str) -> Value:
+    """A counter of time that every program may read, of whatever unit."""
+    if machine == "x86_64":
+        return f.call(I64, "llvm.readcyclecounter")
+    f.module.note_register("cntvct_el0")
+    return f.emit(I64, "call i64 @llvm.read_volatile_register.i64(metadata !0)")
+
+
 def _define_barrier(module: Module, machine: str) -> None:
     """barrier(run, number, times): wait until all threads have come to the number-th barrier of the run.
 
@@ -59,7 +67,7 @@ def _define_barrier(module: Module, machine: str) -> None:
         run, number, times = f.args()
         arrived, epoch = run + offset(RUN, "arrived"), run + offset(RUN, "epoch")
         target, longest = number * f.field(run, offset(RUN, "n_threads")), times + 8
-        now = f.clock(machine)
+        now = _clock(f, machine)
         f.store(f.maximum(f.load(I64, longest, 8), now - f.load(I64, times, 8)), longest, 8)
         f.atomic_add(arrived, 1)
         spins = f.var(I64, 0)
@@ -74,7 +82,7 @@ def _define_barrier(module: Module, machine: str) -> None:
                 f.call(VOID, "pause")
             with f.when(spins.get() > SPINS[machine]):
                 _give_way(f, run)
-        after = f.clock(machine)
+        after = _clock(f, machine)
         with f.when(spins.get() > SPINS[machine]), f.when(after - now > f.load(I64, longest, 8) * LATE):
             f.atomic_add(run + offset(RUN, "lost"), after - now)
         f.store(after, times, 8)
@@ -119,7 +127,7 @@ def _reset_counters(f: Function, r: Records) -> None:
 
 def _work(f: Function, machine: str) -> None:
     run, tid = f.args()
-    barriers, times, began = f.var(I64, 0), f.stack(I64, 2), f.clock(machine)
+    barriers, times, began = f.var(I64, 0), f.stack(I64, 2), _clock(f, machine)
     f.store(began, times, 8)
     f.store(f.const(I64, 0), times + 8, 8)
     another = f.var(I64, 1)
@@ -129,7 +137,7 @@ def _work(f: Function, machine: str) -> None:
         with f.when(f.field(run, offset(RUN, "most")) > 1):
             f.call(VOID, "barrier", run, barriers.get() + 1, times)  # all have drawn
             with f.when(tid.equals(0)):
-                f.store(f.call(I64, "follow", run, f.clock(machine) - began), run + offset(RUN, "another"), 8)
+                f.store(f.call(I64, "follow", run, _clock(f, machine) - began), run + offset(RUN, "another"), 8)
                 _reset_counters(f, Records(f, run, run))
             barriers.set(barriers.get() + 2)
             f.call(VOID, "barrier", run, barriers.get(), times)
@@ -139,7 +147,7 @@ def _work(f: Function, machine: str) -> None:
         f.atomic_add(run + offset(RUN, "arrived"), 1)
     with f.when(tid.equals(0)):
         f.call(VOID, "barrier", run, barriers.get() + 1, times)
-        f.store(f.clock(machine) - began, run + offset(RUN, "took"), 8)
+        f.store(_clock(f, machine) - began, run + offset(RUN, "took"), 8)
         f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
 
 
