@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pytest
 
@@ -18,9 +19,14 @@ def level(request):
     return LEVELS[request.param]
 
 
+@cache
+def assembly(level, module: str) -> str:
+    return compile_assembly(module_text(module, level, "sysv"), level)
+
+
 def code(level, module: str, function: str = "") -> list[str]:
     """The instructions of a function, or of a whole module."""
-    text = compile_assembly(module_text(module, level, "sysv"), level)
+    text = assembly(level, module)
     if function:
         text = text.split(f"\n{function}:\n", 1)[1].split(f"\t.size\t{function},", 1)[0]
     return [line.strip() for line in text.splitlines() if line.startswith("\t") and not line.startswith("\t.")]

@@ -121,6 +121,13 @@ def fetch_far(f: Function, level: str, address: Value, ahead: Value | int = FAR_
         f.prefetch(address + ahead, 2)
 
 
+def _fetch(f: Function, level: str, line: Value, ahead: int) -> None:
+    """Ask for the weights that will be read `ahead` bytes behind a line of them, and for those that will be read later."""
+    if level not in UNASKED:
+        f.prefetch(line + ahead)
+        fetch_far(f, level, line)
+
+
 def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, index: Value) -> dict[str, Value]:
     """Where the planes of block number `index` (group · n_blocks + block) begin."""
     layout, rows = LAYOUTS[fmt], n_groups * n_blocks * ROWS
@@ -217,8 +224,7 @@ def _each_run(f: Function, level: str, fmt: str, planes: dict[str, Value], ahead
         def unpacked(number: int) -> Value:
             if (line := left.pop(number, None)) is not None:
                 f.keep_order()
-                f.prefetch(here + (ahead + line))
-                fetch_far(f, level, here + line)
+                _fetch(f, level, here + line, ahead)
             return run.words[number][0]()
 
         each(replace(run, words=[(partial(unpacked, i), column) for i, (_, column) in enumerate(run.words)]))
@@ -308,10 +314,9 @@ def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
                     own.set(f.fma(weights, f.splat(f.load(F32, xs[t] + c * 4, 4), ROWS), own.get()))
 
             with f.range(0, whole, 4) as c:
-                if level not in UNASKED and (token, chain[0]) == (0, 0):
+                if (token, chain[0]) == (0, 0):
                     for line in range(0, 4 * type_.bytes, 64):
-                        f.prefetch(start + (c * type_.bytes + ahead + line))
-                        fetch_far(f, level, start + (c * type_.bytes + line))
+                        _fetch(f, level, start + (c * type_.bytes + line), ahead)
                 for i in range(4):
                     if i % 2 in chain:
                         column(c + i, i % 2)
