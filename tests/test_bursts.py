@@ -41,6 +41,14 @@ def long_bursts(monkeypatch):
 
 
 @pytest.fixture
+def undisturbed(native, monkeypatch):
+    """Nothing ends a row but what the test does, however busy the machine is."""
+    monkeypatch.setattr(native, "single", None)  # no measurements, which are single passes,
+    monkeypatch.setattr(native._n_running, "value", 1)  # and no late thread, which ends a row, too,
+    monkeypatch.setattr(native._workers, "_adapt", lambda: None)  # nor one that is taken in again
+
+
+@pytest.fixture
 def rows(native, monkeypatch):
     """(texts, passes) of every run in which somebody draws."""
     found, step = [], native.step
@@ -236,6 +244,7 @@ def test_closed_in_the_middle(native):
     assert ids_of(start(session, max_tokens=20)) == alone(native, 20)
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_who_comes_is_in_the_next_pass(native, monkeypatch):
     engine, step, seen = Engine(native), native.step, []
     first, second = new_session(native, engine=engine), new_session(native, engine=engine)
@@ -250,8 +259,6 @@ def test_who_comes_is_in_the_next_pass(native, monkeypatch):
         seen.append((len(work), most, result[1]))
         return result
 
-    monkeypatch.setattr(native, "single", None)  # no measurements, which are single passes,
-    monkeypatch.setattr(native._n_running, "value", 1)  # and no late thread, which ends a row, too
     monkeypatch.setattr(native, "step", noted)
     assert ids_of(start(first, max_tokens=60)) == alone(native, 60)
     other.join()
@@ -283,6 +290,7 @@ def test_no_token_left_is_the_same_error(native):
     assert session.cache.length == len(session.ids)
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_a_pass_takes_what_it_takes(native, monkeypatch):
     """What is known of times is of one pass, not of all in a row."""
     clock, session, step = [0.0], new_session(native), native.step
