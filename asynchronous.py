@@ -13,6 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from pocketlm.cancel import Cancel
+
 T = TypeVar("T")
 AHEAD = 1000  # pieces that wait for a slow reader before the thread waits, too
 
@@ -54,7 +56,7 @@ class Handover:
     """Parts on their way from one thread to one event loop, in order. `ahead` None: the thread never waits for the reader."""
 
     def __init__(self, ahead: int | None = AHEAD):
-        self.cancel = threading.Event()
+        self.cancel = Cancel()
         self._loop, self._arrived = asyncio.get_running_loop(), asyncio.Event()
         self._post = _posts.setdefault(self._loop, _Post())
         self._parts: deque[Any] = deque()

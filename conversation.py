@@ -182,7 +182,7 @@ class Conversation:
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
         """The pieces of `generate` for an `async for`, made in a thread. Who leaves the loop, or is cancelled, ends the answer
-        within one pass, or 50 ms of short ones; `cancel` is no option here.
+        within one pass; `cancel` is no option here.
         """
         from pocketlm.asynchronous import in_thread  # not above: asyncio takes a while to import
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.batch.lines import Answering, Line, Written
+from pocketlm.cancel import Cancel
 from pocketlm.errors import FileError
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def spread(
     """`work(session, item, cancel)` for every item, on all sessions at the same time; results in the order in which they come.
 
     None is no result, but the word that `cancel` was heard. The caller may stop at any time: what is being computed then ends
-    within a pass, or 50 ms of short ones. Raises what a thread raised.
+    within a pass. Raises what a thread raised.
     """
-    waiting, lock, cancel = iter(items), threading.Lock(), threading.Event()
+    waiting, lock, cancel = iter(items), threading.Lock(), Cancel()
     made: queue.Queue[tuple[R | None, BaseException | None]] = queue.Queue(AHEAD)
 
     def run(session: S) -> None:

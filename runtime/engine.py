@@ -92,12 +92,16 @@ class Engine:
         """
         return self._wait_for(_Request(cache, [id], 1, np.copy, sampler, most)).result
 
+    def end_row(self) -> None:
+        """Of passes in a row the one that is being made is the last."""
+        self._wanted.value = 1
+
     def _wait_for(self, request: _Request) -> _Request:
         """The request when it is done. Raises what was raised for it."""
         cache = request.cache
         self.forget(cache)
         self._queue.append(request)
-        self._wanted.value = 1
+        self.end_row()
         if missing := self._missing:  # a leader waits, perhaps for this one
             missing.discard(id(cache))
             if not missing:

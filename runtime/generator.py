@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pocketlm.cancel import Cancel
 from pocketlm.errors import UsageError
 from pocketlm.runtime.drafts import Drafts
 from pocketlm.runtime.sampling import Sampler
@@ -101,7 +102,8 @@ def generate(
 
     `max_tokens` None: until the context is full. Text that may be the beginning of a `stop` string is held back until that
     is decided; the string completed first ends the answer and is not part of it. `ignore_eos` goes on past `end_ids`.
-    `cancel` is looked at after every token and between two passes of the prompt. `shift`: see `Session.advance`.
+    `cancel` is looked at after every token and between two passes of the prompt; of passes in a row (see `Engine.draw`), 50 ms of
+    them at most, a `Cancel` ends the one that is being made, any other event all. `shift`: see `Session.advance`.
 
     When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
@@ -121,6 +123,8 @@ def generate(
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 0):
         raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 0 up")
     cancelled = cancel.is_set if cancel is not None else lambda: False
+    if isinstance(cancel, Cancel):
+        cancel.hear(session.engine.end_row)
     matcher = StopStrings(stops) if stops else None
     ends = frozenset() if ignore_eos else end_ids
     n_ctx, push = session.n_ctx, decoder.push

@@ -114,7 +114,7 @@ class Answerer:
         counters.generation_seconds += piece.generation_seconds
 
     def stop(self) -> None:
-        """From now on nobody is answered; answers that are being made end within a pass, or 50 ms of short ones."""
+        """From now on nobody is answered; answers that are being made end within a pass."""
         self.stopping = True
         for answer in list(self.running):
             answer.cancel()
@@ -148,7 +148,7 @@ class Answer:
         self._answerer.slots.give_back(self._slot)
 
     def cancel(self) -> None:
-        """It ends within a pass, or 50 ms of short ones."""
+        """It ends within a pass."""
         self._handover.cancel.set()
 
     def close(self) -> None:

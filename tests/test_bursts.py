@@ -16,6 +16,7 @@ from operation_lists import LISTS, tensors_of
 from test_drafts import answer, random_options, random_prompt
 from test_native_draw import CHAINS
 
+from pocketlm.cancel import Cancel
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime import engine as engine_module
 from pocketlm.runtime.engine import Engine
@@ -185,6 +186,23 @@ def test_cancelled_in_the_middle(native, monkeypatch):
     assert last.finish_reason == "cancelled"
     cancel.clear()
     assert ids_of(start(session, max_tokens=20)) == alone(native, 20)
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize(("event", "passes"), [(Cancel, 1), (threading.Event, MAX_PASSES)])
+def test_a_cancellation_ends_the_row_where_it_is_heard(native, rows, monkeypatch, event, passes):
+    session, cancel, step = new_session(native), event(), native.step
+
+    def cancelled(work, samplers=(), most=1, wanted=None):
+        if most == MAX_PASSES:  # a row begins
+            cancel.set()
+        return step(work, samplers, most, wanted)
+
+    monkeypatch.setattr(native, "step", cancelled)
+    *_, last = start(session, cancel=cancel)
+    assert last.finish_reason == "cancelled"
+    assert rows[-1] == (1, passes)
+    assert ids_of(start(new_session(native), max_tokens=20, cancel=event())) == alone(native, 20)
 
 
 @pytest.mark.parametrize("behind", [False, True])

@@ -32,8 +32,8 @@ ALLOWED = {
     ),
     # … and with a third
     "batch": (
-        "errors pocketlm model conversation runtime.generator runtime.atomic serve.fields serve.asking serve.errors serve.guard"
-        " serve.shapes cli_options terminal_text"
+        "cancel errors pocketlm model conversation runtime.generator runtime.atomic serve.fields serve.asking serve.errors"
+        " serve.guard serve.shapes cli_options terminal_text"
     ),
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
     # of the cache where it is: a fetched model lies beside it
@@ -52,13 +52,14 @@ ALLOWED = {
     "model": "conversation errors locks pull.catalogue tokenizer runtime chat.templates constrain constrain.guides",
     "conversation": "asynchronous constrain errors tokenizer runtime chat.templates",
     "constrain": "errors locks runtime.sampling",  # what it changes: logits; it knows no model
-    "asynchronous": "",
+    "asynchronous": "cancel",
+    "cancel": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
     "export.command": "errors export model cli_options terminal_text",  # a model by its short name
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
     "chat": "errors locks tokenizer runtime.sampling runtime.atomic constrain terminal_text",
-    "runtime": "errors locks runtime.native.executor terminal_text",
+    "runtime": "cancel errors locks runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",
     "pickle_reader": "errors",
