@@ -102,8 +102,8 @@ def generate(
 
     `max_tokens` None: until the context is full. Text that may be the beginning of a `stop` string is held back until that
     is decided; the string completed first ends the answer and is not part of it. `ignore_eos` goes on past `end_ids`.
-    `cancel` is looked at after every token and between two passes of the prompt; of passes in a row (see `Engine.draw`), 50 ms of
-    them at most, a `Cancel` ends the one that is being made, any other event all. `shift`: see `Session.advance`.
+    `cancel` is looked at after every token and between two passes of the prompt; passes in a row (see `Engine.draw`), 50 ms of
+    them at most, end early where it is a `Cancel`. `shift`: see `Session.advance`.
 
     When the context is full, `make_room()` is called until the prompt it returns is short enough to go on with (whole
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
