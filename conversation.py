@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -184,15 +184,11 @@ class Conversation:
         """The pieces of `generate` for an `async for`, made in a thread. Who leaves the loop, or is cancelled, ends the answer
         within one pass; `cancel` is no option here.
         """
-        from pocketlm.asynchronous import in_thread  # not above: asyncio takes a while to import
-
-        return in_thread(lambda cancel: self.generate(prompt, cancel=cancel, **options))
+        return _in_thread(self.generate, prompt, options)
 
     def achat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> AsyncGenerator[Piece, None]:
         """The pieces of `chat`, in the same way."""
-        from pocketlm.asynchronous import in_thread
-
-        return in_thread(lambda cancel: self.chat(messages, cancel=cancel, **options))
+        return _in_thread(self.chat, messages, options)
 
     def _stream(
         self, ids: list[int], decoder: Any, sampling: dict[str, Any], ignore_eos: bool, **how: Any
@@ -229,6 +225,14 @@ class Conversation:
             is_over=guide.is_over if guide else None, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
+
+
+def _in_thread(make: Callable[..., Iterator[Piece]], what: Any, options: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+    from pocketlm.asynchronous import in_thread  # not above: asyncio takes a while to import
+
+    if "cancel" in options:
+        raise UsageError("cancel: there is no such option here; leave the loop, which ends the answer")
+    return in_thread(lambda cancel: make(what, cancel=cancel, **options))
 
 
 def stop_strings(stop: Any) -> list[Any]:

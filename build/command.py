@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -170,7 +171,8 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
         return
     # beside the executable: a system's folder for temporary files may be in memory
     with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=_folder(arguments.output)) as temporary:
-        out = Path(temporary, "model.gguf")
+        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem if path.is_file() else path.name)  # of parts: what all are called
+        out = Path(temporary, f"{stem}.gguf")  # a model without a name of its own has its file's
         if is_gguf and keep:
             _with_keys(path, own, out)
         else:
@@ -192,8 +194,8 @@ def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
     if container.is_program(model):
         from pocketlm.build.pack import unpack
 
-        unpack(_find(str(model)), out.with_name("unpacked.gguf"))
-        model = out.with_name("unpacked.gguf")
+        program, model = model, out.with_suffix(".unpacked")
+        unpack(_find(str(program)), model)
     with open_model(model) as source, replacing_file(out, size_of(model)) as part, open(part, "xb") as file:
         metadata = {key: value for key, value in source.metadata.items() if not key.startswith("split.")}
         copy_gguf(file, {**metadata, **own}, source.tensors)

@@ -23,7 +23,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     model_arguments(parser, optional=True)
     group = parser.add_argument_group("the server")
-    group.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: this computer alone)")
+    group.add_argument(
+        "--host", default="127.0.0.1", type=lambda host: host.strip("[]"), metavar="ADDRESS",
+        help="where to listen (default: this computer alone)",
+    )  # fmt: skip
     group.add_argument("--port", type=int, default=PORT, metavar="N", help=f"default {PORT}; 0: any that is free")
     group.add_argument("--slots", type=int, default=8, metavar="N", help="answers at the same time (default 8)")
     group.add_argument("--timeout", type=float, default=SECONDS, metavar="S", help="longest wait and answer, in seconds")

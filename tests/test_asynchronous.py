@@ -9,7 +9,7 @@ from serving import tiny_chat, wait_until
 
 import pocketlm
 from pocketlm.asynchronous import Handover, _Post, in_thread
-from pocketlm.errors import PocketlmError
+from pocketlm.errors import PocketlmError, UsageError
 
 QUESTION = [{"role": "user", "content": "hello"}]
 
@@ -88,6 +88,8 @@ def test_errors_come_where_the_stream_is_read(model):
         asyncio.run(ids_of(model.agenerate("x" * 999)))
     with pytest.raises(PocketlmError, match="temperature"):
         asyncio.run(ids_of(model.achat(QUESTION, temperature=-1)))
+    with pytest.raises(UsageError, match="cancel: there is no such option here"):
+        model.achat(QUESTION, cancel=threading.Event())
 
 
 def test_a_slow_reader_lets_the_thread_wait():

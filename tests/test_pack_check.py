@@ -191,3 +191,13 @@ def test_other_keys_leave_the_weights_as_they_are(model, tmp_path):
                 (t.name, t.shape, t.format) for t in before.tensors.values()
             ]
             assert all(np.array_equal(t.data, before.tensors[name].data) for name, t in after.tensors.items())
+
+
+@pytest.mark.parametrize("options", [[], ["--quant", "q8_0"]])
+def test_a_model_without_a_name_is_called_as_its_file(options, tmp_path, capsys):
+    path, stub, friend = tmp_path / "Ada.gguf", fake_stub(tmp_path / "stub"), tmp_path / "friend"
+    write_model(path, n_layer=1, metadata={"general.name": None})
+    assert main(["pack", str(path), "--stub", str(stub), "-o", str(friend), *options]) == 0
+    capsys.readouterr()
+    assert main(["persona", str(friend)]) == 0
+    assert "Ada" in capsys.readouterr().out

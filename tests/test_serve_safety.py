@@ -1,5 +1,6 @@
 """What attacks a server on somebody's computer is refused: other sites, other names, no key, paths, sizes, slowness."""
 
+import argparse
 import asyncio
 import gzip
 import json
@@ -14,7 +15,7 @@ from serving import Reply, everything, hello, serving, tiny_chat, wait_until
 from uvicorn.server import ServerState
 
 from pocketlm.cli import main
-from pocketlm.serve import guard
+from pocketlm.serve import command, guard
 from pocketlm.serve import page as page_module
 from pocketlm.serve import server as http_server
 from pocketlm.serve.guard import Policy
@@ -176,6 +177,12 @@ def test_another_address_wants_a_key_or_an_explicit_word(path, capsys):
     assert main(["serve", str(path), "--cors", "*"]) == 2
     assert main(["serve", str(path), "--slots", "0"]) == 2
     assert main(["serve", str(path), "--host", "no address"]) == 2
+
+
+def test_an_address_may_be_in_brackets_as_in_an_url():
+    parser = argparse.ArgumentParser()
+    command.arguments(parser)
+    assert parser.parse_args(["--host", "[::1]"]).host == "::1"
 
 
 @pytest.mark.parametrize("key", ["sécret", "two words", "line\n", " "])
