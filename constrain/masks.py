@@ -46,13 +46,15 @@ NOWHERE: State = frozenset()
 class Leaving:
     """Nodes of the tree by which a repeated part is left, the state there, and how many repetitions are through before it.
 
-    `behind`: what is reached by all of them, bool (n_nodes,), as soon as that was asked for.
+    `tokens`: for each token whether it leads that way out, and if so the repetitions before it, else 0; int16 (n_vocab,).
+    `is_plain`: no token leaves the part by two of the nodes.
     """
 
     nodes: np.ndarray
     states: np.ndarray
     inner: np.ndarray
-    behind: np.ndarray | None = None
+    tokens: np.ndarray
+    is_plain: bool
 
 
 class Masks:
@@ -224,7 +226,7 @@ class Masks:
 
     def _compute(self, state: State) -> np.ndarray:
         vocabulary, automaton = self.vocabulary, self._automaton
-        alive = np.zeros(vocabulary.n_nodes, bool)
+        allowed = np.zeros(vocabulary.n_vocab, bool)
         counted: dict[int, list[Place]] = {}  # stack -> places in the part on top of it
         others: list[Place] = []
         for place in state:
@@ -235,18 +237,13 @@ class Masks:
                 others.append(place)
         if others:
             root, at = np.zeros(1, np.int64), frozenset(others)
-            if not counted:
-                self._walk(root, np.array([self._number(at)]), alive)
-            else:  # beside a counted part it is the same at every count
-                if (found := self._beside.get(at)) is None:
-                    found = np.zeros_like(alive)
-                    self._walk(root, np.array([self._number(at)]), found)
+            if (found := self._beside.get(at)) is None:
+                found = self._tokens(self._walk(root, np.array([self._number(at)])))
+                if counted:  # beside a counted part it is the same at every count
                     _keep(self._beside, at, found)
-                alive |= found
+            allowed |= found
         for stack, places in counted.items():
-            self._repeated(stack, frozenset(places), alive)
-        alive[0] = False
-        allowed = alive[vocabulary.node_of]
+            self._repeated(stack, frozenset(places), allowed)
         if WHOLE in state:
             allowed[vocabulary.end_ids] = True
         n = np.count_nonzero(allowed)
@@ -254,9 +251,16 @@ class Masks:
             raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
         return allowed.nonzero()[0] if n * 8 <= len(allowed) else ~allowed
 
-    def _walk(self, nodes: np.ndarray, states: np.ndarray, alive: np.ndarray) -> None:
-        """Mark what can be reached in the tree of the vocabulary from these nodes, where the text is in these states."""
-        vocabulary = self.vocabulary
+    def _tokens(self, of_nodes: np.ndarray) -> np.ndarray:
+        """Of each token what is said of its node; nothing of those without bytes."""
+        of_nodes[0] = 0
+        return of_nodes[self.vocabulary.node_of]
+
+    def _walk(self, nodes: np.ndarray, states: np.ndarray) -> np.ndarray:
+        """What can be reached in the tree of the vocabulary below these nodes, where the text is in these states: bool
+        (n_nodes,).
+        """
+        vocabulary, alive = self.vocabulary, np.zeros(self.vocabulary.n_nodes, bool)
         while len(nodes):
             if len(nodes) <= FEW_NODES:
                 nodes, states = self._walk_few(nodes.tolist(), states.tolist(), alive)
@@ -267,6 +271,7 @@ class Masks:
             kept = states != NONE
             nodes, states = children[kept], states[kept]
             alive[nodes] = True
+        return alive
 
     def _walk_few(self, nodes: list[int], states: list[int], alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same node by node, which is faster as long as they are few: along 80 spaces, say. Where it has come to."""
@@ -285,43 +290,53 @@ class Masks:
             nodes, states = children, reached
         return np.array(nodes, np.int64), np.array(states, np.int64)
 
-    def _repeated(self, stack: int, places: State, alive: np.ndarray) -> None:
-        """The same from the root, inside the part on top of the stack, and out of it."""
-        vocabulary = self.vocabulary
+    def _repeated(self, stack: int, places: State, allowed: np.ndarray) -> None:
+        """Mark the tokens that can come inside the part on top of the stack, and out of it."""
         i, times, below = self._frames[stack]
         part = self._automaton.parts[i]
         needed, through = self._counts(i, places)
-        alive |= needed <= (FAR - 1 if part.most is None else min(part.most - times, FAR - 1))
+        least, most = max(part.least - times, 1), FAR - 1 if part.most is None else min(part.most - times, FAR - 1)
+        allowed |= needed <= most
         # where the part may be left at an inner node of the tree, it goes on behind it: mostly whatever the count is
         kept = self._leaving.get(key := (i, places, below))
         if kept is None:
-            row = self._row(self._number(self._reach((part.after, below))))
-            first = (row != NONE).nonzero()[0]
-            if len(first) <= FEW_BYTES:
-                nodes = vocabulary.with_bytes(first.tolist())
-            else:
-                nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
-            inner = through[vocabulary.parent[nodes]]
-            nodes, inner = nodes[inner > 0], inner[inner > 0]
-            kept = Leaving(nodes, row[vocabulary.byte[nodes]], inner)
+            kept = self._leave(self._number(self._reach((part.after, below))), through)
             _keep(self._leaving, key, kept)
-        fits = kept.inner >= part.least - times
-        if part.most is not None:
-            fits &= kept.inner <= part.most - times
-        if not fits.all():
+        fits = (kept.inner >= least) & (kept.inner <= most)
+        if kept.is_plain or fits.all():
+            allowed |= (kept.tokens >= least) & (kept.tokens <= most)
+        else:
+            alive = self._walk(kept.nodes[fits], kept.states[fits])
             alive[kept.nodes[fits]] = True
-            self._walk(kept.nodes[fits], kept.states[fits], alive)
-            return
-        if kept.behind is None:
-            behind = np.zeros_like(alive)
-            behind[kept.nodes] = True
-            self._walk(kept.nodes, kept.states, behind)
-            kept.behind = behind  # now that it is whole: a walk may end with an error
-        alive |= kept.behind
+            allowed |= self._tokens(alive)
+
+    def _leave(self, number: int, through: np.ndarray) -> Leaving:
+        """Out of a part, to a state; `through`: see `_counts`."""
+        vocabulary, row = self.vocabulary, self._row(number)
+        first = (row != NONE).nonzero()[0]
+        if len(first) <= FEW_BYTES:
+            nodes = vocabulary.with_bytes(first.tolist())
+        else:
+            nodes = 1 + (row[vocabulary.byte[1:]] != NONE).nonzero()[0]
+        inner = through[vocabulary.parent[nodes]]
+        nodes, inner = nodes[inner > 0], inner[inner > 0]
+        states = row[vocabulary.byte[nodes]]
+        behind = self._walk(nodes, states)
+        is_plain = not behind[nodes].any()
+        repetitions = np.zeros(vocabulary.n_nodes, np.int16)
+        repetitions[nodes] = inner
+        behind[nodes] = False
+        at = behind.nonzero()[0]  # a parent's number is lower: what it has is known before its children ask
+        while len(at):
+            found = repetitions[vocabulary.parent[at]]
+            repetitions[at] = found
+            at = at[found == 0]
+        return Leaving(nodes, states, inner, self._tokens(repetitions), is_plain)
 
     def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
-        """For each node of the tree, from the root inside a part and never out of it: how many repetitions are needed, FAR
-        where that leads nowhere; and how many are through where one is at the end of one, else 0. int16 (n_nodes,).
+        """From the root of the tree inside a part and never out of it: for each token how many repetitions are needed, FAR
+        where that leads nowhere, int16 (n_vocab,); for each node how many are through where one is at the end of one, else 0,
+        int16 (n_nodes,).
         """
         vocabulary, part = self.vocabulary, self._automaton.parts[i]
         first = self._reach((part.start, BOTTOM))
@@ -342,8 +357,9 @@ class Masks:
             needed[nodes] = counts + ~ends
             through[nodes] = counts * ends
             states = np.where(ends, self._number(first), states)
-        _keep(kept_in, key, (needed, through))
-        return needed, through
+        found = needed[vocabulary.node_of], through  # the root's is FAR
+        _keep(kept_in, key, found)
+        return found
 
 
 def _keep(cache: dict[Any, Any], key: Hashable, value: Any) -> None:
