@@ -12,6 +12,7 @@ remains to be walked are the branches that leave the part. So a string of at mos
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,14 +47,15 @@ NOWHERE: State = frozenset()
 class Leaving:
     """Nodes of the tree by which a repeated part is left, the state there, and how many repetitions are through before it.
 
-    `tokens`: for each token whether it leads that way out, and if so the repetitions before it, else 0; int16 (n_vocab,).
-    `is_plain`: no token leaves the part by two of the nodes.
+    `ids`: the tokens that lead that way out, and `before`: how many repetitions each of them has before it. `is_plain`: no
+    token leaves the part by two of the nodes.
     """
 
     nodes: np.ndarray
     states: np.ndarray
     inner: np.ndarray
-    tokens: np.ndarray
+    ids: np.ndarray
+    before: np.ndarray
     is_plain: bool
 
 
@@ -237,11 +239,11 @@ class Masks:
                 others.append(place)
         if others:
             root, at = np.zeros(1, np.int64), frozenset(others)
-            if (found := self._beside.get(at)) is None:
-                found = self._tokens(self._walk(root, np.array([self._number(at)])))
+            if (reached := self._beside.get(at)) is None:
+                reached = self._walk(root, np.array([self._number(at)]))
                 if counted:  # beside a counted part it is the same at every count
-                    _keep(self._beside, at, found)
-            allowed |= found
+                    _keep(self._beside, at, reached)
+            self._mark(reached, allowed)
         for stack, places in counted.items():
             self._repeated(stack, frozenset(places), allowed)
         if WHOLE in state:
@@ -251,43 +253,52 @@ class Masks:
             raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
         return allowed.nonzero()[0] if n * 8 <= len(allowed) else ~allowed
 
-    def _tokens(self, of_nodes: np.ndarray) -> np.ndarray:
-        """Of each token what is said of its node; nothing of those without bytes."""
-        of_nodes[0] = 0
-        return of_nodes[self.vocabulary.node_of]
+    def _mark(self, nodes: np.ndarray, allowed: np.ndarray) -> None:
+        """The tokens that end at these nodes are allowed."""
+        vocabulary = self.vocabulary
+        if len(nodes) < vocabulary.n_nodes // 8:
+            allowed[vocabulary.at(nodes)] = True
+        else:
+            alive = np.zeros(vocabulary.n_nodes, bool)
+            alive[nodes] = True
+            allowed |= alive[vocabulary.node_of]
 
     def _walk(self, nodes: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """What can be reached in the tree of the vocabulary below these nodes, where the text is in these states: bool
-        (n_nodes,).
-        """
-        vocabulary, alive = self.vocabulary, np.zeros(self.vocabulary.n_nodes, bool)
+        """What can be reached in the tree of the vocabulary below these nodes, where the text is in these states."""
+        vocabulary, found = self.vocabulary, [nodes[:0]]
         while len(nodes):
             if len(nodes) <= FEW_NODES:
-                nodes, states = self._walk_few(nodes.tolist(), states.tolist(), alive)
+                nodes, states = self._walk_few(nodes.tolist(), states.tolist(), found)
                 continue
             self._need_rows(states)
             children, counts = vocabulary.below(nodes)
             states = self._table[np.repeat(states, counts), vocabulary.byte[children]]
             kept = states != NONE
             nodes, states = children[kept], states[kept]
-            alive[nodes] = True
-        return alive
+            found.append(nodes)
+        return np.concatenate(found)
 
-    def _walk_few(self, nodes: list[int], states: list[int], alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _walk_few(self, nodes: list[int], states: list[int], found: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The same node by node, which is faster as long as they are few: along 80 spaces, say. Where it has come to."""
         byte, first, last = self.vocabulary.plain
+        edges, through = self._automaton.edges, list[int]()
         while 0 < len(nodes) <= FEW_NODES:
             children, reached = list[int](), list[int]()
             for node, state in zip(nodes, states, strict=True):
-                below = range(first[node], last[node])
+                start, stop = first[node], last[node]
+                spans = {(low, high) for place, _ in self._states[state] for low, high, _ in edges[place]}
+                below = {  # children are in the order of their bytes
+                    child
+                    for low, high in spans
+                    for child in range(bisect_left(byte, low, start, stop), bisect_right(byte, high, start, stop))
+                }
                 row = self._row(state) if self._has_row[state] or len(below) > FEW_CHILDREN else None
                 for child in below:
-                    to = self._after(state, byte[child]) if row is None else int(row[byte[child]])
-                    if to != NONE:
-                        children.append(child)
-                        reached.append(to)
-            alive[children] = True
+                    children.append(child)
+                    reached.append(self._after(state, byte[child]) if row is None else int(row[byte[child]]))
+            through += children
             nodes, states = children, reached
+        found.append(np.array(through, np.int64))
         return np.array(nodes, np.int64), np.array(states, np.int64)
 
     def _repeated(self, stack: int, places: State, allowed: np.ndarray) -> None:
@@ -304,11 +315,10 @@ class Masks:
             _keep(self._leaving, key, kept)
         fits = (kept.inner >= least) & (kept.inner <= most)
         if kept.is_plain or fits.all():
-            allowed |= (kept.tokens >= least) & (kept.tokens <= most)
+            allowed[kept.ids[(kept.before >= least) & (kept.before <= most)]] = True
         else:
-            alive = self._walk(kept.nodes[fits], kept.states[fits])
-            alive[kept.nodes[fits]] = True
-            allowed |= self._tokens(alive)
+            nodes = kept.nodes[fits]
+            self._mark(np.concatenate([nodes, self._walk(nodes, kept.states[fits])]), allowed)
 
     def _leave(self, number: int, through: np.ndarray) -> Leaving:
         """Out of a part, to a state; `through`: see `_counts`."""
@@ -322,16 +332,17 @@ class Masks:
         nodes, inner = nodes[inner > 0], inner[inner > 0]
         states = row[vocabulary.byte[nodes]]
         behind = self._walk(nodes, states)
-        is_plain = not behind[nodes].any()
         repetitions = np.zeros(vocabulary.n_nodes, np.int16)
+        repetitions[behind] = -1
+        is_plain = not repetitions[nodes].any()
         repetitions[nodes] = inner
-        behind[nodes] = False
-        at = behind.nonzero()[0]  # a parent's number is lower: what it has is known before its children ask
-        while len(at):
-            found = repetitions[vocabulary.parent[at]]
-            repetitions[at] = found
-            at = at[found == 0]
-        return Leaving(nodes, states, inner, self._tokens(repetitions), is_plain)
+        at = behind[repetitions[behind] < 0]
+        while len(at):  # as many as before its parent, from the root on
+            repetitions[at] = found = repetitions[vocabulary.parent[at]]
+            at = at[found < 0]
+        found = repetitions[vocabulary.node_of]
+        ids = found.nonzero()[0]
+        return Leaving(nodes, states, inner, ids, found[ids], is_plain)
 
     def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
         """From the root of the tree inside a part and never out of it: for each token how many repetitions are needed, FAR

@@ -53,9 +53,12 @@ class Vocabulary:
     def below(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All children of the nodes, and how many each node has."""
         counts = self.n_children[nodes]
-        ends = np.cumsum(counts)
-        offsets = self.first_child[nodes] - ends + counts
-        return np.repeat(offsets, counts) + np.arange(int(ends[-1]) if len(ends) else 0), counts
+        return _ranges(self.first_child[nodes], counts), counts
+
+    def at(self, nodes: np.ndarray) -> np.ndarray:
+        """The ids of all tokens that end at the nodes."""
+        order, first, n = self._by_node
+        return order[_ranges(first[nodes], n[nodes])]
 
     def with_bytes(self, values: Sequence[int]) -> np.ndarray:
         """All nodes that one of these bytes leads to."""
@@ -69,6 +72,19 @@ class Vocabulary:
         return self.byte.tobytes(), array("q", self.first_child.tobytes()), array("q", ends.tobytes())
 
     @cached_property
+    def _by_node(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids in the order of their nodes, and for each node where its own begin, and how many they are."""
+        n = np.bincount(self.node_of, minlength=self.n_nodes)
+        order, n[0] = np.argsort(self.node_of, kind="stable")[n[0] :], 0  # the root's have no bytes
+        return order, np.cumsum(n) - n, n
+
+    @cached_property
     def _by_byte(self) -> tuple[np.ndarray, np.ndarray]:
         order = 1 + np.argsort(self.byte[1:], kind="stable")
         return order, np.searchsorted(self.byte[order], np.arange(257))
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """So many numbers from each first one on, all in a row."""
+    ends = np.cumsum(counts)
+    return np.repeat(first - ends + counts, counts) + np.arange(int(ends[-1]) if len(ends) else 0)
