@@ -8,9 +8,9 @@ bytes are another, their high bytes a third. Sums go through memory, because not
 slots first, some hundred columns of them, and then multiplied: a tile that is loaded from lines just written waits for them.
 
 The core's clock is a fifth lower while it multiplies tiles (an Intel Xeon: 2.1 GHz; 2.5 with other products of 64 bytes, 2.9
-without): tiles for 8 tokens made eight texts 0.86 to 0.98 times as fast. Tried for no more: integers as bfloat16, whose sums are
-as exact (one tile of sums for 32 columns, but twice the activations), in slots or run by run; weights that are unpacked once for
-64 tokens; totals in memory, so that activations stay in their tiles.
+without): tiles for 8 tokens made eight texts 0.86 to 0.98 times as fast. Tried for no more: integers as bfloat16, whose sums
+are as exact (one tile of sums for 32 columns, but twice the activations), in slots or run by run; weights that are unpacked
+once for 64 tokens; totals in memory, so that activations stay in their tiles.
 """
 
 from __future__ import annotations
