@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -171,8 +172,7 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
         return
     # beside the executable: a system's folder for temporary files may be in memory
     with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=_folder(arguments.output)) as temporary:
-        stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem if path.is_file() else path.name)  # of parts: what all are called
-        out = Path(temporary, f"{stem}.gguf")  # a model without a name of its own has its file's
+        out = Path(temporary, f"{_stem(path)}.gguf")  # a model without a name of its own has its file's
         if is_gguf and keep:
             _with_keys(path, own, out)
         else:
@@ -185,6 +185,13 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
             counts = read_importance(arguments, model)
             export(model, path, out, container=kind, quant=arguments.quant, pure=arguments.pure, importance=counts)
         yield out
+
+
+def _stem(path: Path) -> str:
+    """What a model's file is called, or all its parts, as a name that every system and every file can have."""
+    stem = path.stem if path.is_file() and not container.is_program(path) else path.name
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
+    return os.fsencode(stem)[:200].decode("utf-8", "ignore") or "model"
 
 
 def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:

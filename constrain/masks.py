@@ -13,7 +13,7 @@ remains to be walked are the branches that leave the part. So a string of at mos
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -276,6 +276,10 @@ class Masks:
             kept = states != NONE
             nodes, states = children[kept], states[kept]
             found.append(nodes)
+            if sum(map(len, found)) > 2 * vocabulary.n_nodes:  # many were reached several times
+                seen = np.zeros(vocabulary.n_nodes, bool)
+                seen[np.concatenate(found)] = True
+                found = [seen.nonzero()[0]]
         return np.concatenate(found)
 
     def _walk_few(self, nodes: list[int], states: list[int], found: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -285,17 +289,22 @@ class Masks:
         while 0 < len(nodes) <= FEW_NODES:
             children, reached = list[int](), list[int]()
             for node, state in zip(nodes, states, strict=True):
-                start, stop = first[node], last[node]
-                spans = {(low, high) for place, _ in self._states[state] for low, high, _ in edges[place]}
-                below = {  # children are in the order of their bytes
-                    child
-                    for low, high in spans
-                    for child in range(bisect_left(byte, low, start, stop), bisect_right(byte, high, start, stop))
-                }
-                row = self._row(state) if self._has_row[state] or len(below) > FEW_CHILDREN else None
+                below: Iterable[int] = range(start := first[node], stop := last[node])
+                row = self._table[state] if self._has_row[state] else None
+                if row is None:
+                    spans = {(low, high) for place, _ in self._states[state] for low, high, _ in edges[place]}
+                    below = {  # children are in the order of their bytes
+                        child
+                        for low, high in spans
+                        for child in range(bisect_left(byte, low, start, stop), bisect_right(byte, high, start, stop))
+                    }
+                    if len(below) > FEW_CHILDREN:
+                        row = self._row(state)
                 for child in below:
-                    children.append(child)
-                    reached.append(self._after(state, byte[child]) if row is None else int(row[byte[child]]))
+                    to = self._after(state, byte[child]) if row is None else int(row[byte[child]])
+                    if to != NONE:
+                        children.append(child)
+                        reached.append(to)
             through += children
             nodes, states = children, reached
         found.append(np.array(through, np.int64))
@@ -304,8 +313,12 @@ class Masks:
     def _repeated(self, stack: int, places: State, allowed: np.ndarray) -> None:
         """Mark the tokens that can come inside the part on top of the stack, and out of it."""
         i, times, below = self._frames[stack]
-        part = self._automaton.parts[i]
-        needed, through = self._counts(i, places)
+        part, counts = self._automaton.parts[i], self._counts(i, places)
+        if counts is None:
+            for place in places:
+                self._repeated(stack, frozenset((place,)), allowed)
+            return
+        needed, through = counts
         least, most = max(part.least - times, 1), FAR - 1 if part.most is None else min(part.most - times, FAR - 1)
         allowed |= needed <= most
         # where the part may be left at an inner node of the tree, it goes on behind it: mostly whatever the count is
@@ -336,18 +349,19 @@ class Masks:
         repetitions[behind] = -1
         is_plain = not repetitions[nodes].any()
         repetitions[nodes] = inner
-        at = behind[repetitions[behind] < 0]
-        while len(at):  # as many as before its parent, from the root on
-            repetitions[at] = found = repetitions[vocabulary.parent[at]]
+        at, above = behind[repetitions[behind] < 0], vocabulary.parent.copy()
+        while len(at):  # as many as before its parent: who does not know it yet looks twice as far up
+            repetitions[at] = found = repetitions[above[at]]
             at = at[found < 0]
+            above[at] = above[above[at]]
         found = repetitions[vocabulary.node_of]
         ids = found.nonzero()[0]
         return Leaving(nodes, states, inner, ids, found[ids], is_plain)
 
-    def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray]:
+    def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray] | None:
         """From the root of the tree inside a part and never out of it: for each token how many repetitions are needed, FAR
         where that leads nowhere, int16 (n_vocab,); for each node how many are through where one is at the end of one, else 0,
-        int16 (n_nodes,).
+        int16 (n_nodes,). None where not all of several places come to the end of one at the same time.
         """
         vocabulary, part = self.vocabulary, self._automaton.parts[i]
         first = self._reach((part.start, BOTTOM))
@@ -364,6 +378,8 @@ class Masks:
             kept = states != NONE
             nodes, states, counts = children[kept], states[kept], counts[kept]
             ends = self._is_whole[states]
+            if len(places) > 1 and any(len(self._states[number]) > 1 for number in set(states[ends].tolist())):
+                return None
             counts = counts + ends
             needed[nodes] = counts + ~ends
             through[nodes] = counts * ends

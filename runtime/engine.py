@@ -69,6 +69,7 @@ class Engine:
         self._arrived = closed_lock()
         self._seconds, self._passes = 0.0, 1  # of the last pass, or of each of several in a row, and how many these were
         self._wanted = ctypes.c_int64()  # 1: somebody has come; passes in a row end
+        self._single = False  # whether the next is no row
         self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
 
     def run(self, cache: Any, ids: Ids, rows: int, use: Use) -> tuple[int, Any]:
@@ -93,7 +94,8 @@ class Engine:
         return self._wait_for(_Request(cache, [id], 1, np.copy, sampler, most)).result
 
     def end_row(self) -> None:
-        """Of passes in a row the one that is being made is the last."""
+        """Of passes in a row the one that is being made is the last, or where none is, the next."""
+        self._single = True  # first: a leader who does not see it any more has begun to look at the other
         self._wanted.value = 1
 
     def _wait_for(self, request: _Request) -> _Request:
@@ -101,7 +103,7 @@ class Engine:
         cache = request.cache
         self.forget(cache)
         self._queue.append(request)
-        self.end_row()
+        self._wanted.value = 1
         if missing := self._missing:  # a leader waits, perhaps for this one
             missing.discard(id(cache))
             if not missing:
@@ -201,7 +203,8 @@ class Engine:
 
     def _in_a_row(self, work: Sequence[tuple[_Request, int]]) -> int:
         """How many passes may be made of this one, in which each text has a token that is drawn: several where nobody waits."""
-        if len(self._queue) > len(work) or not self._seconds:
+        single, self._single = self._single, False
+        if single or len(self._queue) > len(work) or not self._seconds:
             return 1
         seconds = self._seconds * self.times.ratio(sum(self._last.values()), len(work))
         return max(1, min(int(BURST_SECONDS / seconds), *(request.most for request, _ in work)))

@@ -56,8 +56,11 @@ ON_WINDOWS = {
 }  # fmt: skip
 
 
+UNKNOWN_SKIPS = 6  # an exit status that is none of pytest's
+
+
 class KnownSkips:
-    """Collects the skips of a run; those that the table does not know are listed at its end and turn its exit status to 1."""
+    """Collects the skips of a run; those that the table does not know are listed at its end and turn its exit status to 6."""
 
     def __init__(self) -> None:
         self.known = {**KNOWN, **(ON_WINDOWS if sys.platform == "win32" else {})}
@@ -80,8 +83,8 @@ class KnownSkips:
                 self.numbers[f"{reason} ({why})"] = self.numbers.get(f"{reason} ({why})", 0) + 1
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.unknown and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self.unknown and session.exitstatus in (0, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = UNKNOWN_SKIPS
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if sys.platform == "win32" and self.numbers:

@@ -205,6 +205,22 @@ def test_a_cancellation_ends_the_row_where_it_is_heard(native, rows, monkeypatch
     assert ids_of(start(new_session(native), max_tokens=20, cancel=event())) == alone(native, 20)
 
 
+@pytest.mark.usefixtures("undisturbed")
+def test_nor_is_a_cancellation_lost_before_the_row_begins(native, rows, monkeypatch):
+    session, cancel, calls = new_session(native), Cancel(), []
+    gather = session.engine._gather
+
+    def cancelled(own):
+        gather(own)
+        calls.append(own)
+        if len(calls) == 3:
+            cancel.set()
+
+    monkeypatch.setattr(session.engine, "_gather", cancelled)
+    *_, last = start(session, cancel=cancel)
+    assert (last.finish_reason, len(calls), rows[-1]) == ("cancelled", 3, (1, 1))
+
+
 @pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_interrupted_in_the_middle(native, monkeypatch, at, behind):

@@ -4,6 +4,7 @@ import random
 import re
 import sys
 from decimal import Decimal
+from itertools import product
 
 import pytest
 from constraining import END_ID, TOKENS, check_exactly, masks_of, reads, walk, write
@@ -11,7 +12,7 @@ from constraining import END_ID, TOKENS, check_exactly, masks_of, reads, walk, w
 from pocketlm.constrain import patterns
 from pocketlm.constrain.automaton import build
 from pocketlm.constrain.grammar import Choice, Grammar
-from pocketlm.constrain.masks import Masks
+from pocketlm.constrain.masks import WHOLE, Masks
 from pocketlm.constrain.numbers import DIGITS, Bounds, fixed, integers, numbers
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
@@ -112,6 +113,27 @@ def test_a_mask_has_every_token_that_fits_and_no_other(pattern):
     masks, rng = masks_for(patterns.whole(pattern)), random.Random(1)
     for _ in range(6):
         check_exactly(masks, rng)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a*(ab|ba)*c",  # the same part, entered at two places
+        "a*(ab|ba){0,5}c",
+        "[ab]{2,9}a[abc]{1,3}",
+        "(a{2,5}[ab]{3,20}){2}c",
+        "(ab?){1,3}(c[ab]{2}){2,}",
+    ],
+)
+def test_a_mask_has_every_short_text_that_fits(pattern):
+    tokens = ["".join(letters).encode() for n in range(1, 6) for letters in product("abc", repeat=n)]
+    masks = Masks(build(Grammar(patterns.whole(pattern), {}, "regex")), Vocabulary(tokens, [], len(tokens)), "regex")
+    for text in (b"", b"a", b"b", b"ab", b"aa", b"aab", b"aba", b"abab", b"aabab", b"abcaa", b"abcab"):
+        state = masks.advance(masks.start, text)
+        if state and state != {WHOLE}:
+            mask = masks.mask(state)
+            found = set(mask.tolist() if mask.dtype != bool else (~mask).nonzero()[0].tolist())
+            assert found == {id for id, data in enumerate(tokens) if masks.advance(state, data)}, text
 
 
 @pytest.mark.parametrize(

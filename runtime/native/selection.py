@@ -116,6 +116,7 @@ class DrawingSampler:
         self._n_text = ctypes.c_int64.from_buffer(fields, offset(SAMPLER, "n_text"))  # NumPy takes several times as long
         self._begins_with, self._room = 0, -1
         self._ends: Set[int] | None = None
+        self._mask: np.ndarray | None = None
         # arrays of Python's: NumPy is no longer in the processor's caches after a pass, and takes several times as long then
         self._uniforms, self._logits, self._sums = (array("d", bytes(8 * sizes.MAX_PASSES)) for _ in range(3))
         self._drawn = array("q", bytes(8 * sizes.MAX_PASSES))
@@ -152,8 +153,8 @@ class DrawingSampler:
 
     def _restrict(self) -> None:
         """To the tokens that may come next."""
-        if self._allowed:
-            self._mask = mask = self._allowed()  # as long as compiled code reads it
+        if self._allowed and (mask := self._allowed()) is not self._mask:
+            self._mask = mask  # as long as compiled code reads it
             n_allowed = sizes.FORBIDDEN if mask.dtype == np.bool_ else len(mask)
             self._record["allowed"], self._record["n_allowed"] = mask.ctypes.data, n_allowed
 
