@@ -64,6 +64,25 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     assert not state.exists()
 
 
+def test_a_list_that_comes_late_shows_nothing_that_is_gone(visit, alone):
+    begun = transcript.Conversation(system="", model=alone.name, model_id=alone.fingerprint, interactive=True)
+    begun.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    transcript.Record().save(begun)
+    page, late = visit(), []
+    page.wait_for_selector("nav li")
+    page.route("**/page/chats", lambda route: late.append((route, route.fetch())) if not late else route.continue_())
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # asks for the list
+    while not late:
+        page.wait_for_timeout(10)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("nav .delete")
+    page.wait_for_selector("nav li", state="detached")
+    (route, response), *_ = late
+    route.fulfill(response=response)
+    page.wait_for_timeout(300)
+    assert page.locator("nav li").count() == 0
+
+
 def test_stop(server, visit):
     page = visit()
     go_on = halt(server)
