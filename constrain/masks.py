@@ -6,8 +6,8 @@ Knows no model and no grammar.
 A state is a set of (node, stack of the parts that were entered). For a mask, the tree of the vocabulary is walked by all its
 branches at once, one level after the other; what follows each byte is a row of 256, made when a state is first met, and
 forgotten when there are many. A mask is kept with its state. Inside a repeated part whose repetitions can be counted (the
-characters of a string, above all) the tree is walked once: it says for every token how many repetitions it needs, and what
-remains to be walked are the branches that leave the part. So a string of at most 4,000 characters costs no 4,000 walks.
+characters of a string, above all) the tree is walked once: it says for every token how many repetitions it needs, or has before
+it leaves the part. So a string of at most 4,000 characters costs no 4,000 walks.
 """
 
 from __future__ import annotations
