@@ -263,7 +263,8 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def prompt_room(n_ctx: int, max_tokens: int | None) -> int:
     """How many tokens of a conversation a context holds beside the answer, which may have `max_tokens`."""
-    return n_ctx - min(max_tokens or ANSWER_ROOM, ANSWER_ROOM, n_ctx // 4)
+    wanted = max_tokens if isinstance(max_tokens, int) and max_tokens else ANSWER_ROOM  # what is no number is refused later
+    return n_ctx - min(wanted, ANSWER_ROOM, n_ctx // 4)
 
 
 class Likeliest:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pocketlm.batch.lines import Line, Written
 from pocketlm.errors import FileError, refused
-from pocketlm.runtime.atomic import lock_file, replacing_file
+from pocketlm.runtime.atomic import lock_file, rename_to_free, replacing_file
 from pocketlm.serve.guard import MAX_BODY
 
 BLOCK = 1 << 20
@@ -30,18 +30,21 @@ _ERROR = b', "error": {'  # cannot stand inside a JSON text, which writes \" for
 
 
 class Prompts:
-    """A file of prompts; `n_lines`: blank ones included. Raises FileError where it cannot be read."""
+    """A file of prompts: `n_lines`, of which `n_blank` hold none. Raises FileError where it cannot be read."""
 
     def __init__(self, path: Path):
         if path.is_fifo():
             raise FileError(path, "is a pipe, and prompts are read more than once", "write them to a file, and name that")
-        self._path, self._digest, self.n_lines, last = path, hashlib.blake2b(digest_size=16), 0, b"\n"
+        self._path, self._digest, self.n_lines, self.n_blank = path, hashlib.blake2b(digest_size=16), 0, 0
+        is_first, is_blank = True, False  # of the pieces of a line; so far
         with refused(path, "check the path"), path.open("rb") as file:
-            while block := file.read(BLOCK):
-                self._digest.update(block)
-                self.n_lines += block.count(b"\n")
-                last = block[-1:]
-        self.n_lines += last != b"\n"
+            while data := file.readline(BLOCK):
+                self._digest.update(data)
+                self.n_lines += is_first
+                self.n_blank -= is_blank and not is_first
+                is_blank = (is_first or is_blank) and data.isspace()
+                self.n_blank += is_blank
+                is_first = data.endswith(b"\n")
 
     def key(self, *made_of: Any) -> str:
         """12 hexadecimal digits: others for another content of the file, and for others of `made_of`."""
@@ -51,13 +54,25 @@ class Prompts:
         """All lines that are not blank."""
         with refused(self._path, "check the path"), self._path.open("rb") as file:
             for number in range(1, self.n_lines + 1):
-                data = file.readline(MAX_BODY)
-                if data and not data.endswith(b"\n") and (rest := file.readline(BLOCK)):
-                    while rest and not rest.endswith(b"\n"):
-                        rest = file.readline(BLOCK)
+                data = file.readline(MAX_BODY + 1)
+                if len(data.removesuffix(b"\n")) > MAX_BODY:
+                    while data and not data.endswith(b"\n"):
+                        data = file.readline(BLOCK)
                     yield Line(number, None)
                 elif data := data.removeprefix(BOM if number == 1 else b"").strip():
                     yield Line(number, data)
+
+
+def _is_there(target: Path) -> FileError:
+    return FileError(target, "is there already", "take it away, or choose another name for the answers")
+
+
+def _place(whole: Path, target: Path) -> None:
+    """A file that came to be there meanwhile, another run's answers perhaps, stays, and these stay in the part."""
+    try:
+        rename_to_free(whole, target)
+    except FileExistsError:
+        raise _is_there(target) from None
 
 
 class Answers:
@@ -69,7 +84,7 @@ class Answers:
 
     def __init__(self, target: Path, key: str, n_lines: int):
         if target.exists():
-            raise FileError(target, "is there already", "take it away, or choose another name for the answers")
+            raise _is_there(target)
         self._target, self._part = target, target.with_name(f"{target.name}.{key}.part")
         self._starts = array("q", [-1]) * (n_lines + 1)  # where in the part the answer to a line starts
         self.n_done = self.n_errors = 0
@@ -108,7 +123,7 @@ class Answers:
 
     def finish(self) -> None:
         """All answers in the order of the lines, in the target; the part goes."""
-        with replacing_file(self._target, self._size) as path, path.open("wb") as out, self._part.open("rb") as kept:
+        with replacing_file(self._target, self._size, _place) as path, path.open("wb") as out, self._part.open("rb") as kept:
             for start in self._starts:
                 if start >= 0:
                     kept.seek(start)

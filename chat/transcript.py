@@ -13,14 +13,14 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.runtime.atomic import lock_file
+from pocketlm.runtime.atomic import lock_file, rename_to_free
 
 FORMAT = "pocketlm conversation 1"
 MAX_BYTES = 64 << 20  # no conversation comes near; a file that large is something else
@@ -254,29 +254,15 @@ def _write(path: Path, data: bytes, replace: bool) -> None:
             file.flush()
             os.fsync(handle)  # without this, a power cut after the rename could leave an empty file
         if replace:
-            _patiently(os.replace, temporary, path)
+            _patiently(os.replace, Path(temporary), path)
         else:
-            _rename_to_free(temporary, path)
+            _patiently(rename_to_free, Path(temporary), path)
     finally:
         with suppress(OSError):
             os.unlink(temporary)
 
 
-def _rename_to_free(temporary: str, path: Path) -> None:
-    """Rename, but never over a file."""
-    if os.name == "nt":
-        _patiently(os.rename, temporary, path)  # which refuses there to replace a file
-        return
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-        os.replace(temporary, path)
-
-
-def _patiently(rename: Any, source: str, target: Path) -> None:
+def _patiently(rename: Callable[[Path, Path], None], source: Path, target: Path) -> None:
     """On Windows a file that somebody reads at this moment cannot be replaced; it can a little later."""
     for attempt in range(50 if os.name == "nt" else 1):
         try:

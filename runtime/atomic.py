@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,11 +23,11 @@ STALE_SECONDS = 3600  # a part that nobody has written to for so long was left b
 
 
 @contextmanager
-def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
+def replacing_file(target: Path, n_bytes: int = 0, rename: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
     """The path to write to; becomes `target` when the block ends well, and disappears when it does not.
 
     `n_bytes`: about how much will be written; refused at once where the disk has less. Raises FileError for anything
-    that the operating system refuses.
+    that the operating system refuses, and what `rename` raises.
     """
     target = _real(target)
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
@@ -37,8 +37,22 @@ def replacing_file(target: Path, n_bytes: int = 0) -> Iterator[Path]:
     with _cleared_on_failure(target, part):
         yield part
         _sync(part)
-        os.replace(part, target)
+        rename(part, target)
         _sync(target.parent)
+
+
+def rename_to_free(source: Path, target: Path) -> None:
+    """Rename, but never over a file: FileExistsError."""
+    if os.name == "nt":
+        return os.rename(source, target)  # which refuses there to replace a file
+    try:
+        os.link(source, target)
+        os.unlink(source)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(source, target)
 
 
 def write_file(target: Path, content: str | bytes) -> None:
@@ -115,7 +129,7 @@ def check_room(target: Path, n_bytes: int) -> None:
         raise FileError(target, "its folder does not exist", "make the folder first")
     free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
-        raise FileError(target, f"needs {n_bytes / 1e6:.0f} MB where {free / 1e6:.0f} MB are free", "make room")
+        raise FileError(target, f"needs {n_bytes / 1e6:.1f} MB where {free / 1e6:.1f} MB are free", "make room")
 
 
 @contextmanager

@@ -198,7 +198,13 @@ def _logit_bias(name: str, value: Any, with_texts: bool = False) -> dict[Any, fl
     return bias
 
 
+def _given(value: Any) -> Any:
+    """An object without what is null in it."""
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
 def _stream_options(ask: Ask, name: str, value: Any) -> None:
+    value = _given(value)
     if not isinstance(value, dict) or not {*value} <= {"include_usage", "include_obfuscation"}:
         raise _bad(name, "may hold include_usage and nothing else")
     if value.get("include_obfuscation"):
@@ -211,12 +217,13 @@ _FORMATS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema
 
 def _response_format(ask: Ask, name: str, value: Any) -> None:
     """OpenAI's three; an object may have a `schema`, as llama.cpp has it."""
+    value = _given(value)
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in _FORMATS:
         raise _bad(f"{name}.type", f"must be one of {', '.join(_FORMATS)}")
     known = {"type", *_FORMATS[kind]}
     if kind == "json_schema":
-        name, value, known = f"{name}.{kind}", value.get(kind), {"name", "description", "strict", "schema"}
+        name, value, known = f"{name}.{kind}", _given(value.get(kind)), {"name", "description", "strict", "schema"}
         if not isinstance(value, dict) or value.get("schema") is None:
             raise _bad(f"{name}.schema", "is missing")
     if unknown := [other for other in value if other not in known]:
@@ -231,6 +238,9 @@ def _messages(ask: Ask, name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise _bad(name, "must be a list of at least one message")
     ask.messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
+    names = {(message["role"], given) for message in value if (given := message.get("name"))}
+    if len(names) > len({role for role, _ in names}):  # templates tell a model the roles
+        raise _bad(name, "has two names for one role, and models are told roles only")
 
 
 def _message(name: str, message: Any) -> dict[str, str]:
@@ -241,7 +251,9 @@ def _message(name: str, message: Any) -> dict[str, str]:
         raise _bad(f"{name}.role", f"must be one of {', '.join(ROLES)}")
     thought = message.get("reasoning_content") if role == "assistant" else None
     for other, given in message.items():
-        if other not in ("role", "content") and given not in (None, []) and not (given is thought and isinstance(given, str)):
+        if isinstance(given, str) and (other == "name" or given is thought):
+            continue
+        if other not in ("role", "content") and given not in (None, []):
             raise _bad(f"{name}.{other[:100]}", "is not supported")
     content = message.get("content")
     if isinstance(content, list):
@@ -256,6 +268,7 @@ def _message(name: str, message: Any) -> dict[str, str]:
 
 def _template_arguments(ask: Ask, name: str, value: Any) -> None:
     """Of llama.cpp's arguments for templates the one that there is a use for."""
+    value = _given(value)
     if not isinstance(value, dict) or not {*value} <= {"enable_thinking"}:
         raise _bad(name, "may hold enable_thinking and nothing else")
     if "enable_thinking" in value:

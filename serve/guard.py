@@ -25,6 +25,7 @@ PUBLIC = {"/", "/health", "/v1/health", "/models", "/v1/models", "/page/enter"} 
 TOKEN = "x-pocketlm-token"
 _LOCAL_NAMES = re.compile(r"[a-z0-9.-]+\.(local|internal|lan|home\.arpa)")
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
+_HEADERS = re.compile(r"[\w, -]*", re.ASCII)
 _SAFE = {
     b"x-content-type-options": b"nosniff", b"referrer-policy": b"no-referrer", b"cross-origin-resource-policy": b"same-origin",
     b"x-frame-options": b"DENY", b"cache-control": b"no-store",
@@ -100,12 +101,15 @@ class Policy:
         return {b"access-control-allow-origin": origin.encode("latin-1"), b"vary": b"Origin",
                 b"cross-origin-resource-policy": b"cross-origin"}  # fmt: skip
 
-
-PREFLIGHT = {
-    "access-control-allow-methods": "GET, POST",
-    "access-control-allow-headers": "authorization, content-type, x-api-key, user-agent, x-requested-with",
-    "access-control-max-age": "600",
-}
+    def preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """What a browser is told that asks whether it may ask: clients send headers of their own, as OpenAI's does, and here
+        none means more than it does without a browser.
+        """
+        if headers.get("origin", "") not in self.origins:
+            return {}
+        names = headers.get("access-control-request-headers", "")
+        return {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600",
+                "access-control-allow-headers": names if _HEADERS.fullmatch(names) else ""}  # fmt: skip
 
 
 def is_loopback(host: str) -> bool:
@@ -145,7 +149,7 @@ class Guard:
         try:
             self._policy.check(scope["method"], scope["path"], headers)
             if scope["method"] == "OPTIONS":
-                app = Response(status_code=204, headers=PREFLIGHT if headers.get("origin") in self._policy.origins else {})
+                app = Response(status_code=204, headers=self._policy.preflight(headers))
         except ApiError as refused:
             app = refused.response()
         await app(scope, receive, send_safely)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from codecs import getincrementaldecoder
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,8 @@ class Shape:
         self._ask, self._is_chat, self._token_bytes = ask, ask.is_chat, token_bytes
         self._head = {"id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(16)}", "created": int(time.time()),
                       "model": model, "system_fingerprint": FINGERPRINT}  # fmt: skip
-        self._offsets: dict[int, int] = {}  # characters of each completion so far, for its logprobs
+        # for logprobs, of each completion: its characters so far, and the beginning of one that is not whole yet
+        self._offsets: defaultdict[int, tuple[int, Any]] = defaultdict(lambda: (0, getincrementaldecoder("utf-8")("replace")))
 
     def opening(self, number: int) -> dict[str, Any] | None:
         """What a stream says before the first text of an answer; None: nothing."""
@@ -94,14 +97,14 @@ class Shape:
         if self._is_chat:
             return {"content": self._probabilities(pieces), "refusal": None}
         tokens = [piece for piece in pieces if piece.id >= 0]
-        texts = [self._text(piece.id) for piece in tokens]
-        offsets, at = [], self._offsets.get(number, 0)
-        for text in texts:
+        offsets, (at, decoder) = [], self._offsets[number]
+        for piece in tokens:
             offsets.append(at)
-            at += len(text)
-        self._offsets[number] = at
-        tops = [{self._text(id): _finite(logprob) for id, logprob in piece.top_logprobs} for piece in tokens]
-        return {"tokens": texts, "token_logprobs": [_finite(piece.logprob) for piece in tokens], "top_logprobs": tops,
+            at += len(decoder.decode(self._token_bytes(piece.id)))
+        self._offsets[number] = at, decoder
+        tops = [{self._key(id): _finite(logprob) for id, logprob in piece.top_logprobs} for piece in tokens]
+        return {"tokens": [self._key(piece.id) for piece in tokens],
+                "token_logprobs": [_finite(piece.logprob) for piece in tokens], "top_logprobs": tops,
                 "text_offset": offsets}  # fmt: skip
 
     def _probabilities(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
@@ -110,6 +113,14 @@ class Shape:
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
         return {"id": id, "token": self._text(id), "bytes": [*self._token_bytes(id)], "logprob": _finite(logprob)}
+
+    def _key(self, id: int) -> str:
+        """The text; of a part of a character its bytes, as OpenAI writes them: two such parts are two keys."""
+        data = self._token_bytes(id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _text(self, id: int) -> str:
         return self._token_bytes(id).decode("utf-8", "replace")

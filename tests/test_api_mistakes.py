@@ -49,6 +49,13 @@ def test_models_and_sessions_are_neither_pickled_nor_copied(model, use):
     assert say(session) == expected
 
 
+@pytest.mark.parametrize("n", ["x", [1], b"x", -1, 1.5])
+def test_a_number_of_tokens_that_is_none_is_refused(model, n):
+    messages = [{"role": "user", "content": "the"}]
+    for stream in (model.generate("the", max_tokens=n), model.chat(messages, max_tokens=n)):
+        assert refused(next, stream).startswith("max_tokens is ")
+
+
 @pytest.mark.parametrize("name", [None, 1.5, True, [], sys.stdout])
 @pytest.mark.parametrize("use", ["save", "load"])
 def test_what_names_no_file_is_refused(model, use, name):

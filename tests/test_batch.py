@@ -244,6 +244,19 @@ def test_an_output_that_is_there_and_one_that_another_run_writes_are_left_alone(
     assert batch(model, given, out) == 1
     assert "is there already; take it away" in capsys.readouterr().err
     assert (out.read_text(), parts(out)) == ("mine", [])
+    out.unlink()
+    written = Written(2, b'{"line": 2, "choices": []}\n')
+    with Answers(out, "key", 3) as answers:
+        answers.add(written)
+        out.write_text("mine")  # while it runs
+        with pytest.raises(FileError, match="is there already"):
+            answers.finish()
+    assert (out.read_text(), len(parts(out))) == ("mine", 1)
+    out.unlink()
+    with Answers(out, "key", 3) as answers:
+        assert 2 in answers
+        answers.finish()
+    assert (out.read_bytes(), parts(out)) == (written.data, [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a limit on the size of files is POSIX's")
@@ -272,6 +285,31 @@ def test_a_pipe_is_refused_since_it_can_be_read_only_once(model, tmp_path, capsy
     assert capsys.readouterr().err == f"pocketlm: {given}: {advice}\n"
     assert not out.exists()
     os.close(read)
+
+
+def test_lines_are_counted_with_and_without_the_blank_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("pocketlm.batch.files.BLOCK", 4)  # so that a line comes in pieces
+    given = tmp_path / "given.jsonl"
+    for data, n_lines, n_blank in (
+        (b"", 0, 0), (b"\n", 1, 1), (b"a", 1, 0), (b"a\n", 1, 0), (b"a\n\n  \r\nb", 4, 2), (b"       \nb\n ", 3, 2),
+        (b"       a\na       \n\n", 3, 1), (b"abc\nabcd\n    \n    ", 4, 2),
+    ):  # fmt: skip
+        given.write_bytes(data)
+        prompts = Prompts(given)
+        assert (prompts.n_lines, prompts.n_blank) == (n_lines, n_blank), data
+        assert len([*prompts]) == n_lines - n_blank
+
+
+def test_the_longest_line_that_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("pocketlm.batch.files.MAX_BODY", 10)
+    monkeypatch.setattr("pocketlm.batch.files.BLOCK", 4)
+    given = tmp_path / "given.jsonl"
+    longest, more = b"a" * 10, b"a" * 11
+    for ending in (b"", b"\n"):
+        given.write_bytes(b"\n".join([longest, more, longest + b"a" * 50, b"b", more, longest]) + ending)
+        assert [line.data for line in Prompts(given)] == [longest, None, None, b"b", None, longest]
+        given.write_bytes(longest + b"\n" + more + ending)
+        assert [line.data for line in Prompts(given)] == [longest, None]
 
 
 def test_a_file_of_a_million_lines_takes_eight_bytes_for_each(tmp_path):

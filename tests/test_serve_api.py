@@ -241,8 +241,23 @@ def test_a_top_p_of_0_is_the_likeliest_token(server):
 
 def test_null_and_what_asks_for_nothing_is_no_field(server):
     nothing = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "stop": None, "logprobs": None, "n": 1,
-               "user": "me", "metadata": {"a": "b"}, "store": False}  # fmt: skip
-    assert server.post(CHAT, hello(**nothing)).json["choices"] == server.post(CHAT, hello()).json["choices"]
+               "user": "me", "metadata": {"a": "b"}, "store": False, "stream_options": {"include_usage": None},
+               "chat_template_kwargs": {"enable_thinking": None}}  # fmt: skip
+    expected = server.post(CHAT, hello()).json["choices"]
+    assert server.post(CHAT, hello(**nothing)).json["choices"] == expected
+    form = {"type": "text", "json_schema": None}
+    assert server.post(CHAT, hello(response_format=form)).json["choices"] == expected
+
+
+def test_a_name_that_all_messages_of_a_role_have_tells_nobody_apart(server):
+    def asked(*names):
+        return server.post(CHAT, hello(messages=[{"role": "user", "content": "hello", "name": name} for name in names]))
+
+    assert asked("Ada").json["choices"] == server.post(CHAT, hello(messages=hello()["messages"][-1:])).json["choices"]
+    assert asked("Ada", "", "Ada").status == asked("Ada", None).status == 200, "as some frameworks send them"
+    two = asked("Ada", "Bob")
+    assert (two.status, two.error["param"], "two names" in two.error["message"]) == (400, "messages", True)
+    assert asked(5).status == 400
 
 
 MESSAGES = {

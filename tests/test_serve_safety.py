@@ -85,11 +85,13 @@ def test_a_compressed_body_is_not_unpacked(server):
 def test_the_pages_of_one_site_may_be_let_in(path):
     with serving(path, policy=Policy(origins=("https://friend.example",))) as server:
         asked = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST",
-                 "Access-Control-Request-Headers": "content-type"}  # fmt: skip
+                 "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os"}  # fmt: skip
         preflight = server.ask("OPTIONS", CHAT, asked)
         assert preflight.status == 204
         assert preflight.headers["access-control-allow-origin"] == "https://friend.example"
-        assert "content-type" in preflight.headers["access-control-allow-headers"]
+        assert preflight.headers["access-control-allow-headers"] == asked["Access-Control-Request-Headers"], "as OpenAI's asks"
+        odd = server.ask("OPTIONS", CHAT, {**asked, "Access-Control-Request-Headers": "x;y"})
+        assert odd.headers["access-control-allow-headers"] == ""
         assert "access-control-allow-credentials" not in preflight.headers
         answer = server.post(CHAT, hello(), Origin="https://friend.example")
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, "https://friend.example")
