@@ -22,7 +22,7 @@ def test_log_probabilities_of_parts_of_characters(in_parts):
               piece(4, -0.125, (4, -0.125)), piece(5, -4.0, (1, -0.5), (5, -4.0))]  # fmt: skip
     groups = [pieces[:2], pieces[2:3], pieces[3:]] if in_parts else [pieces]
     told = [shape.delta(0, "", group)["choices"][0]["logprobs"] for group in groups]
-    whole = {name: sum((part[name] for part in told), []) for name in told[0]}
+    whole = {name: [entry for part in told for entry in part[name]] for name in told[0]}
     assert whole["tokens"] == ["a ", r"bytes:\xf0\x9f", r"bytes:\x98", r"bytes:\x80", "!"]
     assert whole["text_offset"] == [0, 2, 2, 2, 3], "where the character is that a token belongs to"
     assert whole["top_logprobs"][2] == {r"bytes:\x98": -0.5, r"bytes:\x80": -2.0, r"bytes:\x82": -3.0}

@@ -1,0 +1,118 @@
+"""The page where somebody does the next thing before the first has ended, and with words that are not English."""
+
+from browsing import (  # noqa: F401
+    alone_fixture,
+    answered,
+    answers,
+    ask,
+    begun,
+    chromium_fixture,
+    files,
+    halt,
+    server_fixture,
+    visit_fixture,
+)
+from serving import wait_until
+
+from pocketlm.chat import transcript
+
+
+def test_while_it_answers_another_conversation_is_opened_or_this_one(server, visit):
+    page = visit()
+    ask(page, "Hi! How are you?")
+    first = page.get_attribute("nav li[aria-current]", "data-name")
+    page.click("#new")
+    go_on = halt(server)
+    ask(page, "Tell me a joke.", wait=False)
+    begun(page)
+    this = page.wait_for_selector("nav li[aria-current]").get_attribute("data-name")
+    page.click(f"nav li[data-name='{this}'] .open")  # it is open
+    assert page.is_visible("#stop")
+    page.click(f"nav li[data-name='{first}'] .open")
+    page.wait_for_selector("li.user:has-text('Hi!')")
+    go_on.set()
+    answered(page)
+    assert page.get_by_role("button", name="Edit").count() == page.get_by_role("button", name="Retry").count() == 1
+    assert page.inner_text("#line") == ""
+    page.click(f"nav li[data-name='{this}'] .open")
+    page.wait_for_selector("li.user:has-text('a joke')")
+    assert "(cut off)" in page.inner_text("#log")
+    ask(page, "I like tea.")
+    assert "changed elsewhere" not in page.inner_text("#line")
+    wait_until(lambda: sorted(len(chat.messages) for chat in files()) == [2, 4])
+
+
+def test_what_is_deleted_while_it_answers_stays_deleted(server, visit):
+    page = visit()
+    go_on = halt(server)
+    ask(page, "Tell me a joke.", wait=False)
+    begun(page)
+    page.wait_for_selector("nav li[aria-current]")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("nav .delete")
+    go_on.set()
+    page.wait_for_selector("nav li", state="detached")
+    wait_until(server.idle)
+    page.wait_for_timeout(300)
+    assert (files(), answers(page), page.inner_text("#line")) == ([], [], "")
+
+
+def test_an_answer_that_never_begins_leaves_all_as_it_was(server, visit):
+    page = visit()
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    ask(page, "Hello", wait=False)
+    page.wait_for_selector(".line.bad")
+    page.wait_for_timeout(300)
+    wait_until(lambda: not files() and not page.locator("nav li").count())  # nothing to keep
+    assert page.input_value("#question") == "Hello", "the question is given back"
+    page.unroute("**/v1/chat/completions")
+    ask(page, "Hello")
+    page.get_by_role("button", name="Retry").click()
+    answered(page)
+    page.get_by_role("button", name="Previous version").click()
+    ask(page, "I like tea.")
+    before = page.locator("li > .text").all_inner_texts()
+    assert len(before) == 4
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.get_by_role("button", name="Retry").first.click()
+    page.wait_for_selector(".line.bad")
+    answered(page)
+    assert page.locator("li > .text").all_inner_texts() == before, "the version that was looked at"
+    wait_until(lambda: len(files()[0].messages) == 4)
+
+
+def test_a_long_conversation_in_characters_of_three_bytes_is_saved(server, visit):
+    begun = transcript.Conversation(system="", model="other", model_id="other", interactive=True)
+    begun.messages = [{"role": role, "content": "天地玄黃" * 6000} for role in ("user", "assistant")]
+    transcript.Record().save(begun)
+    page = visit()
+    page.click("nav .open")
+    page.wait_for_selector("li.assistant")
+    page.click("#options")
+    page.fill("#system", "Be kind.")
+    page.keyboard.press("Escape")
+    wait_until(lambda: files()[0].system == "Be kind.")
+    assert page.inner_text("#line") == ""
+
+
+def test_arabic_stands_from_right_to_left(server, visit):
+    begun = transcript.Conversation(system="", model="other", model_id="other", interactive=True)
+    begun.messages = [{"role": "user", "content": "ما اسمك؟"}, {"role": "assistant", "content": "اسمي آدا.\n\nHi!\n\n- نعم"}]
+    transcript.Record().save(begun)
+    page = visit()
+    page.click("nav .open")
+    page.wait_for_selector("li.assistant p")
+    page.fill("#question", "مرحبا")
+    directions = [
+        page.locator(where).first.evaluate("at => getComputedStyle(at).direction")
+        for where in ("li.user .text", "li.assistant .text", "nav .open span", "#question")
+    ]
+    assert directions == ["rtl"] * 4
+    left, right = (  # distances of a paragraph's words from its two ends
+        page.locator("li.assistant p").nth(1).evaluate(
+            "at => { const r = document.createRange(); r.selectNodeContents(at);"
+            f" return Math.round(Math.abs(r.getBoundingClientRect().{side} - at.getBoundingClientRect().{side})); }}"
+        )
+        for side in ("left", "right")
+    )  # fmt: skip
+    assert left == 0 < right, "and English among it from left to right"
