@@ -156,7 +156,7 @@ def _one_layer(tensor: CanonicalTensor, is_down: bool) -> CanonicalTensor:
     """Matrices (n, rows, columns) below each other, or side by side."""
     n, n_rows, n_columns = tensor.shape
     shape = (n_rows, n * n_columns) if is_down else (n * n_rows, n_columns)
-    return CanonicalTensor(shape, lambda: (tensor.read().swapaxes(0, 1) if is_down else tensor.read()).reshape(shape))
+    return tensor.changed(lambda every: (every.swapaxes(0, 1) if is_down else every).reshape(shape), *shape)
 
 
 # ── GPT-Neo ──────────────────────────────────────────────────────────────────────────────────────────────────────────
