@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +20,7 @@ from pocketlm.export.command import model_options, own_keys, read_importance, re
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_room, replacing_file
 from pocketlm.runtime.kv_cache import KINDS, check_kind
-from pocketlm.runtime.model_file import open_model, parts_of, size_of
+from pocketlm.runtime.model_file import PART, open_model, parts_of, size_of
 from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
@@ -190,8 +189,8 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
 def _stem(path: Path) -> str:
     """What a model's file is called, or all its parts, as a name that every system and every file can have."""
     stem = path.stem if path.is_file() and not container.is_program(path) else path.name
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
-    return os.fsencode(stem)[:200].decode("utf-8", "ignore") or "model"
+    part = PART.fullmatch(stem)
+    return os.fsencode(part[1] if part else stem)[:200].decode("utf-8", "ignore") or "model"
 
 
 def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
