@@ -15,7 +15,6 @@ from pocketlm.terminal_text import StatusLine, print
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
 
-HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file, an Ollama model or a Hugging Face folder."
 BAR = 24  # characters of the progress bar
 
 
