@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError, quoted
+from pocketlm.export import huggingface_layouts as layouts
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
@@ -29,23 +30,22 @@ from pocketlm.runtime.plan import Plan
 
 Step = Callable[[Draft], None]
 MXFP4 = FORMATS["MXFP4"]
-HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
+
+
+def _read(written: Mapping[str, str]) -> dict[str, str]:
+    """The names of a Dialect for what huggingface_layouts.py writes in a layer."""
+    return {f"*.{name.replace('{n}', 'N')}": role + "#N" * ("{n}" in name) for role, name in written.items()}
+
+
+HEAD_NORMS = _read(layouts.HEAD_NORMS)
 NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
 NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
-PARTS = ("gate", "up", "down")
 FUSED_EXPERTS = {f"*.mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")}  # as they are in memory
-EXPERTS = {
-    "*.mlp.gate": "ffn_gate_inp", **{f"*.mlp.experts.N.{part}_proj": f"ffn_{part}_exps#N" for part in PARTS}, **FUSED_EXPERTS,
-}
-MIXTRAL_EXPERTS = {
-    "*.block_sparse_moe.gate": "ffn_gate_inp", "*.mlp.gate": "ffn_gate_inp", **FUSED_EXPERTS,
-    **{f"*.block_sparse_moe.experts.N.w{i}": f"ffn_{part}_exps#N" for i, part in ((1, "gate"), (2, "down"), (3, "up"))},
-}
+EXPERTS = _read(layouts.EXPERTS) | FUSED_EXPERTS
+MIXTRAL_EXPERTS = _read(layouts.MIXTRAL_EXPERTS) | FUSED_EXPERTS | {"*.mlp.gate": "ffn_gate_inp"}
 GRANITE_EXPERTS = {
-    **{f"*.block_sparse_moe.{name}": "ffn_gate_inp" for name in ("router", "router.layer")},
-    **{f"*.block_sparse_moe.{name}": "ffn_gate_up_exps" for name in ("input_linear", "experts.gate_up_proj")},
-    **{f"*.block_sparse_moe.{name}": "ffn_down_exps" for name in ("output_linear", "experts.down_proj")},
-    "*.shared_mlp.input_linear": "ffn_gate_up_shexp", "*.shared_mlp.output_linear": "ffn_down_shexp",
+    **_read(layouts.GRANITE_EXPERTS), "*.block_sparse_moe.router": "ffn_gate_inp",
+    **{f"*.block_sparse_moe.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")},
 }
 EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
 GRANITE_KEYS = {
@@ -262,11 +262,7 @@ HUGGING_FACE = {
             {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
         ),
         _family(
-            "qwen2moe",
-            {
-                **EXPERTS, "*.mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-                **{f"*.mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in PARTS},
-            },
+            "qwen2moe", {**EXPERTS, **_read(layouts.SHARED_EXPERT)},
             {
                 **EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None),
                 "expert_shared_feed_forward_length": ("shared_expert_intermediate_size", None),
