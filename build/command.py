@@ -169,8 +169,10 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     if is_gguf and keep and not own and not container.is_program(path) and len(parts_of(path)) == 1:
         yield path
         return
+    output = Path(arguments.output)
+    check_room(output, 0)
     # beside the executable: a system's folder for temporary files may be in memory
-    with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=_folder(arguments.output)) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=output.parent) as temporary:
         out = Path(temporary, f"{_stem(path)}.gguf")  # a model without a name of its own has its file's
         if is_gguf and keep:
             _with_keys(path, own, out)
@@ -205,13 +207,6 @@ def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
     with open_model(model) as source, replacing_file(out, size_of(model)) as part, open(part, "xb") as file:
         metadata = {key: value for key, value in source.metadata.items() if not key.startswith("split.")}
         copy_gguf(file, {**metadata, **own}, source.tensors)
-
-
-def _folder(output: str) -> Path:
-    folder = Path(output).parent
-    if not folder.is_dir():
-        raise FileError(output, "its folder does not exist", "make the folder first")
-    return folder
 
 
 def _find(path: str) -> container.Packed:
