@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pocketlm import __version__
 from pocketlm.cli_options import form_keywords, open_model, running_keywords, sampling_keywords
 from pocketlm.errors import UsageError, whole_number
 from pocketlm.terminal_text import StatusLine, clock, print
@@ -29,7 +30,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer all that is not answered; the exit status: 1 where there are lines and none has an answer."""
-    from pocketlm import __version__
     from pocketlm.batch.files import Answers, Prompts
     from pocketlm.batch.local import Settings
 

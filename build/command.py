@@ -11,20 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from pocketlm.build.persona import UIS
+from pocketlm.build.persona import UIS, Persona, from_bytes
 from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_room, replacing_file
+from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.kv_cache import KINDS, check_kind
 from pocketlm.runtime.model_file import PART, open_model, parts_of, size_of
 from pocketlm.terminal_text import print
-
-if TYPE_CHECKING:
-    from pocketlm.runtime.gguf_reader import GGUF
 
 SMALLEST = 9 << 20  # bytes that any stub has
 TEXTS = {
@@ -87,7 +85,6 @@ def _for_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import open_stub, pack, with_texts
-    from pocketlm.build.persona import Persona
 
     if arguments.stub and arguments.target:
         raise UsageError("pack: give only one of --stub and --for")
@@ -255,7 +252,6 @@ def _edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _edit(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import set_persona, with_texts
-    from pocketlm.build.persona import from_bytes
 
     packed, texts, flags = _find(arguments.file), _texts(arguments), _flags(arguments)
     if flags or arguments.output or any(text is not None for text in texts.values()):

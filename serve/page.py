@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,12 +22,10 @@ from starlette.routing import Route
 from pocketlm.chat import saved, transcript
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.serve.answering import Answerer
 from pocketlm.serve.app import read_json
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.guard import Policy, same
-
-if TYPE_CHECKING:
-    from pocketlm.serve.answering import Answerer
 
 FILE = "page.html"
 LISTED = 300  # conversations that the page shows, the last ones
