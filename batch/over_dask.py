@@ -105,4 +105,3 @@ class Cluster:
             except distributed.KilledWorker as error:
                 raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
             send()
-

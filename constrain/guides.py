@@ -27,7 +27,6 @@ KEPT = 6  # forms whose masks are remembered
 MOST_CHOICE_CHARACTERS = 100_000
 
 
-
 class Tokens(Protocol):
     """Of a tokenizer, what is asked of it here."""
 

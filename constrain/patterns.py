@@ -276,7 +276,6 @@ def _sequence(parts: list[Node]) -> Node:
     return parts[0] if len(parts) == 1 else Sequence(tuple(parts)) if parts else EMPTY
 
 
-
 def inside_string(node: Node) -> Node:
     """The same texts, as a JSON string has them between its quotes."""
     if isinstance(node, Chars):

@@ -272,4 +272,3 @@ _TYPES: dict[str, Callable[[_Compiler, Schema, str], Node]] = {
     "object": _Compiler._object, "array": _Compiler._array, "string": _Compiler._string, "number": _Compiler._number,
     "integer": _Compiler._integer, "boolean": lambda *_: json_texts.BOOLEAN, "null": lambda *_: json_texts.NULL,
 }  # fmt: skip
-

@@ -43,7 +43,6 @@ def _weak_now(facts: Facts) -> bool:
     return facts.health.now is not None and "power is too weak" in facts.health.now
 
 
-
 def _was(facts: Facts, name: str) -> bool:
     return name in (facts.health.before or ()) and not facts.health.now
 
@@ -58,7 +57,6 @@ def _can_be_wide(facts: Facts) -> bool:
 
 def _does_not_fit(facts: Facts) -> list[Fit]:
     return [fit for fit in facts.fits if not fit.n_ctx and not fit.problem]
-
 
 
 _ROWS: tuple[tuple[Callable[[Facts], object], str | Callable[[Facts], str]], ...] = (
