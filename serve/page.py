@@ -175,10 +175,8 @@ async def _asked(work: Callable[[], Any], status: int) -> Any:
     """What the work returns, done in a thread; its errors with this status."""
     try:
         return await asyncio.to_thread(work)
-    except OSError as error:
-        raise ApiError(status, error.strerror or str(error)) from None
-    except PocketlmError as error:
-        raise ApiError(status, str(error)) from None
+    except (OSError, PocketlmError) as error:
+        raise ApiError(status, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _conversation(body: dict[str, Any]) -> transcript.Conversation:
