@@ -243,12 +243,6 @@ class _Compiler:
             return NEVER
         return json_texts.string(json_texts.characters(least or 0, most))
 
-    def _number(self, schema: Schema, path: str) -> Node:
-        return self._between(numbers, schema, path)
-
-    def _integer(self, schema: Schema, path: str) -> Node:
-        return self._between(integers, schema, path)
-
     def _between(self, make: Callable[[Bounds], Node], schema: Schema, path: str) -> Node:
         bounds: dict[str, int] = {}
         for keyword in OF_TYPE["number"]:
@@ -269,6 +263,8 @@ class _Compiler:
 
 
 _TYPES: dict[str, Callable[[_Compiler, Schema, str], Node]] = {
-    "object": _Compiler._object, "array": _Compiler._array, "string": _Compiler._string, "number": _Compiler._number,
-    "integer": _Compiler._integer, "boolean": lambda *_: json_texts.BOOLEAN, "null": lambda *_: json_texts.NULL,
+    "object": _Compiler._object, "array": _Compiler._array, "string": _Compiler._string,
+    "number": lambda compiler, *place: compiler._between(numbers, *place),
+    "integer": lambda compiler, *place: compiler._between(integers, *place),
+    "boolean": lambda *_: json_texts.BOOLEAN, "null": lambda *_: json_texts.NULL,
 }  # fmt: skip
