@@ -193,8 +193,7 @@ _ROPE: dict[str, Any] = {"norm": "rms", "position": "rope", "rope_pairs": "half"
 HOME_MADE = (
     Dialect(
         "nanochat", (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_q\.weight", r"(.*\.)?h\.N\.mlp\.c_fc\.weight"),
-        {"norm": "rms", "position": "rope", "rope_pairs": "half", "rope_theta": 10000.0, "activation": "relu_squared",
-         "norm_eps": NANOCHAT_EPS},
+        {**_ROPE, "rope_theta": 10000.0, "activation": "relu_squared", "norm_eps": NANOCHAT_EPS},
         architecture="nanochat", finish=_finish_nanochat,
         names={
             **{f"*.attn.c_{part}": f"attn_{part}" for part in "qkv"},
