@@ -16,6 +16,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
 
+from pocketlm import __version__
 from pocketlm.cli_options import (
     DEFAULT_MODEL,
     form_arguments,
@@ -148,8 +149,6 @@ def give_up_output() -> None:
 
 def _parser(chosen: list[str], program: str) -> Parser:
     """The parser; only the chosen command's arguments are declared, since declaring all takes longer than answering."""
-    from pocketlm import __version__
-
     kind = Parser if program == NAME else _OneLineParser
     parser = kind(prog=program, description="Small language models as one file, run in Python.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"pocketlm {__version__}")

@@ -190,9 +190,7 @@ class Conversation:
         """The pieces of `chat`, in the same way."""
         return _in_thread(self.chat, messages, options)
 
-    def _stream(
-        self, ids: list[int], decoder: Any, sampling: dict[str, Any], ignore_eos: bool, **how: Any
-    ) -> Iterator[Piece]:
+    def _stream(self, ids: list[int], decoder: Any, sampling: dict[str, Any], ignore_eos: bool, **how: Any) -> Iterator[Piece]:
         """`how`: further keywords of `runtime.generator.generate`."""
         from pocketlm.runtime.generator import generate
         from pocketlm.runtime.sampling import make_sampler

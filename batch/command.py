@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pocketlm import __version__
 from pocketlm.cli_options import form_keywords, open_model, running_keywords, sampling_keywords
-from pocketlm.errors import UsageError
+from pocketlm.errors import UsageError, whole_number
 from pocketlm.terminal_text import StatusLine, clock, print
 
 SLOTS = 8
@@ -29,7 +30,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer all that is not answered; the exit status: 1 where there are lines and none has an answer."""
-    from pocketlm import __version__
     from pocketlm.batch.files import Answers, Prompts
     from pocketlm.batch.local import Settings
 
@@ -37,8 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("generate: --input FILE and --output FILE belong together")
     if arguments.prompt is not None or arguments.file is not None or arguments.json:
         raise UsageError("generate --input: -p, -f and --json are for a single prompt")
-    if not 1 <= arguments.slots <= 256:
-        raise UsageError(f"--slots {arguments.slots}: expected 1 to 256")
+    whole_number("--slots", arguments.slots, 1, 256)
     defaults = {**sampling_keywords(arguments), **form_keywords(arguments), "max_tokens": arguments.max_tokens}
     settings = Settings(arguments.slots, defaults.pop("seed", 0), defaults)
     prompts = Prompts(Path(arguments.input))

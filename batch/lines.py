@@ -70,7 +70,8 @@ class Answering:
         is_chat = body.get("messages") is not None
         ask = fields.read(body, is_chat, self._defaults[is_chat])
         if ask.options.get("seed") is None:
-            ask.options["seed"] = self._seed_of(line)
+            digest = hashlib.blake2b(self._seed + (line.data or b""), digest_size=6).digest()
+            ask.options["seed"] = int.from_bytes(digest, "little")
         prompts = self._asking.encode(ask)
         answers: dict[int, list[Piece]] = {}
         for number, piece in pieces(ask, prompts, session, cancel):
@@ -81,9 +82,6 @@ class Answering:
         told = {name: whole[name] for name in ("choices", "usage", "dropped_turns") if name in whole}
         del told["usage"]["prompt_tokens_details"]  # what was in the cache depends on which lines came before
         return Written(line.number, _json({**named, **told}), told["usage"]["completion_tokens"])
-
-    def _seed_of(self, line: Line) -> int:
-        return int.from_bytes(hashlib.blake2b(self._seed + (line.data or b""), digest_size=6).digest(), "little")
 
 
 def _body(line: Line) -> dict[str, Any]:

@@ -55,17 +55,13 @@ class Machine:
 def sessions(model: Model, n: int) -> list[Conversation]:
     """As many as asked for, or as there is memory for, but for one at least."""
     made = [model.session()]
-    try:
+    with suppress(FileError):
         while len(made) < n:
             made.append(model.session())
-    except FileError:
-        pass
     return made
 
 
-def spread(
-    sessions: Sequence[S], items: Iterable[T], work: Callable[[S, T, threading.Event], R | None]
-) -> Iterator[R]:
+def spread(sessions: Sequence[S], items: Iterable[T], work: Callable[[S, T, threading.Event], R | None]) -> Iterator[R]:
     """`work(session, item, cancel)` for every item, on all sessions at the same time; results in the order in which they come.
 
     None is no result, but the word that `cancel` was heard. The caller may stop at any time: what is being computed then ends

@@ -78,7 +78,8 @@ class Cluster:
             if not found:
                 raise UsageError(f"--dask {self._address}: it has no workers; dask worker {self._address} starts one")
             if len({*found.values()}) > 1:
-                raise UsageError(f"--dask {self._address}: the workers have other models or processors: {_differing(found)}")
+                differing = "; ".join(f"{worker}: {' '.join(map(str, facts))}" for worker, facts in sorted(found.items()))
+                raise UsageError(f"--dask {self._address}: the workers have other models or processors: {differing}")
             self.made_of = next(iter(found.values()))
             return self
         except BaseException:
@@ -104,7 +105,3 @@ class Cluster:
             except distributed.KilledWorker as error:
                 raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
             send()
-
-
-def _differing(found: Mapping[str, Any]) -> str:
-    return "; ".join(f"{worker}: {' '.join(map(str, facts))}" for worker, facts in sorted(found.items()))

@@ -200,9 +200,10 @@ def busy(names: list[str], rounds: int) -> Iterator[str]:
     n_vocab = open_subject(path).hyper.n_vocab
     subjects = {"pocketlm, one thread, undisturbed": ("native", 1), "pocketlm": ("native", 2), "llama.cpp": ("llama.cpp", 2)}
     workers: dict[str, Worker] = {}
-    try:
+    with ExitStack() as stack:
         for label, (backend, threads) in subjects.items():
             worker = Worker(threads, {})
+            stack.callback(worker.close)
             with suppress(PocketlmError):
                 worker.load(BACKENDS[backend], path, 100, threads, 512, n_vocab)
                 workers[label] = worker
@@ -222,9 +223,6 @@ def busy(names: list[str], rounds: int) -> Iterator[str]:
                         shares[label].append(speed(label) / undisturbed)
             for label in others:
                 yield f"busy loop {name:20} {label:12} {statistics.median(shares[label]):6.2f} of one undisturbed thread"
-    finally:
-        for worker in workers.values():
-            worker.close()
 
 
 TABLES = {"share": share, "drafts": drafts, "constrained": constrained, "caches": caches, "busy": busy}

@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,22 +70,13 @@ def bandwidth(n_threads: int) -> float:
     size = (256 << 20) // n_threads // 64 * 64  # all threads together: beyond any cache, and little beside a model
     sources = [np.ones(size // 4, np.float32) for _ in range(n_threads)]
     targets = [np.ones_like(source) for source in sources]
-    jobs: list[tuple[Callable[[int], object], int]] = [
-        (lambda i: np.dot(sources[i], targets[i]), 2 * size),
-        (lambda i: np.add.reduce(sources[i].view(np.int64)), size),
-        (lambda i: np.copyto(targets[i], sources[i]), 2 * size),
+    jobs: list[tuple[Callable[[int, int], object], int]] = [
+        (lambda i, _: np.dot(sources[i], targets[i]), 2 * size),
+        (lambda i, _: np.add.reduce(sources[i].view(np.int64)), size),
+        (lambda i, _: np.copyto(targets[i], sources[i]), 2 * size),
     ]
-    best = 0.0
-    for job, n_bytes in jobs:
-        for _ in range(5):
-            threads = [threading.Thread(target=job, args=(i,)) for i in range(n_threads)]
-            started = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            best = max(best, n_bytes * n_threads / (time.perf_counter() - started))
-    return best
+    with ThreadPool(n_threads) as pool:
+        return max(n_bytes * n_threads / _seconds(lambda job=job: pool.run(job), 1) for job, n_bytes in 5 * jobs)
 
 
 def joules(root: Path = POWERCAP) -> float | None:
@@ -122,9 +112,8 @@ class Steady:
             self.times["memory"].append(_seconds(lambda: np.add.reduce(self._large.view(np.int64)), 3))
             if self._threads > 1:
                 self.alone = min(self.alone, _seconds(lambda: self._smaller @ self._smaller, 200))
-                pool = ThreadPool(self._threads)
-                self.times["threads"].append(_seconds(lambda: pool.run(self._rows), 200))
-                pool.close()
+                with ThreadPool(self._threads) as pool:
+                    self.times["threads"].append(_seconds(lambda: pool.run(self._rows), 200))
                 settle()
 
     def _rows(self, part: int, parts: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketlm.bench import machine, summary
-from pocketlm.bench.tasks import TASKS, Task, keys
+from pocketlm.bench.tasks import TASKS, keys
 from pocketlm.terminal_text import count
 
 MB = 1e6
@@ -132,14 +132,13 @@ def _cost(model: Result) -> list[Table]:
             _number(figures.get("joules_per_token"), ".3f"), _number(agreement.get("cosine"), ".6f"),
             _number(agreement.get("same_first"), ".1%"), _number(agreement.get("perplexity"), ".5g"),
         ])  # fmt: skip
-    notes = [f"milliseconds and joules are of {_decoding(*decoding)}"] if decoding else []
+    notes = []
+    if decoding:
+        task, key = decoding
+        notes = [f"milliseconds and joules are of {'' if task.like_llama_bench else 'decoding '}{task.legend.format(key)}"]
     made = [row["converted"]["kind"] for row in model["backends"] if "converted" in row]
     notes += [f"converted from the GGUF, dequantised: {', '.join(dict.fromkeys(made))}"] if made else []
     return [Table(f"{model['name']}: what it costs, and is it the same model?", header, rows, notes)] if rows else []
-
-
-def _decoding(task: Task, key: str) -> str:
-    return task.legend.format(key) if task.like_llama_bench else f"decoding {task.legend.format(key)}"
 
 
 def _ladder(models: list[Result]) -> Table:

@@ -1,4 +1,4 @@
-"""Models that are only a shape: random weights, written by the `gguf` package in a second or two, for measuring speed.
+"""Models that are only a shape: random weights, written in a second or two, for measuring speed.
 
 Quantised weights are random bytes with a scale that keeps activations near one: speed does not depend on their values.
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import needed
+from pocketlm.export.gguf_writer import copy_gguf
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.formats import FORMATS, dequantize
+from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.weights import HALF_SCALES
 
 N_VOCAB = 32000
@@ -51,49 +52,44 @@ def find(name: str, folder: Path) -> Path:
 
 
 def _write(path: Path, shape: Shape, kind: str) -> None:
-    with needed("a shape with random weights", "gguf"):
-        import gguf
     random, is_llama = np.random.default_rng(0), shape.n_kv_head > 0
-    writer: Any = gguf.GGUFWriter(str(path), "llama" if is_llama else "gpt2")
-    writer.add_context_length(shape.n_ctx)
-    writer.add_embedding_length(shape.width)
-    writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
+    keys: dict[str, Any] = {
+        "context_length": shape.n_ctx, "embedding_length": shape.width, "block_count": shape.n_layer,
+        "feed_forward_length": shape.n_ff, "attention.head_count": shape.n_head, "attention.layer_norm_epsilon": 1e-5,
+    }  # fmt: skip
     if is_llama:
-        writer.add_head_count_kv(shape.n_kv_head)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_rope_dimension_count(shape.width // shape.n_head)
-    else:
-        writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+        keys["attention.layer_norm_rms_epsilon"] = keys.pop("attention.layer_norm_epsilon")
+        keys |= {"attention.head_count_kv": shape.n_kv_head, "rope.dimension_count": shape.width // shape.n_head}
     known = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]] + ["to", "ke"]
-    writer.add_token_list(known + [f"token{i}" for i in range(N_VOCAB - len(known) - 1)] + ["<|endoftext|>"])
-    writer.add_token_types([1] * (N_VOCAB - 1) + [3])
-    writer.add_token_merges(["t o", "k e"])
-    writer.add_eos_token_id(N_VOCAB - 1)
+    vocabulary = {
+        "model": "gpt2", "pre": "gpt-2", "merges": ["t o", "k e"], "eos_token_id": N_VOCAB - 1,
+        "tokens": [*known, *(f"token{i}" for i in range(N_VOCAB - len(known) - 1)), "<|endoftext|>"],
+        "token_type": [1] * (N_VOCAB - 1) + [3],
+    }  # fmt: skip
+    architecture, tensors = "llama" if is_llama else "gpt2", dict[str, Tensor]()
+
+    def add(name: str, form: str, data: np.ndarray, *shape: int) -> None:
+        tensors[name] = Tensor(name, shape, FORMATS[form], data.reshape(-1).view(np.uint8), 0, path)
 
     def matrix(name: str, rows: int, columns: int, spread: float | None = None) -> None:
-        data = _weights(random, kind, rows, columns, spread or columns**-0.5)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        add(f"{name}.weight", kind, _weights(random, kind, rows, columns, spread or columns**-0.5), rows, columns)
         if not is_llama and name.startswith("blk."):
             vector(f"{name}.bias", rows)
 
-    def vector(name: str, n: int, centre: float = 0.0) -> None:
-        writer.add_tensor(name, (centre + 0.1 * random.standard_normal(n)).astype(np.float32))
+    def vector(name: str, *shape: int, centre: float = 0.0) -> None:
+        add(name, "F32", (centre + 0.1 * random.standard_normal(shape)).astype(np.float32), *shape)
 
     def norm(name: str) -> None:
-        vector(f"{name}.weight", shape.width, 1.0)
+        vector(f"{name}.weight", shape.width, centre=1.0)
         if not is_llama:
             vector(f"{name}.bias", shape.width)
 
-    width, inner, keys = shape.width, shape.n_ff, shape.n_kv_head * shape.width // shape.n_head
-    inputs = (("attn_q", width), ("attn_k", keys), ("attn_v", keys)) if is_llama else (("attn_qkv", 3 * width),)
+    width, inner, of_keys = shape.width, shape.n_ff, shape.n_kv_head * shape.width // shape.n_head
+    inputs = (("attn_q", width), ("attn_k", of_keys), ("attn_v", of_keys)) if is_llama else (("attn_qkv", 3 * width),)
     up = ("ffn_gate", "ffn_up") if is_llama else ("ffn_up",)
     matrix("token_embd", N_VOCAB, width, 0.1)
     if not is_llama:
-        writer.add_tensor("position_embd.weight", (0.1 * random.standard_normal((shape.n_ctx, width))).astype(np.float32))
+        vector("position_embd.weight", shape.n_ctx, width)
     for i in range(shape.n_layer):
         at = f"blk.{i}."
         for name in ("attn_norm", "ffn_norm"):
@@ -102,10 +98,10 @@ def _write(path: Path, shape: Shape, kind: str) -> None:
             matrix(f"{at}{name}", rows, width)
         matrix(f"{at}ffn_down", width, inner)
     norm("output_norm")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    with open(path, "wb") as file:
+        copy_gguf(file, {"general.architecture": architecture, **metadata}, tensors)
 
 
 def _weights(random: np.random.Generator, kind: str, rows: int, columns: int, spread: float) -> np.ndarray:

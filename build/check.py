@@ -39,8 +39,6 @@ class Part(NamedTuple):
 
 def parts_of(path: Path) -> list[Part]:
     """The parts of an executable or a model file. Raises FileError for a file that is neither."""
-    if not path.exists():
-        raise FileError(path, "there is no such file", "check the path")
     return list(_of_executable(path) if container.is_program(path) else _of_model(path))
 
 

@@ -5,27 +5,24 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from pocketlm.build.persona import UIS
+from pocketlm.build.persona import UIS, Persona, from_bytes
 from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_room, replacing_file
+from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.kv_cache import KINDS, check_kind
-from pocketlm.runtime.model_file import open_model, parts_of, size_of
+from pocketlm.runtime.model_file import PART, open_model, parts_of, size_of
 from pocketlm.terminal_text import print
-
-if TYPE_CHECKING:
-    from pocketlm.runtime.gguf_reader import GGUF
 
 SMALLEST = 9 << 20  # bytes that any stub has
 TEXTS = {
@@ -88,7 +85,6 @@ def _for_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import open_stub, pack, with_texts
-    from pocketlm.build.persona import Persona
 
     if arguments.stub and arguments.target:
         raise UsageError("pack: give only one of --stub and --for")
@@ -170,8 +166,10 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     if is_gguf and keep and not own and not container.is_program(path) and len(parts_of(path)) == 1:
         yield path
         return
+    output = Path(arguments.output)
+    check_room(output, 0)
     # beside the executable: a system's folder for temporary files may be in memory
-    with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=_folder(arguments.output)) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".pocketlm-", dir=output.parent) as temporary:
         out = Path(temporary, f"{_stem(path)}.gguf")  # a model without a name of its own has its file's
         if is_gguf and keep:
             _with_keys(path, own, out)
@@ -190,8 +188,8 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
 def _stem(path: Path) -> str:
     """What a model's file is called, or all its parts, as a name that every system and every file can have."""
     stem = path.stem if path.is_file() and not container.is_program(path) else path.name
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", stem)
-    return os.fsencode(stem)[:200].decode("utf-8", "ignore") or "model"
+    part = PART.fullmatch(stem)
+    return os.fsencode(part[1] if part else stem)[:200].decode("utf-8", "ignore") or "model"
 
 
 def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
@@ -206,13 +204,6 @@ def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
     with open_model(model) as source, replacing_file(out, size_of(model)) as part, open(part, "xb") as file:
         metadata = {key: value for key, value in source.metadata.items() if not key.startswith("split.")}
         copy_gguf(file, {**metadata, **own}, source.tensors)
-
-
-def _folder(output: str) -> Path:
-    folder = Path(output).parent
-    if not folder.is_dir():
-        raise FileError(output, "its folder does not exist", "make the folder first")
-    return folder
 
 
 def _find(path: str) -> container.Packed:
@@ -261,7 +252,6 @@ def _edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _edit(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import set_persona, with_texts
-    from pocketlm.build.persona import from_bytes
 
     packed, texts, flags = _find(arguments.file), _texts(arguments), _flags(arguments)
     if flags or arguments.output or any(text is not None for text in texts.values()):

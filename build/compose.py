@@ -259,12 +259,11 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
     python = _library(layout.library, tree.shared)
     if python is None:
         raise PocketlmError(f"{layout.library} is in none of the files that were fetched")
-    wanted = {layout.library: python}
-    for path in compiled.values():
-        if path.is_relative_to(tree.packages):
-            wanted[path.relative_to(tree.packages).as_posix()] = path
-        else:
-            wanted[layout.compiled + path.name] = path
+
+    def place(path: Path, folder: str = "") -> str:
+        return path.relative_to(tree.packages).as_posix() if path.is_relative_to(tree.packages) else folder + path.name
+
+    wanted = {layout.library: python, **{place(path, layout.compiled): path for path in compiled.values()}}
     needs = _needs_of(platform)
     waiting = list(wanted.values())
     while waiting:
@@ -274,8 +273,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
                 if _MISSING_ON_WINDOWS.match(name):
                     raise PocketlmError(f"{name}, which {platform} wants, is in none of the files that were fetched")
                 continue
-            within = path.relative_to(tree.packages).as_posix() if path.is_relative_to(tree.packages) else path.name
-            if within not in wanted:
+            if (within := place(path)) not in wanted:
                 wanted[within] = path
                 waiting.append(path)
     users = [path for path in wanted.values() if path.suffix in modules.COMPILED]

@@ -48,8 +48,7 @@ def from_bytes(data: bytes, path: object) -> Persona:
         values = json.loads(data)
         texts = {name: values[name] for name in ("title", "system", "greeting")}
         texts["ui"] = values.get("ui", "")
-        flags: dict[str, float | int | str] = {}
-        flags.update((str(flag), value) for flag, value in values["flags"].items() if isinstance(value, int | float | str))
+        flags = {str(flag): value for flag, value in values["flags"].items() if isinstance(value, int | float | str)}
         if all(isinstance(text, str) for text in texts.values()):
             return Persona(**texts, flags=flags)
     except (ValueError, KeyError, TypeError, AttributeError):

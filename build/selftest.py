@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import pocketlm
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.gguf_reader import GGUF
@@ -164,8 +165,6 @@ def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.nd
 
 
 def _answer(turn: str, executable: Path) -> tuple[str, bool | None]:
-    import pocketlm
-
     try:
         model = pocketlm.load(executable)
     except PocketlmError as error:  # too little memory here says nothing about elsewhere

@@ -14,16 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pocketlm
 from pocketlm import __version__, cli
 from pocketlm.build import persona, terminal
 from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.runtime import container
+from pocketlm.runtime.container import Packed
 from pocketlm.terminal_text import print
 
 if TYPE_CHECKING:
     from pocketlm.chat.opening import Opening
-    from pocketlm.runtime.container import Packed
 
 _openings: list[Opening] = []  # models that are opened while the user does something else
 HOW_TO = "Write something and press Enter. To leave: /quit"
@@ -151,7 +152,6 @@ def _run(arguments: list[str]) -> int:
 
 def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
     """The model, opened while the user reads the first lines."""
-    import pocketlm
     from pocketlm.chat.opening import Opening
 
     _openings.append(Opening(partial(pocketlm.load, *arguments, **options), title))

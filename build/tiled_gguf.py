@@ -167,5 +167,3 @@ def _restored(tensor: Tensor, raw: BinaryIO, base: int) -> Iterator[memoryview |
             raw.seek(base + tensor.offset + offset)
             data += raw.read(length)
         yield memoryview(restore(tensor.format.name, np.frombuffer(data, np.uint8), n_rows, tensor.shape[1]))
-
-

@@ -55,7 +55,7 @@ def _delete(path: Path) -> str:
 def _export(target: Path, source: Path) -> str:
     conversation = transcript.load(source)
     try:
-        transcript.write_new(target, saved.markdown(conversation).encode())
+        transcript.write(target, saved.markdown(conversation).encode())
     except FileExistsError:
         raise FileError(target, "is there already", "choose another name for the page") from None
     except OSError as error:

@@ -272,8 +272,7 @@ class Chat:
             if conversation.messages[-1].get("cut"):
                 self.console.note(f"(cut off: {MORE})")
         self._restorable = self._saving
-        opening = self._model if isinstance(self._model, Opening) else None
-        if opening is None or opening.is_open:
+        if not isinstance(self._model, Opening) or self._model.is_open:
             self.restore(self.model)
         conversation.model = self._model.name
         conversation.interactive |= self.console.interactive
@@ -294,23 +293,17 @@ class Chat:
     def save(self) -> None:
         """Write the conversation to its file; the first time this fails is also the last. An empty one has no file."""
         with self.endings.held():
-            note = ""
-            with self._lock:
-                try:
-                    note = self._write()
-                except PocketlmError as error:
-                    self._saving = False
-                    note = f"{error}; it goes on without"
-            if note:
+            if note := self.keep():
                 self.console.note(note)
 
-    def keep(self) -> None:
-        """The same from any thread, in a process that is about to end: nothing is said."""
+    def keep(self) -> str:
+        """The same from any thread, in a process that is about to end: what the user should know of it is not said."""
         with self._lock:
             try:
-                self._write()
-            except PocketlmError:
+                return self._write()
+            except PocketlmError as error:
                 self._saving = False
+                return f"{error}; it goes on without"
 
     def _write(self) -> str:
         """What the user should know of it."""
@@ -320,8 +313,7 @@ class Chat:
         if not conversation.messages:
             self.record.discard()
             return ""
-        opening = self._model if isinstance(self._model, Opening) else None
-        if self._given_id or opening is None or opening.is_open:  # a save waits for no model
+        if self._given_id or not isinstance(self._model, Opening) or self._model.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
         if self.record.save(conversation):
             return ""

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Set
-from typing import TYPE_CHECKING
 
+from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED
-
-if TYPE_CHECKING:
-    from pocketlm.tokenizer import Tokenizer
 
 Place = tuple[int, int, int]  # of a marker in a text: start, stop, id
 

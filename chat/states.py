@@ -48,8 +48,7 @@ def restore(model: Any, conversation: Path) -> None:
 def forget(conversation: Path) -> None:
     """Take the state of a conversation away: it holds what was said."""
     with suppress(OSError):
-        path = path_of(conversation)
-        if path is not None:
+        if path := path_of(conversation):
             path.unlink()
 
 

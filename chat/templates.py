@@ -12,14 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pocketlm.chat.markers import Markers, encode_between, without_markers
 from pocketlm.chat.thinking import Tags, tags_of
 from pocketlm.errors import FileError, PocketlmError, UsageError, refused
-
-if TYPE_CHECKING:
-    from pocketlm.tokenizer import Tokenizer
+from pocketlm.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that says whether the model is to think

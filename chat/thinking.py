@@ -46,6 +46,12 @@ class Splitter:
         if rest.strip("\n") if thought else rest:
             yield thought, rest.rstrip("\n") if thought else rest
 
+    def whole(self, text: str) -> tuple[str, str]:
+        """(thought, answer) of all that comes, at once."""
+        parts = [*self.push(text), *self.flush()]
+        thought, answer = ("".join(part for is_thought, part in parts if is_thought is wanted) for wanted in (True, False))
+        return thought, answer
+
     def _step(self) -> str:
         """What of the held text belongs to the present state; the state changes where that ends."""
         held = self._held
@@ -80,7 +86,4 @@ def split(text: str) -> tuple[str, str]:
     tags = next((tags for tags in TAGS if begun.startswith(tags[0])), None)
     if tags is None:
         return "", text
-    splitter = Splitter(tags)
-    parts = [*splitter.push(text), *splitter.flush()]
-    thought, answer = ("".join(part for is_thought, part in parts if is_thought is wanted) for wanted in (True, False))
-    return thought, answer
+    return Splitter(tags).whole(text)

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.runtime.atomic import lock_file, rename_to_free
+from pocketlm.runtime.atomic import STALE_SECONDS, lock_file, rename_to_free
 
 FORMAT = "pocketlm conversation 1"
 MAX_BYTES = 64 << 20  # no conversation comes near; a file that large is something else
 ROLES = ("user", "assistant")
 LOCK_SECONDS = 5.0  # a save takes milliseconds: who has to wait longer waits for a program that was suspended
-STALE_SECONDS = 3600  # the rest of a save that was killed is taken away after this
 
 
 @dataclass
@@ -136,7 +135,7 @@ class Record:
                     self.path, found = path, None
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._known = {found, digest}  # either, should this be interrupted
-                _write(path, data, found is not None)
+                write(path, data, found is not None)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             raise FileError(self.path, f"the conversation cannot be saved ({_reason(error)})") from None
         self._known = {digest}
@@ -240,13 +239,10 @@ def _digest(path: Path) -> bytes | None:
         return None
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Put a whole file, readable for its owner only, at a path that is free. Raises OSError, FileExistsError if it is not."""
-    _write(path, data, False)
-
-
-def _write(path: Path, data: bytes, replace: bool) -> None:
-    """The same; with `replace` in place of the file that is there."""
+def write(path: Path, data: bytes, replace: bool = False) -> None:
+    """Put a whole file, readable for its owner only, at a path that is free, or with `replace` in place of what is there.
+    Raises OSError, FileExistsError where the path is not free.
+    """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(handle, "wb") as file:

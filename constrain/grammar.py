@@ -86,6 +86,12 @@ class Grammar:
     of: str
 
 
+def either(nodes: Iterable[Node]) -> Node:
+    """One of these; NEVER where there are none."""
+    parts = tuple(dict.fromkeys(nodes))
+    return parts[0] if len(parts) == 1 else Either(parts)
+
+
 def optional(node: Node) -> Node:
     return Repeat(node, 0, 1)
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 KEPT = 6  # forms whose masks are remembered
 MOST_CHOICE_CHARACTERS = 100_000
-NO_RULES: dict[str, Any] = {}
 
 
 class Tokens(Protocol):
@@ -35,22 +34,6 @@ class Tokens(Protocol):
     def special_ids(self) -> list[int]: ...
     def is_control(self, token_id: int) -> bool: ...
     def starts_anew_after(self, token_id: int) -> bool: ...
-
-
-def _any_object(value: Any) -> Grammar:
-    return Grammar(json_texts.ANY_OBJECT, json_texts.RULES, "json_object")
-
-
-def _schema(value: Any) -> Grammar:
-    return grammar_of(json.loads(value))
-
-
-def _choices(value: str) -> Grammar:
-    return Grammar(Choice(tuple(json.loads(value))), NO_RULES, "choices")
-
-
-def _regex(value: str) -> Grammar:
-    return Grammar(patterns.whole(value), NO_RULES, "regex")
 
 
 Form = tuple[str, str]  # the option's name, and its value as a text
@@ -100,10 +83,10 @@ def _regex_text(pattern: Any) -> str:
 
 # option -> its value as a text, and the grammar of that. Raise UsageError
 FORMS: dict[str, tuple[Callable[[Any], str], Callable[[str], Grammar]]] = {
-    "json_object": (_flag_text, _any_object),
-    "json_schema": (_schema_text, _schema),
-    "choices": (_choices_text, _choices),
-    "regex": (_regex_text, _regex),
+    "json_object": (_flag_text, lambda _: Grammar(json_texts.ANY_OBJECT, json_texts.RULES, "json_object")),
+    "json_schema": (_schema_text, lambda value: grammar_of(json.loads(value))),
+    "choices": (_choices_text, lambda value: Grammar(Choice(tuple(json.loads(value))), {}, "choices")),
+    "regex": (_regex_text, lambda value: Grammar(patterns.whole(value), {}, "regex")),
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from pocketlm.constrain.grammar import (
     EMPTY,
     EVERY,
-    NEVER,
     SURROGATES,
     Chars,
     Either,
@@ -19,6 +18,7 @@ from pocketlm.constrain.grammar import (
     Ranges,
     Repeat,
     Sequence,
+    either,
     union,
     without,
 )  # fmt: skip
@@ -76,7 +76,7 @@ class _Parser:
         for row in rows:
             before, after = around
             nodes.append(_sequence([*([] if row.begins else before), *row.parts, *([] if row.ends else after)]))
-        return _either(nodes)
+        return either(nodes)
 
     def _bad(self, problem: str, at: int | None = None) -> UsageError:
         at = self._at if at is None else at
@@ -206,7 +206,7 @@ class _Parser:
             raise self._bad("a ) is missing", at)
         if any(row.begins or row.ends for row in rows):
             raise self._bad("^ and $ are supported outside of groups only", at)
-        return _either([_sequence(row.parts) for row in rows])
+        return either([_sequence(row.parts) for row in rows])
 
     def _escape(self, in_class: bool) -> Ranges:
         at = self._at - 1
@@ -274,11 +274,6 @@ def _times(node: Node, least: int, most: int | None) -> Node:
 
 def _sequence(parts: list[Node]) -> Node:
     return parts[0] if len(parts) == 1 else Sequence(tuple(parts)) if parts else EMPTY
-
-
-def _either(parts: list[Node]) -> Node:
-    parts = list(dict.fromkeys(parts))
-    return parts[0] if len(parts) == 1 else Either(tuple(parts)) if parts else NEVER
 
 
 def inside_string(node: Node) -> Node:

@@ -26,7 +26,7 @@ from pocketlm.constrain.combining import (
     kind_of,
     types_of,
 )
-from pocketlm.constrain.grammar import EMPTY, EVERY, NEVER, Chars, Either, Grammar, Node, Repeat, Rule, Sequence, optional
+from pocketlm.constrain.grammar import EMPTY, NEVER, Either, Grammar, Node, Repeat, Rule, Sequence, either, optional
 from pocketlm.constrain.numbers import Bounds, fixed, integers, numbers
 from pocketlm.errors import UsageError, quoted
 
@@ -116,7 +116,7 @@ class _Compiler:
             return self._values(schema, kinds, path)
         if "number" in kinds:
             kinds = [kind for kind in kinds if kind != "integer"]
-        return _either([_TYPES[kind](self, schema, path) for kind in dict.fromkeys(kinds)])
+        return either([_TYPES[kind](self, schema, path) for kind in dict.fromkeys(kinds)])
 
     def _whole(self, schema: Schema, keyword: str, path: str, default: int | None) -> int | None:
         value = schema.get(keyword, default)
@@ -147,7 +147,7 @@ class _Compiler:
                     if not self._schemas.apart(merged[j], one, path, 0):
                         raise bad(path, f"oneOf: schemas {j} and {i} may both hold, which is not supported; use anyOf")
         nodes = [self.node(*one) for one in zip(merged, places, strict=True)]
-        return _either([*nodes, json_texts.NULL] if schema.get("nullable") else nodes)
+        return either([*nodes, json_texts.NULL] if schema.get("nullable") else nodes)
 
     def _values(self, schema: Schema, kinds: list[str], path: str) -> Node:
         for keyword in (keyword for keywords in OF_TYPE.values() for keyword in keywords):
@@ -163,7 +163,7 @@ class _Compiler:
             values = [v for v in values if kind_of(v) in kinds or (kind_of(v) == "integer" and "number" in kinds)]
         strings = [value for value in values if isinstance(value, str)]
         others = [json_texts.exactly(value) for value in values if not isinstance(value, str)]
-        return _either([*([json_texts.string_of(strings)] if strings else []), *others])
+        return either([*([json_texts.string_of(strings)] if strings else []), *others])
 
     # ---- types
 
@@ -241,13 +241,7 @@ class _Compiler:
         least, most = self._whole(schema, "minLength", path, 0), self._whole(schema, "maxLength", path, None)
         if most is not None and most < (least or 0):
             return NEVER
-        return json_texts.string(Repeat(Chars(EVERY, quoted=True), least or 0, most))
-
-    def _number(self, schema: Schema, path: str) -> Node:
-        return self._between(numbers, schema, path)
-
-    def _integer(self, schema: Schema, path: str) -> Node:
-        return self._between(integers, schema, path)
+        return json_texts.string(json_texts.characters(least or 0, most))
 
     def _between(self, make: Callable[[Bounds], Node], schema: Schema, path: str) -> Node:
         bounds: dict[str, int] = {}
@@ -269,11 +263,8 @@ class _Compiler:
 
 
 _TYPES: dict[str, Callable[[_Compiler, Schema, str], Node]] = {
-    "object": _Compiler._object, "array": _Compiler._array, "string": _Compiler._string, "number": _Compiler._number,
-    "integer": _Compiler._integer, "boolean": lambda *_: json_texts.BOOLEAN, "null": lambda *_: json_texts.NULL,
+    "object": _Compiler._object, "array": _Compiler._array, "string": _Compiler._string,
+    "number": lambda compiler, *place: compiler._between(numbers, *place),
+    "integer": lambda compiler, *place: compiler._between(integers, *place),
+    "boolean": lambda *_: json_texts.BOOLEAN, "null": lambda *_: json_texts.NULL,
 }  # fmt: skip
-
-
-def _either(nodes: list[Node]) -> Node:
-    nodes = list(dict.fromkeys(nodes))
-    return nodes[0] if len(nodes) == 1 else Either(tuple(nodes))

@@ -43,10 +43,6 @@ def _weak_now(facts: Facts) -> bool:
     return facts.health.now is not None and "power is too weak" in facts.health.now
 
 
-def _hot_now(facts: Facts) -> bool:
-    return bool(set(facts.health.now or ()) - {"power is too weak"}) and not _weak_now(facts)
-
-
 def _was(facts: Facts, name: str) -> bool:
     return name in (facts.health.before or ()) and not facts.health.now
 
@@ -63,10 +59,6 @@ def _does_not_fit(facts: Facts) -> list[Fit]:
     return [fit for fit in facts.fits if not fit.n_ctx and not fit.problem]
 
 
-def _slow_storage(facts: Facts) -> bool:
-    return facts.storage_speed is not None and facts.storage_speed < 60e6
-
-
 _ROWS: tuple[tuple[Callable[[Facts], object], str | Callable[[Facts], str]], ...] = (
     (lambda f: f.board.bits == 32 and _wide_machine(f),
      "this Python has 32 bits on a 64-bit kernel, so there is no compiled code: install the 64-bit system, for a Raspberry Pi"
@@ -76,7 +68,8 @@ _ROWS: tuple[tuple[Callable[[Facts], object], str | Callable[[Facts], str]], ...
     (lambda f: f.board.bits == 32 and not _wide_machine(f) and not _can_be_wide(f),
      "the system has 32 bits, so there is no compiled code: models run on NumPy, if at all; take a board with 64 bits"),
     (_weak_now, "the power supply is too weak, and the processor slows down: use the board's own supply and a short cable"),
-    (_hot_now, "the processor is slowed down by heat: give it a cooler, or a case with a fan"),
+    (lambda f: f.health.now and not _weak_now(f),
+     "the processor is slowed down by heat: give it a cooler, or a case with a fan"),
     (lambda f: _was(f, "power is too weak"),
      "the power was too weak since the board was switched on: use the board's own supply and a short cable"),
     (lambda f: _was(f, "it is throttled") and not _was(f, "power is too weak"),
@@ -100,7 +93,7 @@ _ROWS: tuple[tuple[Callable[[Facts], object], str | Callable[[Facts], str]], ...
      " are free: close other programs, or take a smaller or more quantised model"),
     (lambda f: any(0 < fit.n_ctx < min(1024, fit.wanted) for fit in f.fits),
      "a short context is all that fits of a model: pocketlm chat MODEL --ctx N takes what is said above"),
-    (_slow_storage,
+    (lambda f: f.storage_speed is not None and f.storage_speed < 60e6,
      lambda f: f"models are read at {(f.storage_speed or 0) / 1e6:.0f} MB/s, once at every start: a faster card, USB 3 or NVMe"
      " storage starts sooner (answers are no faster)"),
     (lambda f: f.level_problem and f.board.bits == 64,

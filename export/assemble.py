@@ -138,7 +138,7 @@ def _drop_leading_ones(tensors: Tensors) -> None:
     """Position tables are often kept as (1, n_ctx, n_embd)."""
     table = tensors.get("position_embd.weight")
     if table is not None and len(table.shape) == 3 and table.shape[0] == 1:
-        tensors["position_embd.weight"] = CanonicalTensor(table.shape[1:], lambda: table.read()[0])
+        tensors["position_embd.weight"] = table.changed(lambda values: values[0], *table.shape[1:])
 
 
 def _join_heads(tensors: Tensors, path: Path) -> int | None:

@@ -27,6 +27,10 @@ class CanonicalTensor:
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
+    def changed(self, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> CanonicalTensor:
+        """What `change` makes of it, of this `shape`; none: of the same."""
+        return CanonicalTensor(shape or self.shape, lambda: change(self.read()))
+
 
 @dataclass(frozen=True)
 class CanonicalModel:

@@ -23,6 +23,7 @@ from pocketlm.export.torch_reader import read_torch_legacy, read_torch_zip
 from pocketlm.export.zip_reader import read_zip
 from pocketlm.pickle_reader import Global, Record
 from pocketlm.runtime.file_mapping import map_file, unmap
+from pocketlm.runtime.model_file import PART
 
 # entries that may hold the weights, best first; anything else is tried after them
 WEIGHTS = (
@@ -98,8 +99,8 @@ def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
 def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
     """The checkpoint; what is mapped for it is added to `mapped`."""
     weights = _file_of_folder(path) if path.is_dir() else path
-    if (part := re.fullmatch(r".+-\d{5}-of-(\d{5})\.\w+", weights.name)) and int(part[1]) > 1:
-        raise FileError(path, f"is one of the {int(part[1])} files of a model", "name the folder they lie in")
+    if (part := PART.fullmatch(weights.stem)) and int(part[3]) > 1:
+        raise FileError(path, f"is one of the {int(part[3])} files of a model", "name the folder they lie in")
     is_index = weights.name.endswith(".index.json")
     tree, files = _read_index(weights, mapped) if is_index else (_read_file(weights, mapped), (weights,))
     search = _Search(path)

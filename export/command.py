@@ -15,7 +15,6 @@ from pocketlm.terminal_text import StatusLine, print
 if TYPE_CHECKING:
     from pocketlm.export.canonical import CanonicalModel
 
-HELP = "Turn a checkpoint into a GGUF, an fp16 bin, an ONNX file, an Ollama model or a Hugging Face folder."
 BAR = 24  # characters of the progress bar
 
 
@@ -103,9 +102,7 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
     if not is_model_file(source):
         overrides = read_pairs(arguments.set)
-        model = read_canonical(
-            source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer, change=lora
-        )
+        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer, change=lora)
     else:
         model = read_canonical(source, change=lora)
         if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:

@@ -156,7 +156,7 @@ def _one_layer(tensor: CanonicalTensor, is_down: bool) -> CanonicalTensor:
     """Matrices (n, rows, columns) below each other, or side by side."""
     n, n_rows, n_columns = tensor.shape
     shape = (n_rows, n * n_columns) if is_down else (n * n_rows, n_columns)
-    return CanonicalTensor(shape, lambda: (tensor.read().swapaxes(0, 1) if is_down else tensor.read()).reshape(shape))
+    return tensor.changed(lambda every: (every.swapaxes(0, 1) if is_down else every).reshape(shape), *shape)
 
 
 # ── GPT-Neo ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,8 +193,7 @@ _ROPE: dict[str, Any] = {"norm": "rms", "position": "rope", "rope_pairs": "half"
 HOME_MADE = (
     Dialect(
         "nanochat", (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_q\.weight", r"(.*\.)?h\.N\.mlp\.c_fc\.weight"),
-        {"norm": "rms", "position": "rope", "rope_pairs": "half", "rope_theta": 10000.0, "activation": "relu_squared",
-         "norm_eps": NANOCHAT_EPS},
+        {**_ROPE, "rope_theta": 10000.0, "activation": "relu_squared", "norm_eps": NANOCHAT_EPS},
         architecture="nanochat", finish=_finish_nanochat,
         names={
             **{f"*.attn.c_{part}": f"attn_{part}" for part in "qkv"},

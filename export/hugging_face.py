@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError, quoted
+from pocketlm.export import huggingface_layouts as layouts
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
@@ -29,23 +30,22 @@ from pocketlm.runtime.plan import Plan
 
 Step = Callable[[Draft], None]
 MXFP4 = FORMATS["MXFP4"]
-HEAD_NORMS = {"*.self_attn.q_norm": "attn_q_norm", "*.self_attn.k_norm": "attn_k_norm"}
+
+
+def _read(written: Mapping[str, str]) -> dict[str, str]:
+    """The names of a Dialect for what huggingface_layouts.py writes in a layer."""
+    return {f"*.{name.replace('{n}', 'N')}": role + "#N" * ("{n}" in name) for role, name in written.items()}
+
+
+HEAD_NORMS = _read(layouts.HEAD_NORMS)
 NORMS_AFTER = {"*.post_attention_layernorm": "post_attention_norm", "*.post_feedforward_layernorm": "post_ffw_norm"}
 NORMS_AROUND = {**NORMS_AFTER, "*.pre_feedforward_layernorm": "ffn_norm"}
-PARTS = ("gate", "up", "down")
 FUSED_EXPERTS = {f"*.mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")}  # as they are in memory
-EXPERTS = {
-    "*.mlp.gate": "ffn_gate_inp", **{f"*.mlp.experts.N.{part}_proj": f"ffn_{part}_exps#N" for part in PARTS}, **FUSED_EXPERTS,
-}
-MIXTRAL_EXPERTS = {
-    "*.block_sparse_moe.gate": "ffn_gate_inp", "*.mlp.gate": "ffn_gate_inp", **FUSED_EXPERTS,
-    **{f"*.block_sparse_moe.experts.N.w{i}": f"ffn_{part}_exps#N" for i, part in ((1, "gate"), (2, "down"), (3, "up"))},
-}
+EXPERTS = _read(layouts.EXPERTS) | FUSED_EXPERTS
+MIXTRAL_EXPERTS = _read(layouts.MIXTRAL_EXPERTS) | FUSED_EXPERTS | {"*.mlp.gate": "ffn_gate_inp"}
 GRANITE_EXPERTS = {
-    **{f"*.block_sparse_moe.{name}": "ffn_gate_inp" for name in ("router", "router.layer")},
-    **{f"*.block_sparse_moe.{name}": "ffn_gate_up_exps" for name in ("input_linear", "experts.gate_up_proj")},
-    **{f"*.block_sparse_moe.{name}": "ffn_down_exps" for name in ("output_linear", "experts.down_proj")},
-    "*.shared_mlp.input_linear": "ffn_gate_up_shexp", "*.shared_mlp.output_linear": "ffn_down_shexp",
+    **_read(layouts.GRANITE_EXPERTS), "*.block_sparse_moe.router": "ffn_gate_inp",
+    **{f"*.block_sparse_moe.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")},
 }
 EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
 GRANITE_KEYS = {
@@ -59,7 +59,7 @@ COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_s
 def one_added(draft: Draft) -> None:
     """Gemma's norms multiply by 1 + weight; those of its files by weight."""
     for role in [role for role in draft.tensors if role.endswith("norm.weight")]:
-        draft.tensors[role] = _changed(draft.tensors[role], lambda weights: weights + np.float32(1))
+        draft.tensors[role] = draft.tensors[role].changed(lambda weights: weights + np.float32(1))
 
 
 def gate_before_up(draft: Draft) -> None:
@@ -110,7 +110,7 @@ def gate_as_vector(draft: Draft) -> None:
     for role in in_layers(draft.tensors, r"ffn_gate_inp_shexp\.weight"):
         gate = draft.tensors[role]
         if len(gate.shape) == 2 and gate.shape[0] == 1:
-            draft.tensors[role] = CanonicalTensor(gate.shape[1:], _first_of(gate))
+            draft.tensors[role] = gate.changed(lambda rows: rows[0], *gate.shape[1:])
 
 
 def gpt_oss(draft: Draft) -> None:
@@ -129,7 +129,8 @@ def gpt_oss(draft: Draft) -> None:
     for role in in_layers(draft.tensors, r"ffn_(both|down)_exps(_bias)?\.weight"):
         both, kind = draft.tensors.pop(role), "bias" if "_bias" in role else "weight"
         if kind == "weight":
-            both = _experts_transposed(both)
+            n, columns, rows = both.shape
+            both = both.changed(lambda matrices: matrices.swapaxes(1, 2), n, rows, columns)
         layer, parts = role.rpartition(".ffn_")[0], {"down": both}
         if "both" in role:
             parts = {"gate": _every_second(both, 0), "up": _every_second(both, 1)}
@@ -166,15 +167,10 @@ def _reader_of_mxfp4(blocks: CanonicalTensor, scales: CanonicalTensor) -> Callab
     return read
 
 
-def _experts_transposed(tensor: CanonicalTensor) -> CanonicalTensor:
-    n, columns, rows = tensor.shape
-    return CanonicalTensor((n, rows, columns), lambda: tensor.read().swapaxes(1, 2))
-
-
 def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
     """Of the rows of every expert."""
     n, rows, *columns = tensor.shape
-    return CanonicalTensor((n, rows // 2, *columns), lambda: tensor.read()[:, first::2])
+    return tensor.changed(lambda matrices: matrices[:, first::2], n, rows // 2, *columns)
 
 
 def short_convolutions(draft: Draft) -> None:
@@ -184,20 +180,13 @@ def short_convolutions(draft: Draft) -> None:
         heads[int(role.split(".")[1])] = 0
         weight = draft.tensors[role]
         if len(weight.shape) == 3 and weight.shape[1] == 1:
-            draft.tensors[role] = CanonicalTensor((weight.shape[0], weight.shape[2]), _without_middle(weight))
+            draft.tensors[role] = weight.changed(lambda values: values[:, 0], weight.shape[0], weight.shape[2])
         draft.keys["shortconv.l_cache"] = weight.shape[-1]
     if kinds is not None and [kind == "conv" for kind in kinds] != [n == 0 for n in heads]:
         problem = "its configuration has convolutions in other layers than its weights"
         raise FileError(draft.config.path, problem, "correct layer_types in config.json")
     draft.keys["attention.head_count_kv"] = np.array(heads)
 
-
-def _first_of(tensor: CanonicalTensor) -> Callable[[], np.ndarray]:
-    return lambda: tensor.read()[0]
-
-
-def _without_middle(tensor: CanonicalTensor) -> Callable[[], np.ndarray]:
-    return lambda: tensor.read()[:, 0]
 
 
 def windows_at_their_depth(draft: Draft) -> None:
@@ -273,11 +262,7 @@ HUGGING_FACE = {
             {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
         ),
         _family(
-            "qwen2moe",
-            {
-                **EXPERTS, "*.mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-                **{f"*.mlp.shared_expert.{part}_proj": f"ffn_{part}_shexp" for part in PARTS},
-            },
+            "qwen2moe", {**EXPERTS, **_read(layouts.SHARED_EXPERT)},
             {
                 **EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None),
                 "expert_shared_feed_forward_length": ("shared_expert_intermediate_size", None),
@@ -344,7 +329,7 @@ def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]
         return model
     factor, at = np.float32(divisor**-0.5 / scale), "attn_q_norm" if "blk.0.attn_q_norm.weight" in model.tensors else "attn_q"
     changed = {
-        name: _changed(tensor, lambda weights: weights * factor)
+        name: tensor.changed(lambda weights: weights * factor)
         for name, tensor in model.tensors.items()
         if name.split(".")[-2] == at
     }
@@ -361,7 +346,3 @@ def _layers(plan: Plan) -> list[tuple[int, Rope | None]]:
             layers.append((op.window, rope))
             rope = None
     return layers
-
-
-def _changed(tensor: CanonicalTensor, change: Callable[[np.ndarray], np.ndarray]) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape, lambda: change(tensor.read()))

@@ -6,12 +6,12 @@ Rows for dialects.py, with what brings their tensors and keys into the form that
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.tensor_parts import in_layers, reorder
 
@@ -34,13 +34,8 @@ def _stablelm(draft: Draft) -> None:
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):
         for role in in_layers(draft.tensors, rf"attn_{part}_norm\.weight"):
-            draft.tensors[role] = _shaped(draft.tensors[role], n, head_dim)
-
-
-def _shaped(tensor: CanonicalTensor, *shape: int) -> CanonicalTensor:
-    if int(np.prod(tensor.shape)) != int(np.prod(shape)):
-        return tensor  # the plan says what is wrong
-    return CanonicalTensor(shape, lambda: tensor.read().reshape(shape))
+            if math.prod(draft.tensors[role].shape) == n * head_dim:  # else the plan says what is wrong
+                draft.tensors[role] = draft.tensors[role].changed(lambda norms: norms.reshape(-1, head_dim), n, head_dim)
 
 
 def _starcoder2(draft: Draft) -> None:

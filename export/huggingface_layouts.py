@@ -18,53 +18,51 @@ from pocketlm.runtime.hyper import Hyper
 _QKV = ("attn_q", "attn_k", "attn_v")
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _QKVO = (*_QKV, "attn_output")
-_LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    **{
-        f"blk.{{i}}.{role}": f"model.layers.{{i}}.{name}"
-        for role, name in {
-            "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-            "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-            "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-        }.items()
-    },
-}  # fmt: skip
-_HEAD_NORMS = {f"attn_{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
-_EXPERTS = {  # {n}: the number of each
+HEAD_NORMS = {f"attn_{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
+EXPERTS = {  # {n}: the number of each
     "ffn_gate_inp": "mlp.gate", **{f"ffn_{part}_exps": f"mlp.experts.{{n}}.{part}_proj" for part in ("gate", "up", "down")},
 }  # fmt: skip
-_SHARED_EXPERT = {
+SHARED_EXPERT = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
 }
-_MIXTRAL_EXPERTS = {
+MIXTRAL_EXPERTS = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     **{f"ffn_{part}_exps": f"block_sparse_moe.experts.{{n}}.w{i}" for i, part in ((1, "gate"), (2, "down"), (3, "up"))},
 }
-_GRANITE_EXPERTS = {
+GRANITE_EXPERTS = {
     "ffn_gate_inp": "block_sparse_moe.router.layer", "ffn_gate_up_exps": "block_sparse_moe.input_linear",
     "ffn_down_exps": "block_sparse_moe.output_linear", "ffn_gate_up_shexp": "shared_mlp.input_linear",
     "ffn_down_shexp": "shared_mlp.output_linear",
 }  # fmt: skip
 
 
+def _in_layers(layers: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {f"blk.{{i}}.{role}": f"{layers}.{{i}}.{name}" for role, name in names.items()}
+
+
+_LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    **_in_layers("model.layers", {
+        "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }),
+}  # fmt: skip
+
+
 def _llama_with(more: Mapping[str, str]) -> dict[str, str]:
-    return {**_LLAMA_NAMES, **{f"blk.{{i}}.{role}": f"model.layers.{{i}}.{name}" for role, name in more.items()}}
+    return _LLAMA_NAMES | _in_layers("model.layers", more)
 
 
 _GPT2_NAMES = {
     "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f", "output": "lm_head",
-    **{
-        f"blk.{{i}}.{role}": f"transformer.h.{{i}}.{name}"
-        for role, name in {
-            "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
-            "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
-        }.items()
-    },
+    **_in_layers("transformer.h", {
+        "attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_norm": "ln_2",
+        "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj",
+    }),
 }  # fmt: skip
-_STARCODER2_NAMES = {
-    **_LLAMA_NAMES, "blk.{i}.ffn_up": "model.layers.{i}.mlp.c_fc", "blk.{i}.ffn_down": "model.layers.{i}.mlp.c_proj",
-}  # fmt: skip
+_STARCODER2_NAMES = _llama_with({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"})
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu_erf": "gelu", "silu": "silu", "relu": "relu"}
 
 
@@ -168,25 +166,25 @@ LAYOUTS = {
 # architectures whose layers are not the plain ones → the class that computes them as they usually are
 OWN_LAYOUTS = {
     "qwen3": Layout(
-        "qwen3", "Qwen3ForCausalLM", _llama_with(_HEAD_NORMS), _llama, {"attention_bias": _QKVO}, narrow=False,
+        "qwen3", "Qwen3ForCausalLM", _llama_with(HEAD_NORMS), _llama, {"attention_bias": _QKVO}, narrow=False,
     ),
-    "mixtral": Layout("mixtral", "MixtralForCausalLM", _llama_with(_MIXTRAL_EXPERTS), _mixtral, {}, narrow=False),
+    "mixtral": Layout("mixtral", "MixtralForCausalLM", _llama_with(MIXTRAL_EXPERTS), _mixtral, {}, narrow=False),
     "qwen2moe": Layout(
-        "qwen2_moe", "Qwen2MoeForCausalLM", _llama_with(_EXPERTS | _SHARED_EXPERT), _qwen2moe, {"qkv_bias": _QKV},
+        "qwen2_moe", "Qwen2MoeForCausalLM", _llama_with(EXPERTS | SHARED_EXPERT), _qwen2moe, {"qkv_bias": _QKV},
     ),
     "qwen3moe": Layout(
-        "qwen3_moe", "Qwen3MoeForCausalLM", _llama_with(_HEAD_NORMS | _EXPERTS),
+        "qwen3_moe", "Qwen3MoeForCausalLM", _llama_with(HEAD_NORMS | EXPERTS),
         lambda hyper: {**_experts(hyper), "norm_topk_prob": True}, {"attention_bias": _QKVO}, narrow=False,
     ),
     "olmoe": Layout(
-        "olmoe", "OlmoeForCausalLM", _llama_with(_HEAD_NORMS | _EXPERTS), _olmoe, {"attention_bias": _QKVO},
+        "olmoe", "OlmoeForCausalLM", _llama_with(HEAD_NORMS | EXPERTS), _olmoe, {"attention_bias": _QKVO},
     ),
     "granite": Layout(
         "granite", "GraniteForCausalLM", _LLAMA_NAMES, _granite,
         {"attention_bias": _QKVO, "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")},
     ),
     "granitemoe": Layout(
-        "granitemoeshared", "GraniteMoeSharedForCausalLM", _llama_with(_GRANITE_EXPERTS), _granitemoe,
+        "granitemoeshared", "GraniteMoeSharedForCausalLM", _llama_with(GRANITE_EXPERTS), _granitemoe,
         {"attention_bias": _QKVO},
     ),
 }  # fmt: skip

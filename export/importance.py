@@ -14,15 +14,12 @@ import math
 import struct
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pocketlm.errors import FileError, refused
 from pocketlm.export.canonical import CanonicalModel, Float32Tensors
-
-if TYPE_CHECKING:
-    from pocketlm.runtime.operations import Experts, Linear, Logits
+from pocketlm.runtime.operations import Experts, Linear, Logits
 
 LONGEST = 1 << 16  # tokens of a text that are run: enough for means, and minutes for a small model
 WINDOW = 512

@@ -63,9 +63,7 @@ class Encoder:
             raise FileError(self._source, f"tensor {name} holds NaN or infinite weights", advice)
         return weights, largest
 
-    def pieces(
-        self, encoded: Encoded, weights: np.ndarray, importance: np.ndarray | None = None
-    ) -> Iterator[np.ndarray]:
+    def pieces(self, encoded: Encoded, weights: np.ndarray, importance: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """The bytes of `weights` in `encoded.format`, uint8, in order; fills in the rest of `encoded` on the way.
 
         `importance`: float32, how much the squared error of each column's weights counts, in a row for each expert where

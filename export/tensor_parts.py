@@ -16,18 +16,19 @@ Tensors = dict[str, CanonicalTensor]
 
 
 def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
-    return CanonicalTensor((stop - start, *tensor.shape[1:]), lambda: np.ascontiguousarray(tensor.read()[start:stop]))
+    return tensor.changed(lambda all: np.ascontiguousarray(all[start:stop]), stop - start, *tensor.shape[1:])
 
 
 def rows_of_experts(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
     """The same rows of each."""
     n, _, *columns = tensor.shape
-    return CanonicalTensor((n, stop - start, *columns), lambda: np.ascontiguousarray(tensor.read()[:, start:stop]))
+    return tensor.changed(lambda all: np.ascontiguousarray(all[:, start:stop]), n, stop - start, *columns)
 
 
-def stacked(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return CanonicalTensor(shape, lambda: np.concatenate([part.read() for part in parts]))
+def stacked(parts: Sequence[CanonicalTensor], axis: int = 0) -> CanonicalTensor:
+    shape = [*parts[0].shape]
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return CanonicalTensor(tuple(shape), lambda: np.concatenate([part.read() for part in parts], axis))
 
 
 def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
@@ -36,7 +37,7 @@ def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
 
 
 def transposed(tensor: CanonicalTensor) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape[::-1], lambda: np.ascontiguousarray(tensor.read().T))
+    return tensor.changed(lambda values: np.ascontiguousarray(values.T), *tensor.shape[::-1])
 
 
 def constant(values: np.ndarray) -> CanonicalTensor:
@@ -52,11 +53,7 @@ def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
     """Bring the rows of tensors in layers that match into this order, here; the plan complains of one with more or fewer."""
     for role in in_layers(tensors, expression):
         if tensors[role].shape[0] == len(order):
-            tensors[role] = _reordered(tensors[role], order)
-
-
-def _reordered(tensor: CanonicalTensor, order: np.ndarray) -> CanonicalTensor:
-    return CanonicalTensor(tensor.shape, lambda: tensor.read()[order])
+            tensors[role] = tensors[role].changed(lambda values: values[order])
 
 
 def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError
-from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
+from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refused
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
-from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, transposed
+from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, stacked, transposed
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
@@ -97,14 +97,8 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
 def _gate_before_up(tensors: Tensors, end: str, axis: int) -> None:
     """One tensor in place of two, here."""
     for role in in_layers(tensors, rf"ffn_gate_{end}\.weight"):
-        gate, up = tensors.pop(role), tensors.pop(role.replace("gate", "up"))
-        shape = [*gate.shape]
-        shape[axis] += up.shape[axis]
-        tensors[role.replace("gate", "gate_up")] = CanonicalTensor(tuple(shape), _joined(gate, up, axis))
-
-
-def _joined(first: CanonicalTensor, second: CanonicalTensor, axis: int) -> Callable[[], np.ndarray]:
-    return lambda: np.concatenate([first.read(), second.read()], axis)
+        parts = [tensors.pop(role), tensors.pop(role.replace("gate", "up"))]
+        tensors[role.replace("gate", "gate_up")] = stacked(parts, axis)
 
 
 def _write_weights(

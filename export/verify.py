@@ -143,7 +143,7 @@ def _exported_runner(model: CanonicalModel, out: Path) -> Iterator[Runner]:
         with _exact_runner(read_canonical(path, tokenizer=NONE), path) as run:
             yield run
         return
-    with closing(open_model(path)) as opened:
+    with open_model(path) as opened:
         plan = make_plan(model.hyper, {name: tensor.shape for name, tensor in opened.tensors.items()}, path)
         with _runner("auto", plan, opened.tensors, path) as run:
             yield run

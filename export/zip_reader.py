@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +45,7 @@ class Entry:
         """The entry as it lies in the mapping. Raises FileError where it is compressed; the checksum is tested once, late."""
         if self.method != STORED:
             raise FileError(self.path, f"entry {quoted(self.name)} is compressed", "save the checkpoint again with torch.save")
-        return Storage(self.buffer, self.start, self.n_bytes, _once(self._check))
+        return Storage(self.buffer, self.start, self.n_bytes, cache(self._check))
 
     def _check(self) -> None:
         crc = 0
@@ -78,17 +79,6 @@ class Entry:
         if len(data) != self.n_bytes or (self.crc and zlib.crc32(data) != self.crc):
             self._fail("does not match its checksum")
         return data
-
-
-def _once(function: Callable[[], None]) -> Callable[[], None]:
-    done: list[bool] = []
-
-    def run() -> None:
-        if not done:
-            function()
-            done.append(True)
-
-    return run
 
 
 def read_zip(buffer: Buffer, path: Path) -> dict[str, Entry]:

@@ -32,9 +32,7 @@ def replacing_file(target: Path, n_bytes: int = 0, rename: Callable[[Path, Path]
     target = _real(target)
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
         raise FileError(target, "is there already and is not a file", "choose another name for the output")
-    check_room(target, n_bytes)
-    part = _part_name(target)
-    with _cleared_on_failure(target, part):
+    with _part_of(target, n_bytes) as part:
         yield part
         _sync(part)
         rename(part, target)
@@ -69,9 +67,7 @@ def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> It
         raise FileError(target, "is there already and is not a folder", "choose another name for the output")
     if target.exists() and (others := sorted({entry.name for entry in target.iterdir()} - set(files))):
         raise FileError(target, f"is there already and holds {others[0]}", "choose a new folder for the output")
-    check_room(target, n_bytes)
-    part = _part_name(target)
-    with _cleared_on_failure(target, part):
+    with _part_of(target, n_bytes) as part:
         yield part
         for path in part.iterdir():
             _sync(path)
@@ -118,11 +114,6 @@ def _real(target: Path) -> Path:
         raise FileError(target, f"cannot be written ({error})") from None
 
 
-def _part_name(target: Path) -> Path:
-    """A name of this call's own: another thread may be writing to the same target, or another container's process 1."""
-    return target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
-
-
 def check_room(target: Path, n_bytes: int) -> None:
     """Raises FileError where there is no folder for `target`, or its disk has less than `n_bytes`."""
     if not target.parent.is_dir():
@@ -133,11 +124,14 @@ def check_room(target: Path, n_bytes: int) -> None:
 
 
 @contextmanager
-def _cleared_on_failure(target: Path, part: Path) -> Iterator[None]:
-    """Takes `part` away, and turns the system's errors into one line, where the block fails; and what killed ones left."""
+def _part_of(target: Path, n_bytes: int) -> Iterator[Path]:
+    """What is written first. Where the block fails, it is taken away, and the system's errors become one line."""
+    check_room(target, n_bytes)
     _sweep(target)
+    # a name of this call's own: another thread may be writing to the same target, or another container's process 1
+    part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        yield
+        yield part
     except OSError as error:
         advice = "the old one is unchanged" if os.path.lexists(target) else "make room, or choose another folder"
         raise FileError(target, f"cannot be written ({error.strerror or error})", advice) from None

@@ -10,6 +10,7 @@ drafts would have been right before the first is tried, and a text that is not f
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate, count
 from math import prod
@@ -47,10 +48,7 @@ class Odds:
 
 
 def _class(match: int) -> int:
-    for at, limit in enumerate(CLASSES):
-        if match < limit:
-            return at
-    return len(CLASSES)
+    return bisect_right(CLASSES, match)
 
 
 class Drafts:

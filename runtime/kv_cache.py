@@ -117,23 +117,27 @@ class KVCache:
         keys, values = self.layers[layer]
         return keys[:, :n], values[:, :n]
 
+    def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
+        """A copy of keys (0) or values (1) as they are kept, float32 [n_kv_head, stop - start, head_dim]."""
+        return self.layers[layer][which][:, self.at(layer, start, stop)].copy()
+
+    def _write(self, which: int, layer: int, start: int, x: np.ndarray) -> None:
+        """Put keys or values [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
+        self.layers[layer][which][:, self.at(layer, start, start + x.shape[1])] = x
+
     def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        """A copy, float32 [n_kv_head, stop - start, head_dim]."""
-        return self.layers[layer][0][:, self.at(layer, start, stop)].astype(np.float32)
+        return self._read(0, layer, start, stop)
 
     def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        """Put keys [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
-        self.layers[layer][0][:, self.at(layer, start, start + keys.shape[1])] = keys
+        self._write(0, layer, start, keys)
 
     # ── the same for all ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read_values(self, layer: int, start: int, stop: int) -> np.ndarray:
-        """A copy [n_kv_head, stop - start, head_dim]."""
-        return self.layers[layer][1][:, self.at(layer, start, stop), : self.hyper.head_dim].copy()
+        return self._read(1, layer, start, stop)
 
     def write_values(self, layer: int, start: int, values: np.ndarray) -> None:
-        """Put values [n_kv_head, n, head_dim] at `start`, n no more than the layer's rows."""
-        self.layers[layer][1][:, self.at(layer, start, start + values.shape[1]), : self.hyper.head_dim] = values
+        self._write(1, layer, start, values)
 
     def read_columns(self, layer: int, start: int, stop: int) -> np.ndarray:
         """A copy of a convolution's columns [1, stop - start, columns]."""
@@ -334,7 +338,6 @@ class ScaledCache(KVCache):
         return hyper.head_dim + SCALE_BYTES // np.dtype(cls.dtype).itemsize
 
     def _read(self, which: int, layer: int, start: int, stop: int) -> np.ndarray:
-        """Keys (0) or values (1) as they are kept."""
         rows, n = self.layers[layer][which][:, self.at(layer, start, stop)], self.hyper.head_dim
         return rows[..., :n] * rows[..., n:].view(np.float32)
 
@@ -342,18 +345,6 @@ class ScaledCache(KVCache):
         numbers, scales = self.keep[which](x)
         rows = np.concatenate([numbers, scales[..., None].view(self.dtype)], -1)
         self.layers[layer][which][:, self.at(layer, start, start + x.shape[1])] = rows
-
-    def read_keys(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return self._read(0, layer, start, stop)
-
-    def write_keys(self, layer: int, start: int, keys: np.ndarray) -> None:
-        self._write(0, layer, start, keys)
-
-    def read_values(self, layer: int, start: int, stop: int) -> np.ndarray:
-        return self._read(1, layer, start, stop)
-
-    def write_values(self, layer: int, start: int, values: np.ndarray) -> None:
-        self._write(1, layer, start, values)
 
     def seen(self, layer: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         return self._read(0, layer, start, stop), self._read(1, layer, start, stop)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pocketlm.runtime.container import Packed
 
 MAX_PARTS = 1000
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})")  # what a part of several is called before its ending: NAME-00001-of-00003
+
 
 def open_model(path: str | Path) -> GGUF | Fp16Bin:
     """A GGUF file, an fp16 bin or a packed executable, opened and checked. Raises FileError, saying what else it may be."""
@@ -29,10 +31,10 @@ def open_model(path: str | Path) -> GGUF | Fp16Bin:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files of a GGUF that lies in several (NAME-00001-of-00003.gguf, as llama.cpp names them), whichever is named;
-    the path alone where it is no part.
+    """The files of a GGUF that lies in several, as llama.cpp names them, whichever is named; the path alone where it is no
+    part.
     """
-    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    named = PART.fullmatch(path.stem) if path.suffix == ".gguf" else None
     n = int(named[3]) if named else 0
     if not named or not 1 <= int(named[2]) <= n <= MAX_PARTS:
         return [path]

@@ -65,9 +65,7 @@ class NumpyExecutor:
         self._pool = ThreadPool(n_threads)  # last: whatever fails before leaves no threads behind
 
     @staticmethod
-    def memory(
-        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"
-    ) -> tuple[int, int, int]:
+    def memory(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16") -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most, when the context is full."""
         hyper, n = plan.hyper, min(BLOCK, n_ctx)
         experts = plan.experts

@@ -220,15 +220,14 @@ class Answering(Response):
         try:
             answer = await self._answerer.begin(self._ask, self._prompts)
             try:
-                response = None if self._ask.stream else JSONResponse(await self._whole(answer))
-                if response is None:
-                    await self._stream(answer, send)
+                if self._ask.stream:
+                    return await self._stream(answer, send)
+                response = JSONResponse(await self._whole(answer))
             finally:
                 answer.close()
         except ApiError as error:
             response = error.response()
-        if response is not None:
-            await response(scope, receive, send)
+        await response(scope, receive, send)
 
     async def _whole(self, answer: Answer) -> Any:
         answers: dict[int, list[Piece]] = {}  # by their numbers, in the order in which they are made

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from pocketlm.cli_options import model_arguments, open_model, sampling_arguments, sampling_keywords
-from pocketlm.errors import FileError, UsageError
+from pocketlm.errors import FileError, UsageError, whole_number
 from pocketlm.terminal_text import print
 
 PORT = 8642
@@ -54,10 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     from pocketlm.serve.server import Server, listen
 
     policy = _policy(arguments)
-    if not 1 <= arguments.slots <= 256:
-        raise UsageError(f"--slots {arguments.slots}: expected 1 to 256")
-    if not 0 <= arguments.port <= 65535:
-        raise UsageError(f"--port {arguments.port}: expected 0 to 65535")
+    whole_number("--slots", arguments.slots, 1, 256)
+    whole_number("--port", arguments.port, 0, 65535)
     if not arguments.timeout > 0:
         raise UsageError(f"--timeout {arguments.timeout}: expected more than 0 seconds")
     defaults = sampling_keywords(arguments)

@@ -153,4 +153,3 @@ class Guard:
         except ApiError as refused:
             app = refused.response()
         await app(scope, receive, send_safely)
-        return None

@@ -13,7 +13,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,12 +22,10 @@ from starlette.routing import Route
 from pocketlm.chat import saved, transcript
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.serve.answering import Answerer
 from pocketlm.serve.app import read_json
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.guard import Policy, same
-
-if TYPE_CHECKING:
-    from pocketlm.serve.answering import Answerer
 
 FILE = "page.html"
 LISTED = 300  # conversations that the page shows, the last ones
@@ -177,10 +175,8 @@ async def _asked(work: Callable[[], Any], status: int) -> Any:
     """What the work returns, done in a thread; its errors with this status."""
     try:
         return await asyncio.to_thread(work)
-    except OSError as error:
-        raise ApiError(status, error.strerror or str(error)) from None
-    except PocketlmError as error:
-        raise ApiError(status, str(error)) from None
+    except (OSError, PocketlmError) as error:
+        raise ApiError(status, getattr(error, "strerror", None) or str(error)) from None
 
 
 def _conversation(body: dict[str, Any]) -> transcript.Conversation:

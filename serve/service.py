@@ -93,7 +93,8 @@ def unit(arguments: Any, words: list[str], model: Any) -> str:
     program, needed = _program()
     low = 0 < port < 1024  # such a port wants a right that a user of its own has not
     return UNIT.format(
-        name=NAME, model=_plain(model.name), command=_command([*program, *_without_key(words, arguments, model.path)]),
+        name=NAME, model=_plain(model.name),
+        command=" ".join(_quoted(word) for word in (*program, *_without_key(words, arguments, model.path))),
         secrets="" if _has_key(arguments) else "-", file=SECRETS,
         slots=f"{slots} conversations of {model.n_ctx} tokens", memory=memory,
         network="" if not is_loopback(arguments.host) else "IPAddressDeny=any\nIPAddressAllow=localhost\n",
@@ -147,12 +148,8 @@ def _hidden(paths: list[Path]) -> list[Path]:
     return [path for path in inside if not any(path != other and path.is_relative_to(other) for other in inside)]
 
 
-def _command(words: list[str]) -> str:
-    """As ExecStart= wants it: quoted, with % and $ meaning nothing."""
-    return " ".join(_quoted(word) for word in words)
-
-
 def _quoted(word: str) -> str:
+    """As ExecStart= wants it: with % and $ meaning nothing."""
     word = _plain(word).replace("$", "$$")
     plain = shlex.quote(word) == word
     return word if plain else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'

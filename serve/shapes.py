@@ -72,9 +72,7 @@ class Shape:
         for number, pieces in enumerate(answers):
             text, told = "".join(piece.text for piece in pieces), {}
             if parts is not None:
-                splitter = parts()
-                found = [*splitter.push(text), *splitter.flush()]
-                thought, text = ("".join(part for is_thought, part in found if is_thought is of) for of in (True, False))
+                thought, text = parts().whole(text)
                 told = {"reasoning_content": thought} if thought else {}
             message = {"role": "assistant", "content": text, **told}
             content: dict[str, Any] = {"message": message} if self._is_chat else {"text": text}

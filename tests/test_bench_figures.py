@@ -204,7 +204,6 @@ def test_a_converted_graph_computes_only_the_logits_that_are_wanted(tmp_path: Pa
 
 
 def test_a_shape_is_written_once_and_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf", reason="the gguf package writes the shapes")
     from pocketlm.runtime.model_file import open_model
 
     monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.Shape(1, 32, 2, 64))

@@ -6,7 +6,7 @@ names, `strip_left` and `strip_right` (ids), `normal_form` and `replacements` (w
 `test_texts` and `test_ids` (each "1 2 3"), which are checked here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,6 @@ class Keys:
         value = self.metadata.get(key)
         if value is None:
             return None
-        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
-            raise FileError(self.path, f"{key} is not a list of numbers")
         try:
             array = np.asarray(value)
         except ValueError:

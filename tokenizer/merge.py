@@ -46,9 +46,7 @@ class MergeTable(dict[int, int]):
         return value
 
 
-def rank_table(
-    path: object, text_of: Callable[[int], str], index: TextIndex, merges: Sequence[str], stride: int
-) -> MergeTable:
+def rank_table(path: object, text_of: Callable[[int], str], index: TextIndex, merges: Sequence[str], stride: int) -> MergeTable:
     """The table of a list of merges "left right", the best first. FileError where they do not fit `index`."""
     _check_merges(path, index, merges)
     ranks = index_of(merges)[1]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-from pocketlm.errors import FileError, UsageError, needed, one_of
+from pocketlm.errors import FileError, UsageError, needed, one_of, refused
 from pocketlm.export.model_config import read_pairs
 from pocketlm.runtime.atomic import write_file
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
@@ -175,10 +175,8 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
     """The run's tokenizer, chat template and encoded data, each made where it is not there yet."""
     from pocketlm.train.starting_weights import template_beside
 
-    try:
+    with refused(folder, "choose another folder with -o", "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(folder, f"cannot be made ({error.strerror})", "choose another folder with -o") from None
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
     reading = documents.Reading(arguments.documents, arguments.shortest)
     tok = _tokenizer(folder, kind, n_vocab, reading, arguments)

@@ -74,7 +74,7 @@ def _list(text: str, path: Path) -> list[Any]:
 
 def _document(row: Any, path: Path, number: int) -> Document:
     """The text or the conversation of a row, which may still be JSON."""
-    try:
+    with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         row = json.loads(row) if isinstance(row, str) else row
         if isinstance(row.get("text"), str):
             return row["text"]
@@ -85,8 +85,6 @@ def _document(row: Any, path: Path, number: int) -> Document:
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in row["messages"]]
         if messages and all(m["role"] in ROLES for m in messages):
             return messages
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
     expected = 'expected {"text": …}, {"messages": [{"role": "user", "content": …}, …]} or {"instruction": …, "output": …}'
     raise FileError(path, f"{'line' if path.suffix == '.jsonl' else 'row'} {number} is no document", expected)
 

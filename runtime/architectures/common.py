@@ -56,7 +56,7 @@ class Builder:
     """Collects operations. A layer's builder (`layers`) adds to the same lists."""
 
     def __init__(self, hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object):
-        self.hyper, self._shapes, self._prefix, self._layer = hyper, shapes, "", 0
+        self.hyper, self._shapes, self._prefix, self.layer = hyper, shapes, "", 0
         self.settings = Keys({f"{hyper.architecture}.{key}": value for key, value in hyper.settings.items()}, path)
         self.ops: list[Op] = []
         self.buffers: dict[str, int] = {}  # name -> width
@@ -123,21 +123,16 @@ class Builder:
         """A builder for each layer, in order; `layer` says which it is."""
         for i in range(self.hyper.n_layer):
             layer = copy.copy(self)
-            layer._prefix, layer._layer = f"blk.{i}.", i
+            layer._prefix, layer.layer = f"blk.{i}.", i
             yield layer
             if len(self.problems) > 100:  # an absurd layer count must not build an endless list
                 return
-
-    @property
-    def layer(self) -> int:
-        """Which layer this builder is for, from 0."""
-        return self._layer
 
     def window(self, period: int, default: int = 0) -> int:
         """The layer's sliding window, `attention.sliding_window` among the SETTINGS; 0, all positions, in every period-th."""
         if not (size := int(self.number("attention.sliding_window", default))):
             return 0
-        return 0 if (self._layer + 1) % period == 0 else size
+        return 0 if (self.layer + 1) % period == 0 else size
 
     def logits(self, x: str = "h") -> None:
         """logits = W x, with the token table where there is no output matrix."""
@@ -256,7 +251,7 @@ class Builder:
         """att = attention of qkv; `scale` is 1/√head_dim where it is not given, ALiBi the model's."""
         h = self.hyper
         op = Attend(
-            "qkv", "att", self._layer, h.n_head, h.n_kv_head, h.head_dim,
+            "qkv", "att", self.layer, h.n_head, h.n_kv_head, h.head_dim,
             scale=1 / math.sqrt(h.head_dim) if scale is None else scale, window=window, softcap=softcap,
             alibi_max_bias=h.alibi_max_bias if alibi_max_bias is None else alibi_max_bias,
             sinks=self.tensor(sinks, h.n_head) if sinks else None,
@@ -271,7 +266,7 @@ class Builder:
         """out = W_out (C · conv(B · z)), where W_in x is B, C and z below each other."""
         n = self.hyper.n_embd
         self.linear(x, "bcz", ("shortconv.in_proj", 3 * n))
-        self._emit(Convolve("bcz", "conv", self._layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
+        self._emit(Convolve("bcz", "conv", self.layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
         self.linear("conv", out, ("shortconv.out_proj", n))
 
     def feed_forward(self, x: str = "h", out: str = "y", n_ff: int | None = None, end: str = "") -> None:

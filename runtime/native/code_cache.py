@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import PocketlmError, refused
 
 KEPT = 64  # files, a level has 12; the oldest beyond that are removed
 _SUFFIX = ".code"
@@ -75,10 +75,8 @@ def kept_folder(name: str) -> Path:
         problem = f"{where} cannot be written, or others may write to it" if where else "there is no cache folder"
         raise PocketlmError(f"{problem}: no place for {name}; set POCKETLM_CACHE to a folder of your own")
     folder = trusted / name
-    try:
+    with refused(folder, "set POCKETLM_CACHE to another folder", "cannot be made"):
         folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise FileError(folder, f"cannot be made ({error.strerror})", "set POCKETLM_CACHE to another folder") from None
     return folder
 
 

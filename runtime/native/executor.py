@@ -88,9 +88,7 @@ class NativeExecutor:
         self._workers = WorkerThreads(self._code[CORE], self._record, n_threads, memory)  # last: a failure leaves no threads
 
     @staticmethod
-    def memory(
-        plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16"
-    ) -> tuple[int, int, int]:
+    def memory(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int, kv: str = "q16") -> tuple[int, int, int]:
         """Bytes of weights, cache and scratch that an executor of this plan takes at most. Experts are not counted: where they
         do not fit they are read from the file as they are needed.
         """

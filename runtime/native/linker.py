@@ -34,9 +34,9 @@ class Image:
 
 # ---- linking: the ELF-64 object file format, System V gABI chapter 4 -------------------------------------------------
 
-_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-_SECTION = struct.Struct("<IIQQQQIIQQ")
-_SYMBOL = struct.Struct("<IBBHQQ")
+HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+SECTION = struct.Struct("<IIQQQQIIQQ")
+SYMBOL = struct.Struct("<IBBHQQ")
 _RELA = struct.Struct("<QQq")
 _ET_REL = 1
 _MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -69,21 +69,21 @@ class _Object:
     def __init__(self, data: bytes):
         if data[:6] != b"\x7fELF\x02\x01":
             raise ImageError("cannot link what is not an object file (ELF64, little-endian)")
-        _, kind, machine, _, _, _, shoff, _, _, _, _, shentsize, shnum, shstrndx = _HEADER.unpack_from(data)
-        if kind != _ET_REL or machine not in _MACHINES or shentsize != _SECTION.size:
+        _, kind, machine, _, _, _, shoff, _, _, _, _, shentsize, shnum, shstrndx = HEADER.unpack_from(data)
+        if kind != _ET_REL or machine not in _MACHINES or shentsize != SECTION.size:
             raise ImageError("cannot link an object file that is not relocatable, or not for x86-64 or aarch64")
         self.machine = _MACHINES[machine]
-        headers = [_SECTION.unpack_from(data, shoff + i * shentsize) for i in range(shnum)]
+        headers = [SECTION.unpack_from(data, shoff + i * shentsize) for i in range(shnum)]
         contents = [b"" if h[1] == _SHT_NOBITS else data[h[4] : h[4] + h[5]] for h in headers]
         self.sections = [
-            _Section(_text(contents[shstrndx], h[0]), h[1], h[2], c, h[6], h[7], max(h[8], 1))
+            _Section(text_at(contents[shstrndx], h[0]), h[1], h[2], c, h[6], h[7], max(h[8], 1))
             for h, c in zip(headers, contents, strict=True)
         ]
         table = next((s for s in self.sections if s.type == _SHT_SYMTAB), None)
         names = self.sections[table.link].data if table else b""
         self.symbols = [
-            _Symbol(_text(names, name), info >> 4 >= _STB_GLOBAL, section, value)
-            for name, info, _, section, value, _ in _SYMBOL.iter_unpack(table.data if table else b"")
+            _Symbol(text_at(names, name), info >> 4 >= _STB_GLOBAL, section, value)
+            for name, info, _, section, value, _ in SYMBOL.iter_unpack(table.data if table else b"")
         ]
         self.base: dict[int, int] = {}  # section number -> offset in the image
 
@@ -165,7 +165,7 @@ def _relocate(part: _Object, code: bytearray, symbols: Mapping[str, int], kinds:
                 raise ImageError(f"the reference to {symbol.name} does not reach: the image is too large") from error
 
 
-def _text(table: bytes, offset: int) -> str:
+def text_at(table: bytes, offset: int) -> str:
     return table[offset : table.index(0, offset)].decode()
 
 
