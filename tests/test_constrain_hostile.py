@@ -1,0 +1,68 @@
+"""Schemas that a stranger sends to take a server's time: they are built or refused at once."""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from constraining import VOCABULARY, masks_of
+
+from pocketlm.constrain import grammar
+from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
+from pocketlm.constrain.schema import grammar_of
+
+NESTS = {
+    "arrays": "{'type': 'array', 'items': s}",
+    "counted arrays": "{'type': 'array', 'items': s, 'minItems': 1, 'maxItems': 5}",
+    "dicts": "{'type': 'object', 'additionalProperties': s}",
+    "arrays of objects": "{'type': 'array', 'items': {'type': 'object', 'properties': {'a': s, 'b': {}}}}",
+    "optional arrays": "{'anyOf': [{'type': 'array', 'items': s}, {'type': 'null'}]}",
+    "merged arrays": "{'allOf': [{'type': 'array', 'items': s}, {'minItems': 1}]}",
+    "tuples": "{'type': 'array', 'prefixItems': [s, {}]}",
+}
+
+
+@pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS)
+def test_what_is_nested_takes_no_time_that_doubles_with_each_level(nest):
+    """In a process of its own, for what takes 2^60 steps cannot be ended. Twice, for equal trees were compared as well."""
+    program = f"""
+from constraining import masks_of, allowed
+from pocketlm.constrain.schema import grammar_of
+from pocketlm.errors import UsageError
+for depth in (30, 60, 120):
+    for _ in range(2):
+        s = {{"type": "integer"}}
+        for _ in range(depth):
+            s = {nest}
+        try:
+            masks = masks_of(grammar_of(s))
+            allowed(masks, masks.start)
+        except UsageError as error:
+            assert depth > 30, error
+            assert "large" in str(error) or "nested too deeply" in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, timeout=60, check=True)
+
+
+def test_equal_trees_are_one_and_are_forgotten():
+    def tree():
+        return Sequence((literal("only here"), Repeat(Chars(((1, 2),)), 0, 123)))
+
+    assert tree() is tree()
+    made = tree()
+    assert made is tree()
+    assert made != Sequence((literal("only here"), Repeat(Chars(((1, 2),)), 0, 124)))
+    gc.collect()
+    n = len(grammar._made)
+    del made
+    gc.collect()
+    assert len(grammar._made) < n
+
+
+def test_every_string_has_what_was_counted_for_the_first():
+    VOCABULARY.counted.clear()
+    for schema in ({"type": "string"}, {"properties": {"a": {"type": "string", "maxLength": 9}}, "required": ["a"]}):
+        masks = masks_of(grammar_of(schema))
+        masks.mask(masks.advance(masks.start, b'"' if "type" in schema else b'{"a":"'))
+    assert len(VOCABULARY.counted) == 1
