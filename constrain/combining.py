@@ -16,6 +16,7 @@ from pocketlm.errors import UsageError, quoted
 Schema = Mapping[str, Any]
 NAME = "json_schema"
 MOST_SCHEMAS = 20_000
+MOST_COMPARED = 100_000  # schemas, and their values, that have to be apart
 NOTES = {
     "$schema", "$id", "$anchor", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "example",
     "deprecated", "readOnly", "writeOnly", "contentMediaType", "contentEncoding", "discriminator",
@@ -59,7 +60,8 @@ class Schemas:
 
     def __init__(self, root: Any):
         self._root = root
-        self.n = 0
+        self.n = self._n_compared = 0
+        self._keys: dict[int, tuple[Schema, frozenset[str] | None]] = {}  # by id, which is its own as long as it is kept here
 
     def target(self, ref: Any, path: str) -> Any:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
@@ -90,29 +92,29 @@ class Schemas:
             merged = self.both(merged, part, f"{path}/allOf/{i}" if i else path)
         return merged
 
-    def _flat(self, schema: Any, path: str) -> Any:
+    def flat(self, schema: Any, path: str) -> Any:
         """The same without `$ref` and `allOf` at its top."""
-        while not isinstance(schema, bool) and ("$ref" in schema or "allOf" in schema):
-            self.n += 1
-            if self.n > MOST_SCHEMAS:
-                raise bad(path, "the schema is too large, or refers to itself without end")
+        while not isinstance(schema, bool):
+            check(schema, path)
+            if "$ref" not in schema and "allOf" not in schema:
+                break
+            self._one_more(path)
             schema = self.merged(schema, path)
-            if not isinstance(schema, bool):
-                check(schema, path)
         return schema
 
-    def both(self, a: Any, b: Any, path: str) -> Any:
-        """A schema for what both ask for."""
+    def _one_more(self, path: str) -> None:
         self.n += 1
         if self.n > MOST_SCHEMAS:
             raise bad(path, "the schema is too large, or refers to itself without end")
+
+    def both(self, a: Any, b: Any, path: str) -> Any:
+        """A schema for what both ask for."""
+        self._one_more(path)
         if a is True or b is True or a == b:
             return b if a is True else a
         if a is False or b is False:
             return False
-        for one in (a, b):
-            check(one, path)
-        a, b = self._flat(a, path), self._flat(b, path)
+        a, b = self.flat(a, path), self.flat(b, path)
         if isinstance(a, bool) or isinstance(b, bool):
             return self.both(a, b, path)
         a, b = ({keyword: value for keyword, value in one.items() if keyword not in NOTES} for one in (a, b))
@@ -124,6 +126,7 @@ class Schemas:
             if keyword in merged and merged[keyword] != value:
                 if keyword not in _MERGE:
                     raise bad(path, f"{keyword} in several schemas that are combined is not supported")
+                self.n += sum(len(one) for one in (merged[keyword], value) if isinstance(one, list | dict))
                 try:
                     value = _MERGE[keyword](merged[keyword], value)
                 except (TypeError, AttributeError, ValueError):
@@ -133,21 +136,19 @@ class Schemas:
 
     def apart(self, a: Any, b: Any, path: str, depth: int) -> bool:
         """Whether it is plain that no value is valid under both."""
-        self.n += 1
-        if depth > 4 or self.n > MOST_SCHEMAS:
+        self._n_compared += 1
+        if self._n_compared > MOST_COMPARED:
+            raise bad(path, "the schema is too large: too much has to be compared for oneOf")
+        if depth > 4:
             return False
+        a, b = self.flat(a, path), self.flat(b, path)
         if a is False or b is False:
             return True
         if isinstance(a, bool) or isinstance(b, bool):
             return False
-        check(a, path)
-        check(b, path)
-        flat = self._flat(a, path), self._flat(b, path)
-        if flat[0] is not a or flat[1] is not b:
-            return self.apart(*flat, path, depth + 1)
-        values = [_listed(one) for one in (a, b)]
-        if None not in values:
-            return not {key_of(value) for value in values[0] or ()} & {key_of(value) for value in values[1] or ()}
+        keys = self._keys_of(a), self._keys_of(b)
+        if keys[0] is not None and keys[1] is not None:
+            return keys[0].isdisjoint(keys[1])
         kinds = [self._kinds(one, path) for one in (a, b)]
         if not kinds[0] & kinds[1]:
             return True
@@ -157,6 +158,14 @@ class Schemas:
         members = [one.get("properties") if isinstance(one.get("properties"), Mapping) else {} for one in (a, b)]
         named = required & members[0].keys() & members[1].keys()
         return any(self.apart(members[0][name], members[1][name], path, depth + 1) for name in sorted(named))
+
+    def _keys_of(self, schema: Schema) -> frozenset[str] | None:
+        """Of the only values that may be valid, found once: a schema is compared with many."""
+        if id(schema) not in self._keys:
+            values = _listed(schema)
+            self._n_compared += len(values or ())
+            self._keys[id(schema)] = schema, None if values is None else frozenset(map(key_of, values))
+        return self._keys[id(schema)][1]
 
     def _kinds(self, schema: Schema, path: str) -> set[str]:
         if (values := _listed(schema)) is not None:
@@ -203,8 +212,13 @@ def _common_types(a: Any, b: Any) -> list[str]:
     ]
 
 
+def _common_values(a: list[Any], b: list[Any]) -> list[Any]:
+    keys = set(map(key_of, b))
+    return [value for value in a if key_of(value) in keys]
+
+
 def _all_properties(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {"allOf": [a[name], b[name]]} if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
+    return {**a, **b, **{name: {"allOf": [a[name], b[name]]} for name in a if name in b}}
 
 
 # Keywords that may stand in several schemas that all have to hold
@@ -214,7 +228,7 @@ _MERGE: dict[str, Callable[[Any, Any], Any]] = {
     "type": _common_types,
     "properties": _all_properties,
     "required": lambda a, b: list(dict.fromkeys([*a, *b])),
-    "enum": lambda a, b: [value for value in a if key_of(value) in {key_of(other) for other in b}],
+    "enum": _common_values,
     "items": lambda a, b: {"allOf": [a, b]},
     "additionalProperties": lambda a, b: {"allOf": [a, b]},
     "nullable": lambda a, b: bool(a and b),

@@ -142,6 +142,7 @@ class _Compiler:
         places = [f"{path}/{keyword}/{i}" for i in range(len(branches))]
         merged = [self._schemas.both(rest, *one) if rest else one[0] for one in zip(branches, places, strict=True)]
         if keyword == "oneOf":
+            merged = [self._schemas.flat(*one) for one in zip(merged, places, strict=True)]
             for i, one in enumerate(merged):
                 for j in range(i):
                     if not self._schemas.apart(merged[j], one, path, 0):
@@ -157,7 +158,8 @@ class _Compiler:
         if not isinstance(values, list):
             raise bad(path, "enum must be a list")
         if "enum" in schema and "const" in schema:
-            values = [value for value in values if key_of(value) == key_of(schema["const"])]
+            key = key_of(schema["const"])
+            values = [value for value in values if key_of(value) == key]
         self._schemas.n += len(values)
         if "type" in schema:
             values = [v for v in values if kind_of(v) in kinds or (kind_of(v) == "integer" and "number" in kinds)]

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from constraining import VOCABULARY, masks_of
 
-from pocketlm.constrain import grammar
+from pocketlm.constrain import combining, grammar
+from pocketlm.constrain.combining import key_of
 from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
 from pocketlm.constrain.schema import grammar_of
+from pocketlm.errors import UsageError
 
 NESTS = {
     "arrays": "{'type': 'array', 'items': s}",
@@ -66,3 +68,32 @@ def test_every_string_has_what_was_counted_for_the_first():
         masks = masks_of(grammar_of(schema))
         masks.mask(masks.advance(masks.start, b'"' if "type" in schema else b'{"a":"'))
     assert len(VOCABULARY.counted) == 1
+
+
+def discriminated(n):
+    kinds = {f"k{i}": {"type": "object", "properties": {"kind": {"const": i}, "v": {}}, "required": ["kind"]} for i in range(n)}
+    return {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in kinds], "$defs": kinds}
+
+
+LISTS = {
+    "two enums": ({"enum": list(range(5000)), "allOf": [{"enum": list(range(1, 5001))}]}, ""),
+    "many enums": ({"allOf": [{"enum": list(range(i, 3000 + i))} for i in range(300)]}, "too large"),
+    "a constant of many": ({"enum": list(range(9000)), "const": list(range(9000))}, "no text"),
+    "members twice": ({"allOf": [{"properties": {str(i): {} for i in range(j, 5000 + j)}} for j in (0, 1)]}, "too large"),
+    "enums apart": ({"oneOf": [{"enum": [f"{i} {j}" for j in range(100)]} for i in range(100)]}, ""),
+    "branches of a kind": (discriminated(200), ""),
+    "too many of a kind": (discriminated(1000), "compared for oneOf"),
+}
+
+
+@pytest.mark.parametrize(("schema", "refused"), LISTS.values(), ids=LISTS)
+def test_lists_that_are_compared_take_no_time_that_grows_with_their_square(schema, refused, monkeypatch):
+    keys = []
+    monkeypatch.setattr(combining, "key_of", lambda value: keys.append(0) or key_of(value))
+    monkeypatch.setattr("pocketlm.constrain.schema.key_of", combining.key_of)
+    if refused:
+        with pytest.raises(UsageError, match=refused):
+            masks_of(grammar_of(schema))
+    else:
+        masks_of(grammar_of(schema))
+    assert len(keys) < 50_000
