@@ -110,7 +110,7 @@ class Schemas:
     def both(self, a: Any, b: Any, path: str) -> Any:
         """A schema for what both ask for."""
         self._one_more(path)
-        if a is True or b is True or a == b:
+        if a is True or b is True or _is_same(a, b):
             return b if a is True else a
         if a is False or b is False:
             return False
@@ -123,7 +123,7 @@ class Schemas:
             if closed.get("additionalProperties", True) is not True and {*_names(other)} - {*_names(closed)}:
                 raise bad(path, "additionalProperties in one of several schemas that are combined is not supported")
         for keyword, value in b.items():
-            if keyword in merged and merged[keyword] != value:
+            if keyword in merged and not _is_same(merged[keyword], value):
                 if keyword not in _MERGE:
                     raise bad(path, f"{keyword} in several schemas that are combined is not supported")
                 self.n += sum(len(one) for one in (merged[keyword], value) if isinstance(one, list | dict))
@@ -178,10 +178,21 @@ class Schemas:
 
 
 def key_of(value: Any) -> str:
-    """The same for values that JSON schemas call equal."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, sort_keys=True)
+    """The same for values that JSON schemas call equal: 1 and 1.0, but not true."""
+    return json.dumps(_with_whole(value), sort_keys=True)
+
+
+def _with_whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_whole(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _with_whole(each) for name, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """For Python, true is 1 as well."""
+    return a is b or (a == b and key_of(a) == key_of(b))
 
 
 def _listed(schema: Schema) -> list[Any] | None:
@@ -200,6 +211,8 @@ def _names(schema: Schema) -> list[str]:
 def kind_of(value: Any) -> str:
     if isinstance(value, bool):
         return "boolean"
+    if isinstance(value, float) and value.is_integer():
+        return "integer"
     kinds = ((str, "string"), (int, "integer"), (float, "number"), (list, "array"), (dict, "object"))
     return next((kind for of, kind in kinds if isinstance(value, of)), "null")
 
