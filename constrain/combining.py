@@ -118,9 +118,11 @@ class Schemas:
         if isinstance(a, bool) or isinstance(b, bool):
             return self.both(a, b, path)
         a, b = ({keyword: value for keyword, value in one.items() if keyword not in NOTES} for one in (a, b))
+        n_first = max(len(first) if isinstance(first := one.get("prefixItems"), list) else 0 for one in (a, b))
+        a, b = _with_first(a, n_first), _with_first(b, n_first)
         merged = dict(a)
         for closed, other in ((a, b), (b, a)):
-            if closed.get("additionalProperties", True) is not True and {*_names(other)} - {*_names(closed)}:
+            if closed.get("additionalProperties", True) is not True and _properties(other).keys() - _properties(closed).keys():
                 raise bad(path, "additionalProperties in one of several schemas that are combined is not supported")
         for keyword, value in b.items():
             if keyword in merged and not _is_same(merged[keyword], value):
@@ -154,8 +156,8 @@ class Schemas:
             return True
         if kinds[0] & kinds[1] != {"object"}:
             return False
-        required = {*_names({"required": a.get("required")})} & {*_names({"required": b.get("required")})}
-        members = [one.get("properties") if isinstance(one.get("properties"), Mapping) else {} for one in (a, b)]
+        required = _required(a) & _required(b)
+        members = _properties(a), _properties(b)
         named = required & members[0].keys() & members[1].keys()
         return any(self.apart(members[0][name], members[1][name], path, depth + 1) for name in sorted(named))
 
@@ -203,9 +205,12 @@ def _listed(schema: Schema) -> list[Any] | None:
     return values if isinstance(values, list) and not schema.get("nullable") else None
 
 
-def _names(schema: Schema) -> list[str]:
-    given = [schema.get(keyword) for keyword in ("properties", "required")]
-    return [name for names in given if isinstance(names, list | dict) for name in names if isinstance(name, str)]
+def _properties(schema: Schema) -> Mapping[str, Any]:
+    return given if isinstance(given := schema.get("properties"), Mapping) else {}
+
+
+def _required(schema: Schema) -> set[str]:
+    return {name for name in given if isinstance(name, str)} if isinstance(given := schema.get("required"), list) else set()
 
 
 def kind_of(value: Any) -> str:
@@ -230,8 +235,22 @@ def _common_values(a: list[Any], b: list[Any]) -> list[Any]:
     return [value for value in a if key_of(value) in keys]
 
 
+def _with_first(schema: Schema, n: int) -> Schema:
+    """The same with `prefixItems` for so many: what `items` says of the others may not be said of those of another schema."""
+    first = schema.get("prefixItems", [])
+    if not isinstance(first, list) or len(first) == n:
+        return schema
+    return {**schema, "prefixItems": first + [schema.get("items", True)] * (n - len(first))}
+
+
+def _all_of(a: Any, b: Any) -> Any:
+    if a is True or b is True:
+        return b if a is True else a
+    return {"allOf": [a, b]}
+
+
 def _all_properties(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {**a, **b, **{name: {"allOf": [a[name], b[name]]} for name in a if name in b}}
+    return {**a, **b, **{name: _all_of(a[name], b[name]) for name in a if name in b}}
 
 
 # Keywords that may stand in several schemas that all have to hold
@@ -242,8 +261,9 @@ _MERGE: dict[str, Callable[[Any, Any], Any]] = {
     "properties": _all_properties,
     "required": lambda a, b: list(dict.fromkeys([*a, *b])),
     "enum": _common_values,
-    "items": lambda a, b: {"allOf": [a, b]},
-    "additionalProperties": lambda a, b: {"allOf": [a, b]},
+    "prefixItems": lambda a, b: list(map(_all_of, a, b)),
+    "items": _all_of,
+    "additionalProperties": _all_of,
     "nullable": lambda a, b: bool(a and b),
     "uniqueItems": lambda a, b: a or b,
 }

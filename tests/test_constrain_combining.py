@@ -41,3 +41,33 @@ def test_true_is_no_number():
 def test_a_whole_number_is_an_integer_however_it_is_written():
     check({"type": "integer", "const": 1.0}, [1.0], [2])
     check({"type": "integer", "enum": [1.0, 1.5, 2, True]}, [1.0, 2], [1.5, True])
+
+
+def test_what_items_says_is_said_of_the_first_ones_of_another_schema_as_well():
+    string, integer = {"type": "string"}, {"type": "integer"}
+    refused({"type": "array", "allOf": [{"prefixItems": [string]}, {"items": integer}], "minItems": 1}, "no text")
+    check({"type": "array", "allOf": [{"prefixItems": [string]}, {"items": integer}]}, [[]], [["x", 1], ["x"], [1]])
+    check(
+        {"type": "array", "prefixItems": [{"minimum": 3}], "anyOf": [{"items": {"minimum": 5}}]},
+        [[5], [6, 5]],
+        [[3, 5], [5, 4]],
+    )
+    check(
+        {
+            "allOf": [
+                {"type": "array", "prefixItems": [integer], "items": string},
+                {"prefixItems": [{"minimum": 2}, {"minLength": 2}]},
+            ]
+        },
+        [[], [2], [2, "ab"], [2, "ab", "a"]],
+        [[1], [2, "a"], [2, "ab", 3], ["ab"]],
+    )
+    check({"type": "array", "prefixItems": [integer], "allOf": [{"items": False}]}, [[]], [[1]])
+    refused({"allOf": [{"prefixItems": [{}]}, {"prefixItems": 3}]}, "prefixItems holds what")
+
+
+def test_additional_properties_of_one_schema_hold_for_what_another_names():
+    closed = {"type": "object", "additionalProperties": {"type": "integer"}, "required": ["x"]}
+    refused({**closed, "anyOf": [{"properties": {"x": {"type": "string"}}}]}, "additionalProperties in one of")
+    refused({**closed, "additionalProperties": False, "allOf": [{"properties": {"x": {}}}]}, "additionalProperties in one of")
+    check({**closed, "anyOf": [{"required": ["y"]}]}, [{"x": 1, "y": 2}], [{"x": 1}, {"x": 1, "y": "a"}])
