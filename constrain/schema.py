@@ -27,7 +27,7 @@ from pocketlm.constrain.combining import (
     types_of,
 )
 from pocketlm.constrain.grammar import EMPTY, EVERY, NEVER, Chars, Either, Grammar, Node, Repeat, Rule, Sequence, optional
-from pocketlm.constrain.numbers import Bounds, fixed, integers, numbers
+from pocketlm.constrain.numbers import Bounds, above, fixed, integers, numbers
 from pocketlm.errors import UsageError, quoted
 
 MOST_NESTED = 128
@@ -246,12 +246,12 @@ class _Compiler:
         return json_texts.string(Repeat(Chars(EVERY, quoted=True), least or 0, most))
 
     def _number(self, schema: Schema, path: str) -> Node:
-        return self._between(numbers, schema, path)
+        return numbers(self._bounds(schema, path, is_whole=False))
 
     def _integer(self, schema: Schema, path: str) -> Node:
-        return self._between(integers, schema, path)
+        return integers(self._bounds(schema, path, is_whole=True))
 
-    def _between(self, make: Callable[[Bounds], Node], schema: Schema, path: str) -> Node:
+    def _bounds(self, schema: Schema, path: str, is_whole: bool) -> Bounds:
         bounds: dict[str, int] = {}
         for keyword in OF_TYPE["number"]:
             value = schema.get(keyword)
@@ -262,12 +262,13 @@ class _Compiler:
                     bounds[keyword] = fixed(value)
                 except UsageError as error:
                     raise bad(path, f"{keyword}: {error}") from None
-        low, low_open = bounds.get("minimum"), bounds.get("exclusiveMinimum")
-        high, high_open = bounds.get("maximum"), bounds.get("exclusiveMaximum")
-        is_low_open = low_open is not None and (low is None or low_open >= low)
-        is_high_open = high_open is not None and (high is None or high_open <= high)
-        low, high = low_open if is_low_open else low, high_open if is_high_open else high
-        return make(Bounds(low, high, is_low_open, is_high_open))
+        if "exclusiveMinimum" in bounds:
+            least = above(bounds["exclusiveMinimum"], is_whole)
+            bounds["minimum"] = max(least, bounds.get("minimum", least))
+        if "exclusiveMaximum" in bounds:
+            most = -above(-bounds["exclusiveMaximum"], is_whole)
+            bounds["maximum"] = min(most, bounds.get("maximum", most))
+        return Bounds(bounds.get("minimum"), bounds.get("maximum"))
 
 
 _TYPES: dict[str, Callable[[_Compiler, Schema, str], Node]] = {

@@ -248,6 +248,8 @@ CASES = [
     ({"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 1000}, [[1, 1], [1] * 1000], [[1], [1] * 1001]),
     ({"type": "string", "maxLength": 3}, ["", "日本語", "🙂🙂🙂"], ["abcd"]),
     ({"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3}, [1, 2], [0, 3]),
+    ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5, 0.9999999999999999], [0, 1, 0.0, 1.0, 1.5]),
+    ({"type": "number", "exclusiveMinimum": 0, "minimum": 1, "maximum": 3, "exclusiveMaximum": 3}, [1, 2.5], [0.5, 3, 3.0]),
     (True, [1, {}], []),
 ]
 
