@@ -78,7 +78,7 @@ def _flag_text(value: Any) -> str:
 
 def _schema_text(schema: Any) -> str:
     try:
-        return json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
+        return json.dumps(json.loads(schema) if isinstance(schema, str) else schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"json_schema is no JSON: {error}") from None
 

@@ -1,6 +1,7 @@
 """Answers that have a form, from models: in Python, in commands, beside drafts, with the tokenizers that there are."""
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -132,6 +133,8 @@ def test_the_callers_own_step_comes_before_the_mask(model):
         ({"regex": 3}, "regex is 3"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"json_schema": {1, 2}}, "no JSON"),
+        ({"json_schema": {"const": math.inf}}, "no JSON"),
+        ({"json_schema": '{"enum": [1, 1e999]}'}, "no JSON"),
     ],
 )
 def test_what_cannot_be_had_is_said_at_once(model, options, word):
