@@ -62,7 +62,9 @@ def take_form(options: dict[str, Any]) -> Form | None:
     `json_object=True`: any JSON object. `json_schema`: a schema, as an object or its text. `choices`: one of these texts.
     `regex`: the whole answer matches it.
     """
-    given = {name: value for name in FORMS if (value := options.pop(name, None)) is not None and value is not False}
+    given = {name: value for name in FORMS if (value := options.pop(name, None)) is not None}
+    if given.get("json_object") is False:  # as a schema it lets nothing through
+        del given["json_object"]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: an answer has one form; give one of them")
     for name, value in given.items():

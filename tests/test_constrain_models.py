@@ -134,6 +134,9 @@ def test_the_callers_own_step_comes_before_the_mask(model):
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"json_schema": {1, 2}}, "no JSON"),
         ({"json_schema": {"const": math.inf}}, "no JSON"),
+        ({"json_schema": False}, "no text can be what json_schema asks for"),
+        ({"json_schema": "false"}, "no text can be what json_schema asks for"),
+        ({"regex": False}, "regex is False"),
         ({"json_schema": '{"enum": [1, 1e999]}'}, "no JSON"),
     ],
 )
