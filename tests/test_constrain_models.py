@@ -220,7 +220,7 @@ def run(capsys, *words):
 
 def test_commands(path, tmp_path, capsys):
     schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps(SCHEMA))
+    schema.write_text(json.dumps(SCHEMA), encoding="utf-8-sig")  # as editors of Windows write it
     status, out, _ = run(capsys, "generate", path, "-p", "the", "--json-schema", schema, "--seed", 1, "-n", 400)
     assert status == 0
     check(json.loads(out))
