@@ -93,6 +93,13 @@ def test_an_answer_that_is_cut_off_is_the_beginning_of_one(model):
     assert text.startswith('"')
 
 
+@pytest.mark.parametrize(
+    ("form", "reason"), [({"regex": "[ab]"}, "stop"), ({"regex": "a{1,2}"}, "length"), ({"regex": "a{2}"}, "length")]
+)
+def test_a_whole_answer_was_not_cut_off_by_a_limit_that_it_just_reaches(model, form, reason):
+    assert answer(model, max_tokens=1, temperature=0, **form)[2].finish_reason == reason
+
+
 def test_no_pass_is_made_for_what_cannot_go_on(model):
     """The answer is over with the last token that it may have: no end token is waited for."""
     _, ids, last = answer(model, choices=["no"], reuse_cache=False)
