@@ -10,6 +10,7 @@ Not every valid instance is among the texts: members come in the order of `prope
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from typing import Any
 
 from pocketlm.constrain import json_texts, patterns
@@ -256,7 +257,7 @@ class _Compiler:
         for keyword in OF_TYPE["number"]:
             value = schema.get(keyword)
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not -inf < value < inf:
                     raise bad(path, f"{keyword} must be a number")
                 try:
                     bounds[keyword] = fixed(value)
