@@ -248,6 +248,16 @@ def test_choices():
     assert [reads(others, text) for text in (*texts, "ye", "", "yes, but not")] == [False] * len(texts) + [True] * 3
 
 
+@pytest.mark.parametrize("pattern", [r"\S", r"[^\s]", r"[\S]", r"[^\sa]", r"[^\S]", r"\s", r"[\sa]"])
+def test_white_space_is_no_other_character_for_anyone(pattern):
+    """What is let through matches with `re.ASCII` and without; and all that is no white space is let through."""
+    masks, plain, wide = masks_for(patterns.whole(pattern)), re.compile(pattern, re.ASCII), re.compile(pattern)
+    for code in {*range(0x300), *range(0x1600, 0x3100), 0xFEFF, 0x1F642}:
+        found, expected = reads(masks, chr(code)), [bool(one.fullmatch(chr(code))) for one in (plain, wide)]
+        assert found == all(expected) or code == 0xFEFF, code
+    assert not reads(masks, "\ufeff")  # for JavaScript
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_between_bounds(seed):
     rng = random.Random(seed)
