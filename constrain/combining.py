@@ -36,12 +36,19 @@ def bad(path: str, problem: str) -> UsageError:
     return UsageError(f"{NAME}{quoted(path)}: {problem}")
 
 
-def check(schema: Any, path: str) -> None:
-    if not isinstance(schema, Mapping):
-        raise bad(path, f"a schema is {quoted(json.dumps(schema, default=str))}; it must be an object, true or false")
-    for keyword in schema:
-        if keyword not in KNOWN and keyword not in NOTES:
-            raise bad(path, f"{quoted(keyword)} is not supported")
+def _refs_below_ids(root: Any) -> set[int]:
+    """The schemas (`id`) whose `$ref` leads from an `$id` below the document's: into what is a document of its own."""
+    found, work = set[int](), [(root, False)]
+    while work:
+        here, is_below = work.pop()
+        if isinstance(here, Mapping):
+            own = here.get("$id")
+            is_below = is_below or (here is not root and isinstance(own, str) and not own.startswith("#"))
+            if is_below and "$ref" in here:
+                found.add(id(here))
+        inside = here.values() if isinstance(here, Mapping) else here
+        work += [(each, is_below) for each in inside if isinstance(each, Mapping | list)]
+    return found
 
 
 def types_of(schema: Schema, path: str) -> list[str]:
@@ -60,8 +67,18 @@ class Schemas:
 
     def __init__(self, root: Any):
         self._root = root
+        self._elsewhere = _refs_below_ids(root) if isinstance(root, Mapping) else set[int]()
         self.n = self._n_compared = 0
         self._keys: dict[int, tuple[Schema, frozenset[str] | None]] = {}  # by id, which is its own as long as it is kept here
+
+    def check(self, schema: Any, path: str) -> None:
+        if not isinstance(schema, Mapping):
+            raise bad(path, f"a schema is {quoted(json.dumps(schema, default=str))}; it must be an object, true or false")
+        for keyword in schema:
+            if keyword not in KNOWN and keyword not in NOTES:
+                raise bad(path, f"{quoted(keyword)} is not supported")
+        if id(schema) in self._elsewhere:
+            raise bad(path, "$ref below an $id other than the whole schema's is not supported")
 
     def target(self, ref: Any, path: str) -> Any:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
@@ -95,7 +112,7 @@ class Schemas:
     def flat(self, schema: Any, path: str) -> Any:
         """The same without `$ref` and `allOf` at its top."""
         while not isinstance(schema, bool):
-            check(schema, path)
+            self.check(schema, path)
             if "$ref" not in schema and "allOf" not in schema:
                 break
             self._one_more(path)

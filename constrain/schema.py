@@ -22,7 +22,6 @@ from pocketlm.constrain.combining import (
     Schema,
     Schemas,
     bad,
-    check,
     key_of,
     kind_of,
     types_of,
@@ -99,7 +98,7 @@ class _Compiler:
             raise bad(path, "the schema is too large, or nested too deeply")
         if isinstance(schema, bool):
             return json_texts.ANY_VALUE if schema else NEVER
-        check(schema, path)
+        self._schemas.check(schema, path)
         schema = {keyword: value for keyword, value in schema.items() if keyword not in NOTES}
         if not schema:
             return json_texts.ANY_VALUE

@@ -71,3 +71,13 @@ def test_additional_properties_of_one_schema_hold_for_what_another_names():
     refused({**closed, "anyOf": [{"properties": {"x": {"type": "string"}}}]}, "additionalProperties in one of")
     refused({**closed, "additionalProperties": False, "allOf": [{"properties": {"x": {}}}]}, "additionalProperties in one of")
     check({**closed, "anyOf": [{"required": ["y"]}]}, [{"x": 1, "y": 2}], [{"x": 1}, {"x": 1, "y": "a"}])
+
+
+def test_a_reference_below_an_id_of_its_own_means_another_document():
+    inside = {"x": {"$id": "http://b.example/", "items": {"$ref": "#/$defs/n"}}, "n": {"type": "null"}}
+    refused({"$ref": "#/$defs/x", "$defs": inside}, "below an .id")
+    refused({"properties": {"a": {"allOf": [{"$ref": "#/$defs/x/items"}, {}]}}, "$defs": inside}, "below an .id")
+    plain = {"$id": "http://b.example/", "items": {"type": "null"}}
+    check({"$id": "http://a.example/", "$ref": "#/$defs/n", "$defs": {"n": plain}}, [[None]], [[1]])
+    named = {"type": "object", "properties": {"$id": {"$ref": "#/$defs/n"}}, "$defs": inside}
+    check(named, [{"$id": None}, {}], [{"$id": 1}])
