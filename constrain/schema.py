@@ -264,10 +264,10 @@ class _Compiler:
                     raise bad(path, f"{keyword}: {error}") from None
         if "exclusiveMinimum" in bounds:
             least = above(bounds["exclusiveMinimum"], is_whole)
-            bounds["minimum"] = max(least, bounds.get("minimum", least))
+            bounds["minimum"] = max(least, bounds["minimum"]) if "minimum" in bounds else least
         if "exclusiveMaximum" in bounds:
             most = -above(-bounds["exclusiveMaximum"], is_whole)
-            bounds["maximum"] = min(most, bounds.get("maximum", most))
+            bounds["maximum"] = min(most, bounds["maximum"]) if "maximum" in bounds else most
         return Bounds(bounds.get("minimum"), bounds.get("maximum"))
 
 
