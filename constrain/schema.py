@@ -9,6 +9,7 @@ Not every valid instance is among the texts: members come in the order of `prope
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from math import inf
 from typing import Any
@@ -88,6 +89,7 @@ def _check_beginnings(rules: Mapping[str, Node]) -> None:
 class _Compiler:
     def __init__(self, root: Any):
         self.rules: dict[str, Node] = {}
+        self._merging = set[str]()
         self._schemas = Schemas(root)
 
     # ---- one schema
@@ -105,7 +107,7 @@ class _Compiler:
         if set(schema) == {"$ref"}:
             return self._rule(schema["$ref"], path)
         if "$ref" in schema or "allOf" in schema:
-            return self.node(self._schemas.merged(schema, path), path)
+            return self._merged(schema, path)
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 return self._either(keyword, schema, path)
@@ -134,18 +136,33 @@ class _Compiler:
             self.rules[ref] = self.node(target, ref)
         return Rule(ref)
 
+    def _merged(self, schema: Schema, path: str) -> Node:
+        """What is merged at each place anew; but where it holds itself it is a rule."""
+        name = json.dumps(schema, sort_keys=True)
+        self._schemas.n += len(name) // 1000  # for who writes a lot beside each of many
+        if name in self._merging or name in self.rules:
+            self.rules.setdefault(name, NEVER)  # while it is made
+            return Rule(name)
+        self._merging.add(name)
+        node = self.node(self._schemas.merged(schema, path), path)
+        self._merging.remove(name)
+        if name in self.rules:
+            self.rules[name] = node
+            return Rule(name)
+        return node
+
     def _either(self, keyword: str, schema: Schema, path: str) -> Node:
         branches = schema[keyword]
         if not isinstance(branches, list) or not branches:
             raise bad(path, f"{keyword} must be a list of schemas")
         rest = {other: value for other, value in schema.items() if other != keyword and other != "nullable"}
         places = [f"{path}/{keyword}/{i}" for i in range(len(branches))]
-        merged = [self._schemas.both(rest, *one) if rest else one[0] for one in zip(branches, places, strict=True)]
+        merged = [{"allOf": [rest, one]} if rest else one for one in branches]
         if keyword == "oneOf":
-            merged = [self._schemas.flat(*one) for one in zip(merged, places, strict=True)]
-            for i, one in enumerate(merged):
+            flat = [self._schemas.flat(*one) for one in zip(merged, places, strict=True)]
+            for i, one in enumerate(flat):
                 for j in range(i):
-                    if not self._schemas.apart(merged[j], one, path, 0):
+                    if not self._schemas.apart(flat[j], one, path, 0):
                         raise bad(path, f"oneOf: schemas {j} and {i} may both hold, which is not supported; use anyOf")
         nodes = [self.node(*one) for one in zip(merged, places, strict=True)]
         return _either([*nodes, json_texts.NULL] if schema.get("nullable") else nodes)

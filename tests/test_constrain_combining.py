@@ -81,3 +81,39 @@ def test_a_reference_below_an_id_of_its_own_means_another_document():
     check({"$id": "http://a.example/", "$ref": "#/$defs/n", "$defs": {"n": plain}}, [[None]], [[1]])
     named = {"type": "object", "properties": {"$id": {"$ref": "#/$defs/n"}}, "$defs": inside}
     check(named, [{"$id": None}, {}], [{"$id": 1}])
+
+
+NODE = {
+    "type": "object",
+    "properties": {"v": {"type": "integer"}, "next": {}},
+    "required": ["v"],
+    "additionalProperties": False,
+}
+ITSELF = {
+    "nullable": {"$ref": "#/$defs/n", "nullable": True},
+    "type": {"type": ["object", "null"], "anyOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]},
+    "types of one": {"type": "object", "allOf": [{"$ref": "#/$defs/n"}]},
+    "one of": {"oneOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]},
+    "one of, nullable": {"description": "d", "nullable": True, "oneOf": [{"$ref": "#/$defs/n"}, {"type": "integer"}]},
+    "members": {"properties": {"v": {"minimum": 0}}, "allOf": [{"$ref": "#/$defs/n"}]},
+}
+
+
+@pytest.mark.parametrize("following", ITSELF.values(), ids=ITSELF)
+def test_what_stands_beside_a_reference_may_lead_back_to_it(following):
+    schema = {"$ref": "#/$defs/n", "$defs": {"n": {**NODE, "properties": {"v": {"type": "integer"}, "next": following}}}}
+    masks, rng = masks_of(grammar_of(schema)), random.Random(2)
+    value = {"v": 1}
+    for _ in range(9):
+        value = {"v": 1, "next": value}
+    assert not write(masks, dumped(value, rng), rng)
+    assert reads(masks, '{"v": 1, "next": {"v": 2, "next": null}}') == ("null" in str(following))
+    assert not reads(masks, '{"v": 1, "next": {"v": 2, "next": {"next": {"v": 3}}}}')
+    assert reads(masks, '{"v": 1, "next": {"v": 2, "next": {"v": -3}}}') == ("minimum" not in str(following))
+
+
+def test_what_begins_with_itself_is_refused():
+    refused({"anyOf": [{"allOf": [{"$ref": "#"}, {"title": "t"}]}, {"type": "null"}]}, "refers to itself|too large")
+    refused(
+        {"$defs": {"a": {"nullable": True, "$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "refers to itself|nested too deeply"
+    )
