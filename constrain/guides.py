@@ -181,6 +181,8 @@ class Guide:
         data = self._masks.vocabulary.tokens[id]
         if data:  # not an end
             self._state = self._masks.advance(self._state, data)
+            if self._masks.is_large:
+                self._masks, self._state = self._masks.anew(self._state)
 
     def along(self, sampler: Sampler) -> Sampler:
         """The sampler; what it draws is followed."""

@@ -1,16 +1,18 @@
 """Schemas that a stranger sends to take a server's time: they are built or refused at once."""
 
 import gc
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from constraining import VOCABULARY, masks_of
+from constraining import END_ID, VOCABULARY, masks_of
 
-from pocketlm.constrain import combining, grammar
+from pocketlm.constrain import combining, grammar, masks
 from pocketlm.constrain.combining import key_of
 from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
+from pocketlm.constrain.guides import Guide
 from pocketlm.constrain.schema import grammar_of
 from pocketlm.errors import UsageError
 
@@ -97,3 +99,23 @@ def test_lists_that_are_compared_take_no_time_that_grows_with_their_square(schem
     else:
         masks_of(grammar_of(schema))
     assert len(keys) < 50_000
+
+
+LONG = {
+    "a string": ({"type": "string", "maxLength": 9000}, "lorem ipsum " * 700),
+    "strings": ({"type": "array", "items": {"type": "string", "maxLength": 900}, "maxItems": 99}, ["lorem ipsum " * 40] * 20),
+    "nested": ({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, json.loads("[" * 800 + "]" * 800)),
+}
+
+
+@pytest.mark.parametrize(("schema", "value"), LONG.values(), ids=LONG)
+def test_a_long_answer_forgets_what_it_has_left_behind(schema, value, monkeypatch):
+    monkeypatch.setattr(masks, "MOST_STACKS", 2000)
+    guide, text = Guide(masks_of(grammar_of(schema))), json.dumps(value).encode()
+    passed = {guide._masks}
+    for byte in text:
+        assert not guide.is_over()
+        guide.follow(byte)
+        passed.add(guide._masks)
+    assert guide.allowed().tolist() == [END_ID]
+    assert len(passed) > 2
