@@ -119,7 +119,7 @@ def form_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {keyword: value for keyword, value in given.items() if value is not None}
     if arguments.json_schema is not None:
         try:
-            given["json_schema"] = json.loads(read_text(arguments.json_schema))
+            given["json_schema"] = json.loads(read_text(arguments.json_schema).removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise FileError(arguments.json_schema, f"it is no JSON ({error})", "give a file with a JSON schema") from None
     if given:

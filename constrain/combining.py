@@ -16,6 +16,7 @@ from pocketlm.errors import UsageError, quoted
 Schema = Mapping[str, Any]
 NAME = "json_schema"
 MOST_SCHEMAS = 20_000
+MOST_COMPARED = 100_000  # schemas, and their values, that have to be apart
 NOTES = {
     "$schema", "$id", "$anchor", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "example",
     "deprecated", "readOnly", "writeOnly", "contentMediaType", "contentEncoding", "discriminator",
@@ -35,12 +36,19 @@ def bad(path: str, problem: str) -> UsageError:
     return UsageError(f"{NAME}{quoted(path)}: {problem}")
 
 
-def check(schema: Any, path: str) -> None:
-    if not isinstance(schema, Mapping):
-        raise bad(path, f"a schema is {quoted(json.dumps(schema, default=str))}; it must be an object, true or false")
-    for keyword in schema:
-        if keyword not in KNOWN and keyword not in NOTES:
-            raise bad(path, f"{quoted(keyword)} is not supported")
+def _refs_below_ids(root: Any) -> set[int]:
+    """The schemas (`id`) whose `$ref` leads from an `$id` below the document's: into what is a document of its own."""
+    found, work = set[int](), [(root, False)]
+    while work:
+        here, is_below = work.pop()
+        if isinstance(here, Mapping):
+            own = here.get("$id")
+            is_below = is_below or (here is not root and isinstance(own, str) and not own.startswith("#"))
+            if is_below and "$ref" in here:
+                found.add(id(here))
+        inside = here.values() if isinstance(here, Mapping) else here
+        work += [(each, is_below) for each in inside if isinstance(each, Mapping | list)]
+    return found
 
 
 def types_of(schema: Schema, path: str) -> list[str]:
@@ -59,7 +67,18 @@ class Schemas:
 
     def __init__(self, root: Any):
         self._root = root
-        self.n = 0
+        self._elsewhere = _refs_below_ids(root) if isinstance(root, Mapping) else set[int]()
+        self.n = self._n_compared = 0
+        self._keys: dict[int, tuple[Schema, frozenset[str] | None]] = {}  # by id, which is its own as long as it is kept here
+
+    def check(self, schema: Any, path: str) -> None:
+        if not isinstance(schema, Mapping):
+            raise bad(path, f"a schema is {quoted(json.dumps(schema, default=str))}; it must be an object, true or false")
+        for keyword in schema:
+            if keyword not in KNOWN and keyword not in NOTES:
+                raise bad(path, f"{quoted(keyword)} is not supported")
+        if id(schema) in self._elsewhere:
+            raise bad(path, "$ref below an $id other than the whole schema's is not supported")
 
     def target(self, ref: Any, path: str) -> Any:
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
@@ -90,40 +109,43 @@ class Schemas:
             merged = self.both(merged, part, f"{path}/allOf/{i}" if i else path)
         return merged
 
-    def _flat(self, schema: Any, path: str) -> Any:
+    def flat(self, schema: Any, path: str) -> Any:
         """The same without `$ref` and `allOf` at its top."""
-        while not isinstance(schema, bool) and ("$ref" in schema or "allOf" in schema):
-            self.n += 1
-            if self.n > MOST_SCHEMAS:
-                raise bad(path, "the schema is too large, or refers to itself without end")
+        while not isinstance(schema, bool):
+            self.check(schema, path)
+            if "$ref" not in schema and "allOf" not in schema:
+                break
+            self._one_more(path)
             schema = self.merged(schema, path)
-            if not isinstance(schema, bool):
-                check(schema, path)
         return schema
 
-    def both(self, a: Any, b: Any, path: str) -> Any:
-        """A schema for what both ask for."""
+    def _one_more(self, path: str) -> None:
         self.n += 1
         if self.n > MOST_SCHEMAS:
             raise bad(path, "the schema is too large, or refers to itself without end")
-        if a is True or b is True or a == b:
+
+    def both(self, a: Any, b: Any, path: str) -> Any:
+        """A schema for what both ask for."""
+        self._one_more(path)
+        if a is True or b is True or _is_same(a, b):
             return b if a is True else a
         if a is False or b is False:
             return False
-        for one in (a, b):
-            check(one, path)
-        a, b = self._flat(a, path), self._flat(b, path)
+        a, b = self.flat(a, path), self.flat(b, path)
         if isinstance(a, bool) or isinstance(b, bool):
             return self.both(a, b, path)
         a, b = ({keyword: value for keyword, value in one.items() if keyword not in NOTES} for one in (a, b))
+        n_first = max(len(first) if isinstance(first := one.get("prefixItems"), list) else 0 for one in (a, b))
+        a, b = _with_first(a, n_first), _with_first(b, n_first)
         merged = dict(a)
         for closed, other in ((a, b), (b, a)):
-            if closed.get("additionalProperties", True) is not True and {*_names(other)} - {*_names(closed)}:
+            if closed.get("additionalProperties", True) is not True and _properties(other).keys() - _properties(closed).keys():
                 raise bad(path, "additionalProperties in one of several schemas that are combined is not supported")
         for keyword, value in b.items():
-            if keyword in merged and merged[keyword] != value:
+            if keyword in merged and not _is_same(merged[keyword], value):
                 if keyword not in _MERGE:
                     raise bad(path, f"{keyword} in several schemas that are combined is not supported")
+                self.n += sum(len(one) for one in (merged[keyword], value) if isinstance(one, list | dict))
                 try:
                     value = _MERGE[keyword](merged[keyword], value)
                 except (TypeError, AttributeError, ValueError):
@@ -133,30 +155,36 @@ class Schemas:
 
     def apart(self, a: Any, b: Any, path: str, depth: int) -> bool:
         """Whether it is plain that no value is valid under both."""
-        self.n += 1
-        if depth > 4 or self.n > MOST_SCHEMAS:
+        self._n_compared += 1
+        if self._n_compared > MOST_COMPARED:
+            raise bad(path, "the schema is too large: too much has to be compared for oneOf")
+        if depth > 4:
             return False
+        a, b = self.flat(a, path), self.flat(b, path)
         if a is False or b is False:
             return True
         if isinstance(a, bool) or isinstance(b, bool):
             return False
-        check(a, path)
-        check(b, path)
-        flat = self._flat(a, path), self._flat(b, path)
-        if flat[0] is not a or flat[1] is not b:
-            return self.apart(*flat, path, depth + 1)
-        values = [_listed(one) for one in (a, b)]
-        if None not in values:
-            return not {key_of(value) for value in values[0] or ()} & {key_of(value) for value in values[1] or ()}
+        keys = self._keys_of(a), self._keys_of(b)
+        if keys[0] is not None and keys[1] is not None:
+            return keys[0].isdisjoint(keys[1])
         kinds = [self._kinds(one, path) for one in (a, b)]
         if not kinds[0] & kinds[1]:
             return True
         if kinds[0] & kinds[1] != {"object"}:
             return False
-        required = {*_names({"required": a.get("required")})} & {*_names({"required": b.get("required")})}
-        members = [one.get("properties") if isinstance(one.get("properties"), Mapping) else {} for one in (a, b)]
+        required = _required(a) & _required(b)
+        members = _properties(a), _properties(b)
         named = required & members[0].keys() & members[1].keys()
         return any(self.apart(members[0][name], members[1][name], path, depth + 1) for name in sorted(named))
+
+    def _keys_of(self, schema: Schema) -> frozenset[str] | None:
+        """Of the only values that may be valid, found once: a schema is compared with many."""
+        if id(schema) not in self._keys:
+            values = _listed(schema)
+            self._n_compared += len(values or ())
+            self._keys[id(schema)] = schema, None if values is None else frozenset(map(key_of, values))
+        return self._keys[id(schema)][1]
 
     def _kinds(self, schema: Schema, path: str) -> set[str]:
         if (values := _listed(schema)) is not None:
@@ -169,10 +197,21 @@ class Schemas:
 
 
 def key_of(value: Any) -> str:
-    """The same for values that JSON schemas call equal."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, sort_keys=True)
+    """The same for values that JSON schemas call equal: 1 and 1.0, but not true."""
+    return json.dumps(_with_whole(value), sort_keys=True)
+
+
+def _with_whole(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_whole(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _with_whole(each) for name, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """For Python, true is 1 as well."""
+    return a is b or (a == b and key_of(a) == key_of(b))
 
 
 def _listed(schema: Schema) -> list[Any] | None:
@@ -183,14 +222,19 @@ def _listed(schema: Schema) -> list[Any] | None:
     return values if isinstance(values, list) and not schema.get("nullable") else None
 
 
-def _names(schema: Schema) -> list[str]:
-    given = [schema.get(keyword) for keyword in ("properties", "required")]
-    return [name for names in given if isinstance(names, list | dict) for name in names if isinstance(name, str)]
+def _properties(schema: Schema) -> Mapping[str, Any]:
+    return given if isinstance(given := schema.get("properties"), Mapping) else {}
+
+
+def _required(schema: Schema) -> set[str]:
+    return {name for name in given if isinstance(name, str)} if isinstance(given := schema.get("required"), list) else set()
 
 
 def kind_of(value: Any) -> str:
     if isinstance(value, bool):
         return "boolean"
+    if isinstance(value, float) and value.is_integer():
+        return "integer"
     kinds = ((str, "string"), (int, "integer"), (float, "number"), (list, "array"), (dict, "object"))
     return next((kind for of, kind in kinds if isinstance(value, of)), "null")
 
@@ -203,8 +247,27 @@ def _common_types(a: Any, b: Any) -> list[str]:
     ]
 
 
+def _common_values(a: list[Any], b: list[Any]) -> list[Any]:
+    keys = set(map(key_of, b))
+    return [value for value in a if key_of(value) in keys]
+
+
+def _with_first(schema: Schema, n: int) -> Schema:
+    """The same with `prefixItems` for so many: what `items` says of the others may not be said of those of another schema."""
+    first = schema.get("prefixItems", [])
+    if not isinstance(first, list) or len(first) == n:
+        return schema
+    return {**schema, "prefixItems": first + [schema.get("items", True)] * (n - len(first))}
+
+
+def _all_of(a: Any, b: Any) -> Any:
+    if a is True or b is True:
+        return b if a is True else a
+    return {"allOf": [a, b]}
+
+
 def _all_properties(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: {"allOf": [a[name], b[name]]} if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
+    return {**a, **b, **{name: _all_of(a[name], b[name]) for name in a if name in b}}
 
 
 # Keywords that may stand in several schemas that all have to hold
@@ -214,9 +277,10 @@ _MERGE: dict[str, Callable[[Any, Any], Any]] = {
     "type": _common_types,
     "properties": _all_properties,
     "required": lambda a, b: list(dict.fromkeys([*a, *b])),
-    "enum": lambda a, b: [value for value in a if key_of(value) in {key_of(other) for other in b}],
-    "items": lambda a, b: {"allOf": [a, b]},
-    "additionalProperties": lambda a, b: {"allOf": [a, b]},
+    "enum": _common_values,
+    "prefixItems": lambda a, b: list(map(_all_of, a, b)),
+    "items": _all_of,
+    "additionalProperties": _all_of,
     "nullable": lambda a, b: bool(a and b),
     "uniqueItems": lambda a, b: a or b,
 }

@@ -1,6 +1,9 @@
 """What a text must look like, as a tree: classes of characters, in order, as alternatives, repeated, and rules by name.
 
 In and out: plain frozen values. Patterns and schemas are turned into these; the automaton is built from them. Knows no bytes.
+
+What is equal is one object, so that it is compared and looked up by what it is: a tree whose branches share what they hold, as
+an array of arrays does, may be read in as many ways as 2^depth.
 """
 
 from __future__ import annotations
@@ -8,14 +11,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+from pocketlm import locks
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, first and last, in order, apart from each other
 SURROGATES = 0xD800, 0xDFFF  # no characters by themselves
 EVERY: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
+_Made = TypeVar("_Made")
+_made: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()  # (class, its fields) -> the one that there is
+_lock = locks.lock()
 
-@dataclass(frozen=True)
-class Chars:
+
+class _OneOfEach(type):
+    def __call__(cls: type[_Made], *fields: Any, **named: Any) -> _Made:
+        made = type.__call__(cls, *fields, **named)
+        with _lock:
+            return _made.setdefault((cls, *vars(made).values()), made)
+
+
+@dataclass(frozen=True, eq=False)
+class Chars(metaclass=_OneOfEach):
     """One character of these. `quoted`: as it is written inside a JSON string, in every way that there is; `plainly`: only
     as `json.dumps` writes it.
     """
@@ -25,22 +43,22 @@ class Chars:
     plainly: bool = False
 
 
-@dataclass(frozen=True)
-class Sequence:
+@dataclass(frozen=True, eq=False)
+class Sequence(metaclass=_OneOfEach):
     """One after the other."""
 
     parts: tuple[Node, ...]
 
 
-@dataclass(frozen=True)
-class Either:
+@dataclass(frozen=True, eq=False)
+class Either(metaclass=_OneOfEach):
     """One of them."""
 
     parts: tuple[Node, ...]
 
 
-@dataclass(frozen=True)
-class Repeat:
+@dataclass(frozen=True, eq=False)
+class Repeat(metaclass=_OneOfEach):
     """`least` to `most` times, without end where that is None."""
 
     body: Node
@@ -48,16 +66,16 @@ class Repeat:
     most: int | None
 
 
-@dataclass(frozen=True)
-class Listed:
+@dataclass(frozen=True, eq=False)
+class Listed(metaclass=_OneOfEach):
     """Some of the parts in their order, with the separator between each two; those that are marked have to be there."""
 
     parts: tuple[tuple[Node, bool], ...]
     separator: Node
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, eq=False)
+class Choice(metaclass=_OneOfEach):
     """One of these texts, quoted as in `literal`; `others`: any text but these."""
 
     texts: tuple[str, ...]
@@ -65,8 +83,8 @@ class Choice:
     others: bool = False
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, eq=False)
+class Rule(metaclass=_OneOfEach):
     """What the grammar has under this name."""
 
     name: str

@@ -45,7 +45,9 @@ def take_form(options: dict[str, Any]) -> Form | None:
     `json_object=True`: any JSON object. `json_schema`: a schema, as an object or its text. `choices`: one of these texts.
     `regex`: the whole answer matches it.
     """
-    given = {name: value for name in FORMS if (value := options.pop(name, None)) is not None and value is not False}
+    given = {name: value for name in FORMS if (value := options.pop(name, None)) is not None}
+    if given.get("json_object") is False:  # as a schema it lets nothing through
+        del given["json_object"]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: an answer has one form; give one of them")
     for name, value in given.items():
@@ -61,7 +63,7 @@ def _flag_text(value: Any) -> str:
 
 def _schema_text(schema: Any) -> str:
     try:
-        return json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
+        return json.dumps(json.loads(schema) if isinstance(schema, str) else schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"json_schema is no JSON: {error}") from None
 
@@ -162,6 +164,8 @@ class Guide:
         data = self._masks.vocabulary.tokens[id]
         if data:  # not an end
             self._state = self._masks.advance(self._state, data)
+            if self._masks.is_large:
+                self._masks, self._state = self._masks.anew(self._state)
 
     def along(self, sampler: Sampler) -> Sampler:
         """The sampler; what it draws is followed."""

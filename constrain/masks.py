@@ -22,6 +22,7 @@ import numpy as np
 
 from pocketlm import locks
 from pocketlm.constrain.automaton import END, Automaton
+from pocketlm.constrain.stacks import BOTTOM, Stacks
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
@@ -29,7 +30,6 @@ MOST_ROWS = 1 << 13  # of 1 KB each
 MOST_STACKS = 1 << 16
 MOST_STEPS = 200_000  # for one mask
 MOST_MASK_BYTES = 1 << 23
-BOTTOM = 0  # the stack where nothing was entered
 NONE = -1
 FEW_BYTES = 8
 FEW_NODES = 12
@@ -66,8 +66,8 @@ class Masks:
         self.vocabulary, self.of = vocabulary, of
         self._automaton = automaton
         self._lock = locks.lock()
-        self._frames: list[tuple[int, int, int]] = [(0, 0, 0)]  # of a stack: part, times through it, stack below
-        self._stacks: dict[tuple[int, int, int], int] = {}
+        self._stacks, self._n_open = Stacks(), 0
+        self._frames = self._stacks.frames
         self._masks: dict[State, np.ndarray] = {}
         self._mask_bytes = 0
         self._counted: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}
@@ -93,8 +93,15 @@ class Masks:
 
     @property
     def is_large(self) -> bool:
-        """Whether so much has been met that others had better begin anew."""
-        return len(self._frames) > MOST_STACKS // 4
+        """Whether so much has been met that one had better begin anew."""
+        return len(self._frames) > MOST_STACKS // 4 + self._n_open
+
+    def anew(self, state: State) -> tuple[Masks, State]:
+        """Masks that have met nothing, and the same state there: what a long text has left behind is forgotten."""
+        masks = Masks(self._automaton, self.vocabulary, self.of)
+        state = frozenset((node, masks._stacks.take_over(self._frames, stack)) for node, stack in state)
+        masks._n_open = len(masks._frames)
+        return masks, state
 
     def advance(self, state: State, data: bytes) -> State:
         """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
@@ -127,14 +134,6 @@ class Masks:
         if self._steps > MOST_STEPS or len(self._states) >= MOST_ROWS or len(self._frames) >= MOST_STACKS:
             raise UsageError(f"{self.of} can be read in too many ways at once; make it simpler")
 
-    def _stack(self, part: int, times: int, below: int) -> int:
-        frame = part, times, below
-        found = self._stacks.get(frame)
-        if found is None:
-            found = self._stacks[frame] = len(self._frames)
-            self._frames.append(frame)
-        return found
-
     def _reach(self, place: Place) -> State:
         """Where one is without another byte: the places that have edges, and the end of the whole text."""
         found = self._reached.get(place)
@@ -155,7 +154,7 @@ class Masks:
                     targets.append((part.after, below))
                 if part.most is None or times < part.most:
                     times = min(times, part.least) if part.most is None else times
-                    targets.append((part.start, self._stack(i, times, below)))
+                    targets.append((part.start, self._stacks.push(i, times, below)))
             else:
                 if automaton.edges[node]:
                     kept.append(here)
@@ -163,7 +162,7 @@ class Masks:
                 for i in automaton.entries[node]:
                     if not parts[i].least:
                         targets.append((parts[i].after, stack))
-                    targets.append((parts[i].start, self._stack(i, 0, stack)))
+                    targets.append((parts[i].start, self._stacks.push(i, 0, stack)))
             self._count(1 + len(targets))
             for target in targets:
                 if target not in seen:

@@ -6,6 +6,7 @@ number has at most DIGITS digits before its point and as many behind it, and an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,22 +28,19 @@ NUMBER = Sequence((_SIGN, _WHOLE, optional(Sequence((_POINT, Repeat(_DIGIT, 1, D
 
 @dataclass(frozen=True)
 class Bounds:
-    """`least` to `most`, None where there is no bound; without the bound itself where it is marked as open."""
+    """`least` to `most`, None where there is no bound."""
 
     least: int | None = None
     most: int | None = None
-    open_least: bool = False
-    open_most: bool = False
 
     @property
     def mirrored(self) -> Bounds:
-        least, most = (None if bound is None else -bound for bound in (self.most, self.least))
-        return Bounds(least, most, self.open_most, self.open_least)
+        return Bounds(*(None if bound is None else -bound for bound in (self.most, self.least)))
 
     @property
     def from_zero(self) -> Bounds:
         """What is left of it at 0 and above."""
-        return self if self.least is not None and self.least >= 0 else Bounds(0, self.most, False, self.open_most)
+        return self if self.least is not None and self.least >= 0 else Bounds(0, self.most)
 
 
 def fixed(number: float) -> int:
@@ -55,6 +53,16 @@ def fixed(number: float) -> int:
     if abs(units) >= ONE * ONE or (shift < 0 and digits % 10 ** min(-shift, 1000)):
         raise UsageError(f"{quoted(number)} has more than {DIGITS} digits")
     return units
+
+
+def above(bound: int, is_whole: bool) -> int:
+    """The least number that is more than the bound, and is read as more by who reads numbers as floats, where what is nearer to
+    the bound than to the float behind it is the bound.
+    """
+    if is_whole:
+        return (bound // ONE + 1) * ONE
+    (n, divisor), (m, other) = (x.as_integer_ratio() for x in (bound / ONE, math.nextafter(bound / ONE, math.inf)))
+    return (n * other + m * divisor) * ONE // (2 * divisor * other) + 1
 
 
 def integers(bounds: Bounds) -> Node:
@@ -74,18 +82,14 @@ def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
     found = [] if bounds.most is not None and bounds.most < 0 else [not_negative(bounds.from_zero)]
     below = bounds.mirrored
     if below.most is None or below.most > 0:
-        above_zero = Bounds(0, below.most, True, below.open_most)
-        negative = below if below.least is not None and below.least > 0 else above_zero
+        negative = below if below.least is not None and below.least > 0 else Bounds(1, below.most)
         found.append(Sequence((literal("-"), not_negative(negative))))
     return Either(tuple(found))
 
 
 def _whole_between(bounds: Bounds) -> tuple[int, int]:
     assert bounds.least is not None
-    least = bounds.least // ONE + 1 if bounds.open_least else -(-bounds.least // ONE)
-    if bounds.most is None:
-        return least, ONE - 1
-    return least, -(-bounds.most // ONE) - 1 if bounds.open_most else bounds.most // ONE
+    return -(-bounds.least // ONE), ONE - 1 if bounds.most is None else bounds.most // ONE
 
 
 def _digits(least: int, most: int) -> Node:
@@ -99,16 +103,17 @@ def _digits(least: int, most: int) -> Node:
     return Either(tuple(found))
 
 
-def _split(bound: int, is_open: bool) -> tuple[int, _End]:
-    return bound // ONE, _End(f"{bound % ONE:0{DIGITS}}".rstrip("0"), is_open)
+def _split(bound: int) -> tuple[int, str]:
+    """What is before the point, and the digits behind it."""
+    return bound // ONE, f"{bound % ONE:0{DIGITS}}".rstrip("0")
 
 
 def _decimals(bounds: Bounds) -> Node:
     assert bounds.least is not None
-    low, low_end = _split(bounds.least, bounds.open_least)
+    low, low_end = _split(bounds.least)
     if bounds.most is None:
         return Either((_with(low, low_end, None), _free(low + 1, ONE - 1)))
-    high, high_end = _split(bounds.most, bounds.open_most)
+    high, high_end = _split(bounds.most)
     if low > high:
         return Either(())
     if low == high:
@@ -120,45 +125,29 @@ def _free(least: int, most: int) -> Node:
     return Sequence((_digits(least, most), optional(Sequence((_POINT, Repeat(_DIGIT, 1, DIGITS))))))
 
 
-@dataclass(frozen=True)
-class _End:
-    """A bound of a fraction: its digits, and whether it is open."""
-
-    digits: str
-    is_open: bool
-
-
-def _with(whole: int, low: _End | None, high: _End | None) -> Node:
+def _with(whole: int, low: str | None, high: str | None) -> Node:
     """This whole number, with fractions between the bounds."""
-    digits = _fractions(low, high, DIGITS)
-    parts = [Sequence((_POINT, digits))]
-    return Sequence((literal(str(whole)), Either((EMPTY, *parts) if _zero_fits(low, high) else tuple(parts))))
-
-
-def _zero_fits(low: _End | None, high: _End | None) -> bool:
-    """Whether the fraction may end here: what does not follow is 0."""
-    reaches_low = low is None or (not low.digits and not low.is_open)
-    return reaches_low and (high is None or bool(high.digits) or not high.is_open)
+    part = Sequence((_POINT, _fractions(low, high, DIGITS)))
+    return Sequence((literal(str(whole)), part if low else optional(part)))
 
 
 @lru_cache(1024)
-def _fractions(low: _End | None, high: _End | None, n: int) -> Node:
-    """One to n digits of a fraction between the bounds."""
+def _fractions(low: str | None, high: str | None, n: int) -> Node:
+    """One to n digits of a fraction between the bounds, which are digits; None where there is no bound."""
     if low is None and high is None:
         return Repeat(_DIGIT, 1, n) if n else Either(())
     found: list[Node] = []
     for digit in range(10) if n else ():
         fits, below, above = True, low, high
         if low is not None:
-            first, rest = int(low.digits[:1] or 0), _End(low.digits[1:], low.is_open)
+            first = int(low[:1] or 0)
             fits = digit >= first
-            below = None if digit > first or (not rest.digits and not low.is_open) else rest
+            below = None if digit > first else low[1:] or None
         if high is not None:
-            first = int(high.digits[:1] or 0)
-            fits = fits and digit <= first and bool(high.digits or not high.is_open)
-            above = None if digit < first else _End(high.digits[1:], high.is_open)
+            first = int(high[:1] or 0)
+            fits = fits and digit <= first
+            above = None if digit < first else high[1:]
         if fits:
             after = _fractions(below, above, n - 1)
-            ends = (EMPTY,) if _zero_fits(below, above) else ()
-            found.append(Sequence((literal(str(digit)), Either((*ends, after)))))
+            found.append(Sequence((literal(str(digit)), after if below else Either((EMPTY, after)))))
     return Either(tuple(found))

@@ -2,8 +2,9 @@ r"""Regular expressions, in the syntax that Python and JavaScript have in common
 
 In: a pattern. Out: a `Node`, or a UsageError that names what is not supported and where. Knows no automaton.
 
-`\d`, `\w` and `\s` are those of ASCII, `.` is anything but a line break, as `re.ASCII` has them; `^` and `$` stand for the
-beginning and the end of the whole text. What looks around, behind or back, flags and Unicode's properties are refused.
+`\d`, `\w` and `\s` are those of ASCII, `.` is anything but a line break, as `re.ASCII` has them; but `\S` and `[^\s]` are no
+white space of Unicode's either, for elsewhere that is `\s`. `^` and `$` stand for the beginning and the end of the whole text.
+What looks around, behind or back, flags and Unicode's properties are refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ _DIGIT: Ranges = ((48, 57),)
 _WORD: Ranges = ((48, 57), (65, 90), (95, 95), (97, 122))
 _SPACE: Ranges = ((9, 13), (32, 32))
 _CLASSES = {"d": _DIGIT, "w": _WORD, "s": _SPACE}
-_CLASSES |= {letter.upper(): without(EVERY, ranges) for letter, ranges in _CLASSES.items()}
+_ANY_SPACE: Ranges = (  # Python's and JavaScript's together
+    (9, 13), (28, 32), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
+    (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF),
+)  # fmt: skip
+_CLASSES |= {"D": without(EVERY, _DIGIT), "W": without(EVERY, _WORD), "S": without(EVERY, _ANY_SPACE)}
+_NEGATED = {**_CLASSES, "s": _ANY_SPACE, "S": without(EVERY, _SPACE)}
 _CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "0": 0}
 _HEX = {"x": 2, "u": 4}
 _ANY: Ranges = without(EVERY, ((10, 10),))
@@ -208,11 +214,11 @@ class _Parser:
             raise self._bad("^ and $ are supported outside of groups only", at)
         return either([_sequence(row.parts) for row in rows])
 
-    def _escape(self, in_class: bool) -> Ranges:
+    def _escape(self, in_class: bool, negated: bool = False) -> Ranges:
         at = self._at - 1
         c = self._next("a lone \\ at the end")
         if c in _CLASSES:
-            return _CLASSES[c]
+            return (_NEGATED if negated else _CLASSES)[c]
         if c in _CONTROLS and not (c == "0" and self._text[self._at : self._at + 1].isdigit()):
             return self._one(_CONTROLS[c], at)
         if c == "b" and in_class:
@@ -241,13 +247,13 @@ class _Parser:
             raise self._bad("write \\] for a ] that begins a class")
         while not self._take("]"):
             here = self._at
-            low = self._in_class(at)
+            low = self._in_class(at, negated)
             dash = self._peek("-") and self._at + 1 < len(self._text) and self._text[self._at + 1] != "]"
             if not dash:
                 ranges += low
                 continue
             self._at += 1
-            high = self._in_class(at)
+            high = self._in_class(at, negated)
             if len(low) != 1 or len(high) != 1 or low[0][0] != low[0][1] or high[0][0] != high[0][1]:
                 raise self._bad("a range from or to a class", here)
             if high[0][0] < low[0][0]:
@@ -256,12 +262,12 @@ class _Parser:
         found = without(union(ranges), (SURROGATES,))
         return without(EVERY, found) if negated else found
 
-    def _in_class(self, at: int) -> Ranges:
+    def _in_class(self, at: int, negated: bool) -> Ranges:
         here = self._at
         if self._at >= len(self._text):
             raise self._bad("a ] is missing", at)
         c = self._next("")
-        return self._escape(in_class=True) if c == "\\" else self._one(ord(c), here)
+        return self._escape(in_class=True, negated=negated) if c == "\\" else self._one(ord(c), here)
 
 
 def _times(node: Node, least: int, most: int | None) -> Node:

@@ -9,7 +9,9 @@ Not every valid instance is among the texts: members come in the order of `prope
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from math import inf
 from typing import Any
 
 from pocketlm.constrain import json_texts, patterns
@@ -21,13 +23,12 @@ from pocketlm.constrain.combining import (
     Schema,
     Schemas,
     bad,
-    check,
     key_of,
     kind_of,
     types_of,
 )
 from pocketlm.constrain.grammar import EMPTY, NEVER, Either, Grammar, Node, Repeat, Rule, Sequence, either, optional
-from pocketlm.constrain.numbers import Bounds, fixed, integers, numbers
+from pocketlm.constrain.numbers import Bounds, above, fixed, integers, numbers
 from pocketlm.errors import UsageError, quoted
 
 MOST_NESTED = 128
@@ -88,6 +89,7 @@ def _check_beginnings(rules: Mapping[str, Node]) -> None:
 class _Compiler:
     def __init__(self, root: Any):
         self.rules: dict[str, Node] = {}
+        self._merging = set[str]()
         self._schemas = Schemas(root)
 
     # ---- one schema
@@ -98,14 +100,14 @@ class _Compiler:
             raise bad(path, "the schema is too large, or nested too deeply")
         if isinstance(schema, bool):
             return json_texts.ANY_VALUE if schema else NEVER
-        check(schema, path)
+        self._schemas.check(schema, path)
         schema = {keyword: value for keyword, value in schema.items() if keyword not in NOTES}
         if not schema:
             return json_texts.ANY_VALUE
         if set(schema) == {"$ref"}:
             return self._rule(schema["$ref"], path)
         if "$ref" in schema or "allOf" in schema:
-            return self.node(self._schemas.merged(schema, path), path)
+            return self._merged(schema, path)
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 return self._either(keyword, schema, path)
@@ -134,17 +136,33 @@ class _Compiler:
             self.rules[ref] = self.node(target, ref)
         return Rule(ref)
 
+    def _merged(self, schema: Schema, path: str) -> Node:
+        """What is merged at each place anew; but where it holds itself it is a rule."""
+        name = json.dumps(schema, sort_keys=True)
+        self._schemas.n += len(name) // 1000  # for who writes a lot beside each of many
+        if name in self._merging or name in self.rules:
+            self.rules.setdefault(name, NEVER)  # while it is made
+            return Rule(name)
+        self._merging.add(name)
+        node = self.node(self._schemas.merged(schema, path), path)
+        self._merging.remove(name)
+        if name in self.rules:
+            self.rules[name] = node
+            return Rule(name)
+        return node
+
     def _either(self, keyword: str, schema: Schema, path: str) -> Node:
         branches = schema[keyword]
         if not isinstance(branches, list) or not branches:
             raise bad(path, f"{keyword} must be a list of schemas")
         rest = {other: value for other, value in schema.items() if other != keyword and other != "nullable"}
         places = [f"{path}/{keyword}/{i}" for i in range(len(branches))]
-        merged = [self._schemas.both(rest, *one) if rest else one[0] for one in zip(branches, places, strict=True)]
+        merged = [{"allOf": [rest, one]} if rest else one for one in branches]
         if keyword == "oneOf":
-            for i, one in enumerate(merged):
+            flat = [self._schemas.flat(*one) for one in zip(merged, places, strict=True)]
+            for i, one in enumerate(flat):
                 for j in range(i):
-                    if not self._schemas.apart(merged[j], one, path, 0):
+                    if not self._schemas.apart(flat[j], one, path, 0):
                         raise bad(path, f"oneOf: schemas {j} and {i} may both hold, which is not supported; use anyOf")
         nodes = [self.node(*one) for one in zip(merged, places, strict=True)]
         return either([*nodes, json_texts.NULL] if schema.get("nullable") else nodes)
@@ -157,7 +175,8 @@ class _Compiler:
         if not isinstance(values, list):
             raise bad(path, "enum must be a list")
         if "enum" in schema and "const" in schema:
-            values = [value for value in values if key_of(value) == key_of(schema["const"])]
+            key = key_of(schema["const"])
+            values = [value for value in values if key_of(value) == key]
         self._schemas.n += len(values)
         if "type" in schema:
             values = [v for v in values if kind_of(v) in kinds or (kind_of(v) == "integer" and "number" in kinds)]
@@ -243,28 +262,29 @@ class _Compiler:
             return NEVER
         return json_texts.string(json_texts.characters(least or 0, most))
 
-    def _between(self, make: Callable[[Bounds], Node], schema: Schema, path: str) -> Node:
+    def _bounds(self, schema: Schema, path: str, is_whole: bool) -> Bounds:
         bounds: dict[str, int] = {}
         for keyword in OF_TYPE["number"]:
             value = schema.get(keyword)
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not -inf < value < inf:
                     raise bad(path, f"{keyword} must be a number")
                 try:
                     bounds[keyword] = fixed(value)
                 except UsageError as error:
                     raise bad(path, f"{keyword}: {error}") from None
-        low, low_open = bounds.get("minimum"), bounds.get("exclusiveMinimum")
-        high, high_open = bounds.get("maximum"), bounds.get("exclusiveMaximum")
-        is_low_open = low_open is not None and (low is None or low_open >= low)
-        is_high_open = high_open is not None and (high is None or high_open <= high)
-        low, high = low_open if is_low_open else low, high_open if is_high_open else high
-        return make(Bounds(low, high, is_low_open, is_high_open))
+        if "exclusiveMinimum" in bounds:
+            least = above(bounds["exclusiveMinimum"], is_whole)
+            bounds["minimum"] = max(least, bounds["minimum"]) if "minimum" in bounds else least
+        if "exclusiveMaximum" in bounds:
+            most = -above(-bounds["exclusiveMaximum"], is_whole)
+            bounds["maximum"] = min(most, bounds["maximum"]) if "maximum" in bounds else most
+        return Bounds(bounds.get("minimum"), bounds.get("maximum"))
 
 
 _TYPES: dict[str, Callable[[_Compiler, Schema, str], Node]] = {
     "object": _Compiler._object, "array": _Compiler._array, "string": _Compiler._string,
-    "number": lambda compiler, *place: compiler._between(numbers, *place),
-    "integer": lambda compiler, *place: compiler._between(integers, *place),
+    "number": lambda compiler, *place: numbers(compiler._bounds(*place, is_whole=False)),
+    "integer": lambda compiler, *place: integers(compiler._bounds(*place, is_whole=True)),
     "boolean": lambda *_: json_texts.BOOLEAN, "null": lambda *_: json_texts.NULL,
 }  # fmt: skip

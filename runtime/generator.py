@@ -109,7 +109,7 @@ def generate(
     turns dropped, say); when it returns None, or nothing shorter, the answer ends with "length" and a note. With `keep`, the
     tokens at the beginning that have to stay, the older half of the others goes instead, and the answer goes on.
 
-    `is_over()` is asked before every pass whether the answer is whole as it is, with what was drawn last.
+    `is_over()` is asked before every pass, and at `max_tokens`, whether the answer is whole as it is, with what was drawn last.
 
     With `draft`, what the text so far foretells is verified in one pass where that pays (see `drafts`); the answer is the same.
 
@@ -186,6 +186,9 @@ def generate(
             reason = "stop"
             break
         if n_generated == max_tokens or cancelled():
+            if is_over is not None and not cancelled() and is_over():  # nothing was cut off
+                reason = "stop"
+                break
             drawn, at = [], 0
             continue
         if at < len(drawn):

@@ -1,6 +1,7 @@
 """Answers that have a form, from models: in Python, in commands, beside drafts, with the tokenizers that there are."""
 
 import json
+import math
 import random
 import re
 import subprocess
@@ -92,6 +93,13 @@ def test_an_answer_that_is_cut_off_is_the_beginning_of_one(model):
     assert text.startswith('"')
 
 
+@pytest.mark.parametrize(
+    ("form", "reason"), [({"regex": "[ab]"}, "stop"), ({"regex": "a{1,2}"}, "length"), ({"regex": "a{2}"}, "length")]
+)
+def test_a_whole_answer_was_not_cut_off_by_a_limit_that_it_just_reaches(model, form, reason):
+    assert answer(model, max_tokens=1, temperature=0, **form)[2].finish_reason == reason
+
+
 def test_no_pass_is_made_for_what_cannot_go_on(model):
     """The answer is over with the last token that it may have: no end token is waited for."""
     _, ids, last = answer(model, choices=["no"], reuse_cache=False)
@@ -132,6 +140,11 @@ def test_the_callers_own_step_comes_before_the_mask(model):
         ({"regex": 3}, "regex is 3"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"json_schema": {1, 2}}, "no JSON"),
+        ({"json_schema": {"const": math.inf}}, "no JSON"),
+        ({"json_schema": False}, "no text can be what json_schema asks for"),
+        ({"json_schema": "false"}, "no text can be what json_schema asks for"),
+        ({"regex": False}, "regex is False"),
+        ({"json_schema": '{"enum": [1, 1e999]}'}, "no JSON"),
     ],
 )
 def test_what_cannot_be_had_is_said_at_once(model, options, word):
@@ -214,7 +227,7 @@ def run(capsys, *words):
 
 def test_commands(path, tmp_path, capsys):
     schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps(SCHEMA))
+    schema.write_text(json.dumps(SCHEMA), encoding="utf-8-sig")  # as editors of Windows write it
     status, out, _ = run(capsys, "generate", path, "-p", "the", "--json-schema", schema, "--seed", 1, "-n", 400)
     assert status == 0
     check(json.loads(out))

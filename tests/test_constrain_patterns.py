@@ -1,5 +1,6 @@
 """Regular expressions as masks, against Python's `re`; choices; numbers between bounds against `decimal`."""
 
+import math
 import random
 import re
 import sys
@@ -13,7 +14,7 @@ from pocketlm.constrain import patterns
 from pocketlm.constrain.automaton import build
 from pocketlm.constrain.grammar import Choice, Grammar
 from pocketlm.constrain.masks import WHOLE, Masks
-from pocketlm.constrain.numbers import DIGITS, Bounds, fixed, integers, numbers
+from pocketlm.constrain.numbers import DIGITS, Bounds, above, fixed, integers, numbers
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
@@ -247,6 +248,16 @@ def test_choices():
     assert [reads(others, text) for text in (*texts, "ye", "", "yes, but not")] == [False] * len(texts) + [True] * 3
 
 
+@pytest.mark.parametrize("pattern", [r"\S", r"[^\s]", r"[\S]", r"[^\sa]", r"[^\S]", r"\s", r"[\sa]"])
+def test_white_space_is_no_other_character_for_anyone(pattern):
+    """What is let through matches with `re.ASCII` and without; and all that is no white space is let through."""
+    masks, plain, wide = masks_for(patterns.whole(pattern)), re.compile(pattern, re.ASCII), re.compile(pattern)
+    for code in {*range(0x300), *range(0x1600, 0x3100), 0xFEFF, 0x1F642}:
+        found, expected = reads(masks, chr(code)), [bool(one.fullmatch(chr(code))) for one in (plain, wide)]
+        assert found == all(expected) or code == 0xFEFF, code
+    assert not reads(masks, "\ufeff")  # for JavaScript
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_between_bounds(seed):
     rng = random.Random(seed)
@@ -261,10 +272,13 @@ def test_numbers_between_bounds(seed):
         )
 
     for _ in range(40):
-        bounds = Bounds(bound(), bound(), rng.random() < 0.5, rng.random() < 0.5)
+        bounds = Bounds(bound(), bound())
+        open_least, open_most = (b is not None and rng.random() < 0.5 for b in (bounds.least, bounds.most))
         for make in (integers, numbers):
             least, most = (None if b is None else int(b.scaleb(DIGITS)) for b in (bounds.least, bounds.most))
-            masks = masks_or_none(make(Bounds(least, most, bounds.open_least, bounds.open_most)))
+            least = above(least, make is integers) if open_least else least
+            most = -above(-most, make is integers) if open_most else most
+            masks = masks_or_none(make(Bounds(least, most)))
             tried = [Decimal(rng.randrange(-2500, 2500)).scaleb(-rng.randrange(5)) for _ in range(20)]
             tried += [
                 b + d for b in (bounds.least, bounds.most) if b is not None for d in (0, Decimal("0.01"), Decimal("-0.01"))
@@ -278,8 +292,8 @@ def test_numbers_between_bounds(seed):
                 if bounds.least is None and bounds.most is None:
                     inside = True
                 else:
-                    low = bounds.least is None or number > bounds.least or (number == bounds.least and not bounds.open_least)
-                    high = bounds.most is None or number < bounds.most or (number == bounds.most and not bounds.open_most)
+                    low = bounds.least is None or number > bounds.least or (number == bounds.least and not open_least)
+                    high = bounds.most is None or number < bounds.most or (number == bounds.most and not open_most)
                     inside = low and high
                 assert (masks is not None and reads(masks, text)) == inside, (bounds, text)
             if masks is not None:
@@ -289,6 +303,8 @@ def test_numbers_between_bounds(seed):
                 assert float(text) == float(Decimal(text))
                 assert bounds.least is None or Decimal(text) >= bounds.least
                 assert bounds.most is None or Decimal(text) <= bounds.most
+                assert not open_least or float(text) > float(bounds.least)
+                assert not open_most or float(text) < float(bounds.most)
 
 
 def test_every_token_is_a_leaf_or_a_branch_of_the_tree():
@@ -302,6 +318,23 @@ def test_every_token_is_a_leaf_or_a_branch_of_the_tree():
         assert spelled == data
     assert not tree.node_of[len(TOKENS) :].any()
     assert sys.getsizeof(tree.byte) < 10_000
+
+
+@pytest.mark.parametrize("bound", [0, 1, -1, 0.1, 0.3, -2.5, 1e-7, 3e-19, 123456789.125, 1e18, -(10**18)])
+def test_what_is_read_as_an_open_bound_may_not_be_written(bound):
+    """Whatever is near it, as floats are read; and all that is not read so may be."""
+    low = masks_for(numbers(Bounds(above(fixed(bound), False), None)))
+    high = masks_for(numbers(Bounds(None, -above(-fixed(bound), False))))
+    for digits in range(DIGITS + 1):
+        for step in (-1, 0, 1):
+            number = Decimal(repr(bound)) + Decimal(step).scaleb(-digits)
+            text = f"{number:f}"
+            if len(text.partition(".")[2]) <= DIGITS and not (text.startswith("-") and not number):
+                assert reads(low, text) == (float(text) > bound), text
+                assert reads(high, text) == (float(text) < bound), text
+    for masks, to in ((low, math.inf), (high, -math.inf)):
+        text = f"{Decimal(repr(math.nextafter(bound, to))):f}"
+        assert reads(masks, text) or len(text.partition(".")[2]) > DIGITS
 
 
 @pytest.mark.parametrize("number", [0, -7, 0.1, -2.5, 1e-7, 3e-19, 123456789.125, 1e18, 10**18 + 1, -0.0])

@@ -248,6 +248,8 @@ CASES = [
     ({"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 1000}, [[1, 1], [1] * 1000], [[1], [1] * 1001]),
     ({"type": "string", "maxLength": 3}, ["", "日本語", "🙂🙂🙂"], ["abcd"]),
     ({"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3}, [1, 2], [0, 3]),
+    ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5, 0.9999999999999999], [0, 1, 0.0, 1.0, 1.5]),
+    ({"type": "number", "exclusiveMinimum": 0, "minimum": 1, "maximum": 3, "exclusiveMaximum": 3}, [1, 2.5], [0.5, 3, 3.0]),
     (True, [1, {}], []),
 ]
 
@@ -290,6 +292,9 @@ BAD = [
     ({"maxLength": -1}, "maxLength"),
     ({"required": "a"}, "required must be"),
     ({"minimum": 1e200}, "digits"),
+    ({"minimum": -1.797e308}, "digits"),
+    ({"maximum": 10**400}, "digits"),
+    ({"maximum": float("nan")}, "maximum must be a number"),
     ({"anyOf": []}, "anyOf must be"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "refers to itself"),
     ({"$ref": "#/a", "title": "", "minimum": 1, "a": {"$ref": "#/a", "minimum": 1}}, "a is not supported"),

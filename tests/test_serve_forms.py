@@ -85,6 +85,8 @@ def test_other_ways_to_ask(client):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "not is not supported"),
         ({"json_schema": {"type": "string", "pattern": "(a"}}, "missing"),
         ({"json_schema": {"$ref": "#"}}, "refers to itself"),
+        ({"json_schema": False}, "no text can be"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": False}}}, "no text can be"),
         ({"json_schema": SCHEMA, "response_format": {"type": "json_object"}}, "one form"),
         ({"json_schema": SCHEMA, "ignore_eos": True}, "ignore_eos"),
     ],

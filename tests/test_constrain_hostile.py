@@ -1,0 +1,121 @@
+"""Schemas that a stranger sends to take a server's time: they are built or refused at once."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from constraining import END_ID, VOCABULARY, masks_of
+
+from pocketlm.constrain import combining, grammar, masks
+from pocketlm.constrain.combining import key_of
+from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
+from pocketlm.constrain.guides import Guide
+from pocketlm.constrain.schema import grammar_of
+from pocketlm.errors import UsageError
+
+NESTS = {
+    "arrays": "{'type': 'array', 'items': s}",
+    "counted arrays": "{'type': 'array', 'items': s, 'minItems': 1, 'maxItems': 5}",
+    "dicts": "{'type': 'object', 'additionalProperties': s}",
+    "arrays of objects": "{'type': 'array', 'items': {'type': 'object', 'properties': {'a': s, 'b': {}}}}",
+    "optional arrays": "{'anyOf': [{'type': 'array', 'items': s}, {'type': 'null'}]}",
+    "merged arrays": "{'allOf': [{'type': 'array', 'items': s}, {'minItems': 1}]}",
+    "tuples": "{'type': 'array', 'prefixItems': [s, {}]}",
+}
+
+
+@pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS)
+def test_what_is_nested_takes_no_time_that_doubles_with_each_level(nest):
+    """In a process of its own, for what takes 2^60 steps cannot be ended. Twice, for equal trees were compared as well."""
+    program = f"""
+from constraining import masks_of, allowed
+from pocketlm.constrain.schema import grammar_of
+from pocketlm.errors import UsageError
+for depth in (30, 60, 120):
+    for _ in range(2):
+        s = {{"type": "integer"}}
+        for _ in range(depth):
+            s = {nest}
+        try:
+            masks = masks_of(grammar_of(s))
+            allowed(masks, masks.start)
+        except UsageError as error:
+            assert depth > 30, error
+            assert "large" in str(error) or "nested too deeply" in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, timeout=60, check=True)
+
+
+def test_equal_trees_are_one_and_are_forgotten():
+    def tree():
+        return Sequence((literal("only here"), Repeat(Chars(((1, 2),)), 0, 123)))
+
+    assert tree() is tree()
+    made = tree()
+    assert made is tree()
+    assert made != Sequence((literal("only here"), Repeat(Chars(((1, 2),)), 0, 124)))
+    gc.collect()
+    n = len(grammar._made)
+    del made
+    gc.collect()
+    assert len(grammar._made) < n
+
+
+def test_every_string_has_what_was_counted_for_the_first():
+    VOCABULARY.counted.clear()
+    for schema in ({"type": "string"}, {"properties": {"a": {"type": "string", "maxLength": 9}}, "required": ["a"]}):
+        masks = masks_of(grammar_of(schema))
+        masks.mask(masks.advance(masks.start, b'"' if "type" in schema else b'{"a":"'))
+    assert len(VOCABULARY.counted) == 1
+
+
+def discriminated(n):
+    kinds = {f"k{i}": {"type": "object", "properties": {"kind": {"const": i}, "v": {}}, "required": ["kind"]} for i in range(n)}
+    return {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in kinds], "$defs": kinds}
+
+
+LISTS = {
+    "two enums": ({"enum": list(range(5000)), "allOf": [{"enum": list(range(1, 5001))}]}, ""),
+    "many enums": ({"allOf": [{"enum": list(range(i, 3000 + i))} for i in range(300)]}, "too large"),
+    "a constant of many": ({"enum": list(range(9000)), "const": list(range(9000))}, "no text"),
+    "members twice": ({"allOf": [{"properties": {str(i): {} for i in range(j, 5000 + j)}} for j in (0, 1)]}, "too large"),
+    "enums apart": ({"oneOf": [{"enum": [f"{i} {j}" for j in range(100)]} for i in range(100)]}, ""),
+    "branches of a kind": (discriminated(200), ""),
+    "too many of a kind": (discriminated(1000), "compared for oneOf"),
+}
+
+
+@pytest.mark.parametrize(("schema", "refused"), LISTS.values(), ids=LISTS)
+def test_lists_that_are_compared_take_no_time_that_grows_with_their_square(schema, refused, monkeypatch):
+    keys = []
+    monkeypatch.setattr(combining, "key_of", lambda value: keys.append(0) or key_of(value))
+    monkeypatch.setattr("pocketlm.constrain.schema.key_of", combining.key_of)
+    if refused:
+        with pytest.raises(UsageError, match=refused):
+            masks_of(grammar_of(schema))
+    else:
+        masks_of(grammar_of(schema))
+    assert len(keys) < 50_000
+
+
+LONG = {
+    "a string": ({"type": "string", "maxLength": 9000}, "lorem ipsum " * 700),
+    "strings": ({"type": "array", "items": {"type": "string", "maxLength": 900}, "maxItems": 99}, ["lorem ipsum " * 40] * 20),
+    "nested": ({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, json.loads("[" * 800 + "]" * 800)),
+}
+
+
+@pytest.mark.parametrize(("schema", "value"), LONG.values(), ids=LONG)
+def test_a_long_answer_forgets_what_it_has_left_behind(schema, value, monkeypatch):
+    monkeypatch.setattr(masks, "MOST_STACKS", 2000)
+    guide, text = Guide(masks_of(grammar_of(schema))), json.dumps(value).encode()
+    passed = {guide._masks}
+    for byte in text:
+        assert not guide.is_over()
+        guide.follow(byte)
+        passed.add(guide._masks)
+    assert guide.allowed().tolist() == [END_ID]
+    assert len(passed) > 2
