@@ -21,6 +21,7 @@ LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) fo
 # ── SentencePiece ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SYMBOLS = ["<|user|>", "<|assistant|>", "<sep>", "3", "▁▁", "ab", "ello"]
+WIDE = ["  ", "    ", "a  b", "  -  ", "\n  ", "\u3000", "x ", "\u0301  "]  # spaces in a row, which stay as many
 SENTENCEPIECE = {
     "defaults with bytes": {"byte_fallback": True},
     "symbols": {"byte_fallback": True, "user_defined_symbols": SYMBOLS, "control_symbols": ["<|control|>"]},
@@ -37,6 +38,8 @@ SENTENCEPIECE = {
         "split_digits": True,
         "allow_whitespace_only_pieces": True,
     },
+    "symbols of spaces": {"byte_fallback": True, "user_defined_symbols": WIDE},
+    "symbols of spaces, identity": {"normalization_rule_name": "identity", "user_defined_symbols": [*WIDE, "\n"]},
     "unknown characters": {"character_coverage": 0.98},
     "unknown characters, symbols, folded case, no prefix": {
         "character_coverage": 0.985,
@@ -68,7 +71,8 @@ def test_ids_and_texts_are_those_of_sentencepiece(name, kind, tmp_path):
 
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     ours = tokenizer.load(tmp_path / "tokenizer.model")
-    some = texts(2500, 31 + len(name), ["<|user|>", "<sep>", "<|control|>", "<s>", "<unk>", "<0x41>"])
+    markers = WIDE if "spaces" in name.split(",")[0] else ["<|user|>", "<sep>", "<|control|>", "<s>", "<unk>", "<0x41>"]
+    some = texts(2500, 31 + len(name), markers)
     for text, ids in zip(some, theirs.encode(some), strict=True):
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), ids
