@@ -217,6 +217,25 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
     assert ours.encode("a", bos=True) == theirs.encode("a").ids
 
 
+@pytest.mark.parametrize("kind", ["BertProcessing", "RobertaProcessing", "TemplateProcessing"])
+def test_what_other_post_processors_put_in_front_counts_too(kind, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="writes the file")
+    theirs, processors = tokenizers.ByteLevelBPETokenizer(), tokenizers.processors
+    theirs.train_from_iterator(LINES, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    theirs.post_processor = (
+        processors.TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)])
+        if kind == "TemplateProcessing" else getattr(processors, kind)(("</s>", 1), ("<s>", 0))
+    )  # fmt: skip
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    if kind == "TemplateProcessing":
+        with pytest.raises(FileError, match="TemplateProcessing with 2 tokens in front of a text is not supported"):
+            tokenizer.load(tmp_path)
+        return
+    ours = tokenizer.load(tmp_path)
+    assert (ours.bos_id, ours.adds_bos) == (0, True)
+    assert ours.encode("a b", bos=True) == theirs.encode("a b").ids[:-1]  # no text ends where a model is to go on
+
+
 def spaces_replaced(normalizer, pre_tokenizer, *, keep_bytes_special=False):
     """A BPE whose normalizer writes spaces as ▁, with tokens for bytes, trained as the library's documents show it."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
