@@ -24,6 +24,7 @@ from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper_parameters import Rope
+from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.operations import Attend, Rotate
 from pocketlm.runtime.plan import Plan
 
@@ -85,6 +86,16 @@ def own_activation(draft: Draft) -> None:
     """Later Gemmas look at `hidden_activation` alone, whatever the older name says."""
     if draft.config.raw("hidden_activation") is None:
         tanh(draft)
+
+
+def scaled_alone(draft: Draft) -> None:
+    """Layers with a window are not scaled in transformers; in a file factors of frequencies, Gemma 3's of attention too, are
+    every layer's, as llama.cpp has it.
+    """
+    whole = draft.keys.get("rope.scaling.attn_factor", 1.0) if draft.architecture == "gemma3" else 1.0
+    if "attention.sliding_window" in draft.keys and (ROPE_FACTORS & draft.tensors.keys() or not math.isclose(whole, 1.0)):
+        problem = "scales rotary positions by llama3, longrope or an attention_factor, but not where it has windows"
+        raise FileError(draft.config.path, problem, f"pocketlm computes {draft.architecture} with linear and plain YaRN")
 
 
 def stretched_base(draft: Draft) -> None:
@@ -244,7 +255,7 @@ HUGGING_FACE = {
                 "rope.freq_base_swa": ("rope_local_base_freq", 10000.0),
                 "final_logit_softcapping": ("final_logit_softcapping", None),
             },
-            one_added, own_activation, rope_theta=1e6, **GEMMA,
+            one_added, own_activation, scaled_alone, rope_theta=1e6, **GEMMA,
         ),
         _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up, rope_part=1.0),
         _family("smollm3", rope_theta=2e6, tied=True),
@@ -267,7 +278,9 @@ HUGGING_FACE = {
             },
             one_added, own_activation, **GEMMA,
         ),
-        _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
+        _family(
+            "olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}, scaled_alone,
+        ),
         _family(
             "qwen3moe", {**HEAD_NORMS, **EXPERTS},
             {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),

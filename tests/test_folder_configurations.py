@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_reference import LlamaReference
 
 import pocketlm
 from pocketlm.errors import FileError
@@ -89,3 +90,37 @@ def test_a_window_that_nothing_places_is_no_model_without_one(name: str, tmp_pat
     with pytest.raises(FileError, match=r"sliding window of 8 positions.*add --set n_ctx=8"):
         read_canonical(tmp_path)
     assert read_canonical(tmp_path, overrides={"n_ctx": "8"}).hyper.n_ctx == 8
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [2 + i / 4 for i in range(8)]}
+ORIGINAL = {"original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "computed"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, ("gemma3", "olmo3")),
+        ({"rope_type": "yarn", "factor": 4.0, **ORIGINAL}, ("gemma3", "olmo3")),
+        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7, **ORIGINAL}, ("olmo3",)),
+        ({**LLAMA3, **ORIGINAL}, ()), ({**LONGROPE, **ORIGINAL}, ()),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["gemma3", "olmo3"])
+def test_layers_with_a_window_are_not_scaled(
+    name: str, scaling: dict[str, Any], computed: tuple[str, ...], tmp_path: Path
+) -> None:
+    theta = 5e5 if name == "olmo3" else 1e6
+    local = {"rope_theta": 5e5, "rope_type": "default"}
+    rope = {"full_attention": {"rope_theta": theta, **scaling}, "sliding_attention": local}
+    row = Row(MODELS[name].config, {**MODELS[name].options, "rope_parameters": rope})
+    ids, expected = saved(row, tmp_path)
+    if name not in computed:
+        with pytest.raises(FileError, match="but not where it has windows"):
+            read_canonical(tmp_path)
+        return
+    export(read_canonical(tmp_path), "m", tmp_path / "m.gguf", quant="f32")
+    with pocketlm.load(tmp_path / "m.gguf", backend="numpy") as loaded:
+        np.testing.assert_allclose(loaded.logits(ids), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    with LlamaReference(tmp_path / "m.gguf") as llama:
+        np.testing.assert_allclose(llama.logits(ids), expected, atol=2e-2 * np.abs(expected).max(), rtol=0)
