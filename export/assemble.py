@@ -195,8 +195,9 @@ def _tie(
     head, table = found["output.weight"], found["token_embd.weight"]
     same = is_tied(head, table)
     if not same and config.model_type and config.get("tied", fixed.get("tied")):
-        notes.append("the output matrix was left out: the configuration ties it to the token table")
-        same = True
+        said = "the configuration ties the output matrix to the token table, but the file holds two"
+        same = config.given.get("tied", False)
+        notes.append(f"{said}: it was left out" if same else f"{said}: both are kept; --set tied=true leaves it out")
     if same:
         del tensors["output.weight"]
         if "output.bias" in tensors:

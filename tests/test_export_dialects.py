@@ -103,6 +103,23 @@ def test_a_module_of_transformers_that_was_saved_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, module.model.embed_tokens.weight.detach().numpy())
 
 
+def test_two_matrices_that_a_configuration_ties_stay_two(tmp_path: Path) -> None:
+    """As transformers has it since version 5."""
+    transformers = pytest.importorskip("transformers", reason="makes the module")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = dialects.read_canonical(tmp_path, tokenizer="none")
+    np.testing.assert_array_equal(model.tensors["output.weight"].read(), theirs.lm_head.weight.detach().numpy())
+    assert "but the file holds two: both are kept; --set tied=true leaves it out" in model.notes[0]
+    tied = dialects.read_canonical(tmp_path, tokenizer="none", overrides={"tied": "true"})
+    assert "output.weight" not in tied.tensors
+    assert tied.notes[0].endswith("it was left out")
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4}
 
 
