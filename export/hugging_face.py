@@ -79,13 +79,14 @@ def llama_if_wide(draft: Draft) -> None:
 
 def tanh(draft: Draft) -> None:
     """Whatever the first Gemma's configuration calls its GELU, its code computes the tanh formula."""
-    draft.options["activation"] = "gelu_tanh"
+    if draft.options["activation"] == "gelu_erf" and "activation" not in draft.config.given:
+        draft.options["activation"] = "gelu_tanh"
 
 
 def own_activation(draft: Draft) -> None:
     """Later Gemmas look at `hidden_activation` alone, whatever the older name says."""
-    if draft.config.raw("hidden_activation") is None:
-        tanh(draft)
+    if draft.config.raw("hidden_activation") is None and "activation" not in draft.config.given:
+        draft.options["activation"] = "gelu_tanh"
 
 
 def scaled_alone(draft: Draft) -> None:
