@@ -115,7 +115,8 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "minimind": "",  # told by its tensors
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
-    "mistral": {"sliding_window": 4096}, "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
+    "mistral": {"sliding_window": 4096}, "exaone4": {"sliding_window": 4096},
+    "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
 # settings by what changes nothing here; any other value means a computation that the plan does not have
