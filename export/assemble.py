@@ -245,7 +245,8 @@ def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig,
         found = "alibi"
     elif config.model_type == "llama" or config.raw("rope_theta", "rope_scaling", "rope_base") is not None:
         found = "rope"
-    return config.need("position", fixed.get("position", found))
+    found = fixed.get("position", found)
+    return config.need("position", None if found and config.denies("position", found) else found)
 
 
 def _context(

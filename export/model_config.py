@@ -88,10 +88,10 @@ WORDS = {
 }  # fmt: skip
 
 FLAGS = {  # a configuration may say yes or no instead of a word
-    **dict.fromkeys(("use_alibi", "alibi"), ("position", "alibi")),
-    **dict.fromkeys(("use_rope", "rope", "use_rotary", "use_rope_embeddings"), ("position", "rope")),
-    **dict.fromkeys(("use_rmsnorm", "use_rms_norm", "rmsnorm"), ("norm", "rms")),
-    "rope_interleaved": ("rope_pairs", "interleaved"),
+    **dict.fromkeys(("use_alibi", "alibi"), ("position", {True: "alibi"})),
+    **dict.fromkeys(("use_rope", "rope", "use_rotary", "use_rope_embeddings"), ("position", {True: "rope"})),
+    **dict.fromkeys(("use_rmsnorm", "use_rms_norm", "rmsnorm"), ("norm", {True: "rms", False: "layer"})),
+    "rope_interleaved": ("rope_pairs", {True: "interleaved"}),
 }
 
 # entries that describe the model, to be looked into first; a training script's own settings come after them
@@ -209,10 +209,15 @@ class ModelConfig:
                     raise FileError(
                         self.path, f"its configuration says {alias} = {quoted(said)}", f"{known}; --set {name}=… overrides it"
                     )
-            for flag, (setting, answer) in FLAGS.items():
-                if setting == name and level.get(flag) is True:
-                    return answer
+            for flag, (setting, answers) in FLAGS.items():
+                if setting == name and isinstance(level.get(flag), bool) and level[flag] in answers:
+                    return answers[level[flag]]
         return default
+
+    def denies(self, name: str, answer: str) -> bool:
+        """Whether a flag says no to an answer; those of Hugging Face's models are their code's."""
+        flags = [flag for flag, (setting, answers) in FLAGS.items() if setting == name and answers[True] == answer]
+        return not self.model_type and any(level.get(flag) is False for level in self._levels for flag in flags)
 
     def need(self, name: str, default: Any = None) -> Any:
         """The answer; where there is none the setting is noted for `ask`, and the first value of its example used."""

@@ -28,6 +28,28 @@ def test_rotary_positions_of_a_home_made_model_are_asked_for_and_partly_rotated_
     check(module, model, tmp_path)
 
 
+@pytest.mark.parametrize("flag", ["use_rope", "rope", "use_rotary"])
+def test_a_flag_that_says_no_to_rotary_positions_is_heard(flag: str, tmp_path: Path) -> None:
+    weights = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves")).state_dict()
+    said = {"n_heads": 4, "n_ctx": 64, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_pairs": "half"}
+    assert read_canonical(save(tmp_path, {"model": weights, "config": said})).hyper.position == "rope"
+    path = save(tmp_path, {"model": weights, "config": {**said, flag: False}})
+    with pytest.raises(FileError, match=r"tell position; add --set position=alibi\|rope\|none"):
+        read_canonical(path)
+    assert read_canonical(path, overrides={"position": "none"}).hyper.position == "none"
+    path = save(tmp_path, {"model": weights, "config": {**said, flag: False, "use_alibi": True}})
+    assert read_canonical(path).hyper.position == "alibi"
+
+
+@pytest.mark.parametrize("flag", ["use_rmsnorm", "use_rms_norm", "rmsnorm"])
+def test_a_flag_says_which_norm_it_is(flag: str, tmp_path: Path) -> None:
+    weights = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves")).state_dict()
+    said = {"n_heads": 4, "n_ctx": 64, "norm_eps": 1e-5, "position": "none"}
+    for answer, norm in ((True, "rms"), (False, "layer")):
+        path = save(tmp_path, {"model": weights, "config": {**said, flag: answer}})
+        assert read_canonical(path).hyper.norm == norm
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
