@@ -128,7 +128,7 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "is_encoder_decoder", "use_bidirectional_attention", "use_scaled_rope", "conv_bias", "no_rope_layers",
         "quantization_config", "zero_centered_norm", "apply_residual_connection_post_layernorm",
         "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
-        "attention_scores_scalar", "sliding_window_size",  # litGPT's
+        "attention_scores_scalar", "sliding_window_size", "rope_interleave",  # litGPT's
     ), lambda v: not v),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
     **dict.fromkeys((
