@@ -15,6 +15,7 @@ import numpy as np
 
 from pocketlm.errors import FileError, UsageError, did_you_mean, quoted
 from pocketlm.runtime.hyper import OPTIONS
+from pocketlm.runtime.positions import yarn_magnitude
 
 
 class Setting(NamedTuple):
@@ -337,9 +338,9 @@ class ModelConfig:
             return {}, {"rope_freqs.weight": llama3_factors(theta, n_dims, factor, low, high, original)}
         if scaling.get("mscale") or (scaling.get("truncate") is False and "truncate" not in computed):
             raise FileError(self.path, "uses a variant of YaRN (mscale, truncate)", "pocketlm does not")
-        usual = 1 + 0.1 * math.log(factor)  # the runtime multiplies by this itself
+        usual = yarn_magnitude(factor)  # the runtime multiplies by this itself
         keys = {
-            "type": "yarn", "factor": factor, "original_context_length": int(original), "yarn_ext_factor": 1.0,
+            "type": "yarn", "factor": factor, "original_context_length": int(original),
             "attn_factor": number("attention_factor", usual) / usual,
             "yarn_beta_fast": number("beta_fast", 32.0), "yarn_beta_slow": number("beta_slow", 1.0),
         }  # fmt: skip
