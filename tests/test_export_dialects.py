@@ -47,6 +47,26 @@ def test_nanogpt_without_biases_gets_zeros(tmp_path: Path) -> None:
     check(module, model, tmp_path)
 
 
+def test_mingpt(tmp_path: Path) -> None:
+    """Masks, a head of its own, and the tanh formula."""
+    module = models.initialise(models.GPT(tanh=True, tied=False))
+    model = read_canonical(save(tmp_path, module.state_dict()), overrides={"n_head": "4"})
+    assert (model.dialect, model.hyper.activation) == ("minGPT", "gelu_tanh")
+    check(module, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "activation"),
+    [({}, "gelu_tanh"), ({"bias": True, "dropout": 0.0}, "gelu_erf"), ({"activation": "gelu"}, "gelu_erf")],
+)
+def test_build_nanogpt(tmp_path: Path, more: dict[str, Any], activation: str) -> None:
+    module = models.initialise(models.GPT(masks=False, tanh=activation == "gelu_tanh"))
+    config = {"block_size": 24, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 32, **more}
+    model = read_canonical(save(tmp_path, {"model": module.state_dict(), "config": config, "step": 5, "val_loss": 3.0}))
+    assert model.hyper.activation == activation
+    check(module, model, tmp_path)
+
+
 def test_hugging_face_gpt2(tmp_path: Path) -> None:
     module = models.initialise(models.GPT(conv1d=True))
     config = {"model_type": "gpt2", "n_head": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_ctx": 24}
