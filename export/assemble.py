@@ -108,7 +108,10 @@ def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -
     """Add what rotary positions are."""
     config, keys, fixed = draft.config, draft.keys, dialect.fixed
     heeded = not config.model_type or "rope_part" in fixed or "rope_part" in config.given  # other families turn whole heads
-    n_dims = int(keys["attention.key_length"] * (config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0))
+    part = config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0
+    n_dims = int(keys["attention.key_length"] * min(part, 2.0))  # more than all are refused by their number
+    if "rotary_dim" in config.given or not (config.model_type or "rope_part" in config.given):
+        n_dims = config.get("rotary_dim", n_dims)
     draft.options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
     theta = config.need(
         "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)

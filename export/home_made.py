@@ -226,7 +226,7 @@ HOME_MADE = (
     Dialect(
         "GPT-Neo", (r"(.*\.)?wpe\.weight", r"(.*\.)?h\.N\.attn\.attention\.q_proj\.weight"),
         {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5},
-        architecture="gptneo", finish=_finish_gptneo,
+        architecture="gptneo", finish=_finish_gptneo, computes=("sliding_window",),
         names={**{f"*.attn.attention.{part}_proj": f"attn_{part}" for part in "qkv"},
                "*.attn.attention.out_proj": "attn_output"},
     ),

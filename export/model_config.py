@@ -59,6 +59,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_theta": Setting(float, "rope_theta rope_base rotary_base rotary_emb_base rope_freq_base theta", "10000"),
     "rope_pairs": Setting(str, "rope_pairs", "half|interleaved"),
     "rope_part": Setting(float, "partial_rotary_factor rotary_pct rope_pct rotary_percentage", "1.0"),
+    "rotary_dim": Setting(int, "rotary_dim rope_dim rotary_ndims", "32"),
     "alibi_max_bias": Setting(float, "alibi_max_bias alibi_bias_max", "8"),
     "tied": Setting(
         bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
@@ -130,13 +131,16 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "quantization_config", "zero_centered_norm", "apply_residual_connection_post_layernorm",
         "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
         "attention_scores_scalar", "sliding_window_size", "rope_interleave",  # litGPT's
+        "logit_cap", "logits_soft_cap", "final_logit_softcap", "attn_softcap", "parallel_block", "sandwich_norm", "scale_embed",
     ), lambda v: not v),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
     **dict.fromkeys((
         "decoder_sparse_step", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb",
         "norm_first", "pre_norm", "scale_attn_weights",
     ), lambda v: v in (None, 1)),  # True is 1
-    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale"), lambda v: v is None),
+    **dict.fromkeys(("embed_scale", "embedding_scale", "residual_scale"), lambda v: not v or (v == 1 and v is not True)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale"), lambda v: v is None),
+    "rope_scaling": lambda v: not v or (v == 1 and v is not True) or isinstance(v, dict),
     "rope_local_type": lambda v: v == "default",
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
@@ -264,7 +268,7 @@ class ModelConfig:
 
     def check_window(self, n_ctx: int) -> None:
         """Raises FileError where layers look at less than n_ctx positions."""
-        window = self.raw("sliding_window", "attention_window")
+        window = self.raw("sliding_window", "attention_window", "window_size")
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
