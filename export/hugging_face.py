@@ -192,13 +192,14 @@ def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
 def short_convolutions(draft: Draft) -> None:
     """Layers that have the tensors of a convolution have no keys; a configuration that says which they are has to agree."""
     heads, kinds = [draft.heads[1]] * draft.keys["block_count"], draft.config.raw("layer_types")
+    said = [kind == "conv" for kind in kinds] if isinstance(kinds, list) else kinds
     for role in in_layers(draft.tensors, r"shortconv\.conv\.weight"):
         heads[int(role.split(".")[1])] = 0
         weight = draft.tensors[role]
         if len(weight.shape) == 3 and weight.shape[1] == 1:
             draft.tensors[role] = CanonicalTensor((weight.shape[0], weight.shape[2]), _without_middle(weight))
         draft.keys["shortconv.l_cache"] = weight.shape[-1]
-    if kinds is not None and [kind == "conv" for kind in kinds] != [n == 0 for n in heads]:
+    if said is not None and said != [n == 0 for n in heads]:
         problem = "its configuration has convolutions in other layers than its weights"
         raise FileError(draft.config.path, problem, "correct layer_types in config.json")
     draft.keys["attention.head_count_kv"] = np.array(heads)
@@ -347,14 +348,17 @@ def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]
     for what, found, said in (
         ("sliding windows", windows, said_windows),
         ("rotary positions", [rope is not None for _, rope in layers], config.rotary_layers(len(layers))),
-        ("rotary bases", {rope.theta for window, rope in layers if window and rope}, {base} if base is not None else None),
+        ("rotary bases", list({rope.theta for window, rope in layers if window and rope}), base if base is None else [base]),
     ):
         if said is not None and found and found != said:
             problem = f"its configuration has {what} in other layers, or others, than {model.hyper.architecture} has"
             raise FileError(config.path, problem, "pocketlm does not compute that")
     divisor = config.raw("query_pre_attn_scalar") or fixed.get("query_pre_attn_scalar")
+    if divisor is not None and (not isinstance(divisor, (int, float)) or not 0 < divisor < 1e12):
+        problem = f"query_pre_attn_scalar is {quoted(divisor)}, expected a number above 0"
+        raise FileError(config.path, problem, "correct config.json")
     scale = next(op.scale for op in plan.ops if isinstance(op, Attend))
-    if not isinstance(divisor, (int, float)) or divisor <= 0 or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
+    if divisor is None or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
         return model
     factor, at = np.float32(divisor**-0.5 / scale), "attn_q_norm" if "blk.0.attn_q_norm.weight" in model.tensors else "attn_q"
     changed = {

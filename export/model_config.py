@@ -177,7 +177,7 @@ def _typed(name: str, value: Any) -> Any:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
     try:
         number = kind(value)
-        return number if math.isfinite(number) and number >= 0 and not isinstance(value, bool) else None
+        return number if math.isfinite(number) and number >= (kind is int) and not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -247,7 +247,7 @@ class ModelConfig:
             found = next((level["model_type"] for level in levels if "model_type" in level), None)
         if found is None:
             return None
-        if found not in MODEL_TYPES:
+        if not isinstance(found, str) or found not in MODEL_TYPES:
             advice = f"pocketlm exports {', '.join(MODEL_TYPES)}; if it computes as one of these, add --set model_type=llama"
             raise FileError(self.path, f"is a model of type {quoted(found)}", advice)
         return MODEL_TYPES[found]

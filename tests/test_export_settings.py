@@ -65,6 +65,7 @@ def test_a_flag_says_which_norm_it_is(flag: str, tmp_path: Path) -> None:
     ("config", "said"),
     [
         ({}, "tell n_head"),
+        ({"n_head": 0}, "tell n_head"),
         ({"n_head": 5}, "correct it with --set n_head=N"),
         ({"n_head": 4, "activation": "relu2"}, "activation = 'relu2'".replace("'", "")),
         ({"n_head": 4, "num_experts": 8}, "num_experts = 8"),
@@ -108,7 +109,7 @@ def test_left_over_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> N
 
 def test_settings_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
     path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": {"n_head": 4}})
-    for settings in ({"heads": "4"}, {"n_head": "four"}, {"position": "sideways"}, {"norm_eps": "nan"}):
+    for settings in ({"heads": "4"}, {"n_head": "four"}, {"position": "sideways"}, {"norm_eps": "nan"}, {"n_head": "0"}):
         with pytest.raises(UsageError, match="--set"):
             read_canonical(path, overrides=settings)
 

@@ -128,3 +128,24 @@ def test_layers_with_a_window_are_not_scaled(
         np.testing.assert_allclose(loaded.logits(ids), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
     with LlamaReference(tmp_path / "m.gguf") as llama:
         np.testing.assert_allclose(llama.logits(ids), expected, atol=2e-2 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qwen2", {"model_type": ["qwen2"]}, "is a model of type"),
+        ("qwen2", {"model_type": {"a": 1}}, "is a model of type"),
+        ("lfm2", {"layer_types": 1}, "correct layer_types"),
+        ("olmo3", {"rope_parameters": None, "rope_local_base_freq": [1.0]}, "rotary bases in other layers"),
+        ("gemma3", {"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 1000"),
+        ("gemma3", {"query_pre_attn_scalar": "x"}, "query_pre_attn_scalar is x, expected a number above 0"),
+        ("gemma3", {"sliding_window": 10**400}, "attention.sliding_window is 1000"),
+    ],
+)  # fmt: skip
+def test_an_absurd_configuration_is_one_line(name: str, change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    saved(MODELS[name], tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(FileError, match=said) as error:
+        read_canonical(tmp_path)
+    assert "\n" not in str(error.value)
