@@ -108,7 +108,10 @@ def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -
     """Add what rotary positions are."""
     config, keys, fixed = draft.config, draft.keys, dialect.fixed
     heeded = not config.model_type or "rope_part" in fixed or "rope_part" in config.given  # other families turn whole heads
-    n_dims = int(keys["attention.key_length"] * (config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0))
+    part = config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0
+    n_dims = int(keys["attention.key_length"] * min(part, 2.0))  # more than all are refused by their number
+    if "rotary_dim" in config.given or not (config.model_type or "rope_part" in config.given):
+        n_dims = config.get("rotary_dim", n_dims)
     draft.options["rope_pairs"] = config.need("rope_pairs", fixed.get("rope_pairs"))
     theta = config.need(
         "rope_theta", fixed.get("rope_theta") or _theta(buffers, n_dims) or (10000.0 if config.model_type else None)
@@ -195,8 +198,9 @@ def _tie(
     head, table = found["output.weight"], found["token_embd.weight"]
     same = is_tied(head, table)
     if not same and config.model_type and config.get("tied", fixed.get("tied")):
-        notes.append("the output matrix was left out: the configuration ties it to the token table")
-        same = True
+        said = "the configuration ties the output matrix to the token table, but the file holds two"
+        same = config.given.get("tied", False)
+        notes.append(f"{said}: it was left out" if same else f"{said}: both are kept; --set tied=true leaves it out")
     if same:
         del tensors["output.weight"]
         if "output.bias" in tensors:
@@ -244,7 +248,8 @@ def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig,
         found = "alibi"
     elif config.model_type == "llama" or config.raw("rope_theta", "rope_scaling", "rope_base") is not None:
         found = "rope"
-    return config.need("position", fixed.get("position", found))
+    found = fixed.get("position", found)
+    return config.need("position", None if found and config.denies("position", found) else found)
 
 
 def _context(

@@ -18,7 +18,7 @@ from pocketlm.export.arrays import LazyTensor
 from pocketlm.export.assemble import arrange, is_tied
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, name_of, open_checkpoint
-from pocketlm.export.dialect import Dialect, Tensors
+from pocketlm.export.dialect import Dialect, Draft, Tensors
 from pocketlm.export.from_model_file import is_model_file, read_model_file
 from pocketlm.export.home_made import HOME_MADE
 from pocketlm.export.hugging_face import HUGGING_FACE, checked
@@ -117,12 +117,34 @@ def _is_conv1d(tensors: Tensors) -> bool:
     )
 
 
+def _has_own_head(tensors: Tensors) -> bool:
+    """nanoGPT before its flash attention keeps masks as well, and ties its head."""
+    found = {name.removeprefix("transformer."): name for name in tensors}
+    head, table = (tensors.get(found.get(name, "")) for name in ("lm_head.weight", "wte.weight"))
+    return head is not None and table is not None and not is_tied(head, table)
+
+
+BUILD_NANOGPT = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
+
+
+def _finish_nanogpt(draft: Draft) -> None:
+    """build-nanogpt has the tanh formula of GELU; it is known by what it saves beside its weights."""
+    said = draft.config.said
+    sizes, activation = said("config"), draft.config.get("activation")
+    if activation is None and isinstance(sizes, dict) and sizes.keys() == BUILD_NANOGPT and said("step") is not None:
+        draft.options["activation"] = "gelu_tanh"
+
+
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
     *HOME_MADE,
     *LAYER_NORM,
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
-    Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}),
+    Dialect(
+        "minGPT", (*_GPT2, r"(.*\.)?h\.N\.attn\.bias", r"(.*\.)?lm_head\.weight"),
+        {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, test=_has_own_head,
+    ),
+    Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}, finish=_finish_nanogpt),
     Dialect(
         "from-scratch GPT",
         (r"tok_emb\.weight", r"pos_emb\.weight", r"trf_blocks\.N\.att\.W_query\.weight", r"trf_blocks\.N\.norm1\.scale"),

@@ -77,6 +77,8 @@ def _finish_nanochat(draft: Draft) -> None:
 def _finish_litgpt(draft: Draft) -> None:
     """The architecture that its blocks are, GELU's form, and queries, keys and values one after the other."""
     said, options = draft.config.raw, draft.options
+    if (ratio := said("rope_condense_ratio")) not in (None, 1):  # what it divides positions by
+        draft.keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": ratio}
     mlp, norm = said("mlp_class_name"), said("norm_class_name")
     if (options["gated"] and mlp == "GemmaMLP") or (norm == "RMSNorm" and "gemma" in str(said("name")).lower()):
         raise FileError(draft.config.path, "is a Gemma model of litGPT", "convert it to a Hugging Face folder with litgpt")
@@ -223,7 +225,7 @@ HOME_MADE = (
     Dialect(
         "GPT-Neo", (r"(.*\.)?wpe\.weight", r"(.*\.)?h\.N\.attn\.attention\.q_proj\.weight"),
         {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5},
-        architecture="gptneo", finish=_finish_gptneo,
+        architecture="gptneo", finish=_finish_gptneo, computes=("sliding_window",),
         names={**{f"*.attn.attention.{part}_proj": f"attn_{part}" for part in "qkv"},
                "*.attn.attention.out_proj": "attn_output"},
     ),

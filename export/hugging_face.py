@@ -25,6 +25,7 @@ from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper_parameters import Rope
+from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.operations import Attend, Rotate
 from pocketlm.runtime.plan import Plan
 
@@ -78,13 +79,24 @@ def llama_if_wide(draft: Draft) -> None:
 
 def tanh(draft: Draft) -> None:
     """Whatever the first Gemma's configuration calls its GELU, its code computes the tanh formula."""
-    draft.options["activation"] = "gelu_tanh"
+    if draft.options["activation"] == "gelu_erf" and "activation" not in draft.config.given:
+        draft.options["activation"] = "gelu_tanh"
 
 
 def own_activation(draft: Draft) -> None:
     """Later Gemmas look at `hidden_activation` alone, whatever the older name says."""
-    if draft.config.raw("hidden_activation") is None:
-        tanh(draft)
+    if draft.config.raw("hidden_activation") is None and "activation" not in draft.config.given:
+        draft.options["activation"] = "gelu_tanh"
+
+
+def scaled_alone(draft: Draft) -> None:
+    """Layers with a window are not scaled in transformers; in a file factors of frequencies, Gemma 3's of attention too, are
+    every layer's, as llama.cpp has it.
+    """
+    whole = draft.keys.get("rope.scaling.attn_factor", 1.0) if draft.architecture == "gemma3" else 1.0
+    if "attention.sliding_window" in draft.keys and (ROPE_FACTORS & draft.tensors.keys() or not math.isclose(whole, 1.0)):
+        problem = "scales rotary positions by llama3, longrope or an attention_factor, but not where it has windows"
+        raise FileError(draft.config.path, problem, f"pocketlm computes {draft.architecture} with linear and plain YaRN")
 
 
 def stretched_base(draft: Draft) -> None:
@@ -176,13 +188,14 @@ def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
 def short_convolutions(draft: Draft) -> None:
     """Layers that have the tensors of a convolution have no keys; a configuration that says which they are has to agree."""
     heads, kinds = [draft.heads[1]] * draft.keys["block_count"], draft.config.raw("layer_types")
+    said = [kind == "conv" for kind in kinds] if isinstance(kinds, list) else kinds
     for role in in_layers(draft.tensors, r"shortconv\.conv\.weight"):
         heads[int(role.split(".")[1])] = 0
         weight = draft.tensors[role]
         if len(weight.shape) == 3 and weight.shape[1] == 1:
             draft.tensors[role] = weight.changed(lambda values: values[:, 0], weight.shape[0], weight.shape[2])
         draft.keys["shortconv.l_cache"] = weight.shape[-1]
-    if kinds is not None and [kind == "conv" for kind in kinds] != [n == 0 for n in heads]:
+    if said is not None and said != [n == 0 for n in heads]:
         problem = "its configuration has convolutions in other layers than its weights"
         raise FileError(draft.config.path, problem, "correct layer_types in config.json")
     draft.keys["attention.head_count_kv"] = np.array(heads)
@@ -233,7 +246,7 @@ HUGGING_FACE = {
                 "rope.freq_base_swa": ("rope_local_base_freq", 10000.0),
                 "final_logit_softcapping": ("final_logit_softcapping", None),
             },
-            one_added, own_activation, rope_theta=1e6, **GEMMA,
+            one_added, own_activation, scaled_alone, rope_theta=1e6, **GEMMA,
         ),
         _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up, rope_part=1.0),
         _family("smollm3", rope_theta=2e6, tied=True),
@@ -256,7 +269,9 @@ HUGGING_FACE = {
             },
             one_added, own_activation, **GEMMA,
         ),
-        _family("olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}),
+        _family(
+            "olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}, scaled_alone,
+        ),
         _family(
             "qwen3moe", {**HEAD_NORMS, **EXPERTS},
             {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
@@ -318,14 +333,17 @@ def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]
     for what, found, said in (
         ("sliding windows", windows, said_windows),
         ("rotary positions", [rope is not None for _, rope in layers], config.rotary_layers(len(layers))),
-        ("rotary bases", {rope.theta for window, rope in layers if window and rope}, {base} if base is not None else None),
+        ("rotary bases", list({rope.theta for window, rope in layers if window and rope}), base if base is None else [base]),
     ):
         if said is not None and found and found != said:
             problem = f"its configuration has {what} in other layers, or others, than {model.hyper.architecture} has"
             raise FileError(config.path, problem, "pocketlm does not compute that")
     divisor = config.raw("query_pre_attn_scalar") or fixed.get("query_pre_attn_scalar")
+    if divisor is not None and (not isinstance(divisor, (int, float)) or not 0 < divisor < 1e12):
+        problem = f"query_pre_attn_scalar is {quoted(divisor)}, expected a number above 0"
+        raise FileError(config.path, problem, "correct config.json")
     scale = next(op.scale for op in plan.ops if isinstance(op, Attend))
-    if not isinstance(divisor, (int, float)) or divisor <= 0 or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
+    if divisor is None or math.isclose(divisor**-0.5, scale, rel_tol=1e-6):
         return model
     factor, at = np.float32(divisor**-0.5 / scale), "attn_q_norm" if "blk.0.attn_q_norm.weight" in model.tensors else "attn_q"
     changed = {

@@ -17,7 +17,7 @@ QUANTIZATION_VERSION = 2  # of ggml's block layouts, the one since May 2023
 # field of Rope -> key behind {architecture}.rope., written where it is not the field's default
 ROPE_KEYS = {
     "scaling": "scaling.type", "factor": "scaling.factor", "attention_factor": "scaling.attn_factor",
-    "extrapolation": "scaling.yarn_ext_factor", "beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow",
+    "beta_fast": "scaling.yarn_beta_fast", "beta_slow": "scaling.yarn_beta_slow",
 }  # fmt: skip
 
 

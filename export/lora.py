@@ -26,6 +26,8 @@ from pocketlm.export.dialects import LORA, role_of
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
+# what PEFT begins the two factors with and leaves the base as it is; the others take the first factors off its weights
+BASE_AS_IT_IS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 class Pair(NamedTuple):
@@ -102,8 +104,12 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
         raise FileError(
             path, f"the adapter uses {asked[0]}, which pocketlm does not merge", "merge it with PEFT and export the result"
         )
+    if (begun := config.get("init_lora_weights")) not in BASE_AS_IT_IS:
+        problem = f"its init_lora_weights is {quoted(begun)}, which changes the base, too"
+        raise FileError(path, problem, "merge it with PEFT and export the result")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    is_rank = type(rank) is int and 0 < rank < 1e12
+    if not is_rank or isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e12:
         raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from pocketlm.errors import FileError, UsageError, did_you_mean, quoted
 from pocketlm.runtime.hyper import OPTIONS
+from pocketlm.runtime.positions import yarn_magnitude
 
 
 class Setting(NamedTuple):
@@ -58,6 +59,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_theta": Setting(float, "rope_theta rope_base rotary_base rotary_emb_base rope_freq_base theta", "10000"),
     "rope_pairs": Setting(str, "rope_pairs", "half|interleaved"),
     "rope_part": Setting(float, "partial_rotary_factor rotary_pct rope_pct rotary_percentage", "1.0"),
+    "rotary_dim": Setting(int, "rotary_dim rope_dim rotary_ndims", "32"),
     "alibi_max_bias": Setting(float, "alibi_max_bias alibi_bias_max", "8"),
     "tied": Setting(
         bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
@@ -88,10 +90,10 @@ WORDS = {
 }  # fmt: skip
 
 FLAGS = {  # a configuration may say yes or no instead of a word
-    **dict.fromkeys(("use_alibi", "alibi"), ("position", "alibi")),
-    **dict.fromkeys(("use_rope", "rope", "use_rotary", "use_rope_embeddings"), ("position", "rope")),
-    **dict.fromkeys(("use_rmsnorm", "use_rms_norm", "rmsnorm"), ("norm", "rms")),
-    "rope_interleaved": ("rope_pairs", "interleaved"),
+    **dict.fromkeys(("use_alibi", "alibi"), ("position", {True: "alibi"})),
+    **dict.fromkeys(("use_rope", "rope", "use_rotary", "use_rope_embeddings"), ("position", {True: "rope"})),
+    **dict.fromkeys(("use_rmsnorm", "use_rms_norm", "rmsnorm"), ("norm", {True: "rms", False: "layer"})),
+    "rope_interleaved": ("rope_pairs", {True: "interleaved"}),
 }
 
 # entries that describe the model, to be looked into first; a training script's own settings come after them
@@ -115,7 +117,8 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "minimind": "",  # told by its tensors
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
-    "mistral": {"sliding_window": 4096}, "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
+    "mistral": {"sliding_window": 4096}, "exaone4": {"sliding_window": 4096},
+    "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
 # settings by what changes nothing here; any other value means a computation that the plan does not have
@@ -127,14 +130,17 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "is_encoder_decoder", "use_bidirectional_attention", "use_scaled_rope", "conv_bias", "no_rope_layers",
         "quantization_config", "zero_centered_norm", "apply_residual_connection_post_layernorm",
         "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
-        "attention_scores_scalar", "sliding_window_size",  # litGPT's
+        "attention_scores_scalar", "sliding_window_size", "rope_interleave",  # litGPT's
+        "logit_cap", "logits_soft_cap", "final_logit_softcap", "attn_softcap", "parallel_block", "sandwich_norm", "scale_embed",
     ), lambda v: not v),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
     **dict.fromkeys((
         "decoder_sparse_step", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb",
         "norm_first", "pre_norm", "scale_attn_weights",
     ), lambda v: v in (None, 1)),  # True is 1
-    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale"), lambda v: v is None),
+    **dict.fromkeys(("embed_scale", "embedding_scale", "residual_scale"), lambda v: not v or (v == 1 and v is not True)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale"), lambda v: v is None),
+    "rope_scaling": lambda v: not v or (v == 1 and v is not True) or isinstance(v, dict),
     "rope_local_type": lambda v: v == "default",
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
@@ -171,7 +177,7 @@ def _typed(name: str, value: Any) -> Any:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
     try:
         number = kind(value)
-        return number if math.isfinite(number) and number >= 0 and not isinstance(value, bool) else None
+        return number if math.isfinite(number) and number >= (kind is int) and not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -208,10 +214,15 @@ class ModelConfig:
                     raise FileError(
                         self.path, f"its configuration says {alias} = {quoted(said)}", f"{known}; --set {name}=… overrides it"
                     )
-            for flag, (setting, answer) in FLAGS.items():
-                if setting == name and level.get(flag) is True:
-                    return answer
+            for flag, (setting, answers) in FLAGS.items():
+                if setting == name and isinstance(level.get(flag), bool) and level[flag] in answers:
+                    return answers[level[flag]]
         return default
+
+    def denies(self, name: str, answer: str) -> bool:
+        """Whether a flag says no to an answer; those of Hugging Face's models are their code's."""
+        flags = [flag for flag, (setting, answers) in FLAGS.items() if setting == name and answers[True] == answer]
+        return not self.model_type and any(level.get(flag) is False for level in self._levels for flag in flags)
 
     def need(self, name: str, default: Any = None) -> Any:
         """The answer; where there is none the setting is noted for `ask`, and the first value of its example used."""
@@ -236,7 +247,7 @@ class ModelConfig:
             found = next((level["model_type"] for level in levels if "model_type" in level), None)
         if found is None:
             return None
-        if found not in MODEL_TYPES:
+        if not isinstance(found, str) or found not in MODEL_TYPES:
             advice = f"pocketlm exports {', '.join(MODEL_TYPES)}; if it computes as one of these, add --set model_type=llama"
             raise FileError(self.path, f"is a model of type {quoted(found)}", advice)
         return MODEL_TYPES[found]
@@ -257,7 +268,7 @@ class ModelConfig:
 
     def check_window(self, n_ctx: int) -> None:
         """Raises FileError where layers look at less than n_ctx positions."""
-        window = self.raw("sliding_window", "attention_window")
+        window = self.raw("sliding_window", "attention_window", "window_size")
         if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
@@ -331,9 +342,9 @@ class ModelConfig:
             return {}, {"rope_freqs.weight": llama3_factors(theta, n_dims, factor, low, high, original)}
         if scaling.get("mscale") or (scaling.get("truncate") is False and "truncate" not in computed):
             raise FileError(self.path, "uses a variant of YaRN (mscale, truncate)", "pocketlm does not")
-        usual = 1 + 0.1 * math.log(factor)  # the runtime multiplies by this itself
+        usual = yarn_magnitude(factor)  # the runtime multiplies by this itself
         keys = {
-            "type": "yarn", "factor": factor, "original_context_length": int(original), "yarn_ext_factor": 1.0,
+            "type": "yarn", "factor": factor, "original_context_length": int(original),
             "attn_factor": number("attention_factor", usual) / usual,
             "yarn_beta_fast": number("beta_fast", 32.0), "yarn_beta_slow": number("beta_slow", 1.0),
         }  # fmt: skip

@@ -26,6 +26,7 @@ from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers,
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
+from pocketlm.runtime.positions import yarn_magnitude
 from pocketlm.tokenizer import Tokenizer, from_metadata
 from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json
 
@@ -161,7 +162,7 @@ def _rope(model: CanonicalModel, source: object) -> dict[str, Any]:
     if "rope_factors_long.weight" in model.tensors:
         raise refused(source, "rotary factors that depend on the context's length")
     plain = rope.scaling != "yarn" and rope.attention_factor != 1.0
-    if plain or rope.extrapolation != 1.0 or (factors is not None and rope.scaling != "none"):
+    if plain or (factors is not None and rope.scaling != "none"):
         raise refused(source, "rotary positions scaled in this way")
     scaling: dict[str, Any] | None = None
     if factors is not None:
@@ -171,7 +172,7 @@ def _rope(model: CanonicalModel, source: object) -> dict[str, Any]:
     if rope.scaling == "yarn":
         scaling = {
             "rope_type": "yarn", "factor": rope.factor, "original_max_position_embeddings": rope.original_ctx,
-            "attention_factor": rope.attention_factor * (1 + 0.1 * math.log(rope.factor)), "beta_fast": rope.beta_fast,
+            "attention_factor": rope.attention_factor * yarn_magnitude(rope.factor), "beta_fast": rope.beta_fast,
             "beta_slow": rope.beta_slow,
         }  # fmt: skip
     return {"rope_theta": rope.theta, "rope_scaling": scaling}

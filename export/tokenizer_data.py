@@ -135,8 +135,8 @@ def chat_template(folder: Path) -> str | None:
     config = read_json(file)
     template = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(template, list):  # several, each with a name
-        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
-        template = named.get("default")
+        rows = [row for row in template if isinstance(row, dict)]
+        template = next((row.get("template") for row in rows if row.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

@@ -30,6 +30,8 @@ OPTIONS = {
     "gated": (True, False),
 }
 
+COMPUTED = {"attention.causal": True, "rope.scaling.yarn_ext_factor": 1.0}  # keys with a value that alone is computed
+
 
 def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper:
     """The hyper-parameters in `metadata`; `n_vocab` is the number of rows of the token table.
@@ -43,6 +45,10 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     experts = metadata.get(f"{arch}.expert_count", 0)
     if "expert_count" not in table.ARCHITECTURES[arch].SETTINGS and (not isinstance(experts, int) or experts):
         raise FileError(path, f"mixture-of-experts models of the architecture {arch} are not supported", "use a dense model")
+    for name, value in COMPUTED.items():
+        said = metadata.get(f"{arch}.{name}", value)
+        if not isinstance(said, (bool, int, float)) or said != value:
+            raise FileError(path, f"{arch}.{name} is {said!r:.60}", f"pocketlm computes with {value} only")
     chosen = {
         name: keys.choice(
             f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed
@@ -93,11 +99,11 @@ def _read_rope(keys: Keys, arch: str, head_dim: int, pairs: str) -> Rope:
     n_dims = keys.count(f"{arch}.rope.dimension_count", head_dim)
     if n_dims > head_dim or n_dims % 2:
         raise keys.fail(f"{arch}.rope.dimension_count", f"is {n_dims}, expected an even number up to {head_dim}")
-    scaling = keys.choice(f"{arch}.rope.scaling.type", "none", ("none", "linear", "yarn", "longrope"))
+    scaling = keys.choice(f"{arch}.rope.scaling.type", "linear", ("none", "linear", "yarn", "longrope"))
     # rope.scale_linear is the key of files older than rope.scaling.*
     factor = keys.number(f"{arch}.rope.scaling.factor", keys.number(f"{arch}.rope.scale_linear", 1.0, low=1e-6), low=1e-6)
-    if f"{arch}.rope.scale_linear" in keys.metadata and scaling == "none":
-        scaling = "linear"
+    if scaling == "none" or (scaling, factor) == ("linear", 1.0):
+        scaling, factor = "none", 1.0
     return Rope(
         theta=keys.number(f"{arch}.rope.freq_base", 10000.0, low=1.001),  # YaRN divides by its logarithm
         n_dims=n_dims,
@@ -106,7 +112,6 @@ def _read_rope(keys: Keys, arch: str, head_dim: int, pairs: str) -> Rope:
         factor=factor,
         original_ctx=keys.count(f"{arch}.rope.scaling.original_context_length", keys.count(f"{arch}.context_length")),
         attention_factor=keys.number(f"{arch}.rope.scaling.attn_factor", 1.0, low=1e-6),
-        extrapolation=keys.number(f"{arch}.rope.scaling.yarn_ext_factor", 1.0),
         beta_fast=keys.number(f"{arch}.rope.scaling.yarn_beta_fast", 32.0, low=1e-6),
         beta_slow=keys.number(f"{arch}.rope.scaling.yarn_beta_slow", 1.0, low=1e-6),
     )

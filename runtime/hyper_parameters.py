@@ -21,7 +21,6 @@ class Rope:
     factor: float = 1.0  # how many times longer than the original context
     original_ctx: int = 0
     attention_factor: float = 1.0
-    extrapolation: float = 1.0  # YaRN: how much of the ramp applies
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True  # YaRN: the ramp begins and ends at whole pairs

@@ -5,7 +5,6 @@ Knows no key by name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,8 +28,8 @@ class Keys:
             raise self.fail(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.fail(key, f"should be a number, not {type(value).__name__}")
-        if not (math.isfinite(value) and low <= value <= high):
-            raise self.fail(key, f"is {value}, expected {low:g} to {high:g}")
+        if not low <= value <= high:
+            raise self.fail(key, f"is {value!r:.60}, expected {low:g} to {high:g}")
         return float(value)
 
     def count(self, key: str, default: int | None = None, besides_zero: bool = False) -> int:

@@ -28,10 +28,8 @@ def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.
     base = rope.theta ** (-np.arange(half, dtype=np.float64) / half)
     if factors is not None:
         base = base / factors.astype(np.float64)
-    if rope.scaling in ("none", "longrope"):
-        return base, rope.attention_factor
     scaled = base / rope.factor
-    if rope.scaling == "linear":
+    if rope.scaling != "yarn":
         return scaled, rope.attention_factor
 
     def pair_turning(times: float) -> float:  # the pair that turns `times` full circles over the original context
@@ -42,8 +40,12 @@ def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.
         low, high = math.floor(low), math.ceil(high)
     low, high = max(0.0, low), min(rope.n_dims - 1.0, high)
     ramp = 1.0 - np.clip((np.arange(half) - low) / max(0.001, high - low), 0.0, 1.0)
-    keep = ramp * rope.extrapolation
-    return scaled * (1 - keep) + base * keep, rope.attention_factor * (1.0 + 0.1 * math.log(rope.factor))
+    return scaled * (1 - ramp) + base * ramp, rope.attention_factor * yarn_magnitude(rope.factor)
+
+
+def yarn_magnitude(factor: float) -> float:
+    """What YaRN multiplies rotated values by, where nothing else is said."""
+    return 1.0 + 0.1 * math.log(max(factor, 1.0))
 
 
 def rope_table(rope: Rope, n_ctx: int, factors: np.ndarray | None = None) -> np.ndarray:

@@ -30,10 +30,11 @@ def split(x: Tensor, n_heads: int) -> Tensor:
     return x.view(len(x), n_heads, -1).transpose(0, 1)
 
 
-def halves(x: Tensor, theta: float, n_dims: int = 0, backwards: bool = False) -> Tensor:
-    """Value i of the first n_dims turns with value i + n_dims/2."""
+def halves(x: Tensor, theta: float, n_dims: int = 0, ratio: int = 1, backwards: bool = False) -> Tensor:
+    """Value i of the first n_dims turns with value i + n_dims/2; `ratio`: what positions are divided by."""
     n_dims = n_dims or x.shape[-1]
-    angles = torch.outer(torch.arange(x.shape[1]).double(), theta ** (-torch.arange(0, n_dims, 2).double() / n_dims)).float()
+    positions = torch.arange(x.shape[1]).double() / ratio
+    angles = torch.outer(positions, theta ** (-torch.arange(0, n_dims, 2).double() / n_dims)).float()
     a, b, rest = x[..., : n_dims // 2], x[..., n_dims // 2 : n_dims], x[..., n_dims:]
     cos, sin = angles.cos(), -angles.sin() if backwards else angles.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
@@ -178,7 +179,7 @@ class LitGPT(Model):
 
     def __init__(
         self, mlp="GptNeoxMLP", norm="LayerNorm", parallel=True, shared=False, grouped=False, n_layer=2, n_head=4, n_kv_head=2,
-        n_embd=32, n_ff=48, vocab=61, part=0.25, bias=True,
+        n_embd=32, n_ff=48, vocab=61, part=0.25, bias=True, ratio=1,
     ):  # fmt: skip
         d, gated = n_embd // n_head, mlp == "LLaMAMLP"
 
@@ -201,13 +202,14 @@ class LitGPT(Model):
         super().__init__(parts)
         self.sizes, self.gated, self.grouped = (n_head, n_kv_head, d), gated, grouped
         self.parallel, self.shared = parallel, shared
-        self.n_layer, self.n_dims = n_layer, int(part * d)
+        self.n_layer, self.n_dims, self.ratio = n_layer, int(part * d), ratio
         self.config = {
             "name": "home-made", "n_layer": n_layer, "n_head": n_head, "n_query_groups": n_kv_head, "head_size": d,
             "block_size": 48, "padded_vocab_size": vocab, "vocab_size": vocab, "rotary_percentage": part, "rope_base": 10000,
             "parallel_residual": parallel, "shared_attention_norm": shared, "norm_class_name": norm, "mlp_class_name": mlp,
             "norm_eps": 1e-05, "gelu_approximate": "none", "bias": bias, "lm_head_bias": False, "scale_embeddings": False,
-            "norm_qk": False, "rope_adjustments": None, "n_embd": n_embd, "intermediate_size": n_ff,
+            "norm_qk": False, "rope_adjustments": None, "rope_condense_ratio": ratio,
+            "n_embd": n_embd, "intermediate_size": n_ff,
         }  # fmt: skip
 
     def yaml(self) -> str:
@@ -228,7 +230,7 @@ class LitGPT(Model):
                 k, v = rows[:, :, -2].transpose(0, 1), rows[:, :, -1].transpose(0, 1)
             else:
                 q, k, v = (split(p, p.shape[1] // d) for p in block.attn.qkv(h).split([n_head * d, n_kv * d, n_kv * d], -1))
-            q, k = (halves(t, 10000.0, self.n_dims) for t in (q, k))
+            q, k = (halves(t, 10000.0, self.n_dims, self.ratio) for t in (q, k))
             mixed = block.attn.proj(attention(q, k, v, d**-0.5))
             if not self.parallel:
                 x = x + mixed

@@ -47,6 +47,26 @@ def test_nanogpt_without_biases_gets_zeros(tmp_path: Path) -> None:
     check(module, model, tmp_path)
 
 
+def test_mingpt(tmp_path: Path) -> None:
+    """Masks, a head of its own, and the tanh formula."""
+    module = models.initialise(models.GPT(tanh=True, tied=False))
+    model = read_canonical(save(tmp_path, module.state_dict()), overrides={"n_head": "4"})
+    assert (model.dialect, model.hyper.activation) == ("minGPT", "gelu_tanh")
+    check(module, model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "activation"),
+    [({}, "gelu_tanh"), ({"bias": True, "dropout": 0.0}, "gelu_erf"), ({"activation": "gelu"}, "gelu_erf")],
+)
+def test_build_nanogpt(tmp_path: Path, more: dict[str, Any], activation: str) -> None:
+    module = models.initialise(models.GPT(masks=False, tanh=activation == "gelu_tanh"))
+    config = {"block_size": 24, "vocab_size": 61, "n_layer": 2, "n_head": 4, "n_embd": 32, **more}
+    model = read_canonical(save(tmp_path, {"model": module.state_dict(), "config": config, "step": 5, "val_loss": 3.0}))
+    assert model.hyper.activation == activation
+    check(module, model, tmp_path)
+
+
 def test_hugging_face_gpt2(tmp_path: Path) -> None:
     module = models.initialise(models.GPT(conv1d=True))
     config = {"model_type": "gpt2", "n_head": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_ctx": 24}
@@ -101,6 +121,23 @@ def test_a_module_of_transformers_that_was_saved_whole(tmp_path: Path) -> None:
     torch.save(module, tmp_path / "m.pt")
     found = dialects.read_canonical(tmp_path / "m.pt", tokenizer="none").tensors["token_embd.weight"].read()
     np.testing.assert_array_equal(found, module.model.embed_tokens.weight.detach().numpy())
+
+
+def test_two_matrices_that_a_configuration_ties_stay_two(tmp_path: Path) -> None:
+    """As transformers has it since version 5."""
+    transformers = pytest.importorskip("transformers", reason="makes the module")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = dialects.read_canonical(tmp_path, tokenizer="none")
+    np.testing.assert_array_equal(model.tensors["output.weight"].read(), theirs.lm_head.weight.detach().numpy())
+    assert "but the file holds two: both are kept; --set tied=true leaves it out" in model.notes[0]
+    tied = dialects.read_canonical(tmp_path, tokenizer="none", overrides={"tied": "true"})
+    assert "output.weight" not in tied.tensors
+    assert tied.notes[0].endswith("it was left out")
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4}

@@ -47,7 +47,7 @@ def formats_of(path: Path) -> dict[str, str]:
     [
         make_hyper("llama"),
         make_hyper("llama", head_dim=16, rope=Rope(5e5, 8, "half", original_ctx=64)),
-        make_hyper("llama", rope=Rope(1e4, 8, "interleaved", "yarn", 4.0, 16, 1.5, 0.5, 16.0, 2.0)),
+        make_hyper("llama", rope=Rope(1e4, 8, "interleaved", "yarn", 4.0, 16, 1.5, 16.0, 2.0)),
         make_hyper("refact", position="alibi", alibi_max_bias=4.0),
         make_hyper("gpt2", **GPT2),
         make_hyper("gpt2", **{**GPT2, "activation": "gelu_erf"}),

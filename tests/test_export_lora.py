@@ -98,13 +98,40 @@ def test_a_lora_changes_a_model_file_as_it_changes_the_checkpoint_it_was_made_of
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r")],
-)
+    [*(({"init_lora_weights": name}, f"init_lora_weights is {name}, which changes the base")
+       for name in ("pissa_niter_4", "olora", "loftq")),
+     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r"),
+     ({"r": 10**400}, "lacks r"), ({"lora_alpha": 10**400}, "lacks r"), ({"lora_alpha": float("nan")}, "lacks r")],
+)  # fmt: skip
 def test_adapters_of_other_kinds_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     module, config = made("llama")
     adapter(tmp_path / "lora", module, CASES[1][1], **options)
     with pytest.raises(FileError, match=said):
         read(tmp_path, module, config, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("begun", [True, "gaussian", "orthogonal", "mica", "pissa", "olora"])
+def test_an_adapter_that_peft_made_is_merged_as_peft_does_or_refused(begun: bool | str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=begun)
+    wrapped = peft.get_peft_model(base, options)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape) * ("lora_" in name))
+    wrapped.save_pretrained(tmp_path / "lora")
+    if begun in ("pissa", "olora"):
+        with pytest.raises(FileError, match="which changes the base"):
+            read_lora(tmp_path / "lora")
+        return
+    merged = read_canonical(tmp_path, tokenizer="none", change=read_lora(tmp_path / "lora"))
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for name, tensor in read_canonical(tmp_path / "merged", tokenizer="none").tensors.items():
+        np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

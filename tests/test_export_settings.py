@@ -28,15 +28,55 @@ def test_rotary_positions_of_a_home_made_model_are_asked_for_and_partly_rotated_
     check(module, model, tmp_path)
 
 
+@pytest.mark.parametrize("flag", ["use_rope", "rope", "use_rotary"])
+def test_a_flag_that_says_no_to_rotary_positions_is_heard(flag: str, tmp_path: Path) -> None:
+    weights = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves")).state_dict()
+    said = {"n_heads": 4, "n_ctx": 64, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_pairs": "half"}
+    assert read_canonical(save(tmp_path, {"model": weights, "config": said})).hyper.position == "rope"
+    path = save(tmp_path, {"model": weights, "config": {**said, flag: False}})
+    with pytest.raises(FileError, match=r"tell position; add --set position=alibi\|rope\|none"):
+        read_canonical(path)
+    assert read_canonical(path, overrides={"position": "none"}).hyper.position == "none"
+    path = save(tmp_path, {"model": weights, "config": {**said, flag: False, "use_alibi": True}})
+    assert read_canonical(path).hyper.position == "alibi"
+
+
+@pytest.mark.parametrize("name", ["rotary_dim", "rope_dim"])
+def test_the_dimensions_that_turn_may_be_a_number(name: str, tmp_path: Path) -> None:
+    weights = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves")).state_dict()
+    said = {"n_heads": 4, "n_ctx": 64, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_pairs": "half", "residual_scale": 1.0}
+    hyper = read_canonical(save(tmp_path, {"model": weights, "config": {**said, name: 4}})).hyper
+    assert (hyper.head_dim, hyper.rope.n_dims) == (8, 4)
+    for config in ({name: 40}, {"rotary_pct": 1e308}):
+        with pytest.raises(FileError, match=r"rope.dimension_count is .*, expected an even number up to 8"):
+            read_canonical(save(tmp_path, {"model": weights, "config": {**said, **config}}))
+
+
+@pytest.mark.parametrize("flag", ["use_rmsnorm", "use_rms_norm", "rmsnorm"])
+def test_a_flag_says_which_norm_it_is(flag: str, tmp_path: Path) -> None:
+    weights = models.initialise(models.Decoder(models.spelled(*SPELLINGS[1]), "halves")).state_dict()
+    said = {"n_heads": 4, "n_ctx": 64, "norm_eps": 1e-5, "position": "none"}
+    for answer, norm in ((True, "rms"), (False, "layer")):
+        path = save(tmp_path, {"model": weights, "config": {**said, flag: answer}})
+        assert read_canonical(path).hyper.norm == norm
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ({}, "tell n_head"),
+        ({"n_head": 0}, "tell n_head"),
         ({"n_head": 5}, "correct it with --set n_head=N"),
         ({"n_head": 4, "activation": "relu2"}, "activation = 'relu2'".replace("'", "")),
         ({"n_head": 4, "num_experts": 8}, "num_experts = 8"),
         ({"n_head": 4, "qk_norm": True}, "qk_norm = True"),
         ({"n_head": 4, "norm_first": False}, "norm_first = False"),
+        *(({"n_head": 4, name: value}, f"{name} = {value}") for name, value in {
+            "logit_cap": 30.0, "logits_soft_cap": 30.0, "final_logit_softcap": 30.0, "attn_softcap": 50.0,
+            "sandwich_norm": True, "parallel_block": True, "scale_embed": True, "embed_scale": True, "embedding_scale": 12.0,
+            "residual_scale": 0.2, "attn_scale": 0.1, "rope_scaling": 2.0,
+        }.items()),
+        ({"n_head": 4, "window_size": 8}, "sliding window of 8 positions"),
         ({"n_head": 4, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     ],
 )
@@ -69,7 +109,7 @@ def test_left_over_missing_and_misshapen_tensors_are_listed(tmp_path: Path) -> N
 
 def test_settings_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
     path = save(tmp_path, {"model": models.GPT().state_dict(), "model_args": {"n_head": 4}})
-    for settings in ({"heads": "4"}, {"n_head": "four"}, {"position": "sideways"}, {"norm_eps": "nan"}):
+    for settings in ({"heads": "4"}, {"n_head": "four"}, {"position": "sideways"}, {"norm_eps": "nan"}, {"n_head": "0"}):
         with pytest.raises(UsageError, match="--set"):
             read_canonical(path, overrides=settings)
 

@@ -259,7 +259,7 @@ def test_chat_templates_of_every_kind(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer_config.json"
     assert chat_template(tmp_path) is None
     file.write_text(
-        json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHAT}]})
+        json.dumps({"chat_template": [{"name": ["tool_use"], "template": "x"}, {"name": "default", "template": CHAT}]})
     )
     assert chat_template(tmp_path) == CHAT
     (tmp_path / "chat_template.jinja").write_text("other")

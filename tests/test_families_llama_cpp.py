@@ -87,6 +87,10 @@ MODELS = {
     "qwen2, yarn, own head": Row("qwen2", YARN, {**QKV_BIASES, **OWN_HEAD}, narrow=True),
     "qwen3": Row("qwen3", {"rope.freq_base": 1e6}),
     "qwen3, yarn, own head": Row("qwen3", YARN, OWN_HEAD),
+    "qwen3, yarn, a factor below 1": Row("qwen3", {**YARN, "rope.scaling.factor": 0.5, "rope.scaling.attn_factor": 1.2}),
+    "qwen3, a factor alone is linear": Row("qwen3", {"rope.scaling.factor": 4.0}),
+    "qwen3, a factor of longrope": Row("qwen3", {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}),
+    "qwen3, no scaling whatever the factor": Row("qwen3", {"rope.scaling.type": "none", "rope.scale_linear": 4.0}),
     "gemma3": Row("gemma3", {"attention.sliding_window": 8, "rope.freq_base": 1e6}, sizes={"n_layer": 7}),
     "gemma3, linear, capped logits": Row(
         "gemma3",
@@ -96,6 +100,12 @@ MODELS = {
     ),
     "gemma3, another base in windows": Row(
         "gemma3", {"attention.sliding_window": 8, "rope.freq_base": 1e6, "rope.freq_base_swa": 500.0}, sizes={"n_layer": 7},
+    ),
+    "gemma3, another period": Row(
+        "gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": 3}, sizes={"n_layer": 7},
+    ),
+    "gemma3, windows everywhere": Row(
+        "gemma3", {"attention.sliding_window": 8, "attention.sliding_window_pattern": 0}, sizes={"n_layer": 7},
     ),
     "phi3": Row("phi3", {}, FUSED, narrow=True),
     "phi3, longrope, short": Row("phi3", LONGROPE, {**FUSED, **FACTORS, **OWN_HEAD}, narrow=True),
@@ -113,6 +123,9 @@ MODELS = {
     "gemma2": Row(
         "gemma2", {"attention.sliding_window": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0},
     ),
+    "gemma2, windows layer by layer": Row(
+        "gemma2", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True, True]},
+    ),
     "gemma2, no caps said": Row("gemma2", {"attention.sliding_window": 8}),
     "gemma2, as deep as 27B": Row("gemma2", {"attention.sliding_window": 8}, {}, {"n_layer": 46}, 12),
     "hunyuan-dense": Row("hunyuan-dense", {"rope.freq_base": 1e6}),
@@ -123,6 +136,9 @@ MODELS = {
     "lfm2, one position": Row("lfm2", {"shortconv.l_cache": 2}, {}, {"n_layer": 2}, narrow=True, convolved=(0,)),
     "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),
     "olmo2, yarn": Row("olmo2", YARN, OWN_HEAD, narrow=True),
+    "olmo3, another period": Row(
+        "olmo2", {**YARN, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2}, OWN_HEAD, narrow=True,
+    ),
     "olmo3": Row("olmo2", {**YARN, "attention.sliding_window": 8}, OWN_HEAD, {"n_layer": 5}, narrow=True),
 }  # fmt: skip
 

@@ -95,6 +95,7 @@ MODELS = {
     "qwen2": Row("Qwen2"),
     "qwen2, yarn, own head": Row("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": False}),
     "qwen3": Row("Qwen3", {"head_dim": 24}),
+    "qwen3, yarn, a factor below 1": Row("Qwen3", {"head_dim": 16, "rope_parameters": {**YARN, "factor": 0.5}}),
     "qwen3, yarn, biases": Row("Qwen3", {"head_dim": 16, "rope_parameters": YARN, "attention_bias": True}, llama_cpp=False),
     "gemma3": Row("Gemma3Text", GEMMA | {"num_hidden_layers": 7, "sliding_window": 8}),
     "gemma3, linear, capped logits, scores divided by something else": Row(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_reference import LlamaReference
 
 import pocketlm
 from pocketlm.errors import FileError
@@ -42,6 +43,10 @@ def test_experts_in_one_tensor_as_transformers_has_them_in_memory_are_the_same(n
         ("gemma2", ("query_pre_attn_scalar",), {}),
         ("gemma3", ("query_pre_attn_scalar",), {}),
         ("gemma2", ("hidden_activation",), {"hidden_act": "gelu"}),
+        ("gemma2", ("hidden_activation",), {"hidden_act": "relu"}),
+        ("gemma", (), {"hidden_act": "gelu"}),
+        ("gemma", (), {"hidden_act": "silu"}),
+        ("gemma", (), {"hidden_act": "relu"}),
         ("gemma", ("tie_word_embeddings",), {}),
         ("mixtral", ("rope_parameters",), {}),
         ("smollm3", ("rope_parameters",), {}),
@@ -89,3 +94,58 @@ def test_a_window_that_nothing_places_is_no_model_without_one(name: str, tmp_pat
     with pytest.raises(FileError, match=r"sliding window of 8 positions.*add --set n_ctx=8"):
         read_canonical(tmp_path)
     assert read_canonical(tmp_path, overrides={"n_ctx": "8"}).hyper.n_ctx == 8
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.5] * 8, "long_factor": [2 + i / 4 for i in range(8)]}
+ORIGINAL = {"original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "computed"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, ("gemma3", "olmo3")),
+        ({"rope_type": "yarn", "factor": 4.0, **ORIGINAL}, ("gemma3", "olmo3")),
+        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7, **ORIGINAL}, ("olmo3",)),
+        ({**LLAMA3, **ORIGINAL}, ()), ({**LONGROPE, **ORIGINAL}, ()),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["gemma3", "olmo3"])
+def test_layers_with_a_window_are_not_scaled(
+    name: str, scaling: dict[str, Any], computed: tuple[str, ...], tmp_path: Path
+) -> None:
+    theta = 5e5 if name == "olmo3" else 1e6
+    local = {"rope_theta": 5e5, "rope_type": "default"}
+    rope = {"full_attention": {"rope_theta": theta, **scaling}, "sliding_attention": local}
+    row = Row(MODELS[name].config, {**MODELS[name].options, "rope_parameters": rope})
+    ids, expected = saved(row, tmp_path)
+    if name not in computed:
+        with pytest.raises(FileError, match="but not where it has windows"):
+            read_canonical(tmp_path)
+        return
+    export(read_canonical(tmp_path), "m", tmp_path / "m.gguf", quant="f32")
+    with pocketlm.load(tmp_path / "m.gguf", backend="numpy") as loaded:
+        np.testing.assert_allclose(loaded.logits(ids), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    with LlamaReference(tmp_path / "m.gguf") as llama:
+        np.testing.assert_allclose(llama.logits(ids), expected, atol=2e-2 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qwen2", {"model_type": ["qwen2"]}, "is a model of type"),
+        ("qwen2", {"model_type": {"a": 1}}, "is a model of type"),
+        ("lfm2", {"layer_types": 1}, "correct layer_types"),
+        ("olmo3", {"rope_parameters": None, "rope_local_base_freq": [1.0]}, "rotary bases in other layers"),
+        ("gemma3", {"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 1000"),
+        ("gemma3", {"query_pre_attn_scalar": "x"}, "query_pre_attn_scalar is x, expected a number above 0"),
+        ("gemma3", {"sliding_window": 10**400}, "attention.sliding_window is 1000"),
+    ],
+)  # fmt: skip
+def test_an_absurd_configuration_is_one_line(name: str, change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    saved(MODELS[name], tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(FileError, match=said) as error:
+        read_canonical(tmp_path)
+    assert "\n" not in str(error.value)

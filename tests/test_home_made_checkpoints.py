@@ -247,6 +247,9 @@ LITGPT: dict[str, tuple[dict[str, Any], str]] = {
     "Llama, grouped rows": (
         {"mlp": "LLaMAMLP", "norm": "RMSNorm", "parallel": False, "part": 1.0, "bias": False, "grouped": True}, "llama",
     ),
+    "Llama, positions divided": (
+        {"mlp": "LLaMAMLP", "norm": "RMSNorm", "parallel": False, "part": 1.0, "bias": False, "ratio": 4}, "llama",
+    ),
     "sequential LayerNorm": ({"parallel": False}, "pocketlm"),
 }  # fmt: skip
 
@@ -266,6 +269,7 @@ def test_litgpt(tmp_path: Path, options: dict[str, Any], architecture: str) -> N
     ("change", "said"),
     [
         ({"scale_embeddings": "true"}, "scale_embeddings"), ({"norm_qk": "true"}, "norm_qk"),
+        ({"rope_interleave": "true"}, "rope_interleave"), ({"rope_condense_ratio": "[4]"}, "rope.scaling.factor"),
         ({"rope_adjustments": "\n  factor: 8.0\n  low_freq_factor: 1.0"}, "rope_adjustments"),
         ({"mlp_class_name": "LLaMAMoE", "n_expert": "8"}, "n_expert"),
     ],

@@ -17,6 +17,7 @@ from pocketlm.runtime import operations as P
 from pocketlm.runtime.architectures import common, table
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.metadata_keys import Keys
 from pocketlm.runtime.plan import Plan, make_plan
 
 ABSURD: list[Any] = [0, -1, 1 << 40, 1.5, math.nan, "eight", True, [1, 2], ["a"], [4.0, 4.0], [0, 0]]
@@ -58,6 +59,13 @@ def test_an_absurd_count_is_named(tmp_path, key, value):
 def test_an_absurd_number_is_named(tmp_path, key, value):
     path = write_model(tmp_path / "model.gguf", n_layer=1, metadata={f"llama.{key}": value})
     assert f"llama.{key}" in complaint(path)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.inf, math.nan], ids=["huge", "small", "inf", "nan"])
+def test_a_number_that_no_gguf_could_hold_is_named(value):
+    """An fp16 bin's keys are JSON."""
+    with pytest.raises(FileError, match=r"a is .{1,60}, expected 0 to 1e"):
+        Keys({"a": value}, "config.json").number("a")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -4.0, math.nan, "eight"], ids=repr)
@@ -108,6 +116,9 @@ def test_gated_is_true_or_false(tmp_path, value):
         ("llama.attention.head_count", 5, "does not divide the width"),
         ("llama.attention.head_count_kv", 3, "does not divide the 4 heads"),
         ("llama.attention.head_count", [4, 2], "differs from layer to layer"),
+        ("llama.attention.causal", False, "llama.attention.causal is False; pocketlm computes with True only"),
+        ("llama.attention.causal", [True], "llama.attention.causal is"),
+        ("llama.rope.scaling.yarn_ext_factor", 0.5, "llama.rope.scaling.yarn_ext_factor is 0.5"),
         ("llama.rope.dimension_count", 7, "even number"),
         ("llama.rope.dimension_count", 18, "even number up to 16"),
         ("llama.attention.value_length", 8, "llama.attention.value_length"),

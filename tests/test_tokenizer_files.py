@@ -14,6 +14,7 @@ from tokenizer_texts import PROSE
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, UsageError
 from pocketlm.tokenizer.byte_bpe import LETTERS
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 
 CHARACTERS = sorted({*PROSE})
 STOI = {character: i for i, character in enumerate(CHARACTERS)}
@@ -118,6 +119,10 @@ def changed(path, value):
     return file
 
 
+BETWEEN_DROPPED = {
+    "type": "Split", "pattern": {"Regex": PRE_TOKENIZERS["bloom"][0]}, "behavior": "Removed", "invert": True,
+}  # fmt: skip
+LATER = {**BYTE_LEVEL, "use_regex": False}
 CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
 
 
@@ -131,6 +136,11 @@ CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Iso
         ("pre_tokenizer", {"type": "Whitespace"}, ["Whitespace"]),
         ("pre_tokenizer", None, ["pre-tokenizer null"]),
         ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [CATASTROPHE, BYTE_LEVEL]}, ["Split + ByteLevel"]),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BETWEEN_DROPPED, LATER]}, ["behaviour 'Removed'"]),
+        ("post_processor", {"type": "Other"}, ["post-processor Other"]),
+        ("post_processor", {"type": "BertProcessing", "cls": ["<s>", 259]}, ["259 is not in the vocabulary"]),
+        ("model", {**BPE_JSON["model"], "byte_fallback": True, "vocab": {"h": 0, "e": 1, "he": 2, "<0x00>": 3}, "merges": []},
+         ["byte fallback"]),
         ("model.merges", ["h x"], ["merge 0"]),
         ("model.merges", [["h", "e", "l"]], ["merge 0"]),
         ("model.merges", [["h", 3]], ["tokenizer.json"]),

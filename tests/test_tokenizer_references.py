@@ -21,6 +21,7 @@ LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) fo
 # ── SentencePiece ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SYMBOLS = ["<|user|>", "<|assistant|>", "<sep>", "3", "▁▁", "ab", "ello"]
+WIDE = ["  ", "    ", "a  b", "  -  ", "\n  ", "\u3000", "x ", "\u0301  "]  # spaces in a row, which stay as many
 SENTENCEPIECE = {
     "defaults with bytes": {"byte_fallback": True},
     "symbols": {"byte_fallback": True, "user_defined_symbols": SYMBOLS, "control_symbols": ["<|control|>"]},
@@ -37,6 +38,8 @@ SENTENCEPIECE = {
         "split_digits": True,
         "allow_whitespace_only_pieces": True,
     },
+    "symbols of spaces": {"byte_fallback": True, "user_defined_symbols": WIDE},
+    "symbols of spaces, identity": {"normalization_rule_name": "identity", "user_defined_symbols": [*WIDE, "\n"]},
     "unknown characters": {"character_coverage": 0.98},
     "unknown characters, symbols, folded case, no prefix": {
         "character_coverage": 0.985,
@@ -68,7 +71,8 @@ def test_ids_and_texts_are_those_of_sentencepiece(name, kind, tmp_path):
 
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     ours = tokenizer.load(tmp_path / "tokenizer.model")
-    some = texts(2500, 31 + len(name), ["<|user|>", "<sep>", "<|control|>", "<s>", "<unk>", "<0x41>"])
+    markers = WIDE if "spaces" in name.split(",")[0] else ["<|user|>", "<sep>", "<|control|>", "<s>", "<unk>", "<0x41>"]
+    some = texts(2500, 31 + len(name), markers)
     for text, ids in zip(some, theirs.encode(some), strict=True):
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), ids
@@ -211,6 +215,25 @@ def test_bos_and_eos_come_from_the_files(tmp_path):
     ours = tokenizer.load(tmp_path)
     assert (ours.bos_id, ours.eos_id, ours.end_ids, ours.adds_bos) == (0, 1, {1}, True)
     assert ours.encode("a", bos=True) == theirs.encode("a").ids
+
+
+@pytest.mark.parametrize("kind", ["BertProcessing", "RobertaProcessing", "TemplateProcessing"])
+def test_what_other_post_processors_put_in_front_counts_too(kind, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="writes the file")
+    theirs, processors = tokenizers.ByteLevelBPETokenizer(), tokenizers.processors
+    theirs.train_from_iterator(LINES, vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False)
+    theirs.post_processor = (
+        processors.TemplateProcessing(single="<s> </s> $A", special_tokens=[("<s>", 0), ("</s>", 1)])
+        if kind == "TemplateProcessing" else getattr(processors, kind)(("</s>", 1), ("<s>", 0))
+    )  # fmt: skip
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    if kind == "TemplateProcessing":
+        with pytest.raises(FileError, match="TemplateProcessing with 2 tokens in front of a text is not supported"):
+            tokenizer.load(tmp_path)
+        return
+    ours = tokenizer.load(tmp_path)
+    assert (ours.bos_id, ours.adds_bos) == (0, True)
+    assert ours.encode("a b", bos=True) == theirs.encode("a b").ids[:-1]  # no text ends where a model is to go on
 
 
 def spaces_replaced(normalizer, pre_tokenizer, *, keep_bytes_special=False):

@@ -72,9 +72,12 @@ class InOutLinear(nn.Module):
 class GPT(nn.Module):
     """nanoGPT's names; with `conv1d` Hugging Face's GPT-2: transposed matrices and GELU's tanh form."""
 
-    def __init__(self, n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=61, bias=True, conv1d=False, masks=True):
+    def __init__(
+        self, n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=61, bias=True, conv1d=False, masks=True,
+        tanh=False, tied=True,
+    ):  # fmt: skip
         super().__init__()
-        self.n_head, self.tanh = n_head, conv1d
+        self.n_head, self.tanh = n_head, conv1d or tanh
 
         def linear(n_in: int, n_out: int) -> nn.Module:
             return InOutLinear(n_in, n_out) if conv1d else nn.Linear(n_in, n_out, bias=bias)
@@ -97,7 +100,8 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+        if tied:
+            self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
 
     def forward(self, ids: Tensor) -> Tensor:
         t = self.transformer

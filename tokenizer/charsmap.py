@@ -7,6 +7,8 @@ the offset of the children). The usual table has 225,000 keys; they are looked u
 """
 
 import re
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,21 +76,30 @@ class Rules:
 
     def apply(self, text: str, kept: "Markers") -> str:
         """`text` with the rules applied everywhere but in the markers of `kept`."""
-        parts: list[str] = []
-        done = 0  # what is before is in `parts`
+        return "".join([piece for piece, _ in self.pieces(text, kept)])
+
+    def pieces(self, text: str, kept: "Markers") -> Iterator[tuple[str, bool]]:
+        """The same in pieces, and whether each is whole: a marker, or what stands in the place of something else."""
+        done = 0  # what is before has been given
         markers = kept.find(text)
         marker = next(markers, None)
-        for candidate in self._start.finditer(text):
-            at = candidate.start()
+        for at in chain((candidate.start() for candidate in self._start.finditer(text)), (len(text),)):
             while marker and marker[1] <= at:
+                yield text[done : marker[0]], False
+                yield text[marker[0] : marker[1]], True
+                done = marker[1]
                 marker = next(markers, None)
             if at < done or (marker and marker[0] <= at):
                 continue
             found = self.longest(text, at)
             if found:
-                parts += (text[done:at], found[1])
+                yield text[done:at], False
+                yield found[1], True
                 done = found[0]
-        return "".join((*parts, text[done:]))
+                if marker and marker[0] < done:
+                    markers = kept.find(text, done)
+                    marker = next(markers, None)
+        yield text[done:], False
 
 
 def _offset(unit: int) -> int:

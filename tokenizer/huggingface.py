@@ -6,7 +6,9 @@ silently left out. Patterns are compared as text and never compiled from the fil
 """
 
 import base64
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from pocketlm.tokenizer.charsmap import Rules
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalizer import NORMAL_FORMS, Normalizer, make_normalizer
-from pocketlm.tokenizer.pretokenize import name_of_patterns
+from pocketlm.tokenizer.pretokenize import matches_all, name_of_patterns
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.unigram import Unigram
 
@@ -100,8 +102,11 @@ class _Reader:
             fuse_unknown=bool(self.model.get("fuse_unk")),
         )
         vocabulary = self.vocabulary(self.normalizer(normalizers), byte_tokens=False)
+        index = vocabulary.index
+        if self.model.get("byte_fallback") and "<0x00>" in index and any(letter not in index for letter in byte_bpe.LETTERS):
+            raise self.refuse("byte fallback of a byte-level vocabulary that lacks some bytes")
         tokens = vocabulary.tokens
-        table = rank_table(self.path, tokens.__getitem__, vocabulary.index, self.merges(), len(tokens))
+        table = rank_table(self.path, tokens.__getitem__, index, self.merges(), len(tokens))
         return byte_bpe.ByteBPE(vocabulary, table, options)
 
     def sentencepiece(self, normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]]) -> Tokenizer:
@@ -193,7 +198,7 @@ class _Reader:
         name = name_of_patterns(*(split["pattern"].get("Regex", "") for split in before))
         if name is None:
             raise self.refuse(f"pre-tokenizer pattern {', '.join(str(split['pattern'])[:80] for split in before[:4])!r}")
-        same = (("Isolated", False), ("Removed", True))[: 1 + (len(before) == 1)]  # what lies between the matches is lost
+        same = (("Isolated", False), ("Removed", True))[: 1 + matches_all(name)]  # what lies between the matches is lost
         for split in before:
             if (split["behavior"], split["invert"]) not in same:
                 raise self.refuse(f"pre-tokenizer with the behaviour {str(split['behavior'])[:40]!r}")
@@ -229,8 +234,8 @@ class _Reader:
         if unk_id is not None:
             types[unk_id] = UNKNOWN
         config = self.config()
-        template = _leading_token(self.file.get("post_processor"))
-        bos_id = ids.get(template or config.get("bos_token"))
+        leading = self.leading()
+        bos_id = leading[0] if leading else ids.get(config.get("bos_token"))
         return make_vocabulary(
             self.path,
             tokens,
@@ -238,12 +243,23 @@ class _Reader:
             bos_id=bos_id,
             eos_id=ids.get(config.get("eos_token")),
             unk_id=unk_id,
-            adds_bos=template is not None or (config.get("add_bos_token") is True and bos_id is not None),
+            adds_bos=bool(leading) or (config.get("add_bos_token") is True and bos_id is not None),
             strip_left=[token["id"] for token in added if token.get("lstrip")],
             strip_right=[token["id"] for token in added if token.get("rstrip")],
             normalizer=normalizer,
             normalized=self.normalized(),
         )
+
+    def leading(self) -> list[int]:
+        """The ids of the markers that the file puts in front of a text: one, or none."""
+        whole = self.file.get("post_processor") or {"type": "ByteLevel"}
+        parts = whole["processors"] if whole["type"] == "Sequence" else [whole]
+        if any(part["type"] not in _LEADING for part in parts):
+            raise self.refuse(f"post-processor {_types(parts)}")
+        ids = [i for part in parts for i in _LEADING[part["type"]](part)]
+        if len(ids) > 1 or any(type(i) is not int for i in ids):
+            raise self.refuse(f"post-processor {_types(parts)} with {len(ids)} tokens in front of a text")
+        return ids
 
     def normalized(self) -> list[int]:
         """The added tokens that are looked for in the normalised text."""
@@ -275,12 +291,17 @@ def _types(parts: list[dict[str, Any]]) -> str:
     return " + ".join(str(part.get("type"))[:40] for part in parts[:5])
 
 
-def _leading_token(post_processor: Any) -> str | None:
-    """The marker that the file's template puts in front of a text."""
-    if not post_processor:
-        return None
-    parts = post_processor.get("processors", [post_processor])
-    for part in parts:
-        if part["type"] == "TemplateProcessing" and part["single"] and "SpecialToken" in part["single"][0]:
-            return part["single"][0]["SpecialToken"]["id"]
-    return None
+def _of_template(part: dict[str, Any]) -> list[int]:
+    markers = takewhile(lambda piece: "SpecialToken" in piece, part["single"])
+    return [i for piece in markers for i in part["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
+
+
+def _classifying(part: dict[str, Any]) -> list[int]:
+    return [part["cls"][1]]
+
+
+# a post-processor's type → the ids that it puts in front of a text
+_LEADING: dict[str, Callable[[dict[str, Any]], list[int]]] = {
+    "ByteLevel": lambda part: [], "TemplateProcessing": _of_template, "BertProcessing": _classifying,
+    "RobertaProcessing": _classifying,
+}  # fmt: skip

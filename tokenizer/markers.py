@@ -18,12 +18,11 @@ class Markers:
         self._lengths = {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
         self._first = re.compile("[" + re.escape("".join(self._lengths)) + "]") if lengths else None
 
-    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, end, id) of every marker, in order, never overlapping."""
+    def find(self, text: str, position: int = 0) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id) of every marker from a position on, in order, never overlapping."""
         if self._first is None:
             return
-        position = 0
-        for candidate in self._first.finditer(text):
+        for candidate in self._first.finditer(text, position):
             start = candidate.start()
             if start < position:
                 continue
@@ -33,3 +32,12 @@ class Markers:
                     position = start + length
                     yield start, position, token_id
                     break
+
+    def cut(self, text: str) -> Iterator[tuple[str, bool]]:
+        """The text in pieces, and whether each is a marker."""
+        done = 0
+        for start, end, _ in self.find(text):
+            yield text[done:start], False
+            yield text[start:end], True
+            done = end
+        yield text[done:], False

@@ -78,14 +78,19 @@ def check_name(name: str, path: object) -> None:
         raise FileError(path, f"its pre-tokenizer {name[:80]!r} is not known", "known are " + ", ".join(PRE_TOKENIZERS))
 
 
+def matches_all(name: str) -> bool:
+    """Whether a pre-tokenizer is one expression that leaves no character out."""
+    return len(PRE_TOKENIZERS[name]) == 1 and PRE_TOKENIZERS[name][0].endswith(r"|\s+")
+
+
 @cache
 def splitter(name: str) -> Callable[[str], list[str]]:
     """The function text → words of a pre-tokenizer of the table."""
     import regex
 
     first, *others = (regex.compile(pattern) for pattern in PRE_TOKENIZERS[name])
-    if not others and first.pattern.endswith(r"|\s+"):
-        return first.findall  # it matches every character
+    if matches_all(name):
+        return first.findall
 
     def split(text: str) -> list[str]:
         words = [text]

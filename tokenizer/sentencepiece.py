@@ -6,6 +6,7 @@ vocabularies and Hugging Face's form of them differ in small things only, and th
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -67,13 +68,14 @@ class SentencePiece(Tokenizer):
 
     def _prepare(self, text: str, start: bool) -> str:
         """Normalised, with ▁ for spaces and in front."""
-        options = self.options
-        if options.rules:
-            text = options.rules.apply(text, self._symbols_in_text)
-        if options.collapse_spaces:
-            text = re.sub("  +", " ", text).lstrip(" ")
-            if not text:
-                return text
+        options, symbols = self.options, self._symbols_in_text
+        if options.collapse_spaces and self._has_wide_symbols:
+            text = _collapsed(options.rules.pieces(text, symbols) if options.rules else symbols.cut(text))
+        else:
+            text = options.rules.apply(text, symbols) if options.rules else text
+            text = re.sub("  +", " ", text).lstrip(" ") if options.collapse_spaces else text
+        if options.collapse_spaces and not text:
+            return text
         text = text.replace(" ", SPACE)
         wanted = options.prefix == "always" or (options.prefix == "missing" and not text.startswith(SPACE))
         if wanted and (start or not options.prefix_first_only):
@@ -101,6 +103,13 @@ class SentencePiece(Tokenizer):
     def _symbols_in_text(self) -> Markers:
         """The user-defined symbols that are found in the text itself."""
         return self._markers_of((USER_DEFINED,) if self.options.symbols_in_text else ())[0]
+
+    @cached_property
+    def _has_wide_symbols(self) -> bool:
+        """Whether some of them hold two spaces, which stay two."""
+        return self.options.symbols_in_text and any(
+            "  " in self.vocabulary.tokens[i] for i in self.vocabulary.ids_of(USER_DEFINED)
+        )
 
     # ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -134,6 +143,17 @@ class SentencePiece(Tokenizer):
     @cached_property
     def _byte_ids(self) -> list[int]:
         return [i for _, i in sorted((byte, i) for i, byte in self._byte_values.items())]
+
+
+def _collapsed(pieces: Iterable[tuple[str, bool]]) -> str:
+    """Runs of spaces as one, none at the beginning; pieces that are whole lose only those behind another space."""
+    parts, after_space = [], True
+    for text, is_whole in pieces:
+        text = text if is_whole else re.sub("  +", " ", text)
+        text = text.lstrip(" ") if after_space else text
+        after_space = text.endswith(" ") if text else after_space
+        parts.append(text)
+    return "".join(parts)
 
 
 def _byte_values(path: object, vocabulary: Vocabulary) -> dict[int, int]:

@@ -50,6 +50,7 @@ GPT2: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "g
 LLAMA: dict[str, Any] = {
     "norm": "rms", "position": "rope", "rope_pairs": "interleaved", "activation": "silu", "gated": True,
 }  # fmt: skip
+WINDOWS = "attention.sliding_window", "attention.sliding_window_pattern"  # settings of an architecture that asks for `window`
 
 
 class Builder:
@@ -129,10 +130,15 @@ class Builder:
                 return
 
     def window(self, period: int, default: int = 0) -> int:
-        """The layer's sliding window, `attention.sliding_window` among the SETTINGS; 0, all positions, in every period-th."""
-        if not (size := int(self.number("attention.sliding_window", default))):
-            return 0
-        return 0 if (self.layer + 1) % period == 0 else size
+        """The layer's sliding window, where the SETTINGS have WINDOWS; 0, all positions, in every period-th.
+
+        A file may say another period, 0 for none, or for each layer whether it has a window.
+        """
+        size, pattern = int(self.number(WINDOWS[0], default)), self.hyper.settings.get(WINDOWS[1])
+        if isinstance(pattern, list):
+            return size if self.numbers(WINDOWS[1])[self.layer] else 0
+        period = int(self.number(WINDOWS[1], period))
+        return 0 if period and (self.layer + 1) % period == 0 else size
 
     def logits(self, x: str = "h") -> None:
         """logits = W x, with the token table where there is no output matrix."""

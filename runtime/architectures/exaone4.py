@@ -5,10 +5,10 @@ The 32B (64 layers) sees a sliding window in three layers of four, and rotates p
 
 from __future__ import annotations
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
+SETTINGS: tuple[str, ...] = WINDOWS
 HYBRID = 64  # layers of the models that have windows, whatever a file of another size states
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
-SETTINGS: tuple[str, ...] = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+SETTINGS: tuple[str, ...] = (*WINDOWS, "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def operations(m: Builder) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
-SETTINGS: tuple[str, ...] = ("attention.sliding_window", "rope.freq_base_swa", "final_logit_softcapping")
+SETTINGS: tuple[str, ...] = (*WINDOWS, "rope.freq_base_swa", "final_logit_softcapping")
 
 
 def operations(m: Builder) -> None:

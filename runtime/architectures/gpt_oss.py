@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "swiglu_clamped"}
 SETTINGS: tuple[str, ...] = (
-    "attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length", "rope.scaling.truncate",
+    *WINDOWS, "expert_count", "expert_used_count", "expert_feed_forward_length", "rope.scaling.truncate",
 )  # fmt: skip
 
 

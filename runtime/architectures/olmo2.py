@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
+SETTINGS: tuple[str, ...] = WINDOWS
 
 
 def operations(m: Builder) -> None:
