@@ -20,6 +20,7 @@ from pocketlm.cli_options import (
     DEFAULT_MODEL,
     form_arguments,
     form_keywords,
+    is_packed,
     model_arguments,
     open_model,
     read_text,
@@ -208,7 +209,7 @@ def _chat(arguments: Arguments) -> int:
     if arguments.max_tokens is not None:
         sampling["max_tokens"] = arguments.max_tokens
     with open_model(arguments) as model:
-        watch = str if arguments.load is not None else _throttling()  # a packed program has no doctor
+        watch = str if is_packed() else _throttling()  # a packed program has no doctor
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,

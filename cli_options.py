@@ -26,6 +26,11 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 }
 
 
+def is_packed() -> bool:
+    """Whether this is a packed program, which holds a part of pocketlm only and stays where its user has put it."""
+    return getattr(sys, "frozen", False)
+
+
 def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     text = "a GGUF file, or the short name of an installed or fetched model (small-talk, smollm2, qwen3-0.6b)"
     if optional:

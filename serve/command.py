@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from pocketlm.cli_options import model_arguments, open_model, sampling_arguments, sampling_keywords
+from pocketlm.cli_options import is_packed, model_arguments, open_model, sampling_arguments, sampling_keywords
 from pocketlm.errors import FileError, UsageError
 from pocketlm.terminal_text import print
 
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _service(arguments: argparse.Namespace) -> int:
-    if arguments.load is not None:
+    if is_packed():
         raise UsageError("--install-service is for pocketlm serve, not for a packed program")
     if sys.platform != "linux":
         raise UsageError("--install-service prints a unit for systemd, which is Linux's: ask on the computer that will serve")

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests dri
 
 @pytest.fixture(scope="module")
 def programs(request, tmp_path_factory):
-    """Two programs of one model under two titles, and a third of another model under the first title."""
+    """Three programs of one model, two under titles, and a fourth of another model under the first title."""
     stub, folder = real_stub(Path(request.config.cache.mkdir("pocketlm-stub"))), tmp_path_factory.mktemp("programs")
     made = {}
-    for name, title, seed in (("ada", "Ada", 0), ("bob", "Bob", 0), ("other", "Ada", 1)):
+    for name, title, seed in (("ada", "Ada", 0), ("bob", "Bob", 0), ("nameless", "", 0), ("other", "Ada", 1)):
         model = write_model(folder / f"{name}.gguf", format="Q4_0", seed=seed)
         persona = Persona(title=title, flags={"--temp": 0.0, "--max-tokens": 4})
         made[name] = pack(model, open_stub(stub), folder / name, persona)
@@ -66,6 +66,21 @@ def test_it_answers_once_and_keeps_nothing(programs, tmp_path):
     assert list(tmp_path.iterdir()) == []
     run(programs["ada"], "--save", home=tmp_path, stdin="Hello\n/quit\n")
     assert len(list((tmp_path / "pocketlm" / "chats").glob("[!.]*"))) == 1
+
+
+def test_it_talks_to_another_model_and_without_a_title(programs, tmp_path):
+    other = run(programs["other"], "Hello", home=tmp_path)
+    named = run(programs["ada"], "--model", str(programs["other"].with_suffix(".gguf")), "Hello", "--temp", "0",
+                "--max-tokens", "4", home=tmp_path)  # fmt: skip
+    ada, nameless = (run(programs[name], "Hello", home=tmp_path) for name in ("ada", "nameless"))
+    assert (named.stderr, named.returncode, named.stdout) == ("", 0, other.stdout)
+    assert (nameless.stderr, nameless.returncode, nameless.stdout) == ("", 0, ada.stdout)
+
+
+def test_it_is_no_service_of_systemds(programs, tmp_path):
+    result = run(programs["ada"], "--web", "--install-service", home=tmp_path)
+    refused = "ada: --install-service is for pocketlm serve, not for a packed program\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", refused)
 
 
 def test_its_help_names_what_the_chat_takes(programs, tmp_path):
