@@ -284,8 +284,18 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         multiline=True,
         enable_suspend=True,
     )
+    for buffer in (session.default_buffer, session.search_buffer):
+        buffer.on_text_insert += _join_halves
     session.app.renderer.cpr_not_supported_callback = None  # else it warns where a terminal does not say where the cursor is
     return session
+
+
+def _join_halves(buffer: Any) -> None:
+    """Windows' consoles deliver an emoji as two keys, the halves of its UTF-16."""
+    before = buffer.document.text_before_cursor
+    joined = before.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    if len(joined) < len(before):
+        buffer.document = type(buffer.document)(joined + buffer.document.text_after_cursor, len(joined))
 
 
 def _writable(path: Path) -> bool:

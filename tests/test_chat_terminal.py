@@ -144,6 +144,25 @@ print(_editor(lambda line: (), None).app.renderer.cpr_not_supported_callback)
     assert made.stdout == "None\n"
 
 
+def test_an_emoji_that_comes_in_two_halves_is_one_character():
+    """As Windows' consoles deliver it."""
+    asks = r"""
+import asyncio
+from pocketlm.chat.console import _editor
+async def typed():
+    session = _editor(lambda line: (), None)
+    for buffer in (session.default_buffer, session.search_buffer):
+        buffer.insert_text("and so on")
+        buffer.cursor_position = 3
+        for key in " \ud83d\ude00\ud83d\udc4d\ud83c\udffd!\ud83d":
+            buffer.insert_text(key)
+        print(ascii(buffer.text), buffer.cursor_position)
+asyncio.run(typed())
+"""
+    made = subprocess.run([sys.executable, "-c", asks], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert made.stdout.splitlines() == [r"'and \U0001f600\U0001f44d\U0001f3fd!\ud83d so on' 9"] * 2
+
+
 def test_one_message_may_have_several_lines(terminal):
     shown = terminal()
     shown.prompt(1)
