@@ -245,6 +245,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
     """A line editor: history, Tab, several lines by Alt-Enter or a backslash, a pasted block as one message."""
     from prompt_toolkit.completion import Completer as ToolkitCompleter
     from prompt_toolkit.completion import Completion
+    from prompt_toolkit.filters import is_searching
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.shortcuts.prompt import CompleteStyle, PromptSession
@@ -262,7 +263,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
 
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)  # in a search it takes what was found
     def _(event: Any) -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
@@ -271,7 +272,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=~is_searching)
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from chat_terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, DRIVER, ENTER, TAB, UP
+from chat_terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, CTRL_Z, DRIVER, ENTER, TAB, UP
 
 
 def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
@@ -202,6 +202,24 @@ def test_the_next_chat_resumes_and_remembers_what_was_typed(terminal):
     second.wait("> Remember me", 2)
     second.type(CTRL_C + CTRL_D)
     second.ended()
+
+
+def test_enter_takes_what_was_searched(terminal):
+    shown = terminal()
+    shown.prompt(1)
+    for n, text in enumerate(("Hello there", "Bye"), 2):
+        shown.type(text + ENTER)
+        shown.wait(f"You said: {text}\n")
+        shown.prompt(n)
+    shown.type(CTRL_R + "Hel")
+    shown.wait("I-search backward: Hel")
+    shown.type(ENTER)
+    shown.wait("> Hello there", 2)
+    shown.type("! " + ENTER)
+    shown.wait("You said: ! Hello there\n")
+    shown.prompt(4)
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
 
 
 def test_no_save_keeps_no_history(terminal, tmp_path):
