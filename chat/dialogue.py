@@ -46,7 +46,7 @@ class Chat:
         self._forgotten = 0  # turns, as the last note about them said
         self._unknown: set[str] = set()  # characters of which a note has said that the vocabulary lacks them
         self._restorable = False  # whether a state may have been kept of what was resumed
-        self._last: Any = None  # the last piece of the last answer
+        self._last: Any = None  # the last piece of the last answer; None also where more was computed than is to be kept
         self.watch: Callable[[], str] = lambda: ""  # what there is to say of the machine after an answer
         self._in_thought = False  # whether what was shown last was one
 
@@ -147,6 +147,7 @@ class Chat:
         """A question and its answer, should that be empty."""
         if new and not new[-1]["content"]:
             del self.conversation.messages[-len(new) :]
+            self._last = None
 
     def _encodable(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """The messages without the characters that a model of characters does not know; a note says which, once."""
@@ -219,7 +220,7 @@ class Chat:
     def reset(self) -> None:
         """Begin anew, in a new file; the system prompt stays."""
         self.conversation, self.record = self._begun(self.conversation.system), Record()
-        self._forgotten = 0
+        self._forgotten, self._last = 0, None
         self.console.note("a new conversation")
 
     def undo(self, said: str = "taken back") -> str | None:
@@ -231,6 +232,9 @@ class Chat:
             return None
         question = messages[start]["content"]
         del messages[start:]
+        self._last = None
+        if self._saving and self.record.path is not None:
+            states.forget(self.record.path)
         self.console.note(f"{said}: {question}")
         self.save()
         return question
@@ -264,7 +268,7 @@ class Chat:
         conversation = record.load(path)
         turns, name = count(conversation.n_turns, "turn"), conversation.model or "a model"
         other = " (another model)" if conversation.model_id and conversation.model_id != self.model_id else ""
-        self.conversation, self.record, self._forgotten = conversation, record, 0
+        self.conversation, self.record, self._forgotten, self._last = conversation, record, 0, None
         self.console.note(f"resumed: {turns} with {name}{other}, {shown(path)}")
         if self.console.interactive and conversation.messages:
             question, *answers = conversation.messages[-2:]
