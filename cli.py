@@ -181,7 +181,9 @@ def _chat_arguments(parser: Parser) -> None:
     parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
     parser.add_argument("--save", action="store_true", default=None, help="keep a record of a conversation through pipes, too")
     parser.add_argument("--no-save", dest="save", action="store_false", help="keep no record of the conversation")
-    parser.add_argument("--model-id", default="", help=argparse.SUPPRESS)  # of packed programs: whose conversations these are
+    # of packed programs: whose conversations these are, and what the model is told before new ones
+    parser.add_argument("--model-id", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--default-system", default="", help=argparse.SUPPRESS)
     parser.epilog = (
         "With QUESTION, or through a pipe, it answers once: the text of the pipe is one message, and follows the question. "
         "A pipe in which a line is a slash command is read line by line, as with --lines."
@@ -214,7 +216,7 @@ def _chat(arguments: Arguments) -> int:
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
             title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
-            watch=watch,
+            watch=watch, default_system=arguments.default_system,
         )  # fmt: skip
 
 

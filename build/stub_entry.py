@@ -140,7 +140,8 @@ def _run(arguments: list[str]) -> int:
     if command == "serve":
         words += ["--port=0", "--slots=4", "--browser"]
     if command in ("chat", "serve"):
-        words += [f"--title={own.title}"] * bool(own.title) + [f"--system={own.system}"] * bool(own.system)
+        system = "--default-system" if command == "chat" else "--system"  # the page has conversations of its own
+        words += [f"--title={own.title}"] * bool(own.title) + [f"{system}={own.system}"] * bool(own.system)
         words += [f"--greeting={own.greeting or HOW_TO if command == 'chat' else own.greeting}"]
         if packed and model is None:  # its conversations are this program's: this model under this title
             words += [f"--model-id={packed.sections['gguf'].sha256.hex()[:32]} {own.title}"]

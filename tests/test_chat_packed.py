@@ -17,12 +17,12 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests dri
 
 @pytest.fixture(scope="module")
 def programs(request, tmp_path_factory):
-    """Three programs of one model, two under titles, and a fourth of another model under the first title."""
+    """Three programs of one model, two under titles, and a fourth of another model under the first title. All are kind."""
     stub, folder = real_stub(Path(request.config.cache.mkdir("pocketlm-stub"))), tmp_path_factory.mktemp("programs")
     made = {}
     for name, title, seed in (("ada", "Ada", 0), ("bob", "Bob", 0), ("nameless", "", 0), ("other", "Ada", 1)):
         model = write_model(folder / f"{name}.gguf", format="Q4_0", seed=seed)
-        persona = Persona(title=title, flags={"--temp": 0.0, "--max-tokens": 4})
+        persona = Persona(title=title, system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 4})
         made[name] = pack(model, open_stub(stub), folder / name, persona)
     return made
 
@@ -56,6 +56,17 @@ def test_a_program_resumes_its_own_conversations_only(programs, terminal, tmp_pa
     assert first.conversations() == [conversation]
 
 
+def test_what_it_is_told_is_for_new_conversations(programs, tmp_path):
+    def told(*arguments, stdin):
+        result = run(programs["ada"], "--save", "--lines", *arguments, home=tmp_path, stdin=stdin)
+        return [line.partition(": ")[2] for line in result.stderr.splitlines() if line.startswith("system: ")]
+
+    assert told(stdin="/system\n/system You are a pirate.\nHello\n") == ["Be kind.", "You are a pirate."]
+    name = next((tmp_path / "pocketlm" / "chats").glob("[!.]*")).stem
+    assert told("--resume", name, stdin="/system\n") == ["You are a pirate."]
+    assert told("--resume", name, "--system", "Be brief.", stdin="/system\n") == ["Be brief."]
+
+
 def test_it_answers_once_and_keeps_nothing(programs, tmp_path):
     whole = run(programs["ada"], home=tmp_path, stdin="Hello\nthere\n")
     once = run(programs["ada"], "Hello\nthere", home=tmp_path)
@@ -71,7 +82,7 @@ def test_it_answers_once_and_keeps_nothing(programs, tmp_path):
 def test_it_talks_to_another_model_and_without_a_title(programs, tmp_path):
     other = run(programs["other"], "Hello", home=tmp_path)
     named = run(programs["ada"], "--model", str(programs["other"].with_suffix(".gguf")), "Hello", "--temp", "0",
-                "--max-tokens", "4", home=tmp_path)  # fmt: skip
+                "--max-tokens", "4", "--system", "Be kind.", home=tmp_path)  # fmt: skip
     ada, nameless = (run(programs[name], "Hello", home=tmp_path) for name in ("ada", "nameless"))
     assert (named.stderr, named.returncode, named.stdout) == ("", 0, other.stdout)
     assert (nameless.stderr, nameless.returncode, nameless.stdout) == ("", 0, ada.stdout)
