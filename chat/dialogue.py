@@ -6,6 +6,7 @@ neither the commands nor where questions come from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,11 @@ class Chat:
             with self.console.interruptible() as cancel:
                 begun = answer["content"] or self._opening()
                 parts = Splitter(self.model.template.tags, begun)
+                before = None
                 for last in self.model.chat(given, cancel=cancel, **self.sampling):
-                    if not last.finish_reason:
-                        self._report_forgotten(last)
+                    if before is not None:  # with the first it is not known yet whether the question itself fits
+                        self._report_forgotten(before)
+                    before = last
                     if last.text:
                         answer["content"] = (answer["content"] or begun) + last.text
                     self._show(parts.push(last.text))
@@ -327,7 +330,10 @@ class Chat:
         opening = self._model if isinstance(self._model, Opening) else None
         if self._given_id or opening is None or opening.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
+        gone = path is not None and not os.path.lexists(path)
         if self.record.save(conversation):
             return ""
+        if gone:
+            return f"{shown(path)} was deleted meanwhile: this conversation is kept as {shown(self.record.path)}"
         changed = f"{shown(path)} was changed by another program, and stays as it is"
         return f"{changed}: this conversation goes on as {shown(self.record.path)}"

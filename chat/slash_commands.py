@@ -136,6 +136,8 @@ def _think(chat: Chat, text: str) -> None:
 
 
 def _save(chat: Chat, name: str) -> None:
+    if not chat.conversation.messages:
+        raise PocketlmError("there is nothing to save yet")
     path = Path(os.path.abspath(saved.as_path(name))) if name else chat.record.path
     if path is None or path == chat.record.path:
         record = chat.record
@@ -146,6 +148,7 @@ def _save(chat: Chat, name: str) -> None:
         raise FileError(path, "holds another conversation", "choose another name")
     else:
         record = transcript.Record(path)
+    chat.conversation.model_id = chat.model_id
     record.save(chat.conversation)
     if path is not None and record is not chat.record:
         chat.copies[path] = record
