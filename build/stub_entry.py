@@ -55,6 +55,7 @@ Options of a conversation and of generate:
 def main() -> None:
     """Run, keep the console where that is ours alone and something went wrong, and end the process."""
     gc.set_threshold(50_000)  # at the start much is made and little becomes garbage: a fifth of the time
+    terminal.forget_loader()
     arguments = sys.argv[1:]
     if not arguments and terminal.open_one(sys.executable, arguments):
         sys.exit(0)

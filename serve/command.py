@@ -6,6 +6,9 @@ import argparse
 import os
 import re
 import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from pocketlm.cli_options import is_packed, model_arguments, open_model, sampling_arguments, sampling_keywords
@@ -15,6 +18,7 @@ from pocketlm.terminal_text import print
 PORT = 8642
 QUEUE = 16  # requests that may wait, for each slot
 SECONDS = 600.0
+FOR_TERMINALS = ("www-browser", "links", "elinks", "lynx", "w3m")
 # seconds that a thread may go on in Python while others wait to: in Python's own 5 ms, a pass of eight answers is half through
 TURN = 0.0005
 
@@ -146,6 +150,14 @@ def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> 
         print(f"others    http://{other}:{port} in place of {address}", file=sys.stderr)
     print("Ctrl-C stops it", file=sys.stderr, flush=True)
     if arguments.browser:
-        import webbrowser
+        # in a thread: webbrowser waits for some until they end
+        threading.Thread(target=_open_page, args=(f"{address}/#{page.one_time_code()}",), daemon=True).start()
 
-        webbrowser.open(f"{address}/#{page.one_time_code()}")
+
+def _open_page(url: str) -> None:
+    """In a browser with windows of its own; one for the terminal would take that from the server."""
+    import webbrowser
+
+    with suppress(webbrowser.Error):  # there is none
+        if Path(webbrowser.get().name).name not in FOR_TERMINALS:
+            webbrowser.open(url)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from packing import real_stub
+from packing import real_stub, web
 from tiny_models import write_model
 
 from pocketlm.build.pack import open_stub, pack
@@ -86,6 +86,17 @@ def test_it_talks_to_another_model_and_without_a_title(programs, tmp_path):
     ada, nameless = (run(programs[name], "Hello", home=tmp_path) for name in ("ada", "nameless"))
     assert (named.stderr, named.returncode, named.stdout) == ("", 0, other.stdout)
     assert (nameless.stderr, nameless.returncode, nameless.stdout) == ("", 0, ada.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the boot loader says so where libraries are on Linux alone")
+def test_the_browser_gets_no_libraries_of_its(programs, tmp_path):
+    told, browser = tmp_path / "told", tmp_path / "browser"
+    os.mkfifo(told)
+    browser.write_text(f'#!/bin/sh\necho "$LD_LIBRARY_PATH" "$(env | grep -c _PYI)" >{told}\n')
+    browser.chmod(0o755)
+    given = {"BROWSER": str(browser), "LD_LIBRARY_PATH": "/theirs", "XDG_DATA_HOME": str(tmp_path)}
+    with web([programs["ada"], "--web"], **{**os.environ, **given}):
+        assert told.read_text() == "/theirs 0\n"
 
 
 def test_it_is_no_service_of_systemds(programs, tmp_path):
