@@ -19,6 +19,8 @@ import sys
 
 try:
     from pocketlm.build.stub_entry import main
+except KeyboardInterrupt:
+    sys.exit(130)
 except Exception as error:  # every stub has been started: a module that cannot be read now was damaged since
     name, reason = os.path.basename(sys.executable), str(error).partition("\\n")[0]
     sys.exit(f"{name}: was damaged or cut short on its way ({reason}); get it again, best in a zip archive")

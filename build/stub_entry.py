@@ -68,6 +68,8 @@ def main() -> None:
         status = error.exit_status
     except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else 1
+    except KeyboardInterrupt:  # while modules are imported: a command minds it itself
+        status = 130
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         cli.give_up_output()
         status = 0
