@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -68,8 +69,6 @@ def main() -> None:
         status = error.exit_status
     except SystemExit as end:  # argparse
         status = end.code if isinstance(end.code, int) else 1
-    except KeyboardInterrupt:  # while modules are imported: a command minds it itself
-        status = 130
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         cli.give_up_output()
         status = 0
@@ -150,6 +149,8 @@ def _run(arguments: list[str]) -> int:
             words += [f"--model-id={packed.sections['gguf'].sha256.hex()[:32]} {own.title}"]
         if own.title and command == "chat":
             load = partial(_open_later, own.title)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as QUIET has left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main(words + arguments, load, executable.name)
 
 

@@ -197,6 +197,15 @@ exec(ENTRY)
 
 
 @posix
+def test_before_there_are_modules_ctrl_c_ends_it_as_a_program_without_python():
+    script = "from pocketlm.build.sources import QUIET; import os, signal; exec(QUIET); os.kill(os.getpid(), signal.SIGINT)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+    ignored = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {script}"
+    subprocess.run([sys.executable, "-c", ignored], check=True, timeout=120)
+
+
+@posix
 def test_the_first_process_of_a_container_ends_at_a_signal():
     script = "import os, signal; from pocketlm import cli; own = os.getpid(); os.getpid = lambda: 1\n"
     script += "cli.main(['chat'], lambda *_, **__: os.kill(own, signal.SIGTERM))"
