@@ -196,7 +196,8 @@ class Console:
 
     def _edited(self) -> str:
         if self._session is None:
-            self._session = _editor(self._complete, self._history)
+            with _uninterrupted():
+                self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
         self._editing = True
         try:
@@ -289,6 +290,19 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         buffer.on_text_insert += _join_halves
     session.app.renderer.cpr_not_supported_callback = None  # else it warns where a terminal does not say where the cursor is
     return session
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C means nothing in the block: what it imports could not be imported again once it was interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _join_halves(buffer: Any) -> None:

@@ -163,6 +163,27 @@ asyncio.run(typed())
     assert made.stdout.splitlines() == [r"'and \U0001f600\U0001f44d\U0001f3fd!\ud83d so on' 9"] * 2
 
 
+def test_ctrl_c_while_the_line_editor_is_imported_does_no_harm(terminal):
+    """Of modules that were imported in part some cannot be imported again, such as asyncio."""
+    driver = f"""
+import importlib.abc, os, runpy, signal, sys
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "asyncio.events":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = [{DRIVER!r}]
+sys.path.insert(0, os.path.dirname({DRIVER!r}))
+runpy.run_path({DRIVER!r}, run_name="__main__")
+"""
+    shown = terminal(command=(sys.executable, "-c", driver))
+    shown.prompt(1)
+    shown.type("Hello" + ENTER)
+    shown.wait("You said: Hello\n")
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
+
+
 def test_one_message_may_have_several_lines(terminal):
     shown = terminal()
     shown.prompt(1)
