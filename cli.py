@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pocketlm.cli_options import (
     DEFAULT_MODEL,
+    answer_keywords,
     form_arguments,
     form_keywords,
     is_packed,
@@ -125,19 +126,20 @@ def _check_words(argv: list[str]) -> None:
         hint = f", did you mean pocketlm chat {name}?" if os.path.exists(name) else did_you_mean(name, COMMANDS)
         raise UsageError(f"{name}: there is no such command{hint or '; pocketlm --help lists them'}")
     if name in COMMANDS:
-        flags = _flags(name)
+        flags = options(name)
+        shown = [flag for flag, option in flags.items() if option.help != argparse.SUPPRESS]
         for word in takewhile("--".__ne__, words):
             flag = word.partition("=")[0]
             if flag.startswith("--") and " " not in flag and flag not in flags:
-                hint = did_you_mean(flag, flags, cutoff=0.6, others=FLAGS_ELSEWHERE) or "; --help lists them"
+                hint = did_you_mean(flag, shown, cutoff=0.6, others=FLAGS_ELSEWHERE) or "; --help lists them"
                 raise UsageError(f"{name} {flag}: there is no such flag{hint}")
 
 
-def _flags(command: str) -> list[str]:
-    """The long flags of a command."""
-    parser = Parser(add_help=False)
+def options(command: str) -> dict[str, argparse.Action]:
+    """What a command can be given, by its long flags."""
+    parser = Parser()
     COMMANDS[command].arguments(parser)
-    return ["--help", *(flag for flag in parser._option_string_actions if flag.startswith("--"))]
+    return {flag: option for flag, option in parser._option_string_actions.items() if flag.startswith("--")}
 
 
 def give_up_output() -> None:
@@ -176,7 +178,7 @@ def _chat_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--think", choices=("on", "off", "hide"), metavar="on|off|hide", help="whether it thinks first; hide: does so unseen"
     )
-    resumed = "go on with the last conversation with this model, or with the one of that name (pocketlm chats lists them)"
+    resumed = "go on with the last conversation with this model, or with the one of that name (/load lists them)"
     parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="NAME", help=resumed)
     parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
     parser.add_argument("--save", action="store_true", default=None, help="keep a record of a conversation through pipes, too")
@@ -207,9 +209,7 @@ def _chat(arguments: Arguments) -> int:
     if arguments.question is None and arguments.model and " " in arguments.model and not os.path.exists(arguments.model):
         advice = f'to ask the one that comes with pocketlm: chat {DEFAULT_MODEL} "…"'
         raise FileError(arguments.model, "there is no such model", advice)
-    sampling = {**sampling_keywords(arguments), **form_keywords(arguments)}
-    if arguments.max_tokens is not None:
-        sampling["max_tokens"] = arguments.max_tokens
+    sampling = {**answer_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
         watch = str if is_packed() else _throttling()  # a packed program has no doctor
         return repl.run(

@@ -11,14 +11,15 @@ import json
 import os
 import signal
 import sys
+from argparse import SUPPRESS
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm import __version__, cli
 from pocketlm.build import persona, terminal
-from pocketlm.cli_options import SAMPLING
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime import container
 from pocketlm.terminal_text import print
 
@@ -42,14 +43,13 @@ A conversation with a language model. Everything happens on this computer: no ne
   {name} --version
 
 Options of a conversation and of generate:
-{options}
-  --system TEXT       what the model is told before the conversation
-  --max-tokens N      longest answer
-  --resume [NAME]     go on with the last conversation, or with the one of that name (/load lists them)
-  --save, --no-save   keep a record of the conversation (yes at a terminal, no through a pipe)
-  --lines             every line of a pipe is a message, or a slash command
-  --backend NAME      auto, native or numpy
-  --threads N         default: the number of physical cores
+{both}
+
+Of a conversation alone:
+{chat}
+
+Of generate alone:
+{generate}
 """
 
 
@@ -125,7 +125,9 @@ def _run(arguments: list[str]) -> int:
     if packed is None and model is None:
         advice = "get it again, or name a model with --model FILE.gguf"
         raise FileError(executable, "holds no model, or was damaged on its way", advice)
-    if arguments in (["--check"], ["--selftest"]):
+    if alone := {"--check", "--selftest"} & set(arguments):
+        if arguments[1:]:
+            raise UsageError(f"{min(alone)} stands alone")
         if packed is None:
             raise FileError(executable, "holds no model", "pack one with pocketlm pack")
         return _check(packed) if arguments == ["--check"] else _selftest(packed)
@@ -166,7 +168,9 @@ def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
 def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of --model, and the other words."""
     for i, word in enumerate(arguments):
-        if word == "--model" and i + 1 < len(arguments):
+        if word == "--model":
+            if i + 1 == len(arguments):
+                raise UsageError("--model: expected a file, as in --model FILE.gguf")
             return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
         if word.startswith("--model="):
             return word.partition("=")[2], arguments[:i] + arguments[i + 1 :]
@@ -174,8 +178,19 @@ def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _help(name: str) -> str:
-    options = [f"  {flag:<19} {text}" for flag, (_, _, text) in SAMPLING.items()]
-    return _HELP.format(name=name, options="\n".join(options))
+    chat, generate = cli.options("chat"), cli.options("generate")
+    parts = {"both": chat.keys() & generate, "chat": chat.keys() - generate, "generate": generate.keys() - chat}
+    texts = {part: _option_lines({**generate, **chat}, flags - {"--help"}) for part, flags in parts.items()}
+    return _HELP.format(name=name, **texts)
+
+
+def _option_lines(options: dict[str, Any], flags: Set[str]) -> str:
+    """A line for each of the options that have a help text, in their own order."""
+    rows = []
+    for option in (option for flag, option in options.items() if flag in flags and option.help != SUPPRESS):
+        value = f"[{option.metavar}]" if option.nargs == "?" else option.metavar
+        rows.append((", ".join(option.option_strings) + f" {value}" * bool(value), option.help))
+    return "\n".join(f"  {words:<23} {text}" for words, text in rows)
 
 
 def _check(packed: Packed) -> int:

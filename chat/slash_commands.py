@@ -42,11 +42,14 @@ def run(chat: Chat, line: str) -> None:
     if command is None:
         near = did_you_mean(name, COMMANDS, "/")
         raise UsageError(f"/{name[:40]} is no command{near}; /help lists them, //… sends a line with a slash")
+    if argument.strip() and not command.argument:
+        raise UsageError(f"/{name} {argument.strip()[:40]}: nothing can stand behind /{name}")
     try:
         command.run(chat, argument.strip())
     except UsageError as error:
+        said = str(error).removeprefix("--")  # as a flag of the command line
         near = did_you_mean(argument.strip(), command.words())
-        raise UsageError(f"{error}{'' if near in str(error) else near}") from None
+        raise UsageError(f"{said}{'' if near in said else near}") from None
 
 
 def complete(line: str) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pocketlm.cli_options import is_packed, model_arguments, open_model, sampling_arguments, sampling_keywords
+from pocketlm.cli_options import answer_keywords, is_packed, model_arguments, open_model, sampling_arguments
 from pocketlm.errors import FileError, UsageError
 from pocketlm.terminal_text import print
 
@@ -64,9 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--port {arguments.port}: expected 0 to 65535")
     if not arguments.timeout > 0:
         raise UsageError(f"--timeout {arguments.timeout}: expected more than 0 seconds")
-    defaults = sampling_keywords(arguments)
-    if arguments.max_tokens is not None:
-        defaults["max_tokens"] = arguments.max_tokens
+    defaults = answer_keywords(arguments)
     if arguments.install_service:
         return _service(arguments)
     socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing

@@ -1,6 +1,8 @@
 """The chat of a packed program: its conversations are its own; it answers once, in pipes and by name, as the command does."""
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from packing import real_stub, web
 from tiny_models import write_model
 
+from pocketlm import cli
 from pocketlm.build.pack import open_stub, pack
 from pocketlm.build.persona import Persona
 
@@ -105,7 +108,30 @@ def test_it_is_no_service_of_systemds(programs, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", refused)
 
 
-def test_its_help_names_what_the_chat_takes(programs, tmp_path):
+def test_its_help_names_what_it_takes_and_nothing_else(programs, tmp_path):
     text = run(programs["ada"], "--help", home=tmp_path).stdout
-    for word in ("--resume [NAME]", "--save", "--lines", '"QUESTION"'):
+    for word in ("--resume [NAME]", "--save", "--lines", '"QUESTION"', "-f, --file FILE", "--ctx N", "--think on|off|hide"):
         assert word in text
+    assert "--model-id" not in text
+    both, chat, generate = text.strip().split("\n\n")[-3:]
+    assert ("--json-object" in both, "--system" in chat, "--input" in generate) == (True, True, True)
+    for command, texts in (("chat", both + chat), ("generate", both + generate)):
+        listed = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", texts, re.MULTILINE))
+        taken = {flag for flag, option in cli.options(command).items() if option.help != argparse.SUPPRESS}
+        assert listed == taken - {"--help", "--dask"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model"], "--model: expected a file, as in --model FILE.gguf"),
+        (["--check", "x"], "--check stands alone"),
+        (["--modle-id", "x"], "chat --modle-id: there is no such flag; --help lists them"),
+        (["--temp", "nan"], "temperature is nan; it must be a number from 0 up (0: always the likeliest token)"),
+        (["--seed", "-1"], "seed is -1; it must be a whole number from 0 up, or None"),
+        (["--max-tokens", "0"], "--max-tokens 0: expected 1 to 1000000"),
+    ],
+)
+def test_wrong_usage_is_said_at_once(programs, tmp_path, words, said):
+    result = run(programs["ada"], *words, home=tmp_path, stdin="Hello\n")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"ada: {said}\n")
