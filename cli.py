@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, NoReturn
 from pocketlm import __version__
 from pocketlm.cli_options import (
     DEFAULT_MODEL,
+    answer_keywords,
     form_arguments,
     form_keywords,
+    is_packed,
     model_arguments,
     open_model,
     read_text,
@@ -125,19 +127,20 @@ def _check_words(argv: list[str]) -> None:
         hint = f", did you mean pocketlm chat {name}?" if os.path.exists(name) else did_you_mean(name, COMMANDS)
         raise UsageError(f"{name}: there is no such command{hint or '; pocketlm --help lists them'}")
     if name in COMMANDS:
-        flags = _flags(name)
+        flags = options(name)
+        shown = [flag for flag, option in flags.items() if option.help != argparse.SUPPRESS]
         for word in takewhile("--".__ne__, words):
             flag = word.partition("=")[0]
             if flag.startswith("--") and " " not in flag and flag not in flags:
-                hint = did_you_mean(flag, flags, cutoff=0.6, others=FLAGS_ELSEWHERE) or "; --help lists them"
+                hint = did_you_mean(flag, shown, cutoff=0.6, others=FLAGS_ELSEWHERE) or "; --help lists them"
                 raise UsageError(f"{name} {flag}: there is no such flag{hint}")
 
 
-def _flags(command: str) -> list[str]:
-    """The long flags of a command."""
-    parser = Parser(add_help=False)
+def options(command: str) -> dict[str, argparse.Action]:
+    """What a command can be given, by its long flags."""
+    parser = Parser()
     COMMANDS[command].arguments(parser)
-    return ["--help", *(flag for flag in parser._option_string_actions if flag.startswith("--"))]
+    return {flag: option for flag, option in parser._option_string_actions.items() if flag.startswith("--")}
 
 
 def give_up_output() -> None:
@@ -174,12 +177,14 @@ def _chat_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--think", choices=("on", "off", "hide"), metavar="on|off|hide", help="whether it thinks first; hide: does so unseen"
     )
-    resumed = "go on with the last conversation with this model, or with the one of that name (pocketlm chats lists them)"
+    resumed = "go on with the last conversation with this model, or with the one of that name (/load lists them)"
     parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="NAME", help=resumed)
     parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
     parser.add_argument("--save", action="store_true", default=None, help="keep a record of a conversation through pipes, too")
     parser.add_argument("--no-save", dest="save", action="store_false", help="keep no record of the conversation")
-    parser.add_argument("--model-id", default="", help=argparse.SUPPRESS)  # of packed programs: whose conversations these are
+    # of packed programs: whose conversations these are, and what the model is told before new ones
+    parser.add_argument("--model-id", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--default-system", default="", help=argparse.SUPPRESS)
     parser.epilog = (
         "With QUESTION, or through a pipe, it answers once: the text of the pipe is one message, and follows the question. "
         "A pipe in which a line is a slash command is read line by line, as with --lines."
@@ -203,16 +208,14 @@ def _chat(arguments: Arguments) -> int:
     if arguments.question is None and arguments.model and " " in arguments.model and not os.path.exists(arguments.model):
         advice = f'to ask the one that comes with pocketlm: chat {DEFAULT_MODEL} "…"'
         raise FileError(arguments.model, "there is no such model", advice)
-    sampling = {**sampling_keywords(arguments), **form_keywords(arguments)}
-    if arguments.max_tokens is not None:
-        sampling["max_tokens"] = arguments.max_tokens
+    sampling = {**answer_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
-        watch = str if arguments.load is not None else _throttling()  # a packed program has no doctor
+        watch = str if is_packed() else _throttling()  # a packed program has no doctor
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
             title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
-            watch=watch,
+            watch=watch, default_system=arguments.default_system,
         )  # fmt: skip
 
 

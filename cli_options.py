@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError, UsageError, refused
+from pocketlm.errors import FileError, UsageError, refused, whole_number
 from pocketlm.terminal_text import print
 
 DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
@@ -26,6 +26,11 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 }
 
 
+def is_packed() -> bool:
+    """Whether this is a packed program, which holds a part of pocketlm only and stays where its user has put it."""
+    return getattr(sys, "frozen", False)
+
+
 def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     text = "a GGUF file, or the short name of an installed or fetched model (small-talk, smollm2, qwen3-0.6b)"
     if optional:
@@ -36,7 +41,7 @@ def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> 
 
 def running_arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is run."""
-    parser.add_argument("--backend", default="auto", help="auto (default), native or numpy")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
     parser.add_argument(
         "--ctx", type=int, metavar="N", help="tokens the model can look back on (default: its own, at most 4096)"
@@ -107,10 +112,11 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def form_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the answer must look like")
     forms = group.add_mutually_exclusive_group()
-    forms.add_argument("--json-schema", metavar="FILE", help="JSON that is valid under the schema in this file")
-    forms.add_argument("--json-object", action="store_true", help="a JSON object")
-    forms.add_argument("--choice", action="append", metavar="TEXT", help="one of these texts; give it for each")
-    forms.add_argument("--regex", metavar="PATTERN", help="what the regular expression matches from beginning to end")
+    forms.add_argument("--json-schema", metavar="FILE", help="the answer is JSON, valid under the schema in this file")
+    forms.add_argument("--json-object", action="store_true", help="the answer is a JSON object")
+    forms.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these texts; give it for each")
+    matched = "the answer is what the regular expression matches from beginning to end"
+    forms.add_argument("--regex", metavar="PATTERN", help=matched)
 
 
 def form_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -138,8 +144,18 @@ def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling keywords that were given; the rest keep their defaults."""
     given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
     given = {keyword: value for keyword, value in given.items() if value is not None}
-    if given and arguments.load is None:  # before a model is opened for nothing; packed programs open theirs behind a prompt
+    if given:  # before a model is opened for nothing
         from pocketlm.runtime.sampling import SamplingOptions
 
         SamplingOptions(**given)
     return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos, "draft": arguments.draft == "on"}
+
+
+def answer_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same of a chat or a server, where an answer has a longest length only if one is given, and that is not nothing."""
+    given = sampling_keywords(arguments)
+    if arguments.max_tokens is not None:
+        from pocketlm.chat.slash_commands import MAX_TOKENS
+
+        given["max_tokens"] = whole_number("--max-tokens", arguments.max_tokens, 1, MAX_TOKENS)
+    return given

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm import __version__
-from pocketlm.cli_options import form_keywords, open_model, running_keywords, sampling_keywords
+from pocketlm.cli_options import form_keywords, is_packed, open_model, running_keywords, sampling_keywords
 from pocketlm.errors import UsageError, whole_number
 from pocketlm.terminal_text import StatusLine, clock, print
 
@@ -25,7 +25,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--input", metavar="FILE", help="JSON lines with a prompt or messages each, and sampling fields")
     group.add_argument("--output", metavar="FILE", help="JSON lines with their answers, in order; goes on where it was ended")
     group.add_argument("--slots", type=int, default=SLOTS, metavar="N", help=f"answers at the same time (default {SLOTS})")
-    group.add_argument("--dask", metavar="ADDRESS", help="let the workers of a Dask cluster answer: tcp://…")
+    dask = argparse.SUPPRESS if is_packed() else "let the workers of a Dask cluster answer: tcp://…"
+    group.add_argument("--dask", metavar="ADDRESS", help=dask)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pocketlm.build.persona import UIS, Persona, from_bytes
 from pocketlm.cli_options import SAMPLING, cache_argument
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, whole_number
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_room, replacing_file
@@ -56,14 +56,14 @@ def _texts(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 def _flags(arguments: argparse.Namespace) -> dict[str, float | str]:
     """The sampling flags that were given, checked as the chat would check them."""
+    from pocketlm.chat.slash_commands import MAX_TOKENS
     from pocketlm.runtime.sampling import SamplingOptions
 
     values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in (*SAMPLING, "--max-tokens", "--kv")}
     given = {flag: value for flag, value in values.items() if value is not None}
     SamplingOptions(**{SAMPLING[flag][0]: value for flag, value in given.items() if flag in SAMPLING})
     check_kind(given.get("--kv", KINDS[0]))
-    if given.get("--max-tokens", 1) < 1:
-        raise UsageError(f"--max-tokens {given['--max-tokens']}: expected at least 1")
+    whole_number("--max-tokens", given.get("--max-tokens", 1), 1, MAX_TOKENS)
     return given
 
 

@@ -213,8 +213,9 @@ def _entries(
         [*_own_modules(tree.own), *_base_modules(tree.library), *_BOOT], [tree.own, tree.packages, tree.library, tree.compiled],
         platform, (*EXCLUDED, *COMPILED_IN), layout.python,
     )  # fmt: skip
+    quiet = {"quiet": tree.own / "quiet.py"}  # the first that is run
     scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
-    files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **scripts}
+    files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **quiet, **scripts}
     marshalled, magic = bytecode.compile_all(dict(sorted(files.items())), another)
     code = {name: Code(path.stem == "__init__", marshalled[name]) for name, path in found.python.items()}
     base = {name: item for name, item in code.items() if name.startswith(_BASE) and name.split(".")[0] in _BASE}
@@ -224,7 +225,7 @@ def _entries(
     binaries = _binaries(platform, layout, tree, found.compiled)
     libraries = [PurePosixPath(e.name.replace("\\", "/")).name for e in binaries if not _is_module(e.name)]
     return [
-        *(Entry(archive_writer.MODULE, name, marshalled[name]) for name in ("struct", *boot_modules)),
+        *(Entry(archive_writer.MODULE, name, marshalled[name]) for name in (*quiet, "struct", *boot_modules)),
         *(Entry(archive_writer.SCRIPT, name, marshalled[name]) for name in scripts),
         *binaries,
         Entry(archive_writer.DATA, "base_library.zip", archive_writer.library(base, magic)),

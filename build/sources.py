@@ -13,16 +13,25 @@ from pocketlm.runtime.native.aot import PLATFORMS
 from pocketlm.runtime.native.levels import host_machine
 
 _SYSTEMS = {"linux": "linux", "win32": "windows", "darwin": "macos"}
+QUIET = """\
+import _signal  # of what Python is made of: nothing can be imported from the archive yet
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:  # Ctrl-C ends a start without a word
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+"""
 ENTRY = """\
 import os
 import sys
 
 try:
-    from pocketlm.build.stub_entry import main
-except Exception as error:  # every stub has been started: a module that cannot be read now was damaged since
-    name, reason = os.path.basename(sys.executable), str(error).partition("\\n")[0]
-    sys.exit(f"{name}: was damaged or cut short on its way ({reason}); get it again, best in a zip archive")
-main()
+    try:
+        from pocketlm.build.stub_entry import main
+    except Exception as error:  # every stub has been started: a module that cannot be read now was damaged since
+        name, reason = os.path.basename(sys.executable), str(error).partition("\\n")[0]
+        sys.exit(f"{name}: was damaged or cut short on its way ({reason}); get it again, best in a zip archive")
+    main()
+except KeyboardInterrupt:  # a second one: the boot loader passes on what the terminal sends to both
+    os._exit(130)
 """
 
 
@@ -45,13 +54,14 @@ def _sources() -> list[Path]:
 
 
 def copy_sources(folder: Path) -> None:
-    """`folder`/pocketlm and entry.py: what of this package a stub holds, however it is installed."""
+    """`folder`/pocketlm, quiet.py and entry.py: what of this package a stub holds, however it is installed."""
     root = Path(__file__).parents[1]
     for file in _sources():
         if file.as_posix() not in BUILDERS:
             target = folder / "pocketlm" / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, target)
+    (folder / "quiet.py").write_text(QUIET)
     (folder / "entry.py").write_text(ENTRY)
 
 

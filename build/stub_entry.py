@@ -9,7 +9,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
+from argparse import SUPPRESS
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pocketlm
 from pocketlm import __version__, cli
 from pocketlm.build import persona, terminal
-from pocketlm.cli_options import SAMPLING
-from pocketlm.errors import FileError, PocketlmError
+from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime import container
 from pocketlm.runtime.container import Packed
 from pocketlm.terminal_text import print
@@ -42,20 +44,20 @@ A conversation with a language model. Everything happens on this computer: no ne
   {name} --version
 
 Options of a conversation and of generate:
-{options}
-  --system TEXT       what the model is told before the conversation
-  --max-tokens N      longest answer
-  --resume [NAME]     go on with the last conversation, or with the one of that name (/load lists them)
-  --save, --no-save   keep a record of the conversation (yes at a terminal, no through a pipe)
-  --lines             every line of a pipe is a message, or a slash command
-  --backend NAME      auto, native or numpy
-  --threads N         default: the number of physical cores
+{both}
+
+Of a conversation alone:
+{chat}
+
+Of generate alone:
+{generate}
 """
 
 
 def main() -> None:
     """Run, keep the console where that is ours alone and something went wrong, and end the process."""
     gc.set_threshold(50_000)  # at the start much is made and little becomes garbage: a fifth of the time
+    terminal.forget_loader()
     arguments = sys.argv[1:]
     if not arguments and terminal.open_one(sys.executable, arguments):
         sys.exit(0)
@@ -124,7 +126,9 @@ def _run(arguments: list[str]) -> int:
     if packed is None and model is None:
         advice = "get it again, or name a model with --model FILE.gguf"
         raise FileError(executable, "holds no model, or was damaged on its way", advice)
-    if arguments in (["--check"], ["--selftest"]):
+    if alone := {"--check", "--selftest"} & set(arguments):
+        if arguments[1:]:
+            raise UsageError(f"{min(alone)} stands alone")
         if packed is None:
             raise FileError(executable, "holds no model", "pack one with pocketlm pack")
         return _check(packed) if arguments == ["--check"] else _selftest(packed)
@@ -141,12 +145,15 @@ def _run(arguments: list[str]) -> int:
     if command == "serve":
         words += ["--port=0", "--slots=4", "--browser"]
     if command in ("chat", "serve"):
-        words += [f"--title={own.title}"] * bool(own.title) + [f"--system={own.system}"] * bool(own.system)
+        system = "--default-system" if command == "chat" else "--system"  # the page has conversations of its own
+        words += [f"--title={own.title}"] * bool(own.title) + [f"{system}={own.system}"] * bool(own.system)
         words += [f"--greeting={own.greeting or HOW_TO if command == 'chat' else own.greeting}"]
         if packed and model is None:  # its conversations are this program's: this model under this title
             words += [f"--model-id={packed.sections['gguf'].sha256.hex()[:32]} {own.title}"]
         if own.title and command == "chat":
             load = partial(_open_later, own.title)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as QUIET has left it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main(words + arguments, load, executable.name)
 
 
@@ -161,7 +168,9 @@ def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
 def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of --model, and the other words."""
     for i, word in enumerate(arguments):
-        if word == "--model" and i + 1 < len(arguments):
+        if word == "--model":
+            if i + 1 == len(arguments):
+                raise UsageError("--model: expected a file, as in --model FILE.gguf")
             return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
         if word.startswith("--model="):
             return word.partition("=")[2], arguments[:i] + arguments[i + 1 :]
@@ -169,8 +178,19 @@ def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _help(name: str) -> str:
-    options = [f"  {flag:<19} {text}" for flag, (_, _, text) in SAMPLING.items()]
-    return _HELP.format(name=name, options="\n".join(options))
+    chat, generate = cli.options("chat"), cli.options("generate")
+    parts = {"both": chat.keys() & generate, "chat": chat.keys() - generate, "generate": generate.keys() - chat}
+    texts = {part: _option_lines({**generate, **chat}, flags - {"--help"}) for part, flags in parts.items()}
+    return _HELP.format(name=name, **texts)
+
+
+def _option_lines(options: dict[str, Any], flags: Set[str]) -> str:
+    """A line for each of the options that have a help text, in their own order."""
+    rows = []
+    for option in (option for flag, option in options.items() if flag in flags and option.help != SUPPRESS):
+        value = f"[{option.metavar}]" if option.nargs == "?" else option.metavar
+        rows.append((", ".join(option.option_strings) + f" {value}" * bool(value), option.help))
+    return "\n".join(f"  {words:<23} {text}" for words, text in rows)
 
 
 def _check(packed: Packed) -> int:

@@ -1,7 +1,7 @@
 """A console for a program that was opened with a double click.
 
-In: how the process was started. Out: whether its console closes with it, or a terminal opened for it; its title. Knows
-nothing about the conversation.
+In: how the process was started. Out: whether its console closes with it, or a terminal opened for it; its title; an
+environment for what is started from here. Knows nothing about the conversation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def open_one(program: str, arguments: Sequence[str]) -> bool:
         if path is None:
             continue
         try:
-            subprocess.Popen([path, *how, program, *arguments], env=_environment(), start_new_session=True)
+            subprocess.Popen([path, *how, program, *arguments], env={**os.environ, MARK: "1"}, start_new_session=True)
             return True
         except OSError:
             continue
@@ -81,10 +81,12 @@ def _started_by_file_manager() -> bool:
         return False
 
 
-def _environment() -> dict[str, str]:
-    """Without what the boot loader has set for its own child: a terminal must not load libraries of ours."""
-    ours = ("_PYI", "_MEIPASS", "LD_LIBRARY_PATH")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    if original := os.environ.get("LD_LIBRARY_PATH_ORIG"):
-        environment["LD_LIBRARY_PATH"] = original
-    return {**environment, MARK: "1"}
+def forget_loader() -> None:
+    """Take what the boot loader has set for this very process out of the environment: a terminal or a browser that is started
+    from here must not load libraries of ours.
+    """
+    original = os.environ.get("LD_LIBRARY_PATH_ORIG")
+    for key in [key for key in os.environ if key.startswith(("_PYI", "_MEIPASS", "LD_LIBRARY_PATH"))]:
+        del os.environ[key]
+    if original:
+        os.environ["LD_LIBRARY_PATH"] = original

@@ -196,7 +196,8 @@ class Console:
 
     def _edited(self) -> str:
         if self._session is None:
-            self._session = _editor(self._complete, self._history)
+            with _uninterrupted():
+                self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
         self._editing = True
         try:
@@ -245,6 +246,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
     """A line editor: history, Tab, several lines by Alt-Enter or a backslash, a pasted block as one message."""
     from prompt_toolkit.completion import Completer as ToolkitCompleter
     from prompt_toolkit.completion import Completion
+    from prompt_toolkit.filters import is_searching
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.shortcuts.prompt import CompleteStyle, PromptSession
@@ -262,7 +264,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
 
     keys = KeyBindings()
 
-    @keys.add("enter")
+    @keys.add("enter", filter=~is_searching)  # in a search it takes what was found
     def _(event: Any) -> None:
         buffer = event.current_buffer
         if buffer.document.text_before_cursor.endswith("\\"):
@@ -271,7 +273,7 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         else:
             buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=~is_searching)
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 
@@ -284,8 +286,31 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         multiline=True,
         enable_suspend=True,
     )
+    for buffer in (session.default_buffer, session.search_buffer):
+        buffer.on_text_insert += _join_halves
     session.app.renderer.cpr_not_supported_callback = None  # else it warns where a terminal does not say where the cursor is
     return session
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C means nothing in the block: what it imports could not be imported again once it was interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _join_halves(buffer: Any) -> None:
+    """Windows' consoles deliver an emoji as two keys, the halves of its UTF-16."""
+    before = buffer.document.text_before_cursor
+    joined = before.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    if len(joined) < len(before):
+        buffer.document = type(buffer.document)(joined + buffer.document.text_after_cursor, len(joined))
 
 
 def _writable(path: Path) -> bool:

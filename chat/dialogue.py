@@ -6,6 +6,7 @@ neither the commands nor where questions come from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Chat:
         self._forgotten = 0  # turns, as the last note about them said
         self._unknown: set[str] = set()  # characters of which a note has said that the vocabulary lacks them
         self._restorable = False  # whether a state may have been kept of what was resumed
-        self._last: Any = None  # the last piece of the last answer
+        self._last: Any = None  # the last piece of the last answer; None also where more was computed than is to be kept
         self.watch: Callable[[], str] = lambda: ""  # what there is to say of the machine after an answer
         self._in_thought = False  # whether what was shown last was one
 
@@ -93,9 +94,11 @@ class Chat:
             with self.console.interruptible() as cancel:
                 begun = answer["content"] or self._opening()
                 parts = Splitter(self.model.template.tags, begun)
+                before = None
                 for last in self.model.chat(given, cancel=cancel, **self.sampling):
-                    if not last.finish_reason:
-                        self._report_forgotten(last)
+                    if before is not None:  # with the first it is not known yet whether the question itself fits
+                        self._report_forgotten(before)
+                    before = last
                     if last.text:
                         answer["content"] = (answer["content"] or begun) + last.text
                     self._show(parts.push(last.text))
@@ -147,6 +150,7 @@ class Chat:
         """A question and its answer, should that be empty."""
         if new and not new[-1]["content"]:
             del self.conversation.messages[-len(new) :]
+            self._last = None
 
     def _encodable(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """The messages without the characters that a model of characters does not know; a note says which, once."""
@@ -219,7 +223,7 @@ class Chat:
     def reset(self) -> None:
         """Begin anew, in a new file; the system prompt stays."""
         self.conversation, self.record = self._begun(self.conversation.system), Record()
-        self._forgotten = 0
+        self._forgotten, self._last = 0, None
         self.console.note("a new conversation")
 
     def undo(self, said: str = "taken back") -> str | None:
@@ -231,6 +235,9 @@ class Chat:
             return None
         question = messages[start]["content"]
         del messages[start:]
+        self._last = None
+        if self._saving and self.record.path is not None:
+            states.forget(self.record.path)
         self.console.note(f"{said}: {question}")
         self.save()
         return question
@@ -264,7 +271,7 @@ class Chat:
         conversation = record.load(path)
         turns, name = count(conversation.n_turns, "turn"), conversation.model or "a model"
         other = " (another model)" if conversation.model_id and conversation.model_id != self.model_id else ""
-        self.conversation, self.record, self._forgotten = conversation, record, 0
+        self.conversation, self.record, self._forgotten, self._last = conversation, record, 0, None
         self.console.note(f"resumed: {turns} with {name}{other}, {shown(path)}")
         if self.console.interactive and conversation.messages:
             question, *answers = conversation.messages[-2:]
@@ -315,7 +322,10 @@ class Chat:
             return ""
         if self._given_id or not isinstance(self._model, Opening) or self._model.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
+        gone = path is not None and not os.path.lexists(path)
         if self.record.save(conversation):
             return ""
+        if gone:
+            return f"{shown(path)} was deleted meanwhile: this conversation is kept as {shown(self.record.path)}"
         changed = f"{shown(path)} was changed by another program, and stays as it is"
         return f"{changed}: this conversation goes on as {shown(self.record.path)}"

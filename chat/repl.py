@@ -22,6 +22,7 @@ def run(
     *,
     sampling: dict[str, Any],
     system: str | None = None,
+    default_system: str = "",
     resume: bool | str = False,
     save: bool | None = None,
     question: str | None = None,
@@ -42,12 +43,13 @@ def run(
     With `question` that is answered, with the text of a pipe behind it, and nothing else. Without, a pipe's text is one
     message, unless `lines` or a slash command in it make every line one.
 
-    `sampling`: keywords of `model.chat`. `resume`: go on with the last conversation that a person held with this model, or
-    with the one of that name. `save`: None keeps the conversations of people, and not those of programs; False keeps no
-    input history either. `template`: a built-in name or a Jinja file in place of the model's own. `think`: "on", "off" or
-    "hide", as /think. `title`: what the banner shows in place of name and figures; `greeting`: what it says. `model_id`: what
-    the model's conversations are recognised by, in place of its fingerprint; `program`: what errors begin with. `watch` is
-    asked after every answer of a conversation at a terminal: what it says of the machine is noted.
+    `sampling`: keywords of `model.chat`. `system`: what the model is told before; `default_system`: in new conversations only.
+    `resume`: go on with the last conversation that a person held with this model, or with the one of that name. `save`: None
+    keeps the conversations of people, and not those of programs; False keeps no input history either. `template`: a built-in
+    name or a Jinja file in place of the model's own. `think`: "on", "off" or "hide", as /think. `title`: what the banner shows
+    in place of name and figures; `greeting`: what it says. `model_id`: what the model's conversations are recognised by, in
+    place of its fingerprint; `program`: what errors begin with. `watch` is asked after every answer of a conversation at a
+    terminal: what it says of the machine is noted.
     Raises PocketlmError for what is wrong before the first message.
     """
     console = Console(stdin, stdout, stderr, one_shot=question is not None)
@@ -67,6 +69,7 @@ def run(
                 chat.think(think)
             if console.interactive:
                 _banner(chat, title, greeting)
+            chat.conversation.system = default_system
             if resume:
                 chat.resume(saved.find(resume) if isinstance(resume, str) else None)
             if system is not None:

@@ -42,11 +42,14 @@ def run(chat: Chat, line: str) -> None:
     if command is None:
         near = did_you_mean(name, COMMANDS, "/")
         raise UsageError(f"/{name[:40]} is no command{near}; /help lists them, //… sends a line with a slash")
+    if argument.strip() and not command.argument:
+        raise UsageError(f"/{name} {argument.strip()[:40]}: nothing can stand behind /{name}")
     try:
         command.run(chat, argument.strip())
     except UsageError as error:
+        said = str(error).removeprefix("--")  # as a flag of the command line
         near = did_you_mean(argument.strip(), command.words())
-        raise UsageError(f"{error}{'' if near in str(error) else near}") from None
+        raise UsageError(f"{said}{'' if near in said else near}") from None
 
 
 def complete(line: str) -> list[str]:
@@ -136,6 +139,8 @@ def _think(chat: Chat, text: str) -> None:
 
 
 def _save(chat: Chat, name: str) -> None:
+    if not chat.conversation.messages:
+        raise PocketlmError("there is nothing to save yet")
     path = Path(os.path.abspath(saved.as_path(name))) if name else chat.record.path
     if path is None or path == chat.record.path:
         record = chat.record
@@ -146,6 +151,7 @@ def _save(chat: Chat, name: str) -> None:
         raise FileError(path, "holds another conversation", "choose another name")
     else:
         record = transcript.Record(path)
+    chat.conversation.model_id = chat.model_id
     record.save(chat.conversation)
     if path is not None and record is not chat.record:
         chat.copies[path] = record

@@ -6,15 +6,19 @@ import argparse
 import os
 import re
 import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from pocketlm.cli_options import model_arguments, open_model, sampling_arguments, sampling_keywords
+from pocketlm.cli_options import answer_keywords, is_packed, model_arguments, open_model, sampling_arguments
 from pocketlm.errors import FileError, UsageError, whole_number
 from pocketlm.terminal_text import print
 
 PORT = 8642
 QUEUE = 16  # requests that may wait, for each slot
 SECONDS = 600.0
+FOR_TERMINALS = ("www-browser", "links", "elinks", "lynx", "w3m")
 # seconds that a thread may go on in Python while others wait to: in Python's own 5 ms, a pass of eight answers is half through
 TURN = 0.0005
 
@@ -58,9 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     whole_number("--port", arguments.port, 0, 65535)
     if not arguments.timeout > 0:
         raise UsageError(f"--timeout {arguments.timeout}: expected more than 0 seconds")
-    defaults = sampling_keywords(arguments)
-    if arguments.max_tokens is not None:
-        defaults["max_tokens"] = arguments.max_tokens
+    defaults = answer_keywords(arguments)
     if arguments.install_service:
         return _service(arguments)
     socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _service(arguments: argparse.Namespace) -> int:
-    if arguments.load is not None:
+    if is_packed():
         raise UsageError("--install-service is for pocketlm serve, not for a packed program")
     if sys.platform != "linux":
         raise UsageError("--install-service prints a unit for systemd, which is Linux's: ask on the computer that will serve")
@@ -144,6 +146,14 @@ def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> 
         print(f"others    http://{other}:{port} in place of {address}", file=sys.stderr)
     print("Ctrl-C stops it", file=sys.stderr, flush=True)
     if arguments.browser:
-        import webbrowser
+        # in a thread: webbrowser waits for some until they end
+        threading.Thread(target=_open_page, args=(f"{address}/#{page.one_time_code()}",), daemon=True).start()
 
-        webbrowser.open(f"{address}/#{page.one_time_code()}")
+
+def _open_page(url: str) -> None:
+    """In a browser with windows of its own; one for the terminal would take that from the server."""
+    import webbrowser
+
+    with suppress(webbrowser.Error):  # there is none
+        if Path(webbrowser.get().name).name not in FOR_TERMINALS:
+            webbrowser.open(url)

@@ -118,8 +118,6 @@ def _has_key(arguments: Any) -> bool:
 
 def _program() -> tuple[list[str], list[Path]]:
     """How this very program is started, and the folders that this takes."""
-    if getattr(sys, "frozen", False):
-        return [os.path.realpath(sys.executable)], [Path(sys.executable).resolve()]
     found = Path(sys.argv[0]).absolute().parent.resolve() / Path(sys.argv[0]).name
     known = found.name.startswith(NAME) and os.access(found, os.X_OK) and found.is_file()
     program = [str(found)] if known else [sys.executable, "-m", "pocketlm"]

@@ -13,7 +13,8 @@ if not hasattr(pexpect, "spawn"):
     pytest.skip("there is no pseudo-terminal on this system", allow_module_level=True)
 
 DRIVER = str(Path(__file__).with_name("chat_fake.py"))
-ENTER, ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, UP, TAB = "\r", "\x1b\r", "\x03", "\x04", "\x1a", "\x1b[A", "\t"
+ENTER, ALT_ENTER, UP, TAB = "\r", "\x1b\r", "\x1b[A", "\t"
+CTRL_C, CTRL_D, CTRL_R, CTRL_Z = "\x03", "\x04", "\x12", "\x1a"
 
 
 class Terminal:

@@ -44,6 +44,14 @@ def test_turns_that_go_are_told_before_the_answer_each_time(terminal):
     assert "\x1b[2mthe 3 oldest turns were forgotten\x1b[0m" in shown.raw
 
 
+def test_nothing_is_forgotten_for_a_question_that_does_not_fit(tmp_path):
+    path = write_model(tmp_path / "model.gguf", n_ctx=128, seed=1)
+    with pocketlm.load(path, backend="numpy") as model:
+        shown = chat(model, "the thing", "the thing " * 200)
+    assert shown.splitlines()[-1].startswith("pocketlm: the prompt has ")
+    assert "forgotten" not in shown
+
+
 def test_the_number_is_that_of_the_turns_the_model_does_not_see(tmp_path):
     path = write_model(tmp_path / "model.gguf", n_ctx=128, seed=1)
     questions = [f"{n} the thing in the inn" for n in range(7)]

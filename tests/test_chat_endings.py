@@ -177,6 +177,34 @@ stub_entry.main()
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "")
 
 
+@pytest.mark.parametrize("where", ["the first imports", "later ones"])
+def test_ctrl_c_at_the_start_of_a_packed_program_says_nothing(where):
+    script = """
+import importlib.abc, sys
+from pocketlm.build.sources import ENTRY
+class Interrupted(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+for name in [name for name in sys.modules if name.startswith("pocketlm") or name.startswith("numpy")]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Interrupted())
+exec(ENTRY)
+"""
+    name = "pocketlm.build.stub_entry" if where == "the first imports" else "numpy"
+    ended = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+@posix
+def test_before_there_are_modules_ctrl_c_ends_it_as_a_program_without_python():
+    script = "from pocketlm.build.sources import QUIET; import os, signal; exec(QUIET); os.kill(os.getpid(), signal.SIGINT)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+    ignored = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {script}"
+    subprocess.run([sys.executable, "-c", ignored], check=True, timeout=120)
+
+
 @posix
 def test_the_first_process_of_a_container_ends_at_a_signal():
     script = "import os, signal; from pocketlm import cli; own = os.getpid(); os.getpid = lambda: 1\n"

@@ -172,7 +172,8 @@ def test_a_file_that_changed_is_left_alone(change, home):
             yield from super().chat(messages, **options)
 
     notes = chat("two", "three", model=Meddled(), resume="20260101")
-    assert notes.count("was changed by another program, and stays as it is: this conversation goes on as ") == 1
+    changed = " was changed by another program, and stays as it is: this conversation goes on as "
+    assert notes.count(" was deleted meanwhile: this conversation is kept as " if change == "deleted" else changed) == 1
     assert (path.read_bytes() if path.exists() else None) == seen["content"]
     new = [transcript.load(other) for other in saved.paths() if other != path]
     assert [[m["content"] for m in each.messages[::2]] for each in new] == [["one", "two", "three"]]
@@ -233,6 +234,12 @@ def test_save_writes_over_its_own_copies_only(tmp_path):
     notes = chat("other", f"/save {path}", save=False)
     assert notes == f"pocketlm: {path}: holds another conversation; choose another name\n"
     assert transcript.load(path).messages[0]["content"] == "one"
+
+
+def test_a_conversation_that_save_alone_has_kept_is_resumed():
+    notes = chat("/save", "one", "/save", save=False)
+    assert notes.startswith("pocketlm: there is nothing to save yet\nsaved: ")
+    assert [conversation.model_id for conversation in kept()] == ["f" * 32]
 
 
 def test_what_killed_saves_leave_is_taken_away_later():
@@ -340,7 +347,7 @@ def test_find_raises_what_it_says():
 
 @pytest.mark.parametrize("line", ["/load " + "9" * 5000, "/load ~a\0b", "/save ~a\0b", "/load a\0b", "/save a\0b"])
 def test_a_name_that_nothing_can_have_is_one_line(line):
-    notes = chat(line)
+    notes = chat("one", line)
     assert notes.startswith("pocketlm: ")
     assert notes.count("\n") == 1
 

@@ -116,6 +116,36 @@ def test_a_deleted_conversation_takes_its_state_along(capsys):
     assert not kept()
 
 
+def test_what_was_computed_of_one_conversation_is_not_kept_as_anothers(monkeypatch):
+    monkeypatch.setattr(states, "SHORTEST", 100)
+    chat("Hi!")
+    (other,) = saved.paths()
+    for command in ("/reset", f"/load {other.stem}"):
+        chat(*ASKED, command)
+        assert not kept()
+
+
+def test_words_that_are_taken_back_are_in_no_state():
+    chat(*ASKED, "/undo")
+    assert not kept()
+    chat("And then?", resume=saved.paths()[0].stem)
+    assert len(kept()) == 1
+    chat("/undo", resume=saved.paths()[0].stem)
+    assert not kept()
+    chat("And then?", resume=saved.paths()[0].stem)
+    chat(*["/undo"] * 3, resume=saved.paths()[0].stem)
+    assert not kept()
+    assert not saved.paths()
+
+
+def test_a_question_without_an_answer_is_in_no_state():
+    chat(*ASKED)
+    (state,) = kept()
+    before = state.read_bytes()
+    chat("And then?", resume=saved.paths()[0].stem, sampling={"max_tokens": 0})
+    assert state.read_bytes() == before
+
+
 def test_old_ones_go(monkeypatch):
     monkeypatch.setattr(states, "MOST", 2)
     for age in (3000, 2000, 1000):

@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from chat_terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_Z, DRIVER, ENTER, TAB, UP
+from chat_terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, CTRL_Z, DRIVER, ENTER, TAB, UP
 
 
 def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
@@ -144,6 +144,46 @@ print(_editor(lambda line: (), None).app.renderer.cpr_not_supported_callback)
     assert made.stdout == "None\n"
 
 
+def test_an_emoji_that_comes_in_two_halves_is_one_character():
+    """As Windows' consoles deliver it."""
+    asks = r"""
+import asyncio
+from pocketlm.chat.console import _editor
+async def typed():
+    session = _editor(lambda line: (), None)
+    for buffer in (session.default_buffer, session.search_buffer):
+        buffer.insert_text("and so on")
+        buffer.cursor_position = 3
+        for key in " \ud83d\ude00\ud83d\udc4d\ud83c\udffd!\ud83d":
+            buffer.insert_text(key)
+        print(ascii(buffer.text), buffer.cursor_position)
+asyncio.run(typed())
+"""
+    made = subprocess.run([sys.executable, "-c", asks], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert made.stdout.splitlines() == [r"'and \U0001f600\U0001f44d\U0001f3fd!\ud83d so on' 9"] * 2
+
+
+def test_ctrl_c_while_the_line_editor_is_imported_does_no_harm(terminal):
+    """Of modules that were imported in part some cannot be imported again, such as asyncio."""
+    driver = f"""
+import importlib.abc, os, runpy, signal, sys
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "asyncio.events":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = [{DRIVER!r}]
+sys.path.insert(0, os.path.dirname({DRIVER!r}))
+runpy.run_path({DRIVER!r}, run_name="__main__")
+"""
+    shown = terminal(command=(sys.executable, "-c", driver))
+    shown.prompt(1)
+    shown.type("Hello" + ENTER)
+    shown.wait("You said: Hello\n")
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
+
+
 def test_one_message_may_have_several_lines(terminal):
     shown = terminal()
     shown.prompt(1)
@@ -183,6 +223,24 @@ def test_the_next_chat_resumes_and_remembers_what_was_typed(terminal):
     second.wait("> Remember me", 2)
     second.type(CTRL_C + CTRL_D)
     second.ended()
+
+
+def test_enter_takes_what_was_searched(terminal):
+    shown = terminal()
+    shown.prompt(1)
+    for n, text in enumerate(("Hello there", "Bye"), 2):
+        shown.type(text + ENTER)
+        shown.wait(f"You said: {text}\n")
+        shown.prompt(n)
+    shown.type(CTRL_R + "Hel")
+    shown.wait("I-search backward: Hel")
+    shown.type(ENTER)
+    shown.wait("> Hello there", 2)
+    shown.type("! " + ENTER)
+    shown.wait("You said: ! Hello there\n")
+    shown.prompt(4)
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
 
 
 def test_no_save_keeps_no_history(terminal, tmp_path):

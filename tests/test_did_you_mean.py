@@ -23,6 +23,10 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return err.rstrip()
 
 
+def test_a_flag_that_help_does_not_show_is_not_meant(capsys: pytest.CaptureFixture[str]):
+    assert said(capsys, "chat", "--model_id", "x").endswith("there is no such flag; --help lists them")
+
+
 @pytest.mark.parametrize(
     ("asked", "meant"),
     [

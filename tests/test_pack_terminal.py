@@ -53,8 +53,8 @@ def test_a_double_click_opens_a_terminal_once(tmp_path):
     nothing = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
     def double_click(**more):
-        command = [sys.executable, "-c", PROGRAM + "sys.exit(terminal.open_one('/a/friend', ['x y']) + 10)"]
-        return subprocess.run(command, env={**kept, **given, **more}, **nothing).returncode
+        code = "terminal.forget_loader(); sys.exit(terminal.open_one('/a/friend', ['x y']) + 10)"
+        return subprocess.run([sys.executable, "-c", PROGRAM + code], env={**kept, **given, **more}, **nothing).returncode
 
     assert double_click() == 11
     assert told.read_text() == "-e /a/friend x y 1 /theirs \n"

@@ -113,6 +113,22 @@ def test_a_conversation_at_a_console(friend, home, tmp_path):
     assert child.exitstatus == 0
 
 
+def test_an_emoji_at_a_console_is_kept(friend, home, tmp_path):
+    pexpect = pytest.importorskip("pexpect", reason="pexpect drives the pseudo-terminal")
+    env = environment_for(home, TERM="xterm", LC_ALL="C.UTF-8")
+    script = f"set LOCALAPPDATA={windows_path(tmp_path)}&& {windows_path(friend)}"
+    child = pexpect.spawn("wine", ["cmd", "/c", script], env=env, encoding="utf-8", dimensions=(30, 100), timeout=120)
+    child.expect("To leave: /quit")
+    child.send("I like 😀 and 👍🏽\r")
+    child.expect("tokens/s")
+    child.send("/quit\r")
+    child.expect(pexpect.EOF)
+    child.close()
+    (saved,) = (tmp_path / "pocketlm" / "chats").glob("*.json")
+    assert json.loads(saved.read_text(encoding="utf-8"))["messages"][0]["content"] == "I like 😀 and 👍🏽"
+    assert "+I like 😀 and 👍🏽\n" in (tmp_path / "pocketlm" / "history").read_text(encoding="utf-8")
+
+
 def test_threads_wait_for_each_other_and_end(friend, home, tmp_path):
     """POCKETLM_THOROUGH=1: five times 10,000 tokens, which takes minutes where the processor is busy."""
     n = "10000" if os.environ.get("POCKETLM_THOROUGH") else "400"
