@@ -223,7 +223,10 @@ def _unpack_arguments(parser: argparse.ArgumentParser) -> None:
 def _unpack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import unpack
 
-    n_bytes = unpack(_find(arguments.file), Path(arguments.output))
+    packed, out = _find(arguments.file), Path(arguments.output)
+    if out.exists() and out.samefile(packed.path):
+        raise UsageError(f"unpack: {out} is the program itself; name another file with -o")
+    n_bytes = unpack(packed, out)
     print(f"{arguments.output}: {n_bytes / 1e6:.1f} MB")
     return 0
 

@@ -98,6 +98,8 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from pocketlm.export.lora import read_lora
     from pocketlm.export.model_config import read_pairs
 
+    if arguments.lora_scale is not None and not arguments.lora:
+        raise UsageError("--lora-scale is for --lora")
     lora = read_lora(Path(arguments.lora), arguments.lora_scale) if arguments.lora else None
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
     if not is_model_file(source):

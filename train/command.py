@@ -98,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.batch and arguments.micro_batch is None:  # the preset's micro batch is for its own batch
         arguments.micro_batch = math.gcd(arguments.batch, at.micro_batch)
     cadence, settings = _given(Cadence(), arguments), _given(at, arguments)
+    if arguments.start == "":
+        raise UsageError("--from is empty; give a run, a checkpoint, a Hugging Face folder or a GGUF")
+    if arguments.rope_theta and not arguments.start:
+        raise UsageError("--rope-theta is for --from; a new model has --set rope_theta=X")
     shape = preset.shape if arguments.start else changed(preset.shape, said)
     with needed("training", "PyTorch", "'pocketlm[train]'"):
         import torch
@@ -196,13 +200,15 @@ def _tokenizer(
     from pocketlm.train.starting_weights import taken
 
     markers = data.markers_of(arguments.chat)
-    if any((folder / name).exists() for name in vocabularies.FILES):
-        return tokenizer.load(folder)
     if kind not in vocabularies.KINDS or arguments.start:
         made_here = [name for name in ("symbols", "character_coverage", "normalize") if getattr(arguments, name)]
         for name in made_here:
             raise UsageError(f"--{name.replace('_', '-')} is for vocabularies that are made here, not for one that is taken")
-        return vocabularies.keep_tokenizer(taken(kind, arguments.start), markers if arguments.add_markers else (), folder)
+        with_markers = markers if arguments.add_markers else ()
+        return vocabularies.kept_or_made(
+            folder, {"tokenizer": "one that was taken", "markers": with_markers}, [],
+            lambda: vocabularies.keep_tokenizer(taken(kind, arguments.start), with_markers, folder),
+        )  # fmt: skip
     if ids := [name for name in arguments.data if name.endswith(documents.IDS)]:
         raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
     if arguments.character_coverage and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):
@@ -212,5 +218,10 @@ def _tokenizer(
     wanted = vocabularies.Wanted(n_vocab, markers, tuple(symbols), coverage, normalizer)
     every_letter = kind == "characters"  # a rare one may be in what measures alone
     files = [Path(name) for name in (*arguments.data, *(arguments.val if every_letter else ()))]
-    texts = documents.read_texts(files, reading, 0 if every_letter else vocabularies.MOST_BYTES)
-    return vocabularies.make_tokenizer(kind, texts, wanted, folder)
+    return vocabularies.kept_or_made(
+        folder, {"tokenizer": kind, "vocabulary": n_vocab, "markers": markers, "symbols": symbols,
+                 "character coverage": coverage, "normalize": arguments.normalize}, files,
+        lambda: vocabularies.make_tokenizer(
+            kind, documents.read_texts(files, reading, 0 if every_letter else vocabularies.MOST_BYTES), wanted, folder
+        ),
+    )  # fmt: skip

@@ -82,12 +82,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        if min(self.steps, self.batch, self.micro_batch) < 1 or self.batch % self.micro_batch:
+        if min(self.steps, self.batch, self.micro_batch) < 1:
+            raise UsageError("expected steps, batch and micro batch of 1 or more")
+        if self.batch % self.micro_batch:
             raise UsageError(f"a batch of {self.batch} is no whole number of micro batches of {self.micro_batch}")
         if not (0 < self.lr < 10 and 0 <= self.dropout < 1 and self.clip > 0 and min(self.context, self.warmup) >= 0):
             raise UsageError("expected 0 < lr < 10, 0 <= dropout < 1, clip > 0, context and warmup 0 or more")
         if not (0 <= self.beta2 < 1 and self.min_lr <= self.lr):
             raise UsageError(f"expected 0 <= beta2 < 1 and a min lr of at most the lr, {self.lr:g}")
+        if not (0 <= self.seed < 1 << 63 and 0 <= self.weight_decay < 10):
+            raise UsageError("expected a seed of 0 or more and 0 <= weight decay < 10")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class Cadence:
     def __post_init__(self) -> None:
         if min(self.log_every, self.eval_every) < 1 or min(self.keep, self.keep_every, self.patience) < 0:
             raise UsageError("--log-every and --eval-every are 1 or more, --keep, --keep-every and --patience 0 or more")
+        if not self.save_seconds >= 0:
+            raise UsageError("--save-seconds is 0 or more")
 
 
 @dataclass(frozen=True)

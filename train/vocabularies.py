@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ END = "<|endoftext|>"  # between documents, and in front of a conversation
 OTHER_ENDS = ("</s>", "<|end_of_text|>", "<eos>")  # as others call it
 ROLE_LETTERS = "".join(ROLES) + "\n"  # with them a model of texts in any script can be taught conversations later
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # of which a run has one
+MADE_OF = "vocabulary_of.json"  # beside it: what it was made of
 MOST_BYTES = 1 << 26  # of texts, evenly drawn, that a vocabulary is made of: more takes memory, and changes little
 LONGEST_LINE = 1 << 14  # characters; sentencepiece leaves longer ones out
 
@@ -92,6 +94,30 @@ KINDS: dict[str, Callable[[Iterable[str], Wanted, Path], None]] = {
     "sentencepiece": _sentencepiece,
     "characters": _characters,
 }
+
+
+def kept_or_made(folder: Path, options: dict[str, Any], texts: Sequence[Path], make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The run's tokenizer; where there is none, or no step was made with it and another is asked for, what `make` puts there.
+    Raises UsageError for other options than those that the weights were trained with.
+    """
+    path, was = folder / MADE_OF, None
+    with suppress(OSError, ValueError):
+        was = json.loads(path.read_text("utf-8"))
+    files = [(str(text.resolve()), text.stat().st_size, text.stat().st_mtime_ns) for text in texts if text.exists()]
+    made_of = json.loads(json.dumps({**options, "texts": files}))
+    if any((folder / name).exists() for name in FILES):
+        if (folder / "last.pt").exists():
+            if isinstance(was, dict) and (wrong := [name for name in options if name in was and was[name] != made_of[name]]):
+                said = "; ".join(f"{name} = {was[name]}, not {made_of[name]}" for name in wrong)
+                raise UsageError(f"{folder} has a vocabulary of {said}; choose another folder with -o")
+            return tokenizer.load(folder)
+        if not isinstance(was, dict) or was == made_of:  # somebody has put it there, or a run was ended before its first step
+            return tokenizer.load(folder)
+        for name in (*FILES, "tokenizer_config.json", "data/state.json"):  # that of an attempt with another text, say
+            (folder / name).unlink(missing_ok=True)
+    made = make()
+    write_file(path, json.dumps(made_of, ensure_ascii=False, indent=1))
+    return made
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path) -> Tokenizer:
