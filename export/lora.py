@@ -108,11 +108,11 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
         problem = f"its init_lora_weights is {quoted(begun)}, which changes the base, too"
         raise FileError(path, problem, "merge it with PEFT and export the result")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (
-        type(rank) is not int or isinstance(alpha, bool) or not isinstance(alpha, (int, float))
-        or not (0 < rank < 1e12 and abs(alpha) < 1e12)
-    ):  # fmt: skip
-        raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
+    lacking = FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
+    if type(rank) is not int or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise lacking
+    if not 0 < rank < 1e12 or not abs(alpha) < 1e12:
+        raise lacking
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise FileError(path, f"holds no {FILES[0]}", "name the folder of the adapter")

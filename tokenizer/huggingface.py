@@ -253,7 +253,7 @@ class _Reader:
     def leading(self) -> list[int]:
         """The ids of the markers that the file puts in front of a text: one, or none."""
         whole: dict[str, Any] = self.file.get("post_processor") or {"type": "ByteLevel"}
-        parts = whole["processors"] if whole["type"] == "Sequence" else [whole]
+        parts: list[dict[str, Any]] = whole["processors"] if whole["type"] == "Sequence" else [whole]
         if any(part["type"] not in _LEADING for part in parts):
             raise self.refuse(f"post-processor {_types(parts)}")
         ids = [i for part in parts for i in _LEADING[part["type"]](part)]
