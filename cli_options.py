@@ -155,7 +155,7 @@ def answer_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same of a chat or a server, where an answer has a longest length only if one is given, and that is not nothing."""
     given = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
-        from pocketlm.chat.slash_commands import MAX_TOKENS
+        from pocketlm.runtime.sampling import MAX_TOKENS
 
         given["max_tokens"] = whole_number("--max-tokens", arguments.max_tokens, 1, MAX_TOKENS)
     return given

@@ -14,7 +14,6 @@ from pocketlm.chat import saved, transcript
 from pocketlm.chat.dialogue import Chat
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 
-MAX_TOKENS = 1_000_000
 THINK = ("on", "off", "hide")
 LISTED = 10  # conversations that /load shows
 
@@ -98,6 +97,8 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str]
 
 
 def _max_tokens(chat: Chat, text: str) -> None:
+    from pocketlm.runtime.sampling import MAX_TOKENS
+
     if text:
         value = _number(text, int)
         if not 1 <= value <= MAX_TOKENS:

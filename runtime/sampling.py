@@ -28,6 +28,7 @@ import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
 
+MAX_TOKENS = 1_000_000  # of an answer that a person may ask for
 Sampler = Callable[[np.ndarray, Sequence[int]], tuple[int, float]]
 """(logits float32 (n_vocab,), ids so far) -> (id, logprob). The logits are left as they are.
 
