@@ -254,6 +254,9 @@ def test_the_commands_pack_unpack_and_persona(small, tmp_path, capsys):
     assert [line.split()[-1] for line in shown if line[0] != "s"] == ["Ада", "Merhaba", "--temp=0.3", "--max-tokens=50"]
     assert main(["unpack", str(friend), "-o", str(tmp_path / "again.gguf")]) == 0
     assert (tmp_path / "again.gguf").read_bytes() == small.read_bytes()
+    whole = friend.read_bytes()
+    assert main(["unpack", str(friend), "-o", str(friend)]) == 2
+    assert friend.read_bytes() == whole
     assert main(["generate", str(friend), "-p", "the", "-n", "2", "--temp", "0"]) == 0
     for wrong, status in ((["unpack", str(small), "-o", "x"], 1), (["unpack", str(tmp_path / "no"), "-o", "x"], 1),
                           (["pack", str(small), "--stub", str(stub), "-o", str(friend), "--temp", "-1"], 2),

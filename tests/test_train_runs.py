@@ -200,7 +200,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ("{text} -o {run} --preset huge", 2, "--preset huge: expected one of tiny, small-talk"),
         ("{text} -o {run} --set n_layer", 2, "expected a name and a value"),
         ("{text} -o {run} --batch 3 --micro-batch 2", 2, "a batch of 3 is no whole number of micro batches of 2"),
-        ("{text} -o {run} --batch 0", 2, "a batch of 0 is no whole number"),
+        ("{text} -o {run} --batch 0", 2, "expected steps, batch and micro batch of 1 or more"),
         ("{text} -o {run} --lr -1", 2, "expected 0 < lr"),
         ("{text} -o {run} --dtype int4", 2, "dtype int4: expected one of fp32, bf16, fp16"),
         ("{text} -o {run} --chat alpaca", 2, "--chat alpaca"),

@@ -287,6 +287,11 @@ def test_a_vocabulary_is_made_of_an_even_share_of_large_corpora(tmp_path: Path, 
         ("--character-coverage 0.99", "--character-coverage is a number from 0.9 to 1, for --tokenizer sentencepiece"),
         ("--tokenizer {folder}/table --symbols {folder}/table", "--symbols is for vocabularies that are made here"),
         ("--tokenizer {folder}/none.model", "or a tokenizer's file or folder"),
+        ("--seed -1", "expected a seed of 0 or more"),
+        ("--weight-decay nan", "0 <= weight decay"),
+        ("--save-seconds nan", "--save-seconds is 0 or more"),
+        ("--from=", "--from is empty"),
+        ("--rope-theta 5e5", "--rope-theta is for --from"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, said: str) -> None:
@@ -298,3 +303,27 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pocketlm: ")]
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_an_attempt_without_a_step_leaves_no_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, run = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text(RUSSIAN[:60], encoding="utf-8")
+    assert train(text, "-o", run) == 1
+    assert "too few for a sequence" in capsys.readouterr().err
+    text.write_text(long(RUSSIAN), encoding="utf-8")  # as the message advises
+    assert train(text, "-o", run) == train(text, "-o", tmp_path / "fresh") == 0
+    assert (run / "tokenizer.json").read_bytes() == (tmp_path / "fresh" / "tokenizer.json").read_bytes()
+    parts = (json.loads((folder / "data" / "state.json").read_text()) for folder in (run, tmp_path / "fresh"))
+    assert len({json.dumps(part) for part in parts}) == 1, "its ids are of this vocabulary, too"
+
+
+def test_a_run_that_has_a_vocabulary_takes_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, run = texts(tmp_path / "texts")[0], tmp_path / "run"
+    assert train(text, "-o", run) == 0
+    for options, said in (("--tokenizer characters", "tokenizer = bytes, not characters"),
+                          ("--normalize nfkc", "normalize = [], not"), ("--normalize nfx", "nfx: cannot be read")):  # fmt: skip
+        capsys.readouterr()
+        assert train(text, "-o", run, "--steps", "6", options=f"{SMALL} {options}") in (1, 2)
+        assert said in capsys.readouterr().err
+    (run / vocabularies.MADE_OF).unlink()  # a run of an earlier version
+    assert train(text, "-o", run, options=f"{SMALL} {SHORT} --steps 6") == 0
