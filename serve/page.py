@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pocketlm.chat import saved, transcript
+from pocketlm.chat import saved, states, transcript
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.sampling import SamplingOptions
 from pocketlm.serve.answering import Answerer
@@ -143,6 +143,7 @@ class Page:
             record = transcript.Record() if path is None else transcript.Record.at(path, str(revision))
             same_file = record.save(conversation)
             assert record.path is not None
+            states.forget(record.path)  # it may hold words that are gone now
             return {"name": record.path.stem, "revision": record.revision, "moved": not same_file}
 
         return JSONResponse(await _asked(write, 503))

@@ -44,6 +44,10 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     begun.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! How", "cut": True}]
     record = transcript.Record()
     record.save(begun)
+    state = states.path_of(saved.paths()[0])
+    assert state is not None
+    state.parent.mkdir()
+    state.write_bytes(b"what the terminal kept of it")
     page = visit()
     page.click("nav .open:has-text('Hello')")
     page.wait_for_selector("li.assistant")
@@ -53,9 +57,7 @@ def test_one_that_was_begun_in_the_terminal_goes_on_in_the_page(server, visit, a
     whole = "Hi! How" + text_of(alone.chat(begun.messages, temperature=0))
     wait_until(lambda: files()[0].messages[-1] == {"role": "assistant", "content": whole})
     assert len(files()) == 1
-    state = states.path_of(saved.paths()[0])
-    assert state is not None
-    state.parent.mkdir()
+    assert not state.exists(), "it may hold words that are gone"
     state.write_bytes(b"what the terminal kept of it")
     page.once("dialog", lambda dialog: dialog.accept())
     page.click("nav .delete")
