@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     with _machine(arguments, settings) as machine:
         key = prompts.key(machine.made_of, settings.seed, sorted(defaults.items()), __version__)
         with Answers(Path(arguments.output), key, prompts.n_lines) as answers:
-            with Progress(prompts.n_lines - prompts.n_blank, answers.n_done, arguments.program) as progress:
+            with Progress(max(1, prompts.n_lines - prompts.n_blank), answers.n_done, arguments.program) as progress:
                 for written in machine.answers(line for line in prompts if line.number not in answers):
                     answers.add(written)
                     progress.step(answers.n_done, written.tokens)

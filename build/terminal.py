@@ -1,7 +1,7 @@
 """A console for a program that was opened with a double click.
 
 In: how the process was started. Out: whether its console closes with it, or a terminal opened for it; its title; an
-environment for what is started from here. Knows nothing about the conversation.
+environment without what the boot loader has put there. Knows nothing about the conversation.
 """
 
 from __future__ import annotations

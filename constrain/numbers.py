@@ -56,8 +56,8 @@ def fixed(number: float) -> int:
 
 
 def above(bound: int, is_whole: bool) -> int:
-    """The least number that is more than the bound, and is read as more by who reads numbers as floats, where what is nearer to
-    the bound than to the float behind it is the bound.
+    """The least number that is more than the bound for who reads numbers as floats, too: for them what is nearer to the bound
+    than to the float behind it is the bound. (A whole bound beyond 2^53 may lose its next number.)
     """
     if is_whole:
         return (bound // ONE + 1) * ONE

@@ -242,7 +242,7 @@ class _Parser:
         return int(digits, 16)
 
     def _class(self, at: int) -> Ranges:
-        negated, ranges = self._take("^"), list[tuple[int, int]]()
+        negated, ranges, kinds = self._take("^"), list[tuple[int, int]](), set[Ranges]()
         if self._peek("]"):
             raise self._bad("write \\] for a ] that begins a class")
         while not self._take("]"):
@@ -251,6 +251,7 @@ class _Parser:
             dash = self._peek("-") and self._at + 1 < len(self._text) and self._text[self._at + 1] != "]"
             if not dash:
                 ranges += low
+                kinds.add(low)
                 continue
             self._at += 1
             high = self._in_class(at, negated)
@@ -259,6 +260,8 @@ class _Parser:
             if high[0][0] < low[0][0]:
                 raise self._bad("a range that goes backwards", here)
             ranges.append((low[0][0], high[0][0]))
+        if not negated and {_CLASSES["s"], _CLASSES["S"]} <= kinds:  # everything, whatever is white space
+            ranges += EVERY
         found = without(union(ranges), (SURROGATES,))
         return without(EVERY, found) if negated else found
 

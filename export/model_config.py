@@ -129,8 +129,8 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "qk_norm", "use_qk_norm", "qk_layernorm", "post_norm", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
         "is_encoder_decoder", "use_bidirectional_attention", "use_scaled_rope", "conv_bias", "no_rope_layers",
         "quantization_config", "zero_centered_norm", "apply_residual_connection_post_layernorm",
-        "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert", "rope_adjustments",
-        "attention_scores_scalar", "sliding_window_size", "rope_interleave",  # litGPT's
+        "rope_interleave", "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert",
+        "rope_adjustments", "attention_scores_scalar", "sliding_window_size",  # litGPT's
         "logit_cap", "logits_soft_cap", "final_logit_softcap", "attn_softcap", "parallel_block", "sandwich_norm", "scale_embed",
     ), lambda v: not v),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
@@ -269,7 +269,7 @@ class ModelConfig:
     def check_window(self, n_ctx: int) -> None:
         """Raises FileError where layers look at less than n_ctx positions."""
         window = self.raw("sliding_window", "attention_window", "window_size")
-        if isinstance(window, int) and self.raw("use_sliding_window") is not False and window < n_ctx:
+        if type(window) is int and self.raw("use_sliding_window") is not False and 0 < window < n_ctx:
             raise FileError(
                 self.path, f"attends to a sliding window of {window} positions", f"pocketlm does not; add --set n_ctx={window}"
             )

@@ -45,12 +45,13 @@ def rename_to_free(source: Path, target: Path) -> None:
         return os.rename(source, target)  # which refuses there to replace a file
     try:
         os.link(source, target)
-        os.unlink(source)
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
         os.close(os.open(target, os.O_CREAT | os.O_EXCL, 0o600))
         os.replace(source, target)
+    with suppress(OSError):
+        os.unlink(source)
 
 
 def write_file(target: Path, content: str | bytes) -> None:

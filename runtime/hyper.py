@@ -30,7 +30,8 @@ OPTIONS = {
     "gated": (True, False),
 }
 
-COMPUTED = {"attention.causal": True, "rope.scaling.yarn_ext_factor": 1.0}  # keys with a value that alone is computed
+# keys with the values that alone are computed; -1: what goes with the type of scaling; 0: of what is no YaRN
+COMPUTED: dict[str, tuple[bool | float, ...]] = {"attention.causal": (True,), "rope.scaling.yarn_ext_factor": (1.0, -1.0, 0.0)}
 
 
 def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper:
@@ -45,10 +46,11 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     experts = metadata.get(f"{arch}.expert_count", 0)
     if "expert_count" not in table.ARCHITECTURES[arch].SETTINGS and (not isinstance(experts, int) or experts):
         raise FileError(path, f"mixture-of-experts models of the architecture {arch} are not supported", "use a dense model")
-    for name, value in COMPUTED.items():
-        said = metadata.get(f"{arch}.{name}", value)
-        if not isinstance(said, (bool, int, float)) or said != value:
-            raise FileError(path, f"{arch}.{name} is {said!r:.60}", f"pocketlm computes with {value} only")
+    for name, values in COMPUTED.items():
+        said, kind = metadata.get(f"{arch}.{name}", values[0]), metadata.get(f"{arch}.rope.scaling.type")
+        is_yarn = isinstance(kind, str) and kind == "yarn"
+        if not isinstance(said, (bool, int, float)) or said not in values or (is_yarn and said == 0.0):
+            raise FileError(path, f"{arch}.{name} is {said!r:.60}", f"pocketlm computes with {values[0]} only")
     chosen = {
         name: keys.choice(
             f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed

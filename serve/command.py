@@ -155,5 +155,6 @@ def _open_page(url: str) -> None:
     import webbrowser
 
     with suppress(webbrowser.Error):  # there is none
-        if Path(webbrowser.get().name).name not in FOR_TERMINALS:
-            webbrowser.open(url)
+        browser = webbrowser.get()
+        if Path(getattr(browser, "name", "")).name not in FOR_TERMINALS:  # Python 3.10's for macOS has no name
+            browser.open(url)

@@ -238,7 +238,7 @@ def _messages(ask: Ask, name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise _bad(name, "must be a list of at least one message")
     ask.messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
-    names = {(message["role"], given) for message in value if (given := message.get("name"))}
+    names = {(ROLES[message["role"]], given) for message in value if (given := message.get("name"))}
     if len(names) > len({role for role, _ in names}):  # templates tell a model the roles
         raise _bad(name, "has two names for one role, and models are told roles only")
 

@@ -149,9 +149,13 @@ class Page:
         return JSONResponse(await _asked(write, 503))
 
     async def delete(self, request: Request) -> Response:
-        path = self._path(request)
+        """With a `revision` only what has not changed since."""
+        path, body = self._path(request), await read_json(request)
+        revision = body.get("revision") if isinstance(body, dict) else None
 
         def delete() -> None:
+            if isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision):
+                return transcript.Record.at(path, revision).discard()
             transcript.load(path)  # never another file than a conversation
             saved.delete(path)
 

@@ -258,6 +258,13 @@ def test_white_space_is_no_other_character_for_anyone(pattern):
     assert not reads(masks, "\ufeff")  # for JavaScript
 
 
+@pytest.mark.parametrize("pattern", [r"[\s\S]*", r"[\S\s]*", r"[a\s\Sb]*"])
+def test_the_usual_word_for_any_text_is_any_text(pattern):
+    masks = masks_for(patterns.whole(pattern))
+    for text in ("a\u00a0b\n", "日\u3000本", "\x85\u2028 \t"):
+        assert reads(masks, text)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_between_bounds(seed):
     rng = random.Random(seed)

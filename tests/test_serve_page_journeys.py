@@ -1,5 +1,7 @@
 """The page where somebody does the next thing before the first has ended, and with words that are not English."""
 
+import threading
+
 from browsing import (  # noqa: F401
     alone_fixture,
     answered,
@@ -14,7 +16,7 @@ from browsing import (  # noqa: F401
 )
 from serving import wait_until
 
-from pocketlm.chat import transcript
+from pocketlm.chat import saved, transcript
 
 
 def test_while_it_answers_another_conversation_is_opened_or_this_one(server, visit):
@@ -55,6 +57,47 @@ def test_what_is_deleted_while_it_answers_stays_deleted(server, visit):
     wait_until(server.idle)
     page.wait_for_timeout(300)
     assert (files(), answers(page), page.inner_text("#line")) == ([], [], "")
+
+
+def test_what_is_left_or_deleted_before_its_first_word(server, visit):
+    page = visit()
+    ask(page, "Hello")
+    first = page.get_attribute("nav li[aria-current]", "data-name")
+    go_on = threading.Event()
+    server.before = lambda: go_on.wait(60)  # no token comes
+    for _ in range(2):
+        page.click("#new")
+        ask(page, "Tell me a secret.", wait=False)
+        page.wait_for_selector("nav li:has-text('secret')")
+        page.wait_for_selector("nav li[aria-current]:has-text('secret')")
+        page.click(f"nav li[data-name='{first}'] .open")
+        page.wait_for_selector("li.user:has-text('Hello')")
+        assert page.input_value("#question") == "", "it was not asked here"
+        assert len(files()) == 2, "the question is kept"
+        page.click("nav .open:has-text('secret')")
+        page.wait_for_selector("li.user:has-text('secret')")
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.click("nav li:has-text('secret') .delete")
+        page.wait_for_selector("nav li:has-text('secret')", state="detached")
+    page.click("#new")
+    ask(page, "Tell me a secret.", wait=False)
+    page.wait_for_selector("nav li[aria-current]:has-text('secret')")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("nav li:has-text('secret') .delete")
+    page.wait_for_selector("nav li:has-text('secret')", state="detached")
+    assert (page.inner_text("#line"), page.input_value("#question")) == ("", "")
+    ask(page, "Tell me a secret.", wait=False)
+    page.wait_for_selector("nav li[aria-current]:has-text('secret')")
+    path = next(path for path in saved.paths() if path.stem != first)
+    record = transcript.Record()
+    conversation = record.load(path)
+    conversation.messages[-1] = {"role": "assistant", "content": "Another window has said it."}
+    record.save(conversation)
+    page.click("#stop")
+    page.wait_for_selector("#question:focus")
+    page.wait_for_timeout(300)
+    go_on.set()
+    assert transcript.load(path).messages[-1]["content"] == "Another window has said it."
 
 
 def test_an_answer_that_never_begins_leaves_all_as_it_was(server, visit):

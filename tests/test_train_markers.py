@@ -39,6 +39,12 @@ TALK = "".join(
 )
 
 
+def kept(taken: tokenizer.Tokenizer, markers: tuple[str, ...], folder: Path) -> tokenizer.Tokenizer:
+    """As a run keeps it."""
+    (folder / "vocab.json").write_text(vocabularies.taken_as(taken, markers), encoding="utf-8")
+    return tokenizer.load(folder)
+
+
 @pytest.mark.parametrize("source", [from_tokenizer_json, from_tiktoken, from_vocab_and_merges], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_a_base_without_markers_is_taught_to_chat(
@@ -86,7 +92,7 @@ def test_conversations_in_any_sentencepiece_are_the_chats_and_their_ends_are_lea
     tok = tokenizer.load(tmp_path / "m.model")
     if added:
         (tmp_path / "run").mkdir()
-        tok = vocabularies.keep_tokenizer(tok, markers_of(chat), tmp_path / "run")
+        tok = kept(tok, markers_of(chat), tmp_path / "run")
     talk = [("system", "Be brief."), ("user", "Кто  ты?"), ("assistant", "Лиса. Да."), ("user", "И?"), ("assistant", "Kâr.")]
     messages = [{"role": role, "content": content} for role, content in talk]
     ids, mask = Encoder(tok, chat, ("assistant",), tmp_path).encode(messages, True)
@@ -138,6 +144,6 @@ def test_markers_of_a_vocabulary_that_has_all_but_one_are_an_error(tmp_path: Pat
     with pytest.raises(PocketlmError, match=r"the chat marker <\|system\|> splits into \d+ tokens"):
         vocabularies.check_markers(tok, markers_of("markers"), tmp_path)
     (tmp_path / "run").mkdir()
-    grown = vocabularies.keep_tokenizer(tok, markers_of("markers"), tmp_path / "run")
+    grown = kept(tok, markers_of("markers"), tmp_path / "run")
     vocabularies.check_markers(grown, markers_of("markers"), tmp_path)
     assert grown.n_vocab == tok.n_vocab + 1

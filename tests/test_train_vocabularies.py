@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+import numpy as np
 import pytest
 from languages import ENGLISH, POLISH, RUSSIAN, TURKISH, long
 
@@ -321,9 +322,54 @@ def test_a_run_that_has_a_vocabulary_takes_no_other(tmp_path: Path, capsys: pyte
     text, run = texts(tmp_path / "texts")[0], tmp_path / "run"
     assert train(text, "-o", run) == 0
     for options, said in (("--tokenizer characters", "tokenizer = bytes, not characters"),
-                          ("--normalize nfkc", "normalize = [], not"), ("--normalize nfx", "nfx: cannot be read")):  # fmt: skip
+                          ("--normalize nfkc", "normalize = [None], not ['NFKC']"),
+                          ("--normalize nfx", "nfx: cannot be read")):  # fmt: skip
         capsys.readouterr()
         assert train(text, "-o", run, "--steps", "6", options=f"{SMALL} {options}") in (1, 2)
         assert said in capsys.readouterr().err
+    np.save(tmp_path / "ids.npy", np.arange(100, dtype=np.uint16))
+    assert train(text, tmp_path / "ids.npy", "-o", run, options=f"{SMALL} {SHORT} --steps 6") == 0, "ids of this vocabulary"
     (run / vocabularies.MADE_OF).unlink()  # a run of an earlier version
-    assert train(text, "-o", run, options=f"{SMALL} {SHORT} --steps 6") == 0
+    assert train(text, "-o", run, options=f"{SMALL} {SHORT} --steps 9") == 0
+
+
+def test_of_two_vocabularies_that_are_taken_a_run_has_the_one_it_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, short, run = texts(tmp_path / "texts")[0], tmp_path / "short.txt", tmp_path / "run"
+    short.write_text("а" * 40, encoding="utf-8")
+    tables = [tmp_path / name / "vocab.json" for name in ("one", "two")]
+    for path, alphabet in zip(tables, ("абв", "".join(sorted(set(long(RUSSIAN))))), strict=True):
+        path.parent.mkdir()
+        path.write_text(json.dumps(["<|endoftext|>", *alphabet], ensure_ascii=False), encoding="utf-8")
+    assert train(short, "-o", run, "--tokenizer", tables[0]) == 1
+    assert train(text, "-o", run, "--tokenizer", tables[1]) == 0, "the attempt before has left none"
+    capsys.readouterr()
+    assert train(text, "-o", run, "--tokenizer", tables[0], options=f"{SMALL} {SHORT} --steps 6") == 2
+    assert "choose another folder with -o" in capsys.readouterr().err
+    tables[1].unlink()
+    assert train(text, "-o", run, "--tokenizer", tables[1], options=f"{SMALL} {SHORT} --steps 6") == 0, "the run has it"
+    (run / "last.pt").unlink()  # its best weights are still of this vocabulary
+    before = (run / "vocab.json").read_bytes()
+    assert train(text, "-o", run, "--tokenizer", tables[0]) == 2
+    assert (run / "vocab.json").read_bytes() == before
+
+
+def test_a_vocabulary_that_was_put_there_stays(tmp_path: Path) -> None:
+    made = []
+
+    def make(place: Path) -> None:
+        made.append(place)
+        (place / "vocab.json").write_text('["<|endoftext|>", "a"]')
+
+    own = '["<|endoftext|>", "b"]'
+    for _ in range(2):
+        vocabularies.kept_or_made(tmp_path, {"tokenizer": "x"}, [], make)
+    assert len(made) == 1
+    with pytest.raises(KeyError):  # whatever goes wrong, what is there stays
+        vocabularies.kept_or_made(tmp_path, {"tokenizer": "y"}, [], lambda place: {}["no"])
+    assert (tmp_path / "vocab.json").read_text() == '["<|endoftext|>", "a"]'
+    (tmp_path / "vocab.json").write_text(own)
+    vocabularies.kept_or_made(tmp_path, {"tokenizer": "y"}, [], make)
+    assert ((tmp_path / "vocab.json").read_text(), len(made)) == (own, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vocab.json", vocabularies.MADE_OF]

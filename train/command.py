@@ -7,6 +7,7 @@ interrupted one left off.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import sys
 from dataclasses import asdict, fields, replace
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
-from pocketlm.errors import FileError, UsageError, needed, one_of, refused
+from pocketlm.errors import FileError, PocketlmError, UsageError, needed, one_of, refused
 from pocketlm.export.model_config import read_pairs
 from pocketlm.runtime.atomic import write_file
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
@@ -204,13 +205,15 @@ def _tokenizer(
         made_here = [name for name in ("symbols", "character_coverage", "normalize") if getattr(arguments, name)]
         for name in made_here:
             raise UsageError(f"--{name.replace('_', '-')} is for vocabularies that are made here, not for one that is taken")
-        with_markers = markers if arguments.add_markers else ()
-        return vocabularies.kept_or_made(
-            folder, {"tokenizer": "one that was taken", "markers": with_markers}, [],
-            lambda: vocabularies.keep_tokenizer(taken(kind, arguments.start), with_markers, folder),
-        )  # fmt: skip
-    if ids := [name for name in arguments.data if name.endswith(documents.IDS)]:
-        raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
+        added = markers if arguments.add_markers else ()
+        try:
+            text = vocabularies.taken_as(taken(kind, arguments.start), added)
+        except PocketlmError:
+            if any(folder.glob("*.pt")):  # it is there no longer, and the run has it
+                return tokenizer.load(folder)
+            raise
+        name = f"one that was taken ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+        return vocabularies.kept_or_made(folder, {"tokenizer": name}, [], lambda at: write_file(at / "vocab.json", text))
     if arguments.character_coverage and (kind != "sentencepiece" or not 0.9 <= arguments.character_coverage <= 1):
         raise UsageError("--character-coverage is a number from 0.9 to 1, for --tokenizer sentencepiece")
     symbols = [line for _, line in read_lines(Path(arguments.symbols))] if arguments.symbols else []
@@ -218,10 +221,13 @@ def _tokenizer(
     wanted = vocabularies.Wanted(n_vocab, markers, tuple(symbols), coverage, normalizer)
     every_letter = kind == "characters"  # a rare one may be in what measures alone
     files = [Path(name) for name in (*arguments.data, *(arguments.val if every_letter else ()))]
-    return vocabularies.kept_or_made(
-        folder, {"tokenizer": kind, "vocabulary": n_vocab, "markers": markers, "symbols": symbols,
-                 "character coverage": coverage, "normalize": arguments.normalize}, files,
-        lambda: vocabularies.make_tokenizer(
-            kind, documents.read_texts(files, reading, 0 if every_letter else vocabularies.MOST_BYTES), wanted, folder
-        ),
-    )  # fmt: skip
+
+    def make(at: Path) -> None:
+        if ids := [name for name in arguments.data if name.endswith(documents.IDS)]:
+            raise UsageError(f"{ids[0]} holds ids: say which tokenizer made them with --tokenizer FILE")
+        texts = documents.read_texts(files, reading, 0 if every_letter else vocabularies.MOST_BYTES)
+        vocabularies.make_tokenizer(kind, texts, wanted, at)
+
+    options = {"tokenizer": kind, "vocabulary": n_vocab, "markers": markers, "symbols": symbols, "character coverage": coverage,
+               "normalize": [normalizer.form, *normalizer.replacements]}  # fmt: skip
+    return vocabularies.kept_or_made(folder, options, files, make)

@@ -6,8 +6,10 @@ of training are the runtime's.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pocketlm import tokenizer
-from pocketlm.errors import FileError, PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError, quoted
 from pocketlm.runtime.atomic import write_file
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.gguf_vocabulary_writer import is_one_token, with_markers
@@ -96,28 +98,44 @@ KINDS: dict[str, Callable[[Iterable[str], Wanted, Path], None]] = {
 }
 
 
-def kept_or_made(folder: Path, options: dict[str, Any], texts: Sequence[Path], make: Callable[[], Tokenizer]) -> Tokenizer:
-    """The run's tokenizer; where there is none, or no step was made with it and another is asked for, what `make` puts there.
-    Raises UsageError for other options than those that the weights were trained with.
+def kept_or_made(folder: Path, options: dict[str, Any], texts: Sequence[Path], make: Callable[[Path], Any]) -> Tokenizer:
+    """The run's tokenizer; where there is none, or no step was made with it and another is asked for, what `make` puts into the
+    folder that it is given. Raises UsageError for other options than those that the weights were trained with.
     """
     path, was = folder / MADE_OF, None
     with suppress(OSError, ValueError):
         was = json.loads(path.read_text("utf-8"))
     files = [(str(text.resolve()), text.stat().st_size, text.stat().st_mtime_ns) for text in texts if text.exists()]
     made_of = json.loads(json.dumps({**options, "texts": files}))
-    if any((folder / name).exists() for name in FILES):
-        if (folder / "last.pt").exists():
-            if isinstance(was, dict) and (wrong := [name for name in options if name in was and was[name] != made_of[name]]):
-                said = "; ".join(f"{name} = {was[name]}, not {made_of[name]}" for name in wrong)
+    if here := _file_of(folder):
+        if not isinstance(was, dict) or was.pop("file", None) != _digest(here):
+            return tokenizer.load(folder)  # somebody has put it there
+        wrong = [name for name in made_of if was.get(name) != made_of[name]]
+        if any(folder.glob("*.pt")):
+            if wrong := [name for name in wrong if name != "texts"]:
+                said = "; ".join(f"{name} = {quoted(was.get(name))}, not {quoted(made_of[name])}" for name in wrong)
                 raise UsageError(f"{folder} has a vocabulary of {said}; choose another folder with -o")
             return tokenizer.load(folder)
-        if not isinstance(was, dict) or was == made_of:  # somebody has put it there, or a run was ended before its first step
+        if not wrong:  # a run was ended before its first step
             return tokenizer.load(folder)
-        for name in (*FILES, "tokenizer_config.json", "data/state.json"):  # that of an attempt with another text, say
+    with TemporaryDirectory(prefix=".vocabulary-", dir=folder) as temporary:
+        make(Path(temporary))
+        for name in (*FILES, "tokenizer_config.json", "data/state.json", MADE_OF):  # of an attempt with another text, say
             (folder / name).unlink(missing_ok=True)
-    made = make()
-    write_file(path, json.dumps(made_of, ensure_ascii=False, indent=1))
-    return made
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
+    made = _file_of(folder)
+    assert made is not None
+    write_file(path, json.dumps({**made_of, "file": _digest(made)}, ensure_ascii=False, indent=1))
+    return tokenizer.load(folder)
+
+
+def _file_of(folder: Path) -> Path | None:
+    return next((path for name in FILES if (path := folder / name).exists()), None)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path) -> Tokenizer:
@@ -137,10 +155,9 @@ def make_tokenizer(kind: str, texts: Iterable[str], wanted: Wanted, folder: Path
     return tokenizer.load(folder)
 
 
-def keep_tokenizer(taken: Tokenizer, markers: Sequence[str], folder: Path) -> Tokenizer:
-    """A tokenizer made elsewhere as a run's: with a token that ends a text, and `markers`."""
-    write_file(folder / "vocab.json", tokenizer.to_json(with_markers(taken, markers, (END, *OTHER_ENDS))))
-    return tokenizer.load(folder)
+def taken_as(taken: Tokenizer, markers: Sequence[str]) -> str:
+    """A tokenizer made elsewhere as a run's vocab.json: with a token that ends a text, and `markers`."""
+    return tokenizer.to_json(with_markers(taken, markers, (END, *OTHER_ENDS)))
 
 
 def check_markers(tok: Tokenizer, markers: Sequence[str], path: object) -> None:
