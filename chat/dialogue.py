@@ -279,7 +279,8 @@ class Chat:
             if conversation.messages[-1].get("cut"):
                 self.console.note(f"(cut off: {MORE})")
         self._restorable = self._saving
-        if not isinstance(self._model, Opening) or self._model.is_open:
+        opening = self._model if isinstance(self._model, Opening) else None
+        if opening is None or opening.is_open:
             self.restore(self.model)
         conversation.model = self._model.name
         conversation.interactive |= self.console.interactive
@@ -320,7 +321,8 @@ class Chat:
         if not conversation.messages:
             self.record.discard()
             return ""
-        if self._given_id or not isinstance(self._model, Opening) or self._model.is_open:  # a save waits for no model
+        opening = self._model if isinstance(self._model, Opening) else None
+        if self._given_id or opening is None or opening.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
         gone = path is not None and not os.path.lexists(path)
         if self.record.save(conversation):

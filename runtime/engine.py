@@ -148,8 +148,11 @@ class Engine:
         queue = list(self._queue)  # a copy: a leader takes others out meanwhile
         if queue and any(request.cache is cache for request in queue):
             with self._turn:
-                for request in [request for request in self._queue if request.cache is cache]:
-                    self._queue.remove(request)
+                self._take_out(cache)
+
+    def _take_out(self, cache: Any) -> None:
+        for request in [request for request in self._queue if request.cache is cache]:
+            self._queue.remove(request)
 
     def close(self, reason: str) -> None:
         """From now on nothing is computed any more, `reason` says why; those who wait are told at once."""
