@@ -27,8 +27,8 @@ ALLOWED = {
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
-        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.thinking"
-        " chat.transcript constrain cli_options terminal_text"
+        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.states"
+        " chat.thinking chat.transcript constrain cli_options terminal_text"
     ),
     # … and with a third
     "batch": (
