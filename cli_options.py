@@ -145,7 +145,7 @@ def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
     given = {keyword: value for keyword, value in given.items() if value is not None}
     if given:  # before a model is opened for nothing
-        from pocketlm.runtime.sampling import SamplingOptions
+        from pocketlm.runtime.sampling_options import SamplingOptions
 
         SamplingOptions(**given)
     return {**given, "stop": tuple(arguments.stop), "ignore_eos": arguments.ignore_eos, "draft": arguments.draft == "on"}
@@ -155,7 +155,7 @@ def answer_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same of a chat or a server, where an answer has a longest length only if one is given, and that is not nothing."""
     given = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
-        from pocketlm.runtime.sampling import MAX_TOKENS
+        from pocketlm.runtime.sampling_options import MAX_TOKENS
 
         given["max_tokens"] = whole_number("--max-tokens", arguments.max_tokens, 1, MAX_TOKENS)
     return given

@@ -242,7 +242,7 @@ def stop_strings(stop: Any) -> list[Any]:
 
 def _check_names(sampling: Mapping[str, Any], others: Iterable[str]) -> None:
     """UsageError for an option that there is none of, with the nearest one; `others`: those that are not of sampling."""
-    from pocketlm.runtime.sampling import SamplingOptions
+    from pocketlm.runtime.sampling_options import SamplingOptions
 
     known = {*(field.name for field in fields(SamplingOptions)), *OPTIONS, "logprobs", "top_logprobs", "process"}
     for name in sampling:

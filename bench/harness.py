@@ -22,7 +22,7 @@ from tqdm import tqdm
 import pocketlm
 from pocketlm.batch.local import sessions, spread
 from pocketlm.runtime.evaluation import cross_entropy
-from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.runtime.sampling_options import SamplingOptions
 
 SLOTS = 8
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what is not asked for is off, as it is in the harness's own models

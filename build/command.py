@@ -56,7 +56,7 @@ def _texts(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 def _flags(arguments: argparse.Namespace) -> dict[str, float | str]:
     """The sampling flags that were given, checked as the chat would check them."""
-    from pocketlm.runtime.sampling import MAX_TOKENS, SamplingOptions
+    from pocketlm.runtime.sampling_options import MAX_TOKENS, SamplingOptions
 
     values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in (*SAMPLING, "--max-tokens", "--kv")}
     given = {flag: value for flag, value in values.items() if value is not None}

@@ -84,7 +84,7 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str]
     """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
 
     def command(chat: Chat, text: str) -> None:
-        from pocketlm.runtime.sampling import SamplingOptions
+        from pocketlm.runtime.sampling_options import SamplingOptions
 
         if text:
             value = empty if text == "off" and empty is not ... else _number(text, kind)
@@ -97,7 +97,7 @@ def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str]
 
 
 def _max_tokens(chat: Chat, text: str) -> None:
-    from pocketlm.runtime.sampling import MAX_TOKENS
+    from pocketlm.runtime.sampling_options import MAX_TOKENS
 
     if text:
         value = _number(text, int)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import UsageError, did_you_mean, quoted
-from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.runtime.sampling_options import SamplingOptions
 from pocketlm.serve.errors import ApiError
 
 MOST_CHOICES = 16  # answers to one request: prompts times n

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.runtime.sampling_options import SamplingOptions
 from pocketlm.serve.fields import SAMPLING, Ask
 from pocketlm.serve.shapes import FINGERPRINT, Shape, timings
 

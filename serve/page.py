@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from pocketlm.chat import saved, states, transcript
 from pocketlm.errors import PocketlmError
-from pocketlm.runtime.sampling import SamplingOptions
+from pocketlm.runtime.sampling_options import SamplingOptions
 from pocketlm.serve.answering import Answerer
 from pocketlm.serve.app import read_json
 from pocketlm.serve.errors import ApiError

@@ -190,6 +190,18 @@ def test_a_piped_chat_answers_and_ends_by_itself(tiny, tmp_path):
 # ── the world around ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_options_are_checked_without_numpy():
+    """A packed program shows its first line before the model and NumPy are there, whatever it was packed with."""
+    code = (
+        "import sys; from pocketlm import cli, cli_options;"
+        "parser = cli.Parser(); cli.COMMANDS['chat'].arguments(parser);"
+        "given = parser.parse_args(['--temp', '0.3', '--max-tokens', '5']);"
+        "assert cli_options.answer_keywords(given)['max_tokens'] == 5;"
+        "sys.exit('numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_help_imports_nothing_heavy():
     heavy = ["numpy", "jinja2", "regex", "prompt_toolkit", "llvmlite", "pocketlm.model", "pocketlm.runtime"]
     program = (

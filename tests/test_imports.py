@@ -27,8 +27,8 @@ ALLOWED = {
     ),
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
-        "errors asynchronous pocketlm model conversation runtime.sampling runtime.generator chat.saved chat.states"
-        " chat.thinking chat.transcript constrain cli_options terminal_text"
+        "errors asynchronous pocketlm model conversation runtime.sampling_options runtime.generator chat.saved"
+        " chat.states chat.thinking chat.transcript constrain cli_options terminal_text"
     ),
     # … and with a third
     "batch": (
@@ -54,11 +54,11 @@ ALLOWED = {
     "constrain": "errors locks runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "cancel",
     "cancel": "",
-    "cli_options": "errors pocketlm constrain.guides runtime.sampling runtime.memory runtime.processors terminal_text",
+    "cli_options": "errors pocketlm constrain.guides runtime.sampling_options runtime.memory runtime.processors terminal_text",
     "export.command": "errors export model cli_options terminal_text",  # a model by its short name
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
-    "chat": "errors locks tokenizer runtime.sampling runtime.atomic constrain terminal_text",
+    "chat": "errors locks tokenizer runtime.sampling_options runtime.atomic constrain terminal_text",
     "runtime": "cancel errors locks runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",
