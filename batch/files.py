@@ -36,15 +36,15 @@ class Prompts:
         if path.is_fifo():
             raise FileError(path, "is a pipe, and prompts are read more than once", "write them to a file, and name that")
         self._path, self._digest, self.n_lines, self.n_blank = path, hashlib.blake2b(digest_size=16), 0, 0
-        is_first, is_blank = True, False  # of the pieces of a line; so far
+        ended, blank = True, False  # the line before, and what there is of this one
         with refused(path, "check the path"), path.open("rb") as file:
-            while data := file.readline(BLOCK):
+            while data := file.readline(BLOCK):  # a line, or a piece of one
                 self._digest.update(data)
-                self.n_lines += is_first
-                self.n_blank -= is_blank and not is_first
-                is_blank = (is_first or is_blank) and data.isspace()
-                self.n_blank += is_blank
-                is_first = data.endswith(b"\n")
+                self.n_lines += ended
+                blank = data.isspace() and (blank or ended)
+                ended = data.endswith(b"\n")
+                self.n_blank += blank and ended
+        self.n_blank += blank and not ended
 
     def key(self, *made_of: Any) -> str:
         """12 hexadecimal digits: others for another content of the file, and for others of `made_of`."""

@@ -209,7 +209,7 @@ def _tokenizer(
         try:
             text = vocabularies.taken_as(taken(kind, arguments.start), added)
         except PocketlmError:
-            if any(folder.glob("*.pt")):  # it is there no longer, and the run has it
+            if vocabularies.has_weights(folder):  # it is there no longer, and the run has it
                 return tokenizer.load(folder)
             raise
         name = f"one that was taken ({hashlib.sha256(text.encode()).hexdigest()[:8]})"

@@ -111,7 +111,7 @@ def kept_or_made(folder: Path, options: dict[str, Any], texts: Sequence[Path], m
         if not isinstance(was, dict) or was.pop("file", None) != _digest(here):
             return tokenizer.load(folder)  # somebody has put it there
         wrong = [name for name in made_of if was.get(name) != made_of[name]]
-        if any(folder.glob("*.pt")):
+        if has_weights(folder):
             if wrong := [name for name in wrong if name != "texts"]:
                 said = "; ".join(f"{name} = {quoted(was.get(name))}, not {quoted(made_of[name])}" for name in wrong)
                 raise UsageError(f"{folder} has a vocabulary of {said}; choose another folder with -o")
@@ -128,6 +128,11 @@ def kept_or_made(folder: Path, options: dict[str, Any], texts: Sequence[Path], m
     assert made is not None
     write_file(path, json.dumps({**made_of, "file": _digest(made)}, ensure_ascii=False, indent=1))
     return tokenizer.load(folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a run has made a step: its weights know its vocabulary."""
+    return any(folder.glob("*.pt"))
 
 
 def _file_of(folder: Path) -> Path | None:
