@@ -30,9 +30,6 @@ OPTIONS = {
     "gated": (True, False),
 }
 
-# keys with the values that alone are computed; -1: what goes with the type of scaling; 0: of what is no YaRN
-COMPUTED: dict[str, tuple[bool | float, ...]] = {"attention.causal": (True,), "rope.scaling.yarn_ext_factor": (1.0, -1.0, 0.0)}
-
 
 def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper:
     """The hyper-parameters in `metadata`; `n_vocab` is the number of rows of the token table.
@@ -46,11 +43,9 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
     experts = metadata.get(f"{arch}.expert_count", 0)
     if "expert_count" not in table.ARCHITECTURES[arch].SETTINGS and (not isinstance(experts, int) or experts):
         raise FileError(path, f"mixture-of-experts models of the architecture {arch} are not supported", "use a dense model")
-    for name, values in COMPUTED.items():
-        said, kind = metadata.get(f"{arch}.{name}", values[0]), metadata.get(f"{arch}.rope.scaling.type")
-        is_yarn = isinstance(kind, str) and kind == "yarn"
-        if not isinstance(said, (bool, int, float)) or said not in values or (is_yarn and said == 0.0):
-            raise FileError(path, f"{arch}.{name} is {said!r:.60}", f"pocketlm computes with {values[0]} only")
+    causal = metadata.get(f"{arch}.attention.causal", True)
+    if not isinstance(causal, (bool, int, float)) or not causal == 1:
+        raise FileError(path, f"{arch}.attention.causal is {causal!r:.60}", "pocketlm computes with True only")
     chosen = {
         name: keys.choice(
             f"pocketlm.{name}", ARCHITECTURES[arch].get(name, "interleaved" if name == "rope_pairs" else None), allowed
@@ -104,6 +99,9 @@ def _read_rope(keys: Keys, arch: str, head_dim: int, pairs: str) -> Rope:
     scaling = keys.choice(f"{arch}.rope.scaling.type", "linear", ("none", "linear", "yarn", "longrope"))
     # rope.scale_linear is the key of files older than rope.scaling.*
     factor = keys.number(f"{arch}.rope.scaling.factor", keys.number(f"{arch}.rope.scale_linear", 1.0, low=1e-6), low=1e-6)
+    extrapolation = keys.number(f"{arch}.rope.scaling.yarn_ext_factor", 1.0, low=-1.0)
+    if extrapolation not in (1.0, -1.0) and (extrapolation or scaling == "yarn"):  # -1: what goes with the type; 0: of no YaRN
+        raise keys.fail(f"{arch}.rope.scaling.yarn_ext_factor", f"is {extrapolation}, and pocketlm computes with 1.0 only")
     if scaling == "none" or (scaling, factor) == ("linear", 1.0):
         scaling, factor = "none", 1.0
     return Rope(

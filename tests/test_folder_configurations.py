@@ -143,9 +143,4 @@ def test_layers_with_a_window_are_not_scaled(
     ],
 )  # fmt: skip
 def test_an_absurd_configuration_is_one_line(name: str, change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    saved(MODELS[name], tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(FileError, match=said) as error:
-        read_canonical(tmp_path)
-    assert "\n" not in str(error.value)
+    families.check_refused(MODELS[name], change, said, tmp_path)
