@@ -15,7 +15,8 @@ from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import _check_names
 from pocketlm.errors import PocketlmError, UsageError, one_of
 from pocketlm.runtime.generator import Piece
-from pocketlm.runtime.sampling import SamplingOptions, chat_defaults
+from pocketlm.runtime.sampling import chat_defaults
+from pocketlm.runtime.sampling_options import SamplingOptions
 
 ENOUGH = Path(os.environ.get("XDG_DATA_HOME", ""), "enough")  # slow answers end where there is such a file
 

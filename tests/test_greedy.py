@@ -13,7 +13,8 @@ from exact_llama import POCKET, SMOLLM2, dequantised, exact_logits
 import pocketlm
 from pocketlm.cli import main
 from pocketlm.model import find_model
-from pocketlm.runtime.sampling import CHAT_PENALTY, SamplingOptions
+from pocketlm.runtime.sampling import CHAT_PENALTY
+from pocketlm.runtime.sampling_options import SamplingOptions
 
 N = 64
 

@@ -12,7 +12,8 @@ from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime import sampling
 from pocketlm.runtime.native.kernels import CORE, loaded
 from pocketlm.runtime.native.selection import Selection
-from pocketlm.runtime.sampling import SamplingOptions, make_sampler
+from pocketlm.runtime.sampling import make_sampler
+from pocketlm.runtime.sampling_options import SamplingOptions
 
 
 class OnlyNumpy:

@@ -10,7 +10,8 @@ import pytest
 
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime import sampling
-from pocketlm.runtime.sampling import SamplingOptions, make_sampler, top_k
+from pocketlm.runtime.sampling import make_sampler, top_k
+from pocketlm.runtime.sampling_options import SamplingOptions
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 

@@ -21,7 +21,8 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import SAMPLER, offset
 from pocketlm.runtime.native.sizes import CHUNK
 from pocketlm.runtime.native.tiling import ROWS
-from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, N_ROWS, NO_CHOICE, Allowed, SamplingOptions
+from pocketlm.runtime.sampling import BROKEN, GREEDY_BELOW, N_ROWS, NO_CHOICE, Allowed
+from pocketlm.runtime.sampling_options import SamplingOptions
 
 
 class Selection:
