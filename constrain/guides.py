@@ -13,8 +13,9 @@ from pocketlm import locks
 from pocketlm.constrain import json_texts, patterns
 from pocketlm.constrain.automaton import Automaton, build
 from pocketlm.constrain.grammar import Choice, Grammar
-from pocketlm.constrain.masks import WHOLE, Masks
+from pocketlm.constrain.masks import Masks
 from pocketlm.constrain.schema import grammar_of
+from pocketlm.constrain.states import WHOLE
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class Vocabulary:
         self.n_vocab = n_vocab
         self.end_ids = np.array(sorted(end_ids), np.intp)
         self.tokens = tokens
-        self.counted: dict[Hashable, tuple[np.ndarray, np.ndarray]] = {}  # see `Masks`
+        self.insides: dict[Hashable, Any] = {}  # for `Masks`, whatever the automaton
+        self.counted: dict[Hashable, Any] = {}
         ids = np.array(sorted([id for id, data in enumerate(tokens) if data], key=tokens.__getitem__), np.intp)
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
         starts = (np.cumsum(sizes) - sizes)[ids]
@@ -55,10 +57,11 @@ class Vocabulary:
         counts = self.n_children[nodes]
         return _ranges(self.first_child[nodes], counts), counts
 
-    def at(self, nodes: np.ndarray) -> np.ndarray:
-        """The ids of all tokens that end at the nodes."""
+    def at(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all tokens that end at the nodes, and how many end at each."""
         order, first, n = self._by_node
-        return order[_ranges(first[nodes], n[nodes])]
+        counts = n[nodes]
+        return order[_ranges(first[nodes], counts)], counts
 
     def with_bytes(self, values: Sequence[int]) -> np.ndarray:
         """All nodes that one of these bytes leads to."""

@@ -9,7 +9,8 @@ import numpy as np
 
 from pocketlm.constrain.automaton import build
 from pocketlm.constrain.grammar import Grammar
-from pocketlm.constrain.masks import NOWHERE, WHOLE, Masks, State
+from pocketlm.constrain.masks import Masks
+from pocketlm.constrain.states import NOWHERE, WHOLE, State
 from pocketlm.constrain.vocabulary import Vocabulary
 
 END_ID = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from constraining import END_ID, VOCABULARY, masks_of
 
-from pocketlm.constrain import combining, grammar, masks
+from pocketlm.constrain import combining, grammar, states
 from pocketlm.constrain.combining import key_of
 from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
 from pocketlm.constrain.guides import Guide
@@ -110,7 +110,7 @@ LONG = {
 
 @pytest.mark.parametrize(("schema", "value"), LONG.values(), ids=LONG)
 def test_a_long_answer_forgets_what_it_has_left_behind(schema, value, monkeypatch):
-    monkeypatch.setattr(masks, "MOST_STACKS", 2000)
+    monkeypatch.setattr(states, "MOST_STACKS", 2000)
     guide, text = Guide(masks_of(grammar_of(schema))), json.dumps(value).encode()
     passed = {guide._masks}
     for byte in text:

@@ -13,8 +13,9 @@ from constraining import END_ID, TOKENS, check_exactly, masks_of, reads, walk, w
 from pocketlm.constrain import patterns
 from pocketlm.constrain.automaton import build
 from pocketlm.constrain.grammar import Choice, Grammar
-from pocketlm.constrain.masks import WHOLE, Masks
+from pocketlm.constrain.masks import Masks
 from pocketlm.constrain.numbers import DIGITS, Bounds, above, fixed, integers, numbers
+from pocketlm.constrain.states import WHOLE
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 

@@ -6,7 +6,7 @@ import pytest
 from serving import hello, serving, tiny_chat
 from tiny_models import write_model
 
-from pocketlm.constrain import masks
+from pocketlm.constrain import states
 
 openai = pytest.importorskip("openai", reason="the openai package is the client")
 SCHEMA = {
@@ -100,7 +100,7 @@ def test_what_is_not_supported_is_a_400_that_names_it(client, server, body, name
 def test_a_form_that_leads_too_far_ends_its_own_answer_alone(client, server, monkeypatch):
     """It is found out while the answer is written: the client is told, and the slot is free again."""
     bad = {"json_schema": {"type": "string", "pattern": "^a{50}((a+b?){1,99}c?){1,99}e$"}}
-    monkeypatch.setattr(masks, "MOST_STEPS", 1000)
+    monkeypatch.setattr(states, "MOST_STEPS", 1000)
     ask = {**ASK, "max_tokens": 300, "logit_bias": {"97": 100}}
     for _ in range(3):
         with pytest.raises(openai.BadRequestError, match="too many ways"):
