@@ -25,9 +25,9 @@ from pocketlm.runtime.native import attention_weights
 from pocketlm.runtime.native.attention_weights import FACTORS, OLDEST, POSITION, RESULT, SCALE, SLOPE, SOFTCAP, part
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
-from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, fetch_far
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.record_reader import Records, each_number
 from pocketlm.runtime.native.records import QUERY
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN, TWO_PARTS
 from pocketlm.runtime.native.vector_math import AVX512, exp
@@ -69,14 +69,14 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     all_rows = entry("n_tokens") * group
     token = r.token(entry("token"))
     with f.range(0, all_rows, QUERIES) as start:
-        rows = f.minimum(all_rows - start, f.const(I64, QUERIES))
+        rows = f.minimum(all_rows - start, QUERIES)
         with f.range(0, rows) as row:
             number = start + row
             _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
         known = own + r.run("rows_at")
         last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
-        first, step, oldest = entry("first"), f.maximum(entry("apart"), f.const(I64, 1)), f.load(I64, known + OLDEST, 8) // SPAN
-        skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
+        first, step, oldest = entry("first"), f.maximum(entry("apart"), 1), f.load(I64, known + OLDEST, 8) // SPAN
+        skipped = f.maximum(oldest - first + step - 1, 0) // step
         with f.range(first + skipped * step, last // SPAN + 1, step) as span:
             keys, values = cache_of(r, numbers, token, kv, span * SPAN)
             f.call(VOID, "span", f.args()[0], own, keys, values, rows, span, f.minimum(entry("apart"), 1))
@@ -92,7 +92,7 @@ def _place(f: Function, r: Records, task: Value) -> tuple[Callable[..., Value], 
     half = (n_entries + 1) >> 1
     is_later, is_long = task >= half * n_kv, r.run("n_tokens") >= TWO_PARTS
     first = f.select(is_later, half, 0)
-    here, rest = f.select(is_later, f.maximum(n_entries - half, f.const(I64, 1)), half), task - first * n_kv
+    here, rest = f.select(is_later, f.maximum(n_entries - half, 1), half), task - first * n_kv
     return r.entry(f.select(is_long, first + rest % here, task // n_kv)), f.select(is_long, rest // here, task % n_kv)
 
 
@@ -113,7 +113,7 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
         number_there = rounded(f, f.load(F32, x + d * 4), inverse, I16)
         f.store(number_there, to + (d >> 1) * (4 * QUERIES) + (d & 1) * 2, 2)
     known, slope, result = own + r.run("rows_at") + row * QUERY.itemsize, f.var(F32, 0.0), _slot(r, token("slot"), head)
-    with f.when(f.emit(I1, f"icmp ne ptr {r.op('slopes', PTR)}, null")):
+    with f.when(r.op("slopes", PTR).differs(0)):
         slope.set(f.load(F32, r.op("slopes", PTR) + head * 4))
     position, softcap, scale = token("position"), r.op("softcap", F32), scale * r.op("query_scale", F32)
     for value, at in (
@@ -128,7 +128,7 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
 def _oldest(f: Function, r: Records, position: Value) -> Value:
     """The first position that a query in the operation's window sees."""
     window = r.op("window")
-    return f.select(window.equals(0), 0, f.maximum(position - window + 1, f.const(I64, 0)))
+    return f.select(window.equals(0), 0, f.maximum(position - window + 1, 0))
 
 
 def _slot(r: Records, slot: Value, head: Value) -> Value:
@@ -321,17 +321,18 @@ def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callabl
                 f.call(VOID, "merge", apart, _slot(r, token("slot") + i, head), padded)
         joined = f.select(n_partials > 1, apart, _slot(r, token("slot"), head))
         top, total = (f.load(F32, joined + padded * 4 + at, 4) for at in (0, 4))
-        share, out, whole = f.var(F32, 1.0 / total), to + head * dim * 4, dim & -LANES
-        with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):  # last, so that spans are joined in one order with and without
+        share, out = f.var(F32, 1.0 / total), to + head * dim * 4
+        with f.when(sinks.differs(0)):  # last, so that spans are joined in one order with and without
             sink = f.load(F32, sinks + head * 4)
             largest = f.maximum(top, sink)
             powers = exp(f, f.join([f.splat(top - largest, 2), f.splat(sink - largest, 2)]))
             share.set(f.extract(powers, 0) / f.fma(total, f.extract(powers, 0), f.extract(powers, 2)))
         scale = share.get()
-        with f.range(0, whole, LANES) as d:
-            f.store(f.load(ROW, joined + d * 4, 4) * f.splat(scale, LANES), out + d * 4, 4)
-        with f.range(whole, dim) as d:
-            f.store(f.load(F32, joined + d * 4, 4) * scale, out + d * 4, 4)
+
+        def write(type: Type, d: Value, joined: Value = joined, out: Value = out, scale: Value = scale) -> None:
+            f.store(f.load(type, joined + d * 4, 4) * f.splat(scale, type.lanes), out + d * 4, 4)
+
+        each_number(f, 0, dim, write)
     width = n_head * dim
     with f.range(width, ((width + 31) >> 5) << 5) as i:
         f.store(f.const(F32, 0.0), to + i * 4)

@@ -26,8 +26,8 @@ def part(f: Function, known: Value, queries: Value | int, first: Value) -> tuple
     oldest ones, are skipped; how many there are for the last of them. Weights of what others see besides are 0.
     """
     last = f.load(I64, known + (queries - 1) * QUERY.itemsize + POSITION, 8)
-    skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
-    return skipped, f.minimum(last + 1 - first, f.const(I64, SPAN))
+    skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, 0) & -POSITIONS
+    return skipped, f.minimum(last + 1 - first, SPAN)
 
 
 def define(module: Module, level: str, numbers: Words) -> None:
@@ -67,7 +67,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
             with f.when(is_behind), f.range(0, 4 * SPAN, 8 * LANES) as at:
                 for n, found in enumerate(largest):
                     found.set(f.maximum(found.get(), f.load(ROW, scores + (at + 4 * LANES * n), 4)))
-            with f.when(is_behind ^ 1), vectors(f, count) as at:
+            with f.when(~is_behind), vectors(f, count) as at:
                 distance = f.splat(ahead + f.cast("trunc", at >> 2, I32), LANES) + lanes
                 score = f.fma(slope, f.cast("sitofp", distance, F32), f.load(ROW, scores + at, 4))
                 score = f.select(distance > 0, -math.inf, score)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pocketlm.runtime.kv_cache import MAX_VALUE, SPREAD
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.record_reader import each_number
 from pocketlm.runtime.native.sizes import LANES
 from pocketlm.runtime.native.vector_math import nearest
 
@@ -37,18 +38,15 @@ def rounded(f: Function, x: Value, inverse: Value, element: Type) -> Value:
 
 def size_of(f: Function, vector: Value, dim: Value, limit: Callable[..., Value] = limited) -> tuple[Value, Value]:
     """The length and the largest magnitude of `dim` numbers, limited; a NaN among them is NaN in both."""
-    found, whole = {type: (f.var(type, 0.0), f.var(I32.vec(type.lanes), 0)) for type in (ROW, F32)}, dim & -LANES
+    found = {type: (f.var(type, 0.0), f.var(I32.vec(type.lanes), 0)) for type in (ROW, F32)}
 
     def look(type: Type, at: Value) -> None:
-        x, (squares, largest) = limit(f, f.load(type, at, 4)), found[type]
+        x, (squares, largest) = limit(f, f.load(type, vector + at * 4, 4)), found[type]
         squares.set(f.fma(x, x, squares.get()))
         # compared as integers, where NaN is the largest
         largest.set(f.maximum(largest.get(), f.bitcast(f.intrinsic("fabs", x), largest.type)))
 
-    with f.range(0, whole, LANES) as d:
-        look(ROW, vector + d * 4)
-    with f.range(whole, dim) as d:
-        look(F32, vector + d * 4)
+    each_number(f, 0, dim, look)
     (squares, largest), (rest, last) = found[ROW], found[F32]
     length = f.intrinsic("sqrt", f.reduce(squares.get(), "add") + rest.get())
     return length, f.bitcast(f.maximum(f.reduce(largest.get(), "max"), last.get()), F32)

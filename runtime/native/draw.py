@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from pocketlm.runtime.native import likeliest, softmax
 from pocketlm.runtime.native.ir import F32, F64, I1, I8, I32, I64, PTR, VOID, Function, Module, Value, Var
-from pocketlm.runtime.native.likeliest import FLT_MAX, not_
+from pocketlm.runtime.native.likeliest import FLT_MAX
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import of_sampler as _get
 from pocketlm.runtime.native.records import SAMPLER, offset
@@ -77,7 +77,7 @@ def _define_penalise(module: Module) -> None:
         with _penalised(f, s, ids, n) as (i, id):
             x = f.load(F32, unpenalised + i * 4, 4)
             f.store(f.select(x > 0.0, x / repeat, x * repeat) - presence, logits + id * 4, 4)
-        with f.when(not_(f, frequency.equals(0.0))), _penalised(f, s, ids, n) as (i, id):
+        with f.when(frequency.differs(0.0)), _penalised(f, s, ids, n) as (i, id):
             f.store(f.load(F32, logits + id * 4, 4) - frequency, logits + id * 4, 4)
         f.ret(0)
     with module.function("restore", arguments) as f:
@@ -133,7 +133,7 @@ def _penalised(f: Function, s: Value, ids: Value, n: Value) -> Iterator[tuple[Va
         id, free = f.cast("zext", f.load(I32, ids + i * 4, 4), I64), f.var(I1, 0)
         with f.range(0, n_exempt) as j:
             free.set(free.get() | f.load(I64, exempt + j * 8, 8).equals(id))
-        with f.when(not_(f, free.get())):
+        with f.when(~free.get()):
             yield i, id
 
 
@@ -225,7 +225,7 @@ def _draw(f: Function) -> None:
             f.ret(UNKNOWN_ID)
         f.call(VOID, "recount", s, logits, recent, n)
         best.set(f.call(F32, "largest", s))
-    used, is_restricted = f.var(PTR, logits), not_(f, _get(f, s, "n_allowed").equals(ALL))
+    used, is_restricted = f.var(PTR, logits), _get(f, s, "n_allowed").differs(ALL)
     with f.when(is_restricted):
         used.set(f.call(PTR, "restrict", s, logits))
         best.set(f.call(F32, "survey", s, used.get()))

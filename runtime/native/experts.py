@@ -12,9 +12,9 @@ is read, and nothing is kept but what the system keeps of the file.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Value
-from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_places, tile_size
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Type, Value
+from pocketlm.runtime.native.matrix import product_of, round_into, tile_of, tile_places, tile_size
+from pocketlm.runtime.native.record_reader import Records, each_number
 from pocketlm.runtime.native.records import GROUP, PAIR, offset
 from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, SIGMOID, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
@@ -58,7 +58,7 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
     with f.when(r.op("normalised").equals(0)):
         with f.when(is_sigmoid):
             total.set(1.0)
-        with f.when(r.op("source").equals(SIGMOID) ^ 1):
+        with f.when(r.op("source").differs(SIGMOID)):
             total.set(0.0)
             with f.range(0, n_experts) as i:
                 total.set(total.get() + share(f.load(F32, x + i * 4)))
@@ -113,11 +113,7 @@ def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     place, tile = number - first, r.run("activations", PTR) + (pair("place") + first) * x_bytes
     to = tile + place * columns * 4
     x = r.op("x", PTR) + pair("token") * r.op("x_stride") + pair("slot") * r.op("slot_stride")
-    whole = width & -LANES
-    with f.range(0, whole, LANES) as i:
-        f.store(f.load(ROW, x + i * 4), to + i * 4)
-    with f.range(whole, width) as i:
-        f.store(f.load(F32, x + i * 4), to + i * 4)
+    each_number(f, 0, width, lambda type, i: f.store(f.load(type, x + i * 4), to + i * 4))
     with f.range(width, columns) as i:
         f.store(f.const(F32, 0.0), to + i * 4)
     round_into(f, tile, columns, size, place, to, (task + 1).equals(pair("last")), 1)
@@ -170,24 +166,23 @@ def _announce(f: Function, r: Records, first: Value, n_bytes: Value) -> None:
 
 def _finish(f: Function, y: Value, bias: Value, out: Value, first: Value, last: Value) -> None:
     """Rows [first, last) of the products at y, plus the bias, to out."""
-    whole = first + ((last - first) & -LANES)
-    with f.range(first, whole, LANES) as row:
-        f.store(f.load(ROW, y + (row - first) * 4) + f.load(ROW, bias + row * 4), out + row * 4)
-    with f.range(whole, last) as row:
-        f.store(f.load(F32, y + (row - first) * 4) + f.load(F32, bias + row * 4), out + row * 4)
+
+    def write(type: Type, row: Value) -> None:
+        f.store(f.load(type, y + (row - first) * 4) + f.load(type, bias + row * 4), out + row * 4)
+
+    each_number(f, first, last, write)
 
 
 def mix(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The parts of a row, each times its weight, in their order."""
     x, out = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "out"))
     weights, n_used, width = r.op("weight", PTR) + task * r.op("weight_stride"), r.op("n_used"), r.op("n")
-    whole = width & -LANES
-    for type_, first, last in ((ROW, f.const(I64, 0), whole), (F32, whole, width)):
-        with f.range(first, last, type_.lanes) as i:
-            total = f.var(type_)
-            total.set(0.0)
-            with f.range(0, n_used) as k:
-                weight = f.load(F32, weights + k * 4)
-                part = f.load(type_, x + (k * width + i) * 4)
-                total.set(f.fma(part, f.splat(weight, LANES) if type_ == ROW else weight, total.get()))
-            f.store(total.get(), out + i * 4)
+
+    def add_up(type: Type, i: Value) -> None:
+        total = f.var(type, 0.0)
+        with f.range(0, n_used) as k:
+            weight, part = f.load(F32, weights + k * 4), f.load(type, x + (k * width + i) * 4)
+            total.set(f.fma(part, f.splat(weight, type.lanes), total.get()))
+        f.store(total.get(), out + i * 4)
+
+    each_number(f, 0, width, add_up)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import of_sampler as _get
 from pocketlm.runtime.native.sizes import CHUNK
@@ -60,10 +60,6 @@ def define(module: Module) -> None:
         f.call(I64, "first", s, logits, k, f.const(F32, -math.inf))
 
 
-def not_(f: Function, condition: Value) -> Value:
-    return condition ^ f.const(I1, 1)
-
-
 def _lanes(f: Function, condition: Value) -> Value:
     return f.bitcast(condition, I16)
 
@@ -88,7 +84,7 @@ def _define_chunk(module: Module) -> None:
         with f.range(whole, stop) as j:
             x = f.load(F32, logits + j * 4, 4)
             result.set(f.select(result.get() >= x, result.get(), x))
-            with f.when(not_(f, x <= FLT_MAX)):
+            with f.when(~(x <= FLT_MAX)):
                 numbers.set(0)
         f.ret(f.select(numbers.get().equals(-1), result.get(), math.inf), F32)
 
@@ -162,7 +158,7 @@ def _define_candidates(module: Module) -> None:
             high = f.splat(bound, ROWS)
             with f.range(start, whole, ROWS) as j:
                 some = _lanes(f, f.load(ROW, logits + j * 4, 4) >= high)
-                with f.when(not_(f, some.equals(0))), f.range(j, j + ROWS) as lane:
+                with f.when(some.differs(0)), f.range(j, j + ROWS) as lane:
                     take(lane, f.load(F32, logits + lane * 4, 4))
             with f.range(whole, stop) as j:
                 take(j, f.load(F32, logits + j * 4, 4))

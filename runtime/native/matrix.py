@@ -69,7 +69,7 @@ def tile_size(f: Function, level: str, left: Value) -> Value:
     *smaller_ones, largest = tiles(level)
     size = f.const(I64, largest)
     for smaller in reversed(smaller_ones):
-        size = f.select(left <= MOST.get(smaller, smaller), f.const(I64, smaller), size)
+        size = f.select(left <= MOST.get(smaller, smaller), smaller, size)
     return size
 
 
@@ -166,7 +166,7 @@ def _moving(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -
     moving = {name: f.var(PTR, start) for name, start in where.planes(0).items()}
     record = f.var(PTR, where.records + SCALE)
     end = where.records + (n_blocks * (RECORD * tokens) + SCALE)
-    with f.loop_while(lambda: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
+    with f.loop_while(lambda: record.get().differs(end)):
         planes, scale = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get())
         yield planes, lambda column: scale + -SCALE
         for name, at in moving.items():

@@ -6,7 +6,7 @@ the next pass. How a token is chosen is draw.py's, who walks the program run_loo
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F64, I1, I32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.ir import F64, I32, I64, PTR, Function, Module, Value
 from pocketlm.runtime.native.record_reader import Records, of_sampler
 from pocketlm.runtime.native.records import RUN, SAMPLER, TOKEN, offset
 
@@ -16,7 +16,7 @@ MUCH = 4  # a run ends where more than a fourth of it was lost in waiting for la
 def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The stage that draws a row's token where it has a sampler: with the random number of this pass."""
     s = f.load(PTR, r.run("samplers", PTR) + task * 8, 8)
-    with f.when(f.emit(I1, f"icmp ne ptr {s}, null")):
+    with f.when(s.differs(0)):
         at, logits = r.run("n_passes") * 8, r.op("x", PTR) + task * r.op("x_stride")
         u = f.load(F64, of_sampler(f, s, "uniforms", PTR) + at, 8)
         id = f.call(I64, "draw", s, logits, of_sampler(f, s, "text", PTR), of_sampler(f, s, "n_text"), u)

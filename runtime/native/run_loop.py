@@ -171,7 +171,7 @@ def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> N
         alone = kind.equals(sizes.PREPARE) & n.equals(1)
         with f.when(alone):
             stage(f.const(I64, 0))
-        with f.when(alone ^ f.const(I1, 1)):
+        with f.when(~alone):
             # neighbouring tasks are one thread's, the same in every pass: weights are one stream for it, and what it has
             # written is in its own cache. Then it does what others have not come to
             n_tasks, n_threads = f.call(I64, "tasks", run, op, n), r.run("n_threads")
@@ -235,7 +235,7 @@ def _wait(f: Function, machine: str) -> None:
             # a run that began meanwhile either sees that this thread sleeps and wakes it, or is seen here
             with f.when(is_idle()):
                 f.ret(1)
-            with f.when(f.compare_exchange(state, ASLEEP, 0) ^ f.const(I1, 1)):
+            with f.when(~f.compare_exchange(state, ASLEEP, 0)):
                 f.ret(1)
         with f.when(f.atomic_load(epoch) < 0):
             f.ret(0)

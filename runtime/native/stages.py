@@ -14,9 +14,9 @@ from functools import partial
 from pocketlm.runtime.native import attention, elements, experts, next_token
 from pocketlm.runtime.native.cache_numbers import Words
 from pocketlm.runtime.native.dot import WHOLE
-from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Type, Value
+from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_size
-from pocketlm.runtime.native.record_reader import Records, vectors
+from pocketlm.runtime.native.record_reader import Records, each_number, vectors
 from pocketlm.runtime.native.sizes import (
     AS_IT_IS,
     LANES,
@@ -59,7 +59,7 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     out, token = r.op("out", PTR) + task * r.op("out_stride"), r.token(task)
     which = r.op("row_is")
     row = f.select(which.equals(0), token("id"), f.select(which.equals(1), token("position"), token("before")))
-    known = f.maximum(row, f.const(I64, 0))
+    known = f.maximum(row, 0)
     f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), known, own)
     with f.range(0, r.op("n")) as i:
         value = f.select(row < 0, 0.0, f.load(F32, own + i * 4))
@@ -165,7 +165,7 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     x = f.select(n.equals(1), own, r.run("activations", PTR))
     y, y_stride = own + r.run("products_at"), MAX_CHUNK * LANES * 4
     up = y + tiles(level)[-1] * y_stride
-    gated = f.emit(I1, f"icmp ne ptr {r.op('up', PTR)}, null")
+    gated = r.op("up", PTR).differs(0)
 
     def product(prefix: str, size: Value, w: Value, groups: Value, first: Value, blocks: Value, x: Value, y: Value) -> None:
         kernel = product_of(f, level, r, prefix, size)
@@ -246,7 +246,7 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
             for k in (0, 1):
                 pairs = [lane + LANES * odd for lane in range(8 * k, 8 * k + 8) for odd in (0, 1)]
                 f.store(f.shuffle(x, pairs, y), vector + i * 8 + 64 * k, 4)
-        with f.when(adjacent ^ 1):
+        with f.when(~adjacent):
             x, y = turned(f.load(ROW, vector + i * 4, 4), f.load(ROW, vector + (i + half) * 4, 4), i)
             f.store(x, vector + i * 4, 4)
             f.store(y, vector + (i + half) * 4, 4)
@@ -309,7 +309,6 @@ def _convolve(f: Function, level: str, r: Records, own: Value, task: Value, n: V
     """A chunk of columns of all tokens, in order: a text's columns are kept before its next token reads them."""
     columns, taps, first = r.op("n"), r.op("taps"), task * r.op("chunk") * LANES
     last = f.minimum(first + r.op("chunk") * LANES, columns)
-    whole = first + ((last - first) & -LANES)
     with f.range(0, n) as number:
         token = r.token(number)
         x, out = r.op("x", PTR) + number * r.op("x_stride"), r.op("out", PTR) + number * r.op("out_stride")
@@ -325,7 +324,4 @@ def _convolve(f: Function, level: str, r: Records, own: Value, task: Value, n: V
                 total.set(f.fma(f.load(type, r.op("weight", PTR) + (tap * columns + at) * 4, 4), column, total.get()))
             f.store(c * total.get(), out + at * 4, 4)
 
-        with f.range(first, whole, LANES) as at:
-            convolve(ROW, at)
-        with f.range(whole, last) as at:
-            convolve(F32, at)
+        each_number(f, first, last, convolve)
