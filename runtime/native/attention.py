@@ -329,7 +329,7 @@ def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callabl
             share.set(f.extract(powers, 0) / f.fma(total, f.extract(powers, 0), f.extract(powers, 2)))
         scale = share.get()
 
-        def write(type: Type, d: Value, joined: Value = joined, out: Value = out, scale: Value = scale) -> None:
+        def write(type: Type, d: Value) -> None:
             f.store(f.load(type, joined + d * 4, 4) * f.splat(scale, type.lanes), out + d * 4, 4)
 
         each_number(f, 0, dim, write)

@@ -56,7 +56,7 @@ def _define_penalise(module: Module) -> None:
         n_vocab = _get(f, s, "n_vocab")
         saved = f.var(PTR, _get(f, s, "saved", PTR))
 
-        def keep(x: Value, saved: Var = saved) -> None:
+        def keep(x: Value) -> None:
             f.store(x, saved.get(), 4)
             saved.set(saved.get() + 4)
 
@@ -171,8 +171,8 @@ def _define_choose(module: Module) -> None:
         with f.when(top_p < 1.0):
             all_weights, sum, at = f.var(F64, total), f.var(F64, 0.0), f.var(I64, 0)
 
-            def add(sum: Var, i: Value) -> None:
-                sum.set(sum.get() + exp64(f, below(f, x + i * 4, best)))
+            def add(to: Var, i: Value) -> None:
+                to.set(to.get() + exp64(f, below(f, x + i * 4, best)))
 
             with f.when(total.equals(0.0)), f.range(0, n) as i:
                 add(all_weights, i)

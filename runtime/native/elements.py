@@ -89,7 +89,7 @@ def gate(f: Function, level: str, r: Records, own: Value, task: Value, n: Value)
     with f.range(0, r.op("n_groups")) as i:
         share, start = f.load(F32, own + i * 4), i * width
 
-        def write(type: Type, k: Value, share: Value = share, start: Value = start) -> None:
+        def write(type: Type, k: Value) -> None:
             at = (start + k) * 4
             f.store(f.fma(f.load(type, y + at, 4), f.splat(share, type.lanes), f.load(type, to + at, 4)), to + at, 4)
 

@@ -30,8 +30,6 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
     largest = f.var(F32, smallest)
     with f.range(0, n_used) as k:
         best, best_at = f.var(F32, smallest), f.var(I64, -1)
-        best.set(smallest)
-        best_at.set(-1)
         with f.range(0, n_experts) as i:
             found = f.load(F32, x + i * 4)
             score = f.select(found.equals(found), found, smallest)

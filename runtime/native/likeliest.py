@@ -173,7 +173,7 @@ def _define_sort(module: Module) -> None:
         places = f.stack(I64, 1 << DIGIT)
         with f.range(0, 32, DIGIT) as shift:
 
-            def place(i: Value, shift: Value = shift) -> Value:
+            def place(i: Value) -> Value:
                 bits = f.bitcast(f.load(F32, x.get() + i * 4, 4) + 0.0, I32)  # -0.0 is as large as 0.0
                 digit = f.cast("zext", _ordered(f, bits) ^ 0x7FFFFFFF, I64) >> shift
                 return places + (digit & ((1 << DIGIT) - 1)) * 8

@@ -244,7 +244,7 @@ def _amx_product(f: Function, level: str, fmt: str, tokens: int) -> None:
             with f.range(start, f.minimum(start + together, n_blocks)) as b:
                 planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
 
-                def put(run: Run, b: Value = b) -> None:
+                def put(run: Run) -> None:
                     record = records + (b * size + run.column >> 5) * (RECORD * tokens)
                     slots.put(run, record, 0 if run.count == 32 else run.column & 31)
 
@@ -334,7 +334,7 @@ def _integer_row(f: Function, level: str, fmt: str) -> None:
     group, lane, size = row // ROWS, row % ROWS, LAYOUTS[fmt].block_size
     with f.range(0, n_blocks) as b:
 
-        def write(run: Run, b: Value = b) -> None:
+        def write(run: Run) -> None:
             scale = f.splat(f.extract(run.scale, lane), 4)
             offset = f.splat(f.extract(run.offset, lane), 4) if run.offset else f.const(F32.vec(4), 0)
             for unpack, column in run.words:

@@ -10,6 +10,8 @@ the stages compute. A run is one pass over the program, or several where a text'
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pocketlm.runtime.native import next_token, sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.record_reader import Records
@@ -98,21 +100,20 @@ def _define_tasks(module: Module) -> None:
             f.ret(0)
         with f.when(kind <= sizes.JOIN):
             f.ret(n)
-        with f.when(kind.equals(sizes.MATRIX) | kind.equals(sizes.CONVOLVE)):
-            f.ret(chunks(r) * f.select(kind.equals(sizes.MATRIX) & (half_of(f, r, n) < n), 2, f.const(I64, 1)))
-        with f.when(kind.equals(sizes.EACH)):
-            f.ret(n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS))
-        with f.when(kind.equals(sizes.GROUP)):
-            f.ret(1)
-        with f.when(kind.equals(sizes.GATHER)):
-            f.ret(n * r.op("n_used"))
-        with f.when(kind.equals(sizes.EXPERTS)):
-            f.ret(r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")))
-        with f.when(kind.equals(sizes.SAMPLE)):
-            f.ret(f.select(r.run("samplers").equals(0), 0, n))
-        with f.when(kind.equals(sizes.STORE)):
-            f.ret(f.select(heads_apart(r, n), n * (r.run("n_head") + r.run("n_kv_head")), n))
-        f.ret(r.run("n_entries") * r.run("n_kv_head"))
+        counts: dict[int, Callable[[], Value]] = {
+            sizes.MATRIX: lambda: chunks(r) * f.select(half_of(f, r, n) < n, f.const(I64, 2), 1),
+            sizes.CONVOLVE: lambda: chunks(r),
+            sizes.EACH: lambda: n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS),
+            sizes.GROUP: lambda: f.const(I64, 1),
+            sizes.GATHER: lambda: n * r.op("n_used"),
+            sizes.EXPERTS: lambda: r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")),
+            sizes.SAMPLE: lambda: f.select(r.run("samplers").equals(0), 0, n),
+            sizes.STORE: lambda: f.select(heads_apart(r, n), n * (r.run("n_head") + r.run("n_kv_head")), n),
+            sizes.ATTEND: lambda: r.run("n_entries") * r.run("n_kv_head"),
+        }
+        for number, count in counts.items():
+            with f.when(kind.equals(number)):
+                f.ret(count())
 
 
 def _counters(r: Records, tid: Value) -> Value:
@@ -162,7 +163,7 @@ def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> N
         n = f.select(r.op("tail").equals(1), r.run("n_logits"), r.run("n_tokens"))
         kind = r.op("kind")
 
-        def stage(task: Value, op: Value = op, own: Value = own, n: Value = n, kind: Value = kind) -> None:
+        def stage(task: Value) -> None:
             for at, name in enumerate(sizes.STAGES):
                 with f.when(kind.equals(at)):
                     f.call(VOID, name, run, op, own, task, n)
@@ -184,7 +185,7 @@ def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> N
                 task = f.var(I64, count)
                 with f.when(f.atomic_load(counter) < count):
                     task.set(f.atomic_add(counter, 1))
-                with f.loop_while(lambda task=task, count=count: task.get() < count):
+                with f.loop_while(lambda: task.get() < count):
                     stage(first + task.get())
                     task.set(f.atomic_add(counter, 1))
             with f.when(r.op("barrier").equals(1)):
@@ -223,8 +224,7 @@ def _wait(f: Function, machine: str) -> None:
         def is_idle() -> Value:
             return f.atomic_load(go).equals(f.load(I64, seen, 8)) & (f.atomic_load(epoch) >= 0)
 
-        waited.set(0)
-        with f.loop_while(lambda waited=waited: is_idle() & (waited.get() < SPINS[machine] + PATIENCE)):
+        with f.loop_while(lambda: is_idle() & (waited.get() < SPINS[machine] + PATIENCE)):
             waited.set(waited.get() + 1)
             with f.when(waited.get() <= SPINS[machine]):
                 f.call(VOID, "pause")

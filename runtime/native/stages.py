@@ -315,7 +315,7 @@ def _convolve(f: Function, level: str, r: Records, own: Value, task: Value, n: V
         rows, position = r.layer(token)("rows"), token("position")
         kept = token("columns", PTR) + r.layer(token)("offset")
 
-        def convolve(type: Type, at: Value, x=x, out=out, rows=rows, position=position, kept=kept) -> None:
+        def convolve(type: Type, at: Value) -> None:
             b, c, z = (f.load(type, x + (columns * part + at) * 4, 4) for part in range(3))
             f.store(b * z, kept + ((position % rows) * columns + at) * 4, 4)
             total, oldest = f.var(type, 0.0), position - taps + 1
