@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import Ids
 from pocketlm.runtime.memory import round_up, scattered
@@ -262,12 +261,6 @@ class KVCache:
         self.first = first
         self.length -= distance
         return True
-
-
-def check_kind(kv: str) -> None:
-    """Raises UsageError where caches keep no such numbers."""
-    if kv not in KINDS:
-        raise UsageError(f"kv {kv!r}: expected one of {', '.join(KINDS)}{did_you_mean(kv, KINDS)}")
 
 
 def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
