@@ -68,7 +68,7 @@ def above(bound: int, is_whole: bool) -> int:
 def integers(bounds: Bounds) -> Node:
     if bounds == Bounds():
         return INTEGER
-    return _both_signs(bounds, lambda b: _digits(*_whole_between(b)))
+    return _both_signs(bounds, _whole)
 
 
 def numbers(bounds: Bounds) -> Node:
@@ -87,9 +87,9 @@ def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
     return Either(tuple(found))
 
 
-def _whole_between(bounds: Bounds) -> tuple[int, int]:
+def _whole(bounds: Bounds) -> Node:
     assert bounds.least is not None
-    return -(-bounds.least // ONE), ONE - 1 if bounds.most is None else bounds.most // ONE
+    return _digits(-(-bounds.least // ONE), ONE - 1 if bounds.most is None else bounds.most // ONE)
 
 
 def _digits(least: int, most: int) -> Node:
