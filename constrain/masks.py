@@ -1,13 +1,17 @@
 """Which tokens may come next: an automaton beside a vocabulary.
 
-In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of the tokens that a whole text can go on with, exactly these.
-Knows no model and no grammar.
+In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of exactly those tokens after which the text can still become
+whole. Knows no model and no grammar.
 
-A state is a set of (node, stack of the parts that were entered). For a mask, the tree of the vocabulary is walked by all its
-branches at once, one level after the other; what follows each byte is a row of 256, made when a state is first met, and
-forgotten when there are many. A mask is kept with its state. Inside a repeated part whose repetitions can be counted (the
-characters of a string, above all) the tree is walked once: it says for every token how many repetitions it needs, or has before
-it leaves the part. So a string of at most 4,000 characters costs no 4,000 walks.
+A state is a set of (node, stack of the parts that were entered): every way to read the text so far. A mask is found by walking
+the vocabulary's tree level by level, all branches at once, each with its own state, and is kept with the state it belongs to.
+The transitions of a state are a row of 256, one for each byte, made when the state is first met; they are all forgotten when
+there are many.
+
+Some parts have repetitions that can be counted, above all the characters of a string. Inside one, two walks of the tree serve
+every count: `_counts` finds how many repetitions each token takes, `_leave` how many it completes before it leaves the part.
+A mask then only compares these numbers with what the bounds still allow. So a string of at most 4,000 characters does not cost
+4,000 walks.
 """
 
 from __future__ import annotations
@@ -30,12 +34,12 @@ MOST_ROWS = 1 << 13  # of 1 KB each
 MOST_STACKS = 1 << 16
 MOST_STEPS = 200_000  # for one mask
 MOST_MASK_BYTES = 1 << 23
-NONE = -1
-FEW_BYTES = 8
-FEW_NODES = 12
-FEW_CHILDREN = 24
-MOST_COUNTED = 8
-FAR = np.iinfo(np.int16).max  # tokens are shorter
+NONE = -1  # in place of a state's number: this byte cannot come
+FEW_BYTES = 8  # that may follow a part: up to here their nodes are looked up, beyond that all nodes are compared
+FEW_NODES = 12  # of a level: up to here a loop in Python is faster than NumPy
+FEW_CHILDREN = 24  # of a node: up to here each is looked at by itself, without a row for its state
+MOST_COUNTED = 8  # walks that a cache holds
+FAR = np.iinfo(np.int16).max  # more repetitions than any token has
 
 Place = tuple[int, int]  # node, stack
 State = frozenset[Place]
@@ -45,10 +49,12 @@ NOWHERE: State = frozenset()
 
 @dataclass
 class Leaving:
-    """Nodes of the tree by which a repeated part is left, the state there, and how many repetitions are through before it.
+    """How tokens leave a repeated part, whatever its count is.
 
-    `ids`: the tokens that lead that way out, and `before`: how many repetitions each of them has before it. `is_plain`: no
-    token leaves the part by two of the nodes.
+    `nodes` [k]: nodes of the tree that the first byte behind the part leads to; `states` [k]: the numbers of the states there;
+    `inner` [k]: repetitions that are complete before that byte. `ids` [m]: the tokens that end at or below one of these nodes;
+    `before` [m]: repetitions that each completes before it leaves. `is_plain`: none of the nodes is below another, so that each
+    token leaves in one way.
     """
 
     nodes: np.ndarray
@@ -75,15 +81,15 @@ class Masks:
         self.start: State = self._reach((automaton.start, BOTTOM))
 
     def _forget(self) -> None:
-        """The numbers of states, and what follows them."""
+        """Begin with empty tables: numbers of states, their rows, the walks from them."""
         self._reached: dict[Place, State] = {}
         self._states: list[State] = []
-        self._number_of: dict[State, int] = {}
+        self._number_of: dict[State, int] = {NOWHERE: NONE}
         self._table = np.full((64, 256), NONE, np.int32)
         self._has_row = np.zeros(64, bool)
         self._is_whole = np.zeros(64, bool)
         self._leaving: dict[Hashable, Leaving] = {}
-        self._beside: dict[State, np.ndarray] = {}
+        self._beside: dict[State, np.ndarray] = {}  # places outside of counted parts -> the nodes that can be reached
         self._steps = 0
 
     def _begin(self) -> None:
@@ -135,7 +141,7 @@ class Masks:
             raise UsageError(f"{self.of} can be read in too many ways at once; make it simpler")
 
     def _reach(self, place: Place) -> State:
-        """Where one is without another byte: the places that have edges, and the end of the whole text."""
+        """The places that are reached from here without another byte: those that have edges, and the end of the whole text."""
         found = self._reached.get(place)
         if found is not None:
             return found
@@ -192,11 +198,6 @@ class Masks:
         ]
         return NOWHERE.union(*reached) if len(reached) != 1 else reached[0]
 
-    def _after(self, number: int, byte: int) -> int:
-        """The number of the state after one more byte, or NONE: for few bytes faster than a row."""
-        state = self._step(self._states[number], byte)
-        return self._number(state) if state else NONE
-
     def _row(self, number: int) -> np.ndarray:
         """The numbers of the states after each byte."""
         if not self._has_row[number]:
@@ -211,17 +212,14 @@ class Masks:
             for low, end in pairwise(starts):
                 reached = {places for first, last, places in spans if first <= low <= last}
                 self._count(len(spans))
-                if reached:
-                    row[low:end] = self._number(frozenset().union(*reached))
+                row[low:end] = self._number(NOWHERE.union(*reached))
             self._table[number] = row
             self._has_row[number] = True
         return self._table[number]
 
     def _need_rows(self, states: np.ndarray) -> None:
-        missing = states[~self._has_row[states]]
-        if len(missing):
-            for number in set(missing.tolist()):  # numpy.unique wants what packed programs lack
-                self._row(number)
+        for number in set(states[~self._has_row[states]].tolist()):  # numpy.unique wants what packed programs lack
+            self._row(number)
 
     # ---- masks
 
@@ -263,7 +261,7 @@ class Masks:
             allowed |= alive[vocabulary.node_of]
 
     def _walk(self, nodes: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """What can be reached in the tree of the vocabulary below these nodes, where the text is in these states."""
+        """The nodes that can be reached below `nodes` [k], where the states have these numbers [k]; some may be there twice."""
         vocabulary, found = self.vocabulary, [nodes[:0]]
         while len(nodes):
             if len(nodes) <= FEW_NODES:
@@ -282,7 +280,9 @@ class Masks:
         return np.concatenate(found)
 
     def _walk_few(self, nodes: list[int], states: list[int], found: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The same node by node, which is faster as long as they are few: along 80 spaces, say. Where it has come to."""
+        """The same node by node, which is faster while they are few: along 80 spaces, say. What is reached goes to `found`;
+        the nodes and states where it stopped: none, or more than FEW_NODES.
+        """
         byte, first, last = self.vocabulary.plain
         edges, through = self._automaton.edges, list[int]()
         while 0 < len(nodes) <= FEW_NODES:
@@ -300,7 +300,7 @@ class Masks:
                     if len(below) > FEW_CHILDREN:
                         row = self._row(state)
                 for child in below:
-                    to = self._after(state, byte[child]) if row is None else int(row[byte[child]])
+                    to = self._number(self._step(self._states[state], byte[child])) if row is None else int(row[byte[child]])
                     if to != NONE:
                         children.append(child)
                         reached.append(to)
@@ -310,7 +310,9 @@ class Masks:
         return np.array(nodes, np.int64), np.array(states, np.int64)
 
     def _repeated(self, stack: int, places: State, allowed: np.ndarray) -> None:
-        """Mark the tokens that can come inside the part on top of the stack, and out of it."""
+        """Allow the tokens that stay inside the counted part on top of the stack, and those that leave it. `places`: where in
+        the part the text is.
+        """
         i, times, below = self._frames[stack]
         part, counts = self._automaton.parts[i], self._counts(i, places)
         if counts is None:
@@ -318,9 +320,9 @@ class Masks:
                 self._repeated(stack, frozenset((place,)), allowed)
             return
         needed, through = counts
+        # how many more repetitions may be complete when the part is left; to leave it now is a place of its own in the state
         least, most = max(part.least - times, 1), FAR - 1 if part.most is None else min(part.most - times, FAR - 1)
         allowed |= needed <= most
-        # where the part may be left at an inner node of the tree, it goes on behind it: mostly whatever the count is
         kept = self._leaving.get(key := (i, places, below))
         if kept is None:
             kept = self._leave(self._number(self._reach((part.after, below))), through)
@@ -333,7 +335,7 @@ class Masks:
             self._mark(np.concatenate([nodes, self._walk(nodes, kept.states[fits])]), allowed)
 
     def _leave(self, number: int, through: np.ndarray) -> Leaving:
-        """Out of a part, to a state; `through`: see `_counts`."""
+        """The ways out of a part, to the state of this number behind it; `through` is that of `_counts`."""
         vocabulary, row = self.vocabulary, self._row(number)
         first = (row != NONE).nonzero()[0]
         if len(first) <= FEW_BYTES:
@@ -349,7 +351,7 @@ class Masks:
         is_plain = not repetitions[nodes].any()
         repetitions[nodes] = inner
         at, above = behind[repetitions[behind] < 0], vocabulary.parent.copy()
-        while len(at):  # as many as before its parent: who does not know it yet looks twice as far up
+        while len(at):  # as many as at the way out above: who does not know them yet looks twice as far up
             repetitions[at] = found = repetitions[above[at]]
             at = at[found < 0]
             above[at] = above[above[at]]
@@ -358,13 +360,15 @@ class Masks:
         return Leaving(nodes, states, inner, ids, found[ids], is_plain)
 
     def _counts(self, i: int, places: State) -> tuple[np.ndarray, np.ndarray] | None:
-        """From the root of the tree inside a part and never out of it: for each token how many repetitions are needed, FAR
-        where that leads nowhere, int16 (n_vocab,); for each node how many are through where one is at the end of one, else 0,
-        int16 (n_nodes,). None where not all of several places come to the end of one at the same time.
+        """Repetitions of part `i`, counted by a walk that begins at these places in it and never leaves it.
+
+        `needed`, int16 (n_vocab,): how many a token takes, one that it ends in the middle of included; FAR where it does not
+        stay inside. `through`, int16 (n_nodes,): how many are complete at a node where one has just ended, else 0. None where a
+        repetition ends for some of the places and goes on for others: each of them has a count of its own then.
         """
         vocabulary, part = self.vocabulary, self._automaton.parts[i]
         first = self._reach((part.start, BOTTOM))
-        # of what is at its beginning it depends on nothing but what is repeated: every string has the same
+        # at the beginning of a repetition, all depends on what is repeated alone: strings of all forms share it
         kept_in, key = (vocabulary.counted, part.body) if places == first else (self._counted, (part.start, places))
         if (found := kept_in.get(key)) is not None:
             return found
@@ -383,13 +387,13 @@ class Masks:
             needed[nodes] = counts + ~ends
             through[nodes] = counts * ends
             states = np.where(ends, self._number(first), states)
-        found = needed[vocabulary.node_of], through  # the root's is FAR
+        found = needed[vocabulary.node_of], through  # tokens that may not come are the root's, which is FAR
         _keep(kept_in, key, found)
         return found
 
 
 def _keep(cache: dict[Any, Any], key: Hashable, value: Any) -> None:
-    """Remember it; what was before, when that is much, no longer."""
+    """Keep it; a cache that is full is emptied first."""
     if len(cache) >= MOST_COUNTED:
         cache.clear()
     cache[key] = value
