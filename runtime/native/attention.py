@@ -3,16 +3,16 @@
 In: the run's and an operation's record, an ENTRY (records.py): neighbouring tokens of one text and the spans that they attend
 to. Out: results in the tokens' slots: sums of values, the largest score, the sum of weights. Knows the cache, no weights.
 
-All products are of integers: a query is rounded to int16 as keys are, and so are the weights of POSITIONS neighbours,
-relative to the largest. What is kept as float16 and multiplied as float32 takes twice as long and is less exact: a key of int16
-has up to 15 bits, whatever the size of its numbers.
+All products are of integers: queries are rounded to int16 as keys are, and so are the weights, with one scale for POSITIONS
+neighbouring positions. Numbers that are kept as float16 and multiplied as float32 take twice as long and are less exact: an
+int16 with a scale has up to 15 bits, whatever its size.
 
-A token's result is the same, bit for bit, however many queries share a task and whoever computes a span: scores, weights and
-sums of a span of SPAN positions are made in one order, and spans are joined one after the other, in a task or by
-`join_partials`. Positions that a query may not see have weight 0, which changes no sum.
+A token's result has the same bits however many queries share a task and whichever thread computes a span: within a span of SPAN
+positions, scores, weights and sums are made in one order, and spans are joined in order, by the task or by `join_partials`.
+Positions that a query may not see have weight 0, which changes no sum.
 
-A thread's own memory: at `rows_at` a QUERY each, at `queries_at` their integers, two columns of all after the next two;
-at `scores_at` their scores in a span, then the integers of their weights, at `mixed_at` their results of a span.
+A thread's own memory, for each query of a task: at `rows_at` a QUERY record; at `queries_at` its numbers, int16 [columns / 2,
+queries, 2]; at `scores_at` its scores in a span, float32 [SPAN], later its weights, int16; at `mixed_at` its result of a span.
 Online softmax: Milakov and Gimelshein, arXiv:1805.02867.
 """
 
@@ -40,8 +40,8 @@ def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value,
     return keys, keys + n_bytes
 
 
-# Queries, and vectors of 16 positions, whose scores a level's registers hold; most queries first, down to one. As many queries'
-# sums of values fit, too
+# (queries, vectors of 16 positions) whose scores fit into a level's registers, the most queries first, one query last. The sums
+# of values of as many queries fit, too
 _NARROW = ((6, 1), (3, 2), (2, 2), (1, 4))
 TILES = {
     **dict.fromkeys(AVX512, ((6, 4), (4, 4), (3, 1), (2, 1), (1, 1))),
@@ -50,11 +50,11 @@ TILES = {
 }
 Ahead = Callable[[Value], Value]
 PART = 64  # positions whose keys many queries meet together
-FEW = 3  # queries that are through with the cache sooner than it comes from memory
+FEW = 3  # queries up to which memory is the limit: keys and values are fetched ahead
 
 
 def define(module: Module, level: str, numbers: Words) -> None:
-    """Define what `attend` calls: `span`, and what this calls: `scores6`, `mix6`, …, for so many queries."""
+    """Define `span`, which `attend` calls, and what that calls: `scores6`, `mix6` and the like, by the number of queries."""
     _define_merge(module)
     attention_weights.define(module, level, numbers)
     for queries, n_vectors in TILES[level]:
@@ -64,7 +64,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
 
 
 def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
-    """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
+    """The stage. A task is one key-value head of an ENTRY: its queries meet the entry's spans, QUERIES of them at a time."""
     (entry, kv), group = _place(f, r, task), r.run("n_head") // r.run("n_kv_head")
     all_rows = entry("n_tokens") * group
     token = r.token(entry("token"))
@@ -83,10 +83,11 @@ def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def _place(f: Function, r: Records, task: Value) -> tuple[Callable[..., Value], Value]:
-    """The entry of a task, and which key-value head.
+    """The entry and the key-value head of a task.
 
-    Of few tokens one entry after the other: the heads of a span are neighbours in memory. Of many first one half of the tokens,
-    as MATRIX has them, one head after the other: what a head has behind them stays in the second-level cache.
+    In a short pass all heads of an entry come one after the other, because the heads of a span are neighbours in memory. In a
+    long one the tokens are halved, as for MATRIX, and within a half all entries of a head follow each other: the keys and
+    values that they share stay in the second-level cache.
     """
     n_entries, n_kv = r.run("n_entries"), r.run("n_kv_head")
     half = (n_entries + 1) >> 1
@@ -97,7 +98,7 @@ def _place(f: Function, r: Records, task: Value) -> tuple[Callable[..., Value], 
 
 
 def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head: Value, apart: Value) -> None:
-    """A query's integers, what is known of it, and a result of no positions yet."""
+    """Round a query to integers, fill its QUERY record, and begin with a result of no positions."""
     dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
     x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
     length, largest = size_of(f, x, dim, limit=lambda f, x: x)
@@ -202,8 +203,8 @@ def _define_span(module: Module, level: str, numbers: Words) -> None:
 
 
 def _ahead(f: Function, numbers: Words, padded: Value, count: Value) -> Ahead:
-    """How far from a position's numbers those are that will be read FAR_AHEAD bytes later: behind a span's last ones come its
-    values, behind these the next head's keys.
+    """Position → the distance, in bytes, to what will be read FAR_AHEAD bytes later. `count` of the span's positions are
+    filled; what is read next (the values after the keys, the next head's keys after these) begins where all SPAN would end.
     """
     n_bytes = numbers.row_bytes(padded)
     filled = (count + (LANES - 1)) & -LANES
@@ -220,10 +221,10 @@ _PART = {"run": PTR, "own": PTR, "row": I64, "first": I64, "numbers": PTR, "star
 
 
 def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:
-    """scores{queries}(run, own, row, first, keys, start, stop): q · k of queries from `row` on and of positions of a part of
-    the span, along the head's columns, two at a time.
+    """scores{queries}(run, own, row, first, keys, start, stop): q · k of so many queries, from `row` on, with the positions
+    [start, stop) of the span that begins at `first`. An instruction multiplies two columns.
 
-    So many vectors of positions at a time; of the last ones half as many, where these hold all that is left.
+    `n_vectors` vectors of 16 positions are computed at a time; of the last ones fewer, where half as many or less are left.
     """
     with module.function(f"scores{queries}", _PART) as f:
         run, own, row, first, keys, start, stop = f.args()
@@ -263,8 +264,8 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
 
 
 def _define_mix(module: Module, level: str, numbers: Words, queries: int) -> None:
-    """mix{queries}(run, own, row, first, values, start, stop): add sums of weight times value in a part of the span, two
-    positions at a time; exact among POSITIONS neighbours, whose values are read one after the other.
+    """mix{queries}(run, own, row, first, values, start, stop): add weight · value of the positions [start, stop) of the span to
+    the results of so many queries. An instruction multiplies two positions; sums over POSITIONS neighbours are exact.
     """
     with module.function(f"mix{queries}", _PART) as f:
         run, own, row, first, values, begin, stop = f.args()

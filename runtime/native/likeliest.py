@@ -3,8 +3,8 @@
 In: a module. Out: the functions that `define` lists, `top_k` for Python, the others for draw.py. Knows logits and the SAMPLER
 record's memory; not what the candidates are for.
 
-The largest of every sizes.CHUNK logits stands for them: where it is below a bound all of them are. The k-th largest of these is
-a bound on the k-th largest of all, and few others are above it.
+The largest of every sizes.CHUNK logits stands for its chunk: where it is below a bound, so are all others of the chunk. The
+k-th largest of these is a lower bound of the k-th largest logit, and few other logits are above it.
 """
 
 from __future__ import annotations

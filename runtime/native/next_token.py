@@ -10,7 +10,7 @@ from pocketlm.runtime.native.ir import F64, I32, I64, PTR, Function, Module, Val
 from pocketlm.runtime.native.record_reader import Records, of_sampler
 from pocketlm.runtime.native.records import RUN, SAMPLER, TOKEN, offset
 
-MUCH = 4  # a run ends where more than a fourth of it was lost in waiting for late threads; one that had to wake up is late, too
+MUCH = 4  # a run ends where over a fourth of it was lost in waiting for late threads, such as those that had to wake up
 
 
 def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
@@ -26,8 +26,9 @@ def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def define(module: Module) -> None:
-    """follow(run, elapsed) -> 1: the records are those of the next pass now, in which each text has the token that was drawn
-    for it; 0: no pass follows. A token that ends a text, or is none, ends the run for all. `elapsed`: since the run began, in
+    """follow(run, elapsed) -> 1 where another pass follows, for which the records now have the tokens just drawn; else 0.
+
+    A token that ends its text, or where none could be drawn, ends the run of all texts. `elapsed`: since the run began, in
     units of its clock.
     """
     with module.function("follow", {"run": PTR, "elapsed": I64}, returns=I64) as f:

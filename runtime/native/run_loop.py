@@ -20,7 +20,7 @@ from pocketlm.runtime.native.stages import chunks, half_of, heads_apart
 
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
-LATE = 4  # times as long as it has worked itself, a thread waits for another until it thinks that something is wrong
+LATE = 4  # times the longest that a thread has worked itself: a longer wait is no work of the others, see `barrier`
 PATIENCE = 2000  # time slices a waiting thread gives away before it sleeps: longer than Python is at work between two runs
 
 
@@ -61,9 +61,9 @@ def _clock(f: Function, machine: str) -> Value:
 def _define_barrier(module: Module, machine: str) -> None:
     """barrier(run, number, times): wait until all threads have come to the number-th barrier of the run.
 
-    A thread that does not come for `LATE` times as long as this one has ever worked between two barriers of the run, and
-    some more, has lost its processor to somebody else: the time is counted as lost. `times`: of this thread, when it left
-    the last barrier, and the longest it has worked.
+    A wait of more than SPINS, and of more than LATE times the longest that this thread itself has worked between two barriers
+    of the run, means that another thread has lost its processor to another program: it is added to the run's `lost`. `times`:
+    two int64 of this thread, when it left the last barrier and the longest that it has worked.
     """
     with module.function("barrier", {"run": PTR, "number": I64, "times": PTR}) as f:
         run, number, times = f.args()
@@ -153,7 +153,7 @@ def _work(f: Function, machine: str) -> None:
 
 
 def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> None:
-    """A thread's share of a walk over the program, `barriers` before it."""
+    """A thread's share of one walk over the program; `barriers`: how many the run has had before."""
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
         with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
             f.ret()  # the threads end: nobody looks at the results

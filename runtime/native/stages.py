@@ -71,11 +71,11 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def _define_round(module: Module, whole_ones: bool) -> None:
-    """The rounded forms of the n float32 activations at x, n a multiple of 32; matrix.py has the layout.
+    """round(x, n, records, record_stride): the rounded forms of n float32 activations, n a multiple of 32 (layout: matrix.py).
 
-    The token's first record goes to `records`, those of the next 32 columns follow in strides. No byte that is not read is
-    written: a cache line that another thread has read costs 8 to 40 ns when it is written, the more the more lines there are,
-    in place of 0.7 (measured on two cores of a Zen 4, 4 to 256 KB).
+    The record of the first 32 columns goes to `records`, the following ones in strides. Bytes that nobody reads are not
+    written: to write a cache line that another thread has read takes 8 to 40 ns instead of 0.7, the longer the more there are
+    (measured on two cores of a Zen 4, 4 to 256 KB).
     """
     arguments = {"x": PTR, "n": I64, "records": PTR, "record_stride": I64}
     with module.function("round", arguments) as f:
@@ -155,8 +155,8 @@ def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: 
 
 
 def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """A chunk of groups, for all tokens or half of them: products into the thread's own memory, then bias, activation, gate,
-    residual.
+    """The stage. A task is a chunk of groups, for all tokens or one half: products go into the thread's own memory, then come
+    bias, activation, gate and residual.
     """
     chunk, n_rows, n_chunks, half = r.op("chunk"), r.op("n"), chunks(r), half_of(f, r, n)
     is_later, start = task >= n_chunks, task % n_chunks * chunk
@@ -191,8 +191,8 @@ def chunks(r: Records) -> Value:
 
 
 def half_of(f: Function, r: Records, n: Value) -> Value:
-    """How many of its n tokens MATRIX takes first, whole tiles. Of many tokens half, and then the others: a thread computes the
-    rows of the tokens that it prepares, which stay in its own cache.
+    """How many of n tokens are MATRIX's first half, whole tiles of 16; all n in a short pass. In halves, a thread computes
+    products of tokens that it has prepared itself, which are in its own cache.
     """
     return f.select((n >= TWO_PARTS) & (r.run("n_threads") > 1), ((n + 31) >> 5) << 4, n)
 
@@ -258,7 +258,9 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
 
 
 def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
-    """Heads of a token: query or key normalised and rotated where the operation says so, key and value to the cache."""
+    """The stage. A task is a token, or one head of it: queries and keys are normalised and rotated where the operation says so,
+    keys and values written to the cache.
+    """
     n_heads, apart = r.run("n_head") + r.run("n_kv_head"), heads_apart(r, n)
     first = f.select(apart, task % n_heads, 0)
     with f.range(first, f.select(apart, first + 1, n_heads)) as head:
