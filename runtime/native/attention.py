@@ -22,12 +22,12 @@ import math
 from collections.abc import Callable
 
 from pocketlm.runtime.native import attention_weights
-from pocketlm.runtime.native.attention_weights import FACTORS, OLDEST, POSITION, RESULT, SCALE, SLOPE, SOFTCAP, part
+from pocketlm.runtime.native.attention_weights import FACTORS, OLDEST, POSITION, RESULT, SCALE, part
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
 from pocketlm.runtime.native.ir import F32, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, fetch_far
-from pocketlm.runtime.native.record_reader import Records, each_number
+from pocketlm.runtime.native.record_reader import Records, each_number, fill
 from pocketlm.runtime.native.records import QUERY
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN, TWO_PARTS
 from pocketlm.runtime.native.vector_math import AVX512, exp
@@ -117,11 +117,8 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
     with f.when(r.op("slopes", PTR).differs(0)):
         slope.set(f.load(F32, r.op("slopes", PTR) + head * 4))
     position, softcap, scale = token("position"), r.op("softcap", F32), scale * r.op("query_scale", F32)
-    for value, at in (
-        (position, POSITION), (_oldest(f, r, position), OLDEST), (result, RESULT), (slope.get(), SLOPE), (softcap, SOFTCAP),
-        (scale, SCALE),
-    ):  # fmt: skip
-        f.store(value, known + at, 4)
+    fill(f, QUERY, known, position=position, oldest=_oldest(f, r, position), result=result)
+    fill(f, QUERY, known, slope=slope.get(), softcap=softcap, scale=scale)
     with f.when(apart.equals(0)):
         _clear(f, result, padded)
 

@@ -17,8 +17,9 @@ from pocketlm.runtime.native import likeliest, softmax
 from pocketlm.runtime.native.ir import F32, F64, I1, I8, I32, I64, PTR, VOID, Function, Module, Value, Var
 from pocketlm.runtime.native.likeliest import FLT_MAX
 from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.record_reader import fill
 from pocketlm.runtime.native.record_reader import of_sampler as _get
-from pocketlm.runtime.native.records import SAMPLER, offset
+from pocketlm.runtime.native.records import SAMPLER
 from pocketlm.runtime.native.sizes import ALL, BROKEN, CHUNK, FORBIDDEN, NO_CHOICE, UNKNOWN_ID
 from pocketlm.runtime.native.softmax import below, exp64
 from pocketlm.runtime.native.tiling import ROWS
@@ -205,7 +206,7 @@ def _define_among(module: Module) -> None:
         total = f.var(F64, 0.0)
         with f.when(_get(f, s, "top_p", F64) < 1.0):
             total.set(f.call(F64, "weigh", logits, n_vocab, best, f.const(F64, 1.0), columns))
-            f.store(total.get(), s + offset(SAMPLER, "sum"), 8)
+            fill(f, SAMPLER, s, sum=total.get())
         n = f.call(I64, "nucleus", s, logits, best, total.get())
         f.ret(f.call(I64, "choose", s, n, total.get(), u))
 
@@ -232,15 +233,15 @@ def _draw(f: Function) -> None:
     result = f.var(I64, NO_CHOICE)
     with f.when(best.get().equals(math.inf)):
         result.set(BROKEN)
-    f.store(f.const(F64, 0.0), s + offset(SAMPLER, "sum"), 8)
+    fill(f, SAMPLER, s, sum=f.const(F64, 0.0))
     with f.when((best.get() > -math.inf) & (best.get() < math.inf)):
         result.set(f.call(I64, "draw_among", s, used.get(), best.get(), u))
     with f.when(edits):
         f.call(VOID, "restore", s, logits, recent, n)
     with f.when((result.get() >= 0) & _get(f, s, "logprobs").equals(1)):
         logit = f.load(F32, logits + result.get() * 4, 4) - plain
-        f.store(f.cast("fpext", logit, F64), s + offset(SAMPLER, "logit"), 8)
+        fill(f, SAMPLER, s, logit=f.cast("fpext", logit, F64))
         with f.when(edits | is_restricted | _get(f, s, "sum", F64).equals(0.0)):
             sum = f.call(F32, "sum_exp", logits, _get(f, s, "n_vocab"), plain)
-            f.store(f.cast("fpext", sum, F64), s + offset(SAMPLER, "sum"), 8)
+            fill(f, SAMPLER, s, sum=f.cast("fpext", sum, F64))
     f.ret(result.get())

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Type, Value
 from pocketlm.runtime.native.matrix import product_of, round_into, tile_of, tile_places, tile_size
-from pocketlm.runtime.native.record_reader import Records, each_number
-from pocketlm.runtime.native.records import GROUP, PAIR, offset
+from pocketlm.runtime.native.record_reader import Records, each_number, fill
+from pocketlm.runtime.native.records import GROUP, PAIR, RUN
 from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, SIGMOID, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
@@ -67,7 +67,6 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
 def group(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The pass's pairs, sorted by expert; pairs of one expert in the order of their tokens."""
     n_used, counts, pairs, groups = r.op("n_used"), r.run("counts", PTR), r.run("pairs", PTR), r.run("groups", PTR)
-    pair, member = ({name: offset(dtype, name) for name in dtype.names or ()} for dtype in (PAIR, GROUP))
 
     def count_of(token: Value, slot: Value) -> Value:
         number = f.load(F32, r.op("x", PTR) + token * r.op("x_stride") + slot * 4)
@@ -82,24 +81,20 @@ def group(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
     with f.range(0, r.op("n")) as i:
         count = f.load(I64, counts + i * 8, 8)
         with f.when(count > 0):
-            here = groups + found.get() * GROUP.itemsize
             first, last = start.get(), start.get() + count
-            for name, value in (("expert", i), ("first", first), ("last", last), ("place", place.get())):
-                f.store(value, here + member[name], 8)
+            fill(f, GROUP, groups + found.get() * GROUP.itemsize, expert=i, first=first, last=last, place=place.get())
             f.store(first, counts + i * 8, 8)  # from now on: where its next pair goes
             with f.range(first, last) as p:
-                for name, value in (("first", first), ("last", last), ("place", place.get())):
-                    f.store(value, pairs + (p * PAIR.itemsize + pair[name]), 8)
+                fill(f, PAIR, pairs + p * PAIR.itemsize, first=first, last=last, place=place.get())
             start.set(last)
             place.set(place.get() + tile_places(f, level, count))
             found.set(found.get() + 1)
     with f.range(0, n) as token, f.range(0, n_used) as slot:
         at = count_of(token, slot)
         here = f.load(I64, at, 8)
-        for name, value in (("token", token), ("slot", slot)):
-            f.store(value, pairs + (here * PAIR.itemsize + pair[name]), 8)
+        fill(f, PAIR, pairs + here * PAIR.itemsize, token=token, slot=slot)
         f.store(here + 1, at, 8)
-    r.set_run("n_chosen", found.get())
+    fill(f, RUN, f.args()[0], n_chosen=found.get())
 
 
 def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:

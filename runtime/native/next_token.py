@@ -7,7 +7,7 @@ the next pass. How a token is chosen is draw.py's, who walks the program run_loo
 from __future__ import annotations
 
 from pocketlm.runtime.native.ir import F64, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.record_reader import Records, of_sampler
+from pocketlm.runtime.native.record_reader import Records, fill, of_sampler
 from pocketlm.runtime.native.records import RUN, SAMPLER, TOKEN, offset
 
 MUCH = 4  # a run ends where over a fourth of it was lost in waiting for late threads, such as those that had to wake up
@@ -35,7 +35,7 @@ def define(module: Module) -> None:
         run, elapsed = f.args()
         r = Records(f, run, run)
         number, samplers = r.run("n_passes"), r.run("samplers", PTR)
-        r.set_run("n_passes", number + 1)
+        fill(f, RUN, run, n_passes=number + 1)
         with f.when((number + 1 >= r.run("most")) | f.atomic_load(r.run("wanted", PTR)).equals(1)):
             f.ret(0)
         with f.when(f.atomic_load(run + offset(RUN, "lost")) * MUCH > elapsed):
@@ -56,9 +56,9 @@ def define(module: Module) -> None:
         with f.range(0, r.run("n_logits")) as text:
             sampler, id = of(text)
             token = r.token(text)
-            for name, value in (("before", token("id")), ("id", id), ("position", token("position") + 1)):
-                f.store(value, r.run("tokens", PTR) + (text * TOKEN.itemsize + offset(TOKEN, name)), 8)
+            here = r.run("tokens", PTR) + text * TOKEN.itemsize
+            fill(f, TOKEN, here, before=token("id"), id=id, position=token("position") + 1)
             end = of_sampler(f, sampler, "n_text")
             f.store(f.cast("trunc", id, I32), of_sampler(f, sampler, "text", PTR) + end * 4, 4)
-            f.store(end + 1, sampler + offset(SAMPLER, "n_text"), 8)
+            fill(f, SAMPLER, sampler, n_text=end + 1)
         f.ret(1)

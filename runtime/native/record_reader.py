@@ -1,4 +1,4 @@
-"""How compiled code reads the structures of records.py and walks through float32 arrays. Knows no mathematics.
+"""How compiled code reads and writes the structures of records.py and walks through float32 arrays. Knows no mathematics.
 
 In: a function being built (ir.Function), addresses. Out: the fields' values; loops.
 """
@@ -27,9 +27,6 @@ class Records:
     def op(self, name: str, type: Type = I64) -> Value:
         return self._f.field(self._op, offset(OPERATION, name), type)
 
-    def set_run(self, name: str, value: Value) -> None:
-        self._f.store(value, self._run + offset(RUN, name), 8)
-
     def token(self, number: Value) -> Callable[..., Value]:
         return self._element(self.run("tokens", PTR), TOKEN, number)
 
@@ -50,6 +47,13 @@ class Records:
         """Field name (and type) → value, of one record in an array of them."""
         at = array + number * dtype.itemsize
         return lambda name, type=I64: self._f.field(at, offset(dtype, name), type)
+
+
+def fill(f: Function, dtype: np.dtype, at: Value, **fields: Value | int) -> None:
+    """Write fields of the record of a type at an address; plain numbers are int64."""
+    for name, value in fields.items():
+        field = f.coerce(value, I64)
+        f.store(field, at + offset(dtype, name), field.type.bytes)
 
 
 def of_sampler(f: Function, sampler: Value, name: str, type: Type = I64) -> Value:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from pocketlm.runtime.native import next_token, sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.record_reader import Records, fill
 from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
 from pocketlm.runtime.native.stages import chunks, half_of, heads_apart
 
@@ -138,7 +138,7 @@ def _work(f: Function, machine: str) -> None:
         with f.when(f.field(run, offset(RUN, "most")) > 1):
             f.call(VOID, "barrier", run, barriers.get() + 1, times)  # all have drawn
             with f.when(tid.equals(0)):
-                f.store(f.call(I64, "follow", run, _clock(f, machine) - began), run + offset(RUN, "another"), 8)
+                fill(f, RUN, run, another=f.call(I64, "follow", run, _clock(f, machine) - began))
                 _reset_counters(f, Records(f, run, run))
             barriers.set(barriers.get() + 2)
             f.call(VOID, "barrier", run, barriers.get(), times)
@@ -148,8 +148,7 @@ def _work(f: Function, machine: str) -> None:
         f.atomic_add(run + offset(RUN, "arrived"), 1)
     with f.when(tid.equals(0)):
         f.call(VOID, "barrier", run, barriers.get() + 1, times)
-        f.store(_clock(f, machine) - began, run + offset(RUN, "took"), 8)
-        f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
+        fill(f, RUN, run, took=_clock(f, machine) - began, begun=0)
 
 
 def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> None:
@@ -204,10 +203,10 @@ def _step(f: Function) -> None:
         worker = workers + tid * WORKER.itemsize
         f.atomic_store(epoch, worker + offset(WORKER, "go"))
         with f.when(f.compare_exchange(worker + offset(WORKER, "state"), ASLEEP, 0)):
-            f.store(f.const(I64, 1), worker + offset(WORKER, "wake"), 8)
+            fill(f, WORKER, worker, wake=1)
             sleepers.set(sleepers.get() + 1)
     # from here until work is done the other threads wait for this one, whatever happens to it in Python
-    f.store(f.const(I64, 1), run + offset(RUN, "begun"), 8)
+    fill(f, RUN, run, begun=1)
     with f.when(sleepers.get().equals(0)):
         f.call(VOID, "work", run, f.const(I64, 0))
     f.ret(sleepers.get())
