@@ -110,7 +110,7 @@ class Schemas:
         return merged
 
     def flat(self, schema: Any, path: str) -> Any:
-        """The same without `$ref` and `allOf` at its top."""
+        """An equivalent schema without `$ref` and `allOf` at its top."""
         while not isinstance(schema, bool):
             self.check(schema, path)
             if "$ref" not in schema and "allOf" not in schema:
@@ -197,7 +197,7 @@ class Schemas:
 
 
 def key_of(value: Any) -> str:
-    """The same for values that JSON schemas call equal: 1 and 1.0, but not true."""
+    """A text that is equal for values that JSON schemas call equal: for 1 and 1.0, but not for true."""
     return json.dumps(_with_whole(value), sort_keys=True)
 
 
@@ -253,7 +253,7 @@ def _common_values(a: list[Any], b: list[Any]) -> list[Any]:
 
 
 def _with_first(schema: Schema, n: int) -> Schema:
-    """The same with `n` prefixItems, filled up by its `items`, which hold where another schema has prefixItems, too."""
+    """The schema with `n` prefixItems, filled up by its `items`, which hold where another schema has prefixItems, too."""
     first = schema.get("prefixItems", [])
     if not isinstance(first, list) or len(first) == n:
         return schema

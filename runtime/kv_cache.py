@@ -171,7 +171,7 @@ class KVCache:
 
     @property
     def columns_address(self) -> int:
-        """Of the first convolution's columns; 0 where there are none."""
+        """The address of the first convolution's columns; 0 where there are none."""
         return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
     def about_to_write(self, ids: Ids, more: int = 0) -> None:
@@ -286,7 +286,7 @@ def values_to_words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def keys_to_words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same for keys, of which the length, not the largest number, decides: sums of products with a query stay small."""
+    """`values_to_words` for keys, scaled by their length and not their largest number: products with queries stay small."""
     scales = _power_of_two(np.sqrt(np.square(x, dtype=np.float64).sum(-1)) / MAX_KEY)
     words = _rounded(x, scales, np.int16)
     is_long = np.square(words, dtype=np.float64).sum(-1) > MAX_KEY**2

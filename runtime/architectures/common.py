@@ -82,7 +82,7 @@ class Builder:
         return name
 
     def optional(self, name: str, *shape: int) -> str | None:
-        """The same of a tensor that may be missing."""
+        """`tensor` for one that may be missing; None then."""
         return self.tensor(name, *shape) if self.has(name) else None
 
     def matrix(self, n_in: int, *parts: tuple[str, int]) -> Matrix:

@@ -104,7 +104,7 @@ class NativeCache(ScaledCache):
 
 
 class NativeByteCache(ByteCache, NativeCache):
-    """The same of int8."""
+    """A `NativeCache` of int8."""
 
 
 CACHES = {"q16": NativeCache, "q8": NativeByteCache}

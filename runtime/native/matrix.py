@@ -137,7 +137,7 @@ def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, i
 
 
 class Where(NamedTuple):
-    """Of a product: where the planes of a block begin, and the activations' records."""
+    """Where a product finds a block's planes, by its number, and the records of the activations."""
 
     planes: Callable[[Value | int], dict[str, Value]]
     records: Value
