@@ -17,10 +17,10 @@ import numpy as np
 from pocketlm import locks
 from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import Conversation
-from pocketlm.errors import FileError, UsageError, did_you_mean, whole_number
+from pocketlm.errors import FileError, UsageError, did_you_mean, one_of, whole_number
 from pocketlm.runtime import memory
 from pocketlm.runtime.engine import Engine
-from pocketlm.runtime.executors import check_backend, make_executor
+from pocketlm.runtime.executors import BACKENDS, make_executor
 from pocketlm.runtime.identity import fingerprint, readable_name
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.model_summary import count_parameters
@@ -239,7 +239,7 @@ class Model:
 
     def set_backend(self, backend: str) -> None:
         """Run on "native", "numpy" or "auto" from now on; what is in the KV cache is computed again."""
-        check_backend(backend)
+        one_of("backend", backend, BACKENDS)
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:

@@ -75,7 +75,7 @@ CHAINS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0, "repeat_pena
 
 
 def share(names: list[str], rounds: int) -> Iterator[str]:
-    for name in names or ["small-talk", "smollm2"]:
+    for name in names:
         with pocketlm.load(name, threads=1) as model:
             workers: Any = model.executor._workers  # type: ignore[attr-defined]  the pass and nothing but it
             run, passes = workers.run, []
@@ -100,7 +100,7 @@ def share(names: list[str], rounds: int) -> Iterator[str]:
 
 
 def drafts(names: list[str], rounds: int) -> Iterator[str]:
-    with pocketlm.load((names or ["smollm2"])[0], threads=1) as model:
+    with pocketlm.load(names[0], threads=1) as model:
 
         def once(prompt: str, chat: bool, draft: bool, **sampling: Any) -> tuple[list[int], float, float, Any]:
             options = {"max_tokens": 150, "draft": draft, **sampling}
@@ -125,7 +125,7 @@ def drafts(names: list[str], rounds: int) -> Iterator[str]:
 
 
 def constrained(names: list[str], rounds: int) -> Iterator[str]:
-    with pocketlm.load((names or ["smollm2"])[0], threads=1) as model:
+    with pocketlm.load(names[0], threads=1) as model:
 
         def once(seed: int, **form: Any) -> float:
             """Seconds a token, the end token's pass included."""
@@ -151,7 +151,7 @@ def constrained(names: list[str], rounds: int) -> Iterator[str]:
 
 def caches(names: list[str], rounds: int) -> Iterator[str]:
     """A token that sees 2,000 positions: in every kind of cache, beside the plain one. The rings have gone round once."""
-    path = find_model((names or ["smollm2"])[0])
+    path = find_model(names[0])
     with open_model(path) as file, ExitStack() as stack:
         plain = read_plan(file.metadata, file.tensors, path)
         ring = replace(plain, ops=[replace(op, window=SEEN) if isinstance(op, Attend) else op for op in plain.ops])
@@ -196,7 +196,7 @@ def busy_loop(processor: int | None) -> Iterator[None]:
 
 
 def busy(names: list[str], rounds: int) -> Iterator[str]:
-    path = find_model((names or ["smollm2"])[0])
+    path = find_model(names[0])
     n_vocab = open_subject(path).hyper.n_vocab
     subjects = {"pocketlm, one thread, undisturbed": ("native", 1), "pocketlm": ("native", 2), "llama.cpp": ("llama.cpp", 2)}
     workers: dict[str, Worker] = {}
@@ -234,7 +234,8 @@ def main() -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    for line in TABLES[options.what](options.models, options.rounds):
+    usual = ["small-talk", "smollm2"] if options.what == "share" else ["smollm2"]
+    for line in TABLES[options.what](options.models or usual, options.rounds):
         print(line, flush=True)
     return 0
 

@@ -57,7 +57,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Divergence:
-    """Sums over the positions of a text: KL divergence, the worst one, first choices, and both perplexities."""
+    """Sums over the positions of a text: KL divergence, how often both have the same first choice, both perplexities."""
 
     def __init__(self) -> None:
         self.kl, self.n, self.same, self.nats, self.exact_nats, self.n_predicted = 0.0, 0, 0, 0.0, 0.0, 0
@@ -86,7 +86,7 @@ class Divergence:
 
 
 def divergences(path: Path, windows: list[np.ndarray], threads: int | None) -> dict[str, Divergence]:
-    """Of the native executor and of llama.cpp from the exact forward pass of the file's weights."""
+    """How far the native executor and llama.cpp are from an exact forward pass of the file's weights, by name."""
     result, n_ctx = {"native": Divergence(), "llama.cpp": Divergence()}, len(windows[0])
     with (
         pocketlm.load(path, "numpy", threads, n_ctx) as exact, pocketlm.load(path, "native", threads, n_ctx) as native,

@@ -32,8 +32,8 @@ Request = tuple[Any, Sequence[int], Sequence[int]]  # what it is called in the h
 
 @register_model("pocketlm")
 class PocketLM(TemplateLM):
-    """`pretrained`: a model as in `pocketlm.load`, of which `backend`, `threads` and `ctx` are, too. `batch_size`: requests at
-    the same time; "auto": 8.
+    """`pretrained`, `backend`, `threads` and `ctx` are those of `pocketlm.load`. `batch_size`: how many requests are computed
+    at the same time; "auto": 8.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PocketLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the context."""
+        """ln p of whole texts, in windows as long as the context."""
         windows: list[Request] = []
         ends = []
         for (text,) in (request.args for request in requests):

@@ -62,7 +62,7 @@ def _title(model: Result) -> str:
 
 
 def _notes(model: Result) -> list[str]:
-    """Of a model's first table: what its speed is bounded by, and which rows are not ok."""
+    """Notes for a model's first table: what bounds its speed, and which rows are not ok."""
     bound = (
         f"bound: {model['bound']:.0f} tokens/s, the memory's bandwidth over the {model['bytes_per_token'] / MB:.1f} MB of this "
         "file that a token reads; a file that fits into the processor's cache may pass it"
@@ -182,7 +182,7 @@ def columns(cells: list[list[str]], n_names: int = 1) -> list[str]:
 
 
 def markdown_rows(cells: list[list[str]], n_names: int = 1) -> list[str]:
-    """The same in Markdown."""
+    """The same header and rows as lines of a Markdown table."""
     rule = ["---"] * n_names + ["--:"] * (len(cells[0]) - n_names)
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in [cells[0], rule, *cells[1:]]]
 
@@ -196,7 +196,7 @@ def plain(result: Result, extra: Iterable[Table] = ()) -> str:
 
 
 def markdown(result: Result, extra: Iterable[Table] = ()) -> str:
-    """The same for a README."""
+    """The result as Markdown, for a README."""
     lines = [f"{line}.  " for line in head(result)]
     for table in [*tables(result), *extra]:
         lines += ["", f"**{table.title}**", "", *markdown_rows([table.header, *table.rows])]

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from pocketlm.build.persona import UIS, Persona, from_bytes
 from pocketlm.cli_options import SAMPLING, cache_argument
-from pocketlm.errors import FileError, PocketlmError, UsageError, whole_number
+from pocketlm.errors import FileError, PocketlmError, UsageError, one_of, whole_number
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_room, replacing_file
 from pocketlm.runtime.gguf_reader import GGUF
-from pocketlm.runtime.kv_cache import KINDS, check_kind
+from pocketlm.runtime.kv_cache import KINDS
 from pocketlm.runtime.model_file import PART, open_model, parts_of, size_of
 from pocketlm.terminal_text import print
 
@@ -61,7 +61,7 @@ def _flags(arguments: argparse.Namespace) -> dict[str, float | str]:
     values = {flag: getattr(arguments, flag[2:].replace("-", "_")) for flag in (*SAMPLING, "--max-tokens", "--kv")}
     given = {flag: value for flag, value in values.items() if value is not None}
     SamplingOptions(**{SAMPLING[flag][0]: value for flag, value in given.items() if flag in SAMPLING})
-    check_kind(given.get("--kv", KINDS[0]))
+    one_of("kv", str(given.get("--kv", KINDS[0])), KINDS)
     whole_number("--max-tokens", given.get("--max-tokens", 1), 1, MAX_TOKENS)
     return given
 

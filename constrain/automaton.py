@@ -1,9 +1,10 @@
-"""A grammar as an automaton over bytes: nodes with edges for ranges of bytes, and parts that are entered and come back.
+"""A grammar as a pushdown automaton over bytes: nodes with edges for ranges of bytes, and parts that are entered and left.
 
 In: a `Grammar`. Out: an `Automaton` without dead ends: from every node of it a whole text can be reached. Knows no tokens.
 
-A part is entered through a `Part`, once or several times, and the node behind it is where it goes on; what is entered and
-not yet left is a stack, whose frames count. So a rule may hold itself, and a bound of 4,000 characters costs nothing.
+A `Part` works as a call does: its nodes are gone through as often as it says, then the text goes on at the node after it. Parts
+that are entered and not yet left are a stack, whose frames count the repetitions. So a rule may hold itself, and a bound of
+4,000 characters takes no 4,000 nodes.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ END = 0  # the node where what was entered, or the whole text, is through
 
 @dataclass(frozen=True)
 class Part:
-    """Entered `least` to `most` times from `start`, then on to `after`. `is_even`: it has always the same number of characters,
-    so that its repetitions can be counted without a doubt.
+    """`body`, gone through `least` to `most` times (None: no end) from node `start`; then the text goes on at node `after`.
+    `is_even`: every repetition has the same number of characters, so that there is one way to count them.
     """
 
     start: int
@@ -125,7 +126,7 @@ class _Builder:
         return start
 
     def _chain(self, start: int, spans: Bytes, end: int) -> None:
-        """These bytes lead from start to end. Ways that end alike share their nodes."""
+        """Let these bytes lead from start to end. Ways with the same last bytes share the nodes of these."""
         for at in range(len(spans) - 1, 0, -1):
             key = spans[at:], end
             found = self._chains.get(key)
@@ -200,7 +201,7 @@ class _Builder:
         return made[id(tree)]
 
     def _listed(self, node: Listed, end: int) -> int:
-        """Two rows of nodes: nothing is there yet, or something; the latter goes on with a separator."""
+        """Two rows of nodes: where no part is there yet, and where one is and a separator has to come before the next."""
         none, some = end, end
         for part, is_required in reversed(node.parts):
             entry = self.add(part, some)
@@ -229,7 +230,7 @@ class _Builder:
 
 
 def _prune(made: Automaton) -> list[bool]:
-    """Take out what leads nowhere; which nodes lead to the end."""
+    """Take out what leads nowhere; returns which nodes lead to the end, bool [n_nodes]."""
     n = len(made.edges)
     before: list[list[int]] = [[] for _ in range(n)]  # nodes that may come alive when this one does
     for node in range(n):

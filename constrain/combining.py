@@ -37,7 +37,7 @@ def bad(path: str, problem: str) -> UsageError:
 
 
 def _refs_below_ids(root: Any) -> set[int]:
-    """The schemas (`id`) whose `$ref` leads from an `$id` below the document's: into what is a document of its own."""
+    """The schemas, by `id()`, whose `$ref` stands below an inner `$id`, which begins a document that `$ref` then means."""
     found, work = set[int](), [(root, False)]
     while work:
         here, is_below = work.pop()
@@ -63,7 +63,7 @@ def types_of(schema: Schema, path: str) -> list[str]:
 
 
 class Schemas:
-    """The schemas of one document. `n`: how many were looked at so far, whatever for; an absurd number is an error."""
+    """The schemas of one document. `n` counts what was looked at so far, so that an absurd document ends with an error."""
 
     def __init__(self, root: Any):
         self._root = root
@@ -110,7 +110,7 @@ class Schemas:
         return merged
 
     def flat(self, schema: Any, path: str) -> Any:
-        """The same without `$ref` and `allOf` at its top."""
+        """An equivalent schema without `$ref` and `allOf` at its top."""
         while not isinstance(schema, bool):
             self.check(schema, path)
             if "$ref" not in schema and "allOf" not in schema:
@@ -179,7 +179,7 @@ class Schemas:
         return any(self.apart(members[0][name], members[1][name], path, depth + 1) for name in sorted(named))
 
     def _keys_of(self, schema: Schema) -> frozenset[str] | None:
-        """Of the only values that may be valid, found once: a schema is compared with many."""
+        """Keys of the only values that may be valid, None where these are not listed. Kept: a schema is compared with many."""
         if id(schema) not in self._keys:
             values = _listed(schema)
             self._n_compared += len(values or ())
@@ -197,7 +197,7 @@ class Schemas:
 
 
 def key_of(value: Any) -> str:
-    """The same for values that JSON schemas call equal: 1 and 1.0, but not true."""
+    """A text that is equal for values that JSON schemas call equal: for 1 and 1.0, but not for true."""
     return json.dumps(_with_whole(value), sort_keys=True)
 
 
@@ -253,7 +253,7 @@ def _common_values(a: list[Any], b: list[Any]) -> list[Any]:
 
 
 def _with_first(schema: Schema, n: int) -> Schema:
-    """The same with `prefixItems` for so many: what `items` says of the others may not be said of those of another schema."""
+    """The schema with `n` prefixItems, filled up by its `items`, which hold where another schema has prefixItems, too."""
     first = schema.get("prefixItems", [])
     if not isinstance(first, list) or len(first) == n:
         return schema

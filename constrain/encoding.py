@@ -1,7 +1,7 @@
 """How classes of characters are written in bytes: UTF-8, and inside JSON strings.
 
-In: `Chars`. Out: sequences of byte ranges, each the way to write some of them. No sequence's bytes begin with another's, so
-that in a row of characters it is always known where one ends.
+In: `Chars`. Out: sequences of byte ranges, each a way to write some of the characters. They are prefix-free: no sequence is the
+beginning of another, so that it is always known where a character ends.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _utf8(ranges: Ranges) -> Iterator[Bytes]:
 
 
 def between(low: tuple[int, ...], high: tuple[int, ...], least: int, most: int) -> Iterator[Spans]:
-    """A range for each digit, for all numbers from low to high, whose digits behind the first go from least to most."""
+    """The numbers from low to high, each a tuple of digits, as products of one range for each digit; digits behind the first go
+    from `least` to `most`.
+    """
     if len(low) == 1:
         yield ((low[0], high[0]),)
         return

@@ -2,8 +2,8 @@
 
 In and out: plain frozen values. Patterns and schemas are turned into these; the automaton is built from them. Knows no bytes.
 
-What is equal is one object, so that it is compared and looked up by what it is: a tree whose branches share what they hold, as
-an array of arrays does, may be read in as many ways as 2^depth.
+Equal nodes are one object (hash consing), so that comparing two and looking one up takes no walk through them: where branches
+share what they hold, as in an array of arrays, such a walk could visit 2^depth nodes.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MOST_CHOICE_CHARACTERS = 100_000
 
 
 class Tokens(Protocol):
-    """Of a tokenizer, what is asked of it here."""
+    """What is asked of a tokenizer here."""
 
     def all_bytes(self) -> list[bytes]: ...
     def special_ids(self) -> list[int]: ...
@@ -100,14 +100,14 @@ def check_form(options: Mapping[str, Any]) -> None:
 
 
 def _automaton(form: Form) -> tuple[Automaton, str]:
-    """And what it is called."""
+    """The automaton of a form, and what errors call it."""
     name, value = form
     grammar = FORMS[name][1](value)
     return build(grammar), grammar.of
 
 
 class Guides:
-    """Of one model: its vocabulary as a tree, and the masks of the forms that were asked for last. For any thread."""
+    """One model's vocabulary as a tree, and the masks of the forms that were asked for last. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokens, end_ids: frozenset[int], n_vocab: int):
         self._tokenizer, self._end_ids, self._n_vocab = tokenizer, end_ids, n_vocab

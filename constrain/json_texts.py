@@ -52,12 +52,12 @@ def member(key: str, value: Node) -> Node:
 
 
 def other_member(keys: Iterable[str], value: Node) -> Node:
-    """Of an object: a key that is none of these, and a value."""
+    """A member of an object: a key that is none of these, and a value."""
     return Sequence((string(Choice(tuple(keys), quoted=True, others=True)), _COLON, value))
 
 
 def object_of(members: Iterable[tuple[Node, bool]], others: Node | None = None) -> Node:
-    """The members in this order, of which those that are marked have to be there; then any number of others."""
+    """An object with these members, in their order: those marked True must be there. Then any number of `others`."""
     parts = list(members)
     if others is not None:
         parts.append((some(others), False))

@@ -1,12 +1,15 @@
 """Which tokens may come next: an automaton beside a vocabulary.
 
-In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of the tokens that a whole text can go on with, exactly these.
-Knows no model and no grammar.
+In: an `Automaton`, a `Vocabulary`. Out: for each state a mask of exactly those tokens after which the text can still become
+whole. Knows no model and no grammar.
 
-For a mask, the tree of the vocabulary is walked beside the automaton: by all branches at once, one level after the other, or
-node by node where they are few. A mask is kept with its state. Inside a repeated part whose repetitions can be counted (the
-characters of a string, above all) the tree is walked once: it says for every node how many repetitions it needs. So a string
-of at most 4,000 characters costs no 4,000 walks, and a line break with up to 32 spaces no walk for each of them.
+A mask is found by walking the vocabulary's tree, each branch with its own state: level by level, all branches at once, or node
+by node while they are few. It is kept with the state it belongs to.
+
+Some parts have repetitions that can be counted, above all the characters of a string. Inside one, one walk of the tree serves
+every count: `_inside` finds how many repetitions lead to each node. A mask then only compares these numbers with what the
+bounds still allow. So a string of at most 4,000 characters does not cost 4,000 walks, nor a line break 32 for the spaces that
+may follow it.
 """
 
 from __future__ import annotations
@@ -26,18 +29,18 @@ from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
 MOST_MASK_BYTES = 1 << 23
-FEW_BYTES = 8
-FEW_NODES = 12
-MOST_KEPT = 8
-MOST_INSIDES, MOST_INSIDE_NODES = 64, 1 << 12
+FEW_BYTES = 8  # that may follow a part: up to here their nodes are looked up, beyond that all nodes are compared
+FEW_NODES = 12  # of a level: up to here a loop in Python is faster than NumPy
+MOST_KEPT = 8  # walks that a cache holds
+MOST_INSIDES, MOST_INSIDE_NODES = 64, 1 << 12  # those below inner nodes of the tree, and how large they may be
 ROOT = np.zeros(1, np.int64)
 _Kept = dict[Hashable, Any]
 
 
 @dataclass
 class Inside:
-    """Nodes of the tree inside a repeated part, int64; how many repetitions each of them needs, int16; whether it is at the end
-    of one.
+    """`nodes` [k]: nodes of the tree that are reached without leaving a part; `needed` [k], int16: how many repetitions that
+    takes, one that is not complete included; `ends` [k]: whether one has just ended.
     """
 
     nodes: np.ndarray
@@ -47,10 +50,12 @@ class Inside:
 
 @dataclass
 class Leaving:
-    """Nodes of the tree by which a repeated part is left, the state there, and how many repetitions are through before it.
+    """How tokens leave a repeated part, whatever its count is.
 
-    `ids`: the tokens that lead that way out, and `before`: how many repetitions each of them has before it. `is_plain`: no
-    token leaves the part by two of the nodes.
+    `nodes` [k]: nodes of the tree that the first byte behind the part leads to; `states` [k]: the numbers of the states there;
+    `inner` [k]: repetitions that are complete before that byte. `ids` [m]: the tokens that end at or below one of these nodes;
+    `before` [m]: repetitions that each completes before it leaves. `is_plain`: none of the nodes is reached from another, so
+    that each token leaves in one way.
     """
 
     nodes: np.ndarray
@@ -145,7 +150,7 @@ class Masks:
     # ---- along the tree
 
     def _walk(self, nodes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """What can be reached in the tree below these nodes, where the text is in the states of these numbers."""
+        """The nodes that can be reached below `nodes` [k], where the states have these numbers [k]; some may be there twice."""
         vocabulary, states, found = self.vocabulary, self._states, [nodes[:0]]
         while len(nodes):
             if len(nodes) <= FEW_NODES:
@@ -164,7 +169,9 @@ class Masks:
         return np.concatenate(found)
 
     def _walk_few(self, nodes: list[int], numbers: list[int], found: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The same node by node, which is faster as long as they are few. Where it has come to."""
+        """The same node by node, which is faster while they are few. What is reached goes to `found`; the nodes and states where
+        it stopped: none, or more than FEW_NODES, or where counted parts were left.
+        """
         byte, first, last = self.vocabulary.plain
         states, reached, counted = self._states, list[int](), dict[int, list[int]]()
         while 0 < len(nodes) <= FEW_NODES:
@@ -190,7 +197,7 @@ class Masks:
         return np.concatenate([at for at, _ in behind]), np.concatenate([at for _, at in behind])
 
     def _past(self, nodes: np.ndarray, number: int, found: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Past the counted parts that this state is in, each as a whole: the nodes where it is left, and the states there."""
+        """Through the counted parts that this state is in, each in one go: the nodes where it is left, and the states there."""
         states = self._states
         counted, others = states.split(states.by_number[number])
         if others:
@@ -207,12 +214,13 @@ class Masks:
     # ---- parts whose repetitions can be counted
 
     def _repeated(self, stack: int, places: State, allowed: np.ndarray) -> None:
-        """Mark the tokens that can come inside the part on top of the stack, and out of it."""
+        """Allow the tokens that stay inside the counted part on top of the stack, and those that leave it. `places`: where in
+        the part the text is.
+        """
         i, times, below = self._states.frames[stack]
         least, most = self._states.bounds(i, times)
         for at, (needed, through) in self._counts(i, places).items():
             allowed |= needed <= most
-            # where the part may be left at an inner node of the tree, it goes on behind it: mostly whatever the count is
             kept = self._leaving.get(key := (i, at, below))
             if kept is None:
                 kept = self._leave(self._states.number_after(i, below), through)
@@ -225,7 +233,7 @@ class Masks:
                 self._mark(np.concatenate([nodes, self._walk(nodes, kept.states[fits])]), allowed)
 
     def _leave(self, number: int, through: np.ndarray) -> Leaving:
-        """Out of a part, to a state; `through`: see `_counts`."""
+        """The ways out of a part, to the state of this number behind it; `through` is that of `_counts`."""
         vocabulary, row = self.vocabulary, self._states.row(number)
         first = (row != NONE).nonzero()[0]
         if len(first) <= FEW_BYTES:
@@ -241,7 +249,7 @@ class Masks:
         before, above = np.full(len(reached), -1, np.int16), position[vocabulary.parent[reached]]
         before[: len(nodes)] = inner
         at = np.arange(len(nodes), len(reached))
-        while len(at):  # as many as before its parent: who does not know it yet looks twice as far up
+        while len(at):  # as many as at the way out above: who does not know them yet looks twice as far up
             before[at] = found = before[above[at]]
             at = at[found < 0]
             above[at] = above[above[at]]
@@ -250,8 +258,10 @@ class Masks:
         return Leaving(nodes, states, inner, ids, np.repeat(before, n), is_plain)
 
     def _counts(self, i: int, places: State) -> dict[State, tuple[np.ndarray, np.ndarray]]:
-        """`_inside` from the root: how many repetitions each token needs, FAR where it leads out, int16 (n_vocab,); how many
-        are through at each node, 0 where it is not at the end of one, int16 (n_nodes,).
+        """`_inside` from the root, for every token and node.
+
+        `needed`, int16 (n_vocab,): how many repetitions a token takes, FAR where it does not stay inside. `through`, int16
+        (n_nodes,): how many are complete at a node where one has just ended, else 0.
         """
         vocabulary = self.vocabulary
         kept, key = self._kept(i, places, vocabulary.counted, self._counted)
@@ -260,13 +270,13 @@ class Masks:
             for at, inside in self._inside(i, places, ROOT).items():
                 needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
                 needed[inside.nodes], through[inside.nodes] = inside.needed, inside.needed * inside.ends
-                found[at] = needed[vocabulary.node_of], through  # the root's is FAR
+                found[at] = needed[vocabulary.node_of], through  # tokens that may not come are the root's, which is FAR
             _keep(kept, key, found)
         return found
 
     def _inside(self, i: int, places: State, nodes: np.ndarray) -> dict[State, Inside]:
-        """Below these nodes of the tree, inside a part and never out of it: of all places together, or of each by itself where
-        not all of them come to the end of a repetition at the same time.
+        """What is below these nodes of the tree for a text that is at these places in part `i` and never leaves it. Each place
+        has an answer of its own where a repetition ends for some of them and goes on for others.
         """
         vocabulary, states = self.vocabulary, self._states
         kept, key = self._kept(i, places, vocabulary.insides, self._insides)
@@ -296,12 +306,12 @@ class Masks:
         """Where to keep what is found out inside a part, and the key."""
         part = self._states.automaton.parts[i]
         if places == self._states.reach((part.start, BOTTOM)):
-            return of_all, part.body  # at its beginning nothing but what is repeated counts: every string has the same
+            return of_all, part.body  # at its beginning all depends on what is repeated alone: strings of all forms share it
         return mine, (part.start, places)
 
 
 def _keep(cache: dict[Any, Any], key: Hashable, value: Any, most: int = MOST_KEPT) -> None:
-    """Remember it; what was before, when that is much, no longer."""
+    """Keep it; a cache that is full is emptied first."""
     if len(cache) >= most:
         cache.clear()
     cache[key] = value

@@ -1,7 +1,7 @@
 """Numbers between bounds, as JSON writes them: which digits may come.
 
-In: bounds, as whole numbers of the last place that there is: 10^-DIGITS (a packed program has no `decimal`). Out: a `Node`. A
-number has at most DIGITS digits before its point and as many behind it, and an exponent of at most two, where it may have one.
+In: bounds, as whole numbers of 10^-DIGITS, the last decimal place (a packed program has no `decimal`). Out: a `Node`. A number
+has at most DIGITS digits before its point and as many behind it; its exponent, where it may have one, has at most two.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def fixed(number: float) -> int:
 
 
 def above(bound: int, is_whole: bool) -> int:
-    """The least number that is more than the bound for who reads numbers as floats, too: for them what is nearer to the bound
-    than to the float behind it is the bound. (A whole bound beyond 2^53 may lose its next number.)
+    """The least number above an exclusive bound, also for programs that read numbers as float64: to these a number is the bound
+    itself unless it is nearer to the next float, so this one lies behind the middle of the two. (Of whole numbers
+    it is simply the next, which beyond 2^53 such programs may not tell from the bound.)
     """
     if is_whole:
         return (bound // ONE + 1) * ONE
@@ -68,7 +69,7 @@ def above(bound: int, is_whole: bool) -> int:
 def integers(bounds: Bounds) -> Node:
     if bounds == Bounds():
         return INTEGER
-    return _both_signs(bounds, lambda b: _digits(*_whole_between(b)))
+    return _both_signs(bounds, _whole)
 
 
 def numbers(bounds: Bounds) -> Node:
@@ -87,9 +88,9 @@ def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
     return Either(tuple(found))
 
 
-def _whole_between(bounds: Bounds) -> tuple[int, int]:
+def _whole(bounds: Bounds) -> Node:
     assert bounds.least is not None
-    return -(-bounds.least // ONE), ONE - 1 if bounds.most is None else bounds.most // ONE
+    return _digits(-(-bounds.least // ONE), ONE - 1 if bounds.most is None else bounds.most // ONE)
 
 
 def _digits(least: int, most: int) -> Node:

@@ -9,6 +9,8 @@ What looks around, behind or back, flags and Unicode's properties are refused.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pocketlm.constrain.grammar import (
     EMPTY,
     EVERY,
@@ -58,11 +60,13 @@ def anywhere(pattern: str) -> Node:
     return _Parser(pattern).parse(anywhere=True)
 
 
+@dataclass
 class _Anchored:
     """A sequence, and whether it says that the text begins or ends there."""
 
-    def __init__(self, parts: list[Node], begins: bool, ends: bool):
-        self.parts, self.begins, self.ends = parts, begins, ends
+    parts: list[Node]
+    begins: bool = False
+    ends: bool = False
 
 
 class _Parser:
@@ -77,12 +81,8 @@ class _Parser:
         rows = self._rows()
         if self._at < len(self._text):
             raise self._bad("a ) too many")
-        around = ([] if not anywhere else [ANYTHING],) * 2
-        nodes = []
-        for row in rows:
-            before, after = around
-            nodes.append(_sequence([*([] if row.begins else before), *row.parts, *([] if row.ends else after)]))
-        return either(nodes)
+        around = [ANYTHING] if anywhere else []
+        return either([_sequence([*([] if row.begins else around), *row.parts, *([] if row.ends else around)]) for row in rows])
 
     def _bad(self, problem: str, at: int | None = None) -> UsageError:
         at = self._at if at is None else at
@@ -112,7 +112,7 @@ class _Parser:
         return rows
 
     def _row(self) -> _Anchored:
-        row, first = _Anchored([], False, False), self._at
+        row, first = _Anchored([]), self._at
         while self._at < len(self._text) and not self._peek("|") and not self._peek(")"):
             at = self._at
             if self._take("^"):

@@ -16,6 +16,7 @@ from typing import Any
 
 from pocketlm.constrain import json_texts, patterns
 from pocketlm.constrain.combining import (
+    COMBINING,
     MOST_SCHEMAS,
     NAME,
     NOTES,
@@ -168,9 +169,8 @@ class _Compiler:
         return either([*nodes, json_texts.NULL] if schema.get("nullable") else nodes)
 
     def _values(self, schema: Schema, kinds: list[str], path: str) -> Node:
-        for keyword in (keyword for keywords in OF_TYPE.values() for keyword in keywords):
-            if keyword in schema:
-                raise bad(path, f"{keyword} beside enum or const is not supported")
+        if others := [keyword for keyword in schema if keyword not in COMBINING]:
+            raise bad(path, f"{others[0]} beside enum or const is not supported")
         values = schema.get("enum", [schema.get("const")])
         if not isinstance(values, list):
             raise bad(path, "enum must be a list")

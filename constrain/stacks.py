@@ -1,6 +1,6 @@
-"""What was entered and not yet left, as numbers: a stack is its top frame, and the number of the stack below that.
+"""Stacks of the parts that were entered and not yet left, each as one number: equal stacks have the same.
 
-Knows no automaton and no text.
+A stack is a frame on top of another stack, and so is shared by all that begin with it. Knows no automaton and no text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ Frame = tuple[int, int, int]  # part, times through it, stack below
 
 
 class Stacks:
-    """`frames`: of each stack, by its number, the top one."""
+    """`frames`: the top frame of each stack, by the stack's number."""
 
     def __init__(self) -> None:
         self.frames: list[Frame] = [(0, 0, 0)]
@@ -25,7 +25,7 @@ class Stacks:
         return found
 
     def take_over(self, frames: list[Frame], stack: int) -> int:
-        """The number that a stack of others has here."""
+        """The number here of a stack of another object, whose `frames` these are."""
         taken = list[Frame]()
         while stack != BOTTOM:
             taken.append(frames[stack])

@@ -2,8 +2,8 @@
 
 In: an `Automaton`. Out: the state after each byte. Knows no tokens.
 
-A state is a set of places: a node, and the stack of the parts that were entered. What follows it is kept once it was asked
-for, and forgotten when it is much.
+A state is a set of places, each a node and the stack of the parts that were entered: every way to read the text so far. What
+follows a state is made when it is first asked for; all of it is forgotten when it is much.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pocketlm.errors import UsageError
 MOST_STATES = 1 << 13  # whose rows take 1 KB each
 MOST_STACKS = 1 << 16
 MOST_STEPS = 200_000  # for one mask
-NONE = -1
-FAR = np.iinfo(np.int16).max  # more repetitions than a token has
+NONE = -1  # in place of a state's number: this byte cannot come
+FAR = np.iinfo(np.int16).max  # more repetitions than any token has
 
 Place = tuple[int, int]  # node, stack
 State = frozenset[Place]
@@ -75,7 +75,7 @@ class States:
             raise UsageError(f"{self.of} can be read in too many ways at once; make it simpler")
 
     def reach(self, place: Place) -> State:
-        """Where one is without another byte: the places that have edges, and the end of the whole text."""
+        """The places that are reached from here without another byte: those that have edges, and the end of the whole text."""
         found = self._reached.get(place)
         if found is not None:
             return found
@@ -168,10 +168,8 @@ class States:
         return self.table[number]
 
     def need_rows(self, numbers: np.ndarray) -> None:
-        missing = numbers[~self._has_row[numbers]]
-        if len(missing):
-            for number in set(missing.tolist()):  # numpy.unique wants what packed programs lack
-                self.row(number)
+        for number in set(numbers[~self._has_row[numbers]].tolist()):  # numpy.unique wants what packed programs lack
+            self.row(number)
 
     # ---- parts whose repetitions can be counted
 

@@ -16,8 +16,8 @@ import numpy as np
 class Vocabulary:
     """Node 0 is the root. Children of a node are neighbours, in the order of their bytes; a level follows the one above it.
 
-    `byte`, `parent`, `first_child`, `n_children`: [n_nodes]; `node_of`: [n_vocab], the node where each token ends, the root
-    for those that may not come. `end_ids`: tokens that end a text.
+    Arrays: `byte`, `parent`, `first_child`, `n_children` [n_nodes]; `node_of` [n_vocab], the node where each token ends,
+    the root for those that may not come; `end_ids`, the tokens that end a text. `insides`, `counted`: caches of `Masks`.
     """
 
     def __init__(self, tokens: Sequence[bytes], end_ids: Sequence[int], n_vocab: int):
@@ -25,7 +25,7 @@ class Vocabulary:
         self.n_vocab = n_vocab
         self.end_ids = np.array(sorted(end_ids), np.intp)
         self.tokens = tokens
-        self.insides: dict[Hashable, Any] = {}  # for `Masks`, whatever the automaton
+        self.insides: dict[Hashable, Any] = {}
         self.counted: dict[Hashable, Any] = {}
         ids = np.array(sorted([id for id, data in enumerate(tokens) if data], key=tokens.__getitem__), np.intp)
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
@@ -64,7 +64,7 @@ class Vocabulary:
         return order[_ranges(first[nodes], counts)], counts
 
     def with_bytes(self, values: Sequence[int]) -> np.ndarray:
-        """All nodes that one of these bytes leads to."""
+        """All nodes that one of these bytes leads to, int64 [k]."""
         order, starts = self._by_byte
         return np.concatenate([order[:0], *(order[starts[value] : starts[value + 1]] for value in values)])
 
@@ -88,6 +88,6 @@ class Vocabulary:
 
 
 def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """So many numbers from each first one on, all in a row."""
+    """The ranges [first, first + count) one behind the other, int64."""
     ends = np.cumsum(counts)
     return np.repeat(first - ends + counts, counts) + np.arange(int(ends[-1]) if len(ends) else 0)

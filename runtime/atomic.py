@@ -62,7 +62,7 @@ def write_file(target: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> Iterator[Path]:
-    """The same for a folder, which the block makes. An old one must hold nothing but `files`: the rest is the user's."""
+    """`replacing_file` for a folder, which the block makes. An old one may hold nothing but `files`: others are the user's."""
     target = _real(target)
     if target.exists() and not target.is_dir():
         raise FileError(target, "is there already and is not a folder", "choose another name for the output")

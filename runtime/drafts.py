@@ -78,8 +78,10 @@ class Drafts:
         return draft
 
     def may_pay_after(self, company: Callable[[], Company], most: int) -> int:
-        """After how many more tokens, at most `most`, a draft may be worth a try, though none is now: a text that goes on as it
-        did before has to do so for as long as that, one that does not has no draft at all. `most` where that is not likely.
+        """How many tokens to draw, at most `most`, before a draft is looked for again, where none pays now.
+
+        A longer match makes a draft more likely to be right: so many tokens must follow as foretold until one may pay. `most`
+        where no length would pay, or it is not likely that the match gets so long.
         """
         if self._at:
             shared = company()

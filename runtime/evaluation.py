@@ -45,7 +45,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of the rows of two float64 arrays [n, n_vocab]: float64 [n]; 0 where a row is all zeros."""
+    """Cosines between the rows of two float64 arrays [n, n_vocab]: float64 [n]; 0 where a row is all zeros."""
     norms = np.sqrt(np.einsum("nv,nv->n", a, a) * np.einsum("nv,nv->n", b, b))
     return np.einsum("nv,nv->n", a, b) / np.maximum(norms, np.finfo(np.float64).tiny)
 

@@ -13,7 +13,7 @@ from pocketlm.errors import one_of
 from pocketlm.runtime import memory
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.runtime.ids import Ids
-from pocketlm.runtime.kv_cache import KINDS, KVCache, check_kind
+from pocketlm.runtime.kv_cache import KINDS, KVCache
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.sampling import Selection
 from pocketlm.runtime.tensor import Tensor
@@ -57,11 +57,6 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def check_backend(backend: str) -> None:
-    """Raises UsageError where there is no such executor."""
-    one_of("backend", backend, BACKENDS)
-
-
 def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:
     """Bytes of weights, cache and scratch that the native executor takes for a context of `n_ctx`."""
     from pocketlm.runtime.native.executor import NativeExecutor
@@ -80,8 +75,8 @@ def make_executor(
     Raises UsageError for an unknown backend or kind of cache, FileError when the memory is too small or weights are NaN, and
     NativeUnavailable where "native" was asked for by name and cannot run here.
     """
-    check_backend(backend)
-    check_kind(kv)
+    one_of("backend", backend, BACKENDS)
+    one_of("kv", kv, KINDS)
     for name in plan.weights:
         if tensors[name].format.dequantize is None:
             tensors[name].to_float32()  # raises the error that names the format

@@ -43,7 +43,7 @@ def _half(blocks: np.ndarray, at: int) -> np.ndarray:  # [n, block_bytes] -> flo
 
 
 def _nibbles(packed: np.ndarray, run: int) -> np.ndarray:  # [n, k] -> [n, 2k]
-    """Of every `run` bytes first the low halves, then the high ones."""
+    """4-bit codes: of every `run` bytes first the low halves, then the high ones."""
     runs = np.ascontiguousarray(packed).reshape(-1, 1, run)
     halves = np.empty((len(runs), 2, run), np.uint8)
     np.bitwise_and(runs[:, 0], 15, out=halves[:, 0])
@@ -52,7 +52,7 @@ def _nibbles(packed: np.ndarray, run: int) -> np.ndarray:  # [n, k] -> [n, 2k]
 
 
 def _bits(packed: np.ndarray, width: int, run: int) -> np.ndarray:  # [n, k] -> [n, k * 8 / width]
-    """Of every `run` bytes first their lowest `width` bits, then the next `width`, up to the highest."""
+    """Codes of `width` bits: of every `run` bytes first the lowest bits, then the next ones, up to the highest."""
     shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, -1, 1)
     fields = (packed.reshape(-1, 1, run) >> shifts) & np.uint8((1 << width) - 1)
     return fields.reshape(len(packed), -1)

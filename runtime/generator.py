@@ -51,7 +51,7 @@ class Piece:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first, which belongs to the prompt, from whose logits it is drawn; 0 where there are none."""
+        """Speed of the tokens after the first, which is drawn from the prompt's logits and counts there; 0 without any."""
         n = self.generated_tokens - 1
         return n / self.generation_seconds if n > 0 and self.generation_seconds > 0 else 0.0
 

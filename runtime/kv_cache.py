@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import UsageError, did_you_mean
 from pocketlm.runtime.hyper_parameters import Hyper
 from pocketlm.runtime.ids import Ids
 from pocketlm.runtime.memory import round_up, scattered
@@ -30,9 +29,10 @@ MARGIN = 512  # positions before a window that are kept: an answer of so many to
 
 
 class KVCache:
-    """`layers`: keys and values of each, float32 [n_kv_head, rows, head_dim]; the first `length` positions are filled, of which
-    layers with a window hold those from `first` on. `memory`: that of all layers.
-    `convolved`: a convolution's layers, float32 [1, rows, columns], of which no keys are there; one piece of memory, too.
+    """The first `length` positions are filled; layers with a window hold those from `first` on.
+
+    `layers`: keys and values of each layer, float32 [n_kv_head, rows, head_dim], all in one piece of `memory`. `convolved`:
+    layer → columns of a short convolution, float32 [1, rows, columns]; such a layer has no keys and values.
     """
 
     dtype: Any = np.float32
@@ -78,25 +78,27 @@ class KVCache:
 
     @classmethod
     def _before(cls, windows: Sequence[int], columns: Sequence[int]) -> int:
-        """How many positions before its own a query reads at most, with what precedes its window in the same unit of rows."""
+        """How many positions before its own a query reads at most in layers with a window: from the beginning of the unit of
+        rows that its window begins in.
+        """
         layers = zip(windows, columns or [0] * len(windows), strict=True)
         return max((window - 1 if n else window - 1 + cls.unit - 1 for window, n in layers if window), default=0)
 
     @classmethod
     def bytes_for(cls, hyper: Hyper, n_ctx: int, windows: Sequence[int] = (), columns: Sequence[int] = ()) -> int:
-        """Of keys and values, and a convolution's columns, of a full context."""
+        """Bytes of keys and values, and of a convolution's columns, in a full context."""
         rows = cls.rows_of_layers(hyper, n_ctx, windows, columns)
         return sum(n * size for n, size in zip(rows, cls._row_bytes(hyper, columns), strict=True))
 
     @classmethod
     def _row_bytes(cls, hyper: Hyper, columns: Sequence[int]) -> list[int]:
-        """Of a position in every layer."""
+        """Bytes of one position in each layer."""
         both = 2 * hyper.n_kv_head * cls._padded(hyper) * np.dtype(cls.dtype).itemsize
         return [4 * n or both for n in columns or [0] * hyper.n_layer]
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
-        """Of the copies that `remove` makes, one layer at a time: of keys, of what turning them needs, of values."""
+        """Bytes of the copies that `remove` makes of a layer: keys, what turning them needs, values."""
         return 4 * hyper.kv_width * n_ctx * 3
 
     # ── what a cache of another number format or another order has of its own ───────────────────────────────────────────
@@ -169,12 +171,12 @@ class KVCache:
 
     @property
     def columns_address(self) -> int:
-        """Of the first convolution's columns; 0 where there are none."""
+        """The address of the first convolution's columns; 0 where there are none."""
         return next((columns.ctypes.data for columns in self.convolved.values()), 0)
 
     def about_to_write(self, ids: Ids, more: int = 0) -> None:
-        """To be called before tokens, at most a block, are written behind the last: rings lose their oldest positions. `more`:
-        tokens that may follow and are not known yet.
+        """To be called before the keys and values of `ids`, at most a block, are written: rings lose their oldest positions.
+        `more`: how many tokens, not known yet, may follow in the same call.
         """
         stop = self.length + len(ids)
         self.first = max(self.first, stop + more - self._ring)
@@ -189,7 +191,7 @@ class KVCache:
         return self.ids[self.length - 1] if self.length else -1
 
     def goes_on_from(self, length: int) -> bool:
-        """Whether all is there that the token after the first `length` positions reads."""
+        """Whether a token at position `length` finds all that it reads: rings may have lost some."""
         return self.first == 0 or length == 0 or length - self._reach >= self.first
 
     def fork(self, length: int) -> KVCache:
@@ -264,12 +266,6 @@ class KVCache:
         return True
 
 
-def check_kind(kv: str) -> None:
-    """Raises UsageError where caches keep no such numbers."""
-    if kv not in KINDS:
-        raise UsageError(f"kv {kv!r}: expected one of {', '.join(KINDS)}{did_you_mean(kv, KINDS)}")
-
-
 def to_bytes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers [..., n] as int8 [..., n] and a scale for each n, float32 [...].
 
@@ -290,7 +286,7 @@ def values_to_words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def keys_to_words(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same for keys, of which the length, not the largest number, decides: sums of products with a query stay small."""
+    """`values_to_words` for keys, scaled by their length and not their largest number: products with queries stay small."""
     scales = _power_of_two(np.sqrt(np.square(x, dtype=np.float64).sum(-1)) / MAX_KEY)
     words = _rounded(x, scales, np.int16)
     is_long = np.square(words, dtype=np.float64).sum(-1) > MAX_KEY**2

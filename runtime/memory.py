@@ -194,12 +194,12 @@ def aligned(shape: tuple[int, ...] | int, dtype: Any, alignment: int = 64) -> np
     return raw[-raw.ctypes.data % alignment :][:n_bytes].view(dtype).reshape(shape)
 
 
-def in_one_piece(sizes: Sequence[int], alignment: int = 64) -> list[np.ndarray]:
-    """Zeroed arrays of bytes, one behind the other in one allocation; each begins as `aligned` lets it.
+def in_one_piece(sizes: Sequence[int]) -> list[np.ndarray]:
+    """Zeroed arrays of bytes, one behind the other in one allocation; each begins at a multiple of 64 bytes.
 
     Of Linux NumPy asks large pages for allocations of NUMPY_ASKS bytes and more: the processor then looks up an address for 2
     MB instead of 4 kB, and fetches ahead over the ends of what lies there.
     """
-    starts = [0, *itertools.accumulate(round_up(size, alignment) for size in sizes)]
-    whole = aligned(starts[-1], np.uint8, alignment)
+    starts = [0, *itertools.accumulate(round_up(size, 64) for size in sizes)]
+    whole = aligned(starts[-1], np.uint8)
     return [whole[start : start + size] for start, size in zip(starts, sizes, strict=False)]

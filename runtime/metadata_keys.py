@@ -22,10 +22,15 @@ class Keys:
     def fail(self, key: str, problem: str) -> FileError:
         return FileError(self.path, f"{key} {problem}", "the file is damaged or was exported wrongly")
 
-    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
+    def _given(self, key: str, default: float | None) -> Any:
+        """The value, an array as a list, or the default. FileError where there is neither."""
         value = self.metadata.get(key, default)
         if value is None:
             raise self.fail(key, "is missing")
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.fail(key, f"should be a number, not {type(value).__name__}")
         if not low <= value <= high:
@@ -33,15 +38,12 @@ class Keys:
         return float(value)
 
     def count(self, key: str, default: int | None = None, besides_zero: bool = False) -> int:
-        value = self.metadata.get(key, default)
-        value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
+        value = self._given(key, default)
         if isinstance(value, list):  # one value a layer: accepted where all layers agree, or those that are not 0
             values = [number for number in value if number or not besides_zero]
             if not values or values.count(values[0]) < len(values):
                 raise FileError(self.path, f"{key} differs from layer to layer", "pocketlm runs models whose layers are alike")
             value = values[0]
-        if value is None:
-            raise self.fail(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fail(key, f"should be a whole number, not {type(value).__name__}")
         if not 1 <= value <= LIMIT:
@@ -50,11 +52,8 @@ class Keys:
 
     def numbers(self, key: str, n: int, default: float | None = None) -> list[float]:
         """`n` numbers (or yes and no: 1 and 0); a single one stands for all."""
-        value = self.metadata.get(key, default)
-        if value is None:
-            raise self.fail(key, "is missing")
-        values = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
-        values = values if isinstance(values, list) else [values] * n
+        value = self._given(key, default)
+        values = value if isinstance(value, list) else [value] * n
         if len(values) != n:
             raise self.fail(key, f"has {len(values)} numbers for {n} layers")
         if not all(isinstance(v, (bool, int, float)) and abs(v) <= 1e12 for v in values):

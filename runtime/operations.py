@@ -138,7 +138,7 @@ class Add:
 class Gate:
     """out += factor · sigmoid(W x') · y, group by group; x' is the first columns of x, as many as W has.
 
-    `weight` is (n_groups, columns). Each group has `width` columns of y and of out, of which they begin at `column`.
+    `weight` is (n_groups, columns). Each group has `width` columns of y and of out; in out they begin at `column`.
     """
 
     x: str
@@ -190,9 +190,9 @@ class Route:
 class Experts:
     """A product with the matrices of the experts that `chosen`, the result of a Route, names for each token.
 
-    Weights are (n_experts, rows, n_in), biases (n_experts, rows). out: for every weight tensor the rows of the first chosen
-    expert, of the second, …; matrix.n_out is what all tensors have for one of them. x is one row for all experts or, with
-    `own`, one for each, after each other. out is not x.
+    Weights are (n_experts, rows, n_in), biases (n_experts, rows). out holds, one weight tensor after the other, the rows of the
+    first chosen expert, of the second, …; matrix.n_out counts the rows of one expert in all tensors. x is one row that all
+    experts share or, with `own`, a row for each chosen expert. out is not x.
     """
 
     x: str

@@ -74,9 +74,10 @@ _ALL = (1 << 64) - 1
 
 
 def windows_cores(records: bytes, allowed: Mapping[int, int]) -> int:
-    """Cores in what GetLogicalProcessorInformationEx(RelationProcessorCore) gives, of which the process may use a hyper-thread.
+    """How many cores have a hyper-thread that the process may use.
 
-    `allowed`: a mask of processors for every group that the process is in. ValueError: damaged records.
+    `records`: what GetLogicalProcessorInformationEx(RelationProcessorCore) gives. `allowed`: a mask of processors for every
+    group that the process is in. ValueError: damaged records.
     """
     found = at = 0
     while at < len(records):

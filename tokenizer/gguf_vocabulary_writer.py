@@ -113,13 +113,16 @@ def is_one_token(tokenizer: Tokenizer, marker: str) -> bool:
     return tokenizer.token_id(marker) == tokenizer.encode(marker, special=True)[-1]
 
 
+def _kind(kind: str, model: str, pre_tokenizer: str = "default") -> dict[str, Any]:
+    """What kind of tokenizer it is, for pocketlm and for others."""
+    return {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre_tokenizer, OURS + "kind": kind}
+
+
 def _byte_bpe(tokenizer: ByteBPE) -> dict[str, Any]:
     return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": tokenizer.options.pre_tokenizer,
+        **_kind("byte_bpe", "gpt2", tokenizer.options.pre_tokenizer),
         "tokenizer.ggml.merges": merges(tokenizer),
         "tokenizer.ggml.add_space_prefix": tokenizer.options.space_prefix,
-        OURS + "kind": "byte_bpe",
         **option_keys(tokenizer.options),
     }
 
@@ -134,12 +137,7 @@ def _sentencepiece(tokenizer: SentencePieceBPE, n_vocab: int) -> dict[str, Any]:
         ranks.setdefault(left + right, set()).add(rank)
     for token, values in ranks.items():
         scores[tokenizer.vocabulary.index[token]] = -float(min(values))
-    keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": scores,
-        OURS + "kind": "sentencepiece",
-    }
+    keys = {**_kind("sentencepiece", "llama"), "tokenizer.ggml.scores": scores}
     if any(len(values) > 1 or NO_MERGE in values for values in ranks.values()):
         keys[OURS + "merges"] = _in_order(splits)
     return keys
@@ -149,12 +147,7 @@ def _unigram(tokenizer: Unigram, n_vocab: int) -> dict[str, Any]:
     exact = np.array(tokenizer.scores)
     scores = np.zeros(n_vocab, np.float32 if (exact.astype(np.float32) == exact).all() else np.float64)
     scores[: len(exact)] = exact
-    return {
-        "tokenizer.ggml.model": "t5",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": scores,
-        OURS + "kind": "unigram",
-    }
+    return {**_kind("unigram", "t5"), "tokenizer.ggml.scores": scores}
 
 
 def _prepared(tokenizer: SentencePiece) -> dict[str, Any]:
@@ -178,13 +171,7 @@ def _characters(tokens: list[str], types: bytes) -> dict[str, Any]:
             letters[i] = tokens[i].encode().decode("latin-1").translate(TO_LETTERS)
             starts.update(letters[i][:end] for end in range(2, len(letters[i]) + 1))
     merges = [f"{start[:-1]} {start[-1]}" for start in sorted(starts, key=lambda start: (len(start), start))]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": letters,
-        "tokenizer.ggml.merges": merges,
-        OURS + "kind": "characters",
-    }
+    return {**_kind("characters", "gpt2", "gpt-2"), "tokenizer.ggml.tokens": letters, "tokenizer.ggml.merges": merges}
 
 
 def filled(tokens: Sequence[str], n_vocab: int) -> list[str]:

@@ -94,7 +94,7 @@ class Feed:
         return float(self.given.sum() / self.n_blocks.sum())
 
     def shares(self, step: int) -> np.ndarray:
-        """Of every part at a step: float64 that add up to 1."""
+        """The share of every part at a step: float64 [parts], which add up to 1."""
         shares = self.n_blocks.astype(np.float64)
         if began := [i for i, stage in enumerate(self.stages) if stage.start <= step]:
             stage, later = self.stages[began[-1]], self.stages[began[-1] + 1 :]

@@ -92,8 +92,8 @@ def _weights(model: CanonicalModel) -> dict[str, CanonicalTensor]:
 
 
 def add_rows(model: Decoder, first: int, n_vocab: int) -> None:
-    """Make it a model of `n_vocab` tokens, of which those from `first` on are new: their rows of the token table, and of an
-    output matrix of its own, are drawn near the mean of the others, a tenth as far apart.
+    """Make it a model of `n_vocab` tokens; those from `first` on are new. Their rows in the token table, and in an output
+    matrix that is not tied to it, are drawn around the mean of the others with a tenth of their standard deviation.
     """
     dice = torch.Generator().manual_seed(first)
     for layer in (model.tok_emb, model.head):

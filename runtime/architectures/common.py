@@ -82,7 +82,7 @@ class Builder:
         return name
 
     def optional(self, name: str, *shape: int) -> str | None:
-        """The same of a tensor that may be missing."""
+        """`tensor` for one that may be missing; None then."""
         return self.tensor(name, *shape) if self.has(name) else None
 
     def matrix(self, n_in: int, *parts: tuple[str, int]) -> Matrix:
@@ -225,11 +225,11 @@ class Builder:
             self._norm_part(name, shape, kind, h.head_dim, heads, column)
             column += heads * h.head_dim
 
-    def norm_queries_and_keys(self, q: str = "attn_q_norm", k: str = "attn_k_norm", kind: str | None = None) -> None:
+    def norm_queries_and_keys(self) -> None:
         """Normalise all queries of a token as one vector, and all its keys as another."""
         h = self.hyper
-        self._norm_part(q, (h.q_width,), kind, h.q_width, 1, 0)
-        self._norm_part(k, (h.kv_width,), kind, h.kv_width, 1, h.q_width)
+        self._norm_part("attn_q_norm", (h.q_width,), None, h.q_width, 1, 0)
+        self._norm_part("attn_k_norm", (h.kv_width,), None, h.kv_width, 1, h.q_width)
 
     def _norm_part(
         self, name: str | None, shape: tuple[int, ...], kind: str | None, width: int, groups: int, column: int
@@ -268,12 +268,12 @@ class Builder:
         """out = W_o att."""
         self.linear("att", out, ("attn_output", self.hyper.n_embd))
 
-    def short_convolution(self, taps: int, x: str = "h", out: str = "y") -> None:
-        """out = W_out (C · conv(B · z)), where W_in x is B, C and z below each other."""
+    def short_convolution(self, taps: int) -> None:
+        """y = W_out (C · conv(B · z)), where W_in h is B, C and z below each other."""
         n = self.hyper.n_embd
-        self.linear(x, "bcz", ("shortconv.in_proj", 3 * n))
+        self.linear("h", "bcz", ("shortconv.in_proj", 3 * n))
         self._emit(Convolve("bcz", "conv", self.layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
-        self.linear("conv", out, ("shortconv.out_proj", n))
+        self.linear("conv", "y", ("shortconv.out_proj", n))
 
     def feed_forward(self, x: str = "h", out: str = "y", n_ff: int | None = None, end: str = "") -> None:
         """out = W_down f(W_up x), or W_down (f(W_gate x) · W_up x); gate and up may be one tensor, `ffn_up`.
@@ -287,13 +287,13 @@ class Builder:
         self._emit(Activate(ff, act, h.activation, h.gated, n), n)
         self.linear(act, out, (f"ffn_down{end}", h.n_embd))
 
-    def shared_expert(self, n_ff: int, gate: str | None = None, x: str = "h", out: str = "y") -> None:
-        """out += a feed-forward layer of every token's, times sigmoid(W x) where W, `gate`, is a tensor's name."""
-        self.feed_forward(x, "shared", n_ff, "_shexp")
+    def shared_expert(self, n_ff: int, gate: str | None = None) -> None:
+        """y += a feed-forward layer of every token's, times sigmoid(W h) where W, `gate`, is a tensor's name."""
+        self.feed_forward("h", "shared", n_ff, "_shexp")
         if gate:
-            self.gate(gate, x, "shared", out)
+            self.gate(gate, "h", "shared", "y")
         else:
-            self.add("shared", out)
+            self.add("shared", "y")
 
     def experts(
         self, x: str = "h", out: str = "y", n_ff: int | None = None, kind: str = "softmax", normalised: bool = True
@@ -333,19 +333,21 @@ Step = Callable[[Builder], None]
 
 
 def pre_norm(
-    m: Builder, attention: Step = Builder.attention, feed_forward: Step = Builder.feed_forward, embed: Step = Builder.embed
-) -> None:
+    m: Builder, attention: Step = Builder.attention, feed_forward: Step = Builder.feed_forward, embed: Step = Builder.embed,
+    ffn_norm: str = "ffn_norm", last_norm: str = "output_norm", factor: float = 1.0,
+) -> None:  # fmt: skip
     """The decoder that GPT-2 made usual: a norm before attention and before the feed-forward layer, each added to x.
 
-    `attention`, `feed_forward` (of a layer's builder), `embed`: what an architecture does in their place.
+    `attention`, `feed_forward` (of a layer's builder), `embed`: what an architecture does in their place. `ffn_norm`,
+    `last_norm`: what it calls these norms. `factor`: of what is added to x.
     """
     embed(m)
     for b in m.layers():
         b.norm("attn_norm")
         attention(b)
-        b.add()
-        b.norm("ffn_norm")
+        b.add(factor=factor)
+        b.norm(ffn_norm)
         feed_forward(b)
-        b.add()
-    m.norm("output_norm")
+        b.add(factor=factor)
+    m.norm(last_norm)
     m.logits()

@@ -13,9 +13,10 @@ USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
 SETTINGS: tuple[str, ...] = ()
 
 
-def operations(m: Builder) -> None:
-    def embed(m: Builder) -> None:
-        m.embed()
-        m.scale("x", math.sqrt(m.hyper.n_embd))
+def embed(m: Builder) -> None:
+    m.embed()
+    m.scale("x", math.sqrt(m.hyper.n_embd))
 
+
+def operations(m: Builder) -> None:
     pre_norm(m, embed=embed)

@@ -5,12 +5,13 @@ Five of six layers see a window and have rotary positions of their own; the sixt
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
-from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
+from pocketlm.runtime.architectures import gemma
+from pocketlm.runtime.architectures.common import WINDOWS, Builder, pre_norm
+from pocketlm.runtime.architectures.gemma2 import feed_forward
 
-USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
+USUAL = gemma.USUAL
 SETTINGS: tuple[str, ...] = (*WINDOWS, "rope.freq_base_swa", "final_logit_softcapping")
 
 
@@ -19,19 +20,12 @@ def operations(m: Builder) -> None:
     is_27b = h.n_layer == 62  # the only one that does not divide by the root of a head's width
     scale = (h.n_embd // h.n_head if is_27b else h.head_dim) ** -0.5
     local = h.rope and replace(h.rope, theta=m.number("rope.freq_base_swa", 10000.0, 1.001), scaling="none", factor=1.0)
-    m.embed()
-    m.scale("x", math.sqrt(h.n_embd))
-    for b in m.layers():
+
+    def attention(b: Builder) -> None:
         window = b.window(6)
-        b.norm("attn_norm")
         b.attention(rope=local if window else None, heads=b.norm_heads, scale=scale, window=window)
         b.norm("post_attention_norm", "y", "y")
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.norm("post_ffw_norm", "y", "y")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+
+    pre_norm(m, attention, feed_forward, gemma.embed)
     if cap := m.number("final_logit_softcapping", 0.0):
         m.softcap("logits", cap)

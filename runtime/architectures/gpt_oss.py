@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "swiglu_clamped"}
 SETTINGS: tuple[str, ...] = (
@@ -19,13 +19,8 @@ SETTINGS: tuple[str, ...] = (
 def operations(m: Builder) -> None:
     n_ff = m.count("expert_feed_forward_length", m.hyper.n_ff)
     rope = m.hyper.rope and replace(m.hyper.rope, truncate=bool(m.choice("rope.scaling.truncate", True, (True, False))))
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
+
+    def attention(b: Builder) -> None:
         b.attention(rope=rope, window=b.window(2), sinks="attn_sinks.weight")
-        b.add()
-        b.norm("post_attention_norm")
-        b.experts(n_ff=n_ff)
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+
+    pre_norm(m, attention, lambda b: b.experts(n_ff=n_ff), ffn_norm="post_attention_norm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder, Step
+from pocketlm.runtime.architectures.common import LLAMA, Builder, Step, pre_norm
 
 USUAL = LLAMA
 SETTINGS: tuple[str, ...] = ("attention.scale", "residual_scale", "embedding_scale", "logit_scale", "rope.scaling.finetuned")
@@ -13,15 +13,10 @@ def operations(m: Builder, feed_forward: Step = Builder.feed_forward) -> None:
     scale = m.number("attention.scale", 0.0) or None  # of scores; 1/√head_dim where the file has none
     residual = m.number("residual_scale", 1.0)
     rotated = bool(m.choice("rope.scaling.finetuned", True, (True, False)))  # Granite 4 has models without positions
-    m.embed()
-    m.scale("x", m.number("embedding_scale", 1.0))
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention(rotated=rotated, scale=scale)
-        b.add(factor=residual)
-        b.norm("ffn_norm")
-        feed_forward(b)
-        b.add(factor=residual)
-    m.norm("output_norm")
-    m.logits()
+
+    def embed(m: Builder) -> None:
+        m.embed()
+        m.scale("x", m.number("embedding_scale", 1.0))
+
+    pre_norm(m, lambda b: b.attention(rotated=rotated, scale=scale), feed_forward, embed, factor=residual)
     m.scale("logits", 1 / m.number("logit_scale", low=1e-6))

@@ -6,7 +6,7 @@ head of queries and keys normalised before it is rotated. The last norm is calle
 
 from __future__ import annotations
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "shortconv.l_cache")
@@ -14,16 +14,11 @@ SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "shortconv.l_cache")
 
 def operations(m: Builder) -> None:
     n_kv_heads, taps = m.numbers("attention.head_count_kv", m.hyper.n_kv_head), m.count("shortconv.l_cache")
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
+
+    def attention(b: Builder) -> None:
         if n_kv_heads[b.layer]:
             b.attention(heads=b.norm_heads)
         else:
             b.short_convolution(taps)
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("token_embd_norm")
-    m.logits()
+
+    pre_norm(m, attention, last_norm="token_embd_norm")

@@ -1,16 +1,17 @@
 """Integer products of 16 tokens with AMX: tiles of bytes that a processor multiplies like matrices.
 
-In: runs of columns whose weights are bytes (dequantize.py), and where their activations are (matrix.py). Out: the same bits
-as the products of dot.py, for sums of integers are exact and what follows is done in the same order. Knows tiles, not formats.
+In: runs of columns whose weights are bytes (dequantize.py), and where their activations are (matrix.py). Out: the same bits as
+the products of dot.py, because sums of integers are exact and what follows is done in the same order. Knows tiles, not formats.
 
-A tile has up to 16 rows of 64 bytes. A run's weights are one: four columns of 16 rows of the matrix to a row. The tokens' low
-bytes are another, their high bytes a third. Sums go through memory, because nothing else can read a tile. Runs are unpacked to
-slots first, some hundred columns of them, and then multiplied: a tile that is loaded from lines just written waits for them.
+A tile has up to 16 rows of 64 bytes. The weights of a run are one tile, four columns of the matrix's 16 rows in each row of it;
+the low bytes of all tokens' activations are another, the high bytes a third. Sums go through memory: no other instruction reads
+a tile. Several runs, COLUMNS together, are unpacked into slots before they are multiplied: a tile that is loaded from lines
+just written has to wait for them.
 
 The core's clock is a fifth lower while it multiplies tiles (an Intel Xeon: 2.1 GHz; 2.5 with other products of 64 bytes, 2.9
-without): tiles for 8 tokens made eight texts 0.86 to 0.98 times as fast. Tried for no more: integers as bfloat16, whose sums
-are as exact (one tile of sums for 32 columns, but twice the activations), in slots or run by run; weights that are unpacked
-once for 64 tokens; totals in memory, so that activations stay in their tiles.
+without): with tiles for 8 tokens, too, eight texts ran 0.86 to 0.98 times as fast. Tried without gain: bfloat16 integers, whose
+sums are as exact (one tile of sums for 32 columns, but twice the activations), in slots or run by run; weights unpacked once
+for 64 tokens; totals in memory, so that activations stay in their tiles.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pocketlm.runtime.native.sizes import ALL_TILES, LANES, RECORD
 
 TOKENS = ALL_TILES[-1]
 COLUMNS = 384  # that are unpacked at a time: twice as many were 5 to 8 % slower
-WEIGHTS, LOW_BYTES, HIGH_BYTES, SUMS = 0, 1, 2, ((3, 4), (5, 6))  # tiles by number; of low and high bytes, of two runs in turn
+# tiles by number; SUMS: of low and of high bytes, for two runs that take turns
+WEIGHTS, LOW_BYTES, HIGH_BYTES, SUMS = 0, 1, 2, ((3, 4), (5, 6))
 SUM_BYTES = 1024  # of a tile of sums
 ROW = F32.vec(LANES)
 
@@ -41,7 +43,7 @@ class Slots:
         self.has_offsets = False
 
     def open(self) -> None:
-        """Tell the processor the shapes of its tiles; a thread's are unknown before."""
+        """Tell the processor the shapes of its tiles, which it needs before a thread's first product."""
         rows = {WEIGHTS: (self.columns // 4, 64)} | dict.fromkeys((LOW_BYTES, HIGH_BYTES), (TOKENS, self.columns))
         rows |= {tile: (TOKENS, 64) for pair in SUMS for tile in pair}
         config = [0] * 64
@@ -73,8 +75,8 @@ class Slots:
     def multiply(self, totals: Sequence[Var], added: Callable[..., Value]) -> None:
         """Add every slot's products to the tokens' totals, <16 x float> each; then all slots are free.
 
-        `added`: matrix.py's, of sums to a token's total.
-        Two runs are under way at a time: one is multiplied while the sums of the other are read.
+        `added` is matrix.py's: a token's total plus its integer sums, scaled. Two runs are under way at a time: one is
+        multiplied while the sums of the other are read.
         """
         f, n = self.f, self.used.get()
         last, both = (n - 1) & -2, (n & 1).equals(0)

@@ -3,16 +3,16 @@
 In: the run's and an operation's record, an ENTRY (records.py): neighbouring tokens of one text and the spans that they attend
 to. Out: results in the tokens' slots: sums of values, the largest score, the sum of weights. Knows the cache, no weights.
 
-All products are of integers: a query is rounded to int16 as keys are, and so are the weights of POSITIONS neighbours,
-relative to the largest. What is kept as float16 and multiplied as float32 takes twice as long and is less exact: a key of int16
-has up to 15 bits, whatever the size of its numbers.
+All products are of integers: queries are rounded to int16 as keys are, and so are the weights, with one scale for POSITIONS
+neighbouring positions. Numbers that are kept as float16 and multiplied as float32 take twice as long and are less exact: an
+int16 with a scale has up to 15 bits, whatever its size.
 
-A token's result is the same, bit for bit, however many queries share a task and whoever computes a span: scores, weights and
-sums of a span of SPAN positions are made in one order, and spans are joined one after the other, in a task or by
-`join_partials`. Positions that a query may not see have weight 0, which changes no sum.
+A token's result has the same bits however many queries share a task and whichever thread computes a span: within a span of SPAN
+positions, scores, weights and sums are made in one order, and spans are joined in order, by the task or by `join_partials`.
+Positions that a query may not see have weight 0, which changes no sum.
 
-A thread's own memory: at `rows_at` a QUERY each, at `queries_at` their integers, two columns of all after the next two;
-at `scores_at` their scores in a span, then the integers of their weights, at `mixed_at` their results of a span.
+A thread's own memory, for each query of a task: at `rows_at` a QUERY record; at `queries_at` its numbers, int16 [columns / 2,
+queries, 2]; at `scores_at` its scores in a span, float32 [SPAN], later its weights, int16; at `mixed_at` its result of a span.
 Online softmax: Milakov and Gimelshein, arXiv:1805.02867.
 """
 
@@ -22,12 +22,12 @@ import math
 from collections.abc import Callable
 
 from pocketlm.runtime.native import attention_weights
-from pocketlm.runtime.native.attention_weights import FACTORS, OLDEST, POSITION, RESULT, SCALE, SLOPE, SOFTCAP, part
+from pocketlm.runtime.native.attention_weights import FACTORS, OLDEST, POSITION, RESULT, SCALE, part
 from pocketlm.runtime.native.cache_numbers import MAX_QUERY, Words, rounded, size_of
 from pocketlm.runtime.native.dot import pair_dot
-from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I16, I32, I64, PTR, VOID, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import FAR_AHEAD, ROW, fetch_far
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.record_reader import Records, each_number, fill
 from pocketlm.runtime.native.records import QUERY
 from pocketlm.runtime.native.sizes import LANES, POSITIONS, QUERIES, SPAN, TWO_PARTS
 from pocketlm.runtime.native.vector_math import AVX512, exp
@@ -40,8 +40,8 @@ def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value,
     return keys, keys + n_bytes
 
 
-# Queries, and vectors of 16 positions, whose scores a level's registers hold; most queries first, down to one. As many queries'
-# sums of values fit, too
+# (queries, vectors of 16 positions) whose scores fit into a level's registers, the most queries first, one query last. The sums
+# of values of as many queries fit, too
 _NARROW = ((6, 1), (3, 2), (2, 2), (1, 4))
 TILES = {
     **dict.fromkeys(AVX512, ((6, 4), (4, 4), (3, 1), (2, 1), (1, 1))),
@@ -50,11 +50,11 @@ TILES = {
 }
 Ahead = Callable[[Value], Value]
 PART = 64  # positions whose keys many queries meet together
-FEW = 3  # queries that are through with the cache sooner than it comes from memory
+FEW = 3  # queries up to which memory is the limit: keys and values are fetched ahead
 
 
 def define(module: Module, level: str, numbers: Words) -> None:
-    """Define what `attend` calls: `span`, and what this calls: `scores6`, `mix6`, …, for so many queries."""
+    """Define `span`, which `attend` calls, and what that calls: `scores6`, `mix6` and the like, by the number of queries."""
     _define_merge(module)
     attention_weights.define(module, level, numbers)
     for queries, n_vectors in TILES[level]:
@@ -64,40 +64,41 @@ def define(module: Module, level: str, numbers: Words) -> None:
 
 
 def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
-    """The queries of one key-value head that an entry has, through its spans; QUERIES of them at a time."""
+    """The stage. A task is one key-value head of an ENTRY: its queries meet the entry's spans, QUERIES of them at a time."""
     (entry, kv), group = _place(f, r, task), r.run("n_head") // r.run("n_kv_head")
     all_rows = entry("n_tokens") * group
     token = r.token(entry("token"))
     with f.range(0, all_rows, QUERIES) as start:
-        rows = f.minimum(all_rows - start, f.const(I64, QUERIES))
+        rows = f.minimum(all_rows - start, QUERIES)
         with f.range(0, rows) as row:
             number = start + row
             _begin(f, r, own, row, entry("token") + number // group, kv * group + number % group, entry("apart"))
         known = own + r.run("rows_at")
         last = f.load(I64, known + (rows - 1) * QUERY.itemsize + POSITION, 8)
-        first, step, oldest = entry("first"), f.maximum(entry("apart"), f.const(I64, 1)), f.load(I64, known + OLDEST, 8) // SPAN
-        skipped = f.maximum(oldest - first + step - 1, f.const(I64, 0)) // step
+        first, step, oldest = entry("first"), f.maximum(entry("apart"), 1), f.load(I64, known + OLDEST, 8) // SPAN
+        skipped = f.maximum(oldest - first + step - 1, 0) // step
         with f.range(first + skipped * step, last // SPAN + 1, step) as span:
             keys, values = cache_of(r, numbers, token, kv, span * SPAN)
             f.call(VOID, "span", f.args()[0], own, keys, values, rows, span, f.minimum(entry("apart"), 1))
 
 
 def _place(f: Function, r: Records, task: Value) -> tuple[Callable[..., Value], Value]:
-    """The entry of a task, and which key-value head.
+    """The entry and the key-value head of a task.
 
-    Of few tokens one entry after the other: the heads of a span are neighbours in memory. Of many first one half of the tokens,
-    as MATRIX has them, one head after the other: what a head has behind them stays in the second-level cache.
+    In a short pass all heads of an entry come one after the other, because the heads of a span are neighbours in memory. In a
+    long one the tokens are halved, as for MATRIX, and within a half all entries of a head follow each other: the keys and
+    values that they share stay in the second-level cache.
     """
     n_entries, n_kv = r.run("n_entries"), r.run("n_kv_head")
     half = (n_entries + 1) >> 1
     is_later, is_long = task >= half * n_kv, r.run("n_tokens") >= TWO_PARTS
     first = f.select(is_later, half, 0)
-    here, rest = f.select(is_later, f.maximum(n_entries - half, f.const(I64, 1)), half), task - first * n_kv
+    here, rest = f.select(is_later, f.maximum(n_entries - half, 1), half), task - first * n_kv
     return r.entry(f.select(is_long, first + rest % here, task // n_kv)), f.select(is_long, rest // here, task % n_kv)
 
 
 def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head: Value, apart: Value) -> None:
-    """A query's integers, what is known of it, and a result of no positions yet."""
+    """Round a query to integers, fill its QUERY record, and begin with a result of no positions."""
     dim, padded, token = r.run("head_dim"), r.run("padded_dim"), r.token(number)
     x, to = r.op("x", PTR) + number * r.op("x_stride") + head * dim * 4, own + r.run("queries_at") + row * 4
     length, largest = size_of(f, x, dim, limit=lambda f, x: x)
@@ -113,14 +114,11 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
         number_there = rounded(f, f.load(F32, x + d * 4), inverse, I16)
         f.store(number_there, to + (d >> 1) * (4 * QUERIES) + (d & 1) * 2, 2)
     known, slope, result = own + r.run("rows_at") + row * QUERY.itemsize, f.var(F32, 0.0), _slot(r, token("slot"), head)
-    with f.when(f.emit(I1, f"icmp ne ptr {r.op('slopes', PTR)}, null")):
+    with f.when(r.op("slopes", PTR).differs(0)):
         slope.set(f.load(F32, r.op("slopes", PTR) + head * 4))
     position, softcap, scale = token("position"), r.op("softcap", F32), scale * r.op("query_scale", F32)
-    for value, at in (
-        (position, POSITION), (_oldest(f, r, position), OLDEST), (result, RESULT), (slope.get(), SLOPE), (softcap, SOFTCAP),
-        (scale, SCALE),
-    ):  # fmt: skip
-        f.store(value, known + at, 4)
+    fill(f, QUERY, known, position=position, oldest=_oldest(f, r, position), result=result)
+    fill(f, QUERY, known, slope=slope.get(), softcap=softcap, scale=scale)
     with f.when(apart.equals(0)):
         _clear(f, result, padded)
 
@@ -128,7 +126,7 @@ def _begin(f: Function, r: Records, own: Value, row: Value, number: Value, head:
 def _oldest(f: Function, r: Records, position: Value) -> Value:
     """The first position that a query in the operation's window sees."""
     window = r.op("window")
-    return f.select(window.equals(0), 0, f.maximum(position - window + 1, f.const(I64, 0)))
+    return f.select(window.equals(0), 0, f.maximum(position - window + 1, 0))
 
 
 def _slot(r: Records, slot: Value, head: Value) -> Value:
@@ -202,8 +200,8 @@ def _define_span(module: Module, level: str, numbers: Words) -> None:
 
 
 def _ahead(f: Function, numbers: Words, padded: Value, count: Value) -> Ahead:
-    """How far from a position's numbers those are that will be read FAR_AHEAD bytes later: behind a span's last ones come its
-    values, behind these the next head's keys.
+    """Position → the distance, in bytes, to what will be read FAR_AHEAD bytes later. `count` of the span's positions are
+    filled; what is read next (the values after the keys, the next head's keys after these) begins where all SPAN would end.
     """
     n_bytes = numbers.row_bytes(padded)
     filled = (count + (LANES - 1)) & -LANES
@@ -220,10 +218,10 @@ _PART = {"run": PTR, "own": PTR, "row": I64, "first": I64, "numbers": PTR, "star
 
 
 def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:
-    """scores{queries}(run, own, row, first, keys, start, stop): q · k of queries from `row` on and of positions of a part of
-    the span, along the head's columns, two at a time.
+    """scores{queries}(run, own, row, first, keys, start, stop): q · k of so many queries, from `row` on, with the positions
+    [start, stop) of the span that begins at `first`. An instruction multiplies two columns.
 
-    So many vectors of positions at a time; of the last ones half as many, where these hold all that is left.
+    `n_vectors` vectors of 16 positions are computed at a time; of the last ones fewer, where half as many or less are left.
     """
     with module.function(f"scores{queries}", _PART) as f:
         run, own, row, first, keys, start, stop = f.args()
@@ -263,8 +261,8 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
 
 
 def _define_mix(module: Module, level: str, numbers: Words, queries: int) -> None:
-    """mix{queries}(run, own, row, first, values, start, stop): add sums of weight times value in a part of the span, two
-    positions at a time; exact among POSITIONS neighbours, whose values are read one after the other.
+    """mix{queries}(run, own, row, first, values, start, stop): add weight · value of the positions [start, stop) of the span to
+    the results of so many queries. An instruction multiplies two positions; sums over POSITIONS neighbours are exact.
     """
     with module.function(f"mix{queries}", _PART) as f:
         run, own, row, first, values, begin, stop = f.args()
@@ -321,17 +319,18 @@ def join_partials(f: Function, r: Records, own: Value, to: Value, token: Callabl
                 f.call(VOID, "merge", apart, _slot(r, token("slot") + i, head), padded)
         joined = f.select(n_partials > 1, apart, _slot(r, token("slot"), head))
         top, total = (f.load(F32, joined + padded * 4 + at, 4) for at in (0, 4))
-        share, out, whole = f.var(F32, 1.0 / total), to + head * dim * 4, dim & -LANES
-        with f.when(f.emit(I1, f"icmp ne ptr {sinks}, null")):  # last, so that spans are joined in one order with and without
+        share, out = f.var(F32, 1.0 / total), to + head * dim * 4
+        with f.when(sinks.differs(0)):  # last, so that spans are joined in one order with and without
             sink = f.load(F32, sinks + head * 4)
             largest = f.maximum(top, sink)
             powers = exp(f, f.join([f.splat(top - largest, 2), f.splat(sink - largest, 2)]))
             share.set(f.extract(powers, 0) / f.fma(total, f.extract(powers, 0), f.extract(powers, 2)))
         scale = share.get()
-        with f.range(0, whole, LANES) as d:
-            f.store(f.load(ROW, joined + d * 4, 4) * f.splat(scale, LANES), out + d * 4, 4)
-        with f.range(whole, dim) as d:
-            f.store(f.load(F32, joined + d * 4, 4) * scale, out + d * 4, 4)
+
+        def write(type: Type, d: Value) -> None:
+            f.store(f.load(type, joined + d * 4, 4) * f.splat(scale, type.lanes), out + d * 4, 4)
+
+        each_number(f, 0, dim, write)
     width = n_head * dim
     with f.range(width, ((width + 31) >> 5) << 5) as i:
         f.store(f.const(F32, 0.0), to + i * 4)

@@ -1,7 +1,7 @@
-"""Attention's weights, as IR: from the scores of some queries in a span to integers that values are multiplied by.
+"""The softmax of attention, as IR: from the scores of some queries in a span to integer weights for its values.
 
-In: scores, and what a thread knows of each query (records.QUERY). Out: the weights in their place, their common factor in each
-block, the largest score and the sum of the weights in the query's result. Knows positions, and of values the scales.
+In: scores, and the QUERY record of each query. Out: int16 weights in place of the scores, in the record a float32 factor for
+each block of POSITIONS weights, in the query's result the largest score and the sum of the weights. Knows of values the scales.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ POSITION, OLDEST, RESULT, SLOPE, SOFTCAP, SCALE, _, FACTORS = (offset(QUERY, nam
 
 
 def part(f: Function, known: Value, queries: Value | int, first: Value) -> tuple[Value, Value]:
-    """What some queries see of the span that begins at `first`: positions before the window of the first of them, who sees the
-    oldest ones, are skipped; how many there are for the last of them. Weights of what others see besides are 0.
+    """Which positions of the span that begins at `first` any of these queries sees: (how many to skip, how many from the span's
+    beginning to the last). `known`: the first query's record; that one sees the oldest positions, the last one the newest. What
+    a query between them does not see has weight 0.
     """
     last = f.load(I64, known + (queries - 1) * QUERY.itemsize + POSITION, 8)
-    skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, f.const(I64, 0)) & -POSITIONS
-    return skipped, f.minimum(last + 1 - first, f.const(I64, SPAN))
+    skipped = f.maximum(f.load(I64, known + OLDEST, 8) - first, 0) & -POSITIONS
+    return skipped, f.minimum(last + 1 - first, SPAN)
 
 
 def define(module: Module, level: str, numbers: Words) -> None:
-    """softmax(run, own, row, queries, first, values): scores (capped, + ALiBi), -inf for the future and for what lies before
-    the window, to weights e^(score - largest), and these times the values' scales to integers.
+    """softmax(run, own, row, queries, first, values) makes weights of the scores of queries from `row` on.
 
-    The largest score and the sum of the weights go to each query's result of the span. All largest ones are found first: the
-    processor need not wait for one before it goes on to the next query.
+    Scores are capped and get ALiBi's bias, those of the future and from before the window are -inf. Weights are
+    e^(score - largest), times the scale of their value, rounded to integers. The largest score and the sum of the weights go to
+    each query's result of the span. The largest scores of all queries are found first, so that none is waited for.
     """
     with module.function("softmax", {"run": PTR, "own": PTR, "row": I64, "queries": I64, "first": I64, "values": PTR}) as f:
         run, own, row, queries, first, values = f.args()
@@ -67,7 +68,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
             with f.when(is_behind), f.range(0, 4 * SPAN, 8 * LANES) as at:
                 for n, found in enumerate(largest):
                     found.set(f.maximum(found.get(), f.load(ROW, scores + (at + 4 * LANES * n), 4)))
-            with f.when(is_behind ^ 1), vectors(f, count) as at:
+            with f.when(~is_behind), vectors(f, count) as at:
                 distance = f.splat(ahead + f.cast("trunc", at >> 2, I32), LANES) + lanes
                 score = f.fma(slope, f.cast("sitofp", distance, F32), f.load(ROW, scores + at, 4))
                 score = f.select(distance > 0, -math.inf, score)
@@ -103,7 +104,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
 
 
 def _largest(f: Function, vectors: Sequence[Value]) -> Value:
-    """The largest lane of each vector, without its sign: as many vectors as half a vector has lanes."""
+    """The largest lane of each of LANES / 2 vectors <16 x i32>, without its sign: <8 x i32>."""
     lanes = LANES
     while len(vectors) > 1:  # two by two: half as many numbers of each, side by side
         lanes //= 2

@@ -1,11 +1,11 @@
 """How a cache keeps its numbers, as IR: int16 or int8, with a float32 scale for each head and position.
 
-In: addresses of a head's rows in a layer. Out: keys and values as pairs of int16, and back. Rows come in groups of 16: a group
-of keys has two columns of 16 rows after the next two, a group of values two rows after the next two, so that one instruction
-multiplies both of a pair and adds them. A group ends with its 16 scales.
+In: addresses of a head's rows in a layer, a row being a position. Out: keys and values as pairs of int16, and back. A group is
+16 rows and ends with their 16 scales. Keys are [columns / 2, 16 rows, 2 columns], values [8, columns, 2 rows]: one instruction
+multiplies both numbers of a pair and adds the products.
 
-Sums of products must fit into 31 bits: a key's length is at most MAX_KEY and a query's MAX_QUERY (int8: 127 · √dim); values are
-at most MAX_VALUE where sizes.POSITIONS of them meet weights of at most MAX_WEIGHT.
+Sums of products must fit into 31 bits. So the length of a key is at most MAX_KEY (int8: 127 · √dim) and a query's MAX_QUERY,
+and sizes.POSITIONS values of at most MAX_VALUE meet weights of at most MAX_WEIGHT.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pocketlm.runtime.kv_cache import MAX_VALUE, SPREAD
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.record_reader import each_number
 from pocketlm.runtime.native.sizes import LANES
 from pocketlm.runtime.native.vector_math import nearest
 
@@ -37,18 +38,15 @@ def rounded(f: Function, x: Value, inverse: Value, element: Type) -> Value:
 
 def size_of(f: Function, vector: Value, dim: Value, limit: Callable[..., Value] = limited) -> tuple[Value, Value]:
     """The length and the largest magnitude of `dim` numbers, limited; a NaN among them is NaN in both."""
-    found, whole = {type: (f.var(type, 0.0), f.var(I32.vec(type.lanes), 0)) for type in (ROW, F32)}, dim & -LANES
+    found = {type: (f.var(type, 0.0), f.var(I32.vec(type.lanes), 0)) for type in (ROW, F32)}
 
     def look(type: Type, at: Value) -> None:
-        x, (squares, largest) = limit(f, f.load(type, at, 4)), found[type]
+        x, (squares, largest) = limit(f, f.load(type, vector + at * 4, 4)), found[type]
         squares.set(f.fma(x, x, squares.get()))
         # compared as integers, where NaN is the largest
         largest.set(f.maximum(largest.get(), f.bitcast(f.intrinsic("fabs", x), largest.type)))
 
-    with f.range(0, whole, LANES) as d:
-        look(ROW, vector + d * 4)
-    with f.range(whole, dim) as d:
-        look(F32, vector + d * 4)
+    each_number(f, 0, dim, look)
     (squares, largest), (rest, last) = found[ROW], found[F32]
     length = f.intrinsic("sqrt", f.reduce(squares.get(), "add") + rest.get())
     return length, f.bitcast(f.maximum(f.reduce(largest.get(), "max"), last.get()), F32)
@@ -73,7 +71,7 @@ class Words:
         return group + ((d & -2) * LANES + lane * 2 + (d & 1)) * self.n_bytes
 
     def value_row(self, values: Value, row: Value, padded: Value) -> Value:
-        """Where the first number of a row's value is kept; the next one is two further."""
+        """Where the first number of a row's value is kept; the next one is two numbers further."""
         return values + ((row & -2) * padded + (row & 1)) * self.n_bytes + (row >> 4) * (4 * LANES)
 
     def scales(self, f: Function, group: Value, padded: Value) -> Value:
@@ -84,7 +82,7 @@ class Words:
         f.store(scale, group + padded * (LANES * self.n_bytes) + lane * 4, 4)
 
     def spread(self, f: Function, vector: Value, dim: Value) -> None:
-        """Make a query or a key of `dim` numbers, in place, what keys are kept as."""
+        """Transform a query or a key of `dim` numbers in place, where the cache keeps keys transformed."""
 
     def key_scale(self, f: Function, vector: Value, dim: Value) -> Value:
         length, _ = size_of(f, vector, dim)

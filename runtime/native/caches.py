@@ -49,7 +49,7 @@ class NativeCache(ScaledCache):
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
-        """Of the copies that `remove` makes, one layer at a time: as float32, scaled, rounded, as integers in two orders."""
+        """Bytes of the copies that `remove` makes of a layer: as float32, scaled, rounded, as integers in two orders."""
         return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, SPAN) * 16
 
     @classmethod
@@ -104,7 +104,7 @@ class NativeCache(ScaledCache):
 
 
 class NativeByteCache(ByteCache, NativeCache):
-    """The same of int8."""
+    """A `NativeCache` of int8."""
 
 
 CACHES = {"q16": NativeCache, "q8": NativeByteCache}

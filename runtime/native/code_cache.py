@@ -81,7 +81,7 @@ def kept_folder(name: str) -> Path:
 
 
 def _trusted_folder(make: bool = True) -> Path | None:
-    """The folder, made if need be and `make` says so; None if it cannot be used, or if others could put code into it."""
+    """The folder, with `make` made where there is none; None if it cannot be used, or if others could put code into it."""
     folder = cache_folder()
     try:
         if folder is None:
@@ -94,7 +94,7 @@ def _trusted_folder(make: bool = True) -> Path | None:
 
 
 def _is_ours(status: os.stat_result, is_kind: Callable[[int], bool]) -> bool:
-    """Of the right kind, owned by this user, writable by nobody else. On Windows the profile's rights say that."""
+    """Whether it is of this kind, this user's, and writable by nobody else, which on Windows the profile's rights see to."""
     if not is_kind(status.st_mode):
         return False
     return sys.platform == "win32" or (status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))

@@ -50,7 +50,6 @@ def _compile(ir_text: str, level: Level, emit: Callable[[Any, Any], Emitted]) ->
         # The kernels' vectors, loops and inlining are explicit: what is left to do is promoting variables to registers and
         # removing what is computed twice. The standard pipeline takes ten times as long and its code is no faster.
         passes = llvm.create_new_module_pass_manager()
-        passes.add_always_inliner_pass()
         passes.add_sroa_pass()
         passes.add_instruction_combine_pass()
         passes.add_simplify_cfg_pass()

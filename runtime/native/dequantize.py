@@ -25,7 +25,7 @@ class Run:
 
     column: Value | int
     count: int
-    words: Words  # ways to unpack them, and column numbers within the run
+    words: Words  # functions that unpack four columns each, and the first column of these within the run
     scale: Value  # <16 x float>
     offset: Value | None
     zero: int
@@ -195,9 +195,11 @@ def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
 
 
 def _steps(f: Function, level: str, steps: Sequence[int], q: Value) -> tuple[Words, int, int]:
-    """32 columns whose codes of four bits are looked up, the first 16 in low halves; with their zero point and largest byte.
+    """Words of 32 columns whose 4-bit codes (the first 16 in low halves) are looked up in `steps`; their zero point and largest
+    byte.
 
-    Steps of up to 16 are moved up by 16 and those beyond by what the level wants, so that no byte has to be moved later.
+    The table holds step + zero point, so that unpacked bytes are what the level's products take: 16 makes steps below 16
+    unsigned; larger ones get the zero point that the level needs for signed bytes.
     """
     zero = 16 if max(map(abs, steps)) < 16 else SIGNED_ZERO.get(level, 0)
     table = [(step + zero) & 255 for step in steps]

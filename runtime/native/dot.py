@@ -1,8 +1,8 @@
 """Integer dot products, one way for every level: 16 rows of unsigned or signed bytes times one row of 16-bit activations.
 
-In: words, each a way to unpack a vector <64 x i8> that holds four columns of 16 rows, with the first of the columns; the
+In: words, each a function that unpacks four columns of 16 rows to <64 x i8>, and the number of the first of these columns; the
 activations of some tokens. Out: <16 x i32> for each token. Sums are exact, so their order does not matter.
-An activation is x = 256 hi + lo; its two signed bytes are multiplied apart and joined at the end, exactly, except on x86
+An activation is x = 256 · high + low: the products of both signed bytes are summed apart and joined at the end, except on x86
 without VNNI, which multiplies by x itself. Knows instructions, not formats.
 
 Bytes of weights up to 6 bits are unsigned and below 64. Those of Q8_0 are signed; `SIGNED_ZERO` says how a level takes
@@ -48,8 +48,8 @@ def _start(f: Function, start: Value | None, lanes: int) -> Value:
 
 
 def _here(f: Function, sums: Sequence[Value]) -> list[Value]:
-    """The same registers of x86, two or more, all of them computed here, before anything that is made of them. The optimiser
-    would add in another order, and finish one sum after the other, which takes more registers than there are.
+    """The same values in registers of x86, two or more, and a barrier for the optimiser: all of them are computed before
+    anything that is made of them. It would otherwise finish one sum after the other, which takes more registers than there are.
     """
     types, values = ", ".join(str(v.type) for v in sums), ", ".join(f"{v.type} {v}" for v in sums)
     places = ",".join(["=x"] * len(sums) + [str(i) for i in range(len(sums))])
@@ -65,12 +65,13 @@ def _broadcast(f: Function, address: Value, lanes: int) -> Value:
 def _together(
     f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
 ) -> list[Value]:
-    """AVX-512: every word meets all tokens as soon as it is unpacked, so that two sums a token hide an instruction's latency.
+    """AVX-512: a word is multiplied with all tokens as soon as it is unpacked. The sums of low and of high bytes are
+    independent, which hides an instruction's latency; one or two tokens with many words have twice as many sums, used in turn.
 
-    Few tokens have two sums more where there are many words: these take turns. The first `later` tokens keep their low bytes
-    back until the sums of the high ones are what they begin with: fewer additions, and fewer registers at a time, which would
-    be too few for the K formats otherwise. Of eight with many words half do, or the processor would wait for its own sums,
-    and none where a start would have to be added in turn.
+    The first `later` tokens do their high bytes first and then begin the sums of their low bytes with 256 times the result.
+    That takes fewer additions, and fewer registers at a time: the K formats would not have enough otherwise. Of eight tokens
+    with many words half do so, for with all the processor would wait for its own sums, and none does where the sums begin with
+    a number, which would be one addition more.
     """
     zero, turns = f.const(I32.vec(16), 0), 2 if len(xs) <= 2 and len(words) > 4 else 1
     later = (4 if len(xs) == 8 and starts[0] is None else 0) if len(words) > 4 else len(xs) if len(xs) > 2 else 0
@@ -101,9 +102,9 @@ def _together(
 def _vnni_256(
     f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]
 ) -> list[Value]:
-    """AVX-VNNI multiplies four bytes and adds them to an i32 in one instruction, as AVX-512 does, but half as many, and it has
-    half as many registers: the sums of one or two tokens' low and high bytes, or those of four tokens' high bytes, which
-    those of their low bytes then begin with.
+    """AVX-VNNI has AVX-512's instruction, which multiplies four bytes and adds the products to an i32, for registers of half
+    the size, and half as many of these. They hold the sums of both bytes of one or two tokens. Of four tokens the high bytes
+    come first, and the sums of the low bytes begin with 256 times the result.
     """
     zeros = [f.const(I32.vec(8), 0)] * 2
     low = [[_start(f, start, 8)] * 2 for start in starts]
@@ -128,8 +129,8 @@ def _vnni_256(
 
 
 def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
-    """Column → the four activations there, four times over, out of sixteen that are loaded at once: an instruction of aarch64
-    can name the lane that it multiplies by, where loading four into every lane is one more.
+    """Column → the four activations from there on, in all lanes of <16 x i8>, for dot products of aarch64. Sixteen are loaded
+    at once: the instruction can name the four that it multiplies by, while loading four into all lanes is an instruction more.
     """
     loaded: dict[int, Value] = {}
 
@@ -143,10 +144,10 @@ def _sixteen(f: Function, bytes_: Value) -> Callable[[int], Value]:
 
 
 def _by_lane(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 with dotprod. For one token and many words a word meets its low and high bytes as soon as it is unpacked, and
-    four registers hold it. Otherwise the words are unpacked once, and the sums of a token's high bytes are what those of
-    its low bytes begin with: eight sums at a time would leave no registers for the words, and four words are too few to pay
-    for them.
+    """aarch64 with dotprod. One token with many words: a word, in four registers, is multiplied with low and high bytes as soon
+    as it is unpacked. Otherwise all words are unpacked first and stay in registers, so that there are not enough for eight
+    sums: a token's high bytes come first, and the sums of its low bytes begin with 256 times the result. (Four words are too
+    few to gain from eight sums.)
     """
     zeros = [f.const(I32.vec(4), 0)] * 4
 
@@ -187,9 +188,10 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
 
 
 def _pairs(width: int, intrinsic: str) -> Callable[..., list[Value]]:
-    """For x86 without VNNI, registers of `width` bytes: two columns of a row at a time as i16, by the whole activations.
+    """For x86 without VNNI, with registers of `width` bytes: two columns of a row as i16, multiplied by activations of int16.
 
-    As many registers of rows at a time as there are eight sums for: these, the words and what they meet fit into sixteen.
+    The 16 rows are taken in parts, so that there are eight sums at a time: these, the words and the activations fit into the
+    sixteen registers.
     """
     lanes = width // 2
 
@@ -223,9 +225,7 @@ def _bytes_as_words(f: Function, x: Value, odd: int, is_signed: bool) -> Value:
 
 
 def _neon(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 without dotprod, one token: bytes to i16 products, the upper halves of two registers by an instruction of their
-    own.
-    """
+    """aarch64 without dotprod, one token: products of bytes are i16, of which only so many are added as cannot overflow."""
     (x,), safe = xs, 32767 // (biggest * 128)
     unpacked = [(unpack(), column) for unpack, column in words]
 

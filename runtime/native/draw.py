@@ -15,10 +15,11 @@ from contextlib import contextmanager
 
 from pocketlm.runtime.native import likeliest, softmax
 from pocketlm.runtime.native.ir import F32, F64, I1, I8, I32, I64, PTR, VOID, Function, Module, Value, Var
-from pocketlm.runtime.native.likeliest import FLT_MAX, not_
+from pocketlm.runtime.native.likeliest import FLT_MAX
 from pocketlm.runtime.native.matrix import ROW
+from pocketlm.runtime.native.record_reader import fill
 from pocketlm.runtime.native.record_reader import of_sampler as _get
-from pocketlm.runtime.native.records import SAMPLER, offset
+from pocketlm.runtime.native.records import SAMPLER
 from pocketlm.runtime.native.sizes import ALL, BROKEN, CHUNK, FORBIDDEN, NO_CHOICE, UNKNOWN_ID
 from pocketlm.runtime.native.softmax import below, exp64
 from pocketlm.runtime.native.tiling import ROWS
@@ -56,7 +57,7 @@ def _define_penalise(module: Module) -> None:
         n_vocab = _get(f, s, "n_vocab")
         saved = f.var(PTR, _get(f, s, "saved", PTR))
 
-        def keep(x: Value, saved: Var = saved) -> None:
+        def keep(x: Value) -> None:
             f.store(x, saved.get(), 4)
             saved.set(saved.get() + 4)
 
@@ -77,7 +78,7 @@ def _define_penalise(module: Module) -> None:
         with _penalised(f, s, ids, n) as (i, id):
             x = f.load(F32, unpenalised + i * 4, 4)
             f.store(f.select(x > 0.0, x / repeat, x * repeat) - presence, logits + id * 4, 4)
-        with f.when(not_(f, frequency.equals(0.0))), _penalised(f, s, ids, n) as (i, id):
+        with f.when(frequency.differs(0.0)), _penalised(f, s, ids, n) as (i, id):
             f.store(f.load(F32, logits + id * 4, 4) - frequency, logits + id * 4, 4)
         f.ret(0)
     with module.function("restore", arguments) as f:
@@ -133,7 +134,7 @@ def _penalised(f: Function, s: Value, ids: Value, n: Value) -> Iterator[tuple[Va
         id, free = f.cast("zext", f.load(I32, ids + i * 4, 4), I64), f.var(I1, 0)
         with f.range(0, n_exempt) as j:
             free.set(free.get() | f.load(I64, exempt + j * 8, 8).equals(id))
-        with f.when(not_(f, free.get())):
+        with f.when(~free.get()):
             yield i, id
 
 
@@ -171,8 +172,8 @@ def _define_choose(module: Module) -> None:
         with f.when(top_p < 1.0):
             all_weights, sum, at = f.var(F64, total), f.var(F64, 0.0), f.var(I64, 0)
 
-            def add(sum: Var, i: Value) -> None:
-                sum.set(sum.get() + exp64(f, below(f, x + i * 4, best)))
+            def add(to: Var, i: Value) -> None:
+                to.set(to.get() + exp64(f, below(f, x + i * 4, best)))
 
             with f.when(total.equals(0.0)), f.range(0, n) as i:
                 add(all_weights, i)
@@ -205,7 +206,7 @@ def _define_among(module: Module) -> None:
         total = f.var(F64, 0.0)
         with f.when(_get(f, s, "top_p", F64) < 1.0):
             total.set(f.call(F64, "weigh", logits, n_vocab, best, f.const(F64, 1.0), columns))
-            f.store(total.get(), s + offset(SAMPLER, "sum"), 8)
+            fill(f, SAMPLER, s, sum=total.get())
         n = f.call(I64, "nucleus", s, logits, best, total.get())
         f.ret(f.call(I64, "choose", s, n, total.get(), u))
 
@@ -225,22 +226,22 @@ def _draw(f: Function) -> None:
             f.ret(UNKNOWN_ID)
         f.call(VOID, "recount", s, logits, recent, n)
         best.set(f.call(F32, "largest", s))
-    used, is_restricted = f.var(PTR, logits), not_(f, _get(f, s, "n_allowed").equals(ALL))
+    used, is_restricted = f.var(PTR, logits), _get(f, s, "n_allowed").differs(ALL)
     with f.when(is_restricted):
         used.set(f.call(PTR, "restrict", s, logits))
         best.set(f.call(F32, "survey", s, used.get()))
     result = f.var(I64, NO_CHOICE)
     with f.when(best.get().equals(math.inf)):
         result.set(BROKEN)
-    f.store(f.const(F64, 0.0), s + offset(SAMPLER, "sum"), 8)
+    fill(f, SAMPLER, s, sum=f.const(F64, 0.0))
     with f.when((best.get() > -math.inf) & (best.get() < math.inf)):
         result.set(f.call(I64, "draw_among", s, used.get(), best.get(), u))
     with f.when(edits):
         f.call(VOID, "restore", s, logits, recent, n)
     with f.when((result.get() >= 0) & _get(f, s, "logprobs").equals(1)):
         logit = f.load(F32, logits + result.get() * 4, 4) - plain
-        f.store(f.cast("fpext", logit, F64), s + offset(SAMPLER, "logit"), 8)
+        fill(f, SAMPLER, s, logit=f.cast("fpext", logit, F64))
         with f.when(edits | is_restricted | _get(f, s, "sum", F64).equals(0.0)):
             sum = f.call(F32, "sum_exp", logits, _get(f, s, "n_vocab"), plain)
-            f.store(f.cast("fpext", sum, F64), s + offset(SAMPLER, "sum"), 8)
+            fill(f, SAMPLER, s, sum=f.cast("fpext", sum, F64))
     f.ret(result.get())

@@ -5,10 +5,12 @@ In: the run's and an operation's record (records.py), a task number. Out: IR fun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pocketlm.runtime.native import sizes
-from pocketlm.runtime.native.ir import F32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.record_reader import Records, each_number
 from pocketlm.runtime.native.sizes import LANES, LAYER_NORM
 from pocketlm.runtime.native.vector_math import ACTIVATIONS, clamped_beside, exp, tanh
 
@@ -45,41 +47,39 @@ def normalise(
     f: Function, r: Records, x: Value, to: Value, weight: Value, bias: Value | None, width: Value, add: Value | None = None
 ) -> None:
     """`width` numbers at x, which may be followed by others: (x - mean) / sqrt(mean square + epsilon) · weight + bias."""
-    whole, n, mean = width & -LANES, f.cast("sitofp", width, F32), f.var(F32, 0.0)
-    sums, rest = f.var(ROW, 0.0), f.var(F32, 0.0)
-    with f.when(r.op("source").equals(LAYER_NORM)):
-        with f.range(0, whole, LANES) as i:
-            sums.set(sums.get() + f.load(ROW, x + i * 4, 4))
-        with f.range(whole, width) as i:
-            rest.set(rest.get() + f.load(F32, x + i * 4))
-        mean.set((f.reduce(sums.get(), "add") + rest.get()) / n)
-    squares, rest_squares = f.var(ROW, 0.0), f.var(F32, 0.0)
-    with f.range(0, whole, LANES) as i:
-        v = f.load(ROW, x + i * 4, 4) - f.splat(mean.get(), LANES)
-        squares.set(f.fma(v, v, squares.get()))
-    with f.range(whole, width) as i:
-        v = f.load(F32, x + i * 4) - mean.get()
-        rest_squares.set(f.fma(v, v, rest_squares.get()))
-    square = (f.reduce(squares.get(), "add") + rest_squares.get()) / n
-    scale = 1.0 / f.intrinsic("sqrt", square + r.op("epsilon", F32))
+    n, mean = f.cast("sitofp", width, F32), f.var(F32, 0.0)
 
-    def piece(i: Value, load, splat) -> None:
-        v = (load(x + i * 4) - splat(mean.get())) * splat(scale)
-        v = v * load(weight + i * 4) if bias is None else f.fma(v, load(weight + i * 4), load(bias + i * 4))
+    def at(address: Value, type: Type, i: Value) -> Value:
+        return f.load(type, address + i * 4, 4)
+
+    def total(add: Callable[[Value, Value], Value]) -> Value:
+        """All numbers folded by `add(sum so far, number)`."""
+        sums = {type: f.var(type, 0.0) for type in (ROW, F32)}
+        each_number(f, 0, width, lambda type, i: sums[type].set(add(sums[type].get(), at(x, type, i))))
+        return f.reduce(sums[ROW].get(), "add") + sums[F32].get()
+
+    def add_square(sum: Value, v: Value) -> Value:
+        distance = v - f.splat(mean.get(), v.type.lanes)
+        return f.fma(distance, distance, sum)
+
+    with f.when(r.op("source").equals(LAYER_NORM)):
+        mean.set(total(lambda sum, v: sum + v) / n)
+    scale = 1.0 / f.intrinsic("sqrt", total(add_square) / n + r.op("epsilon", F32))
+
+    def write(type: Type, i: Value) -> None:
+        v = (at(x, type, i) - f.splat(mean.get(), type.lanes)) * f.splat(scale, type.lanes)
+        v = v * at(weight, type, i) if bias is None else f.fma(v, at(weight, type, i), at(bias, type, i))
         if add is not None:
-            v = v + f.select(add, load(to + i * 4), splat(f.const(F32, 0.0)))
+            v = v + f.select(add, at(to, type, i), 0.0)
         f.store(v, to + i * 4, 4)
 
-    with f.range(0, whole, LANES) as i:
-        piece(i, lambda at: f.load(ROW, at, 4), lambda value: f.splat(value, LANES))
-    with f.range(whole, width) as i:
-        piece(i, lambda at: f.load(F32, at), lambda value: value)
+    each_number(f, 0, width, write)
 
 
 def gate(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The groups of a row: out + factor · sigmoid(weight · x) · y. All gates are made first: x may be out."""
     x, y, to = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "y", "out"))
-    width, stride, whole = r.op("n"), r.op("weight_stride"), r.op("n") & -LANES
+    width, stride = r.op("n"), r.op("weight_stride")
     with f.range(0, r.op("n_groups")) as i:
         weight, total = r.op("weight", PTR) + i * stride, f.var(F32, 0.0)
         with f.range(0, stride, 4) as at:
@@ -89,13 +89,11 @@ def gate(f: Function, level: str, r: Records, own: Value, task: Value, n: Value)
     with f.range(0, r.op("n_groups")) as i:
         share, start = f.load(F32, own + i * 4), i * width
 
-        def piece(at: Value, load, splat, share: Value = share) -> None:
-            f.store(f.fma(load(y + at * 4), splat(share), load(to + at * 4)), to + at * 4, 4)
+        def write(type: Type, k: Value) -> None:
+            at = (start + k) * 4
+            f.store(f.fma(f.load(type, y + at, 4), f.splat(share, type.lanes), f.load(type, to + at, 4)), to + at, 4)
 
-        with f.range(0, whole, LANES) as k:
-            piece(start + k, lambda at: f.load(ROW, at, 4), lambda value: f.splat(value, LANES))
-        with f.range(whole, width) as k:
-            piece(start + k, lambda at: f.load(F32, at), lambda value: value)
+        each_number(f, 0, width, write)
 
 
 def each(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
@@ -104,7 +102,7 @@ def each(f: Function, level: str, r: Records, own: Value, task: Value, n: Value)
     pieces = (width + (sizes.COLUMNS - 1)) // sizes.COLUMNS
     row, start = task // pieces, (task % pieces) * sizes.COLUMNS
     x, out = (r.op(name, PTR) + row * r.op(f"{name}_stride") + start * 4 for name in ("x", "out"))
-    count, factor = f.minimum(width - start, f.const(I64, sizes.COLUMNS)), r.op("factor", F32)
+    count, factor = f.minimum(width - start, sizes.COLUMNS), r.op("factor", F32)
     lanes = f.stack(F32, LANES)
 
     def value(at: Value, load) -> Value:

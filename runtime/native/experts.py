@@ -12,10 +12,10 @@ is read, and nothing is kept but what the system keeps of the file.
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Value
-from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_places, tile_size
-from pocketlm.runtime.native.record_reader import Records
-from pocketlm.runtime.native.records import GROUP, PAIR, offset
+from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Type, Value
+from pocketlm.runtime.native.matrix import product_of, round_into, tile_of, tile_places, tile_size
+from pocketlm.runtime.native.record_reader import Records, each_number, fill
+from pocketlm.runtime.native.records import GROUP, PAIR, RUN
 from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, SIGMOID, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
@@ -30,8 +30,6 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
     largest = f.var(F32, smallest)
     with f.range(0, n_used) as k:
         best, best_at = f.var(F32, smallest), f.var(I64, -1)
-        best.set(smallest)
-        best_at.set(-1)
         with f.range(0, n_experts) as i:
             found = f.load(F32, x + i * 4)
             score = f.select(found.equals(found), found, smallest)
@@ -58,7 +56,7 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
     with f.when(r.op("normalised").equals(0)):
         with f.when(is_sigmoid):
             total.set(1.0)
-        with f.when(r.op("source").equals(SIGMOID) ^ 1):
+        with f.when(r.op("source").differs(SIGMOID)):
             total.set(0.0)
             with f.range(0, n_experts) as i:
                 total.set(total.get() + share(f.load(F32, x + i * 4)))
@@ -69,7 +67,6 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
 def group(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The pass's pairs, sorted by expert; pairs of one expert in the order of their tokens."""
     n_used, counts, pairs, groups = r.op("n_used"), r.run("counts", PTR), r.run("pairs", PTR), r.run("groups", PTR)
-    pair, member = ({name: offset(dtype, name) for name in dtype.names or ()} for dtype in (PAIR, GROUP))
 
     def count_of(token: Value, slot: Value) -> Value:
         number = f.load(F32, r.op("x", PTR) + token * r.op("x_stride") + slot * 4)
@@ -84,24 +81,20 @@ def group(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
     with f.range(0, r.op("n")) as i:
         count = f.load(I64, counts + i * 8, 8)
         with f.when(count > 0):
-            here = groups + found.get() * GROUP.itemsize
             first, last = start.get(), start.get() + count
-            for name, value in (("expert", i), ("first", first), ("last", last), ("place", place.get())):
-                f.store(value, here + member[name], 8)
+            fill(f, GROUP, groups + found.get() * GROUP.itemsize, expert=i, first=first, last=last, place=place.get())
             f.store(first, counts + i * 8, 8)  # from now on: where its next pair goes
             with f.range(first, last) as p:
-                for name, value in (("first", first), ("last", last), ("place", place.get())):
-                    f.store(value, pairs + (p * PAIR.itemsize + pair[name]), 8)
+                fill(f, PAIR, pairs + p * PAIR.itemsize, first=first, last=last, place=place.get())
             start.set(last)
             place.set(place.get() + tile_places(f, level, count))
             found.set(found.get() + 1)
     with f.range(0, n) as token, f.range(0, n_used) as slot:
         at = count_of(token, slot)
         here = f.load(I64, at, 8)
-        for name, value in (("token", token), ("slot", slot)):
-            f.store(value, pairs + (here * PAIR.itemsize + pair[name]), 8)
+        fill(f, PAIR, pairs + here * PAIR.itemsize, token=token, slot=slot)
         f.store(here + 1, at, 8)
-    r.set_run("n_chosen", found.get())
+    fill(f, RUN, f.args()[0], n_chosen=found.get())
 
 
 def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
@@ -113,11 +106,7 @@ def gather(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     place, tile = number - first, r.run("activations", PTR) + (pair("place") + first) * x_bytes
     to = tile + place * columns * 4
     x = r.op("x", PTR) + pair("token") * r.op("x_stride") + pair("slot") * r.op("slot_stride")
-    whole = width & -LANES
-    with f.range(0, whole, LANES) as i:
-        f.store(f.load(ROW, x + i * 4), to + i * 4)
-    with f.range(whole, width) as i:
-        f.store(f.load(F32, x + i * 4), to + i * 4)
+    each_number(f, 0, width, lambda type, i: f.store(f.load(type, x + i * 4), to + i * 4))
     with f.range(width, columns) as i:
         f.store(f.const(F32, 0.0), to + i * 4)
     round_into(f, tile, columns, size, place, to, (task + 1).equals(pair("last")), 1)
@@ -170,24 +159,23 @@ def _announce(f: Function, r: Records, first: Value, n_bytes: Value) -> None:
 
 def _finish(f: Function, y: Value, bias: Value, out: Value, first: Value, last: Value) -> None:
     """Rows [first, last) of the products at y, plus the bias, to out."""
-    whole = first + ((last - first) & -LANES)
-    with f.range(first, whole, LANES) as row:
-        f.store(f.load(ROW, y + (row - first) * 4) + f.load(ROW, bias + row * 4), out + row * 4)
-    with f.range(whole, last) as row:
-        f.store(f.load(F32, y + (row - first) * 4) + f.load(F32, bias + row * 4), out + row * 4)
+
+    def write(type: Type, row: Value) -> None:
+        f.store(f.load(type, y + (row - first) * 4) + f.load(type, bias + row * 4), out + row * 4)
+
+    each_number(f, first, last, write)
 
 
 def mix(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The parts of a row, each times its weight, in their order."""
     x, out = (r.op(name, PTR) + task * r.op(f"{name}_stride") for name in ("x", "out"))
     weights, n_used, width = r.op("weight", PTR) + task * r.op("weight_stride"), r.op("n_used"), r.op("n")
-    whole = width & -LANES
-    for type_, first, last in ((ROW, f.const(I64, 0), whole), (F32, whole, width)):
-        with f.range(first, last, type_.lanes) as i:
-            total = f.var(type_)
-            total.set(0.0)
-            with f.range(0, n_used) as k:
-                weight = f.load(F32, weights + k * 4)
-                part = f.load(type_, x + (k * width + i) * 4)
-                total.set(f.fma(part, f.splat(weight, LANES) if type_ == ROW else weight, total.get()))
-            f.store(total.get(), out + i * 4)
+
+    def add_up(type: Type, i: Value) -> None:
+        total = f.var(type, 0.0)
+        with f.range(0, n_used) as k:
+            weight, part = f.load(F32, weights + k * 4), f.load(type, x + (k * width + i) * 4)
+            total.set(f.fma(part, f.splat(weight, type.lanes), total.get()))
+        f.store(total.get(), out + i * 4)
+
+    each_number(f, 0, width, add_up)

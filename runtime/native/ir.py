@@ -36,10 +36,6 @@ class Type:
         return Type(self.scalar, lanes)
 
     @property
-    def element(self) -> Type:
-        return Type(self.scalar)
-
-    @property
     def is_float(self) -> bool:
         return self.scalar in ("float", "half", "double")
 
@@ -108,7 +104,10 @@ class Value:
     __lshift__, __rshift__ = _operator("shl"), _operator("lshr")  # logical: zeros come in from the left
     __lt__, __le__ = _operator("icmp slt", "fcmp olt", result=I1), _operator("icmp sle", "fcmp ole", result=I1)
     __gt__, __ge__ = _operator("icmp sgt", "fcmp ogt", result=I1), _operator("icmp sge", "fcmp oge", result=I1)
-    equals = _operator("icmp eq", "fcmp oeq", result=I1)
+    equals, differs = _operator("icmp eq", "fcmp oeq", result=I1), _operator("icmp ne", "fcmp une", result=I1)
+
+    def __invert__(self) -> Value:
+        return self ^ -1
 
 
 class Var:
@@ -166,19 +165,18 @@ class Function:
             text = "null"
         else:
             text = str(int(number))
-        return Value(self, type, text if type.lanes == 1 else f"splat ({type.element} {text})")
+        return Value(self, type, text if type.lanes == 1 else f"splat ({type.vec(1)} {text})")
 
     def coerce(self, value: Operand, type: Type) -> Value:
         return value if isinstance(value, Value) else self.const(type, value)
 
     def vector(self, type: Type, numbers: Sequence[int]) -> Value:
         """A constant vector of integers."""
-        return Value(self, type, "<" + ", ".join(f"{type.element} {n}" for n in numbers) + ">")
+        return Value(self, type, "<" + ", ".join(f"{type.vec(1)} {n}" for n in numbers) + ">")
 
-    def stack(self, type: Type, count: int = 1, align: int = 64) -> Value:
-        """Memory that lives as long as the call: `count` elements of `type`."""
-        name = self.label("%s")
-        align = min(align, max(type.bytes, 1)) if count == 1 else align
+    def stack(self, type: Type, count: int = 1) -> Value:
+        """Memory that lives as long as the call: `count` elements of `type`; more than one are 64-byte aligned."""
+        name, align = self.label("%s"), min(64, max(type.bytes, 1)) if count == 1 else 64
         self._entry.append(f"  {name} = alloca {type}, i64 {count}, align {align}")
         return Value(self, PTR, name)
 
@@ -239,6 +237,9 @@ class Function:
         return value if value.type == type else self.emit(type, f"bitcast {value.type} {value} to {type}")
 
     def splat(self, value: Value, lanes: int) -> Value:
+        """The value in every lane; itself for one lane."""
+        if lanes == 1:
+            return value
         to = value.type.vec(lanes)
         first = self.emit(to, f"insertelement {to} poison, {value.type} {value}, i64 0")
         return self.emit(to, f"shufflevector {to} {first}, {to} poison, <{lanes} x i32> zeroinitializer")
@@ -260,7 +261,7 @@ class Function:
         return [self.shuffle(value, range(i, i + lanes)) for i in range(0, value.type.lanes, lanes)]
 
     def extract(self, vector: Value, lane: Operand) -> Value:
-        return self.emit(vector.type.element, f"extractelement {vector.type} {vector}, i64 {self.coerce(lane, I64)}")
+        return self.emit(vector.type.vec(1), f"extractelement {vector.type} {vector}, i64 {self.coerce(lane, I64)}")
 
     def select(self, condition: Value, yes: Operand, no: Operand) -> Value:
         type = yes.type if isinstance(yes, Value) else no.type  # type: ignore[union-attr]
@@ -378,7 +379,7 @@ class Module:
     def function(
         self, name: str, arguments: Mapping[str, Type], returns: Type = VOID, linkage: str = "internal"
     ) -> Iterator[Function]:
-        """A function. `linkage`: "internal"; "inline"; "kernel", called by address from compiled code; "entry", from Python."""
+        """A function. `linkage`: "internal"; "kernel", called by address from compiled code; "entry", from Python."""
         f = Function(self, arguments)
         self._linkages[name] = linkage
         yield f
@@ -389,7 +390,6 @@ class Module:
         # a frame pointer keeps data out of rbp: an Intel Xeon with AMX does not read ahead of loads that go through it, and
         # 1.3B parameters whose weights were read there took 1.2 times as long
         attributes = 'nounwind "no-builtins" "probe-stack"="inline-asm" "frame-pointer"="all"'
-        attributes += " alwaysinline" if linkage == "inline" else ""
         head = f"define {visible}{self.convention(linkage)}{returns} @{name}({formal}) {attributes}"
         self._defined[name] = f"{head} {{\n{f.text()}\n}}"
 

@@ -3,15 +3,15 @@
 In: a module. Out: the functions that `define` lists, `top_k` for Python, the others for draw.py. Knows logits and the SAMPLER
 record's memory; not what the candidates are for.
 
-The largest of every sizes.CHUNK logits stands for them: where it is below a bound all of them are. The k-th largest of these is
-a bound on the k-th largest of all, and few others are above it.
+The largest of every sizes.CHUNK logits stands for its chunk: where it is below a bound, so are all others of the chunk. The
+k-th largest of these is a lower bound of the k-th largest logit, and few other logits are above it.
 """
 
 from __future__ import annotations
 
 import math
 
-from pocketlm.runtime.native.ir import F32, I1, I16, I32, I64, PTR, VOID, Function, Module, Value
+from pocketlm.runtime.native.ir import F32, I16, I32, I64, PTR, VOID, Function, Module, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import of_sampler as _get
 from pocketlm.runtime.native.sizes import CHUNK
@@ -60,10 +60,6 @@ def define(module: Module) -> None:
         f.call(I64, "first", s, logits, k, f.const(F32, -math.inf))
 
 
-def not_(f: Function, condition: Value) -> Value:
-    return condition ^ f.const(I1, 1)
-
-
 def _lanes(f: Function, condition: Value) -> Value:
     return f.bitcast(condition, I16)
 
@@ -88,7 +84,7 @@ def _define_chunk(module: Module) -> None:
         with f.range(whole, stop) as j:
             x = f.load(F32, logits + j * 4, 4)
             result.set(f.select(result.get() >= x, result.get(), x))
-            with f.when(not_(f, x <= FLT_MAX)):
+            with f.when(~(x <= FLT_MAX)):
                 numbers.set(0)
         f.ret(f.select(numbers.get().equals(-1), result.get(), math.inf), F32)
 
@@ -162,7 +158,7 @@ def _define_candidates(module: Module) -> None:
             high = f.splat(bound, ROWS)
             with f.range(start, whole, ROWS) as j:
                 some = _lanes(f, f.load(ROW, logits + j * 4, 4) >= high)
-                with f.when(not_(f, some.equals(0))), f.range(j, j + ROWS) as lane:
+                with f.when(some.differs(0)), f.range(j, j + ROWS) as lane:
                     take(lane, f.load(F32, logits + lane * 4, 4))
             with f.range(whole, stop) as j:
                 take(j, f.load(F32, logits + j * 4, 4))
@@ -177,7 +173,7 @@ def _define_sort(module: Module) -> None:
         places = f.stack(I64, 1 << DIGIT)
         with f.range(0, 32, DIGIT) as shift:
 
-            def place(i: Value, shift: Value = shift) -> Value:
+            def place(i: Value) -> Value:
                 bits = f.bitcast(f.load(F32, x.get() + i * 4, 4) + 0.0, I32)  # -0.0 is as large as 0.0
                 digit = f.cast("zext", _ordered(f, bits) ^ 0x7FFFFFFF, I64) >> shift
                 return places + (digit & ((1 << DIGIT) - 1)) * 8

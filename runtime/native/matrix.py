@@ -1,15 +1,15 @@
 """Kernels over a matrix's tiled rows: product with one token or a block of them, one row of a table, tiling.
 
-In: a format and a level. Out: functions of a module, each an address that the run loop calls; for stages, in which tile and
-place a token's activations lie. Knows formats and layouts, not operations.
+In: a format and a level. Out: functions of a module, which the run loop calls by their address; and, for the stages, in which
+tile a token's activations lie and where in it. Knows formats and layouts, not operations.
 
 Activations of a tile of T tokens (sizes.tiles) with n columns, n a multiple of 32; offsets in bytes:
     0       [T, n] float32      the values
     4nT     [n / 32, T] times   the values rounded to 16 bits, with one scale for 32 of them: low bytes, int8 [32], and high
                                 bytes, int8 [32], or (dot.WHOLE) int16 [32], four in the order 0, 2, 1, 3; then float32: the
                                 scale, scale times the sum of the 32; int32: the sum of the first 16, of the last 16
-The sums serve the formats' offsets and zero points. What a product needs of 32 columns is together for all tokens, so that
-one pointer and constant offsets find it: every other way of addressing splits the processor's multiply-and-load
+The sums are for the formats' offsets and zero points. Records of the same 32 columns lie together for all tokens, so that a
+product finds them by one pointer and constant offsets: with other addresses the processor splits its multiply-and-load
 instructions.
 
 A row's result depends on its activations alone, bit for bit, not on how many tokens share the product: integer sums are
@@ -33,14 +33,16 @@ from pocketlm.runtime.native.record_reader import Records
 from pocketlm.runtime.native.sizes import RECORD, tiles
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 
-# Bytes of weights fetched ahead: into the first cache, for a single token and for several, which read more slowly; and into the
-# second, for which a core keeps several dozen lines under way in place of a dozen. Against 4 KB into the first alone, two
-# threads of an Intel Xeon: single tokens 1.00 to 1.15 times as fast, behind 3,800 others 1.2, four tokens 1.22, eight 1.07
+# How many bytes ahead weights are fetched: into the first-level cache, for a single token and for several, which read more
+# slowly; and into the second-level cache, for which a core keeps several dozen lines under way and not a dozen. Beside 4 KB
+# into the first alone, two threads of an Intel Xeon: single tokens 1.00 to 1.15 times as fast, behind 3,800 others 1.2, four
+# tokens 1.22, eight 1.07
 AHEAD, AHEAD_OF_TILE, FAR_AHEAD = 2048, 1280, 8192
-# These cores fetch one stream ahead by themselves: others read at a Pi's full bandwidth without asking
+# Levels that need no prefetch instructions: these cores fetch a stream ahead by themselves, at a Pi's full bandwidth
 UNASKED = ("dotprod", "neon")
-# Tokens that a tile is taken for, where they may be more than it holds: 9 to 12 are 8 and the rest, because a tile of 16 took
-# up to 1.3 times as long for 9 on an Intel Xeon with AMX, and for 12 from 0.88 (Q4_0) to 1.06 (Q4_1)
+# Size of a tile → the most remaining tokens for which it is taken, where these are more than it holds: 9 to 12 are a tile of 8
+# and the rest, because one of 16 took up to 1.3 times as long for 9 tokens on an Intel Xeon with AMX, and for 12 tokens 0.88
+# (Q4_0) to 1.06 times (Q4_1)
 MOST = {8: 12}
 # Sums of 16 rows that a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by hand,
 # and to do so once for four tokens is faster
@@ -65,16 +67,16 @@ def define(module: Module, level: str, fmt: str) -> None:
 
 
 def tile_size(f: Function, level: str, left: Value) -> Value:
-    """Tokens of the tile that the next of `left` tokens belong to: of the level's smallest for them, or its largest."""
+    """The size of the tile that the next of `left` tokens go to: the level's smallest that holds them all, or its largest."""
     *smaller_ones, largest = tiles(level)
     size = f.const(I64, largest)
     for smaller in reversed(smaller_ones):
-        size = f.select(left <= MOST.get(smaller, smaller), f.const(I64, smaller), size)
+        size = f.select(left <= MOST.get(smaller, smaller), smaller, size)
     return size
 
 
 def tile_of(f: Function, level: str, n: Value, token: Value) -> tuple[Value, Value]:
-    """Of the tile that one of `n` tokens belongs to: its first token, and its size."""
+    """The first token and the size of the tile that a token, one of `n`, belongs to."""
     first = token & -tiles(level)[-1]
     size = tile_size(f, level, n - first)
     is_next = token - first >= size
@@ -83,7 +85,7 @@ def tile_of(f: Function, level: str, n: Value, token: Value) -> tuple[Value, Val
 
 
 def tile_places(f: Function, level: str, n: Value) -> Value:
-    """The tokens in `n` tokens' tiles: a tile of 3 takes as much as one of 4."""
+    """How many tokens the tiles of `n` tokens have room for: a tile of 3 takes as much as one of 4."""
     first, size = tile_of(f, level, n, n - 1)
     return first + size
 
@@ -91,11 +93,11 @@ def tile_places(f: Function, level: str, n: Value) -> Value:
 def round_into(
     f: Function, tile: Value, columns: Value, size: Value, place: Value, x: Value, is_last: Value, floats: Value | int
 ) -> None:  # fmt: skip
-    """The rounded forms of a token's activations at `x`, to its place in a tile of `size` tokens (see the top).
+    """Write the rounded forms of a token's activations at `x` to its place in a tile of `size` tokens (see the top).
 
-    After the last token, what the tile has too many becomes zeros: their products are not used, but what is left from another
-    tile may be subnormal numbers, which made a pass of 12 tokens in a tile of 16 take 1.15 times as long. `floats`: whether the
-    values themselves are read.
+    With the last token (`is_last`), places that are left over get zeros. Their products are not used, but numbers left from
+    another tile may be subnormal, which made a pass of 12 tokens in a tile of 16 take 1.15 times as long. `floats`: whether a
+    product reads the values that are not rounded.
     """
     records = tile + columns * 4 * size
     f.call(VOID, "round", x, columns, records + place * RECORD, size * RECORD)
@@ -107,7 +109,7 @@ def round_into(
 
 
 def product_of(f: Function, level: str, r: Records, prefix: str, size: Value) -> Value:
-    """The address of an operation's kernel for a tile of `size` tokens. `prefix`: of the kernel's name there."""
+    """The address of an operation's kernel for a tile of `size` tokens. `prefix`: of the record's field, "" or "up_"."""
     *smaller_ones, largest = tiles(level)
     kernel = r.op(f"{prefix}product{largest}", PTR)
     for smaller in smaller_ones:
@@ -116,13 +118,13 @@ def product_of(f: Function, level: str, r: Records, prefix: str, size: Value) ->
 
 
 def fetch_far(f: Function, level: str, address: Value, ahead: Value | int = FAR_AHEAD) -> None:
-    """Ask for what will be read later, so many bytes behind an address."""
+    """Prefetch into the second-level cache what is so many bytes behind an address."""
     if level not in UNASKED:
         f.prefetch(address + ahead, 2)
 
 
 def _fetch(f: Function, level: str, line: Value, ahead: int) -> None:
-    """Ask for the weights that will be read `ahead` bytes behind a line of them, and for those that will be read later."""
+    """Prefetch the weights `ahead` bytes behind a line into the first-level cache, those far ahead into the second."""
     if level not in UNASKED:
         f.prefetch(line + ahead)
         fetch_far(f, level, line)
@@ -135,7 +137,7 @@ def _planes(f: Function, fmt: str, w: Value, n_groups: Value, n_blocks: Value, i
 
 
 class Where(NamedTuple):
-    """Of a product: where the planes of a block begin, and the activations' records."""
+    """Where a product finds a block's planes, by its number, and the records of the activations."""
 
     planes: Callable[[Value | int], dict[str, Value]]
     records: Value
@@ -158,15 +160,15 @@ def _counted(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) 
 
 @contextmanager
 def _moving(f: Function, fmt: str, tokens: int, n_blocks: Value, where: Where) -> Iterator[tuple[dict[str, Value], Of]]:
-    """The same for blocks of 32 columns, with addresses that stay in their registers and move on.
+    """The same for blocks of 32 columns, with addresses in registers that are moved on from block to block.
 
-    The activations' address is that of the scale, which is read last: the instruction of aarch64 that reads it moves it on.
+    The register of the activations points at their scale, which is read last: aarch64 moves a pointer on as it reads.
     """
     steps = {plane.name: ROWS * plane.bytes for plane in LAYOUTS[fmt].planes}
     moving = {name: f.var(PTR, start) for name, start in where.planes(0).items()}
     record = f.var(PTR, where.records + SCALE)
     end = where.records + (n_blocks * (RECORD * tokens) + SCALE)
-    with f.loop_while(lambda: f.emit(I1, f"icmp ne ptr {record.get()}, {end}")):
+    with f.loop_while(lambda: record.get().differs(end)):
         planes, scale = {name: f.opaque(at.get()) for name, at in moving.items()}, f.opaque(record.get())
         yield planes, lambda column: scale + -SCALE
         for name, at in moving.items():
@@ -210,10 +212,10 @@ def _integer_product(f: Function, level: str, fmt: str, tokens: int) -> None:
 
 
 def _each_run(f: Function, level: str, fmt: str, planes: dict[str, Value], ahead: int, each: Callable[[Run], None]) -> None:
-    """`each` of a block's runs; where a line of weights is unpacked, those that will be needed later are asked for.
+    """`each` for every run of a block, with a prefetch for each line of weights just before it is unpacked.
 
-    In this order: LLVM would ask for all lines of a block at its end, and a processor that has asked for a dozen waits. Q4_K
-    was a fifth slower, IQ4_XS a third.
+    The order is forced: LLVM would put all prefetches of a block at its end, and a processor that has a dozen under way waits.
+    Q4_K was a fifth slower, IQ4_XS a third.
     """
     column_bytes = ROWS * LAYOUTS[fmt].planes[0].bytes // LAYOUTS[fmt].block_size
 
@@ -244,7 +246,7 @@ def _amx_product(f: Function, level: str, fmt: str, tokens: int) -> None:
             with f.range(start, f.minimum(start + together, n_blocks)) as b:
                 planes = _planes(f, fmt, w, n_groups, n_blocks, g * n_blocks + b)
 
-                def put(run: Run, b: Value = b) -> None:
+                def put(run: Run) -> None:
                     record = records + (b * size + run.column >> 5) * (RECORD * tokens)
                     slots.put(run, record, 0 if run.count == 32 else run.column & 31)
 
@@ -265,7 +267,7 @@ def _unsigned(f: Function, level: str, run: Run) -> tuple[int, Words]:
 def _added(
     f: Function, count: int, scale: Value, offset: Value | None, sums: Value, record: Value, half: Value | int, total: Value
 ) -> Value:  # fmt: skip
-    """A token's total, <16 x float>, and its products with a run of `count` columns: `sums`, of integers, take their scales."""
+    """A token's `total`, <16 x float>, plus its products with a run of `count` columns: integer `sums`, scaled; the offset."""
     scaled = f.cast("sitofp", sums, F32) * f.splat(f.load(F32, record + SCALE, 4), ROWS)
     total = f.fma(scale, scaled, total)
     return total if offset is None else f.fma(offset, f.splat(_scaled_sum(f, count, record, half), ROWS), total)
@@ -279,7 +281,7 @@ def _scaled_sum(f: Function, count: int, record: Value, half: Value | int) -> Va
 
 
 def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -> Value:
-    """- zero · (sum of the run's activations), i32: what a sum begins with that counts weights from the zero point on."""
+    """-zero · (sum of the run's activations), i32. A sum that begins with it is that of weights minus their zero point."""
     if run.count == 32:
         total = f.load(I32, record + 72, 4) + f.load(I32, record + 76, 4)
     else:
@@ -288,11 +290,11 @@ def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -
 
 
 def _float_product(f: Function, level: str, fmt: str, tokens: int) -> None:
-    """Two sums a row and token, of the even columns and of the odd: in every kernel, so that the results are the same.
+    """Two sums for each row and token, of the even columns and of the odd ones, in every kernel: so results have the same bits.
 
-    Where registers do not hold both of all tokens, the odd columns come after the even ones, and some tokens after others. One
-    group of rows at a time: two, which would hide more of an addition's latency, are two streams from memory, and those were a
-    third slower.
+    Where registers do not hold both sums of all tokens, the odd columns are added after the even ones, and tokens are taken in
+    parts. One group of rows at a time: two would hide more of an addition's latency, but are two streams from memory, which was
+    a third slower.
     """
     w, _, first, last, n, x, y, y_stride = f.args()
     convert, type_ = FLOATS[fmt], FLOAT_TYPES[fmt].vec(ROWS)
@@ -334,7 +336,7 @@ def _integer_row(f: Function, level: str, fmt: str) -> None:
     group, lane, size = row // ROWS, row % ROWS, LAYOUTS[fmt].block_size
     with f.range(0, n_blocks) as b:
 
-        def write(run: Run, b: Value = b) -> None:
+        def write(run: Run) -> None:
             scale = f.splat(f.extract(run.scale, lane), 4)
             offset = f.splat(f.extract(run.offset, lane), 4) if run.offset else f.const(F32.vec(4), 0)
             for unpack, column in run.words:

@@ -6,17 +6,17 @@ the next pass. How a token is chosen is draw.py's, who walks the program run_loo
 
 from __future__ import annotations
 
-from pocketlm.runtime.native.ir import F64, I1, I32, I64, PTR, Function, Module, Value
-from pocketlm.runtime.native.record_reader import Records, of_sampler
+from pocketlm.runtime.native.ir import F64, I32, I64, PTR, Function, Module, Value
+from pocketlm.runtime.native.record_reader import Records, fill, of_sampler
 from pocketlm.runtime.native.records import RUN, SAMPLER, TOKEN, offset
 
-MUCH = 4  # a run ends where more than a fourth of it was lost in waiting for late threads; one that had to wake up is late, too
+MUCH = 4  # a run ends where over a fourth of it was lost in waiting for late threads, such as those that had to wake up
 
 
 def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
     """The stage that draws a row's token where it has a sampler: with the random number of this pass."""
     s = f.load(PTR, r.run("samplers", PTR) + task * 8, 8)
-    with f.when(f.emit(I1, f"icmp ne ptr {s}, null")):
+    with f.when(s.differs(0)):
         at, logits = r.run("n_passes") * 8, r.op("x", PTR) + task * r.op("x_stride")
         u = f.load(F64, of_sampler(f, s, "uniforms", PTR) + at, 8)
         id = f.call(I64, "draw", s, logits, of_sampler(f, s, "text", PTR), of_sampler(f, s, "n_text"), u)
@@ -26,15 +26,16 @@ def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def define(module: Module) -> None:
-    """follow(run, elapsed) -> 1: the records are those of the next pass now, in which each text has the token that was drawn
-    for it; 0: no pass follows. A token that ends a text, or is none, ends the run for all. `elapsed`: since the run began, in
+    """follow(run, elapsed) -> 1 where another pass follows, for which the records now have the tokens just drawn; else 0.
+
+    A token that ends its text, or where none could be drawn, ends the run of all texts. `elapsed`: since the run began, in
     units of its clock.
     """
     with module.function("follow", {"run": PTR, "elapsed": I64}, returns=I64) as f:
         run, elapsed = f.args()
         r = Records(f, run, run)
         number, samplers = r.run("n_passes"), r.run("samplers", PTR)
-        r.set_run("n_passes", number + 1)
+        fill(f, RUN, run, n_passes=number + 1)
         with f.when((number + 1 >= r.run("most")) | f.atomic_load(r.run("wanted", PTR)).equals(1)):
             f.ret(0)
         with f.when(f.atomic_load(run + offset(RUN, "lost")) * MUCH > elapsed):
@@ -55,9 +56,9 @@ def define(module: Module) -> None:
         with f.range(0, r.run("n_logits")) as text:
             sampler, id = of(text)
             token = r.token(text)
-            for name, value in (("before", token("id")), ("id", id), ("position", token("position") + 1)):
-                f.store(value, r.run("tokens", PTR) + (text * TOKEN.itemsize + offset(TOKEN, name)), 8)
+            here = r.run("tokens", PTR) + text * TOKEN.itemsize
+            fill(f, TOKEN, here, before=token("id"), id=id, position=token("position") + 1)
             end = of_sampler(f, sampler, "n_text")
             f.store(f.cast("trunc", id, I32), of_sampler(f, sampler, "text", PTR) + end * 4, 4)
-            f.store(end + 1, sampler + offset(SAMPLER, "n_text"), 8)
+            fill(f, SAMPLER, sampler, n_text=end + 1)
         f.ret(1)

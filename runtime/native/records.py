@@ -99,16 +99,17 @@ TOKEN = np.dtype([
     ("columns", "i8"),                        # address of the first convolution's
 ])  # fmt: skip
 
-# a layer of a cache: bytes from the cache's address to its keys, or from the first convolution's columns to its own; how many
-# positions it keeps, position p in row p % rows; bytes from SPAN of its rows to the next SPAN
+# a layer of a cache. offset: bytes from the cache's address to its keys, or from the first convolution's columns to its own;
+# rows: how many positions it keeps, position p in row p % rows; stride: bytes from SPAN of its rows to the next SPAN
 LAYER = np.dtype([("offset", "i8"), ("rows", "i8"), ("stride", "i8")])
-# a token and one of the experts it goes to, by place among these; the pairs of that expert, [first, last), and how many pairs'
-# activations lie before theirs
+# a token and one of its experts: the slot-th of them. The pairs of this expert are [first, last), and their activations begin
+# behind those of `place` pairs. GROUP: the same of an expert
 PAIR = np.dtype([("token", "i8"), ("slot", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 GROUP = np.dtype([("expert", "i8"), ("first", "i8"), ("last", "i8"), ("place", "i8")])
 
-# neighbouring tokens of one text, and which spans of positions they attend to in one task: every `apart`-th from `first` on, so
-# that a window's spans are shared out as evenly as all of them; each has a slot then. 0: all spans, joined in the token's slot
+# what one task of attention does, for each key-value head: n_tokens neighbouring tokens of a text, from `token` on, meet spans
+# of positions. apart > 0: every apart-th span from `first` on, other entries have the others, and each span's result has a slot
+# of its own; so a window's spans are shared out evenly, too. apart 0: all spans, joined in the token's slot
 ENTRY = np.dtype([
     ("token", "i8"), ("n_tokens", "i8"), ("first", "i8"), ("apart", "i8"),
 ])  # fmt: skip

@@ -10,15 +10,17 @@ the stages compute. A run is one pass over the program, or several where a text'
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pocketlm.runtime.native import next_token, sizes
 from pocketlm.runtime.native.ir import I1, I32, I64, PTR, VOID, Function, Module, Value, Var
-from pocketlm.runtime.native.record_reader import Records
+from pocketlm.runtime.native.record_reader import Records, fill
 from pocketlm.runtime.native.records import OPERATION, RUN, WORKER, offset
 from pocketlm.runtime.native.stages import chunks, half_of, heads_apart
 
 ASLEEP = 1
 SPINS = {"x86_64": 4000, "aarch64": 40000}  # about 0.2 ms: longer than any operation, shorter than anyone notices
-LATE = 4  # times as long as it has worked itself, a thread waits for another until it thinks that something is wrong
+LATE = 4  # times the longest that a thread has worked itself: a longer wait is no work of the others, see `barrier`
 PATIENCE = 2000  # time slices a waiting thread gives away before it sleeps: longer than Python is at work between two runs
 
 
@@ -59,9 +61,9 @@ def _clock(f: Function, machine: str) -> Value:
 def _define_barrier(module: Module, machine: str) -> None:
     """barrier(run, number, times): wait until all threads have come to the number-th barrier of the run.
 
-    A thread that does not come for `LATE` times as long as this one has ever worked between two barriers of the run, and
-    some more, has lost its processor to somebody else: the time is counted as lost. `times`: of this thread, when it left
-    the last barrier, and the longest it has worked.
+    A wait of more than SPINS, and of more than LATE times the longest that this thread itself has worked between two barriers
+    of the run, means that another thread has lost its processor to another program: it is added to the run's `lost`. `times`:
+    two int64 of this thread, when it left the last barrier and the longest that it has worked.
     """
     with module.function("barrier", {"run": PTR, "number": I64, "times": PTR}) as f:
         run, number, times = f.args()
@@ -98,21 +100,20 @@ def _define_tasks(module: Module) -> None:
             f.ret(0)
         with f.when(kind <= sizes.JOIN):
             f.ret(n)
-        with f.when(kind.equals(sizes.MATRIX) | kind.equals(sizes.CONVOLVE)):
-            f.ret(chunks(r) * f.select(kind.equals(sizes.MATRIX) & (half_of(f, r, n) < n), 2, f.const(I64, 1)))
-        with f.when(kind.equals(sizes.EACH)):
-            f.ret(n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS))
-        with f.when(kind.equals(sizes.GROUP)):
-            f.ret(1)
-        with f.when(kind.equals(sizes.GATHER)):
-            f.ret(n * r.op("n_used"))
-        with f.when(kind.equals(sizes.EXPERTS)):
-            f.ret(r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")))
-        with f.when(kind.equals(sizes.SAMPLE)):
-            f.ret(f.select(r.run("samplers").equals(0), 0, n))
-        with f.when(kind.equals(sizes.STORE)):
-            f.ret(f.select(heads_apart(r, n), n * (r.run("n_head") + r.run("n_kv_head")), n))
-        f.ret(r.run("n_entries") * r.run("n_kv_head"))
+        counts: dict[int, Callable[[], Value]] = {
+            sizes.MATRIX: lambda: chunks(r) * f.select(half_of(f, r, n) < n, f.const(I64, 2), 1),
+            sizes.CONVOLVE: lambda: chunks(r),
+            sizes.EACH: lambda: n * ((r.op("n") + (sizes.COLUMNS - 1)) // sizes.COLUMNS),
+            sizes.GROUP: lambda: f.const(I64, 1),
+            sizes.GATHER: lambda: n * r.op("n_used"),
+            sizes.EXPERTS: lambda: r.run("n_chosen") * ((r.op("n_groups") + r.op("chunk") - 1) // r.op("chunk")),
+            sizes.SAMPLE: lambda: f.select(r.run("samplers").equals(0), 0, n),
+            sizes.STORE: lambda: f.select(heads_apart(r, n), n * (r.run("n_head") + r.run("n_kv_head")), n),
+            sizes.ATTEND: lambda: r.run("n_entries") * r.run("n_kv_head"),
+        }
+        for number, count in counts.items():
+            with f.when(kind.equals(number)):
+                f.ret(count())
 
 
 def _counters(r: Records, tid: Value) -> Value:
@@ -137,7 +138,7 @@ def _work(f: Function, machine: str) -> None:
         with f.when(f.field(run, offset(RUN, "most")) > 1):
             f.call(VOID, "barrier", run, barriers.get() + 1, times)  # all have drawn
             with f.when(tid.equals(0)):
-                f.store(f.call(I64, "follow", run, _clock(f, machine) - began), run + offset(RUN, "another"), 8)
+                fill(f, RUN, run, another=f.call(I64, "follow", run, _clock(f, machine) - began))
                 _reset_counters(f, Records(f, run, run))
             barriers.set(barriers.get() + 2)
             f.call(VOID, "barrier", run, barriers.get(), times)
@@ -147,12 +148,11 @@ def _work(f: Function, machine: str) -> None:
         f.atomic_add(run + offset(RUN, "arrived"), 1)
     with f.when(tid.equals(0)):
         f.call(VOID, "barrier", run, barriers.get() + 1, times)
-        f.store(_clock(f, machine) - began, run + offset(RUN, "took"), 8)
-        f.store(f.const(I64, 0), run + offset(RUN, "begun"), 8)
+        fill(f, RUN, run, took=_clock(f, machine) - began, begun=0)
 
 
 def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> None:
-    """A thread's share of a walk over the program, `barriers` before it."""
+    """A thread's share of one walk over the program; `barriers`: how many the run has had before."""
     with f.range(0, f.field(run, offset(RUN, "n_operations"))) as number:
         with f.when(f.atomic_load(run + offset(RUN, "epoch")) < 0):
             f.ret()  # the threads end: nobody looks at the results
@@ -162,7 +162,7 @@ def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> N
         n = f.select(r.op("tail").equals(1), r.run("n_logits"), r.run("n_tokens"))
         kind = r.op("kind")
 
-        def stage(task: Value, op: Value = op, own: Value = own, n: Value = n, kind: Value = kind) -> None:
+        def stage(task: Value) -> None:
             for at, name in enumerate(sizes.STAGES):
                 with f.when(kind.equals(at)):
                     f.call(VOID, name, run, op, own, task, n)
@@ -171,7 +171,7 @@ def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> N
         alone = kind.equals(sizes.PREPARE) & n.equals(1)
         with f.when(alone):
             stage(f.const(I64, 0))
-        with f.when(alone ^ f.const(I1, 1)):
+        with f.when(~alone):
             # neighbouring tasks are one thread's, the same in every pass: weights are one stream for it, and what it has
             # written is in its own cache. Then it does what others have not come to
             n_tasks, n_threads = f.call(I64, "tasks", run, op, n), r.run("n_threads")
@@ -184,7 +184,7 @@ def _pass(f: Function, run: Value, tid: Value, barriers: Var, times: Value) -> N
                 task = f.var(I64, count)
                 with f.when(f.atomic_load(counter) < count):
                     task.set(f.atomic_add(counter, 1))
-                with f.loop_while(lambda task=task, count=count: task.get() < count):
+                with f.loop_while(lambda: task.get() < count):
                     stage(first + task.get())
                     task.set(f.atomic_add(counter, 1))
             with f.when(r.op("barrier").equals(1)):
@@ -203,10 +203,10 @@ def _step(f: Function) -> None:
         worker = workers + tid * WORKER.itemsize
         f.atomic_store(epoch, worker + offset(WORKER, "go"))
         with f.when(f.compare_exchange(worker + offset(WORKER, "state"), ASLEEP, 0)):
-            f.store(f.const(I64, 1), worker + offset(WORKER, "wake"), 8)
+            fill(f, WORKER, worker, wake=1)
             sleepers.set(sleepers.get() + 1)
     # from here until work is done the other threads wait for this one, whatever happens to it in Python
-    f.store(f.const(I64, 1), run + offset(RUN, "begun"), 8)
+    fill(f, RUN, run, begun=1)
     with f.when(sleepers.get().equals(0)):
         f.call(VOID, "work", run, f.const(I64, 0))
     f.ret(sleepers.get())
@@ -223,8 +223,7 @@ def _wait(f: Function, machine: str) -> None:
         def is_idle() -> Value:
             return f.atomic_load(go).equals(f.load(I64, seen, 8)) & (f.atomic_load(epoch) >= 0)
 
-        waited.set(0)
-        with f.loop_while(lambda waited=waited: is_idle() & (waited.get() < SPINS[machine] + PATIENCE)):
+        with f.loop_while(lambda: is_idle() & (waited.get() < SPINS[machine] + PATIENCE)):
             waited.set(waited.get() + 1)
             with f.when(waited.get() <= SPINS[machine]):
                 f.call(VOID, "pause")
@@ -235,7 +234,7 @@ def _wait(f: Function, machine: str) -> None:
             # a run that began meanwhile either sees that this thread sleeps and wakes it, or is seen here
             with f.when(is_idle()):
                 f.ret(1)
-            with f.when(f.compare_exchange(state, ASLEEP, 0) ^ f.const(I1, 1)):
+            with f.when(~f.compare_exchange(state, ASLEEP, 0)):
                 f.ret(1)
         with f.when(f.atomic_load(epoch) < 0):
             f.ret(0)

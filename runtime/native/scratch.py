@@ -30,7 +30,7 @@ class Scratch:
         self.n_pairs = BLOCK * max((op.n_used for op in experts), default=0)  # of a token and an expert, in a pass
         self.n_experts = max((op.n_experts for op in experts), default=0)
         widest = sizes.activation_bytes(max((op.matrix.n_in for op in experts), default=0))
-        self.activations = max(BLOCK * self.activation, 8 * self.n_pairs // 5 * widest)  # a tile of 5 takes as much as one of 8
+        self.activations = max(BLOCK * self.activation, 8 * self.n_pairs // 5 * widest)  # 5 pairs of an expert take a tile of 8
         row = max((tensors[name].data.nbytes // math.prod(plan.weights[name][:2]) for name in plan.experts), default=0)
         self.places, end = {}, self.activation  # of each thread's parts in its own memory
         for name, n_bytes in (

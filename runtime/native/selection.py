@@ -26,7 +26,9 @@ from pocketlm.runtime.sampling_options import SamplingOptions
 
 
 class Selection:
-    """`draw`; `top_k` and `sum_exp` for who has a step of his own in the chain. Logits are float32 [n_vocab], contiguous."""
+    """Makes samplers (`draw`); `top_k` and `sum_exp` are for chains with a step of the caller's own (`process`), which NumPy
+    runs. Logits are float32 [n_vocab], contiguous.
+    """
 
     def __init__(self, core: Loaded, n_vocab: int):
         p, i, d = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -99,10 +101,11 @@ class Selection:
 
 
 class DrawingSampler:
-    """Draws from logits that it is called with; or, once it is prepared, inside an executor's passes (`NativeExecutor.step`).
+    """A sampler in compiled code, in two ways: a call draws from the logits that it is given; after `prepare`, the passes of an
+    executor draw by themselves (`NativeExecutor.step`), and `take` tells what.
 
-    Called, it edits the logits while it is at work. PocketlmError for logits that allow no choice; UsageError for those of
-    another shape or type, and for ids outside the vocabulary.
+    A call edits the logits while it is at work. It raises PocketlmError for logits that allow no choice, UsageError for those
+    of another shape or type and for ids outside the vocabulary.
     """
 
     def __init__(
@@ -121,13 +124,13 @@ class DrawingSampler:
         # arrays of Python's: NumPy is no longer in the processor's caches after a pass, and takes several times as long then
         self._uniforms, self._logits, self._sums = (array("d", bytes(8 * sizes.MAX_PASSES)) for _ in range(3))
         self._drawn = array("q", bytes(8 * sizes.MAX_PASSES))
-        self._n_ahead = 0  # so many of the random numbers no token was drawn with so far
+        self._n_ahead = 0  # random numbers at the beginning of _uniforms that no token was drawn with so far
         for name in ("uniforms", "drawn", "logits", "sums"):
             record[name] = getattr(self, f"_{name}").buffer_info()[0]
         self._make_room(min(self._last_n, 64))
 
     def _make_room(self, n: int) -> None:
-        """For so many of the last tokens, and what is drawn after them."""
+        """Memory for n of the last tokens, and for what is drawn after them."""
         if n <= self._room:
             return
         self._room = max(n, 2 * self._room)
@@ -153,7 +156,7 @@ class DrawingSampler:
         return told
 
     def _restrict(self) -> None:
-        """To the tokens that may come next."""
+        """Ask which tokens may come next, and tell compiled code."""
         if self._allowed and (mask := self._allowed()) is not self._mask:
             self._mask = mask  # as long as compiled code reads it
             n_allowed = sizes.FORBIDDEN if mask.dtype == np.bool_ else len(mask)
@@ -166,13 +169,13 @@ class DrawingSampler:
         self._n_ahead = max(self._n_ahead, n)
 
     def _drop(self, n: int) -> None:
-        """Tokens were drawn with the first n."""
+        """The first n random numbers were used."""
         self._n_ahead -= n
         if self._n_ahead:
             self._uniforms[: self._n_ahead] = self._uniforms[n : n + self._n_ahead]
 
     def prepare(self, text: array[int], most: int, ends: Set[int]) -> None:
-        """For at most `most` tokens after `text`, of type "i"; none is drawn after one of `ends`."""
+        """Get ready to draw at most `most` tokens after `text` (an array of type "i"), none after one of `ends`."""
         n = self._begins_with = min(len(text), self._last_n)
         self._make_room(n)
         if n:
@@ -184,7 +187,7 @@ class DrawingSampler:
             self._record["ends"], self._record["n_ends"] = self._end_ids.ctypes.data, len(ends)
 
     def begin(self) -> int:
-        """The address of the record, as `prepare` made it: what was drawn since is drawn again."""
+        """The address of the SAMPLER record, set back to what `prepare` made it: what was drawn since is drawn again."""
         self._n_text.value = self._begins_with
         return self._address
 
@@ -193,8 +196,10 @@ class DrawingSampler:
         return self._drawn[:n]
 
     def take(self, n: int) -> list[tuple[int, float]]:
-        """The first n tokens that were drawn, as calls would have returned them. Raises what a call would have raised: of the
-        first; a later one that is none is left out, and is the first of the next pass.
+        """The first n tokens that were drawn, as calls would have returned them.
+
+        Where the first could not be drawn, raises what a call would have raised. A later one that could not be is left out; it
+        is the first of the next passes.
         """
         n -= n > 1 and self._drawn[n - 1] < 0
         told = [self._told(*drawn) for drawn in zip(self._drawn[:n], self._logits, self._sums, strict=False)]

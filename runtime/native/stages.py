@@ -14,9 +14,9 @@ from functools import partial
 from pocketlm.runtime.native import attention, elements, experts, next_token
 from pocketlm.runtime.native.cache_numbers import Words
 from pocketlm.runtime.native.dot import WHOLE
-from pocketlm.runtime.native.ir import F32, I1, I8, I16, I32, I64, PTR, Function, Module, Type, Value
+from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_size
-from pocketlm.runtime.native.record_reader import Records, vectors
+from pocketlm.runtime.native.record_reader import Records, each_number, vectors
 from pocketlm.runtime.native.sizes import (
     AS_IT_IS,
     LANES,
@@ -59,7 +59,7 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
     out, token = r.op("out", PTR) + task * r.op("out_stride"), r.token(task)
     which = r.op("row_is")
     row = f.select(which.equals(0), token("id"), f.select(which.equals(1), token("position"), token("before")))
-    known = f.maximum(row, f.const(I64, 0))
+    known = f.maximum(row, 0)
     f.call_pointer(r.op("row", PTR), r.op("weight", PTR), r.op("n_groups"), r.op("n_blocks"), known, own)
     with f.range(0, r.op("n")) as i:
         value = f.select(row < 0, 0.0, f.load(F32, own + i * 4))
@@ -71,11 +71,11 @@ def _embed(f: Function, level: str, r: Records, own: Value, task: Value, n: Valu
 
 
 def _define_round(module: Module, whole_ones: bool) -> None:
-    """The rounded forms of the n float32 activations at x, n a multiple of 32; matrix.py has the layout.
+    """round(x, n, records, record_stride): the rounded forms of n float32 activations, n a multiple of 32 (layout: matrix.py).
 
-    The token's first record goes to `records`, those of the next 32 columns follow in strides. No byte that is not read is
-    written: a cache line that another thread has read costs 8 to 40 ns when it is written, the more the more lines there are,
-    in place of 0.7 (measured on two cores of a Zen 4, 4 to 256 KB).
+    The record of the first 32 columns goes to `records`, the following ones in strides. Bytes that nobody reads are not
+    written: to write a cache line that another thread has read takes 8 to 40 ns instead of 0.7, the longer the more there are
+    (measured on two cores of a Zen 4, 4 to 256 KB).
     """
     arguments = {"x": PTR, "n": I64, "records": PTR, "record_stride": I64}
     with module.function("round", arguments) as f:
@@ -155,8 +155,8 @@ def _scaled(f: Function, r: Records, x: Value, to: Value, mean: Value, squares: 
 
 
 def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
-    """A chunk of groups, for all tokens or half of them: products into the thread's own memory, then bias, activation, gate,
-    residual.
+    """The stage. A task is a chunk of groups, for all tokens or one half: products go into the thread's own memory, then come
+    bias, activation, gate and residual.
     """
     chunk, n_rows, n_chunks, half = r.op("chunk"), r.op("n"), chunks(r), half_of(f, r, n)
     is_later, start = task >= n_chunks, task % n_chunks * chunk
@@ -165,7 +165,7 @@ def _matrix(f: Function, level: str, r: Records, own: Value, task: Value, n: Val
     x = f.select(n.equals(1), own, r.run("activations", PTR))
     y, y_stride = own + r.run("products_at"), MAX_CHUNK * LANES * 4
     up = y + tiles(level)[-1] * y_stride
-    gated = f.emit(I1, f"icmp ne ptr {r.op('up', PTR)}, null")
+    gated = r.op("up", PTR).differs(0)
 
     def product(prefix: str, size: Value, w: Value, groups: Value, first: Value, blocks: Value, x: Value, y: Value) -> None:
         kernel = product_of(f, level, r, prefix, size)
@@ -191,8 +191,8 @@ def chunks(r: Records) -> Value:
 
 
 def half_of(f: Function, r: Records, n: Value) -> Value:
-    """How many of its n tokens MATRIX takes first, whole tiles. Of many tokens half, and then the others: a thread computes the
-    rows of the tokens that it prepares, which stay in its own cache.
+    """How many of n tokens are MATRIX's first half, whole tiles of 16; all n in a short pass. In halves, a thread computes
+    products of tokens that it has prepared itself, which are in its own cache.
     """
     return f.select((n >= TWO_PARTS) & (r.run("n_threads") > 1), ((n + 31) >> 5) << 4, n)
 
@@ -246,7 +246,7 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
             for k in (0, 1):
                 pairs = [lane + LANES * odd for lane in range(8 * k, 8 * k + 8) for odd in (0, 1)]
                 f.store(f.shuffle(x, pairs, y), vector + i * 8 + 64 * k, 4)
-        with f.when(adjacent ^ 1):
+        with f.when(~adjacent):
             x, y = turned(f.load(ROW, vector + i * 4, 4), f.load(ROW, vector + (i + half) * 4, 4), i)
             f.store(x, vector + i * 4, 4)
             f.store(y, vector + (i + half) * 4, 4)
@@ -258,7 +258,9 @@ def _turn(f: Function, r: Records, vector: Value, position: Value) -> None:
 
 
 def _store(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
-    """Heads of a token: query or key normalised and rotated where the operation says so, key and value to the cache."""
+    """The stage. A task is a token, or one head of it: queries and keys are normalised and rotated where the operation says so,
+    keys and values written to the cache.
+    """
     n_heads, apart = r.run("n_head") + r.run("n_kv_head"), heads_apart(r, n)
     first = f.select(apart, task % n_heads, 0)
     with f.range(first, f.select(apart, first + 1, n_heads)) as head:
@@ -309,14 +311,13 @@ def _convolve(f: Function, level: str, r: Records, own: Value, task: Value, n: V
     """A chunk of columns of all tokens, in order: a text's columns are kept before its next token reads them."""
     columns, taps, first = r.op("n"), r.op("taps"), task * r.op("chunk") * LANES
     last = f.minimum(first + r.op("chunk") * LANES, columns)
-    whole = first + ((last - first) & -LANES)
     with f.range(0, n) as number:
         token = r.token(number)
         x, out = r.op("x", PTR) + number * r.op("x_stride"), r.op("out", PTR) + number * r.op("out_stride")
         rows, position = r.layer(token)("rows"), token("position")
         kept = token("columns", PTR) + r.layer(token)("offset")
 
-        def convolve(type: Type, at: Value, x=x, out=out, rows=rows, position=position, kept=kept) -> None:
+        def convolve(type: Type, at: Value) -> None:
             b, c, z = (f.load(type, x + (columns * part + at) * 4, 4) for part in range(3))
             f.store(b * z, kept + ((position % rows) * columns + at) * 4, 4)
             total, oldest = f.var(type, 0.0), position - taps + 1
@@ -325,7 +326,4 @@ def _convolve(f: Function, level: str, r: Records, own: Value, task: Value, n: V
                 total.set(f.fma(f.load(type, r.op("weight", PTR) + (tap * columns + at) * 4, 4), column, total.get()))
             f.store(c * total.get(), out + at * 4, 4)
 
-        with f.range(first, whole, LANES) as at:
-            convolve(ROW, at)
-        with f.range(whole, last) as at:
-            convolve(F32, at)
+        each_number(f, first, last, convolve)

@@ -24,11 +24,11 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
-LOST = 3  # a thread is left out where more than this part of the time lately, a third, was lost in waiting for it. With two
-# threads one alone is as fast where a fifth (a single token, which memory limits) to two fifths (eight tokens) is lost; two
-# quiet processors lose 1 to 6 % for eight clients, most of it where the system wakes two threads on one of them
-LATELY = 0.25  # seconds of runs: a single late one among many, as every system has them, is no reason
-REST = 0.05, 2.0  # seconds that it is left out then: the first time, and the longest
+LOST = 3  # a thread is left out where more than a third of the time lately was lost in waiting for it. With two threads, one is
+# as fast alone where a fifth (a single token, which memory limits) to two fifths (eight tokens) of the time is lost; two quiet
+# processors lose 1 to 6 % with eight clients, most of it where the system wakes two threads on one of them
+LATELY = 0.25  # seconds of runs that "lately" is: one late run among many, as every system has them, is no reason
+REST = 0.05, 2.0  # seconds that it is left out: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
 
@@ -107,8 +107,8 @@ class WorkerThreads:
             self._let_go()
 
     def _keep_apart(self, tids: Iterable[int]) -> None:
-        """Threads that are woken now, or were late, go to other processors than this one's (Linux). The system wakes a thread
-        on the waking one's processor where the others have slept, and takes ten milliseconds to move it.
+        """Keep threads that are woken now, or were late, off this thread's processor (Linux). The system wakes a thread on the
+        processor of the one that wakes it, where the other processors have slept, and takes ten milliseconds to move it.
         """
         if self._processor is None:
             return
@@ -123,7 +123,7 @@ class WorkerThreads:
                     os.sched_setaffinity(thread, allowed - {here})
 
     def _let_go(self) -> None:
-        """The threads stay where they are, and may run everywhere again."""
+        """Let the threads run everywhere again; they stay where they are."""
         for thread, allowed in list(self._kept_apart.items()):
             with suppress(OSError):
                 os.sched_setaffinity(thread, allowed)
