@@ -88,10 +88,7 @@ def _body(line: Line) -> dict[str, Any]:
     """The line's fields. Raises ApiError."""
     if line.data is None:
         raise ApiError(413, f"a line may have {MAX_BODY} bytes")
-    body = fields.parse(line.data)
-    if not isinstance(body, dict):
-        raise ApiError(400, "the line is no JSON object")
-    return body
+    return fields.parse(line.data, "the line")
 
 
 def _name(body: dict[str, Any]) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.batch.lines import Answering, Line, Written
 from pocketlm.cancel import Cancel
-from pocketlm.errors import FileError
+from pocketlm.serve.asking import sessions
 
 if TYPE_CHECKING:
-    from pocketlm.conversation import Conversation
     from pocketlm.model import Model
 
 S = TypeVar("S")
@@ -50,15 +49,6 @@ class Machine:
     def answers(self, lines: Iterable[Line]) -> Iterator[Written]:
         """What is to be written of each line, in the order in which it is made."""
         return spread(self.sessions, lines, lambda session, line, cancel: self._answering.answer(line, session, cancel))
-
-
-def sessions(model: Model, n: int) -> list[Conversation]:
-    """As many as asked for, or as there is memory for, but for one at least."""
-    made = [model.session()]
-    with suppress(FileError):
-        while len(made) < n:
-            made.append(model.session())
-    return made
 
 
 def spread(sessions: Sequence[S], items: Iterable[T], work: Callable[[S, T, threading.Event], R | None]) -> Iterator[R]:

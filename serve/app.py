@@ -83,8 +83,8 @@ async def _defect(request: Request, error: Exception) -> Response:
     return ApiError(500, "the server has a defect; its terminal shows which").response()
 
 
-async def read_json(request: Request) -> Any:
-    """The body. Raises ApiError where it is too large, too slow or no JSON."""
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body. Raises ApiError where it is too large, too slow or no JSON object."""
     try:
         return fields.parse(await asyncio.wait_for(_body(request), READ_SECONDS))
     except (TimeoutError, asyncio.TimeoutError):
@@ -181,9 +181,7 @@ class Api:
         return JSONResponse({"input_tokens": len(prompts.ids[0])})
 
 
-def _field(body: Any, name: str, fits: Callable[[Any], bool], kind: str) -> Any:
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object")
+def _field(body: dict[str, Any], name: str, fits: Callable[[Any], bool], kind: str) -> Any:
     value = body.get(name)
     if value is not None and not fits(value):
         raise ApiError(400, f"{name} must be {kind}", param=name)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pocketlm.chat.thinking import Splitter
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 
@@ -107,6 +108,15 @@ class Asking:
 
 def _parts(prompt: str | list[int | str]) -> list[int | str]:
     return [prompt] if isinstance(prompt, str) else prompt
+
+
+def sessions(model: Model, n: int) -> list[Conversation]:
+    """`n` sessions to answer at the same time, or as many as there is memory for: at least the model's own, which has its."""
+    made = [model.own_session]
+    with suppress(FileError):
+        while len(made) < n:
+            made.append(model.session())
+    return made
 
 
 def pieces(

@@ -66,16 +66,18 @@ class Ask:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def parse(data: bytes) -> Any:
-    """The JSON of a request. Raises ApiError."""
+def parse(data: bytes, what: str = "the body") -> dict[str, Any]:
+    """The JSON object that a request is. Raises ApiError for anything else; `what` it calls the data."""
     try:
         text = data.decode()  # json.loads would let half characters in
         content = json.loads(text, object_pairs_hook=_object)
         if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
             json.dumps(content, ensure_ascii=False).encode()
-        return content
     except (ValueError, RecursionError):
         raise ApiError(400, "this is no JSON in UTF-8") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"{what} is no JSON object")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,10 +90,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read(body: Any, is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool = False) -> Ask:
+def read(body: dict[str, Any], is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool = False) -> Ask:
     """The request; `defaults` are options for what it does not say. Raises ApiError."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object")
     fields = _CHAT if is_chat else _LLAMA_CPP if llama_cpp else _COMPLETION
     ask, defaults, given = Ask(is_chat, llama_cpp), {**defaults}, dict[str, tuple[str, Any]]()
     if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pocketlm.chat import saved, states, transcript
+from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.sampling_options import SamplingOptions
 from pocketlm.serve.answering import Answerer
@@ -69,8 +70,7 @@ class Page:
 
     async def enter(self, request: Request) -> Response:
         """The token for a code of an address: one that is good once, or the token itself."""
-        body = await read_json(request)
-        code = body.get("code") if isinstance(body, dict) else None
+        code = (await read_json(request)).get("code")
         if isinstance(code, str):
             once = next((known for known in self._codes if same(known, code)), None)
             self._codes.discard(once or "")
@@ -129,18 +129,16 @@ class Page:
         """
         body = await read_json(request)
         path = self._path(request) if "name" in request.path_params else None
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body is no JSON object")
         conversation = _conversation(body)
         if not conversation.messages:
             raise ApiError(400, "messages is empty: there is nothing to save", param="messages")
-        revision = body.get("revision")
-        if path is not None and not (isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision)):
+        revision = _revision(body)
+        if path is not None and not revision:
             raise ApiError(400, "revision must be what the conversation was read or written with", param="revision")
 
         def write() -> dict[str, Any]:
             conversation.model, conversation.model_id = self._model.name, self._id()
-            record = transcript.Record() if path is None else transcript.Record.at(path, str(revision))
+            record = transcript.Record() if path is None else transcript.Record.at(path, revision)
             same_file = record.save(conversation)
             assert record.path is not None
             states.forget(record.path)  # it may hold words that are gone now
@@ -150,11 +148,10 @@ class Page:
 
     async def delete(self, request: Request) -> Response:
         """With a `revision` only what has not changed since."""
-        path, body = self._path(request), await read_json(request)
-        revision = body.get("revision") if isinstance(body, dict) else None
+        path, revision = self._path(request), _revision(await read_json(request))
 
         def delete() -> None:
-            if isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision):
+            if revision:
                 return transcript.Record.at(path, revision).discard()
             transcript.load(path)  # never another file than a conversation
             saved.delete(path)
@@ -173,7 +170,13 @@ class Page:
             raise ApiError(404, str(error)) from None
 
 
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "seed")
+_SETTINGS = tuple(keyword for keyword, _, _ in SAMPLING.values())  # of the sampler, which the page can change
+
+
+def _revision(body: dict[str, Any]) -> str:
+    """The revision of a conversation that a request names; "" where that is none."""
+    revision = body.get("revision")
+    return revision if isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision) else ""
 
 
 async def _asked(work: Callable[[], Any], status: int) -> Any:
