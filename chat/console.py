@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from pocketlm.chat.echo import without_echo
 from pocketlm.chat.wrapping import Wrapper, wrapped
 from pocketlm.errors import PocketlmError
+from pocketlm.signals import handled
 from pocketlm.terminal_text import without_controls
 
 DIM, BOLD = "\x1b[2m", "\x1b[1m"
@@ -196,7 +197,7 @@ class Console:
 
     def _edited(self) -> str:
         if self._session is None:
-            with _uninterrupted():
+            with handled([signal.SIGINT], signal.SIG_IGN):  # a module whose import is interrupted cannot be imported again
                 self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
         self._editing = True
@@ -223,12 +224,8 @@ class Console:
         if not self.interactive or threading.current_thread() is not threading.main_thread():
             yield stop
             return
-        previous = signal.signal(signal.SIGINT, pressed)
-        try:
-            with nullcontext() if self._dumb else without_echo(self.stdin):
-                yield stop
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        with handled([signal.SIGINT], pressed), nullcontext() if self._dumb else without_echo(self.stdin):
+            yield stop
 
 
 def _escapes_work() -> bool:
@@ -290,19 +287,6 @@ def _editor(complete: Completer, history: Path | None) -> Any:
         buffer.on_text_insert += _join_halves
     session.app.renderer.cpr_not_supported_callback = None  # else it warns where a terminal does not say where the cursor is
     return session
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C means nothing in the block: what it imports could not be imported again once it was interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _join_halves(buffer: Any) -> None:

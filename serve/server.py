@@ -13,13 +13,13 @@ import os
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve import left_out
+from pocketlm.signals import handled
 
 with left_out.imports():
     # the first three are chosen by their names at run time: these lines put them into a packed program
@@ -130,19 +130,10 @@ class Server(Uvicorn):
         self._stopping()
         await super().shutdown(sockets)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
         """Signals stop the server, and the process goes on to its own end: uvicorn would send them to it again."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled(numbers, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A second one ends without waiting."""
