@@ -316,11 +316,8 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
     for name, possible in conditions.items():
         usual = ARCHITECTURES[name]
         same = all(options[option] == usual[option] for option in ("norm", "position", "gated"))
-        if name == "gpt2" and options["activation"] == "gelu_erf":  # the file says which form it is
-            same_activation = True
-        else:
-            same_activation = options["activation"] == usual["activation"]
-        if same and same_activation and possible():
+        either_gelu = name == "gpt2" and options["activation"] == "gelu_erf"  # the file says which form it is
+        if same and (either_gelu or options["activation"] == usual["activation"]) and possible():
             return name
     return "pocketlm"
 

@@ -221,8 +221,8 @@ def _read_index(path: Path, mapped: list[Buffer]) -> tuple[dict[str, LazyTensor]
     for file in files:
         if Path(file).name != file or file == "..":
             raise FileError(path, f"refers to {quoted(file)}, outside its folder", "do not trust this checkpoint")
-        found = _tensors_of_shard(path.parent / file, mapped)
-        for name, tensor in found.items():
+        search = _Search(path.parent / file)
+        for name, tensor in search.leaves(search.find_weights(_read_file(search.path, mapped))):
             if name in tensors:
                 raise FileError(path, f"tensor {quoted(name)} is in two of the files", "download the checkpoint again")
             tensors[name] = tensor
@@ -232,11 +232,6 @@ def _read_index(path: Path, mapped: list[Buffer]) -> tuple[dict[str, LazyTensor]
             path, f"{len(missing)} tensors are in none of the files, {quoted(missing[0])} first", "download all files again"
         )
     return tensors, tuple(path.parent / file for file in files)
-
-
-def _tensors_of_shard(path: Path, mapped: list[Buffer]) -> dict[str, LazyTensor]:
-    search = _Search(path)
-    return dict(search.leaves(search.find_weights(_read_file(path, mapped))))
 
 
 def _read_file(path: Path, mapped: list[Buffer]) -> Any:

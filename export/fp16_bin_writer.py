@@ -35,8 +35,7 @@ def write_fp16_bin(
                     source, f"tensor {name} has weights up to {largest:.3g}, too large for float16", "export a GGUF"
                 )
             encoded = Encoded(name, tuple(tensor.shape), FORMATS["F16"])
-            for piece in encoder.pieces(encoded, weights):
-                file.write(piece)
+            file.writelines(encoder.pieces(encoded, weights))
             entries.append({"name": name, "shape": list(tensor.shape), "offset": offset})
             offset += encoded.n_bytes
             done.append(encoded)

@@ -41,8 +41,7 @@ def write_gguf(
         weights, largest = encoder.read(name, tensor)
         format, too_much = by_values(format, largest)
         encoded = Encoded(name, tuple(tensor.shape), format, too_much or reason)
-        for piece in encoder.pieces(encoded, weights, (importance or {}).get(name)):
-            file.write(piece)
+        file.writelines(encoder.pieces(encoded, weights, (importance or {}).get(name)))
         file.write(bytes(-encoded.n_bytes % ALIGNMENT))
         done.append(encoded)
     file.seek(0)

@@ -19,7 +19,7 @@ from pocketlm.export import huggingface_layouts as layouts
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
-from pocketlm.export.tensor_parts import in_layers, stacked
+from pocketlm.export.tensor_parts import gate_before_up, in_layers
 from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE
 from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
@@ -63,11 +63,9 @@ def one_added(draft: Draft) -> None:
         draft.tensors[role] = draft.tensors[role].changed(lambda weights: weights + np.float32(1))
 
 
-def gate_before_up(draft: Draft) -> None:
-    """One tensor of the gate's rows and of those after them."""
-    for gate in in_layers(draft.tensors, r"ffn_gate\.weight"):
-        up = gate.replace("gate", "up")
-        draft.tensors[up] = stacked([draft.tensors.pop(gate), draft.tensors[up]])
+def gate_with_up(draft: Draft) -> None:
+    """Phi 3's files keep the two in one tensor, under the name of the second."""
+    gate_before_up(draft.tensors, "", "ffn_up")
 
 
 def llama_if_wide(draft: Draft) -> None:
@@ -248,7 +246,7 @@ HUGGING_FACE = {
             },
             one_added, own_activation, scaled_alone, rope_theta=1e6, **GEMMA,
         ),
-        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up, rope_part=1.0),
+        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_with_up, rope_part=1.0),
         _family("smollm3", rope_theta=2e6, tied=True),
         _family("granite", {}, GRANITE_KEYS),
         _family(

@@ -116,13 +116,28 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise FileError(path, f"holds no {FILES[0]}", "name the folder of the adapter")
+    tensors = open_checkpoint(file).tensors
+    if other := next((name for name in tensors if not re.fullmatch(LORA, name)), None):
+        problem = f"its tensor {quoted(other)} is no part of a LoRA pocketlm merges"
+        raise FileError(path, problem, "merge it with PEFT and export the result")
     said = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    transposed = bool(config.get("fan_in_fan_out"))
-    return Lora(path, said if scale is None else scale, transposed, _pairs(open_checkpoint(file).tensors, path))
+    return Lora(path, said if scale is None else scale, bool(config.get("fan_in_fan_out")), _pairs(tensors, path))
 
 
 def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
     """A [in, rank] and B [rank, out], or the other way round; the rank is the smaller number."""
+
+    def turned(tensor: LazyTensor, is_right: bool) -> LazyTensor:
+        return tensor if is_right else replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
+
+    return {
+        name: Pair(turned(a, a.shape[0] <= a.shape[1]), turned(b, b.shape[1] <= b.shape[0]))
+        for name, (a, b) in _pairs(tensors, path).items()
+    }
+
+
+def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
+    """The two factors of every change among `tensors`."""
     halves: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         if found := re.fullmatch(LORA, name):
@@ -131,28 +146,6 @@ def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
     if lonely := [name for name, pair in halves.items() if sorted(len(half.shape) for half in pair.values()) != [2, 2]]:
         raise FileError(path, f"the two matrices for {quoted(lonely[0])} are not both there", "save the adapter again")
-
-    def turned(tensor: LazyTensor, is_right: bool) -> LazyTensor:
-        return tensor if is_right else replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
-
-    pairs = {name: (pair["a"], pair["b"]) for name, pair in halves.items()}
-    return {
-        name: Pair(turned(a, a.shape[0] <= a.shape[1]), turned(b, b.shape[1] <= b.shape[0])) for name, (a, b) in pairs.items()
-    }
-
-
-def _pairs(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, Pair]:
-    halves: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in tensors.items():
-        parts = name.replace(".default.", ".").split(".")  # PEFT's name for an adapter without one
-        kind = {"lora_A": "a", "lora_B": "b"}.get(parts[-2] if len(parts) > 1 else "")
-        if kind is None or parts[-1] != "weight":
-            problem = f"its tensor {quoted(name)} is no part of a LoRA pocketlm merges"
-            raise FileError(folder, problem, "merge it with PEFT and export the result")
-        halves.setdefault(".".join(parts[:-2]), {})[kind] = tensor
-    lonely = [name for name, pair in halves.items() if len(pair) != 2]
-    if lonely:
-        raise FileError(folder, f"one of the two matrices for {quoted(lonely[0])} is missing", "export the adapter again")
     return {name: Pair(**pair) for name, pair in halves.items()}
 
 

@@ -309,11 +309,6 @@ class ModelConfig:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
             return {}, {}
-        if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
-            kind = "another base"
-        if kind not in ("linear", "yarn", "llama3", "longrope", "su", "another base"):
-            problem = f"scales its rotary positions by {quoted(kind)}"
-            raise FileError(self.path, problem, "pocketlm does not; it knows linear, yarn, llama3 and longrope")
 
         def number(name: str, default: float | None = None) -> float:
             value = scaling[name] if scaling.get(name) is not None else default
@@ -323,9 +318,12 @@ class ModelConfig:
                 )
             return float(value)
 
-        if kind == "another base":  # its family's row
-            number("alpha")
+        if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
+            number("alpha")  # which its family's row makes another base of
             return {}, {}
+        if kind not in ("linear", "yarn", "llama3", "longrope", "su"):
+            problem = f"scales its rotary positions by {quoted(kind)}"
+            raise FileError(self.path, problem, "pocketlm does not; it knows linear, yarn, llama3 and longrope")
         if kind == "linear":
             return {"type": "linear", "factor": number("factor")}, {}
         original = number(

@@ -69,6 +69,13 @@ def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back:
         reorder(tensors, rf"attn_{part}\.(weight|bias)", np.argsort(order) if back else order)
 
 
+def gate_before_up(tensors: Tensors, end: str, fused: str, axis: int = 0) -> None:
+    """One tensor called `fused` in place of every ffn_gate and ffn_up (with this `end`), here: the gate's rows come first."""
+    for gate in in_layers(tensors, rf"ffn_gate{end}\.weight"):
+        parts = [tensors.pop(gate), tensors.pop(gate.replace("gate", "up"))]
+        tensors[gate.replace(f"ffn_gate{end}", fused)] = stacked(parts, axis)
+
+
 def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
     """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
     for role in in_layers(tensors, "attn_qkv.(weight|bias)"):

@@ -22,7 +22,7 @@ from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refu
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
-from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, stacked, transposed
+from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, gate_before_up, interleave, split_qkv, transposed
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
@@ -76,9 +76,9 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
         fuse_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
     else:
         split_qkv(tensors, hyper.q_width, hyper.kv_width)
-    for end, axis in (("exps", 1), ("shexp", 0)):
-        if f"blk.{{i}}.ffn_gate_up_{end}" in layout.names:
-            _gate_before_up(tensors, end, axis)
+    for end, axis in (("_exps", 1), ("_shexp", 0)):
+        if f"blk.{{i}}.ffn_gate_up{end}" in layout.names:
+            gate_before_up(tensors, end, f"ffn_gate_up{end}", axis)
     if hyper.rope and hyper.rope.pairs == "interleaved":
         interleave(tensors, (hyper.n_head, hyper.n_kv_head, hyper.head_dim), hyper.rope.n_dims, back=True)
     settings: dict[str, bool] = {}
@@ -93,13 +93,6 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
     rows = {name.removesuffix("weight") + "bias": tensor.shape[0] for name, tensor in weights.items()}
     zeros = {bias: constant(np.zeros(n, np.float32)) for bias, n in rows.items() if bias not in tensors}
     return {**tensors, **zeros}, settings, frozenset(zeros)
-
-
-def _gate_before_up(tensors: Tensors, end: str, axis: int) -> None:
-    """One tensor in place of two, here."""
-    for role in in_layers(tensors, rf"ffn_gate_{end}\.weight"):
-        parts = [tensors.pop(role), tensors.pop(role.replace("gate", "up"))]
-        tensors[role.replace("gate", "gate_up")] = stacked(parts, axis)
 
 
 def _write_weights(
@@ -128,8 +121,7 @@ def _write_weights(
                 problem = f"tensor {role} has weights up to {largest:.3g}, too large for {DTYPES[quant]}"
                 raise FileError(source, problem, "add --quant bf16")
             encoded = Encoded(role, tuple(tensor.shape), format)
-            for piece in encoder.pieces(encoded, weights):
-                file.write(piece)
+            file.writelines(encoder.pieces(encoded, weights))
             done.append(encoded)
     with open(path, "rb") as file:
         file.seek(8 + len(header))
