@@ -42,7 +42,7 @@ FLAGS_ELSEWHERE = {  # how other programs call a flag → what it is called here
 
 
 class _OneLineParser(Parser):
-    """Of a packed program, whose usage would show commands and a MODEL that its user does not write."""
+    """The parser of a packed program. No usage text with an error: it would name commands and a MODEL its user never types."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists what there is")
@@ -107,21 +107,21 @@ def _parse(argv: list[str], program: str) -> Arguments:
 
 
 def _mind_signals() -> None:
-    """The first process of a container is told to end, too: for that one, Linux drops SIGTERM as long as nothing handles it."""
+    """Let SIGTERM end process 1 of a container, too: Linux delivers no signal to process 1 that has no handler."""
     if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _settle_encoding(stream: Any, system: str = os.name) -> None:
-    """A terminal that cannot show a character gets a question mark. A pipe or a file gets UTF-8 on Windows, whose own
-    encoding for these lacks most of the world's letters, unless the user asked for another."""
+    """Write "?" for a character that a terminal cannot show. Use UTF-8 for pipes and files on Windows, whose own encoding
+    lacks most of the world's letters, unless the user chose one in PYTHONIOENCODING."""
     if isinstance(stream, io.TextIOWrapper):
         lossy = system == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
         stream.reconfigure(errors="replace", encoding="utf-8" if lossy else None)
 
 
 def _check_words(argv: list[str]) -> None:
-    """Raises UsageError for a command or a flag that there is not, with the one that is meant."""
+    """Raises UsageError for an unknown command or flag, and suggests the one that is meant."""
     name, *words = argv or [""]
     if name not in COMMANDS and name and not name.startswith("-"):
         hint = f", did you mean pocketlm chat {name}?" if os.path.exists(name) else did_you_mean(name, COMMANDS)
@@ -137,14 +137,14 @@ def _check_words(argv: list[str]) -> None:
 
 
 def options(command: str) -> dict[str, argparse.Action]:
-    """What a command can be given, by its long flags."""
+    """A command's options by their long flags."""
     parser = Parser()
     COMMANDS[command].arguments(parser)
     return {flag: option for flag, option in parser._option_string_actions.items() if flag.startswith("--")}
 
 
 def give_up_output() -> None:
-    """What is still to be written goes nowhere, so that Python does not try again, and complain, on its way out."""
+    """Send the rest of the output nowhere: else Python, on exit, flushes it once more and prints the error."""
     if sys.stdout is not None:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -340,8 +340,9 @@ def _inspect(arguments: Arguments) -> int:
 
 
 def _module(name: str) -> Any:
-    """What a folder does has its arguments and its work in a module of the folder's own, imported when it is asked for. The
-    import statements are written out: a packed program's modules are found by them (build/modules.py).
+    """The module with a command's arguments and work, imported on first use.
+
+    The import statements are spelled out because build/modules.py finds the modules of a packed program by reading them.
     """
     match name:
         case "batch":
@@ -368,7 +369,7 @@ def _module(name: str) -> Any:
 
 
 def _folder(text: str, name: str, row: str = "") -> Command:
-    """A command of the module of that name, or one of the several in its own table."""
+    """A command that `_module(name)` implements; `row`: which of the module's COMMANDS, where it has several."""
 
     def command() -> Any:
         return _module(name).COMMANDS[row] if row else _module(name)

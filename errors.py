@@ -49,7 +49,7 @@ class PocketlmError(Exception):
 
     exit_status = 1
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker's error is told elsewhere; subclasses take what they like
+    def __reduce__(self) -> tuple[Any, ...]:  # workers send errors as pickles; the arguments of subclasses differ
         return _as_it_was, (type(self), self.args, self.__dict__)
 
 
@@ -66,7 +66,7 @@ class UsageError(PocketlmError):
 
 
 def whole_number(name: str, value: Any, low: int, high: int, why: str = "") -> int:
-    """`value` as a Python int. Raises UsageError for what is no whole number from `low` to `high`: text and True are none."""
+    """`value` as a Python int. Raises UsageError for anything but a whole number from `low` to `high`; a bool is none."""
     try:
         number = operator.index(value) if not isinstance(value, bool) else low - 1
     except TypeError:
@@ -88,7 +88,7 @@ class FileError(PocketlmError):
 
 @contextmanager
 def needed(what: str, package: str, install: str = "") -> Iterator[None]:
-    """A package whose import fails in the block, as a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
+    """Turn an ImportError in the block into a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
     try:
         yield
     except ImportError:
@@ -99,9 +99,9 @@ def needed(what: str, package: str, install: str = "") -> Iterator[None]:
 def refused(
     path: object, advice: str = "", problem: str = "cannot be read", kinds: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice".
+    """Turn an error of these `kinds` in the block into a FileError about `path`: "x: cannot be read (why); advice".
 
-    A text that is not UTF-8 too, with the place of its first wrong byte.
+    A UnicodeDecodeError becomes one, too, with the offset of the first invalid byte.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """A batch on the workers of a Dask cluster, each with the model open in it.
 
-In: lines. Out: what is to be written of each, as it is made; the same bytes as from one machine. Which worker answers what, and
-that another one does it where a worker dies, is Dask's. Workers need pocketlm and the model, under the same name or path.
+In: lines. Out: the output for each, as it is finished; the same bytes as from one machine. Dask decides which worker answers
+what, and gives the work of one that dies to another. Workers need pocketlm, and the model under the same name or path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _opened(opening: str) -> Machine:
 
 
 def describe(opening: str) -> Any:
-    """What the answers of this worker depend on, or what is wrong with it."""
+    """What this worker's answers depend on (a tuple), or what is wrong with it (a text)."""
     try:
         return _opened(opening).made_of
     except PocketlmError as error:

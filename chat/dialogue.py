@@ -27,7 +27,7 @@ MORE = "/more continues"
 
 
 class Chat:
-    """A conversation with a model. `model_id` "": the model's own fingerprint is what conversations are recognised by."""
+    """A conversation with a model. `model_id`: identifies the model's saved conversations; "": the model's fingerprint."""
 
     def __init__(
         self, model: Any, console: Console, sampling: dict[str, Any], save: bool, model_id: str = "", program: str = "pocketlm"
@@ -53,12 +53,12 @@ class Chat:
 
     @property
     def model(self) -> Any:
-        """The model; one that is being opened is waited for. Raises OpeningFailed."""
+        """The model; waits for one that is still being opened. Raises OpeningFailed."""
         return self._model.wait() if isinstance(self._model, Opening) else self._model
 
     @property
     def model_id(self) -> str:
-        """What this model's conversations are recognised by."""
+        """What identifies this model's saved conversations."""
         return self._given_id or self.model.fingerprint
 
     def _begun(self, system: str = "") -> Conversation:
@@ -123,8 +123,8 @@ class Chat:
         self._report()
 
     def _opening(self) -> str:
-        """What the answer is begun with, by a template that is told whether to think. A form begins with the first token: there
-        is nothing that the model could think before.
+        """The text that the template begins the answer with, told whether the model is to think. A constrained answer has its
+        form from the first token on, which leaves no room for thought.
         """
         template, has_form = self.model.template, any(self.sampling.get(name) for name in OPTIONS)
         wish = False if has_form else self._wish
@@ -147,13 +147,15 @@ class Chat:
             self._in_thought = is_thought
 
     def _take_back(self, new: list[dict[str, Any]]) -> None:
-        """A question and its answer, should that be empty."""
+        """Remove the question and the answer in `new` if the answer is empty."""
         if new and not new[-1]["content"]:
             del self.conversation.messages[-len(new) :]
             self._last = None
 
     def _encodable(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """The messages without the characters that a model of characters does not know; a note says which, once."""
+        """The messages without characters that the vocabulary lacks; a note names each once. Raises PocketlmError if nothing
+        of the last message is left.
+        """
         encodable = self.model.tokenizer.encodable
         known = [{**message, "content": encodable(message["content"])} for message in messages]
         lost = {c for message in messages for c in message["content"]} - {c for message in known for c in message["content"]}
@@ -286,7 +288,7 @@ class Chat:
         conversation.interactive |= self.console.interactive
 
     def restore(self, model: Any) -> None:
-        """Have the model, which has just been opened, go on from where it was in the conversation that was resumed."""
+        """Load the state that was kept with the resumed conversation into the model, which has just been opened."""
         if self._restorable and self.record.path is not None:
             self._restorable = False
             states.restore(model, self.record.path)
@@ -299,13 +301,13 @@ class Chat:
             states.keep(self.model, self.record.path)
 
     def save(self) -> None:
-        """Write the conversation to its file; the first time this fails is also the last. An empty one has no file."""
+        """Write the conversation to its file; after a failure it is not tried again. An empty conversation has no file."""
         with self.endings.held():
             if note := self.keep():
                 self.console.note(note)
 
     def keep(self) -> str:
-        """The same from any thread, in a process that is about to end: what the user should know of it is not said."""
+        """`save` without its note, which is returned ("" for none). For any thread, also when the process is about to end."""
         with self._lock:
             try:
                 return self._write()
@@ -314,7 +316,6 @@ class Chat:
                 return f"{error}; it goes on without"
 
     def _write(self) -> str:
-        """What the user should know of it."""
         conversation, path = self.conversation, self.record.path
         if not self._saving:
             return ""

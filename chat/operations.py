@@ -117,12 +117,12 @@ class Method:
 
 
 def _run_out(value: Any) -> Any:
-    """What is left of an iterator as a list, so that it can be measured; other values as they are."""
+    """The rest of an iterator as a list, so that it can be measured; other values unchanged."""
     return list(value) if type(value) is type(iter([])) else value
 
 
 def settle(budget: Budget, result: Any) -> Any:
-    """A result as the template sees it: iterators are run to their end here, where every step is counted."""
+    """A result as the template gets it, admitted by the budget. Iterators are run to their end here, to count every step."""
     if isinstance(result, (type({}.keys()), type({}.values()), type({}.items()))):
         return budget.admit(list(result))
     if hasattr(result, "__next__"):
@@ -231,7 +231,7 @@ _TESTS: dict[str, Guard | None] = {
 
 
 def _passed(function: Any, context: Any) -> tuple[Any, ...]:
-    """What Jinja hands to this filter or test in front of its value."""
+    """The arguments that Jinja passes to this filter or test before its value."""
     wanted = getattr(function, "jinja_pass_arg", None)
     return {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (context.environment,)}.get(
         getattr(wanted, "name", ""), ()
@@ -273,7 +273,7 @@ def _test(name: str, guard: Guard | None) -> Callable[..., Any]:
 
 @pass_context
 def _join_filter(context: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
-    """Jinja's `join`, with a look at the attributes of the values before they become texts."""
+    """Jinja's `join`; attributes are fetched first, so that what they give is measured before it becomes text."""
     budget: Budget = context.environment.budget
     values = _run_out(value) if attribute is None else list(map(make_attrgetter(context.environment, attribute), value))
     _join(budget, values, d)

@@ -32,7 +32,7 @@ def paths() -> list[Path]:
 
 
 def latest(model_id: str, interactive: bool = True) -> Path | None:
-    """The last conversation that a person, or else a program, held with the model of this identity.
+    """The last conversation with the model `model_id`: one held at a terminal, or (not `interactive`) through pipes.
 
     Raises PocketlmError without a home.
     """
@@ -55,9 +55,9 @@ def as_path(name: str) -> Path:
 
 
 def find(name: str, advice: str = "/load lists them") -> Path:
-    """The file that a user means: a path, a saved conversation's name or how that begins, its number in the list.
+    """The file that a user means by a path, by a saved conversation's name or its beginning, or by its number in the list.
 
-    Raises FileError with this advice where there is none, PocketlmError where there are several.
+    Raises FileError, with this `advice`, if there is none, PocketlmError if there are several.
     """
     path = as_path(name)
     if path.name != name or os.path.lexists(path):

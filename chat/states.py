@@ -1,8 +1,7 @@
-"""What the model has computed of saved conversations, kept so that a resumed one goes on at once.
+"""The keys and values that a model has computed for saved conversations, kept so that a resumed one goes on at once.
 
-In: a conversation's file, and a model that writes and reads its own state. Out: files in the data folder, few and not too
-large. They are a convenience: one that is missing, damaged or another model's costs the time of computing it anew, and no
-error. Knows no tokens and no terminal.
+In: a conversation's file, and a model that saves and loads its own state. Out: files in the data folder, limited in number and
+size. A state that is missing, damaged or another model's is no error: it is computed again. Knows no tokens and no terminal.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def restore(model: Any, conversation: Path) -> None:
 
 
 def forget(conversation: Path) -> None:
-    """Take the state of a conversation away: it holds what was said."""
+    """Delete the state of a conversation: it holds what was said."""
     with suppress(OSError):
         if path := path_of(conversation):
             path.unlink()

@@ -138,7 +138,7 @@ class Template:
 
     @property
     def thought_opening(self) -> str:
-        """The tag, with what follows, by which the opening of an answer begins the thought itself; "" where the model does."""
+        """The end of the generation prompt from the thinking tag on, for templates that write the tag themselves; else ""."""
         if self._thought_opening is None:
             self._thought_opening, tag = "", self.tags[0]
             if self.source is not None and tag in self.source:
@@ -152,7 +152,7 @@ class Template:
         return self._thought_opening
 
     def begun(self, content: str) -> str:
-        """What goes behind the opening of an answer that has begun with `content`: the tag is not written twice."""
+        """`content`, the begun answer, without the thinking tag that the generation prompt writes already."""
         tag, opening = self.tags[0], self.thought_opening
         if opening and content.startswith(tag):
             return content.removeprefix(opening) if content.startswith(opening) else content[len(tag) :].lstrip("\n")
@@ -238,11 +238,11 @@ class Template:
         return bool(bos) and text.startswith(bos) and (parts is None or not parts[0][1])
 
     def _parts(self, messages: list[dict[str, str]], text: str, add_generation_prompt: bool) -> list[tuple[str, bool]] | None:
-        """`text` as (piece, is content) in order, None for a template that changes what is said.
+        """`text` as (piece, is content) in order; None for a template that changes the contents.
 
-        Found by rendering again with one private-use character in the place of each content, white space around it
-        kept, because templates trim it. It must give the same text when the contents are put back. Where an answer holds
-        a thought, both have a character, and the tags stay: the template may leave the thought out.
+        Found by rendering again with a private-use character in place of each content, but not of the white space around it,
+        which templates trim. Putting the contents back must give `text`. In an answer, thought and reply get a character each
+        and the tags are kept, because a template may leave the thought out.
         """
         tags = re.compile(f"({'|'.join(map(re.escape, self.tags))})")
         stand_ins: dict[str, str] = {}
@@ -283,7 +283,7 @@ def _checked(messages: Messages) -> list[dict[str, str]]:
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
-    """For templates that know no system role: its text goes in front of the first question."""
+    """The messages with the system prompt in front of the first question, for templates that know no system role."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     text = messages[0]["content"] + "\n\n" + messages[1]["content"]
@@ -323,7 +323,7 @@ def named(name: str, tokenizer: Tokenizer) -> Template:
 
 
 def continued(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text that goes on after other text, such as the second part of an answer; markers in it are letters."""
+    """Ids of a text that continues another, such as the second part of an answer; markers in it are spelled."""
     before = "\n"
     ids = tokenizer.encode(before + text)[len(tokenizer.encode(before)) :] if tokenizer.encodable(before) else []
     stream = tokenizer.stream_decoder(continues=True)

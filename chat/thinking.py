@@ -15,7 +15,7 @@ TAGS: tuple[Tags, ...] = (  # Qwen, DeepSeek, SmolLM, GLM, EXAONE, …; Mistral;
 
 
 def tags_of(template: str) -> Tags:
-    """Those that a template speaks of, the usual ones where it speaks of none."""
+    """The tags that a template mentions; the first of TAGS if it mentions none."""
     return next((tags for tags in TAGS if tags[1] in template), TAGS[0])
 
 
@@ -40,7 +40,7 @@ class Splitter:
                 return
 
     def flush(self) -> Iterator[tuple[bool, str]]:
-        """What was held back, at the end."""
+        """The parts that were held back; to be called at the end."""
         thought, rest = self._state == "thought", self._held
         self._held = ""
         if rest.strip("\n") if thought else rest:
@@ -53,7 +53,7 @@ class Splitter:
         return thought, answer
 
     def _step(self) -> str:
-        """What of the held text belongs to the present state; the state changes where that ends."""
+        """Take from the held text what belongs to the present state, and change the state where that ends."""
         held = self._held
         if self._state == "before":
             begun = held.lstrip()

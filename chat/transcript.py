@@ -107,7 +107,7 @@ class Record:
 
     @property
     def revision(self) -> str:
-        """Stands for the content that was read or written last; "" before that."""
+        """The SHA-256 of the content that was read or written last, in hexadecimal; "" before that."""
         return next((digest.hex() for digest in self._known if digest), "")
 
     def load(self, path: Path) -> Conversation:
@@ -206,7 +206,7 @@ def _kept(messages: list[Any]) -> list[dict[str, Any]]:
 
 
 def _written(conversation: Conversation) -> str:
-    """JSON, a message a line: people may look into it, and a long one is written in no time."""
+    """The file's JSON, with one message a line, for people who look into it."""
     facts = {"format": FORMAT, **asdict(replace(conversation, messages=[]))}
     del facts["messages"]
     if not conversation.branches:
@@ -273,10 +273,10 @@ def _patiently(rename: Callable[[Path, Path], None], source: Path, target: Path)
 
 @contextmanager
 def _alone(path: Path | None) -> Iterator[bool]:
-    """No other program of this user saves meanwhile; False where that could not be had in LOCK_SECONDS.
+    """Hold the lock that keeps the user's other programs from saving; False if it was not free within LOCK_SECONDS.
 
-    The lock is the system's, on a file in the data folder: it goes with the process that holds it. Where there is no
-    folder, or one that knows no locks, there is none, and a change in the very same millisecond may go unseen.
+    It is the system's lock on a file in the data folder, released with the process that holds it. Without a folder, or on a
+    file system without locks, nothing is locked, and a change at the very same moment may go unseen.
     """
     try:
         folder = chats_folder()
@@ -293,7 +293,7 @@ def _alone(path: Path | None) -> Iterator[bool]:
 
 
 def _sweep(folder: Path) -> None:
-    """Take away what saves that were killed have left."""
+    """Delete what saves that were killed have left."""
     with suppress(OSError):
         for path in folder.glob(".*.json.*"):
             with suppress(OSError):

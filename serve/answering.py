@@ -1,7 +1,7 @@
-"""From what a request asks to what the model says, for a server: a slot, and pieces one by one.
+"""Answers requests for a server: waits for a slot, and hands the model's pieces to the event loop.
 
-In: an `Ask`. Out: `(number of the answer, Piece)`, as an asynchronous iterator; the reader may leave at any time, and may be
-slow: neither holds anybody else up. Knows no HTTP and no JSON.
+In: an `Ask`. Out: lists of `(number of the answer, Piece)`. A reader that is slow, or leaves, holds nobody else up. Knows no
+HTTP and no JSON.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Answerer:
     # ---- prompts
 
     async def encode(self, ask: Ask) -> Prompts:
-        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        """`Asking.encode`, in a thread."""
         return await self.aside(lambda: self.asking.encode(ask))
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""
+        """Run `work` in a thread, at most ENCODING at once: a long text to tokenise must not block the event loop."""
         async with self._encoding:
             made = Handover()
             made.start(lambda cancel: [work()])
@@ -88,8 +88,8 @@ class Answerer:
         return Answer(self, ask, prompts, slot)  # from here on the slot is given back by its thread: nothing may come between
 
     def prepare(self, system: str, forms: bool) -> None:
-        """Have done, beside what is asked, what the first answers would wait for: what every conversation begins with, which
-        slots copy from each other; and with `forms` what an answer that has a form needs of the vocabulary.
+        """Do in the background what the first answers would wait for: compute the beginning that all conversations share, which
+        slots copy from each other, and with `forms` the tables of the vocabulary that constrained answers need.
         """
         first = [{"role": "system", "content": system}] * bool(system)
         ask = Ask(True, messages=[*first, {"role": "user", "content": "."}], options={"max_tokens": 0})
@@ -105,7 +105,7 @@ class Answerer:
                 await self.aside(lambda: self.model.guide({"json_object": True}))
 
     def count(self, piece: Piece) -> None:
-        """The last piece of an answer."""
+        """Add up the figures in the last piece of an answer."""
         counters = self.counters
         counters.prompt_tokens += piece.prompt_tokens - piece.cached_tokens
         counters.cached_tokens += piece.cached_tokens
@@ -122,11 +122,11 @@ class Answerer:
 
 
 class Answer:
-    """The answers to one request, as they are made: `(number, Piece)`, several at a time.
+    """The answers to one request, as they are generated: `(number, Piece)`, several at a time.
 
-    The slot is given back as soon as the thread that computes them is through, whatever becomes of the reader, who says with
-    `close` that he has left. Where the time is over, the answer ends with what there is. Raises ApiError 503 where the server
-    stops, 500 where the model fails.
+    The slot is given back as soon as the thread that computes is done; the reader has to call `close`, but does not hold the
+    slot until then. After `answerer.seconds` the answer ends where it is. Raises ApiError: 503 if the server stops or has no
+    more threads, 500 if the model fails.
     """
 
     def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, slot: Slot):
@@ -148,11 +148,11 @@ class Answer:
         self._answerer.slots.give_back(self._slot)
 
     def cancel(self) -> None:
-        """It ends within a pass."""
+        """End it within one forward pass."""
         self._handover.cancel.set()
 
     def close(self) -> None:
-        """Nobody reads any more. To be called once, whatever has happened."""
+        """The reader is done, or has left. To be called exactly once."""
         self._handover.close()
         self._answerer.counters.left += not self._complete
 

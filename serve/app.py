@@ -43,7 +43,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], page: list[Route]) -> Guard:
-    """All of it. `defaults`: options for answers that a request does not name; `page`: the routes of the page."""
+    """The whole ASGI application. `defaults`: options for what a request leaves out; `page`: the routes of the page."""
     api = Api(answerer, defaults)
     routes = [
         *(Route(path, api.health) for path in ("/health", "/v1/health")),
@@ -189,7 +189,7 @@ def _field(body: dict[str, Any], name: str, fits: Callable[[Any], bool], kind: s
 
 
 def _piece(id: int, data: bytes) -> dict[str, Any]:
-    """A text where the bytes are one; else the bytes."""
+    """A token as llama.cpp lists it: its text, or its bytes where they are no UTF-8."""
     try:
         return {"id": id, "piece": data.decode()}
     except UnicodeDecodeError:
@@ -197,7 +197,7 @@ def _piece(id: int, data: bytes) -> dict[str, Any]:
 
 
 class Answering(Response):
-    """The response to a question: whole, or as a stream of events. It ends where the client hangs up, and so does the work."""
+    """The response to a question: one object, or a stream of events. When the client hangs up, the model stops, too."""
 
     def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, shape: Shape):
         self._answerer, self._ask, self._prompts, self._shape = answerer, ask, prompts, shape
@@ -247,14 +247,14 @@ class Answering(Response):
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
         async def ping() -> None:
-            """A comment where nothing is said for a while: a long prompt is not taken for a dead connection."""
+            """Send a comment when nothing was sent for a while, lest a long prompt look like a dead connection."""
             while True:
                 await asyncio.sleep(said + PING_SECONDS - loop.time())
                 if loop.time() >= said + PING_SECONDS:
                     await say(b":\n\n")
 
         said = loop.time()
-        pinging = asyncio.ensure_future(ping())  # beside the pieces: a task and a clock for each cost more than to send it
+        pinging = asyncio.ensure_future(ping())  # one task for all pieces: a timeout for each costs more than sending it
         events = _Events(self._ask, self._prompts, self._shape)
         try:
             # a model of a thousand tokens per second makes more events than a loop can send one by one
@@ -311,7 +311,7 @@ class _Events:
             yield _event(shape.end(number, piece, self._prompts.dropped_turns))
 
     def _frame(self, number: int, is_thought: bool) -> list[bytes]:
-        """What stands before and after a text, where an event has nothing else of its own."""
+        """What stands before and after the text in an event that differs from others in its text alone; made once."""
         if (frame := self._frames.get((number, is_thought))) is None:
             event = _event(self._shape.delta(number, MARK, (), is_thought))
             frame = self._frames[number, is_thought] = event.rsplit(_JSON.encode(MARK).encode(), 1)

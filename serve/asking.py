@@ -1,4 +1,4 @@
-"""From what a request asks to ids, and from these to pieces, in the thread that calls: for a server's slots and for batches.
+"""Turns a request into token ids, and these into pieces of text. Shared by the server and by batches; starts no threads.
 
 In: an `Ask` and a session. Out: pieces, or an ApiError that says what is wrong with the request. Knows no HTTP and no JSON.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prompts:
-    """The ids of every prompt of a request, and how many turns of its conversation had to go."""
+    """A request's prompts as ids. `dropped_turns`: how many of the conversation's oldest turns were left out to make it fit."""
 
     ids: list[list[int]]
     stop: list[str] = field(default_factory=list)
     dropped_turns: int = 0
-    parts: Callable[[], Splitter] | None = None  # tells thought from answer in what is said to them; None: nobody wants that
+    parts: Callable[[], Splitter] | None = None  # makes what tells thought from answer; None: they are not told apart
 
 
 class Asking:
@@ -85,7 +85,7 @@ class Asking:
         return prompts
 
     def _ids(self, prompt: str | list[int | str], with_markers: bool) -> list[int]:
-        """`with_markers`: the texts may spell control tokens, also the one that begins a text."""
+        """`with_markers`: control tokens that the texts spell, such as the begin-of-text token, are encoded as such."""
         tokenizer, ids = self._model.tokenizer, list[int]()
         for part in _parts(prompt):
             ids += [part] if isinstance(part, int) else tokenizer.encode(part, special=with_markers)
@@ -122,8 +122,8 @@ def sessions(model: Model, n: int) -> list[Conversation]:
 def pieces(
     ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event, others: Sequence[Conversation] = ()
 ) -> Iterator[tuple[int, Piece]]:  # fmt: skip
-    """`(number of the answer, Piece)`, one answer after the other. `others`: sessions whose work may be copied. Raises
-    PocketlmError.
+    """`(number of the answer, Piece)`, one answer after the other. `others`: sessions to copy the keys and values of a common
+    beginning from. Raises PocketlmError.
     """
     options, number = {**ask.options, "logprobs": ask.logprobs}, 0
     options["stop"] = [*prompts.stop, *options.get("stop", ())]

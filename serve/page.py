@@ -35,7 +35,7 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 class Page:
-    """`model_id`: what conversations with the model are recognised by; "": by its fingerprint."""
+    """`persona`: title, system prompt and greeting. `model_id`: identifies this model's conversations; "": its fingerprint."""
 
     def __init__(
         self, answerer: Answerer, policy: Policy, persona: Mapping[str, str], model_id: str, defaults: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Page:
         ]
 
     def one_time_code(self) -> str:
-        """For an address that others on this computer may see, such as a browser's command line: good for one visit."""
+        """A code in place of the token, valid once: others can see a browser's command line, and with it the address."""
         code = secrets.token_urlsafe(24)
         self._codes.add(code)
         return code
@@ -69,7 +69,7 @@ class Page:
         return Response(self._html, media_type="text/html; charset=utf-8", headers=self._headers)
 
     async def enter(self, request: Request) -> Response:
-        """The token for a code of an address: one that is good once, or the token itself."""
+        """The token, for who has a one-time code or the token itself from the address of the page."""
         code = (await read_json(request)).get("code")
         if isinstance(code, str):
             once = next((known for known in self._codes if same(known, code)), None)
@@ -180,7 +180,7 @@ def _revision(body: dict[str, Any]) -> str:
 
 
 async def _asked(work: Callable[[], Any], status: int) -> Any:
-    """What the work returns, done in a thread; its errors with this status."""
+    """Run `work` in a thread and return its result. Raises its errors as ApiError with this `status`."""
     try:
         return await asyncio.to_thread(work)
     except (OSError, PocketlmError) as error:

@@ -60,8 +60,8 @@ class Protocol(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """For what is no HTTP. Where that is the body of a request, who answers it is told that nobody listens any more, and
-        who has begun to is not contradicted."""
+        """Refuse what is no HTTP. If it is in the body of a request, whoever answers that is told that the client is gone; if
+        a response has begun, the connection is closed instead."""
         cycle = self.cycle
         if cycle is not None and cycle.response_started:
             self.transport.close()
@@ -91,7 +91,7 @@ class Protocol(H11Protocol):
 
 
 class Server(Uvicorn):
-    """`stopping` is called in the loop when the end begins: it lets answers end."""
+    """`stopping` is called in the event loop when the server begins to stop: it has to end the answers."""
 
     def __init__(self, app: Any, listening: socket.socket, stopping: Callable[[], object]):
         for name in ("uvicorn.error", "asyncio"):
@@ -136,7 +136,7 @@ class Server(Uvicorn):
         return handled(numbers, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second one ends without waiting."""
+        """Stop; at the second signal, without waiting for answers."""
         self.force_exit |= self.should_exit
         self.should_exit = True
 
@@ -158,7 +158,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_for_others(host: str) -> str:
-    """By which other computers reach this one where it listens at all addresses of a kind; "" where it is in no network."""
+    """The address at which other computers reach a server that listens on all of them; "" if there is no network."""
     family, documentation = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
         asked.connect((documentation, 9))  # sends nothing: the system says from where it would

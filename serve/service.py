@@ -2,9 +2,9 @@
 
 In: the command line, and the model it names, opened. Out: the text of a unit, and what a person should know. Knows no HTTP.
 
-The service gets a user of its own that exists while it runs, sees the system read-only and of the homes only what it runs from,
-and may speak on the network and nothing else. MemoryDenyWriteExecute, a usual line, is missing: the compiled kernels
-are code that the program makes itself.
+The service runs as a user that exists only while it runs. It sees the system read-only, of the home folders only what it is
+started from, and may use the network. MemoryDenyWriteExecute=, a usual line, is missing because the program compiles its
+kernels when it starts.
 """
 
 from __future__ import annotations

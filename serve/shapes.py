@@ -25,7 +25,7 @@ FINGERPRINT = f"b-pocketlm-{__version__}"
 
 
 def finish_reason(piece: Piece) -> str | None:
-    """As the protocol knows them: what ended for want of time has reached a limit, too."""
+    """In the protocol's words, where an answer that was ended by the time limit has reached a "length", too."""
     return "length" if piece.finish_reason == "cancelled" else piece.finish_reason
 
 
@@ -65,8 +65,8 @@ class Shape:
     def whole(
         self, answers: Sequence[Sequence[Piece]], dropped_turns: int, parts: Callable[[], Splitter] | None = None
     ) -> Any:  # fmt: skip
-        """All answers at once. `answers`: the pieces of each; `parts` tells thought from answer, as llama.cpp's server shows
-        them.
+        """The response that is no stream. `answers`: the pieces of each; `parts`: makes what splits a text into thought, which
+        becomes `reasoning_content`, and answer.
         """
         choices = []
         for number, pieces in enumerate(answers):
@@ -113,7 +113,7 @@ class Shape:
         return {"id": id, "token": self._text(id), "bytes": [*self._token_bytes(id)], "logprob": _finite(logprob)}
 
     def _key(self, id: int) -> str:
-        """The text; of a part of a character its bytes, as OpenAI writes them: two such parts are two keys."""
+        """A token as a key of `top_logprobs`: its text, or, if it is part of a character, its bytes as OpenAI spells them."""
         data = self._token_bytes(id)
         try:
             return data.decode()
@@ -137,8 +137,8 @@ def usage(lasts: Sequence[Piece], n: int) -> dict[str, Any]:
 
 
 def timings(last: Piece) -> dict[str, Any]:
-    """As llama.cpp's server tells them, in milliseconds. The first token belongs to the prompt, whose logits it is drawn from:
-    it is no part of the speed of those that follow.
+    """In milliseconds, with the names of llama.cpp's server. The time to the first token is the prompt's, since its logits are
+    computed with it; it is no part of the speed of the tokens that follow.
     """
     told: dict[str, Any] = {"cache_n": last.cached_tokens}
     n_read = last.prompt_tokens - last.cached_tokens
