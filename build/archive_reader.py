@@ -1,12 +1,12 @@
-"""Whether PyInstaller's archive in an executable gives the files that it promises.
+"""Whether PyInstaller's archive in an executable is undamaged.
 
-In: an executable, and where its archive is. Out: the names of what is damaged in it. Everything is unpacked into nothing, as
-the boot loader will unpack it into a folder; nothing is run and no marshalled data is read. Knows no models.
+In: an executable, and where its archive is. Out: the names of what is damaged in it. Everything is unpacked, as the boot loader
+will do, but the result is thrown away; nothing is run and no marshalled data is read. Knows no models.
 
-Format: PyInstaller/archive/writers.py. The archive ends with a cookie (runtime/container.py); before it is a table, a row for
-every file: length of the row, offset, bytes, bytes when unpacked, whether compressed, kind, name. Python's modules are one
-file, "PYZ": a head of 17 bytes, with the place where a table begins behind 8, and a zlib stream for every module. zlib's
-checksums tell of every changed byte in a stream; nothing does in the tables of the modules, of a few kilobytes.
+Format: PyInstaller/archive/writers.py. The archive ends with a cookie (runtime/container.py). In front of it is a table with a
+row for every file: length of the row, offset, bytes, bytes when unpacked, whether compressed, kind, name. Python's modules are
+one file, "PYZ": a head of 17 bytes, in which an offset at byte 8 says where the file's own table begins, and a zlib stream for
+every module. zlib's checksums reveal any changed byte in a stream; in the table of modules, a few kilobytes, nothing does.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What PyInstaller's boot loader reads: its archive, the archive of modules in it, and the library for Python's own start.
+"""Writes what PyInstaller's boot loader reads: its archive, in it the archive of modules, and base_library.zip.
 
-In: code as bytes, files as bytes. Out: bytes, the same for the same input. Knows neither models nor where files come from.
+In: code and files as bytes. Out: bytes, the same for the same input. Knows neither models nor where files come from.
 Format: PyInstaller 6, bootloader/src/pyi_archive.c and PyInstaller/loader/pyimod01_archive.py. Numbers are big-endian.
 """
 

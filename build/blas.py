@@ -1,10 +1,9 @@
 """The few functions of BLAS that NumPy calls, compiled here, in place of the OpenBLAS in its wheels.
 
-In: a processor, and the library that NumPy was built with. Out: a shared library of some kilobytes that stands in for it.
-OpenBLAS and its Fortran library are half of what a stub would hold and unpack at every start, and a conversation needs a
-matrix product at most: where the native executor cannot run. Products of real numbers only; whatever else NumPy might ask
-for, such as a singular value decomposition, ends the program. For Linux and Windows: NumPy's wheels for macOS use the
-system's BLAS.
+In: a processor, and the library that NumPy was built with. Out: a shared library of some kilobytes that replaces it. OpenBLAS
+and its Fortran library would be half of what a stub holds and unpacks at every start, while a conversation needs matrix
+products alone, and those only where the native executor cannot run. There are products of real numbers; any other function,
+such as a singular value decomposition, ends the program. For Linux and Windows: NumPy's wheels for macOS use the system's BLAS.
 
 Signatures: https://www.netlib.org/blas/#_cblas, with 64-bit integers.
 """

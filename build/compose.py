@@ -1,11 +1,12 @@
 """A stub for any platform, put together on any platform from files that exist already.
 
-In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Boot loader and loader
-scripts are PyInstaller's, CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages (Linux), the packages
-from their wheels; the kernels of every instruction-set level are compiled here. Python's own library is that of this
-Python, since the bytecode must be of the version that will run it; Debian, which does not have every version, has its own. On
-Linux, for Linux, CPython is this one too, unless it is large: it runs wherever the C library is as new as here. Nothing of the
-target is run.
+In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Runs nothing of the target.
+
+Boot loader and loader scripts are PyInstaller's. CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages
+(Linux), other packages from their wheels. The kernels are compiled here, for every instruction-set level. The standard library
+is that of the Python that composes, because the bytecode must be of the version that will run it; Debian's packages, which do
+not exist for every version, bring their own. On Linux, for Linux, CPython is the one that composes, too, unless its library is
+large; such a stub needs a C library as new as this computer's.
 """
 
 from __future__ import annotations
@@ -121,9 +122,8 @@ class _Tree:
 
 
 def _own_library(name: str) -> Path | None:
-    """This Python as a library, where it is one and Linux's: other systems' are taken from wheels.
-
-    None for a large one too, unless Debian's would not run here.
+    """This Python's shared library, to be taken for a stub. None where it is not to be taken: on systems other than Linux, if
+    there is none, or if it is larger than Debian's, unless Debian's needs a newer C library than this system's.
     """
     path = Path(sysconfig.get_config_var("LIBDIR") or "/nowhere", name)
     if sys.platform != "linux" or not path.exists():
@@ -164,7 +164,7 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool, python: wheel
 
 
 def _another(fetched: Mapping[str, Path], root: Path, name: str, library: Path) -> bytecode.Another | None:
-    """The version of CPython that was fetched for this system, with its own modules in `library`; None for no files."""
+    """The other version of CPython among the `fetched` files, unpacked; its standard library is `library`. None: no files."""
     for path in fetched.values():
         _unpack_debian(path, root / "compiler") if path.suffix == ".deb" else _unzip(path, root / "compiler", ("deploy_libs/",))
     return bytecode.Another(next((root / "compiler").rglob(name)), library.parents[1]) if fetched else None
@@ -287,7 +287,7 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
 
 
 def _is_module(name: str) -> bool:
-    """Whether a binary is a compiled module: libraries have a number behind .so, or their package in the folder's name."""
+    """Whether a binary is a compiled module, not a library: those end in .so.NUMBER or lie in a folder called PACKAGE.libs."""
     return name.endswith(modules.COMPILED) and ".libs" not in name
 
 
@@ -304,7 +304,7 @@ def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
 
 
 def _smaller(binary: bytes, platform: str) -> bytes:
-    """Without what it has for other processors and for debuggers."""
+    """The binary without its parts for other processors (macOS) and for debuggers (Linux)."""
     if platform.startswith("macos"):
         return macho.part_for(binary, PLATFORMS[platform].machine)
     return elf.without_sections(binary) if platform.startswith("linux") else binary

@@ -1,7 +1,7 @@
 """What a stub holds, and what it does without: tables, and nothing else.
 
-Read by what builds stubs, and by tests/frozen_guard.py, under which every test runs: code that a stub holds and that reaches
-for something left out here fails there, not at a friend's. Sizes are those of Linux on x86-64.
+Read by what builds stubs, and by tests/frozen_guard.py, which is active in every test: code of a stub that imports something
+left out fails there, not on a friend's computer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Shared libraries of Linux, as much of them as it takes to write a small one and to see what one wants of another.
+"""Linux's shared libraries (ELF): writes a small one, and lists the libraries and symbols that one needs.
 
 In: position-independent code and names; or a library's bytes. Out: a library's bytes; or names. Knows nothing of what the
-code does. Sources: System V gABI, chapters 4 and 5; the hash function is chapter 5's.
+code does. Sources: System V gABI, chapters 4 and 5.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _rows(library: bytes, wanted: int, row: struct.Struct) -> Iterator[tuple[int
 
 
 def without_sections(binary: bytes) -> bytes:
-    """A program or library without its sections, which linkers and debuggers read: what is loaded stays where it is."""
+    """A program or library without its sections, which only linkers and debuggers read; nothing that is loaded moves."""
     at, size, count = struct.unpack_from("<Q", binary, 32)[0], *struct.unpack_from("<HH", binary, 54)
     rows = [_SEGMENT.unpack_from(binary, at + i * size) for i in range(count)]
     out = bytearray(binary[: max(at + size * count, *(offset + length for _, _, offset, _, _, length, *_ in rows))])

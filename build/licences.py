@@ -1,7 +1,7 @@
 """The licences of all that a stub is made of, as one text.
 
-In: the files that were fetched, Python's own library, the names of what goes in. Out: a text. A part without a licence is an
-error: nothing is sent to friends that may not be. Knows no archives.
+In: the files that were fetched, Python's own library, the names of the shared libraries. Out: a text. A part without a licence
+is an error, because a stub is for passing on. Knows no archives.
 """
 
 from __future__ import annotations

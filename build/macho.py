@@ -3,9 +3,9 @@
 In: the bytes of Mach-O files. Out: bytes, names; or, for a finished program, its header and an ad-hoc signature, in place.
 Knows nothing else. Sources: Apple's mach-o/loader.h, mach-o/fat.h and kern/cs_blobs.h.
 
-Apple's processors run nothing unsigned, and a signature must cover the file: its last segment, __LINKEDIT, ends where the file
-ends, with the symbols' names as its last part but one and the signature as the last. So a model lies among the names of
-symbols, which is where nobody looks. An ad-hoc signature holds hashes only: of all the bytes before it, page by page.
+Apple's processors run nothing unsigned, and a signature must cover the whole file: the last segment, __LINKEDIT, has to end
+where the file ends, with the table of symbol names in front of the signature. So that table is extended to span the model; the
+bytes behind the names are never read. An ad-hoc signature holds hashes only: of all the bytes before it, page by page.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def needed(library: bytes) -> list[str]:
 
 
 def sign(file: BinaryIO) -> None:
-    """A header that covers the whole of a finished program, and a signature behind its end.
+    """Change the header of a finished program so that it covers the whole file, and append a signature.
 
-    `file` is open for reading and writing. UnreadableHeader if it makes no sense, or has no room for the command.
+    `file` is open for reading and writing. Raises UnreadableHeader for a header that makes no sense or has no room for one
+    more load command.
     """
     end = file.seek(0, 2)
     file.write(bytes(-end % 16))
@@ -135,7 +136,7 @@ def _covered(data: bytes, code_bytes: int, signature_bytes: int) -> tuple[bytes,
 
 
 def _section_offsets(segment: bytes, default: int) -> list[int]:
-    """Where the file has the contents of a segment's sections: no load command may reach so far."""
+    """The file offsets of a segment's sections: the load commands must end before the first."""
     count = struct.unpack_from("<I", segment, 64)[0]
     offsets = [_SECTION.unpack_from(segment, 72 + 80 * i)[4] for i in range(count) if 72 + 80 * (i + 1) <= len(segment)]
     return [offset for offset in offsets if offset] or [default]

@@ -28,7 +28,7 @@ _DOTTED = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 @dataclass
 class Found:
-    """Modules by name; `python` and `compiled` with their files. `nowhere`: who imports what has no file, at its first line."""
+    """Modules by name. `python`, `compiled`: their files. `nowhere`: modules that have no file, and who imports them first."""
 
     python: dict[str, Path] = field(default_factory=dict)
     compiled: dict[str, Path] = field(default_factory=dict)
@@ -128,7 +128,7 @@ def _taken(body: Sequence[ast.stmt], target: Target) -> Iterator[ast.stmt]:
 
 
 def _truth(test: ast.expr, target: Target) -> bool | None:
-    """What a condition is there, where it only asks for the system, or the version of Python; else None."""
+    """Whether a condition holds on the target, if it asks only for the system or the version of Python; else None."""
     system, python = target
     values = {"sys.platform": _SYS_PLATFORM[system], "platform": _SYS_PLATFORM[system],
               "os.name": "nt" if system == "windows" else "posix"}  # fmt: skip

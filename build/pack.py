@@ -124,7 +124,7 @@ def _boot(program: BinaryIO, stub: Stub, title: str, icon: Path | None) -> bytes
 
 
 def _verify(part: Path, stub: Stub) -> None:
-    """Read back what was written: as it was sent to the disk, and a program that unpacks."""
+    """Read back what was written, compare its checksums, and unpack the program in it. Raises FileError."""
     packed = container.find(part)
     if packed is None or packed.damaged():
         raise FileError(part, "is not what was written", "the disk may be failing")
@@ -163,7 +163,7 @@ def unpack(packed: Packed, out: Path) -> int:
 
 
 def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, persona: Persona, program: tuple) -> None:
-    """Write all that comes behind the record; `program` is a file, an offset and a length."""
+    """Write everything behind the section "original"; `program`: a file, and the archive's offset and length in it."""
     at = file.seek(sections["original"].end)
     for name, data in (("reference", reference), ("persona", persona.to_bytes())):
         file.write(data)

@@ -1,4 +1,4 @@
-"""Windows' executables and libraries, as much of them as a stub takes: a small DLL, resources for an .exe, who wants what.
+"""Windows' executables and libraries (PE): writes a small DLL and an .exe's resources, and lists what a file imports.
 
 In: code and names; or a file's bytes. Out: a file's bytes; or names. Knows nothing of what the code does.
 Sources: Microsoft's "PE Format"; for the version resource "VS_VERSIONINFO". Numbers are little-endian.
@@ -85,7 +85,7 @@ class _File:
 
 
 def imports(library: bytes) -> dict[str, set[str]]:
-    """The libraries that one wants, by name as it is written, and the functions of each (those without names left out)."""
+    """The libraries that a file imports, by their names as written, and the names of the functions it imports from each."""
     file = _File(library)
     address = _DIRECTORY.unpack_from(library, file.directory(_IMPORTS))[0]
     found: dict[str, set[str]] = {}
@@ -184,9 +184,9 @@ MANIFEST = """\
 
 
 def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """`boot`, an .exe, with a manifest, the title and version in its properties, and an icon. Those it had are gone.
+    """The .exe `boot` with new resources: a manifest, title and version for its properties, and an icon.
 
-    `images`: side in pixels, bits a pixel, and the image as in an .ico file. UnreadableProgram: it is no such .exe.
+    `images`: side in pixels, bits a pixel, and the image as in an .ico file. Raises UnreadableProgram.
     """
     data = bytearray(boot)
     file = _File(data)
@@ -279,9 +279,9 @@ def _padded(data: bytes) -> bytes:
 
 
 def write_checksum(file: BinaryIO) -> None:
-    """The checksum of a finished .exe, put where its header has a place for it. The file is read from end to end.
+    """Compute the checksum of a finished .exe, and write it into the header. The file is read from end to end.
 
-    Where the header still speaks of a signature, that was of another file, and is not here.
+    The header's entry for a signature is cleared: if there was one, it was another file's.
     """
     file.seek(0)
     head = _File(file.read(_PAGE))
@@ -299,7 +299,7 @@ def write_checksum(file: BinaryIO) -> None:
 
 
 def _sum(total: int, data: bytes | bytearray) -> int:
-    """The sum of all 16-bit words, what overflows added again: 2**16 is 1, modulo 2**16 - 1."""
+    """The ones' complement sum of all 16-bit words, in which the carry is added again: the sum modulo 2**16 - 1."""
     number = int.from_bytes(data, "little")
     total += number % 0xFFFF
     return total % 0xFFFF or (0xFFFF if total or number else 0)

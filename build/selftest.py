@@ -1,12 +1,11 @@
-"""What a packed model gave where it was packed, stored with it, and the check that another computer gets the same.
+"""Reference results that are stored with a packed model, and the test that another computer gets the same.
 
-In: a GGUF, when it is packed. Out: some kilobytes of JSON; later, a line for everything that was tried again. Knows no
-executables.
+In: a GGUF, when it is packed. Out: some kilobytes of JSON; later, a line for everything that was tested. Knows no executables.
 
-Tried are the tokenizer (texts to ids and back), the chat template, every executor and instruction-set level, and, without
-anything to compare with, a short answer of the whole model. The logits are NumPy's, in float32, from the GGUF as it was before
-it was tiled. They are those of the first layers with the head, for the first tokens of the vocabulary: that takes every
-kernel that the whole takes, and little memory. That the other layers' bytes have arrived is for `--check` to say.
+Tested are the tokenizer (texts to ids and back), the chat template, every executor at every instruction-set level, and whether
+the whole model gives a short answer. The reference logits are NumPy's, in float32, from the GGUF before it was tiled: of its
+first N_LAYER layers and the head, for the first rows of the vocabulary. That uses every kernel of the whole model, and little
+memory. Whether the other layers are undamaged is what `--check` tells.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CLOCK = "strftime_now"  # a template that calls this writes something else tomo
 
 
 class Result(NamedTuple):
-    """What was tried, what is to be said about it, and whether it was as it should be; None: it cannot be told here."""
+    """What was tested, a text about it, and whether it was right; None: that cannot be told on this computer."""
 
     name: str
     text: str

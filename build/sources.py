@@ -66,7 +66,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def fingerprint() -> str:
-    """Stands for all that a stub depends on: another one, another stub."""
+    """A hash of everything that a stub is made of, in hexadecimal: two stubs with the same one are the same."""
     root, tables = Path(__file__).parents[1], sorted(Path(__file__).parent.glob("*.sha256"))
     digest = hashlib.sha256(sys.version.encode())
     for file in [*_sources(), *(table.relative_to(root) for table in tables)]:

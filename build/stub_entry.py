@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _damage() -> PocketlmError | None:
-    """What the full check says, where something has failed that never should: the file may be another than was packed."""
+    """The error of a full check of the executable, None if it is whole: a defect may be a file damaged on its way."""
     try:
         if (packed := container.find(Path(sys.executable))) is not None:
             packed.check()
@@ -200,7 +200,7 @@ def _check(packed: Packed) -> int:
 
 
 def _selftest(packed: Packed) -> int:
-    """A line for everything that is tried, and the verdict; exit status 1 if something is not as where it was packed."""
+    """Print a line for everything that is tested, and the verdict. Exit status 1 if a result differs from the reference."""
     from pocketlm.build import selftest
     from pocketlm.runtime.model_file import open_packed
 

@@ -1,7 +1,7 @@
 """A console for a program that was opened with a double click.
 
-In: how the process was started. Out: whether its console closes with it, or a terminal opened for it; its title; an
-environment without what the boot loader has put there. Knows nothing about the conversation.
+In: how the process was started. Out: whether its console closes with it; a terminal that was opened for it; a window title; an
+environment without the boot loader's variables. Knows nothing about the conversation.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _started_by_file_manager() -> bool:
 
 
 def forget_loader() -> None:
-    """Take what the boot loader has set for this very process out of the environment: a terminal or a browser that is started
-    from here must not load libraries of ours.
+    """Remove the boot loader's variables from the environment: a terminal or browser that this program starts must not load
+    the libraries in it.
     """
     original = os.environ.get("LD_LIBRARY_PATH_ORIG")
     for key in [key for key in os.environ if key.startswith(("_PYI", "_MEIPASS", "LD_LIBRARY_PATH"))]:

@@ -1,8 +1,8 @@
 """What a stub is composed of, fetched once: wheels from pip's index, and for Linux some packages of Debian.
 
 In: a platform and a version of Python. Out: the paths of the files, in the cache folder or in a folder of the user's. Knows
-where files come from, not what is in them. Two tables beside this file pin every one of them, a line each as sha256sum
-writes it: `wheels.sha256` (fetched by pip, as pip is configured) and `debian.sha256` (a release, and a path in its archive).
+where files come from, not what is in them. Two tables beside this file list every file with its hash, as sha256sum does:
+`wheels.sha256` (fetched by pip, as pip is configured) and `debian.sha256` (a release, and a path in its archive).
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def pinned(platform: str, python: Python) -> list[Pinned]:
 
 
 def version_for(platform: str, python: Python, host: str) -> Python:
-    """The version of CPython for a stub for `platform`: `python`, or one that can be had for `host` too, to compile for it.
-
-    PocketlmError: there is none.
+    """The version of CPython for a stub for `platform`: `python` if it can be fetched, else, on Linux, one that can be fetched
+    for `host`, too, where it compiles the bytecode. Raises PocketlmError if there is none.
     """
     candidates = [version for version in PYTHONS if any(file.is_cpython for file in pinned(platform, version))]
     # Where CPython is a wheel's, Python's own modules are this Python's
