@@ -28,7 +28,7 @@ class CanonicalTensor:
     read: Callable[[], np.ndarray]
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> CanonicalTensor:
-        """What `change` makes of it, of this `shape`; none: of the same."""
+        """The tensor that `change` makes of this one when it is read; `shape`: of the result, by default the same."""
         return CanonicalTensor(shape or self.shape, lambda: change(self.read()))
 
 
@@ -44,7 +44,7 @@ class CanonicalModel:
     added: frozenset[str] = frozenset()  # tensors that are no parameters: zeros that an architecture wants, rotary factors
 
     def plan(self, path: object) -> Plan:
-        """Its operations. Raises FileError, about `path`, where the tensors do not fit the hyper-parameters."""
+        """The model's plan. Raises FileError about `path` if the tensors do not fit the hyper-parameters."""
         return make_plan(self.hyper, {name: tensor.shape for name, tensor in self.tensors.items()}, path)
 
 

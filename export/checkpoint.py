@@ -64,10 +64,9 @@ MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by their names without wrappers; `config`: what else was in the checkpoint and its config.json, plain data.
-
-    Plain data: dict, list, str, int, float, bool, None. `files` are those that were read; `folder` is where they lie, or
-    DeepSpeed's above that of the step.
+    """`tensors`: by their names without wrappers. `config`: everything else in the checkpoint, and the configuration files
+    beside it, as plain data (dict, list, str, int, float, bool, None). `files`: those that were read. `folder`: where they
+    lie; of DeepSpeed's, the folder above that of the step.
     """
 
     path: Path
@@ -82,10 +81,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
-    """Open and check a checkpoint file or folder. Raises FileError in one line; no code of the checkpoint ever runs.
+    """Open and check a checkpoint file or folder. Raises FileError; no code of the checkpoint ever runs.
 
-    `chosen`: the entry to take of several that could be the weights, as "ema". A file that is refused is not mapped any more,
-    though its error is still being handled.
+    `chosen`: which entry to take if several could be the weights, such as "ema". A file that is refused is unmapped before the
+    error leaves here.
     """
     mapped: list[Buffer] = []
     try:
@@ -135,13 +134,13 @@ def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
 
 
 def home(weights: Path) -> Path:
-    """The folder with what belongs to a checkpoint's file: its configuration, its tokenizer."""
+    """The folder in which a checkpoint's configuration and tokenizer are looked for."""
     above = weights.parent.parent
     return above if weights.name == DEEPSPEED and (above / LATEST).is_file() else weights.parent
 
 
 def name_of(path: Path) -> str:
-    """What to call the model in a checkpoint: its name, or its folder's or that above, where every checkpoint is called so."""
+    """A name for the model: the file's, or that of its folder or the one above where the file's says nothing ("ckpt.pt")."""
     places = [place for place in (path.absolute(), *path.absolute().parents[:2]) if place != Path.home()]
     names = [place.name if place.is_dir() else place.stem for place in places]
     return next((name for name in names if set(re.findall(r"[^\W\d_]+", name.lower())) - set(SAYS_NOTHING.split())), names[0])
@@ -156,7 +155,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file of plain ones, one a line; those below another are a dictionary of that. Raises FileError."""
+    """The settings in a simple YAML file: one per line, indented ones a dict of the one above. Raises FileError."""
     with refused(path):
         text = bytes(map_file(path)[:MAX_JSON]).decode()
     result: dict[str, Any] = {}
@@ -174,7 +173,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _scalar(text: str) -> Any:
-    """A YAML value on one line: as JSON where it is, null and quoted texts, or the text itself."""
+    """A YAML value on one line: null, JSON, a number, or a text, whose single quotes are dropped."""
     if text in ("null", "~", "None"):
         return None
     try:
@@ -275,7 +274,7 @@ READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], .
 
 
 def _fields(value: Any) -> dict[Any, Any]:
-    """What can be looked into: a dict, or the fields of an object. A module saved whole gives its parameters."""
+    """The entries of a dict or the fields of an object, {} for anything else. Of a whole module: parameters and submodules."""
     if isinstance(value, Record):
         parts = [value.fields.get(name) for name in ("_parameters", "_buffers", "_modules")]
         if isinstance(parts[2], dict):
@@ -341,8 +340,8 @@ class _Search:
         return None
 
     def sets(self, tree: Any, found: Any) -> list[str]:
-        """The entries of `tree` that could each be the model: the one that `found` is, and those with tensors of the same
-        shapes, as an average over the training. Empty where there is one. Where `found` is all of `tree`, none of them is it.
+        """The names of the entries of `tree` that could each be the weights, if there are several: first the one with `found`,
+        then those with tensors of the same shapes, such as an average over the training (EMA).
         """
         entries = {name: value for name, value in _fields(tree).items() if isinstance(value, (dict, Record))}
         parts = {n: self.find_weights(v) for n, v in entries.items() if isinstance(n, str) and not _is_training_state(n)}

@@ -116,7 +116,7 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
 
 
 def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Mapping[str, Any] | None:
-    """How much the errors of the model's matrices count, where --imatrix says it. Raises PocketlmError."""
+    """The importance matrices of --imatrix (importance.py), None without it. Raises PocketlmError."""
     if not arguments.imatrix:
         return None
     from pocketlm.export.importance import importance
@@ -125,7 +125,7 @@ def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Map
 
 
 def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
-    """The keys of a model file that the command line gives."""
+    """The keys of the model file that --name and --chat-template set."""
     keys = {"general.name": arguments.name} if arguments.name else {}
     if arguments.chat_template:
         keys["tokenizer.chat_template"] = read_text(arguments.chat_template)

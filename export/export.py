@@ -1,7 +1,7 @@
-"""The job: a model in, one sound file (or folder) out, and a receipt that tells what it cost.
+"""Exports a model: writes one file or folder, checks it, and gives a receipt of what was written and what it cost.
 
-In: a `CanonicalModel`, a path, a container and a format. Everything is written beside the target, read back, compared,
-and only then given its name. Knows no dialects, and no command line.
+In: a `CanonicalModel`, a path, a container and a format. Out: the file, written under another name, read back, compared, and
+only then renamed; a `Receipt`. Knows no dialects, and no command line.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Job:
     importance: Mapping[str, np.ndarray] | None
 
     def metadata(self, file_type: int | None) -> dict[str, Any]:
-        """The file's keys, proven to give back the model's hyper-parameters."""
+        """The file's keys. Raises PocketlmError if reading them would not give the model's hyper-parameters again."""
         metadata = file_metadata(self.model, self.out, file_type)
         if read_hyper(metadata, self.model.hyper.n_vocab, self.out) != self.model.hyper:
             raise PocketlmError(f"{self.source}: its hyper-parameters cannot be written down: {self.model.hyper}")
@@ -231,8 +231,8 @@ def _check(path: Path, metadata: Mapping[str, Any], done: list[Encoded]) -> None
 
 
 def _differences(opened: GGUF | Fp16Bin, metadata: Mapping[str, Any], done: list[Encoded]) -> list[str]:
-    """Names of keys, or else of tensors, that are not what was written. (In a function of its own: where its caller raises,
-    no variable may still look at the file, or Windows cannot take it away.)
+    """Names of keys, or else of tensors, that are not what was written. (In a function of its own: when the caller raises, no
+    variable may refer to the mapped file any more, or Windows could not delete it.)
     """
     keys = {key: opened.metadata[key] for key in opened.metadata}
     wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]

@@ -30,9 +30,9 @@ def is_model_file(path: Path) -> bool:
 
 
 def read_model_file(path: Path, change: Callable[[Checkpoint], Checkpoint] | None = None) -> CanonicalModel:
-    """The model in a GGUF or an fp16 bin, its tensors changed by `change`, which sees them as a checkpoint's.
+    """The model in a GGUF or an fp16 bin; `change` is applied to its tensors as to a checkpoint's.
 
-    Raises FileError where there is none, or none that pocketlm runs.
+    Raises FileError if there is no model in it, or none that pocketlm runs.
     """
     opened = open_model(path)
     if "token_embd.weight" not in opened.tensors:
@@ -54,7 +54,7 @@ def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> Canonic
 
 
 def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
-    """The model with its tensors changed; `change` sees them with the rows in the order of Hugging Face's checkpoints."""
+    """The model after `change`, which is given the rows of queries and keys in the order of Hugging Face's checkpoints."""
     hyper, rope = model.hyper, model.hyper.rope
     heads = (hyper.n_head, hyper.n_kv_head, hyper.head_dim)
     usual = ARCHITECTURES[hyper.architecture].get("rope_pairs")

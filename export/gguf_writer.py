@@ -60,8 +60,8 @@ def copy_gguf(file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _header(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, Sequence[int], int, int]]) -> bytes:
-    """Everything before the data, padded; of every tensor its name, shape, format's number and bytes. The numbers do not
-    change its size.
+    """Everything before the data, padded. `tensors`: name, shape, number of the format, bytes; the last two do not change the
+    size of the header.
     """
     keys = (_string(key) + _value(key, value) for key, value in metadata.items())
     parts, offset = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata)), *keys], 0
@@ -81,7 +81,9 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Any) -> bytes:
-    """A value with its type in front. Python's numbers get the types that ggml's loader expects: uint32, int32, float32."""
+    """A value behind its type's number. Python's numbers are written as the types that ggml's loader expects: uint32, else
+    int32; float32.
+    """
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
