@@ -1,4 +1,4 @@
-"""The classes of transformers that compute what pocketlm does: how each names a decoder's parts, and what it is told of them.
+"""The classes of transformers that a model can be exported to: how each names a decoder's parts, and its config.json.
 
 In: a `CanonicalModel`. Out: the row that computes it, or the reason why none does. Knows no files; to_huggingface.py writes.
 """
@@ -131,9 +131,9 @@ def _gpt2(hyper: Hyper) -> dict[str, Any]:
 
 
 class Layout(NamedTuple):
-    """How a class of transformers names the parts of a decoder, and what its configuration says.
+    """How a class of transformers names the parts of a decoder, and the entries of its config.json.
 
-    `biases`: the setting that turns biases on → the parts that have them then; the setting "" is on always.
+    `biases`: a setting → the parts that have a bias if it is true; those of the setting "" always have one.
     """
 
     model_type: str

@@ -50,7 +50,7 @@ def architecture_keys(hyper: Hyper) -> dict[str, Any]:
 
 
 def own_options(hyper: Hyper) -> dict[str, Any]:
-    """The options that are not what the architecture means by itself."""
+    """The options in which the model differs from what its architecture usually has."""
     chosen = {name: getattr(hyper, name) for name in OPTIONS if name != "rope_pairs"}
     if hyper.rope:
         chosen["rope_pairs"] = hyper.rope.pairs

@@ -1,8 +1,8 @@
 """Reads llama2.c's `model.bin`, versions 0, 1 and 2: a header and the weights one after the other.
 
 In: a mapped file. Out: the weights by the names of its training code, and the sizes as that code's `model_args`. Version 0 has
-no magic: its header is believed where the file is exactly as long as it says. Version 2 keeps matrices as 8-bit numbers with a
-float32 scale for every group of them.
+no magic number: a file is taken for one if it is exactly as long as its header says. Version 2 stores matrices as 8-bit
+numbers with a float32 scale for every group of them.
 """
 
 from __future__ import annotations

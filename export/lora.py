@@ -2,9 +2,9 @@
 
 In: the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors` or `.bin`), or a checkpoint
 with the layers of textbooks (`NAME.lora.A` and `NAME.lora.B` beside `NAME.linear.weight`, or alone) or of a model that PEFT has
-wrapped (`NAME.lora_A.default.weight`, …, `NAME.base_layer.weight`). Out: a `Lora`, which makes of a checkpoint the one with the
-sums. Names are the checkpoint's own; in a model file they are found by their roles, and the adapter's base is taken for Hugging
-Face's form of the model.
+wrapped (`NAME.lora_A.default.weight`, …, `NAME.base_layer.weight`). Out: a `Lora`, a function from a checkpoint to the merged
+one. Matrices are found by their names in the checkpoint. In a model file they are found by their roles, on the assumption that
+the adapter was trained on Hugging Face's form of the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pocketlm.export.dialects import LORA, role_of
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
-# what PEFT begins the two factors with and leaves the base as it is; the others take the first factors off its weights
+# values of init_lora_weights with which PEFT leaves the base's weights alone; others subtract the initial product from them
 BASE_AS_IT_IS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -82,8 +82,8 @@ class Lora:
 
 
 def read_lora(path: Path, scale: float | None = None) -> Lora:
-    """The adapter in a folder or a checkpoint. `scale`: what B A is multiplied by, where the adapter does not say it or another
-    than it says. Raises FileError.
+    """The adapter in a folder or a checkpoint. `scale`: what B A is multiplied by; None: what the adapter's configuration says.
+    Raises FileError, also where neither says it.
     """
     if path.is_file() or (path.is_dir() and not (path / CONFIG).is_file()):
         tensors = open_checkpoint(path).tensors
@@ -125,7 +125,7 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
 
 
 def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
-    """A [in, rank] and B [rank, out], or the other way round; the rank is the smaller number."""
+    """The pairs, with factors that are stored as A [in, rank] or B [rank, out] turned. The smaller dimension is the rank."""
 
     def turned(tensor: LazyTensor, is_right: bool) -> LazyTensor:
         return tensor if is_right else replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)

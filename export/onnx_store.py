@@ -1,7 +1,7 @@
-"""Where the tensors of an ONNX model are put: in memory, or in a data file as they come.
+"""Stores the tensors of an ONNX model: in memory, or in a data file as they come.
 
-The data file's name ends in a checksum of its contents, so that a model which is there already keeps its own data until
-the new one takes its place. Knows nothing of the graph.
+In: arrays. Out: TensorProtos. The data file's name ends in a checksum of its contents, so that a model of the same name that
+is there already keeps its own data file until it is replaced. Knows nothing of the graph.
 """
 
 from __future__ import annotations

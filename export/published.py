@@ -1,4 +1,4 @@
-"""Tokenizers that go by a name: a name or a path in, a `Tokenizer` out. The library tiktoken fetches and keeps them."""
+"""Published tokenizers by name, such as gpt2. In: a name or a path. Out: a `Tokenizer`. tiktoken fetches and caches them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a folder that Hugging Face's transformers loads, and whatever reads such folders: vLLM, MLX, OpenVINO, CTranslate2.
+"""Writes a folder for Hugging Face's transformers, and for all that reads such folders: vLLM, MLX, OpenVINO, CTranslate2.
 
 In: a `CanonicalModel` and its keys. Out: `config.json`, `model.safetensors`, `generation_config.json` and, where there is a
 tokenizer, `tokenizer.json` and `tokenizer_config.json`. huggingface_layouts.py knows which class of transformers computes what
@@ -40,7 +40,7 @@ LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768)  # original contexts that rot
 def write_huggingface(
     folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, quant: str, encoder: Encoder
 ) -> tuple[list[Encoded], list[str]]:
-    """Write the files into a folder that exists; what became of every tensor, and notes. Raises FileError."""
+    """Write the files into an existing folder; returns what was written for every tensor, and notes. Raises FileError."""
     layout = layout_of(model, source)
     tensors, settings, zeros = _arranged(model, layout)
     done = _write_weights(folder / WEIGHTS, tensors, layout, source, quant, encoder)
@@ -70,7 +70,7 @@ def write_huggingface(
 
 
 def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str, bool], frozenset[str]]:
-    """The tensors as the class wants them, by role, its settings about biases, and which of the biases were made here."""
+    """The tensors as the class wants them, by role; its settings about biases; and the roles of the zero biases added."""
     hyper, tensors = model.hyper, {name: tensor for name, tensor in model.tensors.items() if name not in ROPE_FACTORS}
     if "blk.{i}.attn_qkv" in layout.names:
         fuse_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
@@ -132,7 +132,7 @@ def _write_weights(
 
 
 def _names(role: str, layout: Layout, shape: tuple[int, ...]) -> tuple[list[str], list[int]]:
-    """What transformers calls the tensor, or the parts of it that lie behind each other, and the shape of each."""
+    """The name of a tensor in transformers, or the names of the experts in it, and the shape of each."""
     if not role.startswith("blk."):
         part, end = role.rsplit(".", 1)
         return [f"{layout.names[part]}.{end}"], [*shape]
@@ -171,7 +171,7 @@ def _rope(model: CanonicalModel, source: object) -> dict[str, Any]:
 
 
 def _llama3(rope: Rope, factors: np.ndarray) -> dict[str, Any]:
-    """The settings of Llama 3 that give these factors; where none do, the factors themselves."""
+    """The llama3 scaling that gives these factors; if there is none, a longrope scaling with the factors themselves."""
     largest = float(factors.max())
     for original in LLAMA3_CONTEXTS:
         if np.allclose(llama3_factors(rope.theta, rope.n_dims, largest, 1.0, 4.0, original), factors, rtol=1e-5):
@@ -212,7 +212,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Numbers of 32 bits as a person would write them: 1e-05, not 9.999999747378752e-06."""
+    """`value` with floats in the fewest digits that give the same float32: 1e-05, not 9.999999747378752e-06."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -40,8 +40,8 @@ class Graph:
     """The nodes of one model. `done` tells what became of every tensor; `build` makes the ONNX model."""
 
     def __init__(self, plan: Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, int8: bool):
-        """`int8`: onnxruntime's dynamic quantisation comes after. It wants a matrix of its own for a tied head, and the
-        matrices behind the activation are taken out of its hands: their inputs have outliers a hundred times the rest.
+        """`int8`: the graph is for onnxruntime's dynamic quantisation. That needs a separate matrix for a tied head; and the
+        matrices behind the activation are quantised here, because their inputs have outliers a hundred times the rest.
         """
         self.hyper, self._plan, self._model, self._encoder, self._store = plan.hyper, plan, model, encoder, store
         self._half, self._int8 = half, int8
@@ -146,7 +146,7 @@ class Graph:
     # ── positions, for all layers at once ────────────────────────────────────────────────────────────────────────────
 
     def _positions(self) -> None:
-        """Where keys and queries stand, which keys a query may see, and the tables that follow from that."""
+        """Add the positions of keys and queries, the masks of the keys that a query may see, and the tables made from these."""
         end = self._ints(np.iinfo(np.int64).max)
         n, total = (self._node("Slice", self._node("Shape", x), self._ints(1), end) for x in ("input_ids", "attention_mask"))
         keys = self._node("CumSum", "attention_mask", self._ints(1))
@@ -195,7 +195,7 @@ class Graph:
         self._values[op.out] = x
 
     def _norm(self, op: P.Norm) -> None:
-        """A whole row, or columns of it, each group by itself."""
+        """Normalise a row, or some columns of it, in groups."""
         x, before, after = self._values[op.x], op.column, self._plan.buffers[op.x] - op.column - op.n_groups * op.width
         is_all = not before and not after and op.n_groups == 1
         parts = [x] if is_all else self._split(x, before, op.n_groups * op.width, after)
@@ -246,7 +246,7 @@ class Graph:
         return np.concatenate([heads.reshape(n_rows, *rows.shape[1:]), rows[n_rows:]])
 
     def _to_regroup(self) -> P.Rotate | None:
-        """A rotation of interleaved pairs that stands for all: alike in all layers, on rows that nothing else depends on."""
+        """The rotation, if all layers have the same one, of interleaved pairs, and no norm depends on the order of its rows."""
         rotations = [op for op in self._plan.ops if isinstance(op, P.Rotate)]
         kinds = {(op.qkv, op.n_heads, op.head_dim, op.rope.n_dims, op.rope.pairs) for op in rotations}
         if len(kinds) != 1 or rotations[0].rope.pairs == "half":

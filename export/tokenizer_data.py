@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint as keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` where those do not do.
+"""The tokenizer of a checkpoint as keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` for all else.
 
-In: a tokenizer's file given by the user or found beside the checkpoint. Out: GGUF keys, which are read back with
-`pocketlm.tokenizer.from_metadata` and compared on twenty texts whose ids then travel along. Knows no tensors.
+In: a tokenizer's file, given by the user or found beside the checkpoint. Out: GGUF keys. They are read back with
+`pocketlm.tokenizer.from_metadata` and compared on twenty texts, which go into the file, with their ids. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -159,9 +159,8 @@ def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[
 
 
 def test_texts(tokenizer: Tokenizer) -> list[str]:
-    """Twenty texts that the tokenizer can encode, the last with user-defined symbols, or what it replaces, where there are any.
-
-    Of a character vocabulary, with the characters it has.
+    """Twenty texts that the tokenizer can encode: without the characters that it lacks, and the last with user-defined symbols,
+    or with what its normalizer replaces, if there are any.
     """
     vocabulary = tokenizer.vocabulary
     usable = [vocabulary.tokens[i] for i in vocabulary.ids_of(NORMAL)]

@@ -1,7 +1,7 @@
 """Reads what `torch.save` wrote, without PyTorch: the zip format and the older one of several pickles in a row.
 
 In: a mapped file. Out: the saved object with a `LazyTensor` for every tensor and a `Record` for every other object.
-The layouts are those of torch.serialization; the names below are all that such a pickle may call.
+Layouts: torch.serialization. `_Tensors.functions` are all that such a pickle may call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the entries of a zip archive lie: the central directory, checked against every local header.
+"""Finds the entries of a zip archive: reads the central directory, and checks it against every local header.
 
-In: a mapped file. Out: `Entry` for each name. Nothing is unpacked here except by `Entry.data`, which is bounded. Made for
-archives from strangers: entries may not overlap, repeat a name, be encrypted or claim more than the file holds.
+In: a mapped file. Out: an `Entry` for each name. Only `Entry.head` and `Entry.data`, which are bounded, unpack anything. Made
+for archives from strangers: entries may not overlap, repeat a name, be encrypted or claim more than the file holds.
 Format: PKWARE APPNOTE 6.3, sections 4.3 and 4.5 (zip64).
 """
 
