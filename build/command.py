@@ -173,14 +173,13 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
         if is_gguf and keep:
             _with_keys(path, own, out)
         else:
-            from pocketlm.export.export import container_for, export
+            from pocketlm.export.export import export
 
-            kind = container_for(out, None)
             model = read_model(arguments, path)
             for note in model.notes:
                 print(f"note: {note}")
             counts = read_importance(arguments, model)
-            export(model, path, out, container=kind, quant=arguments.quant, pure=arguments.pure, importance=counts)
+            export(model, path, out, quant=arguments.quant, pure=arguments.pure, importance=counts)
         yield out
 
 

@@ -17,7 +17,7 @@ MAGIC = b"MZ"
 _FILE = struct.Struct("<HHIIIHH")  # processor, sections, time, symbols (2), bytes of the optional header, flags
 _SECTION = struct.Struct("<8sIIIIIIHHI")  # name, bytes in memory, address, bytes in the file, offset, (4 unused), flags
 _DIRECTORY = struct.Struct("<II")  # address, bytes
-_EXPORTS, _IMPORTS, _RESOURCES, _CERTIFICATES = 0, 1, 2, 4  # numbers of directories
+_IMPORTS, _RESOURCES, _CERTIFICATES = 1, 2, 4  # numbers of directories
 _MACHINE_X64, _PE32_PLUS = 0x8664, 0x20B
 _CODE, _DATA = 0x60000020, 0x40000040  # executable and readable; initialised and readable
 _CHECKSUM_AT, _DIRECTORIES_AT, _OPTIONAL_BYTES = 64, 112, 240  # in the optional header
@@ -102,16 +102,6 @@ def imports(library: bytes) -> dict[str, set[str]]:
             row += 8
         at += 20
     return found
-
-
-def exports(library: bytes) -> set[str]:
-    """The names of the functions that a library offers."""
-    file = _File(library)
-    address = _DIRECTORY.unpack_from(library, file.directory(_EXPORTS))[0]
-    if not address:
-        return set()
-    count, _, names = struct.unpack_from("<III", library, file.offset(address) + 24)
-    return {file.text(name) for name in struct.unpack_from(f"<{count}I", library, file.offset(names))}
 
 
 # ---- a library ---------------------------------------------------------------------------------------------------------

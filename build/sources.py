@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pocketlm.build.contents import BUILDERS, DATA, LEFT_OUT, PACKAGES
+from pocketlm.build.contents import DATA, LEFT_OUT, PACKAGES, is_held
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.aot import PLATFORMS
 from pocketlm.runtime.native.levels import host_machine
@@ -57,7 +57,7 @@ def copy_sources(folder: Path) -> None:
     """`folder`/pocketlm, quiet.py and entry.py: what of this package a stub holds, however it is installed."""
     root = Path(__file__).parents[1]
     for file in _sources():
-        if file.as_posix() not in BUILDERS:
+        if is_held(file.as_posix()):
             target = folder / "pocketlm" / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, target)

@@ -80,10 +80,7 @@ def find(name: str, advice: str = "/load lists them") -> Path:
 
 def listed(known: Sequence[Path]) -> list[str]:
     """A line for each file: its number, its name, the model, when it changed last, how many turns, the first words."""
-    rows = []
-    for number, path in enumerate(known, 1):
-        facts = _facts(path)
-        rows.append((str(number), path.stem, *facts))
+    rows = [(str(number), path.stem, *_facts(path)) for number, path in enumerate(known, 1)]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return [without_controls(f"{row[0]:>{widths[0]}}  {row[1]:{widths[1]}}  {' · '.join(row[2:])}") for row in rows]
 

@@ -216,11 +216,9 @@ def _written(conversation: Conversation) -> str:
 
 
 def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_message, value))
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and _is_text(value.get("content"))
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and message.get("role") in ROLES and _is_text(message.get("content")) for message in value
+    )
 
 
 def _is_text(value: object) -> bool:

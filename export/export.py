@@ -161,22 +161,22 @@ def _huggingface(job: _Job) -> tuple[list[Encoded], list[str]]:
 
 
 class Container(NamedTuple):
-    """What `--to` may ask for: how it is written, its formats, the first of which is the default."""
+    """What `--to` may ask for. `quants`: its formats, the default first."""
 
     write: Callable[[_Job], tuple[list[Encoded], list[str]]]
     quants: tuple[str, ...]
+    is_folder: bool = False
+    holds_experts: bool = True
 
 
 _GGUF_QUANTS = ("f16", *(name for name in QUANTS if name != "f16"))
 CONTAINERS = {
     "gguf": Container(_gguf, _GGUF_QUANTS),
-    "fp16": Container(_fp16, ("f16",)),
-    "onnx": Container(_onnx, ("f32", "f16", "int8")),
-    "ollama": Container(_ollama, _GGUF_QUANTS),
-    "huggingface": Container(_huggingface, ("f16", "f32", "bf16")),
+    "fp16": Container(_fp16, ("f16",), is_folder=True, holds_experts=False),
+    "onnx": Container(_onnx, ("f32", "f16", "int8"), holds_experts=False),  # it would compute all experts for every token
+    "ollama": Container(_ollama, _GGUF_QUANTS, is_folder=True),
+    "huggingface": Container(_huggingface, ("f16", "f32", "bf16"), is_folder=True),
 }
-EXPERT_CONTAINERS = ("gguf", "ollama", "huggingface")  # ONNX would compute all experts for every token
-FOLDERS = ("fp16", "ollama", "huggingface")
 CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
@@ -184,12 +184,11 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these,
 
 def container_for(out: Path, asked: str | None) -> str:
     """The container that `--to` names, or the one that the output's name asks for. Raises UsageError."""
-    by_name = ENDINGS.get(out.suffix.lower())
-    if asked is not None:
-        one_of("--to", asked, CONTAINERS)
-    elif (suffix := out.suffix.lower()) in CHECKPOINTS:
+    suffix = out.suffix.lower()
+    if asked is None and suffix in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
-    if asked in FOLDERS and by_name:
+    by_name = ENDINGS.get(suffix)
+    if asked is not None and CONTAINERS[one_of("--to", asked, CONTAINERS)].is_folder and by_name:
         raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")
     return asked or by_name or "fp16"
 
@@ -213,7 +212,7 @@ def export(
     if importance and (container not in ("gguf", "ollama") or quant in ("f32", "f16", "bf16", "q8_0")):
         raise UsageError("--imatrix is for quantised GGUFs; name one of their formats, as --quant q4_k_m")
     plan = model.plan(source)
-    if plan.experts and container not in EXPERT_CONTAINERS:
+    if plan.experts and not row.holds_experts:
         raise FileError(source, f"is a mixture of experts, which {container} does not hold", "export it to a .gguf")
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
         done, notes = row.write(_Job(model, source, out, quant, pure, encoder, importance))
