@@ -49,7 +49,7 @@ class _OneLineParser(Parser):
 
 
 class Command(NamedTuple):
-    """A subcommand: what `--help` says, what it takes, what it does (returning the exit status)."""
+    """A subcommand: its help text, a function that declares its arguments, and one that runs it and returns the exit status."""
 
     help: str
     arguments: Callable[[Parser], None]
@@ -57,9 +57,9 @@ class Command(NamedTuple):
 
 
 def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, program: str = NAME) -> int:
-    """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error.
+    """Run one command line; returns the exit status. A user's error is printed as one line, without a traceback.
 
-    `load` takes the place of `pocketlm.load`. `program`: what errors begin with; of a packed program, its name.
+    `load` replaces `pocketlm.load`. `program`: the first word of errors; for a packed program, its name.
     """
     argv = sys.argv[1:] if argv is None else argv
     _settle_encoding(sys.stdout)  # before the first help text, too
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
 
 
 def _parse(argv: list[str], program: str) -> Arguments:
-    """The arguments of a command line.
+    """The parsed command line.
 
-    Before Python 3.12 argparse gives an optional MODEL or TEXT its default as soon as it meets an option, and the word itself
-    is left over: it is put in its place here.
+    Before Python 3.12 argparse sets an optional MODEL or TEXT to its default as soon as it meets an option, and the word itself
+    is left over. It is put in its place here.
     """
     parser = _parser(argv[:1], program)
     _check_words(argv)
@@ -238,7 +238,7 @@ def _generate_arguments(parser: Parser) -> None:
 
 
 def _prompt(arguments: Arguments) -> str:
-    """The text to continue: of -p, of a file exactly as it is, or of a pipe without its last line break, as `$(…)` is."""
+    """The text to continue: -p's; a file's, unchanged; or a pipe's, without its last line break, as in `$(…)`."""
     usage = "generate: give the text to continue with -p TEXT or -f FILE, or through a pipe"
     if arguments.prompt is not None and arguments.file is not None:
         raise UsageError(usage)

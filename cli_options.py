@@ -27,7 +27,7 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 
 
 def is_packed() -> bool:
-    """Whether this is a packed program, which holds a part of pocketlm only and stays where its user has put it."""
+    """Whether this is a packed program, which has only a part of pocketlm."""
     return getattr(sys, "frozen", False)
 
 
@@ -40,7 +40,7 @@ def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> 
 
 
 def running_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is run."""
+    """Declare the options of how a model is run."""
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
     parser.add_argument(

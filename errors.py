@@ -14,9 +14,9 @@ from typing import Any
 def did_you_mean(
     word: str, words: Iterable[str], sign: str = "", cutoff: float = 0.5, others: Mapping[str, str] | None = None
 ) -> str:
-    """", did you mean q4_k?" for a `word` near one of `words`, "" where none is near. Upper and lower case are alike.
+    """", did you mean q4_k?" if `word` is close to one of `words`, else "". Ignores case.
 
-    `sign` stands before a word as it is typed: "/", "--". `others`: what something is called elsewhere → its word here.
+    `sign`: printed before the word, as "/" or "--". `others`: a name in other programs → the word here.
     """
     from difflib import get_close_matches
 
@@ -27,14 +27,14 @@ def did_you_mean(
 
 
 def one_of(flag: str, value: str, words: Collection[str]) -> str:
-    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
+    """`value`, if it is one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
     if value not in words:
         raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(value, words)}")
     return value
 
 
 def quoted(name: object, limit: int = 100) -> str:
-    """A name from a file for an error message: one line, printable, at most `limit` characters, escapes included."""
+    """A name from a file, for an error message: one line of printable ASCII, at most `limit` characters."""
     text = str(name)
     whole = ascii(text[: limit + 1])[1:-1]
     if len(text) <= limit and len(whole) <= limit:
@@ -45,7 +45,7 @@ def quoted(name: object, limit: int = 100) -> str:
 
 
 class PocketlmError(Exception):
-    """The work failed for a reason outside the program: one line for the user, exit status 1."""
+    """The work failed for a reason outside the program. One line for the user; exit status 1."""
 
     exit_status = 1
 
@@ -60,7 +60,7 @@ def _as_it_was(kind: type[PocketlmError], args: tuple[Any, ...], state: dict[str
 
 
 class UsageError(PocketlmError):
-    """The request makes no sense: an unknown flag value, a text the tokenizer cannot take; exit status 2."""
+    """The request makes no sense: an unknown flag value, a text the tokenizer cannot encode. Exit status 2."""
 
     exit_status = 2
 

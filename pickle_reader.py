@@ -27,14 +27,14 @@ _DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, Overflow
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a function or class. Naming one is harmless; calling it is what the table must allow."""
+    """The name of a function or class. Naming one is harmless; to call it, it must be in the table."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Record:
-    """An object of a class that is not known here, as plain data."""
+    """An object of an unknown class, as plain data."""
 
     name: str
     args: tuple = ()
@@ -48,10 +48,10 @@ Functions = Mapping[str, Callable[..., Any]]
 def read_pickle(
     data: Any, path: object, functions: Functions, persistent: Callable[[Any], Any] | None = None, start: int = 0
 ) -> tuple[Any, int]:
-    """The object that the pickle at `start` describes, and where it ends.
+    """The object in the pickle at `start`, and where the pickle ends.
 
-    `functions` maps "module.name" to what stands in for it; `persistent` gives the object of a persistent id (a storage).
-    Raises FileError where the pickle wants to call anything else (naming it) or is damaged.
+    `functions`: "module.name" → what is called in its place; `persistent` gives the object of a persistent id (a storage).
+    Raises FileError if the pickle is damaged or calls any other function, and names that.
     """
     machine = _Machine(data, path, functions, persistent, start)
     try:
@@ -177,7 +177,7 @@ class _Machine:
         self.call(function, args)
 
     def new(self, cls: Any, args: Any) -> None:
-        """An object by `cls.__new__`: a call where the table has one, else plain data (a class is never run)."""
+        """Push an object made by `cls.__new__`: by the table's function if it has one, else as plain data."""
         if isinstance(cls, Global) and cls.name not in self.functions and isinstance(args, tuple):
             self.push(Record(cls.name, args))
         else:
@@ -227,7 +227,8 @@ def refuse(path: object, wish: str) -> NoReturn:
 
 
 def check_key(key: Any) -> Any:
-    """`key` where its hash is cheap and cannot be chosen to collide: a hash of nested tuples may take for ever."""
+    """`key`, if hashing it is cheap and cannot be made to collide; the hash of nested tuples may take for ever. Else TypeError.
+    """
     if type(key) is tuple and all(type(part) in (str, bytes) for part in key):
         return key
     if not (key is None or isinstance(key, (str, bytes, bool, float, Global)) or (isinstance(key, int) and abs(key) < 1 << 63)):

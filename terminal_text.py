@@ -51,7 +51,7 @@ class StatusLine:
             print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """What is shown stays."""
+        """Keep the line as it is, and go to the next."""
         if self._shown:
             print(file=sys.stderr)
             self._shown = ""

@@ -30,7 +30,7 @@ _ERROR = b', "error": {'  # cannot stand inside a JSON text, which writes \" for
 
 
 class Prompts:
-    """A file of prompts: `n_lines`, of which `n_blank` hold none. Raises FileError where it cannot be read."""
+    """A file of prompts, with `n_lines` lines of which `n_blank` are blank. Raises FileError if it cannot be read."""
 
     def __init__(self, path: Path):
         if path.is_fifo():
@@ -114,7 +114,7 @@ class Answers:
         return self._starts[number] >= 0
 
     def add(self, written: Written) -> None:
-        """Keep what is to be written of a line."""
+        """Append the output for a line to the part file."""
         left = memoryview(written.data)
         with self._kept():
             while left:
@@ -122,7 +122,7 @@ class Answers:
         self._note(written.number, written.data)
 
     def finish(self) -> None:
-        """All answers in the order of the lines, in the target; the part goes."""
+        """Write `target`, all answers in the order of the lines, and empty the part file."""
         with replacing_file(self._target, self._size, _place) as path, path.open("wb") as out, self._part.open("rb") as kept:
             for start in self._starts:
                 if start >= 0:
@@ -131,7 +131,7 @@ class Answers:
         os.ftruncate(self._handle, 0)  # `__exit__` takes the part away
 
     def _kept(self) -> AbstractContextManager[None]:
-        """What the system refuses, as a FileError."""
+        """Turn errors of the system into a FileError that says the answers so far are kept."""
         advice = "mend that and give the same command again: the answers so far are kept"
         return refused(self._part, advice, "cannot be written")
 

@@ -28,7 +28,7 @@ STREAMED = ("stream", "stream_options")  # fields of a request that a file has n
 
 
 class Line(NamedTuple):
-    """`number`: in the file, from 1 on. `data`: without its end; None where it is longer than a request may be."""
+    """`number`: in the file, from 1 on. `data`: without the line feed; None if it is longer than a request may be."""
 
     number: int
     data: bytes | None

@@ -28,7 +28,7 @@ AHEAD = 64  # answers that wait for a slow disk before the threads wait, too
 
 @dataclass(frozen=True)
 class Settings:
-    """How lines are answered: `slots` at the same time, with `defaults` for what a line does not say."""
+    """How lines are answered: `slots` at the same time, with `defaults` for options that a line leaves out."""
 
     slots: int
     seed: int

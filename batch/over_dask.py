@@ -48,7 +48,7 @@ def describe(opening: str) -> Any:
 
 
 def answer(opening: str, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written]:
-    """A chunk, on a worker. Raises PocketlmError where the worker would answer otherwise than the others."""
+    """Answer a chunk, on a worker. Raises PocketlmError if the worker's answers would differ from the others'."""
     machine = _opened(opening)
     if machine.made_of != made_of:
         raise PocketlmError(f"a worker has another model or processor than the others: {machine.made_of}, not {made_of}")

@@ -15,7 +15,7 @@ LISTED_BY = "pocketlm chats lists them"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments of `pocketlm chats`."""
     parser.epilog = (
         "NAME: a conversation's name, how that begins, or its number in the list. "
         "In a chat, /load NAME goes on with the conversation."
@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    """Do one of the three; the exit status."""
+    """List, delete or export; the exit status."""
     if arguments.delete is not None:
         print(_delete(_one_of_ours(arguments.delete)))
     elif arguments.export is not None:
@@ -38,7 +38,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _one_of_ours(name: str) -> Path:
-    """The file of a saved conversation; never another file of the user's, whatever it is called."""
+    """The file of a saved conversation. Raises FileError for a file of another kind: that must not be deleted."""
     path = saved.find(name, LISTED_BY)
     if path.parent != transcript.chats_folder():
         transcript.load(path)

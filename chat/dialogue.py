@@ -67,14 +67,14 @@ class Chat:
     # ---- questions and answers
 
     def ask(self, question: str) -> None:
-        """Put a question, stream the answer, keep both. A question that gets no answer is taken back."""
+        """Ask a question, stream the answer, save both. A question without an answer is removed again."""
         new: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": "", "cut": True}]
         self.conversation.messages += new
         self.save()  # so that the question is kept whatever happens
         self._answer(self.conversation.messages[:-1], new)
 
     def more(self) -> None:
-        """Go on with an answer that did not come to its end."""
+        """Continue an answer that was cut off."""
         messages = self.conversation.messages
         answer: dict[str, Any] = messages[-1] if messages else {"role": ""}
         if answer["role"] != "assistant":
@@ -86,7 +86,9 @@ class Chat:
         self._answer(messages if answer["content"] else messages[:-1], [])
 
     def _answer(self, messages: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
-        """Stream the answer to `messages` into the conversation's last message; `new` are taken back if none comes."""
+        """Stream the answer to `messages` into the conversation's last message. If none comes, the messages in `new` are
+        removed.
+        """
         answer, last = self.conversation.messages[-1], None
         try:
             self.endings.check()
@@ -135,7 +137,7 @@ class Chat:
         return "" if has_form else template.thought_opening
 
     def _show(self, parts: Iterable[tuple[bool, str]]) -> None:
-        """Parts of an answer; what the model thinks is dimmed, or a short note."""
+        """Write parts of an answer. Thoughts are dimmed, or hidden behind a short note."""
         for is_thought, text in parts:
             if is_thought and not self.show_thoughts:
                 if self.console.interactive and not self._in_thought:
@@ -229,7 +231,7 @@ class Chat:
         self.console.note("a new conversation")
 
     def undo(self, said: str = "taken back") -> str | None:
-        """Take back the last question and its answer; returns the question. `said`: what the note says of it."""
+        """Remove the last question and its answer; returns the question. `said`: how the note calls that."""
         messages = self.conversation.messages
         start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if start is None:
@@ -251,13 +253,14 @@ class Chat:
             self.ask(question)
 
     def think(self, wanted: str) -> None:
-        """ "on", "off": whether the model thinks before it answers, where its template can say so; "hide": it is not shown."""
+        """"on", "off": whether the model thinks before it answers, if its template can say so. "hide": thoughts are not shown.
+        """
         self.show_thoughts = wanted != "hide" and self.console.interactive
         if wanted != "hide":
             self._wish = wanted == "on"
 
     def thoughts(self) -> str:
-        """What is wished of thoughts, in a word or two."""
+        """The present setting of `think`, in a word or two."""
         wish = {None: "as the model's template does", True: "on", False: "off"}[self._wish]
         return wish + (", hidden" if not self.show_thoughts else "")
 
@@ -296,7 +299,7 @@ class Chat:
     # ---- its file
 
     def keep_state(self) -> None:
-        """At the end: keep what was computed, so that the conversation can be resumed at once."""
+        """At the end: save the model's state, so that the conversation can be resumed at once."""
         if self._saving and self._last is not None and self.record.path is not None:
             states.keep(self.model, self.record.path)
 

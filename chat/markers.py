@@ -48,7 +48,7 @@ class Markers:
         return self.places(text, self._tokenizer.encode(text, special=True))
 
     def places(self, text: str, ids: list[int]) -> Iterator[Place]:
-        """The same where the text's ids are known."""
+        """The same, for a text whose ids are known."""
         position, markers = 0, self._ids
         for token_id in ids:
             if token_id in markers:
@@ -59,7 +59,7 @@ class Markers:
                     yield start, position, token_id
 
     def in_template(self, part: str) -> list[Place]:
-        """The same of a text between two contents: there are few of them, each many times."""
+        """The same, cached: for the few texts that a template writes between contents."""
         if part not in self._in_template:
             self._in_template[part] = list(self.find(part))
         return self._in_template[part]

@@ -64,7 +64,7 @@ def _percent(budget: Budget, text: str, *arguments: Any, **named: Any) -> None:
 
 
 def _number(budget: Budget, value: Any, *arguments: Any) -> None:
-    """For the tests that compute `%`, which formats a text."""
+    """Guard of the tests that compute `%`, which would format a text."""
     if not isinstance(value, (int, float)):
         raise TemplateError("it asks of something that is no number whether it is even")
 
@@ -101,7 +101,7 @@ FIELDS: dict[type, frozenset[str]] = {
 
 
 class Method:
-    """A method of a value, bound: what `text.strip` is before it is called."""
+    """A bound method: what `text.strip` is before it is called."""
 
     __slots__ = ("_function", "_guard", "_value")
 
@@ -282,7 +282,7 @@ def _join_filter(context: Any, value: Any, d: Any = "", attribute: Any = None) -
 
 @pass_context
 def _safe(context: Any, value: Any) -> str:
-    """There is no escaping here: only the text of the value is left of Jinja's `safe`."""
+    """Jinja's `safe`: as nothing is escaped here, it only makes a text of the value."""
     return context.environment.budget.text(value)
 
 
@@ -295,7 +295,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as chat templates mean it: no escaping for HTML, letters of all languages as they are."""
+    """JSON as chat templates expect it: not escaped for HTML, letters of all languages as they are."""
     budget: Budget = context.environment.budget
     if isinstance(value, Undefined) or not (indent is None or (isinstance(indent, int) and 0 <= indent <= 16)):
         raise TemplateError("it asks for JSON of an undefined value or with a strange indent")

@@ -92,7 +92,7 @@ def run(
 
 
 def _converse(chat: Chat, question: str | None, lines: bool) -> int:
-    """Answer what comes; returns the exit status."""
+    """Answer everything that comes; returns the exit status."""
     console = chat.console
     if question is not None:
         text = console.read_all(lambda line: False) if console.piped else ""

@@ -89,7 +89,7 @@ def _constant(node: nodes.Const) -> nodes.Node:
 
 
 def _block(node: Any) -> nodes.Node:
-    """The text that a block gathers is a value like any other: it goes through ` admit` before its filters."""
+    """Pass the text that a block gathers through ` admit`, like any other value, before the block's filters."""
     text = nodes.Filter(None, " admit", [], [], None, None, lineno=node.lineno)
     if node.filter is None:
         node.filter = text
@@ -181,7 +181,7 @@ _PLACES: dict[str, Callable[..., Any]] = {
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox with everything that is not in a table taken out. One rendering at a time."""
+    """Jinja's immutable sandbox, reduced to what is in the tables. For one rendering at a time."""
 
     intercepted_binops = frozenset(OPERATORS)
 

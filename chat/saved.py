@@ -47,7 +47,7 @@ def latest(model_id: str, interactive: bool = True) -> Path | None:
 
 
 def as_path(name: str) -> Path:
-    """The path that a user writes, `~` being the home folder."""
+    """The path that a user writes; `~` is the home folder."""
     try:
         return Path(os.path.expanduser(name))
     except ValueError:  # a zero byte, with which there is no file
@@ -99,13 +99,13 @@ def _facts(path: Path) -> tuple[str, ...]:
 
 
 def delete(path: Path) -> None:
-    """Take a conversation away, and the state that was kept of it. Raises OSError."""
+    """Delete a conversation and its saved state. Raises OSError."""
     path.unlink()
     states.forget(path)
 
 
 def markdown(conversation: Conversation) -> str:
-    """The conversation as a page for people."""
+    """The conversation as Markdown."""
     name = conversation.model or "a model"
     parts = [f"# A conversation with {name}"]
     if conversation.system:

@@ -19,7 +19,7 @@ MOST, MOST_BYTES = 8, 1 << 29  # files, and what they may take together: the old
 
 
 def path_of(conversation: Path) -> Path | None:
-    """Where the state of the conversation in this file is kept; None where there is no home."""
+    """Where the state of the conversation in this file is kept; None without a home folder."""
     folder = data_folder()
     place = hashlib.sha256(str(conversation.absolute()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return folder / "states" / f"{conversation.stem}-{place}.state" if folder else None
@@ -37,7 +37,7 @@ def keep(model: Any, conversation: Path) -> None:
 
 
 def restore(model: Any, conversation: Path) -> None:
-    """Go on from the state that was kept of this conversation, if there is one that fits."""
+    """Load the saved state of this conversation, if there is one that fits the model."""
     with suppress(PocketlmError, OSError):
         path = path_of(conversation)
         if path is not None and 0 < path.stat().st_size <= MOST_BYTES:

@@ -47,14 +47,14 @@ class BuiltIn:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """The markers that it writes, those that end a turn last."""
+        """The markers that the template writes; those that end a turn come last."""
         sides = self.roles.values()
         written = "".join([before for before, _ in sides] + [after for _, after in sides])
         return tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", written)))
 
     @property
     def jinja(self) -> str:
-        """The template as the Jinja that travels in a model file, where its roles differ in their names alone."""
+        """The template in Jinja, for a model file. Only for templates whose roles differ in their names alone."""
         before, after = (side.replace("\n", "\\n") for side in self.roles["user"])
         turn = f"""{{{{- '{before.replace("user", "' + message['role'] + '")}' + message['content'] + '{after}' }}}}"""
         prompt = f"{{{{- '{before.replace('user', 'assistant')}' }}}}"
@@ -90,10 +90,10 @@ PLAIN_JINJA = (
 
 
 class Template:
-    """The chat template of one model. `source` is Jinja, or None where `built_in` is the template.
+    """The chat template of one model. `source` is Jinja, or None if `built_in` is the template.
 
-    When the Jinja fails, the built-in one takes over and `note` says so in one line: for good if the template is
-    broken, for one conversation if the template refuses that. `note` is "" as long as all is well.
+    When the Jinja fails, the built-in template is used instead, and `note` says so in one line: from then on if the Jinja is
+    broken, once if it refuses a conversation. Else `note` is "".
     """
 
     def __init__(self, source: str | None, built_in: BuiltIn, bos_token: str = "", eos_token: str = ""):
@@ -123,7 +123,7 @@ class Template:
 
     @property
     def thinking(self) -> bool | None:
-        """Whether the model is to think before it answers; None: as the template does by itself."""
+        """Whether the model is to think before it answers; None: the template's default."""
         return self._thinking
 
     @thinking.setter
@@ -131,7 +131,7 @@ class Template:
         self._thinking, self._thought_opening = wanted, None
 
     def with_thinking(self, wanted: bool | None) -> Template:
-        """The same template with another wish."""
+        """A copy with another value of `thinking`."""
         other = copy.copy(self)
         other.thinking = wanted
         return other
@@ -159,7 +159,7 @@ class Template:
         return content
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, with the opening of the next answer where `add_generation_prompt` asks for it.
+        """The conversation as text, followed by the generation prompt if `add_generation_prompt`.
 
         Raises UsageError for messages that are not dicts of two texts, `role` and `content`.
         """
@@ -179,7 +179,7 @@ class Template:
         return self.built_in.render(messages, add_generation_prompt)
 
     def _render_jinja(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """What the model's own template makes of the messages. Raises TemplateError."""
+        """The messages as rendered by the model's own template. Raises TemplateError."""
         from pocketlm.chat.budget import TemplateError, TemplateRaised
         from pocketlm.chat.sandbox import SandboxedTemplate
 
@@ -200,11 +200,10 @@ class Template:
                 raise refusal from None
 
     def encode(self, messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True) -> list[int]:
-        """The conversation as ids, the beginning-of-sequence token in front where the model asks for it.
+        """The conversation as ids, with the begin-of-sequence token in front if the model wants it.
 
-        The ids of `tokenizer.encode(render(messages), special=True)`, unless a content spells a marker of the
-        vocabulary: `<|im_end|>` typed by a user is then encoded as the letters it is made of. Raises UsageError for
-        texts that the tokenizer cannot take.
+        Equal to `tokenizer.encode(render(messages), special=True)`, except that a marker which a content spells, such as
+        `<|im_end|>` typed by a user, is encoded as ordinary text. Raises UsageError for texts that the tokenizer cannot encode.
         """
         checked = _checked(messages)
         text = self._render(checked, add_generation_prompt)
@@ -227,7 +226,7 @@ class Template:
         return encode_between(text, own, tokenizer, markers, bos)
 
     def _markers_in(self, tokenizer: Tokenizer, template_parts: frozenset[str]) -> Markers:
-        """The markers of a conversation, whose template writes these parts; the last one's are remembered."""
+        """The markers of the vocabulary, given what the template writes; cached for the last arguments."""
         if self._markers is None or self._markers.made_of != (tokenizer, template_parts):
             self._markers = Markers(tokenizer, template_parts)
         return self._markers

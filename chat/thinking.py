@@ -20,7 +20,7 @@ def tags_of(template: str) -> Tags:
 
 
 class Splitter:
-    """Tells thought from answer while text comes. `so_far`: what there is of the answer already."""
+    """Separates thought from answer in a stream of text. `so_far`: the part of the answer that there is already."""
 
     def __init__(self, tags: Tags, so_far: str = ""):
         self._open, self._close = tags
@@ -30,7 +30,7 @@ class Splitter:
             pass
 
     def push(self, text: str) -> Iterator[tuple[bool, str]]:
-        """The parts, (whether it is thought, text), that are certain now."""
+        """Add text; yields the parts (is thought, text) that are certain by now."""
         self._held += text
         while self._held:
             state, part = self._state, self._step()
@@ -47,7 +47,7 @@ class Splitter:
             yield thought, rest.rstrip("\n") if thought else rest
 
     def whole(self, text: str) -> tuple[str, str]:
-        """(thought, answer) of all that comes, at once."""
+        """Add all of a text; (thought, answer)."""
         parts = [*self.push(text), *self.flush()]
         thought, answer = ("".join(part for is_thought, part in parts if is_thought is wanted) for wanted in (True, False))
         return thought, answer
@@ -81,7 +81,7 @@ class Splitter:
 
 
 def split(text: str) -> tuple[str, str]:
-    """(thought, answer) of a text that was kept, of whatever model."""
+    """(thought, answer) of a saved text, with the tags of any model."""
     begun = text.lstrip()
     tags = next((tags for tags in TAGS if begun.startswith(tags[0])), None)
     if tags is None:

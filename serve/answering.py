@@ -44,7 +44,9 @@ class Counters:
 
 
 class Answerer:
-    """A model with `n_slots` sessions. `seconds`: the longest that a request may wait for one, and then be answered."""
+    """A model with its sessions as slots. `waiting`: how many requests may wait for one; `seconds`: how long a request may
+    wait, and how long its answer may take.
+    """
 
     def __init__(self, model: Model, sessions: Sequence[Any], waiting: int, seconds: float):
         self.model, self.seconds = model, seconds
@@ -73,7 +75,7 @@ class Answerer:
     # ---- answers
 
     async def begin(self, ask: Ask, prompts: Prompts) -> Answer:
-        """Wait for a slot, and answer. Raises ApiError: 429 where too many wait, 503 where none is free in time."""
+        """Wait for a slot, and begin to answer. Raises ApiError: 429 if too many wait, 503 if no slot becomes free in time."""
         if self.stopping:
             raise ApiError(503, STOPPING, retry_after=5)
         try:
@@ -114,7 +116,7 @@ class Answerer:
         counters.generation_seconds += piece.generation_seconds
 
     def stop(self) -> None:
-        """From now on nobody is answered; answers that are being made end within a pass."""
+        """Refuse new requests, and end the answers within one forward pass."""
         self.stopping = True
         for answer in list(self.running):
             answer.cancel()
@@ -157,7 +159,7 @@ class Answer:
         self._answerer.counters.left += not self._complete
 
     async def several(self, pause: float) -> list[tuple[int, Piece]]:
-        """What has come since the last call, as `Handover.several`; none where all has."""
+        """The pieces since the last call, as `Handover.several`; [] at the end."""
         try:
             found = await self._handover.several(pause)
         except PocketlmError as error:  # a UsageError: what the client asked for leads no further

@@ -103,7 +103,7 @@ async def _body(request: Request) -> bytes:
 
 
 class Api:
-    """What programs ask for."""
+    """The endpoints for programs."""
 
     def __init__(self, answerer: Answerer, defaults: dict[str, Any]):
         self._answerer, self._model, self._defaults = answerer, answerer.model, defaults
@@ -271,7 +271,7 @@ class Answering(Response):
 
 
 class _Events:
-    """What a stream says, piece by piece."""
+    """Makes the events of a stream, piece by piece."""
 
     def __init__(self, ask: Ask, prompts: Prompts, shape: Shape):
         self._ask, self._prompts, self._shape = ask, prompts, shape

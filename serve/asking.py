@@ -34,14 +34,14 @@ class Prompts:
 
 
 class Asking:
-    """Turns what is asked of `model` into ids for a session of `n_ctx` positions."""
+    """Encodes requests to `model` as ids, for sessions of `n_ctx` positions."""
 
     def __init__(self, model: Model, n_ctx: int):
         self._model, self._n_ctx = model, n_ctx
         self._longest = max(map(len, model.tokenizer.all_bytes()))
 
     def encode(self, ask: Ask) -> Prompts:
-        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot encode or the context cannot hold."""
         try:
             has_form = self._model.guide(dict(ask.options)) is not None  # made here, outside of every slot, and remembered
         except UsageError as error:

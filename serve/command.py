@@ -24,7 +24,7 @@ TURN = 0.0005
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments of `pocketlm serve`."""
     model_arguments(parser, optional=True)
     group = parser.add_argument_group("the server")
     group.add_argument(
@@ -141,7 +141,7 @@ def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> 
 
 
 def _open_page(url: str) -> None:
-    """In a browser with windows of its own; one for the terminal would take that from the server."""
+    """Open a browser, but none that runs in the terminal, which is the server's."""
     import webbrowser
 
     with suppress(webbrowser.Error):  # there is none

@@ -46,7 +46,7 @@ class Policy:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
 
     def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        """Raises ApiError for a request that is refused. `headers` by their names in small letters."""
+        """Raises ApiError if the request is refused. `headers`: by their names in lower case."""
         self._check_host(headers.get("host", ""))
         self._check_origin(path, headers)
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":

@@ -81,7 +81,7 @@ def settings(ask: Ask, end_ids: Iterable[int]) -> dict[str, Any]:
 
 
 def properties(answerer: Answerer, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`/props`. The file is named without its folder, which is nobody's business."""
+    """`/props`. The model's file is named without its folder, which is private."""
     model = answerer.model
     params = settings(Ask(False, options={**defaults}), model.tokenizer.end_ids)
     return {
@@ -92,6 +92,6 @@ def properties(answerer: Answerer, defaults: Mapping[str, Any]) -> dict[str, Any
 
 
 def slots(answerer: Answerer) -> list[dict[str, Any]]:
-    """`/slots`: which of them answer, and how many positions each has filled; nothing of what is said in them."""
+    """`/slots`: which of them are busy, and how many positions each has filled, but no text."""
     return [{"id": number, "n_ctx": answerer.n_ctx, "is_processing": slot.taken > 0,
              "n_past": slot.session.context_used} for number, slot in enumerate(answerer.slots.all)]  # fmt: skip

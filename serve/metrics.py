@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def text(answerer: Answerer) -> str:
-    """One metric after the other, each with its help and its type."""
+    """Every metric with its help and type."""
     c, slots = answerer.counters, answerer.slots
     rows = [
         ("requests_total", "counter", "Requests that were given a slot.", c.requests),

@@ -47,7 +47,7 @@ class Page:
         self._headers = {"content-security-policy": content_security_policy(self._html)}
 
     def routes(self) -> list[Route]:
-        """What the server has for the page."""
+        """The routes of the page."""
         return [
             Route("/", self.html),
             Route("/page/enter", self.enter, methods=["POST"]),
@@ -124,8 +124,8 @@ class Page:
                              "model": conversation.model})  # fmt: skip
 
     async def save(self, request: Request) -> Response:
-        """Write a conversation: a new one, or one that is known to be at `revision`. Where somebody has changed it since, it
-        stays as it is and this one goes on under a new name, which the answer says.
+        """Save a conversation: a new one, or one that the client knows at `revision`. If somebody has changed that since, it is
+        left alone, and this one is saved under a new name, which the response tells.
         """
         body = await read_json(request)
         path = self._path(request) if "name" in request.path_params else None
@@ -147,7 +147,7 @@ class Page:
         return JSONResponse(await _asked(write, 503))
 
     async def delete(self, request: Request) -> Response:
-        """With a `revision` only what has not changed since."""
+        """Delete a conversation; with a `revision`, only if it has not changed since."""
         path, revision = self._path(request), _revision(await read_json(request))
 
         def delete() -> None:
@@ -197,7 +197,7 @@ def _conversation(body: dict[str, Any]) -> transcript.Conversation:
 
 
 def content_security_policy(html: bytes) -> str:
-    """What the page may do: run its own script, wear its own style, ask its own server. Nothing else, whatever gets into it."""
+    """The page may run its own script, use its own style, and send requests to its own server, and nothing else."""
     allowed = {"script": "", "style": ""}
     for kind, content in _INLINE.findall(html):
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()

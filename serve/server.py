@@ -38,7 +38,7 @@ STOP_SECONDS = 10  # for answers to end once the server stops
 
 
 class Protocol(H11Protocol):
-    """One connection. It ends where its client is too slow with the head of a request, or does not read what is sent."""
+    """One connection. It is closed if the client is too slow to send the head of a request, or to read the response."""
 
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -106,7 +106,9 @@ class Server(Uvicorn):
         self._stopping, self._listening = stopping, listening
 
     def serve_until_stopped(self, ready: Callable[[], object] = lambda: None) -> None:
-        """Answer until `stop`, SIGINT or SIGTERM; a second signal does not wait for answers. `ready`: it has begun."""
+        """Serve until `stop`, SIGINT or SIGTERM; a second signal ends without waiting for answers. `ready` is called once it
+        listens.
+        """
         asyncio.run(self._run(ready))
 
     async def _run(self, ready: Callable[[], object]) -> None:
@@ -122,7 +124,7 @@ class Server(Uvicorn):
         ready()
 
     def stop(self) -> None:
-        """From any thread."""
+        """Stop the server; from any thread."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -131,7 +133,7 @@ class Server(Uvicorn):
         await super().shutdown(sockets)
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        """Signals stop the server, and the process goes on to its own end: uvicorn would send them to it again."""
+        """Let signals stop the server, but not the process: uvicorn would raise them once more afterwards."""
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
         return handled(numbers, self.handle_exit)
 
@@ -142,8 +144,8 @@ class Server(Uvicorn):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any that is free. Raises UsageError for an address that is none, PocketlmError for a port
-    that is taken.
+    """A listening socket; port 0: any that is free. Raises UsageError for an address that is not this computer's, PocketlmError
+    for a port that is taken.
     """
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

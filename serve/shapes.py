@@ -43,7 +43,7 @@ class Shape:
         self._offsets: defaultdict[int, tuple[int, Any]] = defaultdict(lambda: (0, getincrementaldecoder("utf-8")("replace")))
 
     def opening(self, number: int) -> dict[str, Any] | None:
-        """What a stream says before the first text of an answer; None: nothing."""
+        """What a stream sends before the first text of an answer; None: nothing."""
         return self._chunk(number, {"role": "assistant", "content": None}, None) if self._is_chat else None
 
     def delta(self, number: int, text: str, pieces: Sequence[Piece], is_thought: bool = False) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Shape:
         return {**self._chunk(number, {}, finish_reason(piece)), "timings": timings(piece), **told}
 
     def usage(self, lasts: Sequence[Piece]) -> dict[str, Any]:
-        """The last object of a stream, where it is asked for."""
+        """The last object of a stream, if the request asks for it."""
         return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, self._ask.n),
                 "timings": timings(lasts[-1])}  # fmt: skip
 
@@ -129,7 +129,7 @@ def _finite(logprob: float) -> float:
 
 
 def usage(lasts: Sequence[Piece], n: int) -> dict[str, Any]:
-    """Tokens; the prompt of n answers counts once."""
+    """Counts of tokens; the prompt of `n` answers counts once."""
     prompt, completion = sum(piece.prompt_tokens for piece in lasts[::n]), sum(piece.generated_tokens for piece in lasts)
     cached = sum(piece.cached_tokens for piece in lasts[::n])
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,

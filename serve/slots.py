@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class QueueFull(Exception):
-    """As many wait as may wait; `retry_after`: in how many seconds it may be worth trying again."""
+    """Too many wait already. `retry_after`: seconds after which it may be worth trying again."""
 
     def __init__(self, retry_after: int):
         self.retry_after = retry_after
@@ -28,7 +28,7 @@ class QueueFull(Exception):
 
 @dataclass
 class Slot:
-    """One session; `used` is when it was given back last, `taken` when it was taken, 0 while nobody has it."""
+    """One session. `used`: when it was given back last; `taken`: when it was taken, 0 while it is free."""
 
     session: Conversation
     used: float = 0.0
@@ -36,7 +36,7 @@ class Slot:
 
 
 class Slots:
-    """`limit`: how many may wait."""
+    """The sessions, and the queue for them; `limit`: how many may wait."""
 
     def __init__(self, sessions: Sequence[Conversation], limit: int):
         self.all = [Slot(session) for session in sessions]
@@ -80,12 +80,12 @@ class Slots:
         return slot
 
     def stop(self) -> None:
-        """Nobody who waits gets one any more."""
+        """Refuse everybody who waits."""
         for future in self._waiting:
             _give_up(future)
 
     def give_back(self, slot: Slot) -> None:
-        """The slot is nobody's any more: the next in the queue gets it."""
+        """Give the slot to the next in the queue, or make it free."""
         slot.used = time.monotonic()
         if slot.taken:
             self._seconds += 0.2 * (slot.used - slot.taken - self._seconds)
