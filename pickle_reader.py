@@ -227,8 +227,7 @@ def refuse(path: object, wish: str) -> NoReturn:
 
 
 def check_key(key: Any) -> Any:
-    """`key`, if hashing it is cheap and cannot be made to collide; the hash of nested tuples may take for ever. Else TypeError.
-    """
+    """`key`, if hashing it is cheap and cannot be made to collide, else TypeError: nested tuples may take for ever to hash."""
     if type(key) is tuple and all(type(part) in (str, bytes) for part in key):
         return key
     if not (key is None or isinstance(key, (str, bytes, bool, float, Global)) or (isinstance(key, int) and abs(key) < 1 << 63)):

@@ -72,8 +72,7 @@ def _machine(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
 
 
 class Progress(StatusLine):
-    """Progress on stderr: one line that is overwritten on a terminal, else a line now and then. `done`: lines answered before.
-    """
+    """Progress on stderr: on a terminal one line that is overwritten, else a line now and then. `done`: answered before."""
 
     def __init__(self, n_lines: int, done: int, program: str):
         self._n_lines, self._before, self._program = n_lines, done, program

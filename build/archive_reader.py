@@ -42,7 +42,7 @@ class _Damaged(Exception):
 
 
 def damaged_entries(path: Path) -> list[str]:
-    """The files in the archive that are damaged. Raises FileError where there is no archive, or its table is damaged."""
+    """The names of damaged files in the archive. Raises FileError if there is no archive, or its table is damaged."""
     start, length = program_place(path)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
@@ -80,7 +80,7 @@ def _is_whole(data: mmap.mmap, entry: Entry) -> bool:
 
 
 def _unpack_modules(data: mmap.mmap, start: int, end: int) -> None:
-    """Unpack one module behind the other, up to the table behind them."""
+    """Unpack the modules one after the other, up to the table behind them."""
     if data[start : start + 4] != _MODULES_MAGIC:
         raise _Damaged
     at, table = start + _MODULES_HEAD, start + struct.unpack_from("!i", data, start + 8)[0]

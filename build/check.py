@@ -23,7 +23,7 @@ WHOLE = "whole"
 
 
 class Part(NamedTuple):
-    """A part of a file: what it is, how long it should be, and WHOLE or what is wrong with it."""
+    """A part of a file: its name, how long it should be, and WHOLE or what is wrong with it."""
 
     name: str
     n_bytes: int

@@ -53,7 +53,7 @@ _SYSTEM_LIBRARIES = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things are: in the wheels and packages, and in the archive."""
+    """Where things are in the wheels and packages, and in the archive."""
 
     python: wheels.Python
     boot: str  # the boot loader in PyInstaller's wheel
@@ -76,10 +76,10 @@ def _layout(platform: str, python: wheels.Python) -> _Layout:
 
 
 def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
-    """Write the stub for `platform` (a name in aot.PLATFORMS); its path.
+    """Write the stub for `platform` (a name in aot.PLATFORMS); returns its path.
 
-    `wheel_folder`: where the wheels are, in place of the cache folder and the network. PocketlmError: something cannot be
-    fetched, or this Python's version cannot be had for the platform; FileError: a file is not the one that is known.
+    `wheel_folder`: a folder with the wheels, in place of the cache folder and the network. PocketlmError: a file cannot be
+    fetched, or there is no CPython of this version for the platform; FileError: a file has another hash than the known one.
     """
     host = host_platform()
     is_own = platform == host and _own_library(_layout(host, PYTHON).library) is not None
@@ -256,7 +256,7 @@ def _base_modules(library: Path) -> list[str]:
 
 
 def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str, Path]) -> list[Entry]:
-    """Python, compiled modules, and the libraries that they want, each under the name it is looked for at run time."""
+    """Python, the compiled modules, and the libraries they need, each under the name by which it is found at run time."""
     python = _library(layout.library, tree.shared)
     if python is None:
         raise PocketlmError(f"{layout.library} is in none of the files that were fetched")
@@ -292,12 +292,12 @@ def _is_module(name: str) -> bool:
 
 
 def _library(name: str, folders: Iterable[Path]) -> Path | None:
-    """Windows' libraries are looked for as Windows does, whatever the case of the letters."""
+    """The path of a library. Names are compared without regard to case, as Windows does."""
     return next((folder / file for folder in folders for file in modules.names(folder) if file.lower() == name.lower()), None)
 
 
 def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
-    """How to find out which libraries a binary of the platform wants."""
+    """A function that lists the libraries that a binary of the platform needs."""
     system, machine = platform.partition("-")[0], PLATFORMS[platform].machine
     of_a_mac = lambda data: macho.needed(macho.part_for(data, machine))  # noqa: E731
     return {"windows": pe.imports, "linux": elf.needed, "macos": of_a_mac}[system]

@@ -82,10 +82,10 @@ STOOD_IN = ("ssl", "logging.config", "configparser", "http.client")
 
 
 def is_excluded(module: str) -> bool:
-    """Whether a module, or a package that it lies in, is in EXCLUDED."""
+    """Whether a module, or a package around it, is in EXCLUDED."""
     return any(module == name or module.startswith(f"{name}.") for name in EXCLUDED)
 
 
 def is_held(source: str) -> bool:
-    """Whether a stub holds a file of this package, given as `chat/repl.py`."""
+    """Whether a stub holds this file of the package; `source`: its path, such as `chat/repl.py`."""
     return source.rpartition("/")[0] in PACKAGES and source not in BUILDERS | LEFT_OUT

@@ -65,19 +65,19 @@ def shared_object(name: str, machine: str, code: bytes, symbols: Mapping[str, in
 
 
 def dynamic_symbols(library: bytes, defined: bool) -> set[str]:
-    """Names that a library offers to others, or (not `defined`) wants of them."""
+    """The names that a library defines for others, or (not `defined`) needs from others."""
     rows = _rows(library, _SHT_DYNSYM, SYMBOL)
     return {text_at(library, texts + name) for texts, (name, _, _, section, _, _) in rows if bool(section) == defined}
 
 
 def needed(library: bytes) -> list[str]:
-    """The libraries that one wants, by name."""
+    """The names of the libraries that a library needs."""
     rows = _rows(library, _SHT_DYNAMIC, struct.Struct("<QQ"))
     return [text_at(library, texts + value) for texts, (tag, value) in rows if tag == _NEEDED]
 
 
 def _rows(library: bytes, wanted: int, row: struct.Struct) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The rows of all sections of a kind, each with the place of the names that it refers to."""
+    """The rows of all sections of type `wanted`, each with the offset of the string table that it refers to."""
     at, size, count = struct.unpack_from("<Q", library, 40)[0], *struct.unpack_from("<HH", library, 58)
     sections = [SECTION.unpack_from(library, at + i * size) for i in range(count)]
     for _, kind, _, _, start, length, link, *_ in sections:

@@ -41,7 +41,7 @@ class UnreadableHeader(Exception):
 
 
 def part_for(data: bytes, machine: str) -> bytes:
-    """What a file has for a processor, "aarch64" or "x86_64". UnreadableHeader: nothing."""
+    """The part of a file for a processor, "aarch64" or "x86_64". Raises UnreadableHeader if there is none."""
     wanted = _PROCESSORS[machine]
     if data.startswith(MAGIC) and struct.unpack_from("<I", data, 4)[0] == wanted:
         return data
@@ -54,7 +54,7 @@ def part_for(data: bytes, machine: str) -> bytes:
 
 
 def needed(library: bytes) -> list[str]:
-    """The libraries that one wants, by the names of their files."""
+    """The file names of the libraries that a library needs."""
     _, commands, _ = _commands(library)
     paths = [command[struct.unpack_from("<I", command, 8)[0] :] for kind, command in commands if kind == _LC_LOAD_DYLIB]
     return [path.partition(b"\0")[0].decode().rpartition("/")[2] for path in paths]
@@ -83,7 +83,7 @@ def sign(file: BinaryIO) -> None:
 
 
 def signed_bytes(length: int) -> int:
-    """How long a program of so many bytes is when it is signed."""
+    """The length that a program of `length` bytes has once it is signed."""
     code_bytes = round_up(length, 16)
     return code_bytes + _signature_bytes(code_bytes)
 
@@ -107,7 +107,7 @@ def _commands(data: bytes) -> tuple[tuple[int, ...], list[tuple[int, bytes]], in
 
 
 def _covered(data: bytes, code_bytes: int, signature_bytes: int) -> tuple[bytes, tuple[int, int]]:
-    """The header with load commands for a file of code and then a signature; and __TEXT's offset and length in the file."""
+    """The header, with load commands for a file that consists of code and a signature; and the offset and length of __TEXT."""
     header, commands, end = _commands(data)
     out, text, first = bytearray(), (0, 0), len(data)
     for kind, old in commands:

@@ -55,7 +55,7 @@ def open_stub(path: Path) -> Stub:
 
 
 def platform_of(path: Path) -> str:
-    """The system and processor that an executable is for. Raises FileError for one that pocketlm does not know."""
+    """The system and processor that an executable is for. Raises FileError for an unknown one."""
     with open(path, "rb") as file:
         head = file.read(PAGE)
     try:
@@ -74,12 +74,11 @@ def pack(
     model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None,
     trial: Callable[[Path], object] | None = None, icon: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Write the executable; its path, which ends in .exe for Windows.
+    """Write the executable; returns its path, which ends in .exe for Windows.
 
-    `reference` makes the reference results for --selftest. `trial` gets the finished executable, under another name; where
-    it raises, nothing is left behind. `icon`: of the executable, where it is for Windows.
-    Raises FileError where the model cannot be packed, the stub is damaged, the disk is too small, or Windows would not run
-    the result.
+    `reference` makes the reference results for --selftest. `trial` is called with the finished executable, under another name;
+    if it raises, nothing is left behind. `icon`: of an executable for Windows. Raises FileError if the model cannot be packed,
+    the stub is damaged, the disk is too small, or the system could not run the result.
     """
     if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
         out = out.with_name(out.name + ".exe")
@@ -117,7 +116,7 @@ def pack(
 
 
 def _boot(program: BinaryIO, stub: Stub, title: str, icon: Path | None) -> bytes:
-    """The boot loader; on Windows with what the Explorer shows of a program."""
+    """The boot loader; for Windows with the title, version and icon that the Explorer shows."""
     program.seek(0)
     boot = program.read(stub.boot)
     return pe.with_resources(boot, title, __version__, images(icon)) if stub.platform.startswith("windows") else boot
@@ -133,7 +132,9 @@ def _verify(part: Path, stub: Stub) -> None:
 
 
 def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path) -> Persona:
-    """Write the executable with another persona; the model's bytes stay. Raises FileError; UsageError for one too long."""
+    """Write the executable with another persona; the model is copied unchanged. Raises FileError; UsageError if the persona is
+    too long.
+    """
     packed.check()  # what is copied gets checksums anew
     persona = change(from_bytes(packed.read("persona"), packed.path))
     reference, sections = packed.read("reference"), packed.sections
@@ -147,7 +148,7 @@ def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path)
 
 
 def unpack(packed: Packed, out: Path) -> int:
-    """Write the GGUF that was packed; its size. Raises FileError unless it is the same, byte for byte."""
+    """Write the GGUF that was packed; returns its size. Raises FileError unless it is the same, byte for byte."""
     model, gguf = packed.sections["model"], packed.sections["gguf"]
     packed.read("header")
     with (
@@ -217,6 +218,6 @@ def _reporting(path: Path, stub: Path) -> Iterator[None]:
 
 
 def with_texts(persona: Persona, texts: dict[str, str | None], flags: Mapping[str, float | str]) -> Persona:
-    """The persona with what was given put in place; None keeps a text."""
+    """The persona with the given texts and flags; a text that is None stays."""
     given = {name: text for name, text in texts.items() if text is not None}
     return replace(persona, **given, flags={**persona.flags, **flags})

@@ -44,7 +44,7 @@ class _Section:
 
 
 class _File:
-    """The headers of a PE file. UnreadableProgram: there are none, or not those of a 64-bit one."""
+    """The headers of a PE file. Raises UnreadableProgram if they are not those of a 64-bit program."""
 
     def __init__(self, data: bytes | bytearray):
         try:
@@ -66,11 +66,11 @@ class _File:
         ]
 
     def directory(self, number: int) -> int:
-        """Offset in the headers of a directory's address and length."""
+        """The offset in the headers of a data directory's (address, length)."""
         return self.optional + _DIRECTORIES_AT + number * _DIRECTORY.size
 
     def offset(self, address: int) -> int:
-        """Where in the file an address is."""
+        """The file offset of an address."""
         for section in self.sections:
             if section.address <= address < section.address + section.length:
                 return address - section.address + section.offset
@@ -209,7 +209,7 @@ def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple
 
 
 def _resource_tree(resources: Mapping[int, Mapping[int, bytes]], address: int) -> bytes:
-    """Three levels of tables, type, number and language; then a row for each resource, then the resources."""
+    """The resource section: tables by type, by number and by language, then a row for each resource, then the resources."""
 
     def table(rows: Sequence[tuple[int, int]]) -> bytes:
         return struct.pack("<IIHHHH", 0, 0, 0, 0, 0, len(rows)) + b"".join(struct.pack("<II", *row) for row in rows)
@@ -252,7 +252,7 @@ def _version(title: str, version: str) -> bytes:
 
 
 def _block(key: str, content: bytes, value_length: int = 0, text: bool = True) -> bytes:
-    """Length, length of the value, whether that is text, key, content from a multiple of four on."""
+    """A block of the version resource: its length, the value's length, whether that is text, the key, padding, the content."""
     head = _padded(struct.pack("<HHH", 0, value_length, text) + _wide(key))
     return struct.pack("<H", len(head) + len(content)) + head[2:] + content
 

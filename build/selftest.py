@@ -47,7 +47,7 @@ class Result(NamedTuple):
 
 
 def reference(file: GGUF, texts: Sequence[str] = ()) -> bytes:
-    """The model's results as JSON. `texts`: for the tokenizer, which must know all their characters."""
+    """The reference results as JSON. `texts`: for the tokenizer; it must know all their characters."""
     tokenizer = from_metadata(file.metadata, file.path)
     ids = [tokenizer.encode(text) for text in texts]
     stored: dict[str, Any] = {"texts": [[*row, tokenizer.decode(row[1])] for row in zip(texts, ids, strict=True)]}
@@ -76,7 +76,7 @@ def _first_rows(tensor: Tensor, n: int) -> Tensor:
 
 
 def _conversation(file: GGUF, tokenizer: Tokenizer, turn: str) -> list[int] | None:
-    """The ids of a question as the model's template has it; None for a template that cannot be rendered."""
+    """The ids of a question in the model's chat template; None if that cannot be rendered."""
     from pocketlm.chat.templates import choose
 
     try:
@@ -108,7 +108,7 @@ def distance(stored: Mapping[str, Any], logits: np.ndarray) -> float:
 
 
 def results(stored: Mapping[str, Any], file: GGUF, executable: Path) -> Iterator[Result]:
-    """Everything tried again. `file` is the model in `executable`."""
+    """Run every test again. `file`: the model in `executable`."""
     yield _tried("tokenizer", lambda: _texts_again(stored["texts"], from_metadata(file.metadata, file.path)))
     yield _tried("template", lambda: _chat_again(stored, file))
     for name, logits in backends(stored, file):
@@ -143,7 +143,7 @@ def _chat_again(stored: Mapping[str, Any], file: GGUF) -> tuple[str, bool | None
 
 
 def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Every executor and level: its name, and its logits or why it does not run."""
+    """For every executor and level: its name, and its logits, or why it does not run here."""
     from pocketlm.runtime.native import levels
 
     here = [level for level in levels.LEVELS.values() if level.is_for(levels.host_machine(), sys.platform)]

@@ -47,14 +47,14 @@ def host_platform() -> str:
 
 
 def _sources() -> list[Path]:
-    """The package's files that a stub depends on, relative to the package."""
+    """The files of the package that a stub depends on, relative to the package."""
     root = Path(__file__).parents[1]
     files = [file.relative_to(root) for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
     return [file for file in files if file.as_posix() not in LEFT_OUT] + [Path(name) for name in DATA]
 
 
 def copy_sources(folder: Path) -> None:
-    """`folder`/pocketlm, quiet.py and entry.py: what of this package a stub holds, however it is installed."""
+    """Write `folder`/pocketlm with the files of the package that a stub holds, and the scripts quiet.py and entry.py."""
     root = Path(__file__).parents[1]
     for file in _sources():
         if is_held(file.as_posix()):

@@ -55,7 +55,7 @@ Of generate alone:
 
 
 def main() -> None:
-    """Run, keep the console where that is ours alone and something went wrong, and end the process."""
+    """Run, and end the process. After an error, a console that only this program uses is kept open."""
     gc.set_threshold(50_000)  # at the start much is made and little becomes garbage: a fifth of the time
     terminal.forget_loader()
     arguments = sys.argv[1:]
@@ -158,7 +158,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
-    """The model, opened while the user reads the first lines."""
+    """An Opening of the model, which opens while the user reads the first lines."""
     from pocketlm.chat.opening import Opening
 
     _openings.append(Opening(partial(pocketlm.load, *arguments, **options), title))

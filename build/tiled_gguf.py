@@ -87,7 +87,7 @@ def store(source: GGUF, raw: BinaryIO, out: BinaryIO) -> tuple[int, int, list[tu
 
 
 def _offset_fields(file: GGUF) -> Iterator[tuple[str, int]]:
-    """Every tensor's name, and where its offset stands in the list of tensors."""
+    """For every tensor its name, and where its offset is in the list of tensors."""
     at = 0
     for name, tensor in file.tensors.items():
         at += _entry_bytes(tensor)
@@ -127,7 +127,7 @@ def _store_tensor(tensor: Tensor, raw: BinaryIO, out: BinaryIO, at: int) -> None
 
 
 def unstore(stored: GGUF, raw: BinaryIO, base: int, record: bytes, out: BinaryIO) -> bytes:
-    """Write the original GGUF; its SHA-256. `raw` holds the stored model from byte `base` on."""
+    """Write the original GGUF to `out`; returns its SHA-256. `raw` holds the stored model from byte `base` on."""
     total = hashlib.sha256()
 
     def write(data: bytes | memoryview) -> None:

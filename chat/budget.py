@@ -71,14 +71,15 @@ class Budget:
             raise TemplateError("it builds a text that is too long")
 
     def enter(self) -> None:
-        """Count the call of a macro; the caller lowers `depth` when it returns. Raises TemplateError for too deep a nesting."""
+        """Count the call of a macro; the caller lowers `depth` when it returns. Raises TemplateError if it is nested too
+        deeply.
+        """
         self.depth += 1
         if self.depth > DEPTH_LIMIT:
             raise TemplateError("its macros call each other without end")
 
     def admit(self, value: Any) -> Any:
-        """Check a new value, charge its memory, and return it. Raises TemplateError if it is too large or of a forbidden type.
-        """
+        """Check a new value, charge its memory, return it. Raises TemplateError if it is too large or of a forbidden type."""
         kind = type(value)
         if kind is str:
             self.check_text(len(value))

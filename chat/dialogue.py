@@ -253,8 +253,7 @@ class Chat:
             self.ask(question)
 
     def think(self, wanted: str) -> None:
-        """"on", "off": whether the model thinks before it answers, if its template can say so. "hide": thoughts are not shown.
-        """
+        """Whether the model thinks before it answers ("on", "off"), if its template can say so; "hide": thoughts are hidden."""
         self.show_thoughts = wanted != "hide" and self.console.interactive
         if wanted != "hide":
             self._wish = wanted == "on"

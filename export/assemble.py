@@ -138,7 +138,7 @@ def _lay_out(draft: Draft, architecture: str, heads: tuple[int, int, int]) -> fr
 
 
 def _drop_leading_ones(tensors: Tensors) -> None:
-    """Position tables are often kept as (1, n_ctx, n_embd)."""
+    """Make a position table [1, n_ctx, n_embd] a matrix."""
     table = tensors.get("position_embd.weight")
     if table is not None and len(table.shape) == 3 and table.shape[0] == 1:
         tensors["position_embd.weight"] = table.changed(lambda values: values[0], *table.shape[1:])
@@ -179,7 +179,7 @@ def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
 
 
 def _digest(tensor: LazyTensor) -> bytes:
-    """Equal for equal values; one of the largest tensors is in memory at a time."""
+    """A hash of the values. Reads the tensor."""
     return blake2b(tensor.read()).digest()
 
 
@@ -191,7 +191,7 @@ def is_tied(head: LazyTensor, table: LazyTensor) -> bool:
 def _tie(
     tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str, Any], notes: list[str]
 ) -> None:  # fmt: skip
-    """Leave the output matrix out where it is the token table."""
+    """Remove the output matrix if it equals the token table."""
     if "output.weight" not in found:
         if config.get("tied") is False:
             problem = "its configuration says that the output matrix is not tied, but there is none"
@@ -240,7 +240,7 @@ def _norm(tensors: Tensors, config: ModelConfig, fixed: Mapping[str, Any], gated
 
 
 def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig, fixed: Mapping[str, Any]) -> str:
-    """Where positions come from: a table among the tensors decides, then the configuration, then tables among the buffers."""
+    """The kind of positions: by a table among the tensors, else the configuration, else tables among the buffers."""
     if "position_embd.weight" in tensors:
         return "learned"
     found = None
@@ -284,7 +284,7 @@ def _n_ff(tensors: Tensors, path: Path) -> int:
 
 
 def _theta(buffers: Mapping[str, LazyTensor], n_dims: int) -> float | None:
-    """The base of rotary frequencies that were saved: frequency 1 is base^(-2/n)."""
+    """The rotary base, from saved frequencies: frequency 1 is base^(-2/n)."""
     for name, tensor in buffers.items():
         if name.endswith("inv_freq") and tensor.shape == (n_dims // 2,) and n_dims >= 4:
             return float(round(float(tensor.read()[1]) ** (-n_dims / 2), 1))
@@ -292,7 +292,7 @@ def _theta(buffers: Mapping[str, LazyTensor], n_dims: int) -> float | None:
 
 
 def _max_bias(buffers: Mapping[str, LazyTensor], config: ModelConfig, n_head: int, path: Path) -> float:
-    """ALiBi's steepness; slopes that were saved must be those of the paper."""
+    """ALiBi's largest slope. Raises FileError if saved slopes are not those of the paper."""
     largest = config.get("alibi_max_bias", 8.0)
     for name, tensor in buffers.items():
         if "slopes" in name and math.prod(tensor.shape) == n_head:
@@ -305,7 +305,7 @@ def _max_bias(buffers: Mapping[str, LazyTensor], config: ModelConfig, n_head: in
 
 
 def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: Tensors) -> str:
-    """The published architecture that describes this model; "pocketlm" where none does."""
+    """The published architecture that computes this model; "pocketlm" if none does."""
     narrow = keys["attention.head_count"] * keys["attention.key_length"] == keys["embedding_length"]
     norm_bias = any(role.endswith("norm.bias") for role in tensors)
     head_bias = any(role in tensors for role in ("output.bias", "token_embd.bias"))
@@ -325,7 +325,7 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
 
 
 def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
-    """Zeros for every bias that is not there; their names."""
+    """Add zeros for every missing bias; returns their names."""
     parts = ("attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
     names = ["output_norm", *(f"blk.{i}.{part}" for i in range(n_layer) for part in parts)]
     missing = [name for name in names if f"{name}.bias" not in tensors and f"{name}.weight" in tensors]
@@ -335,7 +335,7 @@ def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
 
 
 def _in_order(tensors: Tensors) -> Tensors:
-    """Tables first, then layer by layer, then the end."""
+    """The tensors in the order of the file: tables, then layer by layer, then the end."""
 
     def key(role: str) -> tuple[int, int, str]:
         if role.startswith("blk."):

@@ -22,7 +22,7 @@ from pocketlm.runtime.tensor import Tensor
 
 @dataclass(frozen=True)
 class CanonicalTensor:
-    """One tensor, not yet read: `read` gives float32 of `shape` (NumPy order: rows, columns) every time it is called."""
+    """A tensor that is read on demand: `read` gives float32 of `shape` (NumPy's order: rows, columns), each time anew."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -34,7 +34,7 @@ class CanonicalTensor:
 
 @dataclass(frozen=True)
 class CanonicalModel:
-    """`metadata` holds GGUF keys: general.*, tokenizer.*, pocketlm.*; not the architecture's own, which `hyper` gives."""
+    """`metadata`: GGUF keys general.*, tokenizer.* and pocketlm.*; the architecture's own keys are made from `hyper`."""
 
     hyper: Hyper
     tensors: dict[str, CanonicalTensor]
@@ -49,7 +49,7 @@ class CanonicalModel:
 
 
 class Float32Tensors(Mapping[str, Tensor]):
-    """A model's float32 weights as the tensors that executors take, read when they are asked for."""
+    """A model's float32 weights as the tensors that executors take, each read when it is looked up."""
 
     def __init__(self, model: CanonicalModel, path: Path):
         self._tensors, self._path = model.tensors, path

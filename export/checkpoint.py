@@ -96,7 +96,7 @@ def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
 
 
 def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
-    """The checkpoint; what is mapped for it is added to `mapped`."""
+    """The checkpoint; the mappings that it needs are added to `mapped`."""
     weights = _file_of_folder(path) if path.is_dir() else path
     if (part := PART.fullmatch(weights.stem)) and int(part[3]) > 1:
         raise FileError(path, f"is one of the {int(part[3])} files of a model", "name the folder they lie in")
@@ -189,7 +189,7 @@ def _scalar(text: str) -> Any:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The weights of a folder: the names of Hugging Face, DeepSpeed or our trainer, else the only checkpoint in it."""
+    """The weights in a folder: by the file names of Hugging Face, DeepSpeed or our trainer, else the only checkpoint in it."""
     if (folder / "mp_rank_01_model_states.pt").is_file():
         raise FileError(folder, "holds a model in parts, one for each GPU", "save it whole")
     for name in FOLDER_FILES:
@@ -234,7 +234,7 @@ def _read_index(path: Path, mapped: list[Buffer]) -> tuple[dict[str, LazyTensor]
 
 
 def _read_file(path: Path, mapped: list[Buffer]) -> Any:
-    """The object a file holds; its tensors are `LazyTensor`s over the mapping that is added to `mapped`."""
+    """The object in a file; its tensors are `LazyTensor`s over the mapping, which is added to `mapped`."""
     buffer = map_file(path)
     mapped.append(buffer)
     if not len(buffer):
@@ -294,7 +294,7 @@ def _is_training_state(key: Any) -> bool:
 
 
 class _Search:
-    """Looks through an object that a pickle may have made endless; FileError after a bounded number of steps."""
+    """Walks through an object that a pickle may have made endless. Raises FileError after MAX_NODES steps."""
 
     def __init__(self, path: Path):
         self.path, self.left = path, MAX_NODES
@@ -317,11 +317,11 @@ class _Search:
                 pending += reversed(below)
 
     def has_weights(self, tree: Any) -> bool:
-        """Whether there is a tensor in `tree` that is no number, and not among the optimiser's."""
+        """Whether `tree` has a tensor that is no scalar and not part of the optimiser."""
         return any(tensor.shape for _, tensor in self.leaves(tree, lambda name: not _is_training_state(name)))
 
     def find_weights(self, tree: Any) -> Any:
-        """The part of the object that holds the weights, or None."""
+        """The part of `tree` that is the state dict, or None."""
         for _ in range(MAX_DEPTH):
             fields = _fields(tree)
             if isinstance(tree, Record) and "_modules" in tree.fields:

@@ -68,7 +68,7 @@ def model_options(parser: argparse._ActionsContainer) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, print the receipt; the exit status. Raises PocketlmError for everything that goes wrong."""
+    """Export, and print the receipt; the exit status. Raises PocketlmError."""
     from pocketlm.export.export import container_for, export
     from pocketlm.model import find_model
 
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
-    """The model with all that OPTIONS add to it. Raises PocketlmError."""
+    """The model, changed as OPTIONS say. Raises PocketlmError."""
     from dataclasses import replace
 
     from pocketlm.export.dialects import read_canonical
@@ -133,7 +133,7 @@ def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 class Progress(StatusLine):
-    """A bar that grows until `n_weights` are done."""
+    """A progress bar for `n_weights`."""
 
     def __init__(self, n_weights: int):
         super().__init__()

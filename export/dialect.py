@@ -29,7 +29,7 @@ class Draft:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Query heads, key-value heads, their width."""
+        """n_head, n_kv_head, head_dim."""
         return tuple(self.keys[f"attention.{name}"] for name in ("head_count", "head_count_kv", "key_length"))  # type: ignore[return-value]
 
 

@@ -171,7 +171,7 @@ DIALECTS = (
 
 
 def recognise(tensors: Tensors) -> Dialect:
-    """The first row whose signs are all there."""
+    """The first row whose signs all match and whose test holds."""
     names = "\n".join(tensors)
     for dialect in DIALECTS:
         signs = (re.compile(rf"^{sign.replace('N', '[0-9]+')}$", re.MULTILINE) for sign in dialect.signs)

@@ -38,7 +38,7 @@ from pocketlm.runtime.threads import default_threads
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was written. `weight_bytes` is without the vocabulary and other keys."""
+    """What was written. `weight_bytes`: without the vocabulary and other keys."""
 
     out: Path
     source_kind: str
@@ -62,7 +62,7 @@ class Receipt:
         return max(self.tensors, key=lambda tensor: tensor.error)
 
     def lines(self) -> list[str]:
-        """The receipt for a person."""
+        """The receipt as text."""
         formats = Counter(tensor.format.name for tensor in self.tensors).most_common()
         lines = [
             f"{self.out}: {self.n_parameters:,} parameters ({self.source_kind}), {self.file_bytes / 1e6:.1f} MB, "
@@ -82,7 +82,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every container needs to be written."""
+    """Everything that writing a container needs."""
 
     model: CanonicalModel
     source: object
@@ -100,7 +100,7 @@ class _Job:
         return metadata
 
     def n_bytes(self, formats: str) -> int:
-        """About how many bytes the weights will take."""
+        """About how many bytes the weights will take in a format of QUANTS."""
         row, head = QUANTS[formats], head_name(self.model.tensors)
         shapes = [(name, tensor.shape) for name, tensor in self.model.tensors.items()]
         pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure, self.model.hyper)[0]) for name, shape in shapes]
@@ -200,9 +200,8 @@ def export(
     """Write `model` to `out`, which appears whole or not at all. `source`: the checkpoint's path, for error messages.
 
     `container`: a row of CONTAINERS. `quant`: one of its formats. `pure`: every matrix in that format, the head too.
-    `importance`: how much the errors of a matrix's columns count in a quantised GGUF (importance.py).
-    Raises UsageError for a format that the container does not have, FileError for everything that is wrong with the
-    model or the disk.
+    `importance`: weighs the errors of a quantised GGUF by column (importance.py). Raises UsageError for a format that the
+    container does not have, FileError for anything wrong with the model or the disk.
     """
     row = CONTAINERS[container]
     quant = (quant or row.quants[0]).lower()

@@ -25,7 +25,7 @@ from pocketlm.runtime.fp16_bin_reader import CONFIG, FORMAT_NAME, VOCAB, VOCAB_K
 def write_fp16_bin(
     folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, encoder: Encoder
 ) -> list[Encoded]:
-    """Write the three files; what became of every tensor. FileError where a weight is too large for float16."""
+    """Write the three files; returns what was written for every tensor. FileError: a weight is too large for float16."""
     done, offset, entries = [], 0, []
     with open(folder / WEIGHTS, "wb") as file:
         for name, tensor in model.tensors.items():

@@ -23,7 +23,7 @@ from pocketlm.runtime.model_summary import not_learnt
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this is a GGUF, a packed executable or an fp16 bin, by its first bytes or the names in it."""
+    """Whether this is a GGUF, a packed executable or an fp16 bin; by its first bytes, or the files in the folder."""
     from pocketlm.runtime.container import beginning, find, is_program
 
     return is_fp16_bin(path) or beginning(path) == b"GGUF" or (is_program(path) and find(path) is not None)
@@ -48,7 +48,7 @@ def read_model_file(path: Path, change: Callable[[Checkpoint], Checkpoint] | Non
 
 
 def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> CanonicalModel:
-    """A model file's model, which has no tokenizer, with the one in the file or folder `tokenizer`. Raises FileError."""
+    """`model`, from a model file without a tokenizer, with the one in the file or folder `tokenizer`. Raises FileError."""
     keys, notes = find_tokenizer(Checkpoint(path, {}, {}, (path,)), model.hyper.n_vocab, tokenizer)
     return replace(model, metadata={**model.metadata, **keys}, notes=[*model.notes, *notes])
 

@@ -29,10 +29,10 @@ def write_gguf(
     file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder,
     importance: Mapping[str, np.ndarray] | None = None,
 ) -> list[Encoded]:  # fmt: skip
-    """Write the model to `file`, opened for writing and seekable; what became of every tensor, in the file's order.
+    """Write the model to a seekable file; returns what was written for every tensor, in the file's order.
 
-    The header's size is known beforehand but not every format: a tensor may turn out not to fit into the one it should
-    get. So the header is written when the tensors are.
+    The size of the header is known beforehand, but not every format: a tensor's values may not fit into the one it should get.
+    So the header is written last.
     """
     row, head, done = QUANTS[quant], head_name(model.tensors), []
     file.seek(len(_header(metadata, [(name, tensor.shape, 0, 0) for name, tensor in model.tensors.items()])))
@@ -50,7 +50,7 @@ def write_gguf(
 
 
 def copy_gguf(file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as they are, with other keys: nothing is quantised again."""
+    """Write tensors as they are, with other keys. Nothing is quantised again."""
     metadata = {key: value for key, value in metadata.items() if key != "general.alignment"}  # from here on it is ALIGNMENT
     rows = [(name, tensor.shape, tensor.format.gguf_type, tensor.data.nbytes) for name, tensor in tensors.items()]
     file.write(_header(metadata, rows))

@@ -154,7 +154,7 @@ def _finish_minimind(draft: Draft) -> None:
 
 
 def _one_layer(tensor: CanonicalTensor, is_down: bool) -> CanonicalTensor:
-    """Matrices (n, rows, columns) below each other, or side by side."""
+    """Join matrices (n, rows, columns): side by side if `is_down`, else below each other."""
     n, n_rows, n_columns = tensor.shape
     shape = (n_rows, n * n_columns) if is_down else (n * n_rows, n_columns)
     return tensor.changed(lambda every: (every.swapaxes(0, 1) if is_down else every).reshape(shape), *shape)

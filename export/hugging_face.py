@@ -178,7 +178,7 @@ def _reader_of_mxfp4(blocks: CanonicalTensor, scales: CanonicalTensor) -> Callab
 
 
 def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
-    """Of the rows of every expert."""
+    """Every second row of every expert, from row `first` on."""
     n, rows, *columns = tensor.shape
     return tensor.changed(lambda matrices: matrices[:, first::2], n, rows // 2, *columns)
 

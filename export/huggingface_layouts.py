@@ -191,7 +191,7 @@ OWN_LAYOUTS = {
 
 
 def layout_of(model: CanonicalModel, source: object) -> Layout:
-    """The class of transformers that computes this model. Raises FileError, with the reason, where none does."""
+    """The class of transformers that computes this model. Raises FileError, with the reason, if none does."""
     hyper, rope = model.hyper, model.hyper.rope
     layout = LAYOUTS.get((hyper.norm, hyper.position, hyper.gated))
     what = f"{hyper.norm} norm, {hyper.position} positions and a feed-forward {'with' if hyper.gated else 'without'} a gate"

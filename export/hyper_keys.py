@@ -59,9 +59,9 @@ def own_options(hyper: Hyper) -> dict[str, Any]:
 
 
 def file_metadata(model: CanonicalModel, out: Path, file_type: int | None) -> dict[str, Any]:
-    """Every key of the file, architecture first. Keys that the model brings along win over those made here.
+    """Every key of the file, the architecture first. The model's own keys win over those made here.
 
-    `file_type`: ggml's number for the mix of formats; None leaves the two keys about formats out.
+    `file_type`: ggml's number for the mix of formats; None leaves out the two keys about formats.
     """
     formats = {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
     keys = {

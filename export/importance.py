@@ -70,7 +70,7 @@ def _of_gguf(path: Path) -> Importance:
 
 
 def _of_list(data: bytes) -> Importance | None:
-    """Entries of a name, a number of runs and sums; None where the bytes are something else."""
+    """llama.cpp's old format: entries of a name, a number of runs, and sums. None if the bytes are something else."""
     found: Importance = {}
     try:
         (n_entries,), at = struct.unpack_from("<i", data), 4

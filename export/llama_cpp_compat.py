@@ -34,7 +34,7 @@ END_ID = {"llama": 2, "gpt2": 11}  # what ends a text where the file does not sa
 
 
 def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:
-    """Where stock llama.cpp runs the file differently: one line each."""
+    """One line for each thing that stock llama.cpp does differently with the file."""
     if hyper.architecture in ONLY_OURS:
         return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
     notes = []
@@ -83,7 +83,7 @@ def stock_encoder(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, C
 
 
 def _tokenizer_notes(metadata: Mapping[str, Any], path: Path) -> list[str]:
-    """The test texts of the file that get other ids when only the standard keys are read, and what else is different."""
+    """Notes on the test texts that get other ids from stock llama.cpp, and on its other differences in tokenising."""
     typed = Keys(metadata, path)
     texts, ids = (typed.texts(f"pocketlm.tokenizer.test_{name}") for name in ("texts", "ids"))
     end = END_ID.get(typed.text("tokenizer.ggml.model"))

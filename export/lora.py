@@ -51,7 +51,7 @@ class Lora:
         return f"{len(self.pairs)} tensors were changed by the LoRA {self.path.name}"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint with the adapter added. Raises FileError where they do not fit, naming what does not."""
+        """The checkpoint with the adapter merged. Raises FileError, naming the matrix, if they do not fit."""
         tensors = {}
         for name, tensor in checkpoint.tensors.items():
             stem, _, end = name.rpartition(".")
@@ -63,7 +63,7 @@ class Lora:
         return replace(checkpoint, tensors={**tensors, **self._changed(tensors)})
 
     def _changed(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The changed tensors by their names in the base."""
+        """The merged tensors, by their names in the base."""
         changed = {}
         for name, (a, b) in self.pairs.items():
             own = [f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight"]

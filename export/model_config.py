@@ -72,7 +72,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def _words(meanings: Mapping[str, str]) -> dict[str, str]:
-    """Each of the words → what it means."""
+    """Turn meaning → "word word …" into word → meaning."""
     return {word: meaning for meaning, words in meanings.items() for word in words.split()}
 
 
@@ -195,7 +195,7 @@ class ModelConfig:
         self.asked: dict[str, None] = {}  # needed settings that nothing says
 
     def raw(self, *names: str) -> Any:
-        """The value of the first of `names` that any level of the configuration has; None where none has."""
+        """The value of the first of `names` in the first level that has one; None if no level has."""
         found = (level[name] for level in self._levels for name in names if level.get(name) is not None)
         return next(found, None)
 
@@ -267,7 +267,7 @@ class ModelConfig:
             self.check_window(n_ctx)
 
     def check_window(self, n_ctx: int) -> None:
-        """Raises FileError where layers look at less than n_ctx positions."""
+        """Raises FileError if layers have a window smaller than n_ctx."""
         window = self.raw("sliding_window", "attention_window", "window_size")
         if type(window) is int and self.raw("use_sliding_window") is not False and 0 < window < n_ctx:
             raise FileError(

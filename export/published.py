@@ -15,7 +15,7 @@ INSTEAD = "give its files: tokenizer.json, or vocab.json with merges.txt"
 
 
 def load(name: str | Path) -> Tokenizer:
-    """What `tokenizer.load` reads, or a tokenizer of NAMES where there is no such file. Raises FileError."""
+    """`tokenizer.load(name)`; a tokenizer of NAMES if there is no such file. Raises FileError."""
     if str(name) not in NAMES or Path(name).exists():
         return tokenizer.load(name)
     try:

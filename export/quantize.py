@@ -55,7 +55,7 @@ def _rounded_to_half(values: np.ndarray) -> np.ndarray:
 
 
 def _inverse(values: np.ndarray) -> np.ndarray:
-    """1 / values, and 0 where there is no such number: a block of zeros gets codes of zero."""
+    """1 / values, and 0 where that would overflow, so that a block of zeros gets codes of zero."""
     usable = np.abs(values) >= TINY
     return np.divide(1, values, out=np.zeros_like(values), where=usable)
 
@@ -211,7 +211,8 @@ def _q8_0(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 
 def _blocks_of_32(coded: Callable[..., tuple[np.ndarray, ...]], levels: int) -> Quantizer:
-    """Scales (and minima), the fifth bits where codes have them, and the other four."""
+    """A quantiser for formats of scales (and minima), then the fifth bits of the codes if they have five, then the other four.
+    """
 
     def quantizer(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
         *scales, codes = coded(x, w, levels)

@@ -17,7 +17,7 @@ Rule = Callable[[int, Hyper], str | None]  # a layer's number -> the format ther
 
 
 def _in_half(format: str) -> Rule:
-    """In the first and the last eighth of the layers, and in every third between them."""
+    """The format in the first and last eighth of the layers, and in every third between them."""
 
     def rule(layer: int, hyper: Hyper) -> str | None:
         n, eighth = hyper.n_layer, hyper.n_layer // 8
@@ -79,12 +79,12 @@ SMALLEST = 2.0**-10  # a matrix whose largest weight is below it would get half-
 
 
 def head_name(names: object) -> str:
-    """The tensor that is the output head: the token table where the head is tied."""
+    """The tensor that is the output head: the token table if the head is tied."""
     return "output.weight" if "output.weight" in names else "token_embd.weight"  # type: ignore[operator]
 
 
 def by_shape(name: str, shape: tuple[int, ...], quant: Quant, head: str, pure: bool, hyper: Hyper) -> tuple[Format, str]:
-    """The format for a tensor of this name and shape, and why it is not the one of the table ("" where it is).
+    """The format for a tensor of this name and shape, and, if it is not the table's, the reason (else "").
 
     `pure`: every matrix, the head too, gets `quant.matrices`.
     """
@@ -113,7 +113,7 @@ def _more(name: str, quant: Quant, hyper: Hyper) -> str | None:
 
 
 def by_values(format: Format, largest: float) -> tuple[Format, str]:
-    """The format where the weights' magnitudes go up to `largest`, and why it is not the one that came in."""
+    """The format for weights with magnitudes up to `largest`: `format`, or F32 and the reason."""
     if largest > LARGEST.get(format.name, 65504.0):
         return FORMATS["F32"], f"weights up to {largest:.3g} do not fit into {format.name}"
     if 0 < largest < SMALLEST and format.name not in ("F32", "BF16"):

@@ -40,10 +40,10 @@ class Encoded:
 
 
 class Encoder:
-    """Quantises tensors on `n_threads` threads; `close` ends them, without waiting for work nobody wants any more."""
+    """Quantises tensors on `n_threads` threads. The end of the `with` block drops work that has not begun."""
 
     def __init__(self, source: object, n_threads: int, progress: Progress | None = None):
-        """`source` is the checkpoint's path for error messages; `progress` hears of every piece."""
+        """`source`: the checkpoint's path, for error messages. `progress` is called for every piece."""
         self._source, self._progress = source, progress or (lambda name, n_weights: None)
         self._n_threads, self._pool = n_threads, ThreadPoolExecutor(n_threads)
 

@@ -20,7 +20,7 @@ def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
 
 
 def rows_of_experts(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
-    """The same rows of each."""
+    """Rows `start` to `stop` of every expert."""
     n, _, *columns = tensor.shape
     return tensor.changed(lambda all: np.ascontiguousarray(all[:, start:stop]), n, stop - start, *columns)
 
@@ -32,7 +32,7 @@ def stacked(parts: Sequence[CanonicalTensor], axis: int = 0) -> CanonicalTensor:
 
 
 def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    """The parts behind each other, in a dimension of their own."""
+    """The parts stacked along a new first dimension."""
     return CanonicalTensor((len(parts), *parts[0].shape), lambda: np.stack([part.read() for part in parts]))
 
 
@@ -45,7 +45,7 @@ def constant(values: np.ndarray) -> CanonicalTensor:
 
 
 def in_layers(tensors: Tensors, expression: str) -> list[str]:
-    """The roles in layers that match."""
+    """The roles in layers whose rest matches the expression."""
     return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
 
 

@@ -98,7 +98,7 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
 def _write_weights(
     path: Path, tensors: Tensors, layout: Layout, source: object, quant: str, encoder: Encoder
 ) -> list[Encoded]:  # fmt: skip
-    """The safetensors file, read back and compared; what became of every tensor."""
+    """Write the safetensors file, read it back and compare; returns what was written for every tensor."""
     format = FORMATS[quant.upper()]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stored, at = {}, 0
@@ -187,7 +187,7 @@ def _llama3(rope: Rope, factors: np.ndarray) -> dict[str, Any]:
 
 
 def _ends(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Begin and end tokens: the tokenizer's own end first, then the others that end a turn."""
+    """Begin and end tokens: first the tokenizer's own end, then the others that end a turn."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     eos = tokenizer.eos_id

@@ -37,7 +37,7 @@ MASKED = -1e30  # a score that softmax turns into 0; -inf would make NaN of a ro
 
 
 class Graph:
-    """The nodes of one model. `done` tells what became of every tensor; `build` makes the ONNX model."""
+    """The nodes of one model. `build` makes the ONNX model; `done`: what was written for every tensor."""
 
     def __init__(self, plan: Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, int8: bool):
         """`int8`: the graph is for onnxruntime's dynamic quantisation. That needs a separate matrix for a tied head; and the
@@ -63,7 +63,7 @@ class Graph:
         return list(self._done.values())
 
     def build(self) -> ModelProto:
-        """The whole model, in the order of the plan."""
+        """The whole model, written in the order of the plan."""
         hyper, kind = self.hyper, TensorProto.FLOAT16 if self._half else TensorProto.FLOAT
         self._positions()
         for op in self._plan.ops:
@@ -117,14 +117,14 @@ class Graph:
         return self._node("Unsqueeze", x, self._ints(*axes))
 
     def _cast(self, x: str, half: bool) -> str:
-        """To float16 or back, in a model of half precision."""
+        """Cast to float16 or back, if the model is in half precision."""
         return self._node("Cast", x, to=TensorProto.FLOAT16 if half else TensorProto.FLOAT) if self._half else x
 
     def _weight(self, name: str, array: np.ndarray) -> str:
         return self._store.add(name, array.astype(np.float16) if self._half else array)
 
     def _eight_bits(self, name: str, matrix: np.ndarray) -> str:
-        """A matrix [n_in, n_out] kept in 8 bits, with a scale for each column, and multiplied in float32."""
+        """A matrix [n_in, n_out] that is stored in 8 bits, with a scale for each column, but multiplied in float32."""
         scale = np.maximum(np.abs(matrix).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
         codes = self._store.add(name, np.rint(matrix / scale).astype(np.int8))
         return self._node("DequantizeLinear", codes, self._store.add(f"{name}.scale", scale), axis=1)
@@ -177,7 +177,7 @@ class Graph:
             self._rotations[key] = (names[0], names[1])
 
     def _distance(self, keys: str) -> str:
-        """From queries to keys, int64 [batch, 1, 1, n, total]; below zero is the past."""
+        """Positions of keys minus those of queries, int64 [batch, 1, 1, n, total]: negative for the past."""
         if "distance" not in self._values:
             queries = self._unsqueeze(self._values["positions"], 1, 2, 4)
             self._values["distance"] = self._node("Sub", self._unsqueeze(keys, 1, 2, 3), queries)
@@ -236,7 +236,7 @@ class Graph:
         self._values[op.out] = y
 
     def _half_split(self, out: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of queries and keys from interleaved to half-split pairs: every score stays what it was."""
+        """Reorder rows of queries and keys from interleaved to half-split pairs, which changes no attention score."""
         op = self._regrouped
         if op is None or op.qkv != out:
             return rows

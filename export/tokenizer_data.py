@@ -43,10 +43,11 @@ TEST_TEXTS = (
 
 
 def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and notes for the user. `given`: a file, a folder, a name or "none"; None looks beside it.
+    """The tokenizer's keys, and notes for the user. `given`: a file, a folder, a name or "none"; None: look beside the
+    checkpoint.
 
-    `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
-    one that does not fit the model.
+    `n_vocab`: rows of the token table, to which the vocabulary is filled up. Raises FileError if there is no tokenizer, or one
+    that does not fit the model.
     """
     if given is not None and str(given) == NONE:
         return {}, ["it has no tokenizer: it can be run with token ids only"]
@@ -78,7 +79,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
 
 
 def _beside(checkpoint: Checkpoint) -> Path | None:
-    """A tokenizer's file in the checkpoint's folder, or where nanoGPT keeps the characters of its data sets."""
+    """A tokenizer's file in the checkpoint's folder, or in the folder of nanoGPT's data set."""
     if found := find_in(checkpoint.folder):
         return found
     training = checkpoint.config.get("config")
@@ -91,7 +92,7 @@ def _beside(checkpoint: Checkpoint) -> Path | None:
 
 
 def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The characters that the checkpoint itself lists."""
+    """A tokenizer of the characters that the checkpoint itself lists, if it does."""
     for level in (checkpoint.config, *(v for v in checkpoint.config.values() if isinstance(v, dict))):
         tables = {name: list(level[name]) if isinstance(level.get(name), str) else level.get(name) for name in CHARACTER_TABLES}
         if any(isinstance(table, (dict, list)) for table in tables.values()):
@@ -100,7 +101,7 @@ def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
-    """Begin and end tokens that only the model's configuration names; of several ends the others end a turn."""
+    """Keys of begin and end tokens that only the model's configuration names; further ends end a turn."""
     beside = checkpoint.folder / "generation_config.json"
     said = [
         config
@@ -144,7 +145,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The keys with test texts and their ids, and a note about texts whose ids the keys cannot give."""
+    """The keys with test texts and their ids, and a note about texts that the keys would encode differently."""
     written = from_metadata(keys, path)
     texts, ids, differ = [], [], []
     for text in test_texts(tokenizer):

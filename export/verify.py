@@ -51,7 +51,7 @@ Runner = Callable[[np.ndarray], np.ndarray]  # ids int64 [n], from an empty cach
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cosines are of the logits of one position; the perplexities are of the same text in the same windows."""
+    """The cosines compare the logits of one position; both perplexities are of the same text in the same windows."""
 
     n_tokens: int
     cosine: float  # mean
@@ -63,7 +63,7 @@ class Comparison:
     sample: str = ""  # what the tokens are, where they are not those of the whole text
 
     def line(self) -> str:
-        """The comparison for a person."""
+        """The comparison as text."""
         is_text = RANDOM not in self.sample
         foreign = is_text and self.exact_perplexity > self.n_vocab
         return (
