@@ -261,7 +261,7 @@ def _generate(arguments: Arguments) -> int:
     options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
         if lost := model.tokenizer.unknown(prompt):
-            named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
+            named = ", ".join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
             print(f"{arguments.program}: the model knows no {named}: left out of the prompt", file=sys.stderr)
             prompt = model.tokenizer.encodable(prompt)
         text, ids, last = "", [], None

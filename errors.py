@@ -14,7 +14,7 @@ from typing import Any
 def did_you_mean(
     word: str, words: Iterable[str], sign: str = "", cutoff: float = 0.5, others: Mapping[str, str] | None = None
 ) -> str:
-    """", did you mean q4_k?" if `word` is close to one of `words`, else "". Ignores case.
+    """The hint ", did you mean q4_k?" if `word` is close to one of `words`, else "". Ignores case.
 
     `sign`: printed before the word, as "/" or "--". `others`: a name in other programs → the word here.
     """

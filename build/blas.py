@@ -56,8 +56,7 @@ def _wanted(library: Path, users: Iterable[Path]) -> list[str]:
 
 
 def _define(module: Module, letter: str, type: Type) -> None:
-    """Define sdot, saxpy, sgemv, sgemm, ssyrk, or (`letter` "d") the same for doubles. `product` is common to the last three.
-    """
+    """Define sdot, saxpy, sgemv, sgemm, ssyrk, or (`letter` "d") those for doubles. `product` is common to the last three."""
     _dot(module, f"{letter}dot", type)
     _axpy(module, f"{letter}axpy", type)
     matrix = {"a": PTR, "ra": I64, "ca": I64, "b": PTR, "rb": I64, "cb": I64, "c": PTR, "rc": I64, "cc": I64}
@@ -136,8 +135,7 @@ def _axpy(module: Module, name: str, type: Type) -> None:
 
 
 def _product(f: Function, letter: str, type: Type) -> None:
-    """C [m, n] = alpha A [m, k] B [k, n] + beta C: by dot products if A and B are contiguous along k, else by adding rows of B.
-    """
+    """C [m, n] = alpha A [m, k] B [k, n] + beta C: by dot products if A and B are contiguous along k, else by rows of B."""
     m, n, k, alpha, beta, a, ra, ca, b, rb, cb, c, rc, cc = f.args()
     size = type.bytes
 

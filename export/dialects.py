@@ -111,6 +111,7 @@ def role_of(name: str) -> str | None:
 
 # ── dialects ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def _is_conv1d(tensors: Tensors) -> bool:
     return any(
         name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2

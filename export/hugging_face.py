@@ -45,7 +45,8 @@ FUSED_EXPERTS = {f"*.mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("
 EXPERTS = _read(layouts.EXPERTS) | FUSED_EXPERTS
 MIXTRAL_EXPERTS = _read(layouts.MIXTRAL_EXPERTS) | FUSED_EXPERTS | {"*.mlp.gate": "ffn_gate_inp"}
 GRANITE_EXPERTS = {
-    **_read(layouts.GRANITE_EXPERTS), "*.block_sparse_moe.router": "ffn_gate_inp",
+    **_read(layouts.GRANITE_EXPERTS),
+    "*.block_sparse_moe.router": "ffn_gate_inp",
     **{f"*.block_sparse_moe.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")},
 }
 EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
@@ -197,7 +198,6 @@ def short_convolutions(draft: Draft) -> None:
         problem = "its configuration has convolutions in other layers than its weights"
         raise FileError(draft.config.path, problem, "correct layer_types in config.json")
     draft.keys["attention.head_count_kv"] = np.array(heads)
-
 
 
 def windows_at_their_depth(draft: Draft) -> None:

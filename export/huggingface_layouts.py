@@ -228,7 +228,7 @@ def refused(source: object, what: str) -> FileError:
 
 
 def part_of(name: str) -> str:
-    """"attn_q" of "blk.3.attn_q.weight"."""
+    """The part of a role: "attn_q" of "blk.3.attn_q.weight"."""
     return name.split(".")[-2]
 
 

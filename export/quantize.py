@@ -71,6 +71,7 @@ def _pack(codes: np.ndarray, width: int, run: int) -> np.ndarray:  # uint8 [n, k
 
 # ── searches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # [k, n], [k, n] -> [n]
     return np.einsum("ij,ij->j", a, b)
 
@@ -211,8 +212,7 @@ def _q8_0(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 
 def _blocks_of_32(coded: Callable[..., tuple[np.ndarray, ...]], levels: int) -> Quantizer:
-    """A quantiser for formats of scales (and minima), then the fifth bits of the codes if they have five, then the other four.
-    """
+    """A quantiser for formats with scales (and minima), then the fifth bits of the codes, if there are any, then the others."""
 
     def quantizer(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
         *scales, codes = coded(x, w, levels)

@@ -19,13 +19,12 @@ from starlette.routing import Route
 
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
-from pocketlm.serve.answering import SELDOM, Answer, Answerer
+from pocketlm.serve.answering import SELDOM, Answer, Answerer, metrics
 from pocketlm.serve.asking import Prompts
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
 from pocketlm.serve.llama_cpp import OwnShape, properties, slots
-from pocketlm.serve.metrics import text as metrics_text
 from pocketlm.serve.shapes import Shape, finish_reason
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        return PlainTextResponse(metrics_text(self._answerer), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics(self._answerer), media_type="text/plain; version=0.0.4")
 
     def _facts(self) -> dict[str, Any]:
         model, tokenizer = self._model, self._model.tokenizer
