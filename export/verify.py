@@ -65,12 +65,12 @@ class Comparison:
     def line(self) -> str:
         """The comparison as text."""
         is_text = RANDOM not in self.sample
-        foreign = is_text and self.exact_perplexity > self.n_vocab
+        foreign = "; the text is foreign to the model, which a guess beats"
         return (
             f"verified on {self.n_tokens} tokens{self.sample}: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), "
             f"same first choice {self.agreement:.1%}, "
             f"perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
-            + "; the text is foreign to the model, which a guess beats" * foreign
+            f"{foreign if is_text and self.exact_perplexity > self.n_vocab else ''}"
         )
 
 
