@@ -9,8 +9,6 @@ from pocketlm.chat import saved, transcript
 from pocketlm.errors import FileError, refused
 from pocketlm.terminal_text import count, print
 
-Arguments = argparse.Namespace
-
 LISTED_BY = "pocketlm chats lists them"
 
 
@@ -25,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--export", nargs=2, metavar=("FILE.md", "NAME"), help="write a conversation to a Markdown file")
 
 
-def run(arguments: Arguments) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """List, delete or export; the exit status."""
     if arguments.delete is not None:
         print(_delete(_one_of_ours(arguments.delete)))
