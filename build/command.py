@@ -97,10 +97,9 @@ def _pack(arguments: argparse.Namespace) -> int:
         for name in names:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
-            verdict: list[str] = []
-            trial = lambda part, said=verdict: said.append(_try(part))  # noqa: E731
-            out = pack(model, open_stub(stub), out, persona, reference, trial, icon)
-            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
+            said: list[str] = []
+            out = pack(model, open_stub(stub), out, persona, reference, lambda part, to=said: to.append(_try(part)), icon)
+            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *said, sep="\n")
     return 0
 
 

@@ -223,7 +223,9 @@ def _entries(
     kernels = tree.own / KERNELS
     build_images(kernels, platform, module_texts, __version__)
     binaries = _binaries(platform, layout, tree, found.compiled)
-    libraries = [PurePosixPath(e.name.replace("\\", "/")).name for e in binaries if not _is_module(e.name)]
+    # what is no compiled module: libraries end in .so.NUMBER, or lie in a folder called PACKAGE.libs
+    shared = [e.name for e in binaries if not e.name.endswith(modules.COMPILED) or ".libs" in e.name]
+    libraries = [PurePosixPath(name.replace("\\", "/")).name for name in shared]
     return [
         *(Entry(archive_writer.MODULE, name, marshalled[name]) for name in (*quiet, "struct", *boot_modules)),
         *(Entry(archive_writer.SCRIPT, name, marshalled[name]) for name in scripts),
@@ -286,11 +288,6 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
     return [Entry(archive_writer.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
 
 
-def _is_module(name: str) -> bool:
-    """Whether a binary is a compiled module, not a library: those end in .so.NUMBER or lie in a folder called PACKAGE.libs."""
-    return name.endswith(modules.COMPILED) and ".libs" not in name
-
-
 def _library(name: str, folders: Iterable[Path]) -> Path | None:
     """The path of a library. Names are compared without regard to case, as Windows does."""
     return next((folder / file for folder in folders for file in modules.names(folder) if file.lower() == name.lower()), None)
@@ -298,9 +295,9 @@ def _library(name: str, folders: Iterable[Path]) -> Path | None:
 
 def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
     """A function that lists the libraries that a binary of the platform needs."""
-    system, machine = platform.partition("-")[0], PLATFORMS[platform].machine
-    of_a_mac = lambda data: macho.needed(macho.part_for(data, machine))  # noqa: E731
-    return {"windows": pe.imports, "linux": elf.needed, "macos": of_a_mac}[system]
+    if platform.startswith("macos"):
+        return lambda data: macho.needed(_smaller(data, platform))
+    return pe.imports if platform.startswith("windows") else elf.needed
 
 
 def _smaller(binary: bytes, platform: str) -> bytes:

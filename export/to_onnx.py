@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -313,7 +314,7 @@ class Graph:
         if op.gated:
             x, up = self._split(x, op.n, op.n)
         y = {
-            "silu": self._silu, "relu": self._relu, "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh,
+            "silu": self._silu, "relu": partial(self._node, "Relu"), "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh,
             "relu_squared": self._relu_squared, "swiglu_clamped": self._swiglu_clamped,
         }[op.kind](x)  # fmt: skip
         if up and op.kind == "swiglu_clamped":
@@ -355,9 +356,6 @@ class Graph:
     def _swiglu_clamped(self, x: str) -> str:
         x = self._node("Min", x, self._number(CLAMP))
         return self._node("Mul", x, self._node("Sigmoid", self._node("Mul", x, self._number(CLAMPED_SCALE))))
-
-    def _relu(self, x: str) -> str:
-        return self._node("Relu", x)
 
     def _relu_squared(self, x: str) -> str:
         y = self._node("Relu", x)

@@ -132,7 +132,7 @@ class Server(Uvicorn):
         self._stopping()
         await super().shutdown(sockets)
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+    def capture_signals(self) -> Any:
         """Let signals stop the server, but not the process: uvicorn would raise them once more afterwards."""
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
         return handled(numbers, self.handle_exit)
