@@ -210,19 +210,17 @@ def _chat(arguments: Arguments) -> int:
         raise FileError(arguments.model, "there is no such model", advice)
     sampling = {**answer_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
-        watch = str if is_packed() else _throttling()  # a packed program has no doctor
+        watch: Callable[[], str] = str
+        if not is_packed():  # a packed program has no doctor
+            from pocketlm.doctor.health import Throttling
+
+            watch = Throttling().note
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
             title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
             watch=watch, default_system=arguments.default_system,
         )  # fmt: skip
-
-
-def _throttling() -> Callable[[], str]:
-    from pocketlm.doctor.health import Throttling
-
-    return Throttling().note
 
 
 def _generate_arguments(parser: Parser) -> None:

@@ -93,7 +93,9 @@ def pack(
         results = reference(source) if reference else b""
         with replacing_file(out, n_bytes) as part:
             with _reporting(model, stub.path), open(part, "x+b") as file, open(stub.path, "rb") as program:
-                boot = _boot(program, stub, persona.title, icon)
+                boot = program.read(stub.boot)
+                if stub.platform.startswith("windows"):
+                    boot = pe.with_resources(boot, persona.title, __version__, images(icon))
                 file.write(boot + bytes(-len(boot) % PAGE))
                 start = file.tell()
                 header, length, parts = store(source, raw, file)
@@ -113,13 +115,6 @@ def pack(
             if trial:
                 trial(part)
     return out
-
-
-def _boot(program: BinaryIO, stub: Stub, title: str, icon: Path | None) -> bytes:
-    """The boot loader; for Windows with the title, version and icon that the Explorer shows."""
-    program.seek(0)
-    boot = program.read(stub.boot)
-    return pe.with_resources(boot, title, __version__, images(icon)) if stub.platform.startswith("windows") else boot
 
 
 def _verify(part: Path, stub: Stub) -> None:

@@ -208,14 +208,19 @@ class Template:
         checked = _checked(messages)
         text = self._render(checked, add_generation_prompt)
         parts = self._parts(checked, text, add_generation_prompt)
-        bos = tokenizer.adds_bos and not self._writes_bos(text, parts)
+        own_bos = self._tokens["bos_token"]  # which the template may write itself; what a content spells is none
+        writes_bos = bool(own_bos) and text.startswith(own_bos) and (parts is None or not parts[0][1])
+        bos = tokenizer.adds_bos and not writes_bos
         ids = tokenizer.encode(text, special=True, bos=bos)
         if parts is None:
             safe = without_markers(checked, tokenizer)
             if safe == checked:
                 return ids
             return tokenizer.encode(self._render(safe, add_generation_prompt), special=True, bos=bos)
-        markers = self._markers_in(tokenizer, frozenset(part for part, is_content in parts if not is_content))
+        written = frozenset(part for part, is_content in parts if not is_content)
+        markers = self._markers
+        if markers is None or markers.made_of != (tokenizer, written):  # else those of the last conversation will do
+            markers = self._markers = Markers(tokenizer, written)
         own, position = [], 0
         for part, is_content in parts:
             if not is_content:
@@ -224,17 +229,6 @@ class Template:
         if list(markers.places(text, ids[bos and tokenizer.bos_id is not None :])) == own:
             return ids
         return encode_between(text, own, tokenizer, markers, bos)
-
-    def _markers_in(self, tokenizer: Tokenizer, template_parts: frozenset[str]) -> Markers:
-        """The markers of the vocabulary, given what the template writes; cached for the last arguments."""
-        if self._markers is None or self._markers.made_of != (tokenizer, template_parts):
-            self._markers = Markers(tokenizer, template_parts)
-        return self._markers
-
-    def _writes_bos(self, text: str, parts: list[tuple[str, bool]] | None) -> bool:
-        """Whether the template itself puts the beginning-of-sequence token in front."""
-        bos = self._tokens["bos_token"]
-        return bool(bos) and text.startswith(bos) and (parts is None or not parts[0][1])
 
     def _parts(self, messages: list[dict[str, str]], text: str, add_generation_prompt: bool) -> list[tuple[str, bool]] | None:
         """`text` as (piece, is content) in order; None for a template that changes the contents.

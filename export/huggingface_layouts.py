@@ -93,10 +93,6 @@ def _qwen2moe(hyper: Hyper) -> dict[str, Any]:
     return {**_experts(hyper), "norm_topk_prob": False, "shared_expert_intermediate_size": shared}
 
 
-def _olmoe(hyper: Hyper) -> dict[str, Any]:
-    return {**_experts(hyper), "norm_topk_prob": False, "intermediate_size": hyper.n_ff}
-
-
 def _mixtral(hyper: Hyper) -> dict[str, Any]:
     said = hyper.settings
     return {
@@ -177,7 +173,8 @@ OWN_LAYOUTS = {
         lambda hyper: {**_experts(hyper), "norm_topk_prob": True}, {"attention_bias": _QKVO}, narrow=False,
     ),
     "olmoe": Layout(
-        "olmoe", "OlmoeForCausalLM", _llama_with(HEAD_NORMS | EXPERTS), _olmoe, {"attention_bias": _QKVO},
+        "olmoe", "OlmoeForCausalLM", _llama_with(HEAD_NORMS | EXPERTS),
+        lambda hyper: {**_experts(hyper), "norm_topk_prob": False, "intermediate_size": hyper.n_ff}, {"attention_bias": _QKVO},
     ),
     "granite": Layout(
         "granite", "GraniteForCausalLM", _LLAMA_NAMES, _granite,
