@@ -98,21 +98,17 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise FileError(path, f"is no LoRA: {CONFIG} says otherwise", "merge it with PEFT and export the result")
-    if asked := [name for name in UNSUPPORTED if config.get(name)] or [
-        name for name in ("bias",) if config.get(name, "none") != "none"
-    ]:
-        raise FileError(
-            path, f"the adapter uses {asked[0]}, which pocketlm does not merge", "merge it with PEFT and export the result"
-        )
+    asked = [name for name in UNSUPPORTED if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    if asked:
+        problem = f"the adapter uses {asked[0]}, which pocketlm does not merge"
+        raise FileError(path, problem, "merge it with PEFT and export the result")
     if (begun := config.get("init_lora_weights")) not in BASE_AS_IT_IS:
         problem = f"its init_lora_weights is {quoted(begun)}, which changes the base, too"
         raise FileError(path, problem, "merge it with PEFT and export the result")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    lacking = FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
-    if type(rank) is not int or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise lacking
-    if not 0 < rank < 1e12 or not abs(alpha) < 1e12:
-        raise lacking
+    has_alpha = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and abs(alpha) < 1e12
+    if not has_alpha or type(rank) is not int or not 0 < rank < 1e12:
+        raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise FileError(path, f"holds no {FILES[0]}", "name the folder of the adapter")

@@ -54,14 +54,10 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     path = Path(given) if given is not None else _beside(checkpoint)
     tokenizer = published.load(path) if path is not None else _own_characters(checkpoint)
     if tokenizer is None:
-        kind = (
-            "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it,"
-            if n_vocab in GPT2_ROWS
-            else "its tokenizer's file"
-        )
-        raise FileError(
-            checkpoint.path, "no tokenizer was found beside it", f"give {kind} with --tokenizer FILE, or --tokenizer {NONE}"
-        )
+        is_gpt2 = n_vocab in GPT2_ROWS
+        kind = "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it," if is_gpt2 else "its tokenizer's file"
+        advice = f"give {kind} with --tokenizer FILE, or --tokenizer {NONE}"
+        raise FileError(checkpoint.path, "no tokenizer was found beside it", advice)
     taken = [f"its tokenizer is {path}"] if given is None and path is not None else []
     path = path or checkpoint.path
     if isinstance(tokenizer, ByteBPE) and tokenizer.n_vocab == 50256 < n_vocab and path.is_file():

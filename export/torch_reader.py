@@ -78,11 +78,8 @@ def read_torch_legacy(buffer: Buffer, path: Path) -> Any:
     _, _, system, tree, keys = parts
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise FileError(path, "was saved on a big-endian machine in an old format", "save it again with a newer PyTorch")
-    if (
-        not isinstance(keys, list)
-        or any(not isinstance(key, str) or key not in sizes for key in keys)
-        or len(set(keys)) != len(keys)
-    ):
+    are_texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not are_texts or len({*keys} & sizes.keys()) != len(keys):  # some are unknown, or there twice
         raise FileError(path, "its list of tensor data is damaged", "save the checkpoint again")
     for key in keys:
         n_items, item_bytes = sizes[key]
