@@ -21,7 +21,7 @@ __all__ = ["FileError", "Model", "PocketlmError", "UsageError", "__version__", "
 
 
 def __dir__() -> list[str]:
-    """What Tab offers, though it is imported on first use."""
+    """What Tab completion offers: also names that are imported on first use."""
     return sorted({*globals(), *__all__})
 
 

@@ -20,8 +20,8 @@ AHEAD = 1000  # pieces that wait for a slow reader before the thread waits, too
 
 
 class _Post:
-    """What threads tell an event loop. It is woken once for all that is told until it looks: with each wake-up a thread lets
-    the others go first, and eight that make a piece each at the same time would take turns eight times.
+    """Callbacks that threads hand to an event loop. The loop is woken once for all callbacks that arrive before it runs them:
+    every wake-up costs the calling thread its turn with the interpreter, and eight threads would wake it eight times a token.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class _Post:
         self._woken = False
 
     def tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-        """Have it called in the loop, from any thread. Raises RuntimeError where the loop is closed."""
+        """Have `function` called in the loop; from any thread. Raises RuntimeError if the loop is closed."""
         self._told.append(function)
         if not self._woken:
             self._woken = True
@@ -45,7 +45,7 @@ class _Post:
             while self._told:
                 self._told.popleft()()
         finally:
-            if self._told:  # one has failed: the others are not to blame
+            if self._told:  # one raised: the others are still to be called
                 loop.call_soon(self._deliver, loop)
 
 
@@ -53,7 +53,7 @@ _posts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary(
 
 
 class Handover:
-    """Parts on their way from one thread to one event loop, in order. `ahead` None: the thread never waits for the reader."""
+    """A queue from one thread to one event loop. The thread waits while `ahead` parts are unread; None: it never waits."""
 
     def __init__(self, ahead: int | None = AHEAD):
         self.cancel = Cancel()
@@ -68,8 +68,8 @@ class Handover:
         self._ended = False
 
     def start(self, make: Callable[[threading.Event], Iterable[Any]], ended: Callable[[], object] = lambda: None) -> None:
-        """Iterate in a thread, which ends with the process. `ended` is called in the loop when the thread is through, before
-        the reader learns that nothing more comes.
+        """Iterate over `make(cancel)` in a daemon thread. `ended` is called in the loop once the thread is done, before the
+        reader sees the end.
         """
         threading.Thread(target=self._work, args=(make, ended), daemon=True, name="pocketlm-stream").start()
 
@@ -114,10 +114,10 @@ class Handover:
         return self._parts.popleft()
 
     async def several(self, pause: float) -> list[Any]:
-        """All parts that are there, one at least; none at the end. Raises what the thread raised.
+        """Wait for at least one part and return all that are there; [] at the end. Raises what the thread raised.
 
-        Those that come within `pause` seconds are given together, and all readers who wait as long are given theirs at the same
-        times: each time that the loop looks, threads lose the interpreter. Parts that come much more seldom are not waited for.
+        Parts that arrive within `pause` seconds are returned together, at multiples of `pause`, so that readers with the same
+        pause wake the loop once: each time it runs, the threads lose the interpreter. Slow streams are not held back.
         """
         if not self._ended and self._pace < 2 * pause and self._loop.time() < self._looked + pause:
             clock = self._loop.call_at((self._looked // pause + 1) * pause, self._arrived.set)
@@ -135,7 +135,7 @@ class Handover:
         return parts
 
     async def _some(self) -> bool:
-        """Wait for a part; whether one has come, and not the end."""
+        """Wait for a part or the end; whether there is a part."""
         while True:
             self._wanted = True  # first: what comes from here on wakes
             if self._parts or self._ended:
@@ -155,7 +155,7 @@ class Handover:
 
 
 async def in_thread(make: Callable[[threading.Event], Iterable[T]], ahead: int | None = AHEAD) -> AsyncGenerator[T, None]:
-    """What `make(cancel)` iterates over, made in a thread of its own. Where the reader leaves, `cancel` is set."""
+    """Iterate over `make(cancel)` in a thread of its own. When the reader stops early, `cancel` is set."""
     handover = Handover(ahead)
     handover.start(make)
     try:

@@ -1,4 +1,4 @@
-"""An event that answers are cancelled with, which is heard at once. Knows nothing of answers."""
+"""The event that cancels an answer, with callbacks. Knows nothing of answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 
 class Cancel(threading.Event):
-    """Whoever is at work looks at an event now and then; `hear` names what is to be called when this one is set."""
+    """An event that also calls back. A worker that computes polls it; one that sleeps is woken by its callback."""
 
     def __init__(self) -> None:
         super().__init__()
         self._hearers: set[Callable[[], object]] = set()
 
     def hear(self, hearer: Callable[[], object]) -> None:
-        """To be called by `set`, in its thread; who comes after that looks himself."""
+        """Have `hearer` called by `set`, in the thread that sets it. An event that is set already calls nobody."""
         self._hearers.add(hearer)
 
     def set(self) -> None:

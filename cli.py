@@ -42,14 +42,14 @@ FLAGS_ELSEWHERE = {  # how other programs call a flag → what it is called here
 
 
 class _OneLineParser(Parser):
-    """Of a packed program, whose usage would show commands and a MODEL that its user does not write."""
+    """The parser of a packed program. No usage text with an error: it would name commands and a MODEL its user never types."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists what there is")
 
 
 class Command(NamedTuple):
-    """A subcommand: what `--help` says, what it takes, what it does (returning the exit status)."""
+    """A subcommand: its help text, a function that declares its arguments, and one that runs it and returns the exit status."""
 
     help: str
     arguments: Callable[[Parser], None]
@@ -57,9 +57,9 @@ class Command(NamedTuple):
 
 
 def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, program: str = NAME) -> int:
-    """Run one command line; returns the exit status. Prints one line, and no traceback, for a user's error.
+    """Run one command line; returns the exit status. A user's error is printed as one line, without a traceback.
 
-    `load` takes the place of `pocketlm.load`. `program`: what errors begin with; of a packed program, its name.
+    `load` replaces `pocketlm.load`. `program`: the first word of errors; for a packed program, its name.
     """
     argv = sys.argv[1:] if argv is None else argv
     _settle_encoding(sys.stdout)  # before the first help text, too
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None, load: Callable[..., Any] | None = None, 
 
 
 def _parse(argv: list[str], program: str) -> Arguments:
-    """The arguments of a command line.
+    """The parsed command line.
 
-    Before Python 3.12 argparse gives an optional MODEL or TEXT its default as soon as it meets an option, and the word itself
-    is left over: it is put in its place here.
+    Before Python 3.12 argparse sets an optional MODEL or TEXT to its default as soon as it meets an option, and the word itself
+    is left over. It is put in its place here.
     """
     parser = _parser(argv[:1], program)
     _check_words(argv)
@@ -107,21 +107,21 @@ def _parse(argv: list[str], program: str) -> Arguments:
 
 
 def _mind_signals() -> None:
-    """The first process of a container is told to end, too: for that one, Linux drops SIGTERM as long as nothing handles it."""
+    """Let SIGTERM end process 1 of a container, too: Linux delivers no signal to process 1 that has no handler."""
     if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _settle_encoding(stream: Any, system: str = os.name) -> None:
-    """A terminal that cannot show a character gets a question mark. A pipe or a file gets UTF-8 on Windows, whose own
-    encoding for these lacks most of the world's letters, unless the user asked for another."""
+    """Write "?" for a character that a terminal cannot show. Use UTF-8 for pipes and files on Windows, whose own encoding
+    lacks most of the world's letters, unless the user chose one in PYTHONIOENCODING."""
     if isinstance(stream, io.TextIOWrapper):
         lossy = system == "nt" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ
         stream.reconfigure(errors="replace", encoding="utf-8" if lossy else None)
 
 
 def _check_words(argv: list[str]) -> None:
-    """Raises UsageError for a command or a flag that there is not, with the one that is meant."""
+    """Raises UsageError for an unknown command or flag, and suggests the one that is meant."""
     name, *words = argv or [""]
     if name not in COMMANDS and name and not name.startswith("-"):
         hint = f", did you mean pocketlm chat {name}?" if os.path.exists(name) else did_you_mean(name, COMMANDS)
@@ -137,14 +137,14 @@ def _check_words(argv: list[str]) -> None:
 
 
 def options(command: str) -> dict[str, argparse.Action]:
-    """What a command can be given, by its long flags."""
+    """A command's options by their long flags."""
     parser = Parser()
     COMMANDS[command].arguments(parser)
     return {flag: option for flag, option in parser._option_string_actions.items() if flag.startswith("--")}
 
 
 def give_up_output() -> None:
-    """What is still to be written goes nowhere, so that Python does not try again, and complain, on its way out."""
+    """Send the rest of the output nowhere: else Python, on exit, flushes it once more and prints the error."""
     if sys.stdout is not None:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -210,19 +210,17 @@ def _chat(arguments: Arguments) -> int:
         raise FileError(arguments.model, "there is no such model", advice)
     sampling = {**answer_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
-        watch = str if is_packed() else _throttling()  # a packed program has no doctor
+        watch: Callable[[], str] = str
+        if not is_packed():  # a packed program has no doctor
+            from pocketlm.doctor.health import Throttling
+
+            watch = Throttling().note
         return repl.run(
             model, sampling=sampling, system=arguments.system, resume=arguments.resume, save=arguments.save,
             question=arguments.question, lines=arguments.lines, template=arguments.template, think=arguments.think,
             title=arguments.title, greeting=arguments.greeting, model_id=arguments.model_id, program=arguments.program,
             watch=watch, default_system=arguments.default_system,
         )  # fmt: skip
-
-
-def _throttling() -> Callable[[], str]:
-    from pocketlm.doctor.health import Throttling
-
-    return Throttling().note
 
 
 def _generate_arguments(parser: Parser) -> None:
@@ -238,7 +236,7 @@ def _generate_arguments(parser: Parser) -> None:
 
 
 def _prompt(arguments: Arguments) -> str:
-    """The text to continue: of -p, of a file exactly as it is, or of a pipe without its last line break, as `$(…)` is."""
+    """The text to continue: -p's; a file's, unchanged; or a pipe's, without its last line break, as in `$(…)`."""
     usage = "generate: give the text to continue with -p TEXT or -f FILE, or through a pipe"
     if arguments.prompt is not None and arguments.file is not None:
         raise UsageError(usage)
@@ -261,7 +259,7 @@ def _generate(arguments: Arguments) -> int:
     options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
         if lost := model.tokenizer.unknown(prompt):
-            named = ', '.join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
+            named = ", ".join(repr(c) for c in lost[:20]) + ", …" * (len(lost) > 20)
             print(f"{arguments.program}: the model knows no {named}: left out of the prompt", file=sys.stderr)
             prompt = model.tokenizer.encodable(prompt)
         text, ids, last = "", [], None
@@ -340,8 +338,9 @@ def _inspect(arguments: Arguments) -> int:
 
 
 def _module(name: str) -> Any:
-    """What a folder does has its arguments and its work in a module of the folder's own, imported when it is asked for. The
-    import statements are written out: a packed program's modules are found by them (build/modules.py).
+    """The module with a command's arguments and work, imported on first use.
+
+    The import statements are spelled out because build/modules.py finds the modules of a packed program by reading them.
     """
     match name:
         case "batch":
@@ -368,7 +367,7 @@ def _module(name: str) -> Any:
 
 
 def _folder(text: str, name: str, row: str = "") -> Command:
-    """A command of the module of that name, or one of the several in its own table."""
+    """A command that `_module(name)` implements; `row`: which of the module's COMMANDS, where it has several."""
 
     def command() -> Any:
         return _module(name).COMMANDS[row] if row else _module(name)

@@ -27,7 +27,7 @@ SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
 
 
 def is_packed() -> bool:
-    """Whether this is a packed program, which holds a part of pocketlm only and stays where its user has put it."""
+    """Whether this is a packed program, which has only a part of pocketlm."""
     return getattr(sys, "frozen", False)
 
 
@@ -40,7 +40,7 @@ def model_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> 
 
 
 def running_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is run."""
+    """Declare the options of how a model is run."""
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto (default), native or numpy")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the number of physical cores")
     parser.add_argument(
@@ -57,14 +57,13 @@ def cache_argument(parser: Any) -> None:
 
 
 def running_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same as keywords of `pocketlm.load`."""
+    """The options of `running_arguments` as keywords of `pocketlm.load`."""
     return {"backend": arguments.backend, "threads": arguments.threads, "ctx": arguments.ctx, "kv": arguments.kv or "q16"}
 
 
 def open_model(arguments: argparse.Namespace) -> Any:
-    """The model that the options name, by `arguments.load` where that is given; a note on a context that is too long for it.
-
-    Raises FileError where it cannot be given texts, as all commands that open a model do.
+    """Open the model that the options name, with `arguments.load` if that is set. Prints a note if `--ctx` is longer than what
+    the model was trained for. Raises FileError for a model without a tokenizer: every command that uses this needs texts.
     """
     if arguments.nice:
         from pocketlm.runtime.processors import be_nice
@@ -120,7 +119,7 @@ def form_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def form_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The form that was asked for. Raises FileError or UsageError before a model is opened for nothing."""
+    """The form of the answer, if one was asked for. Raises FileError or UsageError now, before a model is opened in vain."""
     given = {"json_object": arguments.json_object or None, "choices": arguments.choice, "regex": arguments.regex}
     given = {keyword: value for keyword, value in given.items() if value is not None}
     if arguments.json_schema is not None:
@@ -141,7 +140,7 @@ def form_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The sampling keywords that were given; the rest keep their defaults."""
+    """Sampling keywords that were given; the others keep their defaults. Raises UsageError for a value out of range."""
     given = {keyword: getattr(arguments, flag[2:].replace("-", "_")) for flag, (keyword, _, _) in SAMPLING.items()}
     given = {keyword: value for keyword, value in given.items() if value is not None}
     if given:  # before a model is opened for nothing
@@ -152,7 +151,7 @@ def sampling_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same of a chat or a server, where an answer has a longest length only if one is given, and that is not nothing."""
+    """Sampling keywords of a chat or a server, with `max_tokens` (at least 1) only if it was given."""
     given = sampling_keywords(arguments)
     if arguments.max_tokens is not None:
         from pocketlm.runtime.sampling_options import MAX_TOKENS

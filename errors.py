@@ -14,9 +14,9 @@ from typing import Any
 def did_you_mean(
     word: str, words: Iterable[str], sign: str = "", cutoff: float = 0.5, others: Mapping[str, str] | None = None
 ) -> str:
-    """", did you mean q4_k?" for a `word` near one of `words`, "" where none is near. Upper and lower case are alike.
+    """The hint ", did you mean q4_k?" if `word` is close to one of `words`, else "". Ignores case.
 
-    `sign` stands before a word as it is typed: "/", "--". `others`: what something is called elsewhere → its word here.
+    `sign`: printed before the word, as "/" or "--". `others`: a name in other programs → the word here.
     """
     from difflib import get_close_matches
 
@@ -27,14 +27,14 @@ def did_you_mean(
 
 
 def one_of(flag: str, value: str, words: Collection[str]) -> str:
-    """`value`, which has to be one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
+    """`value`, if it is one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
     if value not in words:
         raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(value, words)}")
     return value
 
 
 def quoted(name: object, limit: int = 100) -> str:
-    """A name from a file for an error message: one line, printable, at most `limit` characters, escapes included."""
+    """A name from a file, for an error message: one line of printable ASCII, at most `limit` characters."""
     text = str(name)
     whole = ascii(text[: limit + 1])[1:-1]
     if len(text) <= limit and len(whole) <= limit:
@@ -45,11 +45,11 @@ def quoted(name: object, limit: int = 100) -> str:
 
 
 class PocketlmError(Exception):
-    """The work failed for a reason outside the program: one line for the user, exit status 1."""
+    """The work failed for a reason outside the program. One line for the user; exit status 1."""
 
     exit_status = 1
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker's error is told elsewhere; subclasses take what they like
+    def __reduce__(self) -> tuple[Any, ...]:  # workers send errors as pickles; the arguments of subclasses differ
         return _as_it_was, (type(self), self.args, self.__dict__)
 
 
@@ -60,13 +60,13 @@ def _as_it_was(kind: type[PocketlmError], args: tuple[Any, ...], state: dict[str
 
 
 class UsageError(PocketlmError):
-    """The request makes no sense: an unknown flag value, a text the tokenizer cannot take; exit status 2."""
+    """The request makes no sense: an unknown flag value, a text the tokenizer cannot encode. Exit status 2."""
 
     exit_status = 2
 
 
 def whole_number(name: str, value: Any, low: int, high: int, why: str = "") -> int:
-    """`value` as a Python int. Raises UsageError for what is no whole number from `low` to `high`: text and True are none."""
+    """`value` as a Python int. Raises UsageError for anything but a whole number from `low` to `high`; a bool is none."""
     try:
         number = operator.index(value) if not isinstance(value, bool) else low - 1
     except TypeError:
@@ -88,7 +88,7 @@ class FileError(PocketlmError):
 
 @contextmanager
 def needed(what: str, package: str, install: str = "") -> Iterator[None]:
-    """A package whose import fails in the block, as a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
+    """Turn an ImportError in the block into a PocketlmError: "--plot needs matplotlib; get it with: pip install …"."""
     try:
         yield
     except ImportError:
@@ -99,9 +99,9 @@ def needed(what: str, package: str, install: str = "") -> Iterator[None]:
 def refused(
     path: object, advice: str = "", problem: str = "cannot be read", kinds: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[None]:
-    """What the system refuses in the block, an error of these `kinds`, as a FileError: "x: cannot be read (why); advice".
+    """Turn an error of these `kinds` in the block into a FileError about `path`: "x: cannot be read (why); advice".
 
-    A text that is not UTF-8 too, with the place of its first wrong byte.
+    A UnicodeDecodeError becomes one, too, with the offset of the first invalid byte.
     """
     try:
         yield

@@ -1,9 +1,9 @@
-"""Locks for `with` that an interrupt leaves free: Ctrl-C ends an answer, and the next one wants the same locks.
+"""Locks for `with` that are released whenever Ctrl-C interrupts the block: the next answer needs the same locks.
 
-Python's own are such: to have one and to have to release it is one step of `with`. But Python 3.14 looks for interrupts after
-the call of `__enter__` too (python/cpython#148874, mended in 3.15), and who is interrupted there leaves a lock closed for ever.
-From 3.12 on a loop with a condition in it is a second such place (python/cpython#130279): there an interrupt leaves the `with`
-without a release. Such loops are in functions of their own; a test looks for others.
+Python's own locks do that, because `with` acquires one and arranges its release in a single step. Two exceptions: Python 3.14
+also checks for interrupts between `__enter__` and the block (python/cpython#148874, fixed in 3.15), where an interrupt leaves
+the lock held for ever. And from 3.12 on, an interrupt in a `while` loop with a condition can leave a `with` without its
+`__exit__` (python/cpython#130279); such loops are kept in functions of their own, and a test looks for others.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, cast
 
 
 class _OneStep:
-    """A lock in a `with` that has it and has to release it in one step, in every Python from 3.10 on.
+    """A lock for `with`, acquired without a moment at which an interrupt would lose it, in every Python from 3.10 on.
 
-    Interrupts come where a call of a built-in function ends and where a function of Python's begins, but neither where an
-    iterator's step ends nor where such a function returns.
+    Python checks for interrupts when a built-in function returns and when a Python function begins, but neither after a step
+    of an iterator nor when a Python function returns. So `__enter__` acquires the lock by a step of an iterator.
     """
 
     __slots__ = ("__exit__", "_having", "acquire", "locked", "release")
 
     def __init__(self, lock: Any):
         self.acquire, self.release, self.locked = lock.acquire, lock.release, getattr(lock, "locked", None)
-        self.__exit__, self._having = lock.__exit__, iter(lock.acquire, None)  # one for all: it never ends
+        self.__exit__, self._having = lock.__exit__, iter(lock.acquire, None)  # acquire never gives None: it does not end
 
     def __enter__(self) -> None:
         for _ in self._having:

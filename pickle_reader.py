@@ -4,21 +4,22 @@ In: bytes, and a table of the few functions a pickle may ask for, each of them o
 `Record`s (objects of any class, of which only the name and the fields are kept). A pickle that asks for any other function
 is refused by that function's name. Every opcode costs time and memory in proportion to its own bytes: sizes are checked
 against what is left, whole numbers are short, and only keys whose hash is cheap may go into dicts and sets.
-Opcodes: the module pickletools of the standard library documents them.
+The standard library's pickletools, which runs nothing either, documents the opcodes and reads what follows each.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pickletools import OpcodeInfo, opcodes, stringnl_noescape_pair
 from typing import Any, NoReturn
 
 from pocketlm.errors import FileError, quoted
 
 MAX_BYTES = 1 << 28  # of one pickle; its tensors lie elsewhere
 MAX_OPCODES = 1 << 22  # each may make an object of some 200 bytes
-MAX_INT_BYTES = 64  # random states are 16 bytes
+MAX_INT_BITS = 512  # random states have 128
 MAX_LINE = 4096
 # what reading damaged opcodes raises in Python: an empty stack, a missing memo entry, a wrong type, a number too large
 _DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error)
@@ -26,14 +27,14 @@ _DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, Overflow
 
 @dataclass(frozen=True)
 class Global:
-    """The name of a function or class. Naming one is harmless; calling it is what the table must allow."""
+    """The name of a function or class. Naming one is harmless; to call it, it must be in the table."""
 
     name: str
 
 
 @dataclass(eq=False)
 class Record:
-    """An object of a class that is not known here, as plain data."""
+    """An object of an unknown class, as plain data."""
 
     name: str
     args: tuple = ()
@@ -47,10 +48,10 @@ Functions = Mapping[str, Callable[..., Any]]
 def read_pickle(
     data: Any, path: object, functions: Functions, persistent: Callable[[Any], Any] | None = None, start: int = 0
 ) -> tuple[Any, int]:
-    """The object that the pickle at `start` describes, and where it ends.
+    """The object in the pickle at `start`, and where the pickle ends.
 
-    `functions` maps "module.name" to what stands in for it; `persistent` gives the object of a persistent id (a storage).
-    Raises FileError where the pickle wants to call anything else (naming it) or is damaged.
+    `functions`: "module.name" → what is called in its place; `persistent` gives the object of a persistent id (a storage).
+    Raises FileError if the pickle is damaged or calls any other function, and names that.
     """
     machine = _Machine(data, path, functions, persistent, start)
     try:
@@ -71,35 +72,45 @@ class _Machine:
 
     def run(self) -> Any:
         for _ in range(MAX_OPCODES):
-            if (code := self.take(1)[0]) == _STOP:
+            opcode = _BY_CODE[self.read(1)[0]]
+            if opcode.name == "STOP":
                 return self.stack.pop()
-            _OPCODES[code](self)
+            _OPCODES[opcode.name](self, *self.arguments(opcode))
         raise FileError(self.path, f"its pickle has more than {MAX_OPCODES} instructions", "save less in it")
 
-    def refuse(self, wish: str) -> NoReturn:
-        refuse(self.path, wish)
+    def arguments(self, opcode: OpcodeInfo) -> Iterable[Any]:
+        """What follows an opcode in the pickle, as pickletools reads it."""
+        if opcode.arg is None:
+            return ()
+        if opcode.arg is stringnl_noescape_pair:  # a name, of which older versions of Python would take ASCII alone
+            return [str(self.readline()[:-1], "utf-8") for _ in range(2)]
+        return [opcode.arg.reader(self)]  # pyright: ignore[reportArgumentType]  # as much of a file as it needs
 
-    # reading
-    def take(self, n_bytes: int) -> bytes:
-        if not 0 <= n_bytes <= self.end - self.at:
-            raise ValueError("cut short")
-        self.at += n_bytes
-        return bytes(self.data[self.at - n_bytes : self.at])
+    # the bytes, as of a file: no more than there are
+    def read(self, n_bytes: int) -> bytes:
+        start, self.at = self.at, min(self.at + n_bytes, self.end)
+        return bytes(self.data[start : self.at])
 
-    def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def line(self) -> bytes:
+    def readline(self) -> bytes:
         rest = bytes(self.data[self.at : min(self.at + MAX_LINE, self.end)])
-        self.at += rest.index(b"\n") + 1
-        return rest[: rest.index(b"\n")]
-
-    def text(self, size: str) -> str:
-        return str(self.take(self.number(size)), "utf-8", "replace")
+        return self.read(rest.index(b"\n") + 1)
 
     # the stack
     def push(self, value: Any) -> None:
         self.stack.append(value)
+
+    def push_whole_number(self, value: int) -> None:
+        if value.bit_length() > MAX_INT_BITS:
+            raise ValueError
+        self.push(value)
+
+    def push_text(self, value: str) -> None:
+        """Without the halves of characters that a pickle can spell, and UTF-8 cannot."""
+        self.push(value.encode("utf-8", "replace").decode())
+
+    def push_old_text(self, value: str) -> None:
+        """Python 2's byte strings, which pickletools gives as Latin-1."""
+        self.push(str(value.encode("latin-1"), "utf-8", "replace"))
 
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marked.pop()
@@ -156,7 +167,7 @@ class _Machine:
     def call(self, function: Any, args: Any) -> None:
         name = function.name if isinstance(function, (Global, Record)) else type(function).__name__
         if not isinstance(function, Global) or function.name not in self.functions:
-            self.refuse(f"wants to call {quoted(name)}")
+            refuse(self.path, f"wants to call {quoted(name)}")
         if not isinstance(args, tuple):
             raise TypeError
         self.push(self.functions[function.name](*args))
@@ -166,7 +177,7 @@ class _Machine:
         self.call(function, args)
 
     def new(self, cls: Any, args: Any) -> None:
-        """An object by `cls.__new__`: a call where the table has one, else plain data (a class is never run)."""
+        """Push an object made by `cls.__new__`: by the table's function if it has one, else as plain data."""
         if isinstance(cls, Global) and cls.name not in self.functions and isinstance(args, tuple):
             self.push(Record(cls.name, args))
         else:
@@ -174,12 +185,11 @@ class _Machine:
 
     def new_object(self, keywords: bool) -> None:
         if keywords and self.stack.pop():
-            self.refuse("wants to make an object with keyword arguments")
+            refuse(self.path, "wants to make an object with keyword arguments")
         args, cls = self.stack.pop(), self.stack.pop()
         self.new(cls, args)
 
-    def instance(self) -> None:
-        module, name = str(self.line(), "utf-8"), str(self.line(), "utf-8")
+    def instance(self, module: str, name: str) -> None:
         args = tuple(self.pop_mark())
         self.push_global(module, name)
         self.call(self.stack.pop(), args)
@@ -192,7 +202,7 @@ class _Machine:
         """The state of an object: a dict of its fields, or a pair of them (the second: slots)."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Global) or (isinstance(target, Record) and not isinstance(state, (dict, list, tuple))):
-            self.refuse(f"wants to call {quoted(target.name)}.__setstate__")
+            refuse(self.path, f"wants to call {quoted(target.name)}.__setstate__")
         if isinstance(target, Record):
             for part in state if type(state) is tuple and len(state) == 2 else (state,):
                 if type(part) is dict:
@@ -200,11 +210,11 @@ class _Machine:
 
     def persistent_id(self, value: Any) -> None:
         if self.persistent is None:
-            self.refuse("refers to an object outside of it")
+            refuse(self.path, "refers to an object outside of it")
         self.push(self.persistent(value))
 
-    def extension(self, size: str) -> None:
-        self.refuse(f"wants to call the function registered as extension {self.number(size)}")
+    def extension(self, number: int) -> None:
+        refuse(self.path, f"wants to call the function registered as extension {number}")
 
 
 def refuse(path: object, wish: str) -> NoReturn:
@@ -217,7 +227,7 @@ def refuse(path: object, wish: str) -> NoReturn:
 
 
 def check_key(key: Any) -> Any:
-    """`key` where its hash is cheap and cannot be chosen to collide: a hash of nested tuples may take for ever."""
+    """`key`, if hashing it is cheap and cannot be made to collide, else TypeError: nested tuples may take for ever to hash."""
     if type(key) is tuple and all(type(part) in (str, bytes) for part in key):
         return key
     if not (key is None or isinstance(key, (str, bytes, bool, float, Global)) or (isinstance(key, int) and abs(key) < 1 << 63)):
@@ -225,98 +235,53 @@ def check_key(key: Any) -> Any:
     return key
 
 
-def _integer(line: bytes) -> int:
-    if len(line) > 2 * MAX_INT_BYTES:
-        raise ValueError
-    return int(line.rstrip(b"L"))
-
-
-def _int_or_bool(line: bytes) -> int:
-    return line == b"01" if line in (b"00", b"01") else _integer(line)
-
-
-def _long(data: bytes) -> int:
-    if len(data) > MAX_INT_BYTES:
-        raise ValueError
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _string(line: bytes) -> str:
-    """Python 2's repr of a byte string; escapes are left as they are."""
-    return str(line[1:-1], "utf-8", "replace")
-
-
-_STOP = ord(".")
-_OPCODES: dict[int, Callable[[_Machine], Any]] = {
-    ord("("): _Machine.mark,
-    ord("0"): _Machine.pop,
-    ord("1"): _Machine.pop_mark,
-    ord("2"): lambda m: m.push(m.stack[-1]),
-    # numbers and constants
-    ord("N"): lambda m: m.push(None),
-    0x88: lambda m: m.push(True),
-    0x89: lambda m: m.push(False),
-    ord("I"): lambda m: m.push(_int_or_bool(m.line())),
-    ord("L"): lambda m: m.push(_integer(m.line())),
-    ord("J"): lambda m: m.push(m.number("i")),
-    ord("K"): lambda m: m.push(m.number("B")),
-    ord("M"): lambda m: m.push(m.number("H")),
-    0x8A: lambda m: m.push(_long(m.take(m.number("B")))),
-    0x8B: lambda m: m.push(_long(m.take(m.number("i")))),
-    ord("F"): lambda m: m.push(float(m.line())),
-    ord("G"): lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
-    # texts and bytes
-    ord("S"): lambda m: m.push(_string(m.line())),
-    ord("T"): lambda m: m.push(m.text("i")),
-    ord("U"): lambda m: m.push(m.text("B")),
-    ord("V"): lambda m: m.push(str(m.line(), "raw-unicode-escape")),
-    ord("X"): lambda m: m.push(m.text("I")),
-    0x8C: lambda m: m.push(m.text("B")),
-    0x8D: lambda m: m.push(m.text("Q")),
-    ord("B"): lambda m: m.push(m.take(m.number("I"))),
-    ord("C"): lambda m: m.push(m.take(m.number("B"))),
-    0x8E: lambda m: m.push(m.take(m.number("Q"))),
-    0x96: lambda m: m.push(m.take(m.number("Q"))),
+_BY_CODE = {ord(opcode.code): opcode for opcode in opcodes}
+_OPCODES: dict[str, Callable[..., Any]] = {  # by the names of pickletools: the machine, and the opcode's arguments
+    "MARK": _Machine.mark,
+    "POP": _Machine.pop,
+    "POP_MARK": _Machine.pop_mark,
+    "DUP": lambda m: m.push(m.stack[-1]),
+    # numbers, texts, bytes and constants
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), _Machine.push_whole_number),
+    **dict.fromkeys(("FLOAT", "BINFLOAT"), _Machine.push),
+    **dict.fromkeys(("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push_text),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _Machine.push_old_text),
+    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), lambda m, data: m.push(bytes(data))),
+    "NONE": lambda m: m.push(None),
+    "NEWTRUE": lambda m: m.push(True),
+    "NEWFALSE": lambda m: m.push(False),
     # containers
-    ord("]"): lambda m: m.push([]),
-    ord("l"): lambda m: m.push(m.pop_mark()),
-    ord("a"): lambda m: m.append([m.stack.pop()]),
-    ord("e"): lambda m: m.append(m.pop_mark()),
-    ord(")"): lambda m: m.push(()),
-    ord("t"): lambda m: m.push(tuple(m.pop_mark())),
-    0x85: lambda m: m.pop_tuple(1),
-    0x86: lambda m: m.pop_tuple(2),
-    0x87: lambda m: m.pop_tuple(3),
-    ord("}"): lambda m: m.push({}),
-    ord("d"): lambda m: (items := m.pop_mark(), m.push({}), m.set_items(items)),
-    ord("s"): lambda m: (value := m.stack.pop(), m.set_items([m.stack.pop(), value])),
-    ord("u"): lambda m: m.set_items(m.pop_mark()),
-    0x8F: lambda m: m.push(set()),
-    0x90: lambda m: m.add(m.pop_mark()),
-    0x91: lambda m: m.push(frozenset(map(check_key, m.pop_mark()))),
+    "EMPTY_LIST": lambda m: m.push([]),
+    "LIST": lambda m: m.push(m.pop_mark()),
+    "APPEND": lambda m: m.append([m.stack.pop()]),
+    "APPENDS": lambda m: m.append(m.pop_mark()),
+    "EMPTY_TUPLE": lambda m: m.push(()),
+    "TUPLE": lambda m: m.push(tuple(m.pop_mark())),
+    "TUPLE1": lambda m: m.pop_tuple(1),
+    "TUPLE2": lambda m: m.pop_tuple(2),
+    "TUPLE3": lambda m: m.pop_tuple(3),
+    "EMPTY_DICT": lambda m: m.push({}),
+    "DICT": lambda m: (items := m.pop_mark(), m.push({}), m.set_items(items)),
+    "SETITEM": lambda m: (value := m.stack.pop(), m.set_items([m.stack.pop(), value])),
+    "SETITEMS": lambda m: m.set_items(m.pop_mark()),
+    "EMPTY_SET": lambda m: m.push(set()),
+    "ADDITEMS": lambda m: m.add(m.pop_mark()),
+    "FROZENSET": lambda m: m.push(frozenset(map(check_key, m.pop_mark()))),
     # the memo
-    ord("g"): lambda m: m.push(m.memo[_integer(m.line())]),
-    ord("h"): lambda m: m.push(m.memo[m.number("B")]),
-    ord("j"): lambda m: m.push(m.memo[m.number("I")]),
-    ord("p"): lambda m: m.memoize(_integer(m.line())),
-    ord("q"): lambda m: m.memoize(m.number("B")),
-    ord("r"): lambda m: m.memoize(m.number("I")),
-    0x94: lambda m: m.memoize(len(m.memo)),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.memoize),
+    "MEMOIZE": lambda m: m.memoize(len(m.memo)),
     # names, calls and objects
-    ord("c"): lambda m: m.push_global(str(m.line(), "utf-8"), str(m.line(), "utf-8")),
-    0x93: lambda m: (name := m.stack.pop(), m.push_global(m.stack.pop(), name)),
-    ord("R"): _Machine.reduce,
-    ord("b"): _Machine.build,
-    ord("i"): _Machine.instance,
-    ord("o"): _Machine.object,
-    0x81: lambda m: m.new_object(keywords=False),
-    0x92: lambda m: m.new_object(keywords=True),
-    0x82: lambda m: m.extension("B"),
-    0x83: lambda m: m.extension("H"),
-    0x84: lambda m: m.extension("i"),
-    ord("P"): lambda m: m.persistent_id(str(m.line(), "utf-8")),
-    ord("Q"): lambda m: m.persistent_id(m.stack.pop()),
-    # framing
-    0x80: lambda m: m.take(1),
-    0x95: lambda m: m.take(8),
+    "GLOBAL": _Machine.push_global,
+    "STACK_GLOBAL": lambda m: (name := m.stack.pop(), m.push_global(m.stack.pop(), name)),
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
+    "INST": _Machine.instance,
+    "OBJ": _Machine.object,
+    "NEWOBJ": lambda m: m.new_object(keywords=False),
+    "NEWOBJ_EX": lambda m: m.new_object(keywords=True),
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4"), _Machine.extension),
+    "PERSID": _Machine.persistent_id,
+    "BINPERSID": lambda m: m.persistent_id(m.stack.pop()),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, number: None),
 }

@@ -24,10 +24,9 @@ def without_controls(text: str) -> str:
 
 
 def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
-    """Python's `print` for values that may come from strangers.
+    """Python's `print` without the control characters in `values`, for standard error and for terminals.
 
-    A message on standard error never holds control characters. A result on standard output does not where that is a
-    terminal; programs that read it through a pipe or a file get every byte. `sep` and `end` are the program's own.
+    Pipes and files on standard output get every character. `sep` and `end` are never filtered.
     """
     out = sys.stdout if file is None else file
     texts = map(str, values)
@@ -37,14 +36,14 @@ def print(*values: object, sep: str = " ", end: str = "\n", file: TextIO | None 
 
 
 class StatusLine:
-    """A line of standard error that is written over, where that is a terminal. `with` clears it at the end."""
+    """A line on standard error that each `show` overwrites, if that is a terminal. The end of a `with` block clears it."""
 
     def __init__(self) -> None:
         self.is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._shown = ""
 
     def show(self, text: str, instead: bool = False) -> None:
-        """`instead`: where there is no terminal, as a line that stays."""
+        """Show `text`. `instead`: without a terminal, print it as a line of its own; else nothing is printed there."""
         if self.is_terminal and text != self._shown:
             print("", text.ljust(len(self._shown)), sep="\r", end="", file=sys.stderr, flush=True)
             self._shown = text
@@ -52,7 +51,7 @@ class StatusLine:
             print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """What is shown stays."""
+        """Keep the line as it is, and go to the next."""
         if self._shown:
             print(file=sys.stderr)
             self._shown = ""

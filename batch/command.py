@@ -20,7 +20,7 @@ EVERY = 0.5, 30.0  # seconds between two words on how far it is: to a terminal, 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes for many prompts."""
+    """Declare the arguments for many prompts."""
     group = parser.add_argument_group("many prompts")
     group.add_argument("--input", metavar="FILE", help="JSON lines with a prompt or messages each, and sampling fields")
     group.add_argument("--output", metavar="FILE", help="JSON lines with their answers, in order; goes on where it was ended")
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer all that is not answered; the exit status: 1 where there are lines and none has an answer."""
+    """Answer the lines that have no answer yet. Exit status 1 if there are lines and every one of them failed."""
     from pocketlm.batch.files import Answers, Prompts
     from pocketlm.batch.local import Settings
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _machine(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
-    """What answers lines, open for the length of a `with` statement."""
+    """What answers lines: a model opened here, or the workers of a Dask cluster."""
     from pocketlm.batch.local import Machine
 
     if arguments.dask:
@@ -72,7 +72,7 @@ def _machine(arguments: argparse.Namespace, settings: Any) -> Iterator[Any]:
 
 
 class Progress(StatusLine):
-    """How far a run is, on stderr: on one line of a terminal, or on a line now and then. `done`: before it."""
+    """Progress on stderr: on a terminal one line that is overwritten, else a line now and then. `done`: answered before."""
 
     def __init__(self, n_lines: int, done: int, program: str):
         self._n_lines, self._before, self._program = n_lines, done, program
@@ -83,7 +83,7 @@ class Progress(StatusLine):
             print(f"{program}: {done:,} of {n_lines:,} lines are answered already", file=sys.stderr)
 
     def step(self, done: int, tokens: int) -> None:
-        """One more line is answered, with so many tokens."""
+        """Show the progress; `done`: lines answered now, `tokens`: of the last answer."""
         self._tokens += tokens
         if (now := time.monotonic()) >= self._next:
             self._next = now + EVERY[not self.is_terminal]
@@ -94,7 +94,7 @@ class Progress(StatusLine):
             self.show(text, instead=True)
 
     def result(self, output: str, done: int, errors: int) -> str:
-        """What there is to say when all is written."""
+        """The closing line."""
         seconds = time.monotonic() - self._began
         if 0 < errors == done:
             return f"{output}: none of {done:,} lines could be answered; what is wrong with each stands there"

@@ -1,8 +1,8 @@
 """The two files of a batch: prompts that are read, and answers that are kept whatever happens.
 
-In: paths, lines. Out: the lines that are still to be answered; in the end, their answers in one file, in order. Answers are
-kept as they come in a file beside it whose name tells what they were made of: it is where a run that was ended goes on. Knows
-no model, and of a line only its number.
+In: paths, lines. Out: the lines that are still to be answered; at the end, one file with the answers in order. Until then they
+are kept, as they come, in a part file beside it. Its name has a hash of everything the answers depend on, so that the same
+command continues there. Knows no model, and of a line only its number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ERROR = b', "error": {'  # cannot stand inside a JSON text, which writes \" for
 
 
 class Prompts:
-    """A file of prompts: `n_lines`, of which `n_blank` hold none. Raises FileError where it cannot be read."""
+    """A file of prompts, with `n_lines` lines of which `n_blank` are blank. Raises FileError if it cannot be read."""
 
     def __init__(self, path: Path):
         if path.is_fifo():
@@ -47,7 +47,7 @@ class Prompts:
         self.n_blank += blank and not ended
 
     def key(self, *made_of: Any) -> str:
-        """12 hexadecimal digits: others for another content of the file, and for others of `made_of`."""
+        """12 hexadecimal digits, a hash of the file's content and of `made_of`."""
         return hashlib.blake2b(repr((self._digest.hexdigest(), *made_of)).encode(), digest_size=6).hexdigest()
 
     def __iter__(self) -> Iterator[Line]:
@@ -68,7 +68,7 @@ def _is_there(target: Path) -> FileError:
 
 
 def _place(whole: Path, target: Path) -> None:
-    """A file that came to be there meanwhile, another run's answers perhaps, stays, and these stay in the part."""
+    """Never replace a file that was put there meanwhile, such as another run's answers. These then stay in the part file."""
     try:
         rename_to_free(whole, target)
     except FileExistsError:
@@ -76,10 +76,10 @@ def _place(whole: Path, target: Path) -> None:
 
 
 class Answers:
-    """What is known of the answers to `n_lines` lines. In a `with` statement; raises FileError.
+    """The answers to `n_lines` lines, for a `with` statement. Raises FileError.
 
-    `add` keeps one, `finish` makes `target` of them. Until then they are in `target`.KEY.part, also after a kill, a full disk
-    or a power cut, where only a line that was not written to its end is lost.
+    `add` appends one to `target`.KEY.part; `finish` writes `target` from that. The part file survives a kill, a full disk or a
+    power cut; only a last line that is incomplete is lost.
     """
 
     def __init__(self, target: Path, key: str, n_lines: int):
@@ -114,7 +114,7 @@ class Answers:
         return self._starts[number] >= 0
 
     def add(self, written: Written) -> None:
-        """Keep what is to be written of a line."""
+        """Append the output for a line to the part file."""
         left = memoryview(written.data)
         with self._kept():
             while left:
@@ -122,7 +122,7 @@ class Answers:
         self._note(written.number, written.data)
 
     def finish(self) -> None:
-        """All answers in the order of the lines, in the target; the part goes."""
+        """Write `target`, all answers in the order of the lines, and empty the part file."""
         with replacing_file(self._target, self._size, _place) as path, path.open("wb") as out, self._part.open("rb") as kept:
             for start in self._starts:
                 if start >= 0:
@@ -131,12 +131,12 @@ class Answers:
         os.ftruncate(self._handle, 0)  # `__exit__` takes the part away
 
     def _kept(self) -> AbstractContextManager[None]:
-        """What the system refuses, as a FileError."""
+        """Turn errors of the system into a FileError that says the answers so far are kept."""
         advice = "mend that and give the same command again: the answers so far are kept"
         return refused(self._part, advice, "cannot be written")
 
     def _take_stock(self) -> int:
-        """Note every answer that is there; how many bytes those are. What follows them is what a kill has left."""
+        """Index the answers in the part file; the bytes they take. Anything behind them is the half line of a killed run."""
         size = self._size = 0
         with self._part.open("rb") as file:
             while (data := file.readline(MOST_ANSWER)) and (found := _NUMBERED.fullmatch(data)):

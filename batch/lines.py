@@ -1,6 +1,6 @@
-"""One line of a file of prompts and what is written of it: an answer, or what is wrong with the line.
+"""One line of a file of prompts, and the line that is written for it: the answer, or what is wrong with the prompt.
 
-In: a line of JSON, a session. Out: a line of JSON, which depends on the line, the model and the settings alone. Knows no files,
+In: a line of JSON, a session. Out: a line of JSON, which depends only on the line, the model and the settings. Knows no files,
 no threads and no other machines.
 """
 
@@ -28,14 +28,14 @@ STREAMED = ("stream", "stream_options")  # fields of a request that a file has n
 
 
 class Line(NamedTuple):
-    """`number`: in the file, from 1 on. `data`: without its end; None where it is longer than a request may be."""
+    """`number`: in the file, from 1 on. `data`: without the line feed; None if it is longer than a request may be."""
 
     number: int
     data: bytes | None
 
 
 class Written(NamedTuple):
-    """What there is to write about line `number`, with a line feed, and how many tokens were generated for it."""
+    """The output for line `number`, with its line feed, and how many tokens were generated."""
 
     number: int
     data: bytes
@@ -43,7 +43,7 @@ class Written(NamedTuple):
 
 
 class Answering:
-    """`defaults`: options for what a line does not say. A line without a seed has one made of `seed` and its text."""
+    """Answers lines. `defaults`: options that a line leaves out. A line without a seed gets a hash of `seed` and its text."""
 
     def __init__(self, model: Model, defaults: Mapping[str, Any], seed: int):
         self._defaults = {False: dict(defaults), True: {**model.chat_defaults, **defaults}}  # by whether it is a chat
@@ -52,7 +52,7 @@ class Answering:
         self._token_bytes = model.tokenizer.token_bytes
 
     def answer(self, line: Line, session: Conversation, cancel: threading.Event) -> Written | None:
-        """What is to be written; None where `cancel` came in between."""
+        """The output for a line; None if `cancel` was set before it was finished."""
         named: dict[str, Any] = {"line": line.number}
         try:
             body = _body(line)
@@ -88,14 +88,11 @@ def _body(line: Line) -> dict[str, Any]:
     """The line's fields. Raises ApiError."""
     if line.data is None:
         raise ApiError(413, f"a line may have {MAX_BODY} bytes")
-    body = fields.parse(line.data)
-    if not isinstance(body, dict):
-        raise ApiError(400, "the line is no JSON object")
-    return body
+    return fields.parse(line.data, "the line")
 
 
 def _name(body: dict[str, Any]) -> dict[str, Any]:
-    """What the line calls itself, taken out of it, as part of the answer. Raises ApiError."""
+    """Remove the line's own `id` from `body`; {"id": …} for the output. Raises ApiError."""
     name = body.pop("id", None)
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
         raise ApiError(400, "id must be a text or a whole number", param="id")
@@ -103,7 +100,7 @@ def _name(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(body: dict[str, Any]) -> None:
-    """Takes out what a request has and a line has no use for. Raises ApiError where it asks for that, or for nothing."""
+    """Remove the fields about streaming. Raises ApiError if the line asks for a stream, or has no prompt."""
     for field in STREAMED:
         if body.get(field):
             raise ApiError(400, f"{field} is not supported: answers are written when they are whole", param=field)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.batch.lines import Answering, Line, Written
 from pocketlm.cancel import Cancel
-from pocketlm.errors import FileError
+from pocketlm.serve.asking import sessions
 
 if TYPE_CHECKING:
-    from pocketlm.conversation import Conversation
     from pocketlm.model import Model
 
 S = TypeVar("S")
@@ -29,7 +28,7 @@ AHEAD = 64  # answers that wait for a slow disk before the threads wait, too
 
 @dataclass(frozen=True)
 class Settings:
-    """How lines are answered: `slots` at the same time, with `defaults` for what a line does not say."""
+    """How lines are answered: `slots` at the same time, with `defaults` for options that a line leaves out."""
 
     slots: int
     seed: int
@@ -37,8 +36,8 @@ class Settings:
 
 
 class Machine:
-    """A model and its sessions. The NumPy backend promises closeness, not bits: there every line has the
-    cache for itself, from its beginning on.
+    """A model and its sessions. The NumPy backend gives slightly different numbers when a text is computed in other pieces, so
+    there is one session with it, and every line starts with an empty cache.
     """
 
     def __init__(self, model: Model, settings: Settings):
@@ -48,24 +47,15 @@ class Machine:
         self.made_of = (model.fingerprint, model.executor.arithmetic, model.n_ctx, model.template.name)
 
     def answers(self, lines: Iterable[Line]) -> Iterator[Written]:
-        """What is to be written of each line, in the order in which it is made."""
+        """The output for each line, in the order in which they are finished."""
         return spread(self.sessions, lines, lambda session, line, cancel: self._answering.answer(line, session, cancel))
 
 
-def sessions(model: Model, n: int) -> list[Conversation]:
-    """As many as asked for, or as there is memory for, but for one at least."""
-    made = [model.session()]
-    with suppress(FileError):
-        while len(made) < n:
-            made.append(model.session())
-    return made
-
-
 def spread(sessions: Sequence[S], items: Iterable[T], work: Callable[[S, T, threading.Event], R | None]) -> Iterator[R]:
-    """`work(session, item, cancel)` for every item, on all sessions at the same time; results in the order in which they come.
+    """Call `work(session, item, cancel)` for every item, with one thread per session; results in the order they are finished.
 
-    None is no result, but the word that `cancel` was heard. The caller may stop at any time: what is being computed then ends
-    within a pass. Raises what a thread raised.
+    `work` returns None once it has seen `cancel`. The caller may stop iterating at any time: `cancel` is set, and the threads
+    end within one forward pass. Raises what a thread raised.
     """
     waiting, lock, cancel = iter(items), threading.Lock(), Cancel()
     made: queue.Queue[tuple[R | None, BaseException | None]] = queue.Queue(AHEAD)

@@ -1,7 +1,7 @@
 """A batch on the workers of a Dask cluster, each with the model open in it.
 
-In: lines. Out: what is to be written of each, as it is made; the same bytes as from one machine. Which worker answers what, and
-that another one does it where a worker dies, is Dask's. Workers need pocketlm and the model, under the same name or path.
+In: lines. Out: the output for each, as it is finished; the same bytes as from one machine. Dask decides which worker answers
+what, and gives the work of one that dies to another. Workers need pocketlm, and the model under the same name or path.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _opened(opening: str) -> Machine:
 
 
 def describe(opening: str) -> Any:
-    """What the answers of this worker depend on, or what is wrong with it."""
+    """What this worker's answers depend on (a tuple), or what is wrong with it (a text)."""
     try:
         return _opened(opening).made_of
     except PocketlmError as error:
@@ -48,7 +48,7 @@ def describe(opening: str) -> Any:
 
 
 def answer(opening: str, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written]:
-    """A chunk, on a worker. Raises PocketlmError where the worker would answer otherwise than the others."""
+    """Answer a chunk, on a worker. Raises PocketlmError if the worker's answers would differ from the others'."""
     machine = _opened(opening)
     if machine.made_of != made_of:
         raise PocketlmError(f"a worker has another model or processor than the others: {machine.made_of}, not {made_of}")

@@ -6,12 +6,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, UsageError
+from pocketlm.signals import handled
 
 QUICK = {"rounds": 2, "tokens": 8, "prompts": (32,), "depths": (0,), "user_rounds": 1, "user_tokens": 16}
 ALONE = {"prompts": (), "depths": (), "user_rounds": 0}  # with --pp and --tg nothing is measured that was not asked for
@@ -91,20 +90,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = {**chosen, **{name: value for name, value in given.items() if value is not None}}
     settings = measure.Settings(threads=check_threads(arguments.threads), **chosen)
     paths = [_find(name) for name in arguments.models]
-    with _ending_in_order():
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    with handled(ends, lambda number, _: sys.exit(128 + number)):  # else a child that hangs would go on for ever
         return measure.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
-
-
-@contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the children too: one that hangs would go on for ever."""
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:

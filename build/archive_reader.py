@@ -1,12 +1,12 @@
-"""Whether PyInstaller's archive in an executable gives the files that it promises.
+"""Whether PyInstaller's archive in an executable is undamaged.
 
-In: an executable, and where its archive is. Out: the names of what is damaged in it. Everything is unpacked into nothing, as
-the boot loader will unpack it into a folder; nothing is run and no marshalled data is read. Knows no models.
+In: an executable, and where its archive is. Out: the names of what is damaged in it. Everything is unpacked, as the boot loader
+will do, but the result is thrown away; nothing is run and no marshalled data is read. Knows no models.
 
-Format: PyInstaller/archive/writers.py. The archive ends with a cookie (runtime/container.py); before it is a table, a row for
-every file: length of the row, offset, bytes, bytes when unpacked, whether compressed, kind, name. Python's modules are one
-file, "PYZ": a head of 17 bytes, with the place where a table begins behind 8, and a zlib stream for every module. zlib's
-checksums tell of every changed byte in a stream; nothing does in the tables of the modules, of a few kilobytes.
+Format: PyInstaller/archive/writers.py. The archive ends with a cookie (runtime/container.py). In front of it is a table with a
+row for every file: length of the row, offset, bytes, bytes when unpacked, whether compressed, kind, name. Python's modules are
+one file, "PYZ": a head of 17 bytes, in which an offset at byte 8 says where the file's own table begins, and a zlib stream for
+every module. zlib's checksums reveal any changed byte in a stream; in the table of modules, a few kilobytes, nothing does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Damaged(Exception):
 
 
 def damaged_entries(path: Path) -> list[str]:
-    """The files in the archive that are damaged. Raises FileError where there is no archive, or its table is damaged."""
+    """The names of damaged files in the archive. Raises FileError if there is no archive, or its table is damaged."""
     start, length = program_place(path)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
@@ -80,7 +80,7 @@ def _is_whole(data: mmap.mmap, entry: Entry) -> bool:
 
 
 def _unpack_modules(data: mmap.mmap, start: int, end: int) -> None:
-    """Unpack one module behind the other, up to the table behind them."""
+    """Unpack the modules one after the other, up to the table behind them."""
     if data[start : start + 4] != _MODULES_MAGIC:
         raise _Damaged
     at, table = start + _MODULES_HEAD, start + struct.unpack_from("!i", data, start + 8)[0]

@@ -1,6 +1,6 @@
-"""What PyInstaller's boot loader reads: its archive, the archive of modules in it, and the library for Python's own start.
+"""Writes what PyInstaller's boot loader reads: its archive, in it the archive of modules, and base_library.zip.
 
-In: code as bytes, files as bytes. Out: bytes, the same for the same input. Knows neither models nor where files come from.
+In: code and files as bytes. Out: bytes, the same for the same input. Knows neither models nor where files come from.
 Format: PyInstaller 6, bootloader/src/pyi_archive.c and PyInstaller/loader/pyimod01_archive.py. Numbers are big-endian.
 """
 
@@ -38,7 +38,7 @@ class Code(NamedTuple):
 
 
 def program(entries: Sequence[Entry], python: tuple[int, int], library: str) -> bytes:
-    """The archive that is put behind the boot loader; `library` is the entry with Python itself."""
+    """The archive that is put behind the boot loader; `library`: the name of the entry that holds Python itself."""
     body, table = bytearray(), bytearray()
     for kind, name, content in entries:
         compressed = kind not in (OPTION, MODULES)  # modules are compressed one by one
@@ -65,7 +65,7 @@ def modules(codes: Mapping[str, Code], bytecode_magic: bytes) -> bytes:
 
 
 def library(codes: Mapping[str, Code], bytecode_magic: bytes) -> bytes:
-    """base_library.zip, from which Python starts before any code of the archive runs."""
+    """base_library.zip: the modules that Python needs before it can run code from the archive."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         for name, code in sorted(codes.items()):

@@ -1,10 +1,9 @@
 """The few functions of BLAS that NumPy calls, compiled here, in place of the OpenBLAS in its wheels.
 
-In: a processor, and the library that NumPy was built with. Out: a shared library of some kilobytes that stands in for it.
-OpenBLAS and its Fortran library are half of what a stub would hold and unpack at every start, and a conversation needs a
-matrix product at most: where the native executor cannot run. Products of real numbers only; whatever else NumPy might ask
-for, such as a singular value decomposition, ends the program. For Linux and Windows: NumPy's wheels for macOS use the
-system's BLAS.
+In: a processor, and the library that NumPy was built with. Out: a shared library of some kilobytes that replaces it. OpenBLAS
+and its Fortran library would be half of what a stub holds and unpacks at every start, while a conversation needs matrix
+products alone, and those only where the native executor cannot run. There are products of real numbers; any other function,
+such as a singular value decomposition, ends the program. For Linux and Windows: NumPy's wheels for macOS use the system's BLAS.
 
 Signatures: https://www.netlib.org/blas/#_cblas, with 64-bit integers.
 """
@@ -34,7 +33,7 @@ def is_replaceable(library: Path, users: Iterable[Path]) -> bool:
 
 
 def library_for(library: Path, users: Iterable[Path], machine: str) -> bytes:
-    """The file that takes the place of `library` for the libraries `users`, which ask for functions of it."""
+    """The file that replaces `library` for the libraries `users`, which import functions from it."""
     windows = library.suffix == ".dll"
     wanted, module = _wanted(library, users), Module("win64" if windows else "sysv")
     for letter, type in (("s", F32), ("d", F64)):
@@ -57,7 +56,7 @@ def _wanted(library: Path, users: Iterable[Path]) -> list[str]:
 
 
 def _define(module: Module, letter: str, type: Type) -> None:
-    """sdot, saxpy, sgemv, sgemm and ssyrk, or those of the other letter; `product` is what they share."""
+    """Define sdot, saxpy, sgemv, sgemm, ssyrk, or (`letter` "d") those for doubles. `product` is common to the last three."""
     _dot(module, f"{letter}dot", type)
     _axpy(module, f"{letter}axpy", type)
     matrix = {"a": PTR, "ra": I64, "ca": I64, "b": PTR, "rb": I64, "cb": I64, "c": PTR, "rc": I64, "cc": I64}
@@ -99,7 +98,7 @@ def _strides(f: Function, order: Value, transposed: Value | int, leading: Value)
 
 
 def _first(f: Function, x: Value, n: Value, step: Value, type: Type) -> Value:
-    """Where a vector begins: one with a negative step lies in front of its end."""
+    """The address of element 0: a vector with a negative step begins at the end of its memory."""
     return x + f.maximum((1 - n) * step, 0) * type.bytes
 
 
@@ -136,7 +135,7 @@ def _axpy(module: Module, name: str, type: Type) -> None:
 
 
 def _product(f: Function, letter: str, type: Type) -> None:
-    """C [m, n] = alpha A [m, k] B [k, n] + beta C: dot products where both run along k, else sums of B's rows."""
+    """C [m, n] = alpha A [m, k] B [k, n] + beta C: by dot products if A and B are contiguous along k, else by rows of B."""
     m, n, k, alpha, beta, a, ra, ca, b, rb, cb, c, rc, cc = f.args()
     size = type.bytes
 

@@ -1,9 +1,9 @@
-"""Sources compiled to code for another computer's Python: the same bytes whoever compiles them.
+"""Compiles Python sources to bytecode, to the same bytes on every computer.
 
-In: files. Out: marshalled code. Knows nothing about archives. The code is for this version of Python, or for another one whose
-library there is for this system: a process of this Python loads it, and lets it compile. What is marshalled depends on more
-than the source: on the order of sets, on which constants something else in the process refers to, and on which of them are
-interned. Hence a process of its own, with nothing of the user's in it.
+In: files. Out: marshalled code. Knows nothing about archives. The code is for this version of Python, or for another one that
+is there as a shared library for this system: a process of this Python loads that, and lets it compile. Marshalled code depends
+on more than its source: on the order of sets, and on which constants are interned or referred to by other code. So it is made
+in a process of its own, in which nothing of the user's is imported.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Another(NamedTuple):
 
 
 def compile_all(files: Mapping[str, Path], another: Another | None = None) -> tuple[dict[str, bytes], bytes]:
-    """Marshalled code by module, without assertions and docstrings, and the number that files with such code begin with.
+    """Marshalled code by module, without assertions and docstrings, and the magic number of its version of bytecode.
 
-    In tracebacks a file is called as in the archive. PocketlmError: a file is no Python, or `another` does not run here.
+    Tracebacks will name the files as in the archive. PocketlmError: a file is no Python, or `another` does not run here.
     """
     wanted = "\0".join(word for module, path in files.items() for word in (str(path), _name(module, path)))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"PYTHONHASHSEED": "0"}

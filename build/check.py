@@ -1,7 +1,7 @@
 """Whether a file is whole, and which part of it is not: a packed executable, or a model file.
 
-In: a path. Out: a line for every part, with a verdict. For who sends a file, and for friends with Python: it also reads
-executables that do not start any more. Knows no command line.
+In: a path. Out: a line for every part, with a verdict. It reads executables that do not start any more, too. Knows no command
+line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHOLE = "whole"
 
 
 class Part(NamedTuple):
-    """A part of a file: what it is, how long it should be, and WHOLE or what is wrong with it."""
+    """A part of a file: its name, how long it should be, and WHOLE or what is wrong with it."""
 
     name: str
     n_bytes: int
@@ -82,7 +82,7 @@ def _in_archive(path: Path) -> str:
 
 
 def _of_model(path: Path) -> Iterator[Part]:
-    """What can be told without checksums: all is there and makes sense. Raises FileError for another kind of file."""
+    """A model file has no checksums: its vocabulary must be readable, its weights finite. FileError: another kind of file."""
     from pocketlm.tokenizer import from_metadata
 
     with open_model(path) as opened:

@@ -97,10 +97,9 @@ def _pack(arguments: argparse.Namespace) -> int:
         for name in names:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
-            verdict: list[str] = []
-            trial = lambda part, said=verdict: said.append(_try(part))  # noqa: E731
-            out = pack(model, open_stub(stub), out, persona, reference, trial, icon)
-            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *verdict, sep="\n")
+            said: list[str] = []
+            out = pack(model, open_stub(stub), out, persona, reference, lambda part, to=said: to.append(_try(part)), icon)
+            print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *said, sep="\n")
     return 0
 
 
@@ -118,7 +117,7 @@ def _stub_for(name: str, arguments: argparse.Namespace) -> Path:
 
 
 def _try(executable: Path) -> str:
-    """Let the finished executable test itself; what is to be said about it. Raises PocketlmError if it fails."""
+    """Run the finished executable's self-test; the line to print about it. Raises PocketlmError if it fails."""
     from pocketlm.build.pack import platform_of
     from pocketlm.build.sources import host_platform
 
@@ -141,7 +140,7 @@ def _try(executable: Path) -> str:
 
 
 def _reference(file: GGUF) -> bytes:
-    """The results for --selftest, of a model that can be talked to. Raises FileError for another one."""
+    """The reference results for --selftest. Raises FileError for a model that cannot hold a conversation."""
     from pocketlm.build.selftest import reference
     from pocketlm.export.tokenizer_data import test_texts
     from pocketlm.runtime.plan import read_plan
@@ -153,7 +152,7 @@ def _reference(file: GGUF) -> bytes:
 
 @contextmanager
 def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
-    """The model as a GGUF file, converted into a temporary one where it is something else."""
+    """The model as a GGUF file: converted into a temporary one if it is anything else, or if options change it."""
     from pocketlm.export.from_model_file import is_model_file
     from pocketlm.model import find_model
 
@@ -173,26 +172,25 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
         if is_gguf and keep:
             _with_keys(path, own, out)
         else:
-            from pocketlm.export.export import container_for, export
+            from pocketlm.export.export import export
 
-            kind = container_for(out, None)
             model = read_model(arguments, path)
             for note in model.notes:
                 print(f"note: {note}")
             counts = read_importance(arguments, model)
-            export(model, path, out, container=kind, quant=arguments.quant, pure=arguments.pure, importance=counts)
+            export(model, path, out, quant=arguments.quant, pure=arguments.pure, importance=counts)
         yield out
 
 
 def _stem(path: Path) -> str:
-    """What a model's file is called, or all its parts, as a name that every system and every file can have."""
+    """A name for the model, from its file or its parts, that every file system accepts."""
     stem = path.stem if path.is_file() and not container.is_program(path) else path.name
     part = PART.fullmatch(stem)
     return os.fsencode(part[1] if part else stem)[:200].decode("utf-8", "ignore") or "model"
 
 
 def _with_keys(model: Path, own: dict[str, str], out: Path) -> None:
-    """The weights as they are, with other keys."""
+    """Write `out`, a copy of the model with the keys `own`; the weights stay as they are."""
     from pocketlm.export.gguf_writer import copy_gguf
 
     if container.is_program(model):

@@ -1,11 +1,12 @@
 """A stub for any platform, put together on any platform from files that exist already.
 
-In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Boot loader and loader
-scripts are PyInstaller's, CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages (Linux), the packages
-from their wheels; the kernels of every instruction-set level are compiled here. Python's own library is that of this
-Python, since the bytecode must be of the version that will run it; Debian, which does not have every version, has its own. On
-Linux, for Linux, CPython is this one too, unless it is large: it runs wherever the C library is as new as here. Nothing of the
-target is run.
+In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Runs nothing of the target.
+
+Boot loader and loader scripts are PyInstaller's. CPython comes from panda3d's wheels (Windows, macOS) or Debian's packages
+(Linux), other packages from their wheels. The kernels are compiled here, for every instruction-set level. The standard library
+is that of the Python that composes, because the bytecode must be of the version that will run it; Debian's packages, which do
+not exist for every version, bring their own. On Linux, for Linux, CPython is the one that composes, too, unless its library is
+large; such a stub needs a C library as new as this computer's.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _SYSTEM_LIBRARIES = ("/lib/*-linux-gnu", "/usr/lib/*-linux-gnu", "/lib64", "/usr
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things are: in the wheels and packages, and in the archive."""
+    """Where things are in the wheels and packages, and in the archive."""
 
     python: wheels.Python
     boot: str  # the boot loader in PyInstaller's wheel
@@ -75,10 +76,10 @@ def _layout(platform: str, python: wheels.Python) -> _Layout:
 
 
 def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
-    """Write the stub for `platform` (a name in aot.PLATFORMS); its path.
+    """Write the stub for `platform` (a name in aot.PLATFORMS); returns its path.
 
-    `wheel_folder`: where the wheels are, in place of the cache folder and the network. PocketlmError: something cannot be
-    fetched, or this Python's version cannot be had for the platform; FileError: a file is not the one that is known.
+    `wheel_folder`: a folder with the wheels, in place of the cache folder and the network. PocketlmError: a file cannot be
+    fetched, or there is no CPython of this version for the platform; FileError: a file has another hash than the known one.
     """
     host = host_platform()
     is_own = platform == host and _own_library(_layout(host, PYTHON).library) is not None
@@ -121,9 +122,8 @@ class _Tree:
 
 
 def _own_library(name: str) -> Path | None:
-    """This Python as a library, where it is one and Linux's: other systems' are taken from wheels.
-
-    None for a large one too, unless Debian's would not run here.
+    """This Python's shared library, to be taken for a stub. None where it is not to be taken: on systems other than Linux, if
+    there is none, or if it is larger than Debian's, unless Debian's needs a newer C library than this system's.
     """
     path = Path(sysconfig.get_config_var("LIBDIR") or "/nowhere", name)
     if sys.platform != "linux" or not path.exists():
@@ -164,7 +164,7 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool, python: wheel
 
 
 def _another(fetched: Mapping[str, Path], root: Path, name: str, library: Path) -> bytecode.Another | None:
-    """The version of CPython that was fetched for this system, with its own modules in `library`; None for no files."""
+    """The other version of CPython among the `fetched` files, unpacked; its standard library is `library`. None: no files."""
     for path in fetched.values():
         _unpack_debian(path, root / "compiler") if path.suffix == ".deb" else _unzip(path, root / "compiler", ("deploy_libs/",))
     return bytecode.Another(next((root / "compiler").rglob(name)), library.parents[1]) if fetched else None
@@ -223,7 +223,9 @@ def _entries(
     kernels = tree.own / KERNELS
     build_images(kernels, platform, module_texts, __version__)
     binaries = _binaries(platform, layout, tree, found.compiled)
-    libraries = [PurePosixPath(e.name.replace("\\", "/")).name for e in binaries if not _is_module(e.name)]
+    # what is no compiled module: libraries end in .so.NUMBER, or lie in a folder called PACKAGE.libs
+    shared = [e.name for e in binaries if not e.name.endswith(modules.COMPILED) or ".libs" in e.name]
+    libraries = [PurePosixPath(name.replace("\\", "/")).name for name in shared]
     return [
         *(Entry(archive_writer.MODULE, name, marshalled[name]) for name in (*quiet, "struct", *boot_modules)),
         *(Entry(archive_writer.SCRIPT, name, marshalled[name]) for name in scripts),
@@ -256,7 +258,7 @@ def _base_modules(library: Path) -> list[str]:
 
 
 def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str, Path]) -> list[Entry]:
-    """Python, compiled modules, and the libraries that they want, each under the name it is looked for at run time."""
+    """Python, the compiled modules, and the libraries they need, each under the name by which it is found at run time."""
     python = _library(layout.library, tree.shared)
     if python is None:
         raise PocketlmError(f"{layout.library} is in none of the files that were fetched")
@@ -286,25 +288,20 @@ def _binaries(platform: str, layout: _Layout, tree: _Tree, compiled: Mapping[str
     return [Entry(archive_writer.BINARY, name.replace("/", layout.separator), data) for name, data in sorted(contents.items())]
 
 
-def _is_module(name: str) -> bool:
-    """Whether a binary is a compiled module: libraries have a number behind .so, or their package in the folder's name."""
-    return name.endswith(modules.COMPILED) and ".libs" not in name
-
-
 def _library(name: str, folders: Iterable[Path]) -> Path | None:
-    """Windows' libraries are looked for as Windows does, whatever the case of the letters."""
+    """The path of a library. Names are compared without regard to case, as Windows does."""
     return next((folder / file for folder in folders for file in modules.names(folder) if file.lower() == name.lower()), None)
 
 
 def _needs_of(platform: str) -> Callable[[bytes], Iterable[str]]:
-    """How to find out which libraries a binary of the platform wants."""
-    system, machine = platform.partition("-")[0], PLATFORMS[platform].machine
-    of_a_mac = lambda data: macho.needed(macho.part_for(data, machine))  # noqa: E731
-    return {"windows": pe.imports, "linux": elf.needed, "macos": of_a_mac}[system]
+    """A function that lists the libraries that a binary of the platform needs."""
+    if platform.startswith("macos"):
+        return lambda data: macho.needed(_smaller(data, platform))
+    return pe.imports if platform.startswith("windows") else elf.needed
 
 
 def _smaller(binary: bytes, platform: str) -> bytes:
-    """Without what it has for other processors and for debuggers."""
+    """The binary without its parts for other processors (macOS) and for debuggers (Linux)."""
     if platform.startswith("macos"):
         return macho.part_for(binary, PLATFORMS[platform].machine)
     return elf.without_sections(binary) if platform.startswith("linux") else binary

@@ -1,7 +1,7 @@
 """What a stub holds, and what it does without: tables, and nothing else.
 
-Read by what builds stubs, and by tests/frozen_guard.py, under which every test runs: code that a stub holds and that reaches
-for something left out here fails there, not at a friend's. Sizes are those of Linux on x86-64.
+Read by what builds stubs, and by tests/frozen_guard.py, which is active in every test: code of a stub that imports something
+left out fails there, not on a friend's computer.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ STOOD_IN = ("ssl", "logging.config", "configparser", "http.client")
 
 
 def is_excluded(module: str) -> bool:
-    """Whether a module, or a package that it lies in, is in EXCLUDED."""
+    """Whether a module, or a package around it, is in EXCLUDED."""
     return any(module == name or module.startswith(f"{name}.") for name in EXCLUDED)
 
 
 def is_held(source: str) -> bool:
-    """Whether a stub holds a file of this package, given as `chat/repl.py`."""
+    """Whether a stub holds this file of the package; `source`: its path, such as `chat/repl.py`."""
     return source.rpartition("/")[0] in PACKAGES and source not in BUILDERS | LEFT_OUT

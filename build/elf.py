@@ -1,7 +1,7 @@
-"""Shared libraries of Linux, as much of them as it takes to write a small one and to see what one wants of another.
+"""Linux's shared libraries (ELF): writes a small one, and lists the libraries and symbols that one needs.
 
 In: position-independent code and names; or a library's bytes. Out: a library's bytes; or names. Knows nothing of what the
-code does. Sources: System V gABI, chapters 4 and 5; the hash function is chapter 5's.
+code does. Sources: System V gABI, chapters 4 and 5.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ def shared_object(name: str, machine: str, code: bytes, symbols: Mapping[str, in
 
 
 def dynamic_symbols(library: bytes, defined: bool) -> set[str]:
-    """Names that a library offers to others, or (not `defined`) wants of them."""
+    """The names that a library defines for others, or (not `defined`) needs from others."""
     rows = _rows(library, _SHT_DYNSYM, SYMBOL)
     return {text_at(library, texts + name) for texts, (name, _, _, section, _, _) in rows if bool(section) == defined}
 
 
 def needed(library: bytes) -> list[str]:
-    """The libraries that one wants, by name."""
+    """The names of the libraries that a library needs."""
     rows = _rows(library, _SHT_DYNAMIC, struct.Struct("<QQ"))
     return [text_at(library, texts + value) for texts, (tag, value) in rows if tag == _NEEDED]
 
 
 def _rows(library: bytes, wanted: int, row: struct.Struct) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The rows of all sections of a kind, each with the place of the names that it refers to."""
+    """The rows of all sections of type `wanted`, each with the offset of the string table that it refers to."""
     at, size, count = struct.unpack_from("<Q", library, 40)[0], *struct.unpack_from("<HH", library, 58)
     sections = [SECTION.unpack_from(library, at + i * size) for i in range(count)]
     for _, kind, _, _, start, length, link, *_ in sections:
@@ -86,7 +86,7 @@ def _rows(library: bytes, wanted: int, row: struct.Struct) -> Iterator[tuple[int
 
 
 def without_sections(binary: bytes) -> bytes:
-    """A program or library without its sections, which linkers and debuggers read: what is loaded stays where it is."""
+    """A program or library without its sections, which only linkers and debuggers read; nothing that is loaded moves."""
     at, size, count = struct.unpack_from("<Q", binary, 32)[0], *struct.unpack_from("<HH", binary, 54)
     rows = [_SEGMENT.unpack_from(binary, at + i * size) for i in range(count)]
     out = bytearray(binary[: max(at + size * count, *(offset + length for _, _, offset, _, _, length, *_ in rows))])

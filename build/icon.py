@@ -23,7 +23,7 @@ _FINER = 4  # points in a row of a pixel, for smooth edges
 
 
 def images(path: Path | None) -> list[Image]:
-    """The images of an icon file; of the icon of pocketlm where there is none. Raises FileError for another file."""
+    """The images in an icon file; without a path, pocketlm's own icon. Raises FileError for any other file."""
     if path is None:
         return [(side, 32, _png(side, _drawn(side))) for side in SIDES]
     with refused(path):

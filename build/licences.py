@@ -1,7 +1,7 @@
 """The licences of all that a stub is made of, as one text.
 
-In: the files that were fetched, Python's own library, the names of what goes in. Out: a text. A part without a licence is an
-error: nothing is sent to friends that may not be. Knows no archives.
+In: the files that were fetched, Python's own library, the names of the shared libraries. Out: a text. A part without a licence
+is an error, because a stub is for passing on. Knows no archives.
 """
 
 from __future__ import annotations
@@ -63,8 +63,11 @@ _PYTHON = re.compile(r"(lib)?python3")
 
 
 def collect(fetched: Mapping[str, Path], texts: Mapping[str, str], library: Path, libraries: Iterable[str]) -> str:
-    """One text. `fetched`: wheels and packages by name; `texts`: licences found in packages; `library`: the folder of Python's
-    own modules; `libraries`: the names of the shared libraries that go in. PocketlmError: something has no licence."""
+    """All licences as one text.
+
+    `fetched`: wheels and packages by name; `texts`: licences found in packages; `library`: the folder of Python's own modules;
+    `libraries`: the names of the shared libraries in the stub. PocketlmError: something has no licence.
+    """
     parts = {"pocketlm": _ours(), **texts}
     for name, path in fetched.items():
         if path.suffix == ".whl" and name not in _CPYTHON_BY:
@@ -99,7 +102,7 @@ def _in_wheel(path: Path) -> Iterator[str]:
 
 
 def _of_python(library: Path) -> str:
-    """As `license()` looks for it: beside the library, in the folder of the program, or where Debian has it."""
+    """Python's licence: beside its library, in the folder of the program, or where Debian keeps it."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     places = [
         *(folder / name for folder in (library, Path(sys.base_prefix)) for name in ("LICENSE.txt", "LICENSE")),

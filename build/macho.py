@@ -3,9 +3,9 @@
 In: the bytes of Mach-O files. Out: bytes, names; or, for a finished program, its header and an ad-hoc signature, in place.
 Knows nothing else. Sources: Apple's mach-o/loader.h, mach-o/fat.h and kern/cs_blobs.h.
 
-Apple's processors run nothing unsigned, and a signature must cover the file: its last segment, __LINKEDIT, ends where the file
-ends, with the symbols' names as its last part but one and the signature as the last. So a model lies among the names of
-symbols, which is where nobody looks. An ad-hoc signature holds hashes only: of all the bytes before it, page by page.
+Apple's processors run nothing unsigned, and a signature must cover the whole file: the last segment, __LINKEDIT, has to end
+where the file ends, with the table of symbol names in front of the signature. So that table is extended to span the model; the
+bytes behind the names are never read. An ad-hoc signature holds hashes only: of all the bytes before it, page by page.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class UnreadableHeader(Exception):
 
 
 def part_for(data: bytes, machine: str) -> bytes:
-    """What a file has for a processor, "aarch64" or "x86_64". UnreadableHeader: nothing."""
+    """The part of a file for a processor, "aarch64" or "x86_64". Raises UnreadableHeader if there is none."""
     wanted = _PROCESSORS[machine]
     if data.startswith(MAGIC) and struct.unpack_from("<I", data, 4)[0] == wanted:
         return data
@@ -54,16 +54,17 @@ def part_for(data: bytes, machine: str) -> bytes:
 
 
 def needed(library: bytes) -> list[str]:
-    """The libraries that one wants, by the names of their files."""
+    """The file names of the libraries that a library needs."""
     _, commands, _ = _commands(library)
     paths = [command[struct.unpack_from("<I", command, 8)[0] :] for kind, command in commands if kind == _LC_LOAD_DYLIB]
     return [path.partition(b"\0")[0].decode().rpartition("/")[2] for path in paths]
 
 
 def sign(file: BinaryIO) -> None:
-    """A header that covers the whole of a finished program, and a signature behind its end.
+    """Change the header of a finished program so that it covers the whole file, and append a signature.
 
-    `file` is open for reading and writing. UnreadableHeader if it makes no sense, or has no room for the command.
+    `file` is open for reading and writing. Raises UnreadableHeader for a header that makes no sense or has no room for one
+    more load command.
     """
     end = file.seek(0, 2)
     file.write(bytes(-end % 16))
@@ -82,7 +83,7 @@ def sign(file: BinaryIO) -> None:
 
 
 def signed_bytes(length: int) -> int:
-    """How long a program of so many bytes is when it is signed."""
+    """The length that a program of `length` bytes has once it is signed."""
     code_bytes = round_up(length, 16)
     return code_bytes + _signature_bytes(code_bytes)
 
@@ -106,7 +107,7 @@ def _commands(data: bytes) -> tuple[tuple[int, ...], list[tuple[int, bytes]], in
 
 
 def _covered(data: bytes, code_bytes: int, signature_bytes: int) -> tuple[bytes, tuple[int, int]]:
-    """The header with load commands for a file of code and then a signature; and __TEXT's offset and length in the file."""
+    """The header, with load commands for a file that consists of code and a signature; and the offset and length of __TEXT."""
     header, commands, end = _commands(data)
     out, text, first = bytearray(), (0, 0), len(data)
     for kind, old in commands:
@@ -135,7 +136,7 @@ def _covered(data: bytes, code_bytes: int, signature_bytes: int) -> tuple[bytes,
 
 
 def _section_offsets(segment: bytes, default: int) -> list[int]:
-    """Where the file has the contents of a segment's sections: no load command may reach so far."""
+    """The file offsets of a segment's sections: the load commands must end before the first."""
     count = struct.unpack_from("<I", segment, 64)[0]
     offsets = [_SECTION.unpack_from(segment, 72 + 80 * i)[4] for i in range(count) if 72 + 80 * (i + 1) <= len(segment)]
     return [offset for offset in offsets if offset] or [default]

@@ -28,7 +28,7 @@ _DOTTED = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 @dataclass
 class Found:
-    """Modules by name; `python` and `compiled` with their files. `nowhere`: who imports what has no file, at its first line."""
+    """Modules by name. `python`, `compiled`: their files. `nowhere`: modules that have no file, and who imports them first."""
 
     python: dict[str, Path] = field(default_factory=dict)
     compiled: dict[str, Path] = field(default_factory=dict)
@@ -39,8 +39,11 @@ def find(
     roots: Collection[str], folders: Sequence[Path], platform: str, excluded: Collection[str],
     python: tuple[int, int] = sys.version_info[:2],
 ) -> Found:  # fmt: skip
-    """All that `roots` import, and what that imports; `platform` as in aot.PLATFORMS. Packages in `excluded` go with all in
-    them. SyntaxError: a file is not Python."""
+    """All modules that `roots` import, directly or not.
+
+    `platform`: as in aot.PLATFORMS. Packages in `excluded` are left out with everything in them. SyntaxError: a file is not
+    Python.
+    """
     found, target = Found(), (platform.partition("-")[0], python)
     waiting = [(name, "") for name in sorted(roots, reverse=True)]
     seen: set[str] = set()
@@ -71,7 +74,7 @@ def find(
 
 
 def _file(name: str, folders: Sequence[Path]) -> Path | None:
-    """Where a module is: a package, Python or compiled, as importlib would choose."""
+    """The file of a module or package, chosen as importlib would."""
     *parts, last = name.split(".")
     for root in folders:
         folder = root.joinpath(*parts)
@@ -88,18 +91,18 @@ def _file(name: str, folders: Sequence[Path]) -> Path | None:
 
 @functools.cache
 def names(folder: Path) -> list[str]:
-    """What is in a folder, in order; nothing where there is none."""
+    """The sorted names in a folder; [] if there is no such folder."""
     return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
 def _named_in(path: Path) -> set[str]:
-    """Dotted names that stand alone in a compiled module."""
+    """Dotted names that are complete strings in a compiled module."""
     texts = (text for text in path.read_bytes().split(b"\0") if b"." in text)
     return {text.decode() for text in texts if _DOTTED.fullmatch(text)}
 
 
 def _imports(tree: ast.Module, package: str, target: Target) -> Iterator[tuple[str, bool]]:
-    """Modules imported anywhere in a file, and whether that is certainly a module: in `from a import b`, b may be a name."""
+    """Names that a file imports anywhere, and whether each is certainly a module: in `from a import b`, b may be anything."""
     for statement in _taken(tree.body, target):
         if isinstance(statement, ast.Import):
             yield from ((alias.name, True) for alias in statement.names)
@@ -113,7 +116,7 @@ def _imports(tree: ast.Module, package: str, target: Target) -> Iterator[tuple[s
 
 
 def _taken(body: Sequence[ast.stmt], target: Target) -> Iterator[ast.stmt]:
-    """Every statement in `body` and inside of them, without the branches not taken."""
+    """Every statement in `body`, also nested ones, except in branches that the target does not take."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If):
@@ -128,7 +131,7 @@ def _taken(body: Sequence[ast.stmt], target: Target) -> Iterator[ast.stmt]:
 
 
 def _truth(test: ast.expr, target: Target) -> bool | None:
-    """What a condition is there, where it only asks for the system, or the version of Python; else None."""
+    """Whether a condition holds on the target, if it asks only for the system or the version of Python; else None."""
     system, python = target
     values = {"sys.platform": _SYS_PLATFORM[system], "platform": _SYS_PLATFORM[system],
               "os.name": "nt" if system == "windows" else "posix"}  # fmt: skip

@@ -55,7 +55,7 @@ def open_stub(path: Path) -> Stub:
 
 
 def platform_of(path: Path) -> str:
-    """The system and processor that an executable is for. Raises FileError for one that pocketlm does not know."""
+    """The system and processor that an executable is for. Raises FileError for an unknown one."""
     with open(path, "rb") as file:
         head = file.read(PAGE)
     try:
@@ -74,12 +74,11 @@ def pack(
     model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None,
     trial: Callable[[Path], object] | None = None, icon: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Write the executable; its path, which ends in .exe for Windows.
+    """Write the executable; returns its path, which ends in .exe for Windows.
 
-    `reference` makes the reference results for --selftest. `trial` gets the finished executable, under another name; where
-    it raises, nothing is left behind. `icon`: of the executable, where it is for Windows.
-    Raises FileError where the model cannot be packed, the stub is damaged, the disk is too small, or Windows would not run
-    the result.
+    `reference` makes the reference results for --selftest. `trial` is called with the finished executable, under another name;
+    if it raises, nothing is left behind. `icon`: of an executable for Windows. Raises FileError if the model cannot be packed,
+    the stub is damaged, the disk is too small, or the system could not run the result.
     """
     if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
         out = out.with_name(out.name + ".exe")
@@ -94,7 +93,9 @@ def pack(
         results = reference(source) if reference else b""
         with replacing_file(out, n_bytes) as part:
             with _reporting(model, stub.path), open(part, "x+b") as file, open(stub.path, "rb") as program:
-                boot = _boot(program, stub, persona.title, icon)
+                boot = program.read(stub.boot)
+                if stub.platform.startswith("windows"):
+                    boot = pe.with_resources(boot, persona.title, __version__, images(icon))
                 file.write(boot + bytes(-len(boot) % PAGE))
                 start = file.tell()
                 header, length, parts = store(source, raw, file)
@@ -116,15 +117,8 @@ def pack(
     return out
 
 
-def _boot(program: BinaryIO, stub: Stub, title: str, icon: Path | None) -> bytes:
-    """The boot loader; on Windows with what the Explorer shows of a program."""
-    program.seek(0)
-    boot = program.read(stub.boot)
-    return pe.with_resources(boot, title, __version__, images(icon)) if stub.platform.startswith("windows") else boot
-
-
 def _verify(part: Path, stub: Stub) -> None:
-    """Read back what was written: as it was sent to the disk, and a program that unpacks."""
+    """Read back what was written, compare its checksums, and unpack the program in it. Raises FileError."""
     packed = container.find(part)
     if packed is None or packed.damaged():
         raise FileError(part, "is not what was written", "the disk may be failing")
@@ -133,7 +127,9 @@ def _verify(part: Path, stub: Stub) -> None:
 
 
 def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path) -> Persona:
-    """Write the executable with another persona; the model's bytes stay. Raises FileError; UsageError for one too long."""
+    """Write the executable with another persona; the model is copied unchanged. Raises FileError; UsageError if the persona is
+    too long.
+    """
     packed.check()  # what is copied gets checksums anew
     persona = change(from_bytes(packed.read("persona"), packed.path))
     reference, sections = packed.read("reference"), packed.sections
@@ -147,7 +143,7 @@ def set_persona(packed: Packed, change: Callable[[Persona], Persona], out: Path)
 
 
 def unpack(packed: Packed, out: Path) -> int:
-    """Write the GGUF that was packed; its size. Raises FileError unless it is the same, byte for byte."""
+    """Write the GGUF that was packed; returns its size. Raises FileError unless it is the same, byte for byte."""
     model, gguf = packed.sections["model"], packed.sections["gguf"]
     packed.read("header")
     with (
@@ -163,7 +159,7 @@ def unpack(packed: Packed, out: Path) -> int:
 
 
 def _finish(file: BinaryIO, sections: dict[str, Section], reference: bytes, persona: Persona, program: tuple) -> None:
-    """Write all that comes behind the record; `program` is a file, an offset and a length."""
+    """Write everything behind the section "original"; `program`: a file, and the archive's offset and length in it."""
     at = file.seek(sections["original"].end)
     for name, data in (("reference", reference), ("persona", persona.to_bytes())):
         file.write(data)
@@ -217,6 +213,6 @@ def _reporting(path: Path, stub: Path) -> Iterator[None]:
 
 
 def with_texts(persona: Persona, texts: dict[str, str | None], flags: Mapping[str, float | str]) -> Persona:
-    """The persona with what was given put in place; None keeps a text."""
+    """The persona with the given texts and flags; a text that is None stays."""
     given = {name: text for name, text in texts.items() if text is not None}
     return replace(persona, **given, flags={**persona.flags, **flags})

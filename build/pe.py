@@ -1,4 +1,4 @@
-"""Windows' executables and libraries, as much of them as a stub takes: a small DLL, resources for an .exe, who wants what.
+"""Windows' executables and libraries (PE): writes a small DLL and an .exe's resources, and lists what a file imports.
 
 In: code and names; or a file's bytes. Out: a file's bytes; or names. Knows nothing of what the code does.
 Sources: Microsoft's "PE Format"; for the version resource "VS_VERSIONINFO". Numbers are little-endian.
@@ -17,7 +17,7 @@ MAGIC = b"MZ"
 _FILE = struct.Struct("<HHIIIHH")  # processor, sections, time, symbols (2), bytes of the optional header, flags
 _SECTION = struct.Struct("<8sIIIIIIHHI")  # name, bytes in memory, address, bytes in the file, offset, (4 unused), flags
 _DIRECTORY = struct.Struct("<II")  # address, bytes
-_EXPORTS, _IMPORTS, _RESOURCES, _CERTIFICATES = 0, 1, 2, 4  # numbers of directories
+_IMPORTS, _RESOURCES, _CERTIFICATES = 1, 2, 4  # numbers of directories
 _MACHINE_X64, _PE32_PLUS = 0x8664, 0x20B
 _CODE, _DATA = 0x60000020, 0x40000040  # executable and readable; initialised and readable
 _CHECKSUM_AT, _DIRECTORIES_AT, _OPTIONAL_BYTES = 64, 112, 240  # in the optional header
@@ -44,7 +44,7 @@ class _Section:
 
 
 class _File:
-    """The headers of a PE file. UnreadableProgram: there are none, or not those of a 64-bit one."""
+    """The headers of a PE file. Raises UnreadableProgram if they are not those of a 64-bit program."""
 
     def __init__(self, data: bytes | bytearray):
         try:
@@ -66,11 +66,11 @@ class _File:
         ]
 
     def directory(self, number: int) -> int:
-        """Offset in the headers of a directory's address and length."""
+        """The offset in the headers of a data directory's (address, length)."""
         return self.optional + _DIRECTORIES_AT + number * _DIRECTORY.size
 
     def offset(self, address: int) -> int:
-        """Where in the file an address is."""
+        """The file offset of an address."""
         for section in self.sections:
             if section.address <= address < section.address + section.length:
                 return address - section.address + section.offset
@@ -85,7 +85,7 @@ class _File:
 
 
 def imports(library: bytes) -> dict[str, set[str]]:
-    """The libraries that one wants, by name as it is written, and the functions of each (those without names left out)."""
+    """The libraries that a file imports, by their names as written, and the names of the functions it imports from each."""
     file = _File(library)
     address = _DIRECTORY.unpack_from(library, file.directory(_IMPORTS))[0]
     found: dict[str, set[str]] = {}
@@ -102,16 +102,6 @@ def imports(library: bytes) -> dict[str, set[str]]:
             row += 8
         at += 20
     return found
-
-
-def exports(library: bytes) -> set[str]:
-    """The names of the functions that a library offers."""
-    file = _File(library)
-    address = _DIRECTORY.unpack_from(library, file.directory(_EXPORTS))[0]
-    if not address:
-        return set()
-    count, _, names = struct.unpack_from("<III", library, file.offset(address) + 24)
-    return {file.text(name) for name in struct.unpack_from(f"<{count}I", library, file.offset(names))}
 
 
 # ---- a library ---------------------------------------------------------------------------------------------------------
@@ -184,9 +174,9 @@ MANIFEST = """\
 
 
 def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """`boot`, an .exe, with a manifest, the title and version in its properties, and an icon. Those it had are gone.
+    """The .exe `boot` with new resources: a manifest, title and version for its properties, and an icon.
 
-    `images`: side in pixels, bits a pixel, and the image as in an .ico file. UnreadableProgram: it is no such .exe.
+    `images`: side in pixels, bits a pixel, and the image as in an .ico file. Raises UnreadableProgram.
     """
     data = bytearray(boot)
     file = _File(data)
@@ -219,7 +209,7 @@ def with_resources(boot: bytes, title: str, version: str, images: Sequence[tuple
 
 
 def _resource_tree(resources: Mapping[int, Mapping[int, bytes]], address: int) -> bytes:
-    """Three levels of tables, type, number and language; then a row for each resource, then the resources."""
+    """The resource section: tables by type, by number and by language, then a row for each resource, then the resources."""
 
     def table(rows: Sequence[tuple[int, int]]) -> bytes:
         return struct.pack("<IIHHHH", 0, 0, 0, 0, 0, len(rows)) + b"".join(struct.pack("<II", *row) for row in rows)
@@ -262,7 +252,7 @@ def _version(title: str, version: str) -> bytes:
 
 
 def _block(key: str, content: bytes, value_length: int = 0, text: bool = True) -> bytes:
-    """Length, length of the value, whether that is text, key, content from a multiple of four on."""
+    """A block of the version resource: its length, the value's length, whether that is text, the key, padding, the content."""
     head = _padded(struct.pack("<HHH", 0, value_length, text) + _wide(key))
     return struct.pack("<H", len(head) + len(content)) + head[2:] + content
 
@@ -279,9 +269,9 @@ def _padded(data: bytes) -> bytes:
 
 
 def write_checksum(file: BinaryIO) -> None:
-    """The checksum of a finished .exe, put where its header has a place for it. The file is read from end to end.
+    """Compute the checksum of a finished .exe, and write it into the header. The file is read from end to end.
 
-    Where the header still speaks of a signature, that was of another file, and is not here.
+    The header's entry for a signature is cleared: if there was one, it was another file's.
     """
     file.seek(0)
     head = _File(file.read(_PAGE))
@@ -299,7 +289,7 @@ def write_checksum(file: BinaryIO) -> None:
 
 
 def _sum(total: int, data: bytes | bytearray) -> int:
-    """The sum of all 16-bit words, what overflows added again: 2**16 is 1, modulo 2**16 - 1."""
+    """The ones' complement sum of all 16-bit words, in which the carry is added again: the sum modulo 2**16 - 1."""
     number = int.from_bytes(data, "little")
     total += number % 0xFFFF
     return total % 0xFFFF or (0xFFFF if total or number else 0)

@@ -16,7 +16,7 @@ MAX_BYTES = 1 << 16  # a system prompt longer than this fills any small model's 
 
 @dataclass(frozen=True)
 class Persona:
-    """Empty texts stand for the model's own. `flags`: options of the chat, as given ("--temp": 0.7, "--kv": "q8")."""
+    """An empty text means the model's own. `flags`: options of the chat, as given ("--temp": 0.7, "--kv": "q8")."""
 
     title: str = ""
     system: str = ""
@@ -25,7 +25,7 @@ class Persona:
     ui: str = ""  # "web": it talks in the browser
 
     def to_bytes(self) -> bytes:
-        """The block. Raises UsageError when it is too long."""
+        """The block for the executable. Raises UsageError if it is too long."""
         data = json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "replace")
         if len(data) > MAX_BYTES:
             raise UsageError(f"title, system prompt and greeting have {len(data)} bytes together; {MAX_BYTES} are possible")
@@ -36,7 +36,7 @@ class Persona:
         return [f"{flag}={value}" for flag, value in self.flags.items()]
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """The persona for a person to read."""
         shown = {"title": self.title, "system": self.system, "greeting": self.greeting}
         lines = [f"{name:<9} {text or '(the model’s own)'}" for name, text in shown.items()]
         return [*lines, *([f"{'ui':<9} {self.ui}"] * bool(self.ui)), *self.arguments()]

@@ -1,12 +1,11 @@
-"""What a packed model gave where it was packed, stored with it, and the check that another computer gets the same.
+"""Reference results that are stored with a packed model, and the test that another computer gets the same.
 
-In: a GGUF, when it is packed. Out: some kilobytes of JSON; later, a line for everything that was tried again. Knows no
-executables.
+In: a GGUF, when it is packed. Out: some kilobytes of JSON; later, a line for everything that was tested. Knows no executables.
 
-Tried are the tokenizer (texts to ids and back), the chat template, every executor and instruction-set level, and, without
-anything to compare with, a short answer of the whole model. The logits are NumPy's, in float32, from the GGUF as it was before
-it was tiled. They are those of the first layers with the head, for the first tokens of the vocabulary: that takes every
-kernel that the whole takes, and little memory. That the other layers' bytes have arrived is for `--check` to say.
+Tested are the tokenizer (texts to ids and back), the chat template, every executor at every instruction-set level, and whether
+the whole model gives a short answer. The reference logits are NumPy's, in float32, from the GGUF before it was tiled: of its
+first N_LAYER layers and the head, for the first rows of the vocabulary. That uses every kernel of the whole model, and little
+memory. Whether the other layers are undamaged is what `--check` tells.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _CLOCK = "strftime_now"  # a template that calls this writes something else tomo
 
 
 class Result(NamedTuple):
-    """What was tried, what is to be said about it, and whether it was as it should be; None: it cannot be told here."""
+    """What was tested, a text about it, and whether it was right; None: that cannot be told on this computer."""
 
     name: str
     text: str
@@ -48,7 +47,7 @@ class Result(NamedTuple):
 
 
 def reference(file: GGUF, texts: Sequence[str] = ()) -> bytes:
-    """The model's results as JSON. `texts`: for the tokenizer, which must know all their characters."""
+    """The reference results as JSON. `texts`: for the tokenizer; it must know all their characters."""
     tokenizer = from_metadata(file.metadata, file.path)
     ids = [tokenizer.encode(text) for text in texts]
     stored: dict[str, Any] = {"texts": [[*row, tokenizer.decode(row[1])] for row in zip(texts, ids, strict=True)]}
@@ -77,7 +76,7 @@ def _first_rows(tensor: Tensor, n: int) -> Tensor:
 
 
 def _conversation(file: GGUF, tokenizer: Tokenizer, turn: str) -> list[int] | None:
-    """The ids of a question as the model's template has it; None for a template that cannot be rendered."""
+    """The ids of a question in the model's chat template; None if that cannot be rendered."""
     from pocketlm.chat.templates import choose
 
     try:
@@ -109,7 +108,7 @@ def distance(stored: Mapping[str, Any], logits: np.ndarray) -> float:
 
 
 def results(stored: Mapping[str, Any], file: GGUF, executable: Path) -> Iterator[Result]:
-    """Everything tried again. `file` is the model in `executable`."""
+    """Run every test again. `file`: the model in `executable`."""
     yield _tried("tokenizer", lambda: _texts_again(stored["texts"], from_metadata(file.metadata, file.path)))
     yield _tried("template", lambda: _chat_again(stored, file))
     for name, logits in backends(stored, file):
@@ -144,7 +143,7 @@ def _chat_again(stored: Mapping[str, Any], file: GGUF) -> tuple[str, bool | None
 
 
 def backends(stored: Mapping[str, Any], file: GGUF) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Every executor and level: its name, and its logits or why it does not run."""
+    """For every executor and level: its name, and its logits, or why it does not run here."""
     from pocketlm.runtime.native import levels
 
     here = [level for level in levels.LEVELS.values() if level.is_for(levels.host_machine(), sys.platform)]

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pocketlm.build.contents import BUILDERS, DATA, LEFT_OUT, PACKAGES
+from pocketlm.build.contents import DATA, LEFT_OUT, PACKAGES, is_held
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.aot import PLATFORMS
 from pocketlm.runtime.native.levels import host_machine
@@ -47,17 +47,17 @@ def host_platform() -> str:
 
 
 def _sources() -> list[Path]:
-    """The package's files that a stub depends on, relative to the package."""
+    """The files of the package that a stub depends on, relative to the package."""
     root = Path(__file__).parents[1]
     files = [file.relative_to(root) for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
     return [file for file in files if file.as_posix() not in LEFT_OUT] + [Path(name) for name in DATA]
 
 
 def copy_sources(folder: Path) -> None:
-    """`folder`/pocketlm, quiet.py and entry.py: what of this package a stub holds, however it is installed."""
+    """Write `folder`/pocketlm with the files of the package that a stub holds, and the scripts quiet.py and entry.py."""
     root = Path(__file__).parents[1]
     for file in _sources():
-        if file.as_posix() not in BUILDERS:
+        if is_held(file.as_posix()):
             target = folder / "pocketlm" / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, target)
@@ -66,7 +66,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def fingerprint() -> str:
-    """Stands for all that a stub depends on: another one, another stub."""
+    """A hash of everything that a stub is made of, in hexadecimal: two stubs with the same one are the same."""
     root, tables = Path(__file__).parents[1], sorted(Path(__file__).parent.glob("*.sha256"))
     digest = hashlib.sha256(sys.version.encode())
     for file in [*_sources(), *(table.relative_to(root) for table in tables)]:

@@ -31,9 +31,9 @@ def platforms(name: str) -> tuple[str, ...]:
 
 
 def kept_stub(name: str, wheels: Path | None = None) -> Path:
-    """The stub for a platform in the cache folder, composed if it is missing; `wheels` as for compose.
+    """The stub for a platform in the cache folder; composes it if it is missing. `wheels`: as `wheel_folder` of compose.
 
-    Raises PocketlmError where others could put a stub there: it would be run here, and by friends.
+    Raises PocketlmError if others may write to that folder: they could put a program there that friends would run.
     """
     path = kept_folder("stubs") / f"{name}-{fingerprint()[:16]}"
     if not path.exists():

@@ -55,7 +55,7 @@ Of generate alone:
 
 
 def main() -> None:
-    """Run, keep the console where that is ours alone and something went wrong, and end the process."""
+    """Run, and end the process. After an error, a console that only this program uses is kept open."""
     gc.set_threshold(50_000)  # at the start much is made and little becomes garbage: a fifth of the time
     terminal.forget_loader()
     arguments = sys.argv[1:]
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _damage() -> PocketlmError | None:
-    """What the full check says, where something has failed that never should: the file may be another than was packed."""
+    """The error of a full check of the executable, None if it is whole: a defect may be a file damaged on its way."""
     try:
         if (packed := container.find(Path(sys.executable))) is not None:
             packed.check()
@@ -158,7 +158,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _open_later(title: str, *arguments: Any, **options: Any) -> Opening:
-    """The model, opened while the user reads the first lines."""
+    """An Opening of the model, which opens while the user reads the first lines."""
     from pocketlm.chat.opening import Opening
 
     _openings.append(Opening(partial(pocketlm.load, *arguments, **options), title))
@@ -200,7 +200,7 @@ def _check(packed: Packed) -> int:
 
 
 def _selftest(packed: Packed) -> int:
-    """A line for everything that is tried, and the verdict; exit status 1 if something is not as where it was packed."""
+    """Print a line for everything that is tested, and the verdict. Exit status 1 if a result differs from the reference."""
     from pocketlm.build import selftest
     from pocketlm.runtime.model_file import open_packed
 

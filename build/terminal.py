@@ -1,7 +1,7 @@
 """A console for a program that was opened with a double click.
 
-In: how the process was started. Out: whether its console closes with it, or a terminal opened for it; its title; an
-environment without what the boot loader has put there. Knows nothing about the conversation.
+In: how the process was started. Out: whether its console closes with it; a terminal that was opened for it; a window title; an
+environment without the boot loader's variables. Knows nothing about the conversation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TERMINALS = (  # how each is told which command to run
 
 
 def is_own() -> bool:
-    """Whether the console belongs to this program alone and is gone when it ends."""
+    """Whether the console belongs to this program alone, and closes when it ends."""
     if sys.platform == "win32":
         import ctypes
 
@@ -37,7 +37,7 @@ def wait_for_key() -> None:
 
 
 def name_window(title: str) -> None:
-    """Give a console that is ours alone a title, in place of the path that the system shows."""
+    """Set the title of a console that belongs to this program alone, which else shows a path."""
     title = without_controls(title)
     if not title or sys.stdout is None or not is_own():
         return
@@ -50,7 +50,7 @@ def name_window(title: str) -> None:
 
 
 def open_one(program: str, arguments: Sequence[str]) -> bool:
-    """Start the program again in a terminal window if a Linux file manager has started it without one."""
+    """If a Linux file manager has started the program without a terminal, start it again in one; whether that was done."""
     if sys.platform != "linux" or not _started_by_file_manager():
         return False
     import shutil
@@ -69,7 +69,7 @@ def open_one(program: str, arguments: Sequence[str]) -> bool:
 
 
 def _started_by_file_manager() -> bool:
-    """A desktop, no terminal at any of the three streams, and nothing to read."""
+    """Whether there is a desktop, no terminal at any of the standard streams, and no input."""
     desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not desktop or MARK in os.environ:
         return False
@@ -82,8 +82,8 @@ def _started_by_file_manager() -> bool:
 
 
 def forget_loader() -> None:
-    """Take what the boot loader has set for this very process out of the environment: a terminal or a browser that is started
-    from here must not load libraries of ours.
+    """Remove the boot loader's variables from the environment: a terminal or browser that this program starts must not load
+    the libraries in it.
     """
     original = os.environ.get("LD_LIBRARY_PATH_ORIG")
     for key in [key for key in os.environ if key.startswith(("_PYI", "_MEIPASS", "LD_LIBRARY_PATH"))]:

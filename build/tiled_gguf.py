@@ -1,11 +1,11 @@
-"""A GGUF with its matrices tiled, and the way back to the original, byte for byte.
+"""Stores a GGUF with its matrices tiled, and restores the original from that, byte for byte.
 
-In: an open GGUF. Out: the same model as one more GGUF, whose matrices lie as the native executor reads them, at multiples
-of 64 bytes; and a short record of what that changed. A few rows are in memory at a time. Knows nothing about executables.
+In: an open GGUF. Out: another GGUF of the same model, in which the matrices have the order that the native executor reads, at
+multiples of 64 bytes; and a short record of what that changed. Holds a few rows in memory at a time. Knows no executables.
 
-The stored model has one key more, `pocketlm.tiled`, at the end of its keys, and its own offsets; all else of the
-header is the original's. The record: the original's list of tensors with the padding behind it, then what lies between
-and behind the tensors (zeros in files that people make, kept nevertheless).
+The stored header has one more key, `pocketlm.tiled`, behind the others, and other offsets of tensors. The record is what these
+replace: the original's list of tensors with the padding behind it, then the bytes between and behind the tensors, which are
+usually zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COUNTS = struct.Struct("<4sIQQ")  # magic, version, tensors, keys
 
 
 class Place(NamedTuple):
-    """One tensor in both files: where its entry's offset is in the list, where its bytes are in the GGUF and when stored."""
+    """A tensor, and the offset of its data in the original file and in the stored one."""
 
     tensor: Tensor
     original: int
@@ -47,10 +47,10 @@ def _list_bytes(file: GGUF) -> int:
 
 
 def store(source: GGUF, raw: BinaryIO, out: BinaryIO) -> tuple[int, int, list[tuple[int, int]]]:
-    """Write the tiled model at `out`'s place, a multiple of 64. `raw` is the GGUF's file, open for reading.
+    """Write the tiled model to `out`, at its position, which is a multiple of 64. `raw`: the file of `source`, for reading.
 
-    Returns the bytes of the header and of all, and the parts (offset, length) of the GGUF that make the record.
-    Raises FileError for weights that are NaN or infinite.
+    Returns how many bytes the header has, how many the stored model has, and the parts (offset, length) of `raw` that make the
+    record. Raises FileError for weights that are NaN or infinite, or a GGUF that is tiled already.
     """
     if TILED in source.metadata:
         raise FileError(source.path, "is tiled already", "take the original")
@@ -87,7 +87,7 @@ def store(source: GGUF, raw: BinaryIO, out: BinaryIO) -> tuple[int, int, list[tu
 
 
 def _offset_fields(file: GGUF) -> Iterator[tuple[str, int]]:
-    """Every tensor's name, and where its offset stands in the list of tensors."""
+    """For every tensor its name, and where its offset is in the list of tensors."""
     at = 0
     for name, tensor in file.tensors.items():
         at += _entry_bytes(tensor)
@@ -95,7 +95,9 @@ def _offset_fields(file: GGUF) -> Iterator[tuple[str, int]]:
 
 
 def _pieces(tensor: Tensor) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """A matrix cut at groups of rows: first row, rows, and for every plane its offset and bytes in the stored tensor."""
+    """A matrix in pieces of whole groups of rows: first row, number of rows, and (offset, bytes) of the piece in every plane
+    of the stored tensor.
+    """
     layout, (n_rows, n_columns) = LAYOUTS[tensor.format.name], tensor.shape
     n_blocks, n_groups = n_columns // layout.block_size, groups(tensor.shape[0])
     step = max(1, PIECE // (ROWS * n_blocks * layout.block_bytes))
@@ -125,7 +127,7 @@ def _store_tensor(tensor: Tensor, raw: BinaryIO, out: BinaryIO, at: int) -> None
 
 
 def unstore(stored: GGUF, raw: BinaryIO, base: int, record: bytes, out: BinaryIO) -> bytes:
-    """Write the original GGUF; its SHA-256. `raw` holds the stored model from byte `base` on."""
+    """Write the original GGUF to `out`; returns its SHA-256. `raw` holds the stored model from byte `base` on."""
     total = hashlib.sha256()
 
     def write(data: bytes | memoryview) -> None:

@@ -1,8 +1,8 @@
 """What a stub is composed of, fetched once: wheels from pip's index, and for Linux some packages of Debian.
 
 In: a platform and a version of Python. Out: the paths of the files, in the cache folder or in a folder of the user's. Knows
-where files come from, not what is in them. Two tables beside this file pin every one of them, a line each as sha256sum
-writes it: `wheels.sha256` (fetched by pip, as pip is configured) and `debian.sha256` (a release, and a path in its archive).
+where files come from, not what is in them. Two tables beside this file list every file with its hash, as sha256sum does:
+`wheels.sha256` (fetched by pip, as pip is configured) and `debian.sha256` (a release, and a path in its archive).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Unreachable(PocketlmError):
 
 @dataclass(frozen=True)
 class Pinned:
-    """A file that may be fetched, and its only right content."""
+    """A file that may be fetched, and its hash."""
 
     name: str  # "numpy"; of Debian "libpython3.11-stdlib"
     version: str
@@ -52,11 +52,11 @@ class Pinned:
 
     @property
     def is_cpython(self) -> bool:
-        """Whether CPython comes from it, or what CPython needs of Debian."""
+        """Whether it holds CPython, or a library of Debian's that CPython needs."""
         return bool(self.source) or self.name == "panda3d"
 
     def fits(self, platform: str, python: Python) -> bool:
-        """Whether a stub for `platform` with that version of CPython can hold it, by the tags in its name."""
+        """Whether it is for `platform` and that version of CPython, by the tags in its name."""
         if self.source:
             return _RELEASES[self.source.partition("/")[0]] == python and self.file.endswith(f"_{_MACHINES.get(platform)}.deb")
         *_, interpreter, abi, systems = self.file.removesuffix(".whl").split("-")
@@ -66,14 +66,13 @@ class Pinned:
 
 
 def pinned(platform: str, python: Python) -> list[Pinned]:
-    """What a stub for `platform` takes, CPython too where it can be had of that version for it."""
+    """The files for a stub for `platform`, with those of CPython if there are any for that version and platform."""
     return list({file.name: file for file in _table() if file.fits(platform, python)}.values())
 
 
 def version_for(platform: str, python: Python, host: str) -> Python:
-    """The version of CPython for a stub for `platform`: `python`, or one that can be had for `host` too, to compile for it.
-
-    PocketlmError: there is none.
+    """The version of CPython for a stub for `platform`: `python` if it can be fetched, else, on Linux, one that can be fetched
+    for `host`, too, where it compiles the bytecode. Raises PocketlmError if there is none.
     """
     candidates = [version for version in PYTHONS if any(file.is_cpython for file in pinned(platform, version))]
     # Where CPython is a wheel's, Python's own modules are this Python's
@@ -85,10 +84,10 @@ def version_for(platform: str, python: Python, host: str) -> Python:
 
 
 def fetch(files: Sequence[Pinned], folder: Path | None = None) -> dict[str, Path]:
-    """The files' paths by name: in `folder`, or in the cache folder, where those that are missing are fetched to.
+    """Paths by name. Files are looked for in `folder`; without one, in the cache folder, and missing ones are fetched.
 
-    A file is there whole, with the right SHA-256, or not at all; what was interrupted goes on at the next file. Raises
-    FileError for a file with other content or (in `folder`) a missing one, PocketlmError where one cannot be fetched.
+    A file appears whole, with the right SHA-256, or not at all; after an interruption the rest is fetched. Raises FileError for
+    a file with other content or missing in `folder`, PocketlmError for one that cannot be fetched.
     """
     own = folder or kept_folder("wheels")
     missing = [] if folder else [file for file in files if not (own / file.file).exists()]
@@ -120,7 +119,7 @@ def _fetch(file: Pinned, folder: Path) -> None:
 
 
 def _by_pip(file: Pinned, to: Path) -> None:
-    """pip looks where it is configured to look, and takes this very file: its hash, the tags in its name."""
+    """Let pip, as the user has configured it, download exactly this file: by its hash and the tags in its name."""
     name, version, interpreter, abi, systems = file.file.removesuffix(".whl").split("-")
     wanted = to.with_name("wanted.txt")
     wanted.write_text(f"{name}=={version} --hash=sha256:{file.sha256}\n", encoding="ascii")

@@ -71,13 +71,15 @@ class Budget:
             raise TemplateError("it builds a text that is too long")
 
     def enter(self) -> None:
-        """A macro is called; `depth` falls again when it returns."""
+        """Count the call of a macro; the caller lowers `depth` when it returns. Raises TemplateError if it is nested too
+        deeply.
+        """
         self.depth += 1
         if self.depth > DEPTH_LIMIT:
             raise TemplateError("its macros call each other without end")
 
     def admit(self, value: Any) -> Any:
-        """Lets a new value in and returns it: small enough, and nothing that is not a template's business."""
+        """Check a new value, charge its memory, return it. Raises TemplateError if it is too large or of a forbidden type."""
         kind = type(value)
         if kind is str:
             self.check_text(len(value))

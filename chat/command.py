@@ -9,13 +9,11 @@ from pocketlm.chat import saved, transcript
 from pocketlm.errors import FileError, refused
 from pocketlm.terminal_text import count, print
 
-Arguments = argparse.Namespace
-
 LISTED_BY = "pocketlm chats lists them"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments of `pocketlm chats`."""
     parser.epilog = (
         "NAME: a conversation's name, how that begins, or its number in the list. "
         "In a chat, /load NAME goes on with the conversation."
@@ -25,8 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--export", nargs=2, metavar=("FILE.md", "NAME"), help="write a conversation to a Markdown file")
 
 
-def run(arguments: Arguments) -> int:
-    """Do one of the three; the exit status."""
+def run(arguments: argparse.Namespace) -> int:
+    """List, delete or export; the exit status."""
     if arguments.delete is not None:
         print(_delete(_one_of_ours(arguments.delete)))
     elif arguments.export is not None:
@@ -38,7 +36,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _one_of_ours(name: str) -> Path:
-    """The file of a saved conversation; never another file of the user's, whatever it is called."""
+    """The file of a saved conversation. Raises FileError for a file of another kind: that must not be deleted."""
     path = saved.find(name, LISTED_BY)
     if path.parent != transcript.chats_folder():
         transcript.load(path)

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from pocketlm.chat.echo import without_echo
 from pocketlm.chat.wrapping import Wrapper, wrapped
 from pocketlm.errors import PocketlmError
+from pocketlm.signals import handled
 from pocketlm.terminal_text import without_controls
 
 DIM, BOLD = "\x1b[2m", "\x1b[1m"
@@ -29,7 +30,7 @@ Completer = Callable[[str], Iterable[str]]
 
 
 class OutputClosed(Exception):
-    """Standard output takes no more. `reason` is "" where its reader has seen enough, as in `| head -1`."""
+    """Standard output cannot be written any more. `reason`: "" if its reader just ended, as in `| head -1`."""
 
     def __init__(self, error: OSError):
         enough = isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22)  # 22: how Windows says it
@@ -38,9 +39,9 @@ class OutputClosed(Exception):
 
 
 class Console:
-    """Standard input and output of one chat. `interactive`: a person types at a terminal and reads there.
+    """Standard input and output of one chat. `interactive`: a person types and reads at a terminal.
 
-    `one_shot`: one answer is wanted, and nothing but that on standard output.
+    `one_shot`: there is one answer, and standard output gets nothing else.
     """
 
     def __init__(self, stdin: TextIO | None, stdout: TextIO | None, stderr: TextIO | None, one_shot: bool = False):
@@ -66,23 +67,23 @@ class Console:
         self._end: BaseException | None = None
 
     def use(self, complete: Completer, history: Path | None) -> None:
-        """What a line editor offers: completions, and a file for the lines of other days. Before the first `read`."""
+        """Set the completions and the history file of the line editor. To be called before the first `read`."""
         self._complete, self._history = complete, history
 
     def when_asked(self, begin: Callable[[], object]) -> None:
-        """What is to be done, once, when the first prompt is on the screen. Before the first `read`."""
+        """Set what is called once, when the first prompt is on the screen. To be called before the first `read`."""
         self._asked = begin
 
     def end(self, error: BaseException) -> None:
-        """From another thread: end an editor's `read`, the present one or the next, with an error."""
+        """From another thread: make the line editor's `read`, the current or the next one, raise `error`."""
         self._end = error
         if self._session is not None and self._session.app.is_running:
             self._session.app.loop.call_soon_threadsafe(self._leave)
 
     def leave_editor(self, error: BaseException) -> bool:
-        """From a signal: end an editor's `read` with an error; False where no editor is at work.
+        """From a signal handler: make the line editor's `read` raise `error`; False if there is no editor at work.
 
-        While one starts or ends, its event loop must not be interrupted: a line that it still gives is handled.
+        While the editor starts or ends, its event loop must not be interrupted: it may still return a line.
         """
         if self._editing:
             self.end(error)
@@ -99,7 +100,7 @@ class Console:
     # ---- out
 
     def write(self, text: str, style: str = "") -> None:
-        """A part of an answer, as it comes; at a terminal its lines end between words. Raises OutputClosed."""
+        """Write a part of an answer as it comes; on a terminal, lines are broken between words. Raises OutputClosed."""
         text = without_controls(text)
         if text:
             shown = self._wrap(text)
@@ -118,9 +119,9 @@ class Console:
             self.write("\n")
 
     def note(self, text: str, style: str = DIM, indent: int = 0) -> None:
-        """A remark of the program, on lines of its own; at a terminal they end between words.
+        """Print a remark of the program on lines of its own; on a terminal, lines are broken between words.
 
-        `indent`: columns before what does not fit into a line, so that tables stay tables.
+        `indent`: columns in front of continued lines, so that tables stay readable.
         """
         self.end_line()
         stream, text = self.stdout if self.interactive else self.stderr, without_controls(text)
@@ -138,7 +139,7 @@ class Console:
             raise OutputClosed(error) from None
 
     def give_up_output(self) -> None:
-        """After what could not be written: keeps Python from trying once more, and complaining, when it ends."""
+        """Send the rest of the output nowhere, so that Python does not flush it again on exit and print an error."""
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stdout.fileno())
 
@@ -178,7 +179,7 @@ class Console:
         return line
 
     def read_all(self, is_command: Callable[[str], bool]) -> str | None:
-        """All of standard input as one message; None once there is a command in it: then `read` gives line after line.
+        """All of standard input as one message. None as soon as a line is a command: then `read` gives the lines one by one.
 
         Raises PocketlmError for more than MAX_PIPED characters.
         """
@@ -196,7 +197,7 @@ class Console:
 
     def _edited(self) -> str:
         if self._session is None:
-            with _uninterrupted():
+            with handled([signal.SIGINT], signal.SIG_IGN):  # a module whose import is interrupted cannot be imported again
                 self._session = _editor(self._complete, self._history)
             self._session.app.after_render += self._first_asked
         self._editing = True
@@ -212,7 +213,7 @@ class Console:
 
     @contextmanager
     def interruptible(self) -> Iterator[threading.Event]:
-        """While an answer comes: Ctrl-C sets the event; a second one, if that takes too long, interrupts at once."""
+        """While an answer comes: the first Ctrl-C sets the event, a second one raises KeyboardInterrupt."""
         stop = threading.Event()
 
         def pressed(signum: int, frame: Any) -> None:
@@ -223,16 +224,12 @@ class Console:
         if not self.interactive or threading.current_thread() is not threading.main_thread():
             yield stop
             return
-        previous = signal.signal(signal.SIGINT, pressed)
-        try:
-            with nullcontext() if self._dumb else without_echo(self.stdin):
-                yield stop
-        finally:
-            signal.signal(signal.SIGINT, previous)
+        with handled([signal.SIGINT], pressed), nullcontext() if self._dumb else without_echo(self.stdin):
+            yield stop
 
 
 def _escapes_work() -> bool:
-    """Whether this system's terminals follow escape sequences; Windows' do when asked."""
+    """Whether this system's terminals obey escape sequences; on Windows, turn that on."""
     if os.name != "nt":
         return True
     import ctypes
@@ -292,19 +289,6 @@ def _editor(complete: Completer, history: Path | None) -> Any:
     return session
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C means nothing in the block: what it imports could not be imported again once it was interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def _join_halves(buffer: Any) -> None:
     """Windows' consoles deliver an emoji as two keys, the halves of its UTF-16."""
     before = buffer.document.text_before_cursor
@@ -314,7 +298,7 @@ def _join_halves(buffer: Any) -> None:
 
 
 def _writable(path: Path) -> bool:
-    """Whether the file can be written; it is made, readable for its owner only, where it is missing."""
+    """Whether the file can be written. Creates it, readable for its owner only, if it is missing."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))

@@ -27,7 +27,7 @@ MORE = "/more continues"
 
 
 class Chat:
-    """A conversation with a model. `model_id` "": the model's own fingerprint is what conversations are recognised by."""
+    """A conversation with a model. `model_id`: identifies the model's saved conversations; "": the model's fingerprint."""
 
     def __init__(
         self, model: Any, console: Console, sampling: dict[str, Any], save: bool, model_id: str = "", program: str = "pocketlm"
@@ -53,12 +53,12 @@ class Chat:
 
     @property
     def model(self) -> Any:
-        """The model; one that is being opened is waited for. Raises OpeningFailed."""
+        """The model; waits for one that is still being opened. Raises OpeningFailed."""
         return self._model.wait() if isinstance(self._model, Opening) else self._model
 
     @property
     def model_id(self) -> str:
-        """What this model's conversations are recognised by."""
+        """What identifies this model's saved conversations."""
         return self._given_id or self.model.fingerprint
 
     def _begun(self, system: str = "") -> Conversation:
@@ -67,14 +67,14 @@ class Chat:
     # ---- questions and answers
 
     def ask(self, question: str) -> None:
-        """Put a question, stream the answer, keep both. A question that gets no answer is taken back."""
+        """Ask a question, stream the answer, save both. A question without an answer is removed again."""
         new: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": "", "cut": True}]
         self.conversation.messages += new
         self.save()  # so that the question is kept whatever happens
         self._answer(self.conversation.messages[:-1], new)
 
     def more(self) -> None:
-        """Go on with an answer that did not come to its end."""
+        """Continue an answer that was cut off."""
         messages = self.conversation.messages
         answer: dict[str, Any] = messages[-1] if messages else {"role": ""}
         if answer["role"] != "assistant":
@@ -86,7 +86,9 @@ class Chat:
         self._answer(messages if answer["content"] else messages[:-1], [])
 
     def _answer(self, messages: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
-        """Stream the answer to `messages` into the conversation's last message; `new` are taken back if none comes."""
+        """Stream the answer to `messages` into the conversation's last message. If none comes, the messages in `new` are
+        removed.
+        """
         answer, last = self.conversation.messages[-1], None
         try:
             self.endings.check()
@@ -123,8 +125,8 @@ class Chat:
         self._report()
 
     def _opening(self) -> str:
-        """What the answer is begun with, by a template that is told whether to think. A form begins with the first token: there
-        is nothing that the model could think before.
+        """The text that the template begins the answer with, told whether the model is to think. A constrained answer has its
+        form from the first token on, which leaves no room for thought.
         """
         template, has_form = self.model.template, any(self.sampling.get(name) for name in OPTIONS)
         wish = False if has_form else self._wish
@@ -135,7 +137,7 @@ class Chat:
         return "" if has_form else template.thought_opening
 
     def _show(self, parts: Iterable[tuple[bool, str]]) -> None:
-        """Parts of an answer; what the model thinks is dimmed, or a short note."""
+        """Write parts of an answer. Thoughts are dimmed, or hidden behind a short note."""
         for is_thought, text in parts:
             if is_thought and not self.show_thoughts:
                 if self.console.interactive and not self._in_thought:
@@ -147,13 +149,15 @@ class Chat:
             self._in_thought = is_thought
 
     def _take_back(self, new: list[dict[str, Any]]) -> None:
-        """A question and its answer, should that be empty."""
+        """Remove the question and the answer in `new` if the answer is empty."""
         if new and not new[-1]["content"]:
             del self.conversation.messages[-len(new) :]
             self._last = None
 
     def _encodable(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """The messages without the characters that a model of characters does not know; a note says which, once."""
+        """The messages without characters that the vocabulary lacks; a note names each once. Raises PocketlmError if nothing
+        of the last message is left.
+        """
         encodable = self.model.tokenizer.encodable
         known = [{**message, "content": encodable(message["content"])} for message in messages]
         lost = {c for message in messages for c in message["content"]} - {c for message in known for c in message["content"]}
@@ -227,7 +231,7 @@ class Chat:
         self.console.note("a new conversation")
 
     def undo(self, said: str = "taken back") -> str | None:
-        """Take back the last question and its answer; returns the question. `said`: what the note says of it."""
+        """Remove the last question and its answer; returns the question. `said`: how the note calls that."""
         messages = self.conversation.messages
         start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if start is None:
@@ -249,13 +253,13 @@ class Chat:
             self.ask(question)
 
     def think(self, wanted: str) -> None:
-        """ "on", "off": whether the model thinks before it answers, where its template can say so; "hide": it is not shown."""
+        """Whether the model thinks before it answers ("on", "off"), if its template can say so; "hide": thoughts are hidden."""
         self.show_thoughts = wanted != "hide" and self.console.interactive
         if wanted != "hide":
             self._wish = wanted == "on"
 
     def thoughts(self) -> str:
-        """What is wished of thoughts, in a word or two."""
+        """The present setting of `think`, in a word or two."""
         wish = {None: "as the model's template does", True: "on", False: "off"}[self._wish]
         return wish + (", hidden" if not self.show_thoughts else "")
 
@@ -286,7 +290,7 @@ class Chat:
         conversation.interactive |= self.console.interactive
 
     def restore(self, model: Any) -> None:
-        """Have the model, which has just been opened, go on from where it was in the conversation that was resumed."""
+        """Load the state that was kept with the resumed conversation into the model, which has just been opened."""
         if self._restorable and self.record.path is not None:
             self._restorable = False
             states.restore(model, self.record.path)
@@ -294,18 +298,18 @@ class Chat:
     # ---- its file
 
     def keep_state(self) -> None:
-        """At the end: keep what was computed, so that the conversation can be resumed at once."""
+        """At the end: save the model's state, so that the conversation can be resumed at once."""
         if self._saving and self._last is not None and self.record.path is not None:
             states.keep(self.model, self.record.path)
 
     def save(self) -> None:
-        """Write the conversation to its file; the first time this fails is also the last. An empty one has no file."""
+        """Write the conversation to its file; after a failure it is not tried again. An empty conversation has no file."""
         with self.endings.held():
             if note := self.keep():
                 self.console.note(note)
 
     def keep(self) -> str:
-        """The same from any thread, in a process that is about to end: what the user should know of it is not said."""
+        """`save` without its note, which is returned ("" for none). For any thread, also when the process is about to end."""
         with self._lock:
             try:
                 return self._write()
@@ -314,7 +318,6 @@ class Chat:
                 return f"{error}; it goes on without"
 
     def _write(self) -> str:
-        """What the user should know of it."""
         conversation, path = self.conversation, self.record.path
         if not self._saving:
             return ""

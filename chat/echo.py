@@ -1,7 +1,6 @@
-"""What is typed while an answer comes waits for the next prompt, and is not shown in the middle of the answer.
+"""Turns a terminal's echo off while an answer comes: what is typed meanwhile waits for the next prompt, unseen.
 
-In: the standard input of a chat. Out: its terminal without echo for a while. Knows neither answers nor prompts. Where there are
-no such terminals (Windows, pipes) nothing happens.
+In: the standard input of a chat. Knows neither answers nor prompts. On Windows and with pipes nothing happens.
 """
 
 import os
@@ -46,7 +45,7 @@ def without_echo(stdin: TextIO) -> Iterator[None]:
 
 
 def _echo(stdin: TextIO, wanted: bool) -> bool:
-    """Whether the echo had to be switched. Only a program in the foreground may: others would be stopped for it."""
+    """Switch the echo; whether that changed anything. Only in the foreground: the system stops other programs that try."""
     if sys.platform == "win32":
         return False
     with suppress(OSError, ValueError, termios.error):

@@ -1,8 +1,8 @@
 """How a chat is ended from outside: SIGTERM, SIGHUP (a window was closed), and on Windows the console's close event.
 
-In: what to do to keep the conversation, and how to leave a line editor. Out: `Terminated` in the main thread, at a moment when
-nothing is half done; on Windows, where the system ends the process right after the event, the conversation is kept in the
-event itself. Knows no conversation and no terminal.
+In: how to save the conversation, and how to leave a line editor. Out: the exception `Terminated` in the main thread, at a
+moment when nothing is half done. Windows ends the process right after a close event, so there the handler of the event saves
+the conversation. Knows no conversation and no terminal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Terminated(SystemExit):
 
 
 class Endings:
-    """From `with` on, the ways to end are watched. `keep` may be called in any thread; `leave` gives the error to a line
-    editor that is waiting, and says whether there is one."""
+    """Handles signals and close events during a `with` block. `keep` saves; it is called in any thread. `leave` raises the
+    error it is given in a waiting line editor; it returns whether there is one."""
 
     def __init__(self, keep: Callable[[], object], leave: Callable[[BaseException], bool]):
         self._keep, self._leave = keep, leave
@@ -56,7 +56,7 @@ class Endings:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """In this block nothing ends; what came meanwhile ends the program behind it."""
+        """Postpone: what would end the program in the block does so after it."""
         self._held += 1
         try:
             yield
@@ -66,7 +66,7 @@ class Endings:
             raise self._waiting
 
     def check(self) -> None:
-        """Raise `ended`, where there is that: a line editor may give a line although it was told to end."""
+        """Raise `ended` if the program was told to end: a line editor may still return a line after that."""
         if self.ended is not None:
             raise self.ended
 
@@ -80,7 +80,7 @@ class Endings:
             raise self.ended
 
     def console_event(self, event: int) -> bool:
-        """What is done at an event of a Windows console, in a thread of the system's; False leaves it to others."""
+        """The handler of a Windows console event, called in a thread of the system's; False: not handled."""
         if event not in CLOSE_EVENTS:
             return False
         self._keep()

@@ -1,7 +1,7 @@
-"""Markers: the tokens that steer a model, and how a conversation is encoded so that none but the template's own are any.
+"""Markers, tokens such as <|im_end|> that steer a model: how to encode a conversation so that only the template's count.
 
 In: a tokenizer, the pieces of text that a template writes. Out: where markers are in a text, and ids in which a marker that
-somebody typed is the letters it is made of. Knows no template and no roles.
+somebody typed is spelled letter by letter. Knows no template and no roles.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Place = tuple[int, int, int]  # of a marker in a text: start, stop, id
 
 
 class Markers:
-    """The tokens that steer a model: control tokens, ends of a turn, and the user-defined `<…>` or `[…]` its template writes.
+    """The markers of a vocabulary: control tokens, ends of a turn, and user-defined `<…>` or `[…]` that the template writes.
 
-    Other user-defined symbols, such as runs of spaces, are letters like any other.
+    Other user-defined symbols, such as runs of spaces, are ordinary text.
     """
 
     _BRACKETED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
@@ -48,7 +48,7 @@ class Markers:
         return self.places(text, self._tokenizer.encode(text, special=True))
 
     def places(self, text: str, ids: list[int]) -> Iterator[Place]:
-        """The same where the text's ids are known."""
+        """The same, for a text whose ids are known."""
         position, markers = 0, self._ids
         for token_id in ids:
             if token_id in markers:
@@ -59,7 +59,7 @@ class Markers:
                     yield start, position, token_id
 
     def in_template(self, part: str) -> list[Place]:
-        """The same of a text between two contents: there are few of them, each many times."""
+        """The same, cached: for the few texts that a template writes between contents."""
         if part not in self._in_template:
             self._in_template[part] = list(self.find(part))
         return self._in_template[part]
@@ -76,11 +76,11 @@ def encode_between(text: str, own: list[Place], tokenizer: Tokenizer, markers: M
 
 
 def _spelled(text: str, before: str, tokenizer: Tokenizer, markers: Markers) -> list[int]:
-    """Ids of `text`, which comes after the marker `before`, with every marker in it spelled.
+    """Ids of `text`, which follows the marker `before`, with every marker in it spelled letter by letter.
 
-    That is plain encoding. Where it would not do, the text is cut behind the first letter of each marker instead:
-    user-defined symbols are tokens in plain text too, and SentencePiece may put a space in front of a plain text but
-    not of one that goes on.
+    Encoding it as plain text does that, except in two cases: user-defined symbols are tokens in plain text, too, and
+    SentencePiece may put a space in front of a plain text that it does not put in front of a continuation. Then the text is
+    encoded in pieces, cut behind the first letter of each marker.
     """
     if not text:
         return []
@@ -101,7 +101,7 @@ def _spelled(text: str, before: str, tokenizer: Tokenizer, markers: Markers) -> 
 def without_markers(messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[dict[str, str]]:
     """The messages with a zero-width space inside every marker that a content spells.
 
-    For templates that change the contents, where it cannot be told afterwards which letters were whose.
+    For templates that change the contents, so that the rendered text does not show which letters are whose.
     """
     markers = Markers(tokenizer, frozenset())
 

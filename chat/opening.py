@@ -1,7 +1,7 @@
 """A model that opens in another thread while the user reads the first lines and types.
 
-In: how to open it, and what the conversation begins with. Out: the model, to whoever waits for it, with all done that the
-first answer would otherwise wait for. Knows no terminal and no files.
+In: how to open it, and the messages that the conversation begins with. Out: the model, with those messages computed already.
+Knows no terminal and no files.
 """
 
 import threading
@@ -36,8 +36,8 @@ class Opening:
         self, messages: list[dict[str, str]], failed: Callable[[OpeningFailed], object],
         opened: Callable[[Any], object] = lambda model: None,
     ) -> None:  # fmt: skip
-        """Begin, unless that was done. `messages`: those before the first question. `failed` is called in the thread, and so is
-        `opened` with the model, before anything is computed.
+        """Begin, unless it has begun. `messages`: those before the first question. In the opening thread, `opened` is called
+        with the model before anything is computed, or `failed` with the error.
         """
         if self._thread is None:
             first = [*messages, {"role": "user", "content": "."}]
@@ -63,7 +63,7 @@ class Opening:
 
     @property
     def is_busy(self) -> bool:
-        """Whether it is still being opened, or computing what the first answer would wait for."""
+        """Whether the thread is still opening the model or computing the first messages."""
         return self._thread is not None and not self._done.is_set()
 
     @property
@@ -81,9 +81,7 @@ class Opening:
         return self._model
 
     def close(self) -> None:
-        """Stop what goes on, and close the model. Nobody who leaves waits for one that is still being opened: that is closed
-        when it is open, should the process live so long.
-        """
+        """Stop computing, and close the model. Does not wait: one that is still being opened is closed by its thread later."""
         self._closing = True
         self._cancel.set()
         if self._model is not None and not self.is_busy:

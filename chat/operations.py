@@ -64,7 +64,7 @@ def _percent(budget: Budget, text: str, *arguments: Any, **named: Any) -> None:
 
 
 def _number(budget: Budget, value: Any, *arguments: Any) -> None:
-    """For the tests that compute `%`, which formats a text."""
+    """Guard of the tests that compute `%`, which would format a text."""
     if not isinstance(value, (int, float)):
         raise TemplateError("it asks of something that is no number whether it is even")
 
@@ -101,7 +101,7 @@ FIELDS: dict[type, frozenset[str]] = {
 
 
 class Method:
-    """A method of a value, bound: what `text.strip` is before it is called."""
+    """A bound method: what `text.strip` is before it is called."""
 
     __slots__ = ("_function", "_guard", "_value")
 
@@ -117,12 +117,12 @@ class Method:
 
 
 def _run_out(value: Any) -> Any:
-    """What is left of an iterator as a list, so that it can be measured; other values as they are."""
+    """The rest of an iterator as a list, so that it can be measured; other values unchanged."""
     return list(value) if type(value) is type(iter([])) else value
 
 
 def settle(budget: Budget, result: Any) -> Any:
-    """A result as the template sees it: iterators are run to their end here, where every step is counted."""
+    """A result as the template gets it, admitted by the budget. Iterators are run to their end here, to count every step."""
     if isinstance(result, (type({}.keys()), type({}.values()), type({}.items()))):
         return budget.admit(list(result))
     if hasattr(result, "__next__"):
@@ -231,7 +231,7 @@ _TESTS: dict[str, Guard | None] = {
 
 
 def _passed(function: Any, context: Any) -> tuple[Any, ...]:
-    """What Jinja hands to this filter or test in front of its value."""
+    """The arguments that Jinja passes to this filter or test before its value."""
     wanted = getattr(function, "jinja_pass_arg", None)
     return {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (context.environment,)}.get(
         getattr(wanted, "name", ""), ()
@@ -273,7 +273,7 @@ def _test(name: str, guard: Guard | None) -> Callable[..., Any]:
 
 @pass_context
 def _join_filter(context: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
-    """Jinja's `join`, with a look at the attributes of the values before they become texts."""
+    """Jinja's `join`; attributes are fetched first, so that what they give is measured before it becomes text."""
     budget: Budget = context.environment.budget
     values = _run_out(value) if attribute is None else list(map(make_attrgetter(context.environment, attribute), value))
     _join(budget, values, d)
@@ -282,7 +282,7 @@ def _join_filter(context: Any, value: Any, d: Any = "", attribute: Any = None) -
 
 @pass_context
 def _safe(context: Any, value: Any) -> str:
-    """There is no escaping here: only the text of the value is left of Jinja's `safe`."""
+    """Jinja's `safe`: as nothing is escaped here, it only makes a text of the value."""
     return context.environment.budget.text(value)
 
 
@@ -295,7 +295,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as chat templates mean it: no escaping for HTML, letters of all languages as they are."""
+    """JSON as chat templates expect it: not escaped for HTML, letters of all languages as they are."""
     budget: Budget = context.environment.budget
     if isinstance(value, Undefined) or not (indent is None or (isinstance(indent, int) and 0 <= indent <= 16)):
         raise TemplateError("it asks for JSON of an undefined value or with a strange indent")

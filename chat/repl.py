@@ -40,17 +40,16 @@ def run(
 ) -> int:
     """Hold a conversation until its end; returns the exit status: 1 if a message from a pipe could not be answered.
 
-    With `question` that is answered, with the text of a pipe behind it, and nothing else. Without, a pipe's text is one
-    message, unless `lines` or a slash command in it make every line one.
+    With a `question`, the chat answers it, followed by the text of a pipe if there is one, and ends. Without one, the text of
+    a pipe is a single message; with `lines`, or if a line of it is a slash command, every line is a message.
 
-    `sampling`: keywords of `model.chat`. `system`: what the model is told before; `default_system`: in new conversations only.
-    `resume`: go on with the last conversation that a person held with this model, or with the one of that name. `save`: None
-    keeps the conversations of people, and not those of programs; False keeps no input history either. `template`: a built-in
-    name or a Jinja file in place of the model's own. `think`: "on", "off" or "hide", as /think. `title`: what the banner shows
-    in place of name and figures; `greeting`: what it says. `model_id`: what the model's conversations are recognised by, in
-    place of its fingerprint; `program`: what errors begin with. `watch` is asked after every answer of a conversation at a
-    terminal: what it says of the machine is noted.
-    Raises PocketlmError for what is wrong before the first message.
+    `sampling`: keywords of `model.chat`. `system`: the system prompt; `default_system`: that of new conversations only.
+    `resume`: True goes on with the last conversation that a person held with this model, a text with the one of that name.
+    `save`: None saves conversations at a terminal only; with False not even the input history is kept. `template`: a built-in
+    name or a Jinja file, in place of the model's own. `think`: "on", "off" or "hide", as for /think. `title` replaces name and
+    figures in the banner; `greeting` is printed below it. `model_id` identifies the model's conversations, in place of its
+    fingerprint; `program`: the first word of errors. `watch` is called after every answer at a terminal, and what it returns is
+    noted if it is not "". Raises PocketlmError for anything wrong before the first message.
     """
     console = Console(stdin, stdout, stderr, one_shot=question is not None)
     keeping = console.interactive if save is None else save
@@ -93,7 +92,7 @@ def run(
 
 
 def _converse(chat: Chat, question: str | None, lines: bool) -> int:
-    """Answer what comes; returns the exit status."""
+    """Answer everything that comes; returns the exit status."""
     console = chat.console
     if question is not None:
         text = console.read_all(lambda line: False) if console.piped else ""

@@ -3,7 +3,7 @@
 In: the source of a template, then conversations. Out: the text, equal to what plain Jinja renders, or a
 `TemplateError` of one line. Jinja's immutable sandbox forbids what is known to be dangerous; this one permits only
 what chat templates need: a list of syntax nodes, and the tables of `operations`. Every loop step, operator, call and
-printed value is led through the `Budget` of the rendering, so a template can neither run nor grow without end.
+printed value goes through the `Budget` of the rendering, so a template can neither run nor grow without end.
 Knows no tokenizer and no roles.
 """
 
@@ -37,7 +37,7 @@ class ChatSyntax(Extension):
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def filter_stream(self, stream: Any) -> Iterator[Any]:
-        """The tokens on their way to the parser: not more than it can take in its time."""
+        """Jinja's hook for the tokens on their way to the parser. Raises TemplateError for more than TOKEN_LIMIT."""
         for n, token in enumerate(stream):
             if n == TOKEN_LIMIT:
                 raise TemplateError("it is too large a program")
@@ -60,7 +60,7 @@ _PERMITTED = frozenset(
 
 
 def _through(name: str, value: nodes.Node, *arguments: nodes.Expr) -> nodes.Filter:
-    """`value` led through one of the filters below, whose names no template can write."""
+    """`value` piped through one of the filters of _PLACES, whose names no template can spell."""
     return nodes.Filter(value, name, list(arguments), [], None, None, lineno=value.lineno)
 
 
@@ -89,7 +89,7 @@ def _constant(node: nodes.Const) -> nodes.Node:
 
 
 def _block(node: Any) -> nodes.Node:
-    """The text that a block gathers is a value like any other: it goes through ` admit` before its filters."""
+    """Pass the text that a block gathers through ` admit`, like any other value, before the block's filters."""
     text = nodes.Filter(None, " admit", [], [], None, None, lineno=node.lineno)
     if node.filter is None:
         node.filter = text
@@ -133,7 +133,7 @@ def _rewrite(node: Any, depth: int = 0) -> Any:
 
 
 class _Each:
-    """What a `for` runs over: every step counts. It has a length where the values have one, for `loop.length`."""
+    """The values of a `for`, each step counted. It has a length if the values have one, for `loop.length`."""
 
     def __init__(self, budget: Budget, values: Any):
         if type(values) not in (str, list, tuple, dict, range, Undefined, type(iter([]))):
@@ -181,7 +181,7 @@ _PLACES: dict[str, Callable[..., Any]] = {
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox with everything that is not in a table taken out. One rendering at a time."""
+    """Jinja's immutable sandbox, reduced to what is in the tables. For one rendering at a time."""
 
     intercepted_binops = frozenset(OPERATORS)
 
@@ -284,7 +284,7 @@ class SandboxedTemplate:
 
 
 def _guarded(work: Callable[..., Any], *arguments: Any) -> Any:
-    """A template is a foreign program: whatever exception it provokes becomes one line."""
+    """Call `work`, and turn whatever it raises into a TemplateError of one line: a template is a stranger's program."""
     try:
         return work(*arguments)
     except TemplateError:

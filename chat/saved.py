@@ -32,7 +32,7 @@ def paths() -> list[Path]:
 
 
 def latest(model_id: str, interactive: bool = True) -> Path | None:
-    """The last conversation that a person, or else a program, held with the model of this identity.
+    """The last conversation with the model `model_id`: one held at a terminal, or (not `interactive`) through pipes.
 
     Raises PocketlmError without a home.
     """
@@ -47,7 +47,7 @@ def latest(model_id: str, interactive: bool = True) -> Path | None:
 
 
 def as_path(name: str) -> Path:
-    """The path that a user writes, `~` being the home folder."""
+    """The path that a user writes; `~` is the home folder."""
     try:
         return Path(os.path.expanduser(name))
     except ValueError:  # a zero byte, with which there is no file
@@ -55,9 +55,9 @@ def as_path(name: str) -> Path:
 
 
 def find(name: str, advice: str = "/load lists them") -> Path:
-    """The file that a user means: a path, a saved conversation's name or how that begins, its number in the list.
+    """The file that a user means by a path, by a saved conversation's name or its beginning, or by its number in the list.
 
-    Raises FileError with this advice where there is none, PocketlmError where there are several.
+    Raises FileError, with this `advice`, if there is none, PocketlmError if there are several.
     """
     path = as_path(name)
     if path.name != name or os.path.lexists(path):
@@ -80,10 +80,7 @@ def find(name: str, advice: str = "/load lists them") -> Path:
 
 def listed(known: Sequence[Path]) -> list[str]:
     """A line for each file: its number, its name, the model, when it changed last, how many turns, the first words."""
-    rows = []
-    for number, path in enumerate(known, 1):
-        facts = _facts(path)
-        rows.append((str(number), path.stem, *facts))
+    rows = [(str(number), path.stem, *_facts(path)) for number, path in enumerate(known, 1)]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return [without_controls(f"{row[0]:>{widths[0]}}  {row[1]:{widths[1]}}  {' · '.join(row[2:])}") for row in rows]
 
@@ -102,13 +99,13 @@ def _facts(path: Path) -> tuple[str, ...]:
 
 
 def delete(path: Path) -> None:
-    """Take a conversation away, and the state that was kept of it. Raises OSError."""
+    """Delete a conversation and its saved state. Raises OSError."""
     path.unlink()
     states.forget(path)
 
 
 def markdown(conversation: Conversation) -> str:
-    """The conversation as a page for people."""
+    """The conversation as Markdown."""
     name = conversation.model or "a model"
     parts = [f"# A conversation with {name}"]
     if conversation.system:

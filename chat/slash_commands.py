@@ -81,7 +81,7 @@ def _system(chat: Chat, text: str) -> None:
 
 
 def _sampled(keyword: str, kind: type, empty: Any = ...) -> Callable[[Chat, str], None]:
-    """A command that shows or sets one option of the sampler; `off` sets `empty` where that is given."""
+    """A command that shows or sets one sampling option. `off` sets it to `empty`, if that is given."""
 
     def command(chat: Chat, text: str) -> None:
         from pocketlm.runtime.sampling_options import SamplingOptions

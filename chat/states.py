@@ -1,8 +1,7 @@
-"""What the model has computed of saved conversations, kept so that a resumed one goes on at once.
+"""The keys and values that a model has computed for saved conversations, kept so that a resumed one goes on at once.
 
-In: a conversation's file, and a model that writes and reads its own state. Out: files in the data folder, few and not too
-large. They are a convenience: one that is missing, damaged or another model's costs the time of computing it anew, and no
-error. Knows no tokens and no terminal.
+In: a conversation's file, and a model that saves and loads its own state. Out: files in the data folder, limited in number and
+size. A state that is missing, damaged or another model's is no error: it is computed again. Knows no tokens and no terminal.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ MOST, MOST_BYTES = 8, 1 << 29  # files, and what they may take together: the old
 
 
 def path_of(conversation: Path) -> Path | None:
-    """Where the state of the conversation in this file is kept; None where there is no home."""
+    """Where the state of the conversation in this file is kept; None without a home folder."""
     folder = data_folder()
     place = hashlib.sha256(str(conversation.absolute()).encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return folder / "states" / f"{conversation.stem}-{place}.state" if folder else None
@@ -38,7 +37,7 @@ def keep(model: Any, conversation: Path) -> None:
 
 
 def restore(model: Any, conversation: Path) -> None:
-    """Go on from the state that was kept of this conversation, if there is one that fits."""
+    """Load the saved state of this conversation, if there is one that fits the model."""
     with suppress(PocketlmError, OSError):
         path = path_of(conversation)
         if path is not None and 0 < path.stat().st_size <= MOST_BYTES:
@@ -46,7 +45,7 @@ def restore(model: Any, conversation: Path) -> None:
 
 
 def forget(conversation: Path) -> None:
-    """Take the state of a conversation away: it holds what was said."""
+    """Delete the state of a conversation: it holds what was said."""
     with suppress(OSError):
         if path := path_of(conversation):
             path.unlink()

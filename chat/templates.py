@@ -47,14 +47,14 @@ class BuiltIn:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """The markers that it writes, those that end a turn last."""
+        """The markers that the template writes; those that end a turn come last."""
         sides = self.roles.values()
         written = "".join([before for before, _ in sides] + [after for _, after in sides])
         return tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", written)))
 
     @property
     def jinja(self) -> str:
-        """The template as the Jinja that travels in a model file, where its roles differ in their names alone."""
+        """The template in Jinja, for a model file. Only for templates whose roles differ in their names alone."""
         before, after = (side.replace("\n", "\\n") for side in self.roles["user"])
         turn = f"""{{{{- '{before.replace("user", "' + message['role'] + '")}' + message['content'] + '{after}' }}}}"""
         prompt = f"{{{{- '{before.replace('user', 'assistant')}' }}}}"
@@ -90,10 +90,10 @@ PLAIN_JINJA = (
 
 
 class Template:
-    """The chat template of one model. `source` is Jinja, or None where `built_in` is the template.
+    """The chat template of one model. `source` is Jinja, or None if `built_in` is the template.
 
-    When the Jinja fails, the built-in one takes over and `note` says so in one line: for good if the template is
-    broken, for one conversation if the template refuses that. `note` is "" as long as all is well.
+    When the Jinja fails, the built-in template is used instead, and `note` says so in one line: from then on if the Jinja is
+    broken, once if it refuses a conversation. Else `note` is "".
     """
 
     def __init__(self, source: str | None, built_in: BuiltIn, bos_token: str = "", eos_token: str = ""):
@@ -123,7 +123,7 @@ class Template:
 
     @property
     def thinking(self) -> bool | None:
-        """Whether the model is to think before it answers; None: as the template does by itself."""
+        """Whether the model is to think before it answers; None: the template's default."""
         return self._thinking
 
     @thinking.setter
@@ -131,14 +131,14 @@ class Template:
         self._thinking, self._thought_opening = wanted, None
 
     def with_thinking(self, wanted: bool | None) -> Template:
-        """The same template with another wish."""
+        """A copy with another value of `thinking`."""
         other = copy.copy(self)
         other.thinking = wanted
         return other
 
     @property
     def thought_opening(self) -> str:
-        """The tag, with what follows, by which the opening of an answer begins the thought itself; "" where the model does."""
+        """The end of the generation prompt from the thinking tag on, for templates that write the tag themselves; else ""."""
         if self._thought_opening is None:
             self._thought_opening, tag = "", self.tags[0]
             if self.source is not None and tag in self.source:
@@ -152,14 +152,14 @@ class Template:
         return self._thought_opening
 
     def begun(self, content: str) -> str:
-        """What goes behind the opening of an answer that has begun with `content`: the tag is not written twice."""
+        """`content`, the begun answer, without the thinking tag that the generation prompt writes already."""
         tag, opening = self.tags[0], self.thought_opening
         if opening and content.startswith(tag):
             return content.removeprefix(opening) if content.startswith(opening) else content[len(tag) :].lstrip("\n")
         return content
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, with the opening of the next answer where `add_generation_prompt` asks for it.
+        """The conversation as text, followed by the generation prompt if `add_generation_prompt`.
 
         Raises UsageError for messages that are not dicts of two texts, `role` and `content`.
         """
@@ -179,7 +179,7 @@ class Template:
         return self.built_in.render(messages, add_generation_prompt)
 
     def _render_jinja(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """What the model's own template makes of the messages. Raises TemplateError."""
+        """The messages as rendered by the model's own template. Raises TemplateError."""
         from pocketlm.chat.budget import TemplateError, TemplateRaised
         from pocketlm.chat.sandbox import SandboxedTemplate
 
@@ -200,23 +200,27 @@ class Template:
                 raise refusal from None
 
     def encode(self, messages: Messages, tokenizer: Tokenizer, add_generation_prompt: bool = True) -> list[int]:
-        """The conversation as ids, the beginning-of-sequence token in front where the model asks for it.
+        """The conversation as ids, with the begin-of-sequence token in front if the model wants it.
 
-        The ids of `tokenizer.encode(render(messages), special=True)`, unless a content spells a marker of the
-        vocabulary: `<|im_end|>` typed by a user is then encoded as the letters it is made of. Raises UsageError for
-        texts that the tokenizer cannot take.
+        Equal to `tokenizer.encode(render(messages), special=True)`, except that a marker which a content spells, such as
+        `<|im_end|>` typed by a user, is encoded as ordinary text. Raises UsageError for texts that the tokenizer cannot encode.
         """
         checked = _checked(messages)
         text = self._render(checked, add_generation_prompt)
         parts = self._parts(checked, text, add_generation_prompt)
-        bos = tokenizer.adds_bos and not self._writes_bos(text, parts)
+        own_bos = self._tokens["bos_token"]  # which the template may write itself; what a content spells is none
+        writes_bos = bool(own_bos) and text.startswith(own_bos) and (parts is None or not parts[0][1])
+        bos = tokenizer.adds_bos and not writes_bos
         ids = tokenizer.encode(text, special=True, bos=bos)
         if parts is None:
             safe = without_markers(checked, tokenizer)
             if safe == checked:
                 return ids
             return tokenizer.encode(self._render(safe, add_generation_prompt), special=True, bos=bos)
-        markers = self._markers_in(tokenizer, frozenset(part for part, is_content in parts if not is_content))
+        written = frozenset(part for part, is_content in parts if not is_content)
+        markers = self._markers
+        if markers is None or markers.made_of != (tokenizer, written):  # else those of the last conversation will do
+            markers = self._markers = Markers(tokenizer, written)
         own, position = [], 0
         for part, is_content in parts:
             if not is_content:
@@ -226,23 +230,12 @@ class Template:
             return ids
         return encode_between(text, own, tokenizer, markers, bos)
 
-    def _markers_in(self, tokenizer: Tokenizer, template_parts: frozenset[str]) -> Markers:
-        """The markers of a conversation, whose template writes these parts; the last one's are remembered."""
-        if self._markers is None or self._markers.made_of != (tokenizer, template_parts):
-            self._markers = Markers(tokenizer, template_parts)
-        return self._markers
-
-    def _writes_bos(self, text: str, parts: list[tuple[str, bool]] | None) -> bool:
-        """Whether the template itself puts the beginning-of-sequence token in front."""
-        bos = self._tokens["bos_token"]
-        return bool(bos) and text.startswith(bos) and (parts is None or not parts[0][1])
-
     def _parts(self, messages: list[dict[str, str]], text: str, add_generation_prompt: bool) -> list[tuple[str, bool]] | None:
-        """`text` as (piece, is content) in order, None for a template that changes what is said.
+        """`text` as (piece, is content) in order; None for a template that changes the contents.
 
-        Found by rendering again with one private-use character in the place of each content, white space around it
-        kept, because templates trim it. It must give the same text when the contents are put back. Where an answer holds
-        a thought, both have a character, and the tags stay: the template may leave the thought out.
+        Found by rendering again with a private-use character in place of each content, but not of the white space around it,
+        which templates trim. Putting the contents back must give `text`. In an answer, thought and reply get a character each
+        and the tags are kept, because a template may leave the thought out.
         """
         tags = re.compile(f"({'|'.join(map(re.escape, self.tags))})")
         stand_ins: dict[str, str] = {}
@@ -283,7 +276,7 @@ def _checked(messages: Messages) -> list[dict[str, str]]:
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
-    """For templates that know no system role: its text goes in front of the first question."""
+    """The messages with the system prompt in front of the first question, for templates that know no system role."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     text = messages[0]["content"] + "\n\n" + messages[1]["content"]
@@ -323,7 +316,7 @@ def named(name: str, tokenizer: Tokenizer) -> Template:
 
 
 def continued(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text that goes on after other text, such as the second part of an answer; markers in it are letters."""
+    """Ids of a text that continues another, such as the second part of an answer; markers in it are spelled."""
     before = "\n"
     ids = tokenizer.encode(before + text)[len(tokenizer.encode(before)) :] if tokenizer.encodable(before) else []
     stream = tokenizer.stream_decoder(continues=True)

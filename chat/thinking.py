@@ -15,12 +15,12 @@ TAGS: tuple[Tags, ...] = (  # Qwen, DeepSeek, SmolLM, GLM, EXAONE, …; Mistral;
 
 
 def tags_of(template: str) -> Tags:
-    """Those that a template speaks of, the usual ones where it speaks of none."""
+    """The tags that a template mentions; the first of TAGS if it mentions none."""
     return next((tags for tags in TAGS if tags[1] in template), TAGS[0])
 
 
 class Splitter:
-    """Tells thought from answer while text comes. `so_far`: what there is of the answer already."""
+    """Separates thought from answer in a stream of text. `so_far`: the part of the answer that there is already."""
 
     def __init__(self, tags: Tags, so_far: str = ""):
         self._open, self._close = tags
@@ -30,7 +30,7 @@ class Splitter:
             pass
 
     def push(self, text: str) -> Iterator[tuple[bool, str]]:
-        """The parts, (whether it is thought, text), that are certain now."""
+        """Add text; yields the parts (is thought, text) that are certain by now."""
         self._held += text
         while self._held:
             state, part = self._state, self._step()
@@ -40,20 +40,20 @@ class Splitter:
                 return
 
     def flush(self) -> Iterator[tuple[bool, str]]:
-        """What was held back, at the end."""
+        """The parts that were held back; to be called at the end."""
         thought, rest = self._state == "thought", self._held
         self._held = ""
         if rest.strip("\n") if thought else rest:
             yield thought, rest.rstrip("\n") if thought else rest
 
     def whole(self, text: str) -> tuple[str, str]:
-        """(thought, answer) of all that comes, at once."""
+        """Add all of a text; (thought, answer)."""
         parts = [*self.push(text), *self.flush()]
         thought, answer = ("".join(part for is_thought, part in parts if is_thought is wanted) for wanted in (True, False))
         return thought, answer
 
     def _step(self) -> str:
-        """What of the held text belongs to the present state; the state changes where that ends."""
+        """Take from the held text what belongs to the present state, and change the state where that ends."""
         held = self._held
         if self._state == "before":
             begun = held.lstrip()
@@ -81,7 +81,7 @@ class Splitter:
 
 
 def split(text: str) -> tuple[str, str]:
-    """(thought, answer) of a text that was kept, of whatever model."""
+    """(thought, answer) of a saved text, with the tags of any model."""
     begun = text.lstrip()
     tags = next((tags for tags in TAGS if begun.startswith(tags[0])), None)
     if tags is None:

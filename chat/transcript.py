@@ -30,11 +30,11 @@ LOCK_SECONDS = 5.0  # a save takes milliseconds: who has to wait longer waits fo
 
 @dataclass
 class Conversation:
-    """What was said. `messages` alternate between user and assistant; `system` is what the model was told before.
+    """What was said. `messages` alternate between user and assistant; `system` is the system prompt.
 
-    An answer that did not come to its end has `"cut": True`. `model` is the model's name, `model_id` what it is recognised
-    by ("" in files of earlier versions); `interactive`: a person held it, not a program. `branches` are other ways that it
-    went, each {"at": how many of `messages` come before, "messages": what came then}; the page shows them.
+    An answer that was cut off has `"cut": True`. `model`: the model's name; `model_id`: its identity ("" in files of earlier
+    versions). `interactive`: a person held it, not a program. `branches`: other continuations, which the page shows, each
+    {"at": how many of `messages` come before, "messages": what follows}.
     """
 
     system: str = ""
@@ -56,7 +56,7 @@ class Conversation:
 
 
 def data_folder() -> Path | None:
-    """The user's data folder for this program, which may not exist yet; None where there is no home."""
+    """The user's data folder for this program, which may not exist yet; None without a home folder."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA")
     else:
@@ -69,7 +69,7 @@ def data_folder() -> Path | None:
 
 
 def chats_folder() -> Path:
-    """Where conversations are. Raises PocketlmError where there is no home."""
+    """The folder of saved conversations. Raises PocketlmError without a home folder."""
     folder = data_folder()
     if folder is None:
         raise PocketlmError("there is no home folder to keep conversations in; set XDG_DATA_HOME, or use --no-save")
@@ -88,9 +88,9 @@ def load(path: Path) -> Conversation:
 
 
 class Record:
-    """Where one conversation is kept: a file that holds what this program read from it or wrote to it last.
+    """The file of one conversation, and what this program knows to be in it.
 
-    `path` is None until something is saved: then it is a new file in `chats_folder()`.
+    `path` is None until something is saved; then it is a new file in `chats_folder()`.
     """
 
     def __init__(self, path: Path | None = None):
@@ -100,28 +100,28 @@ class Record:
 
     @classmethod
     def at(cls, path: Path, revision: str) -> Record:
-        """The record of a file that was at this `revision` when it was read or written last."""
+        """The record of a file whose content had this `revision` when it was last read or written."""
         record = cls(path)
         record._known = {bytes.fromhex(revision)}
         return record
 
     @property
     def revision(self) -> str:
-        """Stands for the content that was read or written last; "" before that."""
+        """The SHA-256 of the content that was read or written last, in hexadecimal; "" before that."""
         return next((digest.hex() for digest in self._known if digest), "")
 
     def load(self, path: Path) -> Conversation:
-        """Read the conversation that goes on in this record. Raises FileError."""
+        """Read a conversation, and continue it in this record. Raises FileError."""
         data = _read(path)
         conversation = _parse(path, data)
         self.path, self._known = path, {hashlib.sha256(data).digest()}
         return conversation
 
     def save(self, conversation: Conversation) -> bool:
-        """Write the whole conversation, readable for its owner only; whoever reads sees the old file or the new one.
+        """Write the whole conversation, readable for its owner only; readers see the old file or the new one.
 
-        A file that another program has written, moved or deleted since stays as it is: then a new one is begun and the
-        result is False. Raises FileError, and PocketlmError where there is no home.
+        A file that another program has changed, moved or deleted since is left alone: a new file is begun, and False is
+        returned. Raises FileError, and PocketlmError without a home folder.
         """
         data = _written(conversation).encode()
         digest, kept = hashlib.sha256(data).digest(), self.path
@@ -142,7 +142,7 @@ class Record:
         return same or kept is None
 
     def discard(self) -> None:
-        """Take the file away again, unless another program has written it since."""
+        """Delete the file, unless another program has written it since."""
         if self.path is not None:
             with suppress(OSError), _alone(self.path):
                 if _digest(self.path) in self._known:
@@ -151,7 +151,9 @@ class Record:
 
 
 def new_path() -> Path:
-    """A file name that is free, for a conversation that starts now; names sort by time. Raises PocketlmError without a home."""
+    """The path of a new file for a conversation that starts now; names sort by time. Raises PocketlmError without a home
+    folder.
+    """
     stem = chats_folder() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     path, n = stem.with_name(f"{stem.name}.json"), 1
     while os.path.lexists(path):
@@ -185,7 +187,7 @@ def _parse(path: Path, data: bytes) -> Conversation:
 
 
 def checked(content: dict[str, Any]) -> Conversation | None:
-    """The conversation in the object of a file; None where that is none."""
+    """The conversation in a file's JSON object; None if it is none."""
     messages, texts = content.get("messages"), [content.get(name, "") for name in ("system", "model", "model_id")]
     if not (isinstance(messages, list) and _are_messages(messages) and all(map(_is_text, texts))):
         return None
@@ -206,7 +208,7 @@ def _kept(messages: list[Any]) -> list[dict[str, Any]]:
 
 
 def _written(conversation: Conversation) -> str:
-    """JSON, a message a line: people may look into it, and a long one is written in no time."""
+    """The file's JSON, with one message a line, for people who look into it."""
     facts = {"format": FORMAT, **asdict(replace(conversation, messages=[]))}
     del facts["messages"]
     if not conversation.branches:
@@ -216,11 +218,9 @@ def _written(conversation: Conversation) -> str:
 
 
 def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_message, value))
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and _is_text(value.get("content"))
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and message.get("role") in ROLES and _is_text(message.get("content")) for message in value
+    )
 
 
 def _is_text(value: object) -> bool:
@@ -240,8 +240,9 @@ def _digest(path: Path) -> bytes | None:
 
 
 def write(path: Path, data: bytes, replace: bool = False) -> None:
-    """Put a whole file, readable for its owner only, at a path that is free, or with `replace` in place of what is there.
-    Raises OSError, FileExistsError where the path is not free.
+    """Write a whole file, readable for its owner only. With `replace` it replaces a file; else the path must be free.
+
+    Raises OSError; FileExistsError if the path is not free.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -259,7 +260,7 @@ def write(path: Path, data: bytes, replace: bool = False) -> None:
 
 
 def _patiently(rename: Callable[[Path, Path], None], source: Path, target: Path) -> None:
-    """On Windows a file that somebody reads at this moment cannot be replaced; it can a little later."""
+    """Rename; on Windows, try again for a second: a file that somebody is reading cannot be replaced there."""
     for attempt in range(50 if os.name == "nt" else 1):
         try:
             return rename(source, target)
@@ -273,10 +274,10 @@ def _patiently(rename: Callable[[Path, Path], None], source: Path, target: Path)
 
 @contextmanager
 def _alone(path: Path | None) -> Iterator[bool]:
-    """No other program of this user saves meanwhile; False where that could not be had in LOCK_SECONDS.
+    """Hold the lock that keeps the user's other programs from saving; False if it was not free within LOCK_SECONDS.
 
-    The lock is the system's, on a file in the data folder: it goes with the process that holds it. Where there is no
-    folder, or one that knows no locks, there is none, and a change in the very same millisecond may go unseen.
+    It is the system's lock on a file in the data folder, released with the process that holds it. Without a folder, or on a
+    file system without locks, nothing is locked, and a change at the very same moment may go unseen.
     """
     try:
         folder = chats_folder()
@@ -293,7 +294,7 @@ def _alone(path: Path | None) -> Iterator[bool]:
 
 
 def _sweep(folder: Path) -> None:
-    """Take away what saves that were killed have left."""
+    """Delete what saves that were killed have left."""
     with suppress(OSError):
         for path in folder.glob(".*.json.*"):
             with suppress(OSError):

@@ -14,7 +14,7 @@ LEAST = 8  # columns; narrower terminals are treated as this wide
 
 
 class Wrapper:
-    """Keeps the column where the cursor stands. `width`: the terminal's columns, asked again for every part."""
+    """Breaks lines in a stream of text; keeps track of the cursor's column. `width`: gives the terminal's columns."""
 
     def __init__(self, width: Callable[[], int]):
         self._width = width
@@ -22,7 +22,7 @@ class Wrapper:
         self._word, self._word_width = "", 0  # the part of a word at the end of the line
 
     def push(self, text: str) -> str:
-        """`text` without control characters but newline and tab, with the line ends it needs."""
+        """`text` with line breaks added; it must hold no control characters but newline and tab."""
         from wcwidth import wcwidth  # slow the first time: by now the line editor has it
 
         limit = max(self._width(), LEAST) - 1  # where a cursor behind the last column goes is not the same everywhere
@@ -50,7 +50,7 @@ class Wrapper:
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """A whole text in lines of fewer than `width` columns; the second and further lines of each of its own get an indent."""
+    """A whole text in lines of fewer than `width` columns. `indent`: columns in front of continued lines."""
     limit = max(width, LEAST) - 1
     indent = indent if indent <= limit // 2 else min(2, limit // 4)
     return "\n".join(row for line in text.split("\n") for row in _rows(line.expandtabs(TAB), limit, indent))

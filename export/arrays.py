@@ -1,6 +1,7 @@
-"""Tensors that are not read yet: a place in a mapped file, a number format, a shape and strides; float32 comes out.
+"""Tensors of a checkpoint that are read on demand: a place in a mapped file, a number format, a shape and strides.
 
-Every reader of a container makes these, so all checks of ranges are here. Knows no container and no names of layers.
+In: bytes of a mapped file. Out: float32 arrays. Every reader of a container makes these, so all checks of ranges are here.
+Knows no container and no names of layers.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ DTYPES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 class LazyTensor:
     """A tensor of a checkpoint. `read` gives float32 of `shape`, C-contiguous, a new array every time.
 
-    `dtype` is a name of `DTYPES`. `source` is equal for two tensors that are the same place in a file, seen alike.
+    `dtype` is a name of `DTYPES`. Two tensors with equal `source` have equal values: they are the same view of a file.
     """
 
     name: str
@@ -94,9 +95,9 @@ def view(
     path: Path, storage: Storage, dtype: str, shape: Sequence[int], strides: Sequence[int] | None = None, offset: int = 0,
     big_endian: bool = False,
 ) -> LazyTensor:  # fmt: skip
-    """A tensor without a name: `shape` and `strides` over `storage`, from item `offset` on; both counted in items.
+    """A tensor without a name: `shape`, `strides` and `offset` in `storage`, counted in items. `strides` None: C-contiguous.
 
-    Raises FileError where the dtype is unknown or any item lies outside the storage.
+    Raises FileError if the dtype is unknown or any item lies outside the storage.
     """
     if dtype not in DTYPES:
         raise FileError(
@@ -134,7 +135,7 @@ def view(
 
 
 def forget(buffer: Buffer, start: int, n_bytes: int) -> None:
-    """Give the pages of a mapping back: they count as this process's memory until then."""
+    """Give pages of a mapping back to the system; until then they count as this process's memory."""
     if isinstance(buffer, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         buffer.madvise(mmap.MADV_DONTNEED, first, start + n_bytes - first)

@@ -1,7 +1,7 @@
 """Arranges recognised tensors as an architecture wants them: fuses, splits, permutes, fills in, and checks that all fit.
 
-In: tensors by role (dialects.py), the configuration's answers, what the dialect's code fixes. Out: a `CanonicalModel`
-without a tokenizer. Nothing is read but where a value decides (is the output matrix the token table?).
+In: tensors by role (dialects.py), the configuration, what the dialect's code fixes. Out: a `CanonicalModel` without a
+tokenizer. A tensor is read only if its values decide something, such as whether the output matrix is the token table.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architecture
 def arrange(
     path: Path, found: Mapping[str, LazyTensor], buffers: Mapping[str, LazyTensor], config: ModelConfig, dialect: Dialect
 ) -> CanonicalModel:
-    """The model whose tensors have the roles `found`.
+    """The model with the tensors `found`, by role. `buffers`: tensors that are no parameters, by their names in the checkpoint.
 
-    Raises FileError that lists every missing or misshapen tensor, or asks for what nothing tells.
+    Raises FileError that lists every missing or misshapen tensor, or asks for the settings that nothing tells.
     """
     notes: list[str] = []
     tensors = {role: CanonicalTensor(tensor.shape, tensor.read) for role, tensor in found.items()}
@@ -105,7 +105,7 @@ def arrange(
 
 
 def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -> None:
-    """Add what rotary positions are."""
+    """Add the keys, options and tensors of rotary positions."""
     config, keys, fixed = draft.config, draft.keys, dialect.fixed
     heeded = not config.model_type or "rope_part" in fixed or "rope_part" in config.given  # other families turn whole heads
     part = config.get("rope_part", fixed.get("rope_part", 1.0)) if heeded else 1.0
@@ -122,9 +122,9 @@ def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -
 
 
 def _lay_out(draft: Draft, architecture: str, heads: tuple[int, int, int]) -> frozenset[str]:
-    """Give the tensors the shapes and the order of rows that the architecture has; the roles of those added for it.
+    """Give the tensors the shapes and the order of rows that the architecture's files have; returns the roles of added biases.
 
-    `heads`: n_head, n_kv_head, head_dim, as they are before layers differ.
+    `heads`: n_head, n_kv_head, head_dim (of layers with attention, where others have none).
     """
     (n_head, n_kv_head, head_dim), tensors, n_layer = heads, draft.tensors, draft.keys["block_count"]
     if architecture == "gpt2":
@@ -138,14 +138,14 @@ def _lay_out(draft: Draft, architecture: str, heads: tuple[int, int, int]) -> fr
 
 
 def _drop_leading_ones(tensors: Tensors) -> None:
-    """Position tables are often kept as (1, n_ctx, n_embd)."""
+    """Make a position table [1, n_ctx, n_embd] a matrix."""
     table = tensors.get("position_embd.weight")
     if table is not None and len(table.shape) == 3 and table.shape[0] == 1:
         tensors["position_embd.weight"] = table.changed(lambda values: values[0], *table.shape[1:])
 
 
 def _join_heads(tensors: Tensors, path: Path) -> int | None:
-    """Join heads that are modules of their own, and experts; how many query heads there were."""
+    """Join heads or experts that are separate tensors ("role#0", "role#1", …); the number of query heads if those were."""
     groups: dict[str, dict[int, CanonicalTensor]] = {}
     for role in [role for role in tensors if "#" in role]:
         name, _, head = role.partition("#")
@@ -158,7 +158,9 @@ def _join_heads(tensors: Tensors, path: Path) -> int | None:
 
 
 def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
-    """What numbered matrices are: of two, up and down; of three, the one of n_embd rows is down and the first is the gate."""
+    """Split fused gates and ups, and name numbered matrices: of two, the first is up and the second down; of three, the first
+    is the gate and the one with n_embd rows down.
+    """
     for role in in_layers(tensors, "ffn_gate_up(_exps|_shexp)?.(weight|bias)"):
         part, axis = (rows_of_experts, 1) if "_exps" in role else (rows, 0)
         both = tensors.pop(role)
@@ -177,19 +179,19 @@ def _name_feed_forward(tensors: Tensors, n_embd: int) -> None:
 
 
 def _digest(tensor: LazyTensor) -> bytes:
-    """Equal for equal values; one of the largest tensors is in memory at a time."""
+    """A hash of the values. Reads the tensor."""
     return blake2b(tensor.read()).digest()
 
 
 def is_tied(head: LazyTensor, table: LazyTensor) -> bool:
-    """Whether the output matrix is the token table, kept once or twice."""
+    """Whether the output matrix equals the token table: the same view of the file, or a copy."""
     return head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
 
 
 def _tie(
     tensors: Tensors, found: Mapping[str, LazyTensor], config: ModelConfig, fixed: Mapping[str, Any], notes: list[str]
 ) -> None:  # fmt: skip
-    """Leave the output matrix out where it is the token table."""
+    """Remove the output matrix if it equals the token table."""
     if "output.weight" not in found:
         if config.get("tied") is False:
             problem = "its configuration says that the output matrix is not tied, but there is none"
@@ -208,7 +210,7 @@ def _tie(
 
 
 def _heads(tensors: Tensors, config: ModelConfig, n_embd: int, n_heads_found: int | None, path: Path) -> tuple[int, int, int]:
-    """Heads, width of a head, key-value heads."""
+    """n_head, head_dim, n_kv_head, from the configuration and the shapes. Raises FileError if these contradict each other."""
     layer = next((role.partition(".attn_")[0] for role in in_layers(tensors, r"attn_(qkv|q)\.weight")), "")  # with attention
     fused, q, k = (tensors.get(f"{layer}.attn_{part}.weight") for part in ("qkv", "q", "k"))
     n_rows = fused.shape[0] if fused else q.shape[0] if q else n_embd
@@ -238,7 +240,7 @@ def _norm(tensors: Tensors, config: ModelConfig, fixed: Mapping[str, Any], gated
 
 
 def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig, fixed: Mapping[str, Any]) -> str:
-    """Where positions come from: a table among the tensors decides, then the configuration, then tables among the buffers."""
+    """The kind of positions: by a table among the tensors, else the configuration, else tables among the buffers."""
     if "position_embd.weight" in tensors:
         return "learned"
     found = None
@@ -255,7 +257,7 @@ def _position(tensors: Tensors, buffers: Mapping[str, Any], config: ModelConfig,
 def _context(
     tensors: Tensors, buffers: Mapping[str, LazyTensor], config: ModelConfig, position: str, fixed: Mapping[str, Any]
 ) -> int:  # fmt: skip
-    """Positions the model was trained for; a causal mask is as large."""
+    """The context length: rows of a learned position table, else the configuration's, else the size of a saved causal mask."""
     if position == "learned" and "position_embd.weight" in tensors:
         return tensors["position_embd.weight"].shape[0]
     masks = [
@@ -265,7 +267,7 @@ def _context(
 
 
 def _both_of_experts(tensors: Tensors) -> int | None:
-    """Columns of gate and up that take turns, as gpt-oss has them; None where they do not."""
+    """Number of columns in experts that interleave gate and up, as gpt-oss does; None where these are apart."""
     if both := tensors.get("blk.0.ffn_both_exps.weight"):  # (experts, n_embd, 2 n_ff)
         return both.shape[-1]
     packed = tensors.get("blk.0.ffn_both_exps_blocks.weight")  # (experts, 2 n_ff, n_embd / 32, 16)
@@ -282,7 +284,7 @@ def _n_ff(tensors: Tensors, path: Path) -> int:
 
 
 def _theta(buffers: Mapping[str, LazyTensor], n_dims: int) -> float | None:
-    """The base of rotary frequencies that were saved: frequency 1 is base^(-2/n)."""
+    """The rotary base, from saved frequencies: frequency 1 is base^(-2/n)."""
     for name, tensor in buffers.items():
         if name.endswith("inv_freq") and tensor.shape == (n_dims // 2,) and n_dims >= 4:
             return float(round(float(tensor.read()[1]) ** (-n_dims / 2), 1))
@@ -290,7 +292,7 @@ def _theta(buffers: Mapping[str, LazyTensor], n_dims: int) -> float | None:
 
 
 def _max_bias(buffers: Mapping[str, LazyTensor], config: ModelConfig, n_head: int, path: Path) -> float:
-    """ALiBi's steepness; slopes that were saved must be those of the paper."""
+    """ALiBi's largest slope. Raises FileError if saved slopes are not those of the paper."""
     largest = config.get("alibi_max_bias", 8.0)
     for name, tensor in buffers.items():
         if "slopes" in name and math.prod(tensor.shape) == n_head:
@@ -303,7 +305,7 @@ def _max_bias(buffers: Mapping[str, LazyTensor], config: ModelConfig, n_head: in
 
 
 def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: Tensors) -> str:
-    """The published architecture that describes this model; "pocketlm" where none does."""
+    """The published architecture that computes this model; "pocketlm" if none does."""
     narrow = keys["attention.head_count"] * keys["attention.key_length"] == keys["embedding_length"]
     norm_bias = any(role.endswith("norm.bias") for role in tensors)
     head_bias = any(role in tensors for role in ("output.bias", "token_embd.bias"))
@@ -316,17 +318,14 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
     for name, possible in conditions.items():
         usual = ARCHITECTURES[name]
         same = all(options[option] == usual[option] for option in ("norm", "position", "gated"))
-        if name == "gpt2" and options["activation"] == "gelu_erf":  # the file says which form it is
-            same_activation = True
-        else:
-            same_activation = options["activation"] == usual["activation"]
-        if same and same_activation and possible():
+        either_gelu = name == "gpt2" and options["activation"] == "gelu_erf"  # the file says which form it is
+        if same and (either_gelu or options["activation"] == usual["activation"]) and possible():
             return name
     return "pocketlm"
 
 
 def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
-    """Zeros for every bias that is not there; their names."""
+    """Add zeros for every missing bias; returns their names."""
     parts = ("attn_norm", "attn_qkv", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
     names = ["output_norm", *(f"blk.{i}.{part}" for i in range(n_layer) for part in parts)]
     missing = [name for name in names if f"{name}.bias" not in tensors and f"{name}.weight" in tensors]
@@ -336,7 +335,7 @@ def _fill_biases(tensors: Tensors, n_layer: int) -> frozenset[str]:
 
 
 def _in_order(tensors: Tensors) -> Tensors:
-    """Tables first, then layer by layer, then the end."""
+    """The tensors in the order of the file: tables, then layer by layer, then the end."""
 
     def key(role: str) -> tuple[int, int, str]:
         if role.startswith("blk."):

@@ -22,19 +22,19 @@ from pocketlm.runtime.tensor import Tensor
 
 @dataclass(frozen=True)
 class CanonicalTensor:
-    """One tensor, not yet read: `read` gives float32 of `shape` (NumPy order: rows, columns) every time it is called."""
+    """A tensor that is read on demand: `read` gives float32 of `shape` (NumPy's order: rows, columns), each time anew."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray], *shape: int) -> CanonicalTensor:
-        """What `change` makes of it, of this `shape`; none: of the same."""
+        """The tensor that `change` makes of this one when it is read; `shape`: of the result, by default the same."""
         return CanonicalTensor(shape or self.shape, lambda: change(self.read()))
 
 
 @dataclass(frozen=True)
 class CanonicalModel:
-    """`metadata` holds GGUF keys: general.*, tokenizer.*, pocketlm.*; not the architecture's own, which `hyper` gives."""
+    """`metadata`: GGUF keys general.*, tokenizer.* and pocketlm.*; the architecture's own keys are made from `hyper`."""
 
     hyper: Hyper
     tensors: dict[str, CanonicalTensor]
@@ -44,12 +44,12 @@ class CanonicalModel:
     added: frozenset[str] = frozenset()  # tensors that are no parameters: zeros that an architecture wants, rotary factors
 
     def plan(self, path: object) -> Plan:
-        """Its operations. Raises FileError, about `path`, where the tensors do not fit the hyper-parameters."""
+        """The model's plan. Raises FileError about `path` if the tensors do not fit the hyper-parameters."""
         return make_plan(self.hyper, {name: tensor.shape for name, tensor in self.tensors.items()}, path)
 
 
 class Float32Tensors(Mapping[str, Tensor]):
-    """A model's float32 weights as the tensors that executors take, read when they are asked for."""
+    """A model's float32 weights as the tensors that executors take, each read when it is looked up."""
 
     def __init__(self, model: CanonicalModel, path: Path):
         self._tensors, self._path = model.tensors, path

@@ -64,10 +64,9 @@ MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoi
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by their names without wrappers; `config`: what else was in the checkpoint and its config.json, plain data.
-
-    Plain data: dict, list, str, int, float, bool, None. `files` are those that were read; `folder` is where they lie, or
-    DeepSpeed's above that of the step.
+    """`tensors`: by their names without wrappers. `config`: everything else in the checkpoint, and the configuration files
+    beside it, as plain data (dict, list, str, int, float, bool, None). `files`: those that were read. `folder`: where they
+    lie; of DeepSpeed's, the folder above that of the step.
     """
 
     path: Path
@@ -82,10 +81,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
-    """Open and check a checkpoint file or folder. Raises FileError in one line; no code of the checkpoint ever runs.
+    """Open and check a checkpoint file or folder. Raises FileError; no code of the checkpoint ever runs.
 
-    `chosen`: the entry to take of several that could be the weights, as "ema". A file that is refused is not mapped any more,
-    though its error is still being handled.
+    `chosen`: which entry to take if several could be the weights, such as "ema". A file that is refused is unmapped before the
+    error leaves here.
     """
     mapped: list[Buffer] = []
     try:
@@ -97,7 +96,7 @@ def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
 
 
 def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
-    """The checkpoint; what is mapped for it is added to `mapped`."""
+    """The checkpoint; the mappings that it needs are added to `mapped`."""
     weights = _file_of_folder(path) if path.is_dir() else path
     if (part := PART.fullmatch(weights.stem)) and int(part[3]) > 1:
         raise FileError(path, f"is one of the {int(part[3])} files of a model", "name the folder they lie in")
@@ -135,13 +134,13 @@ def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
 
 
 def home(weights: Path) -> Path:
-    """The folder with what belongs to a checkpoint's file: its configuration, its tokenizer."""
+    """The folder in which a checkpoint's configuration and tokenizer are looked for."""
     above = weights.parent.parent
     return above if weights.name == DEEPSPEED and (above / LATEST).is_file() else weights.parent
 
 
 def name_of(path: Path) -> str:
-    """What to call the model in a checkpoint: its name, or its folder's or that above, where every checkpoint is called so."""
+    """A name for the model: the file's, or that of its folder or the one above where the file's says nothing ("ckpt.pt")."""
     places = [place for place in (path.absolute(), *path.absolute().parents[:2]) if place != Path.home()]
     names = [place.name if place.is_dir() else place.stem for place in places]
     return next((name for name in names if set(re.findall(r"[^\W\d_]+", name.lower())) - set(SAYS_NOTHING.split())), names[0])
@@ -156,7 +155,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file of plain ones, one a line; those below another are a dictionary of that. Raises FileError."""
+    """The settings in a simple YAML file: one per line, indented ones a dict of the one above. Raises FileError."""
     with refused(path):
         text = bytes(map_file(path)[:MAX_JSON]).decode()
     result: dict[str, Any] = {}
@@ -174,7 +173,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _scalar(text: str) -> Any:
-    """A YAML value on one line: as JSON where it is, null and quoted texts, or the text itself."""
+    """A YAML value on one line: null, JSON, a number, or a text, whose single quotes are dropped."""
     if text in ("null", "~", "None"):
         return None
     try:
@@ -190,7 +189,7 @@ def _scalar(text: str) -> Any:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    """The weights of a folder: the names of Hugging Face, DeepSpeed or our trainer, else the only checkpoint in it."""
+    """The weights in a folder: by the file names of Hugging Face, DeepSpeed or our trainer, else the only checkpoint in it."""
     if (folder / "mp_rank_01_model_states.pt").is_file():
         raise FileError(folder, "holds a model in parts, one for each GPU", "save it whole")
     for name in FOLDER_FILES:
@@ -221,8 +220,8 @@ def _read_index(path: Path, mapped: list[Buffer]) -> tuple[dict[str, LazyTensor]
     for file in files:
         if Path(file).name != file or file == "..":
             raise FileError(path, f"refers to {quoted(file)}, outside its folder", "do not trust this checkpoint")
-        found = _tensors_of_shard(path.parent / file, mapped)
-        for name, tensor in found.items():
+        search = _Search(path.parent / file)
+        for name, tensor in search.leaves(search.find_weights(_read_file(search.path, mapped))):
             if name in tensors:
                 raise FileError(path, f"tensor {quoted(name)} is in two of the files", "download the checkpoint again")
             tensors[name] = tensor
@@ -234,13 +233,8 @@ def _read_index(path: Path, mapped: list[Buffer]) -> tuple[dict[str, LazyTensor]
     return tensors, tuple(path.parent / file for file in files)
 
 
-def _tensors_of_shard(path: Path, mapped: list[Buffer]) -> dict[str, LazyTensor]:
-    search = _Search(path)
-    return dict(search.leaves(search.find_weights(_read_file(path, mapped))))
-
-
 def _read_file(path: Path, mapped: list[Buffer]) -> Any:
-    """The object a file holds; its tensors are `LazyTensor`s over the mapping that is added to `mapped`."""
+    """The object in a file; its tensors are `LazyTensor`s over the mapping, which is added to `mapped`."""
     buffer = map_file(path)
     mapped.append(buffer)
     if not len(buffer):
@@ -280,7 +274,7 @@ READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], .
 
 
 def _fields(value: Any) -> dict[Any, Any]:
-    """What can be looked into: a dict, or the fields of an object. A module saved whole gives its parameters."""
+    """The entries of a dict or the fields of an object, {} for anything else. Of a whole module: parameters and submodules."""
     if isinstance(value, Record):
         parts = [value.fields.get(name) for name in ("_parameters", "_buffers", "_modules")]
         if isinstance(parts[2], dict):
@@ -300,7 +294,7 @@ def _is_training_state(key: Any) -> bool:
 
 
 class _Search:
-    """Looks through an object that a pickle may have made endless; FileError after a bounded number of steps."""
+    """Walks through an object that a pickle may have made endless. Raises FileError after MAX_NODES steps."""
 
     def __init__(self, path: Path):
         self.path, self.left = path, MAX_NODES
@@ -323,11 +317,11 @@ class _Search:
                 pending += reversed(below)
 
     def has_weights(self, tree: Any) -> bool:
-        """Whether there is a tensor in `tree` that is no number, and not among the optimiser's."""
+        """Whether `tree` has a tensor that is no scalar and not part of the optimiser."""
         return any(tensor.shape for _, tensor in self.leaves(tree, lambda name: not _is_training_state(name)))
 
     def find_weights(self, tree: Any) -> Any:
-        """The part of the object that holds the weights, or None."""
+        """The part of `tree` that is the state dict, or None."""
         for _ in range(MAX_DEPTH):
             fields = _fields(tree)
             if isinstance(tree, Record) and "_modules" in tree.fields:
@@ -346,8 +340,8 @@ class _Search:
         return None
 
     def sets(self, tree: Any, found: Any) -> list[str]:
-        """The entries of `tree` that could each be the model: the one that `found` is, and those with tensors of the same
-        shapes, as an average over the training. Empty where there is one. Where `found` is all of `tree`, none of them is it.
+        """The names of the entries of `tree` that could each be the weights, if there are several: first the one with `found`,
+        then those with tensors of the same shapes, such as an average over the training (EMA).
         """
         entries = {name: value for name, value in _fields(tree).items() if isinstance(value, (dict, Record))}
         parts = {n: self.find_weights(v) for n, v in entries.items() if isinstance(n, str) and not _is_training_state(n)}

@@ -33,42 +33,36 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-OPTIONS: dict[str, dict[str, Any]] = {  # what a model becomes on its way from a checkpoint; `pocketlm pack` takes them, too
-    "--quant": {
-        "metavar": "FORMAT",
-"help": "GGUF: f32 f16 (default) bf16 q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k_m; "
-        "ONNX: f32 (default) f16 int8; Hugging Face: f16 (default) f32 bf16",
-    },
-    "--pure": {"action": "store_true", "help": "every matrix in the same format, the output too, none in a better one"},
-    "--imatrix": {
-        "metavar": "FILE",
-        "help": "a text like those the model is for, or llama.cpp's importance matrix: quantised to be good at that",
-    },
-    "--set": {
-        "action": "append", "default": [], "metavar": "K=V",
-        "help": "what the checkpoint does not say, as n_head=12; may be given again",
-    },
-    "--map": {"metavar": "FILE", "help": "a TOML file with the names of a code base that is not recognised"},
-    "--tokenizer": {
-        "metavar": "FILE",
-        "help": "tokenizer.json, .model, gpt2, …, where it is not beside the checkpoint; none: token ids only",
-    },
-    "--lora": {"metavar": "PATH", "help": "a LoRA to merge: PEFT's folder, or a checkpoint with .lora.A and .lora.B"},
-    "--lora-scale": {"type": float, "metavar": "X", "help": "what the LoRA is multiplied by, where it does not say so itself"},
-    "--name": {"metavar": "NAME", "help": "what the model calls itself; default: the checkpoint's name, or its folder's"},
-    "--chat-template": {"metavar": "FILE", "help": "a Jinja file that becomes the model's chat template"},
-}  # fmt: skip
 _OF_CHECKPOINTS = ("set", "map", "tokenizer")  # a model file says all of that itself
 
 
 def model_options(parser: argparse._ActionsContainer) -> None:
-    """Declare OPTIONS; `read_model` reads them."""
-    for flag, how in OPTIONS.items():
-        parser.add_argument(flag, **how)
+    """Declare what a model becomes on its way from a checkpoint, which `read_model` reads. `pocketlm pack` takes these, too."""
+    quant = (
+        "GGUF: f32 f16 (default) bf16 q8_0 q6_k q5_k_m q5_k q5_1 q5_0 q4_k_m q4_k q4_1 q4_0 iq4_nl mxfp4 q3_k_m; "
+        "ONNX: f32 (default) f16 int8; Hugging Face: f16 (default) f32 bf16"
+    )
+    pure = "every matrix in the same format, the output too, none in a better one"
+    imatrix = "a text like those the model is for, or llama.cpp's importance matrix: quantised to be good at that"
+    settings = "what the checkpoint does not say, as n_head=12; may be given again"
+    tokenizer = "tokenizer.json, .model, gpt2, …, where it is not beside the checkpoint; none: token ids only"
+    lora = "a LoRA to merge: PEFT's folder, or a checkpoint with .lora.A and .lora.B"
+    scale = "what the LoRA is multiplied by, where it does not say so itself"
+    name = "what the model calls itself; default: the checkpoint's name, or its folder's"
+    parser.add_argument("--quant", metavar="FORMAT", help=quant)
+    parser.add_argument("--pure", action="store_true", help=pure)
+    parser.add_argument("--imatrix", metavar="FILE", help=imatrix)
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", help=settings)
+    parser.add_argument("--map", metavar="FILE", help="a TOML file with the names of a code base that is not recognised")
+    parser.add_argument("--tokenizer", metavar="FILE", help=tokenizer)
+    parser.add_argument("--lora", metavar="PATH", help=lora)
+    parser.add_argument("--lora-scale", type=float, metavar="X", help=scale)
+    parser.add_argument("--name", metavar="NAME", help=name)
+    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja file that becomes the model's chat template")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export, print the receipt; the exit status. Raises PocketlmError for everything that goes wrong."""
+    """Export, and print the receipt; the exit status. Raises PocketlmError."""
     from pocketlm.export.export import container_for, export
     from pocketlm.model import find_model
 
@@ -90,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
-    """The model with all that OPTIONS add to it. Raises PocketlmError."""
+    """The model, changed as the options say. Raises PocketlmError."""
     from dataclasses import replace
 
     from pocketlm.export.dialects import read_canonical
@@ -116,7 +110,7 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
 
 
 def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Mapping[str, Any] | None:
-    """How much the errors of the model's matrices count, where --imatrix says it. Raises PocketlmError."""
+    """The importance matrices of --imatrix (importance.py), None without it. Raises PocketlmError."""
     if not arguments.imatrix:
         return None
     from pocketlm.export.importance import importance
@@ -125,7 +119,7 @@ def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Map
 
 
 def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
-    """The keys of a model file that the command line gives."""
+    """The keys of the model file that --name and --chat-template set."""
     keys = {"general.name": arguments.name} if arguments.name else {}
     if arguments.chat_template:
         keys["tokenizer.chat_template"] = read_text(arguments.chat_template)
@@ -133,7 +127,7 @@ def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 class Progress(StatusLine):
-    """A bar that grows until `n_weights` are done."""
+    """A progress bar for `n_weights`."""
 
     def __init__(self, n_weights: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a code base calls the parts of its models and what it means by them: one row of the table in dialects.py.
+"""A dialect: the names that a code base gives to the parts of its models, and what its code fixes; a row in dialects.py.
 
 Knows no code base by name.
 """
@@ -19,9 +19,9 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass
 class Draft:
-    """A model on its way to its architecture: tensors by role, keys without the architecture's name, options of hyper.py."""
+    """A model being arranged: tensors by role, keys without the architecture's name in front, options of hyper.py."""
 
-    architecture: str  # "" while it is the one that describes the options best
+    architecture: str  # "": the one that describes the options is chosen at the end
     tensors: dict[str, CanonicalTensor]
     keys: dict[str, Any]
     options: dict[str, Any]
@@ -29,20 +29,22 @@ class Draft:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Query heads, key-value heads, their width."""
+        """n_head, n_kv_head, head_dim."""
         return tuple(self.keys[f"attention.{name}"] for name in ("head_count", "head_count_kv", "key_length"))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """`signs`: expressions that must each match a name (`N`: a number). `fixed`: settings its code never changes.
+    """How a code base writes its checkpoints.
 
-    `transposed`: its matrices are stored (in, out), as Conv1D's. `names`: a tensor's name, without what wraps the model and
-    without .weight, → its role, where it means something else here than elsewhere; "*." before it, or ".*" behind it, is a
-    layer, "#3" behind a role for one head, or expert, of several that are modules of their own; `N` in a name, with "#N" behind
-    the role, for the number of each. `computes`: entries of a configuration that are refused elsewhere. `guess`: what shapes
+    `signs`: regular expressions, each of which must match the name of a tensor (`N`: any number). `test`: a further condition.
+    `fixed`: settings that its code never changes. `transposed`: matrices are stored (in, out), as in Conv1D.
+    `names`: a tensor's name → its role, where the general spellings of dialects.py would not do. Names are without wrappers and
+    without ".weight"; "*." in front stands for "in every layer", ".*" behind for "a list with one per layer". "#3" behind a
+    role means head or expert number 3, where each is a tensor of its own; `N` in the name and "#N" behind the role, each of
+    them. `computes`: entries of a configuration that this dialect handles and others refuse. `guess`: settings that the shapes
     tell where there is no configuration. `finish` brings tensors and keys into the architecture's form. `template`: the chat
-    template that its code has built in.
+    template that is built into its code.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Dialect:
     template: str = ""
 
     def role_of(self, name: str) -> str | None:
-        """The role of a tensor that has a meaning of its own here."""
+        """The role that `names` gives to a tensor; None for names that it does not have."""
         stem, _, suffix = name.rpartition(".")
         if suffix not in ("weight", "bias"):
             stem, suffix = name, "weight"

@@ -1,8 +1,8 @@
-"""Which tensor is which: the names that code bases give to the parts of a decoder, and what each code base means by them.
+"""Recognises the tensors of a checkpoint: by the names that code bases give them, and by what each code base means by these.
 
-In: a `Checkpoint`. Out: a `CanonicalModel`. `SPELLINGS` maps names to roles (`blk.0.attn_q.weight`), whoever wrote them;
-a row of `DIALECTS` is recognised by a few names and states what its code fixes and no tensor shows (rotary pairs, the form
-of GELU, transposed matrices). Arranging the tensors as an architecture wants them is assemble.py's.
+In: a `Checkpoint`. Out: a `CanonicalModel`. TOP_ROLES and LAYER_ROLES map common names to roles (`blk.0.attn_q.weight`). A row
+of DIALECTS is recognised by a few names, and states what its code fixes and no tensor shows (rotary pairs, the form of GELU,
+transposed matrices). assemble.py arranges the tensors.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def _spellings() -> list[tuple[str, re.Pattern[str]]]:
 
 
 def role_of(name: str) -> str | None:
-    """What a tensor is by its name alone: "blk.3.attn_q.weight", "token_embd.weight"; None where no spelling fits.
+    """A tensor's role by its name alone: "blk.3.attn_q.weight", "token_embd.weight"; None if no spelling fits.
 
-    One head of several that are modules of their own is "blk.3.attn_q.weight#2".
+    A head that is a tensor of its own is "blk.3.attn_q.weight#2".
     """
     if len(name) > 512:
         return None
@@ -111,6 +111,7 @@ def role_of(name: str) -> str | None:
 
 # ── dialects ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def _is_conv1d(tensors: Tensors) -> bool:
     return any(
         name.endswith("attn.c_attn.weight") and t.shape[-1] > t.shape[0] for name, t in tensors.items() if len(t.shape) == 2
@@ -118,7 +119,7 @@ def _is_conv1d(tensors: Tensors) -> bool:
 
 
 def _has_own_head(tensors: Tensors) -> bool:
-    """nanoGPT before its flash attention keeps masks as well, and ties its head."""
+    """Tells minGPT from nanoGPT before flash attention, which saves masks, too, but ties its head."""
     found = {name.removeprefix("transformer."): name for name in tensors}
     head, table = (tensors.get(found.get(name, "")) for name in ("lm_head.weight", "wte.weight"))
     return head is not None and table is not None and not is_tied(head, table)
@@ -128,7 +129,7 @@ BUILD_NANOGPT = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
 
 
 def _finish_nanogpt(draft: Draft) -> None:
-    """build-nanogpt has the tanh formula of GELU; it is known by what it saves beside its weights."""
+    """build-nanogpt computes GELU by the tanh formula. It is recognised by what it saves beside the weights."""
     said = draft.config.said
     sizes, activation = said("config"), draft.config.get("activation")
     if activation is None and isinstance(sizes, dict) and sizes.keys() == BUILD_NANOGPT and said("step") is not None:
@@ -171,7 +172,7 @@ DIALECTS = (
 
 
 def recognise(tensors: Tensors) -> Dialect:
-    """The first row whose signs are all there."""
+    """The first row whose signs all match and whose test holds."""
     names = "\n".join(tensors)
     for dialect in DIALECTS:
         signs = (re.compile(rf"^{sign.replace('N', '[0-9]+')}$", re.MULTILINE) for sign in dialect.signs)
@@ -206,7 +207,7 @@ def to_canonical(
     """The canonical form of a checkpoint, tokenizer included where one is found beside it or given.
 
     `overrides`: the settings of `--set`; `mapping`: a file of names (name_map.py); `tokenizer`: a tokenizer's file or folder.
-    Raises FileError that lists tensors that are missing, left over or misshapen, or that asks for what nothing tells.
+    Raises FileError that lists the tensors that are missing, left over or misshapen, or the settings that nothing tells.
     """
     names = read_name_map(Path(mapping)) if mapping else NameMap()
     path = checkpoint.path
@@ -267,7 +268,7 @@ def read_canonical(
 ) -> CanonicalModel:  # fmt: skip
     """The canonical form of anything that holds a model: a checkpoint, a GGUF file, the folder of an fp16 bin.
 
-    `change`: what becomes of its tensors first (a LoRA).
+    `change` is applied to the tensors first (a LoRA).
     """
     path = Path(path)
     if is_model_file(path):

@@ -1,7 +1,7 @@
-"""The job: a model in, one sound file (or folder) out, and a receipt that tells what it cost.
+"""Exports a model: writes one file or folder, checks it, and gives a receipt of what was written and what it cost.
 
-In: a `CanonicalModel`, a path, a container and a format. Everything is written beside the target, read back, compared,
-and only then given its name. Knows no dialects, and no command line.
+In: a `CanonicalModel`, a path, a container and a format. Out: the file, written under another name, read back, compared, and
+only then renamed; a `Receipt`. Knows no dialects, and no command line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pocketlm.runtime.threads import default_threads
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was written. `weight_bytes` is without the vocabulary and other keys."""
+    """What was written. `weight_bytes`: without the vocabulary and other keys."""
 
     out: Path
     source_kind: str
@@ -62,7 +62,7 @@ class Receipt:
         return max(self.tensors, key=lambda tensor: tensor.error)
 
     def lines(self) -> list[str]:
-        """The receipt for a person."""
+        """The receipt as text."""
         formats = Counter(tensor.format.name for tensor in self.tensors).most_common()
         lines = [
             f"{self.out}: {self.n_parameters:,} parameters ({self.source_kind}), {self.file_bytes / 1e6:.1f} MB, "
@@ -82,7 +82,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every container needs to be written."""
+    """Everything that writing a container needs."""
 
     model: CanonicalModel
     source: object
@@ -93,14 +93,14 @@ class _Job:
     importance: Mapping[str, np.ndarray] | None
 
     def metadata(self, file_type: int | None) -> dict[str, Any]:
-        """The file's keys, proven to give back the model's hyper-parameters."""
+        """The file's keys. Raises PocketlmError if reading them would not give the model's hyper-parameters again."""
         metadata = file_metadata(self.model, self.out, file_type)
         if read_hyper(metadata, self.model.hyper.n_vocab, self.out) != self.model.hyper:
             raise PocketlmError(f"{self.source}: its hyper-parameters cannot be written down: {self.model.hyper}")
         return metadata
 
     def n_bytes(self, formats: str) -> int:
-        """About how many bytes the weights will take."""
+        """About how many bytes the weights will take in a format of QUANTS."""
         row, head = QUANTS[formats], head_name(self.model.tensors)
         shapes = [(name, tensor.shape) for name, tensor in self.model.tensors.items()]
         pairs = [(math.prod(shape), by_shape(name, shape, row, head, self.pure, self.model.hyper)[0]) for name, shape in shapes]
@@ -161,22 +161,22 @@ def _huggingface(job: _Job) -> tuple[list[Encoded], list[str]]:
 
 
 class Container(NamedTuple):
-    """What `--to` may ask for: how it is written, its formats, the first of which is the default."""
+    """What `--to` may ask for. `quants`: its formats, the default first."""
 
     write: Callable[[_Job], tuple[list[Encoded], list[str]]]
     quants: tuple[str, ...]
+    is_folder: bool = False
+    holds_experts: bool = True
 
 
 _GGUF_QUANTS = ("f16", *(name for name in QUANTS if name != "f16"))
 CONTAINERS = {
     "gguf": Container(_gguf, _GGUF_QUANTS),
-    "fp16": Container(_fp16, ("f16",)),
-    "onnx": Container(_onnx, ("f32", "f16", "int8")),
-    "ollama": Container(_ollama, _GGUF_QUANTS),
-    "huggingface": Container(_huggingface, ("f16", "f32", "bf16")),
+    "fp16": Container(_fp16, ("f16",), is_folder=True, holds_experts=False),
+    "onnx": Container(_onnx, ("f32", "f16", "int8"), holds_experts=False),  # it would compute all experts for every token
+    "ollama": Container(_ollama, _GGUF_QUANTS, is_folder=True),
+    "huggingface": Container(_huggingface, ("f16", "f32", "bf16"), is_folder=True),
 }
-EXPERT_CONTAINERS = ("gguf", "ollama", "huggingface")  # ONNX would compute all experts for every token
-FOLDERS = ("fp16", "ollama", "huggingface")
 CALLED_ELSEWHERE = {"half": "f16", "int8": "q8_0", "int4": "q4_0", "q8_0": "int8", "q4": "q4_0"}
 ENDINGS = {".gguf": "gguf", ".onnx": "onnx"}  # of the output's name; anything else is a folder: fp16
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these, which nobody means to be a folder
@@ -184,12 +184,11 @@ CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt", ".npz")  # but for these,
 
 def container_for(out: Path, asked: str | None) -> str:
     """The container that `--to` names, or the one that the output's name asks for. Raises UsageError."""
-    by_name = ENDINGS.get(out.suffix.lower())
-    if asked is not None:
-        one_of("--to", asked, CONTAINERS)
-    elif (suffix := out.suffix.lower()) in CHECKPOINTS:
+    suffix = out.suffix.lower()
+    if asked is None and suffix in CHECKPOINTS:
         raise UsageError(f"-o {out}: pocketlm does not write {suffix}; name a .gguf, an .onnx or a folder")
-    if asked in FOLDERS and by_name:
+    by_name = ENDINGS.get(suffix)
+    if asked is not None and CONTAINERS[one_of("--to", asked, CONTAINERS)].is_folder and by_name:
         raise UsageError(f"--to {asked} makes a folder: name one with -o, without {out.suffix}")
     return asked or by_name or "fp16"
 
@@ -201,9 +200,8 @@ def export(
     """Write `model` to `out`, which appears whole or not at all. `source`: the checkpoint's path, for error messages.
 
     `container`: a row of CONTAINERS. `quant`: one of its formats. `pure`: every matrix in that format, the head too.
-    `importance`: how much the errors of a matrix's columns count in a quantised GGUF (importance.py).
-    Raises UsageError for a format that the container does not have, FileError for everything that is wrong with the
-    model or the disk.
+    `importance`: weighs the errors of a quantised GGUF by column (importance.py). Raises UsageError for a format that the
+    container does not have, FileError for anything wrong with the model or the disk.
     """
     row = CONTAINERS[container]
     quant = (quant or row.quants[0]).lower()
@@ -213,7 +211,7 @@ def export(
     if importance and (container not in ("gguf", "ollama") or quant in ("f32", "f16", "bf16", "q8_0")):
         raise UsageError("--imatrix is for quantised GGUFs; name one of their formats, as --quant q4_k_m")
     plan = model.plan(source)
-    if plan.experts and container not in EXPERT_CONTAINERS:
+    if plan.experts and not row.holds_experts:
         raise FileError(source, f"is a mixture of experts, which {container} does not hold", "export it to a .gguf")
     with Encoder(source, n_threads or default_threads(), progress) as encoder:
         done, notes = row.write(_Job(model, source, out, quant, pure, encoder, importance))
@@ -231,8 +229,8 @@ def _check(path: Path, metadata: Mapping[str, Any], done: list[Encoded]) -> None
 
 
 def _differences(opened: GGUF | Fp16Bin, metadata: Mapping[str, Any], done: list[Encoded]) -> list[str]:
-    """Names of keys, or else of tensors, that are not what was written. (In a function of its own: where its caller raises,
-    no variable may still look at the file, or Windows cannot take it away.)
+    """Names of keys, or else of tensors, that are not what was written. (In a function of its own: when the caller raises, no
+    variable may refer to the mapped file any more, or Windows could not delete it.)
     """
     keys = {key: opened.metadata[key] for key in opened.metadata}
     wrong = sorted(keys.keys() ^ metadata.keys()) or [key for key in keys if not _same(keys[key], metadata[key])]

@@ -25,7 +25,7 @@ from pocketlm.runtime.fp16_bin_reader import CONFIG, FORMAT_NAME, VOCAB, VOCAB_K
 def write_fp16_bin(
     folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, encoder: Encoder
 ) -> list[Encoded]:
-    """Write the three files; what became of every tensor. FileError where a weight is too large for float16."""
+    """Write the three files; returns what was written for every tensor. FileError: a weight is too large for float16."""
     done, offset, entries = [], 0, []
     with open(folder / WEIGHTS, "wb") as file:
         for name, tensor in model.tensors.items():
@@ -35,8 +35,7 @@ def write_fp16_bin(
                     source, f"tensor {name} has weights up to {largest:.3g}, too large for float16", "export a GGUF"
                 )
             encoded = Encoded(name, tuple(tensor.shape), FORMATS["F16"])
-            for piece in encoder.pieces(encoded, weights):
-                file.write(piece)
+            file.writelines(encoder.pieces(encoded, weights))
             entries.append({"name": name, "shape": list(tensor.shape), "offset": offset})
             offset += encoded.n_bytes
             done.append(encoded)

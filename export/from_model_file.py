@@ -23,16 +23,16 @@ from pocketlm.runtime.model_summary import not_learnt
 
 
 def is_model_file(path: Path) -> bool:
-    """Whether this is a GGUF, a packed executable or an fp16 bin, by its first bytes or the names in it."""
+    """Whether this is a GGUF, a packed executable or an fp16 bin; by its first bytes, or the files in the folder."""
     from pocketlm.runtime.container import beginning, find, is_program
 
     return is_fp16_bin(path) or beginning(path) == b"GGUF" or (is_program(path) and find(path) is not None)
 
 
 def read_model_file(path: Path, change: Callable[[Checkpoint], Checkpoint] | None = None) -> CanonicalModel:
-    """The model in a GGUF or an fp16 bin, its tensors changed by `change`, which sees them as a checkpoint's.
+    """The model in a GGUF or an fp16 bin; `change` is applied to its tensors as to a checkpoint's.
 
-    Raises FileError where there is none, or none that pocketlm runs.
+    Raises FileError if there is no model in it, or none that pocketlm runs.
     """
     opened = open_model(path)
     if "token_embd.weight" not in opened.tensors:
@@ -48,13 +48,13 @@ def read_model_file(path: Path, change: Callable[[Checkpoint], Checkpoint] | Non
 
 
 def with_tokenizer(model: CanonicalModel, path: Path, tokenizer: str) -> CanonicalModel:
-    """A model file's model, which has no tokenizer, with the one in the file or folder `tokenizer`. Raises FileError."""
+    """`model`, from a model file without a tokenizer, with the one in the file or folder `tokenizer`. Raises FileError."""
     keys, notes = find_tokenizer(Checkpoint(path, {}, {}, (path,)), model.hyper.n_vocab, tokenizer)
     return replace(model, metadata={**model.metadata, **keys}, notes=[*model.notes, *notes])
 
 
 def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], Checkpoint]) -> CanonicalModel:
-    """The model with its tensors changed; `change` sees them with the rows in the order of Hugging Face's checkpoints."""
+    """The model after `change`, which is given the rows of queries and keys in the order of Hugging Face's checkpoints."""
     hyper, rope = model.hyper, model.hyper.rope
     heads = (hyper.n_head, hyper.n_kv_head, hyper.head_dim)
     usual = ARCHITECTURES[hyper.architecture].get("rope_pairs")

@@ -29,10 +29,10 @@ def write_gguf(
     file: BinaryIO, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, pure: bool, encoder: Encoder,
     importance: Mapping[str, np.ndarray] | None = None,
 ) -> list[Encoded]:  # fmt: skip
-    """Write the model to `file`, opened for writing and seekable; what became of every tensor, in the file's order.
+    """Write the model to a seekable file; returns what was written for every tensor, in the file's order.
 
-    The header's size is known beforehand but not every format: a tensor may turn out not to fit into the one it should
-    get. So the header is written when the tensors are.
+    The size of the header is known beforehand, but not every format: a tensor's values may not fit into the one it should get.
+    So the header is written last.
     """
     row, head, done = QUANTS[quant], head_name(model.tensors), []
     file.seek(len(_header(metadata, [(name, tensor.shape, 0, 0) for name, tensor in model.tensors.items()])))
@@ -41,8 +41,7 @@ def write_gguf(
         weights, largest = encoder.read(name, tensor)
         format, too_much = by_values(format, largest)
         encoded = Encoded(name, tuple(tensor.shape), format, too_much or reason)
-        for piece in encoder.pieces(encoded, weights, (importance or {}).get(name)):
-            file.write(piece)
+        file.writelines(encoder.pieces(encoded, weights, (importance or {}).get(name)))
         file.write(bytes(-encoded.n_bytes % ALIGNMENT))
         done.append(encoded)
     file.seek(0)
@@ -51,7 +50,7 @@ def write_gguf(
 
 
 def copy_gguf(file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as they are, with other keys: nothing is quantised again."""
+    """Write tensors as they are, with other keys. Nothing is quantised again."""
     metadata = {key: value for key, value in metadata.items() if key != "general.alignment"}  # from here on it is ALIGNMENT
     rows = [(name, tensor.shape, tensor.format.gguf_type, tensor.data.nbytes) for name, tensor in tensors.items()]
     file.write(_header(metadata, rows))
@@ -61,8 +60,8 @@ def copy_gguf(file: BinaryIO, metadata: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _header(metadata: Mapping[str, Any], tensors: Sequence[tuple[str, Sequence[int], int, int]]) -> bytes:
-    """Everything before the data, padded; of every tensor its name, shape, format's number and bytes. The numbers do not
-    change its size.
+    """Everything before the data, padded. `tensors`: name, shape, number of the format, bytes; the last two do not change the
+    size of the header.
     """
     keys = (_string(key) + _value(key, value) for key, value in metadata.items())
     parts, offset = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata)), *keys], 0
@@ -82,7 +81,9 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Any) -> bytes:
-    """A value with its type in front. Python's numbers get the types that ggml's loader expects: uint32, int32, float32."""
+    """A value behind its type's number. Python's numbers are written as the types that ggml's loader expects: uint32, else
+    int32; float32.
+    """
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):

@@ -1,7 +1,7 @@
 """Dialects of code bases that people train their own models with: nanochat, litGPT, minimind, and GPT-Neo's.
 
-Rows for dialects.py, with what brings their tensors and keys into an architecture's form. What a generation of such a code
-base computes and pocketlm does not is refused here, by its name.
+Rows for dialects.py, and the functions that bring their tensors and keys into an architecture's form. Variants that pocketlm
+does not compute are refused by name.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ NANOCHAT_EPS = float(np.finfo(np.float32).eps)  # PyTorch's rms_norm where none 
 
 
 def _finish_nanochat(draft: Draft) -> None:
-    """Settings that no file holds, by the generation that the tensors show; heads turned the other way round.
+    """Set what no file of nanochat says, by the version that its tensors show, and reverse its rotation.
 
-    Its rotation runs backwards: with the halves of every query and key exchanged it is the usual one.
+    It rotates in the other direction, which is the usual rotation once the halves of every query and key are exchanged.
     """
     tensors, keys, config = draft.tensors, draft.keys, draft.config
     n_head, n_kv_head, head_dim = draft.heads
@@ -75,7 +75,7 @@ def _finish_nanochat(draft: Draft) -> None:
 
 
 def _finish_litgpt(draft: Draft) -> None:
-    """The architecture that its blocks are, GELU's form, and queries, keys and values one after the other."""
+    """Choose the architecture that computes its blocks, and the form of GELU."""
     said, options = draft.config.raw, draft.options
     if (ratio := said("rope_condense_ratio")) not in (None, 1):  # what it divides positions by
         draft.keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": ratio}
@@ -97,7 +97,7 @@ def _finish_litgpt(draft: Draft) -> None:
 
 
 def _from_groups(draft: Draft) -> None:
-    """Until December 2024 the rows of queries, keys and values stood group by group."""
+    """Until December 2024 each key-value head's queries, key and value were together; all queries are to come first."""
     n_head, n_kv_head, head_dim = draft.heads
     per_group = n_head // n_kv_head
     grid = np.arange((n_head + 2 * n_kv_head) * head_dim).reshape(n_kv_head, per_group + 2, head_dim)
@@ -117,9 +117,8 @@ def _is_minimind(tensors: Tensors) -> bool:
 
 
 def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
-    """It saves no configuration. minimind-3 normalises queries and keys, minimind2 has two key-value heads.
-
-    Of the experts minimind-3 asks one for a token, minimind2 two.
+    """It saves no configuration. minimind-3 normalises queries and keys, and uses one expert per token; minimind2 has two
+    key-value heads, and uses two experts.
     """
     shapes = {name.partition("layers.0.self_attn.")[2]: t.shape for name, t in tensors.items()}
     norm, keys = shapes.get("q_norm.weight"), shapes.get("k_proj.weight", (0,))
@@ -130,8 +129,8 @@ def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
 
 
 def _finish_minimind(draft: Draft) -> None:
-    """Experts, where there are some: minimind-3's are Qwen3's; those of minimind2 stand beside layers that all tokens share,
-    which together are one wide layer, as Granite has it.
+    """Models with experts: minimind-3's are those of Qwen3-MoE. minimind2 adds feed-forwards that all tokens share; side by
+    side they make the one wide shared feed-forward of Granite-MoE.
     """
     tensors, config, keys = draft.tensors, draft.config, draft.keys
     if "blk.0.ffn_gate_inp.weight" not in tensors:
@@ -155,7 +154,7 @@ def _finish_minimind(draft: Draft) -> None:
 
 
 def _one_layer(tensor: CanonicalTensor, is_down: bool) -> CanonicalTensor:
-    """Matrices (n, rows, columns) below each other, or side by side."""
+    """Join matrices (n, rows, columns): side by side if `is_down`, else below each other."""
     n, n_rows, n_columns = tensor.shape
     shape = (n_rows, n * n_columns) if is_down else (n * n_rows, n_columns)
     return tensor.changed(lambda every: (every.swapaxes(0, 1) if is_down else every).reshape(shape), *shape)
@@ -165,7 +164,7 @@ def _one_layer(tensor: CanonicalTensor, is_down: bool) -> CanonicalTensor:
 
 
 def _finish_gptneo(draft: Draft) -> None:
-    """Which layers look at a window, from `attention_layers` or `attention_types`; zeros for biases that it lacks."""
+    """Which layers have a sliding window, from `attention_layers` or `attention_types`."""
     config, n_layer = draft.config, draft.keys["block_count"]
     layers = config.raw("attention_layers")
     if layers is None and isinstance(types := config.raw("attention_types"), list):

@@ -1,8 +1,8 @@
-"""Families of models as transformers saves them: a row of HUGGING_FACE for each architecture that a `model_type` means.
+"""Families of models as transformers saves them: a row of HUGGING_FACE for each architecture.
 
-In: a configuration, tensors by role. Out: the tensors and keys that the architecture's files have elsewhere, and a check that
-its layers are those that the configuration describes. What a family computes stands in runtime/architectures; `MODEL_TYPES`
-in model_config.py says which `model_type` is which.
+In: a configuration, tensors by role. Out: tensors and keys in the form that GGUFs of the architecture have, and a check that
+its layers are those that the configuration describes. runtime/architectures says what a family computes; `MODEL_TYPES` in
+model_config.py says which `model_type` is which architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pocketlm.export import huggingface_layouts as layouts
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft
 from pocketlm.export.model_config import ModelConfig
-from pocketlm.export.tensor_parts import in_layers, stacked
+from pocketlm.export.tensor_parts import gate_before_up, in_layers
 from pocketlm.runtime.activations import CLAMP, CLAMPED_SCALE
 from pocketlm.runtime.architectures.exaone4 import HYBRID
 from pocketlm.runtime.architectures.table import ARCHITECTURES
@@ -34,7 +34,7 @@ MXFP4 = FORMATS["MXFP4"]
 
 
 def _read(written: Mapping[str, str]) -> dict[str, str]:
-    """The names of a Dialect for what huggingface_layouts.py writes in a layer."""
+    """A table of huggingface_layouts.py, role → name in a layer, turned round into the `names` of a Dialect."""
     return {f"*.{name.replace('{n}', 'N')}": role + "#N" * ("{n}" in name) for role, name in written.items()}
 
 
@@ -45,7 +45,8 @@ FUSED_EXPERTS = {f"*.mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("
 EXPERTS = _read(layouts.EXPERTS) | FUSED_EXPERTS
 MIXTRAL_EXPERTS = _read(layouts.MIXTRAL_EXPERTS) | FUSED_EXPERTS | {"*.mlp.gate": "ffn_gate_inp"}
 GRANITE_EXPERTS = {
-    **_read(layouts.GRANITE_EXPERTS), "*.block_sparse_moe.router": "ffn_gate_inp",
+    **_read(layouts.GRANITE_EXPERTS),
+    "*.block_sparse_moe.router": "ffn_gate_inp",
     **{f"*.block_sparse_moe.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate_up", "down")},
 }
 EXPERT_KEYS = {"expert_count": ("num_experts num_local_experts", None), "expert_used_count": ("num_experts_per_tok", None)}
@@ -58,40 +59,38 @@ COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_s
 
 
 def one_added(draft: Draft) -> None:
-    """Gemma's norms multiply by 1 + weight; those of its files by weight."""
+    """Add 1 to the weights of norms: Gemma's code multiplies by 1 + weight, runtimes of GGUFs by the weight."""
     for role in [role for role in draft.tensors if role.endswith("norm.weight")]:
         draft.tensors[role] = draft.tensors[role].changed(lambda weights: weights + np.float32(1))
 
 
-def gate_before_up(draft: Draft) -> None:
-    """One tensor of the gate's rows and of those after them."""
-    for gate in in_layers(draft.tensors, r"ffn_gate\.weight"):
-        up = gate.replace("gate", "up")
-        draft.tensors[up] = stacked([draft.tensors.pop(gate), draft.tensors[up]])
+def gate_with_up(draft: Draft) -> None:
+    """Phi 3's files keep the two in one tensor, under the name of the second."""
+    gate_before_up(draft.tensors, "", "ffn_up")
 
 
 def llama_if_wide(draft: Draft) -> None:
-    """llama.cpp's Qwen2 has heads that are together as wide as the model; its Llama has others, and biases, too."""
+    """Write a Qwen2 whose heads are not as wide as the model together as a Llama: llama.cpp's Qwen2 cannot have such heads."""
     n_head, _, head_dim = draft.heads
     if n_head * head_dim != draft.keys["embedding_length"]:
         draft.architecture = ""
 
 
 def tanh(draft: Draft) -> None:
-    """Whatever the first Gemma's configuration calls its GELU, its code computes the tanh formula."""
+    """The first Gemma's code computes GELU by the tanh formula, even where its configuration names the other."""
     if draft.options["activation"] == "gelu_erf" and "activation" not in draft.config.given:
         draft.options["activation"] = "gelu_tanh"
 
 
 def own_activation(draft: Draft) -> None:
-    """Later Gemmas look at `hidden_activation` alone, whatever the older name says."""
+    """Later Gemmas' code reads `hidden_activation` alone, and ignores the older name."""
     if draft.config.raw("hidden_activation") is None and "activation" not in draft.config.given:
         draft.options["activation"] = "gelu_tanh"
 
 
 def scaled_alone(draft: Draft) -> None:
-    """Layers with a window are not scaled in transformers; in a file factors of frequencies, Gemma 3's of attention too, are
-    every layer's, as llama.cpp has it.
+    """Refuse what a GGUF cannot say: transformers scales only layers without a window, but in a GGUF, as llama.cpp reads it,
+    frequency factors (and Gemma 3's attention factor) hold for every layer.
     """
     whole = draft.keys.get("rope.scaling.attn_factor", 1.0) if draft.architecture == "gemma3" else 1.0
     if "attention.sliding_window" in draft.keys and (ROPE_FACTORS & draft.tensors.keys() or not math.isclose(whole, 1.0)):
@@ -100,14 +99,14 @@ def scaled_alone(draft: Draft) -> None:
 
 
 def stretched_base(draft: Draft) -> None:
-    """What Hunyuan calls dynamic is a larger base, whatever the length of the text."""
+    """Hunyuan's "dynamic" scaling is a larger rotary base, regardless of the length of the text."""
     n_dims = draft.keys["rope.dimension_count"]
     if alpha := draft.config.rope.get("alpha"):
         draft.keys["rope.freq_base"] *= float(alpha) ** (n_dims / (n_dims - 2))
 
 
 def weights_add_up(always: bool) -> Step:
-    """Whether the weights of a token's experts are divided by their sum is the architecture's, as llama.cpp has it."""
+    """Refuse models that normalise a token's expert weights where GGUFs of the architecture do not, and the other way round."""
 
     def check(draft: Draft) -> None:
         if bool(draft.config.said("norm_topk_prob", False)) != always:
@@ -118,7 +117,7 @@ def weights_add_up(always: bool) -> Step:
 
 
 def gate_as_vector(draft: Draft) -> None:
-    """llama.cpp keeps the one row of the shared expert's gate as a vector."""
+    """The shared expert's gate, a matrix of one row, is a vector in GGUFs."""
     for role in in_layers(draft.tensors, r"ffn_gate_inp_shexp\.weight"):
         gate = draft.tensors[role]
         if len(gate.shape) == 2 and gate.shape[0] == 1:
@@ -126,7 +125,7 @@ def gate_as_vector(draft: Draft) -> None:
 
 
 def gpt_oss(draft: Draft) -> None:
-    """Experts' matrices are transposed there, and the columns of gate and up take turns."""
+    """Transpose the experts' matrices, and separate the interleaved columns of gate and up."""
     draft.options["activation"] = "swiglu_clamped"
     draft.keys["expert_feed_forward_length"] = draft.keys["feed_forward_length"]
     if not draft.config.rope:
@@ -150,7 +149,7 @@ def gpt_oss(draft: Draft) -> None:
 
 
 def _unpack_mxfp4(draft: Draft) -> None:
-    """As it was published: blocks of 32 weights of 4 bits, a scale for each; made to what a folder of bfloat16 holds."""
+    """Dequantise the experts of the published checkpoints, which are MXFP4: blocks of 32 4-bit weights, and scales apart."""
     method = (draft.config.raw("quantization_config") or {"quant_method": "mxfp4"}).get("quant_method")
     if method != "mxfp4":
         raise FileError(draft.config.path, f"its weights are quantised by {quoted(method)}", "pocketlm reads mxfp4 of gpt-oss")
@@ -180,13 +179,13 @@ def _reader_of_mxfp4(blocks: CanonicalTensor, scales: CanonicalTensor) -> Callab
 
 
 def _every_second(tensor: CanonicalTensor, first: int) -> CanonicalTensor:
-    """Of the rows of every expert."""
+    """Every second row of every expert, from row `first` on."""
     n, rows, *columns = tensor.shape
     return tensor.changed(lambda matrices: matrices[:, first::2], n, rows // 2, *columns)
 
 
 def short_convolutions(draft: Draft) -> None:
-    """Layers that have the tensors of a convolution have no keys; a configuration that says which they are has to agree."""
+    """Layers with the tensors of a convolution get 0 key-value heads. Raises FileError if the configuration names others."""
     heads, kinds = [draft.heads[1]] * draft.keys["block_count"], draft.config.raw("layer_types")
     said = [kind == "conv" for kind in kinds] if isinstance(kinds, list) else kinds
     for role in in_layers(draft.tensors, r"shortconv\.conv\.weight"):
@@ -201,9 +200,8 @@ def short_convolutions(draft: Draft) -> None:
     draft.keys["attention.head_count_kv"] = np.array(heads)
 
 
-
 def windows_at_their_depth(draft: Draft) -> None:
-    """EXAONE 4 leaves positions out of layers without a window where others have one; llama.cpp knows these by their depth."""
+    """Refuse an EXAONE 4 whose depth does not tell whether it has windows: llama.cpp recognises such models by their depth."""
     if ("attention.sliding_window" in draft.keys) != (draft.keys["block_count"] == HYBRID):
         problem = f"is an EXAONE 4 of {draft.keys['block_count']} layers that has sliding windows, or lacks them"
         raise FileError(draft.config.path, problem, "pocketlm does not compute that")
@@ -213,7 +211,7 @@ def _family(
     architecture: str, names: Mapping[str, str] | None = None, keys: Mapping[str, tuple[str, Any]] | None = None,
     *steps: Step, computes: tuple[str, ...] = (), **fixed: Any,
 ) -> Dialect:  # fmt: skip
-    """A row. `names`: as of a Dialect; `keys`: the architecture's → config.json's, and what it is where that is silent."""
+    """A row. `names`: see Dialect; `keys`: the architecture's key → (entry of config.json, its default); `steps` run last."""
     usual, keys = ARCHITECTURES[architecture].USUAL, keys or {}
 
     def finish(draft: Draft) -> None:
@@ -248,7 +246,7 @@ HUGGING_FACE = {
             },
             one_added, own_activation, scaled_alone, rope_theta=1e6, **GEMMA,
         ),
-        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_before_up, rope_part=1.0),
+        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_with_up, rope_part=1.0),
         _family("smollm3", rope_theta=2e6, tied=True),
         _family("granite", {}, GRANITE_KEYS),
         _family(
@@ -319,11 +317,10 @@ HUGGING_FACE["mixtral"] = _family("llama", MIXTRAL_EXPERTS, EXPERT_KEYS, rope_th
 
 
 def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]) -> CanonicalModel:
-    """The model, its queries multiplied where the configuration divides scores by something else than its architecture does.
+    """The model, with its queries scaled if the configuration wants another attention scale than the architecture's.
 
-    `fixed`: what its family's code does where the configuration is silent.
-
-    Raises FileError where layers have other windows, or other positions, than the configuration says.
+    `fixed`: the settings of the family's code. Raises FileError if the architecture would give layers other windows, or other
+    rotary positions, than the configuration says.
     """
     plan = model.plan(config.path)
     layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
@@ -355,7 +352,7 @@ def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]
 
 
 def _layers(plan: Plan) -> list[tuple[int, Rope | None]]:
-    """The window of every layer, and how its queries and keys are rotated."""
+    """The window of every layer with attention (0: none), and its rotary positions (None: none)."""
     layers, rope = [], None
     for op in plan.ops:
         if isinstance(op, Rotate):

@@ -1,7 +1,7 @@
 """Dialects of the families with LayerNorm that transformers saves: GPT-NeoX, Phi 1 and 2, StableLM, StarCoder 2, BLOOM
 and MPT.
 
-Rows for dialects.py, with what brings their tensors and keys into the form that their architectures have elsewhere.
+Rows for dialects.py, and the functions that bring their tensors and keys into the form of GGUFs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pocketlm.export.tensor_parts import in_layers, reorder
 
 
 def _apart(draft: Draft) -> None:
-    """All queries, all keys, all values, where the file has them head by head."""
+    """Reorder rows of (query, key, value) per head into all queries, all keys, all values."""
     n_head, _, head_dim = draft.heads
     order = np.arange(3 * n_head * head_dim).reshape(n_head, 3, head_dim).swapaxes(0, 1).ravel()
     reorder(draft.tensors, r"attn_qkv\.(weight|bias)", order)
@@ -29,7 +29,7 @@ def _gptneox(draft: Draft) -> None:
 
 
 def _stablelm(draft: Draft) -> None:
-    """The norms of heads, which are modules of their own, as the rows of one matrix."""
+    """Join the norms of single heads into one matrix [heads, head_dim]."""
     draft.keys["use_parallel_residual"] = draft.config.raw("use_parallel_residual") is True
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):

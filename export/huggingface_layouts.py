@@ -1,4 +1,4 @@
-"""The classes of transformers that compute what pocketlm does: how each names a decoder's parts, and what it is told of them.
+"""The classes of transformers that a model can be exported to: how each names a decoder's parts, and its config.json.
 
 In: a `CanonicalModel`. Out: the row that computes it, or the reason why none does. Knows no files; to_huggingface.py writes.
 """
@@ -93,10 +93,6 @@ def _qwen2moe(hyper: Hyper) -> dict[str, Any]:
     return {**_experts(hyper), "norm_topk_prob": False, "shared_expert_intermediate_size": shared}
 
 
-def _olmoe(hyper: Hyper) -> dict[str, Any]:
-    return {**_experts(hyper), "norm_topk_prob": False, "intermediate_size": hyper.n_ff}
-
-
 def _mixtral(hyper: Hyper) -> dict[str, Any]:
     said = hyper.settings
     return {
@@ -131,9 +127,9 @@ def _gpt2(hyper: Hyper) -> dict[str, Any]:
 
 
 class Layout(NamedTuple):
-    """How a class of transformers names the parts of a decoder, and what its configuration says.
+    """How a class of transformers names the parts of a decoder, and the entries of its config.json.
 
-    `biases`: the setting that turns biases on → the parts that have them then; the setting "" is on always.
+    `biases`: a setting → the parts that have a bias if it is true; those of the setting "" always have one.
     """
 
     model_type: str
@@ -177,7 +173,8 @@ OWN_LAYOUTS = {
         lambda hyper: {**_experts(hyper), "norm_topk_prob": True}, {"attention_bias": _QKVO}, narrow=False,
     ),
     "olmoe": Layout(
-        "olmoe", "OlmoeForCausalLM", _llama_with(HEAD_NORMS | EXPERTS), _olmoe, {"attention_bias": _QKVO},
+        "olmoe", "OlmoeForCausalLM", _llama_with(HEAD_NORMS | EXPERTS),
+        lambda hyper: {**_experts(hyper), "norm_topk_prob": False, "intermediate_size": hyper.n_ff}, {"attention_bias": _QKVO},
     ),
     "granite": Layout(
         "granite", "GraniteForCausalLM", _LLAMA_NAMES, _granite,
@@ -191,7 +188,7 @@ OWN_LAYOUTS = {
 
 
 def layout_of(model: CanonicalModel, source: object) -> Layout:
-    """The class of transformers that computes this model. Raises FileError, with the reason, where none does."""
+    """The class of transformers that computes this model. Raises FileError, with the reason, if none does."""
     hyper, rope = model.hyper, model.hyper.rope
     layout = LAYOUTS.get((hyper.norm, hyper.position, hyper.gated))
     what = f"{hyper.norm} norm, {hyper.position} positions and a feed-forward {'with' if hyper.gated else 'without'} a gate"
@@ -228,7 +225,7 @@ def refused(source: object, what: str) -> FileError:
 
 
 def part_of(name: str) -> str:
-    """"attn_q" of "blk.3.attn_q.weight"."""
+    """The part of a role: "attn_q" of "blk.3.attn_q.weight"."""
     return name.split(".")[-2]
 
 

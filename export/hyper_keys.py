@@ -50,7 +50,7 @@ def architecture_keys(hyper: Hyper) -> dict[str, Any]:
 
 
 def own_options(hyper: Hyper) -> dict[str, Any]:
-    """The options that are not what the architecture means by itself."""
+    """The options in which the model differs from what its architecture usually has."""
     chosen = {name: getattr(hyper, name) for name in OPTIONS if name != "rope_pairs"}
     if hyper.rope:
         chosen["rope_pairs"] = hyper.rope.pairs
@@ -59,9 +59,9 @@ def own_options(hyper: Hyper) -> dict[str, Any]:
 
 
 def file_metadata(model: CanonicalModel, out: Path, file_type: int | None) -> dict[str, Any]:
-    """Every key of the file, architecture first. Keys that the model brings along win over those made here.
+    """Every key of the file, the architecture first. The model's own keys win over those made here.
 
-    `file_type`: ggml's number for the mix of formats; None leaves the two keys about formats out.
+    `file_type`: ggml's number for the mix of formats; None leaves out the two keys about formats.
     """
     formats = {"general.file_type": file_type, "general.quantization_version": QUANTIZATION_VERSION}
     keys = {

@@ -28,9 +28,10 @@ Importance = dict[str, np.ndarray]
 
 
 def importance(path: Path, model: CanonicalModel) -> Importance:
-    """What `path`, a text in UTF-8 or an importance matrix of llama.cpp, says of the model's matrices: name -> float32
-    [columns] above zero, with a mean of 1; [experts, columns] of those of experts. A row of zeros: nothing is known, as of an
-    expert that no token went to. FileError: neither, or of another model.
+    """How much each column of the model's matrices counts, by `path`: a text in UTF-8, or llama.cpp's importance matrix.
+
+    Returns name -> float32 [columns], of experts [experts, columns], above zero, with a mean of 1. A row of zeros means that
+    nothing is known, as of an expert that no token used. FileError: `path` is neither, or of another model.
     """
     with refused(path, "check the path"), open(path, "rb") as file:
         start = file.read(4)
@@ -47,7 +48,7 @@ def importance(path: Path, model: CanonicalModel) -> Importance:
 
 def _relative(squares: np.ndarray) -> np.ndarray:  # [..., columns] -> the same
     squares = np.where(np.isfinite(squares) & (squares > 0), squares, 0).astype(np.float64)
-    says_something = squares.max(-1, keepdims=True) > squares.min(-1, keepdims=True)  # llama.cpp writes 1 for what it knows not
+    says_something = squares.max(-1, keepdims=True) > squares.min(-1, keepdims=True)  # llama.cpp writes 1 for the unknown
     mean = np.maximum(squares.mean(-1, keepdims=True), 1e-300)
     return np.where(says_something, np.maximum(squares / mean, LEAST), 0).astype(np.float32)
 
@@ -69,7 +70,7 @@ def _of_gguf(path: Path) -> Importance:
 
 
 def _of_list(data: bytes) -> Importance | None:
-    """Entries of a name, a number of runs and sums; None where the bytes are something else."""
+    """llama.cpp's old format: entries of a name, a number of runs, and sums. None if the bytes are something else."""
     found: Importance = {}
     try:
         (n_entries,), at = struct.unpack_from("<i", data), 4

@@ -1,8 +1,8 @@
 """Reads llama2.c's `model.bin`, versions 0, 1 and 2: a header and the weights one after the other.
 
 In: a mapped file. Out: the weights by the names of its training code, and the sizes as that code's `model_args`. Version 0 has
-no magic: its header is believed where the file is exactly as long as it says. Version 2 keeps matrices as 8-bit numbers with a
-float32 scale for every group of them.
+no magic number: a file is taken for one if it is exactly as long as its header says. Version 2 stores matrices as 8-bit
+numbers with a float32 scale for every group of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Header(NamedTuple):
     group: int  # of version 2: numbers that share a scale
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape of everything in the file, in its order; names without a dot are tables that no one needs."""
+        """Name and shape of everything in the file, in its order. Names without a dot are tables that are not needed."""
         kv = self.dim // self.n_heads * self.n_kv_heads
         matrices = {
             "wq": (self.dim, self.dim), "wk": (kv, self.dim), "wv": (kv, self.dim), "wo": (self.dim, self.dim),
@@ -66,12 +66,12 @@ class _Header(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Of the whole file, in bytes."""
+        """Bytes of the whole file."""
         return (HEADER if self.version else 28) + sum(self.n_bytes(shape) for _, shape in self.shapes())
 
 
 def _header(buffer: Buffer) -> _Header | None:
-    """What the file says of itself; None where its numbers cannot be those of a model."""
+    """The header; None if its numbers cannot be those of a model."""
     version, start = 0, 0
     if buffer[:4] == MAGIC:
         version, start = struct.unpack_from("<i", buffer, 4)[0] if len(buffer) >= HEADER else 0, 8
@@ -93,7 +93,7 @@ def _header(buffer: Buffer) -> _Header | None:
 
 
 def looks_like_llama2c(buffer: Buffer) -> bool:
-    """Whether this is such a file: by its magic, or by a length that is what its header says."""
+    """Whether it has the magic number, or is exactly as long as a header of version 0 says."""
     if buffer[:4] == MAGIC:
         return True
     header = _header(buffer)

@@ -1,7 +1,7 @@
-"""What stock llama.cpp, which does not read the `pocketlm.*` keys, makes of a file: notes for the receipt.
+"""What stock llama.cpp, which ignores the `pocketlm.*` keys, does differently with a file: notes for the receipt.
 
-In: hyper-parameters and keys. Out: one line for each thing that it does differently. Knows no tensors. Its tokenizers are
-followed here as the one of version 0.3.36 of llama-cpp-python was seen to behave; tests compare the two.
+In: hyper-parameters and keys. Out: one line for each difference. Knows no tensors. llama.cpp's tokenizers are imitated as
+version 0.3.36 of llama-cpp-python behaves; tests compare the two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ END_ID = {"llama": 2, "gpt2": 11}  # what ends a text where the file does not sa
 
 
 def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[str]:
-    """Where stock llama.cpp runs the file differently: one line each."""
+    """One line for each thing that stock llama.cpp does differently with the file."""
     if hyper.architecture in ONLY_OURS:
         return ["stock llama.cpp does not know this architecture: the file runs in pocketlm only"]
     notes = []
@@ -56,9 +56,8 @@ def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[s
 
 
 def stock_encoder(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, Callable[[str], list[int] | None]]:
-    """Stock llama.cpp's tokenizer and how it encodes a text without markers; None: such a text ends the program.
-
-    Raises FileError where the keys are not sound.
+    """An imitation of stock llama.cpp's tokenizer, and a function that encodes a text without markers as that does; it returns
+    None for a text that crashes llama.cpp. Raises FileError if the keys are not sound.
     """
     model = Keys(metadata, path).text("tokenizer.ggml.model")
     ignored = IGNORED.get(model, ())
@@ -84,7 +83,7 @@ def stock_encoder(metadata: Mapping[str, Any], path: Path) -> tuple[Tokenizer, C
 
 
 def _tokenizer_notes(metadata: Mapping[str, Any], path: Path) -> list[str]:
-    """The test texts of the file that get other ids when only the standard keys are read, and what else is different."""
+    """Notes on the test texts that get other ids from stock llama.cpp, and on its other differences in tokenising."""
     typed = Keys(metadata, path)
     texts, ids = (typed.texts(f"pocketlm.tokenizer.test_{name}") for name in ("texts", "ids"))
     end = END_ID.get(typed.text("tokenizer.ggml.model"))

@@ -2,9 +2,9 @@
 
 In: the folder of an adapter as PEFT writes it (`adapter_config.json`, `adapter_model.safetensors` or `.bin`), or a checkpoint
 with the layers of textbooks (`NAME.lora.A` and `NAME.lora.B` beside `NAME.linear.weight`, or alone) or of a model that PEFT has
-wrapped (`NAME.lora_A.default.weight`, …, `NAME.base_layer.weight`). Out: a `Lora`, which makes of a checkpoint the one with the
-sums. Names are the checkpoint's own; in a model file they are found by their roles, and the adapter's base is taken for Hugging
-Face's form of the model.
+wrapped (`NAME.lora_A.default.weight`, …, `NAME.base_layer.weight`). Out: a `Lora`, a function from a checkpoint to the merged
+one. Matrices are found by their names in the checkpoint. In a model file they are found by their roles, on the assumption that
+the adapter was trained on Hugging Face's form of the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pocketlm.export.dialects import LORA, role_of
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
-# what PEFT begins the two factors with and leaves the base as it is; the others take the first factors off its weights
+# values of init_lora_weights with which PEFT leaves the base's weights alone; others subtract the initial product from them
 BASE_AS_IT_IS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
@@ -51,7 +51,7 @@ class Lora:
         return f"{len(self.pairs)} tensors were changed by the LoRA {self.path.name}"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint with the adapter added. Raises FileError where they do not fit, naming what does not."""
+        """The checkpoint with the adapter merged. Raises FileError, naming the matrix, if they do not fit."""
         tensors = {}
         for name, tensor in checkpoint.tensors.items():
             stem, _, end = name.rpartition(".")
@@ -63,7 +63,7 @@ class Lora:
         return replace(checkpoint, tensors={**tensors, **self._changed(tensors)})
 
     def _changed(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """The changed tensors by their names in the base."""
+        """The merged tensors, by their names in the base."""
         changed = {}
         for name, (a, b) in self.pairs.items():
             own = [f"{name}.weight", f"model.{name}.weight", f"{name.removeprefix('model.')}.weight"]
@@ -82,8 +82,8 @@ class Lora:
 
 
 def read_lora(path: Path, scale: float | None = None) -> Lora:
-    """The adapter in a folder or a checkpoint. `scale`: what B A is multiplied by, where the adapter does not say it or another
-    than it says. Raises FileError.
+    """The adapter in a folder or a checkpoint. `scale`: what B A is multiplied by; None: what the adapter's configuration says.
+    Raises FileError, also where neither says it.
     """
     if path.is_file() or (path.is_dir() and not (path / CONFIG).is_file()):
         tensors = open_checkpoint(path).tensors
@@ -98,31 +98,42 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise FileError(path, f"is no LoRA: {CONFIG} says otherwise", "merge it with PEFT and export the result")
-    if asked := [name for name in UNSUPPORTED if config.get(name)] or [
-        name for name in ("bias",) if config.get(name, "none") != "none"
-    ]:
-        raise FileError(
-            path, f"the adapter uses {asked[0]}, which pocketlm does not merge", "merge it with PEFT and export the result"
-        )
+    asked = [name for name in UNSUPPORTED if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none")
+    if asked:
+        problem = f"the adapter uses {asked[0]}, which pocketlm does not merge"
+        raise FileError(path, problem, "merge it with PEFT and export the result")
     if (begun := config.get("init_lora_weights")) not in BASE_AS_IT_IS:
         problem = f"its init_lora_weights is {quoted(begun)}, which changes the base, too"
         raise FileError(path, problem, "merge it with PEFT and export the result")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    lacking = FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
-    if type(rank) is not int or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise lacking
-    if not 0 < rank < 1e12 or not abs(alpha) < 1e12:
-        raise lacking
+    has_alpha = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and abs(alpha) < 1e12
+    if not has_alpha or type(rank) is not int or not 0 < rank < 1e12:
+        raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         raise FileError(path, f"holds no {FILES[0]}", "name the folder of the adapter")
+    tensors = open_checkpoint(file).tensors
+    if other := next((name for name in tensors if not re.fullmatch(LORA, name)), None):
+        problem = f"its tensor {quoted(other)} is no part of a LoRA pocketlm merges"
+        raise FileError(path, problem, "merge it with PEFT and export the result")
     said = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    transposed = bool(config.get("fan_in_fan_out"))
-    return Lora(path, said if scale is None else scale, transposed, _pairs(open_checkpoint(file).tensors, path))
+    return Lora(path, said if scale is None else scale, bool(config.get("fan_in_fan_out")), _pairs(tensors, path))
 
 
 def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
-    """A [in, rank] and B [rank, out], or the other way round; the rank is the smaller number."""
+    """The pairs, with factors that are stored as A [in, rank] or B [rank, out] turned. The smaller dimension is the rank."""
+
+    def turned(tensor: LazyTensor, is_right: bool) -> LazyTensor:
+        return tensor if is_right else replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
+
+    return {
+        name: Pair(turned(a, a.shape[0] <= a.shape[1]), turned(b, b.shape[1] <= b.shape[0]))
+        for name, (a, b) in _pairs(tensors, path).items()
+    }
+
+
+def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
+    """The two factors of every change among `tensors`."""
     halves: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         if found := re.fullmatch(LORA, name):
@@ -131,28 +142,6 @@ def _textbook(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
     if lonely := [name for name, pair in halves.items() if sorted(len(half.shape) for half in pair.values()) != [2, 2]]:
         raise FileError(path, f"the two matrices for {quoted(lonely[0])} are not both there", "save the adapter again")
-
-    def turned(tensor: LazyTensor, is_right: bool) -> LazyTensor:
-        return tensor if is_right else replace(tensor, shape=tensor.shape[::-1], read=lambda: tensor.read().T)
-
-    pairs = {name: (pair["a"], pair["b"]) for name, pair in halves.items()}
-    return {
-        name: Pair(turned(a, a.shape[0] <= a.shape[1]), turned(b, b.shape[1] <= b.shape[0])) for name, (a, b) in pairs.items()
-    }
-
-
-def _pairs(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, Pair]:
-    halves: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in tensors.items():
-        parts = name.replace(".default.", ".").split(".")  # PEFT's name for an adapter without one
-        kind = {"lora_A": "a", "lora_B": "b"}.get(parts[-2] if len(parts) > 1 else "")
-        if kind is None or parts[-1] != "weight":
-            problem = f"its tensor {quoted(name)} is no part of a LoRA pocketlm merges"
-            raise FileError(folder, problem, "merge it with PEFT and export the result")
-        halves.setdefault(".".join(parts[:-2]), {})[kind] = tensor
-    lonely = [name for name, pair in halves.items() if len(pair) != 2]
-    if lonely:
-        raise FileError(folder, f"one of the two matrices for {quoted(lonely[0])} is missing", "export the adapter again")
     return {name: Pair(**pair) for name, pair in halves.items()}
 
 

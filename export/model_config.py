@@ -1,7 +1,7 @@
 """What a checkpoint's configuration says about the model, under the names that code bases use for it.
 
-In: the plain data of `Checkpoint.config` and the user's `--set`. Out: one answer for each `Setting`, or nothing. Knows no
-tensors. What pocketlm cannot run is refused here by its name, so that no model is exported wrongly.
+In: the plain data of `Checkpoint.config` and the user's `--set`. Out: the value of each `Setting`, if there is one. Knows no
+tensors. Settings that pocketlm does not compute are refused here by name, so that no model is exported wrongly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pocketlm.runtime.positions import yarn_magnitude
 
 
 class Setting(NamedTuple):
-    """A question about a model: the type of its answer, the names configurations use, an example for the error message."""
+    """A setting of a model: its type, the names that configurations use for it, an example for the error message."""
 
     type: type
     written: str  # the names, with spaces between them
@@ -72,7 +72,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def _words(meanings: Mapping[str, str]) -> dict[str, str]:
-    """Each of the words → what it means."""
+    """Turn meaning → "word word …" into word → meaning."""
     return {word: meaning for meaning, words in meanings.items() for word in words.split()}
 
 
@@ -96,7 +96,7 @@ FLAGS = {  # a configuration may say yes or no instead of a word
     "rope_interleaved": ("rope_pairs", {True: "interleaved"}),
 }
 
-# entries that describe the model, to be looked into first; a training script's own settings come after them
+# entries that describe the model: they are searched first, the settings of a training script after them
 MODEL_ENTRIES = (
     "model_args", "model_config", "model_cfg", "model_params", "model", "gptconf", "hparams", "hyper_parameters", "cfg",
     "config", "args",
@@ -121,7 +121,7 @@ ASSUMED = {  # what transformers takes where a configuration has no such entry
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
-# settings by what changes nothing here; any other value means a computation that the plan does not have
+# a setting → which of its values change nothing; any other value means a computation that the plan does not have
 HARMLESS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys((
         "attn_logit_softcapping", "final_logit_softcapping", "logit_softcap", "soft_cap", "n_routed_experts", "use_moe",
@@ -168,7 +168,7 @@ def parse_overrides(overrides: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """`value` as the setting's type; None where it is none."""
+    """`value` as the setting's type; None if it is no such value."""
     kind = SETTINGS[name].type
     if kind is str:
         word = str(value).strip()
@@ -183,7 +183,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 class ModelConfig:
-    """Answers from the user's `--set` first, then from the configuration, the entries that describe the model first."""
+    """Settings from the user's `--set`, else from the configuration: first from the entries that describe the model."""
 
     def __init__(self, config: Mapping[str, Any], overrides: Mapping[str, str], path: object):
         self.path, self.given = path, parse_overrides(overrides)
@@ -192,15 +192,15 @@ class ModelConfig:
         self._levels = [self.rope, windows, *levels]
         assumed = ASSUMED.get(str(self.raw("model_type")), {})
         self._levels.append({name: value for name, value in assumed.items() if self.said(name, ...) is ...})
-        self.asked: dict[str, None] = {}  # settings that nobody answered
+        self.asked: dict[str, None] = {}  # needed settings that nothing says
 
     def raw(self, *names: str) -> Any:
-        """The value of the first of `names` that any level of the configuration has; None where none has."""
+        """The value of the first of `names` in the first level that has one; None if no level has."""
         found = (level[name] for level in self._levels for name in names if level.get(name) is not None)
         return next(found, None)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The answer to a setting, `default` where there is none."""
+        """The value of a setting, `default` if nothing says it. Raises FileError for a value that pocketlm does not compute."""
         if name in self.given:
             return self.given[name]
         for level in self._levels:
@@ -220,12 +220,12 @@ class ModelConfig:
         return default
 
     def denies(self, name: str, answer: str) -> bool:
-        """Whether a flag says no to an answer; those of Hugging Face's models are their code's."""
+        """Whether a flag of the configuration rules a value out. Flags of Hugging Face's models mean other things: False."""
         flags = [flag for flag, (setting, answers) in FLAGS.items() if setting == name and answers[True] == answer]
         return not self.model_type and any(level.get(flag) is False for level in self._levels for flag in flags)
 
     def need(self, name: str, default: Any = None) -> Any:
-        """The answer; where there is none the setting is noted for `ask`, and the first value of its example used."""
+        """The value of a setting. If nothing says it, it is noted for `ask`, and the first value of its example is returned."""
         value = self.get(name, default)
         if value is None:
             self.asked[name] = None
@@ -233,14 +233,14 @@ class ModelConfig:
         return value
 
     def ask(self) -> None:
-        """Raises FileError with every question that nobody answered."""
+        """Raises FileError with every needed setting that nothing says."""
         if self.asked:
             flags = " ".join(f"--set {name}={SETTINGS[name].example}" for name in self.asked)
             raise FileError(self.path, f"neither the weights nor a configuration tell {', '.join(self.asked)}", f"add {flags}")
 
     @property
     def model_type(self) -> str | None:
-        """The architecture that Hugging Face's `model_type` means; None where there is none. FileError for an unknown one."""
+        """The architecture of Hugging Face's `model_type`; None without one. Raises FileError for an unknown one."""
         found = self.given.get("model_type")
         if found is None:  # home-made configurations have entries of that name too
             levels = (level for level in self._levels if "architectures" in level or "transformers_version" in level)
@@ -253,7 +253,7 @@ class ModelConfig:
         return MODEL_TYPES[found]
 
     def check_supported(self, n_ctx: int, computed: Sequence[str] = ()) -> None:
-        """Raises FileError that names anything in the configuration that pocketlm does not compute, but for `computed`."""
+        """Raises FileError for an entry that asks for what pocketlm does not compute. `computed`: entries not to look at."""
         for level in (self.given, *self._levels):
             for name, is_harmless in HARMLESS.items():
                 try:
@@ -267,7 +267,7 @@ class ModelConfig:
             self.check_window(n_ctx)
 
     def check_window(self, n_ctx: int) -> None:
-        """Raises FileError where layers look at less than n_ctx positions."""
+        """Raises FileError if layers have a window smaller than n_ctx."""
         window = self.raw("sliding_window", "attention_window", "window_size")
         if type(window) is int and self.raw("use_sliding_window") is not False and 0 < window < n_ctx:
             raise FileError(
@@ -275,11 +275,11 @@ class ModelConfig:
             )
 
     def said(self, names: str, default: Any = None) -> Any:
-        """The value of the first level that has one of `names`, which may be None; `default` where none has."""
+        """As `raw`, but a null counts as a value; `names`: with spaces between them; `default` if no level has one."""
         return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
-        """The window of every layer with attention, 0 where it sees all of n_ctx; None where nothing says which have one."""
+        """The window of every layer with attention, 0 for none; None if there are windows, but nothing says in which layers."""
         size, kinds = self.raw("sliding_window"), self.raw("layer_types")
         used = self.raw("use_sliding_window")
         is_off = used is False or (used is None and self.model_type in WINDOW_ON_DEMAND)
@@ -293,7 +293,7 @@ class ModelConfig:
         return [sizes.get(kind, -1) if isinstance(kind, str) else -1 for kind in kinds]
 
     def rotary_layers(self, n_layer: int) -> list[bool] | None:
-        """Whether each layer has rotary positions; None where nothing says it layer by layer."""
+        """Whether each layer has rotary positions; None if the configuration does not say it layer by layer."""
         layers, period = self.raw("no_rope_layers"), self.raw("no_rope_layer_interval")
         if layers is None and isinstance(period, int) and period > 0:
             layers = [(i + 1) % period for i in range(n_layer)]
@@ -302,18 +302,13 @@ class ModelConfig:
     def rope_scaling(
         self, theta: float, n_dims: int, n_ctx: int, computed: Sequence[str] = ()
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Keys below `<architecture>.rope.scaling.`, and tensors of factors of frequencies. FileError for unknown kinds, and
-        what is not among the `computed`.
+        """The keys below `<architecture>.rope.scaling.`, and tensors that divide rotary frequencies, by name. Raises FileError
+        for kinds of scaling that pocketlm does not know. `computed`: as for `check_supported`.
         """
         scaling = self.rope
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
             return {}, {}
-        if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
-            kind = "another base"
-        if kind not in ("linear", "yarn", "llama3", "longrope", "su", "another base"):
-            problem = f"scales its rotary positions by {quoted(kind)}"
-            raise FileError(self.path, problem, "pocketlm does not; it knows linear, yarn, llama3 and longrope")
 
         def number(name: str, default: float | None = None) -> float:
             value = scaling[name] if scaling.get(name) is not None else default
@@ -323,9 +318,12 @@ class ModelConfig:
                 )
             return float(value)
 
-        if kind == "another base":  # its family's row
-            number("alpha")
+        if kind == "dynamic" and scaling.get("alpha") and self.model_type == "hunyuan-dense":
+            number("alpha")  # which its family's row makes another base of
             return {}, {}
+        if kind not in ("linear", "yarn", "llama3", "longrope", "su"):
+            problem = f"scales its rotary positions by {quoted(kind)}"
+            raise FileError(self.path, problem, "pocketlm does not; it knows linear, yarn, llama3 and longrope")
         if kind == "linear":
             return {"type": "linear", "factor": number("factor")}, {}
         original = number(
@@ -351,7 +349,7 @@ class ModelConfig:
         return keys, {}
 
     def _factors(self, name: str, n_dims: int) -> np.ndarray:
-        """A list of numbers above 0 in longrope's scaling, one for each pair of dimensions, float32."""
+        """A list of longrope's scaling, float32 [n_dims/2]. Raises FileError unless all of it are numbers above 0."""
         values = found if isinstance(found := self.rope.get(name), list) else []
         numbers = [v for v in values if isinstance(v, (int, float)) and 0 < v < 1e12]
         if len(numbers) != n_dims // 2 or len(numbers) != len(values):
@@ -362,7 +360,7 @@ class ModelConfig:
 
 
 def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The dicts in a configuration, nearest first; those that describe the model before their neighbours."""
+    """The dicts in a configuration, outer ones first, but those that describe the model before the dict they are in."""
     pending = deque([config])
     while pending:
         level = pending.popleft()
@@ -376,7 +374,7 @@ def _levels(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _rotary(levels: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What is said of rotary positions; and of those in layers with a window where these are said apart, by older names."""
+    """The dict about rotary positions; and that of layers with a window, if they have their own, with its older names."""
     said = next((level[name] for level in levels for name in ROTARY if isinstance(level.get(name), dict)), {})
     whole, windows = said.get("full_attention"), said.get("sliding_attention")
     if not isinstance(whole, dict):
@@ -388,7 +386,7 @@ def _rotary(levels: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping
 
 
 def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """What Llama 3.1 divides its rotary frequencies by, float32 (n_dims/2,): slow ones by `factor`, fast ones by 1."""
+    """What Llama 3.1 divides its rotary frequencies by, float32 [n_dims/2]: low ones by `factor`, high ones by 1."""
     frequencies = theta ** (-np.arange(0, n_dims, 2, dtype=np.float64) / n_dims)
     turns = original * frequencies / (2 * math.pi)  # full circles over the original context
     share = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns > low).astype(np.float64)

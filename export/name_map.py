@@ -52,7 +52,7 @@ class NameMap:
 
 
 def read_name_map(path: Path) -> NameMap:
-    """Raises FileError, naming the line, for anything that is not understood."""
+    """Read the file. Raises FileError, with the line's number, for anything that is not understood."""
     with refused(path):
         text = map_file(path)[:MAX_BYTES].decode("utf-8-sig")
     result, section = NameMap(), ""

@@ -15,7 +15,7 @@ from pocketlm.tokenizer import from_metadata
 
 
 def modelfile(gguf_name: str, metadata: Mapping[str, Any], hyper: Hyper, path: Path) -> tuple[str, list[str]]:
-    """The text of the Modelfile, and notes for the receipt. FileError where the tokenizer's keys are not sound."""
+    """The text of the Modelfile, and notes for the receipt. FileError: the tokenizer's keys are not sound."""
     tokenizer = from_metadata(metadata, path)
     source = metadata.get("tokenizer.chat_template")
     template = choose(source, tokenizer)
@@ -33,7 +33,7 @@ def modelfile(gguf_name: str, metadata: Mapping[str, Any], hyper: Hyper, path: P
 
 
 def _go_template(built_in: BuiltIn) -> str:
-    """The rows of a built-in template as one Go template over .Messages."""
+    """A built-in template as a Go template over .Messages."""
     if built_in.name == "plain":
         return "{{ .Prompt }}"
     default = "".join((built_in.roles["system"][0], built_in.default_system, built_in.roles["system"][1]))

@@ -32,9 +32,9 @@ SHARES = {"f32": 1.0, "f16": 0.5, "int8": 1.0}  # the share of float32's size; i
 def write_onnx(
     path: Path, data_stem: str, metadata: Mapping[str, Any], model: CanonicalModel, quant: str, encoder: Encoder
 ) -> tuple[list[Encoded], Path | None]:
-    """Write a model to `path` in a format of SHARES; what became of every tensor, and the data file if there is one.
+    """Write a model to `path` in a format of SHARES; returns what was written for every tensor, and the data file, if any.
 
-    Raises PocketlmError where int8 is asked for and onnxruntime is missing.
+    Raises PocketlmError if int8 is asked for and onnxruntime is missing.
     """
     if quant == "int8":  # which is made last, of a float model of perhaps gigabytes
         with needed("ONNX in int8", "onnxruntime"):
@@ -67,7 +67,7 @@ def write_onnx(
 
 
 def _quantize(float_path: Path, is_large: bool) -> ModelProto:
-    """The model with its products in 8 bits, as onnxruntime's dynamic quantisation makes it."""
+    """The model after onnxruntime's dynamic quantisation to 8 bits."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     int8_path = float_path.with_name("int8.onnx")
@@ -83,7 +83,7 @@ def _quantize(float_path: Path, is_large: bool) -> ModelProto:
 
 
 def _check(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Read a file back: sound by ONNX's own checker, all keys there. Raises FileError."""
+    """Check a written file with ONNX's own checker, and compare its keys. Raises FileError."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
         properties = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
@@ -94,6 +94,6 @@ def _check(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value of a key as a text: ONNX knows no others."""
+    """The value of a key as text, which is all that ONNX can hold."""
     value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Where the tensors of an ONNX model are put: in memory, or in a data file as they come.
+"""Stores the tensors of an ONNX model: in memory, or in a data file as they come.
 
-The data file's name ends in a checksum of its contents, so that a model which is there already keeps its own data until
-the new one takes its place. Knows nothing of the graph.
+In: arrays. Out: TensorProtos. The data file's name ends in a checksum of its contents, so that a model of the same name that
+is there already keeps its own data file until it is replaced. Knows nothing of the graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMALL = 1024  # bytes of a tensor that always stays in the model: shapes and con
 
 
 class Store:
-    """The tensors of a model, in memory or, with a `data_file`, on disk as they come."""
+    """The tensors of a model: in memory, or with a `data_file` written to disk as they come."""
 
     def __init__(self, data_file: Path | None):
         self.tensors: list[TensorProto] = []
@@ -30,7 +30,7 @@ class Store:
         self._crc = 0
 
     def add(self, name: str, array: np.ndarray) -> str:
-        """Store an array once; its name."""
+        """Store an array, unless one of that name is stored; returns the name."""
         if name in self._names:
             return name
         self._names.add(name)
@@ -40,7 +40,7 @@ class Store:
         return name
 
     def take(self, tensors: Iterable[TensorProto]) -> None:
-        """Move the data of tensors that are part of a model already."""
+        """Store tensors that are in a model already."""
         for tensor in tensors:
             self._move_out(tensor)
             self.tensors.append(tensor)
@@ -57,7 +57,9 @@ class Store:
         self._crc = zlib.crc32(data, zlib.crc32(padding, self._crc))
 
     def close(self, built: ModelProto, stem: str) -> Path | None:
-        """Name the data file `stem` and a checksum, and write that into the model; the path, None where there is none."""
+        """Rename the data file to `stem` and its checksum, and write that name into the model; returns the path, None without
+        one.
+        """
         if self._file is None or self._path is None:
             return None
         self._file.flush()

@@ -1,4 +1,4 @@
-"""Tokenizers that go by a name: a name or a path in, a `Tokenizer` out. The library tiktoken fetches and keeps them."""
+"""Published tokenizers by name, such as gpt2. In: a name or a path. Out: a `Tokenizer`. tiktoken fetches and caches them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTEAD = "give its files: tokenizer.json, or vocab.json with merges.txt"
 
 
 def load(name: str | Path) -> Tokenizer:
-    """What `tokenizer.load` reads, or a tokenizer of NAMES where there is no such file. Raises FileError."""
+    """`tokenizer.load(name)`; a tokenizer of NAMES if there is no such file. Raises FileError."""
     if str(name) not in NAMES or Path(name).exists():
         return tokenizer.load(name)
     try:

@@ -1,13 +1,14 @@
-"""From float32 to the weight formats: the way there of the table in `runtime/formats.py`, which is the way back.
+"""Quantises: from float32 to the weight formats of `runtime/formats.py`, which dequantises.
 
 In: float32 blocks. Out: their bytes. Knows nothing about files, models or which format suits a tensor (`gguf_writer`).
 
-The formats with one scale for 32 weights are rounded as their definition says, to the same bytes as ggml's reference.
-The K formats leave a choice, which scales to take; they are searched for: of some twenty ways to round a block, each
-with its least-squares scale (and minimum), the one with the smallest error is kept. Blocks lie in columns during the search,
-so that every step of it is one NumPy operation over many blocks.
+Formats with one scale for 32 weights are rounded by their definition, to the same bytes as ggml's reference. The K formats
+leave the choice of scales open; the best are searched for: of 21 ways to round a block, each with its least-squares scale (and
+minimum), the one with the smallest error is kept. During the search blocks are columns, so that every step is one NumPy
+operation over many blocks.
 
-`importance` says how much the square of a weight's error counts (importance.py); with it all formats are searched for.
+`importance` weighs the squared error of each weight (importance.py); with it, the scales of Q4_0, Q4_1, Q5_0 and Q5_1 are
+searched for, too.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ TINY = np.float32(2.0**-126)  # smallest normal float32: reciprocals of anything
 def quantize(format_name: str, weights: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """`weights` (float32, whole blocks along the last dimension) in a format, uint8 (number of bytes,).
 
-    Weights must be finite and their scales representable: `gguf_writer` sees to both. `importance`: float32 above zero, of
-    the weights' shape; None: all weights count the same.
+    Weights must be finite and their scales representable; `gguf_writer` checks both. `importance`: float32 above zero, of the
+    weights' shape; None: all weights count the same.
     """
     format = FORMATS[format_name]
     blocks = np.ascontiguousarray(weights, np.float32).reshape(-1, format.block_size)
@@ -54,13 +55,13 @@ def _rounded_to_half(values: np.ndarray) -> np.ndarray:
 
 
 def _inverse(values: np.ndarray) -> np.ndarray:
-    """1 / values, and 0 where there is no such number: a block of zeros gets codes of zero."""
+    """1 / values, and 0 where that would overflow, so that a block of zeros gets codes of zero."""
     usable = np.abs(values) >= TINY
     return np.divide(1, values, out=np.zeros_like(values), where=usable)
 
 
 def _pack(codes: np.ndarray, width: int, run: int) -> np.ndarray:  # uint8 [n, k] -> [n, k * width / 8]
-    """Of every 8/width runs of `run` codes one run of bytes: the first run in the lowest `width` bits."""
+    """Pack 8/width runs of `run` codes each into one run of bytes, the first run in the lowest `width` bits."""
     parts = codes.reshape(len(codes), -1, 8 // width, run)
     packed = parts[:, :, 0].copy()
     for i in range(1, 8 // width):
@@ -69,6 +70,7 @@ def _pack(codes: np.ndarray, width: int, run: int) -> np.ndarray:  # uint8 [n, k
 
 
 # ── searches ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # [k, n], [k, n] -> [n]
     return np.einsum("ij,ij->j", a, b)
@@ -139,7 +141,7 @@ def _symmetric_search(x: np.ndarray, half: int, w: np.ndarray | None) -> np.ndar
 
 
 def _best_scale(x: np.ndarray, w: np.ndarray | None, coded: Callable[[np.float32, np.ndarray], None]) -> np.ndarray:
-    """Of the codes that each stretch leads to: the least-squares scale of those that fit x ≈ scale·code best; [k, n] -> [n]."""
+    """Try the codes of every stretch; the least-squares scale of those that fit x ≈ scale·code best; [k, n] -> [n]."""
     best_scale, best_gain = np.zeros(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32)
     codes = np.empty_like(x)
     for stretch in STRETCHES:
@@ -210,7 +212,7 @@ def _q8_0(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 
 def _blocks_of_32(coded: Callable[..., tuple[np.ndarray, ...]], levels: int) -> Quantizer:
-    """Scales (and minima), the fifth bits where codes have them, and the other four."""
+    """A quantiser for formats with scales (and minima), then the fifth bits of the codes, if there are any, then the others."""
 
     def quantizer(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
         *scales, codes = coded(x, w, levels)
@@ -246,9 +248,9 @@ def _iq4_nl(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 
 def _mxfp4(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-    """The power of two that leaves the largest of a block between 4 and 8: weights that were MXFP4 before stay the same.
+    """The scale is the power of two that puts a block's largest weight between 4 and 8, so that MXFP4 weights stay the same.
 
-    As ggml does it, without a search, so that nothing is made of what the weights count.
+    Like ggml, it does not search for the scale, and ignores `w`.
     """
     largest = np.abs(x).max(-1, keepdims=True)
     exponents = np.where(largest > 0, np.clip(np.frexp(largest)[1] + 124, 0, 254), 0)
@@ -265,8 +267,8 @@ def _mxfp4(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 def _affine_k(x: np.ndarray, w: np.ndarray | None, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Q4_K and Q5_K: the sixteen bytes of scales [n, 16] and the codes [n, 256].
 
-    Scales and minima themselves get six bits. Their neighbours are tried too, each scale with the minimum that then
-    suits best: rounding one of the two moves the best place of the other.
+    Scales and minima get six bits each. The neighbours of each scale are tried too, with the minimum that fits it best,
+    because rounding the one moves the best value of the other.
     """
     columns, counts = _both(x, w, 32)
     size = np.float32(32) if counts is None else counts.sum(0).reshape(-1, 8)

@@ -17,7 +17,7 @@ Rule = Callable[[int, Hyper], str | None]  # a layer's number -> the format ther
 
 
 def _in_half(format: str) -> Rule:
-    """In the first and the last eighth of the layers, and in every third between them."""
+    """The format in the first and last eighth of the layers, and in every third between them."""
 
     def rule(layer: int, hyper: Hyper) -> str | None:
         n, eighth = hyper.n_layer, hyper.n_layer // 8
@@ -29,8 +29,8 @@ def _in_half(format: str) -> Rule:
 class Quant(NamedTuple):
     """A row of the table: the format of the matrices, that of the output head, and ggml's number for such a file.
 
-    `more`: a matrix's name within its layer -> what it gets instead; queries, keys and values in one count as values,
-    experts that are not named themselves as the matrix that they are.
+    `more`: a matrix's name within its layer -> the rule for its format. A fused attn_qkv follows attn_v's rule; experts without
+    a rule of their own follow that of the plain matrix.
     """
 
     matrices: str
@@ -65,26 +65,26 @@ QUANTS = {
         "attn_output": lambda layer, hyper: "Q4_K",
     }),
 }  # fmt: skip
-# a format whose block does not divide the width -> the next to try: as many bits or more, smaller blocks
+# a format whose blocks do not divide the rows -> the next to try, with smaller blocks and as many bits or more
 NARROWER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q4_0": "F16", "Q4_1": "F16", "Q5_0": "F16", "Q5_1": "F16",
             "Q8_0": "F16", "Q3_K": "IQ4_NL", "IQ4_NL": "F16", "MXFP4": "F16"}  # fmt: skip
 # what mixes give to attention beside eight experts, as Mixtral has them: there it is a small part of the model
 BESIDE_EIGHT = {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K"}
 KEPT = ("position_embd.weight",)  # added to every token: as sensitive as a norm, and small
-# weights of norms stay, too: a head's own are rows of a matrix; and what chooses experts, and biases of experts; a convolution
-# has a few weights for each column
+# F32 as well, though some are matrices: norms of heads, what chooses experts, biases of experts, and convolutions, which are
+# small
 F32_ENDS = ("_norm.weight", "ffn_gate_inp.weight", "shortconv.conv.weight", ".bias")
 LARGEST = {"F32": float("inf"), "BF16": 3.3895e38, "F16": 65504.0}  # above it a weight becomes infinite; 65504 for the rest
 SMALLEST = 2.0**-10  # a matrix whose largest weight is below it would get half-precision scales with few bits left
 
 
 def head_name(names: object) -> str:
-    """The tensor that is the output head: the token table where the head is tied."""
+    """The tensor that is the output head: the token table if the head is tied."""
     return "output.weight" if "output.weight" in names else "token_embd.weight"  # type: ignore[operator]
 
 
 def by_shape(name: str, shape: tuple[int, ...], quant: Quant, head: str, pure: bool, hyper: Hyper) -> tuple[Format, str]:
-    """The format for a tensor of this name and shape, and why it is not the one of the table ("" where it is).
+    """The format for a tensor of this name and shape, and, if it is not the table's, the reason (else "").
 
     `pure`: every matrix, the head too, gets `quant.matrices`.
     """
@@ -113,7 +113,7 @@ def _more(name: str, quant: Quant, hyper: Hyper) -> str | None:
 
 
 def by_values(format: Format, largest: float) -> tuple[Format, str]:
-    """The format where the weights' magnitudes go up to `largest`, and why it is not the one that came in."""
+    """The format for weights with magnitudes up to `largest`: `format`, or F32 and the reason."""
     if largest > LARGEST.get(format.name, 65504.0):
         return FORMATS["F32"], f"weights up to {largest:.3g} do not fit into {format.name}"
     if 0 < largest < SMALLEST and format.name not in ("F32", "BF16"):

@@ -1,7 +1,7 @@
-"""Tensors in their formats, a piece at a time on a few threads, with the error that this costs.
+"""Quantises tensors in pieces, on a few threads, and measures the error.
 
-In: a `CanonicalTensor` and a format. Out: its bytes, in order, and an `Encoded` that tells what became of it. One
-tensor at a time is in memory as float32. Knows no container.
+In: a `CanonicalTensor` and a format. Out: its bytes, in order, and an `Encoded` with its size, checksum and error. One tensor
+at a time is in memory as float32. Knows no container.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Progress = Callable[[str, int], None]  # a tensor's name, weights done since the
 
 @dataclass
 class Encoded:
-    """What became of one tensor. `error`: root of the squared error's share of the weights' squares."""
+    """What was written for one tensor. `error`: relative root mean square error, sqrt(Σ(w - w')² / Σw²)."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,10 +40,10 @@ class Encoded:
 
 
 class Encoder:
-    """Quantises tensors on `n_threads` threads; `close` ends them, without waiting for work nobody wants any more."""
+    """Quantises tensors on `n_threads` threads. The end of the `with` block drops work that has not begun."""
 
     def __init__(self, source: object, n_threads: int, progress: Progress | None = None):
-        """`source` is the checkpoint's path for error messages; `progress` hears of every piece."""
+        """`source`: the checkpoint's path, for error messages. `progress` is called for every piece."""
         self._source, self._progress = source, progress or (lambda name, n_weights: None)
         self._n_threads, self._pool = n_threads, ThreadPoolExecutor(n_threads)
 
@@ -64,10 +64,10 @@ class Encoder:
         return weights, largest
 
     def pieces(self, encoded: Encoded, weights: np.ndarray, importance: np.ndarray | None = None) -> Iterator[np.ndarray]:
-        """The bytes of `weights` in `encoded.format`, uint8, in order; fills in the rest of `encoded` on the way.
+        """The bytes of `weights` in `encoded.format`, uint8, in order; fills in size, checksum and error of `encoded`.
 
-        `importance`: float32, how much the squared error of each column's weights counts, in a row for each expert where
-        there are some; None, or zeros: all the same.
+        `importance`: float32 [columns], or [experts, columns]: how much the squared errors of a column count. None, or a row of
+        zeros: all count the same.
         """
         format, columns = encoded.format, weights.shape[-1] if weights.ndim else 1
         rows = np.zeros((1, columns), np.float32) if importance is None else importance.reshape(-1, columns)
@@ -95,7 +95,7 @@ class Encoder:
         encoded.error = math.sqrt(squared_error / squares) if squares else 0.0
 
     def _in_order(self, work: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-        """The results of `work`; only a few pieces are ahead of the one that is asked for, which bounds the memory."""
+        """The results of `work`, in order. Only a few are computed in advance, which bounds the memory."""
         ahead: deque[Future[Any]] = deque()
         for argument in arguments:
             ahead.append(self._pool.submit(work, argument))

@@ -20,7 +20,7 @@ def rows(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
 
 
 def rows_of_experts(tensor: CanonicalTensor, start: int, stop: int) -> CanonicalTensor:
-    """The same rows of each."""
+    """Rows `start` to `stop` of every expert."""
     n, _, *columns = tensor.shape
     return tensor.changed(lambda all: np.ascontiguousarray(all[:, start:stop]), n, stop - start, *columns)
 
@@ -32,7 +32,7 @@ def stacked(parts: Sequence[CanonicalTensor], axis: int = 0) -> CanonicalTensor:
 
 
 def layered(parts: Sequence[CanonicalTensor]) -> CanonicalTensor:
-    """The parts behind each other, in a dimension of their own."""
+    """The parts stacked along a new first dimension."""
     return CanonicalTensor((len(parts), *parts[0].shape), lambda: np.stack([part.read() for part in parts]))
 
 
@@ -45,21 +45,22 @@ def constant(values: np.ndarray) -> CanonicalTensor:
 
 
 def in_layers(tensors: Tensors, expression: str) -> list[str]:
-    """The roles in layers that match."""
+    """The roles in layers whose rest matches the expression."""
     return [role for role in tensors if re.fullmatch(rf"blk\.\d+\.(?:{expression})", role)]
 
 
 def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
-    """Bring the rows of tensors in layers that match into this order, here; the plan complains of one with more or fewer."""
+    """Reorder the rows of the tensors in layers that match, in place. The plan will refuse those of another number of rows."""
     for role in in_layers(tensors, expression):
         if tensors[role].shape[0] == len(order):
             tensors[role] = tensors[role].changed(lambda values: values[order])
 
 
 def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:
-    """Bring the pairs (0, n/2), (1, n/2+1), … of every head's first n_dims rows side by side, in queries and keys, here.
+    """Reorder queries and keys, in place, from half-split rotary pairs (0, n/2), (1, n/2+1), … to interleaved ones.
 
-    `heads`: query heads, key-value heads, their width. `back`: from there into two halves.
+    n is `n_dims`; the rows of a head behind the first n stay. `heads`: n_head, n_kv_head, head_dim. `back`: from interleaved
+    to half-split.
     """
     n_head, n_kv_head, head_dim = heads
     pairs = np.arange(n_dims).reshape(2, -1).T.ravel()
@@ -69,8 +70,15 @@ def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back:
         reorder(tensors, rf"attn_{part}\.(weight|bias)", np.argsort(order) if back else order)
 
 
+def gate_before_up(tensors: Tensors, end: str, fused: str, axis: int = 0) -> None:
+    """Join every ffn_gate and ffn_up (with this `end` of their names) into a tensor called `fused`, in place, gate first."""
+    for gate in in_layers(tensors, rf"ffn_gate{end}\.weight"):
+        parts = [tensors.pop(gate), tensors.pop(gate.replace("gate", "up"))]
+        tensors[gate.replace(f"ffn_gate{end}", fused)] = stacked(parts, axis)
+
+
 def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
-    """Three tensors in place of every fused one, here; `q` and `kv`: rows of the queries, of keys and of values."""
+    """Replace every attn_qkv by three tensors, in place; `q`, `kv`: rows of the queries, and of the keys or values."""
     for role in in_layers(tensors, "attn_qkv.(weight|bias)"):
         if tensors[role].shape[0] != q + 2 * kv:
             continue  # the plan says what is wrong
@@ -80,7 +88,7 @@ def split_qkv(tensors: Tensors, q: int, kv: int) -> None:
 
 
 def fuse_qkv(tensors: Tensors, n_layer: int, q: int, kv: int) -> None:
-    """One tensor in place of three, here, with zeros for a bias that only some of them have."""
+    """Replace queries, keys and values by one attn_qkv, in place, with zeros where only some of them have a bias."""
     for i in range(n_layer):
         at = f"blk.{i}.attn_"
         weights = [f"{at}{part}.weight" for part in "qkv"]

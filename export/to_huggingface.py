@@ -1,4 +1,4 @@
-"""Writes a folder that Hugging Face's transformers loads, and whatever reads such folders: vLLM, MLX, OpenVINO, CTranslate2.
+"""Writes a folder for Hugging Face's transformers, and for all that reads such folders: vLLM, MLX, OpenVINO, CTranslate2.
 
 In: a `CanonicalModel` and its keys. Out: `config.json`, `model.safetensors`, `generation_config.json` and, where there is a
 tokenizer, `tokenizer.json` and `tokenizer_config.json`. huggingface_layouts.py knows which class of transformers computes what
@@ -22,7 +22,7 @@ from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refu
 from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
-from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, in_layers, interleave, split_qkv, stacked, transposed
+from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, gate_before_up, interleave, split_qkv, transposed
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
@@ -40,7 +40,7 @@ LLAMA3_CONTEXTS = (8192, 4096, 2048, 16384, 32768)  # original contexts that rot
 def write_huggingface(
     folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, quant: str, encoder: Encoder
 ) -> tuple[list[Encoded], list[str]]:
-    """Write the files into a folder that exists; what became of every tensor, and notes. Raises FileError."""
+    """Write the files into an existing folder; returns what was written for every tensor, and notes. Raises FileError."""
     layout = layout_of(model, source)
     tensors, settings, zeros = _arranged(model, layout)
     done = _write_weights(folder / WEIGHTS, tensors, layout, source, quant, encoder)
@@ -70,15 +70,15 @@ def write_huggingface(
 
 
 def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str, bool], frozenset[str]]:
-    """The tensors as the class wants them, by role, its settings about biases, and which of the biases were made here."""
+    """The tensors as the class wants them, by role; its settings about biases; and the roles of the zero biases added."""
     hyper, tensors = model.hyper, {name: tensor for name, tensor in model.tensors.items() if name not in ROPE_FACTORS}
     if "blk.{i}.attn_qkv" in layout.names:
         fuse_qkv(tensors, hyper.n_layer, hyper.q_width, hyper.kv_width)
     else:
         split_qkv(tensors, hyper.q_width, hyper.kv_width)
-    for end, axis in (("exps", 1), ("shexp", 0)):
-        if f"blk.{{i}}.ffn_gate_up_{end}" in layout.names:
-            _gate_before_up(tensors, end, axis)
+    for end, axis in (("_exps", 1), ("_shexp", 0)):
+        if f"blk.{{i}}.ffn_gate_up{end}" in layout.names:
+            gate_before_up(tensors, end, f"ffn_gate_up{end}", axis)
     if hyper.rope and hyper.rope.pairs == "interleaved":
         interleave(tensors, (hyper.n_head, hyper.n_kv_head, hyper.head_dim), hyper.rope.n_dims, back=True)
     settings: dict[str, bool] = {}
@@ -95,17 +95,10 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
     return {**tensors, **zeros}, settings, frozenset(zeros)
 
 
-def _gate_before_up(tensors: Tensors, end: str, axis: int) -> None:
-    """One tensor in place of two, here."""
-    for role in in_layers(tensors, rf"ffn_gate_{end}\.weight"):
-        parts = [tensors.pop(role), tensors.pop(role.replace("gate", "up"))]
-        tensors[role.replace("gate", "gate_up")] = stacked(parts, axis)
-
-
 def _write_weights(
     path: Path, tensors: Tensors, layout: Layout, source: object, quant: str, encoder: Encoder
 ) -> list[Encoded]:  # fmt: skip
-    """The safetensors file, read back and compared; what became of every tensor."""
+    """Write the safetensors file, read it back and compare; returns what was written for every tensor."""
     format = FORMATS[quant.upper()]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stored, at = {}, 0
@@ -128,8 +121,7 @@ def _write_weights(
                 problem = f"tensor {role} has weights up to {largest:.3g}, too large for {DTYPES[quant]}"
                 raise FileError(source, problem, "add --quant bf16")
             encoded = Encoded(role, tuple(tensor.shape), format)
-            for piece in encoder.pieces(encoded, weights):
-                file.write(piece)
+            file.writelines(encoder.pieces(encoded, weights))
             done.append(encoded)
     with open(path, "rb") as file:
         file.seek(8 + len(header))
@@ -140,7 +132,7 @@ def _write_weights(
 
 
 def _names(role: str, layout: Layout, shape: tuple[int, ...]) -> tuple[list[str], list[int]]:
-    """What transformers calls the tensor, or the parts of it that lie behind each other, and the shape of each."""
+    """The name of a tensor in transformers, or the names of the experts in it, and the shape of each."""
     if not role.startswith("blk."):
         part, end = role.rsplit(".", 1)
         return [f"{layout.names[part]}.{end}"], [*shape]
@@ -179,7 +171,7 @@ def _rope(model: CanonicalModel, source: object) -> dict[str, Any]:
 
 
 def _llama3(rope: Rope, factors: np.ndarray) -> dict[str, Any]:
-    """The settings of Llama 3 that give these factors; where none do, the factors themselves."""
+    """The llama3 scaling that gives these factors; if there is none, a longrope scaling with the factors themselves."""
     largest = float(factors.max())
     for original in LLAMA3_CONTEXTS:
         if np.allclose(llama3_factors(rope.theta, rope.n_dims, largest, 1.0, 4.0, original), factors, rtol=1e-5):
@@ -195,7 +187,7 @@ def _llama3(rope: Rope, factors: np.ndarray) -> dict[str, Any]:
 
 
 def _ends(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Begin and end tokens: the tokenizer's own end first, then the others that end a turn."""
+    """Begin and end tokens: first the tokenizer's own end, then the others that end a turn."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     eos = tokenizer.eos_id
@@ -220,7 +212,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> Any:
-    """Numbers of 32 bits as a person would write them: 1e-05, not 9.999999747378752e-06."""
+    """`value` with floats in the fewest digits that give the same float32: 1e-05, not 9.999999747378752e-06."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     return float(str(np.float32(value))) if isinstance(value, float) else value

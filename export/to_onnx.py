@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,11 @@ MASKED = -1e30  # a score that softmax turns into 0; -inf would make NaN of a ro
 
 
 class Graph:
-    """The nodes of one model. `done` tells what became of every tensor; `build` makes the ONNX model."""
+    """The nodes of one model. `build` makes the ONNX model; `done`: what was written for every tensor."""
 
     def __init__(self, plan: Plan, model: CanonicalModel, encoder: Encoder, store: Store, half: bool, int8: bool):
-        """`int8`: onnxruntime's dynamic quantisation comes after. It wants a matrix of its own for a tied head, and the
-        matrices behind the activation are taken out of its hands: their inputs have outliers a hundred times the rest.
+        """`int8`: the graph is for onnxruntime's dynamic quantisation. That needs a separate matrix for a tied head; and the
+        matrices behind the activation are quantised here, because their inputs have outliers a hundred times the rest.
         """
         self.hyper, self._plan, self._model, self._encoder, self._store = plan.hyper, plan, model, encoder, store
         self._half, self._int8 = half, int8
@@ -63,7 +64,7 @@ class Graph:
         return list(self._done.values())
 
     def build(self) -> ModelProto:
-        """The whole model, in the order of the plan."""
+        """The whole model, written in the order of the plan."""
         hyper, kind = self.hyper, TensorProto.FLOAT16 if self._half else TensorProto.FLOAT
         self._positions()
         for op in self._plan.ops:
@@ -117,14 +118,14 @@ class Graph:
         return self._node("Unsqueeze", x, self._ints(*axes))
 
     def _cast(self, x: str, half: bool) -> str:
-        """To float16 or back, in a model of half precision."""
+        """Cast to float16 or back, if the model is in half precision."""
         return self._node("Cast", x, to=TensorProto.FLOAT16 if half else TensorProto.FLOAT) if self._half else x
 
     def _weight(self, name: str, array: np.ndarray) -> str:
         return self._store.add(name, array.astype(np.float16) if self._half else array)
 
     def _eight_bits(self, name: str, matrix: np.ndarray) -> str:
-        """A matrix [n_in, n_out] kept in 8 bits, with a scale for each column, and multiplied in float32."""
+        """A matrix [n_in, n_out] that is stored in 8 bits, with a scale for each column, but multiplied in float32."""
         scale = np.maximum(np.abs(matrix).max(0) / 127, np.finfo(np.float32).tiny).astype(np.float32)
         codes = self._store.add(name, np.rint(matrix / scale).astype(np.int8))
         return self._node("DequantizeLinear", codes, self._store.add(f"{name}.scale", scale), axis=1)
@@ -146,7 +147,7 @@ class Graph:
     # ── positions, for all layers at once ────────────────────────────────────────────────────────────────────────────
 
     def _positions(self) -> None:
-        """Where keys and queries stand, which keys a query may see, and the tables that follow from that."""
+        """Add the positions of keys and queries, the masks of the keys that a query may see, and the tables made from these."""
         end = self._ints(np.iinfo(np.int64).max)
         n, total = (self._node("Slice", self._node("Shape", x), self._ints(1), end) for x in ("input_ids", "attention_mask"))
         keys = self._node("CumSum", "attention_mask", self._ints(1))
@@ -177,7 +178,7 @@ class Graph:
             self._rotations[key] = (names[0], names[1])
 
     def _distance(self, keys: str) -> str:
-        """From queries to keys, int64 [batch, 1, 1, n, total]; below zero is the past."""
+        """Positions of keys minus those of queries, int64 [batch, 1, 1, n, total]: negative for the past."""
         if "distance" not in self._values:
             queries = self._unsqueeze(self._values["positions"], 1, 2, 4)
             self._values["distance"] = self._node("Sub", self._unsqueeze(keys, 1, 2, 3), queries)
@@ -195,7 +196,7 @@ class Graph:
         self._values[op.out] = x
 
     def _norm(self, op: P.Norm) -> None:
-        """A whole row, or columns of it, each group by itself."""
+        """Normalise a row, or some columns of it, in groups."""
         x, before, after = self._values[op.x], op.column, self._plan.buffers[op.x] - op.column - op.n_groups * op.width
         is_all = not before and not after and op.n_groups == 1
         parts = [x] if is_all else self._split(x, before, op.n_groups * op.width, after)
@@ -236,7 +237,7 @@ class Graph:
         self._values[op.out] = y
 
     def _half_split(self, out: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of queries and keys from interleaved to half-split pairs: every score stays what it was."""
+        """Reorder rows of queries and keys from interleaved to half-split pairs, which changes no attention score."""
         op = self._regrouped
         if op is None or op.qkv != out:
             return rows
@@ -246,7 +247,7 @@ class Graph:
         return np.concatenate([heads.reshape(n_rows, *rows.shape[1:]), rows[n_rows:]])
 
     def _to_regroup(self) -> P.Rotate | None:
-        """A rotation of interleaved pairs that stands for all: alike in all layers, on rows that nothing else depends on."""
+        """The rotation, if all layers have the same one, of interleaved pairs, and no norm depends on the order of its rows."""
         rotations = [op for op in self._plan.ops if isinstance(op, P.Rotate)]
         kinds = {(op.qkv, op.n_heads, op.head_dim, op.rope.n_dims, op.rope.pairs) for op in rotations}
         if len(kinds) != 1 or rotations[0].rope.pairs == "half":
@@ -313,7 +314,7 @@ class Graph:
         if op.gated:
             x, up = self._split(x, op.n, op.n)
         y = {
-            "silu": self._silu, "relu": self._relu, "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh,
+            "silu": self._silu, "relu": partial(self._node, "Relu"), "gelu_erf": self._gelu_erf, "gelu_tanh": self._gelu_tanh,
             "relu_squared": self._relu_squared, "swiglu_clamped": self._swiglu_clamped,
         }[op.kind](x)  # fmt: skip
         if up and op.kind == "swiglu_clamped":
@@ -355,9 +356,6 @@ class Graph:
     def _swiglu_clamped(self, x: str) -> str:
         x = self._node("Min", x, self._number(CLAMP))
         return self._node("Mul", x, self._node("Sigmoid", self._node("Mul", x, self._number(CLAMPED_SCALE))))
-
-    def _relu(self, x: str) -> str:
-        return self._node("Relu", x)
 
     def _relu_squared(self, x: str) -> str:
         y = self._node("Relu", x)

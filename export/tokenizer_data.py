@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint as keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` where those do not do.
+"""The tokenizer of a checkpoint as keys of a model file: `tokenizer.ggml.*`, and `pocketlm.tokenizer.*` for all else.
 
-In: a tokenizer's file given by the user or found beside the checkpoint. Out: GGUF keys, which are read back with
-`pocketlm.tokenizer.from_metadata` and compared on twenty texts whose ids then travel along. Knows no tensors.
+In: a tokenizer's file, given by the user or found beside the checkpoint. Out: GGUF keys. They are read back with
+`pocketlm.tokenizer.from_metadata` and compared on twenty texts, which go into the file, with their ids. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -43,24 +43,21 @@ TEST_TEXTS = (
 
 
 def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The tokenizer's keys and notes for the user. `given`: a file, a folder, a name or "none"; None looks beside it.
+    """The tokenizer's keys, and notes for the user. `given`: a file, a folder, a name or "none"; None: look beside the
+    checkpoint.
 
-    `n_vocab`: rows of the token table; the vocabulary is filled up to it. Raises FileError where there is no tokenizer, or
-    one that does not fit the model.
+    `n_vocab`: rows of the token table, to which the vocabulary is filled up. Raises FileError if there is no tokenizer, or one
+    that does not fit the model.
     """
     if given is not None and str(given) == NONE:
         return {}, ["it has no tokenizer: it can be run with token ids only"]
     path = Path(given) if given is not None else _beside(checkpoint)
     tokenizer = published.load(path) if path is not None else _own_characters(checkpoint)
     if tokenizer is None:
-        kind = (
-            "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it,"
-            if n_vocab in GPT2_ROWS
-            else "its tokenizer's file"
-        )
-        raise FileError(
-            checkpoint.path, "no tokenizer was found beside it", f"give {kind} with --tokenizer FILE, or --tokenizer {NONE}"
-        )
+        is_gpt2 = n_vocab in GPT2_ROWS
+        kind = "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it," if is_gpt2 else "its tokenizer's file"
+        advice = f"give {kind} with --tokenizer FILE, or --tokenizer {NONE}"
+        raise FileError(checkpoint.path, "no tokenizer was found beside it", advice)
     taken = [f"its tokenizer is {path}"] if given is None and path is not None else []
     path = path or checkpoint.path
     if isinstance(tokenizer, ByteBPE) and tokenizer.n_vocab == 50256 < n_vocab and path.is_file():
@@ -78,7 +75,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
 
 
 def _beside(checkpoint: Checkpoint) -> Path | None:
-    """A tokenizer's file in the checkpoint's folder, or where nanoGPT keeps the characters of its data sets."""
+    """A tokenizer's file in the checkpoint's folder, or in the folder of nanoGPT's data set."""
     if found := find_in(checkpoint.folder):
         return found
     training = checkpoint.config.get("config")
@@ -91,7 +88,7 @@ def _beside(checkpoint: Checkpoint) -> Path | None:
 
 
 def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The characters that the checkpoint itself lists."""
+    """A tokenizer of the characters that the checkpoint itself lists, if it does."""
     for level in (checkpoint.config, *(v for v in checkpoint.config.values() if isinstance(v, dict))):
         tables = {name: list(level[name]) if isinstance(level.get(name), str) else level.get(name) for name in CHARACTER_TABLES}
         if any(isinstance(table, (dict, list)) for table in tables.values()):
@@ -100,7 +97,7 @@ def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
-    """Begin and end tokens that only the model's configuration names; of several ends the others end a turn."""
+    """Keys of begin and end tokens that only the model's configuration names; further ends end a turn."""
     beside = checkpoint.folder / "generation_config.json"
     said = [
         config
@@ -144,7 +141,7 @@ def chat_template(folder: Path) -> str | None:
 
 
 def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The keys with test texts and their ids, and a note about texts whose ids the keys cannot give."""
+    """The keys with test texts and their ids, and a note about texts that the keys would encode differently."""
     written = from_metadata(keys, path)
     texts, ids, differ = [], [], []
     for text in test_texts(tokenizer):
@@ -159,9 +156,8 @@ def with_tests(keys: dict[str, Any], tokenizer: Tokenizer, path: Path) -> tuple[
 
 
 def test_texts(tokenizer: Tokenizer) -> list[str]:
-    """Twenty texts that the tokenizer can encode, the last with user-defined symbols, or what it replaces, where there are any.
-
-    Of a character vocabulary, with the characters it has.
+    """Twenty texts that the tokenizer can encode: without the characters that it lacks, and the last with user-defined symbols,
+    or with what its normalizer replaces, if there are any.
     """
     vocabulary = tokenizer.vocabulary
     usable = [vocabulary.tokens[i] for i in vocabulary.ids_of(NORMAL)]

@@ -1,7 +1,7 @@
 """Reads what `torch.save` wrote, without PyTorch: the zip format and the older one of several pickles in a row.
 
 In: a mapped file. Out: the saved object with a `LazyTensor` for every tensor and a `Record` for every other object.
-The layouts are those of torch.serialization; the names below are all that such a pickle may call.
+Layouts: torch.serialization. `_Tensors.functions` are all that such a pickle may call.
 """
 
 from __future__ import annotations
@@ -78,11 +78,8 @@ def read_torch_legacy(buffer: Buffer, path: Path) -> Any:
     _, _, system, tree, keys = parts
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise FileError(path, "was saved on a big-endian machine in an old format", "save it again with a newer PyTorch")
-    if (
-        not isinstance(keys, list)
-        or any(not isinstance(key, str) or key not in sizes for key in keys)
-        or len(set(keys)) != len(keys)
-    ):
+    are_texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not are_texts or len({*keys} & sizes.keys()) != len(keys):  # some are unknown, or there twice
         raise FileError(path, "its list of tensor data is damaged", "save the checkpoint again")
     for key in keys:
         n_items, item_bytes = sizes[key]
@@ -108,7 +105,7 @@ class _TypedStorage:
 
 
 class _Tensors:
-    """What the pickle of a checkpoint may call: tensors over storages, and a few containers and scalars of Python and NumPy."""
+    """The functions that a checkpoint's pickle may call: for tensors, and for containers and scalars of Python and NumPy."""
 
     def __init__(self, path: Path, storage: Callable[[str, str, int], Storage], big_endian: bool):
         self.path, self.storage, self.big_endian = path, storage, big_endian
@@ -138,7 +135,7 @@ class _Tensors:
         }
 
     def persistent(self, reference: Any) -> _TypedStorage:
-        """The storage that ("storage", its type, key, device, number of items) stands for."""
+        """The storage for the persistent id ("storage", type, key, device, number of items)."""
         kind, storage_type, key, _, n_items, *rest = reference
         name = storage_type.name.rpartition(".")[2] if isinstance(storage_type, Global) else ""
         if kind != "storage" or name not in STORAGES or not isinstance(key, str) or not isinstance(n_items, int) or n_items < 0:
@@ -157,7 +154,7 @@ class _Tensors:
         return view(self.path, typed.storage, dtype or typed.dtype, shape, strides, offset, self.big_endian)
 
     def _subclass(self, function: Any, _: Any, args: Any, __: Any) -> LazyTensor:
-        """A tensor of a class derived from Tensor: what `function` makes of `args`."""
+        """A tensor of a subclass of Tensor: what `function` makes of `args`."""
         name = function.name if isinstance(function, Global) else type(function).__name__
         if not name.startswith("torch._utils._rebuild_") or name not in self.functions:
             refuse(self.path, f"wants to call {quoted(name)}")
@@ -181,5 +178,5 @@ def _path(*parts: Any) -> str:
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """A NumPy number as Python's."""
+    """A NumPy scalar as a Python number."""
     return struct.unpack("<" + _SCALARS[dtype.args[0]], data)[0]

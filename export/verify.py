@@ -1,8 +1,8 @@
-"""Does the exported file still compute what the checkpoint does? Both run over a text, side by side.
+"""Tests whether the exported file still computes what the checkpoint does: both run over a text, side by side.
 
 In: a `CanonicalModel` and the file made of it. Out: how alike their logits are, and how well each predicts the text.
-The float32 weights run on the numpy executor, the reference; files of pocketlm on the executor that their users get, which
-is the native one where it can run; ONNX files on onnxruntime. With importance.py the only module here that runs a model.
+The float32 weights run on the NumPy executor, the reference; pocketlm's files on the executor that users get, which is the
+native one if it can run; ONNX files on onnxruntime. With importance.py the only module here that runs a model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Runner = Callable[[np.ndarray], np.ndarray]  # ids int64 [n], from an empty cach
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cosines are of the logits of one position; the perplexities are of the same text in the same windows."""
+    """The cosines compare the logits of one position; both perplexities are of the same text in the same windows."""
 
     n_tokens: int
     cosine: float  # mean
@@ -63,24 +63,23 @@ class Comparison:
     sample: str = ""  # what the tokens are, where they are not those of the whole text
 
     def line(self) -> str:
-        """The comparison for a person."""
+        """The comparison as text."""
         is_text = RANDOM not in self.sample
-        foreign = is_text and self.exact_perplexity > self.n_vocab
+        foreign = "; the text is foreign to the model, which a guess beats"
         return (
             f"verified on {self.n_tokens} tokens{self.sample}: cosine {self.cosine:.6f} (worst {self.worst_cosine:.6f}), "
             f"same first choice {self.agreement:.1%}, "
             f"perplexity {self.perplexity:.3f} (float32 weights: {self.exact_perplexity:.3f})"
-            + "; the text is foreign to the model, which a guess beats" * foreign
+            f"{foreign if is_text and self.exact_perplexity > self.n_vocab else ''}"
         )
 
 
 def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Comparison:
-    """Compare the file `out` with the float32 weights of `model` on `text`. None: on a short one that comes along, which is
-    a conversation for a chat model, without the characters that the tokenizer does not take; or on random tokens where it
-    takes too few of them.
+    """Compare the file `out` with the float32 weights of `model` on `text`. None: on a built-in text, a conversation for chat
+    models, without the characters that the tokenizer lacks; or on random tokens if it lacks too many.
 
-    Raises FileError where the model has no tokenizer or is too large for the memory, PocketlmError for a text of fewer
-    than two tokens or with characters that the tokenizer does not take.
+    Raises FileError if the model has no tokenizer or does not fit into memory, PocketlmError for a text of fewer than two
+    tokens, or with characters that the tokenizer lacks.
     """
     if "tokenizer.ggml.tokens" not in model.metadata:
         raise FileError(out, "cannot be verified without a tokenizer", "name one with --tokenizer")
@@ -110,7 +109,7 @@ def verify(model: CanonicalModel, out: Path, text: str | None = None) -> Compari
 
 
 def _own_ids(tokenizer: Tokenizer, template: str | None) -> tuple[list[int], str]:
-    """Ids of the text that comes along, and what is to be said about them. `template`: the model's own, Jinja."""
+    """Ids of the built-in text, and a clause about them for the report. `template`: the model's chat template, Jinja."""
     from pocketlm.chat.templates import choose
 
     chat = choose(template, tokenizer)

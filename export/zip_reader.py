@@ -1,7 +1,7 @@
-"""Where the entries of a zip archive lie: the central directory, checked against every local header.
+"""Finds the entries of a zip archive: reads the central directory, and checks it against every local header.
 
-In: a mapped file. Out: `Entry` for each name. Nothing is unpacked here except by `Entry.data`, which is bounded. Made for
-archives from strangers: entries may not overlap, repeat a name, be encrypted or claim more than the file holds.
+In: a mapped file. Out: an `Entry` for each name. Only `Entry.head` and `Entry.data`, which are bounded, unpack anything. Made
+for archives from strangers: entries may not overlap, repeat a name, be encrypted or claim more than the file holds.
 Format: PKWARE APPNOTE 6.3, sections 4.3 and 4.5 (zip64).
 """
 
@@ -27,7 +27,7 @@ _PIECE = 1 << 22  # bytes checked at a time
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of an archive: its bytes are `n_packed` from `start` on, `n_bytes` once unpacked."""
+    """One file of an archive: `n_packed` bytes from `start` on, which unpack to `n_bytes`."""
 
     path: Path
     name: str
@@ -42,7 +42,9 @@ class Entry:
         raise FileError(self.path, f"entry {quoted(self.name)} {problem}", "the file is damaged")
 
     def storage(self) -> Storage:
-        """The entry as it lies in the mapping. Raises FileError where it is compressed; the checksum is tested once, late."""
+        """A stored entry as it lies in the mapping; its checksum is tested once, at the first read. Raises FileError if it is
+        compressed.
+        """
         if self.method != STORED:
             raise FileError(self.path, f"entry {quoted(self.name)} is compressed", "save the checkpoint again with torch.save")
         return Storage(self.buffer, self.start, self.n_bytes, cache(self._check))
@@ -65,7 +67,7 @@ class Entry:
             self._fail("cannot be unpacked")
 
     def data(self, limit: int) -> bytes:
-        """The unpacked bytes, checked. Raises FileError where there are more than `limit` or they are damaged."""
+        """The unpacked bytes, checked. Raises FileError if there are more than `limit`, or they are damaged."""
         if self.n_bytes > limit:
             self._fail(f"has {self.n_bytes} bytes, more than the {limit} allowed")
         packed = self.buffer[self.start : self.start + self.n_packed]
@@ -82,7 +84,7 @@ class Entry:
 
 
 def read_zip(buffer: Buffer, path: Path) -> dict[str, Entry]:
-    """Every entry of the archive by its name. Raises FileError for anything that is not a sound, plain archive."""
+    """Every entry of the archive by its name. Raises FileError for anything but a sound, plain archive."""
 
     def fail(problem: str, advice: str = "it is damaged or not complete, copy or save it again") -> NoReturn:
         raise FileError(path, problem, advice)
@@ -148,7 +150,7 @@ def _directory(buffer: Buffer, fail: Callable[..., NoReturn]) -> tuple[int, int,
 
 
 def _zip64(extra: bytes, sizes: tuple[int, int, int], fail: Callable[..., NoReturn]) -> tuple[int, ...]:
-    """Unpacked size, packed size and offset, those that did not fit into 32 bits taken from the extra field."""
+    """Unpacked size, packed size and offset; those that do not fit into 32 bits come from the extra field."""
     if 0xFFFFFFFF not in sizes:
         return sizes
     at = 0
@@ -167,7 +169,7 @@ def _zip64(extra: bytes, sizes: tuple[int, int, int], fail: Callable[..., NoRetu
 
 
 def _data_start(buffer: Buffer, offset: int, name: bytes, method: int, fail: Callable[..., NoReturn]) -> int:
-    """Where the bytes of an entry begin: behind its local header, which must agree with the central directory."""
+    """Where the data of an entry begins: behind its local header, which must agree with the central directory."""
     if offset + 30 > len(buffer) or buffer[offset : offset + 4] != b"PK\x03\x04":
         fail(f"entry {quoted(name.decode('utf-8', 'replace'))} is not where the archive says")
     flags, local_method, n_name, n_extra = struct.unpack_from("<HH16xHH", buffer, offset + 6)

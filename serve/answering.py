@@ -1,7 +1,7 @@
-"""From what a request asks to what the model says, for a server: a slot, and pieces one by one.
+"""Answers requests for a server: waits for a slot, and hands the model's pieces to the event loop.
 
-In: an `Ask`. Out: `(number of the answer, Piece)`, as an asynchronous iterator; the reader may leave at any time, and may be
-slow: neither holds anybody else up. Knows no HTTP and no JSON.
+In: an `Ask`. Out: lists of `(number of the answer, Piece)`. A reader that is slow, or leaves, holds nobody else up. Knows no
+HTTP and no JSON.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Counters:
 
 
 class Answerer:
-    """A model with `n_slots` sessions. `seconds`: the longest that a request may wait for one, and then be answered."""
+    """A model with its sessions as slots. `waiting`: how many requests may wait for one; `seconds`: how long a request may
+    wait, and how long its answer may take.
+    """
 
     def __init__(self, model: Model, sessions: Sequence[Any], waiting: int, seconds: float):
         self.model, self.seconds = model, seconds
@@ -60,11 +62,11 @@ class Answerer:
     # ---- prompts
 
     async def encode(self, ask: Ask) -> Prompts:
-        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        """`Asking.encode`, in a thread."""
         return await self.aside(lambda: self.asking.encode(ask))
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """What the tokenizer makes of a text that may be long, in a thread: nobody else's answer waits for it."""
+        """Run `work` in a thread, at most ENCODING at once: a long text to tokenise must not block the event loop."""
         async with self._encoding:
             made = Handover()
             made.start(lambda cancel: [work()])
@@ -73,7 +75,7 @@ class Answerer:
     # ---- answers
 
     async def begin(self, ask: Ask, prompts: Prompts) -> Answer:
-        """Wait for a slot, and answer. Raises ApiError: 429 where too many wait, 503 where none is free in time."""
+        """Wait for a slot, and begin to answer. Raises ApiError: 429 if too many wait, 503 if no slot becomes free in time."""
         if self.stopping:
             raise ApiError(503, STOPPING, retry_after=5)
         try:
@@ -88,8 +90,8 @@ class Answerer:
         return Answer(self, ask, prompts, slot)  # from here on the slot is given back by its thread: nothing may come between
 
     def prepare(self, system: str, forms: bool) -> None:
-        """Have done, beside what is asked, what the first answers would wait for: what every conversation begins with, which
-        slots copy from each other; and with `forms` what an answer that has a form needs of the vocabulary.
+        """Do in the background what the first answers would wait for: compute the beginning that all conversations share, which
+        slots copy from each other, and with `forms` the tables of the vocabulary that constrained answers need.
         """
         first = [{"role": "system", "content": system}] * bool(system)
         ask = Ask(True, messages=[*first, {"role": "user", "content": "."}], options={"max_tokens": 0})
@@ -105,7 +107,7 @@ class Answerer:
                 await self.aside(lambda: self.model.guide({"json_object": True}))
 
     def count(self, piece: Piece) -> None:
-        """The last piece of an answer."""
+        """Add up the figures in the last piece of an answer."""
         counters = self.counters
         counters.prompt_tokens += piece.prompt_tokens - piece.cached_tokens
         counters.cached_tokens += piece.cached_tokens
@@ -114,7 +116,7 @@ class Answerer:
         counters.generation_seconds += piece.generation_seconds
 
     def stop(self) -> None:
-        """From now on nobody is answered; answers that are being made end within a pass."""
+        """Refuse new requests, and end the answers within one forward pass."""
         self.stopping = True
         for answer in list(self.running):
             answer.cancel()
@@ -122,11 +124,11 @@ class Answerer:
 
 
 class Answer:
-    """The answers to one request, as they are made: `(number, Piece)`, several at a time.
+    """The answers to one request, as they are generated: `(number, Piece)`, several at a time.
 
-    The slot is given back as soon as the thread that computes them is through, whatever becomes of the reader, who says with
-    `close` that he has left. Where the time is over, the answer ends with what there is. Raises ApiError 503 where the server
-    stops, 500 where the model fails.
+    The slot is given back as soon as the thread that computes is done; the reader has to call `close`, but does not hold the
+    slot until then. After `answerer.seconds` the answer ends where it is. Raises ApiError: 503 if the server stops or has no
+    more threads, 500 if the model fails.
     """
 
     def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, slot: Slot):
@@ -148,16 +150,16 @@ class Answer:
         self._answerer.slots.give_back(self._slot)
 
     def cancel(self) -> None:
-        """It ends within a pass."""
+        """End it within one forward pass."""
         self._handover.cancel.set()
 
     def close(self) -> None:
-        """Nobody reads any more. To be called once, whatever has happened."""
+        """The reader is done, or has left. To be called exactly once."""
         self._handover.close()
         self._answerer.counters.left += not self._complete
 
     async def several(self, pause: float) -> list[tuple[int, Piece]]:
-        """What has come since the last call, as `Handover.several`; none where all has."""
+        """The pieces since the last call, as `Handover.several`; [] at the end."""
         try:
             found = await self._handover.several(pause)
         except PocketlmError as error:  # a UsageError: what the client asked for leads no further
@@ -173,3 +175,23 @@ class Answer:
         if self._stopped and not found:
             raise ApiError(503, STOPPING, retry_after=5)
         return found
+
+
+def metrics(answerer: Answerer) -> str:
+    """What the server has done, as Prometheus reads it (text format 0.0.4)."""
+    c, slots = answerer.counters, answerer.slots
+    rows = [
+        ("requests_total", "counter", "Requests that were given a slot.", c.requests),
+        ("requests_refused_total", "counter", "Requests that were refused because too many waited.", c.refused),
+        ("requests_abandoned_total", "counter", "Requests whose client hung up before the end.", c.left),
+        ("prompt_tokens_total", "counter", "Tokens of prompts that were computed.", c.prompt_tokens),
+        ("cached_tokens_total", "counter", "Tokens of prompts that a slot still had.", c.cached_tokens),
+        ("tokens_predicted_total", "counter", "Tokens of answers.", c.generated_tokens),
+        ("prompt_seconds_total", "counter", "Seconds until first tokens.", c.prompt_seconds),
+        ("tokens_predicted_seconds_total", "counter", "Seconds from first tokens to last ones.", c.generation_seconds),
+        ("slots", "gauge", "Requests that can be answered at the same time.", len(slots.all)),
+        ("requests_processing", "gauge", "Requests that are being answered.", slots.busy),
+        ("requests_deferred", "gauge", "Requests that wait for a slot.", slots.waiting),
+    ]
+    text = "# HELP pocketlm_{0} {2}\n# TYPE pocketlm_{0} {1}\npocketlm_{0} {3}\n"
+    return "".join(text.format(*row) for row in rows)

@@ -19,13 +19,12 @@ from starlette.routing import Route
 
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
-from pocketlm.serve.answering import SELDOM, Answer, Answerer
+from pocketlm.serve.answering import SELDOM, Answer, Answerer, metrics
 from pocketlm.serve.asking import Prompts
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
 from pocketlm.serve.llama_cpp import OwnShape, properties, slots
-from pocketlm.serve.metrics import text as metrics_text
 from pocketlm.serve.shapes import Shape, finish_reason
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def application(answerer: Answerer, policy: Policy, defaults: dict[str, Any], page: list[Route]) -> Guard:
-    """All of it. `defaults`: options for answers that a request does not name; `page`: the routes of the page."""
+    """The whole ASGI application. `defaults`: options for what a request leaves out; `page`: the routes of the page."""
     api = Api(answerer, defaults)
     routes = [
         *(Route(path, api.health) for path in ("/health", "/v1/health")),
@@ -83,8 +82,8 @@ async def _defect(request: Request, error: Exception) -> Response:
     return ApiError(500, "the server has a defect; its terminal shows which").response()
 
 
-async def read_json(request: Request) -> Any:
-    """The body. Raises ApiError where it is too large, too slow or no JSON."""
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body. Raises ApiError where it is too large, too slow or no JSON object."""
     try:
         return fields.parse(await asyncio.wait_for(_body(request), READ_SECONDS))
     except (TimeoutError, asyncio.TimeoutError):
@@ -103,7 +102,7 @@ async def _body(request: Request) -> bytes:
 
 
 class Api:
-    """What programs ask for."""
+    """The endpoints for programs."""
 
     def __init__(self, answerer: Answerer, defaults: dict[str, Any]):
         self._answerer, self._model, self._defaults = answerer, answerer.model, defaults
@@ -112,7 +111,7 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        return PlainTextResponse(metrics_text(self._answerer), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics(self._answerer), media_type="text/plain; version=0.0.4")
 
     def _facts(self) -> dict[str, Any]:
         model, tokenizer = self._model, self._model.tokenizer
@@ -181,9 +180,7 @@ class Api:
         return JSONResponse({"input_tokens": len(prompts.ids[0])})
 
 
-def _field(body: Any, name: str, fits: Callable[[Any], bool], kind: str) -> Any:
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object")
+def _field(body: dict[str, Any], name: str, fits: Callable[[Any], bool], kind: str) -> Any:
     value = body.get(name)
     if value is not None and not fits(value):
         raise ApiError(400, f"{name} must be {kind}", param=name)
@@ -191,7 +188,7 @@ def _field(body: Any, name: str, fits: Callable[[Any], bool], kind: str) -> Any:
 
 
 def _piece(id: int, data: bytes) -> dict[str, Any]:
-    """A text where the bytes are one; else the bytes."""
+    """A token as llama.cpp lists it: its text, or its bytes where they are no UTF-8."""
     try:
         return {"id": id, "piece": data.decode()}
     except UnicodeDecodeError:
@@ -199,7 +196,7 @@ def _piece(id: int, data: bytes) -> dict[str, Any]:
 
 
 class Answering(Response):
-    """The response to a question: whole, or as a stream of events. It ends where the client hangs up, and so does the work."""
+    """The response to a question: one object, or a stream of events. When the client hangs up, the model stops, too."""
 
     def __init__(self, answerer: Answerer, ask: Ask, prompts: Prompts, shape: Shape):
         self._answerer, self._ask, self._prompts, self._shape = answerer, ask, prompts, shape
@@ -249,14 +246,14 @@ class Answering(Response):
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
         async def ping() -> None:
-            """A comment where nothing is said for a while: a long prompt is not taken for a dead connection."""
+            """Send a comment when nothing was sent for a while, lest a long prompt look like a dead connection."""
             while True:
                 await asyncio.sleep(said + PING_SECONDS - loop.time())
                 if loop.time() >= said + PING_SECONDS:
                     await say(b":\n\n")
 
         said = loop.time()
-        pinging = asyncio.ensure_future(ping())  # beside the pieces: a task and a clock for each cost more than to send it
+        pinging = asyncio.ensure_future(ping())  # one task for all pieces: a timeout for each costs more than sending it
         events = _Events(self._ask, self._prompts, self._shape)
         try:
             # a model of a thousand tokens per second makes more events than a loop can send one by one
@@ -273,7 +270,7 @@ class Answering(Response):
 
 
 class _Events:
-    """What a stream says, piece by piece."""
+    """Makes the events of a stream, piece by piece."""
 
     def __init__(self, ask: Ask, prompts: Prompts, shape: Shape):
         self._ask, self._prompts, self._shape = ask, prompts, shape
@@ -313,7 +310,7 @@ class _Events:
             yield _event(shape.end(number, piece, self._prompts.dropped_turns))
 
     def _frame(self, number: int, is_thought: bool) -> list[bytes]:
-        """What stands before and after a text, where an event has nothing else of its own."""
+        """What stands before and after the text in an event that differs from others in its text alone; made once."""
         if (frame := self._frames.get((number, is_thought))) is None:
             event = _event(self._shape.delta(number, MARK, (), is_thought))
             frame = self._frames[number, is_thought] = event.rsplit(_JSON.encode(MARK).encode(), 1)

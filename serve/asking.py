@@ -1,4 +1,4 @@
-"""From what a request asks to ids, and from these to pieces, in the thread that calls: for a server's slots and for batches.
+"""Turns a request into token ids, and these into pieces of text. Shared by the server and by batches; starts no threads.
 
 In: an `Ask` and a session. Out: pieces, or an ApiError that says what is wrong with the request. Knows no HTTP and no JSON.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pocketlm.chat.thinking import Splitter
 from pocketlm.conversation import Turns, prompt_ids, prompt_room
-from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 
@@ -24,23 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prompts:
-    """The ids of every prompt of a request, and how many turns of its conversation had to go."""
+    """A request's prompts as ids. `dropped_turns`: how many of the conversation's oldest turns were left out to make it fit."""
 
     ids: list[list[int]]
     stop: list[str] = field(default_factory=list)
     dropped_turns: int = 0
-    parts: Callable[[], Splitter] | None = None  # tells thought from answer in what is said to them; None: nobody wants that
+    parts: Callable[[], Splitter] | None = None  # makes what tells thought from answer; None: they are not told apart
 
 
 class Asking:
-    """Turns what is asked of `model` into ids for a session of `n_ctx` positions."""
+    """Encodes requests to `model` as ids, for sessions of `n_ctx` positions."""
 
     def __init__(self, model: Model, n_ctx: int):
         self._model, self._n_ctx = model, n_ctx
         self._longest = max(map(len, model.tokenizer.all_bytes()))
 
     def encode(self, ask: Ask) -> Prompts:
-        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot take and for more than the context holds."""
+        """The prompts as ids. Raises ApiError 400 for what the tokenizer cannot encode or the context cannot hold."""
         try:
             has_form = self._model.guide(dict(ask.options)) is not None  # made here, outside of every slot, and remembered
         except UsageError as error:
@@ -84,7 +85,7 @@ class Asking:
         return prompts
 
     def _ids(self, prompt: str | list[int | str], with_markers: bool) -> list[int]:
-        """`with_markers`: the texts may spell control tokens, also the one that begins a text."""
+        """`with_markers`: control tokens that the texts spell, such as the begin-of-text token, are encoded as such."""
         tokenizer, ids = self._model.tokenizer, list[int]()
         for part in _parts(prompt):
             ids += [part] if isinstance(part, int) else tokenizer.encode(part, special=with_markers)
@@ -109,11 +110,20 @@ def _parts(prompt: str | list[int | str]) -> list[int | str]:
     return [prompt] if isinstance(prompt, str) else prompt
 
 
+def sessions(model: Model, n: int) -> list[Conversation]:
+    """`n` sessions to answer at the same time, or as many as there is memory for: at least the model's own, which has its."""
+    made = [model.own_session]
+    with suppress(FileError):
+        while len(made) < n:
+            made.append(model.session())
+    return made
+
+
 def pieces(
     ask: Ask, prompts: Prompts, session: Conversation, cancel: threading.Event, others: Sequence[Conversation] = ()
 ) -> Iterator[tuple[int, Piece]]:  # fmt: skip
-    """`(number of the answer, Piece)`, one answer after the other. `others`: sessions whose work may be copied. Raises
-    PocketlmError.
+    """`(number of the answer, Piece)`, one answer after the other. `others`: sessions to copy the keys and values of a common
+    beginning from. Raises PocketlmError.
     """
     options, number = {**ask.options, "logprobs": ask.logprobs}, 0
     options["stop"] = [*prompts.stop, *options.get("stop", ())]

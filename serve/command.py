@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.cli_options import answer_keywords, is_packed, model_arguments, open_model, sampling_arguments
-from pocketlm.errors import FileError, UsageError, whole_number
+from pocketlm.errors import UsageError, whole_number
 from pocketlm.terminal_text import print
 
 PORT = 8642
@@ -24,7 +24,7 @@ TURN = 0.0005
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command takes."""
+    """Declare the arguments of `pocketlm serve`."""
     model_arguments(parser, optional=True)
     group = parser.add_argument_group("the server")
     group.add_argument(
@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     left_out.stand_in()
     from pocketlm.serve.answering import Answerer
     from pocketlm.serve.app import application
+    from pocketlm.serve.asking import sessions
     from pocketlm.serve.page import Page
     from pocketlm.serve.server import Server, listen
 
@@ -67,8 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _service(arguments)
     socket = listen(arguments.host, arguments.port)  # before a model is opened for nothing
     with socket, open_model(arguments) as model:
-        answerer = Answerer(model, _sessions(model, arguments), QUEUE * arguments.slots, arguments.timeout)
-        page = Page(answerer, policy, _persona(arguments), arguments.model_id, defaults)
+        found = sessions(model, arguments.slots)
+        if len(found) < arguments.slots:
+            told = f"there is memory for {len(found)} of {arguments.slots} slots; --ctx makes them smaller"
+            print(f"{arguments.program}: {told}", file=sys.stderr)
+        answerer = Answerer(model, found, QUEUE * arguments.slots, arguments.timeout)
+        persona = {name: getattr(arguments, name) for name in ("title", "system", "greeting")}
+        page = Page(answerer, policy, persona, arguments.model_id, defaults)
         server = Server(application(answerer, policy, defaults, page.routes()), socket, answerer.stop)
         port = socket.getsockname()[1]
 
@@ -118,22 +124,6 @@ def _policy(arguments: argparse.Namespace) -> Any:
     return Policy(arguments.host, key, tuple(origin.rstrip("/").lower() for origin in arguments.cors), **kept)
 
 
-def _persona(arguments: argparse.Namespace) -> dict[str, str]:
-    return {name: getattr(arguments, name) for name in ("title", "system", "greeting")}
-
-
-def _sessions(model: Any, arguments: argparse.Namespace) -> list[Any]:
-    """As many as asked for, or as there is memory for; the first is the model's own, whose cache is promised anyway."""
-    sessions = [model.own_session]
-    try:
-        while len(sessions) < arguments.slots:
-            sessions.append(model.session())
-    except FileError:
-        told = f"there is memory for {len(sessions)} of {arguments.slots} slots; --ctx makes them smaller"
-        print(f"{arguments.program}: {told}", file=sys.stderr)
-    return sessions
-
-
 def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> None:
     from pocketlm.serve.server import address_for_others
 
@@ -151,7 +141,7 @@ def _begun(arguments: argparse.Namespace, policy: Any, page: Any, port: int) -> 
 
 
 def _open_page(url: str) -> None:
-    """In a browser with windows of its own; one for the terminal would take that from the server."""
+    """Open a browser, but none that runs in the terminal, which is the server's."""
     import webbrowser
 
     with suppress(webbrowser.Error):  # there is none

@@ -25,7 +25,7 @@ class ApiError(Exception):
         super().__init__(message)
 
     def response(self) -> JSONResponse:
-        """The error as a response. It ends the connection where the request's body may still be coming."""
+        """The error as a response. 408 and 413 close the connection, since the rest of the body may still arrive."""
         headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
         if self.status in (408, 413):
             headers["connection"] = "close"

@@ -66,20 +66,22 @@ class Ask:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def parse(data: bytes) -> Any:
-    """The JSON of a request. Raises ApiError."""
+def parse(data: bytes, what: str = "the body") -> dict[str, Any]:
+    """The JSON object that a request is. Raises ApiError for anything else; `what` it calls the data."""
     try:
         text = data.decode()  # json.loads would let half characters in
         content = json.loads(text, object_pairs_hook=_object)
         if "\\u" in text:  # JSON can spell half a character, which is no text: a UnicodeEncodeError
             json.dumps(content, ensure_ascii=False).encode()
-        return content
     except (ValueError, RecursionError):
         raise ApiError(400, "this is no JSON in UTF-8") from None
+    if not isinstance(content, dict):
+        raise ApiError(400, f"{what} is no JSON object")
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ApiError where a name stands twice: one of the two values would be lost in silence."""
+    """A JSON object. Raises ApiError for a repeated name: one of the values would be lost silently."""
     found = dict[str, Any]()
     for name, value in pairs:
         if name in found:
@@ -88,10 +90,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read(body: Any, is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool = False) -> Ask:
-    """The request; `defaults` are options for what it does not say. Raises ApiError."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is no JSON object")
+def read(body: dict[str, Any], is_chat: bool, defaults: Mapping[str, Any], llama_cpp: bool = False) -> Ask:
+    """The parsed request; `defaults`: options that it leaves out. Raises ApiError."""
     fields = _CHAT if is_chat else _LLAMA_CPP if llama_cpp else _COMPLETION
     ask, defaults, given = Ask(is_chat, llama_cpp), {**defaults}, dict[str, tuple[str, Any]]()
     if any(body.get(name) is not None for name in OF_FORM):  # in place of the form of the defaults, not beside it
@@ -181,8 +181,8 @@ def _stop(name: str, value: Any) -> list[str]:
 
 
 def _logit_bias(name: str, value: Any, with_texts: bool = False) -> dict[Any, float]:
-    """OpenAI's object of ids and numbers, or llama.cpp's list of pairs, in which false stands for never; `with_texts`: a text
-    that is no number stands for all of its tokens.
+    """OpenAI's object of ids and numbers, or llama.cpp's list of pairs, where false means never. `with_texts`: a key that is no
+    number is a text, and stands for all of its tokens.
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     bias = {}
@@ -199,7 +199,7 @@ def _logit_bias(name: str, value: Any, with_texts: bool = False) -> dict[Any, fl
 
 
 def _given(value: Any) -> Any:
-    """An object without what is null in it."""
+    """An object without the entries that are null; other values unchanged."""
     return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
@@ -216,7 +216,7 @@ _FORMATS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema
 
 
 def _response_format(ask: Ask, name: str, value: Any) -> None:
-    """OpenAI's three; an object may have a `schema`, as llama.cpp has it."""
+    """OpenAI's three formats; like llama.cpp, json_object may have a `schema`."""
     value = _given(value)
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in _FORMATS:
@@ -267,7 +267,7 @@ def _message(name: str, message: Any) -> dict[str, str]:
 
 
 def _template_arguments(ask: Ask, name: str, value: Any) -> None:
-    """Of llama.cpp's arguments for templates the one that there is a use for."""
+    """Of llama.cpp's template arguments, the one that means something here."""
     value = _given(value)
     if not isinstance(value, dict) or not {*value} <= {"enable_thinking"}:
         raise _bad(name, "may hold enable_thinking and nothing else")

@@ -1,8 +1,8 @@
 """Who may ask: checks of every request before anything of it is read but its head.
 
-In: the head of a request, and a `Policy`. Out: nothing, or the ApiError that refuses it. What this stops: pages of other
-sites, that make a visitor's browser ask (CSRF), also by a name of theirs that leads here (DNS rebinding); programs without
-the key; bodies that are too large. Knows no model.
+In: the head of a request, and a `Policy`. Out: nothing, or the ApiError that refuses it. Refused are requests that a page of
+another site makes a visitor's browser send (CSRF), also by way of a host name of its own that resolves to this computer (DNS
+rebinding); programs without the key; bodies that are too large. Knows no model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
 @dataclass
 class Policy:
-    """`is_open`: asked from other computers without a key, too. `origins`: whose pages may ask. `token` is the page's."""
+    """`host`: where the server listens; `key`: what programs must send, "" for none; `origins`: other sites whose pages may
+    ask; `token`: what the server's own page sends.
+    """
 
     host: str = "127.0.0.1"
     key: str = ""
@@ -44,7 +46,7 @@ class Policy:
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
 
     def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        """Raises ApiError for a request that is refused. `headers` by their names in small letters."""
+        """Raises ApiError if the request is refused. `headers`: by their names in lower case."""
         self._check_host(headers.get("host", ""))
         self._check_origin(path, headers)
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -58,10 +60,10 @@ class Policy:
             self._check_key(path, headers)
 
     def _check_host(self, host: str) -> None:
-        """The name by which the server was found must be one that only this computer, or its network, gives to it."""
+        """The Host header must be a name that only this computer, or its network, can give to the server: no stranger's."""
         found = _HOST.fullmatch(host.lower())
         name = found["name"] if found else ""
-        found_by_any = bool(self.key) and not is_loopback(self.host)  # whoever is led here by another name lacks the key
+        found_by_any = bool(self.key) and not is_loopback(self.host)  # a page that is led here by its own name lacks the key
         if not name or not (found_by_any or self._is_own(name)):
             raise ApiError(403, "the Host header names another computer")
 
@@ -75,7 +77,7 @@ class Policy:
         return address.is_loopback or not is_loopback(self.host)
 
     def _check_origin(self, path: str, headers: Mapping[str, str]) -> None:
-        """A page of another site may ask for nothing; a link there may lead to the page here."""
+        """Pages of other sites may send no request, but may link to the page here."""
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if origin is not None:
             if origin != f"http://{headers['host'].lower()}" and origin not in self.origins:
@@ -94,7 +96,7 @@ class Policy:
                 raise ApiError(401, "the key is missing or wrong; send Authorization: Bearer KEY")
 
     def cors(self, headers: Mapping[str, str]) -> dict[bytes, bytes]:
-        """What a browser is told that asks for a page of an origin in `origins`."""
+        """The response headers (CORS) for a request from an origin in `origins`."""
         origin = headers.get("origin", "")
         if origin not in self.origins:
             return {}
@@ -102,8 +104,8 @@ class Policy:
                 b"cross-origin-resource-policy": b"cross-origin"}  # fmt: skip
 
     def preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """What a browser is told that asks whether it may ask: clients send headers of their own, as OpenAI's does, and here
-        none means more than it does without a browser.
+        """The response headers for a preflight request (CORS). Any request header is allowed: OpenAI's client sends some of its
+        own, and none has a meaning here that it would not have without a browser.
         """
         if headers.get("origin", "") not in self.origins:
             return {}
@@ -121,12 +123,12 @@ def is_loopback(host: str) -> bool:
 
 
 def same(a: str, b: str) -> bool:
-    """Whether two secrets are the same; how long that takes does not tell where they differ."""
+    """Whether two secrets are equal, compared in constant time."""
     return hmac.compare_digest(a.encode("utf-8", "replace"), b.encode("utf-8", "replace"))
 
 
 class Guard:
-    """An ASGI application that lets through to another what the policy does not refuse."""
+    """An ASGI application that passes the requests that the policy allows on to another."""
 
     def __init__(self, app: ASGI, policy: Policy):
         self._app, self._policy = app, policy

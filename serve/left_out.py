@@ -1,8 +1,8 @@
 """uvicorn and anyio imported without what a packed program leaves out: TLS, uvicorn's command line and its processes.
 
-`import uvicorn` brings a command line and a supervisor of processes along. The packages import `ssl` and what configures
-logging for names alone, as long as nobody asks for these, and the client's side of HTTP for the titles of statuses. Where
-Python has such a module, nothing changes for anybody else in the process.
+`import uvicorn` imports a command line and a supervisor of processes. Of `ssl`, `logging.config` and `configparser` the two
+packages use names alone here, and of `http.client` the titles of statuses. So modules of empty classes stand in for those that
+a packed program lacks; where Python has a module, nothing changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Names(ModuleType):
 
 
 def stand_in() -> None:
-    """Something takes the place of what is left out. To be called before anything is imported that wants it."""
+    """Put stand-ins for missing modules into `sys.modules`. To be called before anything imports them."""
     for name, (part, values) in LEFT_OUT.items():
         if name not in sys.modules and importlib.util.find_spec(part) is None:
             module = sys.modules[name] = _Names(name)
@@ -46,7 +46,7 @@ def stand_in() -> None:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Inside, parts of uvicorn can be imported without `import uvicorn`."""
+    """In the block, submodules of uvicorn can be imported without running `uvicorn/__init__.py`."""
     stand_in()
     before = sys.modules.get("uvicorn")
     if before is None:

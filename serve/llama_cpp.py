@@ -1,7 +1,7 @@
-"""llama.cpp's own words, for editors and scripts that know its server: `/completion`, `/props`, `/slots`.
+"""The protocol of llama.cpp's own server, for editors and scripts that speak it: `/completion`, `/props`, `/slots`.
 
-In: pieces, an `Answerer`. Out: the objects that llama.cpp's server documents, as far as there is something here that they are
-about. Knows no HTTP.
+In: pieces, an `Answerer`. Out: the objects that llama.cpp's server documents, with the fields that have a meaning here. Knows
+no HTTP.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class OwnShape(Shape):
         return told[0] if len(told) == 1 else told
 
     def _end(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """What is said with the last piece; before it stand those that were not told yet."""
+        """The final object of an answer; `pieces`: the last one, and those before it that were not sent yet."""
         text, last, ask = "".join(piece.text for piece in pieces), pieces[-1], self._ask
         ended = "limit" if last.finish_reason != "stop" else "word" if last.stop_string else "eos"
         is_full = last.prompt_tokens + last.generated_tokens > self._n_ctx
@@ -67,7 +67,7 @@ def _ids(pieces: Sequence[Piece]) -> list[int]:
 
 
 def settings(ask: Ask, end_ids: Iterable[int]) -> dict[str, Any]:
-    """What an answer is drawn with: null for minus infinity, -1 for no bound and for any seed."""
+    """The options of an answer, as llama.cpp writes them: -1 for no limit and for a random seed, null for minus infinity."""
     options = ask.options
     chosen = asdict(SamplingOptions(**{name: options[name] for name in (*SAMPLING, "seed") if name in options}))
     limit, ignores = options.get("max_tokens"), bool(options.get("ignore_eos"))
@@ -81,7 +81,7 @@ def settings(ask: Ask, end_ids: Iterable[int]) -> dict[str, Any]:
 
 
 def properties(answerer: Answerer, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`/props`. The file is named without its folder, which is nobody's business."""
+    """`/props`. The model's file is named without its folder, which is private."""
     model = answerer.model
     params = settings(Ask(False, options={**defaults}), model.tokenizer.end_ids)
     return {
@@ -92,6 +92,6 @@ def properties(answerer: Answerer, defaults: Mapping[str, Any]) -> dict[str, Any
 
 
 def slots(answerer: Answerer) -> list[dict[str, Any]]:
-    """`/slots`: which of them answer, and how many positions each has filled; nothing of what is said in them."""
+    """`/slots`: which of them are busy, and how many positions each has filled, but no text."""
     return [{"id": number, "n_ctx": answerer.n_ctx, "is_processing": slot.taken > 0,
              "n_past": slot.session.context_used} for number, slot in enumerate(answerer.slots.all)]  # fmt: skip

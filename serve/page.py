@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pocketlm.chat import saved, states, transcript
+from pocketlm.cli_options import SAMPLING
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.sampling_options import SamplingOptions
 from pocketlm.serve.answering import Answerer
@@ -34,7 +35,7 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 class Page:
-    """`model_id`: what conversations with the model are recognised by; "": by its fingerprint."""
+    """`persona`: title, system prompt and greeting. `model_id`: identifies this model's conversations; "": its fingerprint."""
 
     def __init__(
         self, answerer: Answerer, policy: Policy, persona: Mapping[str, str], model_id: str, defaults: Mapping[str, Any]
@@ -46,7 +47,7 @@ class Page:
         self._headers = {"content-security-policy": content_security_policy(self._html)}
 
     def routes(self) -> list[Route]:
-        """What the server has for the page."""
+        """The routes of the page."""
         return [
             Route("/", self.html),
             Route("/page/enter", self.enter, methods=["POST"]),
@@ -59,7 +60,7 @@ class Page:
         ]
 
     def one_time_code(self) -> str:
-        """For an address that others on this computer may see, such as a browser's command line: good for one visit."""
+        """A code in place of the token, valid once: others can see a browser's command line, and with it the address."""
         code = secrets.token_urlsafe(24)
         self._codes.add(code)
         return code
@@ -68,9 +69,8 @@ class Page:
         return Response(self._html, media_type="text/html; charset=utf-8", headers=self._headers)
 
     async def enter(self, request: Request) -> Response:
-        """The token for a code of an address: one that is good once, or the token itself."""
-        body = await read_json(request)
-        code = body.get("code") if isinstance(body, dict) else None
+        """The token, for who has a one-time code or the token itself from the address of the page."""
+        code = (await read_json(request)).get("code")
         if isinstance(code, str):
             once = next((known for known in self._codes if same(known, code)), None)
             self._codes.discard(once or "")
@@ -124,23 +124,21 @@ class Page:
                              "model": conversation.model})  # fmt: skip
 
     async def save(self, request: Request) -> Response:
-        """Write a conversation: a new one, or one that is known to be at `revision`. Where somebody has changed it since, it
-        stays as it is and this one goes on under a new name, which the answer says.
+        """Save a conversation: a new one, or one that the client knows at `revision`. If somebody has changed that since, it is
+        left alone, and this one is saved under a new name, which the response tells.
         """
         body = await read_json(request)
         path = self._path(request) if "name" in request.path_params else None
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body is no JSON object")
         conversation = _conversation(body)
         if not conversation.messages:
             raise ApiError(400, "messages is empty: there is nothing to save", param="messages")
-        revision = body.get("revision")
-        if path is not None and not (isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision)):
+        revision = _revision(body)
+        if path is not None and not revision:
             raise ApiError(400, "revision must be what the conversation was read or written with", param="revision")
 
         def write() -> dict[str, Any]:
             conversation.model, conversation.model_id = self._model.name, self._id()
-            record = transcript.Record() if path is None else transcript.Record.at(path, str(revision))
+            record = transcript.Record() if path is None else transcript.Record.at(path, revision)
             same_file = record.save(conversation)
             assert record.path is not None
             states.forget(record.path)  # it may hold words that are gone now
@@ -149,12 +147,11 @@ class Page:
         return JSONResponse(await _asked(write, 503))
 
     async def delete(self, request: Request) -> Response:
-        """With a `revision` only what has not changed since."""
-        path, body = self._path(request), await read_json(request)
-        revision = body.get("revision") if isinstance(body, dict) else None
+        """Delete a conversation; with a `revision`, only if it has not changed since."""
+        path, revision = self._path(request), _revision(await read_json(request))
 
         def delete() -> None:
-            if isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision):
+            if revision:
                 return transcript.Record.at(path, revision).discard()
             transcript.load(path)  # never another file than a conversation
             saved.delete(path)
@@ -173,11 +170,17 @@ class Page:
             raise ApiError(404, str(error)) from None
 
 
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "seed")
+_SETTINGS = tuple(keyword for keyword, _, _ in SAMPLING.values())  # of the sampler, which the page can change
+
+
+def _revision(body: dict[str, Any]) -> str:
+    """The revision of a conversation that a request names; "" where that is none."""
+    revision = body.get("revision")
+    return revision if isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision) else ""
 
 
 async def _asked(work: Callable[[], Any], status: int) -> Any:
-    """What the work returns, done in a thread; its errors with this status."""
+    """Run `work` in a thread and return its result. Raises its errors as ApiError with this `status`."""
     try:
         return await asyncio.to_thread(work)
     except (OSError, PocketlmError) as error:
@@ -194,7 +197,7 @@ def _conversation(body: dict[str, Any]) -> transcript.Conversation:
 
 
 def content_security_policy(html: bytes) -> str:
-    """What the page may do: run its own script, wear its own style, ask its own server. Nothing else, whatever gets into it."""
+    """The page may run its own script, use its own style, and send requests to its own server, and nothing else."""
     allowed = {"script": "", "style": ""}
     for kind, content in _INLINE.findall(html):
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()

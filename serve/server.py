@@ -13,13 +13,13 @@ import os
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.serve import left_out
+from pocketlm.signals import handled
 
 with left_out.imports():
     # the first three are chosen by their names at run time: these lines put them into a packed program
@@ -38,7 +38,7 @@ STOP_SECONDS = 10  # for answers to end once the server stops
 
 
 class Protocol(H11Protocol):
-    """One connection. It ends where its client is too slow with the head of a request, or does not read what is sent."""
+    """One connection. It is closed if the client is too slow to send the head of a request, or to read the response."""
 
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -60,8 +60,8 @@ class Protocol(H11Protocol):
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """For what is no HTTP. Where that is the body of a request, who answers it is told that nobody listens any more, and
-        who has begun to is not contradicted."""
+        """Refuse what is no HTTP. If it is in the body of a request, whoever answers that is told that the client is gone; if
+        a response has begun, the connection is closed instead."""
         cycle = self.cycle
         if cycle is not None and cycle.response_started:
             self.transport.close()
@@ -91,7 +91,7 @@ class Protocol(H11Protocol):
 
 
 class Server(Uvicorn):
-    """`stopping` is called in the loop when the end begins: it lets answers end."""
+    """`stopping` is called in the event loop when the server begins to stop: it has to end the answers."""
 
     def __init__(self, app: Any, listening: socket.socket, stopping: Callable[[], object]):
         for name in ("uvicorn.error", "asyncio"):
@@ -106,7 +106,9 @@ class Server(Uvicorn):
         self._stopping, self._listening = stopping, listening
 
     def serve_until_stopped(self, ready: Callable[[], object] = lambda: None) -> None:
-        """Answer until `stop`, SIGINT or SIGTERM; a second signal does not wait for answers. `ready`: it has begun."""
+        """Serve until `stop`, SIGINT or SIGTERM; a second signal ends without waiting for answers. `ready` is called once it
+        listens.
+        """
         asyncio.run(self._run(ready))
 
     async def _run(self, ready: Callable[[], object]) -> None:
@@ -122,7 +124,7 @@ class Server(Uvicorn):
         ready()
 
     def stop(self) -> None:
-        """From any thread."""
+        """Stop the server; from any thread."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -130,29 +132,20 @@ class Server(Uvicorn):
         self._stopping()
         await super().shutdown(sockets)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals stop the server, and the process goes on to its own end: uvicorn would send them to it again."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def capture_signals(self) -> Any:
+        """Let signals stop the server, but not the process: uvicorn would raise them once more afterwards."""
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled(numbers, self.handle_exit)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A second one ends without waiting."""
+        """Stop; at the second signal, without waiting for answers."""
         self.force_exit |= self.should_exit
         self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any that is free. Raises UsageError for an address that is none, PocketlmError for a port
-    that is taken.
+    """A listening socket; port 0: any that is free. Raises UsageError for an address that is not this computer's, PocketlmError
+    for a port that is taken.
     """
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -167,7 +160,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address_for_others(host: str) -> str:
-    """By which other computers reach this one where it listens at all addresses of a kind; "" where it is in no network."""
+    """The address at which other computers reach a server that listens on all of them; "" if there is no network."""
     family, documentation = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
         asked.connect((documentation, 9))  # sends nothing: the system says from where it would

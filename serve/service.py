@@ -2,9 +2,9 @@
 
 In: the command line, and the model it names, opened. Out: the text of a unit, and what a person should know. Knows no HTTP.
 
-The service gets a user of its own that exists while it runs, sees the system read-only and of the homes only what it runs from,
-and may speak on the network and nothing else. MemoryDenyWriteExecute, a usual line, is missing: the compiled kernels
-are code that the program makes itself.
+The service runs as a user that exists only while it runs. It sees the system read-only, of the home folders only what it is
+started from, and may use the network. MemoryDenyWriteExecute=, a usual line, is missing because the program compiles its
+kernels when it starts.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def unit(arguments: Any, words: list[str], model: Any) -> str:
 
 
 def how_to(arguments: Any) -> str:
-    """What a person does with it."""
+    """Instructions for the user."""
     lines = [f"save this as /etc/systemd/system/{NAME}.service, then: sudo systemctl enable --now {NAME}"]
     if _has_key(arguments):
         lines.append(f"the key goes into {SECRETS}, readable by root alone: POCKETLM_API_KEY=…")
@@ -117,7 +117,7 @@ def _has_key(arguments: Any) -> bool:
 
 
 def _program() -> tuple[list[str], list[Path]]:
-    """How this very program is started, and the folders that this takes."""
+    """The command that starts this program, and the folders that it needs."""
     found = Path(sys.argv[0]).absolute().parent.resolve() / Path(sys.argv[0]).name
     known = found.name.startswith(NAME) and os.access(found, os.X_OK) and found.is_file()
     program = [str(found)] if known else [sys.executable, "-m", "pocketlm"]
@@ -125,7 +125,7 @@ def _program() -> tuple[list[str], list[Path]]:
 
 
 def _without_key(words: list[str], arguments: Any, path: Path) -> list[str]:
-    """The command line without what the unit says in another way; the model by its path."""
+    """The command line without --install-service and the key, and with the model's path."""
     kept, skip = list[str](), False
     for word in words:
         if skip or word in ("--install-service", "--api-key") or word.startswith("--api-key="):
@@ -140,14 +140,14 @@ def _without_key(words: list[str], arguments: Any, path: Path) -> list[str]:
 
 
 def _hidden(paths: list[Path]) -> list[Path]:
-    """Those that the service would not see, once each, without what lies in another."""
+    """The paths that the service would not see, without repetitions and without those inside another."""
     inside = sorted({path.resolve() for path in paths} | {path.absolute() for path in paths})
     inside = [path for path in inside if any(path.is_relative_to(folder) for folder in HIDDEN)]
     return [path for path in inside if not any(path != other and path.is_relative_to(other) for other in inside)]
 
 
 def _quoted(word: str) -> str:
-    """As ExecStart= wants it: with % and $ meaning nothing."""
+    """A word for ExecStart=, with % and $ escaped."""
     word = _plain(word).replace("$", "$$")
     plain = shlex.quote(word) == word
     return word if plain else '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -159,5 +159,5 @@ def _path(path: Path) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line, in which systemd replaces nothing."""
+    """The text on one line, with % escaped."""
     return "".join(character if character.isprintable() else " " for character in text).replace("%", "%%")

@@ -25,7 +25,7 @@ FINGERPRINT = f"b-pocketlm-{__version__}"
 
 
 def finish_reason(piece: Piece) -> str | None:
-    """As the protocol knows them: what ended for want of time has reached a limit, too."""
+    """In the protocol's words, where an answer that was ended by the time limit has reached a "length", too."""
     return "length" if piece.finish_reason == "cancelled" else piece.finish_reason
 
 
@@ -43,7 +43,7 @@ class Shape:
         self._offsets: defaultdict[int, tuple[int, Any]] = defaultdict(lambda: (0, getincrementaldecoder("utf-8")("replace")))
 
     def opening(self, number: int) -> dict[str, Any] | None:
-        """What a stream says before the first text of an answer; None: nothing."""
+        """What a stream sends before the first text of an answer; None: nothing."""
         return self._chunk(number, {"role": "assistant", "content": None}, None) if self._is_chat else None
 
     def delta(self, number: int, text: str, pieces: Sequence[Piece], is_thought: bool = False) -> dict[str, Any]:
@@ -58,15 +58,15 @@ class Shape:
         return {**self._chunk(number, {}, finish_reason(piece)), "timings": timings(piece), **told}
 
     def usage(self, lasts: Sequence[Piece]) -> dict[str, Any]:
-        """The last object of a stream, where it is asked for."""
+        """The last object of a stream, if the request asks for it."""
         return {**self._head, "object": self._name(".chunk"), "choices": [], "usage": usage(lasts, self._ask.n),
                 "timings": timings(lasts[-1])}  # fmt: skip
 
     def whole(
         self, answers: Sequence[Sequence[Piece]], dropped_turns: int, parts: Callable[[], Splitter] | None = None
     ) -> Any:  # fmt: skip
-        """All answers at once. `answers`: the pieces of each; `parts` tells thought from answer, as llama.cpp's server shows
-        them.
+        """The response that is no stream. `answers`: the pieces of each; `parts`: makes what splits a text into thought, which
+        becomes `reasoning_content`, and answer.
         """
         choices = []
         for number, pieces in enumerate(answers):
@@ -113,7 +113,7 @@ class Shape:
         return {"id": id, "token": self._text(id), "bytes": [*self._token_bytes(id)], "logprob": _finite(logprob)}
 
     def _key(self, id: int) -> str:
-        """The text; of a part of a character its bytes, as OpenAI writes them: two such parts are two keys."""
+        """A token as a key of `top_logprobs`: its text, or, if it is part of a character, its bytes as OpenAI spells them."""
         data = self._token_bytes(id)
         try:
             return data.decode()
@@ -129,7 +129,7 @@ def _finite(logprob: float) -> float:
 
 
 def usage(lasts: Sequence[Piece], n: int) -> dict[str, Any]:
-    """Tokens; the prompt of n answers counts once."""
+    """Counts of tokens; the prompt of `n` answers counts once."""
     prompt, completion = sum(piece.prompt_tokens for piece in lasts[::n]), sum(piece.generated_tokens for piece in lasts)
     cached = sum(piece.cached_tokens for piece in lasts[::n])
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
@@ -137,8 +137,8 @@ def usage(lasts: Sequence[Piece], n: int) -> dict[str, Any]:
 
 
 def timings(last: Piece) -> dict[str, Any]:
-    """As llama.cpp's server tells them, in milliseconds. The first token belongs to the prompt, whose logits it is drawn from:
-    it is no part of the speed of those that follow.
+    """In milliseconds, with the names of llama.cpp's server. The time to the first token is the prompt's, since its logits are
+    computed with it; it is no part of the speed of the tokens that follow.
     """
     told: dict[str, Any] = {"cache_n": last.cached_tokens}
     n_read = last.prompt_tokens - last.cached_tokens

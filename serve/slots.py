@@ -1,7 +1,7 @@
 """Slots: the sessions of a model that answer at the same time, and the queue of those who wait for one.
 
-In: the ids that a request begins with. Out: a slot, of which the holder is the only user until it is given back. First come,
-first served; the queue has an end. Everything here happens in one event loop. Knows no HTTP.
+In: the ids that a request begins with. Out: a slot, for the holder alone until it is given back. First come, first served;
+the length of the queue is limited. Everything here happens in one event loop. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class QueueFull(Exception):
-    """As many wait as may wait; `retry_after`: in how many seconds it may be worth trying again."""
+    """Too many wait already. `retry_after`: seconds after which it may be worth trying again."""
 
     def __init__(self, retry_after: int):
         self.retry_after = retry_after
@@ -28,7 +28,7 @@ class QueueFull(Exception):
 
 @dataclass
 class Slot:
-    """One session; `used` is when it was given back last, `taken` when it was taken, 0 while nobody has it."""
+    """One session. `used`: when it was given back last; `taken`: when it was taken, 0 while it is free."""
 
     session: Conversation
     used: float = 0.0
@@ -36,7 +36,7 @@ class Slot:
 
 
 class Slots:
-    """`limit`: how many may wait."""
+    """The sessions, and the queue for them; `limit`: how many may wait."""
 
     def __init__(self, sessions: Sequence[Conversation], limit: int):
         self.all = [Slot(session) for session in sessions]
@@ -56,8 +56,8 @@ class Slots:
         return sum(not future.done() for future in self._waiting)
 
     async def take(self, ids: list[int], seconds: float) -> Slot:
-        """A slot, best one that remembers the beginning of `ids`. Raises QueueFull at once where too many wait already,
-        TimeoutError where none becomes free in time.
+        """A slot, preferably one whose cache holds the beginning of `ids`. Raises QueueFull at once if too many wait already,
+        TimeoutError if none becomes free within `seconds`.
         """
         if self._free:  # then nobody waits
             slot = max(self._free, key=lambda slot: (_remembered(slot, ids), -slot.used))
@@ -80,12 +80,12 @@ class Slots:
         return slot
 
     def stop(self) -> None:
-        """Nobody who waits gets one any more."""
+        """Refuse everybody who waits."""
         for future in self._waiting:
             _give_up(future)
 
     def give_back(self, slot: Slot) -> None:
-        """The slot is nobody's any more: the next in the queue gets it."""
+        """Give the slot to the next in the queue, or make it free."""
         slot.used = time.monotonic()
         if slot.taken:
             self._seconds += 0.2 * (slot.used - slot.taken - self._seconds)
@@ -104,6 +104,6 @@ def _give_up(future: asyncio.Future[Slot]) -> None:
 
 
 def _remembered(slot: Slot, ids: list[int]) -> int:
-    """How many of the first ids the slot's session has computed, 0 where it would forget more than that for them."""
+    """How many of the first ids the slot has in its cache; 0 if using it would throw away more than that."""
     same = slot.session.remembered(ids)
     return same if 2 * same >= len(slot.session.state.ids) else 0

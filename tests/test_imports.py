@@ -28,7 +28,7 @@ ALLOWED = {
     # the engine with another face: it asks a model, and knows no kernels
     "serve": (
         "errors asynchronous pocketlm model conversation runtime.sampling_options runtime.generator chat.saved"
-        " chat.states chat.thinking chat.transcript constrain cli_options terminal_text"
+        " chat.states chat.thinking chat.transcript constrain cli_options signals terminal_text"
     ),
     # … and with a third
     "batch": (
@@ -38,7 +38,10 @@ ALLOWED = {
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
     # of the cache where it is: a fetched model lies beside it
     "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
-    "bench": "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options doctor.board terminal_text",
+    "bench": (
+        "errors pocketlm model tokenizer runtime runtime.native export batch.local cli_options doctor.board signals"
+        " terminal_text"
+    ),
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export export.command cli"
         " cli_options terminal_text"
@@ -54,11 +57,12 @@ ALLOWED = {
     "constrain": "errors locks runtime.sampling",  # what it changes: logits; it knows no model
     "asynchronous": "cancel",
     "cancel": "",
+    "signals": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling_options runtime.memory runtime.processors terminal_text",
     "export.command": "errors export model cli_options terminal_text",  # a model by its short name
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
-    "chat": "errors locks tokenizer runtime.sampling_options runtime.atomic constrain terminal_text",
+    "chat": "errors locks tokenizer runtime.sampling_options runtime.atomic constrain signals terminal_text",
     "runtime": "cancel errors locks runtime.native.executor terminal_text",
     "runtime.native": "errors runtime",
     "tokenizer": "errors pickle_reader",

@@ -73,18 +73,19 @@ def test_what_is_packed_is_what_export_writes(option, folder, monkeypatch, capsy
     assert not list(folder.glob(".pocketlm-*"))
 
 
-def test_there_is_one_table_of_options():
+def test_both_commands_have_the_same_options():
     """Every option that says what the model becomes is in both commands, with the same words."""
     parsers = {}
-    for name, arguments in (("export", export.arguments), ("pack", build.COMMANDS["pack"].arguments)):
+    declared = {"export": export.arguments, "pack": build.COMMANDS["pack"].arguments, "both": export.model_options}
+    for name, arguments in declared.items():
         parser = argparse.ArgumentParser()
         arguments(parser)
         parsers[name] = {flag: action for action in parser._actions for flag in action.option_strings}
-    for flag in export.OPTIONS:
+    for flag in parsers["both"]:
         first, second = parsers["export"][flag], parsers["pack"][flag]
         assert (first.help, first.default, first.metavar) == (second.help, second.default, second.metavar)
-    apart = {"-h", "--help", "-o", "--output", "--to", "--verify"}  # where the file goes, and what is asked of it then
-    assert set(parsers["export"]) - apart == set(export.OPTIONS)
+    apart = {"-o", "--output", "--to", "--verify"}  # where the file goes, and what is asked of it then
+    assert set(parsers["export"]) - apart == set(parsers["both"])
 
 
 def test_what_export_advises_can_be_followed(folder, monkeypatch, capsys):

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import images
+import pefile
 
-from pocketlm.build import pe, wheels
+from pocketlm.build import wheels
 
 VERSION = sys.version_info[:2]
 LIBRARY = f"python{VERSION[0]}{VERSION[1]}.dll"
@@ -45,7 +46,10 @@ def compose(folder: Path, requirements: Iterable[str], constraints: Path) -> Non
                 elif member.startswith("deploy_libs/") and file.endswith((".pyd", ".dll")) and not file.startswith(NOT_TAKEN):
                     (folder / ("" if file == LIBRARY else "DLLs") / file).write_bytes(wheel.read(member))
     (folder / "bcryptprimitives.dll").write_bytes(images.random_numbers())
-    (folder / "python3.dll").write_bytes(images.stable_abi(LIBRARY, pe.exports((folder / LIBRARY).read_bytes())))
+    offered = pefile.PE(str(folder / LIBRARY), fast_load=True)
+    offered.parse_data_directories([pefile.DIRECTORY_ENTRY["IMAGE_DIRECTORY_ENTRY_EXPORT"]])
+    names = {symbol.name.decode() for symbol in offered.DIRECTORY_ENTRY_EXPORT.symbols if symbol.name}
+    (folder / "python3.dll").write_bytes(images.stable_abi(LIBRARY, names))
     install(folder / "Lib/site-packages", requirements, constraints)
     (folder / "python.exe").write_bytes(images.python_exe(LIBRARY))
 
