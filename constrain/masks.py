@@ -169,8 +169,8 @@ class Masks:
         return np.concatenate(found)
 
     def _walk_few(self, nodes: list[int], numbers: list[int], found: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The same node by node, which is faster while they are few. What is reached goes to `found`; the nodes and states where
-        it stopped: none, or more than FEW_NODES, or where counted parts were left.
+        """The same node by node, which is faster while they are few. What is reached goes to `found`; the nodes and states
+        where it stopped: none, or more than FEW_NODES, or where counted parts were left.
         """
         byte, first, last = self.vocabulary.plain
         states, reached, counted = self._states, list[int](), dict[int, list[int]]()
