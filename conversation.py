@@ -10,13 +10,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from pocketlm.constrain import OPTIONS
-from pocketlm.errors import PocketlmError, UsageError, did_you_mean
+from pocketlm.errors import PocketlmError, UsageError, did_you_mean, whole_number
 from pocketlm.runtime.ids import given_ids, in_common
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
@@ -261,7 +262,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def prompt_room(n_ctx: int, max_tokens: int | None) -> int:
     """How many tokens of a conversation a context holds beside the answer, which may have `max_tokens`."""
-    wanted = max_tokens if isinstance(max_tokens, int) and max_tokens else ANSWER_ROOM  # what is no number is refused later
+    wanted = int(max_tokens) if isinstance(max_tokens, Integral) and max_tokens else ANSWER_ROOM  # the rest is refused later
     return n_ctx - min(wanted, ANSWER_ROOM, n_ctx // 4)
 
 
@@ -271,9 +272,7 @@ class Likeliest:
     MOST = 100
 
     def __init__(self, sampler: Sampler, n: int, n_vocab: int):
-        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.MOST:
-            raise UsageError(f"top_logprobs is {n!r}; it must be a whole number from 0 to {self.MOST}")
-        self._sampler, self._n, self._n_vocab = sampler, n, n_vocab
+        self._sampler, self._n, self._n_vocab = sampler, whole_number("top_logprobs", n, 0, self.MOST), n_vocab
         self._seen: deque[tuple[int, tuple[tuple[int, float], ...]]] = deque()
 
     def sample(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:

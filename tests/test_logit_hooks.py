@@ -45,6 +45,7 @@ def test_the_likeliest_are_listed_with_every_piece(model):
         assert logprobs[0] == pytest.approx(piece.logprob, abs=1e-6)
         assert list(logprobs) == sorted(logprobs, reverse=True)
     assert last.top_logprobs == ()
+    assert len(next(model.generate("the", top_logprobs=np.int64(2))).top_logprobs) == 2
     for bad in (-1, 1.5, True, 101):
         with pytest.raises(UsageError, match="top_logprobs"):
             list(model.generate("the", top_logprobs=bad))
@@ -85,3 +86,17 @@ def test_both_are_the_same_where_drafts_are_tried(model, options):
     assert none == 0
     assert n > 0
     assert all(len(top) == 3 for *_, top in drafted)
+
+
+def test_ids_that_a_hook_keeps_do_not_stop_the_text_from_growing(model):
+    kept = []
+    pieces = list(model.generate("the", max_tokens=4, process=lambda logits, ids: kept.append(np.asarray(ids))))
+    assert [len(ids) for ids in kept] == [len(kept[0]) + n for n in range(4)]
+    assert [ids[-1] for ids in kept[1:]] == [piece.id for piece in pieces[:3]]
+
+
+@pytest.mark.parametrize("process", [5, lambda logits, ids: logits + 1])
+def test_a_hook_that_changes_nothing_is_refused(model, process):
+    with pytest.raises(UsageError, match=r"^process "):
+        list(model.generate("the", max_tokens=2, process=process))
+    list(model.generate("the", max_tokens=2, process=lambda logits, ids: np.multiply(logits, 2, out=logits)))
