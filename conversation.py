@@ -134,7 +134,8 @@ class Conversation:
         where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
         `draft`: what the text so far foretells is verified in one pass where that pays; the answer is the same without.
         Three more options: `top_logprobs` (how many of the likeliest each piece lists), `logprobs` (False: NaN in pieces, which
-        saves time), and `process`, which changes the logits before the choice, as `runtime.sampling.make_sampler` says.
+        saves time), and `process(logits, ids)`, which changes the logits, float32 (n_vocab,), in place before the choice, as
+        `runtime.sampling.make_sampler` says; it may ask other sessions of the model.
         And four of which one may be given, for the form that the answer must have: `json_object`, `json_schema`, `choices`,
         `regex`, as `constrain.guides.take_form` describes them. An answer that `max_tokens` or the context cuts off is the
         beginning of such a text.
@@ -216,12 +217,13 @@ class Conversation:
                 raise UsageError("an answer that has a form ends with it: ignore_eos cannot be had")
             sampling["allowed"] = guide.allowed
         sampling["logprobs"] = logprobs or bool(top_logprobs)
+        apart = sampling.get("process") is not None
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
         listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)
         chosen = listed.sample if top_logprobs else sampler
         stream = generate(
             self.state, ids, guide.along(chosen) if guide else chosen, decoder, end_ids=end_ids, ignore_eos=ignore_eos,
-            is_over=guide.is_over if guide else None, **how,
+            is_over=guide.is_over if guide else None, apart=apart, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
 

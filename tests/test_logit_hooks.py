@@ -1,6 +1,7 @@
 """What a caller may do where the next token is chosen: change the logits, and see the likeliest."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from test_drafts import Eager
 from tiny_models import write_model
 
 import pocketlm
-from pocketlm.errors import UsageError
+from pocketlm.errors import PocketlmError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,58 @@ def test_a_hook_that_changes_nothing_is_refused(model, process):
     with pytest.raises(UsageError, match=r"^process "):
         list(model.generate("the", max_tokens=2, process=process))
     list(model.generate("the", max_tokens=2, process=lambda logits, ids: np.multiply(logits, 2, out=logits)))
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_hook_may_ask_other_sessions_of_the_model(model, backend, draft):
+    """Guidance by another prompt (arXiv 2306.17806): logits of one session, moved away from those of another."""
+    prompt, aside = model.tokenizer.encode("the the the the"), model.tokenizer.encode("in ")
+    with pocketlm.load(model.path, backend=backend, threads=1) as model:
+        session, other = model.session(), model.session()
+        session.state.odds = Eager()
+
+        def logits_of(ids):
+            return other.logits(ids)[-1]
+
+        def guided(logits, ids):
+            logits += logits - logits_of(aside + ids[len(prompt) :].tolist())
+
+        pieces = in_time(lambda: list(session.generate(prompt, max_tokens=8, temperature=0, process=guided, draft=draft)))
+        ids = prompt[:]
+        for _ in pieces[:-1]:
+            ids.append(int((2 * logits_of(ids) - logits_of(aside + ids[len(prompt) :])).argmax()))
+        assert [piece.id for piece in pieces[:-1]] == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("does", ["generate", "close", "fork", "save"])
+def test_a_hook_that_asks_its_own_session_gets_what_it_asks_for_or_ends_the_answer(model, does, tmp_path):
+    session = model.session()
+    expected = [piece.id for piece in session.generate("the", max_tokens=3, temperature=0)]
+    things = {
+        "generate": lambda: list(session.generate("a", max_tokens=1)), "close": session.close,
+        "fork": session.fork, "save": lambda: session.save(tmp_path / "state"),
+    }  # fmt: skip
+    options = {"max_tokens": 3, "temperature": 0, "process": lambda logits, ids: things[does]()}
+    said = in_time(lambda: [piece.id for piece in session.generate("the", **options)])
+    if does in ("fork", "save"):
+        assert said == expected
+    else:
+        assert isinstance(said, PocketlmError)
+
+
+def in_time(call):
+    """What it returns, or raises as an error of the package's."""
+
+    def run():
+        try:
+            found.append(call())
+        except PocketlmError as error:
+            found.append(error)
+
+    found: list = []
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it waits for ever"
+    return found[0]
