@@ -100,10 +100,10 @@ class Conversation:
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        by = "another model, backend or instruction set, or without `exactly`" if exactly else "another model"
+        by = "another model, " + ("backend or instruction set, or without `exactly`" if exactly else "or with `exactly`")
         header = check_state(path, self.state.cache, self._computed_by(exactly), by)
         self._turns = None
-        self.state.fill(lambda cache: read_state(path, header, cache))
+        self.state.fill(lambda cache: read_state(path, header, cache), exactly)
 
     def close(self) -> None:
         """Give the cache's memory back. A second call does nothing."""

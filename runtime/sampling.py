@@ -123,6 +123,7 @@ def make_sampler(
 
     sum_exp = selection.sum_exp if selection else _sum_exp
 
+    @np.errstate(under="ignore")  # a weight too small to be told from 0 is 0, though the caller has NumPy raise
     def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
         used = logits
         if adjust:

@@ -45,7 +45,7 @@ class Session:
         self.executor, self.engine, self.cache = executor, engine or Engine(executor), cache or executor.cache
         self.n_ctx = self.cache.n_ctx
         self.ids = list(ids)
-        self._moved: int | None = None  # from which position on keys were moved here from elsewhere
+        self._moved: int | None = None  # from which position on keys were moved here from elsewhere, or read
         self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self.lock = ForkedLock()  # who computes holds it
@@ -125,12 +125,15 @@ class Session:
             self._settle()
             yield self.ids, self.cache
 
-    def fill(self, read: Callable[[Any], Sequence[int]]) -> None:
-        """Let `read` fill the empty cache; it returns the ids. Whatever it raises, the cache is empty then."""
+    def fill(self, read: Callable[[Any], Sequence[int]], exactly: bool = False) -> None:
+        """Let `read` fill the empty cache; it returns the ids, whose bits may be another executor's unless `exactly`. Whatever
+        it raises, the cache is empty then.
+        """
         with self.held(self.claim()):
             self.clear()
             try:
                 self.ids = list(read(self.cache))
+                self._moved = None if exactly else 0
             finally:
                 self._settle()
 

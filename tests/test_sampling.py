@@ -305,3 +305,10 @@ def test_numbers_of_other_kinds_are_as_good_as_pythons(options):
     alike = {name: int(value) if isinstance(value, Integral) else float(value) for name, value in options.items()}
     one, other = (make_sampler(n_vocab=1024, **{"seed": 1, **given}) for given in (options, alike))
     assert [one(logits, ids) for _ in range(50)] == [other(logits, ids) for _ in range(50)]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-4}, {"logit_bias": {5: -1e6, 7: 1e6}}, {"top_k": 0, "min_p": 1e-300}])
+def test_a_caller_who_has_numpy_raise_gets_a_token(options):
+    logits = np.arange(100, dtype=np.float32)
+    with np.errstate(all="raise"):
+        assert make_sampler(n_vocab=100, seed=1, **options)(logits, [1])[0] == (7 if "logit_bias" in options else 99)
