@@ -120,7 +120,7 @@ class Conversation:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
-        return self.state.all_logits(np.asarray(ids))
+        return self.state.all_logits(ids)
 
     def generate(
         self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),

@@ -134,7 +134,7 @@ def generate(
     prompt = list(map(int, ids))
     n_prompt, n_generated, stopped = len(prompt), 0, False
 
-    claim = session.claim()
+    claim = session.claim_unless(cancelled)
     session.check_ids(prompt)
     tokens = array("i", prompt)  # and, growing, the answer; as samplers in compiled code read it
 
@@ -166,10 +166,13 @@ def generate(
         del tokens[n:]
         return drawn
 
-    with session.held(claim):
-        how = {"cancelled": interrupted, "use": draw_first, "apart": apart}
-        drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, **how)
-        note, prompted = session.note, prompted if drawn is not None else perf_counter()
+    how = {"cancelled": interrupted, "use": draw_first, "apart": apart}
+    drawn, n_cached, note = None, 0, ""
+    if claim is not None:
+        with session.held(claim):
+            drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, **how)
+            note = session.note
+    prompted = prompted if drawn is not None else perf_counter()
     reason, at = "cancelled", 0  # at: which of the drawn tokens comes next
     while drawn is not None and not cancelled():
         if not drawn:  # there is nothing to draw any more

@@ -15,7 +15,7 @@ import numpy as np
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
-from pocketlm.runtime.ids import check_ids, in_common
+from pocketlm.runtime.ids import Ids, check_ids, in_common
 from pocketlm.runtime.pass_times import Company
 from pocketlm.runtime.threads import ForkedLock
 
@@ -50,6 +50,7 @@ class Session:
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self.lock = ForkedLock()  # who computes holds it
         self._claim: object | None = None  # the present user's; None before the first and after `end`
+        self._claiming = ForkedLock()
         self._ended = ""  # why nobody can use this session any more
         self._settle()
 
@@ -59,7 +60,13 @@ class Session:
 
     def claim(self) -> object:
         """From now on the cache is the caller's; what is returned is for `held`. Raises PocketlmError after `end`."""
-        claim = self._claim = object()  # without the lock: a user between two steps shall not have to be waited for
+        return self.claim_unless(lambda: False)
+
+    def claim_unless(self, cancelled: Callable[[], bool]) -> object | None:
+        """The same, but None where the caller was cancelled: whoever cancelled him may have begun something else by now."""
+        with self._claiming.here:  # not the other lock: a user between two steps shall not have to be waited for
+            claim = None if cancelled() else object()
+            self._claim = claim or self._claim
         self.check_open()
         return claim
 
@@ -137,7 +144,7 @@ class Session:
             finally:
                 self._settle()
 
-    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+    def all_logits(self, ids: Ids) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache. Raises PocketlmError."""
         with self.held(self.claim()):
             self.clear()
