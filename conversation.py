@@ -10,13 +10,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from pocketlm.constrain import OPTIONS
-from pocketlm.errors import PocketlmError, UsageError, did_you_mean
+from pocketlm.errors import PocketlmError, UsageError, did_you_mean, whole_number
 from pocketlm.runtime.ids import given_ids, in_common
 from pocketlm.runtime.session import Session
 from pocketlm.tokenizer import Tokenizer
@@ -99,10 +100,10 @@ class Conversation:
         """
         from pocketlm.runtime.state_file import check_state, read_state
 
-        by = "another model, backend or instruction set, or without `exactly`" if exactly else "another model"
+        by = "another model, " + ("backend or instruction set, or without `exactly`" if exactly else "or with `exactly`")
         header = check_state(path, self.state.cache, self._computed_by(exactly), by)
         self._turns = None
-        self.state.fill(lambda cache: read_state(path, header, cache))
+        self.state.fill(lambda cache: read_state(path, header, cache), exactly)
 
     def close(self) -> None:
         """Give the cache's memory back. A second call does nothing."""
@@ -119,7 +120,7 @@ class Conversation:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache."""
-        return self.state.all_logits(np.asarray(ids))
+        return self.state.all_logits(ids)
 
     def generate(
         self, prompt: str | Sequence[int], *, max_tokens: int | None = None, stop: str | Sequence[str] = (),
@@ -133,7 +134,8 @@ class Conversation:
         where the model asks for one. `max_tokens` None: until an end token, a stop string or the end of the context.
         `draft`: what the text so far foretells is verified in one pass where that pays; the answer is the same without.
         Three more options: `top_logprobs` (how many of the likeliest each piece lists), `logprobs` (False: NaN in pieces, which
-        saves time), and `process`, which changes the logits before the choice, as `runtime.sampling.make_sampler` says.
+        saves time), and `process(logits, ids)`, which changes the logits, float32 (n_vocab,), in place before the choice, as
+        `runtime.sampling.make_sampler` says; it may ask other sessions of the model.
         And four of which one may be given, for the form that the answer must have: `json_object`, `json_schema`, `choices`,
         `regex`, as `constrain.guides.take_form` describes them. An answer that `max_tokens` or the context cuts off is the
         beginning of such a text.
@@ -215,12 +217,13 @@ class Conversation:
                 raise UsageError("an answer that has a form ends with it: ignore_eos cannot be had")
             sampling["allowed"] = guide.allowed
         sampling["logprobs"] = logprobs or bool(top_logprobs)
+        apart = sampling.get("process") is not None
         sampler = make_sampler(**sampling, n_vocab=n_vocab, selection=self.state.executor.new_selection(), exempt=end_ids)
         listed = Likeliest(sampler, top_logprobs, model._tokenizer.n_vocab if model._tokenizer else n_vocab)
         chosen = listed.sample if top_logprobs else sampler
         stream = generate(
             self.state, ids, guide.along(chosen) if guide else chosen, decoder, end_ids=end_ids, ignore_eos=ignore_eos,
-            is_over=guide.is_over if guide else None, **how,
+            is_over=guide.is_over if guide else None, apart=apart, **how,
         )  # fmt: skip
         return listed.told(stream) if top_logprobs else stream
 
@@ -261,7 +264,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def prompt_room(n_ctx: int, max_tokens: int | None) -> int:
     """How many tokens of a conversation a context holds beside the answer, which may have `max_tokens`."""
-    wanted = max_tokens if isinstance(max_tokens, int) and max_tokens else ANSWER_ROOM  # what is no number is refused later
+    wanted = int(max_tokens) if isinstance(max_tokens, Integral) and max_tokens else ANSWER_ROOM  # the rest is refused later
     return n_ctx - min(wanted, ANSWER_ROOM, n_ctx // 4)
 
 
@@ -271,9 +274,7 @@ class Likeliest:
     MOST = 100
 
     def __init__(self, sampler: Sampler, n: int, n_vocab: int):
-        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= self.MOST:
-            raise UsageError(f"top_logprobs is {n!r}; it must be a whole number from 0 to {self.MOST}")
-        self._sampler, self._n, self._n_vocab = sampler, n, n_vocab
+        self._sampler, self._n, self._n_vocab = sampler, whole_number("top_logprobs", n, 0, self.MOST), n_vocab
         self._seen: deque[tuple[int, tuple[tuple[int, float], ...]]] = deque()
 
     def sample(self, logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:

@@ -13,10 +13,10 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
 STALE_SECONDS = 3600  # a part that nobody has written to for so long was left by a process that was killed
@@ -30,8 +30,9 @@ def replacing_file(target: Path, n_bytes: int = 0, rename: Callable[[Path, Path]
     that the operating system refuses, and what `rename` raises.
     """
     target = _real(target)
-    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        raise FileError(target, "is there already and is not a file", "choose another name for the output")
+    with _refused(target):
+        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+            raise FileError(target, "is there already and is not a file", "choose another name for the output")
     with _part_of(target, n_bytes) as part:
         yield part
         _sync(part)
@@ -64,10 +65,11 @@ def write_file(target: Path, content: str | bytes) -> None:
 def replacing_folder(target: Path, files: Sequence[str], n_bytes: int = 0) -> Iterator[Path]:
     """`replacing_file` for a folder, which the block makes. An old one may hold nothing but `files`: others are the user's."""
     target = _real(target)
-    if target.exists() and not target.is_dir():
-        raise FileError(target, "is there already and is not a folder", "choose another name for the output")
-    if target.exists() and (others := sorted({entry.name for entry in target.iterdir()} - set(files))):
-        raise FileError(target, f"is there already and holds {others[0]}", "choose a new folder for the output")
+    with _refused(target):
+        if target.exists() and not target.is_dir():
+            raise FileError(target, "is there already and is not a folder", "choose another name for the output")
+        if target.exists() and (others := sorted({entry.name for entry in target.iterdir()} - set(files))):
+            raise FileError(target, f"is there already and holds {others[0]}", "choose a new folder for the output")
     with _part_of(target, n_bytes) as part:
         yield part
         for path in part.iterdir():
@@ -115,11 +117,17 @@ def _real(target: Path) -> Path:
         raise FileError(target, f"cannot be written ({error})") from None
 
 
+def _refused(target: Path) -> AbstractContextManager[None]:
+    """A name that is too long, or in a folder that this user may not enter, as a FileError."""
+    return refused(target, "choose another name for the output", "cannot be written")
+
+
 def check_room(target: Path, n_bytes: int) -> None:
     """Raises FileError where there is no folder for `target`, or its disk has less than `n_bytes`."""
-    if not target.parent.is_dir():
-        raise FileError(target, "its folder does not exist", "make the folder first")
-    free = shutil.disk_usage(target.parent).free
+    with _refused(target):
+        if not target.parent.is_dir():
+            raise FileError(target, "its folder does not exist", "make the folder first")
+        free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
         raise FileError(target, f"needs {n_bytes / 1e6:.1f} MB where {free / 1e6:.1f} MB are free", "make room")
 

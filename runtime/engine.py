@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 GATHER = 0.25  # of the last pass's time: so long a leader waits for those who were in it; they may be drawing their tokens
 LONGEST = 0.005  # seconds of that at most
 BURST_SECONDS = 0.05  # of passes in a row where nobody waits for one: their tokens are handed out together
+BUSY = "this thread is in the middle of computing an answer; a signal handler sets `cancel`, and the rest waits for the end"
 LOOK = 0.05  # seconds until a caller who waits looks for himself: only an interrupt at the one wrong moment needs that
 
 Use = Callable[[np.ndarray], Any]
@@ -63,6 +65,7 @@ class Engine:
 
     def _begin(self) -> None:
         self._pid, self._turn = os.getpid(), locks.lock()  # whoever holds it leads
+        self._leader = 0  # his thread
         self._queue: list[_Request] = []
         self._last: dict[int, int] = {}  # of the last pass: caches, and how many tokens of each; replaced, never changed
         self._missing: set[int] = set()  # those of them that the leader waits for, until he is woken:
@@ -101,6 +104,7 @@ class Engine:
     def _wait_for(self, request: _Request) -> _Request:
         """The request when it is done. Raises what was raised for it."""
         cache = request.cache
+        self.check_thread()
         self.forget(cache)
         self._queue.append(request)
         self._wanted.value = 1
@@ -147,21 +151,39 @@ class Engine:
             self._begin()
         queue = list(self._queue)  # a copy: a leader takes others out meanwhile
         if queue and any(request.cache is cache for request in queue):
+            self.check_thread()
             with self._turn:
                 self._take_out(cache)
+
+    def check_thread(self) -> None:
+        """Raises PocketlmError in a signal handler of the thread that leads a pass: it cannot wait for the end of that."""
+        if self._leader == get_ident():
+            raise PocketlmError(BUSY)
 
     def _take_out(self, cache: Any) -> None:
         for request in [request for request in self._queue if request.cache is cache]:
             self._queue.remove(request)
 
     def close(self, reason: str) -> None:
-        """From now on nothing is computed any more, `reason` says why; those who wait are told at once."""
+        """From now on nothing is computed any more, `reason` says why; those who wait are told at once. Raises PocketlmError as
+        `check_thread`.
+        """
+        self.check_thread()
         self._ended, self._wanted.value = reason, 1
         for request in list(self._queue):
             open_lock(request.gate)
 
     def _lead(self, own: _Request) -> None:
-        """One pass, whose results are handed out."""
+        """One pass, whose results are handed out. PocketlmError where the request was taken back: by a signal handler."""
+        if own not in self._queue:
+            raise PocketlmError("this answer ends here: its session was changed in the middle of it")
+        try:
+            self._leader = get_ident()
+            self._pass(own)
+        finally:
+            self._leader = 0
+
+    def _pass(self, own: _Request) -> None:
         self._gather(own)
         started = perf_counter()
         work, self._passes = self._choose(), 1

@@ -97,6 +97,7 @@ def generate(
     keep: int | None = None,
     draft: bool = True,
     is_over: Callable[[], bool] | None = None,
+    apart: bool = False,
 ) -> Generator[Piece, None, None]:
     """The answer to the prompt `ids`, token by token, the last record saying how it ended.
 
@@ -110,6 +111,8 @@ def generate(
     tokens at the beginning that have to stay, the older half of the others goes instead, and the answer goes on.
 
     `is_over()` is asked before every pass, and at `max_tokens`, whether the answer is whole as it is, with what was drawn last.
+
+    `apart`: the sampler may ask other sessions of the same model (see `Session.append`).
 
     With `draft`, what the text so far foretells is verified in one pass where that pays (see `drafts`); the answer is the same.
 
@@ -131,7 +134,7 @@ def generate(
     prompt = list(map(int, ids))
     n_prompt, n_generated, stopped = len(prompt), 0, False
 
-    claim = session.claim()
+    claim = session.claim_unless(cancelled)
     session.check_ids(prompt)
     tokens = array("i", prompt)  # and, growing, the answer; as samplers in compiled code read it
 
@@ -163,9 +166,13 @@ def generate(
         del tokens[n:]
         return drawn
 
-    with session.held(claim):
-        drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, cancelled=interrupted, use=draw_first)
-        note, prompted = session.note, prompted if drawn is not None else perf_counter()
+    how = {"cancelled": interrupted, "use": draw_first, "apart": apart}
+    drawn, n_cached, note = None, 0, ""
+    if claim is not None:
+        with session.held(claim):
+            drawn, n_cached = session.advance(tokens, reuse_cache=reuse_cache, shift=shift, **how)
+            note = session.note
+    prompted = prompted if drawn is not None else perf_counter()
     reason, at = "cancelled", 0  # at: which of the drawn tokens comes next
     while drawn is not None and not cancelled():
         if not drawn:  # there is nothing to draw any more
@@ -202,7 +209,7 @@ def generate(
             if (room := n_ctx - len(session.ids)) > 0:
                 tried = drafts.after(tokens, room - 1, session.company) if drafts else []
                 if tried or inside is None:
-                    drawn = session.append(id, tried, draw)
+                    drawn = session.append(id, tried, draw, apart)
                 else:
                     most = room if max_tokens is None else min(room, max_tokens - n_generated)
                     most = drafts.may_pay_after(session.company, most) if drafts else most
@@ -222,7 +229,7 @@ def generate(
             reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break
         with session.held(claim):
-            drawn, _ = session.advance(tokens, shift=True, cancelled=interrupted, use=draw_first)
+            drawn, _ = session.advance(tokens, shift=True, **how)
             note += f"; {session.note}" if session.note else ""
 
     rest = "" if stopped else decoder.flush()

@@ -16,7 +16,10 @@ Ids = np.ndarray | Sequence[int]
 
 def check_ids(ids: Ids, n_vocab: int, length: int, n_ctx: int) -> np.ndarray:
     """`ids` as int64 [n]. Raises PocketlmError for none, for one outside the vocabulary, for more than the context holds."""
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError:  # lists of several lengths
+        ids = np.empty(0)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or not _are_below(n_vocab, ids):
         raise PocketlmError(f"token ids must be a list of one or more whole numbers from 0 to {n_vocab - 1}")
     if length + len(ids) > n_ctx:

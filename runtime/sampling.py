@@ -36,7 +36,7 @@ penalty, no filter; computed in float32 (error about 1e-6), NaN from a sampler m
 """
 
 Process = Callable[[np.ndarray, Sequence[int]], None]
-"""(a copy of the logits float32 (n_vocab,), ids so far): changes the logits in place."""
+"""(a copy of the logits float32 (n_vocab,), a copy of the ids so far): changes the logits in place, returns nothing."""
 
 Allowed = Callable[[], np.ndarray]
 """Which tokens may come next: their ids, int64, or for each whether it may not, bool (n_vocab,); contiguous."""
@@ -111,10 +111,10 @@ def make_sampler(
     if (o.repeat_penalty, o.presence_penalty, o.frequency_penalty) != (1, 0, 0):
         adjust.append(_penalties(o, exempt))
     if process is not None:
-        adjust.append(process)
+        adjust.append(_given(process))
     if allowed is not None:
         adjust.append(_restriction(allowed))
-    uniform = random.Random(None if o.seed is None else int(o.seed)).random  # numpy.random is left out of a packed executable
+    uniform = random.Random(o.seed).random  # numpy.random is left out of a packed executable
     if selection and process is None and (sampler := selection.draw(o, exempt, logprobs, uniform, allowed)):
         return sampler
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
@@ -123,6 +123,7 @@ def make_sampler(
 
     sum_exp = selection.sum_exp if selection else _sum_exp
 
+    @np.errstate(under="ignore")  # a weight too small to be told from 0 is 0, though the caller has NumPy raise
     def sample(logits: np.ndarray, ids: Sequence[int]) -> tuple[int, float]:
         used = logits
         if adjust:
@@ -189,6 +190,18 @@ def _penalties(o: SamplingOptions, exempt: Set[int]) -> Callable[[np.ndarray, Se
         logits[recent] = np.where(x > 0, x / repeat, x * repeat) - presence  # an id that is there twice gets the same twice
         if o.frequency_penalty:
             np.subtract.at(logits, recent, o.frequency_penalty)
+
+    return step
+
+
+def _given(process: Process) -> Process:
+    if not callable(process):
+        raise UsageError(f"process is {process!r:.60}; it must be a function of logits and ids")
+
+    def step(logits: np.ndarray, ids: Sequence[int]) -> None:
+        changed: Any = process(logits, ids[:])  # a copy: the text could not grow while an array looks at it
+        if isinstance(changed, np.ndarray) and changed is not logits:
+            raise UsageError("process returned an array; it must change the logits that it is given in place")
 
     return step
 

@@ -37,6 +37,9 @@ class SamplingOptions:
     def __post_init__(self):
         for name, kind, within, expected in _RANGES:
             value = getattr(self, name)
+            if isinstance(value, kind) and type(value) not in (int, float, bool, type(None)):
+                value = int(value) if kind is not Real else float(value)  # NumPy's numbers are narrow, and wrap around
+                object.__setattr__(self, name, value)
             if not isinstance(value, kind) or isinstance(value, bool) or not within(value):
                 raise UsageError(f"{name} is {value!r}; it must be {expected}")
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):

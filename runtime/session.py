@@ -15,7 +15,7 @@ import numpy as np
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
-from pocketlm.runtime.ids import check_ids, in_common
+from pocketlm.runtime.ids import Ids, check_ids, in_common
 from pocketlm.runtime.pass_times import Company
 from pocketlm.runtime.threads import ForkedLock
 
@@ -45,11 +45,12 @@ class Session:
         self.executor, self.engine, self.cache = executor, engine or Engine(executor), cache or executor.cache
         self.n_ctx = self.cache.n_ctx
         self.ids = list(ids)
-        self._moved: int | None = None  # from which position on keys were moved here from elsewhere
+        self._moved: int | None = None  # from which position on keys were moved here from elsewhere, or read
         self.odds = Odds()  # of drafts
         self.note = ""  # what the last `advance` had to do that costs time unexpectedly
         self.lock = ForkedLock()  # who computes holds it
         self._claim: object | None = None  # the present user's; None before the first and after `end`
+        self._claiming = ForkedLock()
         self._ended = ""  # why nobody can use this session any more
         self._settle()
 
@@ -59,7 +60,13 @@ class Session:
 
     def claim(self) -> object:
         """From now on the cache is the caller's; what is returned is for `held`. Raises PocketlmError after `end`."""
-        claim = self._claim = object()  # without the lock: a user between two steps shall not have to be waited for
+        return self.claim_unless(lambda: False)
+
+    def claim_unless(self, cancelled: Callable[[], bool]) -> object | None:
+        """The same, but None where the caller was cancelled: whoever cancelled him may have begun something else by now."""
+        with self._claiming.here:  # not the other lock: a user between two steps shall not have to be waited for
+            claim = None if cancelled() else object()
+            self._claim = claim or self._claim
         self.check_open()
         return claim
 
@@ -125,16 +132,19 @@ class Session:
             self._settle()
             yield self.ids, self.cache
 
-    def fill(self, read: Callable[[Any], Sequence[int]]) -> None:
-        """Let `read` fill the empty cache; it returns the ids. Whatever it raises, the cache is empty then."""
+    def fill(self, read: Callable[[Any], Sequence[int]], exactly: bool = False) -> None:
+        """Let `read` fill the empty cache; it returns the ids, whose bits may be another executor's unless `exactly`. Whatever
+        it raises, the cache is empty then.
+        """
         with self.held(self.claim()):
             self.clear()
             try:
                 self.ids = list(read(self.cache))
+                self._moved = None if exactly else 0
             finally:
                 self._settle()
 
-    def all_logits(self, ids: np.ndarray) -> np.ndarray:
+    def all_logits(self, ids: Ids) -> np.ndarray:
         """Logits of every position, float32 (len(ids), n_vocab), computed from an empty cache. Raises PocketlmError."""
         with self.held(self.claim()):
             self.clear()
@@ -145,16 +155,18 @@ class Session:
                 self._forward(block.tolist(), len(block), lambda rows, at=at: np.copyto(logits[at : at + len(rows)], rows))
             return logits
 
-    def append(self, id: int, draft: Sequence[int] = (), use: Callable[[np.ndarray], Any] = np.copy) -> Sequence[Any]:
+    def append(
+        self, id: int, draft: Sequence[int] = (), use: Callable[[np.ndarray], Any] = np.copy, apart: bool = False
+    ) -> Sequence[Any]:  # fmt: skip
         """What `use` makes of the logits after one more token and after those of a draft that follows it, in one pass.
 
         `use` gets float32 (rows, n_vocab), valid only there, one row or more and at most 1 + len(draft), and returns a
-        sequence: as many of the tokens stay in the cache as it has elements. Raises PocketlmError if the context is too short
-        for all of them.
+        sequence: as many of the tokens stay in the cache as it has elements. `apart`: it gets a copy once the pass is over, and
+        may ask other sessions. Raises PocketlmError if the context is too short for all of them.
         """
         self._settle()
         before = len(self.ids)
-        result = self._forward([id, *draft], 1 + len(draft), use)[1]
+        result = self._forward([id, *draft], 1 + len(draft), use, apart)[1]
         if len(self.ids) > before + len(result):
             self._truncate(before + len(result))
         return result
@@ -185,9 +197,10 @@ class Session:
         shift: bool = False,
         cancelled: Callable[[], bool] | None = None,
         use: Use = np.copy,
+        apart: bool = False,
     ) -> tuple[Any, int]:
         """Make the cache hold exactly `ids`; what `use` makes of the logits after the last of them, float32 (n_vocab,), valid
-        only there, and how many were there.
+        only there, and how many were there. `apart`: as for `append`.
 
         What both have in common at the start is not computed again, except that the last token always is: its logits are
         not kept. With `shift`, text that was taken out of the middle leaves the cache by moving what follows. That is the
@@ -221,7 +234,7 @@ class Session:
             if cancelled is not None and cancelled():
                 return None, same
             block = ids[at : at + self.executor.block]
-            result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]))[1]
+            result = self._forward(block, int(at + len(block) == len(ids)), lambda rows: use(rows[0]), apart)[1]
         return result, same
 
     def company(self) -> Company:
@@ -250,14 +263,15 @@ class Session:
         """Advice on a context that is too small, for the front of other advice; "" where the model cannot use a larger one."""
         return "raise --ctx or " if self.executor.hyper.reaches(self.n_ctx + 1) else ""
 
-    def _forward(self, ids: list[int], rows: int, use: Use) -> tuple[int, Any]:
+    def _forward(self, ids: list[int], rows: int, use: Use, apart: bool = False) -> tuple[int, Any]:
+        block = ids if len(ids) == 1 else np.array(ids, np.int32)
         try:
-            taken, result = self.engine.run(self.cache, ids if len(ids) == 1 else np.array(ids, np.int32), rows, use)
+            taken, result = self.engine.run(self.cache, block, rows, np.copy if apart else use)
             self.ids += ids[:taken]
         except BaseException:
             self._settle()
             raise
-        return taken, result
+        return taken, use(result) if apart and result is not None else result
 
     def _settle(self) -> None:
         """Bring `ids` and the cache to what they have in common, should an interrupt have come between the two."""

@@ -277,6 +277,51 @@ def test_close_ends_everybodys_waiting_with_one_line():
     assert [str(error) for error in ends] == ["this model is closed; load it again"] * 4
 
 
+@pytest.mark.parametrize("what", ["close", "the engine's close", "fork", "advance", "clear"])
+def test_who_interrupts_his_own_pass_is_told_that_he_cannot_wait_for_its_end(what):
+    """As a signal handler does, which runs in the thread that it interrupts."""
+    crowd = Crowd(2)
+    mine, other = crowd.sessions
+    handlers: dict[str, Callable[[], object]] = {
+        "close": lambda: mine.close("closed"), "the engine's close": lambda: crowd.engine.close("closed"), "fork": mine.fork,
+        "advance": lambda: other.advance([1]), "clear": mine.clear,
+    }  # fmt: skip
+
+    def handle(ids: list[int]) -> None:
+        crowd.executor.before = lambda ids: None
+        handlers[what]()
+
+    crowd.executor.before = handle
+    (error,) = together(lambda: greedy(mine, [1, 2], 3))
+    assert "signal handler" in str(error)
+    assert together(lambda: greedy(other, [1, 2], 3)) == [expected([1, 2], 3)]
+
+
+def test_who_waits_for_a_pass_and_is_taken_back_is_told():
+    crowd, computing, go = Crowd(2), threading.Event(), threading.Event()
+    first, second = crowd.sessions
+
+    def blocks(ids: list[int]) -> None:
+        computing.set()
+        go.wait(10)
+
+    def takes_back() -> None:
+        computing.wait(10)
+        while len(crowd.engine._queue) < 2:
+            time.sleep(0.001)
+        crowd.engine._take_out(second.cache)  # as `forget` does once the pass is over
+        go.set()
+
+    def waits() -> list[int]:
+        computing.wait(10)
+        return greedy(second, [1, 2], 2)
+
+    crowd.executor.before = blocks
+    said, error, _ = together(lambda: greedy(first, [1, 2], 2), waits, takes_back)
+    assert said == expected([1, 2], 2)
+    assert "in the middle of it" in str(error)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_computes_though_a_pass_was_going_on(recwarn):
     crowd = Crowd(3, seconds=0.002)

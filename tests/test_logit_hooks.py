@@ -1,6 +1,7 @@
 """What a caller may do where the next token is chosen: change the logits, and see the likeliest."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from test_drafts import Eager
 from tiny_models import write_model
 
 import pocketlm
-from pocketlm.errors import UsageError
+from pocketlm.errors import PocketlmError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def test_the_likeliest_are_listed_with_every_piece(model):
         assert logprobs[0] == pytest.approx(piece.logprob, abs=1e-6)
         assert list(logprobs) == sorted(logprobs, reverse=True)
     assert last.top_logprobs == ()
+    assert len(next(model.generate("the", top_logprobs=np.int64(2))).top_logprobs) == 2
     for bad in (-1, 1.5, True, 101):
         with pytest.raises(UsageError, match="top_logprobs"):
             list(model.generate("the", top_logprobs=bad))
@@ -85,3 +87,72 @@ def test_both_are_the_same_where_drafts_are_tried(model, options):
     assert none == 0
     assert n > 0
     assert all(len(top) == 3 for *_, top in drafted)
+
+
+def test_ids_that_a_hook_keeps_do_not_stop_the_text_from_growing(model):
+    kept = []
+    pieces = list(model.generate("the", max_tokens=4, process=lambda logits, ids: kept.append(np.asarray(ids))))
+    assert [len(ids) for ids in kept] == [len(kept[0]) + n for n in range(4)]
+    assert [ids[-1] for ids in kept[1:]] == [piece.id for piece in pieces[:3]]
+
+
+@pytest.mark.parametrize("process", [5, lambda logits, ids: logits + 1])
+def test_a_hook_that_changes_nothing_is_refused(model, process):
+    with pytest.raises(UsageError, match=r"^process "):
+        list(model.generate("the", max_tokens=2, process=process))
+    list(model.generate("the", max_tokens=2, process=lambda logits, ids: np.multiply(logits, 2, out=logits)))
+
+
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_hook_may_ask_other_sessions_of_the_model(model, backend, draft):
+    """Guidance by another prompt (arXiv 2306.17806): logits of one session, moved away from those of another."""
+    prompt, aside = model.tokenizer.encode("the the the the"), model.tokenizer.encode("in ")
+    with pocketlm.load(model.path, backend=backend, threads=1) as model:
+        session, other = model.session(), model.session()
+        session.state.odds = Eager()
+
+        def logits_of(ids):
+            return other.logits(ids)[-1]
+
+        def guided(logits, ids):
+            logits += logits - logits_of(aside + ids[len(prompt) :].tolist())
+
+        pieces = in_time(lambda: list(session.generate(prompt, max_tokens=8, temperature=0, process=guided, draft=draft)))
+        ids = prompt[:]
+        for _ in pieces[:-1]:
+            ids.append(int((2 * logits_of(ids) - logits_of(aside + ids[len(prompt) :])).argmax()))
+        assert [piece.id for piece in pieces[:-1]] == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("does", ["generate", "close", "fork", "save"])
+def test_a_hook_that_asks_its_own_session_gets_what_it_asks_for_or_ends_the_answer(model, does, tmp_path):
+    session = model.session()
+    expected = [piece.id for piece in session.generate("the", max_tokens=3, temperature=0)]
+    things = {
+        "generate": lambda: list(session.generate("a", max_tokens=1)), "close": session.close,
+        "fork": session.fork, "save": lambda: session.save(tmp_path / "state"),
+    }  # fmt: skip
+    options = {"max_tokens": 3, "temperature": 0, "process": lambda logits, ids: things[does]()}
+    said = in_time(lambda: [piece.id for piece in session.generate("the", **options)])
+    if does in ("fork", "save"):
+        assert said == expected
+    else:
+        assert isinstance(said, PocketlmError)
+
+
+def in_time(call):
+    """What it returns, or raises as an error of the package's."""
+
+    def run():
+        try:
+            found.append(call())
+        except PocketlmError as error:
+            found.append(error)
+
+    found: list = []
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found, "it waits for ever"
+    return found[0]

@@ -76,11 +76,11 @@ def test_an_empty_prompt_starts_from_the_begin_token(model):
     assert list(model.generate("", max_tokens=2, ignore_eos=True))[-1].prompt_tokens == 1
 
 
-@pytest.mark.parametrize("prompt", [[], [-1], [len(TOKENS)], [1 << 40]], ids=str)
+@pytest.mark.parametrize("prompt", [[], [-1], [len(TOKENS)], [1 << 40], [[1, 2], [3]]], ids=str)
 def test_ids_that_are_none_are_an_error(model, prompt):
     with pytest.raises(UsageError):
         list(model.generate(prompt))
-    with pytest.raises(PocketlmError):
+    with pytest.raises(PocketlmError, match="token ids must be a list"):
         model.logits(prompt)
 
 

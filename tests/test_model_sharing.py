@@ -74,6 +74,16 @@ def test_the_younger_stream_says_what_it_says_alone(model):
     assert ids([*pieces, *younger]) == alone
 
 
+def test_a_stream_that_was_cancelled_before_it_began_ends_no_other(model):
+    """A task that is cancelled at once, and the question that follows: the thread of the first may come last."""
+    alone = ids(model.generate("then", **OPTIONS))
+    other, cancel = model.generate("then", **OPTIONS), threading.Event()
+    first = next(other)
+    cancel.set()
+    assert [piece.finish_reason for piece in model.generate("in the", cancel=cancel, **OPTIONS)] == ["cancelled"]
+    assert [first.id, *ids(other)] == alone
+
+
 def test_a_stream_begins_with_its_first_piece(model):
     alone = ids(model.generate("then", **OPTIONS))
     waiting = model.generate("then", **OPTIONS)
@@ -176,14 +186,12 @@ def test_a_long_prompt_gives_way_between_two_blocks(path):
             result = step(work, *how)
             if len(work[0][1]) == 512 and not younger:
                 younger.append(threading.Thread(target=lambda: outcome.append(ids(model.generate("then", **OPTIONS)))))
+                claim = model.own_session.state._claim
                 younger[0].start()
-                while model.own_session.state._claim is claim[0]:
+                while model.own_session.state._claim is claim:
                     pass
             return result
 
-        claim: list[object] = []
-        real = model.own_session.state.claim
-        model.own_session.state.claim = lambda: claim.append(real()) or claim[-1]  # type: ignore[method-assign]
         model.executor.step = slow  # type: ignore[method-assign]
         with pytest.raises(PocketlmError, match="begun another"):
             list(model.generate([5] * 2000, max_tokens=1))

@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+from fractions import Fraction
+from numbers import Integral
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,3 +291,24 @@ def test_a_bad_option_is_one_line_with_its_name_and_range(name, value):
     with pytest.raises(UsageError, match=name) as error:
         make_sampler(n_vocab=100, **{name: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [
+    {"top_k": np.uint8(40)}, {"top_k": np.int8(5), "top_p": np.float16(0.5)}, {"temperature": np.float16(0.7)},
+    {"temperature": Fraction(7, 10)}, {"repeat_last_n": np.uint64(64), "repeat_penalty": np.float32(3)},
+    {"seed": np.uint8(7), "min_p": Fraction(1, 20)},
+])  # fmt: skip
+def test_numbers_of_other_kinds_are_as_good_as_pythons(options):
+    """`-np.uint64(64)` is no index from the end, `1024 - np.uint8(40)` no number at all."""
+    logits = np.random.default_rng(0).normal(0, 3, 1024).astype(np.float32)
+    ids = logits.argsort()[-100:].tolist()
+    alike = {name: int(value) if isinstance(value, Integral) else float(value) for name, value in options.items()}
+    one, other = (make_sampler(n_vocab=1024, **{"seed": 1, **given}) for given in (options, alike))
+    assert [one(logits, ids) for _ in range(50)] == [other(logits, ids) for _ in range(50)]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-4}, {"logit_bias": {5: -1e6, 7: 1e6}}, {"top_k": 0, "min_p": 1e-300}])
+def test_a_caller_who_has_numpy_raise_gets_a_token(options):
+    logits = np.arange(100, dtype=np.float32)
+    with np.errstate(all="raise"):
+        assert make_sampler(n_vocab=100, seed=1, **options)(logits, [1])[0] == (7 if "logit_bias" in options else 99)

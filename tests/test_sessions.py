@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -138,6 +140,26 @@ def test_a_session_saved_by_one_executor_goes_on_in_the_other(path, tmp_path):
             assert np.abs(logits[loads] - model.logits([*prompt, 9])[-1]).max() < 0.02
 
 
+def test_what_may_be_another_executors_is_not_saved_as_exact(path, tmp_path):
+    prompt = list(range(3, 60))
+    with pocketlm.load(path, backend="native", threads=1) as model:
+        list(model.generate(prompt, max_tokens=1))
+        model.own_session.save(tmp_path / "any")
+        model.save_state(tmp_path / "exact")
+        model.load_state(tmp_path / "exact")
+        model.save_state(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "exact").read_bytes()
+    with pocketlm.load(path, backend="numpy", threads=1) as model:
+        session = model.session(load=tmp_path / "any")
+        session.save(tmp_path / "exact", exactly=True)
+        assert session.context_used == len(prompt)
+        model.load_state(tmp_path / "exact")
+        assert model.context_used == 0
+        session.fork().save(tmp_path / "exact", exactly=True)
+        model.load_state(tmp_path / "exact")
+        assert model.context_used == 0
+
+
 def test_an_empty_session_is_saved_and_loaded(model, tmp_path):
     model.session().save(tmp_path / "empty")
     assert model.session(load=tmp_path / "empty").context_used == 0
@@ -200,6 +222,9 @@ def test_another_models_session_is_refused(model, tmp_path):
         another.session(load=tmp_path / "a.state")
     with pytest.raises(FileError, match="another model, backend or instruction set, or without `exactly`"):
         model.session().load(tmp_path / "a.state", exactly=True)
+    session.save(tmp_path / "exact.state", exactly=True)
+    with pytest.raises(FileError, match="or with `exactly`"):
+        model.session().load(tmp_path / "exact.state")
     with pytest.raises(FileError, match="3 tokens but the context holds 2"):
         model.session(ctx=2, load=tmp_path / "a.state")
     with pytest.raises(FileError, match="cannot be read"):
@@ -337,6 +362,17 @@ def test_no_session_comes_while_room_is_counted(model):
 def test_a_name_that_no_file_can_have_is_refused_in_one_line(model, use):
     with pytest.raises(FileError, match="embedded null"):
         getattr(model.session(), use)("a\0b")
+    with pytest.raises(FileError, match="cannot be"):
+        getattr(model.session(), use)("x" * 300)
+
+
+def test_a_folder_that_one_may_not_enter_is_refused_in_one_line(model, tmp_path, monkeypatch):
+    def stat(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(FileError, match="cannot be written"):
+        model.session().save(tmp_path / "locked" / "a.state")
 
 
 @pytest.mark.parametrize("last", [{"role": "assistant"}, {"role": "assistant", "content": None}, None, {}])
