@@ -96,10 +96,9 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
     if isinstance(value, dict) and isinstance(value.get("vocab"), list) and "config" in value:
         raise FileError(path, "is Mistral's own tekken.json, which is not read", "give the tokenizer.json that lies beside it")
     for end, other in _MERGES.items():
-        merges, added = path.with_name(path.name.removesuffix(end) + other), path.with_name("added_tokens.json")
+        merges = path.with_name(path.name.removesuffix(end) + other)
         if path.name.endswith(end) and merges.is_file():
-            more = characters.parse_json(added, _read(added)) if added.is_file() else {}
-            return huggingface.from_vocab_and_merges(path, value, merges, _read(merges), more)
+            return huggingface.from_vocab_and_merges(path, value, merges, _read(merges))
     return characters.from_json(path, value)
 
 
