@@ -1,5 +1,6 @@
-"""What a folder of Hugging Face's says of a tokenizer beside its file: tokens that were added, markers, the class."""
+"""What a file does not say of its tokenizer: what a Hugging Face folder has beside it, and what Meta has in its code."""
 
+import base64
 import json
 
 import pytest
@@ -7,6 +8,7 @@ from tokenizer_texts import PROSE, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 
 
 def row(content, special=True, **more):
@@ -84,3 +86,21 @@ def test_two_files_of_a_qwen_are_cut_as_its_class_cuts_texts(tmp_path):
     assert ours.eos_id == n + 1
     for text in texts(1000, 8, ["<|im_end|>"]):
         assert ours.encode(text, special=True) == theirs(text)["input_ids"], text
+
+
+def test_metas_own_file_of_llama_3_is_cut_as_llama_3_cuts_texts(tmp_path):
+    """It is called tokenizer.model and holds tiktoken ranks, no pattern and no markers."""
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is what is compared with")
+    ranks = [bytes([byte]) for byte in range(256)] + [b"123", b"12", b"he", b"LL", b"'L", b"\n\n"]
+    ranks += [b"\xff%d" % i for i in range(128000 - len(ranks))]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks)))
+    ours, pattern = tokenizer.load(tmp_path), PRE_TOKENIZERS["llama-bpe"][0]
+    special = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|eom_id|>": 128008, "<|eot_id|>": 128009}
+    mergeable = {token: i for i, token in enumerate(ranks)}
+    theirs = tiktoken.Encoding("llama 3", pat_str=pattern, mergeable_ranks=mergeable, special_tokens=special)
+    assert (ours.n_vocab, ours.adds_bos, ours.bos_id, ours.eos_id) == (128256, True, 128000, 128001)
+    assert ours.end_ids == {128001, 128008, 128009}
+    assert ours.token_id("<|reserved_special_token_245|>") == 128255
+    for text in texts(1000, 9, list(special)):
+        assert ours.encode(text, special=True) == theirs.encode(text, allowed_special="all"), text
