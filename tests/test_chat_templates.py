@@ -206,7 +206,7 @@ def test_a_template_without_system_prompts_gets_it_in_the_first_question():
 IN_PARTS = {  # as SmolVLM and the first files of Gemma 3 have them
     "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part['type'] == 'text' %}{{ part.text }}{% endif %}"
     "{% endfor %}; {% endfor %}": "system: You are a pirate.; user: e; ",
-    "{% if messages[0].role == 'system' %}{% set first = messages[0].content[0]['text'] + '|' %}{% set messages = messages[1:] %}"
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content[0].text + '|' %}{% set messages = messages[1:] %}"
     "{% endif %}{% for m in messages %}{{ m.role }}: {{ first if loop.first }}{% if m.content is string %}{{ m.content }}"
     "{% else %}{{ m.content[0].text | trim }}{% endif %}; {% endfor %}": "user: You are a pirate.|e; ",
 }
