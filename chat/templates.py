@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class Template:
         self._thought_opening: str | None = None
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._compiled: Any = None
+        self._in_parts: bool | None = None  # whether contents are lists of parts
         self._markers: Markers | None = None
 
     @property
@@ -188,14 +189,21 @@ class Template:
         if self._thinking is not None:
             variables |= dict.fromkeys(_SWITCHES, self._thinking)
         size = sum(len(message["content"]) for message in messages)
+
+        def render(messages: list[dict[str, str]], in_parts: bool) -> str:
+            shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages] if in_parts else messages
+            return self._compiled.render({**variables, "messages": shown}, size)
+
+        if self._in_parts is None:
+            self._in_parts = _wants_parts(render)
         try:
-            return self._compiled.render({**variables, "messages": messages}, size)
+            return render(messages, self._in_parts)
         except TemplateRaised as refusal:
             folded = _fold_system(messages)
             if folded is None:
                 raise
             try:
-                return self._compiled.render({**variables, "messages": folded}, size)
+                return render(folded, self._in_parts)
             except TemplateError:
                 raise refusal from None
 
@@ -273,6 +281,25 @@ def _checked(messages: Messages) -> list[dict[str, str]]:
     if not copies:
         raise UsageError("a conversation has at least one message")
     return copies
+
+
+def _wants_parts(render: Callable[[list[dict[str, str]], bool], str]) -> bool:
+    """Whether a template fails on contents that are texts, or leaves them out, and takes lists of parts: those of models that
+    see pictures.
+    """
+    from pocketlm.chat.budget import TemplateError, TemplateRaised
+
+    question = {"role": "user", "content": "\U000f0000"}
+    for messages in ([{"role": "system", "content": "."}, question], [question]):
+        for in_parts in (False, True):
+            try:
+                if question["content"] in render(messages, in_parts):
+                    return in_parts
+            except TemplateRaised:  # it knows no system role
+                break
+            except TemplateError:
+                pass
+    return False
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:

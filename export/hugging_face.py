@@ -257,7 +257,7 @@ HUGGING_FACE = {
             "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
             stretched_base, computes=("use_qk_norm",),
         ),
-        _family("gemma", {}, {}, one_added, tanh, tied=True),
+        _family("gemma", {}, {}, one_added, tanh, activation="gelu_tanh", tied=True),
         _family(
             "gemma2", NORMS_AROUND,
             {

@@ -77,7 +77,8 @@ def _llama(hyper: Hyper) -> dict[str, Any]:
 def _starcoder2(hyper: Hyper) -> dict[str, Any]:
     config = _llama(hyper)
     del config["head_dim"]
-    return {**config, "norm_epsilon": config.pop("rms_norm_eps"), "sliding_window": None}
+    return {**config, "norm_epsilon": config.pop("rms_norm_eps"),
+            "sliding_window": hyper.settings.get("attention.sliding_window")}  # fmt: skip
 
 
 def _experts(hyper: Hyper) -> dict[str, Any]:
@@ -142,16 +143,17 @@ class Layout(NamedTuple):
     conv1d: bool = False  # matrices of layers are stored (in, out)
 
 
+_STARCODER2 = Layout(
+    "starcoder2", "Starcoder2ForCausalLM", _STARCODER2_NAMES, _starcoder2,
+    {"": _NORMS, "use_bias": (*_QKVO, "ffn_up", "ffn_down")},
+)  # fmt: skip
 # (norm, positions, gated) → the class that computes it
 LAYOUTS = {
     ("rms", "rope", True): Layout(
         "llama", "LlamaForCausalLM", _LLAMA_NAMES, _llama,
         {"attention_bias": _QKVO, "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")}, narrow=False,
     ),
-    ("layer", "rope", False): Layout(
-        "starcoder2", "Starcoder2ForCausalLM", _STARCODER2_NAMES, _starcoder2,
-        {"": _NORMS, "use_bias": (*_QKVO, "ffn_up", "ffn_down")},
-    ),
+    ("layer", "rope", False): _STARCODER2,
     ("layer", "learned", False): Layout(
         "gpt2", "GPT2LMHeadModel", _GPT2_NAMES, _gpt2, {"": (*_NORMS, "attn_qkv", "attn_output", "ffn_up", "ffn_down")},
         grouped=False, conv1d=True,
@@ -161,6 +163,7 @@ LAYOUTS = {
 
 # architectures whose layers are not the plain ones → the class that computes them as they usually are
 OWN_LAYOUTS = {
+    "starcoder2": _STARCODER2,
     "qwen3": Layout(
         "qwen3", "Qwen3ForCausalLM", _llama_with(HEAD_NORMS), _llama, {"attention_bias": _QKVO}, narrow=False,
     ),

@@ -62,6 +62,9 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     path = path or checkpoint.path
     if isinstance(tokenizer, ByteBPE) and tokenizer.n_vocab == 50256 < n_vocab and path.is_file():
         tokenizer = load(path, special_tokens=GPT2_END)
+    if left_out := _added_beyond(tokenizer, n_vocab):
+        taken.append(f"its token table has no rows for {', '.join(left_out)}, which {path.name} adds: left out")
+        tokenizer = _first(tokenizer, n_vocab, path)
     if tokenizer.n_vocab > n_vocab:
         problem = f"it has {tokenizer.n_vocab} tokens, but the model's token table {n_vocab} rows"
         raise FileError(path, problem, "give the model's own tokenizer with --tokenizer FILE")
@@ -72,6 +75,26 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if template := chat_template(path if path.is_dir() else path.parent):
         keys["tokenizer.chat_template"] = template
     return keys, taken + notes
+
+
+def _added_beyond(tokenizer: Tokenizer, n_vocab: int) -> list[str]:
+    """The markers beyond the rows of the token table, where nothing else is: who adds one seldom makes the table larger."""
+    beyond = range(n_vocab, tokenizer.n_vocab)
+    types, tokens = tokenizer.vocabulary.types, tokenizer.vocabulary.tokens
+    return [ascii(tokens[i]) for i in beyond[:5]] if NORMAL not in types[n_vocab:] and len(beyond) < n_vocab // 2 else []
+
+
+def _first(tokenizer: Tokenizer, n_vocab: int, path: Path) -> Tokenizer:
+    """The tokenizer without the tokens behind the first `n_vocab`."""
+    keys = to_metadata(tokenizer, tokenizer.n_vocab)
+    for name in ("tokens", "token_type", "scores"):
+        if (name := f"tokenizer.ggml.{name}") in keys:
+            keys[name] = keys[name][:n_vocab]
+    for name in (OURS + "strip_left", OURS + "strip_right", OURS + "normalized"):
+        if name in keys:
+            keys[name] = keys[name][keys[name] < n_vocab]
+    ids = {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "unknown")}
+    return from_metadata({key: value for key, value in keys.items() if key not in ids or value < n_vocab}, path)
 
 
 def _beside(checkpoint: Checkpoint) -> Path | None:

@@ -203,6 +203,27 @@ def test_a_template_without_system_prompts_gets_it_in_the_first_question():
     assert template.note == ""
 
 
+IN_PARTS = {  # as SmolVLM and the first files of Gemma 3 have them
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part['type'] == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}; {% endfor %}": "system: You are a pirate.; user: e; ",
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content[0].text + '|' %}{% set messages = messages[1:] %}"
+    "{% endif %}{% for m in messages %}{{ m.role }}: {{ first if loop.first }}{% if m.content is string %}{{ m.content }}"
+    "{% else %}{{ m.content[0].text | trim }}{% endif %}; {% endfor %}": "user: You are a pirate.|e; ",
+}
+
+
+@pytest.mark.parametrize("source", IN_PARTS)
+def test_a_template_of_a_model_that_sees_pictures_gets_contents_in_parts(source):
+    """It fails on a text, or loses it without a word."""
+    letters = tokenizer("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+    template = templates.choose(source, letters)
+    assert template.render([SYSTEM, *turns("e")]) == IN_PARTS[source]
+    assert template.render(turns("e", "Hi", "Bye")) == "user: e; assistant: Hi; user: Bye; "
+    ids = template.encode(turns("a<|im_end|>"), letters)
+    assert (letters.decode(ids), letters.token_id("<|im_end|>") in ids) == ("user: a<|im_end|>; ", False)
+    assert template.note == ""
+
+
 def test_a_template_can_be_forced_by_name_or_file(tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages[0].content }}!", encoding="utf-8")

@@ -42,7 +42,7 @@ def samples() -> list[str]:
 def sentencepiece(**options: Any) -> tokenizer.Tokenizer:
     from pocketlm.tokenizer import sentencepiece_model
 
-    return sentencepiece_model.read("t.model", train_sentencepiece(LINES, 900, **options))
+    return sentencepiece_model.read(Path("t.model"), train_sentencepiece(LINES, 900, **options))
 
 
 def byte_level(pre: str = "gpt-2", normalizer: str = "", prefix: bool = False, alphabet: bool = True) -> tokenizer.Tokenizer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_texts import PROSE
+from tokenizer_texts import PROSE, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError
@@ -253,6 +253,35 @@ def test_a_tokenizer_far_smaller_than_the_token_table_is_pointed_out(tmp_path: P
     _, notes = find_tokenizer(checkpoint(tmp_path), 512, file)
     assert notes == [f"meta.pkl has {len(CHARACTERS)} tokens for 512 rows of the token table: is it this model's tokenizer?"]
     assert find_tokenizer(checkpoint(tmp_path), rounded, file)[1] == []
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_markers_that_the_token_table_has_no_rows_for_are_left_out(kind: str, tmp_path: Path) -> None:
+    """<pad> is often added to a tokenizer, and the table left as it was."""
+    if kind == "sentencepiece":
+        (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(PROSE.split("\n"), 700, byte_fallback=True))
+        n = (alone := tokenizer.load(tmp_path)).n_vocab
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": n, "[MASK]": n + 1}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<pad>"}))
+    else:
+        vocab, level = {letter: i for i, letter in enumerate(LETTERS)}, {"type": "ByteLevel", "add_prefix_space": False}
+        file = {"pre_tokenizer": level, "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+        n = (alone := tokenizer.load(tmp_path)).n_vocab
+        added = [{"id": n + i, "content": name, "special": True, "lstrip": True} for i, name in enumerate(("<pad>", "[MASK]"))]
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**file, "added_tokens": added}))
+    keys, notes = find_tokenizer(checkpoint(tmp_path), n, None)
+    file = next(tmp_path.glob("tokenizer.[jm]*"))
+    assert notes == [
+        f"its tokenizer is {file}",
+        f"its token table has no rows for '<pad>', '[MASK]', which {file.name} adds: left out",
+    ]  # fmt: skip
+    written = tokenizer.from_metadata(keys, "x")
+    assert written.n_vocab == n
+    for text in [*texts(9, 100), *TEST_TEXTS, "a <pad> b"]:
+        assert written.encode(text) == alone.encode(text)
+    with pytest.raises(FileError, match=f"it has {n + 2} tokens, but the model's token table {n - 1} rows"):
+        find_tokenizer(checkpoint(tmp_path), n - 1, None)
 
 
 def test_chat_templates_of_every_kind(tmp_path: Path) -> None:

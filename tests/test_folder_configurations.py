@@ -44,6 +44,7 @@ def test_experts_in_one_tensor_as_transformers_has_them_in_memory_are_the_same(n
         ("gemma3", ("query_pre_attn_scalar",), {}),
         ("gemma2", ("hidden_activation",), {"hidden_act": "gelu"}),
         ("gemma2", ("hidden_activation",), {"hidden_act": "relu"}),
+        ("gemma", ("hidden_act",), {}),
         ("gemma", (), {"hidden_act": "gelu"}),
         ("gemma", (), {"hidden_act": "silu"}),
         ("gemma", (), {"hidden_act": "relu"}),

@@ -137,6 +137,20 @@ def test_logits_are_transformers(tmp_path: Path, name: str) -> None:
         assert np.abs(opened.logits(ids) - theirs).mean() < np.abs(expected - theirs).mean()
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("starcoder2")])
+def test_a_starcoder_2_goes_back_to_transformers(tmp_path: Path, name: str) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path / "folder")
+    export(read_canonical(tmp_path / "folder", tokenizer="none"), "test", tmp_path / "m.gguf", quant="f32", n_threads=1)
+    again = read_canonical(tmp_path / "m.gguf")
+    export(again, "test", tmp_path / "again", container="huggingface", quant="f32", n_threads=1)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, info = load(tmp_path / "again", dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ids = np.random.default_rng(3).integers(0, N_VOCAB, N)
+    assert np.abs(logits_of(theirs.eval(), ids, rounded=False) - logits_of(model, ids, rounded=False)).max() < 1e-4
+
+
 @pytest.mark.parametrize("name", ["gptneox", "phi2", "stablelm", "bloom"])
 def test_what_a_configuration_leaves_out_is_what_transformers_does_then(tmp_path: Path, name: str) -> None:
     """The part of a head that turns; and BLOOM's context, which has no end by itself: what it was trained with."""

@@ -37,6 +37,7 @@ def refused(keys, *words, **changes):
     line = str(error.value)
     assert line.startswith("model.gguf: ")
     assert "\n" not in line
+    assert len(line) < 1000
     for word in words:
         assert word in line
 
@@ -130,6 +131,8 @@ BAD = [
     (BPE, "says no kind", {"tokenizer__ggml__model": None}),
     (BPE, "tokenizer.ggml.model is not a text", {"tokenizer__ggml__model": 7}),
     (BPE, "pocketlm.tokenizer.kind is 'x'", {"pocketlm__tokenizer__kind": "x"}),
+    (BPE, "of the kind 'xxx", {"tokenizer__ggml__model": "x" * 5000}),
+    (BPE, "pocketlm.tokenizer.kind is 'xxx", {"pocketlm__tokenizer__kind": "x" * 5000}),
     (BPE, "no vocabulary", {"tokenizer__ggml__tokens": None}),
     (BPE, "tokens is not a list of texts", {"tokenizer__ggml__tokens": ["a", 7]}),
     (BPE, "vocabulary is empty", {"tokenizer__ggml__tokens": [], "tokenizer__ggml__token_type": []}),

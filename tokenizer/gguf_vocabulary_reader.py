@@ -98,10 +98,10 @@ def from_metadata(metadata: Mapping[str, Any], path: object) -> Tokenizer:
         raise NoTokenizer(path)
     kind = keys.text(OURS + "kind") or _KINDS.get(model)
     if kind is None:
-        said = f"its tokenizer is of the kind {model!r}" if model else "it says no kind of tokenizer"
+        said = f"its tokenizer is of the kind {model!r:.60}" if model else "it says no kind of tokenizer"
         raise FileError(path, said, "supported are " + ", ".join(_KINDS))
     if kind not in _MAKERS:
-        raise FileError(path, f"{OURS}kind is {kind!r}", "known are " + ", ".join(_MAKERS))
+        raise FileError(path, f"{OURS}kind is {kind!r:.60}", "known are " + ", ".join(_MAKERS))
     tokens = keys.texts(_GGML + "tokens")
     if tokens is None:
         raise FileError(path, "it has no vocabulary (tokenizer.ggml.tokens)")

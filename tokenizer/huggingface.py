@@ -26,16 +26,16 @@ from pocketlm.tokenizer.base import (
     Vocabulary,
     make_vocabulary,
 )
-from pocketlm.tokenizer.characters import Characters, parse_json, place_tokens
+from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.charsmap import Rules
+from pocketlm.tokenizer.huggingface_beside import added_beside, config_beside, with_added
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalizer import NORMAL_FORMS, Normalizer, make_normalizer
-from pocketlm.tokenizer.pretokenize import matches_all, name_of_patterns
+from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, matches_all, name_of_patterns
 from pocketlm.tokenizer.sentencepiece import SPACE
 from pocketlm.tokenizer.unigram import Unigram
 
-_MAX_CONFIG = 1 << 24
 AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
@@ -49,19 +49,24 @@ def from_tokenizer_json(path: Path, file: dict[str, Any]) -> Tokenizer:
         raise FileError(path, f"is not a tokenizer.json as the tokenizers library writes it ({error!r:.80})") from None
 
 
-def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: bytes, added: Any) -> Tokenizer:
-    """GPT-2's two files: byte-level BPE with the `gpt-2` pre-tokenizer. `added`: `added_tokens.json`, marker → id.
+def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: bytes) -> Tokenizer:
+    """GPT-2's two files: byte-level BPE with the `gpt-2` pre-tokenizer, or that of the class that is named beside them.
 
     FileError as above.
     """
     with refused(merges_path):
         lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
-    file: dict[str, Any] = {"model": {"vocab": vocab, "merges": lines}}
-    file["pre_tokenizer"] = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
-    if not isinstance(vocab, dict) or not isinstance(added, dict):
-        raise FileError(path, "is not a table from tokens to ids, or added_tokens.json beside it is none")
-    markers = {**{name: vocab[name] for name in vocab if name in _MARKERS}, **added}
-    file["added_tokens"] = [{"id": i, "content": name, "special": True} for name, i in markers.items()]
+    if not isinstance(vocab, dict):
+        raise FileError(path, "is not a table from tokens to ids")
+    of_qwen = str(config_beside(path).get("tokenizer_class")).removesuffix("Fast") == "Qwen2Tokenizer"
+    letters = {"type": "ByteLevel", "use_regex": not of_qwen, "add_prefix_space": False}
+    split = {"type": "Split", "pattern": {"Regex": PRE_TOKENIZERS["qwen2"][0]}, "behavior": "Isolated", "invert": False}
+    markers = [{"id": vocab[name], "content": name, "special": True} for name in vocab if name in _MARKERS]
+    file: dict[str, Any] = {
+        "model": {"vocab": vocab, "merges": lines}, "added_tokens": [*markers, *added_beside(path)],
+        "normalizer": {"type": "NFC"} if of_qwen else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, letters]} if of_qwen else letters,
+    }  # fmt: skip
     return from_tokenizer_json(path, file)
 
 
@@ -217,12 +222,7 @@ class _Reader:
     def vocabulary(self, normalizer: Normalizer, byte_tokens: bool) -> Vocabulary:
         vocab, added = self.model["vocab"], self.file.get("added_tokens") or []
         ids = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-        for token in added:
-            if ids.setdefault(token["content"], token["id"]) != token["id"]:
-                raise FileError(self.path, f"its token {token['content'][:40]!r} has two ids")
-            if token.get("single_word"):
-                raise self.refuse(f"token {token['content'][:40]!r} that stands as a single word only")
-        tokens = place_tokens(self.path, ids)
+        tokens = with_added(self.path, ids, added)
         types = bytearray(NORMAL if token else UNUSED for token in tokens)
         for token in added:
             types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
@@ -233,7 +233,7 @@ class _Reader:
         unk_id = self.model["unk_id"] if isinstance(vocab, list) else ids.get(self.model.get("unk_token"))
         if unk_id is not None:
             types[unk_id] = UNKNOWN
-        config = self.config()
+        config = config_beside(self.path)
         leading = self.leading()
         bos_id = leading[0] if leading else ids.get(config.get("bos_token"))
         return make_vocabulary(
@@ -264,18 +264,6 @@ class _Reader:
     def normalized(self) -> list[int]:
         """The added tokens that are looked for in the normalised text."""
         return [token["id"] for token in self.file.get("added_tokens") or [] if token.get("normalized")]
-
-    def config(self) -> dict[str, Any]:
-        """`tokenizer_config.json` beside the file, each token as its text; empty where there is none."""
-        beside = self.path.with_name("tokenizer_config.json")
-        if not beside.is_file():
-            return {}
-        with open(beside, "rb") as file:
-            config = parse_json(beside, file.read(_MAX_CONFIG))
-        if not isinstance(config, dict):
-            raise FileError(beside, "is not a JSON object")
-        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
-        return {key: value for key, value in texts.items() if isinstance(value, str | bool)}
 
 
 def _sequence(file: dict[str, Any], part: str) -> list[dict[str, Any]]:

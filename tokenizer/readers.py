@@ -27,10 +27,17 @@ BESIDE = (
 )  # fmt: skip
 _IN_FOLDER = (*BESIDE, "*.gguf")
 _MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # ends of the names of files that belong together
-# beginnings of the names of published rank files → pre-tokenizer; the last two are not in the table and refused so
+# beginnings of the names of published rank files → pre-tokenizer; cl100k's is not in the table and refused so
 _TIKTOKEN_FILES = {
-    "gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "qwen": "qwen2", "cl100k": "cl100k", "o200k": "o200k",
+    "gpt2": "gpt-2", "r50k": "gpt-2", "p50k": "gpt-2", "qwen": "qwen2", "cl100k": "cl100k", "o200k": "gpt-4o",
 }  # fmt: skip
+# Meta's tokenizer.model of Llama 3 is such a file, too, known by its number of ranks; its markers are in Meta's code alone
+_LLAMA3_RANKS = 128000
+_LLAMA3_MARKERS = (
+    "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id", "step_id",
+    "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image",
+    *(f"reserved_special_token_{i}" for i in range(2, 246)),
+)  # fmt: skip
 
 
 def load(
@@ -96,10 +103,9 @@ def _from_json(path: Path, value: Any) -> Tokenizer:
     if isinstance(value, dict) and isinstance(value.get("vocab"), list) and "config" in value:
         raise FileError(path, "is Mistral's own tekken.json, which is not read", "give the tokenizer.json that lies beside it")
     for end, other in _MERGES.items():
-        merges, added = path.with_name(path.name.removesuffix(end) + other), path.with_name("added_tokens.json")
+        merges = path.with_name(path.name.removesuffix(end) + other)
         if path.name.endswith(end) and merges.is_file():
-            more = characters.parse_json(added, _read(added)) if added.is_file() else {}
-            return huggingface.from_vocab_and_merges(path, value, merges, _read(merges), more)
+            return huggingface.from_vocab_and_merges(path, value, merges, _read(merges))
     return characters.from_json(path, value)
 
 
@@ -154,6 +160,9 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
         if text in ids:
             raise FileError(path, f"line {number} gives the token of rank {ids[text]} another rank")
         ids[text] = i
+    if pattern is None and len(ids) == _LLAMA3_RANKS:
+        own = {f"<|{name}|>": _LLAMA3_RANKS + i for i, name in enumerate(_LLAMA3_MARKERS)}
+        pattern, special_tokens = "llama-bpe", special_tokens or own
     if pattern is None:
         pattern = next((name for start, name in _TIKTOKEN_FILES.items() if path.name.startswith(start)), "gpt-2")
     name = pattern if pattern in PRE_TOKENIZERS else name_of_patterns(pattern)
@@ -195,7 +204,7 @@ def _from_ranks(path: Path, ids: Mapping[str, int], name: str, special_tokens: M
         types[i] = CONTROL
     eos_id = special_tokens.get("<|endoftext|>", special_tokens.get("<|end_of_text|>"))
     bos_id = special_tokens.get("<|begin_of_text|>", special_tokens.get("<|endoftext|>"))
-    adds_bos = "<|bos|>" in special_tokens  # nanochat's, before every text
+    adds_bos = "<|bos|>" in special_tokens or "<|begin_of_text|>" in special_tokens  # nanochat's and Llama 3's
     bos_id = special_tokens.get("<|bos|>", bos_id)
     vocabulary = make_vocabulary(path, tokens, bytes(types), bos_id=bos_id, eos_id=eos_id, adds_bos=adds_bos)
     mergeable = vocabulary.index.without(list(special_tokens.values()))

@@ -1,16 +1,19 @@
 """SentencePiece `.model` files: the protobuf read directly, a `Tokenizer` out.
 
-Only what encoding needs is read: the pieces, the trainer's kind of model and unknown surface, the normaliser. Field
+Only what encoding needs is read: the pieces, the trainer's kind of model and unknown surface, the normaliser; and what a
+Hugging Face folder says of it beside the file: tokens that were added, markers, whether a text begins with one. Field
 numbers: sentencepiece_model.proto of the SentencePiece library; wire format: the Protocol Buffers encoding document.
 """
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from pocketlm.errors import FileError
-from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, Tokenizer, make_vocabulary
+from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.charsmap import Rules
+from pocketlm.tokenizer.huggingface_beside import added_beside, adds_bos, config_beside, with_added
 from pocketlm.tokenizer.sentencepiece import UNKNOWN_TEXT, Options
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE, score_table
 from pocketlm.tokenizer.unigram import Unigram
@@ -69,7 +72,7 @@ def _piece(data: bytes) -> tuple[str, float, int]:
     return text, score, kind
 
 
-def read(path: object, data: bytes) -> Tokenizer:
+def read(path: Path, data: bytes) -> Tokenizer:
     """The tokenizer of a `.model`. FileError for one that is damaged or of a kind that is not supported."""
     pieces: list[tuple[str, float, int]] = []
     messages: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}, 5: {}}  # trainer, normaliser, denormaliser
@@ -108,19 +111,33 @@ def read(path: object, data: bytes) -> Tokenizer:
         at = tokens.index(text) if text in tokens else None
         return at if at is not None and types[at] == CONTROL else None
 
+    config, added, scores = config_beside(path), added_beside(path), [score for _, score, _ in pieces]
+    ids, unk_id, symbols_in_text = {text: i for i, text in enumerate(tokens)}, types.index(UNKNOWN), True
+    if added:
+        tokens = with_added(path, ids, added)
+        types += [UNUSED] * (len(tokens) - len(types))
+        scores += [0.0] * (len(tokens) - len(scores))
+        symbols_in_text = USER_DEFINED in types  # Hugging Face cuts its own out of the text before
+        for token in added:
+            if types[token["id"]] in (NORMAL, CONTROL, UNUSED, USER_DEFINED):
+                types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
     vocabulary = make_vocabulary(
-        path, tokens, bytes(types), bos_id=role(46, "<s>"), eos_id=role(47, "</s>"), unk_id=types.index(UNKNOWN)
-    )
+        path, tokens, bytes(types), bos_id=ids.get(config.get("bos_token", ""), role(46, "<s>")),
+        eos_id=ids.get(config.get("eos_token", ""), role(47, "</s>")), unk_id=unk_id, adds_bos=adds_bos(config),
+        strip_left=[token["id"] for token in added if token.get("lstrip")],
+        strip_right=[token["id"] for token in added if token.get("rstrip")],
+    )  # fmt: skip
+    first_only = config.get("legacy") is False
     charsmap = said(normaliser, 2, b"")
     options = Options(
-        prefix="always" if said(normaliser, 3, 1) else "never",
+        prefix="never" if not said(normaliser, 3, 1) else "missing" if first_only else "always",
+        prefix_first_only=first_only,
         rules=Rules(path, charsmap) if charsmap else None,
         collapse_spaces=bool(said(normaliser, 4, 1)),
-        symbols_in_text=True,
+        symbols_in_text=symbols_in_text,
         byte_fallback=bool(said(trainer, 35, 0)),
         unknown_text=said(trainer, 44, UNKNOWN_TEXT.encode()).decode(errors="replace"),
     )
-    scores = [score for _, score, _ in pieces]
     if kind == 1:
         return Unigram(path, vocabulary, scores, options)
     return SentencePieceBPE(path, vocabulary, score_table(path, vocabulary, scores), options)
