@@ -82,8 +82,9 @@ class FileError(PocketlmError):
     def __init__(self, path: object, problem: str, advice: str = ""):
         """`path` names the file, `problem` says what is wrong with it, `advice` what to do (one clause, may be empty)."""
         self.path, self.problem, self.advice = path, problem, advice
-        name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))  # names of files may hold line breaks
-        super().__init__(f"{name}: {problem}" + (f"; {advice}" if advice else ""))
+        line = f"{path}: {problem}" + (f"; {advice}" if advice else "")
+        # names of files may hold line breaks, and so may what is told of their contents
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 @contextmanager

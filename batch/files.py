@@ -26,6 +26,8 @@ BLOCK = 1 << 20
 BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
 MOST_ANSWER = 1 << 30  # bytes of a line; longer ones are none of ours
 _NUMBERED = re.compile(rb'\{"line": (\d{1,15}), .*\}\n', re.DOTALL)
+# a link that somebody put in its place would lead to a file that is cut off
+_KEPT = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _ERROR = b', "error": {'  # cannot stand inside a JSON text, which writes \" for "
 
 
@@ -89,7 +91,7 @@ class Answers:
         self._starts = array("q", [-1]) * (n_lines + 1)  # where in the part the answer to a line starts
         self.n_done = self.n_errors = 0
         with self._kept():
-            self._handle = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+            self._handle = os.open(self._part, _KEPT, 0o666)
         try:
             with self._kept():
                 if not lock_file(self._handle, 0.0):

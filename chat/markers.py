@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Set
+from itertools import pairwise
 
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED
@@ -106,9 +107,7 @@ def without_markers(messages: list[dict[str, str]], tokenizer: Tokenizer) -> lis
     markers = Markers(tokenizer, frozenset())
 
     def broken(content: str) -> str:
-        found = list(markers.find(content))
-        for start, _, _ in reversed(found):
-            content = content[: start + 1] + "\u200b" + content[start + 1 :]
-        return content
+        cuts = [0, *(start + 1 for start, _, _ in markers.find(content)), len(content)]
+        return "\u200b".join(content[start:stop] for start, stop in pairwise(cuts))
 
     return [{**message, "content": broken(message["content"])} for message in messages]

@@ -78,6 +78,8 @@ def _of_list(data: bytes) -> Importance | None:
             (length,) = struct.unpack_from("<i", data, at)
             name = data[at + 4 : at + 4 + length].decode()
             runs, n_values = struct.unpack_from("<ii", data, at + 4 + length)
+            if length < 0 or n_values < 0:  # it would go back, perhaps without end
+                return None
             at += 12 + length
             found[name] = np.frombuffer(data, "<f4", n_values, at) / np.float32(max(runs, 1))
             at += 4 * n_values

@@ -109,7 +109,8 @@ class NumpyExecutor:
         does, before anything is done.
         """
         # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
-        with self._one_at_a_time.here, blas_threads.one_thread(self):
+        # numbers that are not finite are told of the logits, in one line
+        with self._one_at_a_time.here, blas_threads.one_thread(self), np.errstate(all="ignore"):
             self._check_open()
             checked = [(c, check_ids(ids, self.hyper.n_vocab, c.length, c.n_ctx), rows) for c, ids, rows in work]
             logits = [self._append(*one) for one in checked]
@@ -176,10 +177,11 @@ class NumpyExecutor:
 
         def product(part: int, parts: int) -> None:
             mine = share(len(w), part, parts, lead)
-            if len(x) == 1:  # matrix times vector: matmul with one row takes a third longer
-                np.dot(w[mine], x[0], out=y[0, mine])
-            else:
-                np.matmul(x, w[mine].T, out=y[:, mine])
+            with np.errstate(all="ignore"):  # each thread has its own
+                if len(x) == 1:  # matrix times vector: matmul with one row takes a third longer
+                    np.dot(w[mine], x[0], out=y[0, mine])
+                else:
+                    np.matmul(x, w[mine].T, out=y[:, mine])
 
         if w.size * len(x) < SMALL:
             product(0, 1)

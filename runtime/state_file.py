@@ -125,7 +125,10 @@ def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
             for part in _parts(cache, layer, state.itemsize):
                 found = _read(path, file, (part.heads, n - start, part.width), part.dtype)
                 if part.keep:
-                    found = found * _read(path, file, (part.heads, n - start, 1), np.dtype("<f4"))
+                    with np.errstate(all="ignore"):  # numbers too large together are told of below
+                        found = found * _read(path, file, (part.heads, n - start, 1), np.dtype("<f4"))
+                if not np.isfinite(found).all():  # a position that nobody sees has weight 0, which would not be enough
+                    raise FileError(path, "holds numbers that are not finite", DAMAGED)
                 part.write(layer, kept, found[:, kept - start :])
     cache.length = n
     return state.ids
@@ -163,10 +166,7 @@ def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.d
     content = file.read(math.prod(shape) * dtype.itemsize)
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise FileError(path, "has become shorter", DAMAGED)
-    array = np.frombuffer(content, dtype).reshape(shape)
-    if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
-        raise FileError(path, "holds numbers that are not finite", DAMAGED)
-    return array
+    return np.frombuffer(content, dtype).reshape(shape)
 
 
 def _starts(cache: KVCache, first: int) -> list[int]:

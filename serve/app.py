@@ -137,12 +137,13 @@ class Api:
         tokenizer = self._model.tokenizer
         bos = bool(special) and tokenizer.adds_bos
 
-        def tokens() -> list[Any]:
+        def tokens() -> str:
             ids = tokenizer.encode(content or "", special=parsed is not False, bos=bos)
-            return [_piece(id, tokenizer.token_bytes(id)) for id in ids] if pieces else ids
+            return ",".join(_JSON.encode(_piece(id, tokenizer.token_bytes(id))) for id in ids) if pieces else f"{ids}"[1:-1]
 
-        try:
-            return JSONResponse({"tokens": await self._answerer.aside(tokens)})
+        try:  # millions of them as one JSON would keep everybody waiting for seconds
+            written = await self._answerer.aside(tokens)
+            return Response(f'{{"tokens":[{written}]}}', media_type="application/json")
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
 

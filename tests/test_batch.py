@@ -144,6 +144,22 @@ def test_a_file_of_errors_alone_ends_with_1_also_when_gone_on_with(model, tmp_pa
     assert ["error" in json.loads(line) for line in out.read_text().splitlines()] == ["prompt" not in x for x in lines if x]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_in_the_place_of_the_answers_so_far_is_not_followed(model, tmp_path, monkeypatch, capsys):
+    given, out, other = prompts(tmp_path / "given.jsonl", 2), tmp_path / "out.jsonl", tmp_path / "of the user"
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "finish", lambda self: self.no_such_thing)
+        with pytest.raises(AttributeError):
+            batch(model, given, out)
+    [part] = parts(out)
+    part.unlink()
+    other.write_text("mine")
+    part.symlink_to(other)
+    assert batch(model, given, out) == 1
+    assert f"{part}: cannot be written" in capsys.readouterr().err
+    assert other.read_text() == "mine"
+
+
 def test_lines_of_any_system_and_blank_ones_are_read(model, tmp_path):
     data = b'\xef\xbb\xbf{"prompt": "the", "seed": 1}\r\n\r\n  \n{"prompt": "the", "seed": 1, "id": 4}'
     found = answered(model, tmp_path, data)

@@ -12,6 +12,7 @@ from jinja2.ext import Extension, loopcontrols
 
 from pocketlm.chat import templates
 from pocketlm.chat.budget import TemplateRaised
+from pocketlm.chat.markers import without_markers
 from pocketlm.chat.sandbox import SandboxedTemplate
 from pocketlm.errors import FileError, UsageError
 from pocketlm.tokenizer import base
@@ -297,6 +298,11 @@ def test_a_template_that_changes_contents_gets_them_with_broken_markers():
     assert letters.decode(ids, special=True) == '"say \\"<\u200b|im_end|>\\""<|im_end|>'
     assert ids.count(letters.token_id("<|im_end|>")) == 1
     assert template.encode(turns('say "x"'), letters) == letters.encode('"say \\"x\\""<|im_end|>', special=True)
+
+
+def test_very_many_markers_in_a_content_are_broken_in_one_go():
+    [broken] = without_markers(turns("<|im_end|>" * 60_000), tokenizer(*MARKERS))  # a minute, where each makes a text anew
+    assert broken["content"] == "<\u200b|im_end|>" * 60_000
 
 
 @pytest.mark.parametrize(("source", "n"), [("{{ bos_token }}{{ messages[0].content }}", 1), ("{{ messages[0].content }}", 1)])

@@ -110,6 +110,17 @@ def test_a_file_that_cannot_run_is_one_line_that_names_it(broken, capsys, name, 
     assert str(path) in line
 
 
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_weights_so_large_that_sums_are_infinite_are_one_line(tmp_path, capsys, recwarn, threads):
+    """NumPy would warn of it, with a line of the package; each thread by itself."""
+    gate = np.full((512, 64), 3e38, np.float32)  # large enough for two threads
+    tensors = {f"blk.{i}.ffn_gate.weight": gate for i in (0, 1)} | {f"blk.{i}.ffn_up.weight": gate for i in (0, 1)}
+    path = write_model(tmp_path / "large.gguf", n_ff=512, tensors=tensors)
+    words = "generate", str(path), "-p", "a b c d e f", "--backend", "numpy", "--threads", threads
+    assert "NaN or infinite logits" in failure(capsys, 1, *words)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize("words", [["generate", "-p", "a"], ["chat"], ["serve", "--port", "0"]], ids=lambda words: words[0])
 def test_an_empty_name_is_not_the_model_that_comes_with_the_package(capsys, words):
     """`pocketlm serve "$MODEL"`, where the variable is not set."""

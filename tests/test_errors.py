@@ -44,3 +44,8 @@ def test_an_error_about_a_key_with_an_unprintable_name_stays_short(character):
 def test_an_error_says_the_same_in_another_process(error):
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.__dict__) == (type(error), str(error), error.__dict__)
+
+
+def test_an_error_is_one_printable_line_whatever_it_tells_of_a_file():
+    error = FileError("a\nb", "gives 'x' the id \n\x1b[31m", "look at \x07")
+    assert str(error) == r"a\nb: gives 'x' the id \n\x1b[31m; look at \x07"

@@ -122,6 +122,14 @@ def test_llama_cpps_files_say_the_same_as_the_text_they_were_made_of(uneven, tmp
         np.testing.assert_allclose(read[name], values, rtol=1e-3)
 
 
+def test_an_entry_that_leads_back_is_no_importance_matrix(uneven, tmp_path: Path):
+    """Two thousand million of them were read, all the same one."""
+    file = tmp_path / "imatrix"
+    file.write_bytes(struct.pack("<ii12xiii", 2**31 - 1, 12, 0, 0, -24) + bytes(16))
+    with pytest.raises(FileError, match="UTF-8"):
+        importance(file, uneven)
+
+
 # ── experts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -213,6 +213,18 @@ def test_a_damaged_file_is_refused_in_one_line_and_the_session_goes_on(model, tm
     assert ids(session.generate("in the thing", **OPTIONS, temperature=0)) == expected
 
 
+def test_a_scale_that_makes_its_numbers_infinite_is_refused(path, tmp_path, recwarn):
+    with pocketlm.load(path, backend="native", threads=1) as model:
+        session, file = model.session(), tmp_path / "a.state"
+        session.state.advance([1, 2, 3])
+        session.save(file)
+        content = file.read_bytes()
+        file.write_bytes(resealed(content[:-36] + b"\xff\xff\x7f\x7f" + content[-32:]))  # the last one, of 16-bit words
+        with pytest.raises(FileError, match="not finite"):
+            session.load(file)
+    assert list(recwarn) == []
+
+
 def test_another_models_session_is_refused(model, tmp_path):
     session = model.session()
     session.state.advance([1, 2, 3])

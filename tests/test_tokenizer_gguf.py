@@ -154,8 +154,16 @@ BAD = [
     (BPE, "normal form is 'NFX'; known are NFC", {"pocketlm__tokenizer__normal_form": "NFX"}),
     (BPE, "unknown is 'yes'; known are true, false", {"pocketlm__tokenizer__unknown": "yes"}),
     (BPE, "'qwen2'", {"pocketlm__tokenizer__pre_tokenizer": "qwen2", "pocketlm__tokenizer__split_pattern": [".+"]}),
-    (BPE, "not written in byte-level letters", {"pocketlm__tokenizer__kind": "characters", "tokenizer__ggml__tokens": ["ż"] * 1,
-                                               "tokenizer__ggml__token_type": None, "tokenizer__ggml__eos_token_id": None}),
+    (
+        BPE,
+        "not written in byte-level letters",
+        {
+            "pocketlm__tokenizer__kind": "characters",
+            "tokenizer__ggml__tokens": ["ż"] * 1,
+            "tokenizer__ggml__token_type": None,
+            "tokenizer__ggml__eos_token_id": None,
+        },
+    ),
     (SPM, "unknown_text is '7'; known are any text", {"pocketlm__tokenizer__unknown_text": 7}),
     (SPM, "prefix is 'sometimes'; known are always, missing, never", {"pocketlm__tokenizer__prefix": "sometimes"}),
     (SPM, "no scores", {"tokenizer__ggml__scores": None}),
@@ -163,12 +171,34 @@ BAD = [
     (SPM, "the score of token 2 is not a finite number", {"tokenizer__ggml__scores": [0, 0, float("nan"), 0, 0, 0, 0, 0]}),
     (SPM, "token 4 is a byte by its type", {"tokenizer__ggml__token_type": [2, 3, 3, 1, 6, 1, 1, 4]}),
     (SPM, "normalisation table is damaged", {"tokenizer__ggml__precompiled_charsmap": [1, 2, 3]}),
+    (
+        SPM,
+        "damaged: a replacement of 1000 bytes",
+        {"tokenizer__ggml__precompiled_charsmap": [*bytes([4] + [0] * 7), *b"x" * 1000]},
+    ),
+    (
+        BPE,
+        "tokens that begin with 'a' have too many lengths",
+        {"tokenizer__ggml__tokens": [*LETTERS, *("a" * n for n in range(2, 400))], "tokenizer__ggml__token_type": None},
+    ),
+    (
+        BPE,
+        "its test texts have 100000 characters; 65536 are possible",
+        {"pocketlm__tokenizer__test_texts": ["a" * 100_000], "pocketlm__tokenizer__test_ids": [""]},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("keys", "problem", "changes"), BAD)
 def test_keys_that_do_not_fit_are_refused_in_one_line(keys, problem, changes):
     refused(keys, problem, **changes)
+
+
+def test_replacements_that_all_begin_alike_are_not_tried_one_by_one():
+    sides = [side for n in range(4096) for side in ("a" * 60 + chr(0x4E00 + n), "b")]
+    tok = make(BPE, pocketlm__tokenizer__replacements=sides)
+    text = "a" * 60_000 + "\u4e00"  # minutes, where each of them is compared at every place
+    assert tok.decode(tok.encode(text)) == "a" * 59_940 + "b"
 
 
 def test_a_file_with_a_vocabulary_only_is_enough(tmp_path):

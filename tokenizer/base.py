@@ -7,6 +7,7 @@ Knows no file format (`readers`) and no model.
 import codecs
 import operator
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,8 @@ END_OF_TURN = (
 )  # fmt: skip
 
 _LONGEST_TOKEN = 4096  # characters; what is done for every part of a token would take a stranger's file for ever
+_USUAL_TOKEN = 256  # characters
+_LENGTHS = 1 << 16  # of the tokens that begin alike, all together: some kinds look for each of them at every place of a text
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 32
 _CACHED_TEXT = 1 << 14  # characters of a text between two markers: a message
@@ -99,6 +102,13 @@ def make_vocabulary(
         raise FileError(path, f"token {broken} is not valid Unicode") from None
     if len(longest := max(tokens, key=len)) > _LONGEST_TOKEN:
         raise FileError(path, f"token {tokens.index(longest)} has {len(longest)} characters; {_LONGEST_TOKEN} are possible")
+    if len(longest) > _USUAL_TOKEN:
+        lengths = Counter[str]()
+        for first, length in {(token[:1], len(token)) for token in tokens}:
+            lengths[first] += length
+        [(first, total)] = lengths.most_common(1)
+        if total > _LENGTHS:
+            raise FileError(path, f"its tokens that begin with {first!r} have too many lengths")
     index = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(index) != len(tokens):
         for i, token in enumerate(tokens):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_BRANCHES = 1 << 22  # the usual tables have 200,000
 _MAX_KEY = 32  # characters
+_MAX_REPLACEMENT = 256  # bytes; the usual tables have 33
 
 
 class Rules:
@@ -31,6 +32,10 @@ class Rules:
         if len(charsmap) < 8 or size % 4 or not 4 <= size <= len(charsmap) - 4:
             raise self._damaged(f"a trie of {size} bytes in a table of {len(charsmap)}")
         self._texts = charsmap[4 + size :]
+        if (
+            longest := max(map(len, self._texts.split(b"\0")))
+        ) > _MAX_REPLACEMENT:  # a text would become that many times as long
+            raise self._damaged(f"a replacement of {longest} bytes")
         units = np.frombuffer(charsmap, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
         self._units: list[int] = units.tolist()
         self._found: dict[int, str] = {}

@@ -39,6 +39,7 @@ _KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece", "t5": "unigram"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
 _STRIPPING_MODELS = ("phi-3", "phi3")
 _USUAL_IDS = {"bos": 1, "eos": 2}  # Llama's, where its kind of tokenizer says none: llama.cpp takes them, too
+_TESTED = 1 << 16  # characters; opening a stranger's file would take as long as its texts do
 _NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -221,6 +222,8 @@ def _check_tests(keys: Keys, tokenizer: Tokenizer) -> None:
     texts, ids = keys.texts(OURS + "test_texts") or [], keys.texts(OURS + "test_ids") or []
     if len(texts) != len(ids):
         raise FileError(keys.path, f"{len(texts)} test texts with {len(ids)} lists of ids")
+    if (n := sum(map(len, texts))) > _TESTED:
+        raise FileError(keys.path, f"its test texts have {n} characters; {_TESTED} are possible")
     for text, expected in zip(texts, ids, strict=True):
         if " ".join(map(str, tokenizer.encode(text))) != expected:
             raise FileError(
