@@ -380,7 +380,7 @@ COMMANDS: dict[str, Command] = {
     "chats": _folder("List, delete or export saved conversations.", "chat"),
     "serve": _folder("Answer programs and a page in the browser.", "serve"),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
-    "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX or Ollama model.", "export"),
+    "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX, Ollama or Hugging Face model.", "export"),
     "pack": _folder("Make one executable out of a model.", "build", "pack"),
     "unpack": _folder("Take the GGUF out of a packed executable.", "build", "unpack"),
     "persona": _folder("Change what a packed executable says about itself.", "build", "persona"),

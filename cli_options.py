@@ -16,7 +16,7 @@ from pocketlm.terminal_text import print
 DEFAULT_MODEL = "small-talk"  # the short name of the model that comes with the package
 SAMPLING = {  # flag -> (keyword of SamplingOptions, type, help)
     "--temp": ("temperature", float, "0 always takes the likeliest token; higher is more varied"),
-    "--top-k": ("top_k", int, "only the K likeliest tokens; 0: all"),
+    "--top-k": ("top_k", int, "only the N likeliest tokens; 0: all"),
     "--top-p": ("top_p", float, "the fewest likeliest tokens that together have this probability; 1: all"),
     "--min-p": ("min_p", float, "only tokens with this share of the likeliest one's probability; 0: all"),
     "--repeat-penalty": ("repeat_penalty", float, "makes recent tokens less likely; 1: off"),

@@ -243,7 +243,8 @@ def to_canonical(
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         listed = ", ".join(map(quoted, left_over[:3])) + more
         problem = f"{len(left_over)} of {len(checkpoint.tensors)} tensors have no place in the model: {listed}"
-        raise FileError(path, problem, "name them in a file for --map, or the model computes something pocketlm does not")
+        cure = "name them in a file for --map (pocketlm inspect --tensors lists all), or the model computes something else"
+        raise FileError(path, problem, cure)
     for role, tensor in found.items():
         if "int" in tensor.dtype and not role.endswith(("_blocks.weight", "_scales.weight")):  # those of MXFP4
             problem = f"{quoted(tensor.name)} holds whole numbers ({tensor.dtype}), so the weights are quantised"
