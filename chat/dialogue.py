@@ -126,7 +126,7 @@ class Chat:
         """What the answer is begun with, by a template that is told whether to think. A form begins with the first token: there
         is nothing that the model could think before.
         """
-        template, has_form = self.model.template, any(self.sampling.get(name) for name in OPTIONS)
+        template, has_form = self.model.template, any(self.sampling.get(name) not in (None, False) for name in OPTIONS)
         wish = False if has_form else self._wish
         if template.thinking != wish:
             template.thinking = wish
@@ -226,25 +226,26 @@ class Chat:
         self._forgotten, self._last = 0, None
         self.console.note("a new conversation")
 
-    def undo(self, said: str = "taken back") -> str | None:
-        """Take back the last question and its answer; returns the question. `said`: what the note says of it."""
-        messages = self.conversation.messages
+    def undo(self, again: bool = False) -> str | None:
+        """Take back the last question and its answer; returns the question. `again`: it will be asked again."""
+        messages, branches = self.conversation.messages, self.conversation.branches
         start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if start is None:
             self.console.note("there is no question to take back")
             return None
         question = messages[start]["content"]
         del messages[start:]
+        branches[:] = [other for other in branches if other["at"] <= start + again]  # others belong to what is gone
         self._last = None
         if self._saving and self.record.path is not None:
             states.forget(self.record.path)
-        self.console.note(f"{said}: {question}")
+        self.console.note(f"{'asked again' if again else 'taken back'}: {question}")
         self.save()
         return question
 
     def retry(self) -> None:
         """Ask the last question again."""
-        question = self.undo("asked again")
+        question = self.undo(again=True)
         if question is not None:
             self.ask(question)
 
@@ -318,7 +319,7 @@ class Chat:
         conversation, path = self.conversation, self.record.path
         if not self._saving:
             return ""
-        if not conversation.messages:
+        if not (conversation.messages or conversation.branches):
             self.record.discard()
             return ""
         opening = self._model if isinstance(self._model, Opening) else None
