@@ -104,14 +104,15 @@ def test_the_input_is_not_replaced(
     before = source.read_bytes()
     folder = tmp_path / "folder"
     run(source, "-o", folder, "--to", "huggingface")
-    (tmp_path / "link.gguf").symlink_to(source)
+    link = str(Path("folder", "..", "source.gguf"))
     monkeypatch.chdir(tmp_path)
-    for name, out in ((source, "source.gguf"), (source, "link.gguf"), (folder, "folder"), (folder / "model.safetensors", "folder")):
+    weights = folder / "model.safetensors"
+    for name, out in ((source, "source.gguf"), ("source.gguf", link), (folder, "folder"), (weights, "folder")):
         for words in (["export", "--to", "huggingface" if out == "folder" else "gguf"], ["pack", "--stub", "none"]):
             assert main([*words, str(name), "-o", out]) == 2
-            assert f"-o {out} is where the input is; name another output" in capsys.readouterr().err
+            assert f"-o {Path(out)} is where the input is; name another output" in capsys.readouterr().err
     assert source.read_bytes() == before
-    assert (folder / "model.safetensors").exists()
+    assert weights.exists()
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path):

@@ -128,7 +128,7 @@ def test_a_disk_without_room_is_said_before_a_stub_is_composed(folder, monkeypat
     assert "friend: needs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "said"), [(["empty.gguf"], "empty.gguf: "), (["good.gguf", "--icon", "none.ico"], "none.ico")])
+@pytest.mark.parametrize(("words", "said"), [(["empty.gguf"], "empty.gguf"), (["good.gguf", "--icon", "none.ico"], "none.ico")])
 def test_what_cannot_be_packed_is_found_before_anything_is_fetched(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.gguf").touch()
