@@ -42,6 +42,7 @@ class Chat:
         self.leaving = self.failed = False
         self.endings = Endings(self.keep, console.leave_editor)
         self._saving, self._lock = save, locks.lock()
+        self._unsaved = False  # whether the last save failed, which was said
         self._given_id = model_id
         self._told = ""  # the last note about the template
         self._forgotten = 0  # turns, as the last note about them said
@@ -300,7 +301,7 @@ class Chat:
             states.keep(self.model, self.record.path)
 
     def save(self) -> None:
-        """Write the conversation to its file; the first time this fails is also the last. An empty one has no file."""
+        """Write the conversation to its file; where that fails, which is said once, the next time tries again. An empty one has no file."""
         with self.endings.held():
             if note := self.keep():
                 self.console.note(note)
@@ -311,8 +312,8 @@ class Chat:
             try:
                 return self._write()
             except PocketlmError as error:
-                self._saving = False
-                return f"{error}; it goes on without"
+                told, self._unsaved = self._unsaved, True
+                return "" if told else f"{error}; it goes on without"
 
     def _write(self) -> str:
         """What the user should know of it."""
@@ -326,8 +327,9 @@ class Chat:
         if self._given_id or opening is None or opening.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
         gone = path is not None and not os.path.lexists(path)
-        if self.record.save(conversation):
-            return ""
+        same, again, self._unsaved = self.record.save(conversation), self._unsaved, False
+        if same:
+            return "the conversation is saved again" * again
         if gone:
             return f"{shown(path)} was deleted meanwhile: this conversation is kept as {shown(self.record.path)}"
         changed = f"{shown(path)} was changed by another program, and stays as it is"

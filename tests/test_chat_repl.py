@@ -299,6 +299,24 @@ def test_where_nothing_can_be_saved_one_note_says_so(home):
     assert re.search(r"the conversation cannot be saved \([^()]+\); it goes on without\n$", notes)
 
 
+def test_what_could_not_be_saved_for_a_while_is_saved_again(home, monkeypatch):
+    """A disk that was full has room again: all that was said is kept."""
+    write, full = transcript.write, [False, False, True, True, True, True]  # a question and its answer, each two times
+
+    def fails_at_times(*arguments):
+        if full and full.pop(0):
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(transcript, "write", fails_at_times)
+    notes = chat("one", "two", "three", "four", save=True)[1].splitlines()
+    assert [note.partition(": ")[2] or note for note in notes] == [
+        "the conversation cannot be saved (No space left on device); it goes on without", "the conversation is saved again"
+    ]  # fmt: skip
+    (path,) = saved(home)
+    assert len(json.loads(path.read_text())["messages"]) == 8
+
+
 def test_it_works_without_a_home(monkeypatch):
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.delenv("LOCALAPPDATA")
