@@ -301,7 +301,7 @@ class Chat:
             states.keep(self.model, self.record.path)
 
     def save(self) -> None:
-        """Write the conversation to its file; where that fails, which is said once, the next time tries again. An empty one has no file."""
+        """Write the conversation to its file; an empty one has none. That it fails is said once, and the next tries again."""
         with self.endings.held():
             if note := self.keep():
                 self.console.note(note)
