@@ -111,7 +111,7 @@ def test_a_conversation_of_an_earlier_version_is_read_and_belongs_to_nobody():
     old = {"format": transcript.FORMAT, "system": "", "model": "Fake 1M", "messages": [
         {"role": "user", "content": "old"}, {"role": "assistant", "content": "Yes."},
     ]}  # fmt: skip
-    path.write_text(json.dumps(old))
+    path.write_text("\ufeff" + json.dumps(old), encoding="utf-8")  # seen in an editor since
     assert saved.latest("f" * 32) is None
     model = FakeModel()
     assert "resumed: 1 turn with Fake 1M, " in chat("new", model=model, resume="20250101")
