@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer the lines that have no answer yet. Exit status 1 if there are lines and every one of them failed."""
+    from pocketlm.serve import left_out
+
+    left_out.stand_in()
     from pocketlm.batch.files import Answers, Prompts
     from pocketlm.batch.local import Settings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import shutil
 import subprocess
@@ -18,8 +17,8 @@ from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError, one_of, whole_number
 from pocketlm.export.command import model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
-from pocketlm.runtime.atomic import check_room, replacing_file
-from pocketlm.runtime.gguf_reader import GGUF
+from pocketlm.runtime.atomic import check_other, check_room, replacing_file
+from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 from pocketlm.runtime.kv_cache import KINDS
 from pocketlm.runtime.model_file import PART, open_model, parts_of, size_of
 from pocketlm.terminal_text import print
@@ -83,6 +82,7 @@ def _for_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
+    from pocketlm.build.icon import images
     from pocketlm.build.pack import open_stub, pack, with_texts
 
     if arguments.stub and arguments.target:
@@ -93,12 +93,16 @@ def _pack(arguments: argparse.Namespace) -> int:
         if not arguments.stub:  # before half a minute's work
             check_room(Path(arguments.output), len(names) * (model.stat().st_size + SMALLEST))
         icon = Path(arguments.icon) if arguments.icon else None
-        reference = functools.cache(_reference)  # the same for every platform
+        if icon:  # what cannot be packed is found before anything is fetched
+            images(icon)
+        with open_gguf(model) as source:
+            results = _reference(source)
         for name in names:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
             said: list[str] = []
-            out = pack(model, open_stub(stub), out, persona, reference, lambda part, to=said: to.append(_try(part)), icon)
+            trial = lambda part, to=said: to.append(_try(part))  # noqa: E731
+            out = pack(model, open_stub(stub), out, persona, lambda _: results, trial, icon)
             print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *said, sep="\n")
     return 0
 
@@ -159,6 +163,7 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     path = find_model(arguments.model)
     if not path.exists():
         raise FileError(path, "there is no such file", "check the path")
+    check_other(Path(arguments.output), path)
     keep = not any(getattr(arguments, name) for name in ("quant", "pure", "imatrix", "set", "map", "tokenizer", "lora"))
     own, is_gguf = own_keys(arguments), path.is_file() and (is_model_file(path) or path.suffix.lower() == ".gguf")
     if is_gguf and keep and not own and not container.is_program(path) and len(parts_of(path)) == 1:
@@ -221,8 +226,7 @@ def _unpack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import unpack
 
     packed, out = _find(arguments.file), Path(arguments.output)
-    if out.exists() and out.samefile(packed.path):
-        raise UsageError(f"unpack: {out} is the program itself; name another file with -o")
+    check_other(out, packed.path)
     n_bytes = unpack(packed, out)
     print(f"{arguments.output}: {n_bytes / 1e6:.1f} MB")
     return 0

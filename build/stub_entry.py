@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import signal
 import sys
@@ -58,6 +59,7 @@ def main() -> None:
     """Run, and end the process. After an error, a console that only this program uses is kept open."""
     gc.set_threshold(50_000)  # at the start much is made and little becomes garbage: a fifth of the time
     terminal.forget_loader()
+    _hold_program()
     arguments = sys.argv[1:]
     if not arguments and terminal.open_one(sys.executable, arguments):
         sys.exit(0)
@@ -89,6 +91,33 @@ def main() -> None:
     if any(opening.is_busy for opening in _openings):  # Python's own end would take away what that thread is using
         os._exit(status)
     sys.exit(status)
+
+
+class _Held:
+    """The program's file, as PyInstaller opens it for each module that is imported."""
+
+    def __init__(self, data: mmap.mmap):
+        self._data, self._at = data, 0
+
+    def __enter__(self) -> _Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def seek(self, at: int) -> None:
+        self._at = at
+
+    def read(self, length: int) -> bytes:
+        return self._data[self._at : self._at + length]
+
+
+def _hold_program() -> None:
+    """What is imported later comes from this very file, though another may have its name by then, or none."""
+    if loader := sys.modules.get("pyimod01_archive"):
+        with open(sys.executable, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        loader.open = lambda *_: _Held(data)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _damage() -> PocketlmError | None:

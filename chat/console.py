@@ -4,6 +4,7 @@ In: answers, notes, a request for the next message. Out: bytes for people and fo
 output; notes go there too in a conversation at a terminal, else to standard error. Knows no model and no commands.
 """
 
+import codecs
 import io
 import os
 import signal
@@ -49,7 +50,8 @@ class Console:
         self.stdin, self.stdout, self.stderr = (stream or io.StringIO() for stream in given)  # None: closed by the shell
         for stream in (self.stdin, self.stdout, self.stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding cannot hold becomes a question mark, not an exception
-                stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+                errors = "surrogateescape" if stream is self.stdin else "replace"  # bytes of another encoding: see _decoded
+                stream.reconfigure(errors=errors)  # pyright: ignore[reportAttributeAccessIssue]
         self.piped = not self.stdin.isatty()
         self.interactive = not (self.piped or one_shot) and self.stdout.isatty()
         self._dumb = os.environ.get("TERM") == "dumb"
@@ -61,7 +63,7 @@ class Console:
         self._editing = False
         self._history: Path | None = None
         self._complete: Completer = lambda line: ()
-        self._started = False
+        self._started = self._foreign = False
         self._read_ahead: list[str] = []  # lines from a pipe that are still to be handled
         self._asked: Callable[[], object] = lambda: None
         self._end: BaseException | None = None
@@ -176,7 +178,22 @@ class Console:
             line = ""
         if not self._started:  # Windows shells put a byte order mark in front of what they pipe
             self._started, line = True, line.removeprefix("\ufeff")
-        return line
+        return line if line.isascii() else self._decoded(line)
+
+    def _decoded(self, line: str) -> str:
+        """A line of which some bytes are not in standard input's encoding. Windows' cmd has sent it in that of its console;
+        elsewhere the letters are lost, which is said once.
+        """
+        encoding = getattr(self.stdin, "encoding", None)
+        if not encoding or line.encode("utf-8", "ignore").decode() == line:
+            return line
+        data = line.encode(encoding, "surrogateescape")
+        if page := _console_page():
+            return codecs.code_page_decode(page, data, "replace", True)[0]  # pyright: ignore[reportAttributeAccessIssue]
+        if not self._foreign:
+            self._foreign = True
+            self.note(f"some letters are lost: what comes is not {encoding.upper()}")
+        return data.decode(encoding, "replace")
 
     def read_all(self, is_command: Callable[[str], bool]) -> str | None:
         """All of standard input as one message. None as soon as a line is a command: then `read` gives the lines one by one.
@@ -237,6 +254,15 @@ def _escapes_work() -> bool:
     console = ctypes.windll.kernel32  # pyright: ignore[reportAttributeAccessIssue]
     output, mode = console.GetStdHandle(-11), ctypes.c_uint32()
     return bool(console.GetConsoleMode(output, ctypes.byref(mode)) and console.SetConsoleMode(output, mode.value | 4))
+
+
+def _console_page() -> int:
+    """The encoding of this program's console on Windows; 0 where there is none."""
+    if os.name != "nt":
+        return 0
+    import ctypes
+
+    return ctypes.windll.kernel32.GetConsoleOutputCP()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _editor(complete: Completer, history: Path | None) -> Any:

@@ -42,6 +42,7 @@ class Chat:
         self.leaving = self.failed = False
         self.endings = Endings(self.keep, console.leave_editor)
         self._saving, self._lock = save, locks.lock()
+        self._unsaved = False  # whether the last save failed, which was said
         self._given_id = model_id
         self._told = ""  # the last note about the template
         self._forgotten = 0  # turns, as the last note about them said
@@ -128,7 +129,7 @@ class Chat:
         """The text that the template begins the answer with, told whether the model is to think. A constrained answer has its
         form from the first token on, which leaves no room for thought.
         """
-        template, has_form = self.model.template, any(self.sampling.get(name) for name in OPTIONS)
+        template, has_form = self.model.template, any(self.sampling.get(name) not in (None, False) for name in OPTIONS)
         wish = False if has_form else self._wish
         if template.thinking != wish:
             template.thinking = wish
@@ -230,25 +231,26 @@ class Chat:
         self._forgotten, self._last = 0, None
         self.console.note("a new conversation")
 
-    def undo(self, said: str = "taken back") -> str | None:
-        """Remove the last question and its answer; returns the question. `said`: how the note calls that."""
-        messages = self.conversation.messages
+    def undo(self, again: bool = False) -> str | None:
+        """Remove the last question and its answer; returns the question. `again`: it will be asked again."""
+        messages, branches = self.conversation.messages, self.conversation.branches
         start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if start is None:
             self.console.note("there is no question to take back")
             return None
         question = messages[start]["content"]
         del messages[start:]
+        branches[:] = [other for other in branches if other["at"] <= start + again]  # others belong to what is gone
         self._last = None
         if self._saving and self.record.path is not None:
             states.forget(self.record.path)
-        self.console.note(f"{said}: {question}")
+        self.console.note(f"{'asked again' if again else 'taken back'}: {question}")
         self.save()
         return question
 
     def retry(self) -> None:
         """Ask the last question again."""
-        question = self.undo("asked again")
+        question = self.undo(again=True)
         if question is not None:
             self.ask(question)
 
@@ -303,7 +305,7 @@ class Chat:
             states.keep(self.model, self.record.path)
 
     def save(self) -> None:
-        """Write the conversation to its file; after a failure it is not tried again. An empty conversation has no file."""
+        """Write the conversation to its file; an empty one has none. A failure is told once, and the next turn tries again."""
         with self.endings.held():
             if note := self.keep():
                 self.console.note(note)
@@ -314,22 +316,23 @@ class Chat:
             try:
                 return self._write()
             except PocketlmError as error:
-                self._saving = False
-                return f"{error}; it goes on without"
+                told, self._unsaved = self._unsaved, True
+                return "" if told else f"{error}; it goes on without"
 
     def _write(self) -> str:
         conversation, path = self.conversation, self.record.path
         if not self._saving:
             return ""
-        if not conversation.messages:
+        if not (conversation.messages or conversation.branches):
             self.record.discard()
             return ""
         opening = self._model if isinstance(self._model, Opening) else None
         if self._given_id or opening is None or opening.is_open:  # a save waits for no model
             conversation.model_id = self.model_id
         gone = path is not None and not os.path.lexists(path)
-        if self.record.save(conversation):
-            return ""
+        same, again, self._unsaved = self.record.save(conversation), self._unsaved, False
+        if same:
+            return "the conversation is saved again" * again
         if gone:
             return f"{shown(path)} was deleted meanwhile: this conversation is kept as {shown(self.record.path)}"
         changed = f"{shown(path)} was changed by another program, and stays as it is"

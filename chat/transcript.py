@@ -175,7 +175,7 @@ def _read(path: Path) -> bytes:
 
 def _parse(path: Path, data: bytes) -> Conversation:
     try:
-        content = json.loads(data.decode("utf-8"))
+        content = json.loads(data.decode("utf-8-sig"))  # editors put a mark in front
     except (ValueError, RecursionError):  # also covers UnicodeDecodeError
         raise FileError(path, "is not a saved conversation", "it is no JSON") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketlm.cli_options import read_text
 from pocketlm.errors import UsageError
+from pocketlm.runtime.atomic import check_other
 from pocketlm.terminal_text import StatusLine, print
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pocketlm.model import find_model
 
     source, out = find_model(arguments.checkpoint), Path(arguments.output)
+    check_other(out, source)
     container = container_for(out, arguments.to)
     text = read_text(arguments.verify) if arguments.verify else None
     model = read_model(arguments, source)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from pocketlm.errors import FileError, refused
+from pocketlm.errors import FileError, UsageError, refused
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
 STALE_SECONDS = 3600  # a part that nobody has written to for so long was left by a process that was killed
@@ -130,6 +130,13 @@ def check_room(target: Path, n_bytes: int) -> None:
         free = shutil.disk_usage(target.parent).free
     if n_bytes > free:
         raise FileError(target, f"needs {n_bytes / 1e6:.1f} MB where {free / 1e6:.1f} MB are free", "make room")
+
+
+def check_other(target: Path, source: Path) -> None:
+    """Raises UsageError where `target` is what it is made from, or the folder of that: nobody means to lose the input."""
+    for path in (source, source.parent):
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UsageError(f"-o {target} is where the input is; name another output")
 
 
 @contextmanager

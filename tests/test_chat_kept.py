@@ -111,7 +111,7 @@ def test_a_conversation_of_an_earlier_version_is_read_and_belongs_to_nobody():
     old = {"format": transcript.FORMAT, "system": "", "model": "Fake 1M", "messages": [
         {"role": "user", "content": "old"}, {"role": "assistant", "content": "Yes."},
     ]}  # fmt: skip
-    path.write_text(json.dumps(old))
+    path.write_text("\ufeff" + json.dumps(old), encoding="utf-8")  # seen in an editor since
     assert saved.latest("f" * 32) is None
     model = FakeModel()
     assert "resumed: 1 turn with Fake 1M, " in chat("new", model=model, resume="20250101")
@@ -372,3 +372,26 @@ def test_other_ways_that_a_conversation_went_are_kept_and_checked(tmp_path):
         path.write_text(json.dumps(file))
         with pytest.raises(FileError, match="damaged"):
             transcript.load(path)
+
+
+def test_other_ways_do_not_end_up_behind_another_question():
+    """What went on from a question that was taken back goes with it; other answers to one that is asked again stay."""
+
+    def other(at):
+        return {"at": at, "messages": [{"role": "user" if at % 2 == 0 else "assistant", "content": "x"}]}
+
+    def branches(*lines):
+        chat("one", "two", save=True)
+        record = transcript.Record()
+        conversation = record.load(path := saved.paths()[0])
+        conversation.branches = [other(at) for at in (0, 2, 3, 4)]
+        record.save(conversation)
+        chat(*lines, save=True, resume=path.stem)
+        found = [each["at"] for each in transcript.load(path).branches]
+        path.unlink()
+        return found
+
+    assert branches("three") == [0, 2, 3, 4]
+    assert branches("/undo", "three") == [0, 2]
+    assert branches("/retry") == [0, 2, 3]
+    assert branches("/undo", "/undo") == [0], "the file stays for what is still in it"

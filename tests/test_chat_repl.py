@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chat_fake import FakeModel
 
-from pocketlm.chat import slash_commands, transcript
+from pocketlm.chat import console, slash_commands, transcript
 from pocketlm.chat.repl import run
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.terminal_text import without_controls
@@ -97,7 +97,19 @@ def test_other_encodings_lose_letters_but_never_the_chat(encoding, sent, expecte
     command = [sys.executable, DRIVER]
     child = subprocess.run(command, input=sent + b"\n", capture_output=True, timeout=60, check=True, env=environment)
     assert child.stdout.strip() == expected
-    assert child.stderr == b""
+    note = f"some letters are lost: what comes is not {encoding.upper()}"
+    assert child.stderr.decode().strip() == ("" if encoding == "latin-1" else note)
+
+
+def test_the_pipe_of_a_windows_console_is_in_its_encoding(monkeypatch):
+    """Whole lines are, also where some of their bytes would be UTF-8."""
+    monkeypatch.setattr(console, "_console_page", lambda: 866)
+    decode = lambda page, data, errors, final: (data.decode(f"cp{page}", errors), len(data))  # noqa: E731
+    monkeypatch.setattr(console.codecs, "code_page_decode", decode, raising=False)
+    stdin = io.TextIOWrapper(io.BytesIO("Привет\r\n".encode("cp866") + "Привет\n".encode()), encoding="utf-8")
+    shown, notes = io.StringIO(), io.StringIO()
+    run(FakeModel(), sampling={}, lines=True, stdin=stdin, stdout=shown, stderr=notes)
+    assert (shown.getvalue(), notes.getvalue()) == ("You said: Привет\n" * 2, "")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_message():
@@ -297,6 +309,24 @@ def test_where_nothing_can_be_saved_one_note_says_so(home):
     assert (answers, status) == ("You said: one\nYou said: two\n", 0)
     assert notes.count("\n") == 1
     assert re.search(r"the conversation cannot be saved \([^()]+\); it goes on without\n$", notes)
+
+
+def test_what_could_not_be_saved_for_a_while_is_saved_again(home, monkeypatch):
+    """A disk that was full has room again: all that was said is kept."""
+    write, full = transcript.write, [False, False, True, True, True, True]  # a question and its answer, each two times
+
+    def fails_at_times(*arguments):
+        if full and full.pop(0):
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(transcript, "write", fails_at_times)
+    notes = chat("one", "two", "three", "four", save=True)[1].splitlines()
+    assert [note.partition(": ")[2] or note for note in notes] == [
+        "the conversation cannot be saved (No space left on device); it goes on without", "the conversation is saved again"
+    ]  # fmt: skip
+    (path,) = saved(home)
+    assert len(json.loads(path.read_text())["messages"]) == 8
 
 
 def test_it_works_without_a_home(monkeypatch):

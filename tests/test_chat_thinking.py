@@ -131,7 +131,7 @@ def test_a_thought_that_the_template_begins_has_its_tag_in_the_record():
     assert model.asked[1][1]["content"] == THOUGHT
 
 
-FORMS = [{"json_object": True}, {"json_schema": {"type": "string"}}, {"choices": ["a"]}, {"regex": "a"}]
+FORMS = [{"json_object": True}, {"json_schema": {"type": "string"}}, {"json_schema": {}}, {"choices": ["a"]}, {"regex": "a"}]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,6 +11,7 @@ from languages import RUSSIAN
 
 from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN
+from pocketlm.cli import main
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.export import command
 from pocketlm.export import verify as verify_module
@@ -94,6 +95,24 @@ def test_what_makes_no_sense_is_one_line_and_writes_nothing(source: Path, tmp_pa
         run(source, "-o", tmp_path / "out.gguf", *words)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
+
+
+def test_the_input_is_not_replaced(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):  # fmt: skip
+    """However it is called, by export and by pack; nor is the folder that it lies in."""
+    before = source.read_bytes()
+    folder = tmp_path / "folder"
+    run(source, "-o", folder, "--to", "huggingface")
+    link = str(Path("folder", "..", "source.gguf"))
+    monkeypatch.chdir(tmp_path)
+    weights = folder / "model.safetensors"
+    for name, out in ((source, "source.gguf"), ("source.gguf", link), (folder, "folder"), (weights, "folder")):
+        for words in (["export", "--to", "huggingface" if out == "folder" else "gguf"], ["pack", "--stub", "none"]):
+            assert main([*words, str(name), "-o", out]) == 2
+            assert f"-o {Path(out)} is where the input is; name another output" in capsys.readouterr().err
+    assert source.read_bytes() == before
+    assert weights.exists()
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path):

@@ -151,6 +151,22 @@ def test_another_model_can_be_talked_to(friend, tmp_path):
         assert result.stdout == "".join(p.text for p in plain.generate("the", max_tokens=9, temperature=0)) + "\n"
 
 
+def test_it_talks_on_when_another_file_has_taken_its_name(friend, tmp_path):
+    """An update, or a clean-up: what was not needed so far (here: for a mistyped command) is still found."""
+    program = Path(shutil.copy(friend, tmp_path / "friend"))
+    with subprocess.Popen([program, "--lines"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, env=BARE) as child:  # fmt: skip
+        child.stdin.write("/max_tokens 5\nHello\n")
+        child.stdin.flush()
+        assert child.stdout.readline()
+        program.unlink()
+        program.write_bytes(b"something else")
+        _, notes = child.communicate("/hepl\n/backend numpy\nHello\n", timeout=60)
+    assert child.returncode == 1  # the mistyped command
+    assert "/hepl is no command, did you mean /help" in notes
+    assert "backend: numpy" in notes
+
+
 def test_several_start_at_once(friend):
     command = [friend, "generate", "-p", "the", "-n", "5"]
     together = [subprocess.Popen(command, stdout=subprocess.PIPE, env=BARE) for _ in range(4)]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from checkpoint_checks import MAP
-from packing import fake_stub
+from packing import fake_stub, tiny_chat_model
 
 from pocketlm.build import command as build
 from pocketlm.cli import main
@@ -127,3 +127,13 @@ def test_a_disk_without_room_is_said_before_a_stub_is_composed(folder, monkeypat
     capsys.readouterr()
     assert main(["pack", "m.gguf", "--for", "all", "-o", "friend"]) == 1
     assert "friend: needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "said"), [(["empty.gguf"], "empty.gguf"), (["good.gguf", "--icon", "none.ico"], "none.ico")])
+def test_what_cannot_be_packed_is_found_before_anything_is_fetched(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.gguf").touch()
+    tiny_chat_model(tmp_path).rename("good.gguf")
+    monkeypatch.setattr(build, "_stub_for", lambda *_: pytest.fail("a stub was asked for"))
+    assert main(["pack", *words, "-o", "friend"]) == 1
+    assert capsys.readouterr().err.startswith(f"pocketlm: {said}")

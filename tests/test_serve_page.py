@@ -1,7 +1,9 @@
 """The page in a real browser: conversations and their files, settings, hostile texts, a server that is gone."""
 
 import json
+import re
 
+import pytest
 from browsing import (  # noqa: F401
     alone_fixture,
     answered,
@@ -260,6 +262,24 @@ def test_what_a_model_says_is_text_and_some_markdown(server, visit, alone):
     assert last.locator("td").all_inner_texts() == ["1", "2"]
     assert last.locator("blockquote").inner_text() == "said"
     assert last.locator("p").last.inner_text() == "a_b_c and gone and 2 * 3 * 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("```f(2)``` gives 4\nafter", "<p><code>f(2)</code> gives 4<br>after</p>"),
+        ("1. a\n   ```py\n   if x:\n       y\n   ```\n2. b",
+         '<ol start="1"><li>a<div class="code"><pre><code>if x:\n    y</code></pre></div></li><li>b</li></ol>'),
+        ("1. a\n- x\n- y\n2. b", '<ol start="1"><li>a</li></ol><ul><li>x</li><li>y</li></ul><ol start="2"><li>b</li></ol>'),
+        ("Here:\n|a|b|\n|-|-|\n|`x\\|y`|2|", "<p>Here:</p><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody>"
+         "<tr><td><code>x|y</code></td><td>2</td></tr></tbody></table>"),
+        ("- a\r\n- b\r\n~~~\r\nc\r\n~~~", '<ul><li>a</li><li>b</li></ul><div class="code"><pre><code>c</code></pre></div>'),
+    ],
+)  # fmt: skip
+def test_markdown_as_models_write_it(visit, text, shown):
+    """Nothing of it is lost, code can be copied, and numbers are those that the model gave."""
+    html = visit().evaluate("(text) => { const all = make('div'); all.append(markdown(text)); return all.innerHTML }", text)
+    assert re.sub(r'<button.*?</button>| tabindex="0" dir="ltr"', "", html) == shown
 
 
 def test_a_thought_is_folded_and_kept_as_the_terminal_keeps_it(server, visit):

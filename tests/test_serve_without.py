@@ -58,6 +58,13 @@ def test_it_runs_without_what_a_packed_program_leaves_out(tmp_path):
             process.terminate()
 
 
+def test_a_file_of_prompts_needs_none_of_it_either(tmp_path):
+    (tmp_path / "prompts").write_text('{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}\n')
+    words = ["--input", tmp_path / "prompts", "--output", tmp_path / "answers", "--backend", "numpy"]
+    subprocess.run([sys.executable, "-c", BARE, "generate", tiny_chat(tmp_path), *words], check=True)
+    assert json.loads((tmp_path / "answers").read_text())["usage"]["completion_tokens"] == 3
+
+
 def test_something_stands_in_for_all_that_is_left_out_and_imported():
     assert set(LEFT_OUT) == set(STOOD_IN)
     assert all(is_excluded(part) for part, _ in LEFT_OUT.values())
