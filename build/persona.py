@@ -51,6 +51,6 @@ def from_bytes(data: bytes, path: object) -> Persona:
         flags = {str(flag): value for flag, value in values["flags"].items() if isinstance(value, int | float | str)}
         if all(isinstance(text, str) for text in texts.values()):
             return Persona(**texts, flags=flags)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise FileError(path, "its title and system prompt were damaged", "get the file again")

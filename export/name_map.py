@@ -31,7 +31,7 @@ ROLES = {
     "position_embd.weight",
     *(f"blk.{{i}}.{part}.{end}" for part in PARTS for end in ("weight", "bias")),
 }  # fmt: skip
-_LINE = re.compile(r"""\s*(?:\[(?P<section>\w+)\]|(?P<key>"[^"]*"|[\w.{}-]+)\s*=\s*(?P<value>.+?))?\s*(?:\#[^"]*)?""")
+_LINE = re.compile(r"""(?:\[(?P<section>\w+)\]|(?P<key>"[^"]*"|[\w.{}-]+)\s*=\s*(?P<value>.+))?""")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def read_name_map(path: Path) -> NameMap:
         text = map_file(path)[:MAX_BYTES].decode("utf-8-sig")
     result, section = NameMap(), ""
     for number, line in enumerate(text.splitlines(), 1):
-        match = _LINE.fullmatch(line)
+        comment = line.find("#", line.rfind('"') + 1)  # behind the last quote
+        match = _LINE.fullmatch(line[: comment if comment >= 0 else None].strip())
         if match is None:
             raise FileError(path, f"line {number} is not NAME = VALUE", "see the README of export/")
         if match["section"] is not None:
@@ -75,7 +76,7 @@ def _add(result: NameMap, section: str, key: str, text: str, path: Path, number:
         value: Any = json.loads(text)
     except (ValueError, RecursionError):
         raise fail(f"{quoted(text)} is no text in double quotes, number, true or false") from None
-    if section == "names" and value in ROLES and key.count("{i}") == value.count("{i}"):
+    if section == "names" and isinstance(value, str) and value in ROLES and key.count("{i}") == value.count("{i}"):
         result.names.append((_expression(key), value))
     elif section == "names":
         raise fail(f"{quoted(value)} is no role; roles are token_embd.weight, blk.{{i}}.attn_q.weight and the like")

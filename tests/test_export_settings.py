@@ -137,6 +137,8 @@ def test_a_map_names_what_nobody_foresaw(tmp_path: Path) -> None:
         "[names]\na = b",
         '[names]\na = "blk.0.attention.weight"',
         '[names]\n"a.{i}" = "output.weight"',
+        '[names]\n"a" = ["output.weight"]',
+        "a = " + "#" * 100_000 + '"',  # minutes, where each of them is tried as the beginning of a comment
         "n_head = 4",
         "[names",
         "x = {}",

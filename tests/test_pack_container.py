@@ -228,6 +228,12 @@ def test_a_changed_byte_anywhere_is_found_by_the_full_check(small, tmp_path):
     assert not (tmp_path / "again.gguf").exists()
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b"[" * 100_000, b'{"title": 1, "system": "", "greeting": "", "flags": {}}'])
+def test_a_persona_that_is_none_is_one_line(data):
+    with pytest.raises(FileError, match="damaged"):
+        from_bytes(data, "friend")
+
+
 def test_a_locator_that_does_not_fit_is_refused(small, tmp_path):
     friend = packed(small, tmp_path)
     whole, sections = friend.read_bytes(), container.find(friend).sections
