@@ -35,7 +35,7 @@ def readable_name(metadata: Mapping[str, Any], path: Path) -> str:
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """32 hexadecimal digits: the same for the same weights in the same formats, whatever the file and the model are called.
 
-    The names, shapes and formats of all tensors, and samples of the bytes of SAMPLED of them. A packed executable, whose
+    Hashes names, shapes and formats of all tensors, and samples of the bytes of SAMPLED tensors. A packed executable, whose
     matrices are tiled, has the fingerprint of its GGUF.
     """
     total = hashlib.sha256()

@@ -3,8 +3,8 @@
 In: symbol ids and a `MergeTable` that says which neighbours merge, in which order, into what. Knows no text,
 no vocabulary file and no pre-tokenizer; byte-level BPE (ranks) and SentencePiece BPE (scores) both run on it.
 
-The rule, for both (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"): of all
-neighbours that may merge, the pair of the lowest rank goes first, the leftmost of equal ones; until none is left.
+The rule, for both (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"): the pair of
+neighbours with the lowest rank merges first, the leftmost of equal ones, until no neighbours may merge.
 """
 
 from array import array

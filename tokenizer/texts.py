@@ -64,13 +64,13 @@ class Texts(Sequence[str]):
 
 
 class TextIndex(Mapping[str, int]):
-    """Text → its number, of some of `texts`, each of which stands there once. Made by `index_of`.
+    """Text → its number in `texts`, for those that are indexed, each of them once. Made by `index_of`.
 
-    Hash values in order, and whose they are: a look-up is a binary search and one comparison of texts.
+    Holds sorted hash values and the number of the text of each: a look-up is a binary search and one comparison of texts.
     """
 
     def __init__(self, texts: Texts, hashes: np.ndarray, numbers: np.ndarray):
-        """`hashes` int64, in order; `numbers` int32: whose they are."""
+        """`hashes` (n,) int64, sorted; `numbers` (n,) int32: the text of each."""
         self._texts = texts
         self._hashes, self._numbers = array("q", hashes.tobytes()), array("i", numbers.tobytes())
 

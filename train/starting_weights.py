@@ -105,7 +105,7 @@ def add_rows(model: Decoder, first: int, n_vocab: int) -> None:
 
 
 def taken(kind: str, start: str | None) -> Tokenizer:
-    """The tokenizer that a run takes: that of `--tokenizer`, else that of the weights `start`. Raises UsageError for none."""
+    """The tokenizer of a run: `--tokenizer`'s, else that of the weights it starts from. Raises UsageError for none."""
     if kind not in KINDS:
         if not Path(kind).exists() and kind not in published.NAMES:
             kinds = (*KINDS, *published.NAMES)

@@ -4,8 +4,8 @@ In: the run's and an operation's record, an ENTRY (records.py): neighbouring tok
 to. Out: results in the tokens' slots: sums of values, the largest score, the sum of weights. Knows the cache, no weights.
 
 All products are of integers: queries are rounded to int16 as keys are, and so are the weights, with one scale for POSITIONS
-neighbouring positions. Numbers that are kept as float16 and multiplied as float32 take twice as long and are less exact: an
-int16 with a scale has up to 15 bits, whatever its size.
+neighbouring positions. Float16 numbers, multiplied as float32, would take twice as long and be less exact: an int16 with a
+scale has up to 15 bits, a float16 has 11.
 
 A token's result has the same bits however many queries share a task and whichever thread computes a span: within a span of SPAN
 positions, scores, weights and sums are made in one order, and spans are joined in order, by the task or by `join_partials`.

@@ -225,7 +225,7 @@ def _bytes_as_words(f: Function, x: Value, odd: int, is_signed: bool) -> Value:
 
 
 def _neon(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 without dotprod, one token: products of bytes are i16, of which only so many are added as cannot overflow."""
+    """aarch64 without dotprod, one token: products of bytes are i16; at most `safe` are added before sums become i32."""
     (x,), safe = xs, 32767 // (biggest * 128)
     unpacked = [(unpack(), column) for unpack, column in words]
 

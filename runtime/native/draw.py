@@ -161,8 +161,8 @@ def _define_nucleus(module: Module) -> None:
 
 
 def _define_choose(module: Module) -> None:
-    """choose(s, n, total, u) -> id: top-p, min-p, temperature and the draw among the n sorted candidates; `total`: the sum of
-    all weights that top-p has a share of, or 0 for that of the candidates.
+    """choose(s, n, total, u) -> id: top-p, min-p, temperature and the draw among the n sorted candidates. `total`: the sum of
+    weights that top-p is a share of; 0 for the sum of the candidates' own.
     """
     with module.function("choose", {"s": PTR, "n": I64, "total": F64, "u": F64}, returns=I64) as f:
         s, n, total, u = f.args()

@@ -85,7 +85,7 @@ def tile_of(f: Function, level: str, n: Value, token: Value) -> tuple[Value, Val
 
 
 def tile_places(f: Function, level: str, n: Value) -> Value:
-    """How many tokens the tiles of `n` tokens have room for: a tile of 3 takes as much as one of 4."""
+    """How many tokens the tiles of `n` tokens have room for, `n` or more: a tile of 3 tokens is as large as one of 4."""
     first, size = tile_of(f, level, n, n - 1)
     return first + size
 
@@ -390,7 +390,7 @@ def _tile(f: Function, fmt: str) -> None:
 
 
 def _transpose(f: Function, source: Value, row_bytes: Value, to: Value) -> None:
-    """Four units of four bytes of each of 16 rows, to where the rows of a unit lie side by side."""
+    """Transpose 16 rows of four 4-byte units: at `to` lie the 16 rows' first units, then their second ones, and so on."""
     for first in range(0, ROWS, 4):
         a, b, c, d = (f.load(I32.vec(4), source + row_bytes * (first + i)) for i in range(4))
         halves = [(f.shuffle(a, (i, 4 + i, i + 1, 5 + i), b), f.shuffle(c, (i, 4 + i, i + 1, 5 + i), d)) for i in (0, 2)]

@@ -186,7 +186,7 @@ def _give_way() -> tuple[int, Any]:
 
 
 def _advise() -> int:
-    """The address of the system's function that is told which part of a file will be read; 0 where there is none."""
+    """The address of `madvise`, which tells the system what part of a file will be read; 0 on systems without it."""
     try:
         return ctypes.cast(ctypes.CDLL(None).madvise, ctypes.c_void_p).value or 0
     except (AttributeError, TypeError, OSError):
