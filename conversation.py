@@ -298,7 +298,7 @@ class Likeliest:
 
 
 def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
-    """The stream, its last piece with the number of dropped turns; and before it, if some are already, an empty piece with it."""
+    """The stream, its last piece with the number of dropped turns; if some are dropped already, an empty piece comes first."""
     from pocketlm.runtime.generator import Piece
 
     if turns.dropped or note:

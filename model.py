@@ -195,7 +195,7 @@ class Model:
 
     @property
     def context_used(self) -> int:
-        """Positions of the KV cache of the model's own session that are filled."""
+        """How many positions of the KV cache are filled, in the model's own session."""
         return self.own_session.context_used
 
     @property

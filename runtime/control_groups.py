@@ -42,7 +42,7 @@ def processors(root: Path = Path("/")) -> float | None:
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
-    """Folders of the group that the process is in and of all above it: of `controller` in version 1, of version 2 if ""."""
+    """Folders of the process's group and of all above it, in the hierarchy of `controller`; in version 2's if that is ""."""
     found = []
     for line in text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]  # "4:cpu,cpuacct:/docker/abc", version 2: "0::/docker/abc"

@@ -153,7 +153,7 @@ def release_code(library: str) -> None:
 
 
 def return_unused() -> None:
-    """Give back what the C library keeps of memory that was freed: megabytes, once a vocabulary has been read (glibc)."""
+    """Give freed memory that the C library (glibc) has kept back to the system: megabytes after a vocabulary was read."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

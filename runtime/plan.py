@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def experts(self) -> dict[str, float]:
-        """The tensors of experts, and which part of them a token needs."""
+        """Name of each tensor of experts → the share of it that one token needs."""
         ops = [op for op in self.ops if isinstance(op, Experts)]
         return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
 

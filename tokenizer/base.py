@@ -253,7 +253,7 @@ class Tokenizer:
                 yield inner, start and first, token_id if found is None else found
 
     def _cut_out(self, markers: Markers, text: str) -> Iterator[tuple[str, bool, int | None]]:
-        """The same of a text as it is and of some markers."""
+        """What `_pieces` yields, for `markers` only and with the text as it is."""
         vocabulary, end = self.vocabulary, 0
         for start, stop, token_id in markers.find(text):
             if start < end:  # swallowed together with the white space after the marker before

@@ -1,7 +1,7 @@
 """A list of texts and the way back from a text to its number, in a fifth of the memory that Python's own take.
 
-In: the 50,000 to 260,000 words of a vocabulary. Out: what behaves as a tuple and a dictionary of them. A text is made when it
-is asked for, a microsecond each: whoever asks for the same ones often remembers them. Knows nothing of tokens.
+In: the 50,000 to 260,000 words of a vocabulary. Out: a sequence and a mapping of them. A `str` is made each time that it is
+asked for, which takes a microsecond: whoever asks for the same ones often keeps them. Knows nothing of tokens.
 """
 
 from array import array

@@ -67,7 +67,7 @@ def define(module: Module, level: str, fmt: str) -> None:
 
 
 def tile_size(f: Function, level: str, left: Value) -> Value:
-    """The size of the tile that the next of `left` tokens go to: the level's smallest that holds them all, or its largest."""
+    """The size of the next tile when `left` tokens are left: the level's smallest that holds them all, else its largest."""
     *smaller_ones, largest = tiles(level)
     size = f.const(I64, largest)
     for smaller in reversed(smaller_ones):
@@ -281,7 +281,7 @@ def _scaled_sum(f: Function, count: int, record: Value, half: Value | int) -> Va
 
 
 def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -> Value:
-    """-zero · (sum of the run's activations), i32. A sum that begins with it is that of weights minus their zero point."""
+    """-zero · (sum of the run's activations), i32: a dot product that begins with it is of weights minus zero points."""
     if run.count == 32:
         total = f.load(I32, record + 72, 4) + f.load(I32, record + 76, 4)
     else:
