@@ -14,7 +14,7 @@ from typing import Any
 
 from pocketlm.runtime.tensor import Tensor
 
-SAMPLED = 48  # tensors of which bytes are read: on a disk that has to move for each, half a second
+SAMPLED = 48  # tensors of which bytes are read: half a second on a hard disk, which seeks for each
 
 # What trainers write into names: marks of a run, two of which make a label ("8k Lc100K Mix1 Ep2"), and what makes one alone.
 _MARK = re.compile(r"(?<![a-z])(?:ep|mix|lr|bs|lc|wd|seed|run|loss)[-_ =]?\d", re.IGNORECASE)

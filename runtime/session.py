@@ -213,7 +213,7 @@ class Session:
                 else:
                     why = "positions are learned" if self.executor.hyper.position == "learned" else "windows slide"
         self._truncate(min(same, len(ids) - 1))
-        same = len(self.ids)  # none, where a sliding window needs what the cache has no longer
+        same = len(self.ids)  # none, if a sliding window needs positions that are no longer cached
         if why:
             self.note = f"this model's {why}, so {len(ids) - same} tokens were computed again"
         result = None

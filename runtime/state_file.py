@@ -164,7 +164,7 @@ def _read(path: object, file: BinaryIO, shape: tuple[int, int, int], dtype: np.d
     if len(content) != math.prod(shape) * dtype.itemsize:
         raise FileError(path, "has become shorter", DAMAGED)
     array = np.frombuffer(content, dtype).reshape(shape)
-    if not np.isfinite(array).all():  # a position that nobody sees has weight 0, which would not be enough
+    if not np.isfinite(array).all():  # weight 0, of positions that nobody sees, does not cancel a NaN
         raise FileError(path, "holds numbers that are not finite", DAMAGED)
     return array
 

@@ -60,8 +60,8 @@ class Vocabulary:
     adds_bos: bool
     strip_left: frozenset[int]  # markers that swallow white space before them
     strip_right: frozenset[int]  # and after them
-    normalizer: Normalizer = AS_IT_IS  # what plain text goes through first
-    normalized: frozenset[int] = frozenset()  # markers that are looked for after that, and normalised themselves
+    normalizer: Normalizer = AS_IT_IS  # applied to plain text first
+    normalized: frozenset[int] = frozenset()  # markers that are looked for in normalised text, and are normalised themselves
 
     def ids_of(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, in order."""

@@ -21,8 +21,8 @@ NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
 LONG = 4096  # symbols from which `merge_long` is worth its arrays
-_FEW = 64  # different symbols up to which it works with all occurrences of a pair at once
-_ROUNDS = 32  # times that it may look at the whole text, which takes less than the heap does
+_FEW = 64  # up to so many different symbols it takes all occurrences of a pair at once
+_ROUNDS = 32  # how often it may look at the whole text; so many looks take less time than the heap
 _PAIRS_KEPT = 1 << 19
 _STAYS, _BETTER, _NEW = -1, -2, -3  # what a pair becomes, beside the number of a symbol
 

@@ -40,12 +40,12 @@ from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 AHEAD, AHEAD_OF_TILE, FAR_AHEAD = 2048, 1280, 8192
 # Levels that need no prefetch instructions: these cores fetch a stream ahead by themselves, at a Pi's full bandwidth
 UNASKED = ("dotprod", "neon")
-# Size of a tile → the most remaining tokens for which it is taken, where these are more than it holds: 9 to 12 are a tile of 8
-# and the rest, because one of 16 took up to 1.3 times as long for 9 tokens on an Intel Xeon with AMX, and for 12 tokens 0.88
-# (Q4_0) to 1.06 times (Q4_1)
+# Size of a tile → up to how many remaining tokens it is taken, if that is more than it holds. 9 to 12 tokens are one of 8 and a
+# smaller one: on an Intel Xeon with AMX a tile of 16 took up to 1.3 times as long for 9 tokens, and 0.88 (Q4_0) to 1.06 times
+# (Q4_1) as long for 12
 MOST = {8: 12}
-# Sums of 16 rows that a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by hand,
-# and to do so once for four tokens is faster
+# How many sums of 16 rows a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by
+# hand, and it is faster to do so once for four tokens
 SUMS = {"amx": 16, "avx512-vnni": 16, "avx-vnni": 4, "avx2": 4, "sse4": 8, "dotprod": 4, "neon": 4}
 SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
