@@ -61,7 +61,8 @@ def portrait_with(path: Path, n_threads: int, bytes_per_second: float) -> list[s
 
 
 def _beside(experts: int) -> str:
-    return f"; {size_text(experts)} of experts beside that, which are read from the file where they do not fit" if experts else ""
+    size = size_text(experts)
+    return f"; {size} of experts beside that, which are read from the file where they do not fit" if experts else ""
 
 
 def _longest(size: int, n_ctx: int, needs: Callable[[int], int]) -> str:
