@@ -92,17 +92,14 @@ def _pack(arguments: argparse.Namespace) -> int:
     with _as_gguf(arguments) as model:
         if not arguments.stub:  # before half a minute's work
             check_room(Path(arguments.output), len(names) * (model.stat().st_size + SMALLEST))
-        icon = Path(arguments.icon) if arguments.icon else None
-        if icon:  # what cannot be packed is found before anything is fetched
-            images(icon)
-        with open_gguf(model) as source:
-            results = _reference(source)
+        icons = images(Path(arguments.icon)) if arguments.icon else None
+        with open_gguf(model) as source:  # what cannot be packed is found before anything is fetched
+            reference = _reference(source)
         for name in names:
             stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
             out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
             said: list[str] = []
-            trial = lambda part, to=said: to.append(_try(part))  # noqa: E731
-            out = pack(model, open_stub(stub), out, persona, lambda _: results, trial, icon)
+            out = pack(model, open_stub(stub), out, persona, reference, lambda part, to=said: to.append(_try(part)), icons)
             print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *said, sep="\n")
     return 0
 

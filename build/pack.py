@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,14 +18,14 @@ from typing import BinaryIO
 from pocketlm import __version__
 from pocketlm.build import macho, pe
 from pocketlm.build.archive_reader import damaged_entries
-from pocketlm.build.icon import images
+from pocketlm.build.icon import Image, images
 from pocketlm.build.persona import Persona, from_bytes
 from pocketlm.build.tiled_gguf import store, unstore
 from pocketlm.errors import FileError
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_room, replacing_file
 from pocketlm.runtime.container import PAGE, Packed, Section, copy, digest
-from pocketlm.runtime.gguf_reader import GGUF, open_gguf
+from pocketlm.runtime.gguf_reader import open_gguf
 
 LIMIT = 1 << 32  # of Windows' loader, and of the 32-bit sizes in a Mach-O
 SLACK = 1 << 24  # bytes that filling rows up and the record may add, for the check of the disk's free space
@@ -71,14 +71,14 @@ def platform_of(path: Path) -> str:
 
 
 def pack(
-    model: Path, stub: Stub, out: Path, persona: Persona, reference: Callable[[GGUF], bytes] | None = None,
-    trial: Callable[[Path], object] | None = None, icon: Path | None = None,
+    model: Path, stub: Stub, out: Path, persona: Persona, reference: bytes = b"", trial: Callable[[Path], object] | None = None,
+    icons: Sequence[Image] | None = None,
 ) -> Path:  # fmt: skip
     """Write the executable; returns its path, which ends in .exe for Windows.
 
-    `reference` makes the reference results for --selftest. `trial` is called with the finished executable, under another name;
-    if it raises, nothing is left behind. `icon`: of an executable for Windows. Raises FileError if the model cannot be packed,
-    the stub is damaged, the disk is too small, or the system could not run the result.
+    `reference`: the results that --selftest compares with (selftest.py). `trial` is called with the finished executable, under
+    another name; if it raises, nothing is left behind. `icons`: for Windows, in place of pocketlm's own. Raises FileError if
+    the model cannot be packed, the stub is damaged, the disk is too small, or the system could not run the result.
     """
     if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
         out = out.with_name(out.name + ".exe")
@@ -90,12 +90,11 @@ def pack(
         if not persona.title:  # so that it is known before the model is open
             name = source.metadata.get("general.name")
             persona = replace(persona, title=name if isinstance(name, str) and name.strip() else model.stem)
-        results = reference(source) if reference else b""
         with replacing_file(out, n_bytes) as part:
             with _reporting(model, stub.path), open(part, "x+b") as file, open(stub.path, "rb") as program:
                 boot = program.read(stub.boot)
                 if stub.platform.startswith("windows"):
-                    boot = pe.with_resources(boot, persona.title, __version__, images(icon))
+                    boot = pe.with_resources(boot, persona.title, __version__, icons or images(None))
                 file.write(boot + bytes(-len(boot) % PAGE))
                 start = file.tell()
                 header, length, parts = store(source, raw, file)
@@ -108,7 +107,7 @@ def pack(
                     "original": _section(file, start + length, sum(n for _, n in parts)),
                     "gguf": original.result(),
                 }
-                _finish(file, sections, results, persona, (program, *stub.program))
+                _finish(file, sections, reference, persona, (program, *stub.program))
                 _check_size(stub, model, file.tell())
             part.chmod(0o755)
             _verify(part, stub)

@@ -23,6 +23,7 @@ from pocketlm.build import pe
 from pocketlm.build.pack import open_stub, pack
 from pocketlm.build.persona import Persona
 from pocketlm.build.selftest import reference
+from pocketlm.runtime.gguf_reader import open_gguf
 
 COOKIE = struct.Struct("!8sIIII64s")  # PyInstaller's, written down anew, as is the rest of its archives
 
@@ -82,7 +83,8 @@ def tiny_chat_model(folder: Path) -> Path:
 def pack_friend(model: Path, stub: Path, folder: Path) -> Path:
     """The model as a program whose title is not ASCII, and that answers alike every time."""
     persona = Persona(title="Ada Ağaç Ёлка", system="Be kind.", flags={"--temp": 0.0, "--max-tokens": 12})
-    return pack(model, open_stub(stub), folder / "friend", persona, reference)
+    with open_gguf(model) as file:
+        return pack(model, open_stub(stub), folder / "friend", persona, reference(file))
 
 
 def real_stub(folder: Path) -> Path:

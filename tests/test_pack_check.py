@@ -26,7 +26,7 @@ def model(tmp_path):
 @pytest.fixture
 def friend(model, tmp_path):
     stub = open_stub(fake_stub(tmp_path / "stub", archive=20_000))
-    return pack(model, stub, tmp_path / "friend", Persona(title="Ada"), lambda file: b"reference")
+    return pack(model, stub, tmp_path / "friend", Persona(title="Ada"), b"reference")
 
 
 def zeroed(path, place, n=1000):

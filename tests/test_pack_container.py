@@ -49,7 +49,7 @@ def small(tmp_path):
 
 def packed(model, folder, **options):
     stub = open_stub(fake_stub(folder / "stub", **options))
-    return pack(model, stub, folder / "friend", Persona(title="Ada", flags={"--temp": 0.5}), lambda path: b"reference")
+    return pack(model, stub, folder / "friend", Persona(title="Ada", flags={"--temp": 0.5}), b"reference")
 
 
 def test_unpacking_gives_the_original_byte_for_byte(model, tmp_path):

@@ -129,7 +129,7 @@ def test_it_talks_in_the_browser(friend, tmp_path):
 
 
 def test_packed_with_a_page_it_opens_that(model, friend, tmp_path):
-    other = pack(model, open_stub(friend), tmp_path / "other", Persona(ui="web"), reference)
+    other = pack(model, open_stub(friend), tmp_path / "other", Persona(ui="web"))
     opened = tmp_path / "opened"
     browser = tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.new && mv {opened}.new {opened}\n')
@@ -187,7 +187,7 @@ def test_the_selftest_notices_wrong_results(model, friend, tmp_path):
     other = write_model(tmp_path / "other.gguf", format="Q4_0", seed=9, metadata={"tokenizer.chat_template": TEMPLATE})
     with open_gguf(other) as wrong:
         stored = reference(wrong, ["Hello"])
-    result = run(pack(model, open_stub(friend), tmp_path / "wrong", Persona(), lambda file: stored), "--selftest")
+    result = run(pack(model, open_stub(friend), tmp_path / "wrong", Persona(), stored), "--selftest")
     assert result.returncode == 1
     verdict = result.stdout.splitlines()[-1]
     assert verdict.startswith("WRONG: ")
