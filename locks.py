@@ -1,4 +1,5 @@
-"""Locks for `with` that an interrupt leaves free: Ctrl-C ends an answer, and the next one wants the same locks.
+"""Locks for `with` that an interrupt leaves free: Ctrl-C ends an answer, and the next one wants the same locks. And one that a
+forked process has anew.
 
 Python's own are such: to have one and to have to release it is one step of `with`. But Python 3.14 looks for interrupts after
 the call of `__enter__` too (python/cpython#148874, mended in 3.15), and who is interrupted there leaves a lock closed for ever.
@@ -8,8 +9,12 @@ without a release. Such loops are in functions of their own; a test looks for ot
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 
@@ -41,3 +46,31 @@ def reentrant_lock() -> threading.RLock:
 
 def _for_this_python(lock: Any) -> Any:
     return _OneStep(lock) if sys.version_info[:2] == (3, 14) else lock
+
+
+class ForkedLock:
+    """A lock for the threads of one process. A forked child, where nobody is left to open it, gets a new one.
+
+    Used as `with lock.here:`, for which acquiring it and having to release it are one step.
+    """
+
+    def __init__(self) -> None:
+        self._pid, self._lock = os.getpid(), reentrant_lock()
+
+    @property
+    def here(self) -> AbstractContextManager[object]:
+        if os.getpid() != self._pid:
+            self._pid, self._lock = os.getpid(), reentrant_lock()
+        return self._lock
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[bool]:
+        """Whether it could be had in that time; what was had is given back at the end."""
+        lock: Any = self.here
+        for got in iter(partial(lock.acquire, timeout=seconds), None):  # no interrupt comes between this step and `try`
+            try:
+                yield got
+            finally:
+                if got:
+                    lock.release()
+            return

@@ -65,7 +65,7 @@ class Masks:
     def __init__(self, automaton: Automaton, vocabulary: Vocabulary, of: str):
         self.vocabulary, self.of = vocabulary, of
         self._automaton = automaton
-        self._lock = locks.lock()
+        self._lock = locks.ForkedLock()
         self._stacks, self._n_open = Stacks(), 0
         self._frames = self._stacks.frames
         self._masks: dict[State, np.ndarray] = {}
@@ -105,7 +105,7 @@ class Masks:
 
     def advance(self, state: State, data: bytes) -> State:
         """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
-        with self._lock:
+        with self._lock.here:
             self._begin()
             for byte in data:  # few states of a text are met again: a row for each would take longer
                 state = self._step(state, byte)
@@ -116,7 +116,7 @@ class Masks:
 
         Raises UsageError where a text can be read in so many ways that this would take too much time or memory.
         """
-        with self._lock:
+        with self._lock.here:
             found = self._masks.get(state)
             if found is None:
                 self._begin()
