@@ -61,7 +61,7 @@ class Conversation:
         is no memory for it.
         """
         model = self._model
-        with model.changing:
+        with model.changing.here:
             model.check_room(self.n_ctx)
             other = model.adopt(Conversation(model, self.state.fork()))
         other._turns = self._turns

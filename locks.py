@@ -1,4 +1,5 @@
-"""Locks for `with` that are released whenever Ctrl-C interrupts the block: the next answer needs the same locks.
+"""Locks for `with` that are released whenever Ctrl-C interrupts the block: the next answer needs the same locks. One kind is new
+in a forked process.
 
 Python's own locks do that, because `with` acquires one and arranges its release in a single step. Two exceptions: Python 3.14
 also checks for interrupts between `__enter__` and the block (python/cpython#148874, fixed in 3.15), where an interrupt leaves
@@ -8,8 +9,12 @@ the lock held for ever. And from 3.12 on, an interrupt in a `while` loop with a 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 
@@ -41,3 +46,31 @@ def reentrant_lock() -> threading.RLock:
 
 def _for_this_python(lock: Any) -> Any:
     return _OneStep(lock) if sys.version_info[:2] == (3, 14) else lock
+
+
+class ForkedLock:
+    """A lock for the threads of one process. A forked child, where nobody is left to open it, gets a new one.
+
+    Used as `with lock.here:`, for which acquiring it and having to release it are one step.
+    """
+
+    def __init__(self) -> None:
+        self._pid, self._lock = os.getpid(), reentrant_lock()
+
+    @property
+    def here(self) -> AbstractContextManager[object]:
+        if os.getpid() != self._pid:
+            self._pid, self._lock = os.getpid(), reentrant_lock()
+        return self._lock
+
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[bool]:
+        """Whether it could be had in that time; what was had is given back at the end."""
+        lock: Any = self.here
+        for got in iter(partial(lock.acquire, timeout=seconds), None):  # no interrupt comes between this step and `try`
+            try:
+                yield got
+            finally:
+                if got:
+                    lock.release()
+            return

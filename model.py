@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from pocketlm import locks
 from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import Conversation
 from pocketlm.errors import FileError, UsageError, did_you_mean, one_of, whole_number
+from pocketlm.locks import ForkedLock
 from pocketlm.runtime import memory
 from pocketlm.runtime.engine import Engine
 from pocketlm.runtime.executors import BACKENDS, make_executor
@@ -122,7 +122,7 @@ class Model:
         self._own: Conversation | None = None
         self._guides: Guides | None = None
         self._fingerprint = ""
-        self.changing = locks.reentrant_lock()  # one thread at a time takes the executor away, or makes a session
+        self.changing = ForkedLock()  # one thread at a time takes the executor away, or makes a session
 
     def _read_tokenizer(self) -> Tokenizer | None:
         """The tokenizer; None where the file has none. Raises FileError for one that does not fit."""
@@ -228,7 +228,7 @@ class Model:
         form = take_form(options)
         if form is None:
             return None
-        with self.changing:
+        with self.changing.here:
             guides = self._guides = self._guides or Guides(self.tokenizer, self._end_ids, self.hyper.n_vocab)
         return guides.guide(form)
 
@@ -243,7 +243,7 @@ class Model:
         self._restart(backend, self.n_threads)
 
     def _restart(self, backend: str, n_threads: int) -> None:
-        with self.changing:
+        with self.changing.here:
             before = self.backend, self.n_threads
             self.own_session.state.claim()  # raises where the model is closed
             self._end("this answer ends here: the model was changed to other threads or another backend; ask again")
@@ -264,7 +264,7 @@ class Model:
 
     def close(self) -> None:
         """End the threads and unmap the file. A second call does nothing; whoever uses the model then gets PocketlmError."""
-        with self.changing:
+        with self.changing.here:
             self._end("this model is closed; load it again")
             self.metadata = {}
             self._file.close()
@@ -288,7 +288,7 @@ class Model:
         """
         if ctx is not None:
             ctx = whole_number("the ctx of a session,", ctx, 1, self.n_ctx, ", which is what the model was loaded with")
-        with self.changing:
+        with self.changing.here:
             self.own_session.state.check_open()
             session = self.adopt(Conversation(self, self._new_state(ctx or self.n_ctx)))
         if load is not None:
@@ -297,7 +297,7 @@ class Model:
 
     def adopt(self, session: Conversation) -> Conversation:
         """From now on the session ends with the model. Raises PocketlmError where that is closed."""
-        with self.changing:
+        with self.changing.here:
             if self._own is not None:
                 self._own.state.check_open()
             self._sessions.add(session)
@@ -305,7 +305,7 @@ class Model:
 
     def check_room(self, n_ctx: int) -> None:
         """FileError where there is no memory for one more session."""
-        with self.changing:  # no other thread makes a session meanwhile
+        with self.changing.here:  # no other thread makes a session meanwhile
             promised = sum(session.state.cache.nbytes_to_come for session in list(self._sessions))
         memory.require_session(self.path, self.session_bytes(n_ctx), promised, n_ctx)
 

@@ -267,7 +267,7 @@ class SandboxedTemplate:
     def __init__(self, source: str):
         if len(source) > SOURCE_LIMIT:
             raise TemplateError(f"it is longer than {SOURCE_LIMIT} characters")
-        self._lock = locks.lock()
+        self._lock = locks.ForkedLock()
         self._environment = ChatEnvironment()
         self._template = _guarded(self._compile, source)
 
@@ -277,7 +277,7 @@ class SandboxedTemplate:
 
     def render(self, variables: dict[str, Any], input_chars: int) -> str:
         """The text for these variables, which hold plain data only; `input_chars` is the conversation's length."""
-        with self._lock:
+        with self._lock.here:
             self._environment.budget = Budget(input_chars)
             context = self._template.new_context(variables)
             return _guarded("".join, self._template.root_render_func(context))

@@ -22,13 +22,13 @@ EVERY: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 _Made = TypeVar("_Made")
 _made: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()  # (class, its fields) -> the one that there is
-_lock = locks.lock()
+_lock = locks.ForkedLock()
 
 
 class _OneOfEach(type):
     def __call__(cls: type[_Made], *fields: Any, **named: Any) -> _Made:
         made = type.__call__(cls, *fields, **named)
-        with _lock:
+        with _lock.here:
             return _made.setdefault((cls, *vars(made).values()), made)
 
 

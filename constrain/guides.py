@@ -111,27 +111,27 @@ class Guides:
 
     def __init__(self, tokenizer: Tokens, end_ids: frozenset[int], n_vocab: int):
         self._tokenizer, self._end_ids, self._n_vocab = tokenizer, end_ids, n_vocab
-        self._lock, self._reading = locks.lock(), locks.lock()
+        self._lock, self._reading = locks.ForkedLock(), locks.ForkedLock()
         self._vocabulary: Vocabulary | None = None
         self._kept: dict[Form, Masks] = {}
 
     def guide(self, form: Form) -> Guide:
         """For one answer. Raises UsageError for a form that is not supported, or too large."""
-        with self._lock:
+        with self._lock.here:
             masks = self._kept.pop(form, None)
             if masks is not None:
                 self._kept[form] = masks  # the last one is the newest
         if masks is None or masks.is_large:  # answers that are being written keep theirs
             automaton, of = _automaton(form)
             masks = Masks(automaton, self._read(), of)
-            with self._lock:
+            with self._lock.here:
                 self._kept[form] = masks
                 while len(self._kept) > KEPT:
                     del self._kept[next(iter(self._kept))]
         return Guide(masks)
 
     def _read(self) -> Vocabulary:
-        with self._reading:
+        with self._reading.here:
             if self._vocabulary is None:
                 self._vocabulary = Vocabulary(self._tokens(), sorted(self._end_ids), self._n_vocab)
             return self._vocabulary

@@ -71,7 +71,7 @@ class Masks:
 
     def __init__(self, automaton: Automaton, vocabulary: Vocabulary, of: str):
         self.vocabulary, self.of = vocabulary, of
-        self._lock = locks.lock()
+        self._lock = locks.ForkedLock()
         self._states = States(automaton, of)
         self._masks: dict[State, np.ndarray] = {}
         self._mask_bytes = 0
@@ -97,7 +97,7 @@ class Masks:
 
     def advance(self, state: State, data: bytes) -> State:
         """The state after these bytes; NOWHERE where they cannot come. Raises UsageError as `mask`."""
-        with self._lock:
+        with self._lock.here:
             self._begin()
             for byte in data:  # few states of a text are met again: a row for each would take longer
                 state = self._states.step(state, byte)
@@ -108,7 +108,7 @@ class Masks:
 
         Raises UsageError where a text can be read in so many ways that this would take too much time or memory.
         """
-        with self._lock:
+        with self._lock.here:
             found = self._masks.get(state)
             if found is None:
                 self._begin()

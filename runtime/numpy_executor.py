@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pocketlm.errors import PocketlmError
+from pocketlm.locks import ForkedLock
 from pocketlm.runtime import blas_threads
 from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import ACTIVATIONS, beside
@@ -24,7 +25,7 @@ from pocketlm.runtime.memory import in_one_piece, release_pages
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary, rotate
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import ForkedLock, ThreadPool, share
+from pocketlm.runtime.threads import ThreadPool, share
 from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketlm.errors import PocketlmError, UsageError
+from pocketlm.locks import ForkedLock
 from pocketlm.runtime.drafts import Odds
 from pocketlm.runtime.engine import Engine, Use
 from pocketlm.runtime.ids import Ids, check_ids, in_common
 from pocketlm.runtime.pass_times import Company
-from pocketlm.runtime.threads import ForkedLock
 
 if TYPE_CHECKING:
     from pocketlm.runtime.executors import Executor

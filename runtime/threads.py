@@ -9,12 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from pocketlm import locks
 from pocketlm.errors import PocketlmError, whole_number
 from pocketlm.runtime import processors
 
@@ -71,34 +67,6 @@ def open_lock(lock: threading.Lock) -> None:
         lock.release()
     except RuntimeError:
         pass
-
-
-class ForkedLock:
-    """A lock for the threads of one process. A forked child, where nobody is left to open it, gets a new one.
-
-    Used as `with lock.here:`, for which acquiring it and having to release it are one step.
-    """
-
-    def __init__(self) -> None:
-        self._pid, self._lock = os.getpid(), locks.reentrant_lock()
-
-    @property
-    def here(self) -> AbstractContextManager[object]:
-        if os.getpid() != self._pid:
-            self._pid, self._lock = os.getpid(), locks.reentrant_lock()
-        return self._lock
-
-    @contextmanager
-    def within(self, seconds: float) -> Iterator[bool]:
-        """Whether it could be had in that time; what was had is given back at the end."""
-        lock: Any = self.here
-        for got in iter(partial(lock.acquire, timeout=seconds), None):  # no interrupt comes between this step and `try`
-            try:
-                yield got
-            finally:
-                if got:
-                    lock.release()
-            return
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from pocketlm import locks
-from pocketlm.runtime.threads import ForkedLock
 
 KINDS = {
     "lock": locks.lock,
@@ -68,7 +67,7 @@ def test_an_interrupt_that_comes_with_a_lock_leaves_it_free(make, long_turns):
 
 
 def test_an_interrupt_that_comes_with_a_lock_that_was_not_waited_for_long_leaves_it_free(long_turns):
-    lock = ForkedLock()
+    lock = locks.ForkedLock()
     interrupted_with(lock.here, lock.within(10))
     assert is_free(lock.here)
 

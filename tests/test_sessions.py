@@ -6,8 +6,10 @@ import errno
 import hashlib
 import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from session_walk import ACTIONS, MEGABYTES_ALLOWED, Walk, resident
 from tiny_models import write_model
 
 import pocketlm
+from pocketlm.constrain import grammar
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.model import Model
 from pocketlm.runtime import memory
@@ -362,7 +365,7 @@ def test_the_walk_notices_when(path, tmp_path, monkeypatch, what):
 
 def test_no_session_comes_while_room_is_counted(model):
     thread = threading.Thread(target=model.check_room, args=(1,))
-    with model.changing:  # as whoever makes a session
+    with model.changing.here:  # as whoever makes a session
         thread.start()
         thread.join(0.2)
         assert thread.is_alive()
@@ -391,3 +394,41 @@ def test_a_folder_that_one_may_not_enter_is_refused_in_one_line(model, tmp_path,
 def test_what_is_no_message_is_refused_in_one_line(model, last):
     with pytest.raises(UsageError, match="a message is a dict of two texts"):
         model.chat([{"role": "user", "content": "then"}, last])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_uses_what_another_thread_was_using(model):
+    """As a server's worker does that is forked while a thread makes a session, or reads a form or a template."""
+    talk = [{"role": "user", "content": "then"}]
+    list(model.chat(talk, choices=["a", "b"]))
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        guides = model._guides
+        inner = [masks._lock for masks in guides._kept.values()]
+        with ExitStack() as stack:
+            for lock in (model.changing, guides._lock, guides._reading, grammar._lock, *inner):
+                stack.enter_context(lock.here)
+            held.set()
+            go.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    pid = os.fork()
+    if not pid:
+        try:
+            list(model.session().chat(talk, choices=["a", "b"]))
+            list(model.session().fork().generate("a", max_tokens=3, regex="[xyz]+"))
+            model.set_threads(1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    until = time.monotonic() + 60
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > until:
+            os.kill(pid, 9)
+        time.sleep(0.01)
+    go.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(done[1]) == 0

@@ -17,6 +17,7 @@ from time import perf_counter
 
 import numpy as np
 
+from pocketlm.locks import ForkedLock
 from pocketlm.runtime import operations as P
 from pocketlm.runtime.ids import Ids, check_ids
 from pocketlm.runtime.memory import aligned, available_bytes, in_one_piece, read_as_told, round_up
@@ -36,7 +37,7 @@ from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
 from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.threads import ForkedLock, ThreadPool
+from pocketlm.runtime.threads import ThreadPool
 from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
