@@ -17,16 +17,20 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """The request cannot be answered. `retry_after`: seconds until it may be; `more`: further fields of the error object."""
+    """The request cannot be answered. `retry_after`: seconds until it may be; `closes`: nothing more is read from this client;
+    `more`: further fields of the error object.
+    """
 
-    def __init__(self, status: int, message: str, type: str = "", retry_after: int | None = None, **more: Any):
-        self.status, self.retry_after = status, retry_after
+    def __init__(
+        self, status: int, message: str, type: str = "", retry_after: int | None = None, closes: bool = False, **more: Any
+    ):
+        self.status, self.retry_after, self.closes = status, retry_after, closes or status in (408, 413)
         self.content = {"error": {"code": status, "message": message, "type": type or TYPES[status], **more}}
         super().__init__(message)
 
     def response(self) -> JSONResponse:
         """The error as a response. 408 and 413 close the connection, since the rest of the body may still arrive."""
         headers = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
-        if self.status in (408, 413):
+        if self.closes:
             headers["connection"] = "close"
         return JSONResponse(self.content, self.status, headers)

@@ -53,6 +53,9 @@ class Policy:
             raise ApiError(415, "the Content-Type must be application/json")
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "the body must not be compressed")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # a proxy in front may go by the other, and take the end of the body for another's request (RFC 9112, 6.1)
+            raise ApiError(400, "the body has two lengths", closes=True)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > MAX_BODY:
             raise ApiError(413, f"the body may have {MAX_BODY} bytes")

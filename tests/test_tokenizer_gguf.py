@@ -183,7 +183,7 @@ BAD = [
     ),
     (
         BPE,
-        "its test texts have 100000 characters; 65536 are possible",
+        "its test texts have 100000 characters; 16384 are possible",
         {"pocketlm__tokenizer__test_texts": ["a" * 100_000], "pocketlm__tokenizer__test_ids": [""]},
     ),
 ]

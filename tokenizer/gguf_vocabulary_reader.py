@@ -39,7 +39,7 @@ _KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece", "t5": "unigram"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.
 _STRIPPING_MODELS = ("phi-3", "phi3")
 _USUAL_IDS = {"bos": 1, "eos": 2}  # Llama's, where its kind of tokenizer says none: llama.cpp takes them, too
-_TESTED = 1 << 16  # characters; opening a stranger's file would take as long as its texts do
+_TESTED = 1 << 14  # characters; opening a stranger's file would take as long as its texts do
 _NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
 
