@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer all that is not answered; the exit status: 1 where there are lines and none has an answer."""
+    from pocketlm.serve import left_out
+
+    left_out.stand_in()
     from pocketlm.batch.files import Answers, Prompts
     from pocketlm.batch.local import Settings
 

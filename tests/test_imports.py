@@ -33,7 +33,7 @@ ALLOWED = {
     # … and with a third
     "batch": (
         "cancel errors pocketlm model conversation runtime.generator runtime.atomic serve.fields serve.asking serve.errors"
-        " serve.guard serve.shapes cli_options terminal_text"
+        " serve.guard serve.left_out serve.shapes cli_options terminal_text"
     ),
     "doctor": "errors model pull.catalogue runtime runtime.native terminal_text",
     # of the cache where it is: a fetched model lies beside it

@@ -58,6 +58,14 @@ def test_it_runs_without_what_a_packed_program_leaves_out(tmp_path):
             process.terminate()
 
 
+def test_a_file_of_prompts_is_answered_without_it_too(tmp_path):
+    path, prompts, answers = tiny_chat(tmp_path), tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "the", "max_tokens": 3}\n')
+    command = ["generate", path, "--backend", "numpy", "--input", prompts, "--output", answers]
+    subprocess.run([sys.executable, "-c", BARE, *map(str, command)], check=True, stderr=subprocess.PIPE)
+    assert json.loads(answers.read_text())["usage"]["completion_tokens"] == 3
+
+
 def test_something_stands_in_for_all_that_is_left_out_and_imported():
     assert set(LEFT_OUT) == set(STOOD_IN)
     assert all(is_excluded(part) for part, _ in LEFT_OUT.values())
