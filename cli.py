@@ -32,7 +32,6 @@ from pocketlm.cli_options import (
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.terminal_text import print
 
-Parser = argparse.ArgumentParser
 Arguments = argparse.Namespace
 NAME = "pocketlm"
 FLAGS_ELSEWHERE = {  # how other programs call a flag → what it is called here
@@ -41,8 +40,8 @@ FLAGS_ELSEWHERE = {  # how other programs call a flag → what it is called here
 }  # fmt: skip
 
 
-class _OneLineParser(Parser):
-    """The parser of a packed program. No usage text with an error: it would name commands and a MODEL its user never types."""
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line: the usage in front of them has up to fourteen, and is what --help shows."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists what there is")
@@ -152,8 +151,7 @@ def give_up_output() -> None:
 
 def _parser(chosen: list[str], program: str) -> Parser:
     """The parser; only the chosen command's arguments are declared, since declaring all takes longer than answering."""
-    kind = Parser if program == NAME else _OneLineParser
-    parser = kind(prog=program, description="Small language models as one file, run in Python.", allow_abbrev=False)
+    parser = Parser(prog=program, description="Small language models as one file, run in Python.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"pocketlm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():

@@ -1,5 +1,5 @@
-"""Locks for `with` that are released whenever Ctrl-C interrupts the block: the next answer needs the same locks. One kind is new
-in a forked process.
+"""Locks for `with` that are released whenever Ctrl-C interrupts the block: the next answer needs the same locks. One kind
+of lock is new in a forked process.
 
 Python's own locks do that, because `with` acquires one and arranges its release in a single step. Two exceptions: Python 3.14
 also checks for interrupts between `__enter__` and the block (python/cpython#148874, fixed in 3.15), where an interrupt leaves
