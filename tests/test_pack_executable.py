@@ -134,7 +134,7 @@ def test_packed_with_a_page_it_opens_that(model, friend, tmp_path):
     browser = tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.new && mv {opened}.new {opened}\n')
     browser.chmod(0o755)
-    with web([other], BROWSER=str(browser), XDG_DATA_HOME=str(tmp_path), **BARE) as (url, token):
+    with web([other, "--threads", "1", "--kv=q8"], BROWSER=str(browser), XDG_DATA_HOME=str(tmp_path), **BARE) as (url, token):
         deadline = time.monotonic() + 30
         while not opened.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -142,6 +142,10 @@ def test_packed_with_a_page_it_opens_that(model, friend, tmp_path):
         assert address == url
         assert code != token, "others may see what a browser was started with"
         assert json.loads(ask(url + "/page/enter", {"code": code})) == {"token": token}
+    answer = run(other, "hello", "--threads", "1", "--max-tokens=3", "--temp=0")
+    assert answer.returncode == 0
+    assert answer.stdout.strip()
+    assert run(other, "--lines", "--max-tokens=3", "--temp=0", stdin="hello\n").stdout == answer.stdout
 
 
 def test_another_model_can_be_talked_to(friend, tmp_path):
