@@ -162,7 +162,7 @@ def _run(arguments: list[str]) -> int:
             raise FileError(executable, "holds no model", "pack one with pocketlm pack")
         return _check(packed) if arguments == ["--check"] else _selftest(packed)
     own = persona.from_bytes(packed.read("persona"), executable) if packed and model is None else persona.Persona()
-    command = "serve" if own.ui == "web" and not arguments else "chat"
+    command = "serve" if own.ui == "web" and _are_of_page(arguments) else "chat"
     if "--web" in arguments:
         arguments, command = [word for word in arguments if word != "--web"], "serve"
     elif arguments[:1] in (["chat"], ["generate"]):
@@ -204,6 +204,18 @@ def _take_model(arguments: list[str]) -> tuple[str | None, list[str]]:
         if word.startswith("--model="):
             return word.partition("=")[2], arguments[:i] + arguments[i + 1 :]
     return None, arguments
+
+
+def _are_of_page(arguments: list[str]) -> bool:
+    """Whether these are nothing but options that the page takes: not a question, nor what a conversation alone can be told."""
+    options, words = cli.options("serve"), iter(arguments)
+    for word in words:
+        flag, value, _ = word.partition("=")
+        if flag not in options:
+            return False
+        if not value and options[flag].nargs != 0:
+            next(words, None)
+    return True
 
 
 def _help(name: str) -> str:

@@ -52,6 +52,14 @@ def test_the_keyboard_is_enough(server, visit):
     page.wait_for_selector("dialog[open]", state="detached")
 
 
+def test_the_question_is_seen_as_a_whole(server, visit):
+    page = visit()
+    for text, rows in (("word", 1), ("one\ntwo", 2), ("word " * 60, 4), ("word " * 400, 10), ("word " * 2000, 10), ("", 1)):
+        page.fill("#question", text)
+        found = page.evaluate("document.getElementById('question').rows")
+        assert found == rows or (rows == 4 and 2 < found < 7), (len(text), found)  # wrapped lines depend on the font
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1000, 320])
 def test_axe_finds_nothing_serious(server, visit, scheme, width):
