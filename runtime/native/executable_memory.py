@@ -30,7 +30,7 @@ class CodePages:
 
     def close(self) -> None:
         """Unmap the code. A second call does nothing."""
-        release, self._release, self.address = self._release, _nothing, 0
+        release, self._release, self.address = self._release, lambda: None, 0
         release()
 
 
@@ -43,10 +43,6 @@ def map_code(code: bytes) -> CodePages:
         with contextlib.suppress(NativeUnavailable):
             return _map_macos_arm(code)
     return _map_posix(code)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _refused(what: str, number: int) -> NativeUnavailable:
