@@ -72,8 +72,8 @@ class Conversation:
         return in_common(self.state.ids, ids)
 
     def borrow(self, others: Sequence[Conversation], ids: list[int]) -> None:
-        """Copy what one of the others, of the same model and context, has computed of the beginning of a prompt, where that is
-        more than what is here. The answer is the same, bit for bit.
+        """Copy the longest prefix of a prompt that one of `others`, of the same model and context, has cached, if it is longer
+        than this one's. The answer is the same, bit for bit.
         """
         best = max((other for other in others if other is not self), key=lambda other: other.remembered(ids), default=self)
         if best.remembered(ids) >= self.remembered(ids) + FEWEST_BORROWED:
@@ -162,7 +162,7 @@ class Conversation:
         learned; the last piece's `note` says so. How many turns the model does not see is in the `dropped_turns` of the last
         piece, and of an empty first one where there are any. A base model (template "plain") has a text in place of turns,
         and loses the oldest part of it; unless `max_tokens` is None, also while it answers.
-        Options of `sampling` that are not given are those of `generate`, but for those of `Model.chat_defaults`.
+        Options of `sampling` that are not given come from `Model.chat_defaults`, else are as in `generate`.
         Raises PocketlmError when the system prompt and the question alone do not fit.
         """
         model, sampling = self._model, {**self._model.chat_defaults, **sampling}
@@ -299,7 +299,7 @@ class Likeliest:
 
 
 def _announced(stream: Iterator[Piece], turns: Turns, note: str) -> Iterator[Piece]:
-    """The stream, its last piece with the number of turns that were dropped, and a first one where that happened before."""
+    """The stream, its last piece with the number of dropped turns; if some are dropped already, an empty piece comes first."""
     from pocketlm.runtime.generator import Piece
 
     if turns.dropped or note:

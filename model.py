@@ -75,9 +75,9 @@ def find_model(name: str) -> Path:
 def load(path: str | Path, backend: str = "auto", threads: int | None = None, ctx: int | None = None, kv: str = "q16") -> Model:
     """Open a model file and make it ready to run.
 
-    `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores, of which single tokens take as
-    many as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
-    kept, "q16" (NumPy: float32) or "q8", which takes half the memory, or a quarter, and a little of the accuracy.
+    `backend`: "auto", "native" or "numpy". `threads`: None for the number of physical cores; single tokens then use as few of
+    them as are fastest. `ctx`: positions in the KV cache; None for the model's own context, at most 4096. `kv`: how these are
+    kept, "q16" (NumPy: float32) or "q8", which takes half the memory (NumPy: a quarter) and costs a little accuracy.
     Raises FileError or UsageError; nothing large is allocated before the file and the free memory have been checked.
     """
     return Model(find_model(str(path)), backend, threads, ctx, kv)
@@ -195,7 +195,7 @@ class Model:
 
     @property
     def context_used(self) -> int:
-        """Positions of the KV cache of the model's own session that are filled."""
+        """How many positions of the KV cache are filled, in the model's own session."""
         return self.own_session.context_used
 
     @property

@@ -39,7 +39,7 @@ class CTranslate2:
         return every[before:] if rows == "all" else every[-1:]
 
     def decode_seconds(self, ids: np.ndarray, n: int) -> list[float]:
-        """Seconds of each of n tokens that the library makes after `ids`, without the one that the prompt gives."""
+        """Seconds of each of the n tokens after the first that follows `ids`."""
         moments: list[float] = []
 
         def step(_: Any) -> bool:

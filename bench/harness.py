@@ -20,9 +20,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 import pocketlm
-from pocketlm.batch.local import sessions, spread
+from pocketlm.batch.local import spread
 from pocketlm.runtime.evaluation import cross_entropy
 from pocketlm.runtime.sampling_options import SamplingOptions
+from pocketlm.serve.asking import sessions
 
 SLOTS = 8
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what is not asked for is off, as it is in the harness's own models

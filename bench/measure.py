@@ -120,7 +120,7 @@ def _fitting(subject: Subject, settings: Settings) -> list[tuple[Task, list[int]
 
 
 class Row:
-    """One backend on one model: its result, and its process as long as it does what it is asked."""
+    """One backend on one model: its result, and its process until that fails."""
 
     def __init__(self, backend: Backend, limit: float):
         self.backend, self._limit, self._worker = backend, limit, None

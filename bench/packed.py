@@ -2,8 +2,8 @@
 
     python bench/packed.py [--shape 48M] [--formats F16,Q8_0,Q4_0] [--rounds 5] [--threads 2]
 
-Random weights are packed for this system in each format; the programs take turns. Prints a Markdown table of medians. All
-work is other processes': the peak memory that the system reports of a process is at least that of the one that started it.
+Random weights are packed for this system in each format; the programs take turns. Prints a Markdown table of medians. This
+process itself does no work that takes memory: the system reports for a child at least the peak of the process that started it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def python(code: str, *words: object) -> str:
 
 
 def measure(program: Path, threads: str) -> tuple[float, float, float, float]:
-    """Milliseconds to open the model, to the end of a run of one token, tokens per second of 128, megabytes of that run."""
+    """Milliseconds to open the model; those of a run of one token; of a run of 128, tokens per second and megabytes."""
     opened = float(python(OPEN, program))
     command = [program, "generate", "-p", "to", "--temp", "0", "--json", "--threads", threads, "-n"]
     started = time.perf_counter()

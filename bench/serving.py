@@ -136,7 +136,7 @@ class Client(io.RawIOBase):
         return len(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self, 1 << 16)  # a line has the time of that in which it ends
+        return io.BufferedReader(self, 1 << 16)  # a line's time is that of the piece which ends it
 
     def answer(self) -> Answer | str:
         """What has come, or why it is no answer."""

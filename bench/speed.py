@@ -281,7 +281,7 @@ def show_others(others: list[Other], folder: Path, rounds: int, say: Callable[[s
 
 
 def instructions() -> str:
-    """Which of the instruction sets that matter here the processor has, and which of them pocketlm's kernels are made for."""
+    """The processor's instruction sets that matter for speed, and the level that pocketlm's kernels are compiled for."""
     from pocketlm.runtime.native import levels
 
     level = levels.detect()

@@ -14,7 +14,7 @@ NOTCH = 1.57  # half the notch of a box plot (McGill, Tukey, Larsen 1978): notch
 
 
 def summarize(rounds: Sequence[float]) -> dict[str, Any]:
-    """`uncertainty`: of the median, as a share of it: 1.57 interquartile ranges over the root of the number of rounds.
+    """`uncertainty`: the median's, as a share of it: 1.57 interquartile ranges over the root of the number of rounds.
 
     None for fewer than three rounds: the range of two says nothing about a third.
     """

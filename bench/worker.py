@@ -93,7 +93,7 @@ class Bench:
         return {}
 
     def together(self, n: int, conversations: int) -> dict[str, Any]:
-        """Seconds of n tokens of each of so many conversations that go on at the same time, after a prompt of 16 each."""
+        """Seconds that `conversations` at the same time take for n tokens each, after prompts of 16 tokens."""
         return {"seconds": self.adapter.together(self._ids[:16].tolist(), n, conversations)}
 
     def ninth(self, n: int, conversations: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pocketlm.constrain.grammar import (
 from pocketlm.errors import UsageError
 
 MOST_NODES = 50_000
-END = 0  # the node where what was entered, or the whole text, is through
+END = 0  # the node at the end of a part that was entered, or of the text
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
 MOST_MASK_BYTES = 1 << 23
-FEW_BYTES = 8  # that may follow a part: up to here their nodes are looked up, beyond that all nodes are compared
+FEW_BYTES = 8  # if at most so many may follow a part, their nodes are looked up; if more, all nodes are compared
 FEW_NODES = 12  # of a level: up to here a loop in Python is faster than NumPy
 MOST_KEPT = 8  # walks that a cache holds
 MOST_INSIDES, MOST_INSIDE_NODES = 64, 1 << 12  # those below inner nodes of the tree, and how large they may be

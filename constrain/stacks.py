@@ -25,7 +25,7 @@ class Stacks:
         return found
 
     def take_over(self, frames: list[Frame], stack: int) -> int:
-        """The number here of a stack of another object, whose `frames` these are."""
+        """The number here of another object's stack number `stack`, given that object's `frames`."""
         taken = list[Frame]()
         while stack != BOTTOM:
             taken.append(frames[stack])

@@ -13,6 +13,7 @@ from pocketlm.doctor import models
 from pocketlm.doctor.advice import MB, Facts, advice
 from pocketlm.doctor.board import board
 from pocketlm.doctor.health import health
+from pocketlm.doctor.portrait import size_text
 from pocketlm.doctor.resources import memory_of, memory_speed, storage, storage_speed
 from pocketlm.errors import PocketlmError
 from pocketlm.model import find_model
@@ -111,12 +112,8 @@ def _fit(fit: models.Fit) -> str:
         return f"{fit.path.name:<40} {fit.problem}"
     speed = f"{fit.tokens_per_second:.0f} tokens/s" if fit.tokens_per_second else ""
     context = str(fit.n_ctx) if fit.n_ctx else "no room"
-    sizes = f"{_size(fit.read):>11} {_size(fit.needs):>8}"
+    sizes = f"{size_text(fit.read):>11} {size_text(fit.needs):>8}"
     return f"{fit.path.name:<40} {sizes} {context:>8}  {speed if fit.n_ctx else ''}".rstrip()
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / MB:.1f} MB" if n_bytes < 10 * MB else f"{n_bytes // MB} MB"
 
 
 def _plain(facts: Facts) -> dict[str, Any]:

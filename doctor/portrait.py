@@ -46,7 +46,7 @@ def portrait_with(path: Path, n_threads: int, bytes_per_second: float) -> list[s
             return sum(memory_needed(plan, file.tensors, n_ctx, threads))
 
         contexts = sorted({min(n_ctx, hyper.n_ctx) for n_ctx in (*CONTEXTS, hyper.n_ctx)})
-        sizes = ", ".join(f"{_size(needs(n_ctx))} with {n_ctx:,} tokens of context" for n_ctx in contexts)
+        sizes = ", ".join(f"{size_text(needs(n_ctx))} with {n_ctx:,} tokens of context" for n_ctx in contexts)
         boards = [f"{size} GB {_longest(size, hyper.n_ctx, lambda n_ctx: needs(n_ctx, PI_THREADS))}" for size in PIS]
         experts = sum(file.tensors[name].data.nbytes for name in plan.experts)
         does = "holds conversations" if "tokenizer.chat_template" in file.metadata else "continues texts"
@@ -55,13 +55,14 @@ def portrait_with(path: Path, n_threads: int, bytes_per_second: float) -> list[s
     return [
         f"It {does}: {hyper.architecture}, {hyper.n_layer} layers, {hyper.n_embd} wide, made for {hyper.n_ctx:,} tokens.",
         f"Memory: {sizes}{_beside(experts)}.",
-        f"Tokens a second, at most: {most} (each reads {_size(here.read)} of weights).",
+        f"Tokens a second, at most: {most} (each reads {size_text(here.read)} of weights).",
         f"Raspberry Pi without a desktop: {', '.join(boards)}.",
     ]
 
 
 def _beside(experts: int) -> str:
-    return f"; {_size(experts)} of experts beside that, which are read from the file where they do not fit" if experts else ""
+    size = size_text(experts)
+    return f"; {size} of experts beside that, which are read from the file where they do not fit" if experts else ""
 
 
 def _longest(size: int, n_ctx: int, needs: Callable[[int], int]) -> str:
@@ -73,5 +74,5 @@ def _longest(size: int, n_ctx: int, needs: Callable[[int], int]) -> str:
     return f"up to {longest:,} tokens" if longest else "no"
 
 
-def _size(n_bytes: int) -> str:
+def size_text(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.{1 if n_bytes < 1e7 else 0}f} MB"

@@ -93,7 +93,7 @@ def lock_file(handle: int, seconds: float) -> bool:
             if sys.platform == "win32":
                 import msvcrt
 
-                os.lseek(handle, 1 << 40, os.SEEK_SET)  # of a byte that nobody reads: others cannot, where it is locked
+                os.lseek(handle, 1 << 40, os.SEEK_SET)  # a byte that nobody reads: Windows lets no one else read a locked one
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl

@@ -209,7 +209,7 @@ def locator(sections: Mapping[str, Section]) -> bytes:
 
 
 def digest(file, offset: int, length: int) -> bytes:
-    """SHA-256 of a part of an open file; of what there is, where the file ends before."""
+    """SHA-256 of a part of an open file, or of as much of it as the file has."""
     file.seek(offset)
     total, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     while length > 0 and (n := file.readinto(buffer[: min(CHUNK, length)])):

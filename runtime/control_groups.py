@@ -15,8 +15,8 @@ from pocketlm.runtime.small_files import number, text, whole
 def memory_left(root: Path = Path("/")) -> int | None:
     """Bytes that may still be taken before the tightest limit is reached; None where there is no limit.
 
-    Pages of files that were read count as used, and are given up as soon as a program wants memory: the model's own file, read
-    once, would leave no room for the model.
+    Cached pages of files count as left, though the kernel counts them as used: it gives them up as soon as a program wants
+    memory. Otherwise the model's own file, read once, would leave no room for the model.
     """
     left = []
     for folder, limit, used, files in (
@@ -42,7 +42,7 @@ def processors(root: Path = Path("/")) -> float | None:
 
 
 def _groups(root: Path, controller: str) -> list[Path]:
-    """Folders of the group that the process is in and of all above it: of `controller` in version 1, of version 2 if ""."""
+    """Folders of the process's group and of all above it, in the hierarchy of `controller`; in version 2's if that is ""."""
     found = []
     for line in text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]  # "4:cpu,cpuacct:/docker/abc", version 2: "0::/docker/abc"
@@ -57,7 +57,7 @@ def _groups(root: Path, controller: str) -> list[Path]:
 
 
 def _mounts(root: Path, controller: str) -> list[tuple[PurePosixPath, PurePosixPath]]:
-    """(the group that is shown, where it is mounted) of every hierarchy with `controller`, or of version 2 if ""."""
+    """(group at the root of the mount, mount point) of each hierarchy with `controller`; of version 2's if that is ""."""
     found = []
     for line in text(root / "proc/self/mountinfo").splitlines():
         # 36 31 0:33 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory

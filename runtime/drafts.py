@@ -18,7 +18,7 @@ from operator import mul
 
 from pocketlm.runtime.pass_times import Company
 
-SHORTEST = 2  # tokens that must have been there before in the same order, for what followed them to be a draft
+SHORTEST = 2  # how many of the last tokens must occur earlier, at least, for what followed there to be a draft
 LONGEST = 7  # of a draft: with the token before it, it fills a tile of 8
 MOST_ROWS = 1 + LONGEST
 CLASSES = 1, 3, 4, 6, 9, 17  # of matches, by how many tokens were the same: below these numbers, and those from the last on

@@ -1,7 +1,7 @@
 """The engine: what several threads want computed at the same time, merged into passes of one executor.
 
-In: ids that a text is to be continued with, its cache, and what to do with the logits, or who draws from them. Out: how many of
-the ids were computed, and what became of the logits. Knows no sessions, no text, and of sampling only who does it.
+In: ids that continue a text, its cache, and what to do with the logits, or who draws from them. Out: how many ids were
+computed, and what became of the logits. Knows no sessions, no text, and of sampling only who does it.
 
 There is no thread of the engine's own, so a single caller pays nothing for it. Callers queue up; whoever finds nobody leading
 leads: waits for a moment for those who took part in the last pass, computes a pass of what is queued then, hands out the

@@ -15,7 +15,7 @@ from pocketlm.errors import PocketlmError
 
 ROWS = 128  # positions whose logits are held at once: 128 rows of a 50,000-word vocabulary are 25 MB
 
-TEXT = (  # what executors are compared on where nobody gives a text
+TEXT = (  # what executors are compared on by default
     "The lighthouse keeper had two habits that the village never understood. Every morning he swept the stairs from the top "
     "down, although nobody climbed them but himself, and every evening he wrote one line in a book with a blue cover.\n"
     "\"Wind from the west,\" he wrote, or \"Three ships, none of them ours.\" When he was asked what the book was for, he "

@@ -45,8 +45,8 @@ class FileMapping:
     def close(self, error: BaseException | None = None) -> None:
         """Unmap the file, at once or with the last array that looks at it. A second call does nothing.
 
-        `error`: the exception that ends the mapping's use. The calls that it came out of keep their variables alive,
-        arrays among them, as long as it is handled; they are forgotten here.
+        `error`: the exception that ends the mapping's use. Its traceback keeps local variables alive, arrays among them, while
+        it is handled; they are cleared here.
         """
         buffer, self.buffer = self.buffer, b""
         unmap(buffer, error)

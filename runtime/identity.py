@@ -14,7 +14,7 @@ from typing import Any
 
 from pocketlm.runtime.tensor import Tensor
 
-SAMPLED = 48  # tensors of which bytes are read: on a disk that has to move for each, half a second
+SAMPLED = 48  # tensors of which bytes are read: half a second on a hard disk, which seeks for each
 
 # What trainers write into names: marks of a run, two of which make a label ("8k Lc100K Mix1 Ep2"), and what makes one alone.
 _MARK = re.compile(r"(?<![a-z])(?:ep|mix|lr|bs|lc|wd|seed|run|loss)[-_ =]?\d", re.IGNORECASE)
@@ -35,7 +35,7 @@ def readable_name(metadata: Mapping[str, Any], path: Path) -> str:
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """32 hexadecimal digits: the same for the same weights in the same formats, whatever the file and the model are called.
 
-    The names, shapes and formats of all tensors, and samples of the bytes of SAMPLED of them. A packed executable, whose
+    Hashes names, shapes and formats of all tensors, and samples of the bytes of SAMPLED tensors. A packed executable, whose
     matrices are tiled, has the fingerprint of its GGUF.
     """
     total = hashlib.sha256()

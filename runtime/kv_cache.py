@@ -78,8 +78,8 @@ class KVCache:
 
     @classmethod
     def _before(cls, windows: Sequence[int], columns: Sequence[int]) -> int:
-        """How many positions before its own a query reads at most in layers with a window: from the beginning of the unit of
-        rows that its window begins in.
+        """How many positions before its own a query reads at most in layers with a window, which are read from the start of a
+        unit of rows on.
         """
         layers = zip(windows, columns or [0] * len(windows), strict=True)
         return max((window - 1 if n else window - 1 + cls.unit - 1 for window, n in layers if window), default=0)
@@ -98,7 +98,7 @@ class KVCache:
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
-        """Bytes of the copies that `remove` makes of a layer: keys, what turning them needs, values."""
+        """Bytes that `remove` takes for copies of one layer: keys, what turning them needs, values."""
         return 4 * hyper.kv_width * n_ctx * 3
 
     # ── what a cache of another number format or another order has of its own ───────────────────────────────────────────
@@ -109,7 +109,7 @@ class KVCache:
         return hyper.head_dim
 
     def _shaped(self, rows: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The memory as keys and values of each layer, which has so many rows."""
+        """Views of the memory: (keys, values) of each layer, (heads, rows, columns) each. `rows`: every layer's."""
         shape = 2, self.hyper.n_kv_head, -1, self._padded(self.hyper)
         cuts = np.cumsum([2 * self.hyper.n_kv_head * n * self._padded(self.hyper) for n in rows])[:-1]
         return [(keys, values) for keys, values in (layer.reshape(shape) for layer in np.split(self.memory, cuts))]
@@ -230,7 +230,7 @@ class KVCache:
         return self.nbytes_at(self.n_ctx) - self.nbytes_at(self.length)
 
     def truncate(self, length: int) -> None:
-        """Forget every position from `length` on; all of them where a window needs what is no longer there."""
+        """Forget every position from `length` on; all positions if a layer's window would need some that are no longer kept."""
         length = min(self.length, max(length, 0))
         self.length = length if self.goes_on_from(length) else 0
         if self.length == 0:
@@ -239,9 +239,9 @@ class KVCache:
     def remove(self, start: int, stop: int) -> bool:
         """Take positions [start, stop) out and move the later ones down; keys turn back by the distance moved.
 
-        False, and nothing changes, where positions are learned: they are mixed into the values and cannot be moved; and where
-        too little would be left of what a window needs. ALiBi and models without positions need no turning: only distances
-        count, and these stay.
+        Returns False, and nothing changes, where positions are learned, which are mixed into the values and cannot be moved,
+        and where a window would need positions that are no longer kept. ALiBi and models without positions need no turning:
+        only distances count, and these stay.
         """
         distance = stop - start
         first = self.first if self.first <= start else max(self.first, stop) - distance

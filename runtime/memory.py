@@ -35,10 +35,10 @@ def available_bytes() -> int | None:
 
 
 def require(path: object, needs: Callable[[int], tuple[int, int, int]], n_ctx: int) -> None:
-    """FileError with three figures and what would fit, if `needs(n_ctx)` exceeds the free memory.
+    """Raise FileError, with the three figures and the context that would fit, if `needs(n_ctx)` exceeds the free memory.
 
-    `needs`: bytes of weights, of the cache, and of scratch (tables of positions and threads' buffers included) for a
-    context; they grow with it.
+    `needs`: context → bytes of (weights, cache, scratch), growing with it; scratch includes tables of positions and threads'
+    buffers.
     """
     free = available_bytes()
     weights, cache, scratch = needs(n_ctx)
@@ -153,7 +153,7 @@ def release_code(library: str) -> None:
 
 
 def return_unused() -> None:
-    """Give back what the C library keeps of memory that was freed: megabytes, once a vocabulary has been read (glibc)."""
+    """Give freed memory that the C library (glibc) has kept back to the system: megabytes after a vocabulary was read."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

@@ -39,7 +39,7 @@ class Keys:
 
     def count(self, key: str, default: int | None = None, besides_zero: bool = False) -> int:
         value = self._given(key, default)
-        if isinstance(value, list):  # one value a layer: accepted where all layers agree, or those that are not 0
+        if isinstance(value, list):  # one value a layer: all must agree, or all that are not 0
             values = [number for number in value if number or not besides_zero]
             if not values or values.count(values[0]) < len(values):
                 raise FileError(self.path, f"{key} differs from layer to layer", "pocketlm runs models whose layers are alike")

@@ -136,7 +136,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Gate:
-    """out += factor · sigmoid(W x') · y, group by group; x' is the first columns of x, as many as W has.
+    """out += factor · sigmoid(W x') · y, group by group; x' is the first `columns` columns of x.
 
     `weight` is (n_groups, columns). Each group has `width` columns of y and of out; in out they begin at `column`.
     """
@@ -174,8 +174,8 @@ class Softcap:
 class Route:
     """Which experts a token goes to: out = the numbers of the n_used largest of x, largest first, then their weights.
 
-    Equal ones are taken in their order. Weights are the softmax of all of x, or the sigmoid of each; with `normalised` divided
-    by their sum.
+    Of equal ones the lower number comes first. Weights are the softmax over all of x, or the sigmoid of each number; with
+    `normalised`, divided by their sum.
     """
 
     x: str

@@ -56,12 +56,12 @@ class Plan:
 
     @property
     def experts(self) -> dict[str, float]:
-        """The tensors of experts, and which part of them a token needs."""
+        """Name of each tensor of experts → the share of it that one token needs."""
         ops = [op for op in self.ops if isinstance(op, Experts)]
         return {name: op.n_used / op.n_experts for op in ops for name in op.matrix.weights}
 
     def bytes_per_token(self, tensors: Mapping[str, Any]) -> int:
-        """Bytes of the matrices that every token reads; of experts, of as many as one needs."""
+        """Bytes of the matrices that one token reads: of its experts only, not of all."""
         matrices = [op.matrix for op in self.ops if isinstance(op, Linear | Logits)]
         shares = {name: 1.0 for matrix in matrices for name in matrix.weights} | self.experts
         return int(sum(tensors[name].data.nbytes * share for name, share in shares.items()))

@@ -1,7 +1,7 @@
 """Where a token stands: the tables that rotary positions and ALiBi need. Shared by every executor.
 
-In: the operations that turn queries and keys, and what reads a tensor of factors. Out: NumPy tables. Knows nothing about
-weights or caches.
+In: the operations that turn queries and keys, and a function that reads a tensor of factors. Out: NumPy tables. Knows nothing
+about weights or caches.
 """
 
 from __future__ import annotations

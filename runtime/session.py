@@ -108,9 +108,9 @@ class Session:
             return other
 
     def borrow(self, other: Session, ids: list[int]) -> None:
-        """Copy what another session of the executor, of the same size, has computed of the beginning of `ids`, where that is
-        more than what is here of it: with the bits that it would have if it were computed again. Nothing where the other one
-        computes a prompt: who would copy waits for nobody. PocketlmError after `end`.
+        """Copy the longest prefix of `ids` that another session, of the same executor and size, has cached, if it is longer
+        than this one's. The copy has the bits that computing it again would give. Copies nothing while the other session
+        computes a prompt, so that nobody waits. Raises PocketlmError after `end`.
         """
         claim = self.claim()
         with self.held(claim), other.lock.within(BETWEEN) as got:  # of two that copy from each other one may get nothing
@@ -226,7 +226,7 @@ class Session:
                 else:
                     why = "positions are learned" if self.executor.hyper.position == "learned" else "windows slide"
         self._truncate(min(same, len(ids) - 1))
-        same = len(self.ids)  # none, where a sliding window needs what the cache has no longer
+        same = len(self.ids)  # none, if a sliding window needs positions that are no longer cached
         if why:
             self.note = f"this model's {why}, so {len(ids) - same} tokens were computed again"
         result = None

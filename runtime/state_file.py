@@ -127,7 +127,7 @@ def read_state(path: str | Path, state: State, cache: KVCache) -> list[int]:
                 if part.keep:
                     with np.errstate(all="ignore"):  # numbers too large together are told of below
                         found = found * _read(path, file, (part.heads, n - start, 1), np.dtype("<f4"))
-                if not np.isfinite(found).all():  # a position that nobody sees has weight 0, which would not be enough
+                if not np.isfinite(found).all():  # weight 0, of positions that nobody sees, does not cancel a NaN
                     raise FileError(path, "holds numbers that are not finite", DAMAGED)
                 part.write(layer, kept, found[:, kept - start :])
     cache.length = n

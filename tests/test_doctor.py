@@ -21,7 +21,7 @@ from pocketlm.doctor.command import describe
 from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native import levels
 
-MB = 1 << 20
+MB = 10**6
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -224,7 +224,10 @@ def test_the_command_tells_of_this_machine(tmp_path, capsys, monkeypatch):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert "mine.gguf" in said
-    assert re.search(r"small-talk\.gguf +3\.\d MB +\d\.\d MB ", said)  # no "0 MB" for models of this size
+    row = re.search(r"small-talk\.gguf +(3\.\d MB) +\d\.\d MB ", said)  # no "0 MB" for models of this size
+    assert row
+    assert main(["inspect", "small-talk"]) == 0
+    assert f"each reads {row[1]} of weights" in capsys.readouterr().out
     assert "tokens/s" in said
     assert main(["doctor", "mine.gguf", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

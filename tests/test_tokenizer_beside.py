@@ -8,6 +8,7 @@ from tokenizer_texts import PROSE, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError
+from pocketlm.tokenizer.byte_bpe import LETTERS
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
 
 
@@ -86,6 +87,25 @@ def test_two_files_of_a_qwen_are_cut_as_its_class_cuts_texts(tmp_path):
     assert ours.eos_id == n + 1
     for text in texts(1000, 8, ["<|im_end|>"]):
         assert ours.encode(text, special=True) == theirs(text)["input_ids"], text
+
+
+def test_tokens_that_the_folder_calls_special_are_markers(tmp_path):
+    """As text an end of turn would be shown, and the markers of a template be read letter by letter."""
+    transformers = pytest.importorskip("transformers", reason="transformers is what is compared with")
+    vocab = {token: i for i, token in enumerate([*LETTERS, "<s>", "<END>", "<|user|>", "<pad>", "He"])}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": ["H e"]}
+    file = {"version": "1.0", "pre_tokenizer": level, "decoder": level, "model": model, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": row("<END>")}
+    config |= {"additional_special_tokens": ["<|user|>"], "pad_token": "<s>"}
+    config["eos_token"]["__type"] = "AddedToken"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<|user|>Hello<END>", "<s>He <END><|user|>"):
+        assert ours.encode(text, special=True) == theirs(text)["input_ids"]
+        assert ours.decode(ours.encode(text, special=True)).strip() in ("Hello", "He")
+    assert len(ours.encode("<END>")) == 5
 
 
 def test_metas_own_file_of_llama_3_is_cut_as_llama_3_cuts_texts(tmp_path):

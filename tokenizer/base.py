@@ -63,8 +63,8 @@ class Vocabulary:
     adds_bos: bool
     strip_left: frozenset[int]  # markers that swallow white space before them
     strip_right: frozenset[int]  # and after them
-    normalizer: Normalizer = AS_IT_IS  # what plain text goes through first
-    normalized: frozenset[int] = frozenset()  # markers that are looked for after that, and normalised themselves
+    normalizer: Normalizer = AS_IT_IS  # applied to plain text first
+    normalized: frozenset[int] = frozenset()  # markers that are looked for in normalised text, and are normalised themselves
 
     def ids_of(self, *types: int) -> list[int]:
         """The ids of all tokens of these types, in order."""
@@ -263,7 +263,7 @@ class Tokenizer:
                 yield inner, start and first, token_id if found is None else found
 
     def _cut_out(self, markers: Markers, text: str) -> Iterator[tuple[str, bool, int | None]]:
-        """The same of a text as it is and of some markers."""
+        """What `_pieces` yields, for `markers` only and with the text as it is."""
         vocabulary, end = self.vocabulary, 0
         for start, stop, token_id in markers.find(text):
             if start < end:  # swallowed together with the white space after the marker before

@@ -129,7 +129,7 @@ class _Trie:
         self._ends, labels = units & 0x100 > 0, units & 0x800000FF
         places = np.arange(len(units))
         self._states = places ^ ((units >> 10) << ((units & 0x200) >> 6))
-        # a state's children are where the state, xor the child's byte, has a unit with that byte as its label
+        # a state's child for a byte is at place state ^ byte, if the unit there has that byte as its label
         parents = np.where((labels > 0) & (labels < 256), places ^ labels, -1)
         self._order = np.argsort(parents, kind="stable")
         self._parents, self._labels = parents[self._order], labels

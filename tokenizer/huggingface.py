@@ -28,7 +28,7 @@ from pocketlm.tokenizer.base import (
 )
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.charsmap import Rules
-from pocketlm.tokenizer.huggingface_beside import added_beside, config_beside, with_added
+from pocketlm.tokenizer.huggingface_beside import added_beside, config_beside, specials_beside, with_added
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalizer import NORMAL_FORMS, Normalizer, make_normalizer
@@ -226,6 +226,8 @@ class _Reader:
         types = bytearray(NORMAL if token else UNUSED for token in tokens)
         for token in added:
             types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        for i in specials_beside(self.path, ids):
+            types[i] = CONTROL
         if byte_tokens:  # who trains with `tokenizers` gives them as special tokens
             for byte in range(256):
                 if (i := ids.get(f"<0x{byte:02X}>")) is not None:

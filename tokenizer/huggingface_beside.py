@@ -22,6 +22,18 @@ def config_beside(path: Path) -> dict[str, Any]:
     return {key: value for key, value in texts.items() if isinstance(value, str | bool)}
 
 
+def specials_beside(path: Path, ids: Mapping[str, int]) -> list[int]:
+    """The tokens that `tokenizer_config.json` names as bos, eos or more special ones: transformers cuts them out of a text,
+    whatever the file with the vocabulary calls them. Not those for padding, which may be any.
+    """
+    config = _object(path.with_name("tokenizer_config.json"))
+    named = [config.get("bos_token"), config.get("eos_token")]
+    for more in (config.get("additional_special_tokens"), config.get("extra_special_tokens")):
+        named += more if isinstance(more, list) else []
+    texts = [text.get("content") if isinstance(text, dict) else text for text in named]
+    return [ids[text] for text in texts if isinstance(text, str) and len(text) > 1 and text in ids]
+
+
 def adds_bos(config: Mapping[str, Any]) -> bool:
     """Whether a text begins with the first marker."""
     usual = str(config.get("tokenizer_class")).removesuffix("Fast") in _BEGINS_WITH_BOS

@@ -3,8 +3,8 @@
 In: symbol ids and a `MergeTable` that says which neighbours merge, in which order, into what. Knows no text,
 no vocabulary file and no pre-tokenizer; byte-level BPE (ranks) and SentencePiece BPE (scores) both run on it.
 
-The rule, for both (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"): of all
-neighbours that may merge, the pair of the lowest rank goes first, the leftmost of equal ones; until none is left.
+The rule, for both (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"): the pair of
+neighbours with the lowest rank merges first, the leftmost of equal ones, until no neighbours may merge.
 """
 
 from array import array
@@ -21,8 +21,8 @@ NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
 LONG = 4096  # symbols from which `merge_long` is worth its arrays
-_FEW = 64  # different symbols up to which it works with all occurrences of a pair at once
-_ROUNDS = 32  # times that it may look at the whole text, which takes less than the heap does
+_FEW = 64  # up to so many different symbols it takes all occurrences of a pair at once
+_ROUNDS = 32  # how often it may look at the whole text; so many looks take less time than the heap
 _PAIRS_KEPT = 1 << 19
 _STAYS, _BETTER, _NEW = -1, -2, -3  # what a pair becomes, beside the number of a symbol
 

@@ -76,7 +76,7 @@ def read_normalizer(names: Sequence[str]) -> Normalizer:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(number, line) of the lines of a text that are not empty. Raises FileError."""
+    """(number, line) of every line of a file that is not empty. Raises FileError."""
     with refused(path, "check the path"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -1,4 +1,4 @@
-"""SentencePiece BPE: neighbours of a prepared text merge by the score of what they give.
+"""SentencePiece BPE: neighbours in a prepared text merge, the pair whose token has the highest score first.
 
 In: a vocabulary with scores (or merges), and `Options`. Out: a `Tokenizer`. Knows how pieces merge, not how a text is prepared.
 """
@@ -66,7 +66,7 @@ class SentencePieceBPE(SentencePiece):
         self.table = table
 
     def symbol(self, text: str) -> int | None:
-        """What the merge table calls a text: the id of its token, or the number of a character that is none."""
+        """A text's symbol in the merge table: its token's id, or a number of its own for a character without a token."""
         return self._symbols[text] if len(text) == 1 else self.vocabulary.index.get(text)
 
     def _encode_prepared(self, text: str) -> list[int]:

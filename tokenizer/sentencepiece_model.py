@@ -13,7 +13,7 @@ from typing import TypeVar
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.charsmap import Rules
-from pocketlm.tokenizer.huggingface_beside import added_beside, adds_bos, config_beside, with_added
+from pocketlm.tokenizer.huggingface_beside import added_beside, adds_bos, config_beside, specials_beside, with_added
 from pocketlm.tokenizer.sentencepiece import UNKNOWN_TEXT, Options
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE, score_table
 from pocketlm.tokenizer.unigram import Unigram
@@ -121,6 +121,8 @@ def read(path: Path, data: bytes) -> Tokenizer:
         for token in added:
             if types[token["id"]] in (NORMAL, CONTROL, UNUSED, USER_DEFINED):
                 types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+    for i in specials_beside(path, ids):
+        types[i] = types[i] if types[i] == UNKNOWN else CONTROL
     vocabulary = make_vocabulary(
         path, tokens, bytes(types), bos_id=ids.get(config.get("bos_token", ""), role(46, "<s>")),
         eos_id=ids.get(config.get("eos_token", ""), role(47, "</s>")), unk_id=unk_id, adds_bos=adds_bos(config),

@@ -1,7 +1,7 @@
 """A list of texts and the way back from a text to its number, in a fifth of the memory that Python's own take.
 
-In: the 50,000 to 260,000 words of a vocabulary. Out: what behaves as a tuple and a dictionary of them. A text is made when it
-is asked for, a microsecond each: whoever asks for the same ones often remembers them. Knows nothing of tokens.
+In: the 50,000 to 260,000 words of a vocabulary. Out: a sequence and a mapping of them. A `str` is made each time that it is
+asked for, which takes a microsecond: whoever asks for the same ones often keeps them. Knows nothing of tokens.
 """
 
 from array import array
@@ -64,13 +64,13 @@ class Texts(Sequence[str]):
 
 
 class TextIndex(Mapping[str, int]):
-    """Text → its number, of some of `texts`, each of which stands there once. Made by `index_of`.
+    """Text → its number in `texts`, for those that are indexed, each of them once. Made by `index_of`.
 
-    Hash values in order, and whose they are: a look-up is a binary search and one comparison of texts.
+    Holds sorted hash values and the number of the text of each: a look-up is a binary search and one comparison of texts.
     """
 
     def __init__(self, texts: Texts, hashes: np.ndarray, numbers: np.ndarray):
-        """`hashes` int64, in order; `numbers` int32: whose they are."""
+        """`hashes` (n,) int64, sorted; `numbers` (n,) int32: the text of each."""
         self._texts = texts
         self._hashes, self._numbers = array("q", hashes.tobytes()), array("i", numbers.tobytes())
 

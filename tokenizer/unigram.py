@@ -48,7 +48,7 @@ class Unigram(SentencePiece):
         """The likeliest pieces; a character that is in none as the number `n_vocab` plus its own."""
         scored, lengths, n = self._scored, self._lengths, len(text)
         best, rounded = array(self._kind, [0.0]) * (n + 1), array(self._kind, [0.0])
-        ending, symbols = [-1] * (n + 1), [0] * (n + 1)  # where the piece that ends here begins, and what it is
+        ending, symbols = [-1] * (n + 1), [0] * (n + 1)  # where the best piece that ends here begins, and its symbol
         for start, first in enumerate(text):
             if start and ending[start] < 0:
                 continue

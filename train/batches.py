@@ -68,7 +68,7 @@ class Feed:
         self.given = np.zeros(len(self.parts), np.int64)  # sequences of each part so far
         self.owed = np.zeros(len(self.parts))  # by how much each is behind its share: between -1 and 1
         self._orders: dict[int, tuple[int, int, np.ndarray]] = {}
-        self._gone: dict[str, list[float]] = {}  # what parts that are not there now gave before
+        self._gone: dict[str, list[float]] = {}  # `given` and `owed` of parts that are no longer there
         for name in (name for stage in stages for name in stage.shares if not self._of(name)):
             raise UsageError(f"--mix {name}: is none of the texts to learn{did_you_mean(name, corpus.files)}")
 

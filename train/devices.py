@@ -108,7 +108,7 @@ def compiled(model: Decoder, settings: Settings, ranks: Ranks, must: bool) -> An
 
 @contextmanager
 def memory_errors(settings: Settings, ranks: Ranks) -> Iterator[None]:
-    """Out of memory is a PocketlmError that says what would fit."""
+    """Turn errors of memory into a PocketlmError that says what would fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

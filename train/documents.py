@@ -106,7 +106,7 @@ def dtype_of_ids(n_vocab: int) -> type:
 
 
 def read_ids(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
-    """The ids of a file, PIECE at a time. Raises FileError for what are none, or not of a vocabulary of `n_vocab`."""
+    """The ids of a file, PIECE at a time. Raises FileError if it holds no ids, or one that is not below `n_vocab`."""
     try:
         with refused(path, "check the path"):
             if path.suffix == ".npy":

@@ -16,7 +16,7 @@ LOG, PICTURE = "log.jsonl", "log.png"
 CURVES = {  # of a row, below the loss: label, colour
     "lr": ("learning rate", "#555555"), "tokens_per_second": ("tokens/s", "#2e8b57"), "gigabytes": ("GPU, GB", "#8e5ea2"),
 }  # fmt: skip
-MOST, DECODED = 12, 1 << 14  # files that are named; tokens of each whose characters are counted
+MOST, DECODED = 12, 1 << 14  # how many files are named; of how many tokens of each the characters are counted
 SMOOTHING = 0.9  # share of the running mean that stays at every row
 
 

@@ -32,12 +32,12 @@ ARCHITECTURES = ("gpt2", "llama", "refact", "pocketlm")  # whose operations are 
 def read_start(
     path: Path, settings: Settings, rope_theta: float = 0.0, said: Mapping[str, str] | None = None
 ) -> tuple[Decoder, list[str]]:
-    """A model with the weights in a file or folder, for `settings.context` positions (0: its own), and what the user should
-    know about it. Biases that it lacks where it has others begin as zeros. `said`: names and values of `--set`, which the
-    weights do not say themselves.
+    """A model with the weights in a file or folder, for `settings.context` positions (0: its own), and notes for the user.
+    If it has some biases and lacks others, these begin as zeros. `said`: names and values of `--set`, for what the weights do
+    not say themselves.
 
-    Raises FileError for what is no checkpoint, or of a model that the decoder cannot be; UsageError where it has a table of
-    fewer positions.
+    Raises FileError if this is no checkpoint, or of a model that the decoder cannot be; UsageError if its table of positions is
+    too short.
     """
     if said and is_model_file(path):
         raise UsageError(f"--set says what weights do not say; {path} says all of it")
@@ -105,7 +105,7 @@ def add_rows(model: Decoder, first: int, n_vocab: int) -> None:
 
 
 def taken(kind: str, start: str | None) -> Tokenizer:
-    """The tokenizer that a run takes: that of `--tokenizer`, else that of the weights `start`. Raises UsageError for none."""
+    """The tokenizer of a run: `--tokenizer`'s, else that of the weights it starts from. Raises UsageError for none."""
     if kind not in KINDS:
         if not Path(kind).exists() and kind not in published.NAMES:
             kinds = (*KINDS, *published.NAMES)

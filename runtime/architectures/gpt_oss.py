@@ -1,7 +1,7 @@
 """gpt-oss (arXiv:2508.10925): experts with biases and a clamped gate; a share of attention goes to a sink in every head.
 
-Every other layer sees a sliding window, beginning with the first. The authors' YaRN does not begin and end at whole pairs;
-llama.cpp's does, and so does that of a file which does not say otherwise.
+Every other layer sees a sliding window, beginning with the first. YaRN: the authors do not round where its ramp begins and ends
+to whole pairs; llama.cpp does, and so do we unless the file says not to.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ In: the run's and an operation's record, an ENTRY (records.py): neighbouring tok
 to. Out: results in the tokens' slots: sums of values, the largest score, the sum of weights. Knows the cache, no weights.
 
 All products are of integers: queries are rounded to int16 as keys are, and so are the weights, with one scale for POSITIONS
-neighbouring positions. Numbers that are kept as float16 and multiplied as float32 take twice as long and are less exact: an
-int16 with a scale has up to 15 bits, whatever its size.
+neighbouring positions. Float16 numbers, multiplied as float32, would take twice as long and be less exact: an int16 with a
+scale has up to 15 bits, a float16 has 11.
 
 A token's result has the same bits however many queries share a task and whichever thread computes a span: within a span of SPAN
 positions, scores, weights and sums are made in one order, and spans are joined in order, by the task or by `join_partials`.
@@ -54,7 +54,7 @@ FEW = 3  # queries up to which memory is the limit: keys and values are fetched 
 
 
 def define(module: Module, level: str, numbers: Words) -> None:
-    """Define `span`, which `attend` calls, and what that calls: `scores6`, `mix6` and the like, by the number of queries."""
+    """Define `span`, which `attend` calls, and the functions that it calls: `scores6`, `mix6` … for 6 queries, and so on."""
     _define_merge(module)
     attention_weights.define(module, level, numbers)
     for queries, n_vectors in TILES[level]:
@@ -218,10 +218,10 @@ _PART = {"run": PTR, "own": PTR, "row": I64, "first": I64, "numbers": PTR, "star
 
 
 def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_vectors: int) -> None:
-    """scores{queries}(run, own, row, first, keys, start, stop): q · k of so many queries, from `row` on, with the positions
+    """scores{queries}(run, own, row, first, keys, start, stop): q · k of `queries` queries, from `row` on, with positions
     [start, stop) of the span that begins at `first`. An instruction multiplies two columns.
 
-    `n_vectors` vectors of 16 positions are computed at a time; of the last ones fewer, where half as many or less are left.
+    `n_vectors` vectors of 16 positions are computed at a time; for the last positions half or a quarter, if enough.
     """
     with module.function(f"scores{queries}", _PART) as f:
         run, own, row, first, keys, start, stop = f.args()
@@ -262,7 +262,7 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
 
 def _define_mix(module: Module, level: str, numbers: Words, queries: int) -> None:
     """mix{queries}(run, own, row, first, values, start, stop): add weight · value of the positions [start, stop) of the span to
-    the results of so many queries. An instruction multiplies two positions; sums over POSITIONS neighbours are exact.
+    the results of `queries` queries. An instruction multiplies two positions; sums over POSITIONS neighbours are exact.
     """
     with module.function(f"mix{queries}", _PART) as f:
         run, own, row, first, values, begin, stop = f.args()

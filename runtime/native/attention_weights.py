@@ -91,7 +91,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
                     bits.append(f.bitcast(weight, I32.vec(LANES)))
                 f.store(f.intrinsic("umax", *bits), tops + p * (4 * LANES // POSITIONS), 64)
             f.store(f.reduce(total.get(), "add"), result + 4, 4)
-            # of every block, compared as integers, where NaN is the largest; of blocks that nobody sees any number
+            # each block's largest weight, compared as integers, so that NaN is the largest; anything in blocks that nobody sees
             bits = [f.load(I32.vec(LANES), tops + 64 * n, 64) for n in range(BLOCKS)]
             largest = f.bitcast(_largest(f, bits), F32.vec(BLOCKS))
             f.store(largest * (1 / MAX_WEIGHT), known + FACTORS, 4)

@@ -49,7 +49,7 @@ class NativeCache(ScaledCache):
 
     @classmethod
     def bytes_to_move(cls, hyper: Hyper, n_ctx: int) -> int:
-        """Bytes of the copies that `remove` makes of a layer: as float32, scaled, rounded, as integers in two orders."""
+        """Bytes that `remove` takes for copies of one layer: float32, scaled, rounded, and integers in two orders."""
         return hyper.n_kv_head * cls._padded(hyper) * round_up(n_ctx, SPAN) * 16
 
     @classmethod

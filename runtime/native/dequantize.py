@@ -104,7 +104,7 @@ def _shift(f: Function, bits: Value | int) -> Value | int:
 
 
 def _parts(f: Function, level: str, body: Callable[[Value | int, Value | int], None]) -> None:
-    """`body` of the halves of 256 columns, and of the even and odd runs of 16 in them."""
+    """Emit `body(half, odd)` for both halves of 256 columns and, in each, for its even runs of 16 and its odd ones."""
     _for_each(f, level, 2, lambda part: _for_each(f, level, 2, lambda odd: body(part, odd)))
 
 

@@ -48,8 +48,8 @@ def _start(f: Function, start: Value | None, lanes: int) -> Value:
 
 
 def _here(f: Function, sums: Sequence[Value]) -> list[Value]:
-    """The same values in registers of x86, two or more, and a barrier for the optimiser: all of them are computed before
-    anything that is made of them. It would otherwise finish one sum after the other, which takes more registers than there are.
+    """The same values, two or more, behind a barrier for the optimiser (x86): all of them are computed before any is used. It
+    would otherwise finish one sum after the other, which takes more registers than there are.
     """
     types, values = ", ".join(str(v.type) for v in sums), ", ".join(f"{v.type} {v}" for v in sums)
     places = ",".join(["=x"] * len(sums) + [str(i) for i in range(len(sums))])
@@ -188,7 +188,7 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
 
 
 def _pairs(width: int, intrinsic: str) -> Callable[..., list[Value]]:
-    """For x86 without VNNI, with registers of `width` bytes: two columns of a row as i16, multiplied by activations of int16.
+    """x86 without VNNI, with registers of `width` bytes: two columns of a row, as i16, times activations of int16.
 
     The 16 rows are taken in parts, so that there are eight sums at a time: these, the words and the activations fit into the
     sixteen registers.
@@ -225,7 +225,7 @@ def _bytes_as_words(f: Function, x: Value, odd: int, is_signed: bool) -> Value:
 
 
 def _neon(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-    """aarch64 without dotprod, one token: products of bytes are i16, of which only so many are added as cannot overflow."""
+    """aarch64 without dotprod, one token: products of bytes are i16; at most `safe` are added before sums become i32."""
     (x,), safe = xs, 32767 // (biggest * 128)
     unpacked = [(unpack(), column) for unpack, column in words]
 

@@ -83,13 +83,13 @@ def _define_penalise(module: Module) -> None:
         f.ret(0)
     with module.function("restore", arguments) as f:
         s, logits, ids, n = f.args()
-        n_bias, saved = _get(f, s, "n_bias"), _get(f, s, "saved", PTR)
+        n_bias, kept = _get(f, s, "n_bias"), _get(f, s, "saved", PTR)
         with f.range(0, n) as i:
             id = f.cast("zext", f.load(I32, ids + i * 4, 4), I64)
-            f.store(f.load(F32, saved + (n_bias + i) * 4, 4), logits + id * 4, 4)
+            f.store(f.load(F32, kept + (n_bias + i) * 4, 4), logits + id * 4, 4)
         with f.range(0, n_bias) as i:
             id = f.load(I64, _get(f, s, "bias_ids", PTR) + i * 8, 8)
-            f.store(f.load(F32, saved + i * 4, 4), logits + id * 4, 4)
+            f.store(f.load(F32, kept + i * 4, 4), logits + id * 4, 4)
     with module.function("recount", arguments) as f:  # the chunks' largest, of those that penalise or restore has changed
         s, logits, ids, n = f.args()
         n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
@@ -161,8 +161,8 @@ def _define_nucleus(module: Module) -> None:
 
 
 def _define_choose(module: Module) -> None:
-    """choose(s, n, total, u) -> id: top-p, min-p, temperature and the draw among the n sorted candidates; `total`: the sum of
-    all weights that top-p has a share of, or 0 for that of the candidates.
+    """choose(s, n, total, u) -> id: top-p, min-p, temperature and the draw among the n sorted candidates. `total`: the sum of
+    weights that top-p is a share of; 0 for the sum of the candidates' own.
     """
     with module.function("choose", {"s": PTR, "n": I64, "total": F64, "u": F64}, returns=I64) as f:
         s, n, total, u = f.args()

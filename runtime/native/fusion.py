@@ -110,7 +110,7 @@ def _product(ops: Sequence[P.Op], i: int, before: P.Norm | P.Attend | None) -> t
 
 
 def _in_halves(activate: P.Activate, linear: P.Linear) -> bool:
-    """Whether the kernels find the rows of gate and up: two matrices of as many, or one of whole groups of 16."""
+    """Whether kernels can tell the rows of gate from those of up: a matrix each, or one whose halves are whole tiles of 16."""
     return not activate.gated or len(linear.matrix.weights) == 2 or (len(linear.matrix.weights) == 1 and activate.n % 16 == 0)
 
 

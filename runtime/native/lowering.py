@@ -24,8 +24,8 @@ NORMS = {"rms": sizes.RMS_NORM, "layer": sizes.LAYER_NORM}
 
 @dataclass(frozen=True)
 class TiledMatrix:
-    """A matrix as the kernels read it: uint8 `data`, 64-byte aligned; of experts, which may be `mapped` (in the file's order),
-    those of one of them are n_rows.
+    """A matrix as the kernels read it, or one for every expert, each of n_rows. `data`: uint8, 64-byte aligned. `mapped`: in
+    the file's order, not in tiles; only experts' may be.
     """
 
     format: str

@@ -40,12 +40,12 @@ from pocketlm.runtime.native.tiling import LAYOUTS, ROWS
 AHEAD, AHEAD_OF_TILE, FAR_AHEAD = 2048, 1280, 8192
 # Levels that need no prefetch instructions: these cores fetch a stream ahead by themselves, at a Pi's full bandwidth
 UNASKED = ("dotprod", "neon")
-# Size of a tile → the most remaining tokens for which it is taken, where these are more than it holds: 9 to 12 are a tile of 8
-# and the rest, because one of 16 took up to 1.3 times as long for 9 tokens on an Intel Xeon with AMX, and for 12 tokens 0.88
-# (Q4_0) to 1.06 times (Q4_1)
+# Size of a tile → up to how many remaining tokens it is taken, if that is more than it holds. 9 to 12 tokens are one of 8 and a
+# smaller one: on an Intel Xeon with AMX a tile of 16 took up to 1.3 times as long for 9 tokens, and 0.88 (Q4_0) to 1.06 times
+# (Q4_1) as long for 12
 MOST = {8: 12}
-# Sums of 16 rows that a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by hand,
-# and to do so once for four tokens is faster
+# How many sums of 16 rows a level's registers hold beside floating-point weights. SSE4's hold two, but it converts halves by
+# hand, and it is faster to do so once for four tokens
 SUMS = {"amx": 16, "avx512-vnni": 16, "avx-vnni": 4, "avx2": 4, "sse4": 8, "dotprod": 4, "neon": 4}
 SCALE = 64  # where a record has it
 ROW = F32.vec(ROWS)
@@ -67,7 +67,7 @@ def define(module: Module, level: str, fmt: str) -> None:
 
 
 def tile_size(f: Function, level: str, left: Value) -> Value:
-    """The size of the tile that the next of `left` tokens go to: the level's smallest that holds them all, or its largest."""
+    """The size of the next tile when `left` tokens are left: the level's smallest that holds them all, else its largest."""
     *smaller_ones, largest = tiles(level)
     size = f.const(I64, largest)
     for smaller in reversed(smaller_ones):
@@ -85,7 +85,7 @@ def tile_of(f: Function, level: str, n: Value, token: Value) -> tuple[Value, Val
 
 
 def tile_places(f: Function, level: str, n: Value) -> Value:
-    """How many tokens the tiles of `n` tokens have room for: a tile of 3 takes as much as one of 4."""
+    """How many tokens the tiles of `n` tokens have room for, `n` or more: a tile of 3 tokens is as large as one of 4."""
     first, size = tile_of(f, level, n, n - 1)
     return first + size
 
@@ -281,7 +281,7 @@ def _scaled_sum(f: Function, count: int, record: Value, half: Value | int) -> Va
 
 
 def _start(f: Function, run: Run, record: Value, half: Value | int, zero: int) -> Value:
-    """-zero · (sum of the run's activations), i32. A sum that begins with it is that of weights minus their zero point."""
+    """-zero · (sum of the run's activations), i32: a dot product that begins with it is of weights minus zero points."""
     if run.count == 32:
         total = f.load(I32, record + 72, 4) + f.load(I32, record + 76, 4)
     else:
@@ -390,7 +390,7 @@ def _tile(f: Function, fmt: str) -> None:
 
 
 def _transpose(f: Function, source: Value, row_bytes: Value, to: Value) -> None:
-    """Four units of four bytes of each of 16 rows, to where the rows of a unit lie side by side."""
+    """Transpose 16 rows of four 4-byte units: at `to` lie the 16 rows' first units, then their second ones, and so on."""
     for first in range(0, ROWS, 4):
         a, b, c, d = (f.load(I32.vec(4), source + row_bytes * (first + i)) for i in range(4))
         halves = [(f.shuffle(a, (i, 4 + i, i + 1, 5 + i), b), f.shuffle(c, (i, 4 + i, i + 1, 5 + i), d)) for i in (0, 2)]

@@ -10,7 +10,7 @@ from pocketlm.runtime.native.ir import F64, I32, I64, PTR, Function, Module, Val
 from pocketlm.runtime.native.record_reader import Records, fill, of_sampler
 from pocketlm.runtime.native.records import RUN, SAMPLER, TOKEN, offset
 
-MUCH = 4  # a run ends where over a fourth of it was lost in waiting for late threads, such as those that had to wake up
+MUCH = 4  # a run ends if more than 1 / MUCH of its time went into waiting for late threads, such as those that had to wake up
 
 
 def sample(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:

@@ -61,7 +61,7 @@ OPERATION = np.dtype([
     ("expert_bytes", "i8"), ("group_bytes", "i8"),  # EXPERTS: of an expert, of 16 of its rows, in the file
 ])  # fmt: skip
 
-# what all operations share; the fields that threads write stand on cache lines of their own
+# what all operations of a run share; fields that threads write have cache lines of their own
 RUN = np.dtype([
     ("epoch", "i8"), ("pad0", "i8", 7),       # counts runs; -1: the threads end
     ("arrived", "i8"), ("pad1", "i8", 7),     # how often a thread has reached a barrier of this run
@@ -82,7 +82,7 @@ RUN = np.dtype([
     ("entries", "i8"), ("n_entries", "i8"),   # ENTRY records, each with n_kv_head tasks
     ("activations", "i8"), ("activation_stride", "i8"),   # prepared activations of a block of tokens
     ("scratch", "i8"), ("scratch_stride", "i8"),          # a thread's own memory, see stages.py
-    # what lies where in it
+    # where its parts begin, in bytes
     ("products_at", "i8"), ("rows_at", "i8"), ("queries_at", "i8"), ("scores_at", "i8"), ("mixed_at", "i8"),
     ("partials", "i8"),                       # attention's results: slots, each of n_head of them
     ("n_head", "i8"), ("n_kv_head", "i8"), ("head_dim", "i8"), ("padded_dim", "i8"),
@@ -114,7 +114,7 @@ ENTRY = np.dtype([
     ("token", "i8"), ("n_tokens", "i8"), ("first", "i8"), ("apart", "i8"),
 ])  # fmt: skip
 
-# what a thread knows of a query that it takes through spans of positions
+# a query that a thread takes through spans of positions
 QUERY = np.dtype([
     ("position", "i8"), ("oldest", "i8"),     # it sees positions from the oldest to its own
     ("result", "i8"),                         # an address
@@ -123,10 +123,11 @@ QUERY = np.dtype([
     ("factors", "f4", 8),                     # of its weights' integers, in each block of a span
 ])  # fmt: skip
 
-# of a thread: 1 while it sleeps in Python; the last run that it is to take part in, and that it has; 1: Python has to wake it
+# a thread. state: 1 while it sleeps in Python; go, seen: the last run that it is to take part in, and that it took part in;
+# wake: 1 if Python has to wake it
 WORKER = np.dtype([("state", "i8"), ("go", "i8"), ("seen", "i8"), ("wake", "i8"), ("pad", "i8", 4)])
 
-# how tokens are drawn, and the memory of it; f4 pairs fill eight bytes as well
+# how tokens are drawn, and memory for that; pairs of f4 keep the fields aligned to eight bytes
 SAMPLER = np.dtype([
     ("n_vocab", "i8"), ("k", "i8"),           # k: of top-k, 0: off; 1: greedy
     ("edits", "i8"), ("logprobs", "i8"),      # 1: there are biases or penalties; 1: `logit` and `sum` are wanted
@@ -135,8 +136,8 @@ SAMPLER = np.dtype([
     ("exempt", "i8"), ("n_exempt", "i8"),     # int64: ids that no penalty touches
     ("bias_ids", "i8"), ("biases", "i8"), ("n_bias", "i8"),  # int64, float32
     ("top_p", "f8"), ("min_p", "f8"), ("scale", "f8"),  # 1: off; -log of min-p, infinite: off; 1 / temperature
-    ("reach", "f8"),                          # how far below the largest top-p and min-p keep logits at most, infinite: all
-    ("allowed", "i8"), ("n_allowed", "i8"),   # what may be drawn: int64 ids; with FORBIDDEN a byte for each that may not; ALL
+    ("reach", "f8"),                          # top-p and min-p keep no logit further below the largest; infinite: off
+    ("allowed", "i8"), ("n_allowed", "i8"),   # int64 ids that may be drawn; n_allowed FORBIDDEN: 1 byte an id, 1 if not; ALL
     ("masked", "i8"),                         # float32: the logits, -inf for the others
     ("saved", "i8"),                          # float32: what edits have changed
     ("chunks", "i8"),                         # float32: the largest of every sizes.CHUNK logits, then -inf

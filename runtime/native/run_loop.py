@@ -51,7 +51,7 @@ def _give_way(f: Function, run: Value) -> None:
 
 
 def _clock(f: Function, machine: str) -> Value:
-    """A counter of time that every program may read, of whatever unit."""
+    """The processor's counter of time, which programs may read; i64, in a unit of its own."""
     if machine == "x86_64":
         return f.call(I64, "llvm.readcyclecounter")
     f.module.note_register("cntvct_el0")

@@ -24,10 +24,11 @@ from pocketlm.runtime.native.linker import Loaded
 from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.threads import closed_lock, join_threads, open_lock, start_threads
 
-LOST = 3  # a thread is left out where more than a third of the time lately was lost in waiting for it. With two threads, one is
-# as fast alone where a fifth (a single token, which memory limits) to two fifths (eight tokens) of the time is lost; two quiet
-# processors lose 1 to 6 % with eight clients, most of it where the system wakes two threads on one of them
-LATELY = 0.25  # seconds of runs that "lately" is: one late run among many, as every system has them, is no reason
+# A thread is left out if more than 1 / LOST of the time lately was spent in waiting for it. One thread is as fast as two that
+# lose a fifth of the time (single tokens, which memory limits) to two fifths (eight tokens); two quiet processors lose 1 to 6 %
+# with eight clients, most of it when the system wakes two threads on one of them
+LOST = 3
+LATELY = 0.25  # "lately", in seconds of runs: one late run among many, as every system has them, is no reason
 REST = 0.05, 2.0  # seconds that it is left out: the first time, and the longest
 CLOSED = -(1 << 62)  # an epoch that stays negative even when another thread begins a run at this moment
 
@@ -186,7 +187,7 @@ def _give_way() -> tuple[int, Any]:
 
 
 def _advise() -> int:
-    """The address of the system's function that is told which part of a file will be read; 0 where there is none."""
+    """The address of `madvise`, which tells the system what part of a file will be read; 0 on systems without it."""
     try:
         return ctypes.cast(ctypes.CDLL(None).madvise, ctypes.c_void_p).value or 0
     except (AttributeError, TypeError, OSError):
