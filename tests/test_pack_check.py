@@ -179,10 +179,10 @@ def test_other_keys_leave_the_weights_as_they_are(model, tmp_path):
     """`pack --name --chat-template`: nothing is quantised again, also of what a packed executable holds."""
     (tmp_path / "t.jinja").write_text("{{ messages[0].content }}!")
     stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
-    for source in (model, friend):
-        words = ["pack", str(source), "--stub", str(stub), "-o", str(friend), "--name", "Ada"]
+    for source, out in ((model, friend), (friend, tmp_path / "other")):
+        words = ["pack", str(source), "--stub", str(stub), "-o", str(out), "--name", "Ada"]
         assert main([*words, "--chat-template", str(tmp_path / "t.jinja")]) == 0
-        assert main(["unpack", str(friend), "-o", str(tmp_path / "again.gguf")]) == 0
+        assert main(["unpack", str(out), "-o", str(tmp_path / "again.gguf")]) == 0
         with open_gguf(model) as before, open_gguf(tmp_path / "again.gguf") as after:
             expected = {**before.metadata, "general.name": "Ada", "tokenizer.chat_template": "{{ messages[0].content }}!"}
             assert list(after.metadata) == list(expected)
