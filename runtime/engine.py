@@ -157,7 +157,7 @@ class Engine:
 
     def check_thread(self) -> None:
         """Raises PocketlmError in a signal handler of the thread that leads a pass: it cannot wait for the end of that."""
-        if self._leader == get_ident():
+        if self._leader == get_ident() and self._turn.locked():  # an interrupt may have left his name there
             raise PocketlmError(BUSY)
 
     def _take_out(self, cache: Any) -> None:
