@@ -2,6 +2,7 @@
 [--no-save | --save] [--lines] [--hot] [--resume[=NAME]] [--model=NAME] [--turns=N] [QUESTION]."""
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+from pocketlm.chat.repl import run
 from pocketlm.constrain import OPTIONS
 from pocketlm.conversation import _check_names
 from pocketlm.errors import PocketlmError, UsageError, one_of
@@ -104,9 +106,16 @@ def piece(text, id=1, finish_reason=None, note="", dropped_turns=0, **counts):
     return Piece(text, id, math.nan, finish_reason, note=note, dropped_turns=dropped_turns, **counts)
 
 
-if __name__ == "__main__":
-    from pocketlm.chat.repl import run
+def chat(*lines: str, model=None, **options):
+    """(answers, notes, status, model) of a chat in which each of these lines is a message or a command."""
+    model = model or FakeModel()
+    stdout, stderr = io.StringIO(), io.StringIO()
+    given = {"sampling": {}, "save": False, "lines": True, **options}
+    status = run(model, **given, stdin=io.StringIO("".join(line + "\n" for line in lines)), stdout=stdout, stderr=stderr)
+    return stdout.getvalue(), stderr.getvalue(), status, model
 
+
+if __name__ == "__main__":
     assert threading.current_thread() is threading.main_thread()
     flags = argparse.ArgumentParser()
     flags.add_argument("question", nargs="?")
