@@ -31,6 +31,7 @@ ROLES = {
     "position_embd.weight",
     *(f"blk.{{i}}.{part}.{end}" for part in PARTS for end in ("weight", "bias")),
 }  # fmt: skip
+_COMMENTED = re.compile(r"""((?:"(?:[^"\\]|\\.)*"|[^"#])*)(?:#.*)?""")  # a `#` in quotes begins no comment
 _LINE = re.compile(r"""(?:\[(?P<section>\w+)\]|(?P<key>"[^"]*"|[\w.{}-]+)\s*=\s*(?P<value>.+))?""")
 
 
@@ -57,8 +58,8 @@ def read_name_map(path: Path) -> NameMap:
         text = map_file(path)[:MAX_BYTES].decode("utf-8-sig")
     result, section = NameMap(), ""
     for number, line in enumerate(text.splitlines(), 1):
-        comment = line.find("#", line.rfind('"') + 1)  # behind the last quote
-        match = _LINE.fullmatch(line[: comment if comment >= 0 else None].strip())
+        code = _COMMENTED.fullmatch(line)
+        match = _LINE.fullmatch(code[1].strip()) if code else None
         if match is None:
             raise FileError(path, f"line {number} is not NAME = VALUE", "see the README of export/")
         if match["section"] is not None:

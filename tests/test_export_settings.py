@@ -127,7 +127,7 @@ def test_a_map_names_what_nobody_foresaw(tmp_path: Path) -> None:
                 name = name.replace(old, given)
             parts_of_name = name.removeprefix("transformer.").removesuffix(".weight").split(".")
             state[".".join(str(new.get(part, part)) for part in parts_of_name)] = tensor
-    (tmp_path / "names.toml").write_text(MAP)
+    (tmp_path / "names.toml").write_text('# the "old" names\n' + MAP.replace('"\n', '" # once "this"\n'))
     check(module, read_canonical(save(tmp_path, state), mapping=tmp_path / "names.toml"), tmp_path)
 
 
