@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pocketlm.build.persona import UIS, Persona, from_bytes
 from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError, one_of, whole_number
-from pocketlm.export.command import model_options, own_keys, read_importance, read_model
+from pocketlm.export.command import inputs, model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
 from pocketlm.runtime.atomic import check_other, check_room, replacing_file
 from pocketlm.runtime.gguf_reader import GGUF, open_gguf
@@ -83,23 +83,25 @@ def _for_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.icon import images
-    from pocketlm.build.pack import open_stub, pack, with_texts
+    from pocketlm.build.pack import name_for, open_stub, pack, with_texts
 
     if arguments.stub and arguments.target:
         raise UsageError("pack: give only one of --stub and --for")
     persona = with_texts(Persona(), _texts(arguments), _flags(arguments))
-    names = [None] if arguments.stub else _platforms(arguments)
-    with _as_gguf(arguments) as model:
-        if not arguments.stub:  # before half a minute's work
+    given = open_stub(Path(arguments.stub)) if arguments.stub else None
+    names = (given.platform,) if given else _platforms(arguments)
+    outs = [Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}") for name in names]
+    outs = [name_for(name, out) for name, out in zip(names, outs, strict=True)]
+    with _as_gguf(arguments, outs) as model:
+        if not given:  # before half a minute's work
             check_room(Path(arguments.output), len(names) * (model.stat().st_size + SMALLEST))
         icons = images(Path(arguments.icon)) if arguments.icon else None
         with open_gguf(model) as source:  # what cannot be packed is found before anything is fetched
             reference = _reference(source)
-        for name in names:
-            stub = Path(arguments.stub) if name is None else _stub_for(name, arguments)
-            out = Path(arguments.output if len(names) == 1 else f"{arguments.output}-{name}")
+        for name, out in zip(names, outs, strict=True):
+            stub = given or open_stub(_stub_for(name, arguments))
             said: list[str] = []
-            out = pack(model, open_stub(stub), out, persona, reference, lambda part, to=said: to.append(_try(part)), icons)
+            pack(model, stub, out, persona, reference, lambda part, to=said: to.append(_try(part)), icons)
             print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", *said, sep="\n")
     return 0
 
@@ -152,7 +154,7 @@ def _reference(file: GGUF) -> bytes:
 
 
 @contextmanager
-def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
+def _as_gguf(arguments: argparse.Namespace, outs: Sequence[Path]) -> Iterator[Path]:
     """The model as a GGUF file: converted into a temporary one if it is anything else, or if options change it."""
     from pocketlm.export.from_model_file import is_model_file
     from pocketlm.model import find_model
@@ -160,7 +162,8 @@ def _as_gguf(arguments: argparse.Namespace) -> Iterator[Path]:
     path = find_model(arguments.model)
     if not path.exists():
         raise FileError(path, "there is no such file", "check the path")
-    check_other(Path(arguments.output), path)
+    for out in outs:
+        check_other(out, inputs(arguments, path))
     keep = not any(getattr(arguments, name) for name in ("quant", "pure", "imatrix", "set", "map", "tokenizer", "lora"))
     own, is_gguf = own_keys(arguments), path.is_file() and (is_model_file(path) or path.suffix.lower() == ".gguf")
     if is_gguf and keep and not own and not container.is_program(path) and len(parts_of(path)) == 1:
@@ -223,7 +226,7 @@ def _unpack(arguments: argparse.Namespace) -> int:
     from pocketlm.build.pack import unpack
 
     packed, out = _find(arguments.file), Path(arguments.output)
-    check_other(out, packed.path)
+    check_other(out, [packed.path])
     n_bytes = unpack(packed, out)
     print(f"{arguments.output}: {n_bytes / 1e6:.1f} MB")
     return 0

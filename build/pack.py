@@ -70,6 +70,12 @@ def platform_of(path: Path) -> str:
         raise FileError(path, "is for a system that pocketlm does not know", "use a stub made by pocketlm stub") from None
 
 
+def name_for(platform: str, out: Path) -> Path:
+    """The path of an executable that is to be called `out`: Windows starts none without .exe."""
+    has_none = platform.startswith("windows") and out.suffix.lower() != ".exe"
+    return out.with_name(out.name + ".exe") if has_none else out
+
+
 def pack(
     model: Path, stub: Stub, out: Path, persona: Persona, reference: bytes = b"", trial: Callable[[Path], object] | None = None,
     icons: Sequence[Image] | None = None,
@@ -80,8 +86,7 @@ def pack(
     another name; if it raises, nothing is left behind. `icons`: for Windows, in place of pocketlm's own. Raises FileError if
     the model cannot be packed, the stub is damaged, the disk is too small, or the system could not run the result.
     """
-    if stub.platform.startswith("windows") and out.suffix.lower() != ".exe":
-        out = out.with_name(out.name + ".exe")
+    out = name_for(stub.platform, out)
     with open_gguf(model) as source, open(model, "rb") as raw, ThreadPoolExecutor(1) as other_core:
         original = other_core.submit(_whole, model)
         n_bytes = model.stat().st_size + stub.boot + stub.program[1] + SLACK

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pocketlm.model import find_model
 
     source, out = find_model(arguments.checkpoint), Path(arguments.output)
-    check_other(out, source)
+    check_other(out, inputs(arguments, source))
     container = container_for(out, arguments.to)
     text = read_text(arguments.verify) if arguments.verify else None
     model = read_model(arguments, source)
@@ -83,6 +83,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(verify(model, out, text).line())
     return 0
+
+
+def inputs(arguments: argparse.Namespace, source: Path) -> list[Path]:
+    """The files and folders that a command reads besides writing its output: `source`, and what its options name."""
+    from pocketlm.runtime.model_file import parts_of
+
+    options = ("map", "tokenizer", "lora", "imatrix", "chat_template", "verify", "stub", "icon")
+    named = (getattr(arguments, option, None) for option in options)
+    return [*parts_of(source), *(Path(name) for name in named if name)]
 
 
 def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:

@@ -12,7 +12,7 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
@@ -132,9 +132,9 @@ def check_room(target: Path, n_bytes: int) -> None:
         raise FileError(target, f"needs {n_bytes / 1e6:.1f} MB where {free / 1e6:.1f} MB are free", "make room")
 
 
-def check_other(target: Path, source: Path) -> None:
-    """Raises UsageError where `target` is what it is made from, or the folder of that: nobody means to lose the input."""
-    for path in (source, source.parent):
+def check_other(target: Path, sources: Iterable[Path]) -> None:
+    """Raises UsageError if `target` is one of the files it is made from, or the folder of one: it would be lost."""
+    for path in (place for source in sources for place in (source, source.parent)):
         if target.exists() and path.exists() and target.samefile(path):
             raise UsageError(f"-o {target} is where the input is; name another output")
 

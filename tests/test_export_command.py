@@ -108,11 +108,21 @@ def test_the_input_is_not_replaced(
     monkeypatch.chdir(tmp_path)
     weights = folder / "model.safetensors"
     for name, out in ((source, "source.gguf"), ("source.gguf", link), (folder, "folder"), (weights, "folder")):
-        for words in (["export", "--to", "huggingface" if out == "folder" else "gguf"], ["pack", "--stub", "none"]):
+        for words in (["export", "--to", "huggingface" if out == "folder" else "gguf"], ["pack", "--for", "linux-x86_64"]):
             assert main([*words, str(name), "-o", out]) == 2
             assert f"-o {Path(out)} is where the input is; name another output" in capsys.readouterr().err
     assert source.read_bytes() == before
     assert weights.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("export", "--verify"), ("export", "--imatrix"), ("pack", "--chat-template"), ("pack", "--icon")]
+)
+def test_nor_is_what_an_option_names(source: Path, tmp_path: Path, command: str, option: str):
+    mine = tmp_path / "mine.gguf"
+    mine.write_text("mine")
+    assert main([command, str(source), "-o", str(mine), option, str(mine)]) == 2
+    assert mine.read_text() == "mine"
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path):

@@ -272,6 +272,17 @@ def test_the_commands_pack_unpack_and_persona(small, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_program_for_windows_does_not_replace_the_one_it_is_made_of(small, tmp_path, capsys):
+    """-o names neither with its .exe; nor is the stub replaced."""
+    stub = fake_stub(tmp_path / "stub.exe", kind="windows")
+    old = pack(small, open_stub(stub), tmp_path / "friend", Persona())
+    before = old.read_bytes(), stub.read_bytes()
+    for out in ("friend", "stub"):
+        assert main(["pack", str(old), "--stub", str(stub), "-o", str(tmp_path / out)]) == 2
+        assert f"{out}.exe is where the input is; name another output" in capsys.readouterr().err
+    assert (old.read_bytes(), stub.read_bytes()) == before
+
+
 def test_other_models_are_converted_on_the_way(small, tmp_path):
     stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
     assert main(["export", str(small), "-o", str(tmp_path / "bin")]) == 0
