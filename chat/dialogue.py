@@ -152,8 +152,14 @@ class Chat:
     def _take_back(self, new: list[dict[str, Any]]) -> None:
         """Remove the question and the answer in `new` if the answer is empty."""
         if new and not new[-1]["content"]:
-            del self.conversation.messages[-len(new) :]
-            self._last = None
+            self._cut(len(self.conversation.messages) - len(new))
+
+    def _cut(self, start: int, last: int = 0) -> None:
+        """Remove the messages from `start` on, and the branches behind the later of `start` and `last`: they belonged to these."""
+        del self.conversation.messages[start:]
+        branches = self.conversation.branches
+        branches[:] = [other for other in branches if other["at"] <= max(start, last)]
+        self._last = None
 
     def _encodable(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         """The messages without characters that the vocabulary lacks; a note names each once. Raises PocketlmError if nothing
@@ -233,15 +239,13 @@ class Chat:
 
     def undo(self, again: bool = False) -> str | None:
         """Remove the last question and its answer; returns the question. `again`: it will be asked again."""
-        messages, branches = self.conversation.messages, self.conversation.branches
+        messages = self.conversation.messages
         start = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if start is None:
             self.console.note("there is no question to take back")
             return None
         question = messages[start]["content"]
-        del messages[start:]
-        branches[:] = [other for other in branches if other["at"] <= start + again]  # others belong to what is gone
-        self._last = None
+        self._cut(start, start + again)
         if self._saving and self.record.path is not None:
             states.forget(self.record.path)
         self.console.note(f"{'asked again' if again else 'taken back'}: {question}")

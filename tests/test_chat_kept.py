@@ -380,10 +380,11 @@ def test_other_ways_do_not_end_up_behind_another_question():
     def other(at):
         return {"at": at, "messages": [{"role": "user" if at % 2 == 0 else "assistant", "content": "x"}]}
 
-    def branches(*lines):
+    def branches(*lines, last="two"):
         chat("one", "two", save=True)
         record = transcript.Record()
         conversation = record.load(path := saved.paths()[0])
+        conversation.messages[2]["content"] = last
         conversation.branches = [other(at) for at in (0, 2, 3, 4)]
         record.save(conversation)
         chat(*lines, save=True, resume=path.stem)
@@ -394,4 +395,5 @@ def test_other_ways_do_not_end_up_behind_another_question():
     assert branches("three") == [0, 2, 3, 4]
     assert branches("/undo", "three") == [0, 2]
     assert branches("/retry") == [0, 2, 3]
+    assert branches("/retry", "three", last="fail") == [0, 2], "a question that gets no answer is taken back"
     assert branches("/undo", "/undo") == [0], "the file stays for what is still in it"
