@@ -198,7 +198,7 @@ def _ctranslate2(path: Path, out: Path) -> None:
         TransformersConverter(str(source)).convert(str(folder / "done"), quantization="int8")
         config = folder / "done" / "config.json"
         tokens = json.loads((folder / "done" / "vocabulary.json").read_text("utf-8"))
-        said = json.loads(config.read_text("utf-8"))  # there null, which cannot be read, is a token that the model lacks
+        said = json.loads(config.read_text("utf-8"))  # null, for a token that the model lacks, cannot be read
         filled = {k: tokens[0] if v is None and k.endswith("_token") else v for k, v in said.items()}
         config.write_text(json.dumps(filled), "utf-8")
         (folder / "done").replace(out)

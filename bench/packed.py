@@ -28,7 +28,7 @@ def python(code: str, *words: object) -> str:
 
 
 def measure(program: Path, threads: str) -> tuple[float, float, float, float]:
-    """Milliseconds to open the model; those of a run of one token; of a run of 128, tokens per second and megabytes."""
+    """Milliseconds to open the model, and of a run of one token; tokens per second and megabytes of a run of 128."""
     opened = float(python(OPEN, program))
     command = [program, "generate", "-p", "to", "--temp", "0", "--json", "--threads", threads, "-n"]
     started = time.perf_counter()

@@ -178,7 +178,7 @@ print((peak_bytes() - {size} - {position} * model.n_ctx) / 1e6)
 
 
 def compiled(times: int) -> float:
-    """Seconds of having the kernels for the last of so many times, with an empty cache at first."""
+    """Seconds until the kernels are there, for the last of `times` processes that share a cache, empty at first."""
     with tempfile.TemporaryDirectory() as folder:
         return [printed(COMPILE, {"POCKETLM_CACHE": folder}) for _ in range(times)][-1]
 

@@ -121,7 +121,7 @@ def _hold_program() -> None:
 
 
 def _damage() -> PocketlmError | None:
-    """The error of a full check of the executable, None if it is whole: a defect may be a file damaged on its way."""
+    """The error of a full check of the executable; None if it is whole. A file damaged on its way can fail anywhere."""
     try:
         if (packed := container.find(Path(sys.executable))) is not None:
             packed.check()

@@ -82,8 +82,8 @@ def _started_by_file_manager() -> bool:
 
 
 def forget_loader() -> None:
-    """Remove the boot loader's variables from the environment: a terminal or browser that this program starts must not load
-    the libraries in it.
+    """Remove the boot loader's variables from the environment: a terminal or browser that is started from here must not load
+    this program's libraries.
     """
     original = os.environ.get("LD_LIBRARY_PATH_ORIG")
     for key in [key for key in os.environ if key.startswith(("_PYI", "_MEIPASS", "LD_LIBRARY_PATH"))]:

@@ -155,7 +155,7 @@ class Chat:
             self._cut(len(self.conversation.messages) - len(new))
 
     def _cut(self, start: int, last: int = 0) -> None:
-        """Remove the messages from `start` on, and the branches behind the later of `start` and `last`: they belonged to these."""
+        """Remove the messages from `start` on, and the branches behind both `start` and `last`, which belonged to them."""
         del self.conversation.messages[start:]
         branches = self.conversation.branches
         branches[:] = [other for other in branches if other["at"] <= max(start, last)]

@@ -32,7 +32,7 @@ def paths() -> list[Path]:
 
 
 def latest(model_id: str, interactive: bool = True) -> Path | None:
-    """The last conversation with the model `model_id`: one held at a terminal, or (not `interactive`) through pipes.
+    """The last conversation with the model `model_id` that a person held, or (not `interactive`) a program.
 
     Raises PocketlmError without a home.
     """

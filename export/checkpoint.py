@@ -340,8 +340,8 @@ class _Search:
         return None
 
     def sets(self, tree: Any, found: Any) -> list[str]:
-        """The names of the entries of `tree` that could each be the weights, if there are several: first the one with `found`,
-        then those with tensors of the same shapes, such as an average over the training (EMA).
+        """The names of the entries of `tree` that could each be the weights, [] unless there are several: first the one that is
+        `found`, then those with tensors of the same shapes, such as an average over the training (EMA).
         """
         entries = {name: value for name, value in _fields(tree).items() if isinstance(value, (dict, Record))}
         parts = {n: self.find_weights(v) for n, v in entries.items() if isinstance(n, str) and not _is_training_state(n)}

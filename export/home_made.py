@@ -75,7 +75,7 @@ def _finish_nanochat(draft: Draft) -> None:
 
 
 def _finish_litgpt(draft: Draft) -> None:
-    """Choose the architecture that computes its blocks, and the form of GELU."""
+    """Set the architecture, the activation and how positions are scaled. Raises FileError for blocks that are not computed."""
     said, options = draft.config.raw, draft.options
     if (ratio := said("rope_condense_ratio")) not in (None, 1):  # what it divides positions by
         draft.keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": ratio}

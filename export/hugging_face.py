@@ -70,7 +70,7 @@ def gate_with_up(draft: Draft) -> None:
 
 
 def llama_if_wide(draft: Draft) -> None:
-    """Write a Qwen2 whose heads are not as wide as the model together as a Llama: llama.cpp's Qwen2 cannot have such heads."""
+    """Write a Qwen2 as a Llama if its heads together are not as wide as the model, which llama.cpp's Qwen2 wants."""
     n_head, _, head_dim = draft.heads
     if n_head * head_dim != draft.keys["embedding_length"]:
         draft.architecture = ""

@@ -2,10 +2,10 @@
 
 In: float32 blocks. Out: their bytes. Knows nothing about files, models or which format suits a tensor (`gguf_writer`).
 
-Formats with one scale for 32 weights are rounded by their definition, to the same bytes as ggml's reference. The K formats
-leave the choice of scales open; the best are searched for: of 21 ways to round a block, each with its least-squares scale (and
-minimum), the one with the smallest error is kept. During the search blocks are columns, so that every step is one NumPy
-operation over many blocks.
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4 are rounded by their definition, to the same bytes as ggml's reference. The K formats
+and IQ4_NL leave the choice of scales open; the best are searched for: of 21 ways to round a block, each with its least-squares
+scale (and minimum), the one with the smallest error is kept. During the search blocks are columns, so that every step is one
+NumPy operation over many blocks.
 
 `importance` weighs the squared error of each weight (importance.py); with it, the scales of Q4_0, Q4_1, Q5_0 and Q5_1 are
 searched for, too.
