@@ -136,7 +136,10 @@ def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
     halves: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
         if found := re.fullmatch(LORA, name):
-            halves.setdefault(found[1], {})[found[2].lower()] = tensor
+            pair, half = halves.setdefault(found[1], {}), found[2].lower()
+            if half in pair:
+                raise FileError(path, f"holds several LoRAs for {quoted(found[1])}", "merge them with PEFT and export the result")
+            pair[half] = tensor
     if not halves:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
     if lonely := [name for name, pair in halves.items() if sorted(len(half.shape) for half in pair.values()) != [2, 2]]:
