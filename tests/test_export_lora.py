@@ -259,7 +259,7 @@ def test_an_adapter_is_no_model_and_one_beside_a_model_is_not_forgotten(tmp_path
     [
         ({"a.lora.A": (4, 2)}, "are not both there"), ({"a.weight": (4, 4)}, "holds no LoRA"),
         ({"a.lora.A": (4, 2), "a.lora.B": (2,)}, "are not both there"),
-        ({f"a.lora_{half}.{name}.weight": (2, 2) for name in ("default", "other") for half in "AB"}, "holds several LoRAs for a"),
+        ({f"a.lora_{half}.{name}.weight": (2, 2) for name in ("default", "b") for half in "AB"}, "holds several LoRAs for a"),
         ({"a.lora.A": (4, 2), "a.lora.B": (2, 4)}, "which the checkpoint does not have"),
         ({"tok_emb.lora.A": (9, 2), "tok_emb.lora.B": (2, 4)}, "do not fit"),
     ],
