@@ -138,7 +138,7 @@ def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
         if found := re.fullmatch(LORA, name):
             pair, half = halves.setdefault(found[1], {}), found[2].lower()
             if half in pair:
-                raise FileError(path, f"holds several LoRAs for {quoted(found[1])}", "merge one with PEFT and export the result")
+                raise FileError(path, f"holds several LoRAs for {quoted(found[1])}", "merge one with PEFT and export that")
             pair[half] = tensor
     if not halves:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
