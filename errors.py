@@ -29,7 +29,7 @@ def did_you_mean(
 def one_of(flag: str, value: str, words: Collection[str]) -> str:
     """`value`, if it is one of `words`. Raises UsageError: "--to guff: expected one of gguf, onnx, …"."""
     if value not in words:
-        raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(value, words)}")
+        raise UsageError(f"{flag} {value}: expected one of {', '.join(words)}{did_you_mean(str(value), words)}")
     return value
 
 

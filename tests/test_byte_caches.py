@@ -156,8 +156,9 @@ def test_it_takes_half_the_memory():
 
 
 def test_another_kind_is_refused_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="kv q4: expected one of q16, q8"):
-        pocketlm.load(write_model(tmp_path / "tiny.gguf"), kv="q4")
+    for kind in ("q4", 8, None):
+        with pytest.raises(UsageError, match=f"kv {kind}: expected one of q16, q8"):
+            pocketlm.load(write_model(tmp_path / "tiny.gguf"), kv=kind)
 
 
 def test_commands_and_packed_programs_ask_for_it(tmp_path, capsys):
