@@ -48,7 +48,7 @@ ALLOWED = {
     ),
     "train": (
         "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
-        " terminal_text models.small_talk"
+        " signals terminal_text models.small_talk"
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "errors model tokenizer",  # the face

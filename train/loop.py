@@ -11,8 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 
 from pocketlm.errors import FileError, PocketlmError, UsageError, needed
 from pocketlm.runtime.sampling import Sampler, make_sampler
+from pocketlm.signals import handled
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train import log
 from pocketlm.train.batches import Feed
@@ -148,7 +148,8 @@ def train(
     def ended() -> bool:
         return at.step >= settings.steps or 0 < cadence.patience <= at.since_best
 
-    with stopping() as stop:
+    stop: list[int] = []  # no longer empty once Ctrl-C or SIGTERM came
+    with handled((signal.SIGINT, signal.SIGTERM), lambda number, _: stop.append(number)):
         while not ended():
             loss = take_step(model, compiled, feed, optimizer, scaler, settings, at.step, ranks)
             at.step, now = at.step + 1, time.monotonic()
@@ -221,18 +222,6 @@ def _resume(
     if content["measured"] != measured:  # losses on other texts say nothing about these
         at.best, at.since_best = math.inf, 0
     return at
-
-
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C or SIGTERM came."""
-    got: list[int] = []
-    old = {n: signal.signal(n, lambda n, _: got.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield got
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def sampler(
