@@ -38,6 +38,15 @@ from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
 
+# a role → how many dimensions it may have; those of experts that are tensors of their own have one less
+DIMENSIONS = {
+    r"ffn_\w+_exps_blocks\.weight": (4,),
+    r"ffn_\w+_exps(_scales)?\.weight": (3,),
+    r"ffn_\w+_exps(\.bias|_bias\.weight)": (2,),
+    r"(position_embd|shortconv\.conv)\.weight": (2, 3),
+    r"(output|attn_(q|k|v|qkv|output)|ffn_(gate_inp|[123]|(gate|up|gate_up|down)(_shexps?)?)|shortconv\.\w+)\.weight": (2,),
+    ".*": (1, 2, 3),
+}
 NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
 
 
@@ -59,6 +68,7 @@ def arrange(
             raise FileError(path, f"no tensor has the role of {name}", "name the tensors in a file for --map")
     if len(tensors["token_embd.weight"].shape) != 2:
         raise FileError(path, "the token table is no matrix", "name the right one in a file for --map")
+    _check_dimensions(found, path)
     n_layer = 1 + max((int(role.split(".")[1]) for role in tensors if role.startswith("blk.")), default=0)
     said = config.raw("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.model_type else None
     if isinstance(said, int) and said != n_layer:
@@ -102,6 +112,16 @@ def arrange(
     hyper = read_hyper({"general.architecture": architecture, **metadata}, n_vocab, path)
     make_plan(hyper, {name: tensor.shape for name, tensor in tensors.items()}, path)
     return CanonicalModel(hyper, _in_order(tensors), {}, dialect.name, notes, added=added)
+
+
+def _check_dimensions(found: Mapping[str, LazyTensor], path: Path) -> None:
+    """Raises FileError for a tensor with another number of dimensions than its role has: shapes are computed with, here."""
+    for role, tensor in found.items():
+        name, _, number = re.sub(r"^blk\.\d+\.", "", role).partition("#")
+        n = len(tensor.shape) + (number != "" and "_exps." in name)
+        if n not in next(wanted for expression, wanted in DIMENSIONS.items() if re.fullmatch(expression, name)):
+            problem = f"tensor {quoted(tensor.name)} has {len(tensor.shape)} dimensions, which {role} cannot have"
+            raise FileError(path, problem, "name the right one in a file for --map")
 
 
 def _rotate(draft: Draft, buffers: Mapping[str, LazyTensor], dialect: Dialect) -> None:

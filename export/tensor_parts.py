@@ -71,10 +71,13 @@ def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back:
 
 
 def gate_before_up(tensors: Tensors, end: str, fused: str, axis: int = 0) -> None:
-    """Join every ffn_gate and ffn_up (with this `end` of their names) into a tensor called `fused`, in place, gate first."""
+    """Join every ffn_gate and ffn_up (with this `end` of their names) into a tensor called `fused`, in place, gate first. The
+    plan will miss a layer that has only one of them.
+    """
     for gate in in_layers(tensors, rf"ffn_gate{end}\.weight"):
-        parts = [tensors.pop(gate), tensors.pop(gate.replace("gate", "up"))]
-        tensors[gate.replace(f"ffn_gate{end}", fused)] = stacked(parts, axis)
+        if (up := gate.replace("gate", "up")) in tensors:
+            parts = [tensors.pop(gate), tensors.pop(up)]
+            tensors[gate.replace(f"ffn_gate{end}", fused)] = stacked(parts, axis)
 
 
 def split_qkv(tensors: Tensors, q: int, kv: int) -> None:

@@ -1,4 +1,4 @@
-"""A damaged checkpoint, or one that lies about its sizes, is one line: archives, arrays, safetensors."""
+"""A damaged checkpoint, or one that lies about its sizes, is one line: archives, arrays, safetensors, models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import re
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from hostile_checkpoints import SOUND, TENSOR, VALUES, entry, refused, safetenso
 
 from pocketlm.errors import FileError
 from pocketlm.export.checkpoint import open_checkpoint
+from pocketlm.export.dialects import to_canonical
 
 # ── archives ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,3 +197,21 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(FileError, match="outside its folder"):
             open_checkpoint(tmp_path)
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Lfm2", "Phi3", "Qwen2"])
+def test_tensors_that_are_missing_misnamed_or_misshapen_are_one_line_or_harmless(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    whole = open_checkpoint(tmp_path)
+    for name, tensor in whole.tensors.items():
+        others = {other: value for other, value in whole.tensors.items() if other != name}
+        wrong = [{name: replace(tensor, shape=shape, read=partial(np.zeros, shape))} for shape in ((), (3,), (1, 1, 1, 1))]
+        for tensors in ({}, {name.replace("gate_up", "gate"): tensor}, *wrong):
+            with suppress(FileError):
+                to_canonical(replace(whole, tensors={**others, **tensors}), tokenizer="none")
