@@ -115,12 +115,13 @@ def arrange(
 
 
 def _check_dimensions(found: Mapping[str, LazyTensor], path: Path) -> None:
-    """Raises FileError for a tensor with another number of dimensions than its role has: shapes are computed with, here."""
+    """Raises FileError for an empty tensor, or one of other dimensions than its role has: shapes are computed with, here."""
     for role, tensor in found.items():
         name, _, number = re.sub(r"^blk\.\d+\.", "", role).partition("#")
         n = len(tensor.shape) + (number != "" and "_exps." in name)
-        if n not in next(wanted for expression, wanted in DIMENSIONS.items() if re.fullmatch(expression, name)):
-            problem = f"tensor {quoted(tensor.name)} has {len(tensor.shape)} dimensions, which {role} cannot have"
+        wanted = next(wanted for expression, wanted in DIMENSIONS.items() if re.fullmatch(expression, name))
+        if n not in wanted or 0 in tensor.shape:
+            problem = f"tensor {quoted(tensor.name)} is {'x'.join(map(str, tensor.shape)) or 'a number'}: {role} cannot be that"
             raise FileError(path, problem, "name the right one in a file for --map")
 
 

@@ -113,7 +113,7 @@ MINIMIND_EXPERTS = ("num_experts", "n_routed_experts", "use_moe")  # entries of 
 
 
 def _is_minimind(tensors: Tensors) -> bool:
-    return any(name.endswith("embed_tokens.weight") and t.shape[0] == MINIMIND_TOKENS for name, t in tensors.items())
+    return any(name.endswith("embed_tokens.weight") and t.shape[:1] == (MINIMIND_TOKENS,) for name, t in tensors.items())
 
 
 def _guess_minimind(tensors: Tensors) -> dict[str, Any]:
