@@ -1,10 +1,11 @@
 """Locks for `with` that are released whenever Ctrl-C interrupts the block: the next answer needs the same locks. One kind
 of lock is new in a forked process.
 
-Python's own locks do that, because `with` acquires one and arranges its release in a single step. Two exceptions: Python 3.14
+Python's own locks do that, because `with` acquires one and arranges its release in a single step. Three exceptions: Python 3.14
 also checks for interrupts between `__enter__` and the block (python/cpython#148874, fixed in 3.15), where an interrupt leaves
-the lock held for ever. And from 3.12 on, an interrupt in a `while` loop with a condition can leave a `with` without its
-`__exit__` (python/cpython#130279); such loops are kept in functions of their own, and a test looks for others.
+the lock held for ever. So does Python 3.10 between an exception in the block and `__exit__`: there a second Ctrl-C just after
+the first does it. And from 3.12 on, an interrupt in a `while` loop with a condition can leave a `with` without its `__exit__`
+(python/cpython#130279); such loops are kept in functions of their own, and a test looks for others.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
+from operator import getitem
 from typing import Any, cast
+from weakref import ref
 
 
 class _OneStep:
@@ -36,6 +38,31 @@ class _OneStep:
             return
 
 
+class _HeldByTheStack:
+    """A lock for `with` that is released when `with` drops what it keeps for its end, called or not. Says whether it was had.
+
+    `with` looks up `__exit__`, calls `__enter__` and begins the block in one step. So it is the looking up that acquires the
+    lock, and what is found is an object whose end, by a weak reference's callback, releases it: no Python code that could be
+    interrupted. The lock and the reference come by one step of an iterator, as in `_OneStep`.
+    """
+
+    __slots__ = ("__enter__", "_end", "_got", "_having", "acquire", "locked", "release")
+
+    def __init__(self, lock: Any, **limit: float):
+        self.acquire, self.release, self.locked = lock.acquire, lock.release, getattr(lock, "locked", None)
+        self._end = lock._end if isinstance(lock, _HeldByTheStack) else lock.__exit__  # which takes any arguments
+        self._got, self._having = [False], iter(partial(lock.acquire, **limit), False)
+        self.__enter__ = partial(getitem, self._got, 0)
+
+    @property
+    def __exit__(self) -> Any:
+        held: Any = partial("".format)  # does nothing with any arguments
+        step = zip(self._having, map(ref, (held,), (self._end,)), strict=False)
+        for self._got[0], held.end in step:
+            return held
+        return held  # not in that time
+
+
 def lock() -> threading.Lock:
     return cast(threading.Lock, _for_this_python(threading.Lock()))
 
@@ -45,7 +72,7 @@ def reentrant_lock() -> threading.RLock:
 
 
 def _for_this_python(lock: Any) -> Any:
-    return _OneStep(lock) if sys.version_info[:2] == (3, 14) else lock
+    return {(3, 10): _HeldByTheStack, (3, 14): _OneStep}.get(sys.version_info[:2], lambda lock: lock)(lock)
 
 
 class ForkedLock:
@@ -63,14 +90,6 @@ class ForkedLock:
             self._pid, self._lock = os.getpid(), reentrant_lock()
         return self._lock
 
-    @contextmanager
-    def within(self, seconds: float) -> Iterator[bool]:
-        """Whether it could be had in that time; what was had is given back at the end."""
-        lock: Any = self.here
-        for got in iter(partial(lock.acquire, timeout=seconds), None):  # no interrupt comes between this step and `try`
-            try:
-                yield got
-            finally:
-                if got:
-                    lock.release()
-            return
+    def within(self, seconds: float) -> AbstractContextManager[bool]:
+        """For `with`: whether it could be had in that time; what was had is given back at the end."""
+        return cast(AbstractContextManager[bool], _HeldByTheStack(self.here, timeout=seconds))

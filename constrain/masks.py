@@ -205,10 +205,9 @@ class Masks:
         for stack, places in counted.items():
             i, times, below = states.frames[stack]
             least, most = states.bounds(i, times)
-            for inside in self._inside(i, places, nodes).values():
-                fits = inside.needed <= most
-                found.append(inside.nodes[fits])
-                ends = inside.nodes[fits & inside.ends & (inside.needed >= least)]
+            for inside in self._inside(i, places, nodes, most).values():
+                found.append(inside.nodes)
+                ends = inside.nodes[inside.ends & (inside.needed >= least)]
                 yield ends, np.full(len(ends), states.number_after(i, below))
 
     # ---- parts whose repetitions can be counted
@@ -267,20 +266,20 @@ class Masks:
         kept, key = self._kept(i, places, vocabulary.counted, self._counted)
         if (found := kept.get(key)) is None:
             found = {}
-            for at, inside in self._inside(i, places, ROOT).items():
+            for at, inside in self._inside(i, places, ROOT, FAR).items():
                 needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
                 needed[inside.nodes], through[inside.nodes] = inside.needed, inside.needed * inside.ends
                 found[at] = needed[vocabulary.node_of], through  # tokens that may not come are the root's, which is FAR
             _keep(kept, key, found)
         return found
 
-    def _inside(self, i: int, places: State, nodes: np.ndarray) -> dict[State, Inside]:
-        """What is below these nodes of the tree for a text that is at these places in part `i` and never leaves it. Each place
-        has an answer of its own where a repetition ends for some of them and goes on for others.
+    def _inside(self, i: int, places: State, nodes: np.ndarray, most: int) -> dict[State, Inside]:
+        """What is below these nodes of the tree for a text that is at these places in part `i` and stays there for at most so
+        many repetitions. Each place has an answer of its own where one ends for some of them and goes on for others.
         """
         vocabulary, states = self.vocabulary, self._states
         kept, key = self._kept(i, places, vocabulary.insides, self._insides)
-        if (found := kept.get(key := (key, nodes.tobytes()))) is not None:
+        if (found := kept.get(key := (key, most, nodes.tobytes()))) is not None:
             return found
         again = states.number(states.reach((states.automaton.parts[i].start, BOTTOM)))
         numbers, counts = np.full(len(nodes), states.number(places)), np.zeros(len(nodes), np.int16)
@@ -289,11 +288,12 @@ class Masks:
             states.need_rows(numbers)
             children, n = vocabulary.below(at)
             numbers, counts = states.table[np.repeat(numbers, n), vocabulary.byte[children]], np.repeat(counts, n)
-            fits = numbers != NONE
+            fits = (numbers != NONE) & (counts < most)
             at, numbers, counts = children[fits], numbers[fits], counts[fits]
             ends = states.is_whole[numbers]
             if len(places) > 1 and any(len(states.by_number[number]) > 1 for number in set(numbers[ends].tolist())):
-                return {place: one for each in places for place, one in self._inside(i, frozenset((each,)), nodes).items()}
+                each = [self._inside(i, frozenset((place,)), nodes, most) for place in places]
+                return {place: inside for one in each for place, inside in one.items()}
             levels.append((at, counts + 1, ends))
             counts = counts + ends
             numbers = np.where(ends, again, numbers)

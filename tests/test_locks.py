@@ -6,9 +6,12 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from interrupts import needs_timer, signal_storm
 
 from pocketlm import locks
 
@@ -16,8 +19,11 @@ KINDS = {
     "lock": locks.lock,
     "reentrant": locks.reentrant_lock,
     "lock of 3.14": lambda: locks._OneStep(threading.Lock()),
+    "lock of 3.10": lambda: locks._HeldByTheStack(threading.Lock()),
+    "reentrant of 3.10": lambda: locks._HeldByTheStack(threading.RLock()),
     "reentrant of 3.14": lambda: locks._OneStep(threading.RLock()),
 }
+OF_THIS_PYTHON = {kind: make for kind, make in KINDS.items() if not kind.endswith("3.14") or sys.version_info[:2] != (3, 10)}
 
 
 @pytest.fixture
@@ -31,7 +37,13 @@ def long_turns():
 
 def is_free(lock):
     had = []
-    another = threading.Thread(target=lambda: had.append(lock.acquire(timeout=0.5)))
+
+    def attempt():
+        had.append(lock.acquire(timeout=0.5))
+        if had[-1]:
+            lock.release()
+
+    another = threading.Thread(target=attempt)
     another.start()
     another.join()
     return had == [True]
@@ -64,6 +76,54 @@ def test_an_interrupt_that_comes_with_a_lock_leaves_it_free(make, long_turns):
     lock = make()
     interrupted_with(lock, lock)
     assert is_free(lock)
+
+
+def interrupted_with_an_exception():
+    for _ in iter(_thread.interrupt_main, 0):  # Python does not look for interrupts between this step and the exception
+        raise ValueError
+
+
+@pytest.mark.parametrize("make", OF_THIS_PYTHON.values(), ids=OF_THIS_PYTHON.keys())
+def test_an_interrupt_that_comes_with_an_exception_leaves_the_lock_free(make):
+    """Python 3.10 looks for interrupts between an exception in a `with`, such as an interrupt, and `__exit__`."""
+    lock = make()
+    with pytest.raises(KeyboardInterrupt), suppress(ValueError), lock:
+        interrupted_with_an_exception()
+    assert is_free(lock)
+
+
+@needs_timer
+@pytest.mark.parametrize("entered", ["lock.here", "lock.within(10)"])
+def test_a_storm_of_interrupts_leaves_a_lock_free(entered):
+    lock, user = locks.ForkedLock(), ModuleType("user")
+    user.__file__ = "where interrupts fall"
+    vars(user).update(lock=lock, sleep=time.sleep)
+    exec(compile(f"def use():\n    with {entered}:\n        sleep(0.001)", user.__file__, "exec"), vars(user))
+
+    def check():
+        assert is_free(lock.here)
+
+    assert signal_storm(user.use, check, 200, 5, user) >= 200
+
+
+def test_a_lock_that_another_has_is_not_had_in_time_and_stays_his():
+    lock, had = locks.ForkedLock(), []
+
+    def attempt():
+        with lock.within(0.01) as got:
+            had.append(got)
+
+    with lock.here:
+        for _ in range(2):
+            another = threading.Thread(target=attempt)
+            another.start()
+            another.join()
+        with lock.within(0.01) as got:  # reentrant
+            assert got
+        assert not is_free(lock.here)
+    attempt()
+    assert had == [False, False, True]
+    assert is_free(lock.here)
 
 
 def test_an_interrupt_that_comes_with_a_lock_that_was_not_waited_for_long_leaves_it_free(long_turns):
