@@ -17,7 +17,7 @@ from pocketlm.cli_options import SAMPLING, cache_argument
 from pocketlm.errors import FileError, PocketlmError, UsageError, one_of, whole_number
 from pocketlm.export.command import inputs, model_options, own_keys, read_importance, read_model
 from pocketlm.runtime import container
-from pocketlm.runtime.atomic import check_other, check_room, replacing_file
+from pocketlm.runtime.atomic import check_file, check_other, check_room, replacing_file
 from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 from pocketlm.runtime.kv_cache import KINDS
 from pocketlm.runtime.model_file import PART, open_model, parts_of, size_of
@@ -164,6 +164,7 @@ def _as_gguf(arguments: argparse.Namespace, outs: Sequence[Path]) -> Iterator[Pa
         raise FileError(path, "there is no such file", "check the path")
     for out in outs:
         check_other(out, inputs(arguments, path))
+        check_file(out)
     keep = not any(getattr(arguments, name) for name in ("quant", "pure", "imatrix", "set", "map", "tokenizer", "lora"))
     own, is_gguf = own_keys(arguments), path.is_file() and (is_model_file(path) or path.suffix.lower() == ".gguf")
     if is_gguf and keep and not own and not container.is_program(path) and len(parts_of(path)) == 1:

@@ -30,9 +30,7 @@ def replacing_file(target: Path, n_bytes: int = 0, rename: Callable[[Path, Path]
     that the operating system refuses, and what `rename` raises.
     """
     target = _real(target)
-    with _refused(target):
-        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-            raise FileError(target, "is there already and is not a file", "choose another name for the output")
+    check_file(target)
     with _part_of(target, n_bytes) as part:
         yield part
         _sync(part)
@@ -120,6 +118,13 @@ def _real(target: Path) -> Path:
 def _refused(target: Path) -> AbstractContextManager[None]:
     """A name that is too long, or in a folder that this user may not enter, as a FileError."""
     return refused(target, "choose another name for the output", "cannot be written")
+
+
+def check_file(target: Path) -> None:
+    """Raises FileError if there is something else than a file at `target`."""
+    with _refused(target):
+        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+            raise FileError(target, "is there already and is not a file", "choose another name for the output")
 
 
 def check_room(target: Path, n_bytes: int) -> None:

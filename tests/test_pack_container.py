@@ -283,6 +283,13 @@ def test_a_program_for_windows_does_not_replace_the_one_it_is_made_of(small, tmp
     assert (old.read_bytes(), stub.read_bytes()) == before
 
 
+def test_an_output_that_is_a_folder_is_refused_before_a_stub_is_made(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pocketlm.build.command._stub_for", lambda name, arguments: pytest.fail("it was made"))
+    (tmp_path / "folder").mkdir()
+    assert main(["pack", str(small), "--for", "linux-x86_64", "-o", str(tmp_path / "folder")]) == 1
+    assert "folder: is there already and is not a file" in capsys.readouterr().err
+
+
 def test_other_models_are_converted_on_the_way(small, tmp_path):
     stub, friend = fake_stub(tmp_path / "stub"), tmp_path / "friend"
     assert main(["export", str(small), "-o", str(tmp_path / "bin")]) == 0
