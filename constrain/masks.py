@@ -205,7 +205,7 @@ class Masks:
         for stack, places in counted.items():
             i, times, below = states.frames[stack]
             least, most = states.bounds(i, times)
-            for inside in self._inside(i, places, nodes).values():
+            for inside in self._inside(i, places, nodes):
                 fits = inside.needed <= most
                 found.append(inside.nodes[fits])
                 ends = inside.nodes[fits & inside.ends & (inside.needed >= least)]
@@ -219,9 +219,9 @@ class Masks:
         """
         i, times, below = self._states.frames[stack]
         least, most = self._states.bounds(i, times)
-        for at, (needed, through) in self._counts(i, places).items():
+        for n, (needed, through) in enumerate(self._counts(i, places)):
             allowed |= needed <= most
-            kept = self._leaving.get(key := (i, at, below))
+            kept = self._leaving.get(key := (i, places, n, below))
             if kept is None:
                 kept = self._leave(self._states.number_after(i, below), through)
                 _keep(self._leaving, key, kept)
@@ -257,7 +257,7 @@ class Masks:
         is_plain = bool((position[nodes] < len(nodes)).all())
         return Leaving(nodes, states, inner, ids, np.repeat(before, n), is_plain)
 
-    def _counts(self, i: int, places: State) -> dict[State, tuple[np.ndarray, np.ndarray]]:
+    def _counts(self, i: int, places: State) -> list[tuple[np.ndarray, np.ndarray]]:
         """`_inside` from the root, for every token and node.
 
         `needed`, int16 (n_vocab,): how many repetitions a token takes, FAR where it does not stay inside. `through`, int16
@@ -266,17 +266,17 @@ class Masks:
         vocabulary = self.vocabulary
         kept, key = self._kept(i, places, vocabulary.counted, self._counted)
         if (found := kept.get(key)) is None:
-            found = {}
-            for at, inside in self._inside(i, places, ROOT).items():
+            found = []
+            for inside in self._inside(i, places, ROOT):
                 needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
                 needed[inside.nodes], through[inside.nodes] = inside.needed, inside.needed * inside.ends
-                found[at] = needed[vocabulary.node_of], through  # tokens that may not come are the root's, which is FAR
+                found.append((needed[vocabulary.node_of], through))  # tokens that may not come are the root's, which is FAR
             _keep(kept, key, found)
         return found
 
-    def _inside(self, i: int, places: State, nodes: np.ndarray) -> dict[State, Inside]:
+    def _inside(self, i: int, places: State, nodes: np.ndarray) -> list[Inside]:
         """What is below these nodes of the tree for a text that is at these places in part `i` and never leaves it. Each place
-        has an answer of its own where a repetition ends for some of them and goes on for others.
+        has an answer of its own, in their order, where a repetition ends for some of them and goes on for others.
         """
         vocabulary, states = self.vocabulary, self._states
         kept, key = self._kept(i, places, vocabulary.insides, self._insides)
@@ -293,12 +293,12 @@ class Masks:
             at, numbers, counts = children[fits], numbers[fits], counts[fits]
             ends = states.is_whole[numbers]
             if len(places) > 1 and any(len(states.by_number[number]) > 1 for number in set(numbers[ends].tolist())):
-                return {place: one for each in places for place, one in self._inside(i, frozenset((each,)), nodes).items()}
+                return [one for place in sorted(places) for one in self._inside(i, frozenset((place,)), nodes)]
             levels.append((at, counts + 1, ends))
             counts = counts + ends
             numbers = np.where(ends, again, numbers)
-        found = {places: Inside(*map(np.concatenate, zip(*levels, strict=True)))}
-        if len(found[places].nodes) <= MOST_INSIDE_NODES:
+        found = [Inside(*map(np.concatenate, zip(*levels, strict=True)))]
+        if len(found[0].nodes) <= MOST_INSIDE_NODES:
             _keep(kept, key, found, MOST_INSIDES)
         return found
 

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from constraining import END_ID, VOCABULARY, masks_of
+from constraining import END_ID, VOCABULARY, allowed, masks_of
 
 from pocketlm.constrain import combining, grammar, states
+from pocketlm.constrain.automaton import build
 from pocketlm.constrain.combining import key_of
-from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
+from pocketlm.constrain.grammar import Chars, Grammar, Repeat, Sequence, literal
 from pocketlm.constrain.guides import Guide
+from pocketlm.constrain.masks import Masks
+from pocketlm.constrain.patterns import whole
 from pocketlm.constrain.schema import grammar_of
+from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
 NESTS = {
@@ -33,6 +37,7 @@ def test_what_is_nested_takes_no_time_that_doubles_with_each_level(nest):
     program = f"""
 from constraining import masks_of, allowed
 from pocketlm.constrain.schema import grammar_of
+from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 for depth in (30, 60, 120):
     for _ in range(2):
@@ -70,6 +75,16 @@ def test_every_string_has_what_was_counted_for_the_first():
         masks = masks_of(grammar_of(schema))
         masks.mask(masks.advance(masks.start, b'"' if "type" in schema else b'{"a":"'))
     assert len(VOCABULARY.counted) == 1
+
+
+def test_what_was_counted_for_one_form_is_not_taken_for_a_state_of_another():
+    """The node where the first form's `.` begins is one in the middle of a character to the second."""
+    tokens = [bytes([byte]) for byte in range(256)] + ["éa".encode()]
+    vocabulary, whole_character = Vocabulary(tokens, [], len(tokens)), len(tokens) - 1
+    for pattern in (".{2,5}aa", ".{2,5}a"):
+        masks = Masks(build(Grammar(whole(pattern), {}, "regex")), vocabulary, "regex")
+        assert allowed(masks, masks.start)[whole_character]
+        assert not allowed(masks, masks.advance(masks.start, b"b" + "é".encode()[:1]))[whole_character]
 
 
 def discriminated(n):
