@@ -87,6 +87,24 @@ def test_what_was_counted_for_one_form_is_not_taken_for_a_state_of_another():
         assert not allowed(masks, masks.advance(masks.start, b"b" + "é".encode()[:1]))[whole_character]
 
 
+RUNS = {  # to a vocabulary of long runs, as those of code models are
+    "three characters many times": r"(?:(?:[^a]{3}){2,10}){2,}",
+    "short ways to go on": r"(?:[^a]{2}|\w+a\w{1,}|(?:a+)*)+",
+    "many parts of three": r"(?:a{3}){2,51}",
+    "many counts of one byte": r"(?:(?:[b-z]|[^a]?){3,52}|(?:[a ]{3,})?|\s{4,12})",
+}
+
+
+@pytest.mark.parametrize("pattern", RUNS.values(), ids=RUNS)
+def test_long_runs_are_walked_once_not_from_each_of_their_nodes(pattern, monkeypatch):
+    tokens = [bytes([byte]) for byte in range(256)] + [text * n for text in (b"a", b" ", b"b-") for n in range(2, 129)]
+    vocabulary, below, calls = Vocabulary(tokens, [], len(tokens)), Vocabulary.below, []
+    monkeypatch.setattr(Vocabulary, "below", lambda self, nodes: calls.append(0) or below(self, nodes))
+    masks = Masks(build(Grammar(whole(pattern), {}, "regex")), vocabulary, "regex")
+    masks.mask(masks.start)
+    assert len(calls) < 2000
+
+
 def discriminated(n):
     kinds = {f"k{i}": {"type": "object", "properties": {"kind": {"const": i}, "v": {}}, "required": ["kind"]} for i in range(n)}
     return {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in kinds], "$defs": kinds}
