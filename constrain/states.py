@@ -42,7 +42,7 @@ class Way:
 
 class States:
     """`table`: the number of the state after each byte, or NONE, int32 [n, 256], where `need_rows` was asked for it.
-    `is_whole`: a text may end here; `is_inside`: here one is inside a part whose repetitions can be counted and are MANY. bool [n].
+    `is_whole`: a text may end here; `is_inside`: here one is inside a counted part of MANY repetitions. bool [n].
     """
 
     def __init__(self, automaton: Automaton, of: str):
