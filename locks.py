@@ -82,13 +82,12 @@ class ForkedLock:
     """
 
     def __init__(self) -> None:
-        self._pid, self._lock = os.getpid(), reentrant_lock()
+        self._locks = {os.getpid(): reentrant_lock()}
 
     @property
     def here(self) -> AbstractContextManager[object]:
-        if os.getpid() != self._pid:
-            self._pid, self._lock = os.getpid(), reentrant_lock()
-        return self._lock
+        pid = os.getpid()
+        return self._locks.get(pid) or self._locks.setdefault(pid, reentrant_lock())  # the same for threads that ask at once
 
     def within(self, seconds: float) -> AbstractContextManager[bool]:
         """For `with`: whether it could be had in that time; what was had is given back at the end."""

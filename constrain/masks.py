@@ -205,7 +205,7 @@ class Masks:
         for stack, places in counted.items():
             i, times, below = states.frames[stack]
             least, most = states.bounds(i, times)
-            for inside in self._inside(i, places, nodes, most).values():
+            for inside in self._inside(i, places, nodes, most):
                 found.append(inside.nodes)
                 ends = inside.nodes[inside.ends & (inside.needed >= least)]
                 yield ends, np.full(len(ends), states.number_after(i, below))
@@ -218,9 +218,9 @@ class Masks:
         """
         i, times, below = self._states.frames[stack]
         least, most = self._states.bounds(i, times)
-        for at, (needed, through) in self._counts(i, places).items():
+        for n, (needed, through) in enumerate(self._counts(i, places)):
             allowed |= needed <= most
-            kept = self._leaving.get(key := (i, at, below))
+            kept = self._leaving.get(key := (i, places, n, below))
             if kept is None:
                 kept = self._leave(self._states.number_after(i, below), through)
                 _keep(self._leaving, key, kept)
@@ -256,7 +256,7 @@ class Masks:
         is_plain = bool((position[nodes] < len(nodes)).all())
         return Leaving(nodes, states, inner, ids, np.repeat(before, n), is_plain)
 
-    def _counts(self, i: int, places: State) -> dict[State, tuple[np.ndarray, np.ndarray]]:
+    def _counts(self, i: int, places: State) -> list[tuple[np.ndarray, np.ndarray]]:
         """`_inside` from the root, for every token and node.
 
         `needed`, int16 (n_vocab,): how many repetitions a token takes, FAR where it does not stay inside. `through`, int16
@@ -265,17 +265,18 @@ class Masks:
         vocabulary = self.vocabulary
         kept, key = self._kept(i, places, vocabulary.counted, self._counted)
         if (found := kept.get(key)) is None:
-            found = {}
-            for at, inside in self._inside(i, places, ROOT, FAR).items():
+            found = []
+            for inside in self._inside(i, places, ROOT, FAR):
                 needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
                 needed[inside.nodes], through[inside.nodes] = inside.needed, inside.needed * inside.ends
-                found[at] = needed[vocabulary.node_of], through  # tokens that may not come are the root's, which is FAR
+                found.append((needed[vocabulary.node_of], through))  # tokens that may not come are the root's, which is FAR
             _keep(kept, key, found)
         return found
 
-    def _inside(self, i: int, places: State, nodes: np.ndarray, most: int) -> dict[State, Inside]:
+    def _inside(self, i: int, places: State, nodes: np.ndarray, most: int) -> list[Inside]:
         """What is below these nodes of the tree for a text that is at these places in part `i` and stays there for at most so
-        many repetitions. Each place has an answer of its own where one ends for some of them and goes on for others.
+        many repetitions. Each place has an answer of its own, in their order, where one ends for some of them and goes on for
+        others.
         """
         vocabulary, states = self.vocabulary, self._states
         kept, key = self._kept(i, places, vocabulary.insides, self._insides)
@@ -292,13 +293,12 @@ class Masks:
             at, numbers, counts = children[fits], numbers[fits], counts[fits]
             ends = states.is_whole[numbers]
             if len(places) > 1 and any(len(states.by_number[number]) > 1 for number in set(numbers[ends].tolist())):
-                each = [self._inside(i, frozenset((place,)), nodes, most) for place in places]
-                return {place: inside for one in each for place, inside in one.items()}
+                return [one for place in sorted(places) for one in self._inside(i, frozenset((place,)), nodes, most)]
             levels.append((at, counts + 1, ends))
             counts = counts + ends
             numbers = np.where(ends, again, numbers)
-        found = {places: Inside(*map(np.concatenate, zip(*levels, strict=True)))}
-        if len(found[places].nodes) <= MOST_INSIDE_NODES:
+        found = [Inside(*map(np.concatenate, zip(*levels, strict=True)))]
+        if len(found[0].nodes) <= MOST_INSIDE_NODES:
             _keep(kept, key, found, MOST_INSIDES)
         return found
 

@@ -20,6 +20,7 @@ from pocketlm.errors import UsageError
 MOST_STATES = 1 << 13  # whose rows take 1 KB each
 MOST_STACKS = 1 << 16
 MOST_STEPS = 200_000  # for one mask
+MANY = 8  # repetitions: passing a part of fewer in one go, again from each of its ends, costs more than it saves
 NONE = -1  # in place of a state's number: this byte cannot come
 FAR = np.iinfo(np.int16).max  # more repetitions than any token has
 
@@ -41,7 +42,7 @@ class Way:
 
 class States:
     """`table`: the number of the state after each byte, or NONE, int32 [n, 256], where `need_rows` was asked for it.
-    `is_whole`: a text may end here; `is_inside`: here one is inside a part whose repetitions can be counted. bool [n].
+    `is_whole`: a text may end here; `is_inside`: here one is inside a counted part of MANY repetitions. bool [n].
     """
 
     def __init__(self, automaton: Automaton, of: str):
@@ -131,7 +132,7 @@ class States:
                 flags = np.stack([self._has_row, self.is_whole, self.is_inside])
                 self._has_row, self.is_whole, self.is_inside = np.concatenate([flags, np.zeros_like(flags)], 1)
             self.is_whole[found] = WHOLE in state
-            self.is_inside[found] = any(self._is_counted(stack) for _, stack in state)
+            self.is_inside[found] = any(self._is_counted(stack, MANY) for _, stack in state)
         return found
 
     def number_after(self, i: int, below: int) -> int:
@@ -141,12 +142,15 @@ class States:
     def ways(self, number: int) -> list[Way]:
         """On from a state, in the order of the bytes."""
         if (found := self._ways[number]) is None:
-            edges = self.automaton.edges
-            spans = [(low, high + 1, (to, stack)) for node, stack in self.by_number[number] for low, high, to in edges[node]]
+            edges, targets = self.automaton.edges, dict[tuple[int, int], set[Place]]()
+            for node, stack in self.by_number[number]:
+                for low, high, to in edges[node]:
+                    targets.setdefault((low, high + 1), set()).add((to, stack))
             found = []
-            for first, end in pairwise(sorted({span[0] for span in spans} | {span[1] for span in spans})):
-                self.count(len(spans))
-                if places := {place for low, behind, place in spans if low <= first < behind}:
+            for first, end in pairwise(sorted({byte for span in targets for byte in span})):
+                places = set[Place]().union(*(at for (low, behind), at in targets.items() if low <= first < behind))
+                self.count(len(targets) + len(places))
+                if places:
                     found.append(Way(first, end, places))
             self._ways[number] = found
         return found
@@ -173,8 +177,12 @@ class States:
 
     # ---- parts whose repetitions can be counted
 
-    def _is_counted(self, stack: int) -> bool:
-        return stack != BOTTOM and self.automaton.parts[self.frames[stack][0]].is_even
+    def _is_counted(self, stack: int, many: int = 0) -> bool:
+        """Whether the part on top is such a one, of at least so many repetitions until it ends or counts no more."""
+        if stack == BOTTOM:
+            return False
+        part = self.automaton.parts[self.frames[stack][0]]
+        return part.is_even and (part.most or part.least) >= many
 
     def split(self, state: State) -> tuple[dict[int, State], State]:
         """The places inside of such parts, by their stacks and as if nothing were below, and the others but for the end."""

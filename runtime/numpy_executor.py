@@ -118,7 +118,6 @@ class NumpyExecutor:
             self._cache = self.cache  # no other text's memory is held on to
             return logits, 1
 
-    @np.errstate(under="ignore")  # as in `sampling.make_sampler`
     def _append(self, cache: KVCache, ids: np.ndarray, rows: int) -> np.ndarray:
         self._cache, parts, first = cache, [], len(ids) - rows  # the first whose logits are wanted
         for i in range(0, len(ids), BLOCK):

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from constraining import END_ID, VOCABULARY, masks_of
+from constraining import END_ID, VOCABULARY, allowed, masks_of
 
 from pocketlm.constrain import combining, grammar, states
+from pocketlm.constrain.automaton import build
 from pocketlm.constrain.combining import key_of
-from pocketlm.constrain.grammar import Chars, Repeat, Sequence, literal
+from pocketlm.constrain.grammar import Chars, Grammar, Repeat, Sequence, literal
 from pocketlm.constrain.guides import Guide
+from pocketlm.constrain.masks import Masks
+from pocketlm.constrain.patterns import whole
 from pocketlm.constrain.schema import grammar_of
+from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 
 NESTS = {
@@ -33,6 +37,7 @@ def test_what_is_nested_takes_no_time_that_doubles_with_each_level(nest):
     program = f"""
 from constraining import masks_of, allowed
 from pocketlm.constrain.schema import grammar_of
+from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 for depth in (30, 60, 120):
     for _ in range(2):
@@ -70,6 +75,34 @@ def test_every_string_has_what_was_counted_for_the_first():
         masks = masks_of(grammar_of(schema))
         masks.mask(masks.advance(masks.start, b'"' if "type" in schema else b'{"a":"'))
     assert len(VOCABULARY.counted) == 1
+
+
+def test_what_was_counted_for_one_form_is_not_taken_for_a_state_of_another():
+    """The node where the first form's `.` begins is one in the middle of a character to the second."""
+    tokens = [bytes([byte]) for byte in range(256)] + ["éa".encode()]
+    vocabulary, whole_character = Vocabulary(tokens, [], len(tokens)), len(tokens) - 1
+    for pattern in (".{2,5}aa", ".{2,5}a"):
+        masks = Masks(build(Grammar(whole(pattern), {}, "regex")), vocabulary, "regex")
+        assert allowed(masks, masks.start)[whole_character]
+        assert not allowed(masks, masks.advance(masks.start, b"b" + "é".encode()[:1]))[whole_character]
+
+
+RUNS = {  # to a vocabulary of long runs, as those of code models are
+    "three characters many times": r"(?:(?:[^a]{3}){2,10}){2,}",
+    "short ways to go on": r"(?:[^a]{2}|\w+a\w{1,}|(?:a+)*)+",
+    "many parts of three": r"(?:a{3}){2,51}",
+    "many counts of one byte": r"(?:(?:[b-z]|[^a]?){3,52}|(?:[a ]{3,})?|\s{4,12})",
+}
+
+
+@pytest.mark.parametrize("pattern", RUNS.values(), ids=RUNS)
+def test_long_runs_are_walked_once_not_from_each_of_their_nodes(pattern, monkeypatch):
+    tokens = [bytes([byte]) for byte in range(256)] + [text * n for text in (b"a", b" ", b"b-") for n in range(2, 129)]
+    vocabulary, below, calls = Vocabulary(tokens, [], len(tokens)), Vocabulary.below, []
+    monkeypatch.setattr(Vocabulary, "below", lambda self, nodes: calls.append(0) or below(self, nodes))
+    masks = Masks(build(Grammar(whole(pattern), {}, "regex")), vocabulary, "regex")
+    masks.mask(masks.start)
+    assert len(calls) < 2000
 
 
 def discriminated(n):

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -180,3 +181,18 @@ def test_no_loop_with_a_condition_is_in_a_with_that_releases_a_lock():
                     found += [f"{path.relative_to(root)}:{loop.lineno}" for loop in loops_with_a_condition(node)]
     assert found == []
     assert seen > 20
+
+
+def test_threads_of_a_forked_process_that_ask_at_the_same_time_get_the_same_lock(monkeypatch):
+    lock, together = locks.ForkedLock(), threading.Barrier(2)
+    make = locks.reentrant_lock
+
+    def make_together():
+        together.wait(10)
+        return make()
+
+    monkeypatch.setattr(locks.os, "getpid", lambda: -1)
+    monkeypatch.setattr(locks, "reentrant_lock", make_together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: lock.here, range(2))
+    assert first is second is lock.here
