@@ -32,8 +32,8 @@ NOWHERE: State = frozenset()
 
 @dataclass(slots=True)
 class Way:
-    """On from a state by any byte from `first` to the one before `end`, to what `places` reach; once that was asked for, `number`
-    is that state's and there are no places.
+    """On from a state by any byte from `first` to the one before `end`, to what `places` reach. Once that was asked for, it has
+    a `number`, and the places are gone.
     """
 
     first: int
