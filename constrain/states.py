@@ -32,7 +32,9 @@ NOWHERE: State = frozenset()
 
 @dataclass(slots=True)
 class Way:
-    """On from a state by any byte from `first` to the one before `end`. `number`: of the state there, once it was asked for."""
+    """On from a state by any byte from `first` to the one before `end`, to what `places` reach. Once that was asked for, it has
+    a `number`, and the places are gone.
+    """
 
     first: int
     end: int
@@ -159,6 +161,7 @@ class States:
         """The number of the state that it leads to."""
         if way.number == NONE:
             way.number = self.number(NOWHERE.union(*map(self.reach, way.places)))
+            way.places.clear()  # much, of many ways, and wanted no more
         return way.number
 
     def row(self, number: int) -> np.ndarray:

@@ -105,6 +105,14 @@ def test_long_runs_are_walked_once_not_from_each_of_their_nodes(pattern, monkeyp
     assert len(calls) < 2000
 
 
+def test_a_way_that_was_gone_holds_its_places_no_more():
+    masks = masks_of(Grammar(whole("(?:a{3}|a{5}|a{7}){1,40}"), {}, "regex"))
+    masks.mask(masks.start)
+    gone = [way for ways in masks._states._ways for way in ways or () if way.number != states.NONE]
+    assert gone
+    assert not any(way.places for way in gone)
+
+
 def discriminated(n):
     kinds = {f"k{i}": {"type": "object", "properties": {"kind": {"const": i}, "v": {}}, "required": ["kind"]} for i in range(n)}
     return {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in kinds], "$defs": kinds}
