@@ -14,7 +14,7 @@ may follow it.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from pocketlm.errors import UsageError
 MOST_MASK_BYTES = 1 << 23
 FEW_BYTES = 8  # if at most so many may follow a part, their nodes are looked up; if more, all nodes are compared
 FEW_NODES = 12  # of a level: up to here a loop in Python is faster than NumPy
-MOST_KEPT = 8  # walks that a cache holds
+MOST_KEPT, MOST_ALIKE = 8, 16  # walks that a cache holds; masks that states with other counts share
 MOST_INSIDES, MOST_INSIDE_NODES = 64, 1 << 12  # those below inner nodes of the tree, and how large they may be
 ROOT = np.zeros(1, np.int64)
 _Kept = dict[Hashable, Any]
@@ -79,6 +79,7 @@ class Masks:
         self._counted: _Kept = {}  # see `_counts`
         self._leaving: dict[Hashable, Leaving] = {}
         self._beside: dict[State, np.ndarray] = {}
+        self._alike: dict[Hashable, np.ndarray] = {}  # see `_between`
         self.start = self._states.start
 
     @property
@@ -120,8 +121,16 @@ class Masks:
             return found
 
     def _compute(self, state: State) -> np.ndarray:
-        vocabulary, allowed = self.vocabulary, np.zeros(self.vocabulary.n_vocab, bool)
         counted, others = self._states.split(state)
+        key = others, WHOLE in state, frozenset(self._between(*part) for part in counted.items())
+        if (found := self._alike.get(key)) is None:
+            found = self._made(counted, others, WHOLE in state)
+            if counted:
+                _keep(self._alike, key, found, MOST_ALIKE)
+        return found
+
+    def _made(self, counted: dict[int, State], others: State, is_whole: bool) -> np.ndarray:
+        vocabulary, allowed = self.vocabulary, np.zeros(self.vocabulary.n_vocab, bool)
         if others:
             if (reached := self._beside.get(others)) is None:
                 reached = self._walk(ROOT, np.array([self._states.number(others)]))
@@ -130,10 +139,10 @@ class Masks:
             self._mark(reached, allowed)
         for stack, places in counted.items():
             self._repeated(stack, places, allowed)
-        if WHOLE in state:
+        if is_whole:
             allowed[vocabulary.end_ids] = True
         n = np.count_nonzero(allowed)
-        if not n and WHOLE not in state:
+        if not n and not is_whole:
             raise UsageError(f"{self.of}: the model has no token that could come next; its vocabulary lacks the characters")
         return allowed.nonzero()[0] if n * 8 <= len(allowed) else ~allowed
 
@@ -212,13 +221,20 @@ class Masks:
 
     # ---- parts whose repetitions can be counted
 
+    def _between(self, stack: int, places: State) -> Hashable:
+        """Of a counted part all that its tokens depend on: most counts have the same bounds for all tokens that there are."""
+        i, times, below = self._states.frames[stack]
+        least, most = self._states.bounds(i, times)
+        bounds = [(bisect_left(steps, least), bisect_right(steps, most)) for *_, steps in self._counts(i, places)]
+        return i, places, below, *bounds
+
     def _repeated(self, stack: int, places: State, allowed: np.ndarray) -> None:
         """Allow the tokens that stay inside the counted part on top of the stack, and those that leave it. `places`: where in
         the part the text is.
         """
         i, times, below = self._states.frames[stack]
         least, most = self._states.bounds(i, times)
-        for n, (needed, through) in enumerate(self._counts(i, places)):
+        for n, (needed, through, _) in enumerate(self._counts(i, places)):
             allowed |= needed <= most
             kept = self._leaving.get(key := (i, places, n, below))
             if kept is None:
@@ -256,7 +272,7 @@ class Masks:
         is_plain = bool((position[nodes] < len(nodes)).all())
         return Leaving(nodes, states, inner, ids, np.repeat(before, n), is_plain)
 
-    def _counts(self, i: int, places: State) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _counts(self, i: int, places: State) -> list[tuple[np.ndarray, np.ndarray, list[int]]]:
         """`_inside` from the root, for every token and node.
 
         `needed`, int16 (n_vocab,): how many repetitions a token takes, FAR where it does not stay inside. `through`, int16
@@ -269,7 +285,8 @@ class Masks:
             for inside in self._inside(i, places, ROOT, FAR):
                 needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
                 needed[inside.nodes], through[inside.nodes] = inside.needed, inside.needed * inside.ends
-                found.append((needed[vocabulary.node_of], through))  # tokens that may not come are the root's, which is FAR
+                steps = np.bincount(inside.needed).nonzero()[0].tolist()
+                found.append((needed[vocabulary.node_of], through, steps))  # tokens that may not come: the root's, which is FAR
             _keep(kept, key, found)
         return found
 

@@ -77,6 +77,13 @@ def test_every_string_has_what_was_counted_for_the_first():
     assert len(VOCABULARY.counted) == 1
 
 
+def test_counts_that_forbid_no_other_token_have_one_mask():
+    masks = masks_of(grammar_of({"type": "string", "minLength": 2, "maxLength": 500}))
+    far, farther, late = (masks.mask(masks.advance(masks.start, b'"' + b"a" * n)) for n in (10, 200, 499))
+    assert far is farther
+    assert late is not far
+
+
 def test_what_was_counted_for_one_form_is_not_taken_for_a_state_of_another():
     """The node where the first form's `.` begins is one in the middle of a character to the second."""
     tokens = [bytes([byte]) for byte in range(256)] + ["éa".encode()]
