@@ -28,7 +28,7 @@ from pocketlm.tokenizer.base import (
 )
 from pocketlm.tokenizer.characters import Characters
 from pocketlm.tokenizer.charsmap import Rules
-from pocketlm.tokenizer.huggingface_beside import added_beside, config_beside, specials_beside, with_added
+from pocketlm.tokenizer.huggingface_beside import Beside, with_added
 from pocketlm.tokenizer.huggingface_writer import COLLAPSE_SPACES, INDIVIDUAL_DIGITS, PREPEND, REPLACE_SPACES
 from pocketlm.tokenizer.merge import rank_table
 from pocketlm.tokenizer.normalizer import NORMAL_FORMS, Normalizer, make_normalizer
@@ -39,12 +39,12 @@ from pocketlm.tokenizer.unigram import Unigram
 AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def from_tokenizer_json(path: Path, file: dict[str, Any]) -> Tokenizer:
+def from_tokenizer_json(path: Path, file: dict[str, Any], beside: Beside | None = None) -> Tokenizer:
     """The tokenizer of a parsed `tokenizer.json`. Which tokens are bos and eos is read from `tokenizer_config.json`
     beside it, where there is one. FileError for anything that is not supported or does not fit together.
     """
     try:
-        return _Reader(path, file).read()
+        return _Reader(path, file, beside or Beside(path)).read()
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise FileError(path, f"is not a tokenizer.json as the tokenizers library writes it ({error!r:.80})") from None
 
@@ -58,24 +58,25 @@ def from_vocab_and_merges(path: Path, vocab: Any, merges_path: Path, merges: byt
         lines = [line for line in merges.decode().splitlines() if line and not line.startswith("#version")]
     if not isinstance(vocab, dict):
         raise FileError(path, "is not a table from tokens to ids")
-    of_qwen = str(config_beside(path).get("tokenizer_class")).removesuffix("Fast") == "Qwen2Tokenizer"
+    beside = Beside(path)
+    of_qwen = beside.kind() == "Qwen2Tokenizer"
     letters = {"type": "ByteLevel", "use_regex": not of_qwen, "add_prefix_space": False}
     split = {"type": "Split", "pattern": {"Regex": PRE_TOKENIZERS["qwen2"][0]}, "behavior": "Isolated", "invert": False}
     markers = [{"id": vocab[name], "content": name, "special": True} for name in vocab if name in _MARKERS]
     file: dict[str, Any] = {
-        "model": {"vocab": vocab, "merges": lines}, "added_tokens": [*markers, *added_beside(path)],
+        "model": {"vocab": vocab, "merges": lines}, "added_tokens": [*markers, *beside.added()],
         "normalizer": {"type": "NFC"} if of_qwen else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, letters]} if of_qwen else letters,
     }  # fmt: skip
-    return from_tokenizer_json(path, file)
+    return from_tokenizer_json(path, file, beside)
 
 
 _MARKERS = ("<s>", "</s>", "<pad>", "<unk>", "<mask>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>", "<eos>")
 
 
 class _Reader:
-    def __init__(self, path: Path, file: dict[str, Any]):
-        self.path, self.file, self.model = path, file, file["model"]
+    def __init__(self, path: Path, file: dict[str, Any], beside: Beside):
+        self.path, self.file, self.model, self.beside = path, file, file["model"], beside
 
     def refuse(self, what: str) -> FileError:
         return FileError(self.path, f"its {what} is not supported")
@@ -226,7 +227,7 @@ class _Reader:
         types = bytearray(NORMAL if token else UNUSED for token in tokens)
         for token in added:
             types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-        for i in specials_beside(self.path, ids):
+        for i in self.beside.specials(ids):
             types[i] = CONTROL
         if byte_tokens:  # who trains with `tokenizers` gives them as special tokens
             for byte in range(256):
@@ -235,17 +236,16 @@ class _Reader:
         unk_id = self.model["unk_id"] if isinstance(vocab, list) else ids.get(self.model.get("unk_token"))
         if unk_id is not None:
             types[unk_id] = UNKNOWN
-        config = config_beside(self.path)
         leading = self.leading()
-        bos_id = leading[0] if leading else ids.get(config.get("bos_token"))
+        bos_id = leading[0] if leading else ids.get(self.beside.said("bos_token"))
         return make_vocabulary(
             self.path,
             tokens,
             bytes(types),
             bos_id=bos_id,
-            eos_id=ids.get(config.get("eos_token")),
+            eos_id=ids.get(self.beside.said("eos_token")),
             unk_id=unk_id,
-            adds_bos=bool(leading) or (config.get("add_bos_token") is True and bos_id is not None),
+            adds_bos=bool(leading) or (self.beside.said("add_bos_token") is True and bos_id is not None),
             strip_left=[token["id"] for token in added if token.get("lstrip")],
             strip_right=[token["id"] for token in added if token.get("rstrip")],
             normalizer=normalizer,

@@ -1,6 +1,7 @@
 """What Hugging Face's folders keep beside a tokenizer's file: what its tokens are for, and which were added to it later.
 
-In: the path of the tokenizer's file, whose neighbours may be a stranger's. Out: plain data. Knows no kind of tokenizer.
+In: the path of the tokenizer's file, whose neighbours may be a stranger's and are read once. Out: plain data. Knows no kind of
+tokenizer.
 """
 
 from collections.abc import Mapping
@@ -15,40 +16,47 @@ _MAX_BYTES = 1 << 24
 _BEGINS_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
-def config_beside(path: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, each token as its text; empty where there is none."""
-    config = _object(path.with_name("tokenizer_config.json"))
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
-    return {key: value for key, value in texts.items() if isinstance(value, str | bool)}
+class Beside:
+    """What is beside one file. `tokenizer_config.json` is empty where there is none; FileError where it cannot be read."""
+
+    def __init__(self, path: Path):
+        self._path = path.with_name("tokenizer_config.json")
+        self._config = _object(self._path)
+
+    def said(self, key: str) -> Any:
+        """A text or a flag, a token as its text; None where there is none."""
+        found = _text(self._config.get(key))
+        return found if isinstance(found, str | bool) else None
+
+    def kind(self) -> str:
+        """The tokenizer's class in transformers."""
+        return str(self.said("tokenizer_class")).removesuffix("Fast")
+
+    def adds_bos(self) -> bool:
+        """Whether a text begins with the first marker."""
+        said = self.said("add_bos_token")
+        return self.kind() in _BEGINS_WITH_BOS if said is None else said is True
+
+    def specials(self, ids: Mapping[str, int]) -> list[int]:
+        """The tokens that it names as bos, eos or more special ones: transformers cuts them out of a text, whatever the file
+        with the vocabulary calls them. Not those for padding, which may be any.
+        """
+        named = [self._config.get("bos_token"), self._config.get("eos_token")]
+        for more in (self._config.get("additional_special_tokens"), self._config.get("extra_special_tokens")):
+            named += more if isinstance(more, list) else []
+        return [ids[text] for text in map(_text, named) if isinstance(text, str) and len(text) > 1 and text in ids]
+
+    def added(self) -> list[dict[str, Any]]:
+        """The tokens that were added to the file's own, in the form that a `tokenizer.json` has for them. FileError."""
+        if rows := self._config.get("added_tokens_decoder"):
+            with refused(self._path, kinds=(AttributeError, KeyError, TypeError, ValueError)):
+                return [{**row, "content": row["content"] + "", "id": int(i)} for i, row in rows.items()]
+        older = _object(self._path.with_name("added_tokens.json"))
+        return [{"content": text, "id": i, "special": True} for text, i in older.items()]
 
 
-def specials_beside(path: Path, ids: Mapping[str, int]) -> list[int]:
-    """The tokens that `tokenizer_config.json` names as bos, eos or more special ones: transformers cuts them out of a text,
-    whatever the file with the vocabulary calls them. Not those for padding, which may be any.
-    """
-    config = _object(path.with_name("tokenizer_config.json"))
-    named = [config.get("bos_token"), config.get("eos_token")]
-    for more in (config.get("additional_special_tokens"), config.get("extra_special_tokens")):
-        named += more if isinstance(more, list) else []
-    texts = [text.get("content") if isinstance(text, dict) else text for text in named]
-    return [ids[text] for text in texts if isinstance(text, str) and len(text) > 1 and text in ids]
-
-
-def adds_bos(config: Mapping[str, Any]) -> bool:
-    """Whether a text begins with the first marker."""
-    usual = str(config.get("tokenizer_class")).removesuffix("Fast") in _BEGINS_WITH_BOS
-    return config.get("add_bos_token", usual) is True
-
-
-def added_beside(path: Path) -> list[dict[str, Any]]:
-    """The tokens that were added to the file's own, in the form that a `tokenizer.json` has for them. FileError."""
-    source = path.with_name("tokenizer_config.json")
-    rows = _object(source).get("added_tokens_decoder")
-    if rows:
-        with refused(source, kinds=(AttributeError, KeyError, TypeError, ValueError)):
-            return [{**row, "content": row["content"] + "", "id": int(i)} for i, row in rows.items()]
-    older = _object(path.with_name("added_tokens.json"))
-    return [{"content": text, "id": i, "special": True} for text, i in older.items()]
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def with_added(path: Path, ids: dict[str, int], added: list[dict[str, Any]]) -> list[str]:

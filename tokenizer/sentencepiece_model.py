@@ -13,7 +13,7 @@ from typing import TypeVar
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Tokenizer, make_vocabulary
 from pocketlm.tokenizer.charsmap import Rules
-from pocketlm.tokenizer.huggingface_beside import added_beside, adds_bos, config_beside, specials_beside, with_added
+from pocketlm.tokenizer.huggingface_beside import Beside, with_added
 from pocketlm.tokenizer.sentencepiece import UNKNOWN_TEXT, Options
 from pocketlm.tokenizer.sentencepiece_bpe import SentencePieceBPE, score_table
 from pocketlm.tokenizer.unigram import Unigram
@@ -111,7 +111,8 @@ def read(path: Path, data: bytes) -> Tokenizer:
         at = tokens.index(text) if text in tokens else None
         return at if at is not None and types[at] == CONTROL else None
 
-    config, added, scores = config_beside(path), added_beside(path), [score for _, score, _ in pieces]
+    beside, scores = Beside(path), [score for _, score, _ in pieces]
+    added = beside.added()
     ids, unk_id, symbols_in_text = {text: i for i, text in enumerate(tokens)}, types.index(UNKNOWN), True
     if added:
         tokens = with_added(path, ids, added)
@@ -121,15 +122,15 @@ def read(path: Path, data: bytes) -> Tokenizer:
         for token in added:
             if types[token["id"]] in (NORMAL, CONTROL, UNUSED, USER_DEFINED):
                 types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-    for i in specials_beside(path, ids):
+    for i in beside.specials(ids):
         types[i] = types[i] if types[i] == UNKNOWN else CONTROL
     vocabulary = make_vocabulary(
-        path, tokens, bytes(types), bos_id=ids.get(config.get("bos_token", ""), role(46, "<s>")),
-        eos_id=ids.get(config.get("eos_token", ""), role(47, "</s>")), unk_id=unk_id, adds_bos=adds_bos(config),
+        path, tokens, bytes(types), bos_id=ids.get(beside.said("bos_token"), role(46, "<s>")),
+        eos_id=ids.get(beside.said("eos_token"), role(47, "</s>")), unk_id=unk_id, adds_bos=beside.adds_bos(),
         strip_left=[token["id"] for token in added if token.get("lstrip")],
         strip_right=[token["id"] for token in added if token.get("rstrip")],
     )  # fmt: skip
-    first_only = config.get("legacy") is False
+    first_only = beside.said("legacy") is False
     charsmap = said(normaliser, 2, b"")
     options = Options(
         prefix="never" if not said(normaliser, 3, 1) else "missing" if first_only else "always",
