@@ -106,7 +106,10 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
         problem = f"its init_lora_weights is {quoted(begun)}, which changes the base, too"
         raise FileError(path, problem, "merge it with PEFT and export the result")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(alpha, (int, float)) or type(rank) is not int or not (abs(alpha) < 1e12 and 0 < rank < 1e12):
+    if (
+        type(rank) is not int or not 0 < rank < 1e12
+        or isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e12
+    ):  # fmt: skip
         raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
     file = next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:

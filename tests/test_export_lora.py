@@ -101,7 +101,8 @@ def test_a_lora_changes_a_model_file_as_it_changes_the_checkpoint_it_was_made_of
     [*(({"init_lora_weights": name}, f"init_lora_weights is {name}, which changes the base")
        for name in ("pissa_niter_4", "olora", "loftq")),
      ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r"),
-     ({"r": 10**400}, "lacks r"), ({"lora_alpha": 10**400}, "lacks r"), ({"lora_alpha": float("nan")}, "lacks r")],
+     ({"r": 10**400}, "lacks r"), ({"lora_alpha": 10**400}, "lacks r"), ({"lora_alpha": float("nan")}, "lacks r"),
+     ({"lora_alpha": True}, "lacks r")],
 )  # fmt: skip
 def test_adapters_of_other_kinds_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
     module, config = made("llama")
