@@ -28,6 +28,14 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folders, for conversations above all, are the test's own."""
+    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def native() -> Iterator[Any]:
     """A native executor of a small random model with 60 words."""

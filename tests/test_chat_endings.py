@@ -46,13 +46,7 @@ def interrupted(loop):
 asyncio.BaseEventLoop.shutdown_asyncgens = interrupted
 sys.exit(run(FakeModel(), sampling={{}}))
 """
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def assert_cut(conversations, question="slow", answered="You said: slow word0 word1 word2"):

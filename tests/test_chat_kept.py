@@ -21,13 +21,7 @@ from pocketlm.cli import main
 from pocketlm.errors import FileError, PocketlmError
 
 DRIVER = str(Path(__file__).with_name("chat_fake.py"))
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def chat(*lines, model=None, **options):

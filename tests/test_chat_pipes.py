@@ -17,13 +17,7 @@ from pocketlm.errors import PocketlmError
 
 DRIVER = [sys.executable, str(Path(__file__).with_name("chat_fake.py"))]
 POCKETLM = [sys.executable, "-m", "pocketlm", "chat"]
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def piped(text, *arguments, command=DRIVER):

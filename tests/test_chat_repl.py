@@ -14,14 +14,7 @@ from pocketlm.chat.repl import run
 from pocketlm.terminal_text import without_controls
 
 DRIVER = str(Path(__file__).with_name("chat_fake.py"))
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_piped_lines_are_answered_and_the_end_of_input_ends_the_chat():

@@ -16,11 +16,8 @@ ASKED = ("Hello! Who are you?", "What do you like best?", "Tell me a little stor
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
+def short(home, monkeypatch):
     monkeypatch.setattr(states, "SHORTEST", 16)
-    return tmp_path
 
 
 def load(**options):

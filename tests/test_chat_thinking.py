@@ -16,11 +16,7 @@ from pocketlm.tokenizer import base
 
 THOUGHT = "<think>\nIt greets\n</think>\n\nHello there"
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def chat(*lines: str, model: FakeModel, **options) -> tuple[str, str]:

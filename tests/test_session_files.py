@@ -5,33 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from tiny_models import write_model
+from two_backends import OPTIONS, ids, model_fixture, path_fixture  # noqa: F401
 
 import pocketlm
 from pocketlm.errors import FileError
-from pocketlm.model import Model
 from pocketlm.runtime.state_file import HEADER
-
-OPTIONS = {"max_tokens": 25, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("sessions") / "tiny.gguf", n_ctx=512, n_kv_head=2, head_dim=24)
-
-
-@pytest.fixture(params=["numpy", "native"])
-def model(request, path) -> Iterator[Model]:
-    with pocketlm.load(path, backend=request.param, threads=2) as model:
-        yield model
-
-
-def ids(pieces) -> list[int]:
-    return [piece.id for piece in pieces]
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 100])

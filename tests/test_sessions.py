@@ -6,37 +6,20 @@ import os
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 from session_walk import ACTIONS, MEGABYTES_ALLOWED, Walk, resident
 from tiny_models import write_model
+from two_backends import OPTIONS, ids, model_fixture, path_fixture  # noqa: F401
 
 import pocketlm
 from pocketlm.constrain import grammar
 from pocketlm.errors import FileError, PocketlmError, UsageError
-from pocketlm.model import Model
 from pocketlm.runtime import memory
 from pocketlm.runtime.native.caches import NativeCache
 
 PROMPTS = ["then", "in the thing", "the the the", "nothing in this", "a", "thin " * 30, "hen", "the inn"]
-OPTIONS = {"max_tokens": 25, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("sessions") / "tiny.gguf", n_ctx=512, n_kv_head=2, head_dim=24)
-
-
-@pytest.fixture(params=["numpy", "native"])
-def model(request, path) -> Iterator[Model]:
-    with pocketlm.load(path, backend=request.param, threads=2) as model:
-        yield model
-
-
-def ids(pieces) -> list[int]:
-    return [piece.id for piece in pieces]
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "sampled"])
