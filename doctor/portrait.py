@@ -18,11 +18,11 @@ from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.threads import check_threads
 
-MB = 1 << 20
+MIB = 1 << 20
 CONTEXTS = (512, 4096)  # beside the longest that the model is made for
 PIS = (1, 2, 4, 8)  # GB
 PI_SHARE = 0.9  # of a board's memory, what its firmware and graphics leave
-PI_SYSTEM = 150 * MB  # what its system takes without a desktop
+PI_SYSTEM = 150 * MIB  # what its system takes without a desktop
 PI_SPEEDS = {"Pi 4": 3.8e9, "Pi 5": 9e9}  # bytes a second from memory
 PI_THREADS = 4
 
@@ -67,7 +67,7 @@ def _beside(experts: int) -> str:
 
 def _longest(size: int, n_ctx: int, needs: Callable[[int], int]) -> str:
     """Up to which context a model fits a board of `size` GB."""
-    free = int(PI_SHARE * size * 1024 * MB) - PI_SYSTEM
+    free = int(PI_SHARE * size * 1024 * MIB) - PI_SYSTEM
     if needs(n_ctx) <= free:
         return "yes"
     longest = 64 * bisect.bisect_right(range(64, n_ctx, 64), free, key=needs)
