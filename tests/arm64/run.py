@@ -33,7 +33,8 @@ CPUS = {"dotprod": "cortex-a76", "neon": "cortex-a72"}  # what qemu is for a lev
 # ten minutes; test_native_aarch64.py has these kernels in front of such pages, under qemu too
 MOST = "not guard_pages"
 SUITE = (  # a process each, the longest first, and which of their tests
-    ("sliding_windows", "not lfm2"), ("sliding_windows", "lfm2"), ("byte_caches experts", MOST), ("sessions session_files", MOST),
+    ("sliding_windows", "not lfm2"), ("sliding_windows", "lfm2"), ("byte_caches experts", MOST),
+    ("sessions session_files", MOST),
     ("memory tokenizer_memory doctor greedy native_selection", MOST), ("bursts native_executor", MOST),
     ("native_kernels", MOST),
 )  # fmt: skip
