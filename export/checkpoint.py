@@ -155,19 +155,23 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a simple YAML file: one per line, indented ones a dict of the one above. Raises FileError."""
+    """The settings in a simple YAML file: one per line, indented ones a dict of the one above, "- …" its list. FileError."""
     with refused(path):
         text = bytes(map_file(path)[:MAX_JSON]).decode()
     result: dict[str, Any] = {}
-    inner: dict[str, Any] = {}
+    above, inner, items = "", {}, []  # type: str, dict[str, Any], list[Any]
     for line in text.splitlines():
+        if line.startswith("- ") and above:
+            items.append(_scalar(line[2:].strip()))
+            result[above] = items
+            continue
         name, colon, value = line.partition(":")
         if not colon or line.lstrip()[:1] in ("#", "-", ""):
             continue
         if line[0].isspace():
             inner[name.strip()] = _scalar(value.strip())
         else:
-            inner = {}
+            above, inner, items = name, {}, []
             result[name] = _scalar(value.strip()) if value.strip() else inner
     return result
 

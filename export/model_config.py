@@ -142,6 +142,7 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale"), lambda v: v is None),
     "rope_scaling": lambda v: not v or (v == 1 and v is not True) or isinstance(v, dict),
     "rope_local_type": lambda v: v == "default",
+    "rope_indices": lambda v: not v or not any(v),  # litGPT's: layers whose rotary base is the local one
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
 

@@ -41,6 +41,7 @@ SHAPES = {
     "wide heads": {"n_embd": 64, "n_head": 6, "n_kv_head": 1, "head_dim": 24, "n_ff": 80},
 }
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+SWA_BASE = {"rope.freq_base_swa": 500.0}
 OWN_HEAD: dict[str, str | int] = {"output.weight": "vocabulary"}
 QKV_BIASES: dict[str, str | int] = {
     "blk.{i}.attn_q.bias": "q", "blk.{i}.attn_k.bias": "kv", "blk.{i}.attn_v.bias": "kv",
@@ -77,6 +78,11 @@ MODELS = {
     ),
     "gpt-oss, no yarn": Row(
         "gpt-oss", {**EXPERTS, "expert_feed_forward_length": 64, "attention.sliding_window": 8},
+        {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES},
+    ),
+    "gpt-oss, another base in windows": Row(
+        "gpt-oss", {"expert_count": 2, "expert_used_count": 2, **YARN, **SWA_BASE, "attention.sliding_window": 8,
+                    "expert_feed_forward_length": 64},
         {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES},
     ),
     "olmoe": Row("olmoe", EXPERTS, OWN_HEAD, narrow=True, equal=True, seed=27),
@@ -126,6 +132,7 @@ MODELS = {
     "gemma2, windows layer by layer": Row(
         "gemma2", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True, True]},
     ),
+    "gemma2, another base in windows": Row("gemma2", {"attention.sliding_window": 8, **SWA_BASE}),
     "gemma2, no caps said": Row("gemma2", {"attention.sliding_window": 8}),
     "gemma2, as deep as 27B": Row("gemma2", {"attention.sliding_window": 8}, {}, {"n_layer": 46}, 12),
     "hunyuan-dense": Row("hunyuan-dense", {"rope.freq_base": 1e6}),
@@ -134,12 +141,19 @@ MODELS = {
     "lfm2": Row("lfm2", {"shortconv.l_cache": 3, "rope.freq_base": 1e6}, {}, {"n_layer": 5}, narrow=True, convolved=(0, 1, 3)),
     "lfm2, longer convolutions, own head": Row("lfm2", {"shortconv.l_cache": 7}, OWN_HEAD, narrow=True, convolved=(1, 2)),
     "lfm2, one position": Row("lfm2", {"shortconv.l_cache": 2}, {}, {"n_layer": 2}, narrow=True, convolved=(0,)),
+    "lfm2, windows": Row(
+        "lfm2", {"shortconv.l_cache": 3, "rope.freq_base": 1e6, "attention.sliding_window": 8, **SWA_BASE},
+        {}, {"n_layer": 5}, narrow=True, convolved=(0, 1, 3),
+    ),
     "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),
     "olmo2, yarn": Row("olmo2", YARN, OWN_HEAD, narrow=True),
     "olmo3, another period": Row(
         "olmo2", {**YARN, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2}, OWN_HEAD, narrow=True,
     ),
     "olmo3": Row("olmo2", {**YARN, "attention.sliding_window": 8}, OWN_HEAD, {"n_layer": 5}, narrow=True),
+    "olmo3, whose windows have the same base whatever is said": Row(
+        "olmo2", {**YARN, "attention.sliding_window": 8, **SWA_BASE}, OWN_HEAD, {"n_layer": 5}, narrow=True,
+    ),
 }  # fmt: skip
 
 

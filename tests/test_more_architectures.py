@@ -74,6 +74,9 @@ MODELS = {
     "starcoder2, own head": Row("starcoder2", f"{NORM_BIASES} {APART}", "", "output_norm.bias:embd output.weight:head"),
     "exaone4": Row("exaone4", top="", keys={"rope.freq_base": 1e6}),
     "exaone4, as deep as 32B": Row("exaone4", top="", keys={"attention.sliding_window": 8}, sizes={"n_layer": 64}),
+    "exaone4, whose windows have the same base whatever is said": Row(
+        "exaone4", top="", keys={"attention.sliding_window": 8, "rope.freq_base_swa": 500.0}, sizes={"n_layer": 64},
+    ),
     "exaone4, scaled frequencies": Row("exaone4", top="rope_freqs.weight:half output.weight:head"),
     "bloom": Row("bloom", ALL_BIASES, "attn_qkv.weight:qkv_in", "output_norm.bias:embd token_embd_norm.bias:embd"),
     "bloom, own head": Row(

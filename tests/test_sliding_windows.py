@@ -26,7 +26,7 @@ WINDOW, N = 20, 2600  # the rings go round twice and more
 TEXT = np.random.default_rng(0).integers(0, 256, N)
 KEYS = {
     "gemma3": {}, "gptneo": {"attention.sliding_window_pattern": [i % 2 == 1 for i in range(7)]},
-    "lfm2": {"shortconv.l_cache": 4, "attention.head_count_kv": [0, 1, 0, 0, 1, 0, 0]},
+    "lfm2": {"attention.sliding_window": 0, "shortconv.l_cache": 4, "attention.head_count_kv": [0, 1, 0, 0, 1, 0, 0]},
 }  # fmt: skip
 
 
