@@ -44,7 +44,7 @@ ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
 SAYS_NOTHING = (
     "ckpt ckpts checkpoint checkpoints model models pytorch torch lit pt pth bin safetensors index npz weight weights params"
     " state states dict last latest best final epoch step steps iter global mp rank consolidated of out output outputs run runs"
-    " save saves saved result results train trained training tmp temp data mnt home desktop downloads documents"
+    " original save saves saved result results train trained training tmp temp data mnt home desktop downloads documents"
 )
 CONFIGS = ("config.json", "model_config.json", "params.json", "model_config.yaml")  # beside the weights
 OTHER_FILES = (  # offset, bytes → what it is, what to do
@@ -59,6 +59,7 @@ OTHER_FILES = (  # offset, bytes → what it is, what to do
 )
 OLD_PICKLE = re.compile(rb"\(*[ci][\w.]+\n[\w.]+\n|\([dlt]p?\d*\n")  # protocol 0, all printable
 MAX_JSON = 1 << 25
+META_PART = "consolidated.01.pth"  # of a model that Meta's code spreads over GPUs
 MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoint
 
 
@@ -97,6 +98,9 @@ def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
 
 def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
     """The checkpoint; the mappings that it needs are added to `mapped`."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / META_PART).is_file() and (folder == path or path.name.startswith("consolidated.")):
+        raise FileError(path, "holds a model in parts, one for each GPU", "save it whole")
     weights = _file_of_folder(path) if path.is_dir() else path
     if (part := PART.fullmatch(weights.stem)) and int(part[3]) > 1:
         raise FileError(path, f"is one of the {int(part[3])} files of a model", "name the folder they lie in")

@@ -136,6 +136,13 @@ def _finish_nanogpt(draft: Draft) -> None:
         draft.options["activation"] = "gelu_tanh"
 
 
+LLAMA3_HEADER = "<|start_header_id|>"
+LLAMA3_TEMPLATE = (  # what Meta's code makes of a conversation
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+META = "Meta Llama"
 _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
     *HOME_MADE,
@@ -152,10 +159,11 @@ DIALECTS = (
         {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5},
     ),
     Dialect(
-        "Meta Llama",
+        META,
         (r"(.*\.)?tok_embeddings\.weight", r"(.*\.)?layers\.N\.attention\.wq\.weight",
         r"(.*\.)?layers\.N\.feed_forward\.w1\.weight"),
         {"norm": "rms", "position": "rope", "rope_pairs": "interleaved", "rope_theta": 10000.0, "norm_eps": 1e-5},
+        computes=("use_scaled_rope",),
     ),
     Dialect(
         "Hugging Face Llama",
@@ -258,9 +266,13 @@ def to_canonical(
         taken, *others = map(quoted, checkpoint.sets)
         model.notes.append(f"these are the weights called {taken}; --set weights={others[0]} takes others")
     metadata, notes = find_tokenizer(checkpoint, model.hyper.n_vocab, tokenizer)
-    if dialect.template and metadata:
-        metadata = {"tokenizer.chat_template": dialect.template, **metadata}
-    return replace(model, metadata={"general.name": name_of(path), **metadata}, notes=[*model.notes, *notes])
+    name, template = name_of(path), dialect.template
+    if dialect.name == META and "instruct" in name.lower() and LLAMA3_HEADER in metadata.get("tokenizer.ggml.tokens", ()):
+        template = LLAMA3_TEMPLATE
+        notes.append(f"its chat template is that of Llama 3, as it is called {quoted(name)}")
+    if template and metadata:
+        metadata = {"tokenizer.chat_template": template, **metadata}
+    return replace(model, metadata={"general.name": name, **metadata}, notes=[*model.notes, *notes])
 
 
 def read_canonical(

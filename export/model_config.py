@@ -120,6 +120,8 @@ ASSUMED = {  # what transformers takes where a configuration has no such entry
     "mistral": {"sliding_window": 4096}, "exaone4": {"sliding_window": 4096},
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
+# what use_scaled_rope of Meta's params.json means, apart from the factor
+SCALED_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
 # a setting → which of its values change nothing; any other value means a computation that the plan does not have
 HARMLESS: dict[str, Callable[[Any], bool]] = {
@@ -193,6 +195,10 @@ class ModelConfig:
         self._levels = [self.rope, windows, *levels]
         assumed = ASSUMED.get(str(self.raw("model_type")), {})
         self._levels.append({name: value for name, value in assumed.items() if self.said(name, ...) is ...})
+        if self.raw("use_scaled_rope") is True:
+            narrow = self.raw("dim") in (2048, 3072)  # Llama 3.2's 1B and 3B: transformers' conversion takes 32 for them
+            self.rope = {**SCALED_ROPE, "factor": self.raw("rope_scaling_factor") or (32.0 if narrow else 8.0)}
+            self._levels.append({"max_seq_len": 131072})
         self.asked: dict[str, None] = {}  # needed settings that nothing says
 
     def raw(self, *names: str) -> Any:
