@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,7 @@ OLD_PICKLE = re.compile(rb"\(*[ci][\w.]+\n[\w.]+\n|\([dlt]p?\d*\n")  # protocol 
 MAX_JSON = 1 << 25
 META_PART = "consolidated.01.pth"  # of a model that Meta's code spreads over GPUs
 MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoint
+MAX_VISITS = 1 << 12  # of one part of it that is there again and again
 
 
 @dataclass(frozen=True)
@@ -301,19 +303,32 @@ def _is_training_state(key: Any) -> bool:
     return any(part in text for part in NOT_WEIGHTS)
 
 
+class _Steps:
+    """Counts steps through an object that a pickle may have made endless, or of few parts, each there a million times."""
+
+    def __init__(self) -> None:
+        self.left, self.visits = MAX_NODES, Counter[int]()
+
+    def to(self, value: Any) -> bool:
+        """Whether one more step, to `value`, is within the bounds."""
+        self.left -= 1
+        if value and isinstance(value, (dict, list, tuple, Record)):
+            self.visits[id(value)] += 1
+        return self.left >= 0 and self.visits[id(value)] <= MAX_VISITS
+
+
 class _Search:
-    """Walks through an object that a pickle may have made endless. Raises FileError after MAX_NODES steps."""
+    """Walks through the object in a checkpoint. Raises FileError where that takes too many steps."""
 
     def __init__(self, path: Path):
-        self.path, self.left = path, MAX_NODES
+        self.path, self.steps = path, _Steps()
 
     def leaves(self, tree: Any, keep: Callable[[Any], bool] = lambda name: True) -> Iterator[tuple[str, LazyTensor]]:
         """(name, tensor) of every tensor in `tree`, in order; names on the way are joined by dots."""
         pending: list[tuple[str, int, Any]] = [("", 0, tree)]
         while pending:
             name, depth, value = pending.pop()
-            self.left -= 1
-            if self.left < 0 or depth > MAX_DEPTH or len(name) > MAX_NAME:
+            if not self.steps.to(value) or depth > MAX_DEPTH or len(name) > MAX_NAME:
                 raise FileError(self.path, "holds an object too large or too deep to be a checkpoint", "save the weights alone")
             if isinstance(value, LazyTensor):
                 yield name, value
@@ -360,22 +375,21 @@ class _Search:
         return sorted(alike, key=lambda name: name != first) if is_sets else []
 
 
-def plain(value: Any, depth: int = 0, left: list[int] | None = None) -> Any:
+def plain(value: Any, depth: int = 0, steps: _Steps | None = None) -> Any:
     """`value` as plain data: objects become dicts, tuples and sets lists; tensors and training state are left out."""
-    left = [MAX_NODES] if left is None else left
-    left[0] -= 1
-    if depth > MAX_DEPTH or left[0] < 0 or isinstance(value, (LazyTensor, bytes)):
+    steps = steps or _Steps()
+    if not steps.to(value) or depth > MAX_DEPTH or isinstance(value, (LazyTensor, bytes)):
         return None
     if isinstance(value, Record):  # `_content` and `_val` are how OmegaConf keeps a tree and its leaves
-        return plain(value.fields.get("_content", value.fields.get("_val", value.fields)), depth + 1, left)
+        return plain(value.fields.get("_content", value.fields.get("_val", value.fields)), depth + 1, steps)
     if isinstance(value, Global):
         return value.name
     if isinstance(value, dict):
         return {
-            str(name): plain(item, depth + 1, left)
+            str(name): plain(item, depth + 1, steps)
             for name, item in value.items()
             if isinstance(name, (str, int)) and not _is_training_state(name) and not isinstance(item, LazyTensor)
         }
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item, depth + 1, left) for item in value]
+        return [plain(item, depth + 1, steps) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else None

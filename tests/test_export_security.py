@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile_checkpoints import NAMES, WAYS, refused, short, text, torch_zip
+from hostile_checkpoints import NAMES, TENSOR, VALUES, WAYS, refused, short, text, torch_zip
 
 from pocketlm.errors import FileError
+from pocketlm.export import checkpoint
 from pocketlm.export.checkpoint import open_checkpoint, plain
 from pocketlm.pickle_reader import read_pickle
 
@@ -145,6 +146,23 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_end_soon_with_one_line(bomb: str, tmp_path: Path) -> None:
     refused(tmp_path / "ckpt.pt", torch_zip(BOMBS[bomb]))  # if it were not stopped: for ever, or all of the memory
+
+
+@pytest.mark.parametrize("entry", ["model", "config"])
+def test_a_few_lists_that_hold_each_other_are_not_walked_through_a_million_times(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = b"}" + text("n_head") + b"K\x04s" + b"".join(b"q%c0](h%ch%ce" % (i, i, i) for i in range(40))  # 2^40 dicts
+    pickled = b"\x80\x02}(" + text(entry) + b"}" + text("w") + shared + b"s" + text("weights") + TENSOR[2:-1] + b"u."
+    steps: list[object] = []
+    walked = checkpoint._Steps.to
+    monkeypatch.setattr(checkpoint._Steps, "to", lambda self, value: steps.append(value) or walked(self, value))
+    (tmp_path / "ckpt.pt").write_bytes(torch_zip(pickled, {"0": VALUES.tobytes()}))
+    try:
+        open_checkpoint(tmp_path / "ckpt.pt")
+    except FileError as error:
+        assert "too large or too deep" in str(error)  # noqa: PT017
+    assert len(steps) < 1_000_000
 
 
 def test_a_pickle_of_too_many_instructions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
