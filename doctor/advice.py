@@ -13,8 +13,8 @@ from pocketlm.doctor.board import Board
 from pocketlm.doctor.health import Health
 from pocketlm.doctor.models import Fit
 from pocketlm.doctor.resources import Memory
+from pocketlm.runtime.memory import MB
 
-MB = 10**6  # as `pocketlm inspect`, file managers and GB/s count
 _SIXTY_FOUR = re.compile(r"Raspberry Pi (3|4|5|\d00|Zero 2|Compute Module [345]|2 Model B Rev 1\.2)")
 
 

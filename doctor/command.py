@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.doctor import models
-from pocketlm.doctor.advice import MB, Facts, advice
+from pocketlm.doctor.advice import Facts, advice
 from pocketlm.doctor.board import board
 from pocketlm.doctor.health import health
 from pocketlm.doctor.portrait import size_text
 from pocketlm.doctor.resources import memory_of, memory_speed, storage, storage_speed
 from pocketlm.errors import PocketlmError
 from pocketlm.model import find_model
+from pocketlm.runtime.memory import MB
 from pocketlm.runtime.native import levels
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.threads import check_threads

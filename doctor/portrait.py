@@ -13,12 +13,11 @@ from pathlib import Path
 from pocketlm.doctor.models import fit
 from pocketlm.doctor.resources import memory_speed
 from pocketlm.runtime.executors import memory_needed
-from pocketlm.runtime.memory import available_bytes
+from pocketlm.runtime.memory import MIB, available_bytes
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.threads import check_threads
 
-MIB = 1 << 20
 CONTEXTS = (512, 4096)  # beside the longest that the model is made for
 PIS = (1, 2, 4, 8)  # GB
 PI_SHARE = 0.9  # of a board's memory, what its firmware and graphics leave

@@ -20,9 +20,10 @@ import numpy as np
 from pocketlm.errors import FileError
 from pocketlm.runtime import control_groups
 
-MB = 1 << 20
-NUMPY_ASKS = 4 * MB  # of an array, from which on NumPy asks Linux for large pages
-_FOR_THREADS = 224 * MB  # addresses that glibc reserves for threads (64 MB each, for moments 128): `ulimit -v` counts them
+MIB = 1 << 20
+MB = 10**6  # as file managers count, and `pocketlm inspect`
+NUMPY_ASKS = 4 * MIB  # of an array, from which on NumPy asks Linux for large pages
+_FOR_THREADS = 224 * MIB  # addresses that glibc reserves for threads (64 MiB each, for moments 128): `ulimit -v` counts them
 
 
 def available_bytes() -> int | None:

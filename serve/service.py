@@ -17,8 +17,8 @@ from typing import Any
 
 from pocketlm.serve.guard import is_loopback
 
-MB = 1 << 20
-BESIDE = 192 * MB  # Python, the tables of the tokenizer, working memory
+MIB = 1 << 20  # what systemd calls M
+BESIDE = 192 * MIB  # Python, the tables of the tokenizer, working memory
 NAME = "pocketlm"
 SECRETS = "/etc/pocketlm.env"  # the command line of a service can be read by everybody
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # by ProtectHome= and PrivateTmp=
@@ -89,7 +89,7 @@ def unit(arguments: Any, words: list[str], model: Any) -> str:
     """The unit's text. `words`: the command line behind `pocketlm`."""
     slots, port = arguments.slots, arguments.port
     caches = slots * model.session_bytes(model.n_ctx)
-    memory = -(-(model.file_bytes + caches + BESIDE) // MB)
+    memory = -(-(model.file_bytes + caches + BESIDE) // MIB)
     program, needed = _program()
     low = 0 < port < 1024  # such a port wants a right that a user of its own has not
     return UNIT.format(

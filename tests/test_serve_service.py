@@ -66,7 +66,7 @@ def test_the_address_of_the_page_can_stay(path, monkeypatch, capsys):
 def test_the_memory_is_that_of_the_slots(path, capsys, monkeypatch):
     few, many = (int(printed(capsys, monkeypatch, str(path), "--slots", n, "--install-service")[0]["MemoryMax"][0][:-1])
                  for n in ("1", "200"))  # fmt: skip
-    assert few > service.BESIDE // service.MB
+    assert few > service.BESIDE // service.MIB
     assert many > few
 
 

@@ -6,7 +6,7 @@ A start fills its context and then answers with eight tokens: `generate`, `chat`
 by two clients at once, and for its page. It may run, or end with one line; a kill or anything else is an error, and exit status
 1. Prints the rows of the tables in PI.md: the anonymous memory at its highest, or what the line says. `--first`: with an empty
 cache of compiled code each time, as on a fresh system. FOLDER keeps the made model of 1.3 billion weights (722 MB). ROW: only
-these limits, in MB. Linux, as root, with control groups of version 1 or 2.
+these limits, in MB of 2^20 bytes. Linux, as root, with control groups of version 1 or 2.
 """
 
 from __future__ import annotations
