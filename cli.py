@@ -30,7 +30,7 @@ from pocketlm.cli_options import (
     sampling_keywords,
 )
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import count, print
 
 Arguments = argparse.Namespace
 NAME = "pocketlm"
@@ -175,7 +175,7 @@ def _chat_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--think", choices=("on", "off", "hide"), metavar="on|off|hide", help="whether it thinks first; hide: does so unseen"
     )
-    resumed = "go on with the last conversation with this model, or with the one of that name (/load lists them)"
+    resumed = "go on with the last conversation with this model, or with the one of that name (pocketlm chats lists them)"
     parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="NAME", help=resumed)
     parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
     parser.add_argument("--save", action="store_true", default=None, help="keep a record of a conversation through pipes, too")
@@ -278,8 +278,8 @@ def _generate(arguments: Arguments) -> int:
             print(json.dumps(result, ensure_ascii=False))
         else:
             print()
-            note = f"; {last.note}" if last.note else ""
-            print(f"[{last.generated_tokens} tokens, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
+            tokens, note = count(last.generated_tokens, "token"), f"; {last.note}" if last.note else ""
+            print(f"[{tokens}, {speed:.1f} tokens/s, {last.finish_reason}{note}]", file=sys.stderr)
     return 0
 
 

@@ -9,8 +9,6 @@ from pocketlm.chat import saved, transcript
 from pocketlm.errors import FileError, refused
 from pocketlm.terminal_text import count, print
 
-LISTED_BY = "pocketlm chats lists them"
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `pocketlm chats`."""
@@ -29,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(_delete(_one_of_ours(arguments.delete)))
     elif arguments.export is not None:
         target, name = arguments.export
-        print(_export(Path(target), saved.find(name, LISTED_BY)))
+        print(_export(Path(target), saved.find(name, saved.IN_A_SHELL)))
     else:
         print("\n".join(saved.listed(saved.paths())) or "there are no saved conversations yet")
     return 0
@@ -37,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _one_of_ours(name: str) -> Path:
     """The file of a saved conversation. Raises FileError for a file of another kind: that must not be deleted."""
-    path = saved.find(name, LISTED_BY)
+    path = saved.find(name, saved.IN_A_SHELL)
     if path.parent != transcript.chats_folder():
         transcript.load(path)
     return path

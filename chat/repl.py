@@ -70,7 +70,8 @@ def run(
                 _banner(chat, title, greeting)
             chat.conversation.system = default_system
             if resume:
-                chat.resume(saved.find(resume) if isinstance(resume, str) else None)
+                advice = saved.IN_A_SHELL if program == "pocketlm" else saved.IN_A_CHAT
+                chat.resume(saved.find(resume, advice) if isinstance(resume, str) else None)
             if system is not None:
                 chat.conversation.system = system.encode("utf-8", "replace").decode()  # an argument can hold lone surrogates
             if isinstance(model, Opening):

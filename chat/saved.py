@@ -17,6 +17,7 @@ from pocketlm.chat.transcript import Conversation, chats_folder, load
 from pocketlm.errors import FileError, PocketlmError
 from pocketlm.terminal_text import count, without_controls
 
+IN_A_CHAT, IN_A_SHELL = "/load lists them", "pocketlm chats lists them"
 MOST_DIGITS = 4  # a longer number is the beginning of a name, which starts with a year
 
 
@@ -54,7 +55,7 @@ def as_path(name: str) -> Path:
         return Path(name)
 
 
-def find(name: str, advice: str = "/load lists them") -> Path:
+def find(name: str, advice: str = IN_A_CHAT) -> Path:
     """The file that a user means by a path, by a saved conversation's name or its beginning, or by its number in the list.
 
     Raises FileError, with this `advice`, if there is none, PocketlmError if there are several.

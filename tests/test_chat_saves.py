@@ -11,6 +11,7 @@ import pytest
 from chat_fake import FakeModel, chat
 
 from pocketlm.chat import transcript
+from pocketlm.chat.repl import run
 from pocketlm.errors import FileError, PocketlmError
 
 FULL = f"""
@@ -191,3 +192,9 @@ def test_the_data_folder_is_where_each_system_wants_it(platform, environment, ex
 def test_an_unknown_conversation_name_is_an_error_before_the_first_message():
     with pytest.raises(PocketlmError, match="there is no such conversation"):
         chat("Hello", resume="nothing")
+
+
+@pytest.mark.parametrize(("program", "advice"), [("pocketlm", "pocketlm chats lists them"), ("friend", "/load lists them")])
+def test_who_resumes_in_a_shell_what_is_not_there_reads_which_command_lists_them(program, advice):
+    with pytest.raises(FileError, match=f"nothing: there is no such conversation; {advice}"):
+        run(FakeModel(), sampling={}, resume="nothing", program=program)
