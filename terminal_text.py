@@ -66,7 +66,7 @@ class StatusLine:
 
 def count(n: int, thing: str) -> str:
     """ "1 turn", "2 turns"."""
-    return f"{n} {thing}{'s' * (n != 1)}"
+    return f"{n:,} {thing}{'s' * (n != 1)}"
 
 
 def clock(seconds: float) -> str:

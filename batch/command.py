@@ -13,7 +13,7 @@ from typing import Any
 from pocketlm import __version__
 from pocketlm.cli_options import form_keywords, is_packed, open_model, running_keywords, sampling_keywords
 from pocketlm.errors import UsageError, whole_number
-from pocketlm.terminal_text import StatusLine, clock, print
+from pocketlm.terminal_text import StatusLine, clock, count, print
 
 SLOTS = 8
 EVERY = 0.5, 30.0  # seconds between two words on how far it is: to a terminal, and to what is not
@@ -102,5 +102,5 @@ class Progress(StatusLine):
         if 0 < errors == done:
             return f"{output}: none of {done:,} lines could be answered; what is wrong with each stands there"
         failed = f", {errors:,} of them errors" if errors else ""
-        speed = f"{self._tokens:,} tokens in {clock(seconds)}, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
-        return f"{output}: {done:,} answers{failed}; {speed}"
+        speed = f"{count(self._tokens, 'token')} in {clock(seconds)}, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s"
+        return f"{output}: {count(done, 'answer')}{failed}; {speed}"

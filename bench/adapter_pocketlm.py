@@ -12,6 +12,7 @@ import numpy as np
 import pocketlm
 from pocketlm import __version__
 from pocketlm.errors import PocketlmError
+from pocketlm.terminal_text import count
 
 # Drafts would make random weights that repeat themselves look fast: other engines are compared without theirs, too
 CACHES = {"q16": "int16", "q8": "int8"}
@@ -21,14 +22,14 @@ WHOLE: dict[str, Any] = {"ignore_eos": True, "draft": False}
 class Pocketlm:
     def __init__(self, path: str, n_threads: int, n_ctx: int, backend: str, kv: str = "q16"):
         self._model = pocketlm.load(path, backend, n_threads, n_ctx, kv)
-        settings = f"{n_threads} threads, {CACHES[kv]} KV cache, no drafts"
+        settings = f"{count(n_threads, 'thread')}, {CACHES[kv]} KV cache, no drafts"
         self.facts = {"version": f"pocketlm {__version__}", "settings": settings}
         if backend == "native":
             from pocketlm.runtime.native import levels
 
             self.facts["build"] = f"kernels for {levels.detect().name}"
         else:
-            self.facts["build"] = f"NumPy {np.__version__}, single-threaded BLAS under {n_threads} Python threads"
+            self.facts["build"] = f"NumPy {np.__version__}, single-threaded BLAS under {count(n_threads, 'Python thread')}"
 
     def truncate(self, length: int) -> int:
         """How many are left: none, where sliding windows need what is gone."""

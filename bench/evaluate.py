@@ -22,7 +22,7 @@ from pocketlm.cli_options import open_model, read_text, running_arguments
 from pocketlm.errors import PocketlmError, UsageError
 from pocketlm.model import find_model
 from pocketlm.runtime.evaluation import perplexity
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import count, print
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda row: row["model"],
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows[0] if len(arguments.models) * len(texts) == 1 else rows, ensure_ascii=False))
     elif len(rows) == 1 and not arguments.markdown and not failures:
-        row, counts = rows[0], f"{rows[0]['tokens']} tokens in windows of {rows[0]['window']}"
+        row, counts = rows[0], f"{count(rows[0]['tokens'], 'token')} in windows of {rows[0]['window']}"
         print(f"perplexity {row['perplexity']:.4f}, {row['bits_per_character']:.4f} bits per character, {counts}")
         print(f"[{row['tokens'] / row['seconds']:.0f} tokens/s, {row['backend']}]", file=sys.stderr)
     elif rows:

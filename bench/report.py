@@ -39,7 +39,7 @@ def tables(result: Result) -> list[Table]:
 def head(result: Result) -> list[str]:
     """The machine and the settings, a line each."""
     facts = result["machine"]
-    return [machine.line(facts), f"{facts['threads']} threads, {facts['bandwidth'] / 1e9:.1f} GB/s from memory"]
+    return [machine.line(facts), f"{count(facts['threads'], 'thread')}, {facts['bandwidth'] / 1e9:.1f} GB/s from memory"]
 
 
 def foot(result: Result) -> list[str]:
@@ -87,7 +87,7 @@ def _speed(model: Result, settings: Result) -> list[Table]:
     header = ["tokens/s", *(task.column.format(key) for task, key in columns), *(["user sees"] if user else []), "status"]
     rounds, tokens = settings["rounds"], settings["tokens"]
     spread = "± what another run's median may be off by" if rounds >= summary.FEWEST else "too few for a ±"
-    note = f"after N: {tokens} tokens with N in the cache; medians of {count(rounds, 'round')}, {spread}"
+    note = f"after N: {count(tokens, 'token')} with N in the cache; medians of {count(rounds, 'round')}, {spread}"
     return [Table(_title(model), header, rows, [note])]
 
 

@@ -28,6 +28,7 @@ from pocketlm.runtime.hyper import Hyper, read_hyper
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.tensor import Tensor
 from pocketlm.runtime.threads import default_threads
+from pocketlm.terminal_text import count
 from pocketlm.tokenizer import Tokenizer, from_metadata
 
 N_LAYER, N_ROWS, N_IDS, N_LOGITS, CTX, N_ANSWER = 2, 2048, 24, 512, 64, 8
@@ -170,4 +171,4 @@ def _answer(turn: str, executable: Path) -> tuple[str, bool | None]:
         return f"cannot be had here ({error})", None
     with model:
         pieces = list(model.chat([{"role": "user", "content": turn}], max_tokens=N_ANSWER, temperature=0))
-    return f"{pieces[-1].generated_tokens} tokens", True
+    return count(pieces[-1].generated_tokens, "token"), True

@@ -220,9 +220,10 @@ class Chat:
             new = last.prompt_tokens - last.cached_tokens
             speed = new / last.prompt_seconds if last.prompt_seconds else 0.0
             lines.append(self._figures())
-            lines.append(f"prompt: {new} new tokens, {last.cached_tokens} from the cache, {speed:.0f} tokens/s")
+            lines.append(f"prompt: {count(new, 'new token')}, {last.cached_tokens} from the cache, {speed:.0f} tokens/s")
             if last.drafted_tokens:
-                lines.append(f"drafts from the conversation: {last.accepted_tokens} of {last.drafted_tokens} tokens accepted")
+                drafted = count(last.drafted_tokens, "token")
+                lines.append(f"drafts from the conversation: {last.accepted_tokens} of {drafted} accepted")
         return lines
 
     # ---- what the commands do

@@ -17,6 +17,7 @@ from pocketlm.runtime.memory import MIB, available_bytes
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.plan import read_plan
 from pocketlm.runtime.threads import check_threads
+from pocketlm.terminal_text import count
 
 CONTEXTS = (512, 4096)  # beside the longest that the model is made for
 PIS = (1, 2, 4, 8)  # GB
@@ -51,8 +52,9 @@ def portrait_with(path: Path, n_threads: int, bytes_per_second: float) -> list[s
         does = "holds conversations" if "tokenizer.chat_template" in file.metadata else "continues texts"
     speeds = {"here": bytes_per_second, **{f"on a {name}": speed for name, speed in PI_SPEEDS.items()}}
     most = ", ".join(f"{speed / here.read:.0f} {where}" for where, speed in speeds.items())
+    layers = count(hyper.n_layer, "layer")
     return [
-        f"It {does}: {hyper.architecture}, {hyper.n_layer} layers, {hyper.n_embd} wide, made for {hyper.n_ctx:,} tokens.",
+        f"It {does}: {hyper.architecture}, {layers}, {hyper.n_embd} wide, made for {hyper.n_ctx:,} tokens.",
         f"Memory: {sizes}{_beside(experts)}.",
         f"Tokens a second, at most: {most} (each reads {size_text(here.read)} of weights).",
         f"Raspberry Pi without a desktop: {', '.join(boards)}.",

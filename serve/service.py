@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.serve.guard import is_loopback
+from pocketlm.terminal_text import count
 
 MIB = 1 << 20  # what systemd calls M
 BESIDE = 192 * MIB  # Python, the tables of the tokenizer, working memory
@@ -96,7 +97,7 @@ def unit(arguments: Any, words: list[str], model: Any) -> str:
         name=NAME, model=_plain(model.name),
         command=" ".join(_quoted(word) for word in (*program, *_without_key(words, arguments, model.path))),
         secrets="" if _has_key(arguments) else "-", file=SECRETS,
-        slots=f"{slots} conversations of {model.n_ctx} tokens", memory=memory,
+        slots=f"{count(slots, 'conversation')} of {model.n_ctx} tokens", memory=memory,
         network="" if not is_loopback(arguments.host) else "IPAddressDeny=any\nIPAddressAllow=localhost\n",
         bound="".join(f"BindReadOnlyPaths={_path(path)}\n" for path in _hidden([*needed, model.path])),
         capabilities="CAP_NET_BIND_SERVICE" if low else "", users="no" if low else "yes",

@@ -42,6 +42,11 @@ def test_generate_prints_the_text_and_says_how_fast(tiny, capsys):
     assert "length" in err
 
 
+def test_generate_says_one_token_of_one(tiny, capsys):
+    assert main(["generate", str(tiny), "-p", "he", "-n", "1", "--temp", "0", "--ignore-eos"]) == 0
+    assert capsys.readouterr().err.startswith("[1 token, ")
+
+
 def test_generate_takes_its_prompt_from_three_places(tiny, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("Once upon")
     words = ["generate", tiny, "--seed", "3", "-n", "8", "--ignore-eos"]

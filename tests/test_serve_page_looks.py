@@ -98,3 +98,17 @@ LANGUAGES = {"tr-TR": "Gönder", "pl-PL": "Wyślij", "ru-RU": "Отправит�
 @pytest.mark.parametrize(("locale", "word"), LANGUAGES.items())
 def test_the_browser_chooses_the_words(server, visit, locale, word):
     assert visit(locale=locale).inner_text("#send") == word
+
+
+@pytest.mark.parametrize(
+    ("locale", "said"),
+    [
+        ("en", ["1 token ", "2 tokens ", "5 tokens "]), ("tr", ["1 token ", "2 token ", "5 token "]),
+        ("pl", ["1 token ", "2 tokeny ", "5 tokenów "]), ("ru", ["1 токен ", "2 токена ", "5 токенов "]),
+    ],
+)  # fmt: skip
+def test_tokens_are_counted_as_the_language_counts(server, visit, locale, said):
+    page = visit(locale=locale)
+    for n, text in zip((1, 2, 5), said, strict=True):
+        timings = f"{{cache_n: 0, prompt_n: 6, predicted_n: {n}, predicted_per_second: 1}}"
+        assert f"· {text}·" in page.evaluate(f"figure({timings})")

@@ -19,6 +19,7 @@ from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
 from pocketlm.errors import FileError, PocketlmError, UsageError, needed, one_of, refused
 from pocketlm.export.model_config import read_pairs
 from pocketlm.runtime.atomic import write_file
+from pocketlm.terminal_text import count
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
 from pocketlm.train import batches, data, documents, log, vocabularies
 from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
@@ -173,7 +174,7 @@ def _train(
                 model, fast, feed, val, settings, cadence, folder, ranks, identity=identity, sample=sample, plot=plot
             )
         if ranks.leads:
-            print(f"{folder / checkpoints.LAST}: validation loss {at.val_loss:.4f} after {at.step} steps")
+            print(f"{folder / checkpoints.LAST}: validation loss {at.val_loss:.4f} after {count(at.step, 'step')}")
 
 
 def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ after every document, and a mask of the tokens to learn. `state.json` says which
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from bisect import bisect_right
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from pocketlm.chat.templates import BUILT_IN, Template
 from pocketlm.errors import FileError, PocketlmError, one_of
 from pocketlm.runtime.atomic import replacing_file, write_file
+from pocketlm.terminal_text import count
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.documents import IDS, Document, Reading, dtype_of_ids, read_documents, read_ids
 from pocketlm.train.vocabularies import check_markers
@@ -101,7 +102,7 @@ def prepare(
             say(f"{file} is given {times} times")
     jobs = [*{(file.resolve(), split): (file, split) for file, split in given}.values()]
     known = {(part["key"][0], part["key"][3]): name for name, part in old.items() if "key" in part}  # wherever it stood
-    free = (name for number in count() if (name := f"part-{number:05d}") not in old)
+    free = (name for number in itertools.count() if (name := f"part-{number:05d}") not in old)
     parts = {name: old.get(name, {}) for name in [known.get((str(file), split)) or next(free) for file, split in jobs]}
     for name, (file, split) in zip(parts, jobs, strict=True):
         try:
@@ -201,7 +202,7 @@ class Corpus:
 
     @cached_property
     def _begins(self) -> list[int]:
-        return [0, *accumulate(map(len, self.ids))]
+        return [0, *itertools.accumulate(map(len, self.ids))]
 
     @cached_property
     def _cuts(self) -> np.ndarray:
@@ -239,6 +240,6 @@ def open_corpus(folder: Path, split: str, context: int, n_vocab: int, sentence_e
     masks = [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems]
     corpus = Corpus([*ids], [*masks], context, [part["key"][0] for part in parts.values()], sentence_ends)
     if not corpus.n_blocks(context - 1 if split == "train" else 0):
-        problem = f"its {split} split has {corpus.n_tokens} tokens, too few for a sequence of {context}"
+        problem = f"its {split} split has {count(corpus.n_tokens, 'token')}, too few for a sequence of {context}"
         raise FileError(folder, problem, "give more text, a smaller --context, or a --val file")
     return corpus

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.terminal_text import print
+from pocketlm.terminal_text import count, print
 from pocketlm.train.decoder import Decoder
 from pocketlm.train.presets import Settings
 
@@ -118,5 +118,5 @@ def memory_errors(settings: Settings, ranks: Ranks) -> Iterator[None]:
         others = [] if settings.checkpointing else ["--checkpointing"]
         others += [] if settings.optimizer == "adamw8bit" else ["--optimizer adamw8bit"]
         advice = f"--micro-batch {smaller[-1]}" if smaller else " or ".join(others) or "a smaller --context"
-        where = f"{settings.micro_batch} sequences of {settings.context} tokens at once"
+        where = f"{count(settings.micro_batch, 'sequence')} of {count(settings.context, 'token')} at once"
         raise PocketlmError(f"out of memory on {ranks.device} with {where}: try {advice}") from None

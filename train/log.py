@@ -10,7 +10,7 @@ from typing import Any
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.atomic import replacing_file, write_file
-from pocketlm.terminal_text import clock
+from pocketlm.terminal_text import clock, count
 
 LOG, PICTURE = "log.jsonl", "log.png"
 CURVES = {  # of a row, below the loss: label, colour
@@ -73,11 +73,12 @@ def facts(sizes: dict[str, int], tok: Any, train: Any, settings: Any) -> Iterato
     for file, ids in rows[:MOST]:
         some = ids[:DECODED].tolist()
         length = len(tok.decode(some)) / len(some)
-        yield f"{file}: {len(ids):,} tokens ({len(ids) / train.n_tokens:.1%}), {length:.2f} characters a token"
+        yield f"{file}: {count(len(ids), 'token')} ({len(ids) / train.n_tokens:.1%}), {length:.2f} characters a token"
     if rest := rows[MOST:]:
-        yield f"{len(rest)} more files: {sum(len(ids) for _, ids in rest):,} tokens"
+        yield f"{count(len(rest), 'more file')}: {count(sum(len(ids) for _, ids in rest), 'token')}"
     seen = settings.steps * settings.batch * settings.context
-    yield f"{settings.steps:,} steps of {settings.batch * settings.context:,} tokens: {seen / train.n_tokens:.2f} epochs"
+    steps, tokens = count(settings.steps, "step"), count(settings.batch * settings.context, "token")
+    yield f"{steps} of {tokens}: {seen / train.n_tokens:.2f} epochs"
 
 
 def smoothed(values: list[float]) -> list[float]:
