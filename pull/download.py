@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,7 +33,7 @@ def download(remote: Remote, target: Path, sha256: str, progress: Progress = lam
     """Fetch the file to `target`. Raises PocketlmError, one line, also where its SHA-256 is not `sha256`."""
     part, ours = target.with_name(f"{target.name}.{sha256[:12]}.part"), False
     try:
-        with open(part, "a+b") as file:
+        with open(part, "a+b", opener=_opened) as file:
             if not lock_file(file.fileno(), 0.0):
                 raise PocketlmError(f"{target.name} is being fetched by another program")
             ours = True
@@ -55,6 +56,19 @@ def download(remote: Remote, target: Path, sha256: str, progress: Progress = lam
         with suppress(OSError):
             if ours and part.stat().st_size == 0:
                 part.unlink()
+
+
+def _opened(part: str, flags: int) -> int:
+    """The part's file, if it is this user's alone: in a folder of all, a link or a file under its name may be a trap."""
+    advice = "delete it, or name another place with -o"
+    if os.path.islink(part):
+        raise FileError(part, "is a link in the place of a part of the file", advice)
+    handle = os.open(part, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or (os.name != "nt" and found.st_uid != os.geteuid()):
+        os.close(handle)
+        raise FileError(part, "is no part of the file that this user has fetched", advice)
+    return handle
 
 
 def _fill(file: Any, remote: Remote, have: int, progress: Progress) -> str:

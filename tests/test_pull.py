@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import re
 import threading
 import time
@@ -230,6 +231,22 @@ def test_wrong_bytes_are_not_kept(served, capsys, tmp_path):
     served.serve = lambda handler, body, start: handler.give(body[:-1] + bytes([body[-1] ^ 1]), start)
     assert "what came is not this file (its SHA-256 differs); nothing was kept" in failure(capsys)
     assert parts(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make links")
+@pytest.mark.parametrize("trap", [os.symlink, os.link])
+def test_a_link_in_the_place_of_the_part_leads_to_no_file_that_is_written_to(served, capsys, tmp_path, trap):
+    """In a folder of all, others know the part's name."""
+    letter, shared = tmp_path / "letter.txt", tmp_path / "shared"
+    letter.write_text("dear")
+    shared.mkdir()
+    part = shared / f"m.gguf.{hashlib.sha256(served.content).hexdigest()[:12]}.part"
+    trap(letter, part)
+    assert f"{part}: is " in failure(capsys, "-o", str(shared / "m.gguf"))
+    assert letter.read_text() == "dear"
+    part.unlink()
+    pull(capsys, "-o", str(shared / "m.gguf"))
+    assert (shared / "m.gguf").read_bytes() == served.content
 
 
 def test_a_part_that_was_changed_on_the_disk_is_not_built_upon(served, capsys, tmp_path):
