@@ -7,7 +7,7 @@ scaled, longer than the context that the model was first trained for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from families import N_VOCAB, Shapes, write_random
 from llama_reference import LlamaReference
 
 import pocketlm
+from pocketlm.runtime.operations import Rotate
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ MODELS = {
         "gpt-oss", {**EXPERTS, "expert_feed_forward_length": 64, "attention.sliding_window": 8},
         {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES},
     ),
+    "gpt-oss, another base in windows": Row(
+        "gpt-oss",
+        {**EXPERTS, "expert_feed_forward_length": 64, "attention.sliding_window": 8, "rope.freq_base_swa": 500.0},
+        {**OWN_HEAD, **QKV_BIASES, **GPT_OSS_BIASES},
+    ),
     "olmoe": Row("olmoe", EXPERTS, OWN_HEAD, narrow=True, equal=True, seed=27),
     "olmoe, all of two": Row(
         "olmoe", {**YARN, "expert_count": 2, "expert_used_count": 2}, OWN_HEAD, narrow=True, equal=True,
@@ -126,6 +132,7 @@ MODELS = {
     "gemma2, windows layer by layer": Row(
         "gemma2", {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True, True]},
     ),
+    "gemma2, another base in windows": Row("gemma2", {"attention.sliding_window": 8, "rope.freq_base_swa": 500.0}),
     "gemma2, no caps said": Row("gemma2", {"attention.sliding_window": 8}),
     "gemma2, as deep as 27B": Row("gemma2", {"attention.sliding_window": 8}, {}, {"n_layer": 46}, 12),
     "hunyuan-dense": Row("hunyuan-dense", {"rope.freq_base": 1e6}),
@@ -133,6 +140,9 @@ MODELS = {
     "gemma3, as deep as 27B": Row("gemma3", {"attention.sliding_window": 8}, {}, {"n_layer": 62}, 12),
     "lfm2": Row("lfm2", {"shortconv.l_cache": 3, "rope.freq_base": 1e6}, {}, {"n_layer": 5}, narrow=True, convolved=(0, 1, 3)),
     "lfm2, longer convolutions, own head": Row("lfm2", {"shortconv.l_cache": 7}, OWN_HEAD, narrow=True, convolved=(1, 2)),
+    "lfm2, a window": Row(
+        "lfm2", {"shortconv.l_cache": 3, "attention.sliding_window": 8}, {}, {"n_layer": 5}, narrow=True, convolved=(0, 1, 3),
+    ),
     "lfm2, one position": Row("lfm2", {"shortconv.l_cache": 2}, {}, {"n_layer": 2}, narrow=True, convolved=(0,)),
     "olmo2": Row("olmo2", {}, OWN_HEAD, narrow=True),
     "olmo2, yarn": Row("olmo2", YARN, OWN_HEAD, narrow=True),
@@ -190,3 +200,11 @@ def test_logits_are_llama_cpps(tmp_path, name, shape):
             executor.cache.truncate(0)
             one_by_one = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
             assert compare(expected, one_by_one).worst_cosine >= 0.9999, backend
+
+
+def test_the_windows_of_an_olmo3_turn_by_the_base_that_its_file_gives_them(tmp_path):
+    """transformers has one base for windows and one for the rest; llama.cpp reads both and computes with the second."""
+    row = MODELS["olmo3"]
+    write(tmp_path / "m.gguf", replace(row, keys={**row.keys, "rope.freq_base_swa": 500.0}), SHAPES["wide heads"])
+    with pocketlm.load(tmp_path / "m.gguf", backend="numpy") as model:
+        assert [op.rope.theta for op in model._plan.ops if isinstance(op, Rotate)] == [500.0] * 3 + [10000.0, 500.0]

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pocketlm.runtime.hyper_parameters import Hyper, Rope
@@ -50,7 +51,8 @@ GPT2: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "g
 LLAMA: dict[str, Any] = {
     "norm": "rms", "position": "rope", "rope_pairs": "interleaved", "activation": "silu", "gated": True,
 }  # fmt: skip
-WINDOWS = "attention.sliding_window", "attention.sliding_window_pattern"  # settings of an architecture that asks for `window`
+# settings of an architecture that asks for `window` and `local_rope`
+WINDOWS = "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
 class Builder:
@@ -139,6 +141,11 @@ class Builder:
             return size if self.numbers(WINDOWS[1])[self.layer] else 0
         period = int(self.number(WINDOWS[1], period))
         return 0 if period and (self.layer + 1) % period == 0 else size
+
+    def local_rope(self, theta: float | None = None, **changes: Any) -> Rope | None:
+        """The rotary positions of layers with a window: the model's with these changes; the file may give another theta."""
+        rope = self.hyper.rope
+        return rope and replace(rope, theta=self.number(WINDOWS[2], theta or rope.theta, 1.001), **changes)
 
     def logits(self, x: str = "h") -> None:
         """logits = W x, with the token table where there is no output matrix."""

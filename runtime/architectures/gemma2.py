@@ -21,10 +21,11 @@ def operations(m: Builder) -> None:
     h = m.hyper
     is_27b = h.n_layer == 46  # the only one that does not divide by the root of a head's width
     scale = (h.n_embd // h.n_head if is_27b else h.head_dim) ** -0.5
-    softcap = m.number("attn_logit_softcapping", 50.0)
+    local, softcap = m.local_rope(), m.number("attn_logit_softcapping", 50.0)
 
     def attention(b: Builder) -> None:
-        b.attention(scale=scale, softcap=softcap, window=b.window(2, 4096))
+        window = b.window(2, 4096)
+        b.attention(rope=local if window else None, scale=scale, softcap=softcap, window=window)
         b.norm("post_attention_norm", "y", "y")
 
     pre_norm(m, attention, feed_forward, gemma.embed)

@@ -5,21 +5,19 @@ Five of six layers see a window and have rotary positions of their own; the sixt
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pocketlm.runtime.architectures import gemma
 from pocketlm.runtime.architectures.common import WINDOWS, Builder, pre_norm
 from pocketlm.runtime.architectures.gemma2 import feed_forward
 
 USUAL = gemma.USUAL
-SETTINGS: tuple[str, ...] = (*WINDOWS, "rope.freq_base_swa", "final_logit_softcapping")
+SETTINGS: tuple[str, ...] = (*WINDOWS, "final_logit_softcapping")
 
 
 def operations(m: Builder) -> None:
     h = m.hyper
     is_27b = h.n_layer == 62  # the only one that does not divide by the root of a head's width
     scale = (h.n_embd // h.n_head if is_27b else h.head_dim) ** -0.5
-    local = h.rope and replace(h.rope, theta=m.number("rope.freq_base_swa", 10000.0, 1.001), scaling="none", factor=1.0)
+    local = m.local_rope(10000.0, scaling="none", factor=1.0)
 
     def attention(b: Builder) -> None:
         window = b.window(6)

@@ -18,9 +18,11 @@ SETTINGS: tuple[str, ...] = (
 
 def operations(m: Builder) -> None:
     n_ff = m.count("expert_feed_forward_length", m.hyper.n_ff)
-    rope = m.hyper.rope and replace(m.hyper.rope, truncate=bool(m.choice("rope.scaling.truncate", True, (True, False))))
+    truncate = bool(m.choice("rope.scaling.truncate", True, (True, False)))
+    rope, local = m.hyper.rope and replace(m.hyper.rope, truncate=truncate), m.local_rope(truncate=truncate)
 
     def attention(b: Builder) -> None:
-        b.attention(rope=rope, window=b.window(2), sinks="attn_sinks.weight")
+        window = b.window(2)
+        b.attention(rope=local if window else rope, window=window, sinks="attn_sinks.weight")
 
     pre_norm(m, attention, lambda b: b.experts(n_ff=n_ff), ffn_norm="post_attention_norm")

@@ -9,15 +9,16 @@ from __future__ import annotations
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "shortconv.l_cache")
+SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "attention.sliding_window", "shortconv.l_cache")
 
 
 def operations(m: Builder) -> None:
     n_kv_heads, taps = m.numbers("attention.head_count_kv", m.hyper.n_kv_head), m.count("shortconv.l_cache")
+    window = int(m.number("attention.sliding_window", 0))
 
     def attention(b: Builder) -> None:
         if n_kv_heads[b.layer]:
-            b.attention(heads=b.norm_heads)
+            b.attention(heads=b.norm_heads, window=window)
         else:
             b.short_convolution(taps)
 
