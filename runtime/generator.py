@@ -116,15 +116,19 @@ def generate(
 
     With `draft`, what the text so far foretells is verified in one pass where that pays (see `drafts`); the answer is the same.
 
-    Raises UsageError for an empty prompt, an id outside the vocabulary, an empty stop string or a negative max_tokens,
-    PocketlmError for a prompt longer than the context: with the first record, before anything is computed. PocketlmError
-    where another answer of the same session has begun, or the session has ended, since the last record.
+    Raises UsageError for an empty prompt, an id outside the vocabulary, an empty stop string, a negative max_tokens or a
+    switch that is neither True nor False, PocketlmError for a prompt longer than the context: with the first record, before
+    anything is computed. PocketlmError where another answer of the same session has begun, or the session has ended, since
+    the last record.
     """
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if not all(isinstance(s, str) and s for s in stops):
         raise UsageError(f"stop is {stop!r}; every stop string needs at least one character")
     if max_tokens is not None and (not isinstance(max_tokens, Integral) or max_tokens < 0):
         raise UsageError(f"max_tokens is {max_tokens!r}; it must be a whole number from 0 up")
+    for name, value in {"ignore_eos": ignore_eos, "reuse_cache": reuse_cache, "draft": draft}.items():
+        if not isinstance(value, (bool, np.bool_)):  # "off" would be on
+            raise UsageError(f"{name} is {value!r:.60}; it must be True or False")
     cancelled = cancel.is_set if cancel is not None else lambda: False
     if isinstance(cancel, Cancel):
         cancel.hear(session.engine.end_row)

@@ -87,7 +87,11 @@ def test_what_is_no_whole_number_is_refused(path, model, number):
     assert model.session(ctx=np.int64(16)).n_ctx == 16
 
 
-@pytest.mark.parametrize("option", [{"stop": 5}, {"stop": [5]}, {"stop": [""]}, {"cancel": True}, {"cancel": 5}])
+@pytest.mark.parametrize(
+    "option",
+    [{"stop": 5}, {"stop": [5]}, {"stop": [""]}, {"cancel": True}, {"cancel": 5}, {"draft": "off"}, {"ignore_eos": "no"},
+     {"reuse_cache": None}],
+)  # fmt: skip
 @pytest.mark.parametrize("chat", [False, True])
 def test_options_of_the_wrong_kind_are_refused(model, option, chat):
     def use():

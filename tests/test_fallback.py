@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from tiny_models import write_model
@@ -15,6 +16,7 @@ from pocketlm.runtime import operations as P
 from pocketlm.runtime.activations import ACTIVATIONS
 from pocketlm.runtime.executors import make_executor
 from pocketlm.runtime.hyper import read_hyper
+from pocketlm.runtime.native import compiler, kernels
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.tiling import LAYOUTS
 from pocketlm.runtime.numpy_executor import NumpyExecutor
@@ -92,6 +94,15 @@ def test_an_activation_without_native_code(opened, monkeypatch, capsys):
     plan = plan_of(opened)
     ops = tuple(replace(op, kind="tanh") if isinstance(op, P.Activate) else op for op in plan.ops)
     check(opened, replace(plan, ops=ops), "no native code for Activate of the kind 'tanh'", capsys)
+
+
+def test_an_llvmlite_that_is_too_old(opened, monkeypatch, tmp_path, capsys):
+    """The LLVM 20 of llvmlite 0.47 refused what others compile."""
+    monkeypatch.setattr(llvm, "llvm_version_info", (20, 1, 8))
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "_target_machine", compiler._target_machine.__wrapped__)
+    monkeypatch.setattr(kernels, "loaded", kernels.loaded.__wrapped__)
+    check(opened, plan_of(opened), "need a newer llvmlite; get it with: pip install", capsys)
 
 
 def test_a_model_says_which_backend_runs(tmp_path, without_q4_0, capsys):

@@ -20,6 +20,7 @@ NO_KEYS = dict.fromkeys(vocabulary())
 WITHOUT = {  # what such files say in place of a tokenizer
     "nothing": NO_KEYS,
     "no_vocab": {**NO_KEYS, "tokenizer.ggml.model": "no_vocab"},
+    "none": {**NO_KEYS, "tokenizer.ggml.model": "none"},
 }
 ADVICE = "give it one: pocketlm export {path} -o OUT.gguf --tokenizer FILE"
 LINE = "it has no tokenizer, so it takes token ids and no text; " + ADVICE

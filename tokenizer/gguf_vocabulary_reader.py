@@ -33,7 +33,7 @@ from pocketlm.tokenizer.pretokenize import WHOLE_WORDS_FIRST, check_name
 from pocketlm.tokenizer.unigram import Unigram
 
 _GGML = "tokenizer.ggml."
-_NO_MODEL = ("", "no_vocab")  # tokenizer.ggml.model of a file without one; llama.cpp's converters write the second
+_NO_MODEL = ("", "no_vocab", "none")  # tokenizer.ggml.model of a file without one; llama.cpp's converters write the second
 # tokenizer.ggml.model → the kind of tokenizer
 _KINDS = {"gpt2": "byte_bpe", "llama": "sentencepiece", "t5": "unigram"}
 # Hugging Face says this of Phi-3's markers and the GGUF format has no key for it; llama.cpp, too, goes by the name.

@@ -14,6 +14,7 @@ from pocketlm.errors import PocketlmError
 from pocketlm.runtime.native.executable_memory import NativeUnavailable
 from pocketlm.runtime.native.levels import Level
 
+LLVM = 22  # the first whose vpdpbusd takes bytes, as dot.py has them; llvmlite 0.48 brings it
 Emitted = TypeVar("Emitted", bytes, str)
 
 
@@ -21,7 +22,7 @@ def compile_object(ir_text: str, level: Level) -> bytes:
     """The object file of a module, for `level`; code and constants only, nothing may be left to a C library.
 
     Every symbol gets hidden visibility, so that references within the image are direct (there is no global offset table),
-    and functions keep off the red zone, which Windows does not have. NativeUnavailable: there is no llvmlite;
+    and functions keep off the red zone, which Windows does not have. NativeUnavailable: there is no llvmlite, or an old one;
     PocketlmError: the text is not valid IR (a defect of the kernels).
     """
     return _compile(ir_text, level, lambda machine, module: machine.emit_object(module))
@@ -67,6 +68,8 @@ def _target_machine(level: Level) -> tuple[Any, Any]:
         import llvmlite.binding as llvm
     except (ImportError, OSError) as error:
         raise NativeUnavailable(f"the native kernels need llvmlite, which cannot be imported ({error})") from error
+    if llvm.llvm_version_info < (LLVM,):
+        raise NativeUnavailable("the native kernels need a newer llvmlite; get it with: pip install --upgrade llvmlite")
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(level.triple)

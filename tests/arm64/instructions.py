@@ -103,7 +103,7 @@ def make_site(work: Path, llama: Path) -> Path:
     if not (site := work / "site").exists():
         platforms = [word for name in PLATFORMS for word in ("--platform", name)]
         pip = [sys.executable, "-m", "pip", "install", "-q", "--only-binary", ":all:", "--python-version", PYTHON]
-        needed = ["numpy", "llvmlite>=0.46", "jinja2", "prompt_toolkit", "regex", "typing_extensions", "diskcache"]
+        needed = ["numpy", "llvmlite>=0.48", "jinja2", "prompt_toolkit", "regex", "typing_extensions", "diskcache"]
         call(*pip, "--implementation", "cp", *platforms, "--target", site, *needed)
     for name, path in (("pocketlm", SOURCE), ("llama_cpp", llama / "llama_cpp")):
         (site / name).unlink(missing_ok=True)
