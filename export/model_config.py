@@ -64,6 +64,7 @@ SETTINGS: dict[str, Setting] = {
     "tied": Setting(
         bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
     ),
+    "attention_scale": Setting(str, "", "head_dim|n_embd"),  # by whose root scores are divided
     "n_experts_used": Setting(int, "num_experts_per_tok", "2"),
     "logit_softcap": Setting(float, "logit_softcap", "15|20"),
     "model_type": Setting(str, "", "llama"),
@@ -87,6 +88,7 @@ WORDS = {
         "learned": "learned absolute learnable embedding", "rope": "rope rotary", "alibi": "alibi", "none": "none nope",
     }),
     "rope_pairs": _words({"half": "half", "interleaved": "interleaved"}),
+    "attention_scale": _words({"head_dim": "head_dim head_size", "n_embd": "n_embd c"}),
 }  # fmt: skip
 
 FLAGS = {  # a configuration may say yes or no instead of a word
@@ -117,7 +119,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "minimind": "",  # told by its tensors
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
-    "mistral": {"sliding_window": 4096}, "exaone4": {"sliding_window": 4096},
+    **dict.fromkeys(("mistral", "exaone4", "gemma3_text"), {"sliding_window": 4096}),
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
