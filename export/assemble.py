@@ -218,7 +218,8 @@ def has_own_head(tensors: Mapping[str, LazyTensor]) -> bool:
     """Tells minGPT from nanoGPT before flash attention, which saves masks, too, but ties its head; and nanochat from the
     modded-nanogpt of October 2024, whose names it took over.
     """
-    head, table = (next((t for name, t in tensors.items() if name.endswith(end)), None) for end in ("lm_head.weight", "wte.weight"))
+    ends = ("lm_head.weight", "wte.weight")
+    head, table = (next((tensor for name, tensor in tensors.items() if name.endswith(end)), None) for end in ends)
     return head is not None and table is not None and not is_tied(head, table)
 
 

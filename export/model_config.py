@@ -119,7 +119,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "minimind": "",  # told by its tensors
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
-    **dict.fromkeys(("mistral", "exaone4", "gemma3_text"), {"sliding_window": 4096}),
+    **{name: {"sliding_window": 4096} for name in ("mistral", "exaone4", "gemma3_text")},
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 WINDOW_ON_DEMAND = ("qwen2", "qwen3", "qwen2moe", "qwen3moe", "smollm3")  # those whose window `use_sliding_window` turns on
