@@ -164,6 +164,12 @@ DIALECTS = (
 )  # fmt: skip
 
 
+GUESSED = (
+    "its code base is known by no sign: norms were taken to stand before attention and feed-forward, scores to be divided by "
+    "√head_dim, embeddings to be used as they are; compare an answer with --temp 0 with your own program's"
+)
+
+
 def recognise(tensors: Tensors) -> Dialect:
     """The first row whose signs all match and whose test holds."""
     names = "\n".join(tensors)
@@ -245,6 +251,8 @@ def to_canonical(
     said = {**checkpoint.config, "guessed from shapes": dialect.guess(checkpoint.tensors)}
     config = ModelConfig(said, given, path)
     model = arrange(path, found, buffers, config, dialect)
+    if dialect is DIALECTS[-1]:
+        model.notes.append(GUESSED)
     if family:
         model = checked(model, config, family.fixed)
     if checkpoint.sets:

@@ -241,6 +241,7 @@ def test_one_module_a_head(scale: str, tmp_path: Path) -> None:
         read_canonical(path, overrides=settings)
     model = read_canonical(path, overrides=settings | {"attention_scale": scale})
     assert (model.hyper.architecture, model.hyper.n_head) == ("pocketlm", 4)
+    assert "compare an answer with --temp 0 with your own" in " ".join(model.notes)  # no sign says whose code it is
     check(module, model, tmp_path)
 
 
