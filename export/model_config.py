@@ -134,8 +134,7 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "rope_interleave", "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert",
         "rope_adjustments", "attention_scores_scalar", "sliding_window_size",  # litGPT's
         "logit_cap", "logits_soft_cap", "final_logit_softcap", "attn_softcap", "parallel_block", "sandwich_norm", "scale_embed",
-        "scale_embedding", "emb_scale", "softcap", "logit_softcapping", "post_ln", "postnorm", "use_post_norm",
-        "rope_freq",  # how a textbook's Llama scales its frequencies
+        "scale_embedding", "emb_scale", "softcap", "logit_softcapping", "post_ln", "use_post_norm", "rope_freq",
     ), lambda v: not v),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
     **dict.fromkeys((
@@ -143,9 +142,12 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "norm_first", "pre_norm", "prenorm", "pre_ln", "use_pre_norm", "normalize_before", "scale_attn_weights",
     ), lambda v: v in (None, 1)),  # True is 1
     **dict.fromkeys(("embed_scale", "embedding_scale", "residual_scale"), lambda v: not v or (v == 1 and v is not True)),
-    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale"), lambda v: v is None),
+    **dict.fromkeys((
+        "attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale", "rope_local_base_freq",
+    ), lambda v: v is None),
+    "norm_2": lambda v: v is not False,  # litGPT's
     "rope_scaling": lambda v: not v or (v == 1 and v is not True) or isinstance(v, dict),
-    **dict.fromkeys(("norm_position", "norm_placement"), lambda v: v in (None, "pre")),
+    "norm_position": lambda v: v == "pre",
     "rope_local_type": lambda v: v == "default",
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),
 }  # fmt: skip
