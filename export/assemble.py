@@ -29,6 +29,7 @@ from pocketlm.export.tensor_parts import (
     layered,
     rows,
     rows_of_experts,
+    scale_queries,
     split_qkv,
     stacked,
     transposed,
@@ -80,6 +81,8 @@ def arrange(
     _tie(tensors, found, config, fixed, notes)
     gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps")) or _both_of_experts(tensors) is not None
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
+    # the first version of the lecture whose model has a module for each head divided by the root of n_embd, and is still copied
+    divisor = config.need("attention_scale", None if n_heads_found else "head_dim")
     position = _position(tensors, buffers, config, fixed)
     options: dict[str, Any] = {
         "norm": _norm(tensors, config, fixed, gated),
@@ -103,6 +106,8 @@ def arrange(
     config.ask()
     config.check_supported(n_ctx, dialect.computes)
     dialect.finish(draft)
+    if divisor == "n_embd":
+        scale_queries(draft.tensors, n_head * head_dim, math.sqrt(head_dim / n_embd))
     architecture = draft.architecture or _architecture(options, keys, tensors)
     added = frozenset(ROPE_FACTORS & tensors.keys()) | _lay_out(draft, architecture, (n_head, n_kv_head, head_dim))
     metadata = {f"pocketlm.{name}": value for name, value in options.items()} | {
@@ -207,6 +212,15 @@ def _digest(tensor: LazyTensor) -> bytes:
 def is_tied(head: LazyTensor, table: LazyTensor) -> bool:
     """Whether the output matrix equals the token table: the same view of the file, or a copy."""
     return head.shape == table.shape and (head.source == table.source or _digest(head) == _digest(table))
+
+
+def has_own_head(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Tells minGPT from nanoGPT before flash attention, which saves masks, too, but ties its head; and nanochat from the
+    modded-nanogpt of October 2024, whose names it took over.
+    """
+    ends = ("lm_head.weight", "wte.weight")
+    head, table = (next((tensor for name, tensor in tensors.items() if name.endswith(end)), None) for end in ends)
+    return head is not None and table is not None and not is_tied(head, table)
 
 
 def _tie(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import LazyTensor
-from pocketlm.export.assemble import arrange, is_tied
+from pocketlm.export.assemble import arrange, has_own_head, is_tied
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, name_of, open_checkpoint
 from pocketlm.export.dialect import Dialect, Draft, Tensors
@@ -118,13 +118,6 @@ def _is_conv1d(tensors: Tensors) -> bool:
     )
 
 
-def _has_own_head(tensors: Tensors) -> bool:
-    """Tells minGPT from nanoGPT before flash attention, which saves masks, too, but ties its head."""
-    found = {name.removeprefix("transformer."): name for name in tensors}
-    head, table = (tensors.get(found.get(name, "")) for name in ("lm_head.weight", "wte.weight"))
-    return head is not None and table is not None and not is_tied(head, table)
-
-
 BUILD_NANOGPT = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
 
 
@@ -150,7 +143,7 @@ DIALECTS = (
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
     Dialect(
         "minGPT", (*_GPT2, r"(.*\.)?h\.N\.attn\.bias", r"(.*\.)?lm_head\.weight"),
-        {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, test=_has_own_head,
+        {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, test=has_own_head,
     ),
     Dialect("nanoGPT", _GPT2, {"norm": "layer", "activation": "gelu_erf", "norm_eps": 1e-5}, finish=_finish_nanogpt),
     Dialect(
@@ -177,6 +170,12 @@ DIALECTS = (
     ),
     Dialect("decoder with usual names", ()),
 )  # fmt: skip
+
+
+GUESSED = (
+    "its code base is known by no sign: norms were taken to stand before attention and feed-forward, scores to be divided by "
+    "√head_dim, embeddings to be used as they are; compare an answer with --temp 0 with your own program's"
+)
 
 
 def recognise(tensors: Tensors) -> Dialect:
@@ -260,6 +259,8 @@ def to_canonical(
     said = {**checkpoint.config, "guessed from shapes": dialect.guess(checkpoint.tensors)}
     config = ModelConfig(said, given, path)
     model = arrange(path, found, buffers, config, dialect)
+    if dialect is DIALECTS[-1]:
+        model.notes.append(GUESSED)
     if family:
         model = checked(model, config, family.fixed)
     if checkpoint.sets:

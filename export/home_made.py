@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.errors import FileError
+from pocketlm.export.assemble import has_own_head
 from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.dialect import Dialect, Draft, Tensors
 from pocketlm.export.tensor_parts import in_layers, reorder, rows
@@ -40,6 +41,8 @@ def _finish_nanochat(draft: Draft) -> None:
     It rotates in the other direction, which is the usual rotation once the halves of every query and key are exchanged.
     """
     tensors, keys, config = draft.tensors, draft.keys, draft.config
+    if isinstance(config.raw("code"), str):  # it had the same names in autumn 2024
+        raise FileError(config.path, "is a checkpoint of modded-nanogpt", "pocketlm does not compute these models")
     n_head, n_kv_head, head_dim = draft.heads
     for part, n in (("q", n_head), ("k", n_kv_head)):
         order = np.arange(n * head_dim).reshape(n, 2, -1)[:, ::-1].ravel()
@@ -195,7 +198,7 @@ HOME_MADE = (
     Dialect(
         "nanochat", (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_q\.weight", r"(.*\.)?h\.N\.mlp\.c_fc\.weight"),
         {**_ROPE, "rope_theta": 10000.0, "activation": "relu_squared", "norm_eps": NANOCHAT_EPS},
-        architecture="nanochat", finish=_finish_nanochat,
+        test=has_own_head, architecture="nanochat", finish=_finish_nanochat,
         names={
             **{f"*.attn.c_{part}": f"attn_{part}" for part in "qkv"},
             **{name: name for name in (*NANOCHAT_NUMBERS, "smear_gate")}, "*.attn.ve_gate": "attn_v_gate",

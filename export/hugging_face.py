@@ -8,6 +8,7 @@ model_config.py says which `model_type` is which architecture.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -324,7 +325,9 @@ def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]
     """
     plan = model.plan(config.path)
     layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
-    windows, said_windows = [window if window < n_ctx else 0 for window, _ in layers], config.windows(len(layers), n_ctx)
+    near, far = ({rope for window, rope in layers if bool(window) == has_one} for has_one in (True, False))
+    reach = n_ctx if not near or near == far else sys.maxsize  # where positions depend on windows, wider ones count, too
+    windows, said_windows = [window if window < reach else 0 for window, _ in layers], config.windows(len(layers), reach)
     if said_windows is None and not any(windows):  # the architecture has none
         config.check_window(n_ctx)
     for what, found, said in (

@@ -25,7 +25,10 @@ from pocketlm.export.checkpoint import Checkpoint, open_checkpoint, read_json
 from pocketlm.export.dialects import LORA, role_of
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication")
+UNSUPPORTED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "use_bdlora",
+)  # fmt: skip
 # values of init_lora_weights with which PEFT leaves the base's weights alone; others subtract the initial product from them
 BASE_AS_IT_IS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 

@@ -64,6 +64,7 @@ SETTINGS: dict[str, Setting] = {
     "tied": Setting(
         bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
     ),
+    "attention_scale": Setting(str, "", "head_dim|n_embd"),  # by whose root scores are divided
     "n_experts_used": Setting(int, "num_experts_per_tok", "2"),
     "logit_softcap": Setting(float, "logit_softcap", "15|20"),
     "model_type": Setting(str, "", "llama"),
@@ -87,6 +88,7 @@ WORDS = {
         "learned": "learned absolute learnable embedding", "rope": "rope rotary", "alibi": "alibi", "none": "none nope",
     }),
     "rope_pairs": _words({"half": "half", "interleaved": "interleaved"}),
+    "attention_scale": _words({"head_dim": "head_dim head_size", "n_embd": "n_embd c"}),
 }  # fmt: skip
 
 FLAGS = {  # a configuration may say yes or no instead of a word
@@ -117,7 +119,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
     "minimind": "",  # told by its tensors
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
-    "mistral": {"sliding_window": 4096}, "exaone4": {"sliding_window": 4096},
+    **{name: {"sliding_window": 4096} for name in ("mistral", "exaone4", "gemma3_text")},
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 # what use_scaled_rope of Meta's params.json means, apart from the factor
@@ -134,15 +136,20 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
         "rope_interleave", "norm_qk", "post_attention_norm", "post_mlp_norm", "attention_logit_softcapping", "n_expert",
         "rope_adjustments", "attention_scores_scalar", "sliding_window_size",  # litGPT's
         "logit_cap", "logits_soft_cap", "final_logit_softcap", "attn_softcap", "parallel_block", "sandwich_norm", "scale_embed",
+        "scale_embedding", "emb_scale", "softcap", "logit_softcapping", "post_ln", "use_post_norm", "rope_freq",
     ), lambda v: not v),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_experts"), lambda v: not v or v == 1),
     **dict.fromkeys((
         "decoder_sparse_step", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "scale_emb",
-        "norm_first", "pre_norm", "scale_attn_weights",
+        "norm_first", "pre_norm", "prenorm", "pre_ln", "use_pre_norm", "normalize_before", "scale_attn_weights",
     ), lambda v: v in (None, 1)),  # True is 1
     **dict.fromkeys(("embed_scale", "embedding_scale", "residual_scale"), lambda v: not v or (v == 1 and v is not True)),
-    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale"), lambda v: v is None),
+    **dict.fromkeys((
+        "attention_multiplier", "query_pre_attn_scalar", "softmax_scale", "attn_scale", "rope_local_base_freq",
+    ), lambda v: v is None),
+    "norm_2": lambda v: v is not False,  # litGPT's
     "rope_scaling": lambda v: not v or (v == 1 and v is not True) or isinstance(v, dict),
+    "norm_position": lambda v: v == "pre",
     "rope_local_type": lambda v: v == "default",
     "rope_indices": lambda v: not v or not any(v),  # litGPT's: layers whose rotary base is the local one
     "layer_types": lambda v: not v or all(kind == "full_attention" for kind in v),

@@ -56,6 +56,15 @@ def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
             tensors[role] = tensors[role].changed(lambda values: values[order])
 
 
+def scale_queries(tensors: Tensors, n_rows: int, factor: float) -> None:
+    """Multiply every query by `factor`, in place; `n_rows`: rows of the queries, which come first where they are fused."""
+    for role in in_layers(tensors, r"attn_q(kv)?\.(weight|bias)"):
+        tensor = tensors[role]
+        factors = np.ones((tensor.shape[0], *(1,) * (len(tensor.shape) - 1)), np.float32)
+        factors[:n_rows] = factor
+        tensors[role] = tensor.changed(lambda values, factors=factors: values * factors)
+
+
 def interleave(tensors: Tensors, heads: tuple[int, int, int], n_dims: int, back: bool = False) -> None:
     """Reorder queries and keys, in place, from half-split rotary pairs (0, n/2), (1, n/2+1), … to interleaved ones.
 

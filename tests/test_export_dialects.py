@@ -232,11 +232,31 @@ def test_textbook_gpt(tmp_path: Path, qkv_bias: bool) -> None:
     check(module, model, tmp_path)
 
 
-def test_one_module_a_head(tmp_path: Path) -> None:
-    module = models.initialise(models.LectureGPT())
-    model = read_canonical(save(tmp_path, compiled(module)), overrides={"norm_eps": "1e-5", "activation": "relu"})
+@pytest.mark.parametrize("scale", ["head_dim", "n_embd"])
+def test_one_module_a_head(scale: str, tmp_path: Path) -> None:
+    """The first version of its code divides scores by the root of the model's width, later ones by that of a head's."""
+    module = models.initialise(models.LectureGPT(divisor=32 if scale == "n_embd" else 0))
+    path, settings = save(tmp_path, compiled(module)), {"norm_eps": "1e-5", "activation": "relu"}
+    with pytest.raises(FileError, match=r"add --set attention_scale=head_dim\|n_embd"):
+        read_canonical(path, overrides=settings)
+    model = read_canonical(path, overrides=settings | {"attention_scale": scale})
     assert (model.hyper.architecture, model.hyper.n_head) == ("pocketlm", 4)
+    assert "compare an answer with --temp 0 with your own" in " ".join(model.notes)  # no sign says whose code it is
     check(module, model, tmp_path)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_the_scale_of_scores_changes_queries_alone_where_they_are_fused(qkv_bias: bool, tmp_path: Path) -> None:
+    path = save(tmp_path, models.initialise(models.TextbookGPT(qkv_bias=qkv_bias)).state_dict())
+    settings = {"n_head": "4", "activation": "gelu_erf"}
+    by_head, by_width = (
+        read_canonical(path, overrides=settings | {"attention_scale": scale}) for scale in ("head_dim", "n_embd")
+    )
+    for name, tensor in by_head.tensors.items():
+        factors = np.ones(tensor.shape[0], np.float32)
+        if "attn_qkv" in name:
+            factors[: tensor.shape[0] // 3] = 0.5
+        assert np.array_equal((tensor.read().T * factors).T, by_width.tensors[name].read())
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: "-".join(s[:4]))

@@ -100,7 +100,8 @@ def test_a_lora_changes_a_model_file_as_it_changes_the_checkpoint_it_was_made_of
     ("options", "said"),
     [*(({"init_lora_weights": name}, f"init_lora_weights is {name}, which changes the base")
        for name in ("pissa_niter_4", "olora", "loftq")),
-     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r"),
+     ({"use_dora": True}, "use_dora"), ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+     ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r"),
      ({"r": 10**400}, "lacks r"), ({"lora_alpha": 10**400}, "lacks r"), ({"lora_alpha": float("nan")}, "lacks r"),
      ({"lora_alpha": True}, "lacks r")],
 )  # fmt: skip

@@ -75,6 +75,7 @@ def test_a_flag_says_which_norm_it_is(flag: str, tmp_path: Path) -> None:
             "logit_cap": 30.0, "logits_soft_cap": 30.0, "final_logit_softcap": 30.0, "attn_softcap": 50.0,
             "sandwich_norm": True, "parallel_block": True, "scale_embed": True, "embed_scale": True, "embedding_scale": 12.0,
             "residual_scale": 0.2, "attn_scale": 0.1, "rope_scaling": 2.0,
+            "norm_position": "post", "normalize_before": False, "post_ln": True, "rope_freq": {"factor": 8.0},
         }.items()),
         ({"n_head": 4, "window_size": 8}, "sliding window of 8 positions"),
         ({"n_head": 4, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),

@@ -165,6 +165,17 @@ def test_a_nanochat_chats_in_its_own_words(tmp_path: Path) -> None:
     assert ids == [256, 257, *b"Be kind.\n\nHi, 123!", 258, 259]
 
 
+@pytest.mark.parametrize("sign", ["tied", "code"])
+def test_a_modded_nanogpt_is_not_taken_for_a_nanochat(sign: str, tmp_path: Path) -> None:
+    """In autumn 2024 it had the same names, and other numbers: neither a normalised embedding nor, at first, capped logits."""
+    state = made.NanoChat().state_dict()
+    if sign == "tied":
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    path = save(tmp_path, {"step": 10, "model": state, **({"code": "import torch"} if sign == "code" else {})}, "state.pt")
+    with pytest.raises(FileError, match=r"is a checkpoint of modded-nanogpt|have no place"):
+        read_canonical(path, tokenizer="none", overrides={"n_head": "4", "n_ctx": "64"})
+
+
 def test_a_nanochat_without_its_meta_file_asks_for_the_heads(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="--set n_head=8 --set n_ctx=1024"):
         read_canonical(save(tmp_path, made.NanoChat().state_dict(), "model_000650.pt"), tokenizer="none")
@@ -270,6 +281,7 @@ def test_litgpt(tmp_path: Path, options: dict[str, Any], architecture: str) -> N
     [
         ({"scale_embeddings": "true"}, "scale_embeddings"), ({"norm_qk": "true"}, "norm_qk"),
         ({"rope_interleave": "true"}, "rope_interleave"), ({"rope_condense_ratio": "[4]"}, "rope.scaling.factor"),
+        ({"rope_local_base_freq": "500.0"}, "rope_local_base_freq"), ({"norm_2": "false"}, "norm_2"),
         ({"rope_adjustments": "\n  factor: 8.0\n  low_freq_factor: 1.0"}, "rope_adjustments"),
         ({"rope_local_base_freq": "10000.0", "rope_indices": "\n- 0\n- 1"}, "rope_indices"),
         ({"mlp_class_name": "LLaMAMoE", "n_expert": "8"}, "n_expert"),

@@ -38,6 +38,7 @@ SENTENCEPIECE = {
         "split_digits": True,
         "allow_whitespace_only_pieces": True,
     },
+    "symbols that begin alike": {"user_defined_symbols": ["l", "ll", "e", "er", "é", "éé"]},
     "symbols of spaces": {"byte_fallback": True, "user_defined_symbols": WIDE},
     "symbols of spaces, identity": {"normalization_rule_name": "identity", "user_defined_symbols": [*WIDE, "\n"]},
     "unknown characters": {"character_coverage": 0.98},

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None) -> Tensor:
-    """q [heads, n, d]; k, v [kv_heads, n, d] -> [n, heads * d]."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None = None, divisor: int = 0) -> Tensor:
+    """q [heads, n, d]; k, v [kv_heads, n, d] -> [n, heads * d]. `divisor`: scores are divided by its root; 0: d."""
     heads, n, d = q.shape
     k, v = (t.repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
-    scores = q @ k.transpose(1, 2) / math.sqrt(d)
+    scores = q @ k.transpose(1, 2) / math.sqrt(divisor or d)
     if slopes is not None:
         places = torch.arange(n)
         scores = scores - slopes.view(-1, 1, 1) * (places.view(-1, 1) - places).clamp(min=0)
@@ -160,8 +160,9 @@ class TextbookGPT(nn.Module):
 class LectureGPT(nn.Module):
     """A module for each head, ReLU, biases in the output matrix: the model of a well-known video lecture."""
 
-    def __init__(self, n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=61):
+    def __init__(self, n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=61, divisor=0):
         super().__init__()
+        self.divisor = divisor  # by whose root scores are divided
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.blocks: Any = nn.Sequential()
@@ -184,7 +185,8 @@ class LectureGPT(nn.Module):
         for block in self.blocks:
             h = block.ln1(x)
             mixes = [
-                causal_attention(*(part(h)[None] for part in (head.query, head.key, head.value))) for head in block.sa.heads
+                causal_attention(*(part(h)[None] for part in (head.query, head.key, head.value)), divisor=self.divisor)
+                for head in block.sa.heads
             ]
             x = x + block.sa.proj(torch.cat(mixes, -1))
             x = x + block.ffwd.net(block.ln2(x))

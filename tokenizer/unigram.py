@@ -13,7 +13,7 @@ from pocketlm.tokenizer.base import NORMAL, UNUSED, USER_DEFINED, Vocabulary
 from pocketlm.tokenizer.sentencepiece import WORDS, Options, SentencePiece, mergeable
 
 _UNKNOWN_BELOW = 10.0  # how far below the worst piece's score that of an unknown character is
-_SYMBOL_SCORE = 0.5  # of a user-defined symbol: above all others, whose logarithms are below 0 (measured with version 0.2.3)
+_PER_BYTE = 0.1  # of a user-defined symbol, behind its first: all others have logarithms below 0 (measured with version 0.2.3)
 
 
 class Unigram(SentencePiece):
@@ -36,7 +36,7 @@ class Unigram(SentencePiece):
         for text, i in mergeable(vocabulary).pairs():
             symbol = types[i] == USER_DEFINED and options.symbols_in_text
             if types[i] != UNUSED:
-                self._scored[text] = _SYMBOL_SCORE if symbol else scores[i], i
+                self._scored[text] = _PER_BYTE * (len(text.encode()) - 1) if symbol else scores[i], i
                 lengths.setdefault(text[0], set()).add(len(text))
         self._lengths = {first: sorted(found) for first, found in lengths.items()}
 
