@@ -83,8 +83,9 @@ class PocketLM(TemplateLM):
         """Few-shot turns as the model's own template writes them; without `add_generation_prompt` the last one, in which a
         task begins the answer, is left open.
         """
-        template = self.model.template
-        return template.render(chat_history) if add_generation_prompt else Turns(chat_history, template, self._vocabulary).text()
+        if add_generation_prompt:
+            return self.model.template.render(chat_history)
+        return Turns(chat_history, self.model.template, self._vocabulary).text()
 
     # ---- what it asks of the model
 

@@ -71,7 +71,8 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    messages = {404: "there is nothing at this address", 405: "this address wants another method"}
+    nothing = f"there is nothing at {request.url.path[:100]}; programs ask /v1/chat/completions or /v1/completions"
+    messages = {404: nothing, 405: "this address wants another method"}
     message = messages.get(error.status_code, "refused")
     response = ApiError(error.status_code, message, "invalid_request_error").response()
     response.headers.update(error.headers or {})
