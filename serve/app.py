@@ -25,7 +25,7 @@ from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
 from pocketlm.serve.llama_cpp import OwnShape, properties, slots
-from pocketlm.serve.shapes import Shape, finish_reason
+from pocketlm.serve.shapes import Shape, finish_reason, one_line
 
 if TYPE_CHECKING:
     from pocketlm.chat.thinking import Splitter
@@ -305,7 +305,7 @@ class _Events:
                 yield _event(shape.delta(number, text, self._held, is_thought))
             else:
                 before, after = self._frame(number, is_thought)
-                yield before + _JSON.encode(text).encode() + after
+                yield before + one_line(_JSON.encode(text)) + after
             self._held = []
         if finish_reason(piece):
             self._lasts.append(piece)
@@ -324,7 +324,7 @@ class _Events:
 
 
 def _event(content: Any) -> bytes:
-    return b"data: " + _JSON.encode(content).encode() + b"\n\n"
+    return b"data: " + one_line(_JSON.encode(content)) + b"\n\n"
 
 
 async def _hung_up(receive: Any) -> None:

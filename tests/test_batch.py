@@ -161,10 +161,11 @@ def test_a_link_in_the_place_of_the_answers_so_far_is_not_followed(model, tmp_pa
 
 
 def test_lines_of_any_system_and_blank_ones_are_read(model, tmp_path):
-    data = b'\xef\xbb\xbf{"prompt": "the", "seed": 1}\r\n\r\n  \n{"prompt": "the", "seed": 1, "id": 4}'
+    data = b'\xef\xbb\xbf{"prompt": "the", "seed": 1}\r\n\r\n  \n{"prompt": "the", "seed": 1, "id": "\xe2\x80\xa8"}'
     found = answered(model, tmp_path, data)
     assert [answer["line"] for answer in found] == [1, 4]
     assert text(found[0]) == text(found[1])
+    assert found[1]["id"] == "\u2028", "no end of a line for str.splitlines either"
     assert answered(model, tmp_path, b"") == []
 
 
