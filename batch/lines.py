@@ -17,7 +17,7 @@ from pocketlm.serve import fields
 from pocketlm.serve.asking import Asking, pieces
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.guard import MAX_BODY
-from pocketlm.serve.shapes import Shape
+from pocketlm.serve.shapes import Shape, one_line
 
 if TYPE_CHECKING:
     from pocketlm.conversation import Conversation
@@ -111,4 +111,4 @@ def _check(body: dict[str, Any]) -> None:
 
 
 def _json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+    return one_line(json.dumps(content, ensure_ascii=False)) + b"\n"

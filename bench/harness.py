@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import pocketlm
 from pocketlm.batch.local import spread
+from pocketlm.conversation import Turns
 from pocketlm.runtime.evaluation import cross_entropy
 from pocketlm.runtime.sampling_options import SamplingOptions
 from pocketlm.serve.asking import sessions
@@ -79,8 +80,12 @@ class PocketLM(TemplateLM):
         return [vocabulary.bos_id, *ids] if wanted and vocabulary.bos_id is not None and ids[:1] != [vocabulary.bos_id] else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Few-shot turns as the model's own template writes them."""
-        return self.model.template.render(chat_history, add_generation_prompt)
+        """Few-shot turns as the model's own template writes them; without `add_generation_prompt` the last one, in which a
+        task begins the answer, is left open.
+        """
+        if add_generation_prompt:
+            return self.model.template.render(chat_history)
+        return Turns(chat_history, self.model.template, self._vocabulary).text()
 
     # ---- what it asks of the model
 

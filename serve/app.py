@@ -25,7 +25,7 @@ from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
 from pocketlm.serve.llama_cpp import OwnShape, properties, slots
-from pocketlm.serve.shapes import Shape, finish_reason
+from pocketlm.serve.shapes import Shape, finish_reason, one_line
 
 if TYPE_CHECKING:
     from pocketlm.chat.thinking import Splitter
@@ -71,7 +71,8 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    messages = {404: "there is nothing at this address", 405: "this address wants another method"}
+    nothing = f"there is nothing at {request.url.path[:100]}; programs ask /v1/chat/completions or /v1/completions"
+    messages = {404: nothing, 405: "this address wants another method"}
     message = messages.get(error.status_code, "refused")
     response = ApiError(error.status_code, message, "invalid_request_error").response()
     response.headers.update(error.headers or {})
@@ -304,7 +305,7 @@ class _Events:
                 yield _event(shape.delta(number, text, self._held, is_thought))
             else:
                 before, after = self._frame(number, is_thought)
-                yield before + _JSON.encode(text).encode() + after
+                yield before + one_line(_JSON.encode(text)) + after
             self._held = []
         if finish_reason(piece):
             self._lasts.append(piece)
@@ -323,7 +324,7 @@ class _Events:
 
 
 def _event(content: Any) -> bytes:
-    return b"data: " + _JSON.encode(content).encode() + b"\n\n"
+    return b"data: " + one_line(_JSON.encode(content)) + b"\n\n"
 
 
 async def _hung_up(receive: Any) -> None:

@@ -102,8 +102,10 @@ class Asking:
             raise ApiError(400, str(error)) from None
 
     def _too_long(self, n: int) -> ApiError:
-        message = f"the prompt of {n} tokens or more exceeds the available context size of {self._n_ctx}"  # clients look for it
-        return ApiError(400, message, "exceed_context_size_error", n_prompt_tokens=n, n_ctx=self._n_ctx)
+        message = f"the prompt of {n} tokens or more exceeds the available context size of {self._n_ctx}"
+        # clients look for the message and the type, which are llama.cpp's, or for the code, which is OpenAI's
+        told = {"code": "context_length_exceeded", "n_prompt_tokens": n, "n_ctx": self._n_ctx}
+        return ApiError(400, message, "exceed_context_size_error", **told)
 
 
 def _parts(prompt: str | list[int | str]) -> list[int | str]:

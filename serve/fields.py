@@ -38,6 +38,9 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "lora": ([],), "response_fields": ([],), "add_generation_prompt": (True,),
     **dict.fromkeys(("post_sampling_probs", "timings_per_token", "return_progress", "verbose"), (False,)),
 }  # fmt: skip
+NO_TOOLS = dict.fromkeys(
+    ("tools", "tool_choice", "functions", "function_call"), ": there are no tools here; response_format gives an answer a form"
+)
 OF_FORM = ("response_format", "json_schema")
 UNHEEDED = {  # they change no answer: labels for who keeps books, …
     "user", "metadata", "safety_identifier", "prompt_cache_key",
@@ -109,7 +112,7 @@ def read(body: dict[str, Any], is_chat: bool, defaults: Mapping[str, Any], llama
                 if first != name and before != wanted:
                     raise _bad(name, f"and {first} ask for different things; give one of them")
         elif name not in NOTHING or not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[name]):
-            hint = "" if name in NOTHING else did_you_mean(name[:40], fields, cutoff=0.7)
+            hint = NO_TOOLS.get(name, "") if name in NOTHING else did_you_mean(name[:40], fields, cutoff=0.7)
             if name in _AT:
                 hint = f" here; it is a field of {_AT[name]}"
             raise _bad(name[:100], f"is not supported{hint}")

@@ -68,7 +68,7 @@ class Policy:
         name = found["name"] if found else ""
         found_by_any = bool(self.key) and not is_loopback(self.host)  # a page that is led here by its own name lacks the key
         if not name or not (found_by_any or self._is_own(name)):
-            raise ApiError(403, "the Host header names another computer")
+            raise ApiError(403, "the Host header names another computer; a proxy in front has to send localhost there")
 
     def _is_own(self, name: str) -> bool:
         if name in ("localhost", self.host.lower()) or name.endswith(".localhost"):

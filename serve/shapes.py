@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
     from pocketlm.serve.fields import Ask
 
+BREAKS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
 NEVER = -9999.0  # what the protocol calls the logarithm of no probability
 FINGERPRINT = f"b-pocketlm-{__version__}"
+
+
+def one_line(json: str) -> bytes:
+    """JSON without the ends of lines that Unicode has beside those that JSON escapes: httpx's `iter_lines`, Node's `readline`
+    and `str.splitlines` would cut it there.
+    """
+    return (json if json.isascii() else json.translate(BREAKS)).encode()
 
 
 def finish_reason(piece: Piece) -> str | None:

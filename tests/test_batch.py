@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_line_is_written_in_its_place(model, tmp_path):
     assert [answer["line"] for answer in found] == list(range(1, len(lines) + 1))
     for answer, (_, message) in zip(found[::2], bad, strict=True):
         assert message in answer["error"]["message"], answer
-        assert 400 <= answer["error"]["code"] < 500
+        assert answer["error"]["code"] in (400, 413, "context_length_exceeded")
     assert {text(answer) for answer in found[1::2]} == {text(answered(model, tmp_path, good)[0])}
     assert [found[8]["id"], found[10]["id"]] == ["b", "c"]
 
@@ -161,10 +161,11 @@ def test_a_link_in_the_place_of_the_answers_so_far_is_not_followed(model, tmp_pa
 
 
 def test_lines_of_any_system_and_blank_ones_are_read(model, tmp_path):
-    data = b'\xef\xbb\xbf{"prompt": "the", "seed": 1}\r\n\r\n  \n{"prompt": "the", "seed": 1, "id": 4}'
+    data = b'\xef\xbb\xbf{"prompt": "the", "seed": 1}\r\n\r\n  \n{"prompt": "the", "seed": 1, "id": "\xe2\x80\xa8"}'
     found = answered(model, tmp_path, data)
     assert [answer["line"] for answer in found] == [1, 4]
     assert text(found[0]) == text(found[1])
+    assert found[1]["id"] == "\u2028", "no end of a line for str.splitlines either"
     assert answered(model, tmp_path, b"") == []
 
 

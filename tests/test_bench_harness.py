@@ -30,6 +30,8 @@ TASKS = {
                                     "generation_kwargs: {until: ['q', ' z'], max_gen_toks: 24}",
                                     "metric_list: [{metric: exact_match}]"]),
 }  # fmt: skip
+TEMPLATE = """{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}\
+{% if add_generation_prompt %}assistant: {% endif %}"""
 N = 12
 WORDS = ["the", "then", "he", "inn", "in", "on", "hello", "low", "new", "newer", "wide", "ça", "Ёлка", "12", ",", "."]
 
@@ -131,6 +133,22 @@ def test_a_likelihood_is_the_sum_over_the_logits_of_the_whole_text(folder, backe
         assert greedy == (logits.argmax(1) == ids[-n:]).all()
     turned = model.loglikelihood(instances(*pairs[::-1]), disable_tqdm=True)
     assert [logprob for logprob, _ in turned] == pytest.approx([logprob for logprob, _ in found[::-1]], abs=1e-3)
+
+
+def test_an_answer_that_a_task_begins_is_gone_on_with_as_by_its_own_model(tmp_path):
+    """`gen_prefix` of a task: the harness hands it over as a last message of the assistant's that has not ended."""
+    from lm_eval.models.huggingface import HFLM
+
+    write_model(tmp_path / "tiny.gguf", metadata={"tokenizer.chat_template": TEMPLATE})
+    command = ["export", str(tmp_path / "tiny.gguf"), "--to", "huggingface", "-o", str(tmp_path / "tiny")]
+    assert cli.main(command) == 0
+    models = PocketLM(str(tmp_path / "tiny.gguf")), HFLM(str(tmp_path / "tiny"), device="cpu")
+    asked = [{"role": "user", "content": "hello"}]
+    begun = [*asked, {"role": "assistant", "content": "the inn"}]
+    for messages, prompt in ((asked, True), (begun, False)):
+        ours, theirs = (model.apply_chat_template(messages, prompt) for model in models)
+        assert ours == theirs
+    assert ours.endswith("the inn")
 
 
 def test_choices_share_the_computation_of_their_question(folder, monkeypatch):

@@ -39,8 +39,8 @@ ALLOWED = {
     # of the cache where it is: a fetched model lies beside it
     "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
     "bench": (
-        "errors pocketlm model tokenizer runtime runtime.native export batch.local serve.asking cli_options doctor.board"
-        " signals terminal_text"
+        "errors pocketlm model tokenizer runtime runtime.native export batch.local conversation serve.asking cli_options"
+        " doctor.board signals terminal_text"
     ),
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export export.command cli"

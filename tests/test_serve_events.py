@@ -20,7 +20,7 @@ from pocketlm.serve.fields import Ask
 from pocketlm.serve.server import Server
 from pocketlm.serve.shapes import Shape
 
-TEXTS = ("a", '"', "\\", "\n\r\t\0", "\0", "ж😀", "\u2028</script>", '"content":"\0"')
+TEXTS = ("a", '"', "\\", "\n\r\t\0", "\0", "ж😀", "\u2028</script>", "\x85\u2029", '"content":"\0"')
 NAME = 'a "model" of \0\\'
 
 
@@ -41,7 +41,7 @@ def test_every_text_is_told_as_it_is(is_chat, is_thought):
             event = [*events.of(number, piece)][-1]
             assert event.startswith(b"data: ")
             assert event.endswith(b"\n\n")
-            assert event.count(b"\n") == 2
+            assert event.count(b"\n") == len(event.decode().splitlines()) == 2, "clients end lines at more than line feeds"
             told = json.loads(event[6:])
             assert told == shape.delta(number, text, [piece], is_thought)
             assert told["model"] == NAME

@@ -57,12 +57,28 @@ def test_completions(client):
 
 
 def test_errors_are_the_clients_own(client):
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(**ASK, tools=[{"type": "function", "function": {"name": "f"}}])
-    with pytest.raises(openai.BadRequestError, match="context"):
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    for asked in (tools, {"tool_choice": "required", **tools}):  # the second: a form, as frameworks ask for it
+        with pytest.raises(openai.BadRequestError, match=r"no tools here.*response_format"):
+            client.chat.completions.create(**ASK, **asked)
+    with pytest.raises(openai.BadRequestError, match="context") as long:
         client.chat.completions.create(**{**ASK, "messages": [{"role": "user", "content": "x" * 999}]})
+    assert long.value.code == "context_length_exceeded", "LangChain and others shorten the conversation by that"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def test_what_there_is_not_says_what_there_is(client):
+    """The clients' own defaults, among them /v1/responses; and an address that was given with its end."""
+    doubled = client.with_options(base_url=f"{client.base_url}chat/completions")
+    asked = {
+        "/v1/responses": lambda: client.responses.create(model="Tiny", input="hello"),
+        "/v1/embeddings": lambda: client.embeddings.create(model="Tiny", input="hello"),
+        "/v1/chat/completions/chat/completions": lambda: doubled.chat.completions.create(**ASK),
+    }
+    for path, ask in asked.items():
+        with pytest.raises(openai.NotFoundError, match=f"nothing at {path}; .*/v1/chat/completions"):
+            ask()
 
 
 def test_the_key(tmp_path):
