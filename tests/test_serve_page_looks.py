@@ -98,3 +98,19 @@ LANGUAGES = {"tr-TR": "Gönder", "pl-PL": "Wyślij", "ru-RU": "Отправит�
 @pytest.mark.parametrize(("locale", "word"), LANGUAGES.items())
 def test_the_browser_chooses_the_words(server, visit, locale, word):
     assert visit(locale=locale).inner_text("#send") == word
+
+
+FIGURES = {
+    "en": ["1 token/s · 1 token · context 1/512 (0%)", "2.5 tokens/s · 5 tokens · context 128/512 (25%)"],
+    "tr": ["1 token/sn · 1 token · bağlam 1/512 (%0)", "2,5 token/sn · 5 token · bağlam 128/512 (%25)"],
+    "pl": ["1 token/s · 1 token · kontekst 1/512 (0%)", "2,5 tokena/s · 5 tokenów · kontekst 128/512 (25%)"],
+    "ru": ["1 токен/с · 1 токен · контекст 1/512 (0 %)", "2,5 токена/с · 5 токенов · контекст 128/512 (25 %)"],
+}
+
+
+@pytest.mark.parametrize(("locale", "figures"), FIGURES.items())
+def test_figures_are_said_as_the_language_says_them(server, visit, locale, figures):
+    page = visit(locale=locale)
+    figure = "([speed, n, used]) => figure({ cache_n: 0, prompt_n: used - n, predicted_n: n, predicted_per_second: speed })"
+    found = [page.evaluate(figure, numbers).replace("\xa0", " ") for numbers in ([1, 1, 1], [2.5, 5, 128])]
+    assert found == figures
