@@ -222,3 +222,33 @@ def test_a_conversation_of_two_thousand_messages(server, visit):
     ask(page, "Hello")
     assert page.locator("#log > li").count() == 2002
     assert page.evaluate("atEnd()")
+
+
+def test_a_conversation_that_cannot_be_saved_is_not_left_without_a_word(server, visit):
+    page = visit()
+    page.route("**/page/chats", lambda route: route.fulfill(status=503, json={"error": {"message": "No space left"}}))
+    ask(page, "Precious", wait=False)
+    page.wait_for_selector("#send:not([hidden])")
+    page.wait_for_selector(".line.bad:has-text('No space left')")
+    asked = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.click("#new")
+    wait_until(lambda: page.is_visible("li.user") and bool(asked))
+    assert "lose" in asked[0]
+    page.unroute("**/page/chats")
+    page.click("#new")  # there is space again
+    page.wait_for_selector("li.user", state="detached")
+    wait_until(lambda: [chat.messages[0]["content"] for chat in files()] == ["Precious"])
+
+
+def test_a_draft_outlives_a_reload(server, visit):
+    page = visit()
+    page.fill("#question", "one\ntwo")
+    page.reload()
+    page.wait_for_selector("h1:has-text('Ada')")
+    wait_until(lambda: page.input_value("#question") == "one\ntwo")
+    page.press("#question", "Enter")
+    answered(page)
+    page.reload()
+    page.wait_for_selector("li.user")
+    assert page.input_value("#question") == ""

@@ -114,3 +114,27 @@ def test_figures_are_said_as_the_language_says_them(server, visit, locale, figur
     figure = "([speed, n, used]) => figure({ cache_n: 0, prompt_n: used - n, predicted_n: n, predicted_per_second: speed })"
     found = [page.evaluate(figure, numbers).replace("\xa0", " ") for numbers in ([1, 1, 1], [2.5, 5, 128])]
     assert found == figures
+
+
+def test_what_is_copied_or_printed_is_the_conversation(server, visit):
+    page = visit()
+    ask(page, "Hello")
+    page.evaluate("getSelection().selectAllChildren(document.body)")
+    assert page.evaluate("getSelection().toString()").split("\n")[:3] == ["You:", "Hello", "Ada:"]
+    assert "Edit" not in page.evaluate("getSelection().toString()")
+    page.evaluate("chat.path()[1].content = 'line\\n\\n'.repeat(100); render()")
+    page.emulate_media(media="print")
+    assert page.evaluate("$('scroll').scrollHeight <= $('scroll').clientHeight"), "the whole of it"
+    assert page.is_hidden("nav") and page.is_hidden("form.ask")
+
+
+def test_a_setting_out_of_its_range_is_not_taken(server, visit):
+    page = visit()
+    page.click("#options")
+    page.fill("input[name=temperature]", "1")
+    page.fill("input[name=temperature]", "-1")
+    page.keyboard.press("Escape")
+    ask(page, "Hello")
+    assert page.inner_text("#line") == ""
+    page.click("#options")
+    assert page.input_value("input[name=temperature]") == "1"
