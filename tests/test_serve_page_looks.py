@@ -125,7 +125,8 @@ def test_what_is_copied_or_printed_is_the_conversation(server, visit):
     page.evaluate("chat.path()[1].content = 'line\\n\\n'.repeat(100); render()")
     page.emulate_media(media="print")
     assert page.evaluate("$('scroll').scrollHeight <= $('scroll').clientHeight"), "the whole of it"
-    assert page.is_hidden("nav") and page.is_hidden("form.ask")
+    assert page.is_hidden("nav")
+    assert page.is_hidden("form.ask")
 
 
 def test_a_setting_out_of_its_range_is_not_taken(server, visit):
