@@ -117,7 +117,7 @@ def test_what_is_pasted_while_an_answer_comes_is_one_message_and_whole(terminal)
     shown.type("slow" + ENTER)
     shown.wait("word3")
     assert shown.raw.count("\x1b[?2004h") > shown.raw.count("\x1b[?2004l"), "the terminal is to mark what is pasted"
-    text = "\n".join("line %04d of a long text" % n for n in range(300))  # longer than what a terminal edits by itself
+    text = "\n".join(f"line {n:04} of a long text" for n in range(300))  # longer than what a terminal edits by itself
     shown.type("\x1b[200~" + text.replace("\n", "\r") + "\x1b[201~")
     (shown.home / "enough").touch()  # the answer ends
     shown.wait("line 0299 of a long text")

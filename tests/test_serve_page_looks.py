@@ -1,7 +1,11 @@
 """The page in a real browser: phone, keyboard, screen reader, dark and light, languages."""
 
+import os
+
 import pytest
 from browsing import answered, ask, begun, chromium_fixture, server_fixture, slow, visit_fixture  # noqa: F401
+
+from pocketlm.chat import saved, transcript
 
 
 def test_a_phone(server, visit):
@@ -139,3 +143,17 @@ def test_a_setting_out_of_its_range_is_not_taken(server, visit):
     assert page.inner_text("#line") == ""
     page.click("#options")
     assert page.input_value("input[name=temperature]") == "1"
+
+
+def test_dates_are_those_of_the_place_and_the_time_zone(server, visit):
+    conversation = transcript.Conversation(system="", model="other", model_id="other", interactive=True)
+    conversation.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    transcript.Record().save(conversation)
+    os.utime(saved.paths()[0], (1_801_958_400,) * 2)  # 2027-02-07 00:00 UTC
+    for locale, zone, date in [
+        ("en-GB", "Asia/Tokyo", "07/02/2027, 09:00"), ("en-US", "America/New_York", "2/6/27, 7:00 PM"),
+        ("pl-PL", "Europe/Warsaw", "7.02.2027, 01:00"), ("de-DE", "UTC", "2/7/27, 12:00 AM"),
+    ]:  # fmt: skip
+        page = visit(locale=locale, timezone_id=zone)
+        page.wait_for_selector("nav small")
+        assert page.inner_text("nav small").replace("\u202f", " ").startswith(date)
