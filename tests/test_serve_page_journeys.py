@@ -145,6 +145,7 @@ def test_arabic_stands_from_right_to_left(server, visit):
     page = visit()
     page.click("nav .open")
     page.wait_for_selector("li.assistant p")
+    page.wait_for_selector("nav li[aria-current]")  # the list is written anew
     page.fill("#question", "مرحبا")
     directions = [
         page.locator(where).first.evaluate("at => getComputedStyle(at).direction")
@@ -252,3 +253,20 @@ def test_a_draft_outlives_a_reload(server, visit):
     page.reload()
     page.wait_for_selector("li.user")
     assert page.input_value("#question") == ""
+
+
+def test_what_a_friend_meets_is_said_in_their_language(server, visit):
+    page = visit(locale="pl-PL")
+    ask(page, "słowo " * 2000, wait=False)
+    page.wait_for_selector(".line.bad:has-text('Skróć')")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "busy"}}))
+    ask(page, "Hello", wait=False)
+    page.wait_for_selector(".line.bad:has-text('Spróbuj za chwilę')")
+    page.unroute("**/v1/chat/completions")
+    page.evaluate("""{
+        const real = fetch, broken = () => new ReadableStream({ start: (of) => of.error(new TypeError("network error")) });
+        window.fetch = async (path, ...more) => path.startsWith("/v1/") ? new Response(broken()) : real(path, ...more);
+    } null""")
+    ask(page, "Hello", wait=False)
+    page.wait_for_selector(".line.bad:has-text('Program nie odpowiada')")
+    assert page.input_value("#question") == "Hello"
