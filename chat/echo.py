@@ -1,4 +1,4 @@
-"""Turns a terminal's echo off while an answer comes: what is typed meanwhile waits for the next prompt, unseen.
+"""Turns a terminal's echo off while an answer comes: what is typed meanwhile waits for the next prompt, unseen and untouched.
 
 In: the standard input of a chat. Knows neither answers nor prompts. On Windows and with pipes nothing happens.
 """
@@ -45,14 +45,19 @@ def without_echo(stdin: TextIO) -> Iterator[None]:
 
 
 def _echo(stdin: TextIO, wanted: bool) -> bool:
-    """Switch the echo; whether that changed anything. Only in the foreground: the system stops other programs that try."""
+    """Switch the echo, and the terminal's own editing of lines, which would swallow Ctrl-D and what is longer than 4095 bytes.
+    Without them, it marks what is pasted. Whether that changed anything. Only in the foreground: the system stops other
+    programs that try.
+    """
     if sys.platform == "win32":
         return False
     with suppress(OSError, ValueError, termios.error):
         terminal = stdin.fileno()
         modes = termios.tcgetattr(terminal)
         if bool(modes[_LOCAL] & termios.ECHO) != wanted and os.tcgetpgrp(terminal) == os.getpgrp():
-            modes[_LOCAL] ^= termios.ECHO
+            modes[_LOCAL] ^= termios.ECHO | termios.ICANON
             termios.tcsetattr(terminal, termios.TCSANOW, modes)
+            with suppress(OSError):  # standard input is for reading, and may be for nothing else
+                os.write(terminal, b"\x1b[?2004l" if wanted else b"\x1b[?2004h")
             return True
     return False

@@ -5,6 +5,7 @@ console. Values for the sampler are checked by `SamplingOptions`, so the ranges 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,19 @@ class Command:
 
 def is_command(line: str) -> bool:
     """Whether a line is one of the commands of the table, or one that was mistyped."""
-    name = line[1:].split(" ", 1)[0].rstrip("\r\n").lower()
+    name = _parts(line)[0].lower()
     return line.startswith("/") and name.isidentifier() and (name in COMMANDS or bool(did_you_mean(name, COMMANDS, cutoff=0.7)))
+
+
+def _parts(line: str) -> tuple[str, str]:
+    """The name, and what stands behind it, maybe on lines of its own."""
+    name, *rest = re.split(r"\s", line[1:], maxsplit=1)
+    return name, "".join(rest)
 
 
 def run(chat: Chat, line: str) -> None:
     """Carry out one line such as `/temp 0.5`. Raises PocketlmError or UsageError, one line for the user."""
-    name, _, argument = line[1:].partition(" ")
+    name, argument = _parts(line)
     command = COMMANDS.get(name.lower())
     if command is None:
         near = did_you_mean(name, COMMANDS, "/")

@@ -47,8 +47,8 @@ ON_WINDOWS = {
     r"(onnxruntime|transformers|llama-cpp-python|matplotlib|torch|onnx|llama[._]cpp|PyInstaller) "
     r"(is not installed|is what is compared with|reads its archives)": "large, and wine adds nothing to it",
     r"(the package onnx is not installed|(writes|verifies|runs the) ONNX.*|runs what was written)": "the same",
-    r"(playwright|axe-playwright-python|no Chromium|the openai package|needs llvm-mca|makes the folders|jsonschema|the 8-b"
-    r"|distributed spreads|systemd-analyze).*":
+    r"(playwright|axe-playwright-python|markdown-it-py|no Chromium|the openai package|needs llvm-mca|makes the folders"
+    r"|jsonschema|the 8-b|distributed spreads|systemd-analyze).*":
         "large, or no program for Windows; Linux' run has it",
     r"Windows has no Ctrl-C .*": "Windows itself says so",
     r"SmolLM2 is not installed.*": "it is talked to under wine as a packed program",

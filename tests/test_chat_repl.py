@@ -135,6 +135,8 @@ def test_the_table_holds_every_command_and_help_shows_each():
         ("/temp", "temperature: 0.7"),
         ("/temp 0", "temperature: 0.0"),
         ("/TEMP 1.5", "temperature: 1.5"),
+        ("/temp\t1.5", "temperature: 1.5"),
+        ("/system\\\nBe brief.", "system: Be brief."),
         ("/temp -1", "pocketlm: temperature is -1.0; it must be a number from 0 up (0: always the likeliest token)"),
         ("/temp nan", "pocketlm: temperature is nan; it must be a number from 0 up (0: always the likeliest token)"),
         ("/temp hot", "pocketlm: 'hot' is no number"),

@@ -111,6 +111,36 @@ def test_what_is_typed_while_an_answer_comes_waits_for_the_next_prompt(terminal)
     assert shown.ended() == 0
 
 
+def test_what_is_pasted_while_an_answer_comes_is_one_message_and_whole(terminal):
+    shown = terminal(size=(24, 200))
+    shown.prompt(1)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    assert shown.raw.count("\x1b[?2004h") > shown.raw.count("\x1b[?2004l"), "the terminal is to mark what is pasted"
+    text = "\n".join(f"line {n:04} of a long text" for n in range(300))  # longer than what a terminal edits by itself
+    shown.type("\x1b[200~" + text.replace("\n", "\r") + "\x1b[201~")
+    (shown.home / "enough").touch()  # the answer ends
+    shown.wait("line 0299 of a long text")
+    shown.type(ENTER)
+    shown.wait("You said: line 0000")
+    shown.wait("tokens/s", 2)
+    shown.type(CTRL_D)
+    assert shown.ended() == 0
+    [conversation] = shown.conversations()
+    assert [m["content"] for m in conversation["messages"] if m["role"] == "user"] == ["slow", text]
+
+
+def test_ctrl_d_while_an_answer_comes_leaves_behind_it(terminal):
+    shown = terminal()
+    shown.prompt(1)
+    shown.type("slow" + ENTER)
+    shown.wait("word3")
+    shown.type(CTRL_D)
+    shown.wait("word9")
+    (shown.home / "enough").touch()
+    assert shown.ended() == 0
+
+
 def test_ctrl_z_in_an_answer_gives_the_shell_its_echo_back(terminal):
     shown = terminal(command=(sys.executable, "-c", SHELL, DRIVER))
     shown.prompt(1)

@@ -1,9 +1,7 @@
 """The page in a real browser: conversations and their files, settings, hostile texts, a server that is gone."""
 
 import json
-import re
 
-import pytest
 from browsing import (  # noqa: F401
     alone_fixture,
     answered,
@@ -214,74 +212,6 @@ def test_settings_reach_the_model(server, visit, alone):
     assert files()[0].messages[-1]["cut"] is True, "three tokens are no whole answer"
 
 
-HOSTILE = """\
-<script>window.hit = 1</script><img src=x onerror="window.hit = 2"><svg onload="window.hit = 3">
-[click](javascript:window.hit=4) [page](https://example.org/a?b=c) <iframe srcdoc="x"></iframe>
-
-```html
-</code></pre><script>window.hit = 5</script>
-```
-"""
-RENDERED = """\
-# A *title*
-
-- one
-- **two**
-  1. three
-
-| a | b |
-|---|---|
-| `1` | 2 |
-
-> said
-
-a_b_c and ~~gone~~ and 2 * 3 * 4
-"""
-
-
-def test_what_a_model_says_is_text_and_some_markdown(server, visit, alone):
-    conversation = transcript.Conversation(model=alone.name, model_id=alone.fingerprint, interactive=True)
-    conversation.messages = [
-        {"role": "user", "content": "<b>hi</b>"}, {"role": "assistant", "content": HOSTILE},
-        {"role": "user", "content": "again"}, {"role": "assistant", "content": RENDERED},
-    ]  # fmt: skip
-    transcript.Record().save(conversation)
-    page = visit()
-    page.click("nav .open")
-    page.wait_for_selector("li.assistant h2")
-    assert page.evaluate("window.hit") is None
-    assert page.locator("#log").locator("script, img, svg, iframe, b").count() == 0
-    assert page.eval_on_selector_all("#log a", "links => links.map(a => a.href)") == ["https://example.org/a?b=c"]
-    assert "<script>window.hit = 1</script>" in answers(page)[0]
-    assert page.inner_text("#log pre") == "</code></pre><script>window.hit = 5</script>"
-    last = page.locator("li.assistant .text").last
-    assert last.locator("h2 em").inner_text() == "title"
-    assert last.locator("ul > li").all_inner_texts()[0] == "one"
-    assert last.locator("ul > li > ol > li").inner_text() == "three"
-    assert last.locator("li strong").inner_text() == "two"
-    assert last.locator("td").all_inner_texts() == ["1", "2"]
-    assert last.locator("blockquote").inner_text() == "said"
-    assert last.locator("p").last.inner_text() == "a_b_c and gone and 2 * 3 * 4"
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("```f(2)``` gives 4\nafter", "<p><code>f(2)</code> gives 4<br>after</p>"),
-        ("1. a\n   ```py\n   if x:\n       y\n   ```\n2. b",
-         '<ol start="1"><li>a<div class="code"><pre><code>if x:\n    y</code></pre></div></li><li>b</li></ol>'),
-        ("1. a\n- x\n- y\n2. b", '<ol start="1"><li>a</li></ol><ul><li>x</li><li>y</li></ul><ol start="2"><li>b</li></ol>'),
-        ("Here:\n|a|b|\n|-|-|\n|`x\\|y`|2|", "<p>Here:</p><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody>"
-         "<tr><td><code>x|y</code></td><td>2</td></tr></tbody></table>"),
-        ("- a\r\n- b\r\n~~~\r\nc\r\n~~~", '<ul><li>a</li><li>b</li></ul><div class="code"><pre><code>c</code></pre></div>'),
-    ],
-)  # fmt: skip
-def test_markdown_as_models_write_it(visit, text, shown):
-    """Nothing of it is lost, code can be copied, and numbers are those that the model gave."""
-    html = visit().evaluate("(text) => { const all = make('div'); all.append(markdown(text)); return all.innerHTML }", text)
-    assert re.sub(r'<button.*?</button>| tabindex="0" dir="ltr"', "", html) == shown
-
-
 def test_a_thought_is_folded_and_kept_as_the_terminal_keeps_it(server, visit):
     deltas = [{"reasoning_content": "It "}, {"reasoning_content": "greets"}, {"content": "Hello "}, {"content": "there"}]
     chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
@@ -308,7 +238,7 @@ def test_an_answer_that_fills_the_context_is_not_more_than_all_of_it(server, vis
     body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     ask(page, "Hi")
-    assert page.locator("li.assistant").inner_text().endswith(f"context {n_ctx}/{n_ctx} (100 %)")
+    assert page.locator("li.assistant").inner_text().endswith(f"context {n_ctx}/{n_ctx} (100%)")
 
 
 def test_without_the_address_of_the_start_nothing_is_shown(server, visit):

@@ -145,6 +145,7 @@ def test_arabic_stands_from_right_to_left(server, visit):
     page = visit()
     page.click("nav .open")
     page.wait_for_selector("li.assistant p")
+    page.wait_for_selector("nav li[aria-current]")  # the list is written anew
     page.fill("#question", "مرحبا")
     directions = [
         page.locator(where).first.evaluate("at => getComputedStyle(at).direction")
@@ -159,3 +160,113 @@ def test_arabic_stands_from_right_to_left(server, visit):
         for side in ("left", "right")
     )  # fmt: skip
     assert left == 0 < right, "and English among it from left to right"
+
+
+def test_what_is_typed_in_an_open_field_stays(server, visit):
+    page = visit()
+    ask(page, "Hello")
+    ask(page, "I like music.")
+    page.get_by_role("button", name="Edit").first.click()
+    page.fill(".edit textarea", "Good evening")
+    for question in ("And you?", "I like tea."):
+        page.fill("#question", question)
+        page.press("#question", "Enter")
+        answered(page)
+        assert page.input_value(".edit textarea") == "Good evening"
+    this = page.get_attribute("nav li[aria-current]", "data-name")
+    page.click("#new")
+    page.wait_for_selector("li.user", state="detached")
+    page.click(f"nav li[data-name='{this}'] .open")
+    assert page.input_value(".edit textarea") == "Good evening"
+    page.reload()
+    page.wait_for_selector("li.user")
+    assert page.input_value(".edit textarea") == "Good evening"
+    page.press(".edit textarea", "Enter")
+    answered(page)
+    assert page.inner_text("li.user > .text") == "Good evening"
+    page.get_by_role("button", name="Previous version").first.click()
+    assert page.locator("li.user > .text").all_inner_texts() == ["Hello", "I like music.", "And you?", "I like tea."]
+    page.reload()
+    page.wait_for_selector("li.user")
+    assert page.locator(".edit").count() == 0
+
+
+def test_a_question_that_fails_comes_back_beside_what_was_typed_since(server, visit):
+    page = visit()
+    waiting = []
+    page.route("**/v1/chat/completions", lambda route: waiting.append(route))
+    ask(page, "Hello", wait=False)
+    page.fill("#question", "And you?")
+    while not waiting:
+        page.wait_for_timeout(10)
+    waiting[0].abort()
+    page.wait_for_selector(".line.bad")
+    wait_until(lambda: page.input_value("#question") == "Hello\nAnd you?")
+
+
+def test_what_is_selected_in_an_answer_stays_while_it_comes(server, visit):
+    page = visit()
+    page.evaluate("chat.append(chat.append(chat.root, 'user', 'Hi'), 'assistant', 'First.\\n\\nSec'); render()")
+    page.evaluate("getSelection().selectAllChildren($('log').querySelector('li.assistant p'))")
+    page.evaluate("{ const node = chat.path()[1]; node.content += 'ond.\\n\\nThird'; paint(node); render(); }")
+    assert page.locator("li.assistant p").all_inner_texts() == ["First.", "Second.", "Third"]
+    assert page.evaluate("getSelection().toString()") == "First."
+
+
+def test_a_conversation_of_two_thousand_messages(server, visit):
+    begun = transcript.Conversation(system="", model="other", model_id="other", interactive=True)
+    begun.messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n}\n\n- **a**\n- b"} for n in range(2000)]
+    transcript.Record().save(begun)
+    page = visit()
+    page.click("nav .open")
+    page.wait_for_selector("li.assistant")  # a layout of the whole for each message took a minute
+    ask(page, "Hello")
+    assert page.locator("#log > li").count() == 2002
+    assert page.evaluate("atEnd()")
+
+
+def test_a_conversation_that_cannot_be_saved_is_not_left_without_a_word(server, visit):
+    page = visit()
+    page.route("**/page/chats", lambda route: route.fulfill(status=503, json={"error": {"message": "No space left"}}))
+    ask(page, "Precious", wait=False)
+    page.wait_for_selector("#send:not([hidden])")
+    page.wait_for_selector(".line.bad:has-text('No space left')")
+    asked = []
+    page.once("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.click("#new")
+    wait_until(lambda: page.is_visible("li.user") and bool(asked))
+    assert "lose" in asked[0]
+    page.unroute("**/page/chats")
+    page.click("#new")  # there is space again
+    page.wait_for_selector("li.user", state="detached")
+    wait_until(lambda: [chat.messages[0]["content"] for chat in files()] == ["Precious"])
+
+
+def test_a_draft_outlives_a_reload(server, visit):
+    page = visit()
+    page.fill("#question", "one\ntwo")
+    page.reload()
+    page.wait_for_selector("h1:has-text('Ada')")
+    wait_until(lambda: page.input_value("#question") == "one\ntwo")
+    page.press("#question", "Enter")
+    answered(page)
+    page.reload()
+    page.wait_for_selector("li.user")
+    assert page.input_value("#question") == ""
+
+
+def test_what_a_friend_meets_is_said_in_their_language(server, visit):
+    page = visit(locale="pl-PL")
+    ask(page, "słowo " * 2000, wait=False)
+    page.wait_for_selector(".line.bad:has-text('Skróć')")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "busy"}}))
+    ask(page, "Hello", wait=False)
+    page.wait_for_selector(".line.bad:has-text('Spróbuj za chwilę')")
+    page.unroute("**/v1/chat/completions")
+    page.evaluate("""{
+        const real = fetch, broken = () => new ReadableStream({ start: (of) => of.error(new TypeError("network error")) });
+        window.fetch = async (path, ...more) => path.startsWith("/v1/") ? new Response(broken()) : real(path, ...more);
+    } null""")
+    ask(page, "Hello", wait=False)
+    page.wait_for_selector(".line.bad:has-text('Program nie odpowiada')")
+    assert page.input_value("#question") == "Hello"

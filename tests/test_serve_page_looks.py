@@ -1,7 +1,11 @@
 """The page in a real browser: phone, keyboard, screen reader, dark and light, languages."""
 
+import os
+
 import pytest
 from browsing import answered, ask, begun, chromium_fixture, server_fixture, slow, visit_fixture  # noqa: F401
+
+from pocketlm.chat import saved, transcript
 
 
 def test_a_phone(server, visit):
@@ -100,15 +104,56 @@ def test_the_browser_chooses_the_words(server, visit, locale, word):
     assert visit(locale=locale).inner_text("#send") == word
 
 
-@pytest.mark.parametrize(
-    ("locale", "said"),
-    [
-        ("en", ["1 token ", "2 tokens ", "5 tokens "]), ("tr", ["1 token ", "2 token ", "5 token "]),
-        ("pl", ["1 token ", "2 tokeny ", "5 tokenów "]), ("ru", ["1 токен ", "2 токена ", "5 токенов "]),
-    ],
-)  # fmt: skip
-def test_tokens_are_counted_as_the_language_counts(server, visit, locale, said):
+FIGURES = {
+    "en": ["1 token/s · 1 token · context 1/512 (0%)", "2.5 tokens/s · 5 tokens · context 128/512 (25%)"],
+    "tr": ["1 token/sn · 1 token · bağlam 1/512 (%0)", "2,5 token/sn · 5 token · bağlam 128/512 (%25)"],
+    "pl": ["1 token/s · 1 token · kontekst 1/512 (0%)", "2,5 tokena/s · 5 tokenów · kontekst 128/512 (25%)"],
+    "ru": ["1 токен/с · 1 токен · контекст 1/512 (0 %)", "2,5 токена/с · 5 токенов · контекст 128/512 (25 %)"],
+}
+
+
+@pytest.mark.parametrize(("locale", "figures"), FIGURES.items())
+def test_figures_are_said_as_the_language_says_them(server, visit, locale, figures):
     page = visit(locale=locale)
-    for n, text in zip((1, 2, 5), said, strict=True):
-        timings = f"{{cache_n: 0, prompt_n: 6, predicted_n: {n}, predicted_per_second: 1}}"
-        assert f"· {text}·" in page.evaluate(f"figure({timings})")
+    figure = "([speed, n, used]) => figure({ cache_n: 0, prompt_n: used - n, predicted_n: n, predicted_per_second: speed })"
+    found = [page.evaluate(figure, numbers).replace("\xa0", " ") for numbers in ([1, 1, 1], [2.5, 5, 128])]
+    assert found == figures
+
+
+def test_what_is_copied_or_printed_is_the_conversation(server, visit):
+    page = visit()
+    ask(page, "Hello")
+    page.evaluate("getSelection().selectAllChildren(document.body)")
+    assert page.evaluate("getSelection().toString()").split("\n")[:3] == ["You:", "Hello", "Ada:"]
+    assert "Edit" not in page.evaluate("getSelection().toString()")
+    page.evaluate("chat.path()[1].content = 'line\\n\\n'.repeat(100); render()")
+    page.emulate_media(media="print")
+    assert page.evaluate("$('scroll').scrollHeight <= $('scroll').clientHeight"), "the whole of it"
+    assert page.is_hidden("nav")
+    assert page.is_hidden("form.ask")
+
+
+def test_a_setting_out_of_its_range_is_not_taken(server, visit):
+    page = visit()
+    page.click("#options")
+    page.fill("input[name=temperature]", "1")
+    page.fill("input[name=temperature]", "-1")
+    page.keyboard.press("Escape")
+    ask(page, "Hello")
+    assert page.inner_text("#line") == ""
+    page.click("#options")
+    assert page.input_value("input[name=temperature]") == "1"
+
+
+def test_dates_are_those_of_the_place_and_the_time_zone(server, visit):
+    conversation = transcript.Conversation(system="", model="other", model_id="other", interactive=True)
+    conversation.messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    transcript.Record().save(conversation)
+    os.utime(saved.paths()[0], (1_801_958_400,) * 2)  # 2027-02-07 00:00 UTC
+    for locale, zone, date in [
+        ("en-GB", "Asia/Tokyo", "07/02/2027, 09:00"), ("en-US", "America/New_York", "2/6/27, 7:00 PM"),
+        ("pl-PL", "Europe/Warsaw", "7.02.2027, 01:00"), ("de-DE", "UTC", "2/7/27, 12:00 AM"),
+    ]:  # fmt: skip
+        page = visit(locale=locale, timezone_id=zone)
+        page.wait_for_selector("nav small")
+        assert page.inner_text("nav small").replace("\u202f", " ").startswith(date)
