@@ -7,7 +7,7 @@ scaled, longer than the context that the model was first trained for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from families import N_VOCAB, Shapes, write_random
 from llama_reference import LlamaReference
 
 import pocketlm
-from pocketlm.runtime.operations import Rotate
 
 
 @dataclass(frozen=True)
@@ -205,11 +204,3 @@ def test_logits_are_llama_cpps(tmp_path, name, shape):
             executor.cache.truncate(0)
             one_by_one = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
             assert compare(expected, one_by_one).worst_cosine >= 0.9999, backend
-
-
-def test_the_windows_of_an_olmo3_turn_by_the_base_that_its_file_gives_them(tmp_path):
-    """transformers has one base for windows and one for the rest; llama.cpp reads both and computes with the second."""
-    row = MODELS["olmo3"]
-    write(tmp_path / "m.gguf", replace(row, keys={**row.keys, "rope.freq_base_swa": 500.0}), SHAPES["wide heads"])
-    with pocketlm.load(tmp_path / "m.gguf", backend="numpy") as model:
-        assert [op.rope.theta for op in model._plan.ops if isinstance(op, Rotate)] == [500.0] * 3 + [10000.0, 500.0]
