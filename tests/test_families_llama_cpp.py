@@ -16,11 +16,10 @@ import pytest
 from agreement import compare
 from families import N_VOCAB, Shapes, write_random
 from llama_reference import LlamaReference
-from operation_lists import make, reference, tensors_of
+from operation_lists import published, reference, tensors_of
 
 import pocketlm
 from pocketlm.errors import FileError
-from pocketlm.runtime.architectures import mpt
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.operations import Norm
 
@@ -246,8 +245,8 @@ def test_what_mpt_can_and_pocketlm_cannot_is_refused_by_its_key(tmp_path):
 def test_an_mpt_that_normalises_queries_and_keys_is_what_float64_gives():
     """llama.cpp ends the program on such a file."""
     extra = {f"blk.{i}.attn_{part}_norm.{end}": (64,) for i in range(2) for part in "qk" for end in ("weight", "bias")}
-    plan = make(mpt.operations, extra, architecture="mpt", norm="layer", position="alibi", gated=False, n_kv_head=4,
-                activation="gelu_tanh")  # fmt: skip
+    options = {"norm": "layer", "position": "alibi", "gated": False, "n_kv_head": 4, "activation": "gelu_tanh"}
+    plan = published("mpt", extra, architecture="mpt", **options)
     weights, ids = tensors_of(plan), np.random.default_rng(0).integers(0, 96, 24)
     executor = NumpyExecutor(plan, weights, 64, 1)
     assert sum(isinstance(op, Norm) and op.x == "qkv" for op in plan.ops) == 4
