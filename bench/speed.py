@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -181,12 +181,9 @@ def ninth(smollm2: Path) -> dict[str, float]:
     """The first token of a ninth conversation beside eight: `first`, its seconds; `others`, seconds of a token of the eight;
     `passes` that end until then.
     """
-    worker = Worker(2)
-    try:
+    with closing(Worker(2)) as worker:
         worker.load(BACKENDS["native"], smollm2, LIMIT, 2, 1024, open_subject(smollm2).hyper.n_vocab)
         return worker.ask("ninth", LIMIT, n=24, conversations=8)
-    finally:
-        worker.close()
 
 
 def peak(smollm2: Path) -> float:
