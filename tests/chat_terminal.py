@@ -61,8 +61,15 @@ class Terminal:
                 return
             assert time.monotonic() < end, f"no prompt {n} in:\n{self.text()}"
 
-    def type(self, keys: str) -> None:
+    def type(self, keys: str, wanted: str = "") -> None:
+        """Type, and wait for what is wanted then."""
         self.child.send(keys)
+        self.wait(wanted)
+
+    def leave(self, keys: str = CTRL_D) -> int:
+        """Type what ends the program; its exit status."""
+        self.type(keys)
+        return self.ended()
 
     def conversations(self) -> list[dict]:
         """What this user's programs have kept, the oldest first."""

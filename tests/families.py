@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import add_key, vocabulary
+from tiny_models import add_key, vocabulary, write_out
 
 from pocketlm.runtime.architectures.common import Builder
 from pocketlm.runtime.architectures.table import ARCHITECTURES
@@ -42,10 +42,7 @@ def write_random(path: Path, arch: str, sizes: dict[str, int], keys: dict[str, A
         add_key(writer, key, value)
     for name, shape in {**wanted.used, **extra}.items():
         writer.add_tensor(name, random_weights(random, name, shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     return path
 
 

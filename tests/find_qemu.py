@@ -19,6 +19,13 @@ def find_qemu(anywhere: bool = True) -> str | None:
     return next((path for path in found if not anywhere or b"/ld-" not in Path(path).read_bytes()[:4096]), None)
 
 
+def entry(qemu: str) -> str:
+    """What registers it with the kernel (binfmt_misc) for programs of that processor."""
+    elf = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
+    mask = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+    return f":pocketlm:M::{elf}:{mask}:{qemu}:F"
+
+
 if __name__ == "__main__":
     qemu = find_qemu()
     print(qemu or "no qemu-aarch64 that needs no libraries")

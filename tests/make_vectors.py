@@ -8,7 +8,6 @@ GGUF vocabularies llama-cpp-python and gguf. To make a vocabulary anew, delete i
 """
 
 import argparse
-import base64
 import json
 import lzma
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peer_tokenizers as peers
+from peer_tokenizers import Reference
 from tokenizer_texts import PROSE, texts, train_sentencepiece
 
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
@@ -68,16 +69,6 @@ WRITTEN = [
 ]  # fmt: skip
 LINES = PROSE.split("\n") * 4 + [text for text in WRITTEN if "\0" not in text and "\x85" not in text]
 
-Ids = list[int]
-
-
-class Reference(NamedTuple):
-    """A library's answers: `encode(texts, special)`, `decode` where it is exact. `specials`: the ways it can be asked."""
-
-    encode: Callable[[list[str], bool], list[Ids]]
-    decode: Callable[[Ids], str] | None
-    specials: tuple[bool, ...]
-
 
 class Kind(NamedTuple):
     """A kind of vocabulary: how its file is made, how its library opens it, and what `tokenizer.load` must be told."""
@@ -95,90 +86,49 @@ def _make_sentencepiece(path: Path, options: dict[str, Any]) -> None:
 
 
 def _open_sentencepiece(path: Path, options: dict[str, Any]) -> Reference:
-    import sentencepiece
-
-    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
-    return Reference(lambda some, special: theirs.encode(some), theirs.decode, (False,))
+    return peers.asked_of_sentencepiece(lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes())
 
 
 # ── tokenizers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pre_tokenizer(name: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt-2", "smollm"))
-    if name == "gpt-2":
-        return byte_level
-    split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[name][0]), "isolated")
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(True) if name == "smollm" else split, byte_level])
-
-
 def _make_tokenizers(path: Path, options: dict[str, Any]) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    import tokenizers
 
-    name = options["pre"]
-    if name == "metaspace":
-        bytes_as_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-        made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        made.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
-        special, alphabet = ["<unk>", "<s>", "</s>", *bytes_as_tokens], []
+    if options["pre"] == "metaspace":
+        made = peers.metaspace(LINES, "first", vocab_size=600, limit_alphabet=260)
     else:
-        bytes_as_tokens = []
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer, made.decoder = _pre_tokenizer(name), decoders.ByteLevel()
-        special, alphabet = MARKERS[:2], pre_tokenizers.ByteLevel.alphabet()
-    if name == "qwen2":
-        made.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, show_progress=False, initial_alphabet=alphabet, limit_alphabet=260
-    )
-    made.train_from_iterator(LINES, trainer)
-    if name != "metaspace":
-        made.add_tokens([AddedToken("<sep>", normalized=False)])
-        made.add_tokens([AddedToken("<|user|>", lstrip=True, rstrip=True, normalized=False)])
-    file = json.loads(made.to_str())  # byte tokens are no markers, as in the files of models
-    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] not in bytes_as_tokens]
-    path.write_text(json.dumps(file, ensure_ascii=False, separators=(",", ":")) + "\n", "utf-8", newline="\n")
+        normalizer = tokenizers.normalizers.NFC() if options["pre"] == "qwen2" else None
+        made = peers.byte_level(LINES, 600, options["pre"], MARKERS[:2], normalizer)
+        add_markers(made)
+    text = json.dumps(json.loads(made.to_str()), ensure_ascii=False, separators=(",", ":"))
+    path.write_text(text + "\n", "utf-8", newline="\n")
+
+
+def add_markers(made: Any) -> None:
+    """One that is read where it stands, one that takes the white space around it along."""
+    from tokenizers import AddedToken
+
+    made.add_tokens([AddedToken("<sep>", normalized=False)])
+    made.add_tokens([AddedToken("<|user|>", lstrip=True, rstrip=True, normalized=False)])
 
 
 def _open_tokenizers(path: Path, options: dict[str, Any]) -> Reference:
     import tokenizers
 
-    theirs = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        theirs.encode_special_tokens = not special
-        return [encoding.ids for encoding in theirs.encode_batch(some, add_special_tokens=False)]
-
-    return Reference(encode, theirs.decode, (False, True))
+    return peers.asked_of_tokenizers(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
 
 
 # ── tiktoken ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _make_tiktoken(path: Path, options: dict[str, Any]) -> None:
-    from tiktoken._educational import bpe_train
-
-    ranks = bpe_train("\n".join(LINES), 600, PRE_TOKENIZERS[options["pattern"]][0], visualise=None)
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    path.write_bytes(peers.trained_ranks("\n".join(LINES), 600, PRE_TOKENIZERS[options["pattern"]][0]))
 
 
 def _open_tiktoken(path: Path, options: dict[str, Any]) -> Reference:
-    import tiktoken
-
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
-    pattern, special_tokens = PRE_TOKENIZERS[options["pattern"]][0], options["special_tokens"]
-    theirs = tiktoken.Encoding(name=path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        return [theirs.encode(text, allowed_special="all") if special else theirs.encode_ordinary(text) for text in some]
-
-    return Reference(encode, theirs.decode, (False, True))
+    pattern = PRE_TOKENIZERS[options["pattern"]][0]
+    return peers.asked_of_tiktoken(peers.encoding(path.read_bytes(), pattern, options["special_tokens"]))
 
 
 # ── GGUF, as llama.cpp reads it ──────────────────────────────────────────────────────────────────────────────────────
@@ -221,23 +171,12 @@ def _make_gguf(path: Path, options: dict[str, Any]) -> None:
     writer.close()
 
 
-def _open_gguf(path: Path, options: dict[str, Any]) -> Reference:
-    import llama_cpp
-
-    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-
-    def encode(some: list[str], special: bool) -> list[Ids]:
-        return [theirs.tokenize(text.encode(), add_bos=False, special=special) for text in some]
-
-    return Reference(encode, None, (False, True))
-
-
 # ── the set ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SENTENCEPIECE = Kind(_make_sentencepiece, _open_sentencepiece)
 TOKENIZERS = Kind(_make_tokenizers, _open_tokenizers)
 TIKTOKEN = Kind(_make_tiktoken, _open_tiktoken)
-GGUF = Kind(_make_gguf, _open_gguf)
+GGUF = Kind(_make_gguf, lambda path, options: peers.asked_of_llama_cpp(path))
 SYMBOLS = ["<sep>", "<|user|>", "3", "▁▁", "ab", "ello"]
 
 VOCABULARIES: dict[str, tuple[Kind, dict[str, Any]]] = {

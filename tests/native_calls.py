@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agreement import log_softmax
 from canonical_models import make_hyper, make_model
 from plain_calls import plain_function
 
@@ -202,10 +203,5 @@ def host_level() -> Level:
 
 def kl_divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
     """KL(exact || other) of every row of logits, in nats."""
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float64) - x.max(-1, keepdims=True)
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
     p, q = log_softmax(exact), log_softmax(other)
     return (np.exp(p) * (p - q)).sum(-1)

@@ -11,8 +11,7 @@ import numpy as np
 from canonical_models import make_hyper
 
 from pocketlm.runtime import operations as P
-from pocketlm.runtime.architectures import bloom, gptneox, granite, lfm2, olmo2, olmoe, phi2, phi3, qwen3moe, stablelm
-from pocketlm.runtime.architectures.common import Builder
+from pocketlm.runtime.architectures.common import Builder, pre_norm
 from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Rope
@@ -55,43 +54,6 @@ def tensors_of(plan: Plan, seed: int = 0) -> dict[str, Tensor]:
 # ── lists of operations that no architecture here has ────────────────────────────────────────────────────────────────
 
 
-def gemma3(m: Builder) -> None:
-    m.embed()
-    m.scale("x", math.sqrt(m.hyper.n_embd))
-    for b in m.layers():
-        is_local = b.layer % 2 == 0
-        b.norm("attn_norm")
-        b.qkv()
-        b.norm_heads()
-        b.rotate(Rope(100.0, m.hyper.head_dim, "half") if is_local else None)
-        b.attend(window=5 if is_local else 0, scale=0.3)
-        b.attention_output()
-        b.norm("post_attention_norm", "y", "y")
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.norm("post_ffw_norm", "y", "y")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
-def gemma2(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention(window=7 * (1 - b.layer % 2), softcap=2.0)
-        b.norm("post_attention_norm", "y", "y")
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.norm("post_ffw_norm", "y", "y")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-    m.softcap("logits", 3.0)
-
-
 def olmo(m: Builder) -> None:
     m.embed()
     for b in m.layers():
@@ -105,103 +67,18 @@ def olmo(m: Builder) -> None:
     m.logits()
 
 
-def smollm3(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.qkv()
-        if b.layer % 2:
-            b.rotate()
-        b.attend()
-        b.attention_output()
-        b.add()
-        b.norm("ffn_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
-def gpt_oss(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention(window=6 * (1 - b.layer % 2), sinks="attn_sinks.weight")
-        b.add()
-        b.norm("post_attention_norm")
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
-
-
 def routed(**options: Any) -> Operations:
-    def list_it(m: Builder) -> None:
-        m.embed()
-        for b in m.layers():
-            b.norm("attn_norm")
-            b.attention()
-            b.add()
-            b.norm("ffn_norm")
-            b.experts(**options)
-            b.add()
-        m.norm("output_norm")
-        m.logits()
-
-    return list_it
-
-
-def nanochat(m: Builder) -> None:
-    m.embed()
-    m.norm(None, "x", "x")
-    m.scale("x", 1.0, out="x0")
-    for b in m.layers():
-        b.scale("x", 0.9)
-        b.add("x0", "x", factor=0.3)
-        b.norm(None)
-        b.qkv()
-        b.rotate()
-        b.norm_heads(None, None)
-        b.attend(scale=1.44 / math.sqrt(m.hyper.head_dim), window=9 * (b.layer % 2))
-        b.attention_output()
-        b.add()
-        b.norm(None)
-        b.feed_forward()
-        b.add()
-    m.norm(None)
-    m.logits()
-    m.softcap("logits", 15.0)
-
-
-def gated(m: Builder) -> None:
-    """nanochat since March 2026: embeddings of the token before and of values, gated."""
-    m.embed()
-    m.embed_before("before")
-    m.norm(None, "before", "before")
-    m.gate("smear_gate", "x", "before", "x", 0.7)
-    for b in m.layers():
-        b.norm(None)
-        b.qkv()
-        b.embed_values(3.0)
-        b.rotate()
-        b.attend()
-        b.attention_output()
-        b.add()
-        b.norm(None)
-        b.feed_forward()
-        b.add()
-    m.norm(None)
-    m.logits()
+    return lambda m: pre_norm(m, feed_forward=lambda b: b.experts(**options))
 
 
 def _gates() -> dict[str, tuple[int, ...]]:
     return {"smear_gate.weight": (1, 24), "blk.1.attn_v_gate.weight": (2, 12), "blk.1.attn_v_embd.weight": (64, 32)}
 
 
-def _fused(n_layer: int = 2) -> dict[str, tuple[int, ...]]:
+def _fused() -> dict[str, tuple[int, ...]]:
     """Tensors of phi3: q, k and v in one, gate and up in one, factors of frequencies for short and long contexts."""
     shapes: dict[str, tuple[int, ...]] = {"rope_factors_short.weight": (4,), "rope_factors_long.weight": (4,)}
-    for i in range(n_layer):
+    for i in range(2):
         shapes |= {f"blk.{i}.attn_qkv.weight": (128, 64), f"blk.{i}.ffn_up.weight": (192, 64)}
     return shapes
 
@@ -238,39 +115,55 @@ LONG = {"rope": Rope(1000.0, 8, "half", scaling="longrope", attention_factor=1.1
 FACTORS = {"attention.scale": 0.11, "residual_scale": 0.22, "embedding_scale": 12.0, "logit_scale": 8.0}
 CONVOLUTIONS = {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]}
 EXPERTS = {"expert_count": 7, "expert_used_count": 3}
-mixtral, qwen2moe, granitemoe = (ARCHITECTURES[name].operations for name in ("llama", "qwen2moe", "granitemoe"))
+GEMMA2 = {"attention.sliding_window": 7, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+GEMMA3 = {"attention.sliding_window": 5, "attention.sliding_window_pattern": 2, "rope.freq_base_swa": 100.0}
+NANOCHAT = {
+    "residual_scale": 0.9, "embedding_scale": 0.3, "attention.sliding_window": 9, "attention.sliding_window_pattern": [0, 1],
+    "attention.scale": 0.36, "final_logit_softcapping": 15.0,
+}  # fmt: skip
+GATED = {"smear_scale": 0.7, "attention.value_gate_scale": 3.0, "backout_scale": 0.2, "final_logit_softcapping": 15.0}
+
+
+def published(name: str, extra: dict[str, tuple[int, ...]] | None = None, **options: Any) -> Plan:
+    return make(ARCHITECTURES[name].operations, extra, **options)
+
+
 LISTS: dict[str, Callable[[], Plan]] = {
-    "gemma3": lambda: make(gemma3, activation="gelu_tanh", **HALF),
-    "gemma2": lambda: make(gemma2, activation="gelu_tanh", **HALF),
-    "granite": lambda: make(granite.operations, settings=FACTORS),
-    "olmo2": lambda: make(olmo2.operations, **HALF),
+    "gemma3": lambda: published("gemma3", settings=GEMMA3, activation="gelu_tanh", **HALF),
+    "gemma2": lambda: published("gemma2", settings=GEMMA2, activation="gelu_tanh", **HALF),
+    "granite": lambda: published("granite", settings=FACTORS),
+    "olmo2": lambda: published("olmo2", **HALF),
     "olmo": lambda: make(olmo, norm="layer"),
-    "phi2": lambda: make(phi2.operations, _without("token_embd_norm ffn_norm"), gated=False, activation="gelu_erf", **PART),
-    "gptneox": lambda: make(gptneox.operations, _without("token_embd_norm"), gated=False, activation="gelu_erf", **PART),
-    "stablelm": lambda: make(stablelm.operations, _own_norms(), **PART),
-    "smollm3": lambda: make(smollm3),
-    "bloom": lambda: make(bloom.operations, _biases(), norm="layer", position="alibi", gated=False, activation="gelu_tanh"),
-    "gpt-oss": lambda: make(gpt_oss, **HALF),
-    "qwen3moe": lambda: make(qwen3moe.operations, settings=EXPERTS | {"expert_feed_forward_length": 48}, **HALF),
-    "olmoe": lambda: make(olmoe.operations, settings=EXPERTS, **HALF),
-    "mixtral": lambda: make(mixtral, settings=EXPERTS),
-    "qwen2moe": lambda: make(qwen2moe, settings=EXPERTS | {"expert_shared_feed_forward_length": 36}, **HALF),
-    "qwen2moe, a gate of one row": lambda: make(
-        qwen2moe, {f"blk.{i}.ffn_gate_inp_shexp.weight": (1, 64) for i in range(2)}, settings=EXPERTS, **HALF
+    "phi2": lambda: published("phi2", _without("token_embd_norm ffn_norm"), gated=False, activation="gelu_erf", **PART),
+    "gptneox": lambda: published("gptneox", _without("token_embd_norm"), gated=False, activation="gelu_erf", **PART),
+    "stablelm": lambda: published("stablelm", _own_norms(), **PART),
+    "smollm3": lambda: published("smollm3", n_layer=4),
+    "bloom": lambda: published("bloom", _biases(), norm="layer", position="alibi", gated=False, activation="gelu_tanh"),
+    "gpt-oss": lambda: published(
+        "gpt-oss", _expert_biases(36), activation="swiglu_clamped", **HALF,
+        settings=EXPERTS | {"expert_feed_forward_length": 36, "attention.sliding_window": 6},
     ),
-    "granitemoe": lambda: make(granitemoe, settings=FACTORS | EXPERTS | {"expert_shared_feed_forward_length": 60}),
-    "experts with biases": lambda: make(routed(n_ff=36), _expert_biases(36), settings=EXPERTS, **HALF),
+    "qwen3moe": lambda: published("qwen3moe", settings=EXPERTS | {"expert_feed_forward_length": 48}, **HALF),
+    "olmoe": lambda: published("olmoe", settings=EXPERTS, **HALF),
+    "mixtral": lambda: published("llama", settings=EXPERTS),
+    "qwen2moe": lambda: published("qwen2moe", settings=EXPERTS | {"expert_shared_feed_forward_length": 36}, **HALF),
+    "qwen2moe, a gate of one row": lambda: published(
+        "qwen2moe", {f"blk.{i}.ffn_gate_inp_shexp.weight": (1, 64) for i in range(2)}, settings=EXPERTS, **HALF
+    ),
+    "granitemoe": lambda: published("granitemoe", settings=FACTORS | EXPERTS | {"expert_shared_feed_forward_length": 60}),
     "experts, sigmoid": lambda: make(routed(kind="sigmoid", normalised=False), settings=EXPERTS, activation="relu"),
     "experts, sigmoid, normalised": lambda: make(routed(kind="sigmoid"), settings=EXPERTS | {"expert_used_count": 7}),
     "one expert": lambda: make(routed(normalised=False), settings={"expert_count": 1, "expert_used_count": 1}),
-    "nanochat": lambda: make(nanochat, gated=False, activation="relu_squared", **HALF),
-    "gated": lambda: make(gated, _gates(), gated=False, activation="relu_squared", **HALF),
-    "phi3": lambda: make(phi3.operations, _fused(), **LONG),
-    "lfm2": lambda: make(lfm2.operations, settings=CONVOLUTIONS, **HALF),
-    "lfm2, odd widths, longer": lambda: make(
-        lfm2.operations, settings=CONVOLUTIONS | {"shortconv.l_cache": 7}, n_embd=60, n_ff=52, **HALF
+    "nanochat": lambda: published("nanochat", settings=NANOCHAT, gated=False, activation="relu_squared", **HALF),
+    "gated": lambda: published("nanochat", _gates(), settings=GATED, gated=False, activation="relu_squared", **HALF),
+    "phi3": lambda: published("phi3", _fused(), **LONG),
+    "lfm2": lambda: published("lfm2", settings=CONVOLUTIONS, **HALF),
+    "lfm2, odd widths, longer": lambda: published(
+        "lfm2", settings=CONVOLUTIONS | {"shortconv.l_cache": 7}, n_embd=60, n_ff=52, **HALF
     ),
-    "odd widths": lambda: make(gemma3, n_embd=60, head_dim=6, n_ff=52, rope=Rope(1000.0, 6, "interleaved")),
+    "odd widths": lambda: published(
+        "gemma3", settings=GEMMA3, n_embd=60, head_dim=6, n_ff=52, rope=Rope(1000.0, 6, "interleaved")
+    ),
 }  # fmt: skip
 
 

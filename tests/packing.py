@@ -87,6 +87,19 @@ def pack_friend(model: Path, stub: Path, folder: Path) -> Path:
         return pack(model, open_stub(stub), folder / "friend", persona, reference(file))
 
 
+@pytest.fixture(name="model", scope="module")
+def model_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(name="friend", scope="module")
+def friend_fixture(model: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in a real stub: this system's, or of the PLATFORM that the module of the tests names."""
+    folder, platform = Path(request.config.cache.mkdir("pocketlm-stub")), getattr(request.module, "PLATFORM", "")
+    stub = composed_stub(platform, folder) if platform else real_stub(folder)
+    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
+
+
 def real_stub(folder: Path) -> Path:
     """The stub of this source for this system, composed unless `folder` (one that stays between test runs) has it."""
     from pocketlm.build.sources import host_platform

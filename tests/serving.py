@@ -1,4 +1,7 @@
-"""A server with a tiny model in a thread of the tests' own process, and a client that sends what it is told to."""
+"""A server with a tiny model in a thread of the tests' own process, and a client that sends what it is told to.
+
+Fixtures: `path` of the model, `server`, `alone` (the model without a server), `client` (OpenAI's own, of the server).
+"""
 
 from __future__ import annotations
 
@@ -179,3 +182,27 @@ def tiny_chat(folder: Path, n_ctx: int = 512, **options: Any) -> Path:
 def hello(text: str = "hello", **fields: Any) -> dict[str, Any]:
     """A chat request that is answered alike every time."""
     return {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0, **fields}
+
+
+@pytest.fixture(name="path", scope="module")
+def path_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(name="server", scope="module")
+def server_fixture(path: Path) -> Iterator[Serving]:
+    with serving(path) as server:
+        yield server
+
+
+@pytest.fixture(name="alone", scope="module")
+def alone_fixture(path: Path) -> Iterator[pocketlm.Model]:
+    with pocketlm.load(path, threads=1) as model:
+        yield model
+
+
+@pytest.fixture(name="client", scope="module")
+def client_fixture(server: Serving) -> Iterator[Any]:
+    openai = pytest.importorskip("openai", reason="the openai package is the client")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

@@ -31,8 +31,7 @@ def test_turns_that_go_are_told_before_the_answer_each_time(terminal):
     shown = terminal("--turns=2")
     for n in range(1, 6):
         shown.prompt(n)
-        shown.type(f"question {n}" + ENTER)
-        shown.wait(f"You said: question {n}")
+        shown.type(f"question {n}" + ENTER, f"You said: question {n}")
     shown.wait("tokens/s", 5)
     lines = [line for line in shown.text().splitlines() if line and "tokens/s" not in line][3:]
     assert lines[: lines.index("You said: question 5") + 1] == [
@@ -169,20 +168,14 @@ def test_more_in_a_fake_conversation_is_one_answer():
 def test_cut_off_says_how_to_go_on(terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("/max_tokens 2" + ENTER)
-    shown.wait("max_tokens: 2\n")
-    shown.type("one two" + ENTER)
-    shown.wait("cut off, /more continues")
+    shown.type("/max_tokens 2" + ENTER, "max_tokens: 2\n")
+    shown.type("one two" + ENTER, "cut off, /more continues")
     shown.type("/stats off" + ENTER)
     shown.prompt(4)
-    shown.type("one two" + ENTER)
-    shown.wait("(cut off: /more continues)")
-    shown.type("/max_tokens 9" + ENTER)
-    shown.wait("max_tokens: 9\n")
-    shown.type("/more" + ENTER)
-    shown.wait("\n one two\n")
-    shown.type(CTRL_D)
-    shown.ended()
+    shown.type("one two" + ENTER, "(cut off: /more continues)")
+    shown.type("/max_tokens 9" + ENTER, "max_tokens: 9\n")
+    shown.type("/more" + ENTER, "\n one two\n")
+    shown.leave()
     (conversation,) = shown.conversations()
     answers = conversation["messages"][1::2]
     assert answers[0]["cut"] is True

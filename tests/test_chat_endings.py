@@ -62,8 +62,7 @@ def assert_cut(conversations, question="slow", answered="You said: slow word0 wo
 def test_a_signal_in_an_answer_keeps_both(number, terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("slow" + ENTER)
-    shown.wait("word3")
+    shown.type("slow" + ENTER, "word3")
     shown.child.kill(getattr(signal, number))
     assert shown.ended() == 128 + getattr(signal, number)
     assert "Traceback" not in shown.text()
@@ -80,8 +79,7 @@ def test_a_closed_window_keeps_both(place, terminal, tmp_path):
     program = f"PYTHONUNBUFFERED= {sys.executable} {Path(__file__).with_name('chat_fake.py')}"  # with a buffer, as users have
     shown = terminal(command=("sh", "-c", f"{before}{program} 2>{tmp_path}/errors"))
     shown.prompt(1)
-    shown.type("slow" + ENTER)
-    shown.wait("word3")
+    shown.type("slow" + ENTER, "word3")
     if "prompt" in place:
         shown.type("\x03")
         shown.prompt(2)
@@ -101,8 +99,7 @@ def test_a_closed_window_keeps_both(place, terminal, tmp_path):
 def test_a_signal_at_the_prompt_ends_at_once_and_leaves_the_terminal_in_order(number, terminal):
     shown = terminal(command=("sh", "-c", f"{sys.executable} {Path(__file__).with_name('chat_fake.py')}; stty -a; sleep 60"))
     shown.prompt(1)
-    shown.type("Hello" + ENTER)
-    shown.wait("tokens/s")
+    shown.type("Hello" + ENTER, "tokens/s")
     shown.prompt(2)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(shown.child.pid)], capture_output=True, text=True).stdout
     os.kill(int(children.split()[0]), getattr(signal, number))
@@ -135,8 +132,7 @@ def test_a_signal_while_the_model_opens_keeps_the_question_and_waits_for_no_mode
 
 @posix
 def test_who_leaves_waits_for_no_model(opening):
-    opening.type(CTRL_D)
-    assert opening.ended() == 0
+    assert opening.leave() == 0
 
 
 def test_a_model_that_opens_too_late_is_closed():
@@ -213,8 +209,7 @@ def test_a_signal_while_the_line_editor_ends_loses_no_line(typed, terminal, tmp_
     (tmp_path / "driver.py").write_text(LEAVING, encoding="utf-8")
     shown = terminal(command=("sh", "-c", f"{sys.executable} {tmp_path}/driver.py 2>{tmp_path}/errors"))
     shown.prompt(1)
-    shown.type(typed)
-    assert shown.ended() == 128 + signal.SIGTERM
+    assert shown.leave(typed) == 128 + signal.SIGTERM
     assert (tmp_path / "errors").read_text() == ""
     if typed != CTRL_D:
         assert_cut(shown.conversations(), "Hello", "")
@@ -224,8 +219,7 @@ def test_a_signal_while_the_line_editor_ends_loses_no_line(typed, terminal, tmp_
 def test_a_kill_that_cannot_be_caught_keeps_the_question(terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("slow" + ENTER)
-    shown.wait("word3")
+    shown.type("slow" + ENTER, "word3")
     shown.child.kill(signal.SIGKILL)
     shown.ended()
     assert_cut(shown.conversations(), answered="")

@@ -51,11 +51,9 @@ def kept():
 def talk(terminal, question, *arguments):
     shown = terminal(*arguments)
     shown.prompt(1)
-    shown.type(f"{question}\r")
-    shown.wait(f"You said: {question}")
+    shown.type(f"{question}\r", f"You said: {question}")
     shown.prompt(2 if "--resume" not in arguments else 3)
-    shown.type("\x04")
-    shown.ended()
+    shown.leave()
     return shown.text()
 
 
@@ -70,8 +68,7 @@ def test_resume_goes_on_with_the_last_conversation_that_a_person_held_with_this_
     resumed.wait("You said: I am with Ada")
     assert "another model" not in resumed.text()
     resumed.prompt(2)
-    resumed.type("\x04")
-    resumed.ended()
+    resumed.leave()
     new = terminal("--model=Eve", "--resume")
     new.wait("there is no saved conversation with this model yet: a new one begins")
 
@@ -134,17 +131,14 @@ def test_two_windows_on_one_conversation_lose_nothing(terminal):
     for window in windows:  # both are open before one of them says anything
         window.wait("You said: the beginning")
     for number, window in enumerate(windows):
-        window.type(f"window {number}\r")
-        window.wait(f"You said: window {number}")
+        window.type(f"window {number}\r", f"You said: window {number}")
         window.wait("tokens/s")
     windows[1].wait("was changed by another program")
     assert "was changed" not in windows[0].text()
     for n, window in enumerate(reversed(windows)):
-        window.type(f"again {n}\r")
-        window.wait(f"You said: again {n}")
+        window.type(f"again {n}\r", f"You said: again {n}")
         window.wait("tokens/s", 2)
-        window.type("\x04")
-        window.ended()
+        window.leave()
     assert windows[1].text().count("was changed by another program") == 1
     questions = [[m["content"] for m in each["messages"][::2]] for each in windows[0].conversations()]
     assert sorted(questions) == [["the beginning", "window 0", "again 1"], ["the beginning", "window 1", "again 0"]]

@@ -40,18 +40,15 @@ def run(program, *arguments, home, stdin=""):
 def test_a_program_resumes_its_own_conversations_only(programs, terminal, tmp_path):
     first = terminal(command=(str(programs["ada"]),))
     first.prompt(1)
-    first.type("Hello Ada\r")
-    first.wait("tokens/s")
-    first.type("/quit\r")
-    assert first.ended() == 0
+    first.type("Hello Ada\r", "tokens/s")
+    assert first.leave("/quit\r") == 0
     for name in ("bob", "other"):
         result = run(programs[name], "--resume", home=tmp_path)
         assert "there is no saved conversation with this model yet" in result.stderr
     again = terminal("--resume", command=(str(programs["ada"]),))
     again.wait("resumed: 1 turn with Ada, ")
     again.wait("> Hello Ada")
-    again.type("/quit\r")
-    assert again.ended() == 0
+    assert again.leave("/quit\r") == 0
     (conversation,) = first.conversations()
     name = next((tmp_path / "pocketlm" / "chats").glob("[!.]*")).stem
     result = run(programs["bob"], "--resume", name, "And you?", home=tmp_path)

@@ -13,23 +13,18 @@ def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
     shown.prompt(1)
     assert "Fake 1M" in shown.text()
     assert "1 M parameters · 2 MB · numpy · 2 threads · context 100" in shown.text()
-    shown.type("Hello" + ENTER)
-    shown.wait("You said: Hello\n")
+    shown.type("Hello" + ENTER, "You said: Hello\n")
     shown.wait("4.0 tokens/s · 3 tokens · context 10/100 (10%)")
     shown.prompt(2)
 
-    shown.type("slow" + ENTER)
-    shown.wait("word3")
-    shown.type(CTRL_C)
-    shown.wait("(stopped)")
+    shown.type("slow" + ENTER, "word3")
+    shown.type(CTRL_C, "(stopped)")
     shown.prompt(3)
 
     shown.child.setwinsize(40, 60)
     shown.screen.resize(40, 60)
-    shown.type("How wide am I")
-    shown.wait("> How wide am I")
-    shown.type(ENTER)
-    shown.wait("You said: How wide am I\n")
+    shown.type("How wide am I", "> How wide am I")
+    shown.type(ENTER, "You said: How wide am I\n")
     shown.prompt(4)
 
     shown.type(UP)
@@ -40,25 +35,20 @@ def test_three_turns_an_interrupted_answer_resizing_and_history(terminal):
     shown.wait("You said: Hello\n", 2)
     shown.prompt(4)
 
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    assert shown.leave() == 0
     assert "Traceback" not in shown.text()
 
 
 def test_ctrl_c_clears_the_line_and_twice_says_how_to_leave(terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("half a thought")
-    shown.wait("half a thought")
+    shown.type("half a thought", "half a thought")
     shown.type(CTRL_C)
     shown.prompt(2)
     assert "Ctrl-D leaves" not in shown.text().replace("· Ctrl-D leaves", "")
-    shown.type(CTRL_C)
-    shown.wait("\nCtrl-D leaves")
-    shown.type("Hello" + ENTER)
-    shown.wait("You said: Hello\n")
-    shown.type("/quit" + ENTER)
-    assert shown.ended() == 0
+    shown.type(CTRL_C, "\nCtrl-D leaves")
+    shown.type("Hello" + ENTER, "You said: Hello\n")
+    assert shown.leave("/quit" + ENTER) == 0
 
 
 # A shell's part of Ctrl-Z. What SIGSTOP stops is whoever's who sent that.
@@ -83,16 +73,11 @@ sys.exit(os.waitstatus_to_exitcode(status))
 def test_ctrl_z_suspends_it_and_it_comes_back(terminal):
     shown = terminal(command=(sys.executable, "-c", SHELL, DRIVER))
     shown.prompt(1)
-    shown.type("half a line")
-    shown.wait("> half a line")
-    shown.type(CTRL_Z)
-    shown.wait("suspended")
-    shown.type("fg" + ENTER)
-    shown.wait("the shell heard: fg\n> half a line")
-    shown.type(" and the rest" + ENTER)
-    shown.wait("You said: half a line and the rest\n")
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    shown.type("half a line", "> half a line")
+    shown.type(CTRL_Z, "suspended")
+    shown.type("fg" + ENTER, "the shell heard: fg\n> half a line")
+    shown.type(" and the rest" + ENTER, "You said: half a line and the rest\n")
+    assert shown.leave() == 0
 
 
 def test_what_is_typed_while_an_answer_comes_waits_for_the_next_prompt(terminal):
@@ -100,15 +85,12 @@ def test_what_is_typed_while_an_answer_comes_waits_for_the_next_prompt(terminal)
     shown.prompt(1)
     shown.type("/max_tokens 60" + ENTER)
     shown.prompt(2)
-    shown.type("slow" + ENTER)
-    shown.wait("word3")
-    shown.type("meanwhile" + ENTER)
-    shown.wait("You said: meanwhile\n")
+    shown.type("slow" + ENTER, "word3")
+    shown.type("meanwhile" + ENTER, "You said: meanwhile\n")
     shown.prompt(4)
     assert shown.text().count("meanwhile") == 2, shown.text()  # at the prompt, and in the answer
     assert "> meanwhile\n" in shown.text()
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    assert shown.leave() == 0
 
 
 def test_what_is_pasted_while_an_answer_comes_is_one_message_and_whole(terminal):
@@ -144,14 +126,10 @@ def test_ctrl_d_while_an_answer_comes_leaves_behind_it(terminal):
 def test_ctrl_z_in_an_answer_gives_the_shell_its_echo_back(terminal):
     shown = terminal(command=(sys.executable, "-c", SHELL, DRIVER))
     shown.prompt(1)
-    shown.type("slow" + ENTER)
-    shown.wait("word3")
-    shown.type(CTRL_Z)
-    shown.wait("suspended")
-    shown.type("what the shell shows")
-    shown.wait("what the shell shows")
-    shown.type(ENTER)
-    shown.wait("the shell heard: what the shell shows")
+    shown.type("slow" + ENTER, "word3")
+    shown.type(CTRL_Z, "suspended")
+    shown.type("what the shell shows", "what the shell shows")
+    shown.type(ENTER, "the shell heard: what the shell shows")
     shown.wait("word", shown.text().count("word") + 3)
     shown.type("unseen")
     shown.wait("word", shown.text().count("word") + 3)
@@ -160,8 +138,7 @@ def test_ctrl_z_in_an_answer_gives_the_shell_its_echo_back(terminal):
     assert shown.text().count("unseen") == 1, shown.text()
     shown.type(CTRL_C)
     shown.prompt(3)
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    assert shown.leave() == 0
 
 
 def test_a_terminal_that_does_not_say_where_its_cursor_is_gets_no_warning():
@@ -208,78 +185,62 @@ runpy.run_path({DRIVER!r}, run_name="__main__")
 """
     shown = terminal(command=(sys.executable, "-c", driver))
     shown.prompt(1)
-    shown.type("Hello" + ENTER)
-    shown.wait("You said: Hello\n")
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    shown.type("Hello" + ENTER, "You said: Hello\n")
+    assert shown.leave() == 0
 
 
 def test_one_message_may_have_several_lines(terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("one" + ALT_ENTER + "two\\" + ENTER + "three" + ENTER)
-    shown.wait("You said: one\ntwo\nthree\n")
+    shown.type("one" + ALT_ENTER + "two\\" + ENTER + "three" + ENTER, "You said: one\ntwo\nthree\n")
     shown.prompt(2)
     shown.type("\x1b[200~pasted\nblock\n\x1b[201~" + ENTER)  # how a terminal marks what is pasted
     shown.wait("You said: pasted\nblock\n")
-    shown.type(CTRL_D)
-    shown.ended()
+    shown.leave()
 
 
 def test_tab_completes_a_command(terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("/max" + TAB)
-    shown.wait("> /max_tokens")
-    shown.type(" 7" + ENTER)
-    shown.wait("max_tokens: 7")
-    shown.type(CTRL_D)
-    shown.ended()
+    shown.type("/max" + TAB, "> /max_tokens")
+    shown.type(" 7" + ENTER, "max_tokens: 7")
+    shown.leave()
 
 
 def test_the_next_chat_resumes_and_remembers_what_was_typed(terminal):
     first = terminal()
     first.prompt(1)
-    first.type("Remember me" + ENTER)
-    first.wait("You said: Remember me\n")
+    first.type("Remember me" + ENTER, "You said: Remember me\n")
     first.prompt(2)
-    first.type(CTRL_D)
-    first.ended()
+    first.leave()
     second = terminal("--resume")
     second.wait("resumed: 1 turn with Fake 1M")
     second.wait("You said: Remember me")
     second.prompt(2)
     second.type(UP)
     second.wait("> Remember me", 2)
-    second.type(CTRL_C + CTRL_D)
-    second.ended()
+    second.leave(CTRL_C + CTRL_D)
 
 
 def test_enter_takes_what_was_searched(terminal):
     shown = terminal()
     shown.prompt(1)
     for n, text in enumerate(("Hello there", "Bye"), 2):
-        shown.type(text + ENTER)
-        shown.wait(f"You said: {text}\n")
+        shown.type(text + ENTER, f"You said: {text}\n")
         shown.prompt(n)
-    shown.type(CTRL_R + "Hel")
-    shown.wait("I-search backward: Hel")
+    shown.type(CTRL_R + "Hel", "I-search backward: Hel")
     shown.type(ENTER)
     shown.wait("> Hello there", 2)
-    shown.type("! " + ENTER)
-    shown.wait("You said: ! Hello there\n")
+    shown.type("! " + ENTER, "You said: ! Hello there\n")
     shown.prompt(4)
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    assert shown.leave() == 0
 
 
 def test_no_save_keeps_no_history(terminal, tmp_path):
     shown = terminal("--no-save")
     shown.prompt(1)
-    shown.type("secret" + ENTER)
-    shown.wait("You said: secret\n")
-    shown.type(CTRL_D)
-    shown.ended()
+    shown.type("secret" + ENTER, "You said: secret\n")
+    shown.leave()
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -288,13 +249,11 @@ def test_a_full_disk_is_one_line_and_the_chat_goes_on(terminal, tmp_path):
     shown = terminal(command=("sh", "-c", 'ulimit -f 0; exec "$0" "$@"', sys.executable, DRIVER))
     shown.prompt(1)
     for n, text in enumerate(("one", "two"), 2):
-        shown.type(text + ENTER)
-        shown.wait(f"You said: {text}\n")
+        shown.type(text + ENTER, f"You said: {text}\n")
         shown.prompt(n)
     shown.type(UP)
     shown.wait("> two", 2)
-    shown.type(CTRL_C + CTRL_D)
-    assert shown.ended() == 0
+    assert shown.leave(CTRL_C + CTRL_D) == 0
     assert shown.text().count("cannot be saved") == 1
     assert "xception" not in shown.text()
 
@@ -303,12 +262,10 @@ def test_a_model_cannot_steer_the_terminal(terminal):
     shown = terminal()
     shown.prompt(1)
     before = len(shown.raw)
-    shown.type("escape" + ENTER)
-    shown.wait("red31m")
+    shown.type("escape" + ENTER, "red31m")
     assert "\x1b]0;" not in shown.raw[before:]
     assert "\x1b[2J" not in shown.raw[before:]
-    shown.type(CTRL_D)
-    shown.ended()
+    shown.leave()
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
@@ -316,15 +273,13 @@ def test_who_wants_no_colours_sees_none(terminal, environment):
     shown = terminal(**environment)
     shown.wait("Fake 1M")
     shown.wait("\n>")
-    shown.type("Hello" + (ENTER if "NO_COLOR" in environment else "\n"))
-    shown.wait("You said: Hello\n")
+    shown.type("Hello" + (ENTER if "NO_COLOR" in environment else "\n"), "You said: Hello\n")
     shown.wait("tokens/s")
     assert "\x1b[1m" not in shown.raw
     assert "\x1b[2m" not in shown.raw
     if "TERM" in environment:
         assert "\x1b" not in shown.raw
-    shown.type(CTRL_D)
-    shown.ended()
+    shown.leave()
 
 
 def test_a_conversation_with_smollm2(terminal, smollm2_path):
@@ -336,17 +291,13 @@ def test_a_conversation_with_smollm2(terminal, smollm2_path):
         shown.type(question + ENTER)
         shown.wait("12 tokens", n, 120)
         shown.prompt(n + 1)
-    shown.type("/max_tokens 4000" + ENTER)
-    shown.wait("max_tokens: 4000")
-    shown.type("Count." + ENTER)
-    shown.wait("Count.\n")
+    shown.type("/max_tokens 4000" + ENTER, "max_tokens: 4000")
+    shown.type("Count." + ENTER, "Count.\n")
     time.sleep(1)
     shown.type(CTRL_C)
     shown.wait("(stopped)", seconds=120)
-    shown.type("/max_tokens 12" + ENTER)
-    shown.wait("max_tokens: 12\n")
+    shown.type("/max_tokens 12" + ENTER, "max_tokens: 12\n")
     shown.type("Hello again" + ENTER)
     shown.wait("12 tokens", 4, 120)
-    shown.type(CTRL_D)
-    assert shown.ended() == 0
+    assert shown.leave() == 0
     assert "Traceback" not in shown.text()

@@ -164,17 +164,13 @@ def test_think_asks_the_template():
 def test_a_person_sees_a_thought_dimmed_until_it_is_hidden(terminal):
     shown = terminal()
     shown.prompt(1)
-    shown.type("think\r")
-    shown.wait("It greets\nHello there\n")
+    shown.type("think\r", "It greets\nHello there\n")
     assert re.search(r"\x1b\[2mIt\x1b\[0m\x1b\[2m greets\x1b\[0m\r*\nHello", shown.raw)
     shown.prompt(2)
-    shown.type("/think hide\r")
-    shown.wait("thinking: as the model's template does, hidden")
-    shown.type("think\r")
-    shown.wait("(thinking)\nHello there\n")
+    shown.type("/think hide\r", "thinking: as the model's template does, hidden")
+    shown.type("think\r", "(thinking)\nHello there\n")
     assert shown.text().count("It greets") == 1
-    shown.type("\x04")
-    assert shown.ended() == 0
+    assert shown.leave() == 0
 
 
 def test_a_page_for_people_sets_the_thought_apart():

@@ -105,5 +105,4 @@ def test_at_a_terminal_no_word_of_the_program_is_broken(columns, terminal):
     said += ["is no command, did you mean /temp?; /help lists", "pocketlm: the prompt has 101 tokens but the context holds"]
     assert {word for text in said for word in text.split() if len(word) < columns - 1} <= words
     assert max(len(line) for line in shown.text().splitlines()) < columns
-    shown.type("\x04")
-    shown.ended()
+    shown.leave()

@@ -64,6 +64,14 @@ def expected(ids: list[int], n: int) -> list[int]:
     return ids[start:]
 
 
+def goes_on(session: Session, stop: threading.Event) -> bool:
+    """Whether what it says until it is told to stop is right."""
+    said = greedy(session, [1, 2, 3], 1)
+    while not stop.is_set():
+        said += session.append(said[-1], use=lambda rows: rows.argmax(-1).tolist())
+    return said == expected([1, 2, 3], len(said))
+
+
 def together(*jobs: Callable[[], object]) -> list[object]:
     """What they return or raise, each in a thread of its own."""
     results: list[object] = [None] * len(jobs)
@@ -125,12 +133,6 @@ def test_the_first_token_of_a_ninth_comes_within_two_passes():
     crowd, stop = Crowd(8), threading.Event()
     counts = crowd.count_passes()
 
-    def goes_on(session: Session) -> bool:
-        said = greedy(session, [1, 2, 3], 1)
-        while not stop.is_set():
-            said += session.append(said[-1], use=lambda rows: rows.argmax(-1).tolist())
-        return said == expected([1, 2, 3], len(said))
-
     def comes() -> list[int]:
         waits = []
         for n in range(100, 120):
@@ -141,7 +143,7 @@ def test_the_first_token_of_a_ninth_comes_within_two_passes():
         stop.set()
         return waits
 
-    *right, waits = together(*[lambda s=s: goes_on(s) for s in crowd.sessions], comes)
+    *right, waits = together(*[lambda s=s: goes_on(s, stop) for s in crowd.sessions], comes)
     assert right == [True] * 8
     assert waits == [1] * 20  # the first that begins after it has come
 
@@ -151,12 +153,6 @@ def test_a_long_prompt_does_not_stop_the_others():
     long, *others = crowd.sessions
     counts = crowd.count_passes()
 
-    def goes_on(session: Session) -> bool:
-        said = greedy(session, [1, 2, 3], 1)
-        while not stop.is_set():
-            said += session.append(said[-1], use=lambda rows: rows.argmax(-1).tolist())
-        return said == expected([1, 2, 3], len(said))
-
     def reads() -> list[int]:
         time.sleep(0.02)
         try:
@@ -164,7 +160,7 @@ def test_a_long_prompt_does_not_stop_the_others():
         finally:
             stop.set()
 
-    assert together(*[lambda s=s: goes_on(s) for s in others], reads) == [True, True, expected([9] * 5000, 1)]
+    assert together(*[lambda s=s: goes_on(s, stop) for s in others], reads) == [True, True, expected([9] * 5000, 1)]
     chunks = [work for work in crowd.executor.passes if max(work) > 100]
     assert len(chunks) >= 5000 // 128
     assert sum(1 in work for work in chunks) >= len(chunks) // 8  # nearly all take the others along, where those come in time

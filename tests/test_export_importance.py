@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from canonical_models import logits_of, make_hyper, make_model
 from families import write_random
+from tiny_models import write_out
 
 from pocketlm import cli
 from pocketlm.errors import FileError, UsageError
@@ -105,10 +106,7 @@ def _new_file(path: Path, entries: dict[str, np.ndarray], runs: int) -> None:
     for name, values in entries.items():
         writer.add_tensor(f"{name}.in_sum2", (values * runs).astype(np.float32)[None])
         writer.add_tensor(f"{name}.counts", np.array([[runs]], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
 
 
 @pytest.mark.parametrize("write", [_old_file, _new_file])
@@ -201,10 +199,7 @@ def test_llama_cpps_files_say_it_of_every_expert(routed, tmp_path: Path, write: 
         for name, values in counts.items():
             writer.add_tensor(f"{name}.in_sum2", values * tokens)
             writer.add_tensor(f"{name}.counts", tokens)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_out(writer)
     read = importance(tmp_path / "imatrix", routed)
     assert set(read) == set(counts)
     for name, values in counts.items():

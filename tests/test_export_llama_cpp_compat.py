@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peer_tokenizers as peers
 import pytest
 from canonical_models import make_hyper, make_model
 from llama_reference import LlamaReference
@@ -49,33 +50,22 @@ def byte_level(pre: str = "gpt-2", normalizer: str = "", prefix: bool = False, a
     library = pytest.importorskip("tokenizers", reason="trains the tokenizer")
     from pocketlm.tokenizer.huggingface import from_tokenizer_json
 
-    peer = library.Tokenizer(library.models.BPE())
-    level = library.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    digits = [library.pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
-    peer.pre_tokenizer = library.pre_tokenizers.Sequence([*digits, level]) if digits else level
-    if normalizer:
-        peer.normalizer = getattr(library.normalizers, normalizer)()
-    letters = library.pre_tokenizers.ByteLevel.alphabet() if alphabet else []
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=900 if alphabet else 200, special_tokens=MARKERS[:3], initial_alphabet=letters, show_progress=False
-    )
-    peer.train_from_iterator(LINES if alphabet else ["some plain text in ASCII"] * 3, trainer)
+    made = getattr(library.normalizers, normalizer)() if normalizer else None
+    if alphabet:
+        peer = peers.byte_level(LINES, 900, "space in front" if prefix else pre, MARKERS[:3], made)
+    else:
+        peer = library.Tokenizer(library.models.BPE())
+        peer.pre_tokenizer = peers.pre_tokenizer(pre)
+        trainer = library.trainers.BpeTrainer(vocab_size=200, special_tokens=MARKERS[:3], show_progress=False)
+        peer.train_from_iterator(["some plain text in ASCII"] * 3, trainer)
     return from_tokenizer_json(Path("tokenizer.json"), json.loads(peer.to_str()))
 
 
 def metaspace(scheme: str, byte_fallback: bool = True) -> tokenizer.Tokenizer:
-    library = pytest.importorskip("tokenizers", reason="trains the tokenizer")
     from pocketlm.tokenizer.huggingface import from_tokenizer_json
 
-    peer = library.Tokenizer(library.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback))
-    peer.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
-    special = ["<unk>", "<s>", "</s>", *byte_tokens]
-    trainer = library.trainers.BpeTrainer(vocab_size=1500, limit_alphabet=500, special_tokens=special, show_progress=False)
-    peer.train_from_iterator(LINES, trainer)
-    file = json.loads(peer.to_str())  # byte tokens are no markers, as in the files of models
-    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] not in byte_tokens]
-    return from_tokenizer_json(Path("tokenizer.json"), file)
+    peer = peers.metaspace(LINES, scheme, byte_fallback=byte_fallback, vocab_size=1500, limit_alphabet=500)
+    return from_tokenizer_json(Path("tokenizer.json"), json.loads(peer.to_str()))
 
 
 def characters(*markers: str) -> tokenizer.Tokenizer:

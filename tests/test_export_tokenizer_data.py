@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import pickle
 import random
@@ -11,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import peer_tokenizers as peers
 import pytest
 from tokenizer_texts import PROSE, train_sentencepiece
 
@@ -80,15 +80,7 @@ def test_characters_inside_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_byte_level_bpe_with_its_chat_template(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="trains the tokenizer")
-    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    peer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    peer.train_from_iterator(
-        [PROSE] * 3, tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=markers, initial_alphabet=alphabet)
-    )
+    peer = peers.byte_level([PROSE] * 3, 600, special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     peer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHAT}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
@@ -140,19 +132,16 @@ def test_sentencepiece(rule: str, tmp_path: Path) -> None:
 
 
 def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test_data: Path, tmp_path: Path) -> None:
-    tiktoken = pytest.importorskip("tiktoken", reason="compares the ids")
     gpt2 = tokenizer.load(test_data / "vectors" / "ggml-vocab-gpt-2.gguf")
     letters = {letter: bytes([byte]) for byte, letter in enumerate(LETTERS)}
-    ranks = {b"".join(letters[c] for c in token): i for i, token in enumerate(gpt2.vocabulary.tokens[:50256])}
-    (tmp_path / "gpt2.tiktoken").write_bytes(
-        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
-    )
+    ranks = peers.rank_lines(b"".join(letters[c] for c in token) for token in gpt2.vocabulary.tokens[:50256])
+    (tmp_path / "gpt2.tiktoken").write_bytes(ranks)
     keys, notes = find_tokenizer(checkpoint(tmp_path), 50304, None)
     assert notes == [f"its tokenizer is {tmp_path / 'gpt2.tiktoken'}"]
     written = tokenizer.from_metadata(keys, "x")
     assert written.token_id("<|endoftext|>") == written.eos_id == 50256
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    peer = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    peer = peers.encoding(ranks, pattern, {"<|endoftext|>": 50256})
     assert all(written.encode(text) == peer.encode(text) for text in [*texts(4, 200), *TEST_TEXTS])
 
 

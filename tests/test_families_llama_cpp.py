@@ -16,8 +16,12 @@ import pytest
 from agreement import compare
 from families import N_VOCAB, Shapes, write_random
 from llama_reference import LlamaReference
+from operation_lists import published, reference, tensors_of
 
 import pocketlm
+from pocketlm.errors import FileError
+from pocketlm.runtime.numpy_executor import NumpyExecutor
+from pocketlm.runtime.operations import Norm
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,29 @@ SHAPES = {
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
 SWA_BASE = {"rope.freq_base_swa": 500.0}
 OWN_HEAD: dict[str, str | int] = {"output.weight": "vocabulary"}
-QKV_BIASES: dict[str, str | int] = {
-    "blk.{i}.attn_q.bias": "q", "blk.{i}.attn_k.bias": "kv", "blk.{i}.attn_v.bias": "kv",
-}  # fmt: skip
+
+
+def biases(*names: str) -> dict[str, str | int]:
+    """Of every layer's parts, "name: width"."""
+    return {f"blk.{{i}}.{name}.bias": width for name, width in (each.split(": ") for each in names)}
+
+
+QKV_BIASES = biases("attn_q: q", "attn_k: kv", "attn_v: kv")
 FUSED: dict[str, str | int] = {"blk.{i}.attn_qkv.weight": "qkv", "blk.{i}.ffn_up.weight": "gate and up"}
-GPT_OSS_BIASES: dict[str, str | int] = {
-    "blk.{i}.attn_output.bias": "embd", "blk.{i}.ffn_gate_inp.bias": "experts", "blk.{i}.ffn_gate_exps.bias": "experts, ff",
-    "blk.{i}.ffn_up_exps.bias": "experts, ff", "blk.{i}.ffn_down_exps.bias": "experts, embd",
-}  # fmt: skip
+GPT_OSS_BIASES = biases(
+    "attn_output: embd", "ffn_gate_inp: experts", "ffn_gate_exps: experts, ff", "ffn_up_exps: experts, ff",
+    "ffn_down_exps: experts, embd",
+)  # fmt: skip
+NORM_BIASES = {**biases("attn_norm: embd", "ffn_norm: embd"), "output_norm.bias": "embd"}
+OUT_BIASES = biases("attn_output: embd", "ffn_up: ff", "ffn_down: embd")
+FUSED_QKV = {**biases("attn_qkv: q, k, v"), "blk.{i}.attn_qkv.weight": "qkv", **OUT_BIASES}
+STABLELM = {**OWN_HEAD, **biases("attn_norm: embd"), "output_norm.bias": "embd"}
+PHI2 = {**STABLELM, "output.bias": "words"}
+NEOX = {**NORM_BIASES, **FUSED_QKV, **OWN_HEAD}
+BLOOM = {**NORM_BIASES, **FUSED_QKV, "token_embd_norm.bias": "embd"}
+STARCODER2 = {**NORM_BIASES, **QKV_BIASES, **OUT_BIASES}
+PART = {"rope.dimension_count": 8}
+PARALLEL = {"use_parallel_residual": True, **PART}
 FACTORS: dict[str, str | int] = {"rope_factors_long.weight": "half", "rope_factors_short.weight": "half"}
 LONGROPE = {"rope.scaling.original_context_length": 256, "rope.scaling.attn_factor": 1.19}
 GRANITE = {"logit_scale": 8.0, "embedding_scale": 12.0, "residual_scale": 0.22, "attention.scale": 0.1}
@@ -154,6 +173,33 @@ MODELS = {
     "olmo3, whose windows have the same base whatever is said": Row(
         "olmo2", {**YARN, "attention.sliding_window": 8, **SWA_BASE}, OWN_HEAD, {"n_layer": 5}, narrow=True,
     ),
+    # with LayerNorm, ALiBi or norms behind their blocks: GELU is the tanh formula, as a file of theirs means it here, too
+    "stablelm": Row("stablelm", PART, {**STABLELM, **NORM_BIASES, "blk.{i}.ffn_norm.weight": "embd"}, narrow=True),
+    "stablelm, biases": Row(
+        "stablelm", PART, {**STABLELM, **NORM_BIASES, **QKV_BIASES, "blk.{i}.ffn_norm.weight": "embd"}, narrow=True
+    ),
+    "stablelm, side by side, heads normalised": Row(
+        "stablelm", PARALLEL, {**STABLELM, "blk.{i}.attn_q_norm.weight": "heads", "blk.{i}.attn_k_norm.weight": "kv_heads"},
+        narrow=True,
+    ),
+    "phi2": Row("phi2", PART, {**PHI2, **QKV_BIASES, **OUT_BIASES}, narrow=True),
+    "phi2, fused": Row("phi2", PART, {**PHI2, **FUSED_QKV}, narrow=True),
+    "gptneox": Row("gptneox", PARALLEL, NEOX, narrow=True, equal=True),
+    "gptneox, one after the other": Row("gptneox", {"use_parallel_residual": False}, NEOX, narrow=True, equal=True),
+    "starcoder2": Row("starcoder2", {"rope.freq_base": 1e5}, STARCODER2, narrow=True),
+    "starcoder2, own head": Row("starcoder2", {}, {**STARCODER2, **OWN_HEAD}, narrow=True),
+    "exaone4": Row("exaone4", {"rope.freq_base": 1e6}, narrow=True),
+    "exaone4, as deep as 32B": Row("exaone4", {"attention.sliding_window": 8}, {}, {"n_layer": 64}, 24, narrow=True),
+    "exaone4, whose windows have the same base whatever is said": Row(
+        "exaone4", {"attention.sliding_window": 8, **SWA_BASE}, {}, {"n_layer": 64}, 24, narrow=True,
+    ),
+    "exaone4, scaled frequencies": Row("exaone4", {}, {**OWN_HEAD, "rope_freqs.weight": "half"}, narrow=True),
+    "bloom": Row("bloom", {}, BLOOM, narrow=True, equal=True),
+    "bloom, own head": Row("bloom", {}, {**BLOOM, **OWN_HEAD}, narrow=True, equal=True),
+    "mpt": Row("mpt", {"attention.max_alibi_bias": 8.0}, {"blk.{i}.attn_qkv.weight": "qkv"}, narrow=True, equal=True),
+    "mpt, biases, steeper": Row(
+        "mpt", {"attention.max_alibi_bias": 16.0}, {**NORM_BIASES, **FUSED_QKV}, narrow=True, equal=True
+    ),
 }  # fmt: skip
 
 
@@ -164,7 +210,9 @@ def tensors(row: Row, sizes: dict[str, int]) -> Shapes:
     shapes: dict[str, tuple[int, ...]] = {
         "q": (q,), "kv": (kv,), "half": (sizes["head_dim"] // 2,), "vocabulary": (N_VOCAB, sizes["n_embd"]),
         "embd": (sizes["n_embd"],), "experts": (n,), "experts, ff": (n, n_ff), "experts, embd": (n, sizes["n_embd"]),
-        "qkv": (q + 2 * kv, sizes["n_embd"]), "gate and up": (2 * sizes["n_ff"], sizes["n_embd"]),
+        "qkv": (q + 2 * kv, sizes["n_embd"]), "gate and up": (2 * sizes["n_ff"], sizes["n_embd"]), "q, k, v": (q + 2 * kv,),
+        "ff": (sizes["n_ff"],), "words": (N_VOCAB,), "heads": (sizes["n_head"], sizes["head_dim"]),
+        "kv_heads": (sizes["n_kv_head"], sizes["head_dim"]),
     }  # fmt: skip
     return {
         name.replace("{i}", str(i)): shapes[width] if isinstance(width, str) else (width,)
@@ -173,14 +221,14 @@ def tensors(row: Row, sizes: dict[str, int]) -> Shapes:
     }
 
 
-def write(path: Path, row: Row, shape: dict[str, int]) -> dict[str, int]:
-    """A GGUF of a row in this shape; its sizes."""
+def write(path: Path, row: Row, shape: dict[str, int], **more: Any) -> dict[str, int]:
+    """A GGUF of a row in this shape; its sizes. `more`: keys."""
     sizes = {"n_layer": 3, "n_ctx": 64, **shape, **row.sizes}
     if row.equal:
         sizes["n_kv_head"] = sizes["n_head"]
     if row.narrow:
         sizes["n_embd"] = sizes["n_head"] * sizes["head_dim"]
-    keys = dict(row.keys)
+    keys = {**row.keys, **more}
     if row.convolved:
         heads = [0 if layer in row.convolved else sizes["n_kv_head"] for layer in range(sizes["n_layer"])]
         keys["attention.head_count_kv"] = heads
@@ -204,3 +252,31 @@ def test_logits_are_llama_cpps(tmp_path, name, shape):
             executor.cache.truncate(0)
             one_by_one = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
             assert compare(expected, one_by_one).worst_cosine >= 0.9999, backend
+
+
+def test_what_mpt_can_and_pocketlm_cannot_is_refused_by_its_key(tmp_path):
+    with pytest.raises(FileError, match=r"mpt.attention.clamp_kqv = 6.*pocketlm does not compute that"):
+        write(tmp_path / "model.gguf", MODELS["mpt"], SHAPES["as many keys"], **{"attention.clamp_kqv": 6.0})
+
+
+def test_an_mpt_that_normalises_queries_and_keys_is_what_float64_gives():
+    """llama.cpp ends the program on such a file."""
+    extra = {f"blk.{i}.attn_{part}_norm.{end}": (64,) for i in range(2) for part in "qk" for end in ("weight", "bias")}
+    options = {"norm": "layer", "position": "alibi", "gated": False, "n_kv_head": 4, "activation": "gelu_tanh"}
+    plan = published("mpt", extra, architecture="mpt", **options)
+    weights, ids = tensors_of(plan), np.random.default_rng(0).integers(0, 96, 24)
+    executor = NumpyExecutor(plan, weights, 64, 1)
+    assert sum(isinstance(op, Norm) and op.x == "qkv" for op in plan.ops) == 4
+    assert np.abs(executor.forward(ids, rows="all") - reference(plan, weights, ids, 64, cached=lambda x: x)).max() < 1e-3
+    executor.close()
+
+
+def test_a_window_that_a_starcoder2_states_is_seen(tmp_path):
+    ids, logits = np.random.default_rng(1).integers(0, 256, 40), []
+    for keys in ({}, {"attention.sliding_window": 16}):
+        write(tmp_path / "model.gguf", MODELS["starcoder2"], SHAPES["grouped heads"], **keys)
+        with pocketlm.load(tmp_path / "model.gguf", backend="numpy") as model:
+            logits.append(model.logits(ids))
+    whole, part = logits
+    assert np.abs(whole[:16] - part[:16]).max() < 1e-4
+    assert np.abs(whole[16:] - part[16:]).max(1).min() > 1e-3

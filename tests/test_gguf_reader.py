@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_bytes import EVERY_FORMAT, EVERY_VALUE_TYPE, Entry, file_bytes, file_fields, header, join, key, table_bytes, tensor
+from tiny_models import write_out
 
 from pocketlm.errors import FileError
 from pocketlm.runtime.gguf_reader import open_gguf, parse
@@ -44,10 +45,7 @@ def test_every_value_type_written_by_the_gguf_package_is_read(tmp_path):
     for name, values in arrays.items():
         writer.add_array(f"test.{name}", values)
         expected[f"test.{name}"] = values
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     with open_gguf(tmp_path / "a.gguf") as ours:
         read = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in ours.metadata.items()}
         assert read == expected
@@ -68,10 +66,7 @@ def test_tensors_written_by_the_gguf_package_are_read(tmp_path, alignment):
         expected[f"blk.{name}"] = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name]).reshape(weights.shape)
     writer.add_tensor("vector", weights[0, 0])
     expected["vector"] = weights[0, 0]
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     with open_gguf(tmp_path / "a.gguf") as ours:
         assert ours.alignment == alignment
         assert list(ours.tensors) == list(expected)

@@ -10,18 +10,16 @@ import platform
 import struct
 import subprocess
 import zlib
-from pathlib import Path
 
 import pytest
-from find_qemu import find_qemu
-from packing import ask, composed_stub, pack_friend, tiny_chat_model, web
+from find_qemu import entry, find_qemu
+from packing import ask, friend_fixture, model_fixture, web  # noqa: F401
 
 import pocketlm
 from pocketlm.runtime.container import program_place
 
+PLATFORM = "linux-aarch64"
 ROOT, QEMU = os.environ.get("POCKETLM_ARM64_ROOT"), find_qemu()
-_ELF = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
-_MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
 _SCRIPT = """
 mount -t binfmt_misc none /proc/sys/fs/binfmt_misc && printf %s "$1" > /proc/sys/fs/binfmt_misc/register || exit 77
 mount -t tmpfs none "$2/tmp" && mount --rbind /proc "$2/proc" && mkdir "$2/tmp/friend" || exit 77
@@ -31,25 +29,13 @@ exec chroot "$root" /tmp/friend/friend "$@"
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_chat_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def friend(model, request, tmp_path_factory):
-    stub = composed_stub("linux-aarch64", Path(request.config.cache.mkdir("pocketlm-stub")))
-    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
-
-
 def command(program, *arguments, network="-n"):
     """What runs the program in the root; "-n": without a network."""
     if QEMU is None:
         pytest.skip("needs a static qemu-aarch64 (Debian package qemu-user-static, from 13 on qemu-user)")
     if ROOT is None:
         pytest.skip("POCKETLM_ARM64_ROOT names no root made as this file says")
-    entry = f":pocketlm:M::{_ELF}:{_MASK}:{QEMU}:F"
-    return ["unshare", "-U", "-r", "-m", *network.split(), "sh", "-c", _SCRIPT, "sh", entry, ROOT, program, *arguments]
+    return ["unshare", "-U", "-r", "-m", *network.split(), "sh", "-c", _SCRIPT, "sh", entry(QEMU), ROOT, program, *arguments]
 
 
 def environment(cpu="cortex-a72"):

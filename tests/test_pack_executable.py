@@ -14,7 +14,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-from packing import TEMPLATE, ask, pack_friend, real_stub, tiny_chat_model, web
+from packing import TEMPLATE, ask, friend_fixture, model_fixture, web  # noqa: F401
 from tiny_models import write_model
 
 import pocketlm
@@ -33,19 +33,6 @@ except ImportError:  # then there is no stub, and real_stub skips
     CArchiveReader = None
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these tests drive a POSIX system")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_chat_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def friend(model, request, tmp_path_factory):
-    """A tiny model in a real stub. Its answers are noise, but always the same noise."""
-
-    stub = real_stub(Path(request.config.cache.mkdir("pocketlm-stub")))
-    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
 
 
 def run(program, *arguments, stdin="", **environment):

@@ -1,6 +1,5 @@
 """A model with every kind of tokenizer, from every kind of file, talks in the real program: not only where Python is."""
 
-import base64
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packing import real_stub
+from peer_tokenizers import rank_lines
 from test_tokenizer_gguf import BPE
 from tiny_models import write_model
 from tokenizer_texts import PROSE, train_sentencepiece
@@ -75,7 +75,7 @@ def sentencepiece(byte_fallback, kind="bpe"):
 def ranks(folder):
     path = folder / "words.tiktoken"
     words = [*(bytes([byte]) for byte in range(256)), b"he", b"ll"]
-    path.write_bytes(b"".join(base64.b64encode(word) + b" %d\n" % i for i, word in enumerate(words)))
+    path.write_bytes(rank_lines(words))
     return path
 
 

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from packing import composed_stub, pack_friend, tiny_chat_model
+from packing import friend_fixture, model_fixture  # noqa: F401
 from tiny_models import write_model
 from wine_runner import environment_for, needs_wine, prefix, run_windows
 
@@ -18,22 +18,12 @@ import pocketlm
 from pocketlm.runtime import container
 
 pytestmark = needs_wine
+PLATFORM = "windows-x86_64"
 
 
 @pytest.fixture(scope="module")
 def home(request):
     return prefix(Path(request.config.cache.mkdir("pocketlm-wine")))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_chat_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def friend(model, request, tmp_path_factory):
-    stub = composed_stub("windows-x86_64", Path(request.config.cache.mkdir("pocketlm-stub")))
-    return pack_friend(model, stub, tmp_path_factory.mktemp("friend"))
 
 
 def windows_path(path):

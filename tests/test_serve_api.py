@@ -5,28 +5,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import hello, serving, tiny_chat
-
-import pocketlm
+from serving import alone_fixture, hello, path_fixture, server_fixture, serving  # noqa: F401
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_chat(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def server(path):
-    with serving(path) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def alone(path):
-    with pocketlm.load(path, threads=1) as model:
-        yield model
 
 
 def text_of(pieces):

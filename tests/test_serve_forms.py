@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from serving import hello, serving, tiny_chat
+from serving import client_fixture, hello, path_fixture, server_fixture, serving  # noqa: F401
 from tiny_models import write_model
 
 from pocketlm.constrain import states
@@ -16,18 +16,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving(tiny_chat(tmp_path_factory.mktemp("forms"))) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 NO_SPACES = {"10": -100, "32": -100}  # the tiny model likes them

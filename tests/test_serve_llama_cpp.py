@@ -9,10 +9,9 @@ import json
 import threading
 
 import pytest
-from serving import hello, serving, tiny_chat, wait_until
+from serving import alone_fixture, hello, serving, tiny_chat, wait_until  # noqa: F401
 from tiny_models import SPECIALS, TOKENS, write_model
 
-import pocketlm
 from pocketlm.serve.guard import Policy
 
 OWN = "/completion"
@@ -33,12 +32,6 @@ def path(tmp_path_factory):
 def server(path):
     with serving(path, seed=42) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def alone(path):
-    with pocketlm.load(path, threads=1) as model:
-        yield model
 
 
 def asked(prompt="the inn", **fields):

@@ -3,21 +3,9 @@
 import asyncio
 
 import pytest
-from serving import hello, serving, tiny_chat
+from serving import client_fixture, hello, path_fixture, server_fixture, serving, tiny_chat  # noqa: F401
 
 openai = pytest.importorskip("openai", reason="the openai package is the client")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with serving(tiny_chat(tmp_path_factory.mktemp("openai"))) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 ASK = {**hello(), "model": "Tiny"}

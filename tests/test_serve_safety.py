@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from serving import Reply, everything, hello, serving, tiny_chat, wait_until
+from serving import Reply, everything, hello, path_fixture, server_fixture, serving, wait_until  # noqa: F401
 from uvicorn.server import ServerState
 
 from pocketlm.cli import main
@@ -21,17 +21,6 @@ from pocketlm.serve import server as http_server
 from pocketlm.serve.guard import Policy
 
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_chat(tmp_path_factory.mktemp("safety"))
-
-
-@pytest.fixture(scope="module")
-def server(path):
-    with serving(path) as server:
-        yield server
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "localhost.evil",

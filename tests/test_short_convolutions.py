@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from families import write_random
 from native_calls import each_level
+from tiny_models import write_out
 
 import pocketlm
 from pocketlm.errors import FileError
@@ -155,10 +156,7 @@ def test_a_file_that_does_not_fit_itself_is_refused_in_one_line(tmp_path, path, 
         add_key(writer, key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     with pytest.raises(FileError, match=said) as error:
         pocketlm.load(file)
     assert "\n" not in str(error.value)

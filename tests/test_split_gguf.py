@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packing import fake_stub
-from tiny_models import write_model
+from tiny_models import write_model, write_out
 
 import pocketlm
 from pocketlm import cli
@@ -33,10 +33,7 @@ def split(source: Path, folder: Path, tensors_each: int) -> list[Path]:
             writer.add_key_value(field.name, field.contents(), kind, inner)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file(folder / "m.gguf")
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer, folder / "m.gguf")
     return sorted(folder.glob("m-*.gguf"))
 
 

@@ -1,8 +1,8 @@
 """What a file does not say of its tokenizer: what a Hugging Face folder has beside it, and what Meta has in its code."""
 
-import base64
 import json
 
+import peer_tokenizers as peers
 import pytest
 from tokenizer_texts import PROSE, texts, train_sentencepiece
 
@@ -73,11 +73,7 @@ def test_what_was_added_to_a_sentencepiece_model_and_cannot_be_is_refused(config
 def test_two_files_of_a_qwen_are_cut_as_its_class_cuts_texts(tmp_path):
     """Its pre-tokenizer is not GPT-2's, and nothing in vocab.json and merges.txt says so."""
     transformers = pytest.importorskip("transformers", reason="transformers is what is compared with")
-    tokenizers = pytest.importorskip("tokenizers", reason="trains the vocabulary")
-    made, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
-    made.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=800, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
-    made.train_from_iterator(PROSE.split("\n"), trainer)
+    made = peers.byte_level(PROSE.split("\n"), 800)
     made.model.save(str(tmp_path))
     n = made.get_vocab_size()
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -110,15 +106,13 @@ def test_tokens_that_the_folder_calls_special_are_markers(tmp_path):
 
 def test_metas_own_file_of_llama_3_is_cut_as_llama_3_cuts_texts(tmp_path):
     """It is called tokenizer.model and holds tiktoken ranks, no pattern and no markers."""
-    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is what is compared with")
     ranks = [bytes([byte]) for byte in range(256)] + [b"123", b"12", b"he", b"LL", b"'L", b"\n\n"]
     ranks += [b"\xff%d" % i for i in range(128000 - len(ranks))]
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks)))
+    path.write_bytes(peers.rank_lines(ranks))
     ours, pattern = tokenizer.load(tmp_path), PRE_TOKENIZERS["llama-bpe"][0]
     special = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|eom_id|>": 128008, "<|eot_id|>": 128009}
-    mergeable = {token: i for i, token in enumerate(ranks)}
-    theirs = tiktoken.Encoding("llama 3", pat_str=pattern, mergeable_ranks=mergeable, special_tokens=special)
+    theirs = peers.encoding(path.read_bytes(), pattern, special)
     assert (ours.n_vocab, ours.adds_bos, ours.bos_id, ours.eos_id) == (128256, True, 128000, 128001)
     assert ours.end_ids == {128001, 128008, 128009}
     assert ours.token_id("<|reserved_special_token_245|>") == 128255

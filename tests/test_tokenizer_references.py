@@ -1,12 +1,12 @@
 """Ids equal to those of `sentencepiece`, `tokenizers` and `tiktoken`, on vocabularies trained here, 20,000 texts each."""
 
-import base64
 import json
 import random
 import re
 import unicodedata
 from pathlib import Path
 
+import peer_tokenizers as peers
 import pytest
 from tokenizer_texts import PROSE, WORDS, texts, train_sentencepiece
 
@@ -115,39 +115,18 @@ MARKERS = ["<|im_start|>", "<|endoftext|>", "<symbol>", "<strip>", "<|im_start|>
 
 def compare_with_tokenizers(theirs, folder, some):
     theirs.save(str(folder / "tokenizer.json"))
-    ours = tokenizer.load(folder)
+    ours, asked = tokenizer.load(folder), peers.asked_of_tokenizers(theirs)
     for special in (True, False):
-        theirs.encode_special_tokens = not special
-        for text, encoding in zip(some, theirs.encode_batch(some, add_special_tokens=False), strict=True):
-            assert ours.encode(text, special=special) == encoding.ids, text
-            assert ours.decode(encoding.ids) == theirs.decode(encoding.ids), encoding.ids
-
-
-def byte_level_pre_tokenizer(name):
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
-    pre = tokenizers.pre_tokenizers
-    if name in ("gpt-2", "space in front"):
-        return pre.ByteLevel(add_prefix_space=name != "gpt-2")
-    if name == "smollm":
-        return pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
-    split = pre.Split(tokenizers.Regex(PRE_TOKENIZERS[name][0]), "isolated")
-    return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        for text, ids in zip(some, asked.encode(some, special), strict=True):
+            assert ours.encode(text, special=special) == ids, text
+            assert ours.decode(ids) == theirs.decode(ids), ids
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "space in front", "smollm", "llama-bpe", "qwen2"])
 def test_byte_level_ids_and_texts_are_those_of_tokenizers(name, tmp_path):
-    pre_tokenizer = byte_level_pre_tokenizer(name)
-    import tokenizers
-
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer, theirs.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
-    if name == "qwen2":
-        theirs.normalizer = tokenizers.normalizers.NFC()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=MARKERS[:2], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    theirs.train_from_iterator(LINES[:300] + texts(300, 50), trainer)
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
+    normalizer = tokenizers.normalizers.NFC() if name == "qwen2" else None
+    theirs = peers.byte_level(LINES[:300] + texts(300, 50), 1500, name, MARKERS[:2], normalizer)
     added = tokenizers.AddedToken("<strip>", lstrip=True, rstrip=True, normalized=False)
     theirs.add_tokens([tokenizers.AddedToken("<symbol>", normalized=False), added])
     compare_with_tokenizers(theirs, tmp_path, texts(4000, 51 + len(name), MARKERS))
@@ -168,20 +147,8 @@ def test_bytes_that_were_not_in_the_training_text_are_those_of_tokenizers(unknow
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 @pytest.mark.parametrize("byte_fallback", [True, False])
 def test_metaspace_ids_and_texts_are_those_of_tokenizers(scheme, split, byte_fallback, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=split, byte_fallback=byte_fallback))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
-    decoders = tokenizers.decoders
-    stripped = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
-    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *stripped])
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=2000, limit_alphabet=500, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
-    )
-    theirs.train_from_iterator(LINES, trainer)
-    file = json.loads(theirs.to_str())  # byte tokens are no markers, as in the files of models
-    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] not in byte_tokens]
-    compare_with_tokenizers(tokenizers.Tokenizer.from_str(json.dumps(file)), tmp_path, texts(400, 53, ["<s>", "<unk>", "</s>"]))
+    theirs = peers.metaspace(LINES, scheme, split, byte_fallback, split, vocab_size=2000, limit_alphabet=500)
+    compare_with_tokenizers(theirs, tmp_path, texts(400, 53, ["<s>", "<unk>", "</s>"]))
 
 
 def test_ids_of_a_llama_2_file_are_those_of_tokenizers(tmp_path):
@@ -244,10 +211,8 @@ def spaces_replaced(normalizer, pre_tokenizer, *, keep_bytes_special=False):
     made.normalizer = normalizer(tokenizers.normalizers)
     names = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     made.train_from_iterator(LINES, tokenizers.trainers.BpeTrainer(vocab_size=900, special_tokens=names, show_progress=False))
-    file = json.loads(made.to_str())
+    file = json.loads((made if keep_bytes_special else peers.unmarked(made)).to_str())
     file["pre_tokenizer"] = pre_tokenizer
-    if not keep_bytes_special:
-        file["added_tokens"] = [token for token in file["added_tokens"] if not token["content"].startswith("<0x")]
     return tokenizers.Tokenizer.from_str(json.dumps(file))
 
 
@@ -276,12 +241,8 @@ def test_added_tokens_are_looked_for_in_the_normalised_text_where_their_file_say
     if kind == "spaces":
         theirs = spaces_replaced(gemmas, None)
     else:
-        theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-        theirs.normalizer = tokenizers.normalizers.NFC() if kind == "nfc" else tokenizers.normalizers.Replace("ё", "е")
-        theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-        theirs.train_from_iterator(LINES, trainer)
+        normalizer = tokenizers.normalizers.NFC() if kind == "nfc" else tokenizers.normalizers.Replace("ё", "е")
+        theirs = peers.byte_level(LINES, 600, normalizer=normalizer)
     added = tokenizers.AddedToken
     theirs.add_tokens(["żółw", "▁▁", "two words", "ещё", added("été", normalized=False), added("ёж", rstrip=True)])
     theirs.add_special_tokens([added("<X>", normalized=False, lstrip=True), added("<ёY>", normalized=True)])
@@ -354,14 +315,8 @@ def test_unigram_ids_are_those_of_the_tokenizers_library(split, bytes_, tmp_path
 @pytest.mark.parametrize("name", ["deepseek-v3", "falcon", "viking", "default"])
 def test_expressions_that_follow_each_other_are_known_by_all_of_them(name, tmp_path):
     """Line breaks in them may be written out."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is what is compared with")
-    pre, written = tokenizers.pre_tokenizers, [p.replace(r"\r\n", "\r\n") for p in PRE_TOKENIZERS[name]]
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    splits = [pre.Split(tokenizers.Regex(pattern), "isolated") for pattern in written]
-    made.pre_tokenizer = pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, show_progress=False, initial_alphabet=pre.ByteLevel.alphabet())
-    made.train_from_iterator(LINES, trainer)
+    written = [pattern.replace(r"\r\n", "\r\n") for pattern in PRE_TOKENIZERS[name]]
+    made = peers.byte_level(LINES, 1000, peers.expressions(written))
     made.save(str(tmp_path / "tokenizer.json"))
     ours = tokenizer.load(tmp_path / "tokenizer.json")
     for text in texts(3000, 75):
@@ -378,15 +333,10 @@ def test_expressions_that_follow_each_other_are_known_by_all_of_them(name, tmp_p
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
 def test_ids_are_those_of_tiktoken(name, tmp_path):
-    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is what is compared with")
-    from tiktoken._educational import bpe_train
-
-    pattern = PRE_TOKENIZERS[name][0]
-    ranks = bpe_train(PROSE * 2, 500, pattern, visualise=None)
+    pattern, special = PRE_TOKENIZERS[name][0], {"<|endoftext|>": 500, "<|im_start|>": 501}
     path = tmp_path / "ranks.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-    special = {"<|endoftext|>": 500, "<|im_start|>": 501}
-    theirs = tiktoken.Encoding(name="trained here", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    path.write_bytes(peers.trained_ranks(PROSE * 2, 500, pattern))
+    theirs = peers.encoding(path.read_bytes(), pattern, special)
     ours = tokenizer.load(path, pattern=name, special_tokens=special)
     for text in texts(5000, 60 + len(name), list(special)):
         assert ours.encode(text) == theirs.encode_ordinary(text), text

@@ -9,6 +9,7 @@ from typing import Any
 from unicodedata import normalize
 
 import numpy as np
+import peer_tokenizers as peers
 import pytest
 from languages import ENGLISH, POLISH, RUSSIAN, TURKISH, long
 
@@ -57,13 +58,8 @@ def exported(run: Path) -> Tokenizer:
 
 def byte_bpe(folder: Path) -> Any:
     """GPT-2's kind, trained by the library on all four languages."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=letters, special_tokens=["<|endoftext|>"])
-    made.train([str(path) for path in texts(folder / "texts")], trainer)
-    return made
+    lines = [path.read_text(encoding="utf-8") for path in texts(folder / "texts")]
+    return peers.byte_level(lines, 600, special=["<|endoftext|>"])
 
 
 def from_tokenizer_json(folder: Path) -> tuple[Path, Callable[[str], list[int]]]:

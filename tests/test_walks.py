@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import walk_corpora
+import walk_corpora as corpora
 from agreement import compare
 from llama_reference import LlamaReference
 from packing import real_stub
@@ -126,7 +126,7 @@ def shows(shown: str, printed: str) -> bool:
     return any(line.startswith(masked(start)) if cut else line == masked(shown) for line in lines)
 
 
-def walked(title: str, shell: Shell, between: dict[str, Callable[[], object]] | None = None) -> str:
+def walked(title: str, shell: Shell, between: dict[str, Callable[[], object]]) -> str:
     """Run a section. Every line that it shows must be printed by the command above it; all that is printed is kept in
     transcript.txt. What the last command prints.
     """
@@ -134,7 +134,7 @@ def walked(title: str, shell: Shell, between: dict[str, Callable[[], object]] | 
     with open("transcript.txt", "w", encoding="utf-8") as transcript:
         for line in section(title):
             if line.startswith("$ "):
-                for begin, work in (between or {}).items():
+                for begin, work in between.items():
                     if line.startswith(f"$ {begin}"):
                         work()
                 started = time.monotonic()
@@ -174,44 +174,26 @@ CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MARKERS = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 
 
-def test_a_turkish_gpt2_part_after_part(shell: Shell) -> None:
-    walk_corpora.turkish_gpt2(shell.folder)
-    answer = walk_corpora.TURKISH["Adın ne?"]
-    assert walked("A Turkish GPT-2, part after part", shell) == answer
-    agree("Adın ne?", answer, CHATML)
+def deepspeed() -> None:
+    """The weights as ZeRO-2 leaves them."""
+    folder = Path("deepspeed", "global_step80")
+    folder.mkdir(parents=True)
+    torch.save({"module": torch.load("base/last.pt", weights_only=True)["model"]}, folder / "mp_rank_00_model_states.pt")
+    Path("deepspeed", "latest").write_text("global_step80")
 
 
-def test_turkish_decoders_with_alibi(shell: Shell) -> None:
-    walk_corpora.turkish_alibi(shell.folder)
-    answer = walk_corpora.TURKISH["Çay içer misin?"]
-    assert walked("Turkish decoders with ALiBi", shell) == answer
-    agree("Çay içer misin?", answer, CHATML)
-
-
-def test_chekhov_the_classics_and_an_assistant(shell: Shell) -> None:
-    walk_corpora.russian(shell.folder)
-    answer = walk_corpora.RUSSIAN["Кто ты?"]
-    assert walked("Chekhov, the classics and an assistant", shell) == answer
-    agree("Кто ты?", answer, MARKERS)
-
-
-def test_a_polish_model_for_a_raspberry_pi(shell: Shell) -> None:
-    walk_corpora.polish(shell.folder)
-
-    def deepspeed() -> None:
-        """The weights as ZeRO-2 leaves them."""
-        folder = shell.folder / "deepspeed" / "global_step80"
-        folder.mkdir(parents=True)
-        torch.save({"module": torch.load("base/last.pt", weights_only=True)["model"]}, folder / "mp_rank_00_model_states.pt")
-        (shell.folder / "deepspeed" / "latest").write_text("global_step80")
-
-    answer = walk_corpora.POLISH["Jak się masz?"]
-    assert walked("A Polish 1.3B for a Raspberry Pi", shell, {"pocketlm train rozmowy": deepspeed}) == answer
-    agree("Jak się masz?", answer, CHATML)
-
-
-def test_gpt2_on_colab(shell: Shell) -> None:
-    walk_corpora.colab(shell.folder)
-    answer = walk_corpora.ENGLISH["What is your name?"]
-    assert walked("GPT-2 124M on Colab", shell) == answer
-    agree("What is your name?", answer, MARKERS)
+@pytest.mark.parametrize(
+    ("title", "corpus", "asked", "answers", "template"),
+    [
+        ("A Turkish GPT-2, part after part", corpora.turkish_gpt2, "Adın ne?", corpora.TURKISH, CHATML),
+        ("Turkish decoders with ALiBi", corpora.turkish_alibi, "Çay içer misin?", corpora.TURKISH, CHATML),
+        ("Chekhov, the classics and an assistant", corpora.russian, "Кто ты?", corpora.RUSSIAN, MARKERS),
+        ("A Polish 1.3B for a Raspberry Pi", corpora.polish, "Jak się masz?", corpora.POLISH, CHATML),
+        ("GPT-2 124M on Colab", corpora.colab, "What is your name?", corpora.ENGLISH, MARKERS),
+    ],
+    ids=["turkish gpt2", "turkish alibi", "russian", "polish", "colab"],
+)
+def test_a_walk(shell: Shell, title: str, corpus: Callable, asked: str, answers: dict[str, str], template: str) -> None:
+    corpus(shell.folder)
+    assert walked(title, shell, {"pocketlm train rozmowy": deepspeed}) == answers[asked]
+    agree(asked, answers[asked], template)

@@ -170,7 +170,5 @@ def test_machines_that_only_count_are_noted_where_the_count_grows(tmp_path):
 def test_a_chat_at_a_terminal_says_it_after_the_answer(terminal, tmp_path):
     shown = terminal("--hot")
     shown.prompt(1)
-    shown.type("Hello\r")
-    shown.wait("context 10/100 (10%)\nthe processor is slowed down")
-    shown.type("\x04")
-    assert shown.ended() == 0
+    shown.type("Hello\r", "context 10/100 (10%)\nthe processor is slowed down")
+    assert shown.leave("\x04") == 0

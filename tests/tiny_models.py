@@ -91,11 +91,16 @@ def write_model(
         if array is not None:
             kind = (formats or {}).get(name, format) if array.ndim > 1 else "F32"
             writer.add_tensor(name, _quantized(gguf, array, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.write_header_to_file()
+    write_out(writer)
+    return path
+
+
+def write_out(writer: Any, *path: Path) -> None:
+    """Have a GGUFWriter write its file."""
+    writer.write_header_to_file(*path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def load_weights(path: str | Path) -> dict[str, np.ndarray]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import languages
 import numpy as np
+import peer_tokenizers as peers
 
 TURKISH = {
     "Merhaba!": "Merhaba! Bugün nasılsın?", "Adın ne?": "Benim adım Deniz.", "En sevdiğin renk ne?": "Mavi, gökyüzü gibi.",
@@ -62,17 +62,8 @@ def turkish_gpt2(folder: Path) -> None:
 
 def turkish_alibi(folder: Path) -> None:
     """A tokenizer that the library `tokenizers` made, and documents as uint16 ids, BOS and EOS around each."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     texts = [prose(languages.TURKISH, i) for i in range(2)]
-    made: Any = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer: Any = trainers.BpeTrainer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<pad>", "<s>", "</s>"]
-    how = trainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
-    made.train_from_iterator(texts, how)
+    made = peers.byte_level(texts, 700, special=["<pad>", "<s>", "</s>"])
     made.save(str(folder / "tokenizer.json"))
     ids = [id for document in texts[0].split("\n\n") for id in [1, *made.encode(document).ids, 2]]
     np.array(ids, np.uint16).tofile(folder / "train.bin")
@@ -111,13 +102,10 @@ def polish(folder: Path) -> None:
 
 def colab(folder: Path) -> None:
     """Ranks as tiktoken keeps them, and a corpus that it has made ids of."""
-    import tiktoken
-
     ranks = (Path(__file__).with_name("vectors") / "tiktoken-gpt-2.tiktoken").read_bytes()
     (folder / "gpt2.tiktoken").write_bytes(ranks)
-    table = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, ranks.splitlines())}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    encoding = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=table, special_tokens={"<|endoftext|>": len(table)})
+    encoding = peers.encoding(ranks, pattern, {"<|endoftext|>": ranks.count(b"\n")})
     web = prose(languages.ENGLISH, 0, 12000).replace("\n\n", "<|endoftext|>")
     np.save(folder / "web.npy", np.array(encoding.encode(web, allowed_special="all"), np.uint16))
     for name, turn in (("books", 1), ("stories", 2), ("held-out", 4)):

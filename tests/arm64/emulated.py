@@ -20,10 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the tests
-from find_qemu import find_qemu
+from find_qemu import entry, find_qemu
 
-_ELF = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
-_MASK = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
 # The shell is the first process of a namespace of its own: where it is killed, all that it has started are
 ALONE = ("unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--fork", "--kill-child", "sh", "-c")
 _ENTER = """
@@ -116,10 +114,9 @@ class Machine:
         home = Path("/mnt" if self.is_own else self.shared)
         clean = ["PATH=/usr/bin:/bin", f"HOME={home}", "LANG=C.UTF-8", f"TMPDIR={home / 'tmp'}"]
         clean += [f"QEMU_CPU={self.cpu}", f"QEMU_PAGESIZE={self.page}"]
-        if self.is_own:
-            entry = f":pocketlm:M::{_ELF}:{_MASK}:{self.qemu}:F"
-            return [*ALONE, _ENTER, "sh", entry, self.root, self.shared, *clean, *command]
         assert self.qemu
+        if self.is_own:
+            return [*ALONE, _ENTER, "sh", entry(self.qemu), self.root, self.shared, *clean, *command]
         program = self.root / "usr/bin" / command[0]  # the second alone where that is a whole path
         first, _, _ = program.read_bytes().partition(b"\n")
         script = [first[2:].decode()] if first.startswith(b"#!") else []

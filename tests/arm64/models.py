@@ -19,7 +19,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the tests
 import test_families_llama_cpp as published
-import test_more_architectures as more
 from families import write_random
 from native_calls import FORMAT_NAMES, random_blocks, round_as_native
 from tiny_models import ARCHITECTURES as PLAIN
@@ -90,10 +89,9 @@ def _architectures() -> Iterator[tuple[str, Callable[[Path], object]]]:
     for arch, keys in OURS.items():
         smear = SMEAR if arch == "nanochat" else {}
         yield arch, partial(write_random, arch=arch, sizes={**SHAPE, "n_ctx": 64}, keys=keys, extra=smear)
-    for table in (published, more):
-        for name, row in table.MODELS.items():
-            if row.sizes.get("n_layer", 0) <= DEEP:
-                yield name, partial(table.write, row=row, shape=SHAPE)
+    for name, row in published.MODELS.items():
+        if row.sizes.get("n_layer", 0) <= DEEP:
+            yield name, partial(published.write, row=row, shape=SHAPE)
 
 
 def _recoded(path: Path, out: Path, fmt: str) -> Path:
