@@ -1,6 +1,6 @@
-"""How fast pocketlm is beside llama.cpp (llama_decode, called directly) and other libraries: one run.
+"""How fast pocketlm is beside llama.cpp (llama_decode, called directly), other libraries and a plain NumPy loop: one run.
 
-    python bench/speed.py [--quick] [--only TEXT …] [--rounds N]
+    python bench/speed.py [--quick] [--json] [--only TEXT …] [--rounds N]
 
 Every row alternates between two engines in processes of their own, same file, same number of threads; a figure is the median
 of the rounds. A fixed loop between the rounds shows whether the machine was quiet; ratios are what counts. See README.md.
@@ -9,27 +9,29 @@ of the rounds. A fixed loop between the rounds shows whether the machine was qui
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pocketlm.bench import machine, shapes
 from pocketlm.bench.measure import DRIFT, converted, open_subject
 from pocketlm.bench.processes import Failure, Worker
-from pocketlm.bench.protocol import BACKENDS
+from pocketlm.bench.protocol import BACKENDS, Backend
 from pocketlm.model import find_model
 from pocketlm.runtime.native.caches import NativeCache
 from pocketlm.runtime.native.sizes import SPAN
 
 LARGE = "decode 1.3B-class Q4_0"  # the row whose use of the memory bandwidth is shown
+ENGINES = {**BACKENDS, "naive NumPy": Backend("naive NumPy", "pocketlm.bench.adapter_naive:Naive")}
 LIMIT = 600.0  # seconds for one round
 WIDER = ("avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "avx512_fp16", "i8mm", "bf16")  # what other libraries may use
 
@@ -87,11 +89,14 @@ ROWS = [
     *(Row(f"format {kind}", f"Llama-125M {kind}", "decode", 1.0, 1.4, threads=1, n=32) for kind in shapes.KINDS),
     Row("POCKETLM_ISA=avx2: decode 48M Q4_0", "48M Q4_0", "decode", 1.5, environment={"POCKETLM_ISA": "avx2"}),
     Row("numpy: decode SmolLM2", "SmolLM2", "decode", 0.25, engine="numpy", n=24),
+    Row("numpy: decode 48M, beside naive NumPy", "48M Q4_0", "decode", 1.3, engine="numpy", rival="naive NumPy", n=24),
     Row("numpy: prefill 512, SmolLM2", "SmolLM2", "prefill", 0.6, engine="numpy", n=512),
 ]
 
 
-def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -> tuple[float, float, float]:
+def measure(
+    row: Row, path: Path, rounds: int, n: int, steady: machine.Steady, say: Callable[[str], None]
+) -> dict[str, Any]:  # fmt: skip
     """Tokens per second of both engines and their ratio, each round's own ratio being the unit of the median.
 
     Raises Failure where one of them is not there or cannot run the model.
@@ -109,10 +114,10 @@ def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -
     with ExitStack() as stack:
         workers = []
         for name in (row.engine, row.rival):
-            engine = BACKENDS[name]
+            engine = ENGINES[name]
             if engine.missing:
                 raise Failure("missing", f"{name} is not installed: {engine.get}")
-            file, _ = converted(engine, path, row.threads, LIMIT, print)
+            file, _ = converted(engine, path, row.threads, LIMIT, say)
             workers.append(Worker(row.threads, row.environment if name == row.engine else {}))
             stack.callback(workers[-1].close)
             workers[-1].load(engine, file, LIMIT, row.threads, n_ctx, n_vocab)
@@ -124,7 +129,8 @@ def measure(row: Row, path: Path, rounds: int, n: int, steady: machine.Steady) -
             steady.check()
             times.append([seconds(worker, conversations) for worker, conversations in both])
     ours, theirs = (n / statistics.median(column) for column in zip(*times, strict=True))
-    return ours, theirs, statistics.median(other / own for own, other in times)
+    ratio = statistics.median(other / own for own, other in times)
+    return {"ours": ours, "theirs": theirs, "ratio": ratio}
 
 
 # ── what is not a ratio ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +188,7 @@ def ninth(smollm2: Path) -> dict[str, float]:
     `passes` that end until then.
     """
     with closing(Worker(2)) as worker:
-        worker.load(BACKENDS["native"], smollm2, LIMIT, 2, 1024, open_subject(smollm2).hyper.n_vocab)
+        worker.load(ENGINES["native"], smollm2, LIMIT, 2, 1024, open_subject(smollm2).hyper.n_vocab)
         return worker.ask("ninth", LIMIT, n=24, conversations=8)
 
 
@@ -221,35 +227,54 @@ def find(name: str, folder: Path) -> Path:
     return find_model("smollm2") if name == "SmolLM2" else shapes.find(name.replace(" ", "-"), folder)
 
 
+@contextmanager
+def models(folder: str | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(folder or temporary)
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+
+
 def mark(value: float, at_least: float, aim: float | None = None) -> str:
     return "MISSED" if value < at_least else "aim reached" if aim is not None and value >= aim else "ok"
 
 
-def show_rows(rows: list[Row], folder: Path, rounds: int, quick: bool, steady: machine.Steady) -> None:
+def show_rows(
+    rows: list[Row], folder: Path, rounds: int, quick: bool, steady: machine.Steady, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure and print every row, and the large model's share of the memory bandwidth."""
-    print(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim")
+    result: dict[str, Any] = {"rows": []}
+    say(f"\n{'':<40} {'tokens/s':>10} {'rival':>10}   ratio  at least / aim")
     for row in rows:
         path = find(row.model, folder)
         try:
-            ours, theirs, ratio = measure(row, path, rounds, 4 if quick and row.task != "prefill" else row.n, steady)
+            found = measure(row, path, rounds, 4 if quick and row.task != "prefill" else row.n, steady, say)
         except Failure as failure:
-            print(f"{row.name:<40} {failure.status}: {failure}", flush=True)
+            result["rows"].append({"name": row.name, "rival": row.rival, "status": failure.status, "reason": str(failure)})
+            say(f"{row.name:<40} {failure.status}: {failure}")
             continue
+        result["rows"].append({"name": row.name, "rival": row.rival, **found, "at_least": row.at_least, "aim": row.aim})
         limits = f"{row.at_least:.2f}" + (f" / {row.aim:.1f}" if row.aim else "")
-        verdict = mark(ratio, row.at_least, row.aim)
-        print(f"{row.name:<40} {ours:>10.1f} {theirs:>10.1f} {ratio:>7.2f}  {limits:<14} {verdict}", flush=True)
+        verdict = mark(found["ratio"], row.at_least, row.aim)
+        say(f"{row.name:<40} {found['ours']:>10.1f} {found['theirs']:>10.1f} {found['ratio']:>7.2f}  {limits:<14} {verdict}")
         if row.name == LARGE:
             possible = machine.bandwidth(row.threads)
-            share = ours * open_subject(path).bytes_per_token / possible
-            name, gigabytes = "  share of the memory bandwidth", f"of {possible / 1e9:.1f} GB/s"
-            print(f"{name:<40} {gigabytes:>21} {share:>7.0%}  {'80% / 92%':<14} {mark(share, 0.8, 0.92)}", flush=True)
+            share = found["ours"] * open_subject(path).bytes_per_token / possible
+            result |= {"bandwidth": possible, "share": share}
+            gigabytes = f"of {possible / 1e9:.1f} GB/s"
+            verdict = mark(share, 0.8, 0.92)
+            say(f"{'  share of the memory bandwidth':<40} {gigabytes:>21} {share:>7.0%}  {'80% / 92%':<14} {verdict}")
+    return result
 
 
-def show_others(others: list[Other], folder: Path, rounds: int) -> None:
+def show_others(others: list[Other], folder: Path, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    rows = []
     for name, measure_once, limit, unit in others:
         path = find("SmolLM2", folder)
         value = statistics.median(measure_once(path) for _ in range(rounds))
-        print(f"{name:<44} {value:>8.3f} {unit:<6} at most {limit:g} {unit}   {mark(-value, -limit)}", flush=True)
+        rows.append({"name": name, "value": value, "unit": unit, "at_most": limit})
+        say(f"{name:<44} {value:>8.3f} {unit:<6} at most {limit:g} {unit}   {mark(-value, -limit)}")
+    return rows
 
 
 def instructions() -> str:
@@ -262,27 +287,34 @@ def instructions() -> str:
     return f"kernels for {level.name}; the processor has {', '.join(found)}"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round of everything: does the script work?")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     parser.add_argument("--only", action="append", metavar="TEXT", help="only rows whose name holds this; may be given again")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", metavar="FOLDER", help="keep the written models here")
     options = parser.parse_args()
     rounds, steady = 1 if options.quick else options.rounds, machine.Steady()
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
     def wanted(name: str) -> bool:
         return not options.only or any(text in name for text in options.only)
 
-    print(f"{machine.line(machine.describe())}\n{instructions()}")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.models or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        show_rows([row for row in ROWS if wanted(row.name)], folder, rounds, options.quick, steady)
-        show_others([other for other in OTHERS if wanted(other.name)], folder, rounds)
+    result: dict[str, Any] = {"machine": machine.line(machine.describe()), "instructions": instructions()}
+    say(f"{result['machine']}\n{result['instructions']}")
+    with models(options.models) as folder:
+        result |= show_rows([row for row in ROWS if wanted(row.name)], folder, rounds, options.quick, steady, say)
+        result["others"] = show_others([other for other in OTHERS if wanted(other.name)], folder, rounds, say)
+    result["drift"] = steady.drift
     if steady.drift > DRIFT:
-        print(f"\nwarning: the reference loop was up to {steady.drift - 1:.0%} slower than its best: the machine is busy")
+        say(f"\nwarning: the reference loop was up to {steady.drift - 1:.0%} slower than its best: the machine is busy")
+    if options.json:
+        print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

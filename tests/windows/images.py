@@ -37,6 +37,16 @@ def python_exe(library: str) -> bytes:
     return _image(_PROGRAM, code, imports)
 
 
+def empty_exe() -> bytes:
+    """A console program that ends."""
+    code = """
+        4883EC38        sub rsp, 56
+        31C9            xor ecx, ecx
+        FF15            ExitProcess
+    """
+    return _image(_PROGRAM, code, {"kernel32.dll": ["ExitProcess"]})
+
+
 def random_numbers() -> bytes:
     """bcryptprimitives.dll, which Windows has and wine 8 has not: ProcessPrng(buffer, bytes), by RtlGenRandom."""
     return _image(_LIBRARY, "FF25 SystemFunction036", {"advapi32.dll": ["SystemFunction036"]}, "bcryptprimitives.dll",
