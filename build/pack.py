@@ -50,7 +50,12 @@ def open_stub(path: Path) -> Stub:
     """A stub, or a packed executable to be used as one. Raises FileError."""
     if not container.is_program(path):
         raise FileError(path, "is not a stub" if path.exists() else "there is no such file", "make one with pocketlm stub")
-    packed, program = container.find(path), container.program_place(path)
+    try:
+        program = container.program_place(path)
+    except FileError:
+        problem = "is an executable, but not a stub, or one that was cut short"
+        raise FileError(path, problem, "make one with pocketlm stub") from None
+    packed = container.find(path)
     return Stub(path, platform_of(path), packed.sections["boot"].length if packed else program[0], program)
 
 

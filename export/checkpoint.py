@@ -165,7 +165,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     with refused(path):
         text = bytes(map_file(path)[:MAX_JSON]).decode()
     result: dict[str, Any] = {}
-    above, inner, items = "", {}, []  # type: str, dict[str, Any], list[Any]
+    above, inner, items = "", dict[str, Any](), list[Any]()
     for line in text.splitlines():
         if line.startswith("- ") and above:
             items.append(_scalar(line[2:].strip()))

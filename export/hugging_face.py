@@ -209,10 +209,10 @@ def windows_at_their_depth(draft: Draft) -> None:
 
 
 def _family(
-    architecture: str, names: Mapping[str, str] | None = None, keys: Mapping[str, tuple[str, Any]] | None = None,
-    *steps: Step, computes: tuple[str, ...] = (), **fixed: Any,
+    architecture: str, *steps: Step, names: Mapping[str, str] | None = None,
+    keys: Mapping[str, tuple[str, Any]] | None = None, computes: tuple[str, ...] = (), **fixed: Any,
 ) -> Dialect:  # fmt: skip
-    """A row. `names`: see Dialect; `keys`: the architecture's key → (entry of config.json, its default); `steps` run last."""
+    """A row. `steps` run last; `names`: see Dialect; `keys`: the architecture's key → (entry of config.json, its default)."""
     usual, keys = ARCHITECTURES[architecture].USUAL, keys or {}
 
     def finish(draft: Draft) -> None:
@@ -236,82 +236,87 @@ def _family(
 HUGGING_FACE = {
     row.architecture: row
     for row in (
-        _family("qwen2", {}, {}, llama_if_wide),
-        _family("qwen3", HEAD_NORMS),
+        _family("qwen2", llama_if_wide),
+        _family("qwen3", names=HEAD_NORMS),
         _family(
-            "gemma3", {**HEAD_NORMS, **NORMS_AROUND},
-            {
+            "gemma3", one_added, own_activation, scaled_alone,
+            names={**HEAD_NORMS, **NORMS_AROUND},
+            keys={
                 "attention.sliding_window": ("sliding_window", 4096),
                 "rope.freq_base_swa": ("rope_local_base_freq", 10000.0),
                 "final_logit_softcapping": ("final_logit_softcapping", None),
             },
-            one_added, own_activation, scaled_alone, rope_theta=1e6, **GEMMA,
+            rope_theta=1e6, **GEMMA,
         ),
-        _family("phi3", {}, {"attention.sliding_window": ("sliding_window", None)}, gate_with_up, rope_part=1.0),
+        _family("phi3", gate_with_up, keys={"attention.sliding_window": ("sliding_window", None)}, rope_part=1.0),
         _family("smollm3", rope_theta=2e6, tied=True),
-        _family("granite", {}, GRANITE_KEYS),
+        _family("granite", keys=GRANITE_KEYS),
         _family(
-            "granitemoe", GRANITE_EXPERTS,
-            {**GRANITE_KEYS, **EXPERT_KEYS, "expert_shared_feed_forward_length": ("shared_intermediate_size", None)},
+            "granitemoe", names=GRANITE_EXPERTS,
+            keys={**GRANITE_KEYS, **EXPERT_KEYS, "expert_shared_feed_forward_length": ("shared_intermediate_size", None)},
         ),
         _family(
-            "hunyuan-dense", {"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"}, {},
-            stretched_base, computes=("use_qk_norm",),
+            "hunyuan-dense", stretched_base,
+            names={"*.self_attn.query_layernorm": "attn_q_norm", "*.self_attn.key_layernorm": "attn_k_norm"},
+            computes=("use_qk_norm",),
         ),
-        _family("gemma", {}, {}, one_added, tanh, activation="gelu_tanh", tied=True),
+        _family("gemma", one_added, tanh, activation="gelu_tanh", tied=True),
         _family(
-            "gemma2", NORMS_AROUND,
-            {
+            "gemma2", one_added, own_activation,
+            names=NORMS_AROUND,
+            keys={
                 "attention.sliding_window": ("sliding_window", 4096),
                 "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
                 "final_logit_softcapping": ("final_logit_softcapping", 30.0),
             },
-            one_added, own_activation, **GEMMA,
+            **GEMMA,
         ),
         _family(
-            "olmo2", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)}, scaled_alone,
+            "olmo2", scaled_alone,
+            names={**HEAD_NORMS, **NORMS_AFTER}, keys={"attention.sliding_window": ("sliding_window", None)},
         ),
         _family(
-            "qwen3moe", {**HEAD_NORMS, **EXPERTS},
-            {**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)}, weights_add_up(True),
+            "qwen3moe", weights_add_up(True),
+            names={**HEAD_NORMS, **EXPERTS},
+            keys={**EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None)},
         ),
         _family(
-            "qwen2moe", {**EXPERTS, **_read(layouts.SHARED_EXPERT)},
-            {
+            "qwen2moe", weights_add_up(False), gate_as_vector,
+            names={**EXPERTS, **_read(layouts.SHARED_EXPERT)},
+            keys={
                 **EXPERT_KEYS, "expert_feed_forward_length": ("moe_intermediate_size", None),
                 "expert_shared_feed_forward_length": ("shared_expert_intermediate_size", None),
             },
-            weights_add_up(False), gate_as_vector,
         ),
-        _family("olmoe", {**HEAD_NORMS, **EXPERTS}, EXPERT_KEYS, weights_add_up(False)),
+        _family("olmoe", weights_add_up(False), names={**HEAD_NORMS, **EXPERTS}, keys=EXPERT_KEYS),
         _family(
-            "gpt-oss",
-            {
+            "gpt-oss", gpt_oss,
+            names={
                 "*.self_attn.sinks": "attn_sinks", "*.post_attention_layernorm": "post_attention_norm",
                 "*.mlp.router": "ffn_gate_inp",
                 **{f"*.mlp.experts.{name}_proj{end}": f"ffn_{part}_exps{end}"
                    for name, part in (("gate_up", "both"), ("down", "down")) for end in ("", "_bias", "_blocks", "_scales")},
             },
-            {**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
-            gpt_oss, computes=("truncate", "quantization_config"), rope_theta=150000.0,
+            keys={**EXPERT_KEYS, "attention.sliding_window": ("sliding_window", 128)},
+            computes=("truncate", "quantization_config"), rope_theta=150000.0,
         ),
         _family(
-            "lfm2",
-            {
+            "lfm2", short_convolutions,
+            names={
                 "embedding_norm": "token_embd_norm", "*.operator_norm": "attn_norm",
                 "*.self_attn.q_layernorm": "attn_q_norm", "*.self_attn.k_layernorm": "attn_k_norm",
                 "*.feed_forward.w1": "ffn_gate", "*.feed_forward.w2": "ffn_down", "*.feed_forward.w3": "ffn_up",
                 **{f"*.conv.{part}": f"shortconv.{part}" for part in ("conv", "in_proj", "out_proj")},
             },
-            {}, short_convolutions, activation="silu", rope_theta=1e6, tied=True,
+            activation="silu", rope_theta=1e6, tied=True,
         ),
         _family(
-            "exaone4", {**HEAD_NORMS, **NORMS_AFTER}, {"attention.sliding_window": ("sliding_window", None)},
-            windows_at_their_depth,
+            "exaone4", windows_at_their_depth,
+            names={**HEAD_NORMS, **NORMS_AFTER}, keys={"attention.sliding_window": ("sliding_window", None)},
         ),
     )
 }  # fmt: skip
-HUGGING_FACE["mixtral"] = _family("llama", MIXTRAL_EXPERTS, EXPERT_KEYS, rope_theta=1e6)
+HUGGING_FACE["mixtral"] = _family("llama", names=MIXTRAL_EXPERTS, keys=EXPERT_KEYS, rope_theta=1e6)
 
 
 # ── what a configuration says of single layers ───────────────────────────────────────────────────────────────────────

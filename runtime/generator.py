@@ -138,7 +138,7 @@ def generate(
     prompt = list(map(int, ids))
     n_prompt, n_generated, stopped = len(prompt), 0, False
 
-    claim = session.claim_unless(cancelled)
+    claim = session.claim(cancelled)
     session.check_ids(prompt)
     tokens = array("i", prompt)  # and, growing, the answer; as samplers in compiled code read it
 

@@ -58,12 +58,11 @@ class Session:
         """Forget everything."""
         self._truncate(0)
 
-    def claim(self) -> object:
-        """From now on the cache is the caller's; what is returned is for `held`. Raises PocketlmError after `end`."""
-        return self.claim_unless(lambda: False)
+    def claim(self, cancelled: Callable[[], bool] = lambda: False) -> object | None:
+        """From now on the cache is the caller's; what is returned is for `held`. Raises PocketlmError after `end`.
 
-    def claim_unless(self, cancelled: Callable[[], bool]) -> object | None:
-        """The same, but None where the caller was cancelled: whoever cancelled him may have begun something else by now."""
+        None where the caller was cancelled: whoever cancelled him may have begun something else by now.
+        """
         with self._claiming.here:  # not the other lock: a user between two steps shall not have to be waited for
             claim = None if cancelled() else object()
             self._claim = claim or self._claim

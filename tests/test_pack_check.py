@@ -1,6 +1,8 @@
 """`pocketlm check` says which part is damaged, also of executables that do not start any more; packing lets none through."""
 
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +123,12 @@ def test_what_a_cut_has_taken_is_said(friend, lost):
             parts_of(friend)
     else:
         assert verdicts(friend) == {container.TITLES["program"]: f"cut short: {program.length - lost:,} bytes of it are there"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an executable of Unix")
+def test_an_executable_that_is_no_stub_is_called_that(model, tmp_path):
+    with pytest.raises(FileError, match="is an executable, but not a stub, or one that was cut short; make one with"):
+        open_stub(Path("/bin/ls"))
 
 
 def test_a_damaged_stub_is_not_packed(model, tmp_path):

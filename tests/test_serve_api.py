@@ -201,6 +201,7 @@ def test_two_names_that_say_the_same_are_no_contradiction(server):
     [
         ('{"messages": [{"role": "user", "content": "x"}], "temperature": 0, "temperature": 1}', "temperature stands twice"),
         ('{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "content stands twice"),
+        ('{"messages": [' + "[]," * 300_000 + "0]}", "the body has more than 200,000 opening brackets"),
         ('{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature is nan"),
         ('{"prompt": "x"}', "it is a field of /v1/completions"),
     ],
