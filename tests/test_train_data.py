@@ -228,7 +228,7 @@ def test_too_little_text_is_one_line(tmp_path: Path) -> None:
         ("[1]", "line 2 is no document"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "line 2 is no document"),
         ('{"messages": [{"role": "user"}]}', "line 2 is no document"),
-        ("\ud800".encode("utf-8", "surrogatepass"), "is not UTF-8"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "line 2 is not UTF-8"),
     ],
 )
 def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Reading:
 def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[Document, bool]]:
     """(document or a piece of one that ends with a line, whether it ends here). Raises FileError naming the line."""
     hint = f"name the files in it, as in {path / '*.txt'}" if path.is_dir() else "check the path"
-    with refused(path, hint), open(path, encoding="utf-8-sig", newline="") as file:
+    with refused(path, hint), _line_named(path), open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix in ROWS:
             for n, row in enumerate(_list(file.read(), path) if path.suffix == ".json" else file, 1):
                 document = _document(row, path, n) if not isinstance(row, str) or row.strip() else ""
@@ -44,6 +44,17 @@ def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[D
                     yield document, True
         else:
             yield from _texts(iter(lambda: file.readline(LONGEST_LINE), ""), reading)
+
+
+@contextmanager
+def _line_named(path: Path) -> Iterator[None]:
+    """Say in which line the first bytes are that are no UTF-8: a file that is read as a stream does not know where they are."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        with open(path, "rb") as file:
+            number = next((n for n, line in enumerate(file, 1) if line.decode(errors="ignore").encode() != line), 1)
+        raise FileError(path, f"line {number} is not UTF-8", "convert the text to UTF-8") from None
 
 
 def _texts(lines: Iterator[str], reading: Reading) -> Iterator[tuple[str, bool]]:
