@@ -228,7 +228,7 @@ def test_too_little_text_is_one_line(tmp_path: Path) -> None:
         ("[1]", "line 2 is no document"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "line 2 is no document"),
         ('{"messages": [{"role": "user"}]}', "line 2 is no document"),
-        ("\ud800".encode("utf-8", "surrogatepass"), "is not UTF-8"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "line 2 is not UTF-8"),
     ],
 )
 def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str) -> None:
@@ -236,6 +236,38 @@ def test_damaged_lines_are_named(tmp_path: Path, line: str | bytes, problem: str
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + content)
     with pytest.raises(FileError, match=problem):
         list(documents.read_documents(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_and_half_a_character_are_no_obstacle(name: str, tmp_path: Path) -> None:
+    """Windows writes the one, programs that cut texts in the middle of an emoji the other."""
+    text = {"a.txt": "Kâr", "a.jsonl": r'{"text": "K\u00e2r\ud83d"}', "a.json": r'[{"text": "K\u00e2r\ud83d"}]'}[name]
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert list(documents.read_documents(tmp_path / name)) == [("Kâr" + "\ufffd" * (name != "a.txt"), True)]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [5, {"key": [1]}, {"key": [[1], 2, 3, "train", 5]}, {"train": 5}, {"train": -1, "key": ["a", 1, 2, "train", []]}],
+)
+def test_what_a_strangers_state_file_says_is_checked(part: object, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, newline="\n")
+    tok, folder = make(tmp_path / "tok"), tmp_path / "run" / "data"
+    arguments = ([tmp_path / "a.txt"], [], folder, encoder(tmp_path, tok), 20, said)
+    data.prepare(*arguments)
+    written = json.loads((folder / "state.json").read_text())
+    own = written["part-00000"]
+    own["key"][1] = 0  # so that it is encoded again
+    for state in ({"part-00000": part}, {"../../outside": own}, [1], {**written, "part-00003": part}):
+        (folder / "state.json").write_text(json.dumps(state))
+        data.prepare(*arguments)
+        assert [*data.read_state(folder)] == ["part-00000"]
+        data.open_corpus(folder, "train", 16, tok.n_vocab)
+    assert not list(tmp_path.glob("outside*"))
+    for content in (b"", b"abc"):
+        (folder / "part-00000.train").write_bytes(content)
+        with pytest.raises(FileError, match=r"part-00000.train: is damaged .*; delete .*, it is made again"):
+            data.open_corpus(folder, "train", 16, tok.n_vocab)
 
 
 def test_of_a_folder_the_error_says_how_to_name_its_files(tmp_path: Path) -> None:

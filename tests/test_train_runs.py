@@ -255,6 +255,28 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert Shape(1, 1, 2, 3, 4).n_ff == 8
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("optimizer", "text"), ("identity", -1), ("position", "text"), ("step", "text"), ("step", -5), ("best", "text"),
+     ("seconds", None), ("model", {})],
+)  # fmt: skip
+def test_a_last_checkpoint_that_no_run_saved_is_one_line(
+    entry: str, value: Any, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RUN.replace("--steps 40", "--steps 2")
+    assert pocketlm(text, "-o", tmp_path / "run", options=options) == 0
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.save({**content, entry: value}, tmp_path / "run" / "last.pt")
+    capsys.readouterr()
+    assert pocketlm(text, "-o", tmp_path / "run") == 1
+    assert "is no checkpoint that a run can go on from; choose another folder" in one_line(capsys)
+
+
+def test_rows_of_a_log_that_are_none_of_ours_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / log.LOG).write_bytes(b'{"step": 1}\n[]\n{"step": "x"}\n{}\n\xff\n{"step": 2')
+    assert log.read_log(tmp_path / log.LOG) == [{"step": 1}]
+
+
 def test_nothing_else_imports_pytorch() -> None:
     code = (
         "import sys; from pocketlm import cli; import pocketlm.model, pocketlm.train.command, pocketlm.train.log\n"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pocketlm.chat.templates import BUILT_IN, Template
-from pocketlm.errors import FileError, PocketlmError, one_of
+from pocketlm.errors import FileError, PocketlmError, one_of, refused
 from pocketlm.runtime.atomic import replacing_file, write_file
 from pocketlm.terminal_text import count
 from pocketlm.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from pocketlm.train.vocabularies import check_markers
 
 SPLITS = ("train", "val")
 SENTENCE_END = re.compile(r"""[.!?…。！？]["'»”’)\]]*\s*$|\n""")
+PART = re.compile(r"part-\d{5,9}")
 SHORT = "short texts"  # the part that they are together
 CHATS = ("chatml", "markers")
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # inputs, targets (int64), mask of the targets (float32): (context,)
@@ -124,10 +125,18 @@ def prepare(
 
 
 def read_state(folder: Path) -> dict[str, dict[str, Any]]:
+    """What state.json says of the parts, but for what this module would not write."""
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        parts = json.loads((folder / "state.json").read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
+    return {name: part for name, part in parts if PART.fullmatch(name) and isinstance(part, dict) and _is_part(part)}
+
+
+def _is_part(part: dict[str, Any]) -> bool:
+    key, numbers = part.get("key"), [part.get(name, 0) for name in (*SPLITS, "documents", "first")]
+    is_file = isinstance(key, list) and len(key) == 5 and isinstance(key[0], str) and key[3] in SPLITS
+    return all(type(number) is int and number >= 0 for number in numbers) and (is_file or (key is None and not any(numbers)))
 
 
 def _encode_part(
@@ -236,8 +245,11 @@ def open_corpus(folder: Path, split: str, context: int, n_vocab: int, sentence_e
     """A split of a prepared folder. Raises FileError where it is shorter than one block."""
     parts = {name: part for name, part in sorted(read_state(folder).items()) if part.get(split)}
     stems = [folder / f"{name}.{split}" for name in parts]
-    ids = [np.memmap(stem, dtype_of_ids(n_vocab), "r") for stem in stems]
-    masks = [np.memmap(f"{stem}.mask", np.uint8, "r") for stem in stems]
+    ids, masks = [], []
+    for stem, part in zip(stems, parts.values(), strict=True):
+        with refused(stem, f"delete {folder}, it is made again", "is damaged", (OSError, ValueError)):
+            ids.append(np.memmap(stem, dtype_of_ids(n_vocab), "r", shape=(part[split],)))
+            masks.append(np.memmap(f"{stem}.mask", np.uint8, "r", shape=(part[split],)))
     corpus = Corpus([*ids], [*masks], context, [part["key"][0] for part in parts.values()], sentence_ends)
     if not corpus.n_blocks(context - 1 if split == "train" else 0):
         problem = f"its {split} split has {count(corpus.n_tokens, 'token')}, too few for a sequence of {context}"

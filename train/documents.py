@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Reading:
 def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[Document, bool]]:
     """(document or a piece of one that ends with a line, whether it ends here). Raises FileError naming the line."""
     hint = f"name the files in it, as in {path / '*.txt'}" if path.is_dir() else "check the path"
-    with refused(path, hint), open(path, encoding="utf-8", newline="") as file:
+    with refused(path, hint), _line_named(path), open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix in ROWS:
             for n, row in enumerate(_list(file.read(), path) if path.suffix == ".json" else file, 1):
                 document = _document(row, path, n) if not isinstance(row, str) or row.strip() else ""
@@ -44,6 +44,17 @@ def read_documents(path: Path, reading: Reading = Reading()) -> Iterator[tuple[D
                     yield document, True
         else:
             yield from _texts(iter(lambda: file.readline(LONGEST_LINE), ""), reading)
+
+
+@contextmanager
+def _line_named(path: Path) -> Iterator[None]:
+    """Say in which line the first bytes are that are no UTF-8: a file that is read as a stream does not know where they are."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        with open(path, "rb") as file:
+            number = next((n for n, line in enumerate(file, 1) if line.decode(errors="ignore").encode() != line), 1)
+        raise FileError(path, f"line {number} is not UTF-8", "convert the text to UTF-8") from None
 
 
 def _texts(lines: Iterator[str], reading: Reading) -> Iterator[tuple[str, bool]]:
@@ -72,17 +83,22 @@ def _list(text: str, path: Path) -> list[Any]:
     raise FileError(path, "is no list of documents", "write a JSON list, or a document a line in a .jsonl")
 
 
+def _whole(text: str) -> str:
+    """`text` with a sign in place of each lone surrogate: JSON can hold half a character, and no tokenizer takes it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _document(row: Any, path: Path, number: int) -> Document:
     """The text or the conversation of a row, which may still be JSON."""
     with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         row = json.loads(row) if isinstance(row, str) else row
         if isinstance(row.get("text"), str):
-            return row["text"]
+            return _whole(row["text"])
         if "instruction" in row:
             asked = "\n\n".join(part for part in (row["instruction"].strip(), (row.get("input") or "").strip()) if part)
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
             row = {"messages": [{"role": "system", "content": row.get("system")}] * bool(row.get("system")) + turns}
-        messages = [{"role": m["role"], "content": m["content"].strip()} for m in row["messages"]]
+        messages = [{"role": m["role"], "content": _whole(m["content"].strip())} for m in row["messages"]]
         if messages and all(m["role"] in ROLES for m in messages):
             return messages
     expected = 'expected {"text": …}, {"messages": [{"role": "user", "content": …}, …]} or {"instruction": …, "output": …}'

@@ -21,11 +21,12 @@ SMOOTHING = 0.9  # share of the running mean that stays at every row
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a line that was cut short is left out."""
+    """The rows of a log; a line that was cut short, or is none of ours, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            rows.append(json.loads(line))
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            row = json.loads(line)
+            rows += [row] * (row["step"] >= 0)
     return rows
 
 

@@ -202,10 +202,24 @@ def _note_validation(
 def _resume(
     run: Path, identity: dict[str, Any], measured: list[list[Any]], model: Decoder, optimizer: Any, scaler: Any, feed: Feed
 ) -> Progress:
-    """Bring everything to where the run's last checkpoint was. Raises UsageError for a run of another identity."""
+    """Bring everything to where the run's last checkpoint was. Raises UsageError for a run of another identity, FileError for
+    what no run has saved.
+    """
     if not (run / LAST).exists():
         return Progress()
     content = read(run / LAST)
+    try:
+        return _resumed(run, content, identity, measured, model, optimizer, scaler, feed)
+    except PocketlmError:
+        raise
+    except Exception:  # whatever a damaged or foreign one makes torch raise
+        raise FileError(run / LAST, "is no checkpoint that a run can go on from", "choose another folder with -o") from None
+
+
+def _resumed(
+    run: Path, content: dict[str, Any], identity: dict[str, Any], measured: list[list[Any]], model: Decoder, optimizer: Any,
+    scaler: Any, feed: Feed,
+) -> Progress:  # fmt: skip
     if missing := [name for name in ("identity", "measured", "position", *asdict(Progress())) if name not in content]:
         raise FileError(run / LAST, f"says no {missing[0]}, so no run can go on from it", "choose another folder with -o")
     old = content["identity"]
@@ -218,6 +232,8 @@ def _resume(
         scaler.load_state_dict(content["scaler"])
     feed.position = content["position"]
     at = Progress(**{name: content[name] for name in asdict(Progress())})
+    if any(type(getattr(at, name)) is not type(value) for name, value in asdict(Progress()).items()) or at.step < 0:
+        raise TypeError
     at.rolling = [step for step in at.rolling if isinstance(step, int)]  # from a stranger these would be names of files
     if content["measured"] != measured:  # losses on other texts say nothing about these
         at.best, at.since_best = math.inf, 0
