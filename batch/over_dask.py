@@ -7,8 +7,10 @@ what, and gives the work of one that dies to another. Workers need pocketlm, and
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -62,6 +64,7 @@ class Cluster:
     def __init__(self, address: str, model: str, how: Mapping[str, Any], settings: Settings):
         self._opening = json.dumps([model, dict(how), settings.slots, settings.seed, dict(settings.defaults)])
         self._n_lines, self._address = ROUNDS * settings.slots, address
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it logs is raised, too
         try:
             self._client: Any = distributed.Client(address, timeout=SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -70,7 +73,8 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            found = self._client.run(describe, self._opening, on_error="return")
+            with self._at_hand():
+                found = self._client.run(describe, self._opening, on_error="return")
             found = {worker: facts for worker, facts in found.items() if not isinstance(facts, OSError)}  # it died just now
             for worker, facts in found.items():
                 if not isinstance(facts, tuple):
@@ -98,10 +102,20 @@ class Cluster:
             while under_way.count() < CHUNKS * len(self._client.ncores()) and (chunk := list(islice(waiting, self._n_lines))):
                 under_way.add(self._client.submit(answer, self._opening, self.made_of, chunk, pure=False))
 
-        send()
-        for future in under_way:
-            try:
-                yield from future.result()
-            except distributed.KilledWorker as error:
-                raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
+        with self._at_hand():
             send()
+            for future in under_way:
+                yield from future.result()
+                send()
+
+    @contextmanager
+    def _at_hand(self) -> Iterator[None]:
+        """Turn what Dask raises into a PocketlmError."""
+        try:
+            yield
+        except distributed.KilledWorker as error:
+            raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
+        except (OSError, distributed.CancelledError) as error:
+            advice = "start it again, and give the same command: the answers so far are kept"
+            problem = " ".join(str(error).split())[:100]
+            raise PocketlmError(f"--dask {self._address}: the cluster is gone ({problem}); {advice}") from None

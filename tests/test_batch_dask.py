@@ -44,16 +44,23 @@ def process(*command: str) -> Iterator[subprocess.Popen[bytes]]:
         run.wait()
 
 
-@pytest.fixture(scope="module")
-def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    told = tmp_path_factory.mktemp("scheduler") / "where.json"
+@contextmanager
+def started(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A scheduler's address, and its process."""
+    told = folder / "where.json"
     options = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(told))
-    with process("distributed.cli.dask_scheduler", *options):
+    with process("distributed.cli.dask_scheduler", *options) as run:
         until = time.monotonic() + 120
         while not (told.exists() and told.read_text().strip().endswith("}")):
             assert time.monotonic() < until, "the scheduler never came"
             time.sleep(0.05)
-        yield json.loads(told.read_text())["address"]
+        yield json.loads(told.read_text())["address"], run
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with started(tmp_path_factory.mktemp("scheduler")) as (address, _):
+        yield address
 
 
 def worker(address: str):
@@ -75,24 +82,43 @@ def batch(model: Path, prompts: Path, out: Path, address: str) -> list[str]:
     return ["generate", str(model), *files, "--threads", "1", "--slots", "4", "--dask", address]
 
 
+def ended_by(victim: subprocess.Popen[bytes], command: list[str], out: Path) -> tuple[int, str]:
+    """Exit status and stderr of a batch during which a process of the cluster is killed, once there is an answer."""
+    run = subprocess.Popen([sys.executable, "-m", "pocketlm", *command], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (kept := [*out.parent.glob("*.part")]) or kept[0].stat().st_size == 0:
+        assert time.monotonic() < until
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.002)
+    victim.kill()
+    assert run.poll() is None, "it was through before"
+    said = run.communicate(timeout=300)[1]
+    return run.returncode, said
+
+
 def test_the_bytes_are_those_of_one_machine_though_a_worker_is_killed(given, scheduler, tmp_path):
     model, prompts, whole = given
     out = tmp_path / "out.jsonl"
     with worker(scheduler) as first, worker(scheduler):
         wait_for(scheduler, 2)
-        command = [sys.executable, "-m", "pocketlm", *batch(model, prompts, out, scheduler)]
-        run = subprocess.Popen(command, stderr=subprocess.PIPE)
-        until = time.monotonic() + 120
-        while not (kept := [*tmp_path.glob("*.part")]) or kept[0].stat().st_size == 0:
-            assert time.monotonic() < until
-            assert run.poll() is None, run.communicate()[1]
-            time.sleep(0.002)
-        first.kill()
-        assert run.poll() is None, "it was through before"
-        _, said = run.communicate(timeout=300)
-    assert run.returncode == 0, said
+        status, said = ended_by(first, batch(model, prompts, out, scheduler), out)
+    assert status == 0, said
     assert out.read_bytes() == whole
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_a_scheduler_that_is_gone_is_one_line_and_its_answers_are_kept(given, tmp_path, tmp_path_factory, capsys):
+    model, prompts, whole = given
+    out = tmp_path / "out.jsonl"
+    with started(tmp_path_factory.mktemp("gone")) as (address, run), worker(address):
+        wait_for(address, 1)
+        status, said = ended_by(run, command := batch(model, prompts, out, address), out)
+    assert (status, said.count("\n")) == (1, 1), said
+    assert f"pocketlm: --dask {address}: the cluster is gone" in said
+    assert "the answers so far are kept" in said
+    assert cli.main(command[: command.index("--dask")]) == 0, "one machine goes on with them"
+    assert "lines are answered already" in capsys.readouterr().err
+    assert out.read_bytes() == whole
 
 
 def test_what_is_wrong_with_the_cluster_is_one_line(given, scheduler, tmp_path, capsys):
