@@ -89,6 +89,10 @@ def _notes(
     if any(row[-1] == BUSY for row in rows):
         yield f"the reference loops moved by {drift - 1:.0%}: measure again while nothing else runs"
     yield from _differences(new, old)
+    then = {model["name"]: model["file_bytes"] for model in old["models"]}
+    for name, size in ((model["name"], model["file_bytes"]) for model in new["models"]):
+        if then.get(name, size) != size:
+            yield f"not the same file: {name} had {then[name]:,} bytes, has {size:,}"
     for name, factor in _loops(new, old):
         if abs(factor - 1) > 0.1:
             yield f"the {name} reference loop takes {factor:.0%} of its time then: the machine itself has changed"

@@ -129,7 +129,7 @@ def _torch(path: Path, out: Path) -> None:
             if name != "token_embd.weight":
                 del weights[name]
         metadata = {key: opened.metadata[key] for key in opened.metadata if not key.startswith("tokenizer.")}
-        plain = {key: value for key, value in metadata.items() if isinstance(value, str | int | float)}
+        plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in metadata.items()}
         torch.save({"weights": weights, "shapes": shapes, "metadata": plain}, part)
     part.replace(out)
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Subject:
 def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings, say: Say) -> dict[str, Any]:
     """Measure every model on every backend. Raises PocketlmError only for what no backend could do anything about."""
     subjects = [open_subject(path) for path in paths]
+    names = [subject.name for subject in subjects]
+    subjects = [replace(one, name=str(one.path)) if names.count(one.name) > 1 else one for one in subjects]
     for subject in subjects:
         for task, numbers in _fitting(subject, settings):
             if left_out := sorted({*getattr(settings, task.setting)} - {*numbers}):

@@ -138,7 +138,7 @@ def _run(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(f"{executable.name}, made with pocketlm {__version__}")
         return 0
-    if "--licences" in arguments:
+    if {"--licences", "--licenses"} & set(arguments):
         print((Path(__file__).parents[2] / "licences.txt").read_text(encoding="utf-8"))
         return 0
     try:

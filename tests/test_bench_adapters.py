@@ -83,6 +83,13 @@ def test_an_adapter_computes_the_model(name: str, model: Path, exact: np.ndarray
     one.close()
 
 
+def test_hyper_parameters_that_are_lists_reach_pytorch(tmp_path: Path) -> None:
+    lists = {"llama.attention.head_count_kv": [2, 2]}
+    path = write_model(tmp_path / "tiny.gguf", n_kv_head=2, n_ctx=N_CTX, metadata=lists)
+    exact, found = (adapter(BACKENDS[name], path).forward(IDS, rows="all") for name in ("numpy", "torch"))
+    assert cosine(found, exact) > 0.99999
+
+
 @pytest.mark.parametrize("name", ["native", "numpy", "llama.cpp"])
 def test_what_a_user_sees_counts_the_tokens_that_were_generated(name: str, tmp_path: Path) -> None:
     one = adapter(BACKENDS[name], write_model(tmp_path / "tiny.gguf", n_ctx=N_CTX))

@@ -66,6 +66,13 @@ def test_a_comparison_says_when_the_machine_is_another() -> None:
     assert {row[-1] for row in table.rows} == {"slower"}  # which is what the comparison of two machines is for
 
 
+def test_a_comparison_says_when_a_name_is_now_another_file() -> None:
+    old, new = result(a=100.0), result(a=200.0)
+    assert "not the same file" not in " ".join(compare.compare(new, old).notes)
+    new["models"][0]["file_bytes"] = 4000
+    assert "not the same file: m had 9 bytes, has 4,000" in compare.compare(new, old).notes
+
+
 def simulated(random: np.random.Generator, speed: float, load: float) -> dict[str, Any]:
     """A run on a machine where others work `load` of the time, for stretches of several rounds, and halve the speed."""
     STEADY.times = {"compute": [], "memory": []}

@@ -115,6 +115,15 @@ def test_a_round_goes_through_all_backends_before_the_next_begins(model: Path, m
     assert decoded == ["a", "b"] * 2 * (SETTINGS.rounds + 1)  # two depths; the first pass of each is the warm-up
 
 
+def test_files_of_one_name_are_told_apart_by_their_paths(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.machine, "bandwidth", lambda n_threads: 1e9)
+    paths = [model, tmp_path / "other.gguf", tmp_path / model.name]
+    for path in paths[1:]:
+        path.write_bytes(model.read_bytes())
+    result = measure.bench(paths, [], SETTINGS, lambda line: None)
+    assert [one["name"] for one in result["models"]] == [str(model), "other", str(paths[2])]
+
+
 def test_llama_benchs_tests_are_its_passes_from_an_empty_cache(model: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     settings = measure.Settings(**{**vars(SETTINGS), "rounds": 3, "prompts": (), "depths": (), "pp": (24,), "tg": (5,)})

@@ -152,7 +152,7 @@ def test_a_damaged_one_says_so_in_one_line_or_talks_as_before(friend, home, tmp_
 
 
 def test_it_brings_the_licences_of_all_that_is_inside(friend, home):
-    text = run_windows(home, friend, "--licences").stdout
+    text = run_windows(home, friend, "--licenses").stdout
     for word in ("PYTHON SOFTWARE FOUNDATION LICENSE", "\nnumpy\n", "\nregex\n", "libffi", "Visual C++", "\npocketlm\n"):
         assert word in text
 

@@ -157,6 +157,16 @@ def test_a_fetched_model_is_found_by_its_name(served, capsys, tmp_path):
     assert re.search(r"qwen3-0\.6b .*\[here: ", capsys.readouterr().out)
 
 
+def test_a_file_that_is_there_and_right_is_not_fetched_again(served, capsys):
+    pull(capsys)
+    assert pull(capsys)[0] == f"{find_model('qwen3-0.6b')}\n"
+    assert served.starts == [0]
+    find_model("qwen3-0.6b").write_bytes(bytes(len(served.content)))  # damaged since
+    pull(capsys)
+    assert served.starts == [0, 0]
+    assert find_model("qwen3-0.6b").read_bytes() == served.content
+
+
 def test_a_hash_of_ours_is_believed_above_the_servers(served, capsys, monkeypatch):
     def known(sha256: str) -> None:
         monkeypatch.setitem(CATALOGUE, "qwen3-0.6b", Known(REPOSITORY, "0.6 B", "", (("Q4_K_M", sha256),)))
