@@ -48,6 +48,10 @@ DIMENSIONS = {
     r"(output|attn_(q|k|v|qkv|output)|ffn_(gate_inp|[123]|(gate|up|gate_up|down)(_shexps?)?)|shortconv\.\w+)\.weight": (2,),
     ".*": (1, 2, 3),
 }
+LECTURE = (
+    "scores were taken to be divided by the root of a head's width; code that multiplies them by C**-0.5, as the first version "
+    "of the lecture that has a module for each head, wants --set attention_scale=n_embd"
+)
 NEED_BIASES = ("gpt2", "gptneox", "starcoder2", "bloom", "phi2")  # architectures whose biases llama.cpp wants to find
 
 
@@ -81,8 +85,9 @@ def arrange(
     _tie(tensors, found, config, fixed, notes)
     gated = any(f"blk.0.ffn_gate{end}.weight" in tensors for end in ("", "_exps")) or _both_of_experts(tensors) is not None
     n_head, head_dim, n_kv_head = _heads(tensors, config, n_embd, n_heads_found, path)
-    # the first version of the lecture whose model has a module for each head divided by the root of n_embd, and is still copied
-    divisor = config.need("attention_scale", None if n_heads_found else "head_dim")
+    divisor = config.get("attention_scale")
+    if n_heads_found and divisor is None:
+        notes.append(LECTURE)
     position = _position(tensors, buffers, config, fixed)
     options: dict[str, Any] = {
         "norm": _norm(tensors, config, fixed, gated),
