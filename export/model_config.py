@@ -15,7 +15,7 @@ import numpy as np
 
 from pocketlm.errors import FileError, UsageError, did_you_mean, quoted
 from pocketlm.runtime.hyper import OPTIONS
-from pocketlm.runtime.positions import yarn_magnitude
+from pocketlm.runtime.positions import llama3_factors, yarn_magnitude
 
 
 class Setting(NamedTuple):
@@ -397,11 +397,3 @@ def _rotary(levels: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping
         return whole, {}
     theta = windows.get("rope_theta", 10000.0)
     return whole, {"rope_local_base_freq": theta, "rope_local_type": windows.get("rope_type", "default")}
-
-
-def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """What Llama 3.1 divides its rotary frequencies by, float32 [n_dims/2]: low ones by `factor`, high ones by 1."""
-    frequencies = theta ** (-np.arange(0, n_dims, 2, dtype=np.float64) / n_dims)
-    turns = original * frequencies / (2 * math.pi)  # full circles over the original context
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns > low).astype(np.float64)
-    return (1.0 / ((1 - share) / factor + share)).astype(np.float32)

@@ -19,14 +19,13 @@ import numpy as np
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refused
-from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, gate_before_up, interleave, split_qkv, transposed
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.hyper import Hyper, Rope
 from pocketlm.runtime.model_summary import ROPE_FACTORS
-from pocketlm.runtime.positions import yarn_magnitude
+from pocketlm.runtime.positions import llama3_factors, yarn_magnitude
 from pocketlm.tokenizer import Tokenizer, from_metadata
 from pocketlm.tokenizer.huggingface_writer import to_tokenizer_json
 

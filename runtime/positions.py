@@ -43,6 +43,14 @@ def rope_frequencies(rope: Rope, factors: np.ndarray | None = None) -> tuple[np.
     return scaled * (1 - ramp) + base * ramp, rope.attention_factor * yarn_magnitude(rope.factor)
 
 
+def llama3_factors(theta: float, n_dims: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
+    """What Llama 3.1 divides its rotary frequencies by, float32 [n_dims/2]: low ones by `factor`, high ones by 1."""
+    frequencies = theta ** (-np.arange(0, n_dims, 2, dtype=np.float64) / n_dims)
+    turns = original * frequencies / (2 * math.pi)  # full circles over the original context
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns > low).astype(np.float64)
+    return (1.0 / ((1 - share) / factor + share)).astype(np.float32)
+
+
 def yarn_magnitude(factor: float) -> float:
     """What YaRN multiplies rotated values by, where nothing else is said."""
     return 1.0 + 0.1 * math.log(max(factor, 1.0))

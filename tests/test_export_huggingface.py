@@ -23,10 +23,10 @@ from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import container_for, export
 from pocketlm.export.from_model_file import read_model_file
-from pocketlm.export.model_config import llama3_factors
 from pocketlm.export.safetensors_reader import read_safetensors
 from pocketlm.export.verify import verify
 from pocketlm.runtime.hyper import Rope
+from pocketlm.runtime.positions import llama3_factors
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
 from pocketlm.tokenizer.base import CONTROL, USER_DEFINED
 from pocketlm.tokenizer.characters import from_table

@@ -283,7 +283,7 @@ def test_litgpt(tmp_path: Path, options: dict[str, Any], architecture: str) -> N
         ({"rope_interleave": "true"}, "rope_interleave"), ({"rope_condense_ratio": "[4]"}, "rope.scaling.factor"),
         ({"rope_local_base_freq": "500.0"}, "rope_local_base_freq"), ({"norm_2": "false"}, "norm_2"),
         ({"rope_adjustments": "\n  factor: 8.0\n  low_freq_factor: 1.0"}, "rope_adjustments"),
-        ({"rope_local_base_freq": "10000.0", "rope_indices": "\n- 0\n- 1"}, "rope_indices"),
+        ({"rope_indices": "\n- 0\n- 1"}, "rope_indices"),
         ({"mlp_class_name": "LLaMAMoE", "n_expert": "8"}, "n_expert"),
     ],
 )  # fmt: skip
