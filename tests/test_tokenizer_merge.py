@@ -4,12 +4,11 @@ import random
 import time
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
 from pocketlm import tokenizer
 from pocketlm.tokenizer import merge as merging
-from pocketlm.tokenizer.merge import NO_MERGE, MergeTable, merge, merge_long
+from pocketlm.tokenizer.merge import NO_MERGE, MergeTable, merge
 
 LARGE = ["gpt-2", "llama-spm", "starcoder"]
 
@@ -55,11 +54,10 @@ def test_every_way_of_merging_gives_what_the_rule_says(seed, monkeypatch):
         ties = len({value >> 32 for value in pairs.values()}) < len(pairs)
         assert merge(list(letters), MergeTable(stride, resolve, ties)) == expected
         assert merge(list(letters), MergeTable(stride, resolve, ties=True)) == expected, "the heap"
-        codes = np.array(letters, dtype=np.uint8)
-        assert merge_long(codes, int, MergeTable(stride, resolve, ties)) == expected
         with monkeypatch.context() as patch:
-            patch.setattr(merging, "_FEW", 0)
-            assert merge_long(codes, int, MergeTable(stride, resolve, ties)) == expected, "many different symbols"
+            patch.setattr(merging, "_SHORT", 0)
+            patch.setattr(merging, "_LONG", 1)
+            assert merge(list(letters), MergeTable(stride, resolve, ties)) == expected, "few different symbols"
 
 
 def seconds(tok, text, times):

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from pocketlm.tokenizer.base import CONTROL, UNKNOWN, USER_DEFINED, Tokenizer, Vocabulary
-from pocketlm.tokenizer.merge import LONG, MergeTable, merge, merge_long
+from pocketlm.tokenizer.merge import MergeTable, merge
 from pocketlm.tokenizer.pretokenize import splitter
 
 
@@ -79,10 +79,7 @@ class ByteBPE(Tokenizer):
         return None if found is None or self.vocabulary.types[found] in (CONTROL, UNKNOWN, USER_DEFINED) else [found]
 
     def _merge(self, data: bytes) -> list[int]:
-        byte_ids = self._byte_ids
-        if len(data) >= LONG and not self._missing.intersection(data):
-            return merge_long(np.frombuffer(data, dtype=np.uint8), byte_ids.__getitem__, self.table)  # type: ignore[arg-type]
-        symbols = [byte_ids[byte] for byte in data]
+        symbols = list(map(self._byte_ids.__getitem__, data))
         if None in symbols:
             unknown = self.unk_id if self.options.unknown else None
             symbols = [unknown if symbol is None else symbol for symbol in symbols]
@@ -90,10 +87,6 @@ class ByteBPE(Tokenizer):
             symbols = [s for at, s in enumerate(symbols) if not (fused and at and s == unknown == symbols[at - 1])]
             symbols = [symbol for symbol in symbols if symbol is not None]
         return merge(symbols, self.table)  # type: ignore[arg-type]
-
-    @cached_property
-    def _missing(self) -> frozenset[int]:
-        return frozenset(byte for byte, token_id in enumerate(self._byte_ids) if token_id is None)
 
     def _token_bytes(self, token_id: int) -> bytes:
         token = self.vocabulary.tokens[token_id]

@@ -20,11 +20,9 @@ from pocketlm.tokenizer.texts import TextIndex, index_of
 NO_MERGE = 1 << 62
 _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
-LONG = 4096  # symbols from which `merge_long` is worth its arrays
-_FEW = 64  # up to so many different symbols it takes all occurrences of a pair at once
+_LONG, _FEW = 4096, 64  # from so many symbols on, of which so many are different, `_Few` is worth its arrays
 _ROUNDS = 32  # how often it may look at the whole text; so many looks take less time than the heap
 _PAIRS_KEPT = 1 << 19
-_STAYS, _BETTER, _NEW = -1, -2, -3  # what a pair becomes, beside the number of a symbol
 
 
 class MergeTable(dict[int, int]):
@@ -104,6 +102,11 @@ def merge(symbols: list[int], table: MergeTable) -> list[int]:
     """All merges done; the list that is given may be changed. n symbols cost n log n."""
     if len(symbols) <= _SHORT and not table.ties:
         return _merge_short(symbols, table)
+    if len(symbols) >= _LONG and len(set(symbols)) <= _FEW:
+        few = _Few(symbols, table)
+        is_done, symbols = few.merge(), few.symbols()
+        if is_done:
+            return symbols
     return _merge_heap(array("q", symbols), table)
 
 
@@ -165,135 +168,75 @@ def _merge_heap(symbols: "array[int]", table: MergeTable) -> list[int]:
 # ── long texts of few different symbols: a run of one character ──────────────────────────────────────────────────────
 
 
-def merge_long(codes: np.ndarray, symbol_of: Callable[[int], int], table: MergeTable) -> list[int]:
-    """`merge` of `symbol_of(code)` for an array of at least `LONG` unsigned codes.
-
-    Codes are numbered anew in 8 bits and all occurrences of a pair are merged at once, so a run of ten million equal
-    characters is no burden; a text of many different characters goes the usual way.
+class _Few:
+    """Symbols of which few are different, as `text`: bytes that number them. All pairs of the lowest rank merge in one go, so
+    that a run of ten million equal characters is no burden.
     """
-    used = np.zeros(int(codes.max()) + 1, dtype=bool)
-    for block in _blocks(codes):
-        used[block] = True
-    different = np.flatnonzero(used)
-    alphabet = [symbol_of(code) for code in different.tolist()]
-    number = np.zeros(len(used), dtype=np.int32)
-    number[different] = np.arange(len(different)) if len(different) <= _FEW else alphabet
-    local = np.concatenate([number[block].astype(np.uint8 if len(different) <= _FEW else "q") for block in _blocks(codes)])
-    if len(different) > _FEW:
-        return _merge_heap(array("q", local.tobytes()), table)
-    run = _Run(local, alphabet, table)
-    finished = run.merge()
-    symbols = map(run.alphabet.__getitem__, run.local.tobytes())
-    return list(symbols) if finished else _merge_heap(array("q", symbols), table)
 
+    def __init__(self, symbols: list[int], table: MergeTable):
+        self._alphabet, self._table = list(dict.fromkeys(symbols)), table
+        self._numbers = {symbol: number for number, symbol in enumerate(self._alphabet)}
+        self.text = bytes(map(self._numbers.__getitem__, symbols))
 
-class _Run:
-    """A long sequence of few different symbols, numbered by `alphabet`, being merged."""
+    def symbols(self) -> list[int]:
+        return list(map(self._alphabet.__getitem__, self.text))
 
-    def __init__(self, local: np.ndarray, alphabet: list[int], table: MergeTable):
-        self.local, self.alphabet, self._table = local, [], table
-        self._values = np.full(65536, NO_MERGE, dtype=np.int64)  # of the pair `left << 8 | right` of numbers
-        for symbol in alphabet:
-            self._number(symbol)
+    def _value(self, left: int, right: int) -> int:
+        return self._table[self._alphabet[left] * self._table.stride + self._alphabet[right]]
 
-    def _number(self, symbol: int) -> int:
-        """The number of a symbol, which may be new; the caller has seen to it that there are fewer than 256."""
-        if symbol in self.alphabet:
-            return self.alphabet.index(symbol)
-        self.alphabet.append(symbol)
-        new, stride = len(self.alphabet) - 1, self._table.stride
-        for other, other_symbol in enumerate(self.alphabet):
-            self._values[new << 8 | other] = self._table[symbol * stride + other_symbol]
-            self._values[other << 8 | new] = self._table[other_symbol * stride + symbol]
-        return new
+    def _becomes(self, value: int, present: set[int]) -> tuple[int, int]:
+        """The number of what a pair of this value becomes, which joins `present`, and the lowest rank of a pair it may be in;
+        -1 where there are no more numbers.
+        """
+        symbol = value & _LOW
+        if len(self._alphabet) == 256 and symbol not in self._numbers:
+            return 0, -1
+        new = self._numbers.setdefault(symbol, len(self._alphabet))
+        self._alphabet += [symbol] * (new == len(self._alphabet))
+        present.add(new)
+        return new, min(min(self._value(new, other), self._value(other, new)) for other in present) >> 32
 
     def merge(self) -> bool:
         """Whether all merges are done; if not, what is left is a state that merging one by one would come to, too."""
-        budget = _ROUNDS * len(self.local)
-        while len(self.local) > 1:
-            pairs = (self.local[:-1].astype(np.uint16) << 8) | self.local[1:]
-            present = np.flatnonzero(sum(np.bincount(block, minlength=65536) for block in _blocks(pairs)))
-            best = int(present[np.argmin(self._values[present])])
-            rank, merged = int(self._values[best]) >> 32, int(self._values[best]) & _LOW
+        budget = _ROUNDS * len(self.text)
+        while len(self.text) > 1:
+            codes = np.frombuffer(self.text, np.uint8).astype(np.uint16)
+            pairs = np.flatnonzero(np.bincount(codes[:-1] << 8 | codes[1:])).tolist()
+            values = {pair: self._value(*divmod(pair, 256)) for pair in pairs}
+            rank, present = min(values.values()) >> 32, {number for pair in pairs for number in divmod(pair, 256)}
             if rank == NO_MERGE >> 32:
                 return True
-            if len(self.alphabet) == 256:
-                return False
-            new = self._number(merged)
-            symbols = sorted({new, *(present >> 8).tolist(), *(present & 255).tolist()})
-            ties = np.count_nonzero(self._values[present] >> 32 == rank)
-            at_once = ties == 1 and self._best_rank_of(new, symbols) > rank
-            budget -= len(self.local) * (1 if at_once else _ROUNDS // 8)
+            best, *ties = (pair for pair, value in values.items() if value >> 32 == rank)
+            new, lowest = self._becomes(values[best], present)
+            at_once = not ties and lowest > rank
+            budget -= len(self.text) * (1 if at_once else _ROUNDS // 8)
             if budget < 0:
                 return False
             if at_once:
-                self._all_at_once(pairs, best, new)
-            elif not self._left_to_right(rank, symbols):
+                self.text = self.text.replace(bytes(divmod(best, 256)), bytes([new]))
+            elif not self._left_to_right(rank, present):
                 return False
         return True
 
-    def _best_rank_of(self, new: int, symbols: list[int]) -> int:
-        """The best rank of the pairs that a new symbol can make with these."""
-        values = self._values
-        return min(int(min(values[new << 8 | other], values[other << 8 | new])) for other in symbols) >> 32
-
-    def _all_at_once(self, pairs: np.ndarray, best: int, new: int) -> None:
-        """Merge every occurrence of one pair, which must not make a pair that should have gone before."""
-        hit = pairs == best
-        if best >> 8 == best & 255:
-            hit &= _every_other(hit)
-        self.local[:-1][hit] = new
-        keep = np.ones(len(self.local), dtype=bool)
-        np.logical_not(hit, out=keep[1:])
-        self.local = self.local[keep]
-
-    def _left_to_right(self, rank: int, symbols: list[int]) -> bool:
+    def _left_to_right(self, rank: int, present: set[int]) -> bool:
         """Do all merges of one rank, the leftmost first, in one pass; False if they could make a better pair."""
         becomes: dict[int, int] = {}
-        new = _STAYS
         done = bytearray()
-        rest = self.local.tobytes()
-        for at, number in enumerate(rest):
+        for at, number in enumerate(self.text):
             while done:
                 pair = done[-1] << 8 | number
-                new = becomes.get(pair, _NEW)
-                if new == _NEW:
-                    new = becomes[pair] = self._becomes(pair, rank, symbols)
+                new = becomes.get(pair)
+                if new is None:
+                    value = self._value(done[-1], number)
+                    new, lowest = self._becomes(value, present) if value >> 32 == rank else (-1, rank)
+                    if lowest < rank:
+                        self.text = bytes(done) + bytes([number]) + self.text[at + 1 :]
+                        return False
+                    becomes[pair] = new
                 if new < 0:
                     break
                 done.pop()
                 number = new
             done.append(number)
-            if new == _BETTER:
-                self.local = np.frombuffer(done + rest[at + 1 :], dtype=np.uint8)
-                return False
-        self.local = np.frombuffer(done, dtype=np.uint8)
+        self.text = bytes(done)
         return True
-
-    def _becomes(self, pair: int, rank: int, symbols: list[int]) -> int:
-        """The number of what a pair merges to at this rank; _STAYS if it does not, _BETTER if better pairs would come."""
-        value = int(self._values[pair])
-        if value >> 32 != rank:
-            return _STAYS
-        if len(self.alphabet) == 256:
-            return _BETTER
-        new = self._number(value & _LOW)
-        symbols.append(new)
-        return _BETTER if self._best_rank_of(new, symbols) < rank else new
-
-
-def _every_other(hit: np.ndarray) -> np.ndarray:
-    """True at the first, third, fifth … place of each run of True: of aaaa, the pairs that can be merged at once."""
-    first = hit.copy()
-    first[1:] &= ~hit[:-1]
-    starts = np.flatnonzero(first)
-    odd = np.zeros(len(hit), dtype=np.uint8)
-    odd[starts] = np.diff(starts & 1, prepend=0) & 1
-    np.bitwise_xor.accumulate(odd, out=odd)  # whether the run begins at an odd place
-    odd[1::2] ^= 1
-    return odd == 0
-
-
-def _blocks(values: np.ndarray) -> list[np.ndarray]:
-    """The array in parts: NumPy copies indices in 64 bits, which should be no longer than the cache."""
-    return [values[start : start + (1 << 18)] for start in range(0, len(values), 1 << 18)]

@@ -12,7 +12,7 @@ import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.tokenizer.base import NORMAL, UNUSED, Vocabulary
-from pocketlm.tokenizer.merge import LONG, NO_MERGE, MergeTable, concatenation_table, merge, merge_long, rank_table
+from pocketlm.tokenizer.merge import NO_MERGE, MergeTable, concatenation_table, merge, rank_table
 from pocketlm.tokenizer.sentencepiece import SPACE, WORDS, Options, SentencePiece, mergeable
 
 _CODE_POINTS = 0x110000
@@ -93,11 +93,7 @@ class SentencePieceBPE(SentencePiece):
         return symbols
 
     def _merge(self, text: str, table: MergeTable) -> list[int]:
-        symbols = self._symbols
-        if len(text) < LONG:
-            return merge([symbols[character] for character in text], table)
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        return merge_long(codes, lambda code: symbols[chr(code)], table)
+        return merge(list(map(self._symbols.__getitem__, text)), table)
 
     def _without_unused(self, symbols: list[int]) -> list[int]:
         """Unused pieces taken apart again into the two they were merged from."""
