@@ -1,8 +1,8 @@
 """A file mapped into memory, read-only, and let go of when that is asked for.
 
-In: a path. Out: the file's bytes as a mapping that NumPy arrays look at. Windows neither deletes nor overwrites a file
-that is mapped, so `close` unmaps. While an array still looks at the mapping that is impossible: unmapped, it would read
-other memory or end the process. Then the mapping ends with the last such array. Knows no formats.
+In: a path. Out: the file's bytes as a mapping that NumPy arrays look at; the model that a reader finds in them. Windows neither
+deletes nor overwrites a file that is mapped, so `close` unmaps. While an array still looks at the mapping that is impossible:
+unmapped, it would read other memory or end the process. Then the mapping ends with the last such array. Knows no formats.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import mmap
 import os
 import stat
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pocketlm.errors import FileError, refused
 from pocketlm.runtime.gguf_strings import Buffer
+from pocketlm.runtime.tensor import Tensor
+
+Model = TypeVar("Model", bound="MappedModel")
 
 
 def map_file(path: Path, instead: str = "") -> mmap.mmap | bytes:
@@ -36,24 +41,35 @@ def map_file(path: Path, instead: str = "") -> mmap.mmap | bytes:
             raise FileError(path, problem, "allow it more (ulimit -v), or choose a smaller model") from None
 
 
-class FileMapping:
-    """The bytes of a file, `buffer`, from which arrays are made."""
+class MappedModel:
+    """An opened, checked model: path, metadata and tensors (in the file's order), which look at the mapped `buffer`.
 
-    def __init__(self, buffer: Buffer):
-        self.buffer = buffer
+    `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. After `close` there
+    are no tensors; an array that was taken out of one stays valid and keeps the file mapped.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, Tensor], buffer: Buffer):
+        self.path, self.metadata, self.tensors, self.buffer = path, metadata, tensors, buffer
 
     def close(self, error: BaseException | None = None) -> None:
-        """Unmap the file, at once or with the last array that looks at it. A second call does nothing.
-
-        `error`: the exception that ends the mapping's use. Its traceback keeps local variables alive, arrays among them, while
-        it is handled; they are cleared here.
-        """
+        """Unmap the file, as `unmap` does. Whoever shares `tensors` loses them, too. A second call does nothing."""
+        self.tensors.clear()
         buffer, self.buffer = self.buffer, b""
         unmap(buffer, error)
 
+    def __enter__(self: Model) -> Model:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
 
 def unmap(buffer: Buffer, error: BaseException | None = None) -> None:
-    """Unmap what was mapped, as `FileMapping.close` does; for bytes that are no mapping, nothing."""
+    """Unmap what was mapped, at once or with the last array that looks at it; for bytes that are no mapping, nothing.
+
+    `error`: the exception that ends the mapping's use. Its traceback keeps local variables alive, arrays among them, while it
+    is handled; they are cleared here.
+    """
     for forget in (lambda: None, lambda: _forget_variables(error), gc.collect):
         forget()
         try:

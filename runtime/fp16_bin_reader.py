@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError, refused
-from pocketlm.runtime.file_mapping import FileMapping, map_file
+from pocketlm.runtime.file_mapping import MappedModel, map_file, unmap
 from pocketlm.runtime.formats import FORMATS
+from pocketlm.runtime.gguf_strings import Buffer
 from pocketlm.runtime.tensor import Tensor
 
 CONFIG, VOCAB, WEIGHTS = "config.json", "vocab.json", "weights.bin"
@@ -34,24 +34,8 @@ _BROKEN = "the folder is damaged or was written by another program: export the m
 _MAX_JSON_BYTES = 1 << 28  # the largest vocabularies take 20 MB
 
 
-class Fp16Bin:
-    """An opened, checked folder: path, metadata and tensors (in the file's order). After `close` there are no tensors; an
-    array that was taken out of one stays valid and keeps the file mapped.
-    """
-
-    def __init__(self, path: Path, metadata: Mapping[str, Any], tensors: dict[str, Tensor], mapping: FileMapping):
-        self.path, self.metadata, self.tensors, self._mapping = path, metadata, tensors, mapping
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Unmap the weights (see `FileMapping.close`). Whoever shares `tensors` loses them, too."""
-        self.tensors.clear()
-        self._mapping.close(error)
-
-    def __enter__(self) -> Fp16Bin:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close(error)
+class Fp16Bin(MappedModel):
+    """An opened, checked folder."""
 
 
 def is_fp16_bin(path: Path) -> bool:
@@ -71,11 +55,11 @@ def open_fp16_bin(path: str | Path) -> Fp16Bin:
     vocabulary = _read_json(path / VOCAB)
     values = {**metadata, **{key: vocabulary[name] for key, name in VOCAB_KEYS.items() if name in vocabulary}}
     decoded = {key: _value(path, key, value) for key, value in values.items()}
-    mapping = FileMapping(map_file(path / WEIGHTS))
+    weights = map_file(path / WEIGHTS)
     try:
-        return Fp16Bin(path, decoded, _read_tensors(path, entries, mapping), mapping)
+        return Fp16Bin(path, decoded, _read_tensors(path, entries, weights), weights)
     except BaseException as error:
-        mapping.close(error)
+        unmap(weights, error)
         raise
 
 
@@ -108,8 +92,8 @@ def _value(path: Path, key: str, value: Any) -> Any:
     raise FileError(path, f"the value of {key[:80]!r} is of a kind that pocketlm does not read", _BROKEN)
 
 
-def _read_tensors(path: Path, entries: list[Any], mapping: FileMapping) -> dict[str, Tensor]:
-    data, tensors, end = np.frombuffer(mapping.buffer, np.uint8), {}, 0
+def _read_tensors(path: Path, entries: list[Any], weights: Buffer) -> dict[str, Tensor]:
+    data, tensors, end = np.frombuffer(weights, np.uint8), {}, 0
     for entry in entries:
         match entry:
             case {"name": str(name), "shape": [_, *_] as shape, "offset": int(offset)} if (

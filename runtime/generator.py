@@ -257,51 +257,25 @@ def _shorter_prompt(make_room: Callable[[], Sequence[int] | None] | None, length
 
 
 class StopStrings:
-    """Finds the first completed of several strings in a text that comes in parts (Aho and Corasick, 1975).
-
-    A node of the automaton is a beginning of a stop string: the longest that the text so far ends with. So its length is
-    exactly how much has to be held back.
-    """
+    """Finds the first completed of several strings in a text that comes in parts."""
 
     def __init__(self, stops: Sequence[str]):
-        self.held = ""  # text not given out yet: a beginning of a stop string
+        self.held = ""  # text not given out yet: the longest beginning of a stop string that the text so far ends with
         self.found = ""  # the stop string that was completed
-        self._node = 0
-        self._next: list[dict[str, int]] = [{}]
-        self._depth = [0]  # characters from the root, node 0
-        self._found = [0]  # length of the longest stop string that ends here, 0 for none
-        for stop in stops:
-            node = 0
-            for char in stop:
-                if char not in self._next[node]:
-                    self._next[node][char] = len(self._next)
-                    self._next.append({})
-                    self._depth.append(self._depth[node] + 1)
-                    self._found.append(0)
-                node = self._next[node][char]
-            self._found[node] = len(stop)
-        self._fail = [0] * len(self._next)  # the longest other beginning that the node's own ends with
-        nodes = list(self._next[0].values())
-        for node in nodes:  # breadth first: the list grows while it is walked
-            for char, child in self._next[node].items():
-                self._fail[child] = self._step(self._fail[node], char)
-                self._found[child] = self._found[child] or self._found[self._fail[child]]
-                nodes.append(child)
+        self._stops, self._firsts, self._longest = stops, {stop[0] for stop in stops}, max(map(len, stops), default=0)
 
     def push(self, text: str) -> tuple[str, bool]:
         """What of the text may be shown now, and whether a stop string is complete; then nothing after it counts."""
-        window, node = self.held + text, self._node
-        for end, char in enumerate(text, len(self.held) + 1):
-            node = self._step(node, char)
-            if self._found[node]:
-                begin = end - self._found[node]
-                self.held, self.found = "", window[begin:end]
-                return window[:begin], True
-        shown = len(window) - self._depth[node]
-        self._node, self.held = node, window[shown:]
-        return window[:shown], False
+        window = self.held + text
+        if places := [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]:
+            end, begin = min(places)  # of those that end first the longest
+            self.held, self.found = "", window[begin:end]
+            return window[:begin], True
+        begin = max(0, len(window) - self._longest + 1)
+        while begin < len(window) and not (window[begin] in self._firsts and self._may_begin(window[begin:])):
+            begin += 1
+        self.held = window[begin:]
+        return window[:begin], False
 
-    def _step(self, node: int, char: str) -> int:
-        while node and char not in self._next[node]:
-            node = self._fail[node]
-        return self._next[node].get(char, 0)
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)

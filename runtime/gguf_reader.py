@@ -11,6 +11,7 @@ process, as with every mapping). Replacing the file by another one of the same n
 
 Format: the GGUF document in the ggml repository (docs/gguf.md).
 """
+
 import math
 import os
 import struct
@@ -23,7 +24,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pocketlm.errors import FileError, PocketlmError, quoted
-from pocketlm.runtime.file_mapping import FileMapping, map_file
+from pocketlm.runtime.file_mapping import MappedModel, map_file, unmap
 from pocketlm.runtime.formats import Format, by_gguf_type
 from pocketlm.runtime.gguf_strings import Buffer, decode, find_bounds
 from pocketlm.runtime.tensor import Tensor
@@ -61,39 +62,23 @@ _OTHER_FILES = (
 )
 
 
-class GGUF:
-    """An opened, validated file: path, version, alignment, metadata and tensors (in the file's order); `header_end` is
-    where the list of tensors ends.
-
-    `metadata` maps keys to str, int, float, bool, 1-D NumPy arrays (arrays of numbers) and lists of str. After `close`
-    there are no tensors, and only keys that were read before can be read, lists of texts apart. An array that was taken out
-    of a tensor stays valid and keeps the file mapped.
+class GGUF(MappedModel):
+    """`header_end` is where the list of tensors ends. After `close` only keys that were read before can be read, lists of texts
+    apart.
     """
 
     def __init__(
         self, path: Path, version: int, alignment: int, metadata: "_Metadata", tensors: dict[str, Tensor], header_end: int
     ):
-        self.path, self.version, self.alignment, self.tensors = path, version, alignment, tensors
-        self.metadata: Mapping[str, Any] = metadata
-        self.header_end = header_end
-        self._keys = metadata
-        self._mapping: FileMapping | None = None
+        super().__init__(path, metadata, tensors, b"")
+        self.version, self.alignment, self.header_end, self._keys = version, alignment, header_end, metadata
         self.parts: list[GGUF] = []  # the other files of a model that lies in several; their tensors are in `tensors`, too
 
     def close(self, error: BaseException | None = None) -> None:
-        """Unmap the file (see `FileMapping.close`). Whoever shares `tensors` or `metadata` loses them, too."""
-        self.tensors.clear()
         self._keys.close()
         for part in self.parts:
             part.close(error)
-        if self._mapping is not None:
-            self._mapping.close(error)
-
-    def __enter__(self) -> "GGUF":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.close(error)
+        super().close(error)
 
 
 def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | None = None) -> GGUF:
@@ -102,16 +87,15 @@ def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | No
     Offsets in the result count from there. Raises FileError for anything that is not a whole, sound GGUF file.
     """
     path = Path(path)
-    mapping = FileMapping(map_file(path, "name the GGUF file"))
-    if not len(mapping.buffer):
+    buffer = map_file(path, "name the GGUF file")
+    if not len(buffer):
         raise FileError(path, "is empty", "download it again")
     try:
-        whole = not offset and length is None
-        gguf = parse(mapping.buffer if whole else memoryview(mapping.buffer)[offset:][:length], path)
+        gguf = parse(buffer if not offset and length is None else memoryview(buffer)[offset:][:length], path)
     except BaseException as error:
-        mapping.close(error)
+        unmap(buffer, error)
         raise
-    gguf._mapping = mapping
+    gguf.buffer = buffer
     return gguf
 
 

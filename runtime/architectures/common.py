@@ -24,27 +24,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.hyper_parameters import Hyper, Rope
 from pocketlm.runtime.metadata_keys import Keys
-from pocketlm.runtime.operations import (
-    Activate,
-    Add,
-    Attend,
-    Convolve,
-    Embed,
-    Experts,
-    Gate,
-    Linear,
-    Logits,
-    Matrix,
-    Mix,
-    Norm,
-    Op,
-    Rotate,
-    Route,
-    Scale,
-    Softcap,
-)
 
 # what decoders mean by themselves, as in hyper.OPTIONS
 GPT2: dict[str, Any] = {"norm": "layer", "position": "learned", "activation": "gelu_tanh", "gated": False}
@@ -61,7 +43,7 @@ class Builder:
     def __init__(self, hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object):
         self.hyper, self._shapes, self._prefix, self.layer = hyper, shapes, "", 0
         self.settings = Keys({f"{hyper.architecture}.{key}": value for key, value in hyper.settings.items()}, path)
-        self.ops: list[Op] = []
+        self.ops: list[P.Op] = []
         self.buffers: dict[str, int] = {}  # name -> width
         self.used: dict[str, tuple[int, ...]] = {}  # tensor -> the shape that it has to have
         self.problems: list[str] = []
@@ -87,11 +69,11 @@ class Builder:
         """`tensor` for one that may be missing; None then."""
         return self.tensor(name, *shape) if self.has(name) else None
 
-    def matrix(self, n_in: int, *parts: tuple[str, int]) -> Matrix:
+    def matrix(self, n_in: int, *parts: tuple[str, int]) -> P.Matrix:
         """Matrices (name without ".weight", rows) below each other, with the biases that there are."""
         weights = tuple(self.tensor(f"{name}.weight", rows, n_in) for name, rows in parts)
         biases = tuple(self.optional(f"{name}.bias", rows) for name, rows in parts)
-        return Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
+        return P.Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
 
     def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
         """A number among the architecture's SETTINGS; FileError where it is missing without a default, or out of bounds."""
@@ -115,12 +97,12 @@ class Builder:
         """x = table[ids], plus the positions' rows where they are learned."""
         h = self.hyper
         learned = self.tensor("position_embd.weight", h.n_ctx, h.n_embd) if h.position == "learned" else None
-        self._emit(Embed("x", self.tensor("token_embd.weight", h.n_vocab, h.n_embd), learned), h.n_embd)
+        self._emit(P.Embed("x", self.tensor("token_embd.weight", h.n_vocab, h.n_embd), learned), h.n_embd)
 
     def embed_before(self, out: str) -> None:
         """out = table[the id of the token before], zeros for the first token."""
         h = self.hyper
-        self._emit(Embed(out, self.tensor("token_embd.weight", h.n_vocab, h.n_embd), before=True), h.n_embd)
+        self._emit(P.Embed(out, self.tensor("token_embd.weight", h.n_vocab, h.n_embd), before=True), h.n_embd)
 
     def layers(self) -> Iterator[Builder]:
         """A builder for each layer, in order; `layer` says which it is."""
@@ -150,7 +132,7 @@ class Builder:
     def logits(self, x: str = "h") -> None:
         """logits = W x, with the token table where there is no output matrix."""
         head = "output" if self.has("output.weight") else "token_embd"
-        self._emit(Logits(x, "logits", self.matrix(self.buffers[x], (head, self.hyper.n_vocab))), self.hyper.n_vocab)
+        self._emit(P.Logits(x, "logits", self.matrix(self.buffers[x], (head, self.hyper.n_vocab))), self.hyper.n_vocab)
 
     # ── single operations ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -159,16 +141,16 @@ class Builder:
         width, h = self.buffers[x], self.hyper
         weight = self.tensor(f"{name}.weight", width) if name else None
         bias = self.optional(f"{name}.bias", width) if name else None
-        self._emit(Norm(x, out, kind or h.norm, weight, bias, h.norm_eps, width), width)
+        self._emit(P.Norm(x, out, kind or h.norm, weight, bias, h.norm_eps, width), width)
 
     def linear(self, x: str, out: str, *parts: tuple[str, int]) -> None:
         """out = [W0; W1; …] x (+ biases): matrices (name, rows) below each other."""
         matrix = self.matrix(self.buffers[x], *parts)
-        self._emit(Linear(x, out, matrix), matrix.n_out)
+        self._emit(P.Linear(x, out, matrix), matrix.n_out)
 
     def add(self, x: str = "y", out: str = "x", factor: float = 1.0) -> None:
         """out += factor · x."""
-        self._emit(Add(x, out, factor), self.buffers[x])
+        self._emit(P.Add(x, out, factor), self.buffers[x])
 
     def gate(
         self, name: str, x: str, y: str, out: str, factor: float = 1.0, n_groups: int = 1, column: int = 0
@@ -181,15 +163,15 @@ class Builder:
         n_columns = min(found[-1], self.buffers[x])
         shape = (n_columns,) if n_groups == len(found) == 1 else (n_groups, n_columns)
         weight = self.tensor(f"{name}.weight", *shape)
-        self.ops.append(Gate(x, y, out, weight, n_columns, self.buffers[y] // n_groups, n_groups, column, factor))
+        self.ops.append(P.Gate(x, y, out, weight, n_columns, self.buffers[y] // n_groups, n_groups, column, factor))
 
     def scale(self, x: str, factor: float, out: str | None = None) -> None:
         """out, or x itself, = factor · x."""
-        self._emit(Scale(x, out or x, factor), self.buffers[x])
+        self._emit(P.Scale(x, out or x, factor), self.buffers[x])
 
     def softcap(self, x: str, cap: float) -> None:
         """x = cap · tanh(x / cap)."""
-        self._emit(Softcap(x, x, cap), self.buffers[x])
+        self._emit(P.Softcap(x, x, cap), self.buffers[x])
 
     # ── a layer ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -219,7 +201,7 @@ class Builder:
         """v += factor · sigmoid(attn_v_gate h) · attn_v_embd[ids], a gate a head; nothing in layers without the table."""
         h = self.hyper
         if self.has("attn_v_embd.weight"):
-            self._emit(Embed("values", self.tensor("attn_v_embd.weight", h.n_vocab, h.kv_width)), h.kv_width)
+            self._emit(P.Embed("values", self.tensor("attn_v_embd.weight", h.n_vocab, h.kv_width)), h.kv_width)
             self.gate("attn_v_gate", "h", "values", "qkv", factor, h.n_kv_head, h.q_width + h.kv_width)
 
     def norm_heads(
@@ -244,7 +226,7 @@ class Builder:
         weight = self.tensor(f"{name}.weight", *shape) if name else None
         bias = self.optional(f"{name}.bias", *shape) if name else None
         kind = kind or self.hyper.norm
-        self.ops.append(Norm("qkv", "qkv", kind, weight, bias, self.hyper.norm_eps, width, groups, column))
+        self.ops.append(P.Norm("qkv", "qkv", kind, weight, bias, self.hyper.norm_eps, width, groups, column))
 
     def rotate(self, rope: Rope | None = None) -> None:
         """Rotary positions on queries and keys, `rope` or the model's; nothing where the model has others."""
@@ -255,7 +237,7 @@ class Builder:
             half = rope.n_dims // 2
             factors = whole.optional("rope_freqs.weight", half) or whole.optional("rope_factors_short.weight", half)
             long_factors = whole.optional("rope_factors_long.weight", half)
-            self.ops.append(Rotate("qkv", h.n_head + h.n_kv_head, h.head_dim, rope, factors, long_factors))
+            self.ops.append(P.Rotate("qkv", h.n_head + h.n_kv_head, h.head_dim, rope, factors, long_factors))
 
     def attend(
         self, scale: float | None = None, window: int = 0, softcap: float = 0.0, alibi_max_bias: float | None = None,
@@ -263,7 +245,7 @@ class Builder:
     ) -> None:  # fmt: skip
         """att = attention of qkv; `scale` is 1/√head_dim where it is not given, ALiBi the model's."""
         h = self.hyper
-        op = Attend(
+        op = P.Attend(
             "qkv", "att", self.layer, h.n_head, h.n_kv_head, h.head_dim,
             scale=1 / math.sqrt(h.head_dim) if scale is None else scale, window=window, softcap=softcap,
             alibi_max_bias=h.alibi_max_bias if alibi_max_bias is None else alibi_max_bias,
@@ -279,7 +261,7 @@ class Builder:
         """y = W_out (C · conv(B · z)), where W_in h is B, C and z below each other."""
         n = self.hyper.n_embd
         self.linear("h", "bcz", ("shortconv.in_proj", 3 * n))
-        self._emit(Convolve("bcz", "conv", self.layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
+        self._emit(P.Convolve("bcz", "conv", self.layer, self.tensor("shortconv.conv.weight", n, taps), n, taps), n)
         self.linear("conv", "y", ("shortconv.out_proj", n))
 
     def feed_forward(self, x: str = "h", out: str = "y", n_ff: int | None = None, end: str = "") -> None:
@@ -291,7 +273,7 @@ class Builder:
         separate = h.gated and (self.has(f"ffn_gate{end}.weight") or not self._is_twice(f"ffn_up{end}.weight", n))
         parts = [(f"ffn_gate{end}", n), (f"ffn_up{end}", n)] if separate else [(f"ffn_up{end}", n * (1 + h.gated))]
         self.linear(x, ff, *parts)
-        self._emit(Activate(ff, act, h.activation, h.gated, n), n)
+        self._emit(P.Activate(ff, act, h.activation, h.gated, n), n)
         self.linear(act, out, (f"ffn_down{end}", h.n_embd))
 
     def shared_expert(self, n_ff: int, gate: str | None = None) -> None:
@@ -315,25 +297,25 @@ class Builder:
             raise self.settings.fail(key, f"is {k}, more than the {n} experts")
         n_ff = n_ff or h.n_ff
         self.linear(x, "router", ("ffn_gate_inp", n))
-        self._emit(Route("router", "chosen", kind, n, k, normalised), 2 * k)
+        self._emit(P.Route("router", "chosen", kind, n, k, normalised), 2 * k)
         self._experts(x, "ff", (("ffn_gate_exps", n_ff), ("ffn_up_exps", n_ff)), n, k, own=False)
-        self._emit(Activate("ff", "act", h.activation, True, k * n_ff), k * n_ff)
+        self._emit(P.Activate("ff", "act", h.activation, True, k * n_ff), k * n_ff)
         self._experts("act", "parts", (("ffn_down_exps", h.n_embd),), n, k, own=True)
-        self._emit(Mix("parts", out, "chosen", k), h.n_embd)
+        self._emit(P.Mix("parts", out, "chosen", k), h.n_embd)
 
     def _experts(self, x: str, out: str, parts: tuple[tuple[str, int], ...], n: int, k: int, own: bool) -> None:
         n_in = self.buffers[x] // k if own else self.buffers[x]
         weights = tuple(self.tensor(f"{name}.weight", n, rows, n_in) for name, rows in parts)
         biases = tuple(self.optional(f"{name}.bias", n, rows) for name, rows in parts)
-        matrix = Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
-        self._emit(Experts(x, out, "chosen", matrix, n, k, own), k * matrix.n_out)
+        matrix = P.Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
+        self._emit(P.Experts(x, out, "chosen", matrix, n, k, own), k * matrix.n_out)
 
     def _is_twice(self, name: str, n: int) -> bool:
         return self._shapes.get(self._prefix + name, (0,))[0] == 2 * n
 
-    def _emit(self, op: Op, width: int) -> None:
+    def _emit(self, op: P.Op, width: int) -> None:
         self.ops.append(op)
-        self.buffers[op.qkv if isinstance(op, Rotate) else op.out] = width
+        self.buffers[op.qkv if isinstance(op, P.Rotate) else op.out] = width
 
 
 Step = Callable[[Builder], None]
