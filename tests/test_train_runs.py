@@ -272,6 +272,20 @@ def test_a_last_checkpoint_that_no_run_saved_is_one_line(
     assert "is no checkpoint that a run can go on from; choose another folder" in one_line(capsys)
 
 
+def test_a_run_without_its_tokenizer_does_not_go_on_with_another(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RUN.replace("--steps 40", "--steps 2")
+    assert pocketlm(text, "-o", tmp_path / "run", options=options) == 0
+    (tmp_path / "run" / "vocab.json").unlink()
+    assert pocketlm(text, "-o", tmp_path / "run", options=options) == 0  # the same texts make the same
+    (tmp_path / "run" / "vocab.json").unlink()
+    text.write_text(TEXT.replace("quick", "ÄÖÜ"))
+    capsys.readouterr()
+    assert pocketlm(text, "-o", tmp_path / "run") == 1
+    assert "has lost the tokenizer that its weights were trained with" in one_line(capsys)
+
+
 def test_rows_of_a_log_that_are_none_of_ours_are_left_out(tmp_path: Path) -> None:
     (tmp_path / log.LOG).write_bytes(b'{"step": 1}\n[]\n{"step": "x"}\n{}\n\xff\n{"step": 2')
     assert log.read_log(tmp_path / log.LOG) == [{"step": 1}]

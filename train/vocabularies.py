@@ -120,6 +120,10 @@ def kept_or_made(folder: Path, options: dict[str, Any], texts: Sequence[Path], m
             return tokenizer.load(folder)
     with TemporaryDirectory(prefix=".vocabulary-", dir=folder) as temporary:
         make(Path(temporary))
+        lost = was.get("file") if isinstance(was, dict) and not here and has_weights(folder) else None
+        if lost and lost != _digest(_file_of(Path(temporary)) or path):
+            problem = "has lost the tokenizer that its weights were trained with, and these texts make another"
+            raise FileError(folder, problem, "put it back, or choose another folder with -o")
         for name in (*FILES, "tokenizer_config.json", "data/state.json", MADE_OF):  # of an attempt with another text, say
             (folder / name).unlink(missing_ok=True)
         for file in Path(temporary).iterdir():
