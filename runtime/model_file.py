@@ -45,7 +45,12 @@ def _open_parts(path: Path) -> GGUF:
     """A GGUF file with the tensors of all its parts. FileError: a part is missing, or of another model."""
     paths = parts_of(path)
     if len(paths) == 1 or not path.exists():
-        return open_gguf(path)
+        whole = open_gguf(path)
+        if isinstance(n := whole.metadata.get("split.count"), int) and n > 1:  # what is put together again has 0
+            whole.close()
+            names = f"give all parts their names, which end in -00001-of-{n:05d}.gguf and so on"
+            raise FileError(path, f"is one of {n} parts, under another name", names)
+        return whole
     if missing := [part.name for part in paths if not part.exists()]:
         raise FileError(path, f"is one of {len(paths)} parts, and {missing[0]} is not beside it", "put all parts in one folder")
     first = open_gguf(paths[0])

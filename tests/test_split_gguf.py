@@ -93,3 +93,17 @@ def test_missing_and_foreign_parts_are_one_line(parts, tmp_path: Path):
     open_model(parts[0]).close()
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before  # fewer where another test's rubbish goes meanwhile
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_under_another_name_is_called_so(parts, part: int):
+    """As a browser names what it fetches again."""
+    again = parts[part].rename(parts[part].with_name("m (1).gguf"))
+    with pytest.raises(FileError, match=rf"is one of {len(parts)} parts, under another name; .*-00001-of-0000{len(parts)}"):
+        open_model(again)
+
+
+def test_parts_that_were_put_together_again_are_one_file(tmp_path: Path):
+    """llama.cpp's gguf-split leaves a count of 0 in what it merges."""
+    path = write_model(tmp_path / "m.gguf", metadata={"split.count": 0, "split.no": 0})
+    open_model(path).close()
