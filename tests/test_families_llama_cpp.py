@@ -21,7 +21,7 @@ from operation_lists import published, reference, tensors_of
 import pocketlm
 from pocketlm.errors import FileError
 from pocketlm.runtime.numpy_executor import NumpyExecutor
-from pocketlm.runtime.operations import Norm
+from pocketlm.runtime.operations import Norm, Rotate
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,6 @@ MODELS = {
         "olmo2", {**YARN, "attention.sliding_window": 8, "attention.sliding_window_pattern": 2}, OWN_HEAD, narrow=True,
     ),
     "olmo3": Row("olmo2", {**YARN, "attention.sliding_window": 8}, OWN_HEAD, {"n_layer": 5}, narrow=True),
-    "olmo3, whose windows have the same base whatever is said": Row(
-        "olmo2", {**YARN, "attention.sliding_window": 8, **SWA_BASE}, OWN_HEAD, {"n_layer": 5}, narrow=True,
-    ),
     # with LayerNorm, ALiBi or norms behind their blocks: GELU is the tanh formula, as a file of theirs means it here, too
     "stablelm": Row("stablelm", PART, {**STABLELM, **NORM_BIASES, "blk.{i}.ffn_norm.weight": "embd"}, narrow=True),
     "stablelm, biases": Row(
@@ -190,9 +187,6 @@ MODELS = {
     "starcoder2, own head": Row("starcoder2", {}, {**STARCODER2, **OWN_HEAD}, narrow=True),
     "exaone4": Row("exaone4", {"rope.freq_base": 1e6}, narrow=True),
     "exaone4, as deep as 32B": Row("exaone4", {"attention.sliding_window": 8}, {}, {"n_layer": 64}, 24, narrow=True),
-    "exaone4, whose windows have the same base whatever is said": Row(
-        "exaone4", {"attention.sliding_window": 8, **SWA_BASE}, {}, {"n_layer": 64}, 24, narrow=True,
-    ),
     "exaone4, scaled frequencies": Row("exaone4", {}, {**OWN_HEAD, "rope_freqs.weight": "half"}, narrow=True),
     "bloom": Row("bloom", {}, BLOOM, narrow=True, equal=True),
     "bloom, own head": Row("bloom", {}, {**BLOOM, **OWN_HEAD}, narrow=True, equal=True),
@@ -280,3 +274,12 @@ def test_a_window_that_a_starcoder2_states_is_seen(tmp_path):
     whole, part = logits
     assert np.abs(whole[:16] - part[:16]).max() < 1e-4
     assert np.abs(whole[16:] - part[16:]).max(1).min() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["olmo3", "exaone4, as deep as 32B"])
+def test_windows_turn_by_the_base_that_a_file_gives_them(tmp_path, name):
+    """As in transformers, from which llama.cpp's converter takes it; llama.cpp itself reads it and computes with the other."""
+    write(tmp_path / "m.gguf", MODELS[name], SHAPES["wide heads"], **SWA_BASE)
+    with pocketlm.load(tmp_path / "m.gguf", backend="numpy") as model:
+        bases = [op.rope.theta for op in model._plan.ops if isinstance(op, Rotate)]
+    assert bases[:4] == ([500.0] * 3 + [10000.0] if name == "olmo3" else [500.0] * 4), "EXAONE rotates in windows alone"

@@ -14,10 +14,11 @@ HYBRID = 64  # layers of the models that have windows, whatever a file of anothe
 
 def operations(m: Builder) -> None:
     is_hybrid = m.hyper.n_layer == HYBRID
+    local = m.window_rope() if is_hybrid else None
     m.embed()
     for b in m.layers():
         window = b.window(4, 4096) if is_hybrid else 0
-        b.attention("x", heads=b.norm_heads, rotated=bool(window) or not is_hybrid, window=window)
+        b.attention("x", rope=local, heads=b.norm_heads, rotated=bool(window) or not is_hybrid, window=window)
         b.norm("post_attention_norm", "y", "y")
         b.add()
         b.feed_forward("x")

@@ -6,8 +6,6 @@ rotary positions are not scaled.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
@@ -15,7 +13,7 @@ SETTINGS: tuple[str, ...] = WINDOWS
 
 
 def operations(m: Builder) -> None:
-    local = m.hyper.rope and replace(m.hyper.rope, scaling="none", factor=1.0, attention_factor=1.0)
+    local = m.window_rope(scaling="none", factor=1.0, attention_factor=1.0)
     m.embed()
     for b in m.layers():
         window = b.window(4)
