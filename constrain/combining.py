@@ -266,16 +266,12 @@ def _all_of(a: Any, b: Any) -> Any:
     return {"allOf": [a, b]}
 
 
-def _all_properties(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {**a, **b, **{name: _all_of(a[name], b[name]) for name in a if name in b}}
-
-
 # Keywords that may stand in several schemas that all have to hold
 _MERGE: dict[str, Callable[[Any, Any], Any]] = {
     **dict.fromkeys(("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"), max),
     **dict.fromkeys(("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"), min),
     "type": _common_types,
-    "properties": _all_properties,
+    "properties": lambda a, b: {**a, **b, **{name: _all_of(a[name], b[name]) for name in a if name in b}},
     "required": lambda a, b: list(dict.fromkeys([*a, *b])),
     "enum": _common_values,
     "prefixItems": lambda a, b: list(map(_all_of, a, b)),

@@ -32,9 +32,9 @@ MOST_MASK_BYTES = 1 << 23
 FEW_BYTES = 8  # if at most so many may follow a part, their nodes are looked up; if more, all nodes are compared
 FEW_NODES = 12  # of a level: up to here a loop in Python is faster than NumPy
 MOST_KEPT, MOST_ALIKE = 8, 16  # walks that a cache holds; masks that states with other counts share
-MOST_INSIDES, MOST_INSIDE_NODES = 64, 1 << 12  # those below inner nodes of the tree, and how large they may be
+MOST_COUNTED, MOST_INSIDES = 48, 256  # walks inside counted parts, of all forms: from the root, and below inner nodes
+MOST_INSIDE_NODES = 1 << 12  # how large these may be
 ROOT = np.zeros(1, np.int64)
-_Kept = dict[Hashable, Any]
 
 
 @dataclass
@@ -75,8 +75,7 @@ class Masks:
         self._states = States(automaton, of)
         self._masks: dict[State, np.ndarray] = {}
         self._mask_bytes = 0
-        self._insides: _Kept = {}  # see `_inside`
-        self._counted: _Kept = {}  # see `_counts`
+        self._own = object()  # stands for these masks in the vocabulary's caches
         self._leaving: dict[Hashable, Leaving] = {}
         self._beside: dict[State, np.ndarray] = {}
         self._alike: dict[Hashable, np.ndarray] = {}  # see `_between`
@@ -278,16 +277,15 @@ class Masks:
         `needed`, int16 (n_vocab,): how many repetitions a token takes, FAR where it does not stay inside. `through`, int16
         (n_nodes,): how many are complete at a node where one has just ended, else 0.
         """
-        vocabulary = self.vocabulary
-        kept, key = self._kept(i, places, vocabulary.counted, self._counted)
-        if (found := kept.get(key)) is None:
+        vocabulary, key = self.vocabulary, self._inside_key(i, places)
+        if (found := vocabulary.counted.get(key)) is None:
             found = []
             for inside in self._inside(i, places, ROOT, FAR):
                 needed, through = np.full(vocabulary.n_nodes, FAR, np.int16), np.zeros(vocabulary.n_nodes, np.int16)
                 needed[inside.nodes], through[inside.nodes] = inside.needed, inside.needed * inside.ends
                 steps = np.bincount(inside.needed).nonzero()[0].tolist()
                 found.append((needed[vocabulary.node_of], through, steps))  # tokens that may not come: the root's, which is FAR
-            _keep(kept, key, found)
+            _keep(vocabulary.counted, key, found, MOST_COUNTED)
         return found
 
     def _inside(self, i: int, places: State, nodes: np.ndarray, most: int) -> list[Inside]:
@@ -296,8 +294,8 @@ class Masks:
         others.
         """
         vocabulary, states = self.vocabulary, self._states
-        kept, key = self._kept(i, places, vocabulary.insides, self._insides)
-        if (found := kept.get(key := (key, most, nodes.tobytes()))) is not None:
+        key = self._inside_key(i, places), most, nodes.tobytes()
+        if (found := vocabulary.insides.get(key)) is not None:
             return found
         again = states.number(states.reach((states.automaton.parts[i].start, BOTTOM)))
         numbers, counts = np.full(len(nodes), states.number(places)), np.zeros(len(nodes), np.int16)
@@ -316,15 +314,13 @@ class Masks:
             numbers = np.where(ends, again, numbers)
         found = [Inside(*map(np.concatenate, zip(*levels, strict=True)))]
         if len(found[0].nodes) <= MOST_INSIDE_NODES:
-            _keep(kept, key, found, MOST_INSIDES)
+            _keep(vocabulary.insides, key, found, MOST_INSIDES)
         return found
 
-    def _kept(self, i: int, places: State, of_all: _Kept, mine: _Kept) -> tuple[_Kept, Hashable]:
-        """Where to keep what is found out inside a part, and the key."""
+    def _inside_key(self, i: int, places: State) -> Hashable:
+        """What a walk inside a part depends on: at its beginning on what is repeated alone; strings of all forms share that."""
         part = self._states.automaton.parts[i]
-        if places == self._states.reach((part.start, BOTTOM)):
-            return of_all, part.body  # at its beginning all depends on what is repeated alone: strings of all forms share it
-        return mine, (part.start, places)
+        return part.body if places == self._states.reach((part.start, BOTTOM)) else (self._own, part.start, places)
 
 
 def _keep(cache: dict[Any, Any], key: Hashable, value: Any, most: int = MOST_KEPT) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
-from pocketlm import locks
+from pocketlm.locks import ForkedLock
 
 
 class _Blas(NamedTuple):
@@ -45,17 +44,11 @@ class _Shared:
     """Who wants one thread at the moment, and the number before the first of them came; None: it is back."""
 
     def __init__(self) -> None:
-        self.lock, self.users = locks.lock(), weakref.WeakSet[object]()
+        self.lock, self.users = ForkedLock(), weakref.WeakSet[object]()
         self.before: int | None = None
 
 
 _shared = _Shared()
-if hasattr(os, "register_at_fork"):  # another thread may have held the lock, and is not in the child
-
-    def _in_child() -> None:
-        _shared.lock = locks.lock()
-
-    os.register_at_fork(after_in_child=_in_child)
 
 
 def n_threads() -> int | None:
@@ -74,14 +67,14 @@ def one_thread(user: object) -> Iterator[None]:
         yield
         return
     try:
-        with _shared.lock:
+        with _shared.lock.here:
             if _shared.before is None:
                 _shared.before = blas.get()
             _shared.users.add(user)
             blas.set(1)
         yield
     finally:
-        with _shared.lock:
+        with _shared.lock.here:
             _shared.users.discard(user)
             if not _shared.users and _shared.before is not None:
                 if blas.get() == 1:  # otherwise somebody has chosen another number meanwhile

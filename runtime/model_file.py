@@ -21,7 +21,10 @@ def open_model(path: str | Path) -> GGUF | Fp16Bin:
     """A GGUF file, an fp16 bin or a packed executable, opened and checked. Raises FileError, saying what else it may be."""
     path = Path(path)
     if not path.is_dir():
-        return _open_packed(path) or _open_parts(path)
+        from pocketlm.runtime import container
+
+        packed = container.find(path) if container.is_program(path) else None
+        return open_packed(packed) if packed else _open_parts(path)
     if not is_fp16_bin(path):
         if (path / "config.json").is_file():
             raise FileError(path, "is a folder with a config.json, perhaps Hugging Face's", "convert it with pocketlm export")
@@ -72,14 +75,6 @@ def _open_parts(path: Path) -> GGUF:
         first.close(error)
         raise
     return first
-
-
-def _open_packed(path: Path) -> GGUF | None:
-    """The model in a packed executable, checked up to its weights; None for other files."""
-    from pocketlm.runtime import container
-
-    packed = container.find(path) if container.is_program(path) else None
-    return packed and open_packed(packed)
 
 
 def open_packed(packed: Packed) -> GGUF:

@@ -119,8 +119,7 @@ def make_sampler(
         return sampler
     scores, weights = np.empty(n_vocab, np.float32), _Weights(n_vocab)
     is_greedy = o.temperature < GREEDY_BELOW or o.top_k == 1
-    choose = _greedy if is_greedy else _draw(o, weights, selection.top_k if selection else top_k, uniform)
-
+    choose = None if is_greedy else _draw(o, weights, selection.top_k if selection else top_k, uniform)
     sum_exp = selection.sum_exp if selection else _sum_exp
 
     @np.errstate(under="ignore")  # a weight too small to be told from 0 is 0, though the caller has NumPy raise
@@ -134,7 +133,7 @@ def make_sampler(
         likeliest = int(used.argmax())  # of a NaN, should there be one: argmax takes it for the largest
         if not math.isfinite(used[likeliest]):
             raise PocketlmError(NO_CHOICE if used[likeliest] == -math.inf else BROKEN)
-        id = choose(used, likeliest)
+        id = choose(used, likeliest) if choose else likeliest
         if not logprobs:
             return id, math.nan
         largest = logits.max() if adjust else logits[likeliest]
@@ -222,10 +221,6 @@ def _restriction(allowed: Allowed) -> Process:
 # ---- choosing one -------------------------------------------------------------------------------------------------------
 
 
-def _greedy(logits: np.ndarray, likeliest: int) -> int:
-    return likeliest
-
-
 def _draw(
     o: SamplingOptions, weights: _Weights, top_k_of: Callable[[np.ndarray, int], np.ndarray], uniform: Callable[[], float]
 ) -> Callable[[np.ndarray, int], int]:
@@ -233,7 +228,8 @@ def _draw(
     if o.top_p < 1:
         filters.append(_top_p(o.top_p))
     if o.min_p > 0:
-        filters.append(_min_p(o.min_p))
+        limit = -math.log(o.min_p)
+        filters.append(lambda x, total: int((-x).searchsorted(limit, side="right")))
 
     def candidates(logits: np.ndarray, best: np.floating) -> tuple[np.ndarray, float]:
         """Ids, ascending, with all the filters keep among them; and the sum of every exp(x) where top-p needs it."""
@@ -275,11 +271,6 @@ def _top_p(p: float) -> Callable[[np.ndarray, float], int]:
         return int(cumulative.searchsorted(p * (total or cumulative[-1]))) + 1
 
     return keep
-
-
-def _min_p(p: float) -> Callable[[np.ndarray, float], int]:
-    limit = -math.log(p)
-    return lambda x, total: int((-x).searchsorted(limit, side="right"))
 
 
 def _falls_on(weights: np.ndarray, aim: float) -> tuple[int, float]:

@@ -36,14 +36,10 @@ def check_finite(tensor: Tensor, part: slice = slice(None)) -> None:
         if name not in HALF_SCALES:
             tensor.to_float32()  # raises the error that names the format
         blocks = data.reshape(-1, tensor.format.block_bytes)
-        finite = all(_halves_finite(blocks[:, at : at + 2]) for at in HALF_SCALES[name])
+        finite = not any((blocks[:, at + 1] & 0x7C == 0x7C).any() for at in HALF_SCALES[name])  # bits 2 to 6: the exponent
         if name == "MXFP4":  # 2^125 times the largest step is beyond float32; 255 means NaN
             finite = not (blocks[:, 0] > 252).any()
     if not finite:
         raise FileError(
             tensor.path, f"tensor {tensor.name} holds NaN or infinite weights", "the model was damaged in training or export"
         )
-
-
-def _halves_finite(pairs: np.ndarray) -> bool:  # uint8 [n, 2]; the high byte's bits 2 to 6 are the exponent
-    return not ((pairs[:, 1] & 0x7C) == 0x7C).any()

@@ -139,7 +139,7 @@ def test_a_user_that_is_gone_does_not_keep_the_number_down():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_forked_while_another_thread_changes_the_number_does_not_hang():
-    with blas_threads._shared.lock:
+    with blas_threads._shared.lock.here:
         child = os.fork()
         if not child:
             with blas_threads.one_thread(model(1)):

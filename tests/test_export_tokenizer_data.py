@@ -134,7 +134,7 @@ def test_sentencepiece(rule: str, tmp_path: Path) -> None:
 def test_tiktoken_ranks_of_gpt2_get_their_end_token_and_nanogpts_spare_rows(test_data: Path, tmp_path: Path) -> None:
     gpt2 = tokenizer.load(test_data / "vectors" / "ggml-vocab-gpt-2.gguf")
     letters = {letter: bytes([byte]) for byte, letter in enumerate(LETTERS)}
-    ranks = peers.rank_lines(b"".join(letters[c] for c in token) for token in gpt2.vocabulary.tokens[:50256])
+    ranks = peers.rank_lines(b"".join(letters[c] for c in token) for token in list(gpt2.vocabulary.tokens)[:50256])
     (tmp_path / "gpt2.tiktoken").write_bytes(ranks)
     keys, notes = find_tokenizer(checkpoint(tmp_path), 50304, None)
     assert notes == [f"its tokenizer is {tmp_path / 'gpt2.tiktoken'}"]

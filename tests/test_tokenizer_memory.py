@@ -75,7 +75,7 @@ ODD = ["", "a", "\0", "a\0b", "▁the", "🦊", "é", "e\u0301", " ", "\n"]
 def test_compact_texts_are_the_tuple_and_the_dictionary_of_them(texts):
     kept, index = index_of(texts)
     usual = {text: i for i, text in enumerate(texts) if text}
-    assert (list(kept), len(kept), kept[1:4]) == (texts, len(texts), texts[1:4])
+    assert (list(kept), len(kept)) == (texts, len(texts))
     assert [kept[i] for i in range(-len(texts), len(texts))] == texts + texts
     for wrong in (len(texts), -len(texts) - 1):
         with pytest.raises(IndexError):

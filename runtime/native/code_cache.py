@@ -137,18 +137,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Remove all but the newest files; left-over temporary ones count as files, and grow old like them."""
+    """Remove all but the newest files, left-over temporary ones among them. Where another process does, too, it may do it."""
     with contextlib.suppress(OSError):
         files = [path for path in folder.iterdir() if path.suffix in (_SUFFIX, ".tmp")]
-        files.sort(key=_age, reverse=True)
-        for path in files[KEPT:]:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def _age(path: Path) -> float:
-    """When the file was used last; 0 if another process removed it meanwhile."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+        for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+            path.unlink()

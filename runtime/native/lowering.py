@@ -127,9 +127,6 @@ class _Encoder:
         stride = 4 * op.width if apart else 0
         return {"weight": self.vector(op.weight, n, 1.0), "bias": self.vector(op.bias, n), "weight_stride": stride}
 
-    def add_norm(self, step: fusion.AddNorm) -> None:
-        self.norm(step.norm, step.out)
-
     def rotate(self, op: P.Rotate) -> None:
         self.emit(sizes.ROTATE, **self.x(op.qkv), n=op.head_dim, n_groups=op.n_heads, barrier=1, **self.rotation(op))
 
@@ -264,14 +261,9 @@ class _Encoder:
             weight=chosen.ctypes.data + 4 * op.n_used, weight_stride=chosen.strides[0],
         )  # fmt: skip
 
-    def each(self, how: int, op: P.Activate | P.Add | P.Scale | P.Softcap, n: int, **fields: float) -> None:
+    def each(self, how: int, op: P.Activate | P.Add | P.Scale | P.Softcap, n: int | None = None, **fields: float) -> None:
+        n = self.plan.buffers[op.x] if n is None else n
         self.emit(sizes.EACH, **self.x(op.x), **self.out(op.out), n=n, source=how, barrier=1, tail=self.tail, **fields)
-
-    def activate(self, op: P.Activate) -> None:
-        self.each(sizes.ACTIVATE, op, op.n, activation=1 + sizes.ACTIVATIONS.index(op.kind), add=op.gated)
-
-    def add(self, op: P.Add) -> None:
-        self.each(sizes.ADD, op, self.plan.buffers[op.x], factor=op.factor)
 
     def gate(self, op: P.Gate) -> None:
         y = self.storage.buffers[op.y]
@@ -281,16 +273,13 @@ class _Encoder:
             factor=op.factor, barrier=1,
         )  # fmt: skip
 
-    def scale(self, op: P.Scale) -> None:
-        self.each(sizes.SCALE, op, self.plan.buffers[op.x], factor=op.factor)
-
-    def softcap(self, op: P.Softcap) -> None:
-        self.each(sizes.SOFTCAP, op, self.plan.buffers[op.x], factor=op.cap)
-
 
 _STEPS: dict[type, Callable[..., None]] = {
-    P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Activate: _Encoder.activate,
-    P.Add: _Encoder.add, P.Gate: _Encoder.gate, P.Scale: _Encoder.scale, P.Softcap: _Encoder.softcap,
+    P.Embed: _Encoder.embed, P.Norm: _Encoder.norm, P.Rotate: _Encoder.rotate, P.Gate: _Encoder.gate,
+    P.Activate: lambda e, op: e.each(sizes.ACTIVATE, op, op.n, activation=1 + sizes.ACTIVATIONS.index(op.kind), add=op.gated),
+    P.Add: lambda e, op: e.each(sizes.ADD, op, factor=op.factor), fusion.AddNorm: lambda e, step: e.norm(step.norm, step.out),
+    P.Scale: lambda e, op: e.each(sizes.SCALE, op, factor=op.factor),
+    P.Softcap: lambda e, op: e.each(sizes.SOFTCAP, op, factor=op.cap),
     P.Convolve: _Encoder.convolve, P.Route: _Encoder.route, P.Experts: _Encoder.experts, P.Mix: _Encoder.mix,
-    fusion.Product: _Encoder.product, fusion.Attention: _Encoder.attention, fusion.AddNorm: _Encoder.add_norm,
+    fusion.Product: _Encoder.product, fusion.Attention: _Encoder.attention,
 }  # fmt: skip
