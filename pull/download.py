@@ -29,7 +29,7 @@ Progress = Callable[[int], object]  # is told how many bytes are there
 
 
 def download(remote: Remote, target: Path, sha256: str, progress: Progress = lambda n: None) -> None:
-    """Fetch the file to `target`, unless it is there. Raises PocketlmError, one line, also where its SHA-256 is not `sha256`."""
+    """Fetch the file to `target` unless it is there. Raises PocketlmError, one line, also where its SHA-256 is not `sha256`."""
     part, ours = target.with_name(f"{target.name}.{sha256[:12]}.part"), False
     try:
         if target.is_file() and target.stat().st_size == remote.n_bytes:
