@@ -65,7 +65,7 @@ class Subject:
     tensor_bytes: int
     bytes_per_token: int  # of the matrices that every decoded token reads
     ids: list[int]  # the fixed text, or random ids where the vocabulary does not take it
-    takes_text: bool
+    room: int  # tokens that fit behind USER_TEXT; 0 where the vocabulary does not take that
 
 
 def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings, say: Say) -> dict[str, Any]:
@@ -100,12 +100,13 @@ def open_subject(path: Path) -> Subject:
         read = plan.bytes_per_token(opened.tensors)
         tokenizer = from_metadata(opened.metadata, path)
         try:
-            ids, takes_text = tokenizer.encode(TEXT, bos=tokenizer.adds_bos), bool(tokenizer.encode(USER_TEXT))
+            ids, words = (tokenizer.encode(text, bos=tokenizer.adds_bos) for text in (TEXT, USER_TEXT))
+            room = hyper.n_ctx - len(words) if len(words) > tokenizer.adds_bos else 0
         except PocketlmError:  # a vocabulary of single characters may lack some of these
-            ids, takes_text = np.random.default_rng(2).integers(0, hyper.n_vocab, 192).tolist(), False
+            ids, room = np.random.default_rng(2).integers(0, hyper.n_vocab, 192).tolist(), 0
         count = sum(int(np.prod(tensor.shape)) for tensor in opened.tensors.values())
         size = sum(tensor.data.nbytes for tensor in opened.tensors.values())
-        return Subject(path, path.stem, hyper, count, size, read, ids[: hyper.n_ctx], takes_text)
+        return Subject(path, path.stem, hyper, count, size, read, ids[: hyper.n_ctx], room)
 
 
 def _fitting(subject: Subject, settings: Settings) -> list[tuple[Task, list[int]]]:
@@ -218,9 +219,9 @@ def bench_model(
                 _measure(rows, settings, steady, task, n)
         say(f"{subject.name}: agreement")
         _compare(rows, subject, settings, n_ctx, Path(folder))
-        if subject.takes_text and settings.user_rounds:
+        if subject.room > 0 and settings.user_rounds:
             say(f"{subject.name}: what a user sees")
-            _complete(rows, settings, steady)
+            _complete(rows, settings, min(settings.user_tokens, subject.room), steady)
     for row in rows:
         row.result |= {
             task.name: dict(sorted(row.result[task.name].items(), key=lambda item: int(item[0])))
@@ -296,8 +297,8 @@ def _compare(rows: list[Row], subject: Subject, settings: Settings, n_ctx: int, 
                     row.result |= {"status": "disagrees", "reason": agreement["reason"]}
 
 
-def _complete(rows: list[Row], settings: Settings, steady: machine.Steady) -> None:
-    """Tokens per second of the libraries' own calls that complete a text."""
+def _complete(rows: list[Row], settings: Settings, n_tokens: int, steady: machine.Steady) -> None:
+    """Tokens per second of the libraries' own calls that complete a text by so many tokens."""
     speeds: dict[str, list[float]] = {}
     completing = [row for row in rows if row.alive and row.completes]
     for i in range(settings.user_rounds + 1):
@@ -305,7 +306,7 @@ def _complete(rows: list[Row], settings: Settings, steady: machine.Steady) -> No
         for row in completing:
             if not row.alive:
                 continue
-            answer = row.ask("complete", text=USER_TEXT, n_tokens=settings.user_tokens)
+            answer = row.ask("complete", text=USER_TEXT, n_tokens=n_tokens)
             if answer is not None and i > 0 and answer["tokens"]:  # the first is the warm-up
                 speeds.setdefault(row.backend.name, []).append(answer["tokens"] / answer["seconds"])
     for row in completing:

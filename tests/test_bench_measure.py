@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,21 @@ def test_a_round_goes_through_all_backends_before_the_next_begins(model: Path, m
     measured(model, Backend("a", "bench_fakes:Honest"), Backend("b", "bench_fakes:Honest"))
     decoded = [name for job, name in asked if job == "decode"]
     assert decoded == ["a", "b"] * 2 * (SETTINGS.rounds + 1)  # two depths; the first pass of each is the warm-up
+
+
+@pytest.mark.parametrize(("n_ctx", "tokens"), [(128, 4), (18, 2), (16, None)])  # the text has 16
+def test_a_user_sees_as_many_tokens_of_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_ctx, tokens) -> None:
+    asked: list[Any] = []
+    ask = measure.Row.ask
+
+    def recording(row: measure.Row, job: str, **arguments: Any) -> Result | None:
+        asked.append(arguments.get("n_tokens"))
+        return ask(row, job, **arguments)
+
+    monkeypatch.setattr(measure.Row, "ask", recording)
+    path = write_model(tmp_path / "short.gguf", n_ctx=n_ctx)
+    row = measured(path, fake("Honest"), settings=replace(SETTINGS, prompts=(8,), depths=(0,)))["models"][0]["backends"][0]
+    assert ({*asked} - {None}, row["status"]) == ({tokens} - {None}, "ok")
 
 
 def test_files_of_one_name_are_told_apart_by_their_paths(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
