@@ -33,15 +33,6 @@ class Bounds:
     least: int | None = None
     most: int | None = None
 
-    @property
-    def mirrored(self) -> Bounds:
-        return Bounds(*(None if bound is None else -bound for bound in (self.most, self.least)))
-
-    @property
-    def from_zero(self) -> Bounds:
-        """What is left of it at 0 and above."""
-        return self if self.least is not None and self.least >= 0 else Bounds(0, self.most)
-
 
 def fixed(number: float) -> int:
     """The number in units of the last place. Raises UsageError for one that has more digits than a number may have."""
@@ -79,18 +70,19 @@ def numbers(bounds: Bounds) -> Node:
     return _both_signs(bounds, _decimals)
 
 
-def _both_signs(bounds: Bounds, not_negative: Callable[[Bounds], Node]) -> Node:
-    found = [] if bounds.most is not None and bounds.most < 0 else [not_negative(bounds.from_zero)]
-    below = bounds.mirrored
-    if below.most is None or below.most > 0:
-        negative = below if below.least is not None and below.least > 0 else Bounds(1, below.most)
-        found.append(Sequence((literal("-"), not_negative(negative))))
+def _both_signs(bounds: Bounds, not_negative: Callable[[int, int | None], Node]) -> Node:
+    """`not_negative(least, most)`: numbers from 0 <= least to most."""
+    least, most, found = bounds.least, bounds.most, list[Node]()
+    if most is None or most >= 0:
+        found.append(not_negative(max(least or 0, 0), most))
+    if least is None or least < 0:
+        below = not_negative(max(-(most or 0), 1), None if least is None else -least)
+        found.append(Sequence((literal("-"), below)))
     return Either(tuple(found))
 
 
-def _whole(bounds: Bounds) -> Node:
-    assert bounds.least is not None
-    return _digits(-(-bounds.least // ONE), ONE - 1 if bounds.most is None else bounds.most // ONE)
+def _whole(least: int, most: int | None) -> Node:
+    return _digits(-(-least // ONE), ONE - 1 if most is None else most // ONE)
 
 
 def _digits(least: int, most: int) -> Node:
@@ -109,12 +101,11 @@ def _split(bound: int) -> tuple[int, str]:
     return bound // ONE, f"{bound % ONE:0{DIGITS}}".rstrip("0")
 
 
-def _decimals(bounds: Bounds) -> Node:
-    assert bounds.least is not None
-    low, low_end = _split(bounds.least)
-    if bounds.most is None:
+def _decimals(least: int, most: int | None) -> Node:
+    low, low_end = _split(least)
+    if most is None:
         return Either((_with(low, low_end, None), _free(low + 1, ONE - 1)))
-    high, high_end = _split(bounds.most)
+    high, high_end = _split(most)
     if low > high:
         return Either(())
     if low == high:
