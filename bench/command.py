@@ -44,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, or read what was measured; print. 1: nobody has a figure. Raises PocketlmError for everything that goes wrong."""
+    """Measure, or read what was measured; print. 1: no figures. Raises PocketlmError for everything that goes wrong."""
     from pocketlm.bench import compare, plot, report, schema
     from pocketlm.bench.tasks import TASKS
     from pocketlm.runtime.atomic import check_file, replacing_file
