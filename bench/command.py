@@ -44,17 +44,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, or read what was measured; print. Raises PocketlmError for everything that goes wrong."""
+    """Measure, or read what was measured; print. 1: no figures. Raises PocketlmError for everything that goes wrong."""
     from pocketlm.bench import compare, plot, report, schema
-    from pocketlm.runtime.atomic import replacing_file
+    from pocketlm.bench.tasks import TASKS
+    from pocketlm.runtime.atomic import check_file, replacing_file
 
     if bool(arguments.models) == bool(arguments.saved):
         raise UsageError("bench: name a model to measure (as smollm2), or a saved result with --from")
     old = schema.read(Path(arguments.compare)) if arguments.compare else None
     if arguments.plot:
         plot.require(Path(arguments.plot))
-    if arguments.save and not Path(arguments.save).absolute().parent.is_dir():
-        raise FileError(arguments.save, "its folder does not exist", "make it, or name another file")
+    if arguments.save:
+        check_file(Path(arguments.save))
+        if not Path(arguments.save).absolute().parent.is_dir():
+            raise FileError(arguments.save, "its folder does not exist", "make it, or name another file")
     result = schema.read(Path(arguments.saved)) if arguments.saved else _measure(arguments)
     extra = [compare.compare(result, old)] if old else []
     if arguments.json:
@@ -68,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
         plot.plot(result, Path(arguments.plot))
-    return 0
+    rows = [row for model in result["models"] for row in model["backends"]]
+    return 0 if any(row.get(task.name) for row in rows for task in TASKS) else 1
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:

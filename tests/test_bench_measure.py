@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_results
 import pytest
 from tiny_models import write_model
 
@@ -228,6 +229,21 @@ def test_wrong_arguments_are_one_line_and_status_2(model: Path, arguments: list[
     done = command(*([str(model)] if arguments and arguments[0] != "--from" else []), *arguments)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_without_a_figure_has_status_1(tmp_path: Path) -> None:
+    failed = bench_results.result(a=1.0, b=1.0)
+    for row in failed["models"][0]["backends"]:
+        (tmp_path / "run.json").write_text(json.dumps(failed))
+        assert command("--from", str(tmp_path / "run.json")).returncode == 0
+        del row["prefill"], row["decode"]
+    (tmp_path / "run.json").write_text(json.dumps(failed))
+    assert command("--from", str(tmp_path / "run.json")).returncode == 1
+
+
+def test_a_folder_to_save_in_is_said_before_anything_is_measured(model: Path, tmp_path: Path) -> None:
+    done = command(str(model), "--quick", "--backends", "numpy", "--save", str(tmp_path))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
 
 
 def test_the_command_measures_saves_shows_again_and_compares(model: Path, tmp_path: Path) -> None:
