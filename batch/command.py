@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pocketlm import __version__
 from pocketlm.cli_options import form_keywords, is_packed, open_model, running_keywords, sampling_keywords
 from pocketlm.errors import UsageError, whole_number
 from pocketlm.terminal_text import StatusLine, clock, count, print
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(arguments.slots, defaults.pop("seed", 0), defaults)
     prompts = Prompts(Path(arguments.input))
     with _machine(arguments, settings) as machine:
-        key = prompts.key(machine.made_of, settings.seed, sorted(defaults.items()), __version__)
+        key = prompts.key(machine.made_of, settings.seed, sorted(defaults.items()))
         with Answers(Path(arguments.output), key, prompts.n_lines) as answers:
             with Progress(max(1, prompts.n_lines - prompts.n_blank), answers.n_done, arguments.program) as progress:
                 for written in machine.answers(line for line in prompts if line.number not in answers):

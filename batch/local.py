@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pocketlm import __version__
 from pocketlm.batch.lines import Answering, Line, Written
 from pocketlm.cancel import Cancel
 from pocketlm.serve.asking import sessions
@@ -44,7 +45,7 @@ class Machine:
         exact = model.backend != "numpy"
         self._answering = Answering(model, {**settings.defaults, "reuse_cache": exact}, settings.seed)
         self.sessions = sessions(model, settings.slots if exact else 1)
-        self.made_of = (model.fingerprint, model.executor.arithmetic, model.n_ctx, model.template.name)
+        self.made_of = (__version__, model.fingerprint, model.executor.arithmetic, model.n_ctx, model.template.name)
 
     def answers(self, lines: Iterable[Line]) -> Iterator[Written]:
         """The output for each line, in the order in which they are finished."""

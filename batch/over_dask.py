@@ -53,7 +53,7 @@ def answer(opening: str, made_of: tuple[Any, ...], lines: list[Line]) -> list[Wr
     """Answer a chunk, on a worker. Raises PocketlmError if the worker's answers would differ from the others'."""
     machine = _opened(opening)
     if machine.made_of != made_of:
-        raise PocketlmError(f"a worker has another model or processor than the others: {machine.made_of}, not {made_of}")
+        raise PocketlmError(f"a worker is of another version, model or processor: {machine.made_of}, not {made_of}")
     with _answer_lock:
         return list(machine.answers(lines))
 
@@ -83,7 +83,7 @@ class Cluster:
                 raise UsageError(f"--dask {self._address}: it has no workers; dask worker {self._address} starts one")
             if len({*found.values()}) > 1:
                 differing = "; ".join(f"{worker}: {' '.join(map(str, facts))}" for worker, facts in sorted(found.items()))
-                raise UsageError(f"--dask {self._address}: the workers have other models or processors: {differing}")
+                raise UsageError(f"--dask {self._address}: the workers have other versions, models or processors: {differing}")
             self.made_of = next(iter(found.values()))
             return self
         except BaseException:
@@ -97,15 +97,20 @@ class Cluster:
         """As `Machine.answers`."""
         waiting = iter(lines)
         under_way = distributed.as_completed(loop=self._client.loop, raise_errors=False)
+        asked = dict[str, set[int]]()
 
         def send() -> None:
             while under_way.count() < CHUNKS * len(self._client.ncores()) and (chunk := list(islice(waiting, self._n_lines))):
-                under_way.add(self._client.submit(answer, self._opening, self.made_of, chunk, pure=False))
+                under_way.add(future := self._client.submit(answer, self._opening, self.made_of, chunk, pure=False))
+                asked[future.key] = {line.number for line in chunk}
 
         with self._at_hand():
             send()
             for future in under_way:
-                yield from future.result()
+                written = future.result()
+                if {each.number for each in written} != asked.pop(future.key):
+                    raise PocketlmError(f"--dask {self._address}: a worker answered, but not the lines that it was asked for")
+                yield from written
                 send()
 
     @contextmanager

@@ -15,6 +15,7 @@ import pytest
 from serving import hello, tiny_chat
 
 from pocketlm import cli
+from pocketlm.errors import PocketlmError
 
 pytest.importorskip("distributed", reason="distributed spreads a batch over machines")
 
@@ -135,3 +136,27 @@ def test_what_is_wrong_with_the_cluster_is_one_line(given, scheduler, tmp_path, 
         assert "none.gguf: " in (said := capsys.readouterr().err)
         assert said.count("\n") == 1
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_worker_that_answers_other_lines_than_it_was_asked_loses_none(given, tmp_path, capsys, monkeypatch):
+    import distributed
+
+    from pocketlm.batch.local import Machine
+
+    model, prompts, _ = given
+    out, made = tmp_path / "out.jsonl", Machine.answers
+    monkeypatch.setattr(Machine, "answers", lambda self, lines: [*made(self, lines)][:-1])
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        assert cli.main(batch(model, prompts, out, cluster.scheduler_address)) == 1
+    assert "not the lines that it was asked for" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_worker_with_another_pocketlm_is_refused(given):
+    from pocketlm.batch import over_dask
+
+    opening = json.dumps([str(given[0]), {"threads": 1}, 1, 0, {}])
+    version, *facts = over_dask.describe(opening)
+    with pytest.raises(PocketlmError, match="another version"):
+        over_dask.answer(opening, (f"{version}.1", *facts), [])
