@@ -40,7 +40,7 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "lora": ([],), "response_fields": ([],), "add_generation_prompt": (True,),
     **dict.fromkeys(("post_sampling_probs", "timings_per_token", "return_progress", "verbose"), (False,)),
 }  # fmt: skip
-NO_TOOLS = dict.fromkeys(
+NO_TOOLS: dict[str, str] = dict.fromkeys(
     ("tools", "tool_choice", "functions", "function_call"), ": there are no tools here; response_format gives an answer a form"
 )
 OF_FORM = ("response_format", "json_schema")
