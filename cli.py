@@ -175,7 +175,7 @@ def _chat_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--think", choices=("on", "off", "hide"), metavar="on|off|hide", help="whether it thinks first; hide: does so unseen"
     )
-    resumed = "go on with the last conversation with this model, or with the one of that name (pocketlm chats lists them)"
+    resumed = "go on with the last conversation with this model, or with the one of that name"
     parser.add_argument("--resume", nargs="?", const=True, default=False, metavar="NAME", help=resumed)
     parser.add_argument("--lines", action="store_true", help="every line of a pipe is a message or a slash command")
     parser.add_argument("--save", action="store_true", default=None, help="keep a record of a conversation through pipes, too")

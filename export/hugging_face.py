@@ -56,7 +56,8 @@ GRANITE_KEYS = {
     "attention.scale": ("attention_multiplier", 1.0), "logit_scale": ("logits_scaling", 1.0),
 }  # fmt: skip
 GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 256.0, "tied": True}  # where the configuration is silent
-COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar")  # `checked` looks at these
+# `checked` looks at these
+COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar", "rope_local_base_freq")
 
 
 def one_added(draft: Draft) -> None:
