@@ -123,4 +123,4 @@ class Cluster:
         except (OSError, distributed.CancelledError) as error:
             advice = "start it again, and give the same command: the answers so far are kept"
             problem = " ".join(str(error).split())[:100]
-            raise PocketlmError(f"--dask {self._address}: the cluster is gone ({problem}); {advice}") from None
+            raise PocketlmError(f"--dask {self._address}: the cluster cannot go on ({problem}); {advice}") from None

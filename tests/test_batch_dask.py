@@ -115,7 +115,7 @@ def test_a_scheduler_that_is_gone_is_one_line_and_its_answers_are_kept(given, tm
         wait_for(address, 1)
         status, said = ended_by(run, command := batch(model, prompts, out, address), out)
     assert (status, said.count("\n")) == (1, 1), said
-    assert f"pocketlm: --dask {address}: the cluster is gone" in said
+    assert f"pocketlm: --dask {address}: the cluster cannot go on" in said
     assert "the answers so far are kept" in said
     assert cli.main(command[: command.index("--dask")]) == 0, "one machine goes on with them"
     assert "lines are answered already" in capsys.readouterr().err
