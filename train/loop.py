@@ -210,7 +210,7 @@ def _resume(
     content = read(run / LAST)
     try:
         return _resumed(run, content, identity, measured, model, optimizer, scaler, feed)
-    except PocketlmError:
+    except (PocketlmError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # whatever a damaged or foreign one makes torch raise
         raise FileError(run / LAST, "is no checkpoint that a run can go on from", "choose another folder with -o") from None
