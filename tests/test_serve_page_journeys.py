@@ -191,6 +191,27 @@ def test_what_is_typed_in_an_open_field_stays(server, visit):
     assert page.locator(".edit").count() == 0
 
 
+def test_what_is_typed_in_an_open_field_is_of_its_conversation_alone_and_goes_with_it(server, visit):
+    page = visit()
+    kept = "sessionStorage.getItem('pocketlm-drafts')"
+    page.route("**/page/chats", lambda route: route.fulfill(status=503, json={"error": {"message": "No space left"}}))
+    page.on("dialog", lambda dialog: dialog.accept())
+    for text in ("never saved", "saved"):
+        ask(page, "Hello", wait=False)
+        page.wait_for_selector("#send:not([hidden])")
+        page.get_by_role("button", name="Edit").click()  # another one's text does not stand there
+        page.fill(".edit textarea", text)
+        assert "never" not in page.evaluate(kept)
+        if text == "never saved":
+            page.wait_for_selector(".line.bad:has-text('No space left')")
+            page.click("#new")
+            page.wait_for_selector("li.user", state="detached")
+            page.unroute("**/page/chats")
+    page.click("nav .delete")
+    page.wait_for_selector("li.user", state="detached")
+    assert page.evaluate(kept) == "{}"
+
+
 def test_a_question_that_fails_comes_back_beside_what_was_typed_since(server, visit):
     page = visit()
     waiting = []

@@ -237,6 +237,7 @@ def _without_gaps(html):
         ("**https://x.org/a** [https://x.org/b](https://x.org/b)", ["x.org/a", "x.org/b"]),
         ("[a](javascript:alert(1)) <javascript:alert(1)> [b](data:text/html,x) [c](#here) [d](//x.org) [e](file:///etc)", []),
         ("[![a](https://x.org/a.png)](https://x.org/b)", ["x.org/b"]),
+        ("[**https://x.org/a** *<https://x.org/b>*](https://x.org/c)", ["x.org/c"]),
     ],
 )
 def test_links_lead_where_they_say(visit, text, links):
