@@ -143,6 +143,9 @@ def test_a_setting_out_of_its_range_is_not_taken(server, visit):
     assert page.inner_text("#line") == ""
     page.click("#options")
     assert page.input_value("input[name=temperature]") == "1"
+    for name, within in (("temperature", "0.33"), ("repeat_penalty", "1.18")):
+        page.fill(f"input[name={name}]", within)
+        assert page.evaluate(f"settings.{name}") == within
 
 
 def test_dates_are_those_of_the_place_and_the_time_zone(server, visit):
