@@ -34,10 +34,12 @@ WEIGHTS = (
 NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "loss", "callbacks")  # parts of names of training state
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 DEEPSPEED = "mp_rank_00_model_states.pt"  # beside it lie the optimiser's parts
+META_PART = "consolidated.01.pth"  # of a model that Meta's code spreads over GPUs
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
     DEEPSPEED,
     "best.pt", "last.pt",  # our trainer's
+    META_PART,  # to be refused; Mixtral's folder has such files beside the first of these
 )  # fmt: skip
 LATEST = "latest"  # DeepSpeed's file that names the folder of the last step
 ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".npz")
@@ -60,7 +62,6 @@ OTHER_FILES = (  # offset, bytes → what it is, what to do
 )
 OLD_PICKLE = re.compile(rb"\(*[ci][\w.]+\n[\w.]+\n|\([dlt]p?\d*\n")  # protocol 0, all printable
 MAX_JSON = 1 << 25
-META_PART = "consolidated.01.pth"  # of a model that Meta's code spreads over GPUs
 MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoint
 MAX_VISITS = 1 << 12  # of one part of it that is there again and again
 
@@ -100,10 +101,9 @@ def open_checkpoint(path: str | Path, chosen: str = "") -> Checkpoint:
 
 def _open(path: Path, mapped: list[Buffer], chosen: str) -> Checkpoint:
     """The checkpoint; the mappings that it needs are added to `mapped`."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / META_PART).is_file() and (folder == path or path.name.startswith("consolidated.")):
-        raise FileError(path, "holds a model in parts, one for each GPU", "save it whole")
     weights = _file_of_folder(path) if path.is_dir() else path
+    if weights.match("consolidated.*.pth") and weights.with_name(META_PART).is_file():
+        raise FileError(path, "holds a model in parts, one for each GPU", "save it whole")
     if (part := PART.fullmatch(weights.stem)) and int(part[3]) > 1:
         raise FileError(path, f"is one of the {int(part[3])} files of a model", "name the folder they lie in")
     is_index = weights.name.endswith(".index.json")

@@ -57,8 +57,10 @@ def reorder(tensors: Tensors, expression: str, order: np.ndarray) -> None:
 
 
 def scale_queries(tensors: Tensors, n_rows: int, factor: float) -> None:
-    """Multiply every query by `factor`, in place; `n_rows`: rows of the queries, which come first where they are fused."""
-    for role in in_layers(tensors, r"attn_q(kv)?\.(weight|bias)"):
+    """Multiply every query by `factor`, in place, by its norm where it has one; `n_rows`: rows of the queries, which come first
+    where they are fused.
+    """
+    for role in in_layers(tensors, r"attn_q_norm\.\w+") or in_layers(tensors, r"attn_q(kv)?\.(weight|bias)"):
         tensor = tensors[role]
         factors = np.ones((tensor.shape[0], *(1,) * (len(tensor.shape) - 1)), np.float32)
         factors[:n_rows] = factor

@@ -63,13 +63,18 @@ def download(remote: Remote, target: Path, sha256: str, progress: Progress = lam
 
 
 def _opened(part: str, flags: int) -> int:
-    """The part's file, if it is this user's alone: in a folder of all, a link or a file under its name may be a trap."""
+    """The part's file, if it is this user's alone: in a folder of all, a link or a file under its name may be a trap.
+
+    On a drive without owners (FAT) all files are those of one user, as the folder is; who owns that can do as he likes anyway.
+    """
     advice = "delete it, or name another place with -o"
     if os.path.islink(part):
         raise FileError(part, "is a link in the place of a part of the file", advice)
+    owner = os.stat(os.path.dirname(part) or ".").st_uid
     handle = os.open(part, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
     found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or (os.name != "nt" and found.st_uid != os.geteuid()):
+    is_ours = found.st_uid == owner or found.st_uid == os.geteuid()  # Windows says 0 of all
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not is_ours:
         os.close(handle)
         raise FileError(part, "is no part of the file that this user has fetched", advice)
     return handle

@@ -76,9 +76,9 @@ class GGUF(MappedModel):
 
     def close(self, error: BaseException | None = None) -> None:
         self._keys.close()
+        super().close(error)  # first, as `tensors` looks at the parts, too
         for part in self.parts:
             part.close(error)
-        super().close(error)
 
 
 def open_gguf(path: str | os.PathLike[str], *, offset: int = 0, length: int | None = None) -> GGUF:

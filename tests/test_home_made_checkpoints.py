@@ -316,6 +316,16 @@ def test_minimind_3(tmp_path: Path) -> None:
     assert (model.dialect, model.hyper.architecture, model.hyper.n_head) == ("minimind 3", "qwen3", 4)
 
 
+def test_queries_that_are_normalised_are_scaled_after_that(tmp_path: Path) -> None:
+    path = save(tmp_path, made.randomise(made.MiniMind3()).state_dict(), "full_sft_64.pth")
+    by_head, by_width = (
+        read_canonical(path, overrides={"attention_scale": scale}, tokenizer="none") for scale in ("head_dim", "n_embd")
+    )
+    factor = np.float32((by_head.hyper.head_dim / by_head.hyper.n_embd) ** 0.5)
+    for name, tensor in by_head.tensors.items():
+        assert np.array_equal(tensor.read() * (factor if "attn_q_norm" in name else 1), by_width.tensors[name].read()), name
+
+
 def test_minimind_3_with_experts_is_a_qwen3moe(tmp_path: Path) -> None:
     module = made.randomise(made.MiniMind3(n_experts=4)).half().float()
     path = save(tmp_path, {k: t.half() for k, t in module.state_dict().items()}, "full_sft_64_moe.pth")

@@ -55,6 +55,14 @@ def test_metas_own_folder_in_parts_is_refused(tmp_path: Path) -> None:
             read_canonical(path, tokenizer="none")
 
 
+def test_parts_for_gpus_do_not_hide_the_whole_model_beside_them(tmp_path: Path) -> None:
+    """As in Mixtral's folder on Hugging Face."""
+    folder = meta_folder(tmp_path / "model", {"dim": 32})
+    (folder / "consolidated.01.pth").write_bytes(b"a part")
+    (folder / "consolidated.00.pth").rename(folder / "pytorch_model.bin")
+    assert "token_embd.weight" in read_canonical(folder, overrides={"n_ctx": "64"}, tokenizer="none").tensors
+
+
 def test_metas_own_folder_has_llama_3s_template_if_it_is_called_instruct(tmp_path: Path) -> None:
     base = meta_folder(tmp_path / "Llama3.2-1B", {"dim": 2048, "use_scaled_rope": True}, n_vocab=128256)
     ranks = [bytes([byte]) for byte in range(256)] + [b"\xff%d" % i for i in range(128000 - 256)]

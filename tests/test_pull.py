@@ -179,6 +179,16 @@ def test_a_link_in_the_place_of_the_part_leads_to_no_file_that_is_written_to(ser
     assert (shared / "m.gguf").read_bytes() == served.content
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such numbers of users")
+def test_a_drive_on_which_all_is_of_another_user_is_written_to(served, capsys, tmp_path, monkeypatch):
+    """As a stick is that was formatted as FAT, and mounted for all."""
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    monkeypatch.chdir(tmp_path)
+    pull(capsys, "-o", "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == served.content
+
+
 def test_a_part_that_was_changed_on_the_disk_is_not_built_upon(served, capsys, tmp_path):
     part = tmp_path / f"cache/models/qwen3-0.6b.gguf.{hashlib.sha256(served.content).hexdigest()[:12]}.part"
     part.parent.mkdir(mode=0o700, parents=True)

@@ -57,6 +57,14 @@ def test_any_part_opens_the_whole_model(parts, tmp_path: Path, backend: str):
     assert size_of(parts[0]) == sum(part.stat().st_size for part in parts)
 
 
+def test_closing_unmaps_every_part_at_once(parts, monkeypatch):
+    def searched() -> None:
+        pytest.fail("the garbage collector was asked for an array that still looks at a part")
+
+    monkeypatch.setattr("pocketlm.runtime.file_mapping.gc.collect", searched)
+    open_model(parts[0]).close()
+
+
 def test_conversations_with_it_are_found_again_in_the_whole_file(parts, tmp_path: Path):
     with open_model(parts[0]) as several, open_gguf(tmp_path / "whole.gguf") as one:
         assert fingerprint(several.tensors) == fingerprint({name: one.tensors[name] for name in several.tensors})

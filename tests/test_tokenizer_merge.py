@@ -2,6 +2,7 @@
 
 import random
 import time
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -57,6 +58,7 @@ def test_every_way_of_merging_gives_what_the_rule_says(seed, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(merging, "_SHORT", 0)
             patch.setattr(merging, "_LONG", 1)
+            patch.setattr(merging, "_PART", 5)
             assert merge(list(letters), MergeTable(stride, resolve, ties)) == expected, "few different symbols"
 
 
@@ -79,6 +81,17 @@ def test_ten_million_equal_characters_take_no_more_than_their_share_of_time(name
         if ratios[-1] <= 25:
             return
     pytest.fail(f"{ratios} times as long")
+
+
+def test_equal_characters_take_no_more_memory_than_their_list():
+    table = MergeTable(16, lambda left, right: left << 32 | left + 1 if left == right < 8 else NO_MERGE)
+    symbols = [0] * (1 << 21)
+    tracemalloc.start()
+    try:
+        assert merge(symbols, table) == [8] * (1 << 13)
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(symbols)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["gguf-default", "gguf-llama", *(f"ggml-vocab-{name}" for name in LARGE)])

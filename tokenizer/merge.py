@@ -22,6 +22,7 @@ _LOW = (1 << 32) - 1
 _SHORT = 48  # symbols up to which scanning all pairs again beats a heap (measured on English words)
 _LONG, _FEW = 4096, 64  # from so many symbols on, of which so many are different, `_Few` is worth its arrays
 _ROUNDS = 32  # how often it may look at the whole text; so many looks take less time than the heap
+_PART = 1 << 18
 _PAIRS_KEPT = 1 << 19
 
 
@@ -181,6 +182,14 @@ class _Few:
     def symbols(self) -> list[int]:
         return list(map(self._alphabet.__getitem__, self.text))
 
+    def _pairs(self) -> list[int]:
+        """Each `left << 8 | right` that there is, once; a part of the text after the other, as NumPy counts in 64 bits."""
+        text, counts = np.frombuffer(self.text, np.uint8), np.zeros(1 << 16, np.int64)
+        for at in range(0, len(text), _PART):
+            part = text[at : at + _PART + 1].astype(np.uint16)
+            counts += np.bincount(part[:-1] << 8 | part[1:], minlength=1 << 16)
+        return np.flatnonzero(counts).tolist()
+
     def _value(self, left: int, right: int) -> int:
         return self._table[self._alphabet[left] * self._table.stride + self._alphabet[right]]
 
@@ -200,8 +209,7 @@ class _Few:
         """Whether all merges are done; if not, what is left is a state that merging one by one would come to, too."""
         budget = _ROUNDS * len(self.text)
         while len(self.text) > 1:
-            codes = np.frombuffer(self.text, np.uint8).astype(np.uint16)
-            pairs = np.flatnonzero(np.bincount(codes[:-1] << 8 | codes[1:])).tolist()
+            pairs = self._pairs()
             values = {pair: self._value(*divmod(pair, 256)) for pair in pairs}
             rank, present = min(values.values()) >> 32, {number for pair in pairs for number in divmod(pair, 256)}
             if rank == NO_MERGE >> 32:
