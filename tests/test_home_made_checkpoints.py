@@ -1,11 +1,10 @@
-"""Checkpoints of nanochat, llama2.c, litGPT, minimind and GPT-Neo: what is exported gives the logits of their own forward."""
+"""Checkpoints of nanochat, litGPT, minimind and GPT-Neo: what is exported gives the logits of their own forward."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import re
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,67 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from agreement import compare
-from checkpoint_checks import onnx_logits_of, save
+from checkpoint_checks import save
+from home_made_checks import SIZES, check, in_onnx, logits_of, made, models
 from llama_reference import LlamaReference
 from tiny_models import TOKENS, vocabulary
 
 import pocketlm
 from pocketlm.errors import FileError, PocketlmError
-from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS
-
-torch = pytest.importorskip("torch", reason="checkpoints are made with PyTorch")
-made = pytest.importorskip("home_made_models")
-models = pytest.importorskip("torch_models")
-rounded_numbers = pytest.importorskip("rounded_numbers")
-
-LIMIT = 1e-3
-
-
-def agree(path: Path, backend: str, expected: np.ndarray, ids: np.ndarray) -> None:
-    """The logits of a model file, in one block and token by token."""
-    limit = rounded_numbers.NATIVE if backend == "native" else LIMIT
-    with pocketlm.load(path, backend=backend, threads=2) as model:
-        assert np.abs(model.logits(ids) - expected).max() < limit
-        executor = model.executor
-        executor.cache.truncate(0)
-        steps = np.concatenate([executor.forward(ids[i : i + 1]).copy() for i in range(len(ids))])
-        assert np.abs(steps - expected).max() < limit
-
-
-def logits_of(module: Any, ids: np.ndarray, kept: bool) -> np.ndarray:
-    """What a PyTorch module computes; `kept`: with keys and values rounded as the native executor's cache keeps them."""
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for owner, name in ((made, "attention"), (models, "causal_attention")):
-            plain = getattr(owner, name)
-
-            def rounded(q: Any, k: Any, v: Any, *rest: Any, plain: Any = plain) -> Any:
-                return plain(q, rounded_numbers.keys(k), rounded_numbers.values(v), *rest)
-
-            if kept:
-                patch.setattr(owner, name, rounded)
-        return module(torch.from_numpy(ids)).numpy()
-
-
-def check(module: Any, source: Path, n: int = 40, **options: Any) -> tuple[CanonicalModel, list[str]]:
-    """Exported and run, `source` computes what `module` does on n tokens; the model and the receipt's notes."""
-    model = read_canonical(source, tokenizer="none", **options)
-    out = source.parent / "out.gguf"
-    receipt = export(model, source, out, quant="f32", n_threads=1)
-    ids = np.random.default_rng(n).integers(0, model.hyper.n_vocab, n)
-    for backend in ("numpy", "native"):
-        agree(out, backend, logits_of(module, ids, kept=backend == "native"), ids)
-    return model, receipt.notes
-
-
-def in_onnx(module: Any, model: CanonicalModel, out: Path) -> None:
-    """onnxruntime's logits of the model, all tokens at once."""
-    export(model, "test", out, container="onnx", quant="f32", n_threads=1)
-    ids = np.random.default_rng(2).integers(0, model.hyper.n_vocab, 40)
-    assert np.abs(onnx_logits_of(out, ids.tolist()) - logits_of(module, ids, kept=False)).max() < LIMIT
-
 
 ONLY_HERE = "stock llama.cpp does not know this architecture: the file runs in pocketlm only"
 
@@ -179,73 +127,6 @@ def test_a_modded_nanogpt_is_not_taken_for_a_nanochat(sign: str, tmp_path: Path)
 def test_a_nanochat_without_its_meta_file_asks_for_the_heads(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="--set n_head=8 --set n_ctx=1024"):
         read_canonical(save(tmp_path, made.NanoChat().state_dict(), "model_000650.pt"), tokenizer="none")
-
-
-# ── llama2.c ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-SIZES = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_ff": 48, "n_vocab": 61}
-ORDER_0 = ("embed", "attn_norm", "q", "k", "v", "o", "ffn_norm", "gate", "down", "up", "norm", "tables")
-ORDER_1 = ("attn_norm", "ffn_norm", "norm", "embed", "q", "k", "v", "o", "gate", "down", "up")
-
-
-def llama2c_bytes(module: Any, version: int, tied: bool, group: int = 16) -> bytes:
-    """A `model.bin`; of version 2 the module's matrices become what the file holds."""
-    numbers = [32, 48, 2, 4, 2, 61 if tied or version else -61, 40]
-    header = struct.pack("<7i", *numbers)
-    if version:
-        header = struct.pack("<Ii", 0x616B3432, version) + header + struct.pack("<B", tied)
-        header = (header + (struct.pack("<i", group) if version == 2 else b"")).ljust(256, b"\0")
-    parts = [header]
-    for name in (*(ORDER_1 if version else ORDER_0), *(() if tied else ("head",))):
-        if name == "tables":
-            parts.append(np.zeros((2, 40, 4), np.float32).tobytes())
-            continue
-        layers = [None] if name in ("embed", "norm", "head") else [0, 1]
-        for weight in [module.part(name, layer).weight for layer in layers]:
-            values = weight.detach().numpy()
-            if version == 2 and values.ndim > 1:
-                groups = values.reshape(-1, group)
-                scales = (np.abs(groups).max(1, keepdims=True) / 127).astype(np.float32)
-                codes = np.rint(groups / scales).astype(np.int8)
-                with torch.no_grad():
-                    weight.copy_(torch.from_numpy((codes * scales).reshape(values.shape)))
-                parts += [codes.tobytes(), scales.tobytes()]
-            else:
-                parts.append(values.astype("<f4").tobytes())
-    return b"".join(parts)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("version", [0, 1, 2])
-def test_llama2c_model_bin(tmp_path: Path, version: int, tied: bool) -> None:
-    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", tied=tied, **SIZES))
-    path = tmp_path / "model.bin"
-    path.write_bytes(llama2c_bytes(module, version, tied))
-    model, _ = check(module, path)
-    assert (model.hyper.architecture, model.hyper.n_ctx, model.hyper.norm_eps) == ("llama", 40, 1e-5)
-    assert ("output.weight" in model.tensors) != tied
-
-
-def test_llama2c_checkpoint(tmp_path: Path) -> None:
-    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", **SIZES))
-    args = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "multiple_of": 16, "max_seq_len": 40,
-            "dropout": 0.0}  # fmt: skip
-    state = {**module.state_dict(), "output.weight": module.state_dict()["tok_embeddings.weight"]}
-    content = {"model": state, "model_args": args, "optimizer": {"state": {}}, "iter_num": 3, "config": {}}
-    check(module, save(tmp_path, content, "ckpt.pt"))
-
-
-@pytest.mark.parametrize("version", [0, 1, 2])
-def test_a_damaged_model_bin_is_one_line(tmp_path: Path, version: int) -> None:
-    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours", **SIZES))
-    data, path = llama2c_bytes(module, version, True), tmp_path / "model.bin"
-    scrambled = (data[:4] + b"\xff" * 40 + data[44:], data[:8] + bytes(32) + data[40:])
-    for damaged in (data[:-4], data + b"\0\0\0\0", data[:30], *scrambled):
-        path.write_bytes(damaged)
-        with pytest.raises(FileError) as error:
-            read_canonical(path, tokenizer="none")
-        assert "\n" not in str(error.value)
-
 
 # ── litGPT ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
