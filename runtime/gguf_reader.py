@@ -63,8 +63,8 @@ _OTHER_FILES = (
 
 
 class GGUF(MappedModel):
-    """An opened, validated file. `header_end`: where the list of tensors ends. After `close` only keys that were read before can
-    be read, lists of texts apart.
+    """An opened, checked file. `header_end`: where the list of tensors ends. After `close` only keys that were read before
+    can be read, lists of texts apart.
     """
 
     def __init__(
