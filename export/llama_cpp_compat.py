@@ -14,7 +14,8 @@ import numpy as np
 
 from pocketlm.errors import quoted
 from pocketlm.export.hyper_keys import own_options
-from pocketlm.runtime.hyper import ARCHITECTURES, Hyper
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.hyper import Hyper
 from pocketlm.tokenizer import Tokenizer, from_metadata
 from pocketlm.tokenizer.base import BYTE, NORMAL
 from pocketlm.tokenizer.byte_bpe import LETTERS
@@ -45,9 +46,9 @@ def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[s
     if hyper.architecture in NO_WINDOW and 0 < window < hyper.n_ctx:
         notes.append(f"stock llama.cpp attends to everything where this model looks at {window} positions")
     own = own_options(hyper)
-    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":
+    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture].USUAL["activation"] == "gelu_tanh":
         notes.append("stock llama.cpp computes GELU by the tanh formula where this model was trained with the exact one (erf)")
-    elif hyper.activation != ARCHITECTURES[hyper.architecture]["activation"]:
+    elif hyper.activation != ARCHITECTURES[hyper.architecture].USUAL["activation"]:
         own["activation"] = hyper.activation
     if own:
         options = ", ".join(f"{name} {value}" for name, value in own.items())

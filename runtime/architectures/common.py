@@ -41,8 +41,11 @@ class Builder:
     """Collects operations. A layer's builder (`layers`) adds to the same lists."""
 
     def __init__(self, hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object):
-        self.hyper, self._shapes, self._prefix, self.layer = hyper, shapes, "", 0
-        self.settings = Keys({f"{hyper.architecture}.{key}": value for key, value in hyper.settings.items()}, path)
+        self.hyper, self.path, self._shapes, self._prefix, self.layer = hyper, path, shapes, "", 0
+        prefix = f"{hyper.architecture}."
+        keys = self._keys = Keys({prefix + key: value for key, value in hyper.settings.items()}, path, prefix)
+        # one of the architecture's SETTINGS: FileError where it is missing without a default, or out of bounds
+        self.number, self.count, self.choice = keys.number, keys.count, keys.choice
         self.ops: list[P.Op] = []
         self.buffers: dict[str, int] = {}  # name -> width
         self.used: dict[str, tuple[int, ...]] = {}  # tensor -> the shape that it has to have
@@ -75,21 +78,9 @@ class Builder:
         biases = tuple(self.optional(f"{name}.bias", rows) for name, rows in parts)
         return P.Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
 
-    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
-        """A number among the architecture's SETTINGS; FileError where it is missing without a default, or out of bounds."""
-        return self.settings.number(f"{self.hyper.architecture}.{key}", default, low, high)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero among the architecture's SETTINGS."""
-        return self.settings.count(f"{self.hyper.architecture}.{key}", default)
-
     def numbers(self, key: str, default: float | None = None) -> list[float]:
         """A number for each layer among the architecture's SETTINGS; a single one is for all of them. FileError."""
-        return self.settings.numbers(f"{self.hyper.architecture}.{key}", self.hyper.n_layer, default)
-
-    def choice(self, key: str, default: object, allowed: tuple) -> object:
-        """One of `allowed` among the architecture's SETTINGS."""
-        return self.settings.choice(f"{self.hyper.architecture}.{key}", default, allowed)
+        return self._keys.numbers(key, self.hyper.n_layer, default)
 
     # ── the whole model ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -293,8 +284,7 @@ class Builder:
         """
         h, n, k = self.hyper, self.count("expert_count"), self.count("expert_used_count")
         if k > n:
-            key = f"{h.architecture}.expert_used_count"
-            raise self.settings.fail(key, f"is {k}, more than the {n} experts")
+            raise self._keys.fail("expert_used_count", f"is {k}, more than the {n} experts")
         n_ff = n_ff or h.n_ff
         self.linear(x, "router", ("ffn_gate_inp", n))
         self._emit(P.Route("router", "chosen", kind, n, k, normalised), 2 * k)

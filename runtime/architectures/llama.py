@@ -4,12 +4,10 @@ RMSNorm before each block, rotary positions on adjacent pairs, a feed-forward la
 (arXiv:2401.04088) a few of many such layers, chosen for each token.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = LLAMA
-SETTINGS: tuple[str, ...] = ("expert_count", "expert_used_count")
+SETTINGS = ("expert_count", "expert_used_count")
 
 
 def operations(m: Builder) -> None:

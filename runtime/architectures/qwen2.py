@@ -3,10 +3,7 @@
 A Llama whose rotary positions turn the halves of a head, and with biases on queries, keys and values.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ()
 operations = pre_norm
