@@ -256,14 +256,8 @@ class NumpyExecutor:
         x = state[op.x]
         chosen = np.argsort(-x, axis=-1, kind="stable")[:, : op.n_used]
         scores = np.take_along_axis(x, chosen, -1)
-        if op.kind == "softmax":
-            largest = scores[:, :1]
-            weights = np.exp(scores - largest)
-            total = np.exp(x - largest)
-        else:
-            weights = 1 / (1 + np.exp(-scores))
-            total = np.ones((1, 1), np.float32)
-        total = np.add.reduce(weights if op.normalised else total, -1, keepdims=True)
+        weights, everything = (np.exp(of - scores[:, :1]) for of in (scores, x))
+        total = np.add.reduce(weights if op.normalised else everything, -1, keepdims=True)
         state[op.out] = np.concatenate([chosen.astype(np.float32), weights / total], -1)
 
     def _experts(self, op: P.Experts, state: dict[str, np.ndarray]) -> None:  # [n, (n_used) n_in] -> [n, parts n_used rows]

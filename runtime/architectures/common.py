@@ -275,9 +275,7 @@ class Builder:
         else:
             self.add("shared", "y")
 
-    def experts(
-        self, x: str = "h", out: str = "y", n_ff: int | None = None, kind: str = "softmax", normalised: bool = True
-    ) -> None:
+    def experts(self, x: str = "h", out: str = "y", n_ff: int | None = None, normalised: bool = True) -> None:
         """out = the weighted sum of feed-forward layers (gate, up, down) of `n_ff` that a router chooses for each token.
 
         The architecture has expert_count and expert_used_count among its SETTINGS.
@@ -287,7 +285,7 @@ class Builder:
             raise self._keys.fail("expert_used_count", f"is {k}, more than the {n} experts")
         n_ff = n_ff or h.n_ff
         self.linear(x, "router", ("ffn_gate_inp", n))
-        self._emit(P.Route("router", "chosen", kind, n, k, normalised), 2 * k)
+        self._emit(P.Route("router", "chosen", n, k, normalised), 2 * k)
         self._experts(x, "ff", (("ffn_gate_exps", n_ff), ("ffn_up_exps", n_ff)), n, k, own=False)
         self._emit(P.Activate("ff", "act", h.activation, True, k * n_ff), k * n_ff)
         self._experts("act", "parts", (("ffn_down_exps", h.n_embd),), n, k, own=True)
