@@ -320,7 +320,7 @@ def _inspect_arguments(parser: Parser) -> None:
 
 def _inspect(arguments: Arguments) -> int:
     from pocketlm.doctor.portrait import portrait
-    from pocketlm.export.checkpoint_summary import inspect_checkpoint
+    from pocketlm.export.dialects import inspect_checkpoint
     from pocketlm.export.from_model_file import is_model_file
     from pocketlm.model import find_model
     from pocketlm.runtime.model_summary import describe, inspect

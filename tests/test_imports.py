@@ -22,7 +22,7 @@ ALLOWED = {
     "__main__": "cli",
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
-        " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
+        " export.command export.dialects export.from_model_file build.command bench.command bench.evaluate"
         " train.command doctor.command doctor.health doctor.portrait serve.command batch.command pull.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
