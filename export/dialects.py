@@ -7,14 +7,16 @@ transposed matrices). assemble.py arranges the tensors.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import LazyTensor
+from pocketlm.export.arrays import DTYPES, LazyTensor
 from pocketlm.export.assemble import arrange, has_own_head, is_tied
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, name_of, open_checkpoint
@@ -26,6 +28,7 @@ from pocketlm.export.hugging_face_layer_norm import LAYER_NORM
 from pocketlm.export.model_config import ModelConfig
 from pocketlm.export.name_map import NameMap, read_name_map
 from pocketlm.export.tokenizer_data import find_tokenizer
+from pocketlm.runtime.model_summary import facts_of
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -294,3 +297,17 @@ def read_canonical(
     if not change and path.is_dir() and (path / "adapter_config.json").is_file():
         model.notes.append(f"the LoRA that lies in {path} is not in it; --lora {path} merges it")
     return model
+
+
+def inspect_checkpoint(path: Path, tensors: bool = False) -> dict[str, Any]:
+    """What is in a checkpoint, as the plain facts that runtime/model_summary.py gives of a model; its configuration as the
+    metadata. Raises FileError for what cannot be read safely.
+    """
+    checkpoint = open_checkpoint(path)
+    rows = [
+        {"name": name, "shape": [*t.shape], "format": t.dtype, "bytes": math.prod(t.shape) * int(DTYPES[t.dtype][0][-1])}
+        for name, t in checkpoint.tensors.items()
+    ]
+    n_bytes = sum(file.stat().st_size for file in checkpoint.files)
+    others = not_parameters(checkpoint.tensors)
+    return facts_of(path, "checkpoint", n_bytes, rows, others, checkpoint.config, tensors)

@@ -22,7 +22,7 @@ ALLOWED = {
     "__main__": "cli",
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
-        " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
+        " export.command export.dialects export.from_model_file build.command bench.command bench.evaluate"
         " train.command doctor.command doctor.health doctor.portrait serve.command batch.command pull.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
@@ -122,14 +122,14 @@ def _module(dotted: str) -> str | None:
 
 
 def _names(node: ast.AST) -> list[str]:
-    """What a statement or call imports, dotted; also `importlib.import_module("…")`."""
+    """What a statement or call imports, dotted; also `importlib.import_module("…")`, and a row of the command's table."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
         return [f"{node.module}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-        return [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__", "_folder")):
+        return [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
     return []
 
 
