@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pocketlm.errors import FileError, quoted
 from pocketlm.export.arrays import DTYPES, LazyTensor
 from pocketlm.export.assemble import arrange, has_own_head, is_tied
@@ -305,9 +307,10 @@ def inspect_checkpoint(path: Path, tensors: bool = False) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     rows = [
-        {"name": name, "shape": [*t.shape], "format": t.dtype, "bytes": math.prod(t.shape) * int(DTYPES[t.dtype][0][-1])}
+        {"name": name, "shape": list(t.shape), "format": t.dtype,
+         "bytes": math.prod(t.shape) * np.dtype(DTYPES[t.dtype][0]).itemsize}
         for name, t in checkpoint.tensors.items()
-    ]
+    ]  # fmt: skip
     n_bytes = sum(file.stat().st_size for file in checkpoint.files)
     others = not_parameters(checkpoint.tensors)
     return facts_of(path, "checkpoint", n_bytes, rows, others, checkpoint.config, tensors)
