@@ -94,9 +94,9 @@ def test_hyper_parameters_that_are_lists_reach_pytorch(tmp_path: Path) -> None:
 def test_a_layer_that_the_adapter_for_pytorch_does_not_know_is_named_in_words() -> None:
     torch_adapter = pytest.importorskip("pocketlm.bench.adapter_torch", reason="torch is not installed", exc_type=ImportError)
     windowed = P.Attend("qkv", "x", 0, 2, 2, 8, 1.0, window=4)
-    with pytest.raises(Skipped, match="does not know attention with windows, softcaps or sinks$"):
+    with pytest.raises(Skipped, match="does not know attention with windows"):
         torch_adapter._without_names([windowed])
-    with pytest.raises(Skipped, match="does not know the operation Softcap$"):
+    with pytest.raises(Skipped, match="does not know the operation Softcap"):
         torch_adapter._without_names([P.Softcap("x", "x", 30.0)])
 
 

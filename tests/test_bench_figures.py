@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,8 @@ def test_what_is_wrong_with_a_result_is_named(change: Any, problem: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "not JSON"), ("GGUF\x03\0\0\0\xe9", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "not a result"), ('{"schema": "pocketlm-bench", "version": 9}', "version 9"),
+    [("", "not JSON"), ("GGUF\x03\0\0\0\xe9", "not JSON"), ("[" * 100_000, "not JSON"),
+     ("[]", "not a result"), ('{"schema": "pocketlm-bench", "version": 9}', "version 9"),
      ('{"schema": "pocketlm-bench", "version": 1}', "is missing")],
 )  # fmt: skip
 def test_a_file_that_is_no_result_is_one_line(tmp_path: Path, text: str, problem: str) -> None:

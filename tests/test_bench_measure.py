@@ -201,7 +201,7 @@ def test_a_model_too_short_for_every_depth_is_wrong_usage(model: Path) -> None:
         measured(model, settings=measure.Settings(prompts=(), depths=(), tg=(129,)))
 
 
-def test_a_model_with_room_for_nothing_is_a_row_that_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_room_is_a_row_that_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.machine, "bandwidth", lambda n_threads: 1e9)
     short = write_model(tmp_path / "short.gguf", n_ctx=2)
     found = measure.bench([short, model], [fake("Honest")], SETTINGS, lambda line: None)
@@ -214,8 +214,9 @@ def test_a_model_with_room_for_nothing_is_a_row_that_says_so(model: Path, tmp_pa
 
 
 def test_what_has_room_is_measured_whatever_else_has_none(tmp_path: Path) -> None:
-    row = rows_of(measured(write_model(tmp_path / "short.gguf", n_ctx=16), fake("Honest"), settings=replace(SETTINGS, prompts=(32,))))
-    assert (row["honest"]["status"], set(row["honest"]["decode"]), "prefill" in row["honest"]) == ("ok", {"0"}, False)
+    short = write_model(tmp_path / "short.gguf", n_ctx=16)
+    row = rows_of(measured(short, fake("Honest"), settings=replace(SETTINGS, prompts=(32,))))["honest"]
+    assert (row["status"], set(row["decode"]), "prefill" in row) == ("ok", {"0"}, False)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
