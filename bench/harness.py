@@ -24,7 +24,8 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"pocketlm.bench.harness: the package {error.name} is not installed; get it with: pip install lm-eval")
+    package = str(error.name).partition(".")[0]
+    sys.exit(f"pocketlm.bench.harness: the package {package} is not installed; get it with: pip install lm-eval")
 
 import pocketlm
 from pocketlm.batch.local import spread
