@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pocketlm.errors import FileError, refused
 
 NAME, VERSION = "pocketlm-bench", 1
+MOST = 1 << 26  # bytes that a result has: another file may be a large model
 NUMBER = (int, float)
 MAYBE = (*NUMBER, type(None))
 
@@ -96,10 +97,11 @@ def problem(value: Any, form: Any = RESULT, at: str = "") -> str | None:
 def read(path: Path) -> dict[str, Any]:
     """A result that was saved. Raises FileError."""
     advice = "name a file that `pocketlm bench --json` or `--save` has made"
+    with refused(path), path.open("rb") as file:
+        data = file.read(MOST)
     try:
-        with refused(path):
-            result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # JSON and UTF-8
+        result = json.loads(data)
+    except (ValueError, RecursionError):  # JSON and UTF-8
         raise FileError(path, "is not JSON", advice) from None
     if not isinstance(result, dict) or result.get("schema") != NAME:
         raise FileError(path, "is not a result of pocketlm bench", advice)

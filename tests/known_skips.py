@@ -21,6 +21,7 @@ KNOWN = {
     r"no test vectors in .*": "the large vocabularies are no part of the repository; tests/vectors proves the same",
     r"this system does not let programs be traced": "a container may forbid it, whatever is installed",
     r"this system does not allow (namespaces|mounts)": "the same",
+    r"this system has no IPv6": "the same",
     r"this system lets nobody register programs of another processor: .*": "the same",
     r"only Windows loads a DLL .*": "a test under wine does so here",
     r"llama-cpp-python came without the ggml-base library": "some of its wheels link it into one file",

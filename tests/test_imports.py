@@ -40,7 +40,7 @@ ALLOWED = {
     "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
     "bench": (
         "errors pocketlm model tokenizer runtime runtime.native export batch.local conversation serve.asking cli_options"
-        " doctor.board signals terminal_text"
+        " doctor.board doctor.resources signals terminal_text"
     ),
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export export.command cli"
