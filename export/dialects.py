@@ -75,8 +75,8 @@ NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
 )
 
 
-# the matrix that is changed, which factor of the change: of textbooks, and of a model that PEFT has wrapped
-LORA = r"(.+)\.lora(?:\.|_|\.lora_)([AB])(?:(?:\.\w+)?\.weight)?"
+# the matrix that is changed, which factor of the change: of textbooks, MLX, and a model that PEFT has wrapped
+LORA = r"(.+)\.lora(?:\.|_|\.lora_|_embedding_)([ABab])(?:(?:\.\w+)?\.weight)?"
 
 
 def _table(roles: Mapping[str, str], prefix: str) -> list[tuple[str, re.Pattern[str]]]:
