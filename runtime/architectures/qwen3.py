@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
+from pocketlm.runtime.architectures.common import LLAMA, WINDOW, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ()
+SETTINGS: tuple[str, ...] = WINDOW
 
 
 def operations(m: Builder) -> None:
