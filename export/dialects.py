@@ -73,6 +73,7 @@ NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
     r"(?:.*\.)?(?:rope|rotary|rotary_emb|rotary_pos_emb)\.(?:cos|sin|cache|freqs)|cos|sin|(?:.*\.)?(?:cos|sin)",
     r"(?:.*\.)?(?:alibi|slopes|alibi_slopes|alibi_bias)",
 )
+EYES = r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..+"  # what Gemma 3 sees pictures with
 
 
 # the matrix that is changed, which factor of the change: of textbooks, MLX, and a model that PEFT has wrapped
@@ -257,7 +258,10 @@ def to_canonical(
     found: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     left_over: list[str] = []
+    seeing = {name for name in checkpoint.tensors if family and re.fullmatch(EYES, name)}
     for name, tensor in checkpoint.tensors.items():
+        if name in seeing:
+            continue
         role = names.role_of(name) or dialect.role_of(name)
         if role is None and (names.drops(name) or _is_buffer(name, tensor)):
             buffers[name] = tensor
@@ -292,6 +296,8 @@ def to_canonical(
     model = arrange(path, found, buffers, config, dialect)
     if dialect is DIALECTS[-1]:
         model.notes.append(GUESSED)
+    if seeing:
+        model.notes.append(f"it sees no pictures: {len(seeing)} tensors of its vision tower are left out")
     if family:
         model = checked(model, config, family.fixed)
     if checkpoint.sets:

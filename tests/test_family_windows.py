@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from checkpoint_checks import logits_of
 
 from pocketlm.errors import FileError
 from pocketlm.export.dialects import read_canonical
@@ -47,6 +49,36 @@ def test_older_configurations_mean_the_same(name: str, tmp_path: Path) -> None:
     file.write_text(json.dumps(config))
     assert read_canonical(tmp_path).hyper == new.hyper
     assert any(key.startswith("attention.sliding_window") for key in new.hyper.settings)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_of_a_gemma3_that_sees_pictures(older: bool, tmp_path: Path) -> None:
+    """Its configuration has the text's within, without what transformers takes by itself."""
+    import torch
+    import transformers
+
+    sizes = {name: value for name, value in families.SIZES.items() if name not in ("num_attention_heads", "pad_token_id")}
+    text = {**sizes, "max_position_embeddings": 131072, "head_dim": 16, "sliding_window": 8}
+    pictures = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**pictures, "image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "folder")
+    file, usual = tmp_path / "folder" / "config.json", transformers.Gemma3TextConfig().to_dict()
+    said = json.loads(file.read_text())
+    said["text_config"] = {name: value for name, value in said["text_config"].items() if value != usual.get(name)}
+    if older:
+        del said["text_config"]["layer_types"]
+    file.write_text(json.dumps(said))
+    ids = np.arange(40) * 7 % 256
+    exported = read_canonical(tmp_path / "folder", tokenizer="none")
+    assert any("it sees no pictures" in note for note in exported.notes)
+    export(exported, "folder", tmp_path / "model.gguf", quant="f32")
+    found, expected = logits_of(tmp_path / "model.gguf", ids.tolist()), families.logits_of(model, ids)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
