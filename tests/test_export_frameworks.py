@@ -78,7 +78,7 @@ def test_the_files_of_other_frameworks_are_named(name: str, is_zip: bool, said: 
 
 
 def test_a_program_of_torch_export_by_another_name(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="makes the program")
+    torch = pytest.importorskip("torch", reason="PyTorch makes the program")
     program = torch.export.export(torch.nn.Linear(3, 2), (torch.ones(1, 3),))
     torch.export.save(program, str(tmp_path / "m.pt2"))
     (tmp_path / "m.pt2").rename(tmp_path / "m.pt")
