@@ -65,7 +65,7 @@ def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], C
         interleave(shown, heads, turned.n_dims, back=True)
     before = {name: LazyTensor(name, t.shape, "float32", t.read) for name, t in shown.items()}
     after = change(Checkpoint(path, before, {}, (path,))).tensors
-    changed = {name: CanonicalTensor(t.shape, t.read) for name, t in after.items() if t is not before[name]}
+    changed = {name: CanonicalTensor(t.shape, t.read) for name, t in after.items() if t is not before.get(name)}
     if turned:
         interleave(changed, heads, turned.n_dims)
     return replace(model, tensors={**model.tensors, **changed})

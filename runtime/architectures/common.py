@@ -35,6 +35,7 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 # settings of an architecture that asks for `window` and `window_rope`
 WINDOWS = "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"
+WINDOW = WINDOWS[:2]  # of one without `window_rope`
 
 
 class Builder:
@@ -231,14 +232,17 @@ class Builder:
             self.ops.append(P.Rotate("qkv", h.n_head + h.n_kv_head, h.head_dim, rope, factors, long_factors))
 
     def attend(
-        self, scale: float | None = None, window: int = 0, softcap: float = 0.0, alibi_max_bias: float | None = None,
+        self, scale: float | None = None, window: int | None = None, softcap: float = 0.0, alibi_max_bias: float | None = None,
         sinks: str | None = None,
     ) -> None:  # fmt: skip
-        """att = attention of qkv; `scale` is 1/√head_dim where it is not given, ALiBi the model's."""
+        """att = attention of qkv; where they are not given, `scale` is 1/√head_dim, `window` what the SETTINGS say for the
+        layer, if they say anything, and ALiBi the model's.
+        """
         h = self.hyper
         op = P.Attend(
             "qkv", "att", self.layer, h.n_head, h.n_kv_head, h.head_dim,
-            scale=1 / math.sqrt(h.head_dim) if scale is None else scale, window=window, softcap=softcap,
+            scale=1 / math.sqrt(h.head_dim) if scale is None else scale,
+            window=self.window(0) if window is None else window, softcap=softcap,
             alibi_max_bias=h.alibi_max_bias if alibi_max_bias is None else alibi_max_bias,
             sinks=self.tensor(sinks, h.n_head) if sinks else None,
         )  # fmt: skip
