@@ -19,7 +19,7 @@ from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
 from pocketlm.errors import FileError, PocketlmError, UsageError, needed, one_of, refused
 from pocketlm.export.model_config import read_pairs
 from pocketlm.runtime.atomic import write_file
-from pocketlm.terminal_text import count
+from pocketlm.terminal_text import count, print
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
 from pocketlm.train import batches, data, documents, log, vocabularies
 from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
