@@ -28,8 +28,13 @@ LAST, BEST, NUMBERED = "last.pt", "best.pt", "step_{:06d}.pt"
 
 def save(path: Path, model: Decoder, **more: Any) -> None:
     """The weights, their shape, and what else is given (optimiser, step, …)."""
-    with replacing_file(path) as part:
-        torch.save({"model": model.state_dict(), "model_config": asdict(model.shape), **more}, part)
+    with replacing_file(path) as part, open(part, "wb") as file:
+        try:
+            torch.save({"model": model.state_dict(), "model_config": asdict(model.shape), **more}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, of which PyTorch says what it did to its file
+                raise error.__context__ from None
+            raise
 
 
 def read(path: Path) -> dict[str, Any]:
