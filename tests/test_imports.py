@@ -47,8 +47,8 @@ ALLOWED = {
         " cli_options terminal_text"
     ),
     "train": (
-        "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
-        " signals terminal_text models.small_talk"
+        "errors tokenizer runtime.atomic runtime.file_mapping runtime.hyper runtime.positions runtime.sampling chat.templates"
+        " export signals terminal_text models.small_talk"
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "errors model tokenizer",  # the face
