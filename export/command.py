@@ -108,7 +108,7 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
         raise UsageError("--lora-scale is for --lora")
     lora = read_lora(Path(arguments.lora), arguments.lora_scale) if arguments.lora else None
     # a LoRA comes with the tokenizer that it was trained with, which may have more tokens than the base's, or another template
-    trained_with = Path(arguments.lora) if lora and not arguments.tokenizer and Path(arguments.lora).is_dir() else None
+    trained_with = lora.path if lora and not arguments.tokenizer and lora.path.is_dir() else None
     own, template = (find_in(trained_with), chat_template(trained_with)) if trained_with else (None, None)
     notes = [lora.note] if lora else []
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]

@@ -37,7 +37,7 @@ OWN = (
 )
 WHOLE, BEFORE = ".modules_to_save.", ".original_module"
 TABLE, HEAD = "token_embd.weight", "output.weight"
-PLAIN_PATTERN = re.compile(r"[\w.^$-]{1,200}")  # a regular expression without loops, and so without endless ones
+PLAIN_PATTERN = re.compile(r"([\w.^$-]|\\\.){1,200}")  # a regular expression without loops, and so without endless ones
 # values of init_lora_weights with which PEFT leaves the base's weights alone; others subtract the initial product from them
 BASE_AS_IT_IS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
@@ -53,12 +53,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Lora:
-    """`pairs`: by the names of the matrices they change. `transposed`: the base's matrices are (in, out). `saved`: tensors that
-    take the place of the base's, by their names.
-    """
+    """`pairs`: by the names of the matrices they change. `saved`: tensors that take the place of the base's, by their names."""
 
     path: Path
-    transposed: bool
     pairs: dict[str, Pair]
     saved: dict[str, LazyTensor]
 
@@ -105,15 +102,17 @@ class Lora:
     def _changed(self, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         """The merged tensors, by their names in the base."""
         changed = {}
+        # Hugging Face's GPT-2 has its layers' matrices transposed; PEFT's fan_in_fan_out says so of the last one alone
+        conv1d = any(name.endswith("attn.c_attn.weight") and t.shape[-1:] > t.shape[:1] for name, t in tensors.items())
         for name, pair in self.pairs.items():
             base = _found(tensors, f"{name}.weight")
             if base is None:
                 raise self._error(name, "which the checkpoint does not have")
-            is_role = TABLE in tensors
-            if role_of(f"{name}.weight") == TABLE and not _has_head(tensors):
+            role = role_of(f"{name}.weight")
+            if role == TABLE and not _has_head(tensors):
                 problem = "it changes the token table but not the output matrix, and the checkpoint has one for both"
                 raise FileError(self.path, problem, "merge it with PEFT and export the result")
-            turned = self.transposed and not is_role
+            turned = conv1d and role not in (TABLE, "position_embd.weight", HEAD)
             shape, sizes = base.shape[::-1] if turned else base.shape, (pair.a.shape, pair.b.shape)
             fits = all(len(size) == 2 for size in sizes) and shape == (pair.b.shape[0], pair.a.shape[1])
             if not fits or sizes[0][0] != sizes[1][1] or (pair.magnitude and pair.magnitude.shape != shape[:1]):
@@ -185,7 +184,7 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
     pairs = {name: scaled(name, pair) for name, pair in _pairs(tensors, path).items()}
     if config.get("use_dora") and (lacking := next((name for name, pair in pairs.items() if pair.magnitude is None), None)):
         raise FileError(path, f"{CONFIG} says use_dora, but {quoted(lacking)} has no magnitudes", "save the adapter again")
-    return Lora(path, bool(config.get("fan_in_fan_out")), pairs, _saved(tensors))
+    return Lora(path, pairs, _saved(tensors))
 
 
 def _number(value: Any) -> float | None:
@@ -200,11 +199,8 @@ def _without_config(path: Path, file: Path, scale: float | None) -> Lora:
     if scale is None:
         advice = "give --lora-scale: alpha, or alpha / rank where its code divides by the rank"
         raise FileError(path, "does not say what its matrices are multiplied by", advice)
-    transposed = any(
-        re.search(r"attn\.c_attn(\.base_layer)?\.weight$", name) and t.shape[-1] > t.shape[0] for name, t in tensors.items()
-    )
     pairs = {name: pair._replace(scale=scale) for name, pair in pairs.items()}
-    return Lora(path, transposed, pairs, _saved({name: t for name, t in tensors.items() if WHOLE in name}))
+    return Lora(path, pairs, _saved({name: t for name, t in tensors.items() if WHOLE in name}))
 
 
 def _saved(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -120,7 +120,7 @@ def test_adapters_of_other_kinds_are_refused(options: dict[str, Any], said: str,
 TOKENS = {"modules_to_save": ["embed_tokens", "lm_head"]}  # as those do who add tokens
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
-    "alpha_pattern": {"^model.layers.1.self_attn.v_proj": 32},
+    "alpha_pattern": {"^model.layers.1.self_attn.v_proj": 32, r"layers\.0\.self_attn\.v_proj": 7},
 }
 
 
@@ -137,6 +137,9 @@ PATTERNS = {
         ({}, PATTERNS), ({}, PATTERNS | {"use_rslora": True}), ({}, {"use_dora": True}), ({}, {"layers_to_transform": [1]}),
         ({"kind": "gpt2"}, {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True}),
         ({"kind": "gpt2"}, {"target_modules": ["c_attn"], "bias": "all"}),
+        # only layers' matrices are transposed; here the table of positions is square
+        *(({"kind": "gpt2", "more": {"n_positions": 32, "tie_word_embeddings": False}}, {"target_modules": names})
+          for names in (["c_attn", "wpe"], ["attn.c_proj", "lm_head"])),
     ],
 )  # fmt: skip
 def test_an_adapter_that_peft_made_is_merged_as_peft_does_or_refused(
@@ -147,7 +150,8 @@ def test_an_adapter_that_peft_made_is_merged_as_peft_does_or_refused(
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     name = "GPT2" if base.get("kind") == "gpt2" else "Llama"
-    config = getattr(transformers, f"{name}Config")(**sizes, tie_word_embeddings="kind" in base or "tied" in base)
+    sizes = {**sizes, "tie_word_embeddings": "kind" in base or "tied" in base, **base.get("more", {})}
+    config = getattr(transformers, f"{name}Config")(**sizes)
     getattr(transformers, f"{name}LMHeadModel" if "kind" in base else "LlamaForCausalLM")(config).save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     if "rows" in base:
@@ -336,6 +340,7 @@ def test_the_tokenizer_and_template_that_an_adapter_was_trained_with_are_taken(
     characters(0x500, lora, "tuned")
     first, template, said = exported(checkpoint)
     assert (first, template) == ("\u0500", "tuned")
+    assert exported(checkpoint, "--lora", lora / "adapter_model.safetensors") == (first, template, said)
     assert f"note: its tokenizer is {lora / 'vocab.json'}" in said
     assert f"note: its chat template is that of {lora}" not in said  # it came with the tokenizer
     assert exported(checkpoint, "--tokenizer", checkpoint / "vocab.json")[:2] == ("\u0400", "base")
