@@ -8,7 +8,6 @@ model_config.py says which `model_type` is which architecture.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -57,7 +56,10 @@ GRANITE_KEYS = {
 }  # fmt: skip
 GEMMA: dict[str, Any] = {"query_pre_attn_scalar": 256.0, "tied": True}  # where the configuration is silent
 # `checked` looks at these
-COMPUTED = ("layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar", "rope_local_base_freq")
+COMPUTED = (
+    "layer_types", "sliding_window", "no_rope_layers", "query_pre_attn_scalar", "rope_local_base_freq",
+    "sliding_window_size",  # in the first Gemma 2's beside sliding_window; transformers does not read it
+)  # fmt: skip
 
 
 def one_added(draft: Draft) -> None:
@@ -104,7 +106,7 @@ def own_layers(period: int) -> Step:
     """Say which layers have a window, where it is not all but every `period`-th (0: all)."""
 
     def say(draft: Draft) -> None:
-        keys, reach = draft.keys, sys.maxsize if period else draft.keys["context_length"]
+        keys, reach = draft.keys, math.inf if period else draft.keys["context_length"]
         said = draft.config.windows(keys["block_count"], reach) or [-1]
         if max(said) > 0 if not period else max(said) == 0 and isinstance(keys.get("attention.sliding_window"), int):
             keys["attention.sliding_window"] = max(said)  # 0: llama.cpp crashes on a window that no layer has
@@ -354,7 +356,7 @@ def checked(model: CanonicalModel, config: ModelConfig, fixed: Mapping[str, Any]
     plan = model.plan(config.path)
     layers, n_ctx, base = _layers(plan), model.hyper.n_ctx, config.raw("rope_local_base_freq")
     near, far = ({rope for window, rope in layers if bool(window) == has_one} for has_one in (True, False))
-    reach = n_ctx if not near or near == far else sys.maxsize  # where positions depend on windows, wider ones count, too
+    reach = n_ctx if not near or near == far else math.inf  # where positions depend on windows, wider ones count, too
     windows, said_windows = [window if window < reach else 0 for window, _ in layers], config.windows(len(layers), reach)
     if said_windows is None and not any(windows):  # the architecture has none
         config.check_window(n_ctx)

@@ -118,6 +118,7 @@ MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
     **{name: {"sliding_window": 4096} for name in ("mistral", "exaone4")},
+    **{name: {"max_window_layers": 28} for name in ("qwen2", "qwen3")},
     **{name: {"sliding_window": 4096, "num_attention_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6}
        for name in ("gemma3_text", "gemma3")},
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
@@ -292,7 +293,7 @@ class ModelConfig:
         """As `raw`, but a null counts as a value; `names`: with spaces between them; `default` if no level has one."""
         return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
-    def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
+    def windows(self, n_layer: int, n_ctx: float) -> list[int] | None:
         """The window of every layer with attention, 0 for none; None if there are some, but nothing says in which layers."""
         size, kinds, used = (self.raw(name) for name in ("sliding_window", "layer_types", "use_sliding_window"))
         is_off = used is False or (used is None and self.model_type in WINDOW_ON_DEMAND)
