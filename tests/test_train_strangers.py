@@ -80,6 +80,15 @@ def test_an_optimisers_settings_are_those_of_the_run() -> None:
     assert same("run", "changed")
 
 
+def test_a_run_goes_on_whose_optimiser_has_no_state_yet() -> None:
+    """In fp16 the first steps may overflow, and are left out."""
+    assert train("run", "a.txt --steps 2") == 0
+    content = torch.load("run/last.pt", weights_only=True)
+    content["optimizer"]["state"] = {}
+    torch.save(content, "run/last.pt")
+    assert train("run", "a.txt --steps 4") == 0
+
+
 @pytest.mark.parametrize("packed", ["data/0", "data.pkl", "version"])
 def test_a_checkpoint_that_unpacks_to_more_than_it_is_large_is_not_unpacked(
     packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

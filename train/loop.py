@@ -226,7 +226,8 @@ def _resumed(
     if wrong := [name for name in sorted(old.keys() | identity) if old.get(name) != identity.get(name)]:
         given = "; ".join(f"{name} = {old.get(name)}, not {identity.get(name)}" for name in wrong)
         raise UsageError(f"{run} holds a run with {given}: give that to go on with it, or another folder with -o")
-    _restore(optimizer, content["optimizer"]["state"])
+    if saved := content["optimizer"]["state"]:  # none while every step of fp16 has overflowed and was left out
+        _restore(optimizer, saved)
     model.load_state_dict(content["model"])
     if content["scaler"] and scaler.is_enabled():  # --dtype may change
         scaler.load_state_dict(content["scaler"])
