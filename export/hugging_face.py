@@ -106,13 +106,15 @@ def own_layers(period: int) -> Step:
     """Say which layers have a window, where it is not all but every `period`-th (0: all)."""
 
     def say(draft: Draft) -> None:
-        keys, reach = draft.keys, math.inf if period else draft.keys["context_length"]
-        said = draft.config.windows(keys["block_count"], reach) or [-1]
-        if max(said) > 0 if not period else max(said) == 0 and isinstance(keys.get("attention.sliding_window"), int):
-            keys["attention.sliding_window"] = max(said)  # 0: llama.cpp crashes on a window that no layer has
-        pattern, usual = [size > 0 for size in said], [not period or (i + 1) % period > 0 for i in range(len(said))]
-        if min(said) >= 0 and pattern != usual and keys.get("attention.sliding_window"):
-            keys["attention.sliding_window_pattern"] = pattern
+        keys, window = draft.keys, "attention.sliding_window"
+        said = draft.config.windows(keys["block_count"], math.inf if period else keys["context_length"])
+        if not said or min(said) < 0:
+            return  # `checked` refuses it
+        if max(said) or isinstance(keys.get(window), int):
+            keys[window] = max(said)  # 0: llama.cpp crashes on a window that no layer has
+        pattern = [size > 0 for size in said]
+        if any(pattern) and pattern != [not period or (i + 1) % period > 0 for i in range(len(said))]:
+            keys[f"{window}_pattern"] = pattern
 
     return say
 

@@ -110,8 +110,9 @@ class Lora:
                 raise self._error(name, "which the checkpoint does not have")
             role = role_of(f"{name}.weight")
             if role == TABLE and not _has_head(tensors):
-                problem = "it changes the token table but not the output matrix, and the checkpoint has one for both"
-                raise FileError(self.path, problem, "merge it with PEFT and export the result")
+                raise _not_merged(
+                    self.path, "it changes the token table but not the output matrix, and the checkpoint has one for both"
+                )
             turned = conv1d and role not in (TABLE, "position_embd.weight", HEAD)
             shape, sizes = base.shape[::-1] if turned else base.shape, (pair.a.shape, pair.b.shape)
             fits = all(len(size) == 2 for size in sizes) and shape == (pair.b.shape[0], pair.a.shape[1])
@@ -144,7 +145,7 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
         return _without_config(path, path, scale)
     config = read_json(path / CONFIG)
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise FileError(path, f"is no LoRA: {CONFIG} says otherwise", "merge it with PEFT and export the result")
+        raise _not_merged(path, f"is no LoRA: {CONFIG} says otherwise")
     mlx = config.get("lora_parameters")
     names = (MLX_FILE,) if isinstance(mlx, dict) else FILES
     file = next((path / name for name in names if (path / name).is_file()), None)
@@ -158,24 +159,20 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
         said = _number(mlx.get("scale"))
         return _without_config(path, file, said if scale is None else scale)
     if asked := next((name for name in UNSUPPORTED if config.get(name)), None):
-        problem = f"the adapter uses {asked}, which pocketlm does not merge"
-        raise FileError(path, problem, "merge it with PEFT and export the result")
+        raise _not_merged(path, f"the adapter uses {asked}, which pocketlm does not merge")
     if (begun := config.get("init_lora_weights")) not in BASE_AS_IT_IS:
-        problem = f"its init_lora_weights is {quoted(begun)}, which changes the base, too"
-        raise FileError(path, problem, "merge it with PEFT and export the result")
+        raise _not_merged(path, f"its init_lora_weights is {quoted(begun)}, which changes the base, too")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(
         _number(alpha) and PLAIN_PATTERN.fullmatch(p) for p, alpha in patterns.items()
     ):
-        problem = "its alpha_pattern has other things than names of matrices with a number each"
-        raise FileError(path, problem, "merge it with PEFT and export the result")
+        raise _not_merged(path, "its alpha_pattern has other things than names of matrices with a number each")
     rank, alpha = config.get("r"), _number(config.get("lora_alpha"))
     if type(rank) is not int or not 0 < rank < 1e12 or alpha is None:
         raise FileError(path, f"{CONFIG} lacks r or lora_alpha", "export the adapter again")
     tensors = open_checkpoint(file).tensors
     if other := next((name for name in tensors if not re.fullmatch(f"{LORA}|{MAGNITUDE}|{OWN}", name)), None):
-        problem = f"its tensor {quoted(other)} is no part of a LoRA pocketlm merges"
-        raise FileError(path, problem, "merge it with PEFT and export the result")
+        raise _not_merged(path, f"its tensor {quoted(other)} is no part of a LoRA pocketlm merges")
 
     def scaled(name: str, pair: Pair) -> Pair:
         own, n = next((alpha for p, alpha in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), alpha), pair.a.shape[0]
@@ -185,6 +182,10 @@ def read_lora(path: Path, scale: float | None = None) -> Lora:
     if config.get("use_dora") and (lacking := next((name for name, pair in pairs.items() if pair.magnitude is None), None)):
         raise FileError(path, f"{CONFIG} says use_dora, but {quoted(lacking)} has no magnitudes", "save the adapter again")
     return Lora(path, pairs, _saved(tensors))
+
+
+def _not_merged(path: Path, problem: str) -> FileError:
+    return FileError(path, problem, "merge it with PEFT and export the result")
 
 
 def _number(value: Any) -> float | None:
