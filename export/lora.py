@@ -239,8 +239,9 @@ def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
             pair[half] = tensor
     if not halves:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
-    if lonely := [name for name, pair in halves.items() if sorted(len(half.shape) for half in pair.values()) != [2, 2]]:
-        raise FileError(path, f"the two matrices for {quoted(lonely[0])} are not both there", "save the adapter again")
+    for name, pair in halves.items():
+        if sorted(len(half.shape) for half in pair.values() if all(half.shape)) != [2, 2]:
+            raise FileError(path, f"the two matrices for {quoted(name)} are not both there", "save the adapter again")
     pairs = {name: Pair(**pair) for name, pair in halves.items()}
     for name, tensor in tensors.items():
         if (matrix := _magnitude_of(name)) in pairs:

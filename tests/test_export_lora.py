@@ -117,6 +117,16 @@ def test_adapters_of_other_kinds_are_refused(options: dict[str, Any], said: str,
         read(tmp_path, module, config, tmp_path / "lora")
 
 
+def test_an_adapter_with_a_matrix_of_rank_zero_is_refused(tmp_path: Path) -> None:
+    library = pytest.importorskip("safetensors.torch", reason="writes the adapter")
+    module, config = made("llama")
+    adapter(tmp_path / "lora", module, CASES[1][1])
+    factors = {f"{name}.lora_{half}.weight": torch.zeros(n, n) for name, n in (("a", 2), ("b", 0)) for half in "AB"}
+    library.save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(FileError, match="for b are not both there"):
+        read(tmp_path, module, config, tmp_path / "lora")
+
+
 TOKENS = {"modules_to_save": ["embed_tokens", "lm_head"]}  # as those do who add tokens
 PATTERNS = {
     "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
