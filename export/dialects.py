@@ -195,9 +195,10 @@ def recognise(tensors: Tensors) -> Dialect:
 
 
 def not_parameters(tensors: Tensors) -> frozenset[str]:
-    """Names of a checkpoint's tensors that are no parameters: buffers, and an output matrix that is the token table."""
-    others = {name for name, tensor in tensors.items() if _is_buffer(name, tensor)}
-    names = {role_of(name): name for name in tensors}
+    """Names of a checkpoint's tensors that no export counts: buffers, an output matrix that is the token table, and eyes."""
+    own = dict(zip(_bare(tensors), tensors, strict=True))
+    others = {own[name] for name in own if _is_buffer(name, tensors[own[name]]) or re.fullmatch(EYES, name)}
+    names = {role_of(name): own[name] for name in own}
     head, table = names.get("output.weight"), names.get("token_embd.weight")
     if head and table and is_tied(tensors[head], tensors[table]):
         others.add(head)

@@ -10,7 +10,7 @@ import pytest
 from checkpoint_checks import logits_of
 
 from pocketlm.errors import FileError
-from pocketlm.export.dialects import read_canonical
+from pocketlm.export.dialects import inspect_checkpoint, read_canonical
 from pocketlm.export.export import export
 
 families = pytest.importorskip("test_families_transformers", reason="torch or transformers is not installed")
@@ -76,6 +76,8 @@ def test_the_text_of_a_gemma3_that_sees_pictures(older: bool, tmp_path: Path) ->
     ids = np.arange(40) * 7 % 256
     exported = read_canonical(tmp_path / "folder", tokenizer="none")
     assert any("it sees no pictures" in note for note in exported.notes)
+    n_parameters = sum(parameter.numel() for parameter in model.get_decoder().parameters())
+    assert inspect_checkpoint(tmp_path / "folder")["parameters"] == n_parameters
     export(exported, "folder", tmp_path / "model.gguf", quant="f32")
     found, expected = logits_of(tmp_path / "model.gguf", ids.tolist()), families.logits_of(model, ids)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)

@@ -48,16 +48,17 @@ def checkpoint_of(kind: str, folder: Path) -> tuple[Path, int]:
         module = random(Decoder(changed(PRESETS[kind].shape, SMALL)))
         checkpoints.save(folder / "c.pt", module)
     else:  # with lm_head beside wte, and the masks that old nanoGPT saves as buffers
-        tied = kind == "nanoGPT, tied"
+        tied = kind != "nanoGPT, not tied"
         module = random(models.GPT(n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=300, bias=True, masks=True))
         assert module.lm_head.weight is module.transformer.wte.weight
         if not tied:
             module.lm_head.weight = torch.nn.Parameter(torch.randn_like(module.lm_head.weight))
-        torch.save({"model": module.state_dict(), "config": {"n_head": 4}}, folder / "c.pt")
+        state = {"teacher." * ("class" in kind) + name: tensor for name, tensor in module.state_dict().items()}
+        torch.save({"model": state, "config": {"n_head": 4}}, folder / "c.pt")
     return folder / "c.pt", sum(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("kind", [*PRESETS, "nanoGPT, tied", "nanoGPT, not tied"])
+@pytest.mark.parametrize("kind", [*PRESETS, "nanoGPT, tied", "nanoGPT, not tied", "nanoGPT in a class"])
 def test_export_and_inspect_count_alike(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     checkpoint, count = checkpoint_of(kind, tmp_path)
     found = {"checkpoint": inspected(checkpoint, capsys)}
