@@ -41,8 +41,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "tekken": (_CASED % ("", "") + r"\p{N}" + _AND_LINES,),
     "gpt-4o llama4 kanana2 minimax-m2": (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"\p{N}{1,3}" + _AND_LINES,),
     "deepseek-v3 hunyuan-dense": (
-        r"\p{N}{1,3}",
-        "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
+        r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
         r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
         r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
     ),
