@@ -39,16 +39,17 @@ _LLAMA3_MARKERS = (
     "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image",
     *(f"reserved_special_token_{i}" for i in range(2, 246)),
 )  # fmt: skip
+_MODELS = (b"GGUF", b"\x7fELF", b"MZ", b"\xcf\xfa\xed\xfe")  # and as packed programs begin
 _LLM_C, _LLM_C_HEADER = struct.pack("<i", 20240328), 1024  # of its gpt2_tokenizer.bin
 
 
 def load(
     path: str | os.PathLike[str], *, pattern: str | None = None, special_tokens: Mapping[str, int] | None = None
 ) -> Tokenizer:
-    """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
-    `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`) beside it, the
-    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, nanochat's `tokenizer.pkl`, llama2.c's `tokenizer.bin`, llm.c's
-    `gpt2_tokenizer.bin`, or a folder that holds one.
+    """The tokenizer of a GGUF (one with a vocabulary only will do) or a packed program, a Hugging Face `tokenizer.json`, a
+    SentencePiece `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`)
+    beside it, the `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, nanochat's `tokenizer.pkl`, llama2.c's `tokenizer.bin`,
+    llm.c's `gpt2_tokenizer.bin`, or a folder that holds one.
 
     `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
     else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
@@ -60,10 +61,10 @@ def load(
             raise FileError(path, "holds no tokenizer", "looked for " + ", ".join(_IN_FOLDER))
         path = found
     data = _read(path, 4)
-    if data == b"GGUF":
-        from pocketlm.runtime.gguf_reader import open_gguf
+    if data.startswith(_MODELS):
+        from pocketlm.runtime.model_file import open_model
 
-        with open_gguf(path) as file:
+        with open_model(path) as file:
             return from_metadata(file.metadata, path)
     data = _read(path)
     if llama2c.looks_like(data):
