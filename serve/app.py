@@ -107,6 +107,7 @@ class Api:
 
     def __init__(self, answerer: Answerer, defaults: dict[str, Any]):
         self._answerer, self._model, self._defaults = answerer, answerer.model, defaults
+        self._facts = self._read_facts()  # now: the file may be moved while it serves
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -114,7 +115,7 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(metrics(self._answerer), media_type="text/plain; version=0.0.4")
 
-    def _facts(self) -> dict[str, Any]:
+    def _read_facts(self) -> dict[str, Any]:
         model, tokenizer = self._model, self._model.tokenizer
         meta = {"vocab_type": type(tokenizer).__name__,
                 "n_vocab": tokenizer.n_vocab, "n_ctx": self._answerer.n_ctx, "n_ctx_train": model.hyper.n_ctx,
@@ -123,12 +124,12 @@ class Api:
                 "meta": meta}  # fmt: skip
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._facts()]})
+        return JSONResponse({"object": "list", "data": [self._facts]})
 
     async def model(self, request: Request) -> Response:
         if request.path_params["name"] != self._model.name:
             raise ApiError(404, f"the model here is {self._model.name}")
-        return JSONResponse(self._facts())
+        return JSONResponse(self._facts)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_json(request)
