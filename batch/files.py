@@ -75,7 +75,6 @@ class Prompts:
                 elif data := data.removeprefix(BOM if number == 1 else b"").strip():
                     yield Line(number, data)
 
-
     def _check(self, file: BinaryIO) -> None:
         """FileError where the file does not begin with what was counted."""
         at, state, digest, left = file.tell(), _state(file), hashlib.blake2b(digest_size=16), self._size
