@@ -137,7 +137,7 @@ class Server(Uvicorn):
             app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
             server_header=False, date_header=True, limit_concurrency=_most_connections(), backlog=AT_ONCE, proxy_headers=False,
             h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=int(HEAD_SECONDS) or 1,
-            timeout_graceful_shutdown=STOP_SECONDS, interface="asgi3",
+            timeout_graceful_shutdown=int(STOP_SECONDS) + 5, interface="asgi3",
         )  # fmt: skip
         super().__init__(config)
         self._stopping, self._listening = stopping, listening
@@ -166,9 +166,18 @@ class Server(Uvicorn):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let answers end first."""
+        """Let answers end first. Who is still sending a request is not waited for, and who reads not for long."""
         self._stopping()
+        for connection in list(self.server_state.connections):
+            if connection.cycle is not None and connection.cycle.more_body:
+                connection.transport.close()
+        clock = asyncio.get_running_loop().call_later(STOP_SECONDS, self._abort)
         await super().shutdown(sockets)
+        clock.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def capture_signals(self) -> Any:
         """Let signals stop the server, but not the process: uvicorn would raise them once more afterwards."""

@@ -213,3 +213,16 @@ def test_a_reader_is_waited_for_as_long_as_he_takes_anything(server, monkeypatch
     assert not sizes, "in the last time he took nothing"
     connection.connection_lost(None)
     loop.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on how large Linux lets the buffers of a socket become")
+def test_who_does_not_go_on_holds_up_no_stop_and_is_no_defect(path, monkeypatch, caplog):
+    monkeypatch.setattr(http_server, "STOP_SECONDS", 0.5)
+    head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    body = json.dumps({"content": "x" * 400_000, "with_pieces": True}).encode()
+    with serving(path) as server, server.connect() as writes_no_more, server.connect() as reads_nothing:
+        reads_nothing.sendall(head % len(body) + body)
+        wait_until(lambda: server.server.server_state.total_requests == 1)
+        writes_no_more.sendall(head % 9 + b"{")
+        wait_until(lambda: bool(server.server.server_state.tasks))
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
