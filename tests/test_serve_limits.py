@@ -220,9 +220,12 @@ def test_who_does_not_go_on_holds_up_no_stop_and_is_no_defect(path, monkeypatch,
     monkeypatch.setattr(http_server, "STOP_SECONDS", 0.5)
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     body = json.dumps({"content": "x" * 400_000, "with_pieces": True}).encode()
-    with serving(path) as server, server.connect() as writes_no_more, server.connect() as reads_nothing:
+    with serving(path) as server:
+        reads_nothing, writes_no_more = server.connect(), server.connect()
         reads_nothing.sendall(head % len(body) + body)
         wait_until(lambda: server.server.server_state.total_requests == 1)
         writes_no_more.sendall(head % 9 + b"{")
         wait_until(lambda: bool(server.server.server_state.tasks))
+    reads_nothing.close()
+    writes_no_more.close()
     assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
