@@ -79,6 +79,8 @@ class Protocol(H11Protocol):
         super().data_received(data)
         if self._is_asked():
             self._end(self._head)
+            if not self.cycle.more_body and len(self.conn.trailing_data[0]) < HEAD_BYTES:
+                self.flow.resume_reading()  # of what comes too early: else nobody sees that the client hangs up
 
     def on_response_complete(self) -> None:
         self._await_head()

@@ -71,6 +71,20 @@ def test_who_hangs_up_frees_his_slot_within_one_pass_also_in_the_middle_of_a_pro
         assert server.post(CHAT, hello()).status == 200
 
 
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_who_hangs_up_is_seen_to_though_he_has_sent_more(path, more):
+    with serving(path, slots=1) as server:
+        gate = Gate(server)
+        client = ask(server, hello(max_tokens=500, ignore_eos=True))
+        assert gate.waiting.wait(30)
+        client.sendall(more)
+        time.sleep(0.1)  # apart from the end
+        client.close()
+        wait_until(lambda: cancelled(server), 20)
+        gate.open()
+        wait_until(server.idle)
+
+
 def test_who_hangs_up_takes_nobody_along(path):
     with serving(path, slots=2) as server:
         wanted = server.post(CHAT, hello("stays", max_tokens=50)).json["choices"]
