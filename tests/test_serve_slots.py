@@ -27,12 +27,12 @@ def path(tmp_path_factory):
     return tiny_chat(tmp_path_factory.mktemp("slots"), n_ctx=4096)
 
 
-def ask(server, body):
+def ask(server, body, connection=b"close"):
     """A connection on which a request is under way."""
     client = server.connect()
     data = json.dumps(body).encode()
     client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                   b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data)  # fmt: skip
+                   b"Connection: %s\r\nContent-Length: %d\r\n\r\n" % (connection, len(data)) + data)  # fmt: skip
     return client
 
 
@@ -75,7 +75,7 @@ def test_who_hangs_up_frees_his_slot_within_one_pass_also_in_the_middle_of_a_pro
 def test_who_hangs_up_is_seen_to_though_he_has_sent_more(path, more):
     with serving(path, slots=1) as server:
         gate = Gate(server)
-        client = ask(server, hello(max_tokens=500, ignore_eos=True))
+        client = ask(server, hello(max_tokens=500, ignore_eos=True), b"keep-alive")
         assert gate.waiting.wait(30)
         client.sendall(more)
         time.sleep(0.1)  # apart from the end
