@@ -7,7 +7,7 @@ HTTP and no JSON.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,12 @@ T = TypeVar("T")
 ENCODING = 4  # texts that are made into ids at the same time
 SELDOM = 0.25  # seconds between two looks at an answer of which nobody sees the parts
 STOPPING = "the server is stopping"
+GONE = "the client hung up"
+Gone = Callable[[], Awaitable[bool]]
+
+
+async def _stays() -> bool:
+    return False
 
 
 @dataclass
@@ -61,13 +67,17 @@ class Answerer:
 
     # ---- prompts
 
-    async def encode(self, ask: Ask) -> Prompts:
+    async def encode(self, ask: Ask, gone: Gone = _stays) -> Prompts:
         """`Asking.encode`, in a thread."""
-        return await self.aside(lambda: self.asking.encode(ask))
+        return await self.aside(lambda: self.asking.encode(ask), gone)
 
-    async def aside(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread, at most ENCODING at once: a long text to tokenise must not block the event loop."""
+    async def aside(self, work: Callable[[], T], gone: Gone = _stays) -> T:
+        """Run `work` in a thread, at most ENCODING at once: a long text to tokenise must not block the event loop. Raises
+        ApiError where the client is `gone` before its turn has come.
+        """
         async with self._encoding:
+            if await gone():
+                raise ApiError(400, GONE)
             made = Handover()
             made.start(lambda cancel: [work()])
             return await anext(made)

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
-from pocketlm.serve.answering import SELDOM, Answer, Answerer, metrics
+from pocketlm.serve.answering import GONE, SELDOM, Answer, Answerer, metrics
 from pocketlm.serve.asking import Prompts
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
@@ -90,7 +90,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     except (TimeoutError, asyncio.TimeoutError):
         raise ApiError(408, f"the body did not come in {READ_SECONDS:g} s") from None
     except ClientDisconnect:
-        raise ApiError(400, "the client hung up") from None
+        raise ApiError(400, GONE) from None
 
 
 async def _body(request: Request) -> bytes:
@@ -144,7 +144,7 @@ class Api:
             return ",".join(_JSON.encode(_piece(id, tokenizer.token_bytes(id))) for id in ids) if pieces else f"{ids}"[1:-1]
 
         try:  # millions of them as one JSON would keep everybody waiting for seconds
-            written = await self._answerer.aside(tokens)
+            written = await self._answerer.aside(tokens, request.is_disconnected)
             return Response(f'{{"tokens":[{written}]}}', media_type="application/json")
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
@@ -154,12 +154,12 @@ class Api:
         n = self._model.tokenizer.n_vocab
         if len(tokens) > MOST_IDS or not all(type(id) is int and 0 <= id < n for id in tokens):
             raise ApiError(400, f"tokens must be a list of ids from 0 to {n - 1}", param="tokens")
-        text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True))
+        text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True), request.is_disconnected)
         return JSONResponse({"content": text})
 
     async def answer(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Response:
         ask = await self._read(request, is_chat, llama_cpp)
-        prompts = await self._answerer.encode(ask)
+        prompts = await self._answerer.encode(ask, request.is_disconnected)
         own = OwnShape(ask, prompts, self._answerer) if llama_cpp else None
         shape = own or Shape(ask, self._model.name, self._model.tokenizer.token_bytes)
         return Answering(self._answerer, ask, prompts, shape)
@@ -176,10 +176,11 @@ class Api:
 
     async def apply_template(self, request: Request) -> Response:
         ask = await self._read(request, is_chat=True)
-        return JSONResponse({"prompt": await self._answerer.aside(lambda: self._answerer.asking.text(ask))})
+        text = await self._answerer.aside(lambda: self._answerer.asking.text(ask), request.is_disconnected)
+        return JSONResponse({"prompt": text})
 
     async def count(self, request: Request) -> Response:
-        prompts = await self._answerer.encode(await self._read(request, is_chat=True))
+        prompts = await self._answerer.encode(await self._read(request, is_chat=True), request.is_disconnected)
         return JSONResponse({"input_tokens": len(prompts.ids[0])})
 
 

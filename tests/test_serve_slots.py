@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving import Reply, everything, hello, serving, tiny_chat, wait_until
 
+from pocketlm.serve.answering import ENCODING
 from pocketlm.serve.command import _begun
 from pocketlm.serve.guard import Policy, is_loopback
 from pocketlm.serve.server import address_for_others
@@ -83,6 +84,29 @@ def test_who_hangs_up_is_seen_to_though_he_has_sent_more(path, more):
         wait_until(lambda: cancelled(server), 20)
         gate.open()
         wait_until(server.idle)
+
+
+def test_who_hangs_up_before_his_prompt_is_read_costs_nobody_time(path):
+    with serving(path) as server:
+        encode, begun, go_on = server.answerer.asking.encode, [], threading.Event()
+
+        def slowly(ask):
+            begun.append(ask)
+            assert go_on.wait(30)
+            return encode(ask)
+
+        server.answerer.asking.encode = slowly
+        clients = [ask(server, hello()) for _ in range(ENCODING)]
+        wait_until(lambda: len(begun) == ENCODING)
+        leaving = [ask(server, hello()) for _ in range(3)]
+        wait_until(lambda: len(server.server.server_state.tasks) == ENCODING + 3)
+        for client in leaving:
+            client.close()
+        wait_until(lambda: len(server.server.server_state.connections) == ENCODING)
+        go_on.set()
+        assert [Reply(everything(client)).status for client in clients] == [200] * ENCODING
+        wait_until(lambda: not server.server.server_state.tasks)
+        assert len(begun) == ENCODING
 
 
 def test_who_hangs_up_takes_nobody_along(path):
