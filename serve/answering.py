@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.serve.asking import Asking, Prompts, pieces
+from pocketlm.serve.asking import Asking, Prompts, pieces, size
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.slots import QueueFull, Slot, Slots
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
 
 T = TypeVar("T")
-ENCODING = 4  # texts that are made into ids at the same time
+ENCODING = 4  # short texts that are made into ids at the same time, and long ones
+LONG = 1 << 16  # characters
 SELDOM = 0.25  # seconds between two looks at an answer of which nobody sees the parts
 STOPPING = "the server is stopping"
 GONE = "the client hung up"
@@ -61,7 +62,7 @@ class Answerer:
         self.n_ctx = sessions[0].n_ctx
         self.stopping = False
         self.running: set[Answer] = set()
-        self._encoding = asyncio.Semaphore(ENCODING)
+        self._encoding = {is_long: asyncio.Semaphore(ENCODING) for is_long in (False, True)}
         self.asking = Asking(model, self.n_ctx)
         self._preparing: asyncio.Future[None] | None = None  # kept: a loop does not hold its tasks
 
@@ -69,13 +70,13 @@ class Answerer:
 
     async def encode(self, ask: Ask, gone: Gone = _stays) -> Prompts:
         """`Asking.encode`, in a thread."""
-        return await self.aside(lambda: self.asking.encode(ask), gone)
+        return await self.aside(lambda: self.asking.encode(ask), size(ask), gone)
 
-    async def aside(self, work: Callable[[], T], gone: Gone = _stays) -> T:
-        """Run `work` in a thread, at most ENCODING at once: a long text to tokenise must not block the event loop. Raises
-        ApiError where the client is `gone` before its turn has come.
+    async def aside(self, work: Callable[[], T], n: int, gone: Gone = _stays) -> T:
+        """Run `work` on a text of `n` characters in a thread, at most ENCODING of a kind at once: a long text to tokenise must
+        block neither the event loop nor short ones. Raises ApiError where the client is `gone` before its turn has come.
         """
-        async with self._encoding:
+        async with self._encoding[n > LONG]:
             if await gone():
                 raise ApiError(400, GONE)
             made = Handover()
@@ -114,7 +115,7 @@ class Answerer:
             while await answer.several(SELDOM):
                 pass
             if forms:
-                await self.aside(lambda: self.model.guide({"json_object": True}))
+                await self.aside(lambda: self.model.guide({"json_object": True}), 0)
 
     def count(self, piece: Piece) -> None:
         """Add up the figures in the last piece of an answer."""

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
 from pocketlm.serve.answering import GONE, SELDOM, Answer, Answerer, metrics
-from pocketlm.serve.asking import Prompts
+from pocketlm.serve.asking import Prompts, size
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
@@ -144,7 +144,7 @@ class Api:
             return ",".join(_JSON.encode(_piece(id, tokenizer.token_bytes(id))) for id in ids) if pieces else f"{ids}"[1:-1]
 
         try:  # millions of them as one JSON would keep everybody waiting for seconds
-            written = await self._answerer.aside(tokens, request.is_disconnected)
+            written = await self._answerer.aside(tokens, len(content or ""), request.is_disconnected)
             return Response(f'{{"tokens":[{written}]}}', media_type="application/json")
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
@@ -154,7 +154,8 @@ class Api:
         n = self._model.tokenizer.n_vocab
         if len(tokens) > MOST_IDS or not all(type(id) is int and 0 <= id < n for id in tokens):
             raise ApiError(400, f"tokens must be a list of ids from 0 to {n - 1}", param="tokens")
-        text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True), request.is_disconnected)
+        decode = partial(self._model.tokenizer.decode, tokens, special=True)
+        text = await self._answerer.aside(decode, len(tokens), request.is_disconnected)
         return JSONResponse({"content": text})
 
     async def answer(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Response:
@@ -176,7 +177,7 @@ class Api:
 
     async def apply_template(self, request: Request) -> Response:
         ask = await self._read(request, is_chat=True)
-        text = await self._answerer.aside(lambda: self._answerer.asking.text(ask), request.is_disconnected)
+        text = await self._answerer.aside(lambda: self._answerer.asking.text(ask), size(ask), request.is_disconnected)
         return JSONResponse({"prompt": text})
 
     async def count(self, request: Request) -> Response:

@@ -109,6 +109,18 @@ def test_who_hangs_up_before_his_prompt_is_read_costs_nobody_time(path):
         assert len(begun) == ENCODING
 
 
+def test_a_short_prompt_does_not_wait_for_long_ones(path):
+    with serving(path) as server:
+        encode, go_on = server.answerer.asking.encode, threading.Event()
+        server.answerer.asking.encode = lambda ask: (len(ask.messages[0]["content"]) < 99 or go_on.wait(30)) and encode(ask)
+        long = [ask(server, hello("x" * 100_000, fit=True)) for _ in range(ENCODING + 1)]
+        wait_until(lambda: server.answerer._encoding[True].locked())
+        assert server.post(CHAT, hello()).status == 200
+        assert not go_on.is_set()
+        go_on.set()
+        assert {Reply(everything(client)).status for client in long} == {400}
+
+
 def test_who_hangs_up_takes_nobody_along(path):
     with serving(path, slots=2) as server:
         wanted = server.post(CHAT, hello("stays", max_tokens=50)).json["choices"]
