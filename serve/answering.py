@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
 
 T = TypeVar("T")
-ENCODING = 4  # short texts that are made into ids at the same time, and long ones
+ENCODING = 4  # texts that are made into ids at the same time; of long ones, which take memory, one
 LONG = 1 << 16  # characters
 SELDOM = 0.25  # seconds between two looks at an answer of which nobody sees the parts
 STOPPING = "the server is stopping"
@@ -62,7 +62,7 @@ class Answerer:
         self.n_ctx = sessions[0].n_ctx
         self.stopping = False
         self.running: set[Answer] = set()
-        self._encoding = {is_long: asyncio.Semaphore(ENCODING) for is_long in (False, True)}
+        self._encoding = {False: asyncio.Semaphore(ENCODING), True: asyncio.Semaphore(1)}  # by whether it is long
         self.asking = Asking(model, self.n_ctx)
         self._preparing: asyncio.Future[None] | None = None  # kept: a loop does not hold its tasks
 
@@ -73,8 +73,8 @@ class Answerer:
         return await self.aside(lambda: self.asking.encode(ask), size(ask), gone)
 
     async def aside(self, work: Callable[[], T], n: int, gone: Gone = _stays) -> T:
-        """Run `work` on a text of `n` characters in a thread, at most ENCODING of a kind at once: a long text to tokenise must
-        block neither the event loop nor short ones. Raises ApiError where the client is `gone` before its turn has come.
+        """Run `work` on a text of `n` characters in a thread, at most ENCODING at once, one if it is long: that must block
+        neither the event loop nor short ones. Raises ApiError where the client is `gone` before its turn has come.
         """
         async with self._encoding[n > LONG]:
             if await gone():
