@@ -170,7 +170,8 @@ class Server(Uvicorn):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers end first. Who is still sending a request is not waited for, and who reads not for long."""
         self._stopping()
-        for connection in list(self.server_state.connections):
+        connections: Any = list(self.server_state.connections)
+        for connection in connections:
             if connection.cycle is not None and connection.cycle.more_body:
                 connection.transport.close()
         clock = asyncio.get_running_loop().call_later(STOP_SECONDS, self._abort)
