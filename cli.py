@@ -7,6 +7,7 @@ is imported before a subcommand needs it, so that `pocketlm --help` answers at o
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
 
 from pocketlm import __version__
+from pocketlm.batch import command as batch
 from pocketlm.cli_options import (
     DEFAULT_MODEL,
     answer_keywords,
@@ -230,7 +232,7 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object with text, ids and timings")
     sampling_arguments(parser)
     form_arguments(parser)
-    _module("batch").arguments(parser)
+    batch.arguments(parser)
 
 
 def _prompt(arguments: Arguments) -> str:
@@ -252,7 +254,7 @@ def _prompt(arguments: Arguments) -> str:
 
 def _generate(arguments: Arguments) -> int:
     if arguments.input or arguments.output or arguments.dask:
-        return _module("batch").run(arguments)
+        return batch.run(arguments)
     prompt = _prompt(arguments)
     options = {**sampling_keywords(arguments), **form_keywords(arguments)}
     with open_model(arguments) as model:
@@ -318,7 +320,7 @@ def _inspect_arguments(parser: Parser) -> None:
 
 def _inspect(arguments: Arguments) -> int:
     from pocketlm.doctor.portrait import portrait
-    from pocketlm.export.checkpoint_summary import inspect_checkpoint
+    from pocketlm.export.dialects import inspect_checkpoint
     from pocketlm.export.from_model_file import is_model_file
     from pocketlm.model import find_model
     from pocketlm.runtime.model_summary import describe, inspect
@@ -335,60 +337,38 @@ def _inspect(arguments: Arguments) -> int:
     return 0
 
 
-def _module(name: str) -> Any:
-    """The module with a command's arguments and work, imported on first use.
-
-    The import statements are spelled out because build/modules.py finds the modules of a packed program by reading them.
+def _folder(text: str, module: str, row: str = "") -> Command:
+    """A command whose arguments and work are a module's, imported on first use; `row`: which of its COMMANDS, where it has
+    several.
     """
-    match name:
-        case "batch":
-            from pocketlm.batch import command
-        case "bench":
-            from pocketlm.bench import command
-        case "build":
-            from pocketlm.build import command
-        case "chat":
-            from pocketlm.chat import command
-        case "doctor":
-            from pocketlm.doctor import command
-        case "evaluate":
-            from pocketlm.bench import evaluate as command
-        case "export":
-            from pocketlm.export import command
-        case "pull":
-            from pocketlm.pull import command
-        case "serve":
-            from pocketlm.serve import command
-        case _:
-            from pocketlm.train import command
-    return command
-
-
-def _folder(text: str, name: str, row: str = "") -> Command:
-    """A command that `_module(name)` implements; `row`: which of the module's COMMANDS, where it has several."""
 
     def command() -> Any:
-        return _module(name).COMMANDS[row] if row else _module(name)
+        found = importlib.import_module(module)
+        return found.COMMANDS[row] if row else found
 
     return Command(text, lambda parser: command().arguments(parser), lambda arguments: command().run(arguments))
 
 
 COMMANDS: dict[str, Command] = {
     "chat": Command("Talk to a model.", _chat_arguments, _chat),
-    "chats": _folder("List, delete or export saved conversations.", "chat"),
-    "serve": _folder("Answer programs and a page in the browser.", "serve"),
+    "chats": _folder("List, delete or export saved conversations.", "pocketlm.chat.command"),
+    "serve": _folder("Answer programs and a page in the browser.", "pocketlm.serve.command"),
     "generate": Command("Complete a text.", _generate_arguments, _generate),
-    "export": _folder("Turn a checkpoint into a GGUF, fp16 bin, ONNX, Ollama or Hugging Face model.", "export"),
-    "pack": _folder("Make one executable out of a model.", "build", "pack"),
-    "unpack": _folder("Take the GGUF out of a packed executable.", "build", "unpack"),
-    "persona": _folder("Change what a packed executable says about itself.", "build", "persona"),
-    "check": _folder("Say whether a packed executable or a model file is whole, and which part is not.", "build", "check"),
-    "stub": _folder("Build the executable that models are packed into.", "build", "stub"),
+    "export": _folder(
+        "Turn a checkpoint into a GGUF, fp16 bin, ONNX, Ollama or Hugging Face model.", "pocketlm.export.command"
+    ),
+    "pack": _folder("Make one executable out of a model.", "pocketlm.build.command", "pack"),
+    "unpack": _folder("Take the GGUF out of a packed executable.", "pocketlm.build.command", "unpack"),
+    "persona": _folder("Change what a packed executable says about itself.", "pocketlm.build.command", "persona"),
+    "check": _folder(
+        "Say whether a packed executable or a model file is whole, and which part is not.", "pocketlm.build.command", "check"
+    ),
+    "stub": _folder("Build the executable that models are packed into.", "pocketlm.build.command", "stub"),
     "tokenize": Command("Show a text's token ids, or the text of ids.", _tokenize_arguments, _tokenize),
     "inspect": Command("Show what is in a model file or a checkpoint.", _inspect_arguments, _inspect),
-    "bench": _folder("Run a model through every backend of this machine, side by side.", "bench"),
-    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", "doctor"),
-    "pull": _folder("Fetch a good small model by its name.", "pull"),
-    "eval": _folder("Measure how well models predict texts.", "evaluate"),
-    "train": _folder("Train a small model from texts.", "train"),
+    "bench": _folder("Run a model through every backend of this machine, side by side.", "pocketlm.bench.command"),
+    "doctor": _folder("Say what this machine can run, how fast at most, and what to change.", "pocketlm.doctor.command"),
+    "pull": _folder("Fetch a good small model by its name.", "pocketlm.pull.command"),
+    "eval": _folder("Measure how well models predict texts.", "pocketlm.bench.evaluate"),
+    "train": _folder("Train a small model from texts.", "pocketlm.train.command"),
 }

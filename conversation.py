@@ -19,7 +19,7 @@ import numpy as np
 from pocketlm.constrain import OPTIONS
 from pocketlm.errors import PocketlmError, UsageError, did_you_mean, whole_number
 from pocketlm.runtime.ids import given_ids, in_common
-from pocketlm.runtime.session import Session
+from pocketlm.runtime.session import Session, forgotten
 from pocketlm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class Conversation:
         how = {"max_tokens": max_tokens, "reuse_cache": reuse_cache, "cancel": cancel, "draft": draft, "stop": stop}
         how |= {"make_room": turns.drop_oldest if keep is None else None, "shift": bool(lost or turns.dropped), "keep": keep}
         stream = self._stream(ids, decoder, sampling, ignore_eos, **how)
-        return _announced(stream, turns, f"the oldest {lost} tokens were forgotten" if lost else "")
+        return _announced(stream, turns, forgotten(lost) if lost else "")
 
     def agenerate(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Piece, None]:
         """The pieces of `generate` for an `async for`, made in a thread. Who leaves the loop, or is cancelled, ends the answer

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import distributed
 
@@ -25,6 +26,9 @@ from pocketlm.errors import FileError, PocketlmError, UsageError
 CHUNKS = 2  # for each worker: one that it answers, and one that waits there
 ROUNDS = 4  # lines of a chunk, for each slot
 SECONDS = 10.0  # for the scheduler to answer
+KEPT = "and give the same command: the answers so far are kept"
+_LOG = logging.getLogger("distributed.client")
+T = TypeVar("T")
 
 _open_lock, _answer_lock = threading.Lock(), threading.Lock()  # Dask runs as many tasks in a worker as it has threads
 
@@ -41,21 +45,35 @@ def _opened(opening: str) -> Machine:
         return _machine(opening)
 
 
-def describe(opening: str) -> Any:
-    """What this worker's answers depend on (a tuple), or what is wrong with it (a text)."""
+def _told(work: Callable[[], T]) -> T | str:
+    """What `work` returns, or what is wrong. No exception: for one whose traceback is too deep for pickle, Dask's client waits
+    for ever.
+    """
     try:
-        return _opened(opening).made_of
+        return work()
     except PocketlmError as error:
         return str(error)
+    except Exception as error:
+        traceback.print_exc()  # in the worker's terminal
+        return f"{type(error).__name__}: {error}"
 
 
-def answer(opening: str, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written]:
-    """Answer a chunk, on a worker. Raises PocketlmError if the worker's answers would differ from the others'."""
-    machine = _opened(opening)
-    if machine.made_of != made_of:
-        raise PocketlmError(f"a worker is of another version, model or processor: {machine.made_of}, not {made_of}")
-    with _answer_lock:
-        return list(machine.answers(lines))
+def describe(opening: str) -> Any:
+    """What this worker's answers depend on (a tuple), or what is wrong with it (a text)."""
+    return _told(lambda: _opened(opening).made_of)
+
+
+def answer(opening: str, made_of: tuple[Any, ...], lines: list[Line]) -> list[Written] | str:
+    """Answer a chunk, on a worker; or what is wrong, as that the worker's answers would differ from the others'."""
+
+    def answers() -> list[Written]:
+        machine = _opened(opening)
+        if machine.made_of != made_of:
+            raise PocketlmError(f"it is of another version, model or processor: {machine.made_of}, not {made_of}")
+        with _answer_lock:
+            return list(machine.answers(lines))
+
+    return _told(answers)
 
 
 class Cluster:
@@ -64,10 +82,12 @@ class Cluster:
     def __init__(self, address: str, model: str, how: Mapping[str, Any], settings: Settings):
         self._opening = json.dumps([model, dict(how), settings.slots, settings.seed, dict(settings.defaults)])
         self._n_lines, self._address = ROUNDS * settings.slots, address
-        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what it logs is raised, too
+        self._level = _LOG.level
+        _LOG.setLevel(logging.CRITICAL)  # what it logs is raised, too
         try:
             self._client: Any = distributed.Client(address, timeout=SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
+            _LOG.setLevel(self._level)
             problem = f"no scheduler answers there ({str(error)[:100]})"
             raise UsageError(f"--dask {address}: {problem}; dask scheduler starts one") from None
 
@@ -87,11 +107,12 @@ class Cluster:
             self.made_of = next(iter(found.values()))
             return self
         except BaseException:
-            self._client.close()
+            self.__exit__()
             raise
 
     def __exit__(self, *_: object) -> None:
         self._client.close()
+        _LOG.setLevel(self._level)
 
     def answers(self, lines: Iterable[Line]) -> Iterator[Written]:
         """As `Machine.answers`."""
@@ -108,6 +129,8 @@ class Cluster:
             send()
             for future in under_way:
                 written = future.result()
+                if isinstance(written, str):
+                    raise PocketlmError(f"--dask {self._address}: a worker cannot go on ({written}); mend that, {KEPT}")
                 if {each.number for each in written} != asked.pop(future.key):
                     raise PocketlmError(f"--dask {self._address}: a worker answered, but not the lines that it was asked for")
                 yield from written
@@ -121,6 +144,5 @@ class Cluster:
         except distributed.KilledWorker as error:
             raise PocketlmError(f"--dask {self._address}: workers end again and again: {error}") from None
         except (OSError, distributed.CancelledError) as error:
-            advice = "start it again, and give the same command: the answers so far are kept"
-            problem = " ".join(str(error).split())[:100]
-            raise PocketlmError(f"--dask {self._address}: the cluster cannot go on ({problem}); {advice}") from None
+            problem = f"the cluster cannot go on ({' '.join(str(error).split())[:100]})"
+            raise PocketlmError(f"--dask {self._address}: {problem}; start it again, {KEPT}") from None

@@ -28,6 +28,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "relu": F.relu, "gelu_erf": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }  # fmt: skip
 
+UNKNOWN = {  # what else these operations can be
+    P.Attend: "attention with windows, softcaps or sinks", P.Norm: "norms of parts of a row, or without weights",
+    P.Add: "scaled residuals",
+}  # fmt: skip
+
 
 class Torch:
     def __init__(self, path: str, n_threads: int, n_ctx: int, compiled: bool = False):
@@ -111,7 +116,8 @@ def _without_names(ops: list[P.Op]) -> list[P.Op]:
         elif isinstance(op, P.Rotate | P.Activate) or (isinstance(op, P.Add) and op.factor == 1):
             plain.append(op)
         else:
-            raise Skipped(f"the adapter for PyTorch does not know {op}")
+            what = UNKNOWN.get(type(op), f"the operation {type(op).__name__}")
+            raise Skipped(f"the adapter for PyTorch does not know {what}")
     return plain
 
 

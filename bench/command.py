@@ -6,9 +6,11 @@ import argparse
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pocketlm import terminal_text
 from pocketlm.errors import FileError, UsageError
 from pocketlm.signals import handled
 
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    from pocketlm.bench import measure
+    from pocketlm.bench import measure, schema
     from pocketlm.bench.protocol import choose
     from pocketlm.bench.tasks import TASKS
     from pocketlm.runtime.threads import check_threads
@@ -96,7 +98,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     paths = [_find(name) for name in arguments.models]
     ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     with handled(ends, lambda number, _: sys.exit(128 + number)):  # else a child that hangs would go on for ever
-        return measure.bench(paths, backends, settings, lambda line: print(line, file=sys.stderr, flush=True))
+        say = partial(terminal_text.print, file=sys.stderr, flush=True)
+        return schema.showable(measure.bench(paths, backends, settings, say))
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ import numpy as np
 from pocketlm import __version__
 from pocketlm.bench.settling import settle
 from pocketlm.doctor.board import board
+from pocketlm.doctor.resources import memory_speed
 from pocketlm.runtime import blas_threads
 from pocketlm.runtime.memory import available_bytes
 from pocketlm.runtime.threads import ThreadPool, default_threads, share
@@ -66,17 +67,8 @@ def _cpu() -> str:
 
 
 def bandwidth(n_threads: int) -> float:
-    """Bytes a second that `n_threads` can read from memory: the best of NumPy's sum and copy (which reads and writes)."""
-    size = (256 << 20) // n_threads // 64 * 64  # all threads together: beyond any cache, and little beside a model
-    sources = [np.ones(size // 4, np.float32) for _ in range(n_threads)]
-    targets = [np.ones_like(source) for source in sources]
-    jobs: list[tuple[Callable[[int, int], object], int]] = [
-        (lambda i, _: np.dot(sources[i], targets[i]), 2 * size),
-        (lambda i, _: np.add.reduce(sources[i].view(np.int64)), size),
-        (lambda i, _: np.copyto(targets[i], sources[i]), 2 * size),
-    ]
-    with ThreadPool(n_threads) as pool:
-        return max(n_bytes * n_threads / _seconds(lambda job=job: pool.run(job), 1) for job, n_bytes in 5 * jobs)
+    """Bytes a second that `n_threads` can read from memory, measured for a second."""
+    return memory_speed(n_threads, available_bytes(), 1.0)
 
 
 def joules(root: Path = POWERCAP) -> float | None:

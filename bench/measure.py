@@ -73,6 +73,12 @@ def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings
     subjects = [open_subject(path) for path in paths]
     names = [subject.name for subject in subjects]
     subjects = [replace(one, name=str(one.path)) if names.count(one.name) > 1 else one for one in subjects]
+    if subjects and not any(numbers for subject in subjects for _, numbers in _fitting(subject, settings)):
+        longest = max(subjects, key=lambda subject: subject.hyper.n_ctx)
+        options = [f"--{task.setting}" for task in TASKS if getattr(settings, task.setting)]
+        options += ["--tokens"] if settings.depths else []
+        problem = f"has a context of {longest.hyper.n_ctx} tokens"
+        raise UsageError(f"{longest.path} {problem}: give shorter {', '.join(options)}")
     for subject in subjects:
         for task, numbers in _fitting(subject, settings):
             if left_out := sorted({*getattr(settings, task.setting)} - {*numbers}):
@@ -110,16 +116,12 @@ def open_subject(path: Path) -> Subject:
 
 
 def _fitting(subject: Subject, settings: Settings) -> list[tuple[Task, list[int]]]:
-    """The tasks with those of their numbers that fit into the model's context. Raises UsageError where none of one do."""
-    n_ctx, found = subject.hyper.n_ctx, []
-    for task in TASKS:
-        asked = getattr(settings, task.setting)
-        numbers = sorted({n for n in asked if task.context(n, settings.tokens) <= n_ctx})
-        if asked and not numbers:
-            options = f"--{task.setting}" + (" or --tokens" if task.name == "decode" else "")
-            raise UsageError(f"{subject.path} has a context of {n_ctx} tokens: give shorter {options}")
-        found += [(task, numbers)] if numbers else []
-    return found
+    """The tasks with those of their numbers that fit into the model's context."""
+    n_ctx = subject.hyper.n_ctx
+    return [
+        (task, sorted({n for n in getattr(settings, task.setting) if task.context(n, settings.tokens) <= n_ctx}))
+        for task in TASKS
+    ]
 
 
 class Row:
@@ -138,6 +140,9 @@ class Row:
         with self._marking():
             if self.backend.missing:
                 raise Failure("missing", self.backend.get)
+            if not any(numbers for _, numbers in _fitting(subject, settings)):
+                n_tokens = subject.hyper.n_ctx
+                raise Failure("skipped", f"its context of {n_tokens} tokens has no room for what is measured")
             self._require_memory(subject, n_ctx)
             path = subject.path
             if self.backend.reads != "gguf":
@@ -206,7 +211,7 @@ def bench_model(
 ) -> dict[str, Any]:
     """One model on every backend."""
     tasks = _fitting(subject, settings)
-    longest = max(task.context(n, settings.tokens) for task, numbers in tasks for n in numbers)
+    longest = max((task.context(n, settings.tokens) for task, numbers in tasks for n in numbers), default=0)
     n_ctx = min(max(longest, len(subject.ids), 256), subject.hyper.n_ctx)
     rows = [Row(backend, settings.time_limit) for backend in backends]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pocketlm.errors import FileError, refused
+from pocketlm.terminal_text import without_controls
 
 NAME, VERSION = "pocketlm-bench", 1
+MOST = 1 << 26  # bytes that a result has: another file may be a large model
 NUMBER = (int, float)
 MAYBE = (*NUMBER, type(None))
 
@@ -73,7 +75,7 @@ def problem(value: Any, form: Any = RESULT, at: str = "") -> str | None:
     if isinstance(form, list):
         parts = [(f"{at}[{i}]", part, form[0]) for i, part in enumerate(value)] if isinstance(value, list) else None
     elif isinstance(form, Each):
-        named = isinstance(value, dict) and not (form.numbered and any(not key.isdecimal() for key in value))
+        named = isinstance(value, dict) and not (form.numbered and any(not key.isdecimal() or len(key) > 9 for key in value))
         parts = [(f"{at}.{key}", part, form.form) for key, part in value.items()] if named else None
     elif isinstance(form, dict):
         if isinstance(value, dict):
@@ -87,7 +89,7 @@ def problem(value: Any, form: Any = RESULT, at: str = "") -> str | None:
     else:
         types = form if isinstance(form, tuple) else (form,)
         right = isinstance(value, types) and (not isinstance(value, bool) or bool in types)
-        parts = [] if right else None
+        parts = [] if right and not (isinstance(value, int) and abs(value) >= 1 << 63) else None
     if parts is None:
         return f"{at.lstrip('.') or 'the file'} is not what it should be"
     return next((found for where, part, wanted in parts if (found := problem(part, wanted, where))), None)
@@ -96,10 +98,11 @@ def problem(value: Any, form: Any = RESULT, at: str = "") -> str | None:
 def read(path: Path) -> dict[str, Any]:
     """A result that was saved. Raises FileError."""
     advice = "name a file that `pocketlm bench --json` or `--save` has made"
+    with refused(path), path.open("rb") as file:
+        data = file.read(MOST)
     try:
-        with refused(path):
-            result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # JSON and UTF-8
+        result = json.loads(data)
+    except (ValueError, RecursionError):  # JSON and UTF-8
         raise FileError(path, "is not JSON", advice) from None
     if not isinstance(result, dict) or result.get("schema") != NAME:
         raise FileError(path, "is not a result of pocketlm bench", advice)
@@ -107,4 +110,13 @@ def read(path: Path) -> dict[str, Any]:
         raise FileError(path, f"has version {result.get('version')!r:.20}; this pocketlm knows {VERSION}", "measure again")
     if found := problem(result):
         raise FileError(path, found, advice)
-    return result
+    return showable(result)
+
+
+def showable(value: Any) -> Any:
+    """A result whose texts a terminal may get: names of files, and whatever else a stranger's result says."""
+    if isinstance(value, dict):
+        return {without_controls(name): showable(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [showable(part) for part in value]
+    return without_controls(value) if isinstance(value, str) else value

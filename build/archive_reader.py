@@ -23,7 +23,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime.container import COOKIE, program_place
 
 _MODULES, _MODULES_MAGIC, _MODULES_HEAD = b"z", b"PYZ\0", 17
-_PIECE = 1 << 20  # bytes that are unpacked at a time
+_PIECE = 1 << 16  # bytes that are unpacked at a time, to a thousand times as many at most
 
 
 class Entry(NamedTuple):
@@ -37,17 +37,13 @@ class Entry(NamedTuple):
     compressed: bool
 
 
-class _Damaged(Exception):
-    """The bytes are not what the archive promises."""
-
-
 def damaged_entries(path: Path) -> list[str]:
     """The names of damaged files in the archive. Raises FileError if there is no archive, or its table is damaged."""
     start, length = program_place(path)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return [entry.name for entry in _table(data, start, length) if not _is_whole(data, entry)]
-        except (_Damaged, struct.error):
+        except (ValueError, struct.error):
             raise FileError(path, "the table of the archive in it is damaged", "get it again, or make it again") from None
 
 
@@ -56,53 +52,39 @@ def _table(data: mmap.mmap, start: int, length: int) -> Iterator[Entry]:
     _, _, offset, n_bytes, *_ = COOKIE.unpack_from(data, end)
     at = start + offset
     if at + n_bytes != end:
-        raise _Damaged
+        raise ValueError
     while at < end:
         size, offset, packed, unpacked, compressed, kind = ENTRY.unpack_from(data, at)
         if size <= ENTRY.size or at + size > end or offset + packed > length:
-            raise _Damaged
+            raise ValueError
         name = data[at + ENTRY.size : at + size].rstrip(b"\0").decode("utf-8", "replace")
         yield Entry(name, kind, start + offset, packed, unpacked, bool(compressed))
         at += size
 
 
 def _is_whole(data: mmap.mmap, entry: Entry) -> bool:
-    end = entry.offset + entry.length
+    start, end = entry.offset, entry.offset + entry.length
     try:
-        if entry.kind == _MODULES and not entry.compressed:
-            _unpack_modules(data, entry.offset, end)
-        elif entry.compressed:
-            n_bytes, stop = _unpack(data, entry.offset, end, entry.unpacked)
-            return (n_bytes, stop) == (entry.unpacked, end)
-        return entry.compressed or entry.length == entry.unpacked
-    except (_Damaged, zlib.error, struct.error):
+        if entry.compressed:
+            return list(_unpacked(data, start, end)) == [entry.unpacked]
+        if entry.kind == _MODULES:
+            table = start + struct.unpack_from("!i", data, start + 8)[0]
+            if data[start : start + 4] != _MODULES_MAGIC or not start + _MODULES_HEAD <= table < end:
+                return False
+            list(_unpacked(data, start + _MODULES_HEAD, table))
+        return entry.length == entry.unpacked
+    except (zlib.error, struct.error):
         return False
 
 
-def _unpack_modules(data: mmap.mmap, start: int, end: int) -> None:
-    """Unpack the modules one after the other, up to the table behind them."""
-    if data[start : start + 4] != _MODULES_MAGIC:
-        raise _Damaged
-    at, table = start + _MODULES_HEAD, start + struct.unpack_from("!i", data, start + 8)[0]
-    if not at <= table < end:
-        raise _Damaged
-    while at < table:
-        _, at = _unpack(data, at, table, 1 << 30)
-    if at != table:
-        raise _Damaged
-
-
-def _unpack(data: mmap.mmap, start: int, end: int, most: int) -> tuple[int, int]:
-    """Unpack a zlib stream: how many bytes come out, and where it ends. Raises zlib.error or _Damaged."""
-    stream, n_bytes, at, rest = zlib.decompressobj(), 0, start, b""
-    while not stream.eof:
-        if not rest:
-            rest = data[at : min(at + _PIECE, end)]
-            at += len(rest)
-            if not rest:
-                raise _Damaged
-        n_bytes += len(stream.decompress(rest, _PIECE))
-        rest = stream.unconsumed_tail
-        if n_bytes > most:
-            raise _Damaged
-    return n_bytes, at - len(stream.unused_data)
+def _unpacked(data: mmap.mmap, at: int, end: int) -> Iterator[int]:
+    """How many bytes each of the zlib streams gives that fill the place from `at` to `end`. Raises zlib.error."""
+    while at < end:
+        stream, n_bytes = zlib.decompressobj(), 0
+        while not stream.eof:
+            piece = data[at : min(at + _PIECE, end)]
+            if not piece:
+                raise zlib.error("cut short")
+            n_bytes += len(stream.decompress(piece))
+            at += len(piece) - len(stream.unused_data)
+        yield n_bytes

@@ -116,7 +116,7 @@ def _max_tokens(chat: Chat, text: str) -> None:
 
 def _number(text: str, kind: type) -> Any:
     try:
-        return kind(text)
+        return kind(text.replace(",", ".") if kind is float else text)  # 0,5, as most of Europe writes it
     except ValueError:
         raise UsageError(f"{text[:40]!r} is no {'whole number' if kind is int else 'number'}") from None
 

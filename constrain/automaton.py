@@ -30,6 +30,7 @@ from pocketlm.constrain.grammar import (
 from pocketlm.errors import UsageError
 
 MOST_NODES = 50_000
+MOST_FLAT = 8  # characters of what is repeated, up to which it holds no counted parts itself
 END = 0  # the node at the end of a part that was entered, or of the text
 
 
@@ -160,6 +161,9 @@ class _Builder:
         return after
 
     def _enter(self, body: Node, least: int, most: int | None, end: int) -> int:
+        even = not isinstance(body, Rule) and width(body)
+        if even and even <= MOST_FLAT:
+            body = _flat(body)
         found = self._bodies.get(body)
         if found is None:
             if isinstance(body, Rule):
@@ -169,8 +173,7 @@ class _Builder:
                 found = self._bodies[body] = self.add(body, END)
         start = self.node()
         self.made.entries[start].append(len(self.made.parts))
-        even = not isinstance(body, Rule) and bool(width(body))
-        self.made.parts.append(Part(found, end, least, most, even, body))
+        self.made.parts.append(Part(found, end, least, most, bool(even), body))
         return start
 
     def _choice(self, node: Choice, end: int) -> int:
@@ -227,6 +230,15 @@ class _Builder:
                 found = (all if isinstance(node, Sequence) else any)(self.nullable(part) for part in node.parts)
             self._nullable[node] = found
         return self._nullable[node]
+
+
+def _flat(node: Node) -> Node:
+    """The same without repetitions of a fixed number. A counted part in another has a way out for each count of that one."""
+    if isinstance(node, Sequence | Either):
+        return type(node)(tuple(map(_flat, node.parts)))
+    if isinstance(node, Repeat) and node.least == node.most:
+        return Sequence((_flat(node.body),) * node.least)
+    return node
 
 
 def _prune(made: Automaton) -> list[bool]:

@@ -23,8 +23,7 @@ import numpy as np
 
 from pocketlm import locks
 from pocketlm.constrain.automaton import Automaton
-from pocketlm.constrain.stacks import BOTTOM
-from pocketlm.constrain.states import FAR, NONE, WHOLE, State, States
+from pocketlm.constrain.states import BOTTOM, FAR, NONE, WHOLE, State, States
 from pocketlm.constrain.vocabulary import Vocabulary
 from pocketlm.errors import UsageError
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 import numpy as np
 
 from pocketlm.constrain.automaton import END, Automaton
-from pocketlm.constrain.stacks import BOTTOM, Stacks
 from pocketlm.errors import UsageError
 
+BOTTOM = 0  # the stack where nothing was entered
 MOST_STATES = 1 << 13  # whose rows take 1 KB each
 MOST_STACKS = 1 << 16
 MOST_STEPS = 200_000  # for one mask
@@ -25,6 +25,7 @@ NONE = -1  # in place of a state's number: this byte cannot come
 FAR = np.iinfo(np.int16).max  # more repetitions than any token has
 
 Place = tuple[int, int]  # node, stack
+Frame = tuple[int, int, int]  # part, times through it, stack below
 State = frozenset[Place]
 WHOLE: Place = END, BOTTOM
 NOWHERE: State = frozenset()
@@ -40,6 +41,36 @@ class Way:
     end: int
     places: set[Place]
     number: int = NONE
+
+
+class Stacks:
+    """Stacks of the parts that were entered and not yet left, each as one number: equal stacks have the same.
+
+    A stack is a frame on top of another stack, and so is shared by all that begin with it. `frames`: the top frame of each, by
+    the stack's number.
+    """
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = [(0, 0, 0)]
+        self._numbers: dict[Frame, int] = {}
+
+    def push(self, part: int, times: int, below: int) -> int:
+        frame = part, times, below
+        found = self._numbers.get(frame)
+        if found is None:
+            found = self._numbers[frame] = len(self.frames)
+            self.frames.append(frame)
+        return found
+
+    def take_over(self, frames: list[Frame], stack: int) -> int:
+        """The number here of another object's stack number `stack`, given that object's `frames`."""
+        taken = list[Frame]()
+        while stack != BOTTOM:
+            taken.append(frames[stack])
+            stack = frames[stack][2]
+        for part, times, _ in reversed(taken):
+            stack = self.push(part, times, stack)
+        return stack
 
 
 class States:

@@ -34,10 +34,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Find out, and print. Exit status 0: also where there is something to change."""
+    """Find out, and print. Exit status 0: also where there is something to change; 1: a model that was named is none."""
     facts = examine([find_model(name) for name in arguments.models], check_threads(arguments.threads))
     print(json.dumps(_plain(facts), indent=1) if arguments.json else describe(facts))
-    return 0
+    return int(any(fit.problem for fit in facts.fits if arguments.models))
 
 
 def examine(paths: list[Path], n_threads: int) -> Facts:

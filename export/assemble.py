@@ -34,7 +34,8 @@ from pocketlm.export.tensor_parts import (
     stacked,
     transposed,
 )
-from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_summary import ROPE_FACTORS
 from pocketlm.runtime.plan import make_plan
 from pocketlm.runtime.positions import alibi_slopes
@@ -162,7 +163,7 @@ def _lay_out(draft: Draft, architecture: str, heads: tuple[int, int, int]) -> fr
         fuse_qkv(tensors, n_layer, n_head * head_dim, n_kv_head * head_dim)
     elif not draft.architecture:
         split_qkv(tensors, n_head * head_dim, n_kv_head * head_dim)
-    if ARCHITECTURES[architecture].get("rope_pairs") == "interleaved" and draft.options.get("rope_pairs") == "half":
+    if ARCHITECTURES[architecture].USUAL.get("rope_pairs") == "interleaved" and draft.options.get("rope_pairs") == "half":
         interleave(tensors, heads, draft.keys["rope.dimension_count"])
         draft.options["rope_pairs"] = "interleaved"
     return _fill_biases(tensors, n_layer) if architecture in NEED_BIASES else frozenset()
@@ -356,7 +357,7 @@ def _architecture(options: Mapping[str, Any], keys: Mapping[str, Any], tensors: 
         "refact": lambda: narrow and not bias and keys["attention.max_alibi_bias"] == 8.0,
     }
     for name, possible in conditions.items():
-        usual = ARCHITECTURES[name]
+        usual = ARCHITECTURES[name].USUAL
         same = all(options[option] == usual[option] for option in ("norm", "position", "gated"))
         either_gelu = name == "gpt2" and options["activation"] == "gelu_erf"  # the file says which form it is
         if same and (either_gelu or options["activation"] == usual["activation"]) and possible():

@@ -19,6 +19,7 @@ from pocketlm.errors import FileError, quoted, refused
 from pocketlm.export.arrays import Buffer, LazyTensor
 from pocketlm.export.llama2c_reader import looks_like_llama2c, read_llama2c
 from pocketlm.export.npz_reader import read_npz
+from pocketlm.export.other_files import other_bytes, other_file, other_folder
 from pocketlm.export.safetensors_reader import looks_like_safetensors, parse_json, read_safetensors
 from pocketlm.export.torch_reader import read_torch_legacy, read_torch_zip
 from pocketlm.export.zip_reader import read_zip
@@ -37,7 +38,7 @@ DEEPSPEED = "mp_rank_00_model_states.pt"  # beside it lie the optimiser's parts
 META_PART = "consolidated.01.pth"  # of a model that Meta's code spreads over GPUs
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
-    DEEPSPEED,
+    DEEPSPEED, "pytorch_model_fsdp.bin",
     "best.pt", "last.pt",  # our trainer's
     META_PART,  # to be refused; Mixtral's folder has such files beside the first of these
 )  # fmt: skip
@@ -50,16 +51,6 @@ SAYS_NOTHING = (
     " original save saves saved result results train trained training tmp temp data mnt home desktop downloads documents"
 )
 CONFIGS = ("config.json", "model_config.json", "params.json", "model_config.yaml")  # beside the weights
-OTHER_FILES = (  # offset, bytes → what it is, what to do
-    (0, b"GGUF", "a GGUF model, not a checkpoint", "name the checkpoint it was made from"),
-    (0, b"\x89HDF", "an HDF5 file", "save the weights as safetensors"),
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the checkpoint itself", "fetch it with git lfs pull"),
-    (257, b"ustar", "a tar archive", "unpack it; a PyTorch checkpoint in tar is from before version 0.4: save it again"),
-    (0, b"\x1f\x8b", "a gzip archive", "unpack it first"),
-    (0, b"7z\xbc\xaf", "a 7z archive", "unpack it first"),
-    (0, b"Rar!", "a RAR archive", "unpack it first"),
-    (0, b"<", "a web page or XML", "download the checkpoint itself"),
-)
 OLD_PICKLE = re.compile(rb"\(*[ci][\w.]+\n[\w.]+\n|\([dlt]p?\d*\n")  # protocol 0, all printable
 MAX_JSON = 1 << 25
 MAX_NODES, MAX_DEPTH, MAX_NAME = 1 << 21, 64, 512  # of the object in a checkpoint
@@ -210,10 +201,13 @@ def _file_of_folder(folder: Path) -> Path:
         if Path(step).name == step not in ("", "..") and (folder / step).is_dir():
             return _file_of_folder(folder / step)
     found = sorted(file for file in folder.iterdir() if file.suffix in ENDINGS and file.is_file())
+    found = [file for file in found if not (_is_training_state(file.stem) or file.stem == "training_args")]
     if len(found) > 1:
         raise FileError(folder, f"holds {len(found)} checkpoints", "name the file itself")
     if not found:
         steps = [(int(match[1]), sub) for sub in folder.iterdir() if (match := re.fullmatch(r"checkpoint-(\d+)", sub.name))]
+        if not steps and (error := other_folder(folder)):
+            raise error
         advice = f"one of those in it, as {max(steps)[1]}" if steps else "a folder with model.safetensors or a .pt in it"
         raise FileError(folder, "is a folder without a checkpoint in it", f"name {advice}")
     return found[0]
@@ -249,14 +243,17 @@ def _read_file(path: Path, mapped: list[Buffer]) -> Any:
     mapped.append(buffer)
     if not len(buffer):
         raise FileError(path, "is empty", "copy or save it again")
+    if buffer[:2] == b"PK" and (error := other_file(path)):  # zip archives as PyTorch's checkpoints are
+        raise error
     for matches, read in READERS:
         if matches(buffer):
             return read(buffer, path)
-    for offset, magic, kind, advice in OTHER_FILES:
-        if buffer[offset : offset + len(magic)] == magic:
-            raise FileError(path, f"is {kind}", advice)
-    raise FileError(
-        path, "is no checkpoint that pocketlm reads", "give a .pt, .safetensors or .npz file, or a Hugging Face folder"
+    raise (
+        other_bytes(path, buffer)
+        or other_file(path)
+        or FileError(
+            path, "is no checkpoint that pocketlm reads", "give a .pt, .safetensors or .npz file, or a Hugging Face folder"
+        )
     )
 
 

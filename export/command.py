@@ -102,22 +102,35 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from pocketlm.export.from_model_file import is_model_file, with_tokenizer
     from pocketlm.export.lora import read_lora
     from pocketlm.export.model_config import read_pairs
+    from pocketlm.export.tokenizer_data import chat_template, find_in
 
     if arguments.lora_scale is not None and not arguments.lora:
         raise UsageError("--lora-scale is for --lora")
     lora = read_lora(Path(arguments.lora), arguments.lora_scale) if arguments.lora else None
+    # a LoRA comes with the tokenizer that it was trained with, which may have more tokens than the base's, or another template
+    trained_with = Path(arguments.lora) if lora and not arguments.tokenizer and Path(arguments.lora).is_dir() else None
+    own, template = (find_in(trained_with), chat_template(trained_with)) if trained_with else (None, None)
+    notes = [lora.note] if lora else []
     given = [flag for flag in _OF_CHECKPOINTS if getattr(arguments, flag)]
     if not is_model_file(source):
-        overrides = read_pairs(arguments.set)
-        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=arguments.tokenizer, change=lora)
+        overrides, tokenizer = read_pairs(arguments.set), arguments.tokenizer or own
+        model = read_canonical(source, overrides=overrides, mapping=arguments.map, tokenizer=tokenizer, change=lora)
+        if own:
+            notes.append(f"its tokenizer is {own}")
+            if not template and (usual := chat_template(source if source.is_dir() else source.parent)):
+                model.metadata["tokenizer.chat_template"] = usual
     else:
         model = read_canonical(source, change=lora)
         if given == ["tokenizer"] and "tokenizer.ggml.tokens" not in model.metadata:
             model = with_tokenizer(model, source, arguments.tokenizer)
         elif given:
             raise UsageError(f"--{given[0]} is for checkpoints; {source} is a model file and says all of that itself")
-    notes = [*model.notes, lora.note] if lora else model.notes
-    return replace(model, metadata={**model.metadata, **own_keys(arguments)}, notes=notes)
+    metadata = {**model.metadata, **own_keys(arguments)}
+    has_tokenizer = "tokenizer.ggml.tokens" in metadata
+    if template and has_tokenizer and not arguments.chat_template and template != metadata.get("tokenizer.chat_template"):
+        metadata["tokenizer.chat_template"] = template
+        notes.append(f"its chat template is that of {trained_with}")
+    return replace(model, metadata=metadata, notes=[*model.notes, *notes])
 
 
 def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Mapping[str, Any] | None:

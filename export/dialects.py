@@ -7,14 +7,18 @@ transposed matrices). assemble.py arranges the tensors.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import LazyTensor
+from pocketlm.export.arrays import DTYPES, LazyTensor
 from pocketlm.export.assemble import arrange, has_own_head, is_tied
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, name_of, open_checkpoint
@@ -26,6 +30,7 @@ from pocketlm.export.hugging_face_layer_norm import LAYER_NORM
 from pocketlm.export.model_config import ModelConfig
 from pocketlm.export.name_map import NameMap, read_name_map
 from pocketlm.export.tokenizer_data import find_tokenizer
+from pocketlm.runtime.model_summary import facts_of
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,10 +78,11 @@ NOT_LEARNED = (  # buffers: masks and tables that the runtime makes itself
     r"(?:.*\.)?(?:rope|rotary|rotary_emb|rotary_pos_emb)\.(?:cos|sin|cache|freqs)|cos|sin|(?:.*\.)?(?:cos|sin)",
     r"(?:.*\.)?(?:alibi|slopes|alibi_slopes|alibi_bias)",
 )
+EYES = r"(?:model\.)?(?:vision_tower|multi_modal_projector)\..+"  # what Gemma 3 sees pictures with
 
 
-# the matrix that is changed, which factor of the change: of textbooks, and of a model that PEFT has wrapped
-LORA = r"(.+)\.lora(?:\.|_|\.lora_)([AB])(?:(?:\.\w+)?\.weight)?"
+# the matrix that is changed, which factor of the change: of textbooks, MLX, and a model that PEFT has wrapped
+LORA = r"(.+)\.lora(?:\.|_|\.lora_|_embedding_)([ABab])(?:(?:\.\w+)?\.weight)?"
 
 
 def _table(roles: Mapping[str, str], prefix: str) -> list[tuple[str, re.Pattern[str]]]:
@@ -204,6 +210,37 @@ def _is_buffer(name: str, tensor: LazyTensor) -> bool:
     return any(re.fullmatch(expression, name) for expression in NOT_LEARNED)
 
 
+QUANTISED = {  # programs that quantise weights, by tensors that they add
+    "bitsandbytes": r"\.(quant_state\.bitsandbytes__\w+|SCB)$",
+    "mlx": r"\.biases$",
+    "gptq or awq": r"\.qzeros$",
+    "scales apart": r"\.weight_(packed|scale\w*)$",
+}
+
+
+def _quantised(path: Path, left_over: list[str], config: ModelConfig, dialect: Dialect) -> FileError | None:
+    """What to say of quantised weights: those of which a configuration says so, or which have tensors without a place."""
+    said, text = config.raw("quantization_config"), "\n".join(left_over)
+    found = next((name for name, sign in QUANTISED.items() if re.search(sign, text, re.MULTILINE)), None)
+    if not found and not (isinstance(said, dict) and said and (left_over or "quantization_config" not in dialect.computes)):
+        return None
+    method = (said.get("quant_method") if isinstance(said, dict) else None) or found or "by some method"
+    advice = "export the checkpoint that it was made of" + ", or what mlx_lm.convert -d makes of it" * (method == "mlx")
+    if not left_over:
+        advice += "; if they are plain numbers, take quantization_config out of config.json"
+    return FileError(path, f"its weights are quantised ({quoted(method)})", advice)
+
+
+def _bare(tensors: Tensors) -> dict[str, LazyTensor]:
+    """The tensors without the attributes that a training class keeps the model in ("student."), where these hide every name."""
+    bare = dict(tensors)
+    while not any(map(role_of, bare)):
+        if len({name.partition(".")[0] for name in bare}) != 1 or not all("." in name for name in bare):
+            return dict(tensors)
+        bare = {name.partition(".")[2]: tensor for name, tensor in bare.items()}
+    return bare
+
+
 # ── the way to a canonical model ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -219,12 +256,17 @@ def to_canonical(
     names = read_name_map(Path(mapping)) if mapping else NameMap()
     path = checkpoint.path
     given = {**names.settings, **(overrides or {})}
+    if not mapping:
+        checkpoint = replace(checkpoint, tensors=_bare(checkpoint.tensors))
     family = HUGGING_FACE.get(ModelConfig(checkpoint.config, given, path).model_type or "")
     dialect = family or recognise(checkpoint.tensors)
     found: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     left_over: list[str] = []
+    seeing = {name for name in checkpoint.tensors if family and re.fullmatch(EYES, name)}
     for name, tensor in checkpoint.tensors.items():
+        if name in seeing:
+            continue
         role = names.role_of(name) or dialect.role_of(name)
         if role is None and (names.drops(name) or _is_buffer(name, tensor)):
             buffers[name] = tensor
@@ -242,10 +284,8 @@ def to_canonical(
     if left_over and checkpoint.sets:
         names_of_sets = ", ".join(map(quoted, checkpoint.sets))
         raise FileError(path, f"has several sets of weights: {names_of_sets}", "choose one with --set weights=NAME")
-    quantised = ModelConfig(checkpoint.config, given, path).raw("quantization_config")
-    if left_over and isinstance(quantised, dict):
-        method = quoted(quantised.get("quant_method", "by some method"))
-        raise FileError(path, f"its weights are quantised ({method})", "export the checkpoint that it was made of")
+    if error := _quantised(path, left_over, ModelConfig(checkpoint.config, given, path), dialect):
+        raise error
     if left_over:
         more = f" and {len(left_over) - 3} more" if len(left_over) > 3 else ""
         listed = ", ".join(map(quoted, left_over[:3])) + more
@@ -261,6 +301,8 @@ def to_canonical(
     model = arrange(path, found, buffers, config, dialect)
     if dialect is DIALECTS[-1]:
         model.notes.append(GUESSED)
+    if seeing:
+        model.notes.append(f"it sees no pictures: {len(seeing)} tensors of its vision tower are left out")
     if family:
         model = checked(model, config, family.fixed)
     if checkpoint.sets:
@@ -294,3 +336,18 @@ def read_canonical(
     if not change and path.is_dir() and (path / "adapter_config.json").is_file():
         model.notes.append(f"the LoRA that lies in {path} is not in it; --lora {path} merges it")
     return model
+
+
+def inspect_checkpoint(path: Path, tensors: bool = False) -> dict[str, Any]:
+    """What is in a checkpoint, as the plain facts that runtime/model_summary.py gives of a model; its configuration as the
+    metadata. Raises FileError for what cannot be read safely.
+    """
+    checkpoint = open_checkpoint(path)
+    rows = [
+        {"name": name, "shape": list(t.shape), "format": t.dtype,
+         "bytes": math.prod(t.shape) * np.dtype(DTYPES[t.dtype][0]).itemsize}
+        for name, t in checkpoint.tensors.items()
+    ]  # fmt: skip
+    n_bytes = sum(file.stat().st_size for file in checkpoint.files)
+    others = not_parameters(checkpoint.tensors)
+    return facts_of(path, "checkpoint", n_bytes, rows, others, checkpoint.config, tensors)

@@ -124,7 +124,7 @@ def _fp16(job: _Job) -> tuple[list[Encoded], list[str]]:
     metadata = job.metadata(None)
     with replacing_folder(job.out, (CONFIG, VOCAB, WEIGHTS), job.n_bytes("f16")) as part:
         part.mkdir()
-        done = write_fp16_bin(part, metadata, job.model, job.source, job.encoder)
+        done = write_fp16_bin(part, metadata, job.model, job.encoder)
         _check(part, metadata, done)
     return done, []
 

@@ -14,31 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.runtime.formats import FORMATS
 from pocketlm.runtime.fp16_bin_reader import CONFIG, FORMAT_NAME, VOCAB, VOCAB_KEYS, WEIGHTS
 
 
-def write_fp16_bin(
-    folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, source: object, encoder: Encoder
-) -> list[Encoded]:
+def write_fp16_bin(folder: Path, metadata: Mapping[str, Any], model: CanonicalModel, encoder: Encoder) -> list[Encoded]:
     """Write the three files; returns what was written for every tensor. FileError: a weight is too large for float16."""
-    done, offset, entries = [], 0, []
+    done, entries = [], []
     with open(folder / WEIGHTS, "wb") as file:
         for name, tensor in model.tensors.items():
-            weights, largest = encoder.read(name, tensor)
-            if largest > LARGEST["F16"]:
-                raise FileError(
-                    source, f"tensor {name} has weights up to {largest:.3g}, too large for float16", "export a GGUF"
-                )
-            encoded = Encoded(name, tuple(tensor.shape), FORMATS["F16"])
-            file.writelines(encoder.pieces(encoded, weights))
-            entries.append({"name": name, "shape": list(tensor.shape), "offset": offset})
-            offset += encoded.n_bytes
-            done.append(encoded)
+            entries.append({"name": name, "shape": list(tensor.shape), "offset": file.tell()})
+            done.append(encoder.write(file, name, tensor, FORMATS["F16"], "export a GGUF"))
     vocabulary = {key: _plain(metadata[name]) for name, key in VOCAB_KEYS.items() if name in metadata}
     config = {
         "format": FORMAT_NAME,

@@ -15,9 +15,10 @@ from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.checkpoint import Checkpoint
 from pocketlm.export.tensor_parts import interleave
 from pocketlm.export.tokenizer_data import find_tokenizer
+from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.fp16_bin_reader import is_fp16_bin
 from pocketlm.runtime.gguf_reader import GGUF, TILED
-from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model
 from pocketlm.runtime.model_summary import not_learnt
 
@@ -57,14 +58,14 @@ def _changed(model: CanonicalModel, path: Path, change: Callable[[Checkpoint], C
     """The model after `change`, which is given the rows of queries and keys in the order of Hugging Face's checkpoints."""
     hyper, rope = model.hyper, model.hyper.rope
     heads = (hyper.n_head, hyper.n_kv_head, hyper.head_dim)
-    usual = ARCHITECTURES[hyper.architecture].get("rope_pairs")
+    usual = ARCHITECTURES[hyper.architecture].USUAL.get("rope_pairs")
     turned = rope if rope and rope.pairs == usual == "interleaved" else None
     shown = dict(model.tensors)
     if turned:
         interleave(shown, heads, turned.n_dims, back=True)
     before = {name: LazyTensor(name, t.shape, "float32", t.read) for name, t in shown.items()}
     after = change(Checkpoint(path, before, {}, (path,))).tensors
-    changed = {name: CanonicalTensor(t.shape, t.read) for name, t in after.items() if t is not before[name]}
+    changed = {name: CanonicalTensor(t.shape, t.read) for name, t in after.items() if t is not before.get(name)}
     if turned:
         interleave(changed, heads, turned.n_dims)
     return replace(model, tensors={**model.tensors, **changed})

@@ -100,6 +100,27 @@ def scaled_alone(draft: Draft) -> None:
         raise FileError(draft.config.path, problem, f"pocketlm computes {draft.architecture} with linear and plain YaRN")
 
 
+def own_layers(period: int) -> Step:
+    """Say which layers have a window, where it is not all but every `period`-th (0: all)."""
+
+    def say(draft: Draft) -> None:
+        keys, reach = draft.keys, sys.maxsize if period else draft.keys["context_length"]
+        said = draft.config.windows(keys["block_count"], reach) or [-1]
+        if max(said) > 0 if not period else max(said) == 0 and isinstance(keys.get("attention.sliding_window"), int):
+            keys["attention.sliding_window"] = max(said)  # 0: llama.cpp crashes on a window that no layer has
+        pattern, usual = [size > 0 for size in said], [not period or (i + 1) % period > 0 for i in range(len(said))]
+        if min(said) >= 0 and pattern != usual and keys.get("attention.sliding_window"):
+            keys["attention.sliding_window_pattern"] = pattern
+
+    return say
+
+
+def own_base(draft: Draft) -> None:
+    """Say the rotary base of layers with a window, where it is another one."""
+    if (base := draft.config.raw("rope_local_base_freq")) not in (None, draft.keys["rope.freq_base"]):
+        draft.keys["rope.freq_base_swa"] = base
+
+
 def stretched_base(draft: Draft) -> None:
     """Hunyuan's "dynamic" scaling is a larger rotary base, regardless of the length of the text."""
     n_dims = draft.keys["rope.dimension_count"]
@@ -237,10 +258,10 @@ def _family(
 HUGGING_FACE = {
     row.architecture: row
     for row in (
-        _family("qwen2", llama_if_wide),
-        _family("qwen3", names=HEAD_NORMS),
+        _family("qwen2", llama_if_wide, own_layers(0)),
+        _family("qwen3", own_layers(0), names=HEAD_NORMS),
         _family(
-            "gemma3", one_added, own_activation, scaled_alone,
+            "gemma3", one_added, own_activation, scaled_alone, own_layers(6),
             names={**HEAD_NORMS, **NORMS_AROUND},
             keys={
                 "attention.sliding_window": ("sliding_window", 4096),
@@ -263,7 +284,7 @@ HUGGING_FACE = {
         ),
         _family("gemma", one_added, tanh, activation="gelu_tanh", tied=True),
         _family(
-            "gemma2", one_added, own_activation,
+            "gemma2", one_added, own_activation, own_layers(2),
             names=NORMS_AROUND,
             keys={
                 "attention.sliding_window": ("sliding_window", 4096),
@@ -273,7 +294,7 @@ HUGGING_FACE = {
             **GEMMA,
         ),
         _family(
-            "olmo2", scaled_alone,
+            "olmo2", scaled_alone, own_layers(4), own_base,
             names={**HEAD_NORMS, **NORMS_AFTER}, keys={"attention.sliding_window": ("sliding_window", None)},
         ),
         _family(
@@ -317,6 +338,7 @@ HUGGING_FACE = {
         ),
     )
 }  # fmt: skip
+HUGGING_FACE["mistral"] = _family("llama", own_layers(0))
 HUGGING_FACE["mixtral"] = _family("llama", names=MIXTRAL_EXPERTS, keys=EXPERT_KEYS, rope_theta=1e6)
 
 

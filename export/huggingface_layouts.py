@@ -204,6 +204,8 @@ def layout_of(model: CanonicalModel, source: object) -> Layout:
         raise refused(source, f"the layers of {hyper.architecture}")
     if layout is None:
         raise refused(source, what)
+    if hyper.settings.get("attention.sliding_window") and layout is not _STARCODER2:
+        raise refused(source, f"{what} and sliding windows")
     able = {part for parts in layout.biases.values() for part in parts}
     with_bias = [name for name in model.tensors if name.endswith(".bias") and part_of(name) not in {*able, *_fused(able)}]
     if stray := next((name for name in with_bias if model.tensors[name].read().any()), None):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.export.canonical import CanonicalModel
-from pocketlm.runtime.hyper import ARCHITECTURES, OPTIONS, Hyper, Rope
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.hyper import OPTIONS, Hyper, Rope
 
 QUANTIZATION_VERSION = 2  # of ggml's block layouts, the one since May 2023
 # field of Rope -> key behind {architecture}.rope., written where it is not the field's default
@@ -54,7 +55,7 @@ def own_options(hyper: Hyper) -> dict[str, Any]:
     chosen = {name: getattr(hyper, name) for name in OPTIONS if name != "rope_pairs"}
     if hyper.rope:
         chosen["rope_pairs"] = hyper.rope.pairs
-    usual = {"rope_pairs": "interleaved", **ARCHITECTURES[hyper.architecture]}
+    usual = {"rope_pairs": "interleaved", **ARCHITECTURES[hyper.architecture].USUAL}
     return {name: value for name, value in chosen.items() if usual.get(name) != value}
 
 

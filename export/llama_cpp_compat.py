@@ -14,7 +14,8 @@ import numpy as np
 
 from pocketlm.errors import quoted
 from pocketlm.export.hyper_keys import own_options
-from pocketlm.runtime.hyper import ARCHITECTURES, Hyper
+from pocketlm.runtime.architectures.table import ARCHITECTURES
+from pocketlm.runtime.hyper import Hyper
 from pocketlm.tokenizer import Tokenizer, from_metadata
 from pocketlm.tokenizer.base import BYTE, NORMAL
 from pocketlm.tokenizer.byte_bpe import LETTERS
@@ -23,7 +24,7 @@ from pocketlm.tokenizer.sentencepiece import SPACE
 
 OURS = "pocketlm."
 ONLY_OURS = ("pocketlm", "gptneo", "nanochat")  # architectures that llama.cpp has not
-NO_WINDOW = ("phi3", "starcoder2")  # those whose sliding windows it leaves out
+NO_WINDOW = ("phi3", "starcoder2", "llama", "qwen2", "qwen3")  # those whose sliding windows it leaves out
 NARROW = ("qwen2", "phi3", "olmo2")  # those whose heads have to be together as wide as the model
 # tokenizer.ggml.model -> standard keys that llama.cpp does not read for it
 IGNORED = {
@@ -44,10 +45,14 @@ def stock_notes(hyper: Hyper, metadata: Mapping[str, Any], path: Path) -> list[s
         notes.append(f"stock llama.cpp does not know {hyper.architecture} with {problem}: the file runs in pocketlm only")
     if hyper.architecture in NO_WINDOW and 0 < window < hyper.n_ctx:
         notes.append(f"stock llama.cpp attends to everything where this model looks at {window} positions")
+    if hyper.architecture == "gemma2" and not window:
+        notes.append("stock llama.cpp knows no gemma2 without windows: the file runs in pocketlm only")
+    if hyper.architecture == "olmo2" and "rope.freq_base_swa" in hyper.settings:
+        notes.append("stock llama.cpp has one rotary base for layers with and without a window: the file runs in pocketlm only")
     own = own_options(hyper)
-    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture]["activation"] == "gelu_tanh":
+    if own.pop("activation", "") == "gelu_erf" and ARCHITECTURES[hyper.architecture].USUAL["activation"] == "gelu_tanh":
         notes.append("stock llama.cpp computes GELU by the tanh formula where this model was trained with the exact one (erf)")
-    elif hyper.activation != ARCHITECTURES[hyper.architecture]["activation"]:
+    elif hyper.activation != ARCHITECTURES[hyper.architecture].USUAL["activation"]:
         own["activation"] = hyper.activation
     if own:
         options = ", ".join(f"{name} {value}" for name, value in own.items())

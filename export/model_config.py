@@ -61,9 +61,7 @@ SETTINGS: dict[str, Setting] = {
     "rope_part": Setting(float, "partial_rotary_factor rotary_pct rope_pct rotary_percentage", "1.0"),
     "rotary_dim": Setting(int, "rotary_dim rope_dim rotary_ndims", "32"),
     "alibi_max_bias": Setting(float, "alibi_max_bias alibi_bias_max", "8"),
-    "tied": Setting(
-        bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"
-    ),
+    "tied": Setting(bool, "tie_word_embeddings tie_weights tied tie_embeddings tie_embedding weight_tying", "true|false"),
     "attention_scale": Setting(str, "", "head_dim|n_embd"),  # by whose root scores are divided
     "n_experts_used": Setting(int, "num_experts_per_tok", "2"),
     "logit_softcap": Setting(float, "logit_softcap", "15|20"),
@@ -110,16 +108,18 @@ NOT_MODEL = (
 )  # fmt: skip
 
 MODEL_TYPES = {  # of Hugging Face → the architecture that computes it
-    "gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "smollm3": "smollm3", "granite": "granite",
-    "mixtral": "mixtral", "qwen2_moe": "qwen2moe", "granitemoe": "granitemoe", "granitemoeshared": "granitemoe",
-    "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2", "olmo3": "olmo2", "gpt_neo": "gptneo",
-    "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm", "hunyuan_v1_dense": "hunyuan-dense",
-    "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom", "mpt": "mpt",
-    "minimind": "",  # told by its tensors
+    "gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3": "gemma3", "phi3": "phi3", "smollm3": "smollm3",
+    "granite": "granite", "mixtral": "mixtral", "qwen2_moe": "qwen2moe", "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe", "gpt_oss": "gpt-oss", "olmo2": "olmo2",
+    "olmo3": "olmo2", "gpt_neo": "gptneo", "gpt_neox": "gptneox", "phi": "phi2", "stablelm": "stablelm",
+    "hunyuan_v1_dense": "hunyuan-dense", "starcoder2": "starcoder2", "exaone4": "exaone4", "lfm2": "lfm2", "bloom": "bloom",
+    "mpt": "mpt", "minimind": "",  # told by its tensors
 }  # fmt: skip
 ASSUMED = {  # what transformers takes where a configuration has no such entry
-    **{name: {"sliding_window": 4096} for name in ("mistral", "exaone4", "gemma3_text")},
+    **{name: {"sliding_window": 4096} for name in ("mistral", "exaone4")},
+    **{name: {"sliding_window": 4096, "num_attention_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6}
+       for name in ("gemma3_text", "gemma3")},
     "olmo3": {"sliding_window": 4096, "rope_theta": 500000.0},
 }  # fmt: skip
 # what use_scaled_rope of Meta's params.json means, apart from the factor
@@ -293,16 +293,16 @@ class ModelConfig:
         return next((level[name] for level in self._levels for name in names.split() if name in level), default)
 
     def windows(self, n_layer: int, n_ctx: int) -> list[int] | None:
-        """The window of every layer with attention, 0 for none; None if there are windows, but nothing says in which layers."""
-        size, kinds = self.raw("sliding_window"), self.raw("layer_types")
-        used = self.raw("use_sliding_window")
+        """The window of every layer with attention, 0 for none; None if there are some, but nothing says in which layers."""
+        size, kinds, used = (self.raw(name) for name in ("sliding_window", "layer_types", "use_sliding_window"))
         is_off = used is False or (used is None and self.model_type in WINDOW_ON_DEMAND)
         if is_off or not isinstance(size, int) or size >= n_ctx:
             size = 0
         if kinds is None and isinstance(period := self.raw("sliding_window_pattern"), int) and period > 0:
             kinds = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]
         if not isinstance(kinds, list):
-            return None if size else [0] * n_layer
+            first = 0 if self.model_type == "mistral" or not size else self.raw("max_window_layers")
+            return [size if i >= first else 0 for i in range(n_layer)] if isinstance(first, int) else None
         sizes, kinds = {"full_attention": 0, "sliding_attention": size}, [kind for kind in kinds if kind != "conv"]
         return [sizes.get(kind, -1) if isinstance(kind, str) else -1 for kind in kinds]
 

@@ -19,8 +19,9 @@ from pocketlm.export.zip_reader import STORED, Entry, read_zip
 MAX_HEADER = 10_000
 MAX_PACKED = 1 << 34  # bytes that one compressed array may unpack to
 MAX_RATIO = 1100  # deflate cannot pack tighter than 1032 to 1
-_HEADER = re.compile(rb"\{'descr': '([<>|=])([a-z])(\d)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), ?\}\s*")
-_KINDS = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
+_HEADER = re.compile(rb"\{'descr': '([<>|=])([a-zV])(\d)', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\),? ?\}\s*")
+_KINDS = {"f": "float", "i": "int", "u": "uint"}
+_OTHER_NAMES = {"b1": "bool", "V2": "bfloat16"}  # the second as MLX and ml_dtypes write it, which NumPy has no letter for
 
 
 def read_npz(buffer: Buffer, path: Path) -> dict[str, LazyTensor]:
@@ -43,7 +44,7 @@ def _array(entry: Entry, path: Path) -> LazyTensor:
     if match is None:
         raise fail("holds objects or has a header pocketlm does not read")
     order, kind, width, fortran, sizes = (part.decode() for part in match.groups())
-    dtype = "bool" if kind == "b" else f"{_KINDS.get(kind, kind)}{8 * int(width)}"
+    dtype = _OTHER_NAMES.get(kind + width, f"{_KINDS.get(kind, kind)}{8 * int(width)}")
     shape = [int(n) for n in sizes.replace(",", " ").split()]
     if any(n >= 1 << 40 for n in shape):
         raise fail("has an impossible shape")

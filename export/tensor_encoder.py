@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalTensor
 from pocketlm.export.quantize import quantize
+from pocketlm.export.rules import LARGEST
 from pocketlm.runtime.formats import FORMATS, Format, dequantize
 
 PIECE = 1 << 20  # weights that a thread quantises at a time; a multiple of every block
@@ -62,6 +63,16 @@ class Encoder:
             advice = "the training diverged or the file is damaged"
             raise FileError(self._source, f"tensor {name} holds NaN or infinite weights", advice)
         return weights, largest
+
+    def write(self, file: BinaryIO, name: str, tensor: CanonicalTensor, format: Format, advice: str) -> Encoded:
+        """Write a tensor in a format of floats. FileError with `advice` for weights too large for it, NaN or infinity."""
+        weights, largest = self.read(name, tensor)
+        if largest > LARGEST[format.name]:
+            kind = format.name.lower().replace("f", "float")
+            raise FileError(self._source, f"tensor {name} has weights up to {largest:.3g}, too large for {kind}", advice)
+        encoded = Encoded(name, tuple(tensor.shape), format)
+        file.writelines(self.pieces(encoded, weights))
+        return encoded
 
     def pieces(self, encoded: Encoded, weights: np.ndarray, importance: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """The bytes of `weights` in `encoded.format`, uint8, in order; fills in size, checksum and error of `encoded`.

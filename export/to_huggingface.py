@@ -19,7 +19,6 @@ import numpy as np
 from pocketlm.errors import FileError
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.huggingface_layouts import Layout, layout_of, part_of, refused
-from pocketlm.export.rules import LARGEST
 from pocketlm.export.tensor_encoder import Encoded, Encoder
 from pocketlm.export.tensor_parts import Tensors, constant, fuse_qkv, gate_before_up, interleave, split_qkv, transposed
 from pocketlm.runtime.formats import FORMATS
@@ -42,7 +41,7 @@ def write_huggingface(
     """Write the files into an existing folder; returns what was written for every tensor, and notes. Raises FileError."""
     layout = layout_of(model, source)
     tensors, settings, zeros = _arranged(model, layout)
-    done = _write_weights(folder / WEIGHTS, tensors, layout, source, quant, encoder)
+    done = _write_weights(folder / WEIGHTS, tensors, layout, quant, encoder)
     config = {
         "architectures": [layout.model_class], "model_type": layout.model_type, "vocab_size": model.hyper.n_vocab,
         **layout.config(model.hyper), **settings, **_rope(model, source),
@@ -94,9 +93,7 @@ def _arranged(model: CanonicalModel, layout: Layout) -> tuple[Tensors, dict[str,
     return {**tensors, **zeros}, settings, frozenset(zeros)
 
 
-def _write_weights(
-    path: Path, tensors: Tensors, layout: Layout, source: object, quant: str, encoder: Encoder
-) -> list[Encoded]:  # fmt: skip
+def _write_weights(path: Path, tensors: Tensors, layout: Layout, quant: str, encoder: Encoder) -> list[Encoded]:
     """Write the safetensors file, read it back and compare; returns what was written for every tensor."""
     format = FORMATS[quant.upper()]
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -111,17 +108,9 @@ def _write_weights(
             at += size
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
-    done = []
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for role, tensor in stored.items():
-            weights, largest = encoder.read(role, tensor)
-            if largest > LARGEST[format.name]:
-                problem = f"tensor {role} has weights up to {largest:.3g}, too large for {DTYPES[quant]}"
-                raise FileError(source, problem, "add --quant bf16")
-            encoded = Encoded(role, tuple(tensor.shape), format)
-            file.writelines(encoder.pieces(encoded, weights))
-            done.append(encoded)
+        done = [encoder.write(file, role, tensor, format, "add --quant bf16") for role, tensor in stored.items()]
     with open(path, "rb") as file:
         file.seek(8 + len(header))
         wrong = [tensor.name for tensor in done if zlib.crc32(file.read(tensor.n_bytes)) != tensor.crc]

@@ -6,13 +6,14 @@ In: a tokenizer's file, given by the user or found beside the checkpoint. Out: G
 
 from __future__ import annotations
 
+from base64 import b64encode
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from pocketlm.errors import FileError, refused
-from pocketlm.export import published
 from pocketlm.export.checkpoint import Checkpoint, read_json
 from pocketlm.runtime.file_mapping import map_file
 from pocketlm.tokenizer import Tokenizer, from_metadata, load, to_metadata
@@ -22,6 +23,7 @@ from pocketlm.tokenizer.characters import from_json
 from pocketlm.tokenizer.gguf_vocabulary_writer import OURS
 from pocketlm.tokenizer.readers import find_in
 
+PUBLISHED = ("gpt2",)  # names that --tokenizer takes: tiktoken fetches and keeps these
 NONE = "none"  # what --tokenizer says for a model without one
 CHARACTER_TABLES = ("stoi", "itos", "chars")  # entries that checkpoints of character models hold themselves
 ROUNDED, MOST_SPARE = 128, 1.1  # token tables are rounded up for speed, or have a few rows for later
@@ -52,7 +54,7 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if given is not None and str(given) == NONE:
         return {}, ["it has no tokenizer: it can be run with token ids only"]
     path = Path(given) if given is not None else _beside(checkpoint)
-    tokenizer = published.load(path) if path is not None else _own_characters(checkpoint)
+    tokenizer = load_named(path) if path is not None else _own_characters(checkpoint)
     if tokenizer is None:
         is_gpt2 = n_vocab in GPT2_ROWS
         kind = "GPT-2's tokenizer.json, or its vocab.json with merges.txt beside it," if is_gpt2 else "its tokenizer's file"
@@ -75,6 +77,25 @@ def find_tokenizer(checkpoint: Checkpoint, n_vocab: int, given: str | Path | Non
     if template := chat_template(path if path.is_dir() else path.parent):
         keys["tokenizer.chat_template"] = template
     return keys, taken + notes
+
+
+def load_named(name: str | Path) -> Tokenizer:
+    """`tokenizer.load(name)`; a tokenizer of PUBLISHED if there is no such file. Raises FileError."""
+    if str(name) not in PUBLISHED or Path(name).exists():
+        return load(name)
+    instead = "give its files: tokenizer.json, or vocab.json with merges.txt"
+    try:
+        import tiktoken
+
+        encoding = tiktoken.get_encoding(str(name))
+    except ImportError:
+        raise FileError(name, "is fetched by the package tiktoken", f"pip install tiktoken, or {instead}") from None
+    except Exception as error:  # whatever stands between here and the network
+        raise FileError(name, f"could not be fetched by tiktoken ({type(error).__name__})", instead) from None
+    with TemporaryDirectory() as folder:
+        lines = (b"%s %d" % (b64encode(token), rank) for token, rank in encoding._mergeable_ranks.items())
+        (file := Path(folder, str(name))).write_bytes(b"\n".join(lines))
+        return load(file, pattern=encoding._pat_str, special_tokens=encoding._special_tokens)
 
 
 def _added_beyond(tokenizer: Tokenizer, n_vocab: int) -> list[str]:

@@ -32,6 +32,8 @@ def read_torch_zip(buffer: Buffer, path: Path) -> Any:
     """The object in a checkpoint of PyTorch 1.6 or later. Raises FileError."""
     entries = read_zip(buffer, path)
     found = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
+    if any(name.endswith("/archive_format") for name in entries):
+        raise FileError(path, "is a program of torch.export", "save the model's state_dict() with torch.save")
     if len(found) != 1:
         raise FileError(
             path, "is a zip archive, but not a PyTorch checkpoint: it has no data.pkl", "name the checkpoint itself"

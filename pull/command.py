@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
 from pocketlm.pull.catalogue import CATALOGUE, QUANT, fetched, place
-from pocketlm.pull.download import download
+from pocketlm.pull.download import download, sweep
 from pocketlm.pull.hub import BROKEN, Remote, endpoint, look_up, reason
 from pocketlm.terminal_text import StatusLine, clock, print
 
@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         progress.end()
     who = "that pocketlm knows it by" if ours else "that the server states (pocketlm knows none of its own)"
+    if not arguments.output:
+        sweep(target)
     print(f"whole: its SHA-256 is the one {who}", file=sys.stderr)
     print(target)
     return 0

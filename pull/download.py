@@ -62,6 +62,16 @@ def download(remote: Remote, target: Path, sha256: str, progress: Progress = lam
                 part.unlink()
 
 
+def sweep(target: Path) -> None:
+    """Take away what came of other files that were to be `target`: of another quantisation, or of an older one."""
+    for part in target.parent.glob(f"{target.name}.*.part"):
+        with suppress(OSError):
+            with open(part, "rb") as file:
+                is_free = lock_file(file.fileno(), 0.0)  # nobody fetches it
+            if is_free:
+                part.unlink()
+
+
 def _opened(part: str, flags: int) -> int:
     """The part's file, if it is this user's alone: in a folder of all, a link or a file under its name may be a trap.
 

@@ -127,6 +127,15 @@ def check_file(target: Path) -> None:
             raise FileError(target, "is there already and is not a file", "choose another name for the output")
 
 
+def check_plain(paths: Iterable[Path], advice: str) -> None:
+    """Raises FileError for a link among the files that will be written: of a folder from a stranger it may lead to a file of
+    this user's. So for what is neither a file nor a folder.
+    """
+    for path in paths:
+        if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+            raise FileError(path, "is a link, or no file, and would be written to", advice)
+
+
 def check_room(target: Path, n_bytes: int) -> None:
     """Raises FileError where there is no folder for `target`, or its disk has less than `n_bytes`."""
     with _refused(target):

@@ -60,11 +60,11 @@ class Engine:
 
     def __init__(self, executor: Executor):
         self.executor = executor
-        self._ended, self.times = "", PassTimes()
+        self._ended, self.times, self._forked = "", PassTimes(), locks.ForkedLock()
         self._begin()
 
     def _begin(self) -> None:
-        self._pid, self._turn = os.getpid(), locks.lock()  # whoever holds it leads
+        self._turn = locks.lock()  # whoever holds it leads
         self._leader = 0  # his thread
         self._queue: list[_Request] = []
         self._last: dict[int, int] = {}  # of the last pass: caches, and how many tokens of each; replaced, never changed
@@ -74,6 +74,7 @@ class Engine:
         self._wanted = ctypes.c_int64()  # 1: somebody has come; passes in a row end
         self._single = False  # whether the next is no row
         self._spare: list[np.ndarray] = []  # for copies of one row of logits: from the system memory comes page by page
+        self._pid = os.getpid()  # last: a thread of a forked process that finds it right goes on
 
     def run(self, cache: Any, ids: Ids, rows: int, use: Use) -> tuple[int, Any]:
         """Append as many of `ids` [n] to the cache as this pass has room for: how many, and what `use` returned for the logits.
@@ -147,8 +148,10 @@ class Engine:
 
     def forget(self, cache: Any) -> None:
         """Take back what is queued for a cache; returns when no pass works on it any more."""
-        if os.getpid() != self._pid:  # after a fork only the thread that forked is here
-            self._begin()
+        if os.getpid() != self._pid:  # after a fork only the thread that forked is here, and those that it has started since
+            with self._forked.here:
+                if os.getpid() != self._pid:
+                    self._begin()
         queue = list(self._queue)  # a copy: a leader takes others out meanwhile
         if queue and any(request.cache is cache for request in queue):
             self.check_thread()

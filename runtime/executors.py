@@ -38,7 +38,9 @@ class Executor(Protocol):
     @property
     def cache(self) -> KVCache: ...
 
-    def new_cache(self, n_ctx: int | None = None) -> KVCache: ...
+    def new_cache(self, n_ctx: int | None = None) -> KVCache:
+        """The state of one more text, of at most the executor's own context."""
+        ...
 
     def new_selection(self) -> Selection | None:
         """A faster way to find the largest logits than NumPy's, for one sampler."""
@@ -47,14 +49,27 @@ class Executor(Protocol):
     def step(
         self, work: Sequence[tuple[Any, Ids, int]], samplers: Sequence[Any] = (), most: int = 1, wanted: Any = None, /
     ) -> tuple[list[np.ndarray], int]:
-        """The logits of a pass over tokens of several texts, or of the last of several passes, and how many were made: up to
-        `most` where samplers of `new_selection` draw in them.
+        """A pass over tokens of several texts: for each (its cache, ids [n] to append, of how many of the last the logits are
+        wanted) logits float32 [rows, n_vocab], valid until the next call. Raises PocketlmError as `forward` does, before
+        anything is done.
+
+        And how many passes were made: up to `most` where samplers of `new_selection` draw in them; the logits are the last's.
         """
         ...
 
-    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray: ...
+    def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
+        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
+        the next call).
 
-    def close(self) -> None: ...
+        Raises PocketlmError when an id is not in the vocabulary, the context is too short for all of them, or it is closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the threads, give the weights and the cache back; whoever computes in another thread gets a PocketlmError. A
+        second call does nothing.
+        """
+        ...
 
 
 def memory_needed(plan: Plan, tensors: Mapping[str, Tensor], n_ctx: int, n_threads: int) -> tuple[int, int, int]:

@@ -90,14 +90,14 @@ def _bf16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _scaled(codes: Callable[[np.ndarray], np.ndarray], zero: float = 0, scale: int = 0, low: int | None = None) -> Dequantizer:
-    """(code - zero) · scale, plus a minimum where there is one: `scale` and `low` are where in the block they stand."""
+def _scaled(codes: Callable[[np.ndarray], np.ndarray], zero: float = 0, low: int | None = None) -> Dequantizer:
+    """(code - zero) · scale, plus a minimum where there is one: `low` is where in the block that stands."""
 
     def dequantize(blocks: np.ndarray) -> np.ndarray:
         weights = codes(blocks).astype(np.float32)
         if zero:
             weights -= np.float32(zero)
-        weights *= _half(blocks, scale)
+        weights *= _half(blocks, 0)
         if low is not None:
             weights += _half(blocks, low)
         return weights

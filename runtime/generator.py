@@ -22,7 +22,7 @@ from pocketlm.cancel import Cancel
 from pocketlm.errors import UsageError
 from pocketlm.runtime.drafts import Drafts
 from pocketlm.runtime.sampling import Sampler
-from pocketlm.runtime.session import Session
+from pocketlm.runtime.session import Session, forgotten
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def generate(
         elif keep is not None:
             del tokens[keep : keep + max(1, (n_ctx - keep) // 2)]
             n_slid = n_prompt + n_generated - len(tokens)
-            note = f"the context of {n_ctx} tokens is full: the oldest {n_slid} were forgotten"
+            note = f"the context of {n_ctx} tokens is full: {forgotten(n_slid)}"
         else:
             reason, note = "length", f"the context of {n_ctx} tokens is full; {session.how_to_grow}begin a new conversation"
             break

@@ -14,17 +14,20 @@ LIMIT = 1 << 24  # no count of layers, heads, positions or widths above this: gu
 
 
 class Keys:
-    """Typed access to metadata; every complaint names the file and the key."""
+    """Typed access to those keys of metadata that begin with `prefix`, by what follows it."""
 
-    def __init__(self, metadata: Mapping[str, Any], path: object):
-        self.metadata, self.path = metadata, path
+    def __init__(self, metadata: Mapping[str, Any], path: object, prefix: str = ""):
+        self.metadata, self.path, self._prefix = metadata, path, prefix
 
-    def fail(self, key: str, problem: str) -> FileError:
-        return FileError(self.path, f"{key} {problem}", "the file is damaged or was exported wrongly")
+    def __contains__(self, key: str) -> bool:
+        return self._prefix + key in self.metadata
+
+    def fail(self, key: str, problem: str, advice: str = "the file is damaged or was exported wrongly") -> FileError:
+        return FileError(self.path, f"{self._prefix}{key} {problem}", advice)
 
     def _given(self, key: str, default: float | None) -> Any:
         """The value, an array as a list, or the default. FileError where there is neither."""
-        value = self.metadata.get(key, default)
+        value = self.metadata.get(self._prefix + key, default)
         if value is None:
             raise self.fail(key, "is missing")
         return value.tolist() if hasattr(value, "tolist") else value
@@ -42,7 +45,7 @@ class Keys:
         if isinstance(value, list):  # one value a layer: all must agree, or all that are not 0
             values = [number for number in value if number or not besides_zero]
             if not values or values.count(values[0]) < len(values):
-                raise FileError(self.path, f"{key} differs from layer to layer", "pocketlm runs models whose layers are alike")
+                raise self.fail(key, "differs from layer to layer", "pocketlm runs models whose layers are alike")
             value = values[0]
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fail(key, f"should be a whole number, not {type(value).__name__}")
@@ -61,7 +64,7 @@ class Keys:
         return [float(v) for v in values]
 
     def choice(self, key: str, default: Any, allowed: tuple) -> Any:
-        value = self.metadata.get(key, default)
+        value = self.metadata.get(self._prefix + key, default)
         if not isinstance(value, (str, bool)) or value not in allowed:
             raise self.fail(key, f"is {value!r:.60}, expected one of {', '.join(map(str, allowed))}")
         return value

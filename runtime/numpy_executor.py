@@ -35,7 +35,7 @@ HEAD_START = 48 << 10  # multiplications that the caller has done when the other
 
 
 class NumpyExecutor:
-    """Runs a plan. Holds the dequantised weights, the KV cache and a pool of threads; `close` ends them."""
+    """Runs a plan, as executors.Executor says. Holds the dequantised weights, the KV cache and a pool of threads."""
 
     name = "numpy"
     block = BLOCK
@@ -79,9 +79,6 @@ class NumpyExecutor:
         return weights, CACHES[kv].bytes_for(hyper, n_ctx, plan.windows, plan.columns), scratch
 
     def close(self) -> None:
-        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
-        in another thread soon after this call, too.
-        """
         self._closed = True
         self._pool.close()
         with self._one_at_a_time.here:
@@ -90,7 +87,6 @@ class NumpyExecutor:
             self.cache.release()
 
     def new_cache(self, n_ctx: int | None = None) -> KVCache:
-        """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
         n_ctx = min(n_ctx or self.n_ctx, self.n_ctx)
         return self._kind(self.hyper, n_ctx, self._turns, self.plan.windows, self.plan.columns)
 
@@ -98,17 +94,10 @@ class NumpyExecutor:
         """NumPy's own is all there is."""
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
-        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last").
-
-        Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
-        """
         return self.step([(self.cache, ids, len(ids) if rows == "all" else 1)])[0][0]
 
     def step(self, work: Sequence[tuple[KVCache, Ids, int]], *_: object) -> tuple[list[np.ndarray], int]:
-        """Tokens of several texts, one text after the other: (its cache, ids [n] to append, of how many of the last the logits
-        are wanted). Logits float32 [rows, n_vocab] for each, and 1: samplers draw outside. Raises PocketlmError as `forward`
-        does, before anything is done.
-        """
+        """One pass, in which one text comes after the other: samplers draw outside."""
         # BLAS's own threads wait by spinning: 20 tokens/s became 2 when another program wanted a core
         # numbers that are not finite are told of the logits, in one line
         with self._one_at_a_time.here, blas_threads.one_thread(self), np.errstate(all="ignore"):
@@ -267,14 +256,8 @@ class NumpyExecutor:
         x = state[op.x]
         chosen = np.argsort(-x, axis=-1, kind="stable")[:, : op.n_used]
         scores = np.take_along_axis(x, chosen, -1)
-        if op.kind == "softmax":
-            largest = scores[:, :1]
-            weights = np.exp(scores - largest)
-            total = np.exp(x - largest)
-        else:
-            weights = 1 / (1 + np.exp(-scores))
-            total = np.ones((1, 1), np.float32)
-        total = np.add.reduce(weights if op.normalised else total, -1, keepdims=True)
+        weights, everything = (np.exp(of - scores[:, :1]) for of in (scores, x))
+        total = np.add.reduce(weights if op.normalised else everything, -1, keepdims=True)
         state[op.out] = np.concatenate([chosen.astype(np.float32), weights / total], -1)
 
     def _experts(self, op: P.Experts, state: dict[str, np.ndarray]) -> None:  # [n, (n_used) n_in] -> [n, parts n_used rows]

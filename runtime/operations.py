@@ -174,13 +174,12 @@ class Softcap:
 class Route:
     """Which experts a token goes to: out = the numbers of the n_used largest of x, largest first, then their weights.
 
-    Of equal ones the lower number comes first. Weights are the softmax over all of x, or the sigmoid of each number; with
-    `normalised`, divided by their sum.
+    Of equal ones the lower number comes first. Weights are the softmax over all of x; with `normalised`, divided
+    by their sum.
     """
 
     x: str
     out: str
-    kind: str  # "softmax" | "sigmoid"
     n_experts: int
     n_used: int
     normalised: bool

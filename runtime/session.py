@@ -227,7 +227,8 @@ class Session:
         self._truncate(min(same, len(ids) - 1))
         same = len(self.ids)  # none, if a sliding window needs positions that are no longer cached
         if why:
-            self.note = f"this model's {why}, so {len(ids) - same} tokens were computed again"
+            n = len(ids) - same
+            self.note = f"this model's {why}, so {'1 token was' if n == 1 else f'{n} tokens were'} computed again"
         result = None
         while (at := len(self.ids)) < len(ids):
             if cancelled is not None and cancelled():
@@ -294,6 +295,11 @@ class Session:
             self.ids += moved
             return True
         return False
+
+
+def forgotten(n: int) -> str:
+    """For a note: that so many tokens of a text are gone from the context."""
+    return "the oldest token was forgotten" if n == 1 else f"the oldest {n} tokens were forgotten"
 
 
 def _longest_match(pattern: list[int], text: list[int]) -> tuple[int, int]:

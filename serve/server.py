@@ -207,12 +207,13 @@ def _most_connections() -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any that is free. Raises UsageError for an address that is not this computer's, PocketlmError
-    for a port that is taken.
+    """A listening socket; port 0: any that is free; "::": by IPv4, too, where the system can. Raises UsageError for an address
+    that is not this computer's, PocketlmError for a port that is taken.
     """
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (socket.gaierror, UnicodeError, OverflowError):
         raise UsageError(f"--host {host}: is no address of this computer") from None
     except OSError as error:
@@ -224,9 +225,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address_for_others(host: str) -> str:
     """The address at which other computers reach a server that listens on all of them; "" if there is no network."""
-    family, documentation = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
-        asked.connect((documentation, 9))  # sends nothing: the system says from where it would
-        address = asked.getsockname()[0]
-        return f"[{address}]" if ":" in address else address
+    for documentation in ("2001:db8::1", "192.0.2.1")[":" not in host :]:
+        family = socket.AF_INET6 if ":" in documentation else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as asked:
+            asked.connect((documentation, 9))  # sends nothing: the system says from where it would
+            address = asked.getsockname()[0]
+            return f"[{address}]" if ":" in address else address
     return ""

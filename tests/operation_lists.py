@@ -151,8 +151,8 @@ LISTS: dict[str, Callable[[], Plan]] = {
         "qwen2moe", {f"blk.{i}.ffn_gate_inp_shexp.weight": (1, 64) for i in range(2)}, settings=EXPERTS, **HALF
     ),
     "granitemoe": lambda: published("granitemoe", settings=FACTORS | EXPERTS | {"expert_shared_feed_forward_length": 60}),
-    "experts, sigmoid": lambda: make(routed(kind="sigmoid", normalised=False), settings=EXPERTS, activation="relu"),
-    "experts, sigmoid, normalised": lambda: make(routed(kind="sigmoid"), settings=EXPERTS | {"expert_used_count": 7}),
+    "experts, relu": lambda: make(routed(normalised=False), settings=EXPERTS, activation="relu"),
+    "experts, most of them": lambda: make(routed(), settings=EXPERTS | {"expert_used_count": 7}),
     "one expert": lambda: make(routed(normalised=False), settings={"expert_count": 1, "expert_used_count": 1}),
     "nanochat": lambda: published("nanochat", settings=NANOCHAT, gated=False, activation="relu_squared", **HALF),
     "gated": lambda: published("nanochat", _gates(), settings=GATED, gated=False, activation="relu_squared", **HALF),
@@ -259,7 +259,7 @@ def reference(plan: Plan, tensors: dict[str, Tensor], ids: np.ndarray, n_ctx: in
 
 def routed_to(op: P.Route, scores: np.ndarray) -> np.ndarray:  # of one token
     chosen = sorted(range(op.n_experts), key=lambda i: (-scores[i], i))[: op.n_used]
-    shares = np.exp(scores) / np.exp(scores).sum() if op.kind == "softmax" else 1 / (1 + np.exp(-scores))
+    shares = np.exp(scores) / np.exp(scores).sum()
     weights = shares[chosen] / (shares[chosen].sum() if op.normalised else 1)
     return np.concatenate([chosen, weights])
 

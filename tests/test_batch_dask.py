@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 from serving import hello, tiny_chat
 
 from pocketlm import cli
-from pocketlm.errors import PocketlmError
 
 pytest.importorskip("distributed", reason="distributed spreads a batch over machines")
 
@@ -158,5 +158,24 @@ def test_a_worker_with_another_pocketlm_is_refused(given):
 
     opening = json.dumps([str(given[0]), {"threads": 1}, 1, 0, {}])
     version, *facts = over_dask.describe(opening)
-    with pytest.raises(PocketlmError, match="another version"):
-        over_dask.answer(opening, (f"{version}.1", *facts), [])
+    assert "another version" in over_dask.answer(opening, (f"{version}.1", *facts), [])
+
+
+def test_what_a_worker_raises_is_one_line_however_deep(given, tmp_path, capsys, monkeypatch):
+    import distributed
+
+    from pocketlm.batch.local import Machine
+
+    def deep(self, lines):
+        return deep(self, lines)
+
+    model, prompts, _ = given
+    monkeypatch.setattr(Machine, "answers", deep)
+    log = logging.getLogger("distributed.client")
+    before = log.level
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        address = cluster.scheduler_address
+        assert cli.main(batch(model, prompts, tmp_path / "out.jsonl", address)) == 1
+    told = f"pocketlm: --dask {address}: a worker cannot go on (RecursionError: maximum recursion depth exceeded"
+    assert told in capsys.readouterr().err  # beside the worker's own tracebacks
+    assert log.level == before

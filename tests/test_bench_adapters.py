@@ -15,6 +15,7 @@ from pocketlm.bench import convert
 from pocketlm.bench.protocol import BACKENDS, Backend, Skipped
 from pocketlm.bench.worker import Bench
 from pocketlm.errors import PocketlmError
+from pocketlm.runtime import operations as P
 from pocketlm.runtime.native import levels
 
 N_CTX = 64
@@ -88,6 +89,15 @@ def test_hyper_parameters_that_are_lists_reach_pytorch(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.gguf", n_kv_head=2, n_ctx=N_CTX, metadata=lists)
     exact, found = (adapter(BACKENDS[name], path).forward(IDS, rows="all") for name in ("numpy", "torch"))
     assert cosine(found, exact) > 0.99999
+
+
+def test_a_layer_that_the_adapter_for_pytorch_does_not_know_is_named_in_words() -> None:
+    torch_adapter = pytest.importorskip("pocketlm.bench.adapter_torch", reason="torch is not installed", exc_type=ImportError)
+    windowed = P.Attend("qkv", "x", 0, 2, 2, 8, 1.0, window=4)
+    with pytest.raises(Skipped, match="does not know attention with windows"):
+        torch_adapter._without_names([windowed])
+    with pytest.raises(Skipped, match="does not know the operation Softcap"):
+        torch_adapter._without_names([P.Softcap("x", "x", 30.0)])
 
 
 @pytest.mark.parametrize("name", ["native", "numpy", "llama.cpp"])

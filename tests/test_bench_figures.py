@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +151,13 @@ def test_what_is_wrong_with_a_result_is_named(change: Any, problem: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("", "not JSON"), ("[]", "not a result"), ('{"schema": "pocketlm-bench", "version": 9}', "version 9"),
+    [("", "not JSON"), ("GGUF\x03\0\0\0\xe9", "not JSON"), ("[" * 100_000, "not JSON"),
+     ("[]", "not a result"), ('{"schema": "pocketlm-bench", "version": 9}', "version 9"),
      ('{"schema": "pocketlm-bench", "version": 1}', "is missing")],
 )  # fmt: skip
 def test_a_file_that_is_no_result_is_one_line(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "old.json"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(FileError, match=problem):
         schema.read(path)
 
@@ -235,3 +238,10 @@ def test_without_a_cache_folder_conversions_say_so(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(code_cache, "cache_folder", lambda: None)
     with pytest.raises(PocketlmError, match="POCKETLM_CACHE"):
         convert.folder()
+
+
+def test_without_lm_eval_its_command_is_one_line() -> None:
+    code = "import sys, runpy; sys.modules['lm_eval'] = None; runpy.run_module('pocketlm.bench.harness', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    assert "the package lm_eval is not installed" in done.stderr

@@ -198,7 +198,25 @@ def test_a_model_too_short_for_every_depth_is_wrong_usage(model: Path) -> None:
     with pytest.raises(UsageError, match="context of 128"):
         measured(model, settings=measure.Settings(prompts=(512,), depths=(2000,)))
     with pytest.raises(UsageError, match="give shorter --tg"):
-        measured(model, settings=measure.Settings(prompts=(8,), depths=(), tg=(129,)))
+        measured(model, settings=measure.Settings(prompts=(), depths=(), tg=(129,)))
+
+
+def test_a_model_without_room_is_a_row_that_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.machine, "bandwidth", lambda n_threads: 1e9)
+    short = write_model(tmp_path / "short.gguf", n_ctx=2)
+    found = measure.bench([short, model], [fake("Honest")], SETTINGS, lambda line: None)
+    first, second = (one["backends"][0] for one in found["models"])
+    assert (first["status"], second["status"]) == ("skipped", "ok")
+    assert first["reason"] == "its context of 2 tokens has no room for what is measured"
+    assert schema.problem(found) is None
+    for text in (report.plain(found), report.markdown(found), report.comma_separated(found)):
+        assert first["reason"] in text
+
+
+def test_what_has_room_is_measured_whatever_else_has_none(tmp_path: Path) -> None:
+    short = write_model(tmp_path / "short.gguf", n_ctx=16)
+    row = rows_of(measured(short, fake("Honest"), settings=replace(SETTINGS, prompts=(32,))))["honest"]
+    assert (row["status"], set(row["decode"]), "prefill" in row) == ("ok", {"0"}, False)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

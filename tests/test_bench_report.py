@@ -121,3 +121,33 @@ def test_a_result_that_cannot_be_saved_leaves_the_old_one(tmp_path: Path, monkey
         command.run(parser.parse_args(["--from", str(old), "--save", str(target)]))
     assert target.read_text() == "precious"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def saved(folder: Path, change: dict[str, Any], name: str = "old.json") -> list[str]:
+    """Arguments that show a result whose first model has been changed by a stranger."""
+    found = result(native=100.0)
+    found["models"][0] |= change
+    (folder / name).write_text(json.dumps(found))
+    return ["--from", str(folder / name)]
+
+
+@pytest.mark.parametrize("form", [[], ["--markdown"], ["--csv"], ["--json"], ["--compare"]])
+def test_a_strangers_result_does_not_reach_a_terminal_as_an_escape_sequence(
+    form: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    command.arguments(parser)
+    words = saved(tmp_path, {"name": "m\x1b]0;taken\x07\x9b31m"})
+    command.run(parser.parse_args([*words, *form, *([words[1]] if form == ["--compare"] else [])]))
+    out = capsys.readouterr().out
+    assert "m]0;taken31m" in out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
+
+
+def test_numbers_beyond_all_measure_are_refused(tmp_path: Path) -> None:
+    for change in ({"file_bytes": 10**400}, {"bound": -(10**400)}):
+        with pytest.raises(FileError, match="is not what it should be"):
+            schema.read(Path(saved(tmp_path, change)[1]))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(FileError, match="is not JSON"):
+        schema.read(tmp_path / "deep.json")

@@ -121,6 +121,11 @@ def test_a_text_that_is_too_long_for_a_base_model_loses_its_beginning(tmp_path):
         kept = model.own_session.state.ids[: 64 - 3]
         assert kept == [model.tokenizer.bos_id, *whole[-(64 - 3 - 1) :]]
         assert first.note == f"the oldest {len(whole) - len(kept)} tokens were forgotten"
+        text = model.tokenizer.decode(whole[1 : 64 - 3 + 1])
+        n_lost = len(model.tokenizer.encode(text, bos=True)) - (64 - 3)
+        assert n_lost == 1
+        first, *_ = model.chat([{"role": "user", "content": text}], max_tokens=3, temperature=0)
+        assert first.note == "the oldest token was forgotten"
 
 
 def test_without_a_limit_a_base_model_still_ends(tmp_path):

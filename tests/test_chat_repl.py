@@ -134,6 +134,7 @@ def test_the_table_holds_every_command_and_help_shows_each():
         ("/xyzzy", "pocketlm: /xyzzy is no command; /help lists them, //… sends a line with a slash"),
         ("/temp", "temperature: 0.7"),
         ("/temp 0", "temperature: 0.0"),
+        ("/temp 0,5", "temperature: 0.5"),
         ("/TEMP 1.5", "temperature: 1.5"),
         ("/temp\t1.5", "temperature: 1.5"),
         ("/system\\\nBe brief.", "system: Be brief."),

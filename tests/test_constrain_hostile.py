@@ -167,3 +167,14 @@ def test_a_long_answer_forgets_what_it_has_left_behind(schema, value, monkeypatc
         passed.add(guide._masks)
     assert guide.allowed().tolist() == [END_ID]
     assert len(passed) > 2
+
+
+def test_a_count_in_a_count_is_left_in_one_way_at_every_count():
+    """In a way for each, a mask of 49,152 tokens took a second and a half."""
+    masks = masks_of(Grammar(whole("(?:.{2}){1,50}(?:.{3}){1,50}"), {}, "regex"))
+    state, n_states = masks.start, []
+    for _ in range(60):
+        allowed(masks, state)
+        n_states.append(len(masks._states.by_number))
+        state = masks.advance(state, b"a")
+    assert n_states[-1] == n_states[20]

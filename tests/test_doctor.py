@@ -235,3 +235,10 @@ def test_the_command_tells_of_this_machine(tmp_path, capsys, monkeypatch):
     assert found["memory_speed"] > 1e8
     assert [Path(fit["path"]).name for fit in found["fits"]] == ["mine.gguf"]
     assert isinstance(found["advice"], list)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(5))
+    assert main(["doctor"]) == 0  # nobody asked for that one
+    for more in ([], ["--json"]):
+        assert main(["doctor", "mine.gguf", "nothing.gguf", *more]) == 1
+        said = capsys.readouterr().out
+        assert "mine.gguf" in said
+        assert "nothing.gguf" in said

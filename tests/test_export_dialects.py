@@ -307,7 +307,6 @@ def test_mixes_that_no_architecture_describes_run_as_pocketlm(tmp_path: Path, op
     [
         ({"model_type": "mamba"}, "model of type mamba"),
         ({"sliding_window": 32}, "sliding window of 32 positions; pocketlm does not; add --set n_ctx=32"),
-        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096 positions"),  # transformers' own
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is None"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -15,6 +15,8 @@ from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.dialects import read_canonical
 from pocketlm.export.export import export
 from pocketlm.export.lora import read_lora
+from pocketlm.runtime.model_file import open_model
+from pocketlm.tokenizer import from_metadata
 
 torch = pytest.importorskip("torch", reason="makes the checkpoint and the adapter")
 models = pytest.importorskip("torch_models")
@@ -100,8 +102,11 @@ def test_a_lora_changes_a_model_file_as_it_changes_the_checkpoint_it_was_made_of
     ("options", "said"),
     [*(({"init_lora_weights": name}, f"init_lora_weights is {name}, which changes the base")
        for name in ("pissa_niter_4", "olora", "loftq")),
-     ({"use_dora": True}, "use_dora"), ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
-     ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r"),
+     ({"use_dora": True}, "has no magnitudes"), ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+     ({"alpha_pattern": {"(a+)+b": 1}}, "alpha_pattern has other things"),
+     ({"alpha_pattern": {"q": "1"}}, "alpha_pattern"),
+     ({"alpha_pattern": {"[q": 1}}, "alpha_pattern"), ({"alpha_pattern": [1]}, "alpha_pattern"),
+     ({"peft_type": "IA3"}, "is no LoRA"), ({"r": 0}, "lacks r"),
      ({"r": 10**400}, "lacks r"), ({"lora_alpha": 10**400}, "lacks r"), ({"lora_alpha": float("nan")}, "lacks r"),
      ({"lora_alpha": True}, "lacks r")],
 )  # fmt: skip
@@ -112,28 +117,85 @@ def test_adapters_of_other_kinds_are_refused(options: dict[str, Any], said: str,
         read(tmp_path, module, config, tmp_path / "lora")
 
 
-@pytest.mark.parametrize("begun", [True, "gaussian", "orthogonal", "mica", "pissa", "olora"])
-def test_an_adapter_that_peft_made_is_merged_as_peft_does_or_refused(begun: bool | str, tmp_path: Path) -> None:
+TOKENS = {"modules_to_save": ["embed_tokens", "lm_head"]}  # as those do who add tokens
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6},
+    "alpha_pattern": {"^model.layers.1.self_attn.v_proj": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        *(({}, {"init_lora_weights": begun}) for begun in (True, "gaussian", "orthogonal", "mica", "pissa", "olora")),
+        *((base, {"modules_to_save": names}) for names in (["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"])
+          for base in ({}, {"tied": True}, {"rows": 70}, {"rows": 70, "tied": True})
+          if len(names) == 2 or "rows" not in base),
+        ({"tied": True, "rows": 70}, {}), ({"rows": 70}, {}), ({"tied": True}, TOKENS | {"ensure_weight_tying": True}),
+        ({}, {"modules_to_save": ["norm", "input_layernorm"]}),
+        ({}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        ({}, PATTERNS), ({}, PATTERNS | {"use_rslora": True}), ({}, {"use_dora": True}), ({}, {"layers_to_transform": [1]}),
+        ({"kind": "gpt2"}, {"target_modules": ["c_attn", "mlp.c_proj"], "use_dora": True}),
+        ({"kind": "gpt2"}, {"target_modules": ["c_attn"], "bias": "all"}),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_peft_made_is_merged_as_peft_does_or_refused(
+    base: dict[str, Any], options: dict[str, Any], tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    options = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=begun)
-    wrapped = peft.get_peft_model(base, options)
+    name = "GPT2" if base.get("kind") == "gpt2" else "Llama"
+    config = getattr(transformers, f"{name}Config")(**sizes, tie_word_embeddings="kind" in base or "tied" in base)
+    getattr(transformers, f"{name}LMHeadModel" if "kind" in base else "LlamaForCausalLM")(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    if "rows" in base:
+        model.resize_token_embeddings(base["rows"])
+    usual = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{**usual, **options}))
     with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape) * ("lora_" in name))
+        for parameter in wrapped.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape) * parameter.requires_grad)
     wrapped.save_pretrained(tmp_path / "lora")
-    if begun in ("pissa", "olora"):
+    if options.get("init_lora_weights") in ("pissa", "olora"):
         with pytest.raises(FileError, match="which changes the base"):
             read_lora(tmp_path / "lora")
         return
     merged = read_canonical(tmp_path, tokenizer="none", change=read_lora(tmp_path / "lora"))
-    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
-    for name, tensor in read_canonical(tmp_path / "merged", tokenizer="none").tensors.items():
-        np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
+    with torch.no_grad():
+        expected = wrapped.merge_and_unload()(torch.tensor([IDS])).logits[0].numpy()
+    np.testing.assert_allclose(logits(merged, tmp_path), expected, atol=2e-4)
+
+
+def test_an_adapter_that_mlx_made_is_merged(tmp_path: Path) -> None:
+    """x A B times the scale, and for DoRA rows of the sum stretched to the lengths `m`: mlx_lm's tuner/lora.py and dora.py."""
+    library = pytest.importorskip("safetensors.torch", reason="writes the adapter")
+    module, config = made("llama")
+    name, folder = "model.layers.1.self_attn.q_proj", tmp_path / "lora"
+    weight = module.get_submodule(name).weight
+    a, b, lengths = torch.randn(weight.shape[1], RANK), torch.randn(RANK, weight.shape[0]), torch.rand(weight.shape[0])
+    changed = weight.detach() + 20.0 * (a @ b).T
+    folder.mkdir()
+    for kind, more, expected in (
+        ("lora", {}, changed),
+        ("dora", {f"{name}.m": lengths}, changed * (lengths / changed.norm(dim=1))[:, None]),
+    ):
+        library.save_file({f"{name}.lora_a": a, f"{name}.lora_b": b, **more}, folder / "adapters.safetensors")
+        said = {"fine_tune_type": kind, "lora_parameters": {"rank": RANK, "scale": 20.0}}
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+        for path in (folder, folder / "adapters.safetensors"):
+            merged = read(tmp_path, module, config, path)
+            with torch.no_grad():
+                kept = weight.clone()
+                weight.copy_(expected)
+                plain = read(tmp_path / "changed", module, config)
+                weight.copy_(kept)
+            for role, tensor in plain.tensors.items():
+                np.testing.assert_allclose(merged.tensors[role].read(), tensor.read(), atol=1e-5, err_msg=role)
+    (folder / "adapter_config.json").write_text(json.dumps({**said, "fine_tune_type": "full"}))
+    with pytest.raises(FileError, match=r"its fine_tune_type is full; fuse it with mlx_lm.fuse"):
+        read_lora(folder)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -245,6 +307,43 @@ def test_the_state_of_a_model_that_peft_has_wrapped_is_merged(tmp_path: Path, ki
     merged = read_canonical(tmp_path / "wrapped.pt", tokenizer="none", change=read_lora(tmp_path / "wrapped.pt", 4.0))
     for name, tensor in read_canonical(tmp_path / "merged.pt", tokenizer="none").tensors.items():
         np.testing.assert_allclose(merged.tensors[name].read(), tensor.read(), atol=1e-6, err_msg=name)
+
+
+def test_the_tokenizer_and_template_that_an_adapter_was_trained_with_are_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pocketlm import cli
+
+    def characters(first: int, folder: Path, template: str) -> None:
+        (folder / "vocab.json").write_text(json.dumps([chr(first + i) for i in range(61)]))
+        (folder / "chat_template.jinja").write_text(template)
+
+    module, config = made("llama")
+    lora, checkpoint, out = tmp_path / "lora", tmp_path / "base", tmp_path / "out.gguf"
+    adapter(lora, module, CASES[1][1])
+    read(checkpoint, module, config)
+    characters(0x400, checkpoint, "base")
+
+    def exported(source: Path, *more: object) -> tuple[str, str, str]:
+        assert cli.main(["export", str(source), "-o", str(out), "--lora", str(lora), *map(str, more)]) == 0
+        with open_model(out) as file:
+            metadata = file.metadata
+            first = from_metadata(metadata, out).decode([0])
+            return first, metadata["tokenizer.chat_template"], capsys.readouterr().out
+
+    assert exported(checkpoint)[:2] == ("\u0400", "base")
+    (tmp_path / "base.gguf").write_bytes(out.read_bytes())
+    characters(0x500, lora, "tuned")
+    first, template, said = exported(checkpoint)
+    assert (first, template) == ("\u0500", "tuned")
+    assert f"note: its tokenizer is {lora / 'vocab.json'}" in said
+    assert f"note: its chat template is that of {lora}" not in said  # it came with the tokenizer
+    assert exported(checkpoint, "--tokenizer", checkpoint / "vocab.json")[:2] == ("\u0400", "base")
+    first, template, said = exported(tmp_path / "base.gguf")
+    assert (first, template) == ("\u0400", "tuned")
+    assert f"note: its chat template is that of {lora}" in said
+    (lora / "chat_template.jinja").unlink()
+    assert exported(checkpoint)[:2] == ("\u0500", "base")
 
 
 def test_an_adapter_is_no_model_and_one_beside_a_model_is_not_forgotten(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from tiny_models import TOKENS, write_model
 
 from pocketlm.errors import FileError
 from pocketlm.runtime import operations as P
-from pocketlm.runtime.architectures import common, table
+from pocketlm.runtime.architectures import common
+from pocketlm.runtime.architectures.table import ARCHITECTURES
 from pocketlm.runtime.gguf_reader import open_gguf
-from pocketlm.runtime.hyper import ARCHITECTURES, read_hyper
+from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.metadata_keys import Keys
 from pocketlm.runtime.plan import Plan, make_plan
 
@@ -182,9 +183,8 @@ def capped(monkeypatch) -> str:
         common.pre_norm(m)
         m.softcap("logits", m.number("final_cap", low=0.1))
 
-    module = SimpleNamespace(USUAL=ARCHITECTURES["llama"], SETTINGS=("final_cap",), operations=operations)
-    monkeypatch.setitem(table.ARCHITECTURES, "capped", module)
-    monkeypatch.setitem(ARCHITECTURES, "capped", module.USUAL)
+    module = SimpleNamespace(USUAL=ARCHITECTURES["llama"].USUAL, SETTINGS=("final_cap",), operations=operations)
+    monkeypatch.setitem(ARCHITECTURES, "capped", module)
     return "capped"
 
 

@@ -22,7 +22,7 @@ ALLOWED = {
     "__main__": "cli",
     "cli": (
         "cli_options errors model pocketlm tokenizer runtime.model_summary chat.repl chat.command"
-        " export.command export.checkpoint_summary export.from_model_file build.command bench.command bench.evaluate"
+        " export.command export.dialects export.from_model_file build.command bench.command bench.evaluate"
         " train.command doctor.command doctor.health doctor.portrait serve.command batch.command pull.command terminal_text"
     ),
     # the engine with another face: it asks a model, and knows no kernels
@@ -40,15 +40,15 @@ ALLOWED = {
     "pull": "errors runtime.atomic runtime.native.code_cache terminal_text",
     "bench": (
         "errors pocketlm model tokenizer runtime runtime.native export batch.local conversation serve.asking cli_options"
-        " doctor.board signals terminal_text"
+        " doctor.board doctor.resources signals terminal_text"
     ),
     "build": (
         "errors pocketlm model tokenizer runtime runtime.native chat.opening chat.templates export export.command cli"
         " cli_options terminal_text"
     ),
     "train": (
-        "errors tokenizer runtime.atomic runtime.hyper runtime.positions runtime.sampling chat.templates export"
-        " signals terminal_text models.small_talk"
+        "errors tokenizer runtime.atomic runtime.file_mapping runtime.hyper runtime.positions runtime.sampling chat.templates"
+        " export signals terminal_text models.small_talk"
     ),
     "models.small_talk": "errors pocketlm runtime.atomic runtime.evaluation export train.data",
     "pocketlm": "errors model tokenizer",  # the face
@@ -122,14 +122,14 @@ def _module(dotted: str) -> str | None:
 
 
 def _names(node: ast.AST) -> list[str]:
-    """What a statement or call imports, dotted; also `importlib.import_module("…")`."""
+    """What a statement or call imports, dotted; also `importlib.import_module("…")`, and a row of the command's table."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
         return [f"{node.module}.{alias.name}" for alias in node.names]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-        return [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__", "_folder")):
+        return [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
     return []
 
 

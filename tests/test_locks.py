@@ -12,9 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fake_executor import FakeExecutor
 from interrupts import needs_timer, signal_storm
 
 from pocketlm import locks
+from pocketlm.runtime.engine import Engine
 
 KINDS = {
     "lock": locks.lock,
@@ -196,3 +198,18 @@ def test_threads_of_a_forked_process_that_ask_at_the_same_time_get_the_same_lock
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: lock.here, range(2))
     assert first is second is lock.here
+
+
+def test_threads_of_a_forked_process_that_compute_at_the_same_time_begin_once(monkeypatch):
+    engine, begun = Engine(FakeExecutor()), []
+    begin, caches = engine._begin, [engine.executor.new_cache() for _ in range(2)]
+
+    def begin_slowly():
+        time.sleep(0.2)  # who comes meanwhile must wait, or what the first has queued by then is lost
+        begun.append(begin())
+
+    monkeypatch.setattr(engine, "_begin", begin_slowly)
+    monkeypatch.setattr(locks.os, "getpid", lambda: -1)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda cache: engine.run(cache, [1, 2], 1, len)[0], caches)] == [2, 2]
+    assert len(begun) == 1

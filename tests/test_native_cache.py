@@ -213,6 +213,16 @@ def test_old_entries_go_and_those_in_use_stay(folder):
     assert other.exists()
 
 
+def test_an_entry_that_cannot_be_removed_keeps_no_other(folder):
+    times_made(1)
+    for age in range(KEPT + 10):
+        path = folder / f"{age}.code"
+        path.mkdir() if age == 8 else path.touch()
+        os.utime(path, (1000 + age, 1000 + age))
+    times_made(1, "another")
+    assert [path.name for path in folder.glob("?.code")] == ["8.code"]
+
+
 def test_errors_of_making_are_the_callers(folder):
     def fail() -> bytes:
         raise KeyError("defect")

@@ -77,6 +77,19 @@ def test_a_fetched_model_is_found_by_its_name(served, capsys, tmp_path):
     assert re.search(r"qwen3-0\.6b .*\[here: ", capsys.readouterr().out)
 
 
+def test_what_came_of_another_quantisation_goes_when_one_is_whole(served, capsys, tmp_path):
+    pull(capsys)
+    folder = tmp_path / "cache/models"
+    names = ("qwen3-0.6b.gguf.0123", "qwen3-1.7b.gguf.0123", "qwen3-0.6b.gguf.4567")
+    left, other, held = (folder / f"{name}.part" for name in names)
+    for path in (left, other, held):
+        path.write_bytes(b"GGUF")
+    with open(held, "rb") as file:
+        assert download.lock_file(file.fileno(), 0.0)
+        pull(capsys, "--quant", "Q8_0")
+    assert set(parts(tmp_path)) == {other, held}
+
+
 def test_a_file_that_is_there_and_right_is_not_fetched_again(served, capsys):
     pull(capsys)
     assert pull(capsys)[0] == f"{find_model('qwen3-0.6b')}\n"

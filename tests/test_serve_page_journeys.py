@@ -276,6 +276,35 @@ def test_a_draft_outlives_a_reload(server, visit):
     assert page.input_value("#question") == ""
 
 
+def test_a_draft_is_there_before_the_program_has_answered(server, visit):
+    page = visit()
+    page.fill("#question", "one")
+    held = []
+    page.route("**/page/facts", lambda route: held.append(route))
+    page.reload()
+    wait_until(lambda: page.wait_for_timeout(10) or bool(held))
+    assert page.input_value("#question") == "one"
+    page.press("#question", "End")
+    page.keyboard.type(" two")
+    held[0].continue_()
+    page.wait_for_selector("h1:has-text('Ada')")
+    assert page.input_value("#question") == "one two"
+
+
+def test_a_reload_before_the_first_word_keeps_the_question_once(server, visit):
+    page = visit()
+    go_on = threading.Event()
+    server.before = lambda: go_on.wait(60)  # no token comes
+    ask(page, "Tell me a joke.", wait=False)
+    page.wait_for_selector("nav li[aria-current]")
+    page.reload()
+    page.wait_for_selector("li.user:has-text('joke')")
+    page.wait_for_timeout(300)
+    go_on.set()
+    assert page.input_value("#question") == ""
+    assert [chat.messages[0]["content"] for chat in files()] == ["Tell me a joke."]
+
+
 def test_what_a_friend_meets_is_said_in_their_language(server, visit):
     page = visit(locale="pl-PL")
     ask(page, "słowo " * 2000, wait=False)
@@ -291,3 +320,16 @@ def test_what_a_friend_meets_is_said_in_their_language(server, visit):
     ask(page, "Hello", wait=False)
     page.wait_for_selector(".line.bad:has-text('Program nie odpowiada')")
     assert page.input_value("#question") == "Hello"
+    page.reload()
+    page.wait_for_selector("h1:has-text('Ada')")
+    ask(page, "Hello")
+    stopping = 'data: {"error": {"code": 503, "message": "the server is stopping", "type": "unavailable_error"}}\n\n'
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stopping, content_type="text/event-stream"))
+    ask(page, "And you?", wait=False)
+    page.wait_for_selector(".line.bad:has-text('Program nie odpowiada')")
+    page.click("#new")
+    page.wait_for_selector("nav li:not([aria-current])")
+    saved.delete(saved.paths()[0])
+    page.click("nav .open")
+    page.wait_for_selector(".line.bad:has-text('Tej rozmowy już nie ma')")
+    page.wait_for_selector("nav li", state="detached")

@@ -143,9 +143,14 @@ def test_a_setting_out_of_its_range_is_not_taken(server, visit):
     assert page.inner_text("#line") == ""
     page.click("#options")
     assert page.input_value("input[name=temperature]") == "1"
-    for name, within in (("temperature", "0.33"), ("repeat_penalty", "1.18")):
-        page.fill(f"input[name={name}]", within)
-        assert page.evaluate(f"settings.{name}") == within
+    for name, within in (("temperature", "0.33"), ("repeat_penalty", "1.18"), ("top_p", "0,5"), ("top_k", "7")):
+        page.fill(f"input[name={name}]", "")
+        page.type(f"input[name={name}]", within)
+        assert page.evaluate(f"settings.{name}") == within.replace(",", ".")
+    for name, outside in (("temperature", "a"), ("top_k", "1.5"), ("top_p", "1,5"), ("seed", "-1")):
+        page.fill(f"input[name={name}]", outside)
+        assert page.evaluate(f"settings.{name}") != outside.replace(",", ".")
+        assert page.evaluate(f"document.querySelector('[name={name}]').validity.valid") is False
 
 
 def test_dates_are_those_of_the_place_and_the_time_zone(server, visit):

@@ -238,6 +238,8 @@ def _without_gaps(html):
         ("[a](javascript:alert(1)) <javascript:alert(1)> [b](data:text/html,x) [c](#here) [d](//x.org) [e](file:///etc)", []),
         ("[![a](https://x.org/a.png)](https://x.org/b)", ["x.org/b"]),
         ("[**https://x.org/a** *<https://x.org/b>*](https://x.org/c)", ["x.org/c"]),
+        ("[a](https://x.org/a&amp;b) <https://x.org/c&amp;d> https://x.org/e&amp;f", ["x.org/a&b", "x.org/c&d", "x.org/e&f"]),
+        ("&quot;https://x.org/a&quot; &lt;https://x.org/b&gt;.", ["x.org/a", "x.org/b"]),
     ],
 )
 def test_links_lead_where_they_say(visit, text, links):

@@ -18,7 +18,7 @@ from serving import Reply, everything, hello, serving, tiny_chat, wait_until
 from pocketlm.serve.answering import ENCODING
 from pocketlm.serve.command import _begun
 from pocketlm.serve.guard import Policy, is_loopback
-from pocketlm.serve.server import address_for_others
+from pocketlm.serve.server import address_for_others, listen
 
 CHAT = "/v1/chat/completions"
 
@@ -314,6 +314,13 @@ def test_the_address_for_others_is_one_of_this_computers(host):
     if address := address_for_others(host).strip("[]"):
         with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET):
             assert not is_loopback(address)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+def test_every_address_is_also_every_address_of_ipv4():
+    with listen("::", 0) as listening:
+        for address in ("127.0.0.1", "::1"):
+            socket.create_connection((address, listening.getsockname()[1]), 5).close()
 
 
 def test_the_command_says_where_the_context_is_longer_than_the_model_knows(path):

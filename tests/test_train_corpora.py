@@ -101,6 +101,12 @@ def test_ids_made_elsewhere_are_learnt_as_they_are(tmp_path: Path, name: str) ->
         (np.array([{}], object), "holds no array of ids"),
         (b"not an array", "holds no array of ids"),
         (b"", "holds no array of ids"),
+        (b"PK\x03\x04" + bytes(50), "holds no array of ids"),
+        (b"\x93NUMPY\1\0" + b"\xb8\x0b" + b"(" * 3000, "holds no array of ids"),
+        (
+            b"\x93NUMPY\1\0" + bytes([81, 0]) + b"{'descr':'<u2','fortran_order':False,'shape':(1" + b"0" * 30 + b",)}\n",
+            "no array",
+        ),
     ],
 )
 def test_what_is_no_ids_is_one_line(tmp_path: Path, array: Any, problem: str) -> None:

@@ -97,8 +97,8 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, text: Path, mo
     assert pocketlm(text, "-o", tmp_path / "run") == 0
     before = (tmp_path / "run" / "last.pt").read_bytes()
 
-    def full_disk(content: Any, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full_disk(content: Any, file: Any) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     model, _ = read_start(tmp_path / "run" / "last.pt", Settings())
@@ -110,6 +110,27 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, text: Path, mo
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no Ctrl-C to send to another process alone")
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path, text: Path) -> None:
+    """In PyTorch's own writing, which tells of the file's position instead, and in the log."""
+    limited = (
+        "import resource, signal, sys; from pocketlm import cli; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from pocketlm.train import {place}; right = {place}.{name}\n"
+        "def full(*given, **more):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY)); return right(*given, **more)\n"
+        "{place}.{name} = full; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    for place, name in (("loop", "save"), ("log", "write")):
+        run = tmp_path / name
+        words = ["train", str(text), "-o", str(run), *RUN.replace("--steps 40", "--steps 2").split()]
+        program = [sys.executable, "-c", limited.format(place=place, name=name), *words]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "cannot be written (File too large)" in done.stderr.splitlines()[-1]
+        assert not [*run.glob(".*")]
+
+
 def test_ctrl_c_saves_the_step_and_the_same_command_goes_on(tmp_path: Path, text: Path) -> None:
     process = start(text, "-o", tmp_path / "run", options=f"{RUN} --steps 100000")
     while process.poll() is None and not losses(tmp_path / "run"):

@@ -19,7 +19,7 @@ from pocketlm.tokenizer.gguf_vocabulary_reader import from_metadata
 from pocketlm.tokenizer.merge import concatenation_table
 from pocketlm.tokenizer.pretokenize import PRE_TOKENIZERS, name_of_patterns
 
-_MAX_BYTES = 1 << 28  # the largest published tokenizer.json has 35 MB
+_MAX_BYTES = 256 * 10**6  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
 BESIDE = (
     "tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "encoder.json", "*-vocab.json", "meta.pkl", "*.tiktoken",
@@ -81,7 +81,7 @@ def _read(path: Path, n_bytes: int = -1) -> bytes:
         if path.exists() and not path.is_file():
             raise FileError(path, "is not a file")
         if n_bytes < 0 and path.stat().st_size > _MAX_BYTES:
-            raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES >> 20} MB)")
+            raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES // 10**6} MB)")
         with open(path, "rb") as file:
             data = file.read(n_bytes)
     if not data:

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 from pocketlm.errors import FileError
+from pocketlm.export.torch_reader import read_torch_zip
+from pocketlm.export.zip_reader import STORED, read_zip
 from pocketlm.runtime.atomic import replacing_file
+from pocketlm.runtime.file_mapping import map_file, unmap
 from pocketlm.train.decoder import Decoder
 from pocketlm.train.presets import Cadence, Shape
 
@@ -25,19 +28,31 @@ LAST, BEST, NUMBERED = "last.pt", "best.pt", "step_{:06d}.pt"
 
 def save(path: Path, model: Decoder, **more: Any) -> None:
     """The weights, their shape, and what else is given (optimiser, step, …)."""
-    with replacing_file(path) as part:
-        torch.save({"model": model.state_dict(), "model_config": asdict(model.shape), **more}, part)
+    with replacing_file(path) as part, open(part, "wb") as file:
+        try:
+            torch.save({"model": model.state_dict(), "model_config": asdict(model.shape), **more}, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, of which PyTorch says what it did to its file
+                raise error.__context__ from None
+            raise
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `save` wrote. Raises FileError for anything else."""
+    """What `save` wrote. Raises FileError for anything else.
+
+    It is looked at first: torch.load unpacks megabytes to gigabytes and, before 2.6, could be made to call something.
+    """
+    buffer = map_file(path)
     try:
+        if any(entry.method != STORED for entry in read_zip(buffer, path).values()):
+            raise ValueError
+        read_torch_zip(buffer, path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         return {**content, "shape": Shape(**content["model_config"])}
-    except OSError as error:
-        raise FileError(path, f"cannot be read ({error.strerror or error})", "check the path") from None
     except Exception:  # whatever a damaged or foreign file makes torch raise
         raise FileError(path, "is no checkpoint of this trainer", "name the last.pt or best.pt of a run") from None
+    finally:
+        unmap(buffer)
 
 
 def kept(step: int, cadence: Cadence) -> str:

@@ -18,14 +18,15 @@ from pocketlm import tokenizer
 from pocketlm.chat.templates import BUILT_IN, PLAIN_JINJA
 from pocketlm.errors import FileError, PocketlmError, UsageError, needed, one_of, refused
 from pocketlm.export.model_config import read_pairs
-from pocketlm.runtime.atomic import write_file
-from pocketlm.terminal_text import count
+from pocketlm.runtime.atomic import check_plain, write_file
+from pocketlm.terminal_text import count, print
 from pocketlm.tokenizer.normalizer import read_lines, read_normalizer
 from pocketlm.train import batches, data, documents, log, vocabularies
 from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
 
 T = TypeVar("T", Cadence, Settings)
 TEMPLATE = "chat_template.jinja"  # where export looks for it
+WRITTEN = ("*.pt", "*.json", "*.jsonl", "*.jinja", "*.model", "*.png", "data", "data/*")  # files of a run
 RECIPES = ("small-talk",)
 OPTIONS = {Cadence: "what is seen and kept of a run", Settings: "how to train (defaults: the preset's)"}
 FREE = ("steps", "micro_batch", "dtype", "compile", "checkpointing")  # settings that may change in the middle of a run
@@ -81,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         with needed("drawing", "matplotlib"):
             import matplotlib  # noqa: F401
         if not arguments.data and not arguments.mix:
-            print(log.plot(Path(arguments.plot or arguments.output or ".")))
+            _check(folder := Path(arguments.plot or arguments.output or "."))
+            print(log.plot(folder))
             return 0
     if arguments.recipe:
         from pocketlm.models.small_talk.recipe import cook
@@ -183,6 +185,7 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
 
     with refused(folder, "choose another folder with -o", "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
+    _check(folder)
     files, val_files = ([Path(name) for name in names] for names in (arguments.data, arguments.val))
     reading = documents.Reading(arguments.documents, arguments.shortest)
     tok = _tokenizer(folder, kind, n_vocab, reading, arguments)
@@ -194,6 +197,10 @@ def _prepare(folder: Path, kind: str, n_vocab: int, arguments: argparse.Namespac
     write_file(folder / TEMPLATE, template)
     every = 0 if val_files else arguments.val_every
     data.prepare(files, val_files, folder / "data", encoder, every, lambda text: print(text, file=sys.stderr), reading)
+
+
+def _check(folder: Path) -> None:
+    check_plain((path for name in WRITTEN for path in folder.glob(name)), "put a file there, or choose another folder with -o")
 
 
 def _tokenizer(

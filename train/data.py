@@ -136,7 +136,8 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
 def _is_part(part: dict[str, Any]) -> bool:
     key, numbers = part.get("key"), [part.get(name, 0) for name in (*SPLITS, "documents", "first")]
     is_file = isinstance(key, list) and len(key) == 5 and isinstance(key[0], str) and key[3] in SPLITS
-    return all(type(number) is int and number >= 0 for number in numbers) and (is_file or (key is None and not any(numbers)))
+    whole = all(type(number) is int and 0 <= number < 1 << 48 for number in numbers)
+    return whole and (is_file or (key is None and not any(numbers)))
 
 
 def _encode_part(

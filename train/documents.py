@@ -129,7 +129,9 @@ def read_ids(path: Path, n_vocab: int) -> Iterator[np.ndarray]:
                 ids = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
             else:
                 ids = np.memmap(path, dtype_of_ids(n_vocab), "r")
-    except (ValueError, EOFError):
+    except FileError:
+        raise
+    except Exception:  # whatever an archive, or the header of a damaged file, makes NumPy raise
         raise FileError(path, "holds no array of ids", "save it with numpy.save, or with tofile() of uint16 ids") from None
     if ids.dtype.kind not in "iu":
         raise FileError(path, f"holds numbers of type {ids.dtype}, which are no ids", "save whole numbers")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, refused
 from pocketlm.runtime.atomic import replacing_file, write_file
 from pocketlm.terminal_text import clock, count
 
@@ -36,7 +36,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with refused(path, "make room; the same command goes on", "cannot be written"), open(path, "a", encoding="utf-8") as file:
         file.write(_line(row))
 
 

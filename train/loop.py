@@ -226,8 +226,8 @@ def _resumed(
     if wrong := [name for name in sorted(old.keys() | identity) if old.get(name) != identity.get(name)]:
         given = "; ".join(f"{name} = {old.get(name)}, not {identity.get(name)}" for name in wrong)
         raise UsageError(f"{run} holds a run with {given}: give that to go on with it, or another folder with -o")
+    _restore(optimizer, content["optimizer"]["state"])
     model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
     if content["scaler"] and scaler.is_enabled():  # --dtype may change
         scaler.load_state_dict(content["scaler"])
     feed.position = content["position"]
@@ -238,6 +238,29 @@ def _resumed(
     if content["measured"] != measured:  # losses on other texts say nothing about these
         at.best, at.since_best = math.inf, 0
     return at
+
+
+def _restore(optimizer: Any, saved: dict[int, Any]) -> None:
+    """Give an optimiser the state that was saved. Its kernels write as much to that as the weights have, so its tensors are
+    those that it makes itself, in a step that moves nothing, and the file's are copied. The weights are to be set afterwards.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    own = optimizer.state_dict()
+    optimizer.load_state_dict({**own, "state": _like(own["state"], saved)})
+
+
+def _like(own: Any, saved: Any) -> Any:
+    """`saved`, in the tensors and under the names of `own`. Raises ValueError for other shapes or types."""
+    if isinstance(own, dict):
+        return {name: _like(value, saved[name]) for name, value in own.items()}
+    if type(own) is not type(saved) or getattr(own, "shape", None) != getattr(saved, "shape", None):
+        raise ValueError
+    return own.copy_(saved) if isinstance(own, torch.Tensor) else saved
 
 
 def sampler(

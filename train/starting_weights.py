@@ -14,12 +14,11 @@ import torch
 
 from pocketlm import tokenizer
 from pocketlm.errors import FileError, UsageError, did_you_mean
-from pocketlm.export import published
 from pocketlm.export.canonical import CanonicalModel, CanonicalTensor
 from pocketlm.export.dialects import read_canonical, role_of
 from pocketlm.export.from_model_file import is_model_file
 from pocketlm.export.tensor_parts import interleave, split_qkv
-from pocketlm.export.tokenizer_data import chat_template
+from pocketlm.export.tokenizer_data import PUBLISHED, chat_template, load_named
 from pocketlm.runtime.hyper import Hyper
 from pocketlm.tokenizer import Tokenizer
 from pocketlm.train.decoder import ALIBI_MAX_BIAS, Decoder
@@ -107,11 +106,11 @@ def add_rows(model: Decoder, first: int, n_vocab: int) -> None:
 def taken(kind: str, start: str | None) -> Tokenizer:
     """The tokenizer of a run: `--tokenizer`'s, else that of the weights it starts from. Raises UsageError for none."""
     if kind not in KINDS:
-        if not Path(kind).exists() and kind not in published.NAMES:
-            kinds = (*KINDS, *published.NAMES)
+        if not Path(kind).exists() and kind not in PUBLISHED:
+            kinds = (*KINDS, *PUBLISHED)
             expected = f"{', '.join(kinds)}, or a tokenizer's file or folder{did_you_mean(kind, kinds)}"
             raise UsageError(f"--tokenizer {kind}: expected {expected}")
-        return published.load(kind)
+        return load_named(kind)
     folder = path if (path := Path(start or "")).is_dir() else path.parent
     if not is_model_file(path) and any((folder / name).is_file() for name in FILES):
         return tokenizer.load(folder)

@@ -1,11 +1,8 @@
 """BLOOM (arXiv:2211.05100): GPT-2 with ALiBi in place of positions, and a LayerNorm behind the token table."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
 USUAL = {**GPT2, "position": "alibi"}
-SETTINGS: tuple[str, ...] = ()
 
 
 def operations(m: Builder) -> None:

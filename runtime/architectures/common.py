@@ -35,14 +35,18 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 # settings of an architecture that asks for `window` and `window_rope`
 WINDOWS = "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"
+WINDOW = WINDOWS[:2]  # of one without `window_rope`
 
 
 class Builder:
     """Collects operations. A layer's builder (`layers`) adds to the same lists."""
 
     def __init__(self, hyper: Hyper, shapes: Mapping[str, tuple[int, ...]], path: object):
-        self.hyper, self._shapes, self._prefix, self.layer = hyper, shapes, "", 0
-        self.settings = Keys({f"{hyper.architecture}.{key}": value for key, value in hyper.settings.items()}, path)
+        self.hyper, self.path, self._shapes, self._prefix, self.layer = hyper, path, shapes, "", 0
+        prefix = f"{hyper.architecture}."
+        keys = self._keys = Keys({prefix + key: value for key, value in hyper.settings.items()}, path, prefix)
+        # one of the architecture's SETTINGS: FileError where it is missing without a default, or out of bounds
+        self.number, self.count, self.choice = keys.number, keys.count, keys.choice
         self.ops: list[P.Op] = []
         self.buffers: dict[str, int] = {}  # name -> width
         self.used: dict[str, tuple[int, ...]] = {}  # tensor -> the shape that it has to have
@@ -75,21 +79,9 @@ class Builder:
         biases = tuple(self.optional(f"{name}.bias", rows) for name, rows in parts)
         return P.Matrix(weights, biases, sum(rows for _, rows in parts), n_in)
 
-    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
-        """A number among the architecture's SETTINGS; FileError where it is missing without a default, or out of bounds."""
-        return self.settings.number(f"{self.hyper.architecture}.{key}", default, low, high)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero among the architecture's SETTINGS."""
-        return self.settings.count(f"{self.hyper.architecture}.{key}", default)
-
     def numbers(self, key: str, default: float | None = None) -> list[float]:
         """A number for each layer among the architecture's SETTINGS; a single one is for all of them. FileError."""
-        return self.settings.numbers(f"{self.hyper.architecture}.{key}", self.hyper.n_layer, default)
-
-    def choice(self, key: str, default: object, allowed: tuple) -> object:
-        """One of `allowed` among the architecture's SETTINGS."""
-        return self.settings.choice(f"{self.hyper.architecture}.{key}", default, allowed)
+        return self._keys.numbers(key, self.hyper.n_layer, default)
 
     # ── the whole model ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -240,14 +232,17 @@ class Builder:
             self.ops.append(P.Rotate("qkv", h.n_head + h.n_kv_head, h.head_dim, rope, factors, long_factors))
 
     def attend(
-        self, scale: float | None = None, window: int = 0, softcap: float = 0.0, alibi_max_bias: float | None = None,
+        self, scale: float | None = None, window: int | None = None, softcap: float = 0.0, alibi_max_bias: float | None = None,
         sinks: str | None = None,
     ) -> None:  # fmt: skip
-        """att = attention of qkv; `scale` is 1/√head_dim where it is not given, ALiBi the model's."""
+        """att = attention of qkv; where they are not given, `scale` is 1/√head_dim, `window` what the SETTINGS say for the
+        layer, if they say anything, and ALiBi the model's.
+        """
         h = self.hyper
         op = P.Attend(
             "qkv", "att", self.layer, h.n_head, h.n_kv_head, h.head_dim,
-            scale=1 / math.sqrt(h.head_dim) if scale is None else scale, window=window, softcap=softcap,
+            scale=1 / math.sqrt(h.head_dim) if scale is None else scale,
+            window=self.window(0) if window is None else window, softcap=softcap,
             alibi_max_bias=h.alibi_max_bias if alibi_max_bias is None else alibi_max_bias,
             sinks=self.tensor(sinks, h.n_head) if sinks else None,
         )  # fmt: skip
@@ -284,20 +279,17 @@ class Builder:
         else:
             self.add("shared", "y")
 
-    def experts(
-        self, x: str = "h", out: str = "y", n_ff: int | None = None, kind: str = "softmax", normalised: bool = True
-    ) -> None:
+    def experts(self, x: str = "h", out: str = "y", n_ff: int | None = None, normalised: bool = True) -> None:
         """out = the weighted sum of feed-forward layers (gate, up, down) of `n_ff` that a router chooses for each token.
 
         The architecture has expert_count and expert_used_count among its SETTINGS.
         """
         h, n, k = self.hyper, self.count("expert_count"), self.count("expert_used_count")
         if k > n:
-            key = f"{h.architecture}.expert_used_count"
-            raise self.settings.fail(key, f"is {k}, more than the {n} experts")
+            raise self._keys.fail("expert_used_count", f"is {k}, more than the {n} experts")
         n_ff = n_ff or h.n_ff
         self.linear(x, "router", ("ffn_gate_inp", n))
-        self._emit(P.Route("router", "chosen", kind, n, k, normalised), 2 * k)
+        self._emit(P.Route("router", "chosen", n, k, normalised), 2 * k)
         self._experts(x, "ff", (("ffn_gate_exps", n_ff), ("ffn_up_exps", n_ff)), n, k, own=False)
         self._emit(P.Activate("ff", "act", h.activation, True, k * n_ff), k * n_ff)
         self._experts("act", "parts", (("ffn_down_exps", h.n_embd),), n, k, own=True)

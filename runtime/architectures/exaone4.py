@@ -3,12 +3,10 @@
 The 32B (64 layers) sees a sliding window in three layers of four, and rotates positions in these layers only.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = WINDOWS
+SETTINGS = WINDOWS
 HYBRID = 64  # layers of the models that have windows, whatever a file of another size states
 
 

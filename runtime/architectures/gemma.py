@@ -3,14 +3,11 @@
 A file's norm weights hold the 1 that is added to Gemma's own.
 """
 
-from __future__ import annotations
-
 import math
 
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "gelu_tanh"}
-SETTINGS: tuple[str, ...] = ()
 
 
 def embed(m: Builder) -> None:

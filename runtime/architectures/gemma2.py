@@ -3,13 +3,11 @@
 Every other layer sees a window.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures import gemma
 from pocketlm.runtime.architectures.common import WINDOWS, Builder, pre_norm
 
 USUAL = gemma.USUAL
-SETTINGS: tuple[str, ...] = (*WINDOWS, "attn_logit_softcapping", "final_logit_softcapping")
+SETTINGS = (*WINDOWS, "attn_logit_softcapping", "final_logit_softcapping")
 
 
 def feed_forward(b: Builder) -> None:

@@ -3,14 +3,12 @@
 Five of six layers see a window and have rotary positions of their own; the sixth's reach further.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures import gemma
 from pocketlm.runtime.architectures.common import WINDOWS, Builder, pre_norm
 from pocketlm.runtime.architectures.gemma2 import feed_forward
 
 USUAL = gemma.USUAL
-SETTINGS: tuple[str, ...] = (*WINDOWS, "final_logit_softcapping")
+SETTINGS = (*WINDOWS, "final_logit_softcapping")
 
 
 def operations(m: Builder) -> None:

@@ -1,9 +1,6 @@
 """GPT-2 (Radford et al. 2019): LayerNorm before each block, learned positions, GELU by the tanh formula, biases everywhere."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import GPT2, pre_norm
 
 USUAL = GPT2
-SETTINGS: tuple[str, ...] = ()
 operations = pre_norm

@@ -4,14 +4,12 @@ Every other layer sees a sliding window, beginning with the first. YaRN: the aut
 to whole pairs; llama.cpp does, and so do we unless the file says not to.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "swiglu_clamped"}
-SETTINGS: tuple[str, ...] = (
+SETTINGS = (
     *WINDOWS, "expert_count", "expert_used_count", "expert_feed_forward_length", "rope.scaling.truncate",
 )  # fmt: skip
 

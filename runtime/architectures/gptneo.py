@@ -4,12 +4,10 @@ Some layers see the last `sliding_window` positions only; `sliding_window_patter
 architecture.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
 USUAL = GPT2
-SETTINGS: tuple[str, ...] = ("attention.sliding_window", "attention.sliding_window_pattern")
+SETTINGS = ("attention.sliding_window", "attention.sliding_window_pattern")
 
 
 def operations(m: Builder) -> None:

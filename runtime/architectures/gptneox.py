@@ -1,11 +1,9 @@
 """GPT-NeoX (arXiv:2204.06745; Pythia, arXiv:2304.01373): attention and feed-forward side by side, a LayerNorm each."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import GPT2, Builder
 
 USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("use_parallel_residual",)
+SETTINGS = ("use_parallel_residual",)
 
 
 def operations(m: Builder) -> None:

@@ -1,11 +1,9 @@
 """Granite 3 and 4: a Llama with factors on embeddings, on scores, on what each block adds, and on the logits."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, Step, pre_norm
 
 USUAL = LLAMA
-SETTINGS: tuple[str, ...] = ("attention.scale", "residual_scale", "embedding_scale", "logit_scale", "rope.scaling.finetuned")
+SETTINGS = ("attention.scale", "residual_scale", "embedding_scale", "logit_scale", "rope.scaling.finetuned")
 
 
 def operations(m: Builder, feed_forward: Step = Builder.feed_forward) -> None:

@@ -1,12 +1,10 @@
 """Granite 3's mixtures of experts: Granite with a few of many experts, beside one that all tokens may share."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures import granite
 from pocketlm.runtime.architectures.common import Builder
 
 USUAL = granite.USUAL
-SETTINGS: tuple[str, ...] = (*granite.SETTINGS, "expert_count", "expert_used_count", "expert_shared_feed_forward_length")
+SETTINGS = (*granite.SETTINGS, "expert_count", "expert_used_count", "expert_shared_feed_forward_length")
 
 
 def operations(m: Builder) -> None:

@@ -1,11 +1,8 @@
 """Hunyuan's dense models (0.5B to 7B): a Qwen3 that normalises every head of queries and keys after it is rotated."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ()
 
 
 def operations(m: Builder) -> None:

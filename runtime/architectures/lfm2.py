@@ -5,12 +5,10 @@ head of queries and keys normalised before it is rotated. A file may give all of
 `token_embd_norm`.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("attention.head_count_kv", "shortconv.l_cache", "attention.sliding_window")
+SETTINGS = ("attention.head_count_kv", "shortconv.l_cache", "attention.sliding_window")
 
 
 def operations(m: Builder) -> None:

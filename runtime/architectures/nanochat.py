@@ -5,12 +5,10 @@ Before a layer x becomes residual_scale · x + embedding_scale · (the embedding
 the one before (smear), and what a middle layer has made is taken back at the end (backout). llama.cpp has no such architecture.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half", "activation": "relu_squared", "gated": False}
-SETTINGS: tuple[str, ...] = (
+SETTINGS = (
     "residual_scale", "embedding_scale", "attention.sliding_window", "attention.sliding_window_pattern",
     "final_logit_softcapping", "attention.scale", "attention.value_gate_scale", "smear_scale", "backout_scale",
 )  # fmt: skip

@@ -4,12 +4,10 @@ All queries of a token are normalised as one vector, and all its keys. OLMo 3 se
 rotary positions are not scaled.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = WINDOWS
+SETTINGS = WINDOWS
 
 
 def operations(m: Builder) -> None:

@@ -3,12 +3,10 @@
 The weights of the chosen experts are their shares among all, and do not add up to one.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("expert_count", "expert_used_count")
+SETTINGS = ("expert_count", "expert_used_count")
 
 
 def operations(m: Builder) -> None:

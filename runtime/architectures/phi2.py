@@ -1,11 +1,8 @@
 """Phi-1, 1.5 and 2 (arXiv:2306.11644): attention and feed-forward side by side, both from one LayerNorm; biases everywhere."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import GPT2, Builder
 
 USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ()
 
 
 def operations(m: Builder) -> None:

@@ -4,12 +4,10 @@ Queries, keys and values are one tensor, gate and up another. In longer contexts
 factors stretch the rotary positions (LongRoPE, arXiv:2402.13753).
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
+SETTINGS = ("attention.sliding_window",)
 
 
 def operations(m: Builder) -> None:

@@ -1,12 +1,11 @@
 """Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115).
 
-A Llama whose rotary positions turn the halves of a head, and with biases on queries, keys and values.
+A Llama whose rotary positions turn the halves of a head, and with biases on queries, keys and values. A file may say that
+layers see a sliding window.
 """
 
-from __future__ import annotations
-
-from pocketlm.runtime.architectures.common import LLAMA, pre_norm
+from pocketlm.runtime.architectures.common import LLAMA, WINDOW, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ()
+SETTINGS = WINDOW
 operations = pre_norm

@@ -3,12 +3,10 @@
 The weights of the chosen experts are their shares among all, and do not add up to one; the shared expert has a gate.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = (
+SETTINGS = (
     "expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length",
 )  # fmt: skip
 

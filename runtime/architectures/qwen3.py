@@ -1,11 +1,9 @@
 """Qwen3 (arXiv:2505.09388): Qwen2 without biases, every head of queries and keys normalised before it is rotated."""
 
-from __future__ import annotations
-
-from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
+from pocketlm.runtime.architectures.common import LLAMA, WINDOW, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ()
+SETTINGS = WINDOW
 
 
 def operations(m: Builder) -> None:

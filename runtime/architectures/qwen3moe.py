@@ -1,11 +1,9 @@
 """Qwen3's mixtures of experts (arXiv:2505.09388): Qwen3 whose feed-forward layers are a few of many, chosen for each token."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("expert_count", "expert_used_count", "expert_feed_forward_length")
+SETTINGS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 
 
 def operations(m: Builder) -> None:

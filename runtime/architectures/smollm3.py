@@ -1,11 +1,8 @@
 """SmolLM3: a Llama that has no positions in every fourth layer (NoPE, arXiv:2501.18795)."""
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = LLAMA
-SETTINGS: tuple[str, ...] = ()
 
 
 def operations(m: Builder) -> None:

@@ -3,14 +3,12 @@
 A layer without `ffn_norm` is parallel: the feed-forward takes what attention takes. The 12B normalises heads, each by itself.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from pocketlm.runtime.architectures.common import LLAMA, Builder
 
 USUAL = {**LLAMA, "norm": "layer", "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("use_parallel_residual",)  # what llama.cpp wants to see there; the tensors say it, too
+SETTINGS = ("use_parallel_residual",)  # what llama.cpp wants to see there; the tensors say it, too
 
 
 def operations(m: Builder) -> None:

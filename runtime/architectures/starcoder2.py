@@ -3,12 +3,10 @@
 A file that states the sliding window of the 3B and 7B gets it; llama.cpp attends to everything.
 """
 
-from __future__ import annotations
-
 from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
 USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
-SETTINGS: tuple[str, ...] = ("attention.sliding_window",)
+SETTINGS = ("attention.sliding_window",)
 
 
 def operations(m: Builder) -> None:

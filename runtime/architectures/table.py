@@ -1,10 +1,8 @@
 """The architectures that pocketlm runs, by the name that a file gives in `general.architecture`.
 
-A row is a module of that name (_ for -) with USUAL (the options it means by itself, as in hyper.OPTIONS), SETTINGS (keys of its
-own that it reads) and operations(builder), which lists what it does.
+A row is a module of that name (_ for -) with USUAL (the options it means by itself, as in hyper.OPTIONS), operations(builder),
+which lists what it does, and SETTINGS, the keys of its own that it reads, where there are any.
 """
-
-from __future__ import annotations
 
 from typing import Any, Protocol
 
@@ -45,7 +43,6 @@ from pocketlm.runtime.architectures.common import Builder
 class Architecture(Protocol):
     __name__: str
     USUAL: dict[str, Any]
-    SETTINGS: tuple[str, ...]
 
     def operations(self, m: Builder) -> None: ...
 

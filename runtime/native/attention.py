@@ -144,8 +144,7 @@ def _clear(f: Function, to: Value, padded: Value) -> None:
 
 def _define_merge(module: Module) -> None:
     """merge(to, add, padded): join a later span's result to that of the spans before it."""
-    with module.function("merge", {"to": PTR, "add": PTR, "padded": I64}) as f:
-        to, add, padded = f.args()
+    with module.function("merge", {"to": PTR, "add": PTR, "padded": I64}) as (f, to, add, padded):
         tops, sums = ([f.load(F32, p + padded * 4 + at, 4) for p in (to, add)] for at in (0, 4))
         largest = f.maximum(*tops)
         # one of the two is e^0; a NaN stays one
@@ -165,8 +164,7 @@ def _define_span(module: Module, level: str, numbers: Words) -> None:
     for a span: where there are many queries, some positions' keys, later values, meet all of them before the next ones do.
     """
     arguments = {"run": PTR, "own": PTR, "keys": PTR, "values": PTR, "rows": I64, "span": I64, "apart": I64}
-    with module.function("span", arguments) as f:
-        run, own, keys, values, rows, span, apart = f.args()
+    with module.function("span", arguments) as (f, run, own, keys, values, rows, span, apart):
         r = Records(f, run, run)
         padded, first = r.run("padded_dim"), span * SPAN
         mixed, result_bytes, is_one = own + r.run("mixed_at"), (padded + LANES) * 4, rows <= TILES[level][0][0]
@@ -223,8 +221,7 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
 
     `n_vectors` vectors of 16 positions are computed at a time; for the last positions half or a quarter, if enough.
     """
-    with module.function(f"scores{queries}", _PART) as f:
-        run, own, row, first, keys, start, stop = f.args()
+    with module.function(f"scores{queries}", _PART) as (f, run, own, row, first, keys, start, stop):
         r = Records(f, run, run)
         padded, known = r.run("padded_dim"), own + r.run("rows_at") + row * QUERY.itemsize
         q, scores = own + r.run("queries_at") + row * 4, own + r.run("scores_at") + row * (SPAN * 4)
@@ -264,8 +261,7 @@ def _define_mix(module: Module, level: str, numbers: Words, queries: int) -> Non
     """mix{queries}(run, own, row, first, values, start, stop): add weight · value of the positions [start, stop) of the span to
     the results of `queries` queries. An instruction multiplies two positions; sums over POSITIONS neighbours are exact.
     """
-    with module.function(f"mix{queries}", _PART) as f:
-        run, own, row, first, values, begin, stop = f.args()
+    with module.function(f"mix{queries}", _PART) as (f, run, own, row, first, values, begin, stop):
         r = Records(f, run, run)
         padded, known = r.run("padded_dim"), own + r.run("rows_at") + row * QUERY.itemsize
         weights, out_stride = own + r.run("scores_at") + row * (SPAN * 4), (padded + LANES) * 4

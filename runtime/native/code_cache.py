@@ -138,7 +138,16 @@ def _write(path: Path, data: bytes) -> None:
 
 def _prune(folder: Path) -> None:
     """Remove all but the newest files, left-over temporary ones among them. Where another process does, too, it may do it."""
+    files = []
     with contextlib.suppress(OSError):
         files = [path for path in folder.iterdir() if path.suffix in (_SUFFIX, ".tmp")]
-        for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+    for path in sorted(files, key=_changed, reverse=True)[KEPT:]:
+        with contextlib.suppress(OSError):  # one that cannot be removed keeps no other
             path.unlink()
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it is gone
+        return 0.0

@@ -59,25 +59,25 @@ def _spread(f: Function, level: str, address: Value) -> Value:
     return f.select(bits.equals(0), f.const(BYTES, 0), f.const(BYTES, 16))
 
 
-def _simple(fifth: bool, minimum: bool) -> Runs:
-    """Q4_0, Q4_1, Q5_0, Q5_1: one scale for 32 columns; the first 16 in low halves, the others in high ones."""
+def _nibbles(f: Function, q: Value, become: Callable[[int, Value], Value]) -> Words:
+    """Words of 32 columns, the first 16 in low halves, the others in high ones: what the codes of the k-th `become`."""
+    packed: dict[int, Value] = {}
 
-    def runs(f: Function, level: str, p: Planes, each: Each) -> None:
-        packed: dict[int, Value] = {}
+    def unpack(k: int) -> Value:
+        if k % 4 not in packed:
+            packed[k % 4] = f.load(BYTES, q + 64 * (k % 4), 32)
+        return become(k, packed[k % 4] >> 4 if k >= 4 else packed[k % 4] & 15)
 
-        def unpack(k: int) -> Value:
-            if k % 4 not in packed:
-                packed[k % 4] = f.load(BYTES, p["q"] + 64 * (k % 4), 32)
-            v = packed[k % 4] >> 4 if k >= 4 else packed[k % 4] & 15
-            return v | _spread(f, level, p["h"] + 8 * k) if fifth else v
+    words = _fours(unpack, 8)
+    return [words[k] for k in (0, 4, 1, 5, 2, 6, 3, 7)]  # the two that lie in the same bytes one after the other
 
-        words = _fours(unpack, 8)
-        words = [words[k] for k in (0, 4, 1, 5, 2, 6, 3, 7)]  # the two that lie in the same bytes one after the other
-        offset = _halves(f, level, p["m"]) if minimum else None
-        zero = 0 if minimum else 16 if fifth else 8
-        each(Run(0, 32, words, _halves(f, level, p["d"]), offset, zero, 31 if fifth else 15))
 
-    return runs
+def _simple(f: Function, level: str, p: Planes, each: Each, *, fifth: bool, minimum: bool) -> None:
+    """Q4_0, Q4_1, Q5_0, Q5_1: one scale for 32 columns."""
+    words = _nibbles(f, p["q"], lambda k, code: code | _spread(f, level, p["h"] + 8 * k) if fifth else code)
+    offset = _halves(f, level, p["m"]) if minimum else None
+    zero = 0 if minimum else 16 if fifth else 8
+    each(Run(0, 32, words, _halves(f, level, p["d"]), offset, zero, 31 if fifth else 15))
 
 
 def _six_bit_scales(f: Function, s: Value) -> tuple[list[Value], list[Value]]:
@@ -103,73 +103,72 @@ def _shift(f: Function, bits: Value | int) -> Value | int:
     return bits if isinstance(bits, int) else f.splat(f.cast("trunc", bits, I8), 64)
 
 
-def _parts(f: Function, level: str, body: Callable[[Value | int, Value | int], None]) -> None:
-    """Emit `body(half, odd)` for both halves of 256 columns and, in each, for its even runs of 16 and its odd ones."""
-    _for_each(f, level, 2, lambda part: _for_each(f, level, 2, lambda odd: body(part, odd)))
+def _parts(f: Function, level: str, body: Callable[[Value | int, Value | int, int], None]) -> None:
+    """Emit `body(half, odd, quarter)` for both halves of 256 columns and, in each, for the even runs of 16 of its quarters and
+    for the odd ones.
+    """
+
+    def quarters(part: Value | int, odd: Value | int) -> None:
+        for quarter in range(4):
+            body(part, odd, quarter)
+
+    _for_each(f, level, 2, lambda part: _for_each(f, level, 2, lambda odd: quarters(part, odd)))
 
 
-def _k_quant(fifth: bool) -> Runs:
+def _k_quant(f: Function, level: str, p: Planes, each: Each, *, fifth: bool) -> None:
     """Q4_K, Q5_K: 256 columns in eight runs of 32, each with a 6-bit scale and minimum."""
+    d, m = _halves(f, level, p["d"]), _halves(f, level, p["m"])
+    table = f.stack(F32.vec(16), 16)  # scales and offsets of the eight runs, so that a loop can pick them
+    for j, (scale, minimum) in enumerate(zip(*_six_bit_scales(f, p["s"]), strict=True)):
+        f.store(d * f.cast("uitofp", scale, F32), table + 128 * j, 64)
+        f.store(0.0 - m * f.cast("uitofp", minimum, F32), table + (128 * j + 64), 64)
 
-    def runs(f: Function, level: str, p: Planes, each: Each) -> None:
-        d, m = _halves(f, level, p["d"]), _halves(f, level, p["m"])
-        table = f.stack(F32.vec(16), 16)  # scales and offsets of the eight runs, so that a loop can pick them
-        for j, (scale, minimum) in enumerate(zip(*_six_bit_scales(f, p["s"]), strict=True)):
-            f.store(d * f.cast("uitofp", scale, F32), table + 128 * j, 64)
-            f.store(0.0 - m * f.cast("uitofp", minimum, F32), table + (128 * j + 64), 64)
+    def pair(i: Value | int) -> None:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
+        for odd in (0, 1):
+            shift = _shift(f, i * 2 + odd)
 
-        def pair(i: Value | int) -> None:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
-            for odd in (0, 1):
-                shift = _shift(f, i * 2 + odd)
+            def unpack(k: int, odd: int = odd, shift: Value | int = shift) -> Value:
+                packed = f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32)
+                v = packed >> 4 if odd else packed & 15
+                return v | (((f.load(BYTES, p["h"] + 64 * k, 32) >> shift) & 1) << 4) if fifth else v
 
-                def unpack(k: int, odd: int = odd, shift: Value | int = shift) -> Value:
-                    packed = f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32)
-                    v = packed >> 4 if odd else packed & 15
-                    return v | (((f.load(BYTES, p["h"] + 64 * k, 32) >> shift) & 1) << 4) if fifth else v
+            scale, offset = (f.load(F32.vec(16), table + (i * 256 + 128 * odd + at), 64) for at in (0, 64))
+            each(Run(i * 64 + 32 * odd, 32, _fours(unpack, 8), scale, offset, 0, 31 if fifth else 15))
 
-                scale, offset = (f.load(F32.vec(16), table + (i * 256 + 128 * odd + at), 64) for at in (0, 64))
-                each(Run(i * 64 + 32 * odd, 32, _fours(unpack, 8), scale, offset, 0, 31 if fifth else 15))
-
-        _for_each(f, level, 4, pair)
-
-    return runs
+    _for_each(f, level, 4, pair)
 
 
 def _q6_k(f: Function, level: str, p: Planes, each: Each) -> None:
     d = _halves(f, level, p["d"])
     # 16 columns a scale; 128 columns (a part) share 64 bytes of low and 32 bytes of high bits, in quarters of 32
 
-    def runs(part: Value | int, odd: Value | int) -> None:
-        for quarter in range(4):
+    def run(part: Value | int, odd: Value | int, quarter: int) -> None:
+        def unpack(k: int) -> Value:
+            low = f.load(BYTES, p["q"] + (part * 1024 + odd * 256 + 512 * (quarter % 2) + 64 * k), 32)
+            high = f.load(BYTES, p["h"] + (part * 512 + odd * 256 + 64 * k), 32)
+            return (low >> 4 if quarter >= 2 else low & 15) | (((high >> (2 * quarter)) & 3) << 4)
 
-            def unpack(k: int, quarter: int = quarter) -> Value:
-                low = f.load(BYTES, p["q"] + (part * 1024 + odd * 256 + 512 * (quarter % 2) + 64 * k), 32)
-                high = f.load(BYTES, p["h"] + (part * 512 + odd * 256 + 64 * k), 32)
-                return (low >> 4 if quarter >= 2 else low & 15) | (((high >> (2 * quarter)) & 3) << 4)
+        scale = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
+        column = part * 128 + odd * 16 + 32 * quarter
+        each(Run(column, 16, _fours(unpack, 4), d * f.cast("sitofp", scale, F32), None, 32, 63))
 
-            scale = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
-            column = part * 128 + odd * 16 + 32 * quarter
-            each(Run(column, 16, _fours(unpack, 4), d * f.cast("sitofp", scale, F32), None, 32, 63))
-
-    _parts(f, level, runs)
+    _parts(f, level, run)
 
 
 def _q2_k(f: Function, level: str, p: Planes, each: Each) -> None:
     d, m = _halves(f, level, p["d"]), _halves(f, level, p["m"])
     # 16 columns a scale; 128 columns (a part) share 32 bytes, in quarters of 32
 
-    def runs(part: Value | int, odd: Value | int) -> None:
-        for quarter in range(4):
+    def run(part: Value | int, odd: Value | int, quarter: int) -> None:
+        def unpack(k: int) -> Value:
+            return (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
 
-            def unpack(k: int, quarter: int = quarter) -> Value:
-                return (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
+        packed = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
+        scale, minimum = (f.cast("uitofp", bits, F32) for bits in (packed & 15, packed >> 4))
+        column = part * 128 + odd * 16 + 32 * quarter
+        each(Run(column, 16, _fours(unpack, 4), d * scale, 0.0 - m * minimum, 0, 3))
 
-            packed = f.load(I8.vec(16), p["s"] + (part * 128 + odd * 16 + 32 * quarter), 16)
-            scale, minimum = (f.cast("uitofp", bits, F32) for bits in (packed & 15, packed >> 4))
-            column = part * 128 + odd * 16 + 32 * quarter
-            each(Run(column, 16, _fours(unpack, 4), d * scale, 0.0 - m * minimum, 0, 3))
-
-    _parts(f, level, runs)
+    _parts(f, level, run)
 
 
 def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
@@ -180,38 +179,28 @@ def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
         six = low | (((b[8 + i % 4] >> (i // 4 * 2)) & 3) << 4)
         f.store(d * f.cast("sitofp", six - 32, F32), table + 64 * i, 64)
 
-    def runs(part: Value | int, odd: Value | int) -> None:
-        for quarter in range(4):
-            shift = _shift(f, part * 4 + quarter)
+    def run(part: Value | int, odd: Value | int, quarter: int) -> None:
+        shift = _shift(f, part * 4 + quarter)
 
-            def unpack(k: int, quarter: int = quarter, shift: Value | int = shift) -> Value:
-                low = (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
-                return low | (((f.load(BYTES, p["h"] + (odd * 256 + 64 * k), 32) >> shift) & 1) << 2)
+        def unpack(k: int) -> Value:
+            low = (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
+            return low | (((f.load(BYTES, p["h"] + (odd * 256 + 64 * k), 32) >> shift) & 1) << 2)
 
-            scale = f.load(F32.vec(16), table + (part * 512 + odd * 64 + 128 * quarter), 64)
-            each(Run(part * 128 + odd * 16 + 32 * quarter, 16, _fours(unpack, 4), scale, None, 4, 7))
+        scale = f.load(F32.vec(16), table + (part * 512 + odd * 64 + 128 * quarter), 64)
+        each(Run(part * 128 + odd * 16 + 32 * quarter, 16, _fours(unpack, 4), scale, None, 4, 7))
 
-    _parts(f, level, runs)
+    _parts(f, level, run)
 
 
 def _steps(f: Function, level: str, steps: Sequence[int], q: Value) -> tuple[Words, int, int]:
-    """Words of 32 columns whose 4-bit codes (the first 16 in low halves) are looked up in `steps`; their zero point and largest
-    byte.
+    """Words of 32 columns whose codes are looked up in `steps`; their zero point and largest byte.
 
     The table holds step + zero point, so that unpacked bytes are what the level's products take: 16 makes steps below 16
     unsigned; larger ones get the zero point that the level needs for signed bytes.
     """
     zero = 16 if max(map(abs, steps)) < 16 else SIGNED_ZERO.get(level, 0)
     table = [(step + zero) & 255 for step in steps]
-    packed: dict[int, Value] = {}
-
-    def unpack(k: int) -> Value:
-        if k % 4 not in packed:
-            packed[k % 4] = f.load(BYTES, q + 64 * (k % 4), 32)
-        return look_up(f, level, table, packed[k % 4] >> 4 if k >= 4 else packed[k % 4] & 15)
-
-    words = _fours(unpack, 8)
-    return [words[k] for k in (0, 4, 1, 5, 2, 6, 3, 7)], zero, max(table) if zero else 128
+    return _nibbles(f, q, lambda _, code: look_up(f, level, table, code)), zero, max(table) if zero else 128
 
 
 def _iq4_nl(f: Function, level: str, p: Planes, each: Each) -> None:
@@ -241,12 +230,12 @@ def _mxfp4(f: Function, level: str, p: Planes, each: Each) -> None:
 
 RUNS: dict[str, Runs] = {
     "Q8_0": _q8_0,
-    "Q4_0": _simple(fifth=False, minimum=False),
-    "Q4_1": _simple(fifth=False, minimum=True),
-    "Q5_0": _simple(fifth=True, minimum=False),
-    "Q5_1": _simple(fifth=True, minimum=True),
-    "Q4_K": _k_quant(fifth=False),
-    "Q5_K": _k_quant(fifth=True),
+    "Q4_0": partial(_simple, fifth=False, minimum=False),
+    "Q4_1": partial(_simple, fifth=False, minimum=True),
+    "Q5_0": partial(_simple, fifth=True, minimum=False),
+    "Q5_1": partial(_simple, fifth=True, minimum=True),
+    "Q4_K": partial(_k_quant, fifth=False),
+    "Q5_K": partial(_k_quant, fifth=True),
     "Q6_K": _q6_k,
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,

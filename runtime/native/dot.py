@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pocketlm.runtime.native.ir import I8, I16, I32, VOID, Function, Value
 
 Words = list[tuple[Callable[[], Value], int]]
 SIGNED_ZERO = {"avx512-vnni": 128, "amx": 128, "avx-vnni": 128}
 WHOLE = ("avx2", "sse4")  # these take activations as int16, the others byte by byte
+PAIRS_ADDED = {32: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.sse2.pmadd.wd"}  # of int16, by the bytes of a register
 # These take tokens one by one, words unpacked for each: unpacked words fill the registers, and to keep them in memory takes
 # longer (by llvm-mca 1.3 times on a Cortex-A72, 2.1 times on a Cortex-A53)
 ONE_BY_ONE = ("neon",)
@@ -187,33 +189,36 @@ def _add_pairs(f: Function, parts: list[Value]) -> Value:
     return f.shuffle(both, lanes) + f.shuffle(both, [i + 1 for i in lanes])
 
 
-def _pairs(width: int, intrinsic: str) -> Callable[..., list[Value]]:
+def _pairs(
+    f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None], *, width: int
+) -> list[Value]:
     """x86 without VNNI, with registers of `width` bytes: two columns of a row, as i16, times activations of int16.
 
     The 16 rows are taken in parts, so that there are eight sums at a time: these, the words and the activations fit into the
     sixteen registers.
     """
-    lanes = width // 2
+    lanes, step = width // 2, min(8 // len(xs), 64 // width)
+    found: list[list[Value]] = [[] for _ in xs]
+    for first in range(0, 64 // width, step):
+        sums = [[_start(f, start, lanes // 2)] * step for start in starts]
+        # or LLVM would keep what it has loaded for other rows
+        wholes = [f.opaque(x.whole) if step < 64 // width else x.whole for x in xs]
+        for unpack, column in words:
+            fours = [f.bitcast(part, I16.vec(lanes)) for part in f.split(unpack(), width)[first : first + step]]
+            for odd in (0, 1):  # the columns 0 and 2 of four, then 1 and 3
+                twos, at = [_bytes_as_words(f, four, odd, biggest > 63) for four in fours], 2 * column + 4 * odd
+                for own, whole in zip(sums, wholes, strict=True):
+                    pair = f.bitcast(f.splat(f.load(I32, whole + at), lanes // 2), I16.vec(lanes))
+                    own[:] = _here(f, [_add_products(f, s, two, pair) for s, two in zip(own, twos, strict=True)])
+        for all_of, own in zip(found, sums, strict=True):
+            all_of += own
+    return [f.join(parts) for parts in found]
 
-    def run(f: Function, words: Words, xs: Sequence[Activations], biggest: int, starts: Sequence[Value | None]) -> list[Value]:
-        step = min(8 // len(xs), 64 // width)
-        found: list[list[Value]] = [[] for _ in xs]
-        for first in range(0, 64 // width, step):
-            sums = [[_start(f, start, lanes // 2)] * step for start in starts]
-            # or LLVM would keep what it has loaded for other rows
-            wholes = [f.opaque(x.whole) if step < 64 // width else x.whole for x in xs]
-            for unpack, column in words:
-                fours = [f.bitcast(part, I16.vec(lanes)) for part in f.split(unpack(), width)[first : first + step]]
-                for odd in (0, 1):  # the columns 0 and 2 of four, then 1 and 3
-                    twos, at = [_bytes_as_words(f, four, odd, biggest > 63) for four in fours], 2 * column + 4 * odd
-                    for own, whole in zip(sums, wholes, strict=True):
-                        pair = f.bitcast(f.splat(f.load(I32, whole + at), lanes // 2), I16.vec(lanes))
-                        own[:] = _here(f, [s + f.call(s.type, intrinsic, two, pair) for s, two in zip(own, twos, strict=True)])
-            for all_of, own in zip(found, sums, strict=True):
-                all_of += own
-        return [f.join(parts) for parts in found]
 
-    return run
+def _add_products(f: Function, total: Value, x: Value, pair: Value) -> Value:
+    """x86 without VNNI: a register of sums, i32, plus the products of pairs of int16."""
+    x, pair = (f.bitcast(v, I16.vec(2 * total.type.lanes)) for v in (x, pair))
+    return total + f.call(total.type, PAIRS_ADDED[total.type.bytes], x, pair)
 
 
 def _bytes_as_words(f: Function, x: Value, odd: int, is_signed: bool) -> Value:
@@ -253,8 +258,8 @@ _DOTS: dict[str, Callable[..., list[Value]]] = {
     "avx512-vnni": _together,
     "amx": _together,
     "avx-vnni": _vnni_256,
-    "avx2": _pairs(32, "llvm.x86.avx2.pmadd.wd"),
-    "sse4": _pairs(16, "llvm.x86.sse2.pmadd.wd"),
+    "avx2": partial(_pairs, width=32),
+    "sse4": partial(_pairs, width=16),
     "dotprod": _by_lane,
     "neon": _neon,
 }
@@ -268,27 +273,17 @@ def pair_dot(f: Function, level: str, total: Value, x: Value, pair: Value) -> Va
     return f.join(_PAIR_DOTS[level](f, total, x, pair))
 
 
-def _in_registers(lanes: int, step: Callable[..., Value]) -> Callable[..., list[Value]]:
+def _in_registers(
+    f: Function, total: Value, x: Value, pair: Value, *, lanes: int, step: Callable[..., Value] = _add_products
+) -> list[Value]:
     """x86: registers of so many i32, `step` adds a register's products to its sums."""
-
-    def run(f: Function, total: Value, x: Value, pair: Value) -> list[Value]:
-        other = f.splat(pair, lanes)
-        sums, parts = f.split(total, lanes), f.split(f.bitcast(x, I32.vec(16)), lanes)
-        return [step(f, s, part, other) for s, part in zip(sums, parts, strict=True)]
-
-    return run
+    other = f.splat(pair, lanes)
+    sums, parts = f.split(total, lanes), f.split(f.bitcast(x, I32.vec(16)), lanes)
+    return [step(f, s, part, other) for s, part in zip(sums, parts, strict=True)]
 
 
-def _vnni(bits: int) -> Callable[..., Value]:
-    return lambda f, total, x, pair: f.call(total.type, f"llvm.x86.avx512.vpdpwssd.{bits}", total, x, pair)
-
-
-def _madd(intrinsic: str) -> Callable[..., Value]:
-    def step(f: Function, total: Value, x: Value, pair: Value) -> Value:
-        x, pair = (f.bitcast(v, I16.vec(2 * v.type.lanes)) for v in (x, pair))
-        return total + f.call(total.type, intrinsic, x, pair)
-
-    return step
+def _vnni(f: Function, total: Value, x: Value, pair: Value) -> Value:
+    return f.call(total.type, f"llvm.x86.avx512.vpdpwssd.{8 * total.type.bytes}", total, x, pair)
 
 
 def _long_products(f: Function, total: Value, x: Value, pair: Value) -> list[Value]:
@@ -303,11 +298,11 @@ def _long_products(f: Function, total: Value, x: Value, pair: Value) -> list[Val
 
 
 _PAIR_DOTS: dict[str, Callable[..., list[Value]]] = {
-    "avx512-vnni": _in_registers(16, _vnni(512)),
-    "amx": _in_registers(16, _vnni(512)),
-    "avx-vnni": _in_registers(8, _vnni(256)),
-    "avx2": _in_registers(8, _madd("llvm.x86.avx2.pmadd.wd")),
-    "sse4": _in_registers(4, _madd("llvm.x86.sse2.pmadd.wd")),
+    "avx512-vnni": partial(_in_registers, lanes=16, step=_vnni),
+    "amx": partial(_in_registers, lanes=16, step=_vnni),
+    "avx-vnni": partial(_in_registers, lanes=8, step=_vnni),
+    "avx2": partial(_in_registers, lanes=8),
+    "sse4": partial(_in_registers, lanes=4),
     "dotprod": _long_products,
     "neon": _long_products,
 }

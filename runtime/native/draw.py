@@ -52,8 +52,7 @@ def _define_penalise(module: Module) -> None:
     restore(s, logits, ids, n): the logits as they were.
     """
     arguments = {"s": PTR, "logits": PTR, "ids": PTR, "n": I64}
-    with module.function("penalise", arguments, returns=I64) as f:
-        s, logits, ids, n = f.args()
+    with module.function("penalise", arguments, returns=I64) as (f, s, logits, ids, n):
         n_vocab = _get(f, s, "n_vocab")
         saved = f.var(PTR, _get(f, s, "saved", PTR))
 
@@ -81,8 +80,7 @@ def _define_penalise(module: Module) -> None:
         with f.when(frequency.differs(0.0)), _penalised(f, s, ids, n) as (i, id):
             f.store(f.load(F32, logits + id * 4, 4) - frequency, logits + id * 4, 4)
         f.ret(0)
-    with module.function("restore", arguments) as f:
-        s, logits, ids, n = f.args()
+    with module.function("restore", arguments) as (f, s, logits, ids, n):
         n_bias, kept = _get(f, s, "n_bias"), _get(f, s, "saved", PTR)
         with f.range(0, n) as i:
             id = f.cast("zext", f.load(I32, ids + i * 4, 4), I64)
@@ -105,8 +103,7 @@ def _define_penalise(module: Module) -> None:
 
 def _define_restrict(module: Module) -> None:
     """restrict(s, logits) -> a copy of them with -inf for every token that may not be drawn."""
-    with module.function("restrict", {"s": PTR, "logits": PTR}, returns=PTR) as f:
-        s, logits = f.args()
+    with module.function("restrict", {"s": PTR, "logits": PTR}, returns=PTR) as (f, s, logits):
         n_vocab, allowed, n_allowed = _get(f, s, "n_vocab"), _get(f, s, "allowed", PTR), _get(f, s, "n_allowed")
         to, whole = _get(f, s, "masked", PTR), n_vocab & -ROWS
         nothing = f.const(ROW, -math.inf)
@@ -164,8 +161,7 @@ def _define_choose(module: Module) -> None:
     """choose(s, n, total, u) -> id: top-p, min-p, temperature and the draw among the n sorted candidates. `total`: the sum of
     weights that top-p is a share of; 0 for the sum of the candidates' own.
     """
-    with module.function("choose", {"s": PTR, "n": I64, "total": F64, "u": F64}, returns=I64) as f:
-        s, n, total, u = f.args()
+    with module.function("choose", {"s": PTR, "n": I64, "total": F64, "u": F64}, returns=I64) as (f, s, n, total, u):
         x, columns = _get(f, s, "values", PTR), _get(f, s, "columns", PTR)
         best, kept = f.cast("fpext", f.load(F32, x, 4), F64), f.var(I64, n)
         top_p, limit = _get(f, s, "top_p", F64), _get(f, s, "min_p", F64)

@@ -17,19 +17,16 @@ from pocketlm.runtime.native.vector_math import ACTIVATIONS, clamped_beside, exp
 
 def define(module: Module) -> None:
     """Define `activate(kind, x)`, `beside(kind, up)` and `softcap(x, cap)`, on 16 numbers."""
-    with module.function("activate", {"kind": I64, "x": ROW}, returns=ROW) as f:
-        kind, x = f.args()
+    with module.function("activate", {"kind": I64, "x": ROW}, returns=ROW) as (f, kind, x):
         for number, name in enumerate(sizes.ACTIVATIONS, 1):
             with f.when(kind.equals(number)):
                 f.ret(ACTIVATIONS[name](f, x), ROW)
         f.ret(x, ROW)
-    with module.function("beside", {"kind": I64, "up": ROW}, returns=ROW) as f:
-        kind, up = f.args()
+    with module.function("beside", {"kind": I64, "up": ROW}, returns=ROW) as (f, kind, up):
         with f.when(kind.equals(1 + sizes.ACTIVATIONS.index("swiglu_clamped"))):
             f.ret(clamped_beside(f, up), ROW)
         f.ret(up, ROW)
-    with module.function("softcap", {"x": ROW, "cap": F32}, returns=ROW) as f:
-        x, cap = f.args()
+    with module.function("softcap", {"x": ROW, "cap": F32}, returns=ROW) as (f, x, cap):
         f.ret(tanh(f, x / f.splat(cap, LANES)) * f.splat(cap, LANES), ROW)
 
 

@@ -44,7 +44,7 @@ __all__ = ["NativeExecutor", "NativeUnavailable"]
 
 
 class NativeExecutor:
-    """Runs a plan. Holds the tiled weights, the KV cache and worker threads; `close` ends them."""
+    """Runs a plan, as executors.Executor says. Holds the tiled weights, the KV cache and worker threads; `close` ends them."""
 
     name = "native"
     block = BLOCK
@@ -101,9 +101,7 @@ class NativeExecutor:
         return weights, CACHES[kv].bytes_for(plan.hyper, n_ctx, plan.windows, plan.columns), scratch
 
     def close(self) -> None:
-        """End the threads, give the weights and the cache back. A second call does nothing; `forward` raises PocketlmError,
-        in another thread that is in the middle of a run, too: that run holds the memory until then.
-        """
+        """As `Executor.close`; a run that another thread is in the middle of holds the memory until it ends."""
         self._workers.close()
         self._storage, self._tensors = None, {}  # views of the file, which can be unmapped now
         self.cache.release()
@@ -118,16 +116,10 @@ class NativeExecutor:
         return Selection(self._code[CORE], self.hyper.n_vocab)
 
     def new_cache(self, n_ctx: int | None = None) -> NativeCache:
-        """The state of one more text, of at most the executor's own context: `step` takes tokens of several."""
         n_ctx = min(n_ctx or self.n_ctx, self.n_ctx)
         return self._kind(self.hyper, n_ctx, self._turns, self.plan.windows, self.plan.columns)
 
     def forward(self, ids: np.ndarray, rows: str = "last") -> np.ndarray:
-        """Append ids [n] to the executor's own cache; logits float32 [n, n_vocab] ("all") or [1, n_vocab] ("last", valid until
-        the next call).
-
-        Raises PocketlmError when an id is not in the vocabulary or the context is too short for all of them.
-        """
         cache = self.cache
         with self._one_at_a_time.here:  # a second thread that calls would run on the same buffers
             ids = check_ids(ids, self.hyper.n_vocab, cache.length, self.n_ctx)
@@ -143,15 +135,12 @@ class NativeExecutor:
         self, work: Sequence[tuple[NativeCache, Ids, int]], samplers: Sequence[DrawingSampler | None] = (), most: int = 1,
         wanted: ctypes.c_int64 | None = None,
     ) -> tuple[list[np.ndarray], int]:  # fmt: skip
-        """One pass over tokens of several texts: (its cache, ids [n] to append, of how many of the last the logits are wanted);
-        a text's next token is drawn in it by its sampler, where it has one, prepared for `most` tokens.
-
-        A cache stands there once, and all ids together are at most BLOCK. Logits float32 [rows, n_vocab] for each, valid until
-        the next call: the same bits as from passes of its own. Raises PocketlmError as `forward` does, before anything is done.
+        """A text's next token is drawn in the pass by its sampler, where it has one, prepared for `most` tokens. Logits have
+        the bits that passes of its own would give. A cache stands there once, and all ids together are at most BLOCK.
 
         Where each text has one id and a sampler, up to `most` passes are made, each of what was drawn in the one before: until
-        a text ends, or `wanted` is 1, or a pass needs other preparations. The logits of the last, and how many there were: so
-        many tokens were drawn for each text, and all but the last of them are in the cache.
+        a text ends, or `wanted` is 1, or a pass needs other preparations. As many tokens were drawn for each text, and all but
+        the last of them are in the cache.
         """
         with self._one_at_a_time.here:
             if len(work) == 1 and self._is_one(*work[0]):

@@ -16,7 +16,7 @@ from pocketlm.runtime.native.ir import F32, I32, I64, PTR, Function, Type, Value
 from pocketlm.runtime.native.matrix import product_of, round_into, tile_of, tile_places, tile_size
 from pocketlm.runtime.native.record_reader import Records, each_number, fill
 from pocketlm.runtime.native.records import GROUP, PAIR, RUN
-from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, SIGMOID, WILL_NEED
+from pocketlm.runtime.native.sizes import EXPERT_CHUNK, LANES, PAGES, WILL_NEED
 from pocketlm.runtime.native.vector_math import exp
 
 
@@ -42,11 +42,9 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
         last.set(best.get())
         last_at.set(best_at.get())
         f.store(f.cast("sitofp", best_at.get(), F32), out + k * 4)
-    is_sigmoid = r.op("source").equals(SIGMOID)
 
-    def share(score: Value) -> Value:  # e^(score - largest), or the sigmoid
-        power = exp(f, f.select(is_sigmoid, 0.0 - score, score - largest.get()))
-        return f.select(is_sigmoid, 1.0 / (power + 1.0), power)
+    def share(score: Value) -> Value:
+        return exp(f, score - largest.get())
 
     total = f.var(F32, 0.0)
     with f.range(0, n_used) as k:
@@ -54,12 +52,9 @@ def route(f: Function, level: str, r: Records, own: Value, task: Value, n: Value
         f.store(weight, weights + k * 4)
         total.set(total.get() + weight)
     with f.when(r.op("normalised").equals(0)):
-        with f.when(is_sigmoid):
-            total.set(1.0)
-        with f.when(r.op("source").differs(SIGMOID)):
-            total.set(0.0)
-            with f.range(0, n_experts) as i:
-                total.set(total.get() + share(f.load(F32, x + i * 4)))
+        total.set(0.0)
+        with f.range(0, n_experts) as i:
+            total.set(total.get() + share(f.load(F32, x + i * 4)))
     with f.range(0, n_used) as k:
         f.store(f.load(F32, weights + k * 4) / total.get(), weights + k * 4)
 

@@ -2,8 +2,7 @@
 
 In: Python calls. Out: the text of an LLVM module. Knows types, loops and vectors; knows no kernel and no processor.
 
-    with module.function("double", {"x": PTR, "n": I64}) as f:
-        x, n = f.args()
+    with module.function("double", {"x": PTR, "n": I64}) as (f, x, n):
         with f.range(0, n, 16) as i:
             f.store(f.load(F32.vec(16), x + i * 4) * 2.0, x + i * 4)
 
@@ -19,7 +18,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,6 @@ def _operator(integer: str, real: str | None = None, swap: bool = False, result:
     return operate
 
 
-_add = _operator("add", "fadd contract")
-
-
 class Value:
     """An SSA value of a function. Arithmetic and comparisons make instructions; `ptr + bytes` moves a pointer."""
 
@@ -92,10 +88,9 @@ class Value:
     def __add__(self, other: Operand) -> Value:
         if self.type == PTR:
             return self.f.emit(PTR, f"getelementptr i8, ptr {self}, i64 {self.f.coerce(other, I64)}")
-        return _add(self, other)
+        return self._sum(other)
 
-    __radd__ = __add__
-
+    _sum, __radd__ = _operator("add", "fadd contract"), __add__
     __sub__, __rsub__ = _operator("sub", "fsub contract"), _operator("sub", "fsub contract", swap=True)
     __mul__ = __rmul__ = _operator("mul", "fmul contract")
     __truediv__, __rtruediv__ = _operator("", "fdiv"), _operator("", "fdiv", swap=True)
@@ -135,6 +130,9 @@ class Function:
 
     def args(self) -> tuple[Value, ...]:
         return tuple(self._arguments.values())
+
+    def __iter__(self) -> Iterator[Any]:  # for `with … as (f, x, n)`
+        return iter((self, *self.args()))
 
     def line(self, text: str) -> None:
         self._lines.append("  " + text)

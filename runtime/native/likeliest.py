@@ -35,15 +35,13 @@ def define(module: Module) -> None:
     first(s, logits, k, least) -> how many there are: the k likeliest as `top_k` has them, of those >= `least`.
     """
     _define_chunk(module)
-    with module.function("largest", {"s": PTR}, returns=F32) as f:
-        (s,) = f.args()
+    with module.function("largest", {"s": PTR}, returns=F32) as (f, s):
         chunks, value = _get(f, s, "chunks", PTR), f.var(F32, -math.inf)
         with f.range(0, _n_chunks(_get(f, s, "n_vocab"))) as i:
             x = f.load(F32, chunks + i * 4, 4)
             value.set(f.select(value.get() >= x, value.get(), x))
         f.ret(value.get(), F32)
-    with module.function("survey", {"s": PTR, "logits": PTR}, returns=F32) as f:
-        s, logits = f.args()
+    with module.function("survey", {"s": PTR, "logits": PTR}, returns=F32) as (f, s, logits):
         n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
         with f.range(0, _n_chunks(n_vocab)) as i:
             f.store(f.call(F32, "chunk", logits, n_vocab, i), chunks + i * 4, 4)
@@ -54,8 +52,7 @@ def define(module: Module) -> None:
     _define_candidates(module)
     _define_sort(module)
     _define_first(module)
-    with module.function("top_k", {"s": PTR, "logits": PTR, "k": I64}, linkage="entry") as f:
-        s, logits, k = f.args()
+    with module.function("top_k", {"s": PTR, "logits": PTR, "k": I64}, linkage="entry") as (f, s, logits, k):
         f.call(F32, "survey", s, logits)
         f.call(I64, "first", s, logits, k, f.const(F32, -math.inf))
 
@@ -70,8 +67,7 @@ def _n_chunks(n: Value) -> Value:
 
 def _define_chunk(module: Module) -> None:
     """chunk(logits, n, i): the largest of the i-th chunk; infinite where one of them is NaN."""
-    with module.function("chunk", {"logits": PTR, "n": I64, "i": I64}, returns=F32) as f:
-        logits, n, i = f.args()
+    with module.function("chunk", {"logits": PTR, "n": I64, "i": I64}, returns=F32) as (f, logits, n, i):
         start = i * CHUNK
         stop = f.minimum(start + CHUNK, n)
         whole = stop - (stop - start) % ROWS
@@ -91,8 +87,7 @@ def _define_chunk(module: Module) -> None:
 
 def _define_count(module: Module) -> None:
     """count(values, n, bound): how many of the values, filled up with -inf to whole vectors, are at least `bound` > -inf."""
-    with module.function("count", {"values": PTR, "n": I64, "bound": F32}, returns=I64) as f:
-        values, n, bound = f.args()
+    with module.function("count", {"values": PTR, "n": I64, "bound": F32}, returns=I64) as (f, values, n, bound):
         total, high = f.var(I32.vec(ROWS), 0), f.splat(bound, ROWS)
         with f.range(0, n, ROWS) as i:
             total.set(total.get() + f.cast("zext", f.load(ROW, values + i * 4, 4) >= high, I32))
@@ -107,8 +102,7 @@ def _ordered(f: Function, bits: Value) -> Value:
 
 def _define_kth(module: Module) -> None:
     """kth(values, n, k, most): the k-th largest of n >= k values; or a bound that k to `most` of them reach."""
-    with module.function("kth", {"values": PTR, "n": I64, "k": I64, "most": I64}, returns=F32) as f:
-        values, n, k, most = f.args()
+    with module.function("kth", {"values": PTR, "n": I64, "k": I64, "most": I64}, returns=F32) as (f, values, n, k, most):
         # n_low >= k values reach `low`, fewer than k reach `high`
         low, high = f.var(I64), f.var(I64)
         low.set(f.cast("sext", _ordered(f, f.bitcast(f.const(F32, -math.inf), I32)), I64))
@@ -128,8 +122,7 @@ def _define_kth(module: Module) -> None:
 
 def _define_greedy(module: Module) -> None:
     """greedy(logits, chunks, best): the first of the largest."""
-    with module.function("greedy", {"logits": PTR, "chunks": PTR, "best": F32}, returns=I64) as f:
-        logits, chunks, best = f.args()
+    with module.function("greedy", {"logits": PTR, "chunks": PTR, "best": F32}, returns=I64) as (f, logits, chunks, best):
         at = f.var(I64, 0)
         with f.loop_while(lambda: f.load(F32, chunks + at.get() * 4, 4) < best):
             at.set(at.get() + 1)
@@ -140,8 +133,7 @@ def _define_greedy(module: Module) -> None:
 
 
 def _define_candidates(module: Module) -> None:
-    with module.function("candidates", {"s": PTR, "logits": PTR, "bound": F32}, returns=I64) as f:
-        s, logits, bound = f.args()
+    with module.function("candidates", {"s": PTR, "logits": PTR, "bound": F32}, returns=I64) as (f, s, logits, bound):
         n_vocab, chunks = _get(f, s, "n_vocab"), _get(f, s, "chunks", PTR)
         values, ids, count = _get(f, s, "values", PTR), _get(f, s, "ids", PTR), f.var(I64, 0)
 
@@ -167,8 +159,7 @@ def _define_candidates(module: Module) -> None:
 
 def _define_sort(module: Module) -> None:
     """By digits of the values' bits, the lowest first (a radix sort): every pass keeps the order of equals."""
-    with module.function("sort", {"s": PTR, "n": I64}) as f:
-        s, n = f.args()
+    with module.function("sort", {"s": PTR, "n": I64}) as (f, s, n):
         x, ids, to_x, to_ids = (f.var(PTR, _get(f, s, name, PTR)) for name in ("values", "ids", "sorted", "sorted_ids"))
         places = f.stack(I64, 1 << DIGIT)
         with f.range(0, 32, DIGIT) as shift:
@@ -202,8 +193,7 @@ def _define_sort(module: Module) -> None:
 
 
 def _define_first(module: Module) -> None:
-    with module.function("first", {"s": PTR, "logits": PTR, "k": I64, "least": F32}, returns=I64) as f:
-        s, logits, k, least = f.args()
+    with module.function("first", {"s": PTR, "logits": PTR, "k": I64, "least": F32}, returns=I64) as (f, s, logits, k, least):
         chunks, values = _get(f, s, "chunks", PTR), _get(f, s, "values", PTR)
         n_chunks, bound = _n_chunks(_get(f, s, "n_vocab")), f.var(F32, least)
         with f.when(n_chunks >= k):

@@ -13,6 +13,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from pocketlm.runtime.native.executable_memory import CodePages, NativeUnavailable, map_code
@@ -174,13 +175,9 @@ def text_at(table: bytes, offset: int) -> str:
 _Relocation = Callable[[bytearray, int, int], None]
 
 
-def _relative(form: str) -> _Relocation:
+def _relative(code: bytearray, place: int, target: int, *, form: str) -> None:
     """The distance, as a plain signed number."""
-
-    def write(code: bytearray, place: int, target: int) -> None:
-        struct.pack_into(form, code, place, target - place)
-
-    return write
+    struct.pack_into(form, code, place, target - place)
 
 
 def _field(value: int, bits: int, shift: int) -> int:
@@ -196,61 +193,49 @@ def _set(code: bytearray, place: int, mask: int, value: int) -> None:
     struct.pack_into("<I", code, place, word & ~mask | value)
 
 
-def _branch(bits: int, shift: int) -> _Relocation:
+def _branch(code: bytearray, place: int, target: int, *, bits: int, shift: int) -> None:
     """The distance in instructions, in a field of so many bits."""
-
-    def write(code: bytearray, place: int, target: int) -> None:
-        if (target - place) % 4:
-            raise OverflowError
-        _set(code, place, (1 << bits) - 1 << shift, _field(target - place >> 2, bits, shift))
-
-    return write
+    if (target - place) % 4:
+        raise OverflowError
+    _set(code, place, (1 << bits) - 1 << shift, _field(target - place >> 2, bits, shift))
 
 
-def _adr(page: int) -> _Relocation:
+def _adr(code: bytearray, place: int, target: int, *, page: int) -> None:
     """ADR and ADRP: the distance in units of 2**page bytes, its two lowest bits apart from the rest."""
-
-    def write(code: bytearray, place: int, target: int) -> None:
-        distance = (target >> page) - (place >> page)
-        _field(distance, 21, 0)
-        _set(code, place, 0x60FFFFE0, (distance & 3) << 29 | (distance >> 2 & 0x7FFFF) << 5)
-
-    return write
+    distance = (target >> page) - (place >> page)
+    _field(distance, 21, 0)
+    _set(code, place, 0x60FFFFE0, (distance & 3) << 29 | (distance >> 2 & 0x7FFFF) << 5)
 
 
-def _low12(scale: int) -> _Relocation:
+def _low12(code: bytearray, place: int, target: int, *, scale: int) -> None:
     """The offset within a 4096-byte page, in units of 2**scale bytes: images start at a page."""
-
-    def write(code: bytearray, place: int, target: int) -> None:
-        if target % (1 << scale):
-            raise OverflowError
-        _set(code, place, 0xFFF << 10, ((target & 0xFFF) >> scale) << 10)
-
-    return write
+    if target % (1 << scale):
+        raise OverflowError
+    _set(code, place, 0xFFF << 10, ((target & 0xFFF) >> scale) << 10)
 
 
 _RELOCATIONS: dict[str, dict[int, _Relocation]] = {
     "x86_64": {
-        2: _relative("<i"),  # R_X86_64_PC32
-        4: _relative("<i"),  # R_X86_64_PLT32: no table in between
-        24: _relative("<q"),  # R_X86_64_PC64
+        2: partial(_relative, form="<i"),  # R_X86_64_PC32
+        4: partial(_relative, form="<i"),  # R_X86_64_PLT32: no table in between
+        24: partial(_relative, form="<q"),  # R_X86_64_PC64
     },
     "aarch64": {
-        260: _relative("<q"),  # R_AARCH64_PREL64
-        261: _relative("<i"),  # R_AARCH64_PREL32
-        273: _branch(19, 5),  # R_AARCH64_LD_PREL_LO19
-        274: _adr(0),  # R_AARCH64_ADR_PREL_LO21
-        275: _adr(12),  # R_AARCH64_ADR_PREL_PG_HI21
-        277: _low12(0),  # R_AARCH64_ADD_ABS_LO12_NC
-        278: _low12(0),  # R_AARCH64_LDST8_ABS_LO12_NC
-        279: _branch(14, 5),  # R_AARCH64_TSTBR14
-        280: _branch(19, 5),  # R_AARCH64_CONDBR19
-        282: _branch(26, 0),  # R_AARCH64_JUMP26
-        283: _branch(26, 0),  # R_AARCH64_CALL26
-        284: _low12(1),  # R_AARCH64_LDST16_ABS_LO12_NC
-        285: _low12(2),  # R_AARCH64_LDST32_ABS_LO12_NC
-        286: _low12(3),  # R_AARCH64_LDST64_ABS_LO12_NC
-        299: _low12(4),  # R_AARCH64_LDST128_ABS_LO12_NC
+        260: partial(_relative, form="<q"),  # R_AARCH64_PREL64
+        261: partial(_relative, form="<i"),  # R_AARCH64_PREL32
+        273: partial(_branch, bits=19, shift=5),  # R_AARCH64_LD_PREL_LO19
+        274: partial(_adr, page=0),  # R_AARCH64_ADR_PREL_LO21
+        275: partial(_adr, page=12),  # R_AARCH64_ADR_PREL_PG_HI21
+        277: partial(_low12, scale=0),  # R_AARCH64_ADD_ABS_LO12_NC
+        278: partial(_low12, scale=0),  # R_AARCH64_LDST8_ABS_LO12_NC
+        279: partial(_branch, bits=14, shift=5),  # R_AARCH64_TSTBR14
+        280: partial(_branch, bits=19, shift=5),  # R_AARCH64_CONDBR19
+        282: partial(_branch, bits=26, shift=0),  # R_AARCH64_JUMP26
+        283: partial(_branch, bits=26, shift=0),  # R_AARCH64_CALL26
+        284: partial(_low12, scale=1),  # R_AARCH64_LDST16_ABS_LO12_NC
+        285: partial(_low12, scale=2),  # R_AARCH64_LDST32_ABS_LO12_NC
+        286: partial(_low12, scale=3),  # R_AARCH64_LDST64_ABS_LO12_NC
+        299: partial(_low12, scale=4),  # R_AARCH64_LDST128_ABS_LO12_NC
     },
 }
 

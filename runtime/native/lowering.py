@@ -18,7 +18,6 @@ from pocketlm.runtime.native.records import OPERATION
 from pocketlm.runtime.native.tiling import LAYOUTS, groups
 from pocketlm.runtime.plan import Plan
 
-ROUTES = {"softmax": sizes.SOFTMAX, "sigmoid": sizes.SIGMOID}
 NORMS = {"rms": sizes.RMS_NORM, "layer": sizes.LAYER_NORM}
 
 
@@ -57,7 +56,7 @@ def check(plan: Plan, formats: Iterable[str]) -> None:
     for op in plan.ops:
         if isinstance(op, P.Attend):
             heads.add((op.n_head, op.n_kv_head, op.head_dim))
-        known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS, P.Route: ROUTES}.get(type(op))
+        known = {P.Norm: NORMS, P.Activate: sizes.ACTIVATIONS}.get(type(op))
         if not isinstance(op, P.Op):
             raise NativeUnavailable(f"there is no native code for {type(op).__name__}")
         if known is not None and op.kind not in known:  # type: ignore[union-attr]
@@ -228,7 +227,7 @@ class _Encoder:
 
     def route(self, op: P.Route) -> None:
         used: dict[str, float] = {"n": op.n_experts, "n_used": op.n_used, "barrier": 1}
-        self.emit(sizes.ROUTE, **self.x(op.x), **self.out(op.out), **used, source=ROUTES[op.kind], normalised=op.normalised)
+        self.emit(sizes.ROUTE, **self.x(op.x), **self.out(op.out), **used, normalised=op.normalised)
         self.emit(sizes.GROUP, **self.x(op.out), **used)
         self.grouped = op.out
 

@@ -31,8 +31,7 @@ def define(module: Module) -> None:
     A token that ends its text, or where none could be drawn, ends the run of all texts. `elapsed`: since the run began, in
     units of its clock.
     """
-    with module.function("follow", {"run": PTR, "elapsed": I64}, returns=I64) as f:
-        run, elapsed = f.args()
+    with module.function("follow", {"run": PTR, "elapsed": I64}, returns=I64) as (f, run, elapsed):
         r = Records(f, run, run)
         number, samplers = r.run("n_passes"), r.run("samplers", PTR)
         fill(f, RUN, run, n_passes=number + 1)

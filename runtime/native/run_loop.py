@@ -65,8 +65,7 @@ def _define_barrier(module: Module, machine: str) -> None:
     of the run, means that another thread has lost its processor to another program: it is added to the run's `lost`. `times`:
     two int64 of this thread, when it left the last barrier and the longest that it has worked.
     """
-    with module.function("barrier", {"run": PTR, "number": I64, "times": PTR}) as f:
-        run, number, times = f.args()
+    with module.function("barrier", {"run": PTR, "number": I64, "times": PTR}) as (f, run, number, times):
         arrived, epoch = run + offset(RUN, "arrived"), run + offset(RUN, "epoch")
         target, longest = number * f.field(run, offset(RUN, "n_threads")), times + 8
         now = _clock(f, machine)
@@ -92,8 +91,7 @@ def _define_barrier(module: Module, machine: str) -> None:
 
 def _define_tasks(module: Module) -> None:
     """tasks(run, op, n): how many tasks an operation has for n tokens."""
-    with module.function("tasks", {"run": PTR, "op": PTR, "n": I64}, returns=I64) as f:
-        run, op, n = f.args()
+    with module.function("tasks", {"run": PTR, "op": PTR, "n": I64}, returns=I64) as (f, run, op, n):
         r = Records(f, run, op)
         kind = r.op("kind")
         with f.when(n.equals(0)):

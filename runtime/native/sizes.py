@@ -14,7 +14,6 @@ STAGES = (  # kinds of operations, by number
 ) = range(len(STAGES))  # fmt: skip
 # up to JOIN: a task a token
 AS_IT_IS, RMS_NORM, LAYER_NORM, PARTIALS = range(4)  # where PREPARE takes its values from; NORM, STORE: which norm
-SOFTMAX, SIGMOID = range(2)  # how ROUTE makes weights of scores
 SCALE, ADD, SOFTCAP, ACTIVATE = range(4)  # what EACH does
 # MATRIX, EACH: 1 for the first, 0 for none
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu_erf", "relu", "relu_squared", "swiglu_clamped")

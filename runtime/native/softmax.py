@@ -31,8 +31,7 @@ def define(module: Module) -> None:
     float64 [n / N_ROWS, rounded up], gets the sums of columns.
     pick(x, n, best, scale, columns, u) -> the index that `u` in [0, 1) falls on, where each has the share of its weight.
     """
-    with module.function("sum_exp", {"x": PTR, "n": I64, "top": F32}, returns=F32, linkage="entry") as f:
-        x, n, top = f.args()
+    with module.function("sum_exp", {"x": PTR, "n": I64, "top": F32}, returns=F32, linkage="entry") as (f, x, n, top):
         total, high = f.var(ROW, 0.0), f.splat(top, ROWS)
         whole = n - n % ROWS
         with f.range(0, whole, ROWS) as i:

@@ -47,8 +47,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
         "mix": experts.mix, "convolve": _convolve, "sample": next_token.sample,
     }  # fmt: skip
     for name, body in stages.items():
-        with module.function(name, STAGE) as f:
-            run, op, own, task, n = f.args()
+        with module.function(name, STAGE) as (f, run, op, own, task, n):
             body(f, level, Records(f, run, op), own, task, n)
 
 
@@ -78,30 +77,28 @@ def _define_round(module: Module, whole_ones: bool) -> None:
     (measured on two cores of a Zen 4, 4 to 256 KB).
     """
     arguments = {"x": PTR, "n": I64, "records": PTR, "record_stride": I64}
-    with module.function("round", arguments) as f:
-        x, n, records, record_stride = f.args()
-        with f.range(0, n, 32) as i:
-            parts = [f.load(ROW, x + (i + 16 * h) * 4, 4) for h in (0, 1)]
-            # compared as integers, where NaN is larger than every number
-            bits = [f.bitcast(f.intrinsic("fabs", p), I32.vec(LANES)) for p in parts]
-            largest = f.bitcast(f.reduce(f.maximum(*bits), "max"), F32)
-            # the high byte of the largest must stay an int8 after rounding: 32639 = 127 * 256 + 127
-            scale = largest * (1 / 32639)
-            inverse = f.select(largest > 0.0, 32639.0 / largest, 0.0)
-            record = records + (i >> 5) * record_stride
-            f.store(scale, record + 64, 4)
-            sums = []
-            for h, part in enumerate(parts):
-                whole = nearest(f, part * f.splat(inverse, LANES))  # NaN and infinity: the scale carries them on
-                if whole_ones:
-                    f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), record + 32 * h)
-                else:
-                    high = f.emit(whole.type, f"ashr {whole.type} {whole + 128}, {f.const(whole.type, 8)}")
-                    f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
-                    f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
-                sums.append(f.reduce(whole, "add"))
-                f.store(sums[h], record + (72 + 4 * h), 4)
-            f.store(scale * f.cast("sitofp", sums[0] + sums[1], F32), record + 68, 4)
+    with module.function("round", arguments) as (f, x, n, records, record_stride), f.range(0, n, 32) as i:
+        parts = [f.load(ROW, x + (i + 16 * h) * 4, 4) for h in (0, 1)]
+        # compared as integers, where NaN is larger than every number
+        bits = [f.bitcast(f.intrinsic("fabs", p), I32.vec(LANES)) for p in parts]
+        largest = f.bitcast(f.reduce(f.maximum(*bits), "max"), F32)
+        # the high byte of the largest must stay an int8 after rounding: 32639 = 127 * 256 + 127
+        scale = largest * (1 / 32639)
+        inverse = f.select(largest > 0.0, 32639.0 / largest, 0.0)
+        record = records + (i >> 5) * record_stride
+        f.store(scale, record + 64, 4)
+        sums = []
+        for h, part in enumerate(parts):
+            whole = nearest(f, part * f.splat(inverse, LANES))  # NaN and infinity: the scale carries them on
+            if whole_ones:
+                f.store(f.shuffle(f.cast("trunc", whole, I16), ORDER), record + 32 * h)
+            else:
+                high = f.emit(whole.type, f"ashr {whole.type} {whole + 128}, {f.const(whole.type, 8)}")
+                f.store(f.cast("trunc", whole - (high << 8), I8), record + 16 * h)
+                f.store(f.cast("trunc", high, I8), record + (32 + 16 * h))
+            sums.append(f.reduce(whole, "add"))
+            f.store(sums[h], record + (72 + 4 * h), 4)
+        f.store(scale * f.cast("sitofp", sums[0] + sums[1], F32), record + 68, 4)
 
 
 def _prepare(f: Function, level: str, r: Records, own: Value, task: Value, n: Value) -> None:
