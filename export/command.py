@@ -104,7 +104,8 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from pocketlm.export.from_model_file import is_model_file, with_tokenizer
     from pocketlm.export.lora import read_lora
     from pocketlm.export.model_config import read_pairs
-    from pocketlm.export.tokenizer_data import chat_template, find_in
+    from pocketlm.export.tokenizer_data import chat_template
+    from pocketlm.tokenizer.readers import find_in
 
     if arguments.lora_scale is not None and not arguments.lora:
         raise UsageError("--lora-scale is for --lora")

@@ -128,7 +128,7 @@ class Lora:
 def _found(tensors: Mapping[str, LazyTensor], name: str) -> LazyTensor | None:
     """The base's tensor that an adapter calls `name`."""
     names = (name, f"model.{name}", name.removeprefix("model."), role_of(name))
-    return next((tensors[n] for n in names if n in tensors), None)
+    return next((tensors[n] for n in names if n and n in tensors), None)
 
 
 def _has_head(tensors: Mapping[str, LazyTensor]) -> bool:
@@ -244,7 +244,7 @@ def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
         raise FileError(path, "holds no LoRA", f"name a folder with {CONFIG}, or a checkpoint with .lora.A and .lora.B")
     if lonely := [name for name, pair in halves.items() if sorted(len(half.shape) for half in pair.values()) != [2, 2]]:
         raise FileError(path, f"the two matrices for {quoted(lonely[0])} are not both there", "save the adapter again")
-    pairs = {name: Pair(**pair) for name, pair in halves.items()}
+    pairs = {name: Pair(pair["a"], pair["b"]) for name, pair in halves.items()}
     for name, tensor in tensors.items():
         if (matrix := _magnitude_of(name)) in pairs:
             pairs[matrix] = pairs[matrix]._replace(magnitude=tensor)
