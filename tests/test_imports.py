@@ -60,7 +60,9 @@ ALLOWED = {
     "signals": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling_options runtime.memory runtime.processors terminal_text",
     # a model by its short name
-    "export.command": "chat.templates errors export model cli_options runtime.atomic runtime.model_file terminal_text",
+    "export.command": (
+        "chat.templates errors export model tokenizer.readers cli_options runtime.atomic runtime.model_file terminal_text"
+    ),
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
     "chat": "errors locks tokenizer runtime.sampling_options runtime.atomic constrain signals terminal_text",
