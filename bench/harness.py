@@ -137,7 +137,7 @@ class PocketLM(TemplateLM):
 
         def complete(session: Any, i: int, cancel: Any) -> tuple[int, str]:
             context, wanted = requests[i].args
-            options = normalize_gen_kwargs(wanted, 256)
+            options: Any = normalize_gen_kwargs(wanted, 256)
             n = options["max_gen_toks"]
             ids = self.tok_encode(context)[-max(1, self.max_length - n) :] or [self.prefix_token_id]
             given = {name: options[name] for name in SamplingOptions.__dataclass_fields__ if options.get(name) is not None}

@@ -54,12 +54,25 @@ class BuiltIn:
 
     @property
     def jinja(self) -> str:
-        """The template in Jinja, for a model file. Only for templates whose roles differ in their names alone."""
-        before, after = (side.replace("\n", "\\n") for side in self.roles["user"])
-        turn = f"""{{{{- '{before.replace("user", "' + message['role'] + '")}' + message['content'] + '{after}' }}}}"""
-        prompt = f"{{{{- '{before.replace('user', 'assistant')}' }}}}"
-        loop = f"{{%- for message in messages %}}{turn}{{%- endfor %}}"
-        return f"{loop}{{%- if add_generation_prompt %}}{prompt}{{%- endif %}}"
+        """The template in Jinja, for a model file."""
+        if self.name == "plain":
+            return PLAIN_JINJA
+
+        def turn(role: str, sides: tuple[str, str]) -> str:
+            before, after = (side.replace("\n", "\\n").replace("user", role) for side in sides)
+            return f"""{{{{- '{before}' + message['content'] + '{after}' }}}}"""
+
+        before, after = self.roles["user"]
+        loop = turn("' + message['role'] + '", (before, after))
+        if "user" not in before:  # the roles differ in more than their names
+            cases = [f"message['role'] == '{role}' %}}{turn('user', self.roles[role])}" for role in ("system", "assistant")]
+            loop = f"{{%- if {cases[0]}{{%- elif {cases[1]}{{%- else %}}{loop}{{%- endif %}}"
+        text = f"{{%- for message in messages %}}{loop}{{%- endfor %}}"
+        if self.default_system:
+            first = "".join((self.roles["system"][0], self.default_system, self.roles["system"][1])).replace("\n", "\\n")
+            text = f"{{%- if messages[0]['role'] != 'system' %}}{{{{- '{first}' }}}}{{%- endif %}}{text}"
+        prompt = self.roles["assistant"][0].replace("\n", "\\n")
+        return f"{text}{{%- if add_generation_prompt %}}{{{{- '{prompt}' }}}}{{%- endif %}}"
 
 
 def _tagged(before: str, after: str) -> dict[str, tuple[str, str]]:

@@ -59,7 +59,9 @@ def model_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--lora", metavar="PATH", help=lora)
     parser.add_argument("--lora-scale", type=float, metavar="X", help=scale)
     parser.add_argument("--name", metavar="NAME", help=name)
-    parser.add_argument("--chat-template", metavar="FILE", help="a Jinja file that becomes the model's chat template")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="the model's chat template: chatml, markers, alpaca, plain or a Jinja file"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,7 +104,8 @@ def read_model(arguments: argparse.Namespace, source: Path) -> CanonicalModel:
     from pocketlm.export.from_model_file import is_model_file, with_tokenizer
     from pocketlm.export.lora import read_lora
     from pocketlm.export.model_config import read_pairs
-    from pocketlm.export.tokenizer_data import chat_template, find_in
+    from pocketlm.export.tokenizer_data import chat_template
+    from pocketlm.tokenizer.readers import find_in
 
     if arguments.lora_scale is not None and not arguments.lora:
         raise UsageError("--lora-scale is for --lora")
@@ -145,8 +148,10 @@ def read_importance(arguments: argparse.Namespace, model: CanonicalModel) -> Map
 def own_keys(arguments: argparse.Namespace) -> dict[str, str]:
     """The keys of the model file that --name and --chat-template set."""
     keys = {"general.name": arguments.name} if arguments.name else {}
-    if arguments.chat_template:
-        keys["tokenizer.chat_template"] = read_text(arguments.chat_template)
+    if name := arguments.chat_template:
+        from pocketlm.chat.templates import BUILT_IN
+
+        keys["tokenizer.chat_template"] = BUILT_IN[name].jinja if name in BUILT_IN else read_text(name)
     return keys
 
 

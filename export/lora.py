@@ -128,7 +128,7 @@ class Lora:
 def _found(tensors: Mapping[str, LazyTensor], name: str) -> LazyTensor | None:
     """The base's tensor that an adapter calls `name`."""
     names = (name, f"model.{name}", name.removeprefix("model."), role_of(name))
-    return next((tensors[n] for n in names if n in tensors), None)
+    return next((tensors[n] for n in names if n and n in tensors), None)
 
 
 def _has_head(tensors: Mapping[str, LazyTensor]) -> bool:
@@ -234,6 +234,8 @@ def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
     for name, tensor in tensors.items():
         if found := re.fullmatch(LORA, name):
             pair, half = halves.setdefault(found[1], {}), found[2].lower()
+            if ".lora_embedding_" in name:  # of a lookup: the change is (B A) transposed
+                half, tensor = "ab"[half == "a"], _turned(tensor)
             if half in pair:
                 raise FileError(path, f"holds several LoRAs for {quoted(found[1])}", "merge one with PEFT and export that")
             pair[half] = tensor
@@ -242,13 +244,10 @@ def _pairs(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Pair]:
     for name, pair in halves.items():
         if sorted(len(half.shape) for half in pair.values() if all(half.shape)) != [2, 2]:
             raise FileError(path, f"the two matrices for {quoted(name)} are not both there", "save the adapter again")
-    pairs = {name: Pair(**pair) for name, pair in halves.items()}
+    pairs = {name: Pair(pair["a"], pair["b"]) for name, pair in halves.items()}
     for name, tensor in tensors.items():
         if (matrix := _magnitude_of(name)) in pairs:
             pairs[matrix] = pairs[matrix]._replace(magnitude=tensor)
-        if "lora_embedding_A" in name:  # of a lookup: the change is (B A) transposed
-            a, b, *_ = pairs[name.partition(".lora_")[0]]
-            pairs[name.partition(".lora_")[0]] = Pair(_turned(b), _turned(a))
     return pairs
 
 

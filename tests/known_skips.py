@@ -26,8 +26,6 @@ KNOWN = {
     r"only Windows loads a DLL .*": "a test under wine does so here",
     r"llama-cpp-python came without the ggml-base library": "some of its wheels link it into one file",
     r"this NumPy has no OpenBLAS in its wheel": "the wheels of some platforms use another library",
-    r"(onnxruntime_genai|onnx_ir|openvino(_genai)?|nncf|ctranslate2) is not installed": "too large a download for a check",
-    r"(lm-eval|accelerate|peft|mlx) is not installed": "with data sets and the like it takes minutes; tests/README.md says how",
     r"its library does not convert this: .*": "no library knows every architecture",
     r"the NumPy executor promises closeness, not bits": "the native one promises them, and the test has it",
     r"the slopes of .* heads are another test's": "two parameters that do not go together",

@@ -162,6 +162,18 @@ def test_a_built_in_template_writes_its_form(name):
     assert template.render(turns("a", "b"), False).endswith("b" + ends[name])
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_template_says_the_same_in_jinja(name):
+    """A model file that holds it has its form, and its ends."""
+    letters = tokenizer(*templates.BUILT_IN[name].markers)
+    written, own = templates.choose(templates.BUILT_IN[name].jinja, letters), templates.named(name, letters)
+    assert written.built_in is own.built_in
+    for conversation in (CONVERSATION, CONVERSATION[1:]):
+        assert written.render(conversation) == own.render(conversation)
+        variables = {"messages": conversation, "add_generation_prompt": True}
+        assert plain_jinja(templates.BUILT_IN[name].jinja, **variables) == own.render(conversation)
+
+
 def test_alpaca_without_a_system_prompt_has_the_published_one():
     text = templates.named("alpaca", tokenizer()).render(turns("Hello"))
     assert text.startswith("Below is an instruction that describes a task.")

@@ -57,6 +57,9 @@ def test_names_and_templates_are_written(source: Path, tmp_path: Path):
     with open_model(tmp_path / "out.gguf") as file:
         assert file.metadata["general.name"] == "Ada"
         assert file.metadata["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    run(source, "-o", tmp_path / "out.gguf", "--chat-template", "alpaca")
+    with open_model(tmp_path / "out.gguf") as file:
+        assert file.metadata["tokenizer.chat_template"] == BUILT_IN["alpaca"].jinja
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ ALLOWED = {
     "signals": "",
     "cli_options": "errors pocketlm constrain.guides runtime.sampling_options runtime.memory runtime.processors terminal_text",
     # a model by its short name
-    "export.command": "errors export model cli_options runtime.atomic runtime.model_file terminal_text",
+    "export.command": (
+        "chat.templates errors export model tokenizer.readers cli_options runtime.atomic runtime.model_file terminal_text"
+    ),
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
     "chat": "errors locks tokenizer runtime.sampling_options runtime.atomic constrain signals terminal_text",
@@ -83,7 +85,7 @@ ONLY_FOR = {
 }
 # Imports that run backwards, each with why it is still there: the table may only shrink.
 BACKWARDS = {
-    ("tokenizer.readers", "runtime.gguf_reader"): "tokenizer.load opens GGUFs; the reader of a container is no model",
+    ("tokenizer.readers", "runtime.model_file"): "tokenizer.load opens GGUFs; the reader of a container is no model",
     ("runtime.gguf_reader", "runtime.native.tiling"): "a packed file's weights lie in the order that the kernels read",
     ("runtime.tensor", "runtime.native.tiling"): "and are turned back for whoever wants them as rows",
 }
