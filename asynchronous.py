@@ -144,7 +144,11 @@ class Handover:
             await self._arrived.wait()
             self._arrived.clear()
         if not self._parts and self._error is not None:
-            raise self._error
+            error, self._error = self._error, None
+            try:
+                raise error
+            finally:
+                del error  # else its traceback holds it, and with it all that the thread had made, until cycles are collected
         return bool(self._parts)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from pocketlm.batch.lines import Line, Written
 from pocketlm.errors import FileError, refused
@@ -31,6 +31,12 @@ _KEPT = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | geta
 _ERROR = b', "error": {'  # cannot stand inside a JSON text, which writes \" for "
 
 
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    """What tells whether a file was written to, or is another."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 class Prompts:
     """A file of prompts, with `n_lines` lines of which `n_blank` are blank. Raises FileError if it cannot be read."""
 
@@ -40,29 +46,47 @@ class Prompts:
         self._path, self._digest, self.n_lines, self.n_blank = path, hashlib.blake2b(digest_size=16), 0, 0
         ended, blank = True, False  # the line before, and what there is of this one
         with refused(path, "check the path"), path.open("rb") as file:
+            self._state, self._size = _state(file), 0
             while data := file.readline(BLOCK):  # a line, or a piece of one
+                self._size += len(data)
                 self._digest.update(data)
                 self.n_lines += ended
                 blank = data.isspace() and (blank or ended)
                 ended = data.endswith(b"\n")
                 self.n_blank += blank and ended
         self.n_blank += blank and not ended
+        self._may_grow = ended
 
     def key(self, *made_of: Any) -> str:
         """12 hexadecimal digits, a hash of the file's content and of `made_of`."""
         return hashlib.blake2b(repr((self._digest.hexdigest(), *made_of)).encode(), digest_size=6).hexdigest()
 
     def __iter__(self) -> Iterator[Line]:
-        """All lines that are not blank."""
+        """All lines that are not blank. Raises FileError where they are others than were counted; more of them are left out."""
         with refused(self._path, "check the path"), self._path.open("rb") as file:
             for number in range(1, self.n_lines + 1):
                 data = file.readline(MAX_BODY + 1)
+                if _state(file) != self._state:
+                    self._check(file)
                 if len(data.removesuffix(b"\n")) > MAX_BODY:
                     while data and not data.endswith(b"\n"):
                         data = file.readline(BLOCK)
                     yield Line(number, None)
                 elif data := data.removeprefix(BOM if number == 1 else b"").strip():
                     yield Line(number, data)
+
+    def _check(self, file: BinaryIO) -> None:
+        """FileError where the file does not begin with what was counted."""
+        at, state, digest, left = file.tell(), _state(file), hashlib.blake2b(digest_size=16), self._size
+        file.seek(0)
+        while data := file.read(min(left, BLOCK)):
+            digest.update(data)
+            left -= len(data)
+        if digest.digest() != self._digest.digest() or (state[0] > self._size and not self._may_grow):
+            advice = "give the same command again; with the text that it had, that goes on where it was"
+            raise FileError(self._path, "was changed while its lines were answered", advice)
+        file.seek(at)
+        self._state = state
 
 
 def _is_there(target: Path) -> FileError:

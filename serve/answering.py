@@ -7,14 +7,14 @@ HTTP and no JSON.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pocketlm.asynchronous import Handover
 from pocketlm.errors import PocketlmError, UsageError
-from pocketlm.serve.asking import Asking, Prompts, pieces
+from pocketlm.serve.asking import Asking, Prompts, pieces, size
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.slots import QueueFull, Slot, Slots
@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from pocketlm.runtime.generator import Piece
 
 T = TypeVar("T")
-ENCODING = 4  # texts that are made into ids at the same time
+ENCODING = 4  # texts that are made into ids at the same time; of long ones, which take memory, one
+LONG = 1 << 16  # characters
 SELDOM = 0.25  # seconds between two looks at an answer of which nobody sees the parts
 STOPPING = "the server is stopping"
+GONE = "the client hung up"
+Gone = Callable[[], Awaitable[bool]]
+
+
+async def _stays() -> bool:
+    return False
 
 
 @dataclass
@@ -55,19 +62,23 @@ class Answerer:
         self.n_ctx = sessions[0].n_ctx
         self.stopping = False
         self.running: set[Answer] = set()
-        self._encoding = asyncio.Semaphore(ENCODING)
+        self._encoding = {False: asyncio.Semaphore(ENCODING), True: asyncio.Semaphore(1)}  # by whether it is long
         self.asking = Asking(model, self.n_ctx)
         self._preparing: asyncio.Future[None] | None = None  # kept: a loop does not hold its tasks
 
     # ---- prompts
 
-    async def encode(self, ask: Ask) -> Prompts:
+    async def encode(self, ask: Ask, gone: Gone = _stays) -> Prompts:
         """`Asking.encode`, in a thread."""
-        return await self.aside(lambda: self.asking.encode(ask))
+        return await self.aside(lambda: self.asking.encode(ask), size(ask), gone)
 
-    async def aside(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread, at most ENCODING at once: a long text to tokenise must not block the event loop."""
-        async with self._encoding:
+    async def aside(self, work: Callable[[], T], n: int, gone: Gone = _stays) -> T:
+        """Run `work` on a text of `n` characters in a thread, at most ENCODING at once, one if it is long: that must block
+        neither the event loop nor short ones. Raises ApiError where the client is `gone` before its turn has come.
+        """
+        async with self._encoding[n > LONG]:
+            if await gone():
+                raise ApiError(400, GONE)
             made = Handover()
             made.start(lambda cancel: [work()])
             return await anext(made)
@@ -104,7 +115,7 @@ class Answerer:
             while await answer.several(SELDOM):
                 pass
             if forms:
-                await self.aside(lambda: self.model.guide({"json_object": True}))
+                await self.aside(lambda: self.model.guide({"json_object": True}), 0)
 
     def count(self, piece: Piece) -> None:
         """Add up the figures in the last piece of an answer."""

@@ -19,8 +19,8 @@ from starlette.routing import Route
 
 from pocketlm.errors import PocketlmError
 from pocketlm.serve import fields
-from pocketlm.serve.answering import SELDOM, Answer, Answerer, metrics
-from pocketlm.serve.asking import Prompts
+from pocketlm.serve.answering import GONE, SELDOM, Answer, Answerer, metrics
+from pocketlm.serve.asking import Prompts, size
 from pocketlm.serve.errors import ApiError
 from pocketlm.serve.fields import Ask
 from pocketlm.serve.guard import MAX_BODY, Guard, Policy
@@ -90,7 +90,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     except (TimeoutError, asyncio.TimeoutError):
         raise ApiError(408, f"the body did not come in {READ_SECONDS:g} s") from None
     except ClientDisconnect:
-        raise ApiError(400, "the client hung up") from None
+        raise ApiError(400, GONE) from None
 
 
 async def _body(request: Request) -> bytes:
@@ -107,6 +107,7 @@ class Api:
 
     def __init__(self, answerer: Answerer, defaults: dict[str, Any]):
         self._answerer, self._model, self._defaults = answerer, answerer.model, defaults
+        self._facts = self._read_facts()  # now: the file may be moved while it serves
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -114,7 +115,7 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(metrics(self._answerer), media_type="text/plain; version=0.0.4")
 
-    def _facts(self) -> dict[str, Any]:
+    def _read_facts(self) -> dict[str, Any]:
         model, tokenizer = self._model, self._model.tokenizer
         meta = {"vocab_type": type(tokenizer).__name__,
                 "n_vocab": tokenizer.n_vocab, "n_ctx": self._answerer.n_ctx, "n_ctx_train": model.hyper.n_ctx,
@@ -123,12 +124,12 @@ class Api:
                 "meta": meta}  # fmt: skip
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._facts()]})
+        return JSONResponse({"object": "list", "data": [self._facts]})
 
     async def model(self, request: Request) -> Response:
         if request.path_params["name"] != self._model.name:
             raise ApiError(404, f"the model here is {self._model.name}")
-        return JSONResponse(self._facts())
+        return JSONResponse(self._facts)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_json(request)
@@ -143,7 +144,7 @@ class Api:
             return ",".join(_JSON.encode(_piece(id, tokenizer.token_bytes(id))) for id in ids) if pieces else f"{ids}"[1:-1]
 
         try:  # millions of them as one JSON would keep everybody waiting for seconds
-            written = await self._answerer.aside(tokens)
+            written = await self._answerer.aside(tokens, len(content or ""), request.is_disconnected)
             return Response(f'{{"tokens":[{written}]}}', media_type="application/json")
         except PocketlmError as error:
             raise ApiError(400, str(error)) from None
@@ -153,12 +154,13 @@ class Api:
         n = self._model.tokenizer.n_vocab
         if len(tokens) > MOST_IDS or not all(type(id) is int and 0 <= id < n for id in tokens):
             raise ApiError(400, f"tokens must be a list of ids from 0 to {n - 1}", param="tokens")
-        text = await self._answerer.aside(lambda: self._model.tokenizer.decode(tokens, special=True))
+        decode = partial(self._model.tokenizer.decode, tokens, special=True)
+        text = await self._answerer.aside(decode, len(tokens), request.is_disconnected)
         return JSONResponse({"content": text})
 
     async def answer(self, request: Request, is_chat: bool, llama_cpp: bool = False) -> Response:
         ask = await self._read(request, is_chat, llama_cpp)
-        prompts = await self._answerer.encode(ask)
+        prompts = await self._answerer.encode(ask, request.is_disconnected)
         own = OwnShape(ask, prompts, self._answerer) if llama_cpp else None
         shape = own or Shape(ask, self._model.name, self._model.tokenizer.token_bytes)
         return Answering(self._answerer, ask, prompts, shape)
@@ -175,10 +177,11 @@ class Api:
 
     async def apply_template(self, request: Request) -> Response:
         ask = await self._read(request, is_chat=True)
-        return JSONResponse({"prompt": await self._answerer.aside(lambda: self._answerer.asking.text(ask))})
+        text = await self._answerer.aside(lambda: self._answerer.asking.text(ask), size(ask), request.is_disconnected)
+        return JSONResponse({"prompt": text})
 
     async def count(self, request: Request) -> Response:
-        prompts = await self._answerer.encode(await self._read(request, is_chat=True))
+        prompts = await self._answerer.encode(await self._read(request, is_chat=True), request.is_disconnected)
         return JSONResponse({"input_tokens": len(prompts.ids[0])})
 
 

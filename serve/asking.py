@@ -108,6 +108,12 @@ class Asking:
         return ApiError(400, message, "exceed_context_size_error", **told)
 
 
+def size(ask: Ask) -> int:
+    """How many characters and ids the texts of a request have."""
+    parts = [part for prompt in ask.prompts for part in _parts(prompt)]
+    return sum(len(message["content"]) for message in ask.messages) + sum(len(x) if isinstance(x, str) else 1 for x in parts)
+
+
 def _parts(prompt: str | list[int | str]) -> list[int | str]:
     return [prompt] if isinstance(prompt, str) else prompt
 

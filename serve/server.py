@@ -34,30 +34,59 @@ HEAD_BYTES = 16 << 10  # of a request's head
 HEAD_SECONDS = 10.0  # from a connection, or from the last answer on it, until the head of the next request is there
 STALL_SECONDS = 60.0  # that a reader may take nothing
 CONNECTIONS = 768  # at the same time
+AT_ONCE = 32  # connections that are accepted before the loop goes on with others
+FILES = CONNECTIONS + 4 * AT_ONCE + 64  # handles: of those that come and go at the moment, and of other files, too
+BACKLOG = 1024  # connections that the system keeps until they are accepted
 STOP_SECONDS = 10  # for answers to end once the server stops
 
 
 class Protocol(H11Protocol):
-    """One connection. It is closed if the client is too slow to send the head of a request, or to read the response."""
+    """One connection. It is closed if the client is too slow to send the head of a request, or to read the response; and, where
+    there are too many, if it has kept the server waiting longest, those first of which nothing was asked.
+    """
 
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
+    _heard = 0.0  # when it sent something, or was answered
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head = self.loop.call_later(HEAD_SECONDS, transport.abort)
+        self._await_head()
+        assert self.limit_concurrency is not None
+        if len(self.connections) >= self.limit_concurrency:
+            others: Any = self.connections - {self}
+            waiting = [one for one in others if not one._is_asked() or one.cycle.more_body or one.flow.write_paused]
+            if waiting:  # else this one is told that there are too many
+                longest = min(waiting, key=lambda one: (one._is_asked() or one.flow.write_paused, one._heard))
+                longest.transport.abort()
+                self.connections.discard(longest)
+
+    def _is_asked(self) -> bool:
+        """Whether a request is under way."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        """The head of the next request has to come now: once the response before it is read but for the last few KB."""
+        self._heard = self.loop.time()
+        self._end(self._head)
+        if not self.flow.write_paused:
+            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():  # asyncio's loop for Windows still hands over what had come by then
             return
+        self._heard = self.loop.time()
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_asked():
             self._end(self._head)
+            if not self.cycle.more_body and len(self.conn.trailing_data[0]) < HEAD_BYTES:
+                self.flow.resume_reading()  # of what comes too early: else nobody sees that the client hangs up
 
     def on_response_complete(self) -> None:
-        self._end(self._head)
-        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        self._await_head()
         super().on_response_complete()
+        if self._is_asked():  # for what had come meanwhile
+            self._end(self._head)
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP. If it is in the body of a request, whoever answers that is told that the client is gone; if
@@ -73,11 +102,21 @@ class Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+        self._await_reader(sys.maxsize)
+
+    def _await_reader(self, before: int) -> None:
+        """Look now and then whether the reader takes anything. `before`: how many bytes waited for him then."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting < before:
+            self._stall = self.loop.call_later(STALL_SECONDS, self._await_reader, waiting)
+        else:
+            self.transport.abort()
 
     def resume_writing(self) -> None:
         self._end(self._stall)
         super().resume_writing()
+        if not self._is_asked():
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(self._head)
@@ -98,9 +137,9 @@ class Server(Uvicorn):
             logging.getLogger(name).setLevel(logging.ERROR)
         config = Config(
             app, http=Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, access_log=False,
-            server_header=False, date_header=True, limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=HEAD_BYTES,
-            timeout_keep_alive=int(HEAD_SECONDS) or 1, timeout_graceful_shutdown=STOP_SECONDS,
-            proxy_headers=False, interface="asgi3",
+            server_header=False, date_header=True, limit_concurrency=_most_connections(), backlog=AT_ONCE, proxy_headers=False,
+            h11_max_incomplete_event_size=HEAD_BYTES, timeout_keep_alive=int(HEAD_SECONDS) or 1,
+            timeout_graceful_shutdown=int(STOP_SECONDS) + 5, interface="asgi3",
         )  # fmt: skip
         super().__init__(config)
         self._stopping, self._listening = stopping, listening
@@ -121,6 +160,7 @@ class Server(Uvicorn):
     async def _announce(self, ready: Callable[[], object]) -> None:
         while not self.started:
             await asyncio.sleep(0.005)
+        self._listening.listen(BACKLOG)
         ready()
 
     def stop(self) -> None:
@@ -128,9 +168,19 @@ class Server(Uvicorn):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let answers end first."""
+        """Let answers end first. Who is still sending a request is not waited for, and who reads not for long."""
         self._stopping()
+        connections: Any = list(self.server_state.connections)
+        for connection in connections:
+            if connection.cycle is not None and connection.cycle.more_body:
+                connection.transport.close()
+        clock = asyncio.get_running_loop().call_later(STOP_SECONDS, self._abort)
         await super().shutdown(sockets)
+        clock.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def capture_signals(self) -> Any:
         """Let signals stop the server, but not the process: uvicorn would raise them once more afterwards."""
@@ -143,6 +193,19 @@ class Server(Uvicorn):
         self.should_exit = True
 
 
+def _most_connections() -> int:
+    """As many as there can be file handles for: without one, asyncio goes on trying to accept, and tells each time."""
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such limit; a sandbox does not say
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < FILES:  # macOS gives 256, and more to who asks
+            soft = min(FILES, hard) if hard >= 0 else FILES
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            return max(AT_ONCE, CONNECTIONS - (FILES - soft))
+    return CONNECTIONS
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: any that is free; "::": by IPv4, too, where the system can. Raises UsageError for an address
     that is not this computer's, PocketlmError for a port that is taken.
@@ -150,7 +213,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         [(family, *_, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         both = address[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(address[:2], family=family, backlog=1024, dualstack_ipv6=both)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (socket.gaierror, UnicodeError, OverflowError):
         raise UsageError(f"--host {host}: is no address of this computer") from None
     except OSError as error:

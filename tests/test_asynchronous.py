@@ -1,8 +1,11 @@
 """`async for` over answers: the same pieces, other coroutines go on meanwhile, and who leaves ends the work."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
+from contextlib import suppress
 
 import pytest
 from serving import tiny_chat, wait_until
@@ -90,6 +93,31 @@ def test_errors_come_where_the_stream_is_read(model):
         asyncio.run(ids_of(model.achat(QUESTION, temperature=-1)))
     with pytest.raises(UsageError, match="cancel: there is no such option here"):
         model.achat(QUESTION, cancel=threading.Event())
+
+
+def test_what_a_thread_had_made_goes_with_its_error():
+    class Large:
+        pass
+
+    made = []
+
+    def fail(cancel):
+        large = Large()
+        made.append(weakref.ref(large))
+        raise ValueError
+        yield
+
+    async def read():
+        with suppress(ValueError):
+            async for _ in in_thread(fail):
+                pass
+
+    gc.disable()  # what would otherwise find it, sooner or later
+    try:
+        asyncio.run(read())
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_slow_reader_lets_the_thread_wait():

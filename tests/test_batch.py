@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import nullcontext
 
 import pytest
 from serving import hello, serving, tiny_chat
@@ -302,6 +303,16 @@ def test_a_pipe_is_refused_since_it_can_be_read_only_once(model, tmp_path, capsy
     assert capsys.readouterr().err == f"pocketlm: {given}: {advice}\n"
     assert not out.exists()
     os.close(read)
+
+
+def test_prompts_may_grow_while_they_are_answered_but_not_change(tmp_path):
+    text = (given := prompts(tmp_path / "given.jsonl", 300)).read_bytes()
+    for begun, then in [(text, text + b"{}\n"), (text, b"{}\n" + text), (text, text[:9000]), (text[:-1], text)]:
+        given.write_bytes(begun)
+        next(lines := iter(Prompts(given)))
+        given.write_bytes(then)
+        with nullcontext() if then == text + b"{}\n" else pytest.raises(FileError, match="was changed while"):
+            assert [line.number for line in lines] == [*range(2, 301)]
 
 
 def test_lines_are_counted_with_and_without_the_blank_ones(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """The server speaks OpenAI's protocol: every field that it takes does what it says, every other is refused by its name."""
 
 import math
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from serving import alone_fixture, hello, path_fixture, server_fixture, serving  # noqa: F401
+from serving import alone_fixture, hello, path_fixture, server_fixture, serving, tiny_chat  # noqa: F401
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -22,6 +23,15 @@ def test_health_and_models(server):
     assert (model["id"], model["object"], model["meta"]["n_vocab"], model["meta"]["n_ctx_train"]) == ("Tiny", "model", 263, 512)
     assert server.get("/v1/models/Tiny").json == model
     assert server.get("/v1/models/other").status == 404
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX moves a file that is mapped")
+def test_the_model_is_listed_though_its_file_was_moved(tmp_path):
+    with serving(tiny_chat(tmp_path)) as server:
+        listed = server.get("/v1/models").json
+        server.model.path.rename(tmp_path / "elsewhere.gguf")
+        assert server.get("/v1/models").json == listed
+        assert server.get("/v1/models/Tiny").json == listed["data"][0]
 
 
 def test_an_answer_is_the_one_that_the_model_gives_alone(server, alone):

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving import Reply, everything, hello, serving, tiny_chat, wait_until
 
+from pocketlm.serve.answering import ENCODING
 from pocketlm.serve.command import _begun
 from pocketlm.serve.guard import Policy, is_loopback
 from pocketlm.serve.server import address_for_others, listen
@@ -27,12 +28,12 @@ def path(tmp_path_factory):
     return tiny_chat(tmp_path_factory.mktemp("slots"), n_ctx=4096)
 
 
-def ask(server, body):
+def ask(server, body, connection=b"close"):
     """A connection on which a request is under way."""
     client = server.connect()
     data = json.dumps(body).encode()
     client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                   b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data)  # fmt: skip
+                   b"Connection: %s\r\nContent-Length: %d\r\n\r\n" % (connection, len(data)) + data)  # fmt: skip
     return client
 
 
@@ -69,6 +70,55 @@ def test_who_hangs_up_frees_his_slot_within_one_pass_also_in_the_middle_of_a_pro
         assert len(server.passes) == 1, "the pass that was under way, and none after it"
         server.before = None
         assert server.post(CHAT, hello()).status == 200
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_who_hangs_up_is_seen_to_though_he_has_sent_more(path, more):
+    with serving(path, slots=1) as server:
+        gate = Gate(server)
+        client = ask(server, hello(max_tokens=500, ignore_eos=True), b"keep-alive")
+        assert gate.waiting.wait(30)
+        client.sendall(more)
+        time.sleep(0.1)  # apart from the end
+        client.close()
+        wait_until(lambda: cancelled(server), 20)
+        gate.open()
+        wait_until(server.idle)
+
+
+def test_who_hangs_up_before_his_prompt_is_read_costs_nobody_time(path):
+    with serving(path) as server:
+        encode, begun, go_on = server.answerer.asking.encode, [], threading.Event()
+
+        def slowly(ask):
+            begun.append(ask)
+            assert go_on.wait(30)
+            return encode(ask)
+
+        server.answerer.asking.encode = slowly
+        clients = [ask(server, hello()) for _ in range(ENCODING)]
+        wait_until(lambda: len(begun) == ENCODING)
+        leaving = [ask(server, hello()) for _ in range(3)]
+        wait_until(lambda: len(server.server.server_state.tasks) == ENCODING + 3)
+        for client in leaving:
+            client.close()
+        wait_until(lambda: len(server.server.server_state.connections) == ENCODING)
+        go_on.set()
+        assert [Reply(everything(client)).status for client in clients] == [200] * ENCODING
+        wait_until(lambda: not server.server.server_state.tasks)
+        assert len(begun) == ENCODING
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(path):
+    with serving(path) as server:
+        encode, go_on = server.answerer.asking.encode, threading.Event()
+        server.answerer.asking.encode = lambda ask: (len(ask.messages[0]["content"]) < 99 or go_on.wait(30)) and encode(ask)
+        long = [ask(server, hello("x" * 100_000, fit=True)) for _ in range(2)]
+        wait_until(lambda: server.answerer._encoding[True].locked())
+        assert server.post(CHAT, hello()).status == 200
+        assert not go_on.is_set()
+        go_on.set()
+        assert {Reply(everything(client)).status for client in long} == {400}
 
 
 def test_who_hangs_up_takes_nobody_along(path):
