@@ -287,8 +287,9 @@ def _generate(arguments: Arguments) -> int:
 
 def _tokenize_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a GGUF, a tokenizer.json, a SentencePiece .model, tiktoken ranks or a folder"
-    )
+        "model", metavar="MODEL",
+        help="a GGUF, a packed executable, a tokenizer.json, a SentencePiece .model, tiktoken ranks or a folder",
+    )  # fmt: skip
     parser.add_argument("text", nargs="?", metavar="TEXT", help="default: standard input; with --decode, ids")
     parser.add_argument("--decode", action="store_true", help="ids to text")
     parser.add_argument("--special", action="store_true", help="markers such as <|im_end|> are tokens, not text")

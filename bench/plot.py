@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.bench import summary
+from pocketlm.bench.measure import DRIFT
 from pocketlm.bench.tasks import TASKS, keys
 from pocketlm.errors import FileError, needed
 from pocketlm.runtime.atomic import replacing_file
@@ -25,8 +26,10 @@ FURTHEST = 2.2  # a bound further away than this many longest bars is named and 
 
 def require(path: Path) -> None:
     """PocketlmError where matplotlib is missing or `path` cannot be a picture: asked before minutes of measuring."""
-    if path.suffix.lower() not in ENDINGS or not path.absolute().parent.is_dir():
-        raise FileError(path, "is no picture in a folder that exists", f"name a file that ends in {', '.join(ENDINGS)}")
+    if path.suffix.lower() not in ENDINGS:
+        raise FileError(path, "is no picture", f"name a file that ends in {', '.join(ENDINGS)}")
+    if not path.absolute().parent.is_dir():
+        raise FileError(path, "its folder does not exist", "make it, or name another file")
     with needed("--plot", "matplotlib"):
         import matplotlib  # noqa: F401
 
@@ -81,14 +84,15 @@ def _backend(model: dict[str, Any]) -> float:
 
 
 def _caption(result: dict[str, Any]) -> str:
-    rounds = result["settings"]["rounds"]
+    rounds, drift = result["settings"]["rounds"], result["reference_loop"]["drift"]
+    busy = f". The machine was busy: its reference loop up to {drift - 1:.0%} slower than its best" if drift > DRIFT else ""
     tests = any(keys(model, task) for model in result["models"] for task in TASKS if task.like_llama_bench)
     others = any(keys(model, task) for model in result["models"] for task in TASKS if not task.like_llama_bench)
     bars = " and ".join(["medians"] * others + ["means (pp, tg)"] * tests)
     if rounds < summary.FEWEST:
-        return f"Bars: {bars} of {count(rounds, 'round')}"
+        return f"Bars: {bars} of {count(rounds, 'round')}{busy}"
     lines = " and ".join(["what another run's may be off by"] * others + ["standard deviations"] * tests)
-    return f"Bars: {bars} of {rounds} rounds; lines: ± {lines}"
+    return f"Bars: {bars} of {rounds} rounds; lines: ± {lines}{busy}"
 
 
 def _model(part: Any, model: dict[str, Any]) -> None:

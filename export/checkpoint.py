@@ -18,6 +18,7 @@ from typing import Any
 from pocketlm.errors import FileError, quoted, refused
 from pocketlm.export.arrays import Buffer, LazyTensor
 from pocketlm.export.llama2c_reader import looks_like_llama2c, read_llama2c
+from pocketlm.export.llm_c_reader import looks_like_llm_c, read_llm_c
 from pocketlm.export.npz_reader import read_npz
 from pocketlm.export.other_files import other_bytes, other_file, other_folder
 from pocketlm.export.safetensors_reader import looks_like_safetensors, parse_json, read_safetensors
@@ -272,6 +273,7 @@ READERS: tuple[tuple[Callable[[Buffer], bool], Callable[[Buffer, Path], Any]], .
     (looks_like_safetensors, _read_safetensors),  # whose length may begin with the bytes of the next two
     (lambda buffer: buffer[:2] == b"PK", _read_any_zip),
     (lambda buffer: buffer[:1] == b"\x80" and buffer[257:262] != b"ustar", read_torch_legacy),
+    (looks_like_llm_c, read_llm_c),
     (looks_like_llama2c, read_llama2c),
     (lambda buffer: OLD_PICKLE.match(buffer) is not None, read_torch_legacy),  # to say what it wants to call
 )

@@ -146,6 +146,10 @@ _GPT2 = (r"(.*\.)?wte\.weight", r"(.*\.)?h\.N\.attn\.c_attn\.weight")
 DIALECTS = (
     *HOME_MADE,
     *LAYER_NORM,
+    Dialect(
+        "llm.c", (r"h\.N\.fcproj\.weight",), {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5},
+        names={"*.attproj": "attn_output", "*.fc": "ffn_up", "*.fcproj": "ffn_down", "lnf": "output_norm"},
+    ),
     Dialect("Hugging Face GPT-2", _GPT2, {"norm": "layer", "activation": "gelu_tanh", "norm_eps": 1e-5}, True, _is_conv1d),
     Dialect(
         "minGPT", (*_GPT2, r"(.*\.)?h\.N\.attn\.bias", r"(.*\.)?lm_head\.weight"),

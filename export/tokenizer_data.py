@@ -141,7 +141,7 @@ def _own_characters(checkpoint: Checkpoint) -> Tokenizer | None:
 
 
 def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict[str, Any]:
-    """Keys of begin and end tokens that only the model's configuration names; further ends end a turn."""
+    """Keys of begin and end tokens that the model's configuration names, or a text; further ends end a turn."""
     beside = checkpoint.folder / "generation_config.json"
     said = [
         config
@@ -155,6 +155,8 @@ def _end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, n_vocab: int) -> dict
 
     keys: dict[str, Any] = {}
     ends = ids("eos_token_id")
+    if not ends and len(tokenizer.vocabulary.end_ids) == 1:  # <|endoftext|>, most often: by its text the only one
+        ends = [*tokenizer.vocabulary.end_ids]
     if tokenizer.eos_id is None and ends:
         keys["tokenizer.ggml.eos_token_id"] = ends[0]
     others = [i for i in ends if i != keys.get("tokenizer.ggml.eos_token_id", tokenizer.eos_id)]

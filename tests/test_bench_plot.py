@@ -45,6 +45,20 @@ def test_without_figures_there_is_no_plot(tmp_path: Path) -> None:
         plot.plot(result(), tmp_path / "out.png")
 
 
+def test_a_picture_says_that_the_machine_was_busy() -> None:
+    """It goes where the table with its warnings does not."""
+    quiet, loaded = result(native=100.0), result(native=100.0)
+    loaded["reference_loop"]["drift"] = 1.93
+    captions = [plot.draw(found)._supxlabel.get_text() for found in (quiet, loaded)]
+    assert "busy" not in captions[0]
+    assert captions[1].endswith("busy: its reference loop up to 93% slower than its best")
+
+
+def test_a_picture_in_a_folder_that_is_missing_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="its folder does not exist"):
+        plot.require(tmp_path / "nowhere" / "out.png")
+
+
 def drawn(found: dict[str, Any]) -> tuple[Any, list[Any]]:
     """The figure, laid out, and its panels."""
     figure = plot.draw(found)

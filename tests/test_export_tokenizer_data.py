@@ -55,6 +55,14 @@ def meta_pkl(folder: Path) -> Path:
     return folder / "meta.pkl"
 
 
+@pytest.mark.parametrize(("special", "end"), [(["<|endoftext|>"], 0), (["<s>", "</s>"], 1), (["<s>"], None)])
+def test_the_only_token_that_ends_texts_is_named(tmp_path: Path, special: list[str], end: int | None) -> None:
+    """A tokenizer.json alone names none; llama.cpp would take some other token for it, such as ",", and stop there."""
+    peers.byte_level([PROSE], 400, special=special).save(str(tmp_path / "tokenizer.json"))
+    keys, _ = find_tokenizer(checkpoint(tmp_path), 400, None)
+    assert keys.get("tokenizer.ggml.eos_token_id") == end
+
+
 def test_characters_beside_the_checkpoint(tmp_path: Path) -> None:
     original = tokenizer.load(meta_pkl(tmp_path))
     keys, notes = find_tokenizer(checkpoint(tmp_path), len(CHARACTERS), None)

@@ -1,4 +1,4 @@
-"""llama2.c's `tokenizer.bin` and nanochat's `tokenizer.pkl`: the ids of the libraries that they were made with."""
+"""llama2.c's `tokenizer.bin`, llm.c's `gpt2_tokenizer.bin`, nanochat's `tokenizer.pkl`: the ids of what they were made with."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ def test_a_damaged_tokenizer_bin_is_one_line(tmp_path: Path, sentencepiece_model
         assert "\n" not in str(error.value)
 
 
-NANOCHAT = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+NANOCHAT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 MARKERS = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
 
 
@@ -92,6 +90,28 @@ def test_nanochat(tmp_path: Path, encoding: Any) -> None:
     chat = "<|user_start|>12345 words<|user_end|><|assistant_start|>"
     assert tokenizer.encode(chat, special=True) == encoding.encode(chat, allowed_special="all")
     travels(tokenizer, path)
+
+
+def test_llm_c(tmp_path: Path) -> None:
+    """The file as its train_gpt2.py writes it: the tokens of tiktoken by their ids."""
+    tiktoken = pytest.importorskip("tiktoken", reason="the reference")
+    gpt2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    ranks = pytest.importorskip("tiktoken._educational", reason="trains the reference").bpe_train(PROSE, 500, gpt2, None)
+    encoding = tiktoken.Encoding("gpt2", pat_str=gpt2, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    data = struct.pack("<4i", 20240328, 2, len(tokens), len(ranks)).ljust(1024, b"\0")
+    data += b"".join(bytes([len(token)]) + token for token in tokens)
+    path = tmp_path / "gpt2_tokenizer.bin"
+    path.write_bytes(data)
+    tokenizer = load(tmp_path)
+    assert tokenizer.eos_id == encoding.eot_token
+    for text in SOME:
+        assert tokenizer.encode(text) == encoding.encode_ordinary(text), text
+    travels(tokenizer, path)
+    for damaged in (data[:-1], data[:9], data + b"\0", data + b"\1a", data[:8] + b"\0" + data[9:]):
+        path.write_bytes(damaged)
+        with pytest.raises(FileError, match=r"gpt2_tokenizer\.bin of llm\.c|no token for the byte"):
+            load(path)
 
 
 def test_a_pickle_of_anything_else_is_refused_by_name(tmp_path: Path, encoding: Any) -> None:

@@ -83,7 +83,7 @@ ONLY_FOR = {
 }
 # Imports that run backwards, each with why it is still there: the table may only shrink.
 BACKWARDS = {
-    ("tokenizer.readers", "runtime.gguf_reader"): "tokenizer.load opens GGUFs; the reader of a container is no model",
+    ("tokenizer.readers", "runtime.model_file"): "tokenizer.load opens GGUFs; the reader of a container is no model",
     ("runtime.gguf_reader", "runtime.native.tiling"): "a packed file's weights lie in the order that the kernels read",
     ("runtime.tensor", "runtime.native.tiling"): "and are turned back for whoever wants them as rows",
 }

@@ -17,6 +17,7 @@ from signatures import check_signature
 from tiny_models import write_model
 
 import pocketlm
+from pocketlm import tokenizer
 from pocketlm.build import selftest
 from pocketlm.build.pack import open_stub, pack, set_persona, unpack, with_texts
 from pocketlm.build.persona import MAX_BYTES, Persona, from_bytes
@@ -50,6 +51,12 @@ def small(tmp_path):
 def packed(model, folder, **options):
     stub = open_stub(fake_stub(folder / "stub", **options))
     return pack(model, stub, folder / "friend", Persona(title="Ada", flags={"--temp": 0.5}), b"reference")
+
+
+@pytest.mark.parametrize("kind", ["linux", "windows", "macos"])
+def test_a_packed_program_is_a_tokenizer_as_its_model_is(small, tmp_path, kind):
+    friend = packed(small, tmp_path, kind=kind)
+    assert tokenizer.load(friend).encode("then") == tokenizer.load(small).encode("then")
 
 
 def test_unpacking_gives_the_original_byte_for_byte(model, tmp_path):

@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ _MAX_BYTES = 256 * 10**6  # the largest published tokenizer.json has 35 MB
 # what is looked for in a folder, in this order
 BESIDE = (
     "tokenizer.json", "tokenizer.model", "*.model", "vocab.json", "encoder.json", "*-vocab.json", "meta.pkl", "*.tiktoken",
-    "tokenizer.bin", "tokenizer.pkl",
+    "tokenizer.bin", "gpt2_tokenizer.bin", "tokenizer.pkl",
 )  # fmt: skip
 _IN_FOLDER = (*BESIDE, "*.gguf")
 _MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # ends of the names of files that belong together
@@ -38,15 +39,17 @@ _LLAMA3_MARKERS = (
     "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image",
     *(f"reserved_special_token_{i}" for i in range(2, 246)),
 )  # fmt: skip
+_MODELS = (b"GGUF", b"\x7fELF", b"MZ", b"\xcf\xfa\xed\xfe")  # and as packed programs begin
+_LLM_C, _LLM_C_HEADER = struct.pack("<i", 20240328), 1024  # of its gpt2_tokenizer.bin
 
 
 def load(
     path: str | os.PathLike[str], *, pattern: str | None = None, special_tokens: Mapping[str, int] | None = None
 ) -> Tokenizer:
-    """The tokenizer of a GGUF (one with a vocabulary only will do), a Hugging Face `tokenizer.json`, a SentencePiece
-    `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`) beside it, the
-    `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, nanochat's `tokenizer.pkl`, llama2.c's `tokenizer.bin`, or a folder that
-    holds one.
+    """The tokenizer of a GGUF (one with a vocabulary only will do) or a packed program, a Hugging Face `tokenizer.json`, a
+    SentencePiece `.model`, tiktoken ranks, GPT-2's `vocab.json` with its `merges.txt` (or `encoder.json` with `vocab.bpe`)
+    beside it, the `vocab.json` of an fp16 bin, nanoGPT's `meta.pkl`, nanochat's `tokenizer.pkl`, llama2.c's `tokenizer.bin`,
+    llm.c's `gpt2_tokenizer.bin`, or a folder that holds one.
 
     `pattern` (a name of the pre-tokenizer table or the expression itself; by the file's name where it is missing,
     else `gpt-2`) and `special_tokens` (marker → id) are for tiktoken ranks, whose files do not hold them.
@@ -58,14 +61,16 @@ def load(
             raise FileError(path, "holds no tokenizer", "looked for " + ", ".join(_IN_FOLDER))
         path = found
     data = _read(path, 4)
-    if data == b"GGUF":
-        from pocketlm.runtime.gguf_reader import open_gguf
+    if data.startswith(_MODELS):
+        from pocketlm.runtime.model_file import open_model
 
-        with open_gguf(path) as file:
+        with open_model(path) as file:
             return from_metadata(file.metadata, path)
     data = _read(path)
     if llama2c.looks_like(data):
         return llama2c.read(path, data)
+    if data.startswith(_LLM_C):
+        return _llm_c(path, data)
     if data.startswith(b"\x80"):
         return _from_pickle(path, data)
     if data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
@@ -169,6 +174,20 @@ def _tiktoken(path: Path, data: bytes, pattern: str | None, special_tokens: Mapp
     if name is None:
         raise UsageError(f"the pattern {pattern[:80]!r} is not known; known are " + ", ".join(PRE_TOKENIZERS))
     return _from_ranks(path, ids, name, special_tokens)
+
+
+def _llm_c(path: Path, data: bytes) -> Tokenizer:
+    """GPT-2's tokens in the order of their ids, a byte for the length of each in front: that order is the one of merging."""
+    at, tokens = _LLM_C_HEADER, list[bytes]()
+    while at < len(data):
+        tokens.append(data[at + 1 : at + 1 + data[at]])
+        at += 1 + data[at]
+    ids = {token.decode("latin-1").translate(byte_bpe.TO_LETTERS): i for i, token in enumerate(tokens)}
+    if at != len(data) or data[8:12] != struct.pack("<i", len(ids)) or len(ids) != len(tokens) or "" in ids:
+        raise FileError(path, "is no whole gpt2_tokenizer.bin of llm.c", "copy it again")
+    end = "<|endoftext|>"
+    special_tokens = {end: ids.pop(end)} if end in ids else {}
+    return _from_ranks(path, ids, "gpt-2", special_tokens)
 
 
 def _from_pickle(path: Path, data: bytes) -> Tokenizer:
