@@ -114,9 +114,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def showable(value: Any) -> Any:
-    """A result whose texts a terminal may get: names of files, and whatever else a stranger's result says."""
+    """A result whose texts a terminal and a picture may get: names of files, and whatever else a stranger's result says."""
     if isinstance(value, dict):
-        return {without_controls(name): showable(part) for name, part in value.items()}
+        return {showable(name): showable(part) for name, part in value.items()}
     if isinstance(value, list):
         return [showable(part) for part in value]
-    return without_controls(value) if isinstance(value, str) else value
+    return without_controls(value).encode("utf-8", "replace").decode() if isinstance(value, str) else value

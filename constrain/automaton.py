@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from pocketlm.constrain.encoding import Bytes, sequences
 from pocketlm.constrain.grammar import (
+    EMPTY,
     EVERY,
     Chars,
     Choice,
@@ -236,6 +237,8 @@ def _flat(node: Node) -> Node:
     """The same without repetitions of a fixed number. A counted part in another has a way out for each count of that one."""
     if isinstance(node, Sequence | Either):
         return type(node)(tuple(map(_flat, node.parts)))
+    if width(node) == 0:  # however often it is repeated
+        return EMPTY
     if isinstance(node, Repeat) and node.least == node.most:
         return Sequence((_flat(node.body),) * node.least)
     return node

@@ -51,6 +51,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing is paused wherever the reader has not taken all
         self._await_head()
         assert self.limit_concurrency is not None
         if len(self.connections) >= self.limit_concurrency:
@@ -66,7 +67,7 @@ class Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _await_head(self) -> None:
-        """The head of the next request has to come now: once the response before it is read but for the last few KB."""
+        """The head of the next request has to come now: once the response before it is read."""
         self._heard = self.loop.time()
         self._end(self._head)
         if not self.flow.write_paused:

@@ -151,3 +151,8 @@ def test_numbers_beyond_all_measure_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(FileError, match="is not JSON"):
         schema.read(tmp_path / "deep.json")
+
+
+def test_a_name_that_is_no_unicode_can_be_drawn(tmp_path: Path) -> None:
+    """Linux's names of files are bytes. The picture failed after minutes of measuring."""
+    assert schema.read(Path(saved(tmp_path, {"name": "m\udcff"})[1]))["models"][0]["name"] == "m?"

@@ -178,3 +178,14 @@ def test_a_count_in_a_count_is_left_in_one_way_at_every_count():
         n_states.append(len(masks._states.by_number))
         state = masks.advance(state, b"a")
     assert n_states[-1] == n_states[20]
+
+
+def test_nothing_is_repeated_without_end():
+    """In a process of its own, for it would take hours."""
+    program = """
+from pocketlm.constrain.automaton import build
+from pocketlm.constrain.grammar import Grammar
+from pocketlm.constrain.patterns import whole
+build(Grammar(whole("(?:(?:(?:(?:(?:){99999}){99999}){99999}|b{0})a){5}"), {}, "regex"))
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)

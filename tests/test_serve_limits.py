@@ -121,19 +121,21 @@ def test_a_request_that_came_early_has_as_long_as_any_other(server, monkeypatch)
     server.before = None
 
 
+@pytest.mark.parametrize("n", [2000, 10_000])  # the first does not fill the buffer of asyncio
 @pytest.mark.parametrize("connection", ["close", "keep-alive"])
-def test_who_reads_slowly_gets_all_of_it(server, monkeypatch, connection):
+def test_who_reads_slowly_gets_all_of_it(server, monkeypatch, connection, n):
     monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.2)
+    server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
     before = server.server.server_state.total_requests
-    body = json.dumps({"content": "x" * 400_000, "with_pieces": True}).encode()
+    body = json.dumps({"content": "x" * n, "with_pieces": True}).encode()
     with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
         client.sendall(f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                        f"Connection: {connection}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
         wait_until(lambda: server.server.server_state.total_requests > before)
         time.sleep(1)
-        assert len(Reply(everything(client)).json["tokens"]) == 400_000
+        assert len(Reply(everything(client)).json["tokens"]) == n
 
 
 def test_who_is_slow_with_his_body_gets_a_408(server, monkeypatch):
@@ -187,6 +189,9 @@ class Wire(asyncio.Transport):
 
     def is_closing(self):
         return self.closed
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
 
 
 def test_what_arrives_after_a_connection_was_ended_is_not_read(server):

@@ -147,9 +147,10 @@ def test_a_setting_out_of_its_range_is_not_taken(server, visit):
         page.fill(f"input[name={name}]", "")
         page.type(f"input[name={name}]", within)
         assert page.evaluate(f"settings.{name}") == within.replace(",", ".")
-    for name, outside in (("temperature", "a"), ("top_k", "1.5"), ("top_p", "1,5"), ("seed", "-1")):
-        page.fill(f"input[name={name}]", outside)
-        assert page.evaluate(f"settings.{name}") != outside.replace(",", ".")
+    wrong = ("temperature", "a"), ("top_k", "1.5"), ("top_p", "1,5"), ("seed", "-1"), ("max_tokens", "1,000"), ("top_k", "0x7")
+    for name, given in wrong:
+        page.fill(f"input[name={name}]", given)
+        assert page.evaluate(f"settings.{name}") != given.replace(",", ".")
         assert page.evaluate(f"document.querySelector('[name={name}]').validity.valid") is False
 
 
