@@ -118,7 +118,7 @@ class Page:
     async def chat(self, request: Request) -> Response:
         path = self._path(request)
         record = transcript.Record()
-        conversation = await _asked(lambda: record.load(path), 404)
+        conversation = await _asked(lambda: record.load(path), path)
         return JSONResponse({"name": path.stem, "revision": record.revision, "system": conversation.system,
                              "messages": conversation.messages, "branches": conversation.branches,
                              "model": conversation.model})  # fmt: skip
@@ -144,7 +144,7 @@ class Page:
             states.forget(record.path)  # it may hold words that are gone now
             return {"name": record.path.stem, "revision": record.revision, "moved": not same_file}
 
-        return JSONResponse(await _asked(write, 503))
+        return JSONResponse(await _asked(write))
 
     async def delete(self, request: Request) -> Response:
         """Delete a conversation; with a `revision`, only if it has not changed since."""
@@ -156,7 +156,7 @@ class Page:
             transcript.load(path)  # never another file than a conversation
             saved.delete(path)
 
-        await _asked(delete, 404)
+        await _asked(delete, path)
         return JSONResponse({"deleted": path.stem})
 
     @staticmethod
@@ -179,11 +179,12 @@ def _revision(body: dict[str, Any]) -> str:
     return revision if isinstance(revision, str) and re.fullmatch("[0-9a-f]{64}", revision) else ""
 
 
-async def _asked(work: Callable[[], Any], status: int) -> Any:
-    """Run `work` in a thread and return its result. Raises its errors as ApiError with this `status`."""
+async def _asked(work: Callable[[], Any], path: Path | None = None) -> Any:
+    """Run `work` in a thread and return its result. Raises its errors as ApiError: 404 where there is no file at `path`, or 503."""
     try:
         return await asyncio.to_thread(work)
     except (OSError, PocketlmError) as error:
+        status = 503 if path is None or path.exists() else 404
         raise ApiError(status, getattr(error, "strerror", None) or str(error)) from None
 
 

@@ -333,3 +333,23 @@ def test_what_a_friend_meets_is_said_in_their_language(server, visit):
     page.click("nav .open")
     page.wait_for_selector(".line.bad:has-text('Tej rozmowy już nie ma')")
     page.wait_for_selector("nav li", state="detached")
+
+
+def test_a_conversation_that_cannot_be_read_is_not_called_gone_and_one_that_is_gone_leaves_the_list(server, visit):
+    page = visit()
+    ask(page, "Hello")
+    page.click("#new")
+    page.wait_for_selector("nav li:not([aria-current])")
+    [path] = saved.paths()
+    text = path.read_text()
+    path.write_text("{")
+    page.click("nav .open")
+    page.wait_for_selector(f".line.bad:has-text('{path.stem}')")
+    path.write_text(text)
+    page.click("#new")
+    page.wait_for_selector("nav li")
+    path.unlink()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("nav .delete")
+    page.wait_for_selector(".line.bad:has-text('This conversation is gone')")
+    page.wait_for_selector("nav li", state="detached")
