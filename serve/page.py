@@ -180,7 +180,7 @@ def _revision(body: dict[str, Any]) -> str:
 
 
 async def _asked(work: Callable[[], Any], path: Path | None = None) -> Any:
-    """Run `work` in a thread and return its result. Raises its errors as ApiError: 404 where there is no file at `path`, or 503."""
+    """Run `work` in a thread and return its result. Raises its errors as ApiError: 404 if no file is at `path`, else 503."""
     try:
         return await asyncio.to_thread(work)
     except (OSError, PocketlmError) as error:
