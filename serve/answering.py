@@ -32,10 +32,6 @@ GONE = "the client hung up"
 Gone = Callable[[], Awaitable[bool]]
 
 
-async def _stays() -> bool:
-    return False
-
-
 @dataclass
 class Counters:
     """What happened since the start; times in seconds."""
@@ -68,16 +64,16 @@ class Answerer:
 
     # ---- prompts
 
-    async def encode(self, ask: Ask, gone: Gone = _stays) -> Prompts:
+    async def encode(self, ask: Ask, gone: Gone | None = None) -> Prompts:
         """`Asking.encode`, in a thread."""
         return await self.aside(lambda: self.asking.encode(ask), size(ask), gone)
 
-    async def aside(self, work: Callable[[], T], n: int, gone: Gone = _stays) -> T:
+    async def aside(self, work: Callable[[], T], n: int, gone: Gone | None = None) -> T:
         """Run `work` on a text of `n` characters in a thread, at most ENCODING at once, one if it is long: that must block
         neither the event loop nor short ones. Raises ApiError where the client is `gone` before its turn has come.
         """
         async with self._encoding[n > LONG]:
-            if await gone():
+            if gone is not None and await gone():
                 raise ApiError(400, GONE)
             made = Handover()
             made.start(lambda cancel: [work()])
