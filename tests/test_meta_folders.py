@@ -82,7 +82,7 @@ def test_metas_own_folder_has_llama_3s_template_if_it_is_called_instruct(tmp_pat
 
 
 def test_mistrals_own_weights_beside_transformers_configuration(tmp_path: Path) -> None:
-    """As in Mistral's folders on Hugging Face: rows of queries and keys are in another order than where transformers wrote them."""
+    """As in Mistral's folders on Hugging Face: rows of queries and keys are in another order than transformers' own."""
     module = models.initialise(models.Decoder(models.META_NAMES, "neighbours"))
     torch.save(module.state_dict(), tmp_path / "consolidated.pth")
     config = {
