@@ -263,8 +263,11 @@ def to_canonical(
     given = {**names.settings, **(overrides or {})}
     if not mapping:
         checkpoint = replace(checkpoint, tensors=_bare(checkpoint.tensors))
+    known = recognise(checkpoint.tensors)
     family = HUGGING_FACE.get(ModelConfig(checkpoint.config, given, path).model_type or "")
-    dialect = family or recognise(checkpoint.tensors)
+    if known.name.startswith((META, "litGPT")):  # they may lie beside transformers' configuration, with rows in another order
+        family = None
+    dialect = family or known
     found: dict[str, LazyTensor] = {}
     buffers: dict[str, LazyTensor] = {}
     left_over: list[str] = []

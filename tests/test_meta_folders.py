@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from home_made_checks import check
 
 import pocketlm
 from pocketlm.errors import FileError
@@ -78,3 +79,16 @@ def test_metas_own_folder_has_llama_3s_template_if_it_is_called_instruct(tmp_pat
         text = "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         found = opened.template.encode([{"role": "user", "content": " Hi "}], opened.tokenizer)
         assert found == opened.tokenizer.encode(text, special=True, bos=True)
+
+
+def test_mistrals_own_weights_beside_transformers_configuration(tmp_path: Path) -> None:
+    """As in Mistral's folders on Hugging Face: rows of queries and keys are in another order than transformers' own."""
+    module = models.initialise(models.Decoder(models.META_NAMES, "neighbours"))
+    torch.save(module.state_dict(), tmp_path / "consolidated.pth")
+    config = {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_attention_heads": 4, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "max_position_embeddings": 64, "hidden_act": "silu", "sliding_window": None,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, _ = check(module, tmp_path / "consolidated.pth")
+    assert model.dialect == "Meta Llama"

@@ -40,6 +40,13 @@ def test_what_a_link_in_a_run_leads_to_is_not_written_over(name: str, capsys: py
     assert before == [(path, path.read_bytes()) for path, _ in before]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there that tests have not")
+def test_links_to_what_a_run_does_not_write_are_left_alone() -> None:
+    for name in ("corpus.jsonl", "start.pt", "model.json"):
+        Path(name).symlink_to("c.txt")
+    assert train(".", "a.txt --steps 2") == 0
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes with names")
 def test_a_pipe_in_a_run_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run", "a.txt --steps 2") == 0

@@ -26,7 +26,7 @@ from pocketlm.train.presets import PRESETS, Cadence, Settings, Shape, changed
 
 T = TypeVar("T", Cadence, Settings)
 TEMPLATE = "chat_template.jinja"  # where export looks for it
-WRITTEN = ("*.pt", "*.json", "*.jsonl", "*.jinja", "*.model", "*.png", "data", "data/*")  # files of a run
+WRITTEN = ("last.pt", "best.pt", "step_*.pt", "log.*", "tokenizer*", "vocab*.json", TEMPLATE, "data", "data/*")  # by a run
 RECIPES = ("small-talk",)
 OPTIONS = {Cadence: "what is seen and kept of a run", Settings: "how to train (defaults: the preset's)"}
 FREE = ("steps", "micro_batch", "dtype", "compile", "checkpointing")  # settings that may change in the middle of a run
