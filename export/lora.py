@@ -62,7 +62,8 @@ class Lora:
     @property
     def note(self) -> str:
         more = f", and {len(self.saved)} are its own" if self.saved else ""
-        return f"{len(self.pairs)} tensors were changed by the LoRA {self.path.name}{more}"
+        changed = "1 tensor was" if len(self.pairs) == 1 else f"{len(self.pairs)} tensors were"
+        return f"{changed} changed by the LoRA {self.path.name}{more}"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with the adapter merged. Raises FileError, naming the matrix, if they do not fit."""
