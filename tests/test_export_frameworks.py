@@ -119,7 +119,7 @@ def llama() -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("prefix", ["student.", "policy.actor.", "model._orig_mod."])
 def test_the_attribute_that_a_training_class_keeps_the_model_in_does_not_matter(prefix: str, tmp_path: Path) -> None:
-    import torch
+    torch = pytest.importorskip("torch", reason="makes the checkpoints")
 
     weights, config = llama()
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -149,7 +149,7 @@ def test_the_attribute_that_a_training_class_keeps_the_model_in_does_not_matter(
     ],
 )  # fmt: skip
 def test_quantised_weights_are_called_so(added: str, said: str, config: dict[str, Any], tmp_path: Path) -> None:
-    import torch
+    torch = pytest.importorskip("torch", reason="makes the checkpoints")
 
     weights, said_there = llama()
     (tmp_path / "config.json").write_text(json.dumps({**said_there, "quantization_config": config}))
