@@ -67,6 +67,11 @@ DTYPES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 }
 
 
+def bytes_each(dtype: str) -> int:
+    """How many bytes a number of a type of DTYPES has."""
+    return np.dtype(DTYPES[dtype][0]).itemsize
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor of a checkpoint. `read` gives float32 of `shape`, C-contiguous, a new array every time.

@@ -15,10 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import DTYPES, LazyTensor
+from pocketlm.export.arrays import LazyTensor, bytes_each
 from pocketlm.export.assemble import arrange, has_own_head, is_tied
 from pocketlm.export.canonical import CanonicalModel
 from pocketlm.export.checkpoint import Checkpoint, name_of, open_checkpoint
@@ -352,10 +350,9 @@ def inspect_checkpoint(path: Path, tensors: bool = False) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     rows = [
-        {"name": name, "shape": list(t.shape), "format": t.dtype,
-         "bytes": math.prod(t.shape) * np.dtype(DTYPES[t.dtype][0]).itemsize}
+        {"name": name, "shape": list(t.shape), "format": t.dtype, "bytes": math.prod(t.shape) * bytes_each(t.dtype)}
         for name, t in checkpoint.tensors.items()
-    ]  # fmt: skip
+    ]
     n_bytes = sum(file.stat().st_size for file in checkpoint.files)
     others = not_parameters(checkpoint.tensors)
     return facts_of(path, "checkpoint", n_bytes, rows, others, checkpoint.config, tensors)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError
-from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, view
+from pocketlm.export.arrays import Buffer, LazyTensor, Storage, bytes_each, view
 
 MAGIC, HEADER = struct.pack("<i", 20240326), 1024
 VERSIONS = {1: "float32", 3: "float32", 5: "bfloat16"}  # 1: its token table is not rounded up
@@ -45,7 +45,7 @@ def read_llm_c(buffer: Buffer, path: Path) -> dict[str, Any]:
     for name, shape in shapes.items():
         tensors[name] = view(path, storage, dtype, shape, offset=at)
         at += rows * dim if name == "wte.weight" else math.prod(shape)
-    length = HEADER + at * int(DTYPES[dtype][0][-1])
+    length = HEADER + at * bytes_each(dtype)
     if len(buffer) != length:
         raise FileError(path, f"is {len(buffer)} bytes long where its header says {length}", "the file is damaged")
     args = {"block_size": n_ctx, "vocab_size": vocab, "n_layer": n_layer, "n_head": n_head, "n_embd": dim}

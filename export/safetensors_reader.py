@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, view
+from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, bytes_each, view
 
 MAX_HEADER = 1 << 25  # a tensor takes about 100 bytes
 NAMES = {
@@ -43,7 +43,7 @@ def read_safetensors(buffer: Buffer, path: Path) -> tuple[dict[str, LazyTensor],
     spans = []
     for name, row in header.items():
         dtype, shape, start, end = _entry(row, name, path)
-        n_bytes = math.prod(shape) * int(DTYPES[dtype][0][-1])
+        n_bytes = math.prod(shape) * bytes_each(dtype)
         if not 0 <= start <= end <= len(buffer) - 8 - length or end - start != n_bytes:
             problem = f"tensor {quoted(name)} has offsets {start} to {end} that do not fit it or the file"
             raise FileError(path, problem, "copy the file again")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.errors import FileError, quoted
-from pocketlm.export.arrays import DTYPES, Buffer, LazyTensor, Storage, view
+from pocketlm.export.arrays import Buffer, LazyTensor, Storage, bytes_each, view
 from pocketlm.export.zip_reader import read_zip
 from pocketlm.pickle_reader import MAX_BYTES, Functions, Global, Record, check_key, read_pickle, refuse
 
@@ -97,7 +97,7 @@ def read_torch_legacy(buffer: Buffer, path: Path) -> Any:
 
 
 def _item_bytes(kind: str) -> int:
-    return int(DTYPES[STORAGES[kind]][0][-1])
+    return bytes_each(STORAGES[kind])
 
 
 @dataclass(frozen=True)
