@@ -33,6 +33,13 @@ def open_model(path: str | Path) -> GGUF | Fp16Bin:
     return open_fp16_bin(path)
 
 
+def begins_as_one(path: Path) -> bool:
+    """Whether a file begins as GGUFs or programs do; what is in it `open_model` says."""
+    from pocketlm.runtime import container
+
+    return container.beginning(path) == b"GGUF" or container.is_program(path)
+
+
 def parts_of(path: Path) -> list[Path]:
     """The files of a GGUF that lies in several, as llama.cpp names them, whichever is named; the path alone where it is no
     part.

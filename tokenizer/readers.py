@@ -39,7 +39,6 @@ _LLAMA3_MARKERS = (
     "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image",
     *(f"reserved_special_token_{i}" for i in range(2, 246)),
 )  # fmt: skip
-_MODELS = (b"GGUF", b"\x7fELF", b"MZ", b"\xcf\xfa\xed\xfe")  # and as packed programs begin
 _LLM_C, _LLM_C_HEADER = struct.pack("<i", 20240328), 1024  # of its gpt2_tokenizer.bin
 
 
@@ -60,11 +59,10 @@ def load(
         if (found := find_in(path, _IN_FOLDER)) is None:
             raise FileError(path, "holds no tokenizer", "looked for " + ", ".join(_IN_FOLDER))
         path = found
-    data = _read(path, 4)
-    if data.startswith(_MODELS):
-        from pocketlm.runtime.model_file import open_model
+    from pocketlm.runtime import model_file
 
-        with open_model(path) as file:
+    if model_file.begins_as_one(path):
+        with model_file.open_model(path) as file:
             return from_metadata(file.metadata, path)
     data = _read(path)
     if llama2c.looks_like(data):
@@ -80,15 +78,14 @@ def load(
     return _tiktoken(path, data, pattern, special_tokens or {})
 
 
-def _read(path: Path, n_bytes: int = -1) -> bytes:
-    """The first bytes of a file, or all of it."""
+def _read(path: Path) -> bytes:
+    """What is in a file."""
     with refused(path, "check the path and the permissions", kinds=(OSError, ValueError)):
         if path.exists() and not path.is_file():
             raise FileError(path, "is not a file")
-        if n_bytes < 0 and path.stat().st_size > _MAX_BYTES:
+        if path.stat().st_size > _MAX_BYTES:
             raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES // 10**6} MB)")
-        with open(path, "rb") as file:
-            data = file.read(n_bytes)
+        data = path.read_bytes()
     if not data:
         raise FileError(path, "is empty")
     return data
