@@ -233,7 +233,7 @@ def test_an_id_that_is_a_tangle_of_lists_is_not_written_out(lists, tmp_path):
 
 
 def test_a_missing_file_and_a_folder_without_one_are_named(tmp_path):
-    with pytest.raises(FileError, match="No such file"):
+    with pytest.raises(FileError, match="no such file"):
         tokenizer.load(tmp_path / "missing")
     with pytest.raises(FileError, match="holds no tokenizer"):
         tokenizer.load(tmp_path)

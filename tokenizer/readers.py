@@ -81,7 +81,9 @@ def load(
 def _read(path: Path) -> bytes:
     """What is in a file."""
     with refused(path, "check the path and the permissions", kinds=(OSError, ValueError)):
-        if path.exists() and not path.is_file():
+        if not path.exists():
+            raise FileError(path, "there is no such file", "check the path")
+        if not path.is_file():
             raise FileError(path, "is not a file")
         if path.stat().st_size > _MAX_BYTES:
             raise FileError(path, f"is larger than any vocabulary ({_MAX_BYTES // 10**6} MB)")
