@@ -93,11 +93,11 @@ def ask(page, text, wait=True):
 
 def answered(page):
     page.wait_for_selector("#send:not([hidden])")
-    kept(page)
+    written(page)
     page.wait_for_selector("nav li[aria-current]", state="attached")
 
 
-def kept(page):
+def written(page):
     """What was asked has ended, and its file is as the page wants it: nothing more will be written."""
     page.evaluate("answered.then(() => saving).then(() => null)")
 

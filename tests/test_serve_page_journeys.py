@@ -11,9 +11,9 @@ from browsing import (  # noqa: F401
     chromium_fixture,
     files,
     halt,
-    kept,
     server_fixture,
     visit_fixture,
+    written,
 )
 from serving import wait_until
 
@@ -322,7 +322,7 @@ def test_what_a_friend_meets_is_said_in_their_language(server, visit):
     ask(page, "Hello", wait=False)
     page.wait_for_selector(".line.bad:has-text('Program nie odpowiada')")
     assert page.input_value("#question") == "Hello"
-    kept(page)  # a page that is left before that keeps the file that it had begun
+    written(page)  # a page that is left before that keeps the file that it had begun
     page.reload()
     page.wait_for_selector("h1:has-text('Ada')")
     ask(page, "Hello")
@@ -330,7 +330,7 @@ def test_what_a_friend_meets_is_said_in_their_language(server, visit):
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stopping, content_type="text/event-stream"))
     ask(page, "And you?", wait=False)
     page.wait_for_selector(".line.bad:has-text('Program nie odpowiada')")
-    kept(page)
+    written(page)
     page.click("#new")
     page.wait_for_selector("nav li:not([aria-current])")
     saved.delete(saved.paths()[0])
