@@ -98,9 +98,12 @@ def _for_each(f: Function, level: str, n: int, body: Callable[[Value | int], Non
             body(i)
 
 
-def _shift(f: Function, bits: Value | int) -> Value | int:
-    """So many bits, for 64 bytes."""
-    return bits if isinstance(bits, int) else f.splat(f.cast("trunc", bits, I8), 64)
+def _shifted(f: Function, x: Value, bits: Value | int) -> Value:
+    """64 bytes shifted right. Where `bits` is a loop's, a neighbour's bits come in: x86 shifts words, no bytes."""
+    if isinstance(bits, int):
+        return x >> bits
+    words = I16.vec(32)
+    return f.bitcast(f.bitcast(x, words) >> f.splat(f.cast("trunc", bits, I16), 32), BYTES)
 
 
 def _parts(f: Function, level: str, body: Callable[[Value | int, Value | int, int], None]) -> None:
@@ -125,12 +128,11 @@ def _k_quant(f: Function, level: str, p: Planes, each: Each, *, fifth: bool) -> 
 
     def pair(i: Value | int) -> None:  # runs 2i and 2i + 1 share 32 bytes: the low halves and the high halves
         for odd in (0, 1):
-            shift = _shift(f, i * 2 + odd)
 
-            def unpack(k: int, odd: int = odd, shift: Value | int = shift) -> Value:
+            def unpack(k: int, odd: int = odd) -> Value:
                 packed = f.load(BYTES, p["q"] + (i * 512 + 64 * k), 32)
                 v = packed >> 4 if odd else packed & 15
-                return v | (((f.load(BYTES, p["h"] + 64 * k, 32) >> shift) & 1) << 4) if fifth else v
+                return v | (((_shifted(f, f.load(BYTES, p["h"] + 64 * k, 32), i * 2) >> odd) & 1) << 4) if fifth else v
 
             scale, offset = (f.load(F32.vec(16), table + (i * 256 + 128 * odd + at), 64) for at in (0, 64))
             each(Run(i * 64 + 32 * odd, 32, _fours(unpack, 8), scale, offset, 0, 31 if fifth else 15))
@@ -180,11 +182,10 @@ def _q3_k(f: Function, level: str, p: Planes, each: Each) -> None:
         f.store(d * f.cast("sitofp", six - 32, F32), table + 64 * i, 64)
 
     def run(part: Value | int, odd: Value | int, quarter: int) -> None:
-        shift = _shift(f, part * 4 + quarter)
-
         def unpack(k: int) -> Value:
             low = (f.load(BYTES, p["q"] + (part * 512 + odd * 256 + 64 * k), 32) >> (2 * quarter)) & 3
-            return low | (((f.load(BYTES, p["h"] + (odd * 256 + 64 * k), 32) >> shift) & 1) << 2)
+            high = _shifted(f, f.load(BYTES, p["h"] + (odd * 256 + 64 * k), 32), part * 4)
+            return low | (((high >> quarter) & 1) << 2)
 
         scale = f.load(F32.vec(16), table + (part * 512 + odd * 64 + 128 * quarter), 64)
         each(Run(part * 128 + odd * 16 + 32 * quarter, 16, _fours(unpack, 4), scale, None, 4, 7))
