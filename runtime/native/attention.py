@@ -232,7 +232,9 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
         def some(p: Value, n_vectors: int) -> None:
             sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
             at, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
-            distance = ahead(p)
+            distance, of_values = ahead(p), numbers.row_bytes(padded) * SPAN + padded * (LANES * numbers.n_bytes)
+            for k in range(n_vectors if queries <= FEW else 0):  # the weights wait for the values' scales, a line in each group
+                fetch_far(f, level, at + group_bytes * k, of_values)
             with f.range(0, padded, 2) as d:
                 here = [numbers.load(f, at + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
                 for k in range(n_vectors if queries <= FEW else 0):
