@@ -33,6 +33,7 @@ from pocketlm.tokenizer import from_metadata
 Say = Callable[[str], None]
 USER_TEXT = "Once upon a time"
 DRIFT = 1.10  # reference loops this much slower than their best mean that the machine was busy
+STOPPED = "stopped by Ctrl-C"
 UNSTEADY = 0.05  # a median that another run may miss by more than this share
 DECODED = 32  # tokens of the text that are computed one by one for the agreement, as generation does
 
@@ -69,7 +70,10 @@ class Subject:
 
 
 def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings, say: Say) -> dict[str, Any]:
-    """Measure every model on every backend. Raises PocketlmError only for what no backend could do anything about."""
+    """Measure every model on every backend; Ctrl-C ends that, with the figures that there are and a warning, if there are any.
+
+    Raises PocketlmError only for what no backend could do anything about.
+    """
     subjects = [open_subject(path) for path in paths]
     names = [subject.name for subject in subjects]
     subjects = [replace(one, name=str(one.path)) if names.count(one.name) > 1 else one for one in subjects]
@@ -87,12 +91,25 @@ def bench(paths: Sequence[Path], backends: Sequence[Backend], settings: Settings
     facts, steady = machine.describe(), machine.Steady(settings.threads)
     say("measuring the memory's bandwidth")
     facts |= {"threads": settings.threads, "bandwidth": machine.bandwidth(settings.threads)}
-    models = [bench_model(subject, backends, settings, steady, facts["bandwidth"], say) for subject in subjects]
+    models: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    try:
+        for subject in subjects:
+            bench_model(subject, backends, settings, steady, facts["bandwidth"], say, models)
+    except KeyboardInterrupt:
+        rows = [row for model in models for row in model["backends"]]
+        unmeasured = [row for row in rows if not any(task.name in row for task in TASKS)]
+        if len(unmeasured) == len(rows):
+            raise
+        for row in unmeasured:
+            if row["status"] == "ok":
+                row |= {"status": "skipped", "reason": STOPPED}
+        warnings.append(f"{STOPPED}: these are the figures until then")
     loops = {"drift": steady.drift, "medians": steady.medians}
     return {
         "schema": NAME, "version": VERSION, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": facts,
         "settings": asdict(settings) | {task.setting: list(getattr(settings, task.setting)) for task in TASKS},
-        "reference_loop": loops, "warnings": list(_warnings(loops["drift"], models)), "models": models,
+        "reference_loop": loops, "warnings": [*warnings, *_warnings(loops["drift"], models)], "models": models,
     }  # fmt: skip
 
 
@@ -207,13 +224,19 @@ def converted(backend: Backend, path: Path, n_threads: int, limit: float, say: S
 
 
 def bench_model(
-    subject: Subject, backends: Sequence[Backend], settings: Settings, steady: machine.Steady, bandwidth: float, say: Say
-) -> dict[str, Any]:
-    """One model on every backend."""
+    subject: Subject, backends: Sequence[Backend], settings: Settings, steady: machine.Steady, bandwidth: float, say: Say,
+    models: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """One model on every backend. It joins `models` before anything is measured, and gets its figures one after the other."""
     tasks = _fitting(subject, settings)
     longest = max((task.context(n, settings.tokens) for task, numbers in tasks for n in numbers), default=0)
     n_ctx = min(max(longest, len(subject.ids), 256), subject.hyper.n_ctx)
     rows = [Row(backend, settings.time_limit) for backend in backends]
+    models.append({
+        "name": subject.name, "architecture": subject.hyper.architecture, "parameters": subject.n_parameters,
+        "file_bytes": size_of(subject.path), "tensor_bytes": subject.tensor_bytes, "bytes_per_token": subject.bytes_per_token,
+        "bound": bandwidth / subject.bytes_per_token, "n_ctx": n_ctx, "backends": [row.result for row in rows],
+    })  # fmt: skip
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         for row in rows:
             stack.callback(row.close)
@@ -227,17 +250,6 @@ def bench_model(
         if subject.room > 0 and settings.user_rounds:
             say(f"{subject.name}: what a user sees")
             _complete(rows, settings, min(settings.user_tokens, subject.room), steady)
-    for row in rows:
-        row.result |= {
-            task.name: dict(sorted(row.result[task.name].items(), key=lambda item: int(item[0])))
-            for task, _ in tasks
-            if task.name in row.result
-        }
-    return {
-        "name": subject.name, "architecture": subject.hyper.architecture, "parameters": subject.n_parameters,
-        "file_bytes": size_of(subject.path), "tensor_bytes": subject.tensor_bytes, "bytes_per_token": subject.bytes_per_token,
-        "bound": bandwidth / subject.bytes_per_token, "n_ctx": n_ctx, "backends": [row.result for row in rows],
-    }  # fmt: skip
 
 
 def _measure(rows: list[Row], settings: Settings, steady: machine.Steady, task: Task, number: int) -> None:
@@ -248,15 +260,18 @@ def _measure(rows: list[Row], settings: Settings, steady: machine.Steady, task: 
         if row.alive:  # caches warm, clocks up, everything compiled
             row.ask(task.job, **arguments | {"n": min(arguments["n"], 2) if task.generates else number}, at_least=0.0)
     answers: dict[str, list[dict[str, Any]]] = {row.backend.name: [] for row in rows}
-    for _ in range(settings.rounds):
-        steady.check()
+    try:
+        for _ in range(settings.rounds):
+            steady.check()
+            for row in rows:
+                if row.alive and (answer := row.ask(task.job, **arguments, at_least=at_least)) is not None:
+                    answers[row.backend.name].append(answer)
+                    row.result["peak_bytes"] = answer["peak_bytes"]
+    finally:  # whoever stops it in the middle gets what there is
         for row in rows:
-            if row.alive and (answer := row.ask(task.job, **arguments, at_least=at_least)) is not None:
-                answers[row.backend.name].append(answer)
-                row.result["peak_bytes"] = answer["peak_bytes"]
-    for row in rows:
-        if row.alive:
-            row.result.setdefault(task.name, {})[str(number)] = _figures(task, number, answers[row.backend.name])
+            if row.alive and (found := answers[row.backend.name]):
+                figures = row.result.get(task.name, {}) | {str(number): _figures(task, number, found)}
+                row.result[task.name] = dict(sorted(figures.items(), key=lambda item: int(item[0])))
 
 
 def _figures(task: Task, number: int, answers: list[dict[str, Any]]) -> dict[str, Any]:

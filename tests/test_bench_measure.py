@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -286,3 +287,61 @@ def test_the_command_measures_llama_benchs_tests_alone(model: Path) -> None:
     row = rows_of(found)["numpy"]
     assert [list(row[name]) for name in ("pp", "tg")] == [["16", "32"], ["4"]]
     assert "user" not in row
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])  # of the first task's two, before Ctrl-C
+def test_ctrl_c_leaves_the_figures_that_there_are(model: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    left = iter(range(rounds))
+
+    def check(self: measure.machine.Steady) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.machine.Steady, "check", check)
+    if not rounds:
+        with pytest.raises(KeyboardInterrupt):
+            measured(model, fake("Honest"))
+        return
+    result = measured(model, fake("Honest"), fake("Raising"))
+    assert schema.problem(result) is None
+    assert result["warnings"][0].startswith(measure.STOPPED)
+    row = rows_of(result)["honest"]
+    assert {n: len(figures["rounds"]) for n, figures in row["prefill"].items()} == {1: {"16": 1}, 3: {"8": 1, "16": 2}}[rounds]
+    assert ("decode" in row, "agreement" in row) == (False, False)
+    for form in (report.terminal, report.markdown):
+        assert measure.STOPPED in form(result, [])
+    assert compare.compare(result, result)
+
+
+def test_a_backend_that_was_not_measured_before_ctrl_c_says_so(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, asked = measure.Row.ask, iter(["to warm up", "Ctrl-C"])
+
+    def stopping(row: measure.Row, job: str, **arguments: Any) -> Result | None:
+        if row.backend.name == "second" and next(asked) == "Ctrl-C":
+            raise KeyboardInterrupt
+        return ask(row, job, **arguments)
+
+    monkeypatch.setattr(measure.Row, "ask", stopping)
+    rows = rows_of(measured(model, fake("Honest"), replace(fake("Honest"), name="second")))
+    assert (rows["honest"]["status"], rows["second"]["status"]) == ("ok", "skipped")
+    assert measure.STOPPED in rows["second"]["reason"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
+def test_ctrl_c_prints_a_table_and_leaves_a_saved_result_alone(model: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    saved.write_text("a whole one")
+    arguments = [sys.executable, "-m", "pocketlm", "bench", str(model), "--backends", "numpy", "--rounds", "5"]
+    with subprocess.Popen(
+        [*arguments, "--save", str(saved)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        for _ in range(2):  # with the second task the first one's figures are there
+            next(line for line in lines if line.startswith(("tiny: prompt", "tiny: decoding")))
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "numpy" in out
+    assert measure.STOPPED in out
+    assert (str(saved) in errors, saved.read_text()) == (True, "a whole one")
