@@ -190,7 +190,8 @@ def _sync(path: Path) -> None:
     """Wait until the disk holds it; without this, a power cut after the rename could leave an empty file."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
-    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    # Windows syncs only what is open for writing, and takes a Ctrl-Z from the end of what is not opened as binary
+    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR | getattr(os, "O_BINARY", 0))
     try:
         os.fsync(number)
     finally:

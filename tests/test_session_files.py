@@ -14,6 +14,7 @@ from two_backends import OPTIONS, ids, model_fixture, path_fixture  # noqa: F401
 
 import pocketlm
 from pocketlm.errors import FileError
+from pocketlm.runtime.atomic import write_file
 from pocketlm.runtime.state_file import HEADER
 
 
@@ -180,3 +181,10 @@ def test_a_folder_that_one_may_not_enter_is_refused_in_one_line(model, tmp_path,
     monkeypatch.setattr(getattr(pathlib, "_NormalAccessor", os), "stat", staticmethod(stat))  # Python 3.10 has it there
     with pytest.raises(FileError, match="cannot be written"):
         model.session().save(tmp_path / "locked" / "a.state")
+
+
+def test_the_last_byte_of_a_file_stays_whatever_it_is(tmp_path):
+    """Windows takes a Ctrl-Z from the end of a file that is opened as text, to be read and written."""
+    for last in range(256):
+        write_file(tmp_path / "any", content := bytes([1, last]))
+        assert (tmp_path / "any").read_bytes() == content
