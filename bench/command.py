@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, or read what was measured; print. 1: no figures. Raises PocketlmError for everything that goes wrong."""
-    from pocketlm.bench import compare, measure, plot, report, schema
+    from pocketlm.bench import compare, plot, report, schema
     from pocketlm.bench.tasks import TASKS
     from pocketlm.runtime.atomic import check_file, replacing_file
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.comma_separated(result))
     else:
         print(report.markdown(result, extra) if arguments.markdown else report.terminal(result, extra))
-    if not arguments.saved and any(text.startswith(measure.STOPPED) for text in result["warnings"]):
+    if not arguments.saved and any(text.startswith(schema.STOPPED) for text in result["warnings"]):
         for name in filter(None, (arguments.save, arguments.plot)):  # there may be a whole result
             terminal_text.print(f"{name}: not written, the run was stopped", file=sys.stderr)
         return 130

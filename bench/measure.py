@@ -20,7 +20,7 @@ from pocketlm.bench import convert, machine, summary
 from pocketlm.bench.agreement import compare
 from pocketlm.bench.processes import Failure, Worker
 from pocketlm.bench.protocol import BACKENDS, Backend
-from pocketlm.bench.schema import NAME, VERSION
+from pocketlm.bench.schema import NAME, STOPPED, VERSION
 from pocketlm.bench.tasks import TASKS, Task
 from pocketlm.errors import FileError, PocketlmError, UsageError
 from pocketlm.runtime import memory
@@ -33,7 +33,6 @@ from pocketlm.tokenizer import from_metadata
 Say = Callable[[str], None]
 USER_TEXT = "Once upon a time"
 DRIFT = 1.10  # reference loops this much slower than their best mean that the machine was busy
-STOPPED = "stopped by Ctrl-C"
 UNSTEADY = 0.05  # a median that another run may miss by more than this share
 DECODED = 32  # tokens of the text that are computed one by one for the agreement, as generation does
 

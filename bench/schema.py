@@ -14,6 +14,7 @@ from pocketlm.errors import FileError, refused
 from pocketlm.terminal_text import without_controls
 
 NAME, VERSION = "pocketlm-bench", 1
+STOPPED = "stopped by Ctrl-C"  # how the first warning of a run begins that was ended so
 MOST = 1 << 26  # bytes that a result has: another file may be a large model
 NUMBER = (int, float)
 MAYBE = (*NUMBER, type(None))

@@ -304,12 +304,12 @@ def test_ctrl_c_leaves_the_figures_that_there_are(model: Path, monkeypatch: pyte
         return
     result = measured(model, fake("Honest"), fake("Raising"))
     assert schema.problem(result) is None
-    assert result["warnings"][0].startswith(measure.STOPPED)
+    assert result["warnings"][0].startswith(schema.STOPPED)
     row = rows_of(result)["honest"]
     assert {n: len(figures["rounds"]) for n, figures in row["prefill"].items()} == {1: {"16": 1}, 3: {"8": 1, "16": 2}}[rounds]
     assert ("decode" in row, "agreement" in row) == (False, False)
     for form in (report.terminal, report.markdown):
-        assert measure.STOPPED in form(result, [])
+        assert schema.STOPPED in form(result, [])
     assert compare.compare(result, result)
 
 
@@ -324,7 +324,7 @@ def test_a_backend_that_was_not_measured_before_ctrl_c_says_so(model: Path, monk
     monkeypatch.setattr(measure.Row, "ask", stopping)
     rows = rows_of(measured(model, fake("Honest"), replace(fake("Honest"), name="second")))
     assert (rows["honest"]["status"], rows["second"]["status"]) == ("ok", "skipped")
-    assert measure.STOPPED in rows["second"]["reason"]
+    assert schema.STOPPED in rows["second"]["reason"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
@@ -343,5 +343,5 @@ def test_ctrl_c_prints_a_table_and_leaves_a_saved_result_alone(model: Path, tmp_
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "numpy" in out
-    assert measure.STOPPED in out
+    assert schema.STOPPED in out
     assert (str(saved) in errors, saved.read_text()) == (True, "a whole one")
