@@ -144,8 +144,11 @@ def seconds_of(program: list[str]) -> float:
 
 
 def printed(program: str, environment: dict[str, str] | None = None) -> float:
-    """The number that a Python program prints: it times itself, after the imports that are not part of the promise."""
-    variables = {**os.environ, **(environment or {})}
+    """The number that a Python program prints: it times itself, after the imports that are not part of the promise.
+
+    With compiled modules kept, as a user has them, whatever the caller's environment says.
+    """
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(environment or {})}
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables)
     return float(done.stdout.split()[-1])
 
