@@ -120,9 +120,20 @@ def _refused(target: Path) -> AbstractContextManager[None]:
     return refused(target, "choose another name for the output", "cannot be written")
 
 
+def _look_at(path: Path) -> None:
+    """Raises PermissionError where this user may not: exists() and is_dir() of Python 3.14 would say that there is nothing."""
+    try:
+        path.stat()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        pass
+
+
 def check_file(target: Path) -> None:
     """Raises FileError if there is something else than a file at `target`."""
     with _refused(target):
+        _look_at(target)
         if target.exists() and not stat.S_ISREG(target.stat().st_mode):
             raise FileError(target, "is there already and is not a file", "choose another name for the output")
 
@@ -139,6 +150,7 @@ def check_plain(paths: Iterable[Path], advice: str) -> None:
 def check_room(target: Path, n_bytes: int) -> None:
     """Raises FileError where there is no folder for `target`, or its disk has less than `n_bytes`."""
     with _refused(target):
+        _look_at(target.parent)
         if not target.parent.is_dir():
             raise FileError(target, "its folder does not exist", "make the folder first")
         free = shutil.disk_usage(target.parent).free

@@ -4,7 +4,8 @@
 packages that it has never heard of, cannot be imported, nor be reached as an attribute of NumPy, on behalf of a module of
 pocketlm that such a program holds: the error is the one that a friend would see. The tests themselves, pytest, and the parts
 of pocketlm that stay with the sender import what they like. Who asks is the nearest caller that is neither the standard
-library nor a frozen package: these do what they are told.
+library nor a frozen package: these do what they are told. Stubs hold NumPy 2: with NumPy 1, whose modules have other
+names, nothing is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from importlib import metadata
 from types import FrameType
 from typing import Any
 
@@ -65,7 +67,7 @@ def is_replaced(module: str) -> bool:
 
 def install() -> None:
     """From now on; once."""
-    if hasattr(builtins.__import__, "guarded"):
+    if hasattr(builtins.__import__, "guarded") or metadata.version("numpy").startswith("1."):
         return
     plain_import, plain_import_module = builtins.__import__, importlib.import_module
 
