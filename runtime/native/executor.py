@@ -36,9 +36,8 @@ from pocketlm.runtime.native.tiling import ROWS, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
-from pocketlm.runtime.tensor import Tensor
+from pocketlm.runtime.tensor import Tensor, check_finite
 from pocketlm.runtime.threads import ThreadPool
-from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
 
