@@ -87,13 +87,13 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     layout = _layout(platform, python)
     wanted = [file for file in wheels.pinned(platform, python) if not (is_own and file.is_cpython)]
     fetched = wheels.fetch(wanted, wheel_folder)
-    compiler = [] if python == PYTHON else [file for file in wheels.pinned(host, python) if file.is_cpython]
+    for_host = [] if python == PYTHON else [file for file in wheels.pinned(host, python) if file.is_cpython]
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
-        for_compiler = wheels.fetch(compiler, wheel_folder)
+        for_compiler = wheels.fetch(for_host, wheel_folder)
         with refused(Path(temporary).parent, "make room there, or name another folder in TMPDIR", "cannot be filled"):
             tree = _unpack(fetched, Path(temporary), is_own, python)
-            another = _another(for_compiler, Path(temporary), _layout(host, python).library, tree.library)
-        entries = _entries(platform, layout, tree, fetched, another)
+            compiler = _compiler(for_compiler, Path(temporary), _layout(host, python).library)
+        entries = _entries(platform, layout, tree, fetched, compiler)
         program = archive_writer.program(entries, python, layout.library)
         boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
@@ -163,11 +163,11 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool, python: wheel
     return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader, texts)
 
 
-def _another(fetched: Mapping[str, Path], root: Path, name: str, library: Path) -> bytecode.Another | None:
-    """The other version of CPython among the `fetched` files, unpacked; its standard library is `library`. None: no files."""
+def _compiler(fetched: Mapping[str, Path], root: Path, name: str) -> Path | None:
+    """The other version of CPython among the `fetched` files, unpacked. None: no files."""
     for path in fetched.values():
         _unpack_debian(path, root / "compiler") if path.suffix == ".deb" else _unzip(path, root / "compiler", ("deploy_libs/",))
-    return bytecode.Another(next((root / "compiler").rglob(name)), library.parents[1]) if fetched else None
+    return next((root / "compiler").rglob(name)) if fetched else None
 
 
 def _unzip(path: Path, to: Path, starts: tuple[str, ...] = ("",)) -> None:
@@ -205,7 +205,7 @@ def _unpack_debian(path: Path, to: Path) -> None:
 
 
 def _entries(
-    platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path], another: bytecode.Another | None
+    platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path], compiler: Path | None
 ) -> list[Entry]:
     loader = tree.loader / "PyInstaller/loader"
     boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
@@ -216,7 +216,7 @@ def _entries(
     quiet = {"quiet": tree.own / "quiet.py"}  # the first that is run
     scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
     files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **quiet, **scripts}
-    marshalled, magic = bytecode.compile_all(dict(sorted(files.items())), another)
+    marshalled, magic = bytecode.compile_all(dict(sorted(files.items())), compiler, tree.library)
     code = {name: Code(path.stem == "__init__", marshalled[name]) for name, path in found.python.items()}
     base = {name: item for name, item in code.items() if name.startswith(_BASE) and name.split(".")[0] in _BASE}
     rest = {name: item for name, item in code.items() if name not in base}
