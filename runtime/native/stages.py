@@ -287,7 +287,7 @@ def _store_head(f: Function, level: str, r: Records, number: Value, head: Value,
         lane, start = row & 15, (row >> 4) * (numbers.row_bytes(padded) * LANES)
         of_key, of_value = numbers.key_scale(f, vector, dim), numbers.value_scale(f, value, dim)
         for group, scale in ((keys + start, of_key), (values + start, of_value)):
-            numbers.keep_scale(f, scale, group, lane, padded)
+            f.store(scale, numbers.scales_at(group, padded) + lane * 4, 4)
         of_key, of_value = (f.select(scale > 1e-30, 1.0 / scale, 0.0) for scale in (of_key, of_value))
         to, whole = numbers.value_row(values, row, padded), dim & -LANES
         with f.range(0, whole, LANES) as d:
