@@ -1,4 +1,4 @@
-"""A stub for any platform, put together on any platform from files that exist already.
+"""A stub for any platform, put together on any platform from files that exist already, and kept in the cache folder.
 
 In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Runs nothing of the target.
 
@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,12 +28,18 @@ from pocketlm import __version__
 from pocketlm.build import archive_writer, blas, bytecode, elf, licences, macho, modules, pe, wheels
 from pocketlm.build.archive_writer import Code, Entry
 from pocketlm.build.contents import COMPILED_IN, DATA, ENCODINGS, EXCLUDED, REPLACED
-from pocketlm.build.sources import copy_sources, host_platform
-from pocketlm.errors import FileError, PocketlmError, refused
+from pocketlm.build.sources import copy_sources, fingerprint, host_platform
+from pocketlm.errors import FileError, PocketlmError, UsageError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
+from pocketlm.runtime.native.code_cache import kept_folder
 from pocketlm.runtime.native.kernels import module_texts
+from pocketlm.terminal_text import print
 
+SHORT_NAMES = {
+    "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),
+    "pi": ("linux-aarch64",), "all": tuple(PLATFORMS),
+}  # fmt: skip
 PYTHON = sys.version_info[:2]
 # Modules that Python needs before it can read the archive (PyInstaller/compat.py, PY3_BASE_MODULES), with all below them
 _BASE = (
@@ -73,6 +80,29 @@ def _layout(platform: str, python: wheels.Python) -> _Layout:
         "macos-x86_64": ("Darwin-64bit/run", f"libpython{major}.{minor}.dylib", dynload),
     }
     return _Layout(python, *files[platform])
+
+
+def platforms(name: str) -> tuple[str, ...]:
+    """The platforms that --for NAME means. Raises UsageError."""
+    if name not in (*SHORT_NAMES, *PLATFORMS):
+        raise UsageError(f"--for {name}: known are {', '.join((*SHORT_NAMES, *PLATFORMS))}")
+    return SHORT_NAMES.get(name, (name,))
+
+
+def kept_stub(name: str, wheel_folder: Path | None = None) -> Path:
+    """The stub for a platform in the cache folder; composes it if it is missing. `wheel_folder`: as of compose.
+
+    Raises PocketlmError if others may write to that folder: they could put a program there that friends would run.
+    """
+    path = kept_folder("stubs") / f"{name}-{fingerprint()[:16]}"
+    if not path.exists():
+        print(f"composing a stub for {name}: half a minute", file=sys.stderr)
+        compose(name, path, wheel_folder)
+        for old in path.parent.glob(f"{name}-*"):
+            if old != path:
+                with suppress(OSError):  # on Windows, one that is being read
+                    old.unlink()
+    return path
 
 
 def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
