@@ -17,17 +17,7 @@ from pocketlm.runtime.native.dot import WHOLE
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_size
 from pocketlm.runtime.native.record_reader import Records, each_number, vectors
-from pocketlm.runtime.native.sizes import (
-    AS_IT_IS,
-    LANES,
-    LAYER_NORM,
-    MAX_CHUNK,
-    PARTIALS,
-    RMS_NORM,
-    SPAN,
-    TWO_PARTS,
-    tiles,
-)  # fmt: skip
+from pocketlm.runtime.native.sizes import AS_IT_IS, LANES, LAYER_NORM, MAX_CHUNK, PARTIALS, RMS_NORM, SPAN, TWO_PARTS, tiles
 from pocketlm.runtime.native.vector_math import nearest
 
 ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whole activations, as matrix.py has it
