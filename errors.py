@@ -4,6 +4,7 @@ Everything that can go wrong because of a file, a flag or the machine is raised 
 line prints the line and ends with `exit_status`. Any other exception is a defect of the package.
 """
 
+import copyreg
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -50,13 +51,7 @@ class PocketlmError(Exception):
     exit_status = 1
 
     def __reduce__(self) -> tuple[Any, ...]:  # workers send errors as pickles; the arguments of subclasses differ
-        return _as_it_was, (type(self), self.args, self.__dict__)
-
-
-def _as_it_was(kind: type[PocketlmError], args: tuple[Any, ...], state: dict[str, Any]) -> PocketlmError:
-    error = kind.__new__(kind, *args)
-    error.__dict__.update(state)
-    return error
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class UsageError(PocketlmError):

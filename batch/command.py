@@ -19,7 +19,6 @@ EVERY = 0.5, 30.0  # seconds between two words on how far it is: to a terminal, 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments for many prompts."""
     group = parser.add_argument_group("many prompts")
     group.add_argument("--input", metavar="FILE", help="JSON lines with a prompt or messages each, and sampling fields")
     group.add_argument("--output", metavar="FILE", help="JSON lines with their answers, in order; goes on where it was ended")

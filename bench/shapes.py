@@ -14,8 +14,7 @@ import numpy as np
 from pocketlm.export.gguf_writer import copy_gguf
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.formats import FORMATS, dequantize
-from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.weights import HALF_SCALES
+from pocketlm.runtime.tensor import HALF_SCALES, Tensor
 
 N_VOCAB = 32000
 KINDS = tuple(HALF_SCALES)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from pocketlm.errors import PocketlmError
 
@@ -40,24 +39,20 @@ sys.exit(python.Py_BytesMain(len(words), (ctypes.c_char_p * len(words))(*map(os.
 """
 
 
-class Another(NamedTuple):
-    """Another version of Python."""
-
-    library: Path  # CPython for this system
-    home: Path  # above the folder with its own modules
-
-
-def compile_all(files: Mapping[str, Path], another: Another | None = None) -> tuple[dict[str, bytes], bytes]:
+def compile_all(
+    files: Mapping[str, Path], python: Path | None = None, modules: Path | None = None
+) -> tuple[dict[str, bytes], bytes]:  # fmt: skip
     """Marshalled code by module, without assertions and docstrings, and the magic number of its version of bytecode.
 
-    Tracebacks will name the files as in the archive. PocketlmError: a file is no Python, or `another` does not run here.
+    `python`: another version of CPython, as a library for this system; `modules`: the folder with its own modules.
+    Tracebacks will name the files as in the archive. PocketlmError: a file is no Python, or `python` does not run here.
     """
     wanted = "\0".join(word for module, path in files.items() for word in (str(path), _name(module, path)))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"PYTHONHASHSEED": "0"}
     command = [sys.executable]
-    if another:
-        environment["PYTHONHOME"] = str(another.home)
-        command += ["-E", "-c", _RUN_ANOTHER, str(another.library)]
+    if python and modules:
+        environment["PYTHONHOME"] = str(modules.parents[1])
+        command += ["-E", "-c", _RUN_ANOTHER, str(python)]
     command += ["-S", "-s", "-B", "-X", "utf8", "-c", _COMPILER]
     done = subprocess.run(command, input=wanted.encode("utf-8", "surrogatepass"), capture_output=True, env=environment)
     if done.returncode:

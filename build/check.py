@@ -17,7 +17,7 @@ from pocketlm.runtime.container import TITLES, Packed
 from pocketlm.runtime.gguf_reader import GGUF
 from pocketlm.runtime.memory import release_pages
 from pocketlm.runtime.model_file import open_model, size_of
-from pocketlm.runtime.weights import check_finite
+from pocketlm.runtime.tensor import check_finite
 
 WHOLE = "whole"
 

@@ -107,14 +107,14 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _platforms(arguments: argparse.Namespace) -> tuple[str, ...]:
+    from pocketlm.build.compose import platforms
     from pocketlm.build.sources import host_platform
-    from pocketlm.build.stub import platforms
 
     return platforms(arguments.target) if arguments.target else (host_platform(),)
 
 
 def _stub_for(name: str, arguments: argparse.Namespace) -> Path:
-    from pocketlm.build.stub import kept_stub
+    from pocketlm.build.compose import kept_stub
 
     return kept_stub(name, Path(arguments.wheels) if arguments.wheels else None)
 

@@ -1,4 +1,4 @@
-"""A stub for any platform, put together on any platform from files that exist already.
+"""A stub for any platform, put together on any platform from files that exist already, and kept in the cache folder.
 
 In: the name of a platform. Out: an executable without a model, the same bytes for the same inputs. Runs nothing of the target.
 
@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -27,12 +28,18 @@ from pocketlm import __version__
 from pocketlm.build import archive_writer, blas, bytecode, elf, licences, macho, modules, pe, wheels
 from pocketlm.build.archive_writer import Code, Entry
 from pocketlm.build.contents import COMPILED_IN, DATA, ENCODINGS, EXCLUDED, REPLACED
-from pocketlm.build.sources import copy_sources, host_platform
-from pocketlm.errors import FileError, PocketlmError, refused
+from pocketlm.build.sources import copy_sources, fingerprint, host_platform
+from pocketlm.errors import FileError, PocketlmError, UsageError, refused
 from pocketlm.runtime.atomic import replacing_file
 from pocketlm.runtime.native.aot import KERNELS, PLATFORMS, build_images
+from pocketlm.runtime.native.code_cache import kept_folder
 from pocketlm.runtime.native.kernels import module_texts
+from pocketlm.terminal_text import print
 
+SHORT_NAMES = {
+    "windows": ("windows-x86_64",), "macos": ("macos-arm64", "macos-x86_64"), "linux": ("linux-x86_64",),
+    "pi": ("linux-aarch64",), "all": tuple(PLATFORMS),
+}  # fmt: skip
 PYTHON = sys.version_info[:2]
 # Modules that Python needs before it can read the archive (PyInstaller/compat.py, PY3_BASE_MODULES), with all below them
 _BASE = (
@@ -75,6 +82,29 @@ def _layout(platform: str, python: wheels.Python) -> _Layout:
     return _Layout(python, *files[platform])
 
 
+def platforms(name: str) -> tuple[str, ...]:
+    """The platforms that --for NAME means. Raises UsageError."""
+    if name not in (*SHORT_NAMES, *PLATFORMS):
+        raise UsageError(f"--for {name}: known are {', '.join((*SHORT_NAMES, *PLATFORMS))}")
+    return SHORT_NAMES.get(name, (name,))
+
+
+def kept_stub(name: str, wheel_folder: Path | None = None) -> Path:
+    """The stub for a platform in the cache folder; composes it if it is missing. `wheel_folder`: as of compose.
+
+    Raises PocketlmError if others may write to that folder: they could put a program there that friends would run.
+    """
+    path = kept_folder("stubs") / f"{name}-{fingerprint()[:16]}"
+    if not path.exists():
+        print(f"composing a stub for {name}: half a minute", file=sys.stderr)
+        compose(name, path, wheel_folder)
+        for old in path.parent.glob(f"{name}-*"):
+            if old != path:
+                with suppress(OSError):  # on Windows, one that is being read
+                    old.unlink()
+    return path
+
+
 def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     """Write the stub for `platform` (a name in aot.PLATFORMS); returns its path.
 
@@ -87,13 +117,13 @@ def compose(platform: str, out: Path, wheel_folder: Path | None = None) -> Path:
     layout = _layout(platform, python)
     wanted = [file for file in wheels.pinned(platform, python) if not (is_own and file.is_cpython)]
     fetched = wheels.fetch(wanted, wheel_folder)
-    compiler = [] if python == PYTHON else [file for file in wheels.pinned(host, python) if file.is_cpython]
+    for_host = [] if python == PYTHON else [file for file in wheels.pinned(host, python) if file.is_cpython]
     with tempfile.TemporaryDirectory(prefix="pocketlm-compose-") as temporary:
-        for_compiler = wheels.fetch(compiler, wheel_folder)
+        for_compiler = wheels.fetch(for_host, wheel_folder)
         with refused(Path(temporary).parent, "make room there, or name another folder in TMPDIR", "cannot be filled"):
             tree = _unpack(fetched, Path(temporary), is_own, python)
-            another = _another(for_compiler, Path(temporary), _layout(host, python).library, tree.library)
-        entries = _entries(platform, layout, tree, fetched, another)
+            compiler = _compiler(for_compiler, Path(temporary), _layout(host, python).library)
+        entries = _entries(platform, layout, tree, fetched, compiler)
         program = archive_writer.program(entries, python, layout.library)
         boot = _smaller((tree.loader / "PyInstaller/bootloader" / layout.boot).read_bytes(), platform)
         with replacing_file(out, len(boot) + len(program)) as part:
@@ -163,11 +193,11 @@ def _unpack(fetched: Mapping[str, Path], root: Path, is_own: bool, python: wheel
     return _Tree(own, packages, library, compiled, (*shared, *sorted(packages.glob("*.libs"))), loader, texts)
 
 
-def _another(fetched: Mapping[str, Path], root: Path, name: str, library: Path) -> bytecode.Another | None:
-    """The other version of CPython among the `fetched` files, unpacked; its standard library is `library`. None: no files."""
+def _compiler(fetched: Mapping[str, Path], root: Path, name: str) -> Path | None:
+    """The other version of CPython among the `fetched` files, unpacked. None: no files."""
     for path in fetched.values():
         _unpack_debian(path, root / "compiler") if path.suffix == ".deb" else _unzip(path, root / "compiler", ("deploy_libs/",))
-    return bytecode.Another(next((root / "compiler").rglob(name)), library.parents[1]) if fetched else None
+    return next((root / "compiler").rglob(name)) if fetched else None
 
 
 def _unzip(path: Path, to: Path, starts: tuple[str, ...] = ("",)) -> None:
@@ -205,7 +235,7 @@ def _unpack_debian(path: Path, to: Path) -> None:
 
 
 def _entries(
-    platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path], another: bytecode.Another | None
+    platform: str, layout: _Layout, tree: _Tree, fetched: Mapping[str, Path], compiler: Path | None
 ) -> list[Entry]:
     loader = tree.loader / "PyInstaller/loader"
     boot_modules = [*_LOADER, *(["pyimod04_pywin32"] if platform.startswith("windows") else [])]
@@ -216,7 +246,7 @@ def _entries(
     quiet = {"quiet": tree.own / "quiet.py"}  # the first that is run
     scripts = {"pyiboot01_bootstrap": loader / "pyiboot01_bootstrap.py", "entry": tree.own / "entry.py"}
     files = {**found.python, **{name: loader / f"{name}.py" for name in boot_modules}, **quiet, **scripts}
-    marshalled, magic = bytecode.compile_all(dict(sorted(files.items())), another)
+    marshalled, magic = bytecode.compile_all(dict(sorted(files.items())), compiler, tree.library)
     code = {name: Code(path.stem == "__init__", marshalled[name]) for name, path in found.python.items()}
     base = {name: item for name, item in code.items() if name.startswith(_BASE) and name.split(".")[0] in _BASE}
     rest = {name: item for name, item in code.items() if name not in base}

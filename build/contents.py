@@ -22,7 +22,7 @@ BUILDERS = {
         "wheels",
     )),
 }  # fmt: skip
-LEFT_OUT = {f"build/{name}.py" for name in ("stub", "pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
+LEFT_OUT = {f"build/{name}.py" for name in ("pack", "tiled_gguf", "command", "archive_reader", "check", "icon")}
 LEFT_OUT |= {"batch/over_dask.py", "pull/command.py", "pull/download.py", "pull/hub.py"}
 DATA = ("serve/page.html",)  # files that are no code
 FROZEN = (  # with all that they import, but for what EXCLUDED names

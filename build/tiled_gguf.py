@@ -21,8 +21,7 @@ from pocketlm.errors import FileError
 from pocketlm.runtime.gguf_reader import GGUF, TILED, TILED_ALIGNMENT, can_tile, stored_bytes
 from pocketlm.runtime.memory import release_pages, round_up
 from pocketlm.runtime.native.tiling import LAYOUTS, ROWS, groups, restore, tile
-from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.weights import check_finite
+from pocketlm.runtime.tensor import Tensor, check_finite
 
 PIECE = 1 << 19  # bytes of a matrix that are permuted at a time: fits the second-level cache
 

@@ -11,7 +11,6 @@ from pocketlm.terminal_text import count, print
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `pocketlm chats`."""
     parser.epilog = (
         "NAME: a conversation's name, how that begins, or its number in the list. "
         "In a chat, /load NAME goes on with the conversation."

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from pocketlm.signals import handled
+
 if sys.platform != "win32":
     import termios
 
@@ -33,14 +35,11 @@ def without_echo(stdin: TextIO) -> Iterator[None]:
         signal.signal(signal.SIGTSTP, suspended)
         _echo(stdin, False)
 
-    stops = signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+    stops = [signal.SIGTSTP] if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL else []
     try:
-        if stops:
-            signal.signal(signal.SIGTSTP, suspended)
-        yield
+        with handled(stops, suspended):
+            yield
     finally:
-        if stops:
-            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         _echo(stdin, True)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from pocketlm.signals import handled
 
 SIGNALS = ("SIGTERM", "SIGHUP")
 CLOSE_EVENTS = (2, 5, 6)  # of a Windows console: its window is closed, the user logs off, the system shuts down
@@ -35,22 +36,19 @@ class Endings:
         self._held = 0
         self.ended: Terminated | None = None  # how, once that is so
         self._waiting: Terminated | None = None
-        self._before: dict[int, Any] = {}
+        self._handled = ExitStack()
         self._routine: Any = None  # what Windows calls has to stay alive
 
     def __enter__(self) -> Endings:
         if sys.platform == "win32":
             self._watch_console(True)
-        if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup has had it ignored
-                    self._before[number] = signal.signal(number, self._received)
+        numbers = (getattr(signal, name) for name in SIGNALS if hasattr(signal, name))
+        ours = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup has had it ignored
+        self._handled.enter_context(handled(ours, self._received))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._handled.close()
         if sys.platform == "win32":
             self._watch_console(False)
 

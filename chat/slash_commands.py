@@ -195,23 +195,19 @@ def _backend(chat: Chat, text: str) -> None:
     chat.console.note(f"backend: {chat.model.backend}")
 
 
-def _off() -> tuple[str, ...]:
-    return ("off",)
-
-
 COMMANDS: dict[str, Command] = {
     "help": Command("", "this list", _help),
     "quit": Command("", "leave, as Ctrl-D does", lambda chat, _: chat.leave()),
     "reset": Command("", "begin a new conversation; the system prompt stays", lambda chat, _: chat.reset()),
-    "system": Command("[TEXT|off]", "what the model is told before the conversation", _system, _off),
+    "system": Command("[TEXT|off]", "what the model is told before the conversation", _system, lambda: ("off",)),
     "temp": Command("[X]", "temperature; 0 always takes the likeliest token", _sampled("temperature", float)),
     "top_k": Command("[N]", "only the N likeliest tokens; 0: all", _sampled("top_k", int)),
     "top_p": Command("[X]", "only the likeliest that make up this probability; 1: all", _sampled("top_p", float)),
     "min_p": Command("[X]", "only those with this share of the likeliest one's probability; 0: all", _sampled("min_p", float)),
     "repeat_penalty": Command("[X]", "makes recent tokens less likely; 1: off", _sampled("repeat_penalty", float)),
     "max_tokens": Command("[N]", "the longest answer", _max_tokens),
-    "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None), _off),
-    "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop, _off),
+    "seed": Command("[N|off]", "the same seed gives the same answer", _sampled("seed", int, None), lambda: ("off",)),
+    "stop": Command("[TEXT|off]", "one more text that ends an answer (\\n for a new line); off: none", _stop, lambda: ("off",)),
     "think": Command("[on|off|hide]", "whether it thinks before it answers; hide: unseen", _think, lambda: THINK),
     "stats": Command("[on|off]", "figures of the last answer; on, off: a line after each", _stats, lambda: ("on", "off")),
     "undo": Command("", "take back the last question and its answer", lambda chat, _: chat.undo()),

@@ -250,10 +250,7 @@ def write(path: Path, data: bytes, replace: bool = False) -> None:
             file.write(data)
             file.flush()
             os.fsync(handle)  # without this, a power cut after the rename could leave an empty file
-        if replace:
-            _patiently(os.replace, Path(temporary), path)
-        else:
-            _patiently(rename_to_free, Path(temporary), path)
+        _patiently(os.replace if replace else rename_to_free, Path(temporary), path)
     finally:
         with suppress(OSError):
             os.unlink(temporary)

@@ -28,8 +28,8 @@ from pocketlm.export.rules import QUANTS, by_shape, head_name
 from pocketlm.export.tensor_encoder import Encoded, Encoder, Progress
 from pocketlm.export.to_huggingface import FILES, write_huggingface
 from pocketlm.runtime.atomic import replacing_file, replacing_folder
-from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS, Fp16Bin
-from pocketlm.runtime.gguf_reader import GGUF
+from pocketlm.runtime.file_mapping import MappedModel
+from pocketlm.runtime.fp16_bin_reader import CONFIG, VOCAB, WEIGHTS
 from pocketlm.runtime.hyper import read_hyper
 from pocketlm.runtime.model_file import open_model, size_of
 from pocketlm.runtime.tensor import Tensor
@@ -228,7 +228,7 @@ def _check(path: Path, metadata: Mapping[str, Any], done: list[Encoded]) -> None
         raise FileError(path, f"{wrong[0]} is not what was written", "the disk may be failing; the old file is unchanged")
 
 
-def _differences(opened: GGUF | Fp16Bin, metadata: Mapping[str, Any], done: list[Encoded]) -> list[str]:
+def _differences(opened: MappedModel, metadata: Mapping[str, Any], done: list[Encoded]) -> list[str]:
     """Names of keys, or else of tensors, that are not what was written. (In a function of its own: when the caller raises, no
     variable may refer to the mapped file any more, or Windows could not delete it.)
     """

@@ -61,7 +61,4 @@ def beside(kind: str, up: np.ndarray) -> np.ndarray:
     return np.clip(up, np.float32(-CLAMP), np.float32(CLAMP)) + np.float32(1) if kind == "swiglu_clamped" else up
 
 
-ACTIVATIONS = {
-    "silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared,
-    "swiglu_clamped": swiglu_clamped,
-}  # fmt: skip
+ACTIVATIONS = {f.__name__: f for f in (silu, gelu_tanh, gelu_erf, relu, relu_squared, swiglu_clamped)}

@@ -51,12 +51,6 @@ class _Shared:
 _shared = _Shared()
 
 
-def n_threads() -> int | None:
-    """The number that products use now; None where it cannot be told."""
-    blas = _library()
-    return blas.get() if blas else None
-
-
 @contextmanager
 def one_thread(user: object) -> Iterator[None]:
     """Products use one thread meanwhile. `user` is one who computes at most once at a time: where an interrupt keeps it from

@@ -62,7 +62,7 @@ def _fifth_bits(blocks: np.ndarray, at: int) -> np.ndarray:  # [n, block_bytes] 
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
 
 
-def _scales_and_mins(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, block_bytes] -> 2 × float32 [n, 8, 1]
+def _scales_and_mins(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n, block_bytes] -> 2 × float32 [n, 8]
     """Q4_K and Q5_K: two halves, then eight 6-bit scales and eight 6-bit minima in twelve bytes.
 
     Bytes 0-3 and 4-7 hold the first four of each in their low six bits; bytes 8-11 hold the low four bits of the
@@ -71,8 +71,7 @@ def _scales_and_mins(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n
     first, second, last = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = np.concatenate([first & 0x3F, (last & 0x0F) | ((first >> 2) & 0x30)], axis=1)
     mins = np.concatenate([second & 0x3F, (last >> 4) | ((second >> 2) & 0x30)], axis=1)
-    scaled = _half(blocks, 0) * scales.astype(np.float32), _half(blocks, 2) * mins.astype(np.float32)
-    return scaled[0][:, :, None], scaled[1][:, :, None]
+    return _half(blocks, 0) * scales.astype(np.float32), _half(blocks, 2) * mins.astype(np.float32)
 
 
 # ── the formats ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,58 +108,54 @@ def _five_bits(blocks: np.ndarray, at: int) -> np.ndarray:
     return _nibbles(blocks[:, at + 4 :], 16) | _fifth_bits(blocks, at)
 
 
+def _in_runs(weights: np.ndarray, scales: np.ndarray, minima: np.ndarray | None = None) -> np.ndarray:
+    """float32 [n, 256] times the scales of its runs [n, runs], less their minima; in place."""
+    runs = weights.reshape(*scales.shape, -1)
+    runs *= scales[:, :, None]
+    if minima is not None:
+        runs -= minima[:, :, None]
+    return weights
+
+
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
-    scales, mins = _scales_and_mins(blocks)
-    weights = _nibbles(blocks[:, 16:], 32).astype(np.float32).reshape(-1, 8, 32)
-    weights *= scales
-    weights -= mins
-    return weights.reshape(-1, 256)
+    return _in_runs(_nibbles(blocks[:, 16:], 32).astype(np.float32), *_scales_and_mins(blocks))
 
 
 def _q5_k(blocks: np.ndarray) -> np.ndarray:
-    scales, mins = _scales_and_mins(blocks)
     high = _bits(blocks[:, 16:48], 1, 32) << np.uint8(4)
-    weights = (_nibbles(blocks[:, 48:], 32) | high).astype(np.float32).reshape(-1, 8, 32)
-    weights *= scales
-    weights -= mins
-    return weights.reshape(-1, 256)
+    return _in_runs((_nibbles(blocks[:, 48:], 32) | high).astype(np.float32), *_scales_and_mins(blocks))
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
     high = _bits(blocks[:, 128:192], 2, 32) << np.uint8(4)
-    weights = (_nibbles(blocks[:, :128], 64) | high).astype(np.float32).reshape(-1, 16, 16)
+    weights = (_nibbles(blocks[:, :128], 64) | high).astype(np.float32)
     weights -= np.float32(32)
-    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
-    weights *= (_half(blocks, 208) * scales)[:, :, None]
-    return weights.reshape(-1, 256)
+    return _in_runs(weights, _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))
 
 
 def _q2_k(blocks: np.ndarray) -> np.ndarray:
-    weights = _bits(blocks[:, 16:80], 2, 32).astype(np.float32).reshape(-1, 16, 16)
     packed = blocks[:, :16]
-    weights *= (_half(blocks, 80) * (packed & 15).astype(np.float32))[:, :, None]
-    weights -= (_half(blocks, 82) * (packed >> 4).astype(np.float32))[:, :, None]
-    return weights.reshape(-1, 256)
+    scales = _half(blocks, 80) * (packed & 15).astype(np.float32)
+    minima = _half(blocks, 82) * (packed >> 4).astype(np.float32)
+    return _in_runs(_bits(blocks[:, 16:80], 2, 32).astype(np.float32), scales, minima)
 
 
 def _q3_k(blocks: np.ndarray) -> np.ndarray:
     """Sixteen scales of 6 bits: eight bytes hold low halves, four bytes the top bits, two of every fourth scale each."""
     high = _bits(blocks[:, :32], 1, 32) << np.uint8(2)
-    weights = (_bits(blocks[:, 32:96], 2, 32) | high).astype(np.float32).reshape(-1, 16, 16)
+    weights = (_bits(blocks[:, 32:96], 2, 32) | high).astype(np.float32)
     weights -= np.float32(4)
     scales = (_nibbles(blocks[:, 96:104], 8) | (_bits(blocks[:, 104:108], 2, 4) << np.uint8(4))).astype(np.float32)
     scales -= np.float32(32)
-    weights *= (_half(blocks, 108) * scales)[:, :, None]
-    return weights.reshape(-1, 256)
+    return _in_runs(weights, _half(blocks, 108) * scales)
 
 
 def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
     """Eight scales of 6 bits: two bytes hold their top bits, four bytes the low halves."""
-    weights = np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 8:], 16)].reshape(-1, 8, 32)
+    weights = np.array(IQ4_STEPS, np.float32)[_nibbles(blocks[:, 8:], 16)]
     high = _bits(blocks[:, 2:4], 2, 1) << np.uint8(4)
     scales = (_nibbles(blocks[:, 4:8], 1) | high).astype(np.float32) - np.float32(32)
-    weights *= (_half(blocks, 0) * scales)[:, :, None]
-    return weights.reshape(-1, 256)
+    return _in_runs(weights, _half(blocks, 0) * scales)
 
 
 def _mxfp4(blocks: np.ndarray) -> np.ndarray:

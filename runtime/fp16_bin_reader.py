@@ -34,16 +34,12 @@ _BROKEN = "the folder is damaged or was written by another program: export the m
 _MAX_JSON_BYTES = 1 << 28  # the largest vocabularies take 20 MB
 
 
-class Fp16Bin(MappedModel):
-    """An opened, checked folder."""
-
-
 def is_fp16_bin(path: Path) -> bool:
     """Whether this is such a folder, by the names in it."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def open_fp16_bin(path: str | Path) -> Fp16Bin:
+def open_fp16_bin(path: str | Path) -> MappedModel:
     """Open and check a folder. Raises FileError for anything that is not a whole, sound fp16 bin."""
     path = Path(path)
     config = _read_json(path / CONFIG)
@@ -57,7 +53,7 @@ def open_fp16_bin(path: str | Path) -> Fp16Bin:
     decoded = {key: _value(path, key, value) for key, value in values.items()}
     weights = map_file(path / WEIGHTS)
     try:
-        return Fp16Bin(path, decoded, _read_tensors(path, entries, weights), weights)
+        return MappedModel(path, decoded, _read_tensors(path, entries, weights), weights)
     except BaseException as error:
         unmap(weights, error)
         raise

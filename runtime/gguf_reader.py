@@ -51,13 +51,11 @@ _OTHER_FILES = (
     (b"PK\x03\x04", "a zip archive, perhaps a PyTorch checkpoint", "convert it with pocketlm export"),
     (b"\x80", "a pickle, perhaps an old PyTorch checkpoint", "convert it with pocketlm export"),
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself", "fetch the model with git lfs pull"),
-    (b"lmgg", "a GGML model from before GGUF", "convert it with llama.cpp's converter or download a GGUF file"),
-    (b"fmgg", "a GGML model from before GGUF", "convert it with llama.cpp's converter or download a GGUF file"),
-    (b"tjgg", "a GGML model from before GGUF", "convert it with llama.cpp's converter or download a GGUF file"),
+    ((b"lmgg", b"fmgg", b"tjgg"), "a GGML model from before GGUF",
+     "convert it with llama.cpp's converter or download a GGUF file"),
     (b"<", "a web page or XML", "download the model itself"),
     (b"{", "JSON", "name the GGUF file"),
-    (b"\x7fELF", "a program", "name the GGUF file"),
-    (b"MZ", "a program", "name the GGUF file"),
+    ((b"\x7fELF", b"MZ"), "a program", "name the GGUF file"),
     (b"\x1f\x8b", "a gzip archive", "unpack it first"),
 )
 

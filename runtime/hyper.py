@@ -76,12 +76,8 @@ def read_hyper(metadata: Mapping[str, Any], n_vocab: int, path: object) -> Hyper
         rope=_read_rope(keys, head_dim, chosen["rope_pairs"]) if chosen["position"] == "rope" else None,
         alibi_max_bias=keys.number("attention.max_alibi_bias", 8.0, high=1024) if chosen["position"] == "alibi" else 0.0,
         # plain; whoever asks for one of them checks it
-        settings={name: _plain(metadata[f"{arch}.{name}"]) for name in of_its_own if name in keys},
+        settings={name: keys.given(name) for name in of_its_own if name in keys},
     )
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _read_rope(keys: Keys, head_dim: int, pairs: str) -> Rope:

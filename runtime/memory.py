@@ -171,7 +171,6 @@ def be_sparing() -> None:
 
 
 def is_sparing() -> bool:
-    """Whether `be_sparing` was called."""
     return _sparing
 
 

@@ -25,7 +25,7 @@ class Keys:
     def fail(self, key: str, problem: str, advice: str = "the file is damaged or was exported wrongly") -> FileError:
         return FileError(self.path, f"{self._prefix}{key} {problem}", advice)
 
-    def _given(self, key: str, default: float | None) -> Any:
+    def given(self, key: str, default: float | None = None) -> Any:
         """The value, an array as a list, or the default. FileError where there is neither."""
         value = self.metadata.get(self._prefix + key, default)
         if value is None:
@@ -33,7 +33,7 @@ class Keys:
         return value.tolist() if hasattr(value, "tolist") else value
 
     def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
-        value = self._given(key, default)
+        value = self.given(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.fail(key, f"should be a number, not {type(value).__name__}")
         if not low <= value <= high:
@@ -41,7 +41,7 @@ class Keys:
         return float(value)
 
     def count(self, key: str, default: int | None = None, besides_zero: bool = False) -> int:
-        value = self._given(key, default)
+        value = self.given(key, default)
         if isinstance(value, list):  # one value a layer: all must agree, or all that are not 0
             values = [number for number in value if number or not besides_zero]
             if not values or values.count(values[0]) < len(values):
@@ -55,7 +55,7 @@ class Keys:
 
     def numbers(self, key: str, n: int, default: float | None = None) -> list[float]:
         """`n` numbers (or yes and no: 1 and 0); a single one stands for all."""
-        value = self._given(key, default)
+        value = self.given(key, default)
         values = value if isinstance(value, list) else [value] * n
         if len(values) != n:
             raise self.fail(key, f"has {len(values)} numbers for {n} layers")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketlm.errors import FileError
-from pocketlm.runtime.fp16_bin_reader import Fp16Bin, is_fp16_bin, open_fp16_bin
+from pocketlm.runtime.file_mapping import MappedModel
+from pocketlm.runtime.fp16_bin_reader import is_fp16_bin, open_fp16_bin
 from pocketlm.runtime.gguf_reader import GGUF, open_gguf
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ MAX_PARTS = 1000
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})")  # what a part of several is called before its ending: NAME-00001-of-00003
 
 
-def open_model(path: str | Path) -> GGUF | Fp16Bin:
+def open_model(path: str | Path) -> MappedModel:
     """A GGUF file, an fp16 bin or a packed executable, opened and checked. Raises FileError, saying what else it may be."""
     path = Path(path)
     if not path.is_dir():

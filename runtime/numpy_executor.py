@@ -24,9 +24,8 @@ from pocketlm.runtime.kv_cache import ByteCache, KVCache
 from pocketlm.runtime.memory import in_one_piece, release_pages
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary, rotate
-from pocketlm.runtime.tensor import Tensor
+from pocketlm.runtime.tensor import Tensor, check_finite
 from pocketlm.runtime.threads import ThreadPool, share
-from pocketlm.runtime.weights import check_finite
 
 BLOCK = 512  # tokens a pass: bounds the scratch memory; larger gains nothing measurable
 CACHES = {"q16": KVCache, "q8": ByteCache}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.runtime import control_groups
+from pocketlm.runtime.small_files import text
 
 
 def cores() -> int:
@@ -49,14 +50,8 @@ def _linux() -> int:
 
 def linux_cores(allowed: Iterable[int], root: Path = Path("/")) -> int:
     """Cores that have at least one of the `allowed` hyper-threads."""
-    found = set()
-    for cpu in allowed:
-        try:
-            siblings = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-        except OSError:
-            siblings = str(cpu)
-        found.add(siblings)
-    return len(found)
+    folder = root / "sys/devices/system/cpu"
+    return len({text(folder / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed})
 
 
 def within_quota(n_cores: int, quota: float | None) -> int:

@@ -24,7 +24,6 @@ TURN = 0.0005
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `pocketlm serve`."""
     model_arguments(parser, optional=True)
     group = parser.add_argument_group("the server")
     group.add_argument(

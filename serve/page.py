@@ -47,7 +47,6 @@ class Page:
         self._headers = {"content-security-policy": content_security_policy(self._html)}
 
     def routes(self) -> list[Route]:
-        """The routes of the page."""
         return [
             Route("/", self.html),
             Route("/page/enter", self.enter, methods=["POST"]),

@@ -25,8 +25,7 @@ from pocketlm.runtime.native.tiling import LAYOUTS, groups
 from pocketlm.runtime.native.workers import aligned
 from pocketlm.runtime.numpy_executor import NumpyExecutor
 from pocketlm.runtime.plan import make_plan
-from pocketlm.runtime.tensor import Tensor
-from pocketlm.runtime.weights import HALF_SCALES
+from pocketlm.runtime.tensor import HALF_SCALES, Tensor
 
 FORMAT_NAMES = tuple(LAYOUTS)
 HERE = levels.host_machine()

@@ -110,7 +110,7 @@ def real_stub(folder: Path) -> Path:
 @cache
 def composed_stub(platform: str, folder: Path) -> Path:
     """The same for any platform. Skips where the wheels that it is made of are not there and cannot be fetched."""
-    from pocketlm.build.stub import kept_stub
+    from pocketlm.build.compose import kept_stub
     from pocketlm.build.wheels import Unreachable
 
     before = os.environ.get("POCKETLM_CACHE")

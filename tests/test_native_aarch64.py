@@ -13,7 +13,7 @@ from pocketlm.runtime.native.compiler import compile_object
 from pocketlm.runtime.native.ir import I32, I64, PTR, VOID, Module
 from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.lowering import encode
-from pocketlm.runtime.native.records import CACHE_LINE, RUN, WORKER, offset
+from pocketlm.runtime.native.records import RUN, WORKER, offset
 from pocketlm.runtime.native.run_loop import ASLEEP
 from pocketlm.runtime.native.sizes import TILES
 from pocketlm.runtime.native.workers import CLOSED
@@ -21,6 +21,7 @@ from pocketlm.runtime.native.workers import CLOSED
 pytestmark = needs_qemu
 each_level = pytest.mark.parametrize("level", [LEVELS[name] for name in CPUS], ids=CPUS)
 JOB = 10  # numbers of a job: a function's address and nine arguments
+CACHE_LINE = 64
 
 
 class Guest:

@@ -29,7 +29,7 @@ from pocketlm.runtime.native.levels import LEVELS
 from pocketlm.runtime.native.matrix import define
 from pocketlm.runtime.native.sizes import tiles
 from pocketlm.runtime.native.tiling import tile
-from pocketlm.runtime.weights import HALF_SCALES
+from pocketlm.runtime.tensor import HALF_SCALES
 
 # a level's kernels, each with the reason why the level may not run here
 CASES = [

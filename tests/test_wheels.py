@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pocketlm.build import bytecode, wheels
-from pocketlm.build.compose import _another
+from pocketlm.build.compose import _compiler
 from pocketlm.build.sources import host_platform
 from pocketlm.build.wheels import PYTHONS, Pinned, Unreachable, fetch, pinned, version_for
 from pocketlm.errors import FileError, PocketlmError
@@ -155,11 +155,11 @@ def test_the_version_of_debians_python_compiles_for_itself(request, tmp_path, mo
         fetched = fetch([file for file in pinned(host_platform(), (3, 11)) if file.is_cpython])
     except Unreachable as error:
         pytest.skip(f"there is nothing to compose a stub of: {error}")
-    another = _another(fetched, tmp_path, library, tmp_path / "compiler/usr/lib/python3.11")
-    data = another.library.read_bytes()  # with a name of its own: this Python may be a library of that name itself
-    another.library.write_bytes(data.replace(library.encode(), library.replace("3.11", "3.xx").encode()))
+    compiler, modules = _compiler(fetched, tmp_path, library), tmp_path / "compiler/usr/lib/python3.11"
+    data = compiler.read_bytes()  # with a name of its own: this Python may be a library of that name itself
+    compiler.write_bytes(data.replace(library.encode(), library.replace("3.11", "3.xx").encode()))
     (tmp_path / "m.py").write_text('def f(x):\n    """Doc."""\n    assert x\n    return [y for y in {"a", "b"} if y > x]\n')
-    codes, magic = bytecode.compile_all({"m": tmp_path / "m.py"}, another)
+    codes, magic = bytecode.compile_all({"m": tmp_path / "m.py"}, compiler, modules)
     assert magic == (3495).to_bytes(2, "little") + b"\r\n"  # of Python 3.11 (importlib/_bootstrap_external.py)
     assert codes["m"][0] & 0x7F == ord("c")  # marshalled code
     if sys.version_info[:2] == (3, 11):

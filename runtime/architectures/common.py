@@ -315,20 +315,36 @@ Step = Callable[[Builder], None]
 
 def pre_norm(
     m: Builder, attention: Step = Builder.attention, feed_forward: Step = Builder.feed_forward, embed: Step = Builder.embed,
-    ffn_norm: str = "ffn_norm", last_norm: str = "output_norm", factor: float = 1.0,
+    ffn_norm: str | None = "ffn_norm", last_norm: str = "output_norm", factor: float = 1.0,
 ) -> None:  # fmt: skip
     """The decoder that GPT-2 made usual: a norm before attention and before the feed-forward layer, each added to x.
 
     `attention`, `feed_forward` (of a layer's builder), `embed`: what an architecture does in their place. `ffn_norm`,
-    `last_norm`: what it calls these norms. `factor`: of what is added to x.
+    `last_norm`: what it calls these norms; without the first, the feed-forward layer takes what attention took. `factor`: of
+    what is added to x.
     """
     embed(m)
     for b in m.layers():
         b.norm("attn_norm")
         attention(b)
         b.add(factor=factor)
-        b.norm(ffn_norm)
+        if ffn_norm:
+            b.norm(ffn_norm)
         feed_forward(b)
         b.add(factor=factor)
     m.norm(last_norm)
+    m.logits()
+
+
+def post_norm(m: Builder, attention: Step) -> None:
+    """The same with norms behind attention and the feed-forward layer, which take x as it is."""
+    m.embed()
+    for b in m.layers():
+        attention(b)
+        b.norm("post_attention_norm", "y", "y")
+        b.add()
+        b.feed_forward("x")
+        b.norm("post_ffw_norm", "y", "y")
+        b.add()
+    m.norm("output_norm")
     m.logits()

@@ -3,7 +3,7 @@
 The 32B (64 layers) sees a sliding window in three layers of four, and rotates positions in these layers only.
 """
 
-from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder, post_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS = WINDOWS
@@ -13,14 +13,9 @@ HYBRID = 64  # layers of the models that have windows, whatever a file of anothe
 def operations(m: Builder) -> None:
     is_hybrid = m.hyper.n_layer == HYBRID
     local = m.window_rope() if is_hybrid else None
-    m.embed()
-    for b in m.layers():
+
+    def attention(b: Builder) -> None:
         window = b.window(4, 4096) if is_hybrid else 0
         b.attention("x", rope=local, heads=b.norm_heads, rotated=bool(window) or not is_hybrid, window=window)
-        b.norm("post_attention_norm", "y", "y")
-        b.add()
-        b.feed_forward("x")
-        b.norm("post_ffw_norm", "y", "y")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+
+    post_norm(m, attention)

@@ -1,6 +1,6 @@
 """GPT-NeoX (arXiv:2204.06745; Pythia, arXiv:2304.01373): attention and feed-forward side by side, a LayerNorm each."""
 
-from pocketlm.runtime.architectures.common import GPT2, Builder
+from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
 USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
 SETTINGS = ("use_parallel_residual",)
@@ -8,16 +8,15 @@ SETTINGS = ("use_parallel_residual",)
 
 def operations(m: Builder) -> None:
     is_parallel = m.choice("use_parallel_residual", True, (True, False))
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
+
+    def attention(b: Builder) -> None:
         if is_parallel:
             b.norm("ffn_norm", out="h2")
         b.attention()
-        b.add()
+
+    def feed_forward(b: Builder) -> None:
         if not is_parallel:
             b.norm("ffn_norm", out="h2")
         b.feed_forward("h2")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+
+    pre_norm(m, attention, feed_forward, ffn_norm=None)

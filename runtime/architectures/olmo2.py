@@ -4,7 +4,7 @@ All queries of a token are normalised as one vector, and all its keys. OLMo 3 se
 rotary positions are not scaled.
 """
 
-from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder
+from pocketlm.runtime.architectures.common import LLAMA, WINDOWS, Builder, post_norm
 
 USUAL = {**LLAMA, "rope_pairs": "half"}
 SETTINGS = WINDOWS
@@ -12,14 +12,9 @@ SETTINGS = WINDOWS
 
 def operations(m: Builder) -> None:
     local = m.window_rope(scaling="none", factor=1.0, attention_factor=1.0)
-    m.embed()
-    for b in m.layers():
+
+    def attention(b: Builder) -> None:
         window = b.window(4)
         b.attention("x", rope=local if window else None, heads=b.norm_queries_and_keys, window=window)
-        b.norm("post_attention_norm", "y", "y")
-        b.add()
-        b.feed_forward("x")
-        b.norm("post_ffw_norm", "y", "y")
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+
+    post_norm(m, attention)

@@ -1,17 +1,9 @@
 """Phi-1, 1.5 and 2 (arXiv:2306.11644): attention and feed-forward side by side, both from one LayerNorm; biases everywhere."""
 
-from pocketlm.runtime.architectures.common import GPT2, Builder
+from pocketlm.runtime.architectures.common import GPT2, Builder, pre_norm
 
 USUAL = {**GPT2, "position": "rope", "rope_pairs": "half"}
 
 
 def operations(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
-        b.attention()
-        b.add()
-        b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+    pre_norm(m, ffn_norm=None)

@@ -5,21 +5,19 @@ A layer without `ffn_norm` is parallel: the feed-forward takes what attention ta
 
 from functools import partial
 
-from pocketlm.runtime.architectures.common import LLAMA, Builder
+from pocketlm.runtime.architectures.common import LLAMA, Builder, pre_norm
 
 USUAL = {**LLAMA, "norm": "layer", "rope_pairs": "half"}
 SETTINGS = ("use_parallel_residual",)  # what llama.cpp wants to see there; the tensors say it, too
 
 
 def operations(m: Builder) -> None:
-    m.embed()
-    for b in m.layers():
-        b.norm("attn_norm")
+    def attention(b: Builder) -> None:
         b.attention(heads=partial(b.norm_heads, own=True) if b.has("attn_q_norm.weight") else None)
-        b.add()
+
+    def feed_forward(b: Builder) -> None:
         if b.has("ffn_norm.weight"):
             b.norm("ffn_norm")
         b.feed_forward()
-        b.add()
-    m.norm("output_norm")
-    m.logits()
+
+    pre_norm(m, attention, feed_forward, ffn_norm=None)

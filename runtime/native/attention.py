@@ -35,7 +35,7 @@ from pocketlm.runtime.native.vector_math import AVX512, exp
 
 def cache_of(r: Records, numbers: Words, token: Callable[..., Value], kv: Value, row: Value) -> tuple[Value, Value]:
     """A head's keys and values in the operation's layer of a token's cache: where those of a row's span begin."""
-    layer, n_bytes = r.layer(token), numbers.row_bytes(r.run("padded_dim")) * SPAN
+    layer, n_bytes = r.layer(token), numbers.span_bytes(r.run("padded_dim"))
     keys = token("cache", PTR) + (layer("offset") + kv * (n_bytes * 2) + row % layer("rows") // SPAN * layer("stride"))
     return keys, keys + n_bytes
 
@@ -60,7 +60,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
     for queries, n_vectors in TILES[level]:
         _define_scores(module, level, numbers, queries, n_vectors)
         _define_mix(module, level, numbers, queries)
-    _define_span(module, level, numbers)
+    _define_span(module, level)
 
 
 def attend(f: Function, level: str, r: Records, own: Value, task: Value, n: Value, *, numbers: Words) -> None:
@@ -157,7 +157,7 @@ def _define_merge(module: Module) -> None:
             f.store(value, to + d * 4, 4)
 
 
-def _define_span(module: Module, level: str, numbers: Words) -> None:
+def _define_span(module: Module, level: str) -> None:
     """span(run, own, keys, values, rows, span, apart): a task's queries over one span.
 
     Its result joins those of the spans before it, or with `apart` goes to a slot of its own. The first-level cache is too small
@@ -232,9 +232,9 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
         def some(p: Value, n_vectors: int) -> None:
             sums = [[f.var(I32.vec(LANES), 0) for _ in range(n_vectors)] for _ in range(queries)]
             at, group_bytes = keys + p * numbers.row_bytes(padded), numbers.row_bytes(padded) * LANES
-            distance, of_values = ahead(p), numbers.row_bytes(padded) * SPAN + padded * (LANES * numbers.n_bytes)
+            distance, to_values = ahead(p), numbers.span_bytes(padded)
             for k in range(n_vectors if queries <= FEW else 0):  # the weights wait for the values' scales, a line in each group
-                fetch_far(f, level, at + group_bytes * k, of_values)
+                fetch_far(f, level, numbers.scales_at(at + group_bytes * k, padded), to_values)
             with f.range(0, padded, 2) as d:
                 here = [numbers.load(f, at + group_bytes * k + d * (numbers.n_bytes * LANES)) for k in range(n_vectors)]
                 for k in range(n_vectors if queries <= FEW else 0):
@@ -244,7 +244,7 @@ def _define_scores(module: Module, level: str, numbers: Words, queries: int, n_v
                     for key, total in zip(here, own_sums, strict=True):
                         total.set(pair_dot(f, level, total.get(), key, pair))
             for k in range(n_vectors):
-                scales = numbers.scales(f, at + group_bytes * k, padded)
+                scales = f.load(ROW, numbers.scales_at(at + group_bytes * k, padded), 4)
                 for i, own_sums in enumerate(sums):
                     score = f.cast("sitofp", own_sums[k].get(), F32) * scales * f.splat(factors[i], LANES)
                     f.store(score, scores + (p * 4 + (SPAN * i + LANES * k) * 4), 4)

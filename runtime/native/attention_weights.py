@@ -86,7 +86,7 @@ def define(module: Module, level: str, numbers: Words) -> None:
                     weight = exp_of_negative(f, f.load(ROW, at, 4) - top, level)
                     total.set(total.get() + weight)
                     # the scale of a position that nobody sees may be no number
-                    weight = f.select(weight.equals(0.0), 0.0, weight * numbers.scales(f, here, padded))
+                    weight = f.select(weight.equals(0.0), 0.0, weight * f.load(ROW, numbers.scales_at(here, padded), 4))
                     f.store(weight, at, 4)
                     bits.append(f.bitcast(weight, I32.vec(LANES)))
                 f.store(f.intrinsic("umax", *bits), tops + p * (4 * LANES // POSITIONS), 64)

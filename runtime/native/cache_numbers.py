@@ -16,7 +16,7 @@ from pocketlm.runtime.kv_cache import MAX_VALUE, SPREAD
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, Function, Type, Value
 from pocketlm.runtime.native.matrix import ROW
 from pocketlm.runtime.native.record_reader import each_number
-from pocketlm.runtime.native.sizes import LANES
+from pocketlm.runtime.native.sizes import LANES, SPAN
 from pocketlm.runtime.native.vector_math import nearest
 
 LIMIT = 65504.0  # of a key or value: the largest number of float16
@@ -62,6 +62,10 @@ class Words:
         """Bytes of a position's key, or value, in one head."""
         return padded * self.n_bytes + 4
 
+    def span_bytes(self, padded: Value) -> Value:
+        """From a span's keys to its values."""
+        return self.row_bytes(padded) * SPAN
+
     def load(self, f: Function, at: Value) -> Value:
         """Two columns of 16 keys, or two rows of 16 columns of values."""
         return f.load(PAIRS, at, 4)
@@ -74,12 +78,9 @@ class Words:
         """Where the first number of a row's value is kept; the next one is two numbers further."""
         return values + ((row & -2) * padded + (row & 1)) * self.n_bytes + (row >> 4) * (4 * LANES)
 
-    def scales(self, f: Function, group: Value, padded: Value) -> Value:
-        """The scales of a group's 16 positions."""
-        return f.load(ROW, group + padded * (LANES * self.n_bytes), 4)
-
-    def keep_scale(self, f: Function, scale: Value, group: Value, lane: Value, padded: Value) -> None:
-        f.store(scale, group + padded * (LANES * self.n_bytes) + lane * 4, 4)
+    def scales_at(self, group: Value, padded: Value) -> Value:
+        """Where the scales of a group's 16 positions are kept, a <16 x float>."""
+        return group + padded * (LANES * self.n_bytes)
 
     def spread(self, f: Function, vector: Value, dim: Value) -> None:
         """Transform a query or a key of `dim` numbers in place, where the cache keeps keys transformed."""

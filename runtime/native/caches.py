@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from pocketlm.runtime.memory import aligned, round_up, scattered
 from pocketlm.runtime.native.records import LAYER
 from pocketlm.runtime.native.sizes import BLOCK, SPAN
 from pocketlm.runtime.native.tiling import ROWS
-from pocketlm.runtime.positions import Turn
 
 GROUPS = SPAN // ROWS  # of a span
 
@@ -35,12 +35,9 @@ class NativeCache(ScaledCache):
     unit = SPAN
     allocate = staticmethod(aligned if mmap.PAGESIZE == 4096 else scattered)  # a Pi 5's large pages have 32 MB
 
-    def __init__(
-        self, hyper: Hyper, n_ctx: int, turns: Mapping[int, Turn] | None = None, windows: Sequence[int] = (),
-        columns: Sequence[int] = (),
-    ):  # fmt: skip
-        super().__init__(hyper, n_ctx, turns, windows, columns)
-        self.table = aligned(hyper.n_layer, LAYER)  # what compiled code knows of the layers
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self.table = aligned(self.hyper.n_layer, LAYER)  # what compiled code knows of the layers
         self.table["rows"] = self.rows
         self.table["offset"] = [keys.ctypes.data - self.memory.ctypes.data for keys, _ in self.layers]
         self.table["stride"] = [keys.strides[1] for keys, _ in self.layers]

@@ -36,9 +36,8 @@ from pocketlm.runtime.native.tiling import ROWS, tiled_bytes
 from pocketlm.runtime.native.workers import WorkerThreads
 from pocketlm.runtime.plan import Plan
 from pocketlm.runtime.positions import alibi_slopes, key_turns, rope_tables, rope_tables_bytes, rotary
-from pocketlm.runtime.tensor import Tensor
+from pocketlm.runtime.tensor import Tensor, check_finite
 from pocketlm.runtime.threads import ThreadPool
-from pocketlm.runtime.weights import check_finite
 
 __all__ = ["NativeExecutor", "NativeUnavailable"]
 
@@ -279,12 +278,8 @@ class NativeExecutor:
         return self._tables[rotary(op, self.n_ctx)]
 
     def _slopes(self, op: P.Attend) -> np.ndarray:
-        key = (f"slopes {op.alibi_max_bias}", op.n_head)
-        if key not in self._vectors:
-            slopes = alibi_slopes(op.n_head, op.alibi_max_bias)
-            self._vectors[key] = aligned(op.n_head, np.float32)
-            self._vectors[key][:] = slopes
-        return self._vectors[key]
+        slopes = self._vectors["slopes", op.layer] = alibi_slopes(op.n_head, op.alibi_max_bias)
+        return slopes
 
     def _taps(self, op: P.Convolve) -> np.ndarray:
         taps = self._vectors[op.weight, op.taps] = aligned((op.taps, op.n), np.float32)

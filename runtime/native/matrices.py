@@ -14,9 +14,8 @@ from pocketlm.runtime import operations as P
 from pocketlm.runtime.memory import release_pages
 from pocketlm.runtime.native.tiling import ROWS, groups
 from pocketlm.runtime.plan import Plan
-from pocketlm.runtime.tensor import Tensor
+from pocketlm.runtime.tensor import Tensor, check_finite
 from pocketlm.runtime.threads import share
-from pocketlm.runtime.weights import check_finite
 
 PIECE = 1 << 19  # bytes of a matrix that a thread tiles at a time: fits the second-level cache
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-CACHE_LINE = 64
+from pocketlm.runtime.native.sizes import ALL_TILES
 
 # an operation of the program; pointers are addresses, strides are bytes a token, everything else counts
 OPERATION = np.dtype([
@@ -34,16 +34,14 @@ OPERATION = np.dtype([
     ("row", "i8"),           # EMBED: address of FMT_row
     ("add", "i8"),           # EMBED, MATRIX, NORM: 1: out += …
     ("row_is", "i8"),        # EMBED: 0: the token's id, 1: its position, 2: the id of the token before
-    # MATRIX: addresses of the kernels for tiles of sizes.ALL_TILES tokens, 0 where the level has none
-    ("product1", "i8"), ("product2", "i8"), ("product4", "i8"), ("product8", "i8"),
-    ("product16", "i8"),
+    # MATRIX: addresses of the kernels for tiles of so many tokens, 0 where the level has none
+    *((f"product{tokens}", "i8") for tokens in ALL_TILES),
     ("chunk", "i8"),         # MATRIX: groups a task; CONVOLVE: of 16 columns
     ("taps", "i8"),          # CONVOLVE
     ("activation", "i8"),    # MATRIX, EACH: 0 none, or 1 + its place in sizes.ACTIVATIONS
     ("up", "i8"), ("up_groups", "i8"), ("up_first", "i8"),   # gated: up != 0, and its first group
     ("up_blocks", "i8"), ("up_bias", "i8"),
-    ("up_product1", "i8"), ("up_product2", "i8"), ("up_product4", "i8"), ("up_product8", "i8"),
-    ("up_product16", "i8"),
+    *((f"up_product{tokens}", "i8") for tokens in ALL_TILES),
     ("layer", "i8"),         # STORE, ATTEND, CONVOLVE: which part of a token's cache
     ("key_weight", "i8"),    # STORE: the weight of the keys' norm
     ("rope", "i8"), ("rope_half", "i8"), ("rope_interleaved", "i8"),   # ROTATE, STORE: cos and sin; half 0: none

@@ -17,17 +17,7 @@ from pocketlm.runtime.native.dot import WHOLE
 from pocketlm.runtime.native.ir import F32, I8, I16, I32, I64, PTR, Function, Module, Type, Value
 from pocketlm.runtime.native.matrix import ROW, product_of, round_into, tile_of, tile_size
 from pocketlm.runtime.native.record_reader import Records, each_number, vectors
-from pocketlm.runtime.native.sizes import (
-    AS_IT_IS,
-    LANES,
-    LAYER_NORM,
-    MAX_CHUNK,
-    PARTIALS,
-    RMS_NORM,
-    SPAN,
-    TWO_PARTS,
-    tiles,
-)  # fmt: skip
+from pocketlm.runtime.native.sizes import AS_IT_IS, LANES, LAYER_NORM, MAX_CHUNK, PARTIALS, RMS_NORM, SPAN, TWO_PARTS, tiles
 from pocketlm.runtime.native.vector_math import nearest
 
 ORDER = [4 * i + at for i in range(4) for at in (0, 2, 1, 3)]  # of sixteen whole activations, as matrix.py has it
@@ -287,7 +277,7 @@ def _store_head(f: Function, level: str, r: Records, number: Value, head: Value,
         lane, start = row & 15, (row >> 4) * (numbers.row_bytes(padded) * LANES)
         of_key, of_value = numbers.key_scale(f, vector, dim), numbers.value_scale(f, value, dim)
         for group, scale in ((keys + start, of_key), (values + start, of_value)):
-            numbers.keep_scale(f, scale, group, lane, padded)
+            f.store(scale, numbers.scales_at(group, padded) + lane * 4, 4)
         of_key, of_value = (f.select(scale > 1e-30, 1.0 / scale, 0.0) for scale in (of_key, of_value))
         to, whole = numbers.value_row(values, row, padded), dim & -LANES
         with f.range(0, whole, LANES) as d:

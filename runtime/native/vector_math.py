@@ -114,10 +114,7 @@ def clamped_beside(f: Function, up: Value) -> Value:
     return f.select(up < -A.CLAMP, -A.CLAMP, up) + 1.0
 
 
-ACTIVATIONS = {
-    "silu": silu, "gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "relu": relu, "relu_squared": relu_squared,
-    "swiglu_clamped": swiglu_clamped,
-}  # fmt: skip
+ACTIVATIONS = {f.__name__: f for f in (silu, gelu_tanh, gelu_erf, relu, relu_squared, swiglu_clamped)}
 
 
 _SHUFFLES = {  # bytes at a time, and the instruction that looks sixteen bytes up
