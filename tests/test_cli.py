@@ -228,6 +228,17 @@ def test_every_command_has_help(command, capsys):
     assert "usage: pocketlm" in capsys.readouterr().out
 
 
+def test_numbers_may_have_a_comma_where_others_have_a_point():
+    given = cli._parse(["chat", "--temp", "0,5", "--top-p=,9", "--min-p", "0,125", "--repeat-penalty", "1.2"], "pocketlm")
+    assert (given.temp, given.top_p, given.min_p, given.repeat_penalty) == (0.5, 0.9, 0.125, 1.2)
+
+
+@pytest.mark.parametrize("text", ["10,000", "1,000.5", "0,5,5", ","])
+def test_a_comma_that_may_be_of_thousands_is_refused(text):
+    with pytest.raises(cli.UsageError, match=f"--timeout: invalid float value: '{text}'"):
+        cli._parse(["serve", "--timeout", text], "pocketlm")
+
+
 def test_tokenizing_needs_no_compiler_and_no_templates(tiny):
     program = f"import sys\nfrom pocketlm.cli import main\nmain(['tokenize', {tiny!r}, 'hi'])\n"
     program += "sys.exit(bool({'llvmlite', 'jinja2', 'prompt_toolkit'} & set(sys.modules)))"
