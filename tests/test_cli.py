@@ -292,6 +292,21 @@ def test_ctrl_c_ends_without_a_traceback(tiny):
     assert b"Traceback" not in err
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_while_the_command_is_imported_ends_without_a_traceback():
+    script = """if True:
+        import os, signal, sys
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == "pocketlm.cli":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting())
+        from pocketlm.__main__ import main
+        main()"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_terminal_of_another_encoding_gets_replacements(tmp_path):
     path = write_model(tmp_path / "model.gguf", metadata={"general.name": "žluťoučký"})
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
