@@ -48,7 +48,7 @@ def test_generate_says_one_token_of_one(tiny, capsys):
 
 
 def test_generate_takes_its_prompt_from_three_places(tiny, capsys, tmp_path):
-    (tmp_path / "prompt.txt").write_text("Once upon")
+    (tmp_path / "prompt.txt").write_text("Once upon", encoding="utf-8-sig")  # the mark of Windows' editors is no text
     words = ["generate", tiny, "--seed", "3", "-n", "8", "--ignore-eos"]
     texts = []
     for place in (["-p", "Once upon"], ["-f", str(tmp_path / "prompt.txt")]):
