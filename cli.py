@@ -31,7 +31,7 @@ from pocketlm.cli_options import (
     sampling_arguments,
     sampling_keywords,
 )
-from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
+from pocketlm.errors import FileError, PocketlmError, UsageError, decimal, did_you_mean
 from pocketlm.terminal_text import count, print
 
 Arguments = argparse.Namespace
@@ -43,7 +43,12 @@ FLAGS_ELSEWHERE = {  # how other programs call a flag → what it is called here
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line: the usage in front of them has up to fourteen, and is what --help shows."""
+    """Its errors are one line: the usage in front of them has up to fourteen, and is what --help shows. A number
+    may have a comma where others have a point: `--temp 0,5`."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("type", float, decimal)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists what there is")

@@ -91,9 +91,11 @@ def open_model(arguments: argparse.Namespace) -> Any:
 
 
 def read_text(path: str) -> str:
-    """The UTF-8 text of a file, or of standard input for `-`. Raises FileError."""
+    """The UTF-8 text of a file, or of standard input for `-`, without the mark that editors of Windows put in front. Raises
+    FileError.
+    """
     with refused(path, "check the path"):
-        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
+        return (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode().removeprefix("\ufeff")
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +126,7 @@ def form_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {keyword: value for keyword, value in given.items() if value is not None}
     if arguments.json_schema is not None:
         try:
-            given["json_schema"] = json.loads(read_text(arguments.json_schema).removeprefix("\ufeff"))
+            given["json_schema"] = json.loads(read_text(arguments.json_schema))
         except (ValueError, RecursionError) as error:
             raise FileError(arguments.json_schema, f"it is no JSON ({error})", "give a file with a JSON schema") from None
     if given:

@@ -7,6 +7,7 @@ line prints the line and ends with `exit_status`. Any other exception is a defec
 import copyreg
 import itertools
 import operator
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,15 @@ def whole_number(name: str, value: Any, low: int, high: int, why: str = "") -> i
     if not low <= number <= high:
         raise UsageError(f"{name} {value!s:.40}: expected {low} to {high}{why}")
     return number
+
+
+def decimal(text: str) -> float:
+    """The number that was typed, with a point or, as most of Europe writes it, a comma. Raises ValueError for anything else,
+    and for what may mean thousands, as 10,000 does.
+    """
+    if re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", text.strip()):
+        raise ValueError(text)
+    return float(text.replace(",", "."))
 
 
 class FileError(PocketlmError):

@@ -49,6 +49,8 @@ def find_model(name: str) -> Path:
     if not name:  # as a shell's variable that is not set gives it
         raise UsageError("the name of the model is empty; give a path or a short name")
     path = Path(name)
+    if "://" in name[2:] and not path.exists():  # as other programs take them; C:// is a drive
+        raise FileError(name, "is an address, not a file", "fetch the file first, then give its path")
     if path.exists() or path.name != name:
         return path
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pocketlm.chat import saved, transcript
 from pocketlm.chat.dialogue import Chat
-from pocketlm.errors import FileError, PocketlmError, UsageError, did_you_mean
+from pocketlm.errors import FileError, PocketlmError, UsageError, decimal, did_you_mean
 
 THINK = ("on", "off", "hide")
 LISTED = 10  # conversations that /load shows
@@ -116,7 +116,7 @@ def _max_tokens(chat: Chat, text: str) -> None:
 
 def _number(text: str, kind: type) -> Any:
     try:
-        return kind(text.replace(",", ".") if kind is float else text)  # 0,5, as most of Europe writes it
+        return decimal(text) if kind is float else kind(text)
     except ValueError:
         raise UsageError(f"{text[:40]!r} is no {'whole number' if kind is int else 'number'}") from None
 

@@ -352,7 +352,7 @@ def named(name: str, tokenizer: Tokenizer) -> Template:
     if not path.is_file():
         raise FileError(name, "no such template file", f"or use a built-in one: {', '.join(BUILT_IN)}")
     with refused(name):
-        return choose(path.read_text(encoding="utf-8"), tokenizer)
+        return choose(path.read_text(encoding="utf-8-sig"), tokenizer)
 
 
 def continued(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -32,6 +32,12 @@ COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "enum", "const", "type", "nullab
 KNOWN = {*COMBINING, *(keyword for keywords in OF_TYPE.values() for keyword in keywords)}
 
 
+def asks_nothing(keyword: str, value: Any) -> bool:
+    """Whether a keyword changes no answer. So does one that begins with x-, and one of zod's dictionaries: names are texts."""
+    of_names = keyword == "propertyNames" and (value is True or value in ({}, {"type": "string"}))
+    return keyword in NOTES or str(keyword).startswith("x-") or of_names
+
+
 def bad(path: str, problem: str) -> UsageError:
     return UsageError(f"{NAME}{quoted(path)}: {problem}")
 
@@ -74,8 +80,8 @@ class Schemas:
     def check(self, schema: Any, path: str) -> None:
         if not isinstance(schema, Mapping):
             raise bad(path, f"a schema is {quoted(json.dumps(schema, default=str))}; it must be an object, true or false")
-        for keyword in schema:
-            if keyword not in KNOWN and keyword not in NOTES:
+        for keyword, value in schema.items():
+            if keyword not in KNOWN and not asks_nothing(keyword, value):
                 raise bad(path, f"{quoted(keyword)} is not supported")
         if id(schema) in self._elsewhere:
             raise bad(path, "$ref below an $id other than the whole schema's is not supported")
@@ -134,7 +140,7 @@ class Schemas:
         a, b = self.flat(a, path), self.flat(b, path)
         if isinstance(a, bool) or isinstance(b, bool):
             return self.both(a, b, path)
-        a, b = ({keyword: value for keyword, value in one.items() if keyword not in NOTES} for one in (a, b))
+        a, b = ({keyword: value for keyword, value in one.items() if not asks_nothing(keyword, value)} for one in (a, b))
         n_first = max(len(first) if isinstance(first := one.get("prefixItems"), list) else 0 for one in (a, b))
         a, b = _with_first(a, n_first), _with_first(b, n_first)
         merged = dict(a)

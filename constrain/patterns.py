@@ -86,7 +86,8 @@ class _Parser:
 
     def _bad(self, problem: str, at: int | None = None) -> UsageError:
         at = self._at if at is None else at
-        return UsageError(f"pattern {quoted(self._text)!r}, character {at + 1}: {problem}")
+        text = quoted(self._text).replace(r"\\", "\\")  # its own backslashes as they were written
+        return UsageError(f"pattern '{text}', character {at + 1}: {problem}")
 
     def _peek(self, text: str) -> bool:
         return self._text.startswith(text, self._at)

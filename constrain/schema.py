@@ -19,10 +19,10 @@ from pocketlm.constrain.combining import (
     COMBINING,
     MOST_SCHEMAS,
     NAME,
-    NOTES,
     OF_TYPE,
     Schema,
     Schemas,
+    asks_nothing,
     bad,
     key_of,
     kind_of,
@@ -102,7 +102,7 @@ class _Compiler:
         if isinstance(schema, bool):
             return json_texts.ANY_VALUE if schema else NEVER
         self._schemas.check(schema, path)
-        schema = {keyword: value for keyword, value in schema.items() if keyword not in NOTES}
+        schema = {keyword: value for keyword, value in schema.items() if not asks_nothing(keyword, value)}
         if not schema:
             return json_texts.ANY_VALUE
         if set(schema) == {"$ref"}:

@@ -1,6 +1,6 @@
 """Outputs that appear whole or not at all: written under another name beside the target, then renamed.
 
-Knows paths only. Whatever happens before the last line, a full disk, Ctrl-C, a killed process, leaves what was there.
+Knows paths only. Whatever happens before the last line, a full disk, Ctrl-C, a signal, a killed process, leaves what was there.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import glob
 import os
 import shutil
+import signal
 import stat
 import sys
 import time
@@ -17,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from pocketlm.errors import FileError, UsageError, refused
+from pocketlm.signals import handled
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's renameat2
 STALE_SECONDS = 3600  # a part that nobody has written to for so long was left by a process that was killed
@@ -173,12 +175,19 @@ def _part_of(target: Path, n_bytes: int) -> Iterator[Path]:
     # a name of this call's own: another thread may be writing to the same target, or another container's process 1
     part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        yield part
+        with handled(_ends(), lambda number, _: sys.exit(128 + number)):  # else the part, of gigabytes maybe, stays
+            yield part
     except OSError as error:
         advice = "the old one is unchanged" if os.path.lexists(target) else "make room, or choose another folder"
         raise FileError(target, f"cannot be written ({error.strerror or error})", advice) from None
     finally:
         _remove(part)  # gone already where all went well
+
+
+def _ends() -> list[int]:
+    """The signals that end a process, where nobody has said otherwise."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
 
 
 def _sweep(target: Path) -> None:

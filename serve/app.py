@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pocketlm.chat.thinking import Splitter
     from pocketlm.runtime.generator import Piece
 
+LARGE_BODY = 64 << 10
+LARGE_BODIES = 64 << 20  # of all connections together, while they come; smaller ones take their place from nobody
 READ_SECONDS = 30.0  # that a body may take to come
 PAUSE = 0.002  # seconds between two looks at an answer that is streamed, for each answer that is being made
 PING_SECONDS = 15.0  # after which a stream says that it is still there
@@ -38,6 +40,7 @@ MOST_IDS = 1 << 20
 CHAT = ("/chat/completions", "/v1/chat/completions")
 OWN = ("/completion", "/completions")  # llama.cpp's, who has OpenAI's under /v1 alone
 MARK = "\0"  # where a text will stand; nothing that comes after it in an event is a text
+_coming: dict[int, int] = {}  # bytes so far of each large body that is on its way
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
@@ -95,11 +98,18 @@ async def read_json(request: Request) -> dict[str, Any]:
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise ApiError(413, f"the body may have {MAX_BODY} bytes")
-    return bytes(body)
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BODY:
+                raise ApiError(413, f"the body may have {MAX_BODY} bytes")
+            if len(body) > LARGE_BODY:
+                _coming[id(body)] = len(body)
+                if sum([*_coming.values()]) > LARGE_BODIES:
+                    raise ApiError(429, "too many large bodies come at the same time", retry_after=1, closes=True)
+        return bytes(body)
+    finally:
+        _coming.pop(id(body), None)
 
 
 class Api:

@@ -239,7 +239,7 @@ def test_a_template_of_a_model_that_sees_pictures_gets_contents_in_parts(source)
 
 def test_a_template_can_be_forced_by_name_or_file(tmp_path):
     file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages[0].content }}!", encoding="utf-8")
+    file.write_text("{{ messages[0].content }}!", encoding="utf-8-sig")
     assert templates.named(str(file), tokenizer()).render(turns("Hello")) == "Hello!"
     with pytest.raises(FileError, match=r"no such template file.*chatml, markers, alpaca, plain"):
         templates.named("nothing", tokenizer())

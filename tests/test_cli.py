@@ -48,7 +48,7 @@ def test_generate_says_one_token_of_one(tiny, capsys):
 
 
 def test_generate_takes_its_prompt_from_three_places(tiny, capsys, tmp_path):
-    (tmp_path / "prompt.txt").write_text("Once upon")
+    (tmp_path / "prompt.txt").write_text("Once upon", encoding="utf-8-sig")  # the mark of Windows' editors is no text
     words = ["generate", tiny, "--seed", "3", "-n", "8", "--ignore-eos"]
     texts = []
     for place in (["-p", "Once upon"], ["-f", str(tmp_path / "prompt.txt")]):
@@ -228,6 +228,17 @@ def test_every_command_has_help(command, capsys):
     assert "usage: pocketlm" in capsys.readouterr().out
 
 
+def test_numbers_may_have_a_comma_where_others_have_a_point():
+    given = cli._parse(["chat", "--temp", "0,5", "--top-p=,9", "--min-p", "0,125", "--repeat-penalty", "1.2"], "pocketlm")
+    assert (given.temp, given.top_p, given.min_p, given.repeat_penalty) == (0.5, 0.9, 0.125, 1.2)
+
+
+@pytest.mark.parametrize("text", ["10,000", "1,000.5", "0,5,5", ","])
+def test_a_comma_that_may_be_of_thousands_is_refused(text):
+    with pytest.raises(cli.UsageError, match=f"--timeout: invalid float value: '{text}'"):
+        cli._parse(["serve", "--timeout", text], "pocketlm")
+
+
 def test_tokenizing_needs_no_compiler_and_no_templates(tiny):
     program = f"import sys\nfrom pocketlm.cli import main\nmain(['tokenize', {tiny!r}, 'hi'])\n"
     program += "sys.exit(bool({'llvmlite', 'jinja2', 'prompt_toolkit'} & set(sys.modules)))"
@@ -279,6 +290,21 @@ def test_ctrl_c_ends_without_a_traceback(tiny):
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_while_the_command_is_imported_ends_without_a_traceback():
+    script = """if True:
+        import os, signal, sys
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == "pocketlm.cli":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting())
+        from pocketlm.__main__ import main
+        main()"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_terminal_of_another_encoding_gets_replacements(tmp_path):

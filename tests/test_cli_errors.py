@@ -149,6 +149,11 @@ def test_a_word_that_is_neither_file_nor_short_name_lists_the_names(capsys):
     )
 
 
+def test_an_address_in_place_of_a_file_is_shown_as_it_is(capsys):
+    said = failure(capsys, 1, "tokenize", "https://model.example/a.gguf", "x")
+    assert said == "pocketlm: https://model.example/a.gguf: is an address, not a file; fetch the file first, then give its path"
+
+
 def test_a_format_that_is_not_run_is_named(tmp_path, capsys):
     path = tmp_path / "model.gguf"
     write_model(path)

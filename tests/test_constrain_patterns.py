@@ -163,6 +163,7 @@ def test_a_pattern_of_a_schema_is_found_anywhere(pattern, yes, no):
         (r"\bword", r"\\b is not"),
         ("(?i)a", "flags"),
         (r"\p{L}", r"\\p is not"),
+        (r"\d\p{L}", r"'\\d\\p{L}', character 3"),
         ("a**", "two quantifiers"),
         ("*a", "nothing to repeat"),
         ("(a", "missing"),

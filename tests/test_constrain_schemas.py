@@ -250,6 +250,11 @@ CASES = [
     ({"type": "integer", "minimum": 0.5, "exclusiveMaximum": 3}, [1, 2], [0, 3]),
     ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5, 0.9999999999999999], [0, 1, 0.0, 1.0, 1.5]),
     ({"type": "number", "exclusiveMinimum": 0, "minimum": 1, "maximum": 3, "exclusiveMaximum": 3}, [1, 2.5], [0.5, 3, 3.0]),
+    (
+        {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "number"}, "x-order": 1},
+        [{"a": 1.5}],
+        [{"a": "b"}],
+    ),
     (True, [1, {}], []),
 ]
 
@@ -285,6 +290,7 @@ BAD = [
     ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no text"),
     ({"enum": 3}, "enum must be"),
     ({"type": "object", "minProperties": 1}, "minProperties"),
+    ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames"),
     ({"type": "array", "items": [{}]}, "prefixItems"),
     ({"enum": []}, "no text"),
     ({"allOf": [{"additionalProperties": False}, {"properties": {"a": {}}}]}, "additionalProperties"),

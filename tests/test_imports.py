@@ -66,7 +66,7 @@ ALLOWED = {
     "export": "errors pickle_reader tokenizer runtime chat.templates",
     # of sampling the names and bounds of its options, of constrain the options' names
     "chat": "errors locks tokenizer runtime.sampling_options runtime.atomic constrain signals terminal_text",
-    "runtime": "cancel errors locks runtime.native.executor terminal_text",
+    "runtime": "cancel errors locks runtime.native.executor signals terminal_text",
     "runtime.native": "errors locks runtime",
     "tokenizer": "errors pickle_reader",
     "pickle_reader": "errors",

@@ -1,6 +1,7 @@
 """Commands that are killed at random moments lose nothing and leave nothing half; kill_programs.py runs them by the hundred."""
 
 import os
+import signal
 import threading
 import time
 
@@ -16,6 +17,26 @@ def test_a_killed_command_loses_nothing(name, n_kills):
     counts = kill_often(name, n_kills)
     assert counts["killed"] > 0
     assert {what: counts[what] for what in ("lost", "half", "rests")} == {"lost": 0, "half": 0, "rests": 0}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_one_that_is_asked_to_end_takes_its_part_away(tmp_path):
+    (target := tmp_path / "out").write_text("old")
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as end:
+            _write_until_ended(target)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (end.value.code, [*tmp_path.iterdir()], target.read_text()) == (128 + signal.SIGTERM, [target], "old")
+
+
+def _write_until_ended(target):
+    with replacing_file(target) as part:
+        part.write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
 
 def test_the_parts_of_killed_ones_are_taken_away_later(tmp_path):

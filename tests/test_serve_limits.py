@@ -14,6 +14,7 @@ import pytest
 from serving import Reply, everything, hello, path_fixture, server_fixture, serving, wait_until  # noqa: F401
 from uvicorn.server import ServerState
 
+from pocketlm.serve import app
 from pocketlm.serve import server as http_server
 
 CHAT = "/v1/chat/completions"
@@ -142,6 +143,22 @@ def test_who_is_slow_with_his_body_gets_a_408(server, monkeypatch):
     monkeypatch.setattr("pocketlm.serve.app.READ_SECONDS", 0.2)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     assert Reply(server.raw(head + b"Content-Length: 9\r\n\r\n{")).status == 408
+
+
+def test_large_bodies_that_come_at_the_same_time_have_a_bound_together(server, monkeypatch):
+    monkeypatch.setattr("pocketlm.serve.app.LARGE_BODIES", 200_000)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body = json.dumps(hello()).encode().ljust(150_000)
+    begun = head + b"Content-Length: 150000\r\n\r\n" + body[:-1]
+    with server.connect() as first:
+        first.sendall(begun)
+        wait_until(lambda: [*app._coming.values()] == [149_999])
+        refused = Reply(server.raw(begun))
+        assert (refused.status, refused.headers["retry-after"], refused.headers["connection"]) == (429, "1", "close")
+        assert server.post(CHAT, hello()).status == 200
+        first.sendall(body[-1:])
+        assert b"200 OK" in first.recv(100)
+    assert not app._coming
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts on how large Linux lets the buffers of a socket become")
